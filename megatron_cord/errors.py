@@ -1,0 +1,8 @@
+"""The one exception that speaks to the user. Anything else that escapes is a bug and keeps its traceback."""
+
+
+class CordError(Exception):
+    """What is wrong, in which file, field or sample, and what to do about it, in one line.
+
+    Entry points print the message without a traceback and exit with status 2 (see ``megatron_cord.cli``).
+    """

@@ -1,0 +1,77 @@
+"""The contract between the trainer and whatever generates: requests, rollouts, and an engine that takes weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from megatron_cord.data.samples import Prompt
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One answer to one prompt.
+
+    Attributes:
+        prompt: audio or text.
+        temperature: 0 means greedy.
+        max_new_tokens: the response is cut there, with finish_reason "length".
+        seed: the response depends on the weights, the prompt, the temperature and this seed alone, not on the batch around it.
+    """
+
+    prompt: Prompt
+    temperature: float
+    max_new_tokens: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class VersionSpan:
+    """Tokens [start, end) of a rollout were generated with this version of the weights."""
+
+    start: int
+    end: int
+    version: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response.
+
+    Attributes:
+        prompt_id: the sample's id.
+        token_ids: the response, with its end-of-sequence token if it stopped by itself.
+        logprobs: of each token by the engine, from unscaled (temperature 1), unmasked logits, natural logarithm.
+        finish_reason: "stop" or "length".
+        versions: which weights made which tokens.
+        text: decoded, without special tokens.
+    """
+
+    prompt_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: Literal["stop", "length"]
+    versions: tuple[VersionSpan, ...]
+    text: str
+
+
+class RolloutEngine(Protocol):
+    """Generates from the weights it was last given."""
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Rollout]:
+        """One rollout a request, in the requests' order."""
+        ...
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Takes tensors under their Hugging Face names; names that are left out keep their values.
+
+        The weights count as ``version`` only once the whole iterable was consumed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees what the engine holds; safe to call twice."""
+        ...
