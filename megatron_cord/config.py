@@ -9,6 +9,7 @@ of dumps and messages.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -47,18 +48,23 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def dump_config(config: Any, path: Path | str) -> None:
-    """Writes ``to_dict(config)`` as YAML that ``load_config`` reads back; the file is complete or absent, never half written."""
+    """Writes ``to_dict(config)`` as YAML that ``load_config`` reads back; the file is complete or absent, never half written.
+
+    Raises CordError, naming the file, when it cannot be written.
+    """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
             yaml.dump(to_dict(config), file, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise CordError(f"{target}: cannot write the configuration: {error.strerror}; choose another place or free some space") from None
 
 
 class _Dumper(yaml.SafeDumper):

@@ -180,3 +180,5 @@ def test_a_dump_reads_back_as_the_same_configuration(tmp_path: Path) -> None:
     assert load_config(Example, tmp_path / "out" / "config.yaml", []) == config
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["voices"][0] == "no"
     assert os.listdir(tmp_path / "out") == ["config.yaml"]
+    with pytest.raises(CordError, match=r"a\.yaml/b\.yaml: cannot write the configuration"):
+        dump_config(config, tmp_path / "a.yaml" / "b.yaml")
