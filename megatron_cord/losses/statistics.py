@@ -1,0 +1,166 @@
+"""Eight scalars a token that make every divergence a one-pass, one-collective sum over the vocabulary.
+
+A block of columns of the logits is summed up by ``block_statistics``; ``merge_statistics`` joins blocks, splits and ranks in any order. So
+KL, entropy and log-probability of a whole vocabulary need one all-gather of eight scalars a token. ``Totals`` holds what they come to, and
+``gradient_block`` turns it back into the gradient of a block of logits without any further communication.
+
+Shapes: N tokens, V vocabulary, K parts being merged. ``student`` and ``teacher`` are logits divided by the temperature, float32 or float64.
+p is the student's softmax, q the teacher's, and δ = log p − log q.
+
+Minus infinity is a legal logit (probability zero). Where both have it, the entry counts for nothing. Where only the distribution that the
+divergence divides by has it, the divergence is +inf by definition, and so it is here, even if the other's probability underflows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_cord.losses.kinds import Kind
+
+
+class Statistics(NamedTuple):
+    """Sums over a part of the vocabulary, relative to the part's own maxima; every field is [N] (or [K, N] when K parts are stacked)."""
+
+    student_max: Tensor  #: M_s; −inf for a part without mass
+    student_sum: Tensor  #: L = Σ e^{s−M_s}
+    entropy_sum: Tensor  #: B = Σ e^{s−M_s}(s − M_s)
+    divergence_sum: Tensor  #: A; what is summed depends on the kind
+    teacher_max: Tensor  #: M_t
+    teacher_sum: Tensor  #: T = Σ e^{t−M_t}
+    student_target: Tensor  #: s_y; −inf where the part does not hold the target
+    teacher_target: Tensor  #: t_y
+
+
+class Totals(NamedTuple):
+    """What the whole vocabulary comes to; every field is [N].
+
+    A maximum and its log-sum stay apart: added up, they would lose the digits that the gradient needs when the logits are far from zero.
+    """
+
+    student_max: Tensor
+    student_log_sum: Tensor
+    teacher_max: Tensor
+    teacher_log_sum: Tensor
+    divergence: Tensor
+    entropy: Tensor
+    student_logprob: Tensor
+    teacher_logprob: Tensor
+
+
+def empty_statistics(num_tokens: int, *, dtype: torch.dtype, device: torch.device) -> Statistics:
+    """The statistics of no column at all: the neutral element of the merge."""
+    zero = torch.zeros(num_tokens, dtype=dtype, device=device)
+    none = torch.full_like(zero, -torch.inf)
+    return Statistics(none, zero, zero, zero, none, zero, none, none)
+
+
+def block_statistics(student: Tensor, teacher: Tensor, target: Tensor, kind: Kind) -> Statistics:
+    """Sums up one block of columns.
+
+    Args:
+        student, teacher: [N, columns ≥ 1].
+        target: int64 [N], the sampled token's column within this block; outside [0, columns) where another block holds it.
+    """
+    student_target, teacher_target = _pick(student, target), _pick(teacher, target)
+    student_max, student = _relative_to_max(student)
+    teacher_max, teacher = _relative_to_max(teacher)
+    student_exp, teacher_exp = student.exp(), teacher.exp()
+    entropy_sum = (student_exp * student).masked_fill_(student == -torch.inf, 0.0).sum(1)
+    divergence_sum = kind.block_sum(student, student_exp, teacher, teacher_exp)
+    return Statistics(
+        student_max, student_exp.sum(1), entropy_sum, divergence_sum, teacher_max, teacher_exp.sum(1), student_target, teacher_target
+    )
+
+
+def merge_statistics(parts: Statistics, kind: Kind) -> Statistics:
+    """Joins K parts, fields [K, N], into one, fields [N]. Associative and commutative up to rounding."""
+    student_max, teacher_max = parts.student_max.amax(0), parts.teacher_max.amax(0)
+    student_shift = _shift(parts.student_max, student_max)
+    teacher_shift = _shift(parts.teacher_max, teacher_max)
+    student_scale, teacher_scale = student_shift.exp(), teacher_shift.exp()
+    entropy_sum = student_scale * (parts.entropy_sum + parts.student_sum * student_shift)
+    return Statistics(
+        student_max=student_max,
+        student_sum=(student_scale * parts.student_sum).sum(0),
+        entropy_sum=entropy_sum.sum(0),
+        divergence_sum=kind.merged_sum(parts, student_shift, student_scale, teacher_shift, teacher_scale).sum(0),
+        teacher_max=teacher_max,
+        teacher_sum=(teacher_scale * parts.teacher_sum).sum(0),
+        student_target=parts.student_target.amax(0),
+        teacher_target=parts.teacher_target.amax(0),
+    )
+
+
+def stack_statistics(parts: list[Statistics]) -> Statistics:
+    """K parts with fields [N] as one with fields [K, N]."""
+    return Statistics(*(torch.stack(field) for field in zip(*parts, strict=True)))
+
+
+def totals_from_statistics(whole: Statistics, kind: Kind) -> Totals:
+    """Divergence, entropy and log-probabilities from the statistics of the whole vocabulary.
+
+    The divergence is not clamped: rounding may leave it near −1e-7 in float32 where the two distributions agree.
+    """
+    student_log_sum, teacher_log_sum = whole.student_sum.log(), whole.teacher_sum.log()
+    return Totals(
+        student_max=whole.student_max,
+        student_log_sum=student_log_sum,
+        teacher_max=whole.teacher_max,
+        teacher_log_sum=teacher_log_sum,
+        divergence=kind.value(whole, student_log_sum, teacher_log_sum),
+        entropy=student_log_sum - whole.entropy_sum / whole.student_sum,
+        student_logprob=whole.student_target - whole.student_max - student_log_sum,
+        teacher_logprob=whole.teacher_target - whole.teacher_max - teacher_log_sum,
+    )
+
+
+def gradient_block(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    totals: Totals,
+    kind: Kind,
+    weight_divergence: Tensor,
+    weight_entropy: Tensor,
+    weight_logprob: Tensor,
+) -> Tensor:
+    """Gradient with respect to one block of the student's logits (divided by the temperature).
+
+    dz = w_k · kind's gradient − w_e p (log p + entropy) + w_l (1_y − p), with the weights that arrive from above.
+
+    Args:
+        student, teacher: [N, columns], the block again.
+        target: as in ``block_statistics``.
+        weight_divergence, weight_entropy, weight_logprob: [N], gradient of the loss with respect to divergence, entropy and log p(y).
+
+    Returns:
+        [N, columns]. A row whose divergence is +inf is NaN, unless its ``weight_divergence`` is zero.
+    """
+    log_p = (student - totals.student_max[:, None]) - totals.student_log_sum[:, None]
+    p = log_p.exp()
+    entropy_term = log_p.masked_fill(log_p == -torch.inf, 0.0) + totals.entropy[:, None]
+    gradient = -p * (weight_entropy[:, None] * entropy_term + weight_logprob[:, None])
+    gradient += kind.gradient(student, teacher, p, totals, weight_divergence)
+    held = (target >= 0) & (target < student.shape[1])
+    column = target.clamp(0, student.shape[1] - 1)
+    return gradient.scatter_add_(1, column[:, None], torch.where(held, weight_logprob, 0.0)[:, None])
+
+
+def _relative_to_max(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Row maxima [N], and the logits minus them; a row of −inf stays −inf."""
+    maximum = logits.amax(1)
+    return maximum, logits - maximum.masked_fill(maximum == -torch.inf, 0.0)[:, None]
+
+
+def _shift(part_max: Tensor, whole_max: Tensor) -> Tensor:
+    """How far each part's maximum lies below the whole's, ≤ 0; 0 for parts without mass, whose sums are zero anyway."""
+    return (part_max - whole_max).masked_fill(part_max == -torch.inf, 0.0)
+
+
+def _pick(logits: Tensor, target: Tensor) -> Tensor:
+    held = (target >= 0) & (target < logits.shape[1])
+    picked = logits.gather(1, target.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    return picked.masked_fill(~held, -torch.inf)
