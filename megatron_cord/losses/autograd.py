@@ -41,7 +41,7 @@ class DivergenceFromLogits(torch.autograd.Function):
 
 
 class DivergenceFromHidden(torch.autograd.Function):
-    """apply(student_hidden [N, H], student_weight [V/TP, H], teacher_hidden [N, H'], teacher_weight [V/TP, H'], target_ids [N], shard, chunk).
+    """apply(student_hidden [N, H], student_weight [V/TP, H], teacher_hidden, teacher_weight, target_ids [N], shard, chunk).
 
     Returns Totals as a tuple. ``chunk`` is the number of tokens whose logits exist at a time.
     """

@@ -1,7 +1,7 @@
 """The divergence between student and teacher at every token, over the full vocabulary split over tensor-parallel ranks.
 
-These are the two public functions: what they promise, and what they refuse. The mathematics is in ``statistics`` and ``kinds``, the ranks in
-``shard``, the gradients in ``autograd``.
+These are the two public functions: what they promise, and what they refuse. The mathematics is in ``statistics`` and ``kinds``, the ranks
+in ``shard``, the gradients in ``autograd``.
 
 Shapes: N tokens, V vocabulary (padded to a multiple of TP), H hidden, TP ranks. Every rank of ``tp_group`` passes the same tokens.
 The shards are equal and in rank order: rank r holds the token ids [r·V/TP, (r+1)·V/TP).
@@ -78,6 +78,7 @@ def divergence_from_logits(
         raise CordError(
             f"student_logits {list(student_logits.shape)} and teacher_logits {list(teacher_logits.shape)} must have the same shape"
         )
+    num_tokens, columns = student_logits.shape
     shard = _shard(kind, temperature, vocab_size, tp_group, target_ids, num_tokens, columns, {student_logits.dtype, teacher_logits.dtype})
     totals = Totals(*DivergenceFromLogits.apply(student_logits, teacher_logits.detach(), target_ids, shard))
     return _token_stats(totals, check_finite)
