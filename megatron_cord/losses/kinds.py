@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_cord.errors import CordError
 
 if TYPE_CHECKING:
-    from megatron_cord.losses.statistics import Statistics, Totals
+    from megatron_cord.losses.statistics import Statistics
 
 
 class Kind(Protocol):
@@ -32,8 +32,8 @@ class Kind(Protocol):
         """The divergence, [N]."""
         ...
 
-    def gradient(self, student: Tensor, teacher: Tensor, p: Tensor, totals: Totals, weight: Tensor) -> Tensor:
-        """weight · ∂divergence/∂student, [N, columns]; student and teacher are logits, not relative to anything."""
+    def gradient(self, log_p: Tensor, p: Tensor, log_q: Tensor, divergence: Tensor, weight: Tensor) -> Tensor:
+        """weight · ∂divergence/∂s, [N, columns], with s the student's logits over the temperature, p the student, q the teacher."""
         ...
 
 
@@ -50,12 +50,10 @@ class ReverseKL:
     def value(self, whole: Statistics, log_sum_s: Tensor, log_sum_t: Tensor) -> Tensor:
         return whole.divergence_sum / whole.student_sum - log_sum_s + log_sum_t
 
-    def gradient(self, student: Tensor, teacher: Tensor, p: Tensor, totals: Totals, weight: Tensor) -> Tensor:
-        relative = (student - totals.student_max[:, None]) - (teacher - totals.teacher_max[:, None])
-        delta = relative - (totals.student_log_sum - totals.teacher_log_sum)[:, None]
+    def gradient(self, log_p: Tensor, p: Tensor, log_q: Tensor, divergence: Tensor, weight: Tensor) -> Tensor:
         unused = weight == 0  # such a row must not turn an infinite divergence into NaN
-        delta = delta.masked_fill_((student == -torch.inf) | unused[:, None], 0.0)
-        return weight[:, None] * p * (delta - totals.divergence.masked_fill(unused, 0.0)[:, None])
+        delta = (log_p - log_q).masked_fill_((log_p == -torch.inf) | unused[:, None], 0.0)
+        return weight[:, None] * p * (delta - divergence.masked_fill(unused, 0.0)[:, None])
 
 
 class ForwardKL:
@@ -71,9 +69,8 @@ class ForwardKL:
     def value(self, whole: Statistics, log_sum_s: Tensor, log_sum_t: Tensor) -> Tensor:
         return whole.divergence_sum / whole.teacher_sum - log_sum_t + log_sum_s
 
-    def gradient(self, student: Tensor, teacher: Tensor, p: Tensor, totals: Totals, weight: Tensor) -> Tensor:
-        q = ((teacher - totals.teacher_max[:, None]) - totals.teacher_log_sum[:, None]).exp()
-        return weight[:, None] * (p - q)
+    def gradient(self, log_p: Tensor, p: Tensor, log_q: Tensor, divergence: Tensor, weight: Tensor) -> Tensor:
+        return weight[:, None] * (p - log_q.exp())
 
 
 #: By the name that configuration and the public functions use.

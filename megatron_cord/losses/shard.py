@@ -51,13 +51,17 @@ class VocabularyShard:
         """
         parts = [
             block_statistics(
-                self._block(student_logits, span), self._block(teacher_logits, span), target_ids - self.start - span.start, self.kind
+                student_logits[:, span].to(self.dtype),
+                teacher_logits[:, span].to(self.dtype),
+                target_ids - self.start - span.start,
+                self.kind,
+                self.temperature,
             )
             for span in self._blocks()
         ]
         parts.append(empty_statistics(target_ids.shape[0], dtype=self.dtype, device=target_ids.device))
-        local = merge_statistics(stack_statistics(parts), self.kind)
-        return totals_from_statistics(self._merge_ranks(local), self.kind)
+        local = merge_statistics(stack_statistics(parts), self.kind, self.temperature)
+        return totals_from_statistics(self._merge_ranks(local), self.kind, self.temperature)
 
     def gradient(
         self, student_logits: Tensor, teacher_logits: Tensor, target_ids: Tensor, totals: Totals, weights: tuple[Tensor, Tensor, Tensor]
@@ -72,15 +76,15 @@ class VocabularyShard:
         """
         gradient = torch.zeros(student_logits.shape, dtype=self.dtype, device=student_logits.device)
         for span in self._blocks():
-            block = gradient_block(
-                self._block(student_logits, span),
-                self._block(teacher_logits, span),
+            gradient[:, span] = gradient_block(
+                student_logits[:, span].to(self.dtype),
+                teacher_logits[:, span].to(self.dtype),
                 target_ids - self.start - span.start,
                 totals,
                 self.kind,
+                self.temperature,
                 *weights,
             )
-            gradient[:, span.start : span.stop] = block / self.temperature
         return gradient
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
@@ -89,11 +93,8 @@ class VocabularyShard:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def _blocks(self) -> list[range]:
-        return [range(first, min(first + BLOCK_COLUMNS, self.columns)) for first in range(0, self.columns, BLOCK_COLUMNS)]
-
-    def _block(self, logits: Tensor, span: range) -> Tensor:
-        return logits[:, span.start : span.stop].to(self.dtype) / self.temperature
+    def _blocks(self) -> list[slice]:
+        return [slice(first, min(first + BLOCK_COLUMNS, self.columns)) for first in range(0, self.columns, BLOCK_COLUMNS)]
 
     def _num_ranks(self) -> int:
         return 1 if self.group is None else dist.get_world_size(self.group)
@@ -104,4 +105,4 @@ class VocabularyShard:
         mine = torch.stack(local)  # [8, N]
         gathered = [torch.empty_like(mine) for _ in range(self._num_ranks())]
         dist.all_gather(gathered, mine, group=self.group)
-        return merge_statistics(Statistics(*torch.stack(gathered, dim=1).unbind(0)), self.kind)
+        return merge_statistics(Statistics(*torch.stack(gathered, dim=1).unbind(0)), self.kind, self.temperature)

@@ -4,7 +4,8 @@ A block of columns of the logits is summed up by ``block_statistics``; ``merge_s
 KL, entropy and log-probability of a whole vocabulary need one all-gather of eight scalars a token. ``Totals`` holds what they come to, and
 ``gradient_block`` turns it back into the gradient of a block of logits without any further communication.
 
-Shapes: N tokens, V vocabulary, K parts being merged. ``student`` and ``teacher`` are logits divided by the temperature, float32 or float64.
+Shapes: N tokens, V vocabulary, K parts being merged. ``student`` and ``teacher`` are logits, float32 or float64; s and t in the formulas are
+logits divided by the temperature τ. The division comes after the maximum is subtracted: before, it would round away digits of large logits.
 p is the student's softmax, q the teacher's, and δ = log p − log q.
 
 Minus infinity is a legal logit (probability zero). Where both have it, the entry counts for nothing. Where only the distribution that the
@@ -24,14 +25,14 @@ from megatron_cord.losses.kinds import Kind
 class Statistics(NamedTuple):
     """Sums over a part of the vocabulary, relative to the part's own maxima; every field is [N] (or [K, N] when K parts are stacked)."""
 
-    student_max: Tensor  #: M_s; −inf for a part without mass
+    student_max: Tensor  #: τ M_s, the largest logit; −inf for a part without mass
     student_sum: Tensor  #: L = Σ e^{s−M_s}
     entropy_sum: Tensor  #: B = Σ e^{s−M_s}(s − M_s)
     divergence_sum: Tensor  #: A; what is summed depends on the kind
-    teacher_max: Tensor  #: M_t
+    teacher_max: Tensor  #: τ M_t
     teacher_sum: Tensor  #: T = Σ e^{t−M_t}
-    student_target: Tensor  #: s_y; −inf where the part does not hold the target
-    teacher_target: Tensor  #: t_y
+    student_target: Tensor  #: τ s_y, the logit; −inf where the part does not hold the target
+    teacher_target: Tensor  #: τ t_y
 
 
 class Totals(NamedTuple):
@@ -57,7 +58,7 @@ def empty_statistics(num_tokens: int, *, dtype: torch.dtype, device: torch.devic
     return Statistics(none, zero, zero, zero, none, zero, none, none)
 
 
-def block_statistics(student: Tensor, teacher: Tensor, target: Tensor, kind: Kind) -> Statistics:
+def block_statistics(student: Tensor, teacher: Tensor, target: Tensor, kind: Kind, temperature: float) -> Statistics:
     """Sums up one block of columns.
 
     Args:
@@ -65,21 +66,22 @@ def block_statistics(student: Tensor, teacher: Tensor, target: Tensor, kind: Kin
         target: int64 [N], the sampled token's column within this block; outside [0, columns) where another block holds it.
     """
     student_target, teacher_target = _pick(student, target), _pick(teacher, target)
-    student_max, student = _relative_to_max(student)
-    teacher_max, teacher = _relative_to_max(teacher)
-    student_exp, teacher_exp = student.exp(), teacher.exp()
-    entropy_sum = (student_exp * student).masked_fill_(student == -torch.inf, 0.0).sum(1)
-    divergence_sum = kind.block_sum(student, student_exp, teacher, teacher_exp)
+    student_max, teacher_max = student.amax(1), teacher.amax(1)
+    s = _relative(student, student_max[:, None], temperature)
+    t = _relative(teacher, teacher_max[:, None], temperature)
+    student_exp, teacher_exp = s.exp(), t.exp()
+    entropy_sum = (student_exp * s).masked_fill_(s == -torch.inf, 0.0).sum(1)
+    divergence_sum = kind.block_sum(s, student_exp, t, teacher_exp)
     return Statistics(
         student_max, student_exp.sum(1), entropy_sum, divergence_sum, teacher_max, teacher_exp.sum(1), student_target, teacher_target
     )
 
 
-def merge_statistics(parts: Statistics, kind: Kind) -> Statistics:
+def merge_statistics(parts: Statistics, kind: Kind, temperature: float) -> Statistics:
     """Joins K parts, fields [K, N], into one, fields [N]. Associative and commutative up to rounding."""
     student_max, teacher_max = parts.student_max.amax(0), parts.teacher_max.amax(0)
-    student_shift = _shift(parts.student_max, student_max)
-    teacher_shift = _shift(parts.teacher_max, teacher_max)
+    student_shift = _relative(parts.student_max, student_max, temperature, empty=0.0)
+    teacher_shift = _relative(parts.teacher_max, teacher_max, temperature, empty=0.0)
     student_scale, teacher_scale = student_shift.exp(), teacher_shift.exp()
     entropy_sum = student_scale * (parts.entropy_sum + parts.student_sum * student_shift)
     return Statistics(
@@ -99,7 +101,7 @@ def stack_statistics(parts: list[Statistics]) -> Statistics:
     return Statistics(*(torch.stack(field) for field in zip(*parts, strict=True)))
 
 
-def totals_from_statistics(whole: Statistics, kind: Kind) -> Totals:
+def totals_from_statistics(whole: Statistics, kind: Kind, temperature: float) -> Totals:
     """Divergence, entropy and log-probabilities from the statistics of the whole vocabulary.
 
     The divergence is not clamped: rounding may leave it near −1e-7 in float32 where the two distributions agree.
@@ -112,8 +114,8 @@ def totals_from_statistics(whole: Statistics, kind: Kind) -> Totals:
         teacher_log_sum=teacher_log_sum,
         divergence=kind.value(whole, student_log_sum, teacher_log_sum),
         entropy=student_log_sum - whole.entropy_sum / whole.student_sum,
-        student_logprob=whole.student_target - whole.student_max - student_log_sum,
-        teacher_logprob=whole.teacher_target - whole.teacher_max - teacher_log_sum,
+        student_logprob=(whole.student_target - whole.student_max) / temperature - student_log_sum,
+        teacher_logprob=(whole.teacher_target - whole.teacher_max) / temperature - teacher_log_sum,
     )
 
 
@@ -123,13 +125,14 @@ def gradient_block(
     target: Tensor,
     totals: Totals,
     kind: Kind,
+    temperature: float,
     weight_divergence: Tensor,
     weight_entropy: Tensor,
     weight_logprob: Tensor,
 ) -> Tensor:
-    """Gradient with respect to one block of the student's logits (divided by the temperature).
+    """Gradient with respect to one block of the student's logits.
 
-    dz = w_k · kind's gradient − w_e p (log p + entropy) + w_l (1_y − p), with the weights that arrive from above.
+    dz = τ⁻¹ {w_k · kind's gradient − w_e p (log p + entropy) + w_l (1_y − p)}, with the weights that arrive from above.
 
     Args:
         student, teacher: [N, columns], the block again.
@@ -139,25 +142,20 @@ def gradient_block(
     Returns:
         [N, columns]. A row whose divergence is +inf is NaN, unless its ``weight_divergence`` is zero.
     """
-    log_p = (student - totals.student_max[:, None]) - totals.student_log_sum[:, None]
+    log_p = _relative(student, totals.student_max[:, None], temperature) - totals.student_log_sum[:, None]
+    log_q = _relative(teacher, totals.teacher_max[:, None], temperature) - totals.teacher_log_sum[:, None]
     p = log_p.exp()
     entropy_term = log_p.masked_fill(log_p == -torch.inf, 0.0) + totals.entropy[:, None]
     gradient = -p * (weight_entropy[:, None] * entropy_term + weight_logprob[:, None])
-    gradient += kind.gradient(student, teacher, p, totals, weight_divergence)
+    gradient += kind.gradient(log_p, p, log_q, totals.divergence, weight_divergence)
     held = (target >= 0) & (target < student.shape[1])
     column = target.clamp(0, student.shape[1] - 1)
-    return gradient.scatter_add_(1, column[:, None], torch.where(held, weight_logprob, 0.0)[:, None])
+    return gradient.scatter_add_(1, column[:, None], torch.where(held, weight_logprob, 0.0)[:, None]).div_(temperature)
 
 
-def _relative_to_max(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Row maxima [N], and the logits minus them; a row of −inf stays −inf."""
-    maximum = logits.amax(1)
-    return maximum, logits - maximum.masked_fill(maximum == -torch.inf, 0.0)[:, None]
-
-
-def _shift(part_max: Tensor, whole_max: Tensor) -> Tensor:
-    """How far each part's maximum lies below the whole's, ≤ 0; 0 for parts without mass, whose sums are zero anyway."""
-    return (part_max - whole_max).masked_fill(part_max == -torch.inf, 0.0)
+def _relative(logits: Tensor, maximum: Tensor, temperature: float, empty: float = -torch.inf) -> Tensor:
+    """(logits − maximum) / τ; ``empty`` where the logit is −inf, even if the maximum is too."""
+    return ((logits - maximum) / temperature).masked_fill_(logits == -torch.inf, empty)
 
 
 def _pick(logits: Tensor, target: Tensor) -> Tensor:
