@@ -1,0 +1,54 @@
+"""Package metadata: what the project needs, pinned where another version changes numbers or breaks, and the optional extras.
+
+The settings of the tools are in pyproject.toml.
+"""
+
+from setuptools import find_packages, setup
+
+REQUIRED = [
+    "torch==2.13.0",  # what sglang 0.5.21 pins too; `make setup` takes the CPU build
+    'megatron-core==0.16.1; python_version < "3.12"',  # the last line that runs on Python 3.11
+    'megatron-core==0.19.2; python_version >= "3.12"',
+    "einops>=0.8",  # megatron-core imports it without declaring it
+    "psutil>=6",  # so does its dist_checkpointing; we name ranks' parents with it
+    "packaging>=24.2",
+    "transformers==5.12.1",  # what sglang 0.5.21 pins too
+    "safetensors==0.8.0",
+    "numpy==2.4.6",
+    "PyYAML>=6.0.2,<7",
+    "webdataset==1.0.2",
+    "math-verify==0.9.0",
+    "rich>=14,<16",
+    "tensorboard>=2.20,<3",
+]
+
+EXTRAS = {
+    # CUDA machines: fused kernels, FP8, context parallelism with packed sequences. It compiles against the CUDA toolkit and must not be
+    # half-installed on a machine without one. NVIDIA's apex is not on PyPI (the name there is another project): build it from
+    # source, as the Dockerfile does.
+    "gpu": [
+        'transformer-engine[core_cu13,pytorch]==2.11.0; python_version < "3.12"',  # megatron-core 0.16.1 wants < 2.12
+        'transformer-engine[core_cu13,pytorch]==2.20.2; python_version >= "3.12"',
+    ],
+    # The rollout server. It goes into an environment of its own (.venv-sglang): its many pins need not agree with ours.
+    "sglang": ["sglang==0.5.21"],
+    # Audio decoded and turned into features on the GPU, for large data sets.
+    "dali": ["nvidia-dali-cuda130==2.4.0"],
+    # The synthesiser that speaks the quickstart's questions: espeak-ng's library and voices in a wheel. GPL, hence optional.
+    "speech": ["espeakng-loader==0.2.4"],
+    # Tests and checks, pinned so that a new rule or type stub does not fail an unchanged tree.
+    "dev": ["pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "mypy==2.4.1"],
+    # The documentation as a site; the Markdown files read as well without it.
+    "docs": ["mkdocs-material==9.8.1"],
+}
+
+setup(
+    name="megatron-cord",
+    version="0.1.0",
+    description="Cross-modal on-policy distillation of large audio language models on Megatron-Core",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_cord", "megatron_cord.*"]),
+    python_requires=">=3.11",
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+)
