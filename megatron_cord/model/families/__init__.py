@@ -1,0 +1,59 @@
+"""Model families by Hugging Face ``model_type``: how each one's configuration is read and how its tensors are named.
+
+Adding a family means one file here that offers ``architecture`` and ``tensor_map``, and one line in the table below.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_cord.model.tensor_map import TensorMap
+from megatron_cord.errors import CordError
+from megatron_cord.model.architecture import Architecture
+from megatron_cord.model.families import qwen2_audio
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+        architecture: reads the sizes from the Hugging Face configuration.
+        tensor_map: names and layouts of all tensors of such an architecture.
+        canonical_name: the published spelling of a tensor's name, given any spelling that a transformers version wrote.
+    """
+
+    architecture: Callable[[PretrainedConfig], Architecture]
+    tensor_map: Callable[[Architecture], TensorMap]
+    canonical_name: Callable[[str], str]
+
+
+FAMILIES = {"qwen2_audio": Family(qwen2_audio.architecture, qwen2_audio.tensor_map, qwen2_audio.canonical_name)}
+
+
+def load_architecture(checkpoint_dir: str | Path) -> Architecture:
+    """Reads the architecture of a Hugging Face checkpoint directory.
+
+    Raises:
+        CordError: no directory, no config.json or one that is not JSON, or a model type without a family.
+    """
+    path = Path(checkpoint_dir) / "config.json"
+    if not path.is_file():
+        raise CordError(f"{path} does not exist; model.checkpoint must name a Hugging Face checkpoint directory")
+    try:
+        model_type = json.loads(path.read_text()).get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise CordError(f"{path} is not a model configuration ({error}); download the checkpoint again") from None
+    if model_type not in FAMILIES:
+        raise CordError(f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type].architecture(AutoConfig.from_pretrained(str(checkpoint_dir)))
+
+
+def family_of(architecture: Architecture) -> Family:
+    """The family that made this architecture."""
+    return FAMILIES[architecture.model_type]

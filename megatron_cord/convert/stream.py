@@ -1,0 +1,151 @@
+"""Tensors between Hugging Face's names and shapes and the sharded Megatron model, one Megatron tensor at a time, in both directions.
+
+Memory: at most the parts of one fused tensor beside the model, whatever the size of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cord.errors import CordError
+from megatron_cord.model.families import family_of
+from megatron_cord.model.lalm import LALM
+from megatron_cord.model.tensor_map import TensorMap, TensorRule
+from megatron_cord.parallel.layout import Layout
+
+
+def tensor_map_of(model: LALM) -> TensorMap:
+    """All tensors of the model's architecture, over all pipeline stages."""
+    return family_of(model.arch).tensor_map(model.arch)
+
+
+def global_parameters(model: LALM) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters under the names they have in the whole model: layers are numbered over all pipeline stages."""
+    offset = model.language_model.decoder.layers[0].layer_number - 1
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        prefix = "language_model.decoder.layers."
+        if name.startswith(prefix):
+            number, rest = name.removeprefix(prefix).split(".", 1)
+            name = f"{prefix}{int(number) + offset}.{rest}"
+        parameters[name] = parameter
+    return parameters
+
+
+@torch.no_grad()
+def export_tensors(model: LALM, select: Callable[[torch.nn.Parameter], bool] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Full tensors under their published Hugging Face names, gathered over tensor-parallel ranks and pipeline stages.
+
+    Collective: every rank of the model's tensor and pipeline groups must consume the whole iterator, and each gets every tensor.
+
+    Args:
+        model: any rank's part.
+        select: which of this rank's parameters to export, e.g. those that are trained; all if None. Ranks that hold
+            shards of one tensor must agree.
+
+    Yields:
+        (name, tensor) in the order of the family's table, on the model's device; the tensor may be a view of the parameter.
+    """
+    layout = model.layout
+    mine = global_parameters(model)
+    for rule in tensor_map_of(model).rules:
+        parameter = mine.get(rule.megatron)
+        if parameter is not None and select is not None and not select(parameter):
+            parameter = None
+        full = None if parameter is None else _gather(parameter.detach(), rule, layout)
+        full = _from_owner(full, layout)
+        if full is not None:
+            for name, tensor in zip(rule.hf, rule.layout.part(full, layout.config.tp), strict=True):
+                if name is not None:
+                    yield name, tensor.contiguous()
+
+
+def _gather(shard: Tensor, rule: TensorRule, layout: Layout) -> Tensor:
+    """All tensor-parallel shards in one tensor."""
+    dim = rule.layout.shard_dim
+    if dim is None or layout.config.tp == 1:
+        return shard
+    shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(layout.config.tp)]
+    dist.all_gather(shards, shard.contiguous(), group=layout.tp_group)
+    return torch.cat(shards, dim=dim)
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _from_owner(full: Tensor | None, layout: Layout) -> Tensor | None:
+    """The tensor of the first stage that holds it, on every stage; None if no stage does."""
+    if layout.config.pp == 1:
+        return full
+    header = torch.zeros(8, dtype=torch.int64, device=layout.device)  # has it, dtype, number of dimensions, sizes
+    if full is not None:
+        header[:3] = torch.tensor([1, _DTYPES.index(full.dtype), full.dim()])
+        header[3 : 3 + full.dim()] = torch.tensor(full.shape)
+    headers = [torch.empty_like(header) for _ in range(layout.config.pp)]
+    dist.all_gather(headers, header, group=layout.pp_group)
+    owners = [stage for stage, h in enumerate(headers) if h[0]]
+    if not owners:
+        return None
+    _, dtype, dims, *sizes = headers[owners[0]].tolist()
+    if full is None or layout.pp_rank != owners[0]:
+        full = torch.empty(sizes[:dims], dtype=_DTYPES[dtype], device=layout.device)
+    full = full.contiguous()
+    dist.broadcast(full, dist.get_global_rank(layout.pp_group, owners[0]), group=layout.pp_group)
+    return full
+
+
+@torch.no_grad()
+def import_tensors(model: LALM, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Fills this rank's part of the model from full tensors in any order. Not collective: each rank reads for itself.
+
+    Args:
+        model: any rank's part.
+        tensors: (name, tensor) under Hugging Face names, in any transformers version's spelling.
+
+    Raises:
+        CordError: missing, unexpected, duplicated or misshapen tensors, all listed at once.
+    """
+    table, canonical = tensor_map_of(model), family_of(model.arch).canonical_name
+    mine = global_parameters(model)
+    waiting: dict[str, dict[str, Tensor]] = {}
+    seen: set[str] = set()
+    problems: list[str] = []
+    for spelled, tensor in tensors:
+        name = canonical(spelled)
+        rule = table.by_hf_name.get(name)
+        if rule is None:
+            nearest = difflib.get_close_matches(name, table.by_hf_name, n=1)
+            problems.append(f"unexpected tensor {spelled}" + (f" (nearest expected: {nearest[0]})" if nearest else ""))
+        elif name in seen:
+            problems.append(f"tensor {spelled} occurs twice")
+        else:
+            seen.add(name)
+            if rule.megatron in mine:
+                parts = waiting.setdefault(rule.megatron, {})
+                parts[name] = tensor
+                if len(parts) == len(rule.hf_names):
+                    problems += _fill(mine[rule.megatron], rule, waiting.pop(rule.megatron), model.layout)
+    problems += [f"missing tensor {name}" for name in table.by_hf_name if name not in seen]
+    if problems:
+        raise CordError(f"the checkpoint does not fit the model's architecture ({len(problems)} problems): " + "; ".join(problems))
+
+
+def _fill(parameter: torch.nn.Parameter, rule: TensorRule, parts: dict[str, Tensor], layout: Layout) -> list[str]:
+    """Writes one parameter from its parts; returns what does not fit."""
+    tp, dim = layout.config.tp, rule.layout.shard_dim
+    rows = parameter.shape[0] * (tp if dim == 0 else 1)
+    try:
+        full = rule.layout.join([None if name is None else parts[name] for name in rule.hf], tp, rows)
+        shard = full if dim is None else full.chunk(tp, dim=dim)[dist.get_rank(layout.tp_group)]
+    except RuntimeError as error:
+        return [f"tensors {', '.join(parts)} with shapes {[tuple(t.shape) for t in parts.values()]} do not fit together ({error})"]
+    if shard.shape != parameter.shape:
+        return [f"tensor {', '.join(parts)} has shape {[tuple(t.shape) for t in parts.values()]}, "
+                f"which makes {tuple(shard.shape)} where the model has {tuple(parameter.shape)}"]  # fmt: skip
+    parameter.copy_(shard)
+    return []

@@ -1,0 +1,134 @@
+"""The large audio language model on Megatron-Core, cut over tensor-parallel ranks and pipeline stages.
+
+First stage: audio encoder, adapter, word embedding. All stages: the language model's layers. Last stage: final norm and output layer. The
+output layer's product is never formed here: the model returns hidden states, and the loss takes them together with the output weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_cord.errors import CordError
+from megatron_cord.model.architecture import Architecture
+from megatron_cord.model.encoder import AudioEncoder, LinearAdapter
+from megatron_cord.model.transformer import block_spec, language_config
+from megatron_cord.parallel.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInput:
+    """One padded microbatch.
+
+    Attributes:
+        token_ids: int64 [B, S], right-padded.
+        features: float32 [C, mels, frames] of all clips in the batch's order; None without audio.
+        num_frames: int64 [C], valid frames of each clip; None without audio.
+        sample_ids: B names, for errors.
+    """
+
+    token_ids: Tensor
+    features: Tensor | None
+    num_frames: Tensor | None
+    sample_ids: tuple[str, ...]
+
+
+class _HiddenStateGPT(GPTModel):
+    """GPTModel that stops before the output layer's product."""
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+class LALM(MegatronModule):
+    """One rank's part of the model.
+
+    Args:
+        arch: sizes.
+        layout: process groups and this rank's place.
+        dtype: of parameters and activations.
+    """
+
+    def __init__(self, arch: Architecture, layout: Layout, dtype: torch.dtype) -> None:
+        arch.check_divisible(layout.config.tp, layout.config.pp)
+        config = language_config(arch.language, layout.config, dtype)
+        super().__init__(config)
+        self.arch, self.layout = arch, layout
+        self.pre_process, self.post_process = layout.is_first_stage, layout.is_last_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = arch.language.tied_embeddings
+        self.audio_encoder: AudioEncoder | None = None
+        self.adapter: LinearAdapter | None = None
+        if self.pre_process and arch.encoder is not None:
+            self.audio_encoder = AudioEncoder(arch.encoder, layout, dtype)
+            self.adapter = LinearAdapter(arch.encoder, arch.language.hidden_size, layout, dtype)
+        self.language_model = _HiddenStateGPT(
+            config, block_spec(config, causal=True, pp_rank=layout.pp_rank), arch.language.padded_vocab_size(layout.config.tp), arch.language.max_positions,
+            pre_process=self.pre_process, post_process=self.post_process, share_embeddings_and_output_weights=arch.language.tied_embeddings,
+            position_embedding_type="rope", rotary_base=arch.language.rope_theta,  # type: ignore[arg-type]
+            # Audio features replace placeholders before the sequence is cut.
+            scatter_embedding_sequence_parallel=False, pg_collection=layout.groups,
+        )  # fmt: skip
+        self.to(layout.device)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Takes the previous stage's activations from the pipeline schedule."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The weight whose gradient the first and the last stage share, if embeddings are tied (asked for by Megatron)."""
+        return self.language_model.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V_padded / TP, H], on the last stage."""
+        shared = self.shared_embedding_or_output_weight()
+        return self.language_model.output_layer.weight if shared is None else shared
+
+    def forward(self, batch: ModelInput) -> Tensor:
+        """Runs this stage.
+
+        Returns:
+            [S, B, H], the final hidden states on the last stage; [S or S/TP, B, H] for the next stage elsewhere.
+
+        Raises:
+            CordError: placeholders and audio features do not match in number.
+        """
+        decoder_input = None
+        if self.pre_process:
+            decoder_input = self._embed(batch)
+            if self.config.sequence_parallel:
+                decoder_input = scatter_to_sequence_parallel_region(decoder_input, group=self.layout.tp_group)
+        hidden = self.language_model(batch.token_ids, None, None, decoder_input=decoder_input)
+        if self.post_process and self.config.sequence_parallel:
+            # The loss sums the hidden states' gradient over the tensor-parallel ranks itself.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.layout.tp_group)
+        return hidden
+
+    def _embed(self, batch: ModelInput) -> Tensor:
+        """Word embeddings [S, B, H] with audio features in the placeholders' rows."""
+        positions = torch.zeros_like(batch.token_ids)  # unused: rotary positions enter in the attention
+        embedded = self.language_model.embedding(batch.token_ids, positions)
+        if batch.features is None:
+            return embedded
+        assert self.audio_encoder is not None and self.adapter is not None and batch.num_frames is not None
+        audio = self.adapter(self.audio_encoder(batch.features, batch.num_frames))  # [C, T, H]
+        tokens = self.audio_encoder.arch.num_tokens(batch.num_frames)  # type: ignore[arg-type]
+        is_feature = torch.arange(audio.shape[1], device=audio.device)[None] < tokens[:, None]  # type: ignore[index]
+        is_placeholder = batch.token_ids == self.arch.audio_token_id  # [B, S]
+        placeholders, features = int(is_placeholder.sum()), int(is_feature.sum())
+        if placeholders != features:
+            raise CordError(f"samples {', '.join(batch.sample_ids)}: {placeholders} audio placeholder tokens but {features} audio features; "
+                            "build the prompts with this checkpoint's own processor")  # fmt: skip
+        sequence, size, hidden = embedded.shape
+        rows = embedded.transpose(0, 1).reshape(-1, hidden)
+        rows = rows.index_copy(0, is_placeholder.reshape(-1).nonzero().squeeze(1), audio[is_feature].to(rows.dtype))
+        return rows.reshape(size, sequence, hidden).transpose(0, 1).contiguous()
+

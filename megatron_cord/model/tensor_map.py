@@ -1,0 +1,36 @@
+"""The table of a family's tensors: which Hugging Face tensors make which Megatron tensor, and in which layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_cord.model.layouts import Layout
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """One Megatron tensor.
+
+    Attributes:
+        megatron: its name in the whole model, layers numbered over all pipeline stages.
+        hf: the names of its Hugging Face parts in the layout's order; None where the family has no such tensor.
+        layout: how the parts are joined and sharded.
+    """
+
+    megatron: str
+    hf: tuple[str | None, ...]
+    layout: Layout
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        """The parts that exist."""
+        return tuple(name for name in self.hf if name is not None)
+
+
+class TensorMap:
+    """All rules of a model, in the order in which tensors are streamed."""
+
+    def __init__(self, rules: list[TensorRule]) -> None:
+        self.rules = rules
+        self.by_hf_name = {name: rule for rule in rules for name in rule.hf_names}
+        self.by_megatron_name = {rule.megatron: rule for rule in rules}

@@ -1,0 +1,54 @@
+"""AdamW with the contract that Megatron's distributed optimizer expects of apex's and transformer-engine's FusedAdam.
+
+The contract: one ``step`` in each param group instead of one in each parameter's state, and states named ``exp_avg`` and ``exp_avg_sq``.
+Simplification: decoupled weight decay (AdamW) only, one foreach kernel a group; used where neither apex nor transformer-engine is present.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) over param groups.
+
+    Args:
+        params: parameters or param groups.
+        lr: learning rate.
+        betas: decay rates of the first and second moment.
+        eps: added to the denominator.
+        weight_decay: decoupled.
+        adam_w_mode: must be True; the argument exists because callers of FusedAdam pass it.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0, adam_w_mode: bool = True) -> None:  # fmt: skip
+        if not adam_w_mode:
+            raise ValueError("this FusedAdam implements decoupled weight decay only (adam_w_mode=True)")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        if closure is not None:
+            raise ValueError("FusedAdam takes no closure")
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            if not params:
+                continue
+            beta1, beta2 = group["betas"]
+            # torch counts the step before it uses it, so each call gets a fresh count of the steps already made.
+            steps = [torch.tensor(float(group["step"] - 1)) for _ in params]
+            adamw(
+                params, [p.grad for p in params if p.grad is not None], [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params], [], steps, foreach=True, amsgrad=False, beta1=beta1, beta2=beta2,
+                lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            )  # fmt: skip

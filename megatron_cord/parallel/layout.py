@@ -1,0 +1,139 @@
+"""The layout of a run over ranks: sizes in a configuration, process groups once initialised.
+
+Everything else takes a `Layout` or one of its groups as an argument; nothing in this project reads Megatron's global state.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_cord.errors import CordError
+from megatron_cord.parallel import portability
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of the layout; data parallelism takes the ranks that remain."""
+
+    tp: int = 1  #: tensor parallel size
+    pp: int = 1  #: pipeline parallel size (1F1B); the audio encoder and adapter live on the first stage, the loss on the last
+    sequence_parallel: bool = False  #: shard activations between tensor-parallel regions of the language model along the sequence
+    timeout_minutes: float = 10.0  #: how long a collective may take before the run is taken for dead
+
+    def __post_init__(self) -> None:
+        if self.tp < 1 or self.pp < 1:
+            raise CordError(f"parallel.tp and parallel.pp are at least 1, got tp={self.tp} pp={self.pp}")
+        if self.sequence_parallel and self.tp == 1:
+            raise CordError("parallel.sequence_parallel needs parallel.tp > 1; set it to false")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this rank stands.
+
+    Attributes:
+        config: the sizes.
+        groups: Megatron's process groups.
+        solo: a process group of this rank alone, for parts that no other stage shares.
+    """
+
+    config: ParallelConfig
+    groups: ProcessGroupCollection
+    solo: dist.ProcessGroup
+
+    @property
+    def rank(self) -> int:
+        """The global rank."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return dist.get_world_size()
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        """Ranks that share one layer's matrices."""
+        return self.groups.tp
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        """Ranks that hold one model's layers, in order."""
+        return self.groups.pp
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the same weights and see different data."""
+        return self.groups.dp_cp
+
+    @property
+    def pp_rank(self) -> int:
+        """This rank's pipeline stage, from 0."""
+        return dist.get_rank(self.pp_group)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether embedding, encoder and adapter are here."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the output layer and the loss are here."""
+        return self.pp_rank == self.config.pp - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks for the run."""
+        return self.rank == 0
+
+    @property
+    def last_stage_rank(self) -> int:
+        """The global rank of the last stage in this rank's pipeline."""
+        return dist.get_global_rank(self.pp_group, self.config.pp - 1)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that this rank computes on."""
+        return portability.device()
+
+
+def initialize(config: ParallelConfig, seed: int) -> Layout:
+    """Joins the ranks that torchrun started (one rank if it did not) and makes the process groups.
+
+    Raises:
+        CordError: the number of ranks is not a multiple of tp × pp, or the rendezvous port is taken.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world % (config.tp * config.pp):
+        raise CordError(f"{world} ranks cannot be laid out with parallel.tp={config.tp} × parallel.pp={config.pp}; "
+                        f"start a multiple of {config.tp * config.pp} ranks (torchrun --nproc-per-node)")  # fmt: skip
+    if portability.has_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=config.timeout_minutes)
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(portability.backend(), timeout=timeout)
+        else:
+            dist.init_process_group(portability.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp, pipeline_model_parallel_size=config.pp)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    solo = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    return Layout(config, groups, solo)
+
+
+def finalize() -> None:
+    """Leaves the process groups; a rank that skips this makes torch warn at exit."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,189 @@
+"""Lets Megatron-Core run on machines without CUDA: the one place where the device differs.
+
+Megatron-Core asks for CUDA devices, streams and generators by name. Without CUDA, `install` maps devices to the CPU, makes streams and
+events inert, gives the CUDA random generator's calls the CPU's generator, and provides the fused optimizer's contract on plain torch.
+With CUDA it does nothing at all. It proves numerics and the logic of communication on gloo; it says nothing about streams, overlap, NCCL
+or transformer-engine's kernels.
+
+Simplifications: a global patch of torch, made once per process before megatron.core is imported (importing `megatron_cord.parallel` does
+it); `torch.cuda.is_available()` stays False, so libraries that ask first take their CPU path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._device import _device_constructors
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "rand", "randn", "randint", "linspace", "eye",
+              "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")  # fmt: skip
+_CUDA_TYPES = {"torch.FloatTensor": "torch.cuda.FloatTensor", "torch.HalfTensor": "torch.cuda.HalfTensor",
+               "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor"}  # fmt: skip
+
+
+def has_cuda() -> bool:
+    """Whether this process computes on CUDA devices."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device that this process computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
+
+
+def backend() -> str:
+    """The torch.distributed backend that fits the device."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+@functools.cache
+def install() -> None:
+    """Makes Megatron-Core importable and runnable without CUDA; does nothing with CUDA. Repeated calls are free.
+
+    Raises:
+        RuntimeError: megatron.core was imported before; its modules may already hold unpatched names.
+    """
+    if has_cuda():
+        return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("megatron.core was imported before megatron_cord.parallel; import megatron_cord.parallel first")
+    # Megatron's jit_fuser is torch.compile, which wants a compiler for every small function; eager is right and starts at once.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    _patch_devices()
+    _patch_streams()
+    _patch_generators()
+    _patch_tensor_types()
+    _patch_collectives()
+    _patch_megatron()
+
+
+def _cpu_for_cuda(value: Any) -> Any:
+    """CUDA devices become the CPU; everything else stays. Plain integers are CUDA ordinals only as a `device=` argument."""
+    if isinstance(value, str) and value.startswith("cuda"):
+        return _CPU
+    if isinstance(value, torch.device) and value.type == "cuda":
+        return _CPU
+    return value
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            asked = kwargs["device"]
+            kwargs["device"] = _CPU if isinstance(asked, int) else _cpu_for_cuda(asked)
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False  # pinning needs CUDA's allocator
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _patch_devices() -> None:
+    # `with torch.device(...)` recognises factories by identity in a set that is filled on first use: it must hold the originals.
+    _device_constructors()
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+    tensor_to, module_to = torch.Tensor.to, torch.nn.Module.to
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs:
+            kwargs["device"] = _cpu_for_cuda(kwargs["device"])
+        return tensor_to(self, *(_cpu_for_cuda(a) for a in args), **kwargs)
+
+    def to_module(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        return module_to(self, *(_cpu_for_cuda(a) for a in args), **{k: _cpu_for_cuda(v) for k, v in kwargs.items()})
+
+    torch.Tensor.to = to  # type: ignore[method-assign, assignment]
+    torch.nn.Module.to = to_module  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign, assignment, misc]
+    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign, assignment, misc]
+    torch.Tensor.pin_memory = lambda self, *a, **k: self  # type: ignore[method-assign, assignment, misc]
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
+    torch.cuda.set_device = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.empty_cache = lambda: None
+
+
+class _InertStream:
+    """A stream or event of a device that runs everything in order."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def wait_stream(self, *_: Any) -> None:
+        pass
+
+    wait_event = record = record_event = wait = synchronize = wait_stream
+
+    def query(self) -> bool:
+        return True
+
+
+def _patch_streams() -> None:
+    @contextlib.contextmanager
+    def stream_context(*_: Any) -> Iterator[None]:
+        yield
+
+    stream = _InertStream()
+    torch.cuda.Stream = _InertStream  # type: ignore[misc, assignment]
+    torch.cuda.Event = _InertStream  # type: ignore[misc, assignment]
+    torch.cuda.stream = stream_context  # type: ignore[assignment]
+    torch.cuda.current_stream = lambda *_: stream  # type: ignore[assignment, return-value]
+    torch.cuda.default_stream = lambda *_: stream  # type: ignore[assignment, return-value]
+    torch.Tensor.record_stream = lambda self, *_: None  # type: ignore[method-assign, assignment, misc]
+
+
+def _patch_generators() -> None:
+    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[assignment]
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None  # type: ignore[assignment, func-returns-value]
+
+
+def _patch_tensor_types() -> None:
+    tensor_type = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = tensor_type(self, *args, **kwargs)
+        # Megatron's mixed-precision optimizer tells precisions apart by the names of CUDA's tensor types.
+        return _CUDA_TYPES.get(answer, answer) if isinstance(answer, str) else answer
+
+    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+
+
+def _patch_collectives() -> None:
+    barrier = torch.distributed.barrier
+
+    @functools.wraps(barrier)
+    def barrier_without_devices(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("device_ids", None)
+        return barrier(*args, **kwargs)
+
+    torch.distributed.barrier = barrier_without_devices
+
+
+def _patch_megatron() -> None:
+    """What can only be mended in Megatron's own modules, which by now see a patched torch."""
+    with warnings.catch_warnings():
+        # Megatron warns in each module that apex and transformer-engine are absent; `verify environment` says it once.
+        warnings.simplefilter("ignore")
+        import megatron.core.models.gpt
+        import megatron.core.optimizer as optimizer
+        import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
+        import megatron.core.tensor_parallel.random as random
+
+    from megatron_cord.parallel.fused_adam import FusedAdam
+
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    optimizer.Adam = distributed_optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
