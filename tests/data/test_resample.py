@@ -1,0 +1,34 @@
+"""Resampling against sines that are known in closed form."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_cord.data.resample import resample
+
+
+@pytest.mark.parametrize(("source", "target"), [(22050, 16000), (16000, 22050), (48000, 16000), (8000, 16000)])
+def test_a_sine_stays_that_sine(source: int, target: int) -> None:
+    """Would catch a wrong phase, a shift by one sample, a wrong gain, and a wrong length."""
+    frequency = 1000.0
+    waveform = np.sin(2 * np.pi * frequency * np.arange(source) / source)
+    resampled = resample(waveform, source, target)
+    expected = np.sin(2 * np.pi * frequency * np.arange(target) / target)
+    inner = slice(target // 10, -target // 10)
+    assert resampled.shape == (target,) and resampled.dtype == np.float32
+    assert np.abs(resampled[inner] - expected[inner]).max() < 2e-4
+
+
+def test_what_the_target_cannot_hold_is_removed() -> None:
+    """Would catch aliasing: 10 kHz must not come back as 6 kHz at a rate of 16 kHz."""
+    waveform = np.sin(2 * np.pi * 10000.0 * np.arange(22050) / 22050)
+    assert np.abs(resample(waveform, 22050, 16000)[1600:-1600]).max() < 1e-3
+
+
+def test_short_and_equal_rates() -> None:
+    """Would catch a crash on recordings shorter than the filter, and a changed waveform where nothing is to be done."""
+    assert len(resample(np.ones(3), 22050, 16000)) == 3
+    waveform = np.array([0.5, -0.25], dtype=np.float32)
+    assert np.array_equal(resample(waveform, 16000, 16000), waveform)
+    assert resample(np.zeros(0), 22050, 16000).shape == (0,)
