@@ -1,0 +1,51 @@
+"""``python -m megatron_cord.verify SUBJECT [a.b=value …]``: checks of an installation that print what they found.
+
+Each subject is a function from overrides to an exit status; the table below is all there is to adding one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_cord import cli
+from megatron_cord.environment import INSTALL, survey
+from megatron_cord.errors import CordError
+
+STYLES = {"in use": "green", "available": "cyan", "missing": "yellow", "broken": "red"}
+
+
+def environment(overrides: Sequence[str]) -> int:
+    """Prints the parts of this machine; 1 when a required one is missing or broken, else 0."""
+    if overrides:
+        raise CordError(f"verify environment takes no settings, got '{overrides[0]}'")
+    parts = survey(Path.cwd())
+    table = Table("part", "version", "state", "used for, or missed without it", box=None, header_style="bold", pad_edge=False)
+    for part in parts:
+        table.add_row(part.name, part.version or "–", f"[{STYLES[part.state]}]{part.state}[/]", escape(part.note))
+    Console().print(table)
+    failing = [part.name for part in parts if part.fails]
+    if failing:
+        print(f"error: {', '.join(failing)}: required, and missing or broken; install with: {INSTALL}", file=sys.stderr)
+    return 1 if failing else 0
+
+
+SUBJECTS: dict[str, Callable[[Sequence[str]], int]] = {"environment": environment}
+
+
+def main() -> int:
+    """Runs the subject that the command line names."""
+    parser = cli.Parser(prog="python -m megatron_cord.verify", description="Checks an installation.", allow_abbrev=False)
+    parser.add_argument("subject", choices=SUBJECTS, help="what to check")
+    parser.add_argument("overrides", metavar="a.b=value", nargs="*", help="sets one value of the check's configuration")
+    arguments = parser.parse_args()
+    return SUBJECTS[arguments.subject](arguments.overrides)
+
+
+if __name__ == "__main__":
+    cli.run(main)
