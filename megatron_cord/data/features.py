@@ -1,0 +1,192 @@
+"""Log-mel features as Whisper's encoders take them, equal to transformers' WhisperFeatureExtractor.
+
+The short-time Fourier transform runs on the device of the waveform. The configuration is read from a checkpoint's
+``preprocessor_config.json``, so that training hears exactly what every other user of the checkpoint does.
+
+What it simplifies: one clip a call; dithering and waveform normalisation are refused, as no supported model uses them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_cord.errors import CordError
+
+_MAX_FREQUENCY = 8000.0  # Hz; WhisperFeatureExtractor does not make it configurable
+_FLOOR = 1e-10
+_DYNAMIC_RANGE = 8.0  # in powers of ten
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """What a ``preprocessor_config.json`` says. The defaults are Whisper's and Qwen2-Audio's, but for the 128 mels of the latter.
+
+    Attributes:
+        n_mels: mel bands ("feature_size").
+        hop_length: samples from frame to frame.
+        n_fft: samples a frame looks at.
+        n_samples: the encoder's window, to which every clip is padded.
+        sampling_rate: Hz.
+    """
+
+    n_mels: int = 80
+    hop_length: int = 160
+    n_fft: int = 400
+    n_samples: int = 480000
+    sampling_rate: int = 16000
+
+    @property
+    def max_frames(self) -> int:
+        """Frames in the window."""
+        return self.n_samples // self.hop_length
+
+    @property
+    def max_seconds(self) -> float:
+        """Length of the window."""
+        return self.n_samples / self.sampling_rate
+
+    def num_frames(self, samples: int) -> int:
+        """How many frames of the window a clip of ``samples`` fills: the sum of the extractor's attention mask."""
+        return min(math.ceil(samples / self.hop_length), self.max_frames)
+
+    @classmethod
+    def from_checkpoint(cls, directory: str | Path) -> FeatureConfig:
+        """Reads ``preprocessor_config.json`` (or the feature extractor's part of ``processor_config.json``).
+
+        Raises:
+            CordError: when there is no such file, when it is not JSON, and for values that are not supported.
+        """
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            path = Path(directory) / name
+            if path.is_file():
+                return cls._from_file(path)
+        raise CordError(f"{directory} has no preprocessor_config.json; copy it from the original checkpoint")
+
+    @classmethod
+    def _from_file(cls, path: Path) -> FeatureConfig:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CordError(f"{path} is not readable JSON ({error}); copy it from the original checkpoint") from error
+        if isinstance(content, dict):
+            content = content.get("feature_extractor", content)
+        if not isinstance(content, dict):
+            raise CordError(f"{path} holds no JSON object; copy it from the original checkpoint")
+        for key in ("dither", "do_normalize", "padding_value"):
+            if content.get(key):
+                raise CordError(f"{path}: {key} is {content[key]!r}, which is not supported; only 0 or false is")
+        rate = _positive_integer(content, "sampling_rate", 16000, path)
+        chunk_length = content.get("chunk_length", 30)
+        if not isinstance(chunk_length, (int, float)):
+            raise CordError(f"{path}: chunk_length is {chunk_length!r}; write the window's seconds as a number")
+        config = cls(
+            n_mels=_positive_integer(content, "feature_size", 80, path),
+            hop_length=_positive_integer(content, "hop_length", 160, path),
+            n_fft=_positive_integer(content, "n_fft", 400, path),
+            n_samples=_positive_integer(content, "n_samples", round(chunk_length * rate), path),
+            sampling_rate=rate,
+        )
+        if config.n_samples < max(config.hop_length, config.n_fft):
+            raise CordError(f"{path}: the window of {config.n_samples} samples is shorter than one frame; increase n_samples")
+        return config
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """One clip's features.
+
+    Attributes:
+        log_mel: float32 [n_mels, max_frames], on the waveform's device.
+        num_frames: how many of the frames are audio, the rest being padding.
+    """
+
+    log_mel: Tensor
+    num_frames: int
+
+
+def log_mel(waveform: np.ndarray | Tensor, config: FeatureConfig, *, sampling_rate: int, name: str = "audio") -> Features:
+    """Whisper's log-mel spectrogram of one clip, padded with silence to the encoder's window.
+
+    Args:
+        waveform: real [samples], mono, in [-1, 1].
+        config: of the checkpoint.
+        sampling_rate: of the waveform, in Hz.
+        name: the sample's id, for errors.
+
+    Returns:
+        Features within 1e-4 of ``WhisperFeatureExtractor(waveform, return_attention_mask=True)``.
+
+    Raises:
+        CordError: for another rate, more than one channel, no samples, NaN or infinite samples, and clips longer than the window.
+    """
+    audio = torch.as_tensor(waveform)
+    if sampling_rate != config.sampling_rate:
+        raise CordError(f"sample {name}: audio at {sampling_rate} Hz, the encoder hears {config.sampling_rate} Hz; resample it")
+    if audio.ndim != 1:
+        raise CordError(f"sample {name}: audio of shape {tuple(audio.shape)} is not mono; mix its channels down to [samples]")
+    if len(audio) == 0:
+        raise CordError(f"sample {name}: audio has no samples; remove it or record it again")
+    if len(audio) > config.n_samples:
+        seconds = len(audio) / config.sampling_rate
+        raise CordError(f"sample {name}: {seconds:.2f} s of audio, the encoder's window is {config.max_seconds:.2f} s; shorten or split it")
+    if not audio.is_floating_point():
+        raise CordError(f"sample {name}: audio is {audio.dtype}; convert it to float32 in [-1, 1]")
+    audio = audio.to(torch.float32)
+    if not bool(torch.isfinite(audio).all()):
+        raise CordError(f"sample {name}: audio holds NaN or infinite samples; remove it or record it again")
+    padded = torch.nn.functional.pad(audio, (0, config.n_samples - len(audio)))
+    window = torch.hann_window(config.n_fft, device=audio.device)
+    # The last frame is centred on the window's end; Whisper leaves it out.
+    spectrum = torch.stft(padded, config.n_fft, config.hop_length, window=window, return_complex=True)[:, : config.max_frames]
+    filters = mel_filters(config.n_mels, config.n_fft, config.sampling_rate).to(audio.device)
+    log_spectrum = (filters @ spectrum.abs().square()).clamp(min=_FLOOR).log10()
+    log_spectrum = torch.maximum(log_spectrum, log_spectrum.max() - _DYNAMIC_RANGE)
+    return Features((log_spectrum + 4.0) / 4.0, config.num_frames(len(audio)))
+
+
+@lru_cache(maxsize=8)
+def mel_filters(n_mels: int, n_fft: int, sampling_rate: int) -> Tensor:
+    """Slaney's triangular filters on Slaney's mel scale, each of unit area (Auditory Toolbox, 1998).
+
+    Returns:
+        float32 [n_mels, n_fft // 2 + 1].
+    """
+    frequencies = np.linspace(0.0, sampling_rate // 2, 1 + n_fft // 2)
+    corners = _mel_to_hertz(np.linspace(0.0, _hertz_to_mel(_MAX_FREQUENCY), n_mels + 2))
+    lower, centre, upper = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    rising = (frequencies - lower) / (centre - lower)
+    falling = (upper - frequencies) / (upper - centre)
+    triangles = np.clip(np.minimum(rising, falling), 0.0, None)
+    return torch.from_numpy((triangles * (2.0 / (upper - lower))).astype(np.float32))
+
+
+# Slaney's scale is linear up to 1 kHz (mel 15) and logarithmic above it: 27 mels for a factor of 6.4.
+_LINEAR_HERTZ = 200.0 / 3.0
+_BREAK_HERTZ, _BREAK_MEL = 1000.0, 15.0
+_LOG_STEP = math.log(6.4) / 27.0
+
+
+def _hertz_to_mel(hertz: float) -> float:
+    if hertz < _BREAK_HERTZ:
+        return hertz / _LINEAR_HERTZ
+    return _BREAK_MEL + math.log(hertz / _BREAK_HERTZ) / _LOG_STEP
+
+
+def _mel_to_hertz(mel: np.ndarray) -> np.ndarray:
+    return np.where(mel < _BREAK_MEL, mel * _LINEAR_HERTZ, _BREAK_HERTZ * np.exp(_LOG_STEP * (mel - _BREAK_MEL)))
+
+
+def _positive_integer(content: dict[str, Any], key: str, default: int, path: Path) -> int:
+    value = content.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value <= 0:
+        raise CordError(f"{path}: {key} is {value!r}; write a positive whole number")
+    return int(value)

@@ -1,0 +1,118 @@
+"""Features against transformers' WhisperFeatureExtractor, for Whisper's configuration and for the quickstart's odd one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import WhisperFeatureExtractor
+from transformers.audio_utils import mel_filter_bank
+
+from megatron_cord.data.features import FeatureConfig, log_mel, mel_filters
+from megatron_cord.errors import CordError
+
+CONFIGS = {
+    "whisper": FeatureConfig(),
+    "qwen2-audio": FeatureConfig(n_mels=128),
+    "quickstart": FeatureConfig(n_mels=64, hop_length=320, n_fft=400, n_samples=40960),
+    "window not a multiple of the hop": FeatureConfig(n_mels=40, hop_length=300, n_fft=512, n_samples=16000),
+}
+
+
+def extractor(config: FeatureConfig) -> WhisperFeatureExtractor:
+    reference = WhisperFeatureExtractor(
+        feature_size=config.n_mels, hop_length=config.hop_length, n_fft=config.n_fft, sampling_rate=config.sampling_rate, chunk_length=30
+    )
+    reference.n_samples = config.n_samples
+    reference.nb_max_frames = config.max_frames
+    return reference
+
+
+def recording(samples: int) -> np.ndarray:
+    generator = np.random.default_rng(samples)
+    tone = np.sin(np.arange(samples) * 0.05) * np.linspace(0.0, 0.7, samples)
+    return (tone + 0.05 * generator.standard_normal(samples)).astype(np.float32)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("samples", [1, 159, 160, 161, 319, 320, 321, 15999, 16000, 40960])
+def test_equal_to_transformers(config: FeatureConfig, samples: int) -> None:
+    """Would catch any difference in window, padding, mel scale, floor, scaling, and in the number of valid frames."""
+    samples = min(samples, config.n_samples)
+    waveform = recording(samples)
+    expected = extractor(config)(waveform, sampling_rate=16000, return_attention_mask=True, return_tensors="pt")
+    features = log_mel(waveform, config, sampling_rate=16000)
+    assert features.log_mel.shape == expected["input_features"][0].shape == (config.n_mels, config.max_frames)
+    assert features.log_mel.dtype == torch.float32
+    assert (features.log_mel - expected["input_features"][0]).abs().max() < 1e-4
+    assert features.num_frames == int(expected["attention_mask"].sum())
+
+
+@pytest.mark.parametrize(("n_mels", "n_fft"), [(80, 400), (128, 400), (64, 512)])
+def test_mel_filters(n_mels: int, n_fft: int) -> None:
+    """Would catch HTK's scale in place of Slaney's, and a missing normalisation."""
+    expected = mel_filter_bank(1 + n_fft // 2, n_mels, 0.0, 8000.0, 16000, norm="slaney", mel_scale="slaney").T
+    assert np.abs(mel_filters(n_mels, n_fft, 16000).numpy() - expected).max() < 1e-7
+
+
+@pytest.mark.parametrize("name", ["whisper", "qwen2-audio", "quickstart"])
+def test_configuration_is_read_from_a_checkpoint(name: str, tmp_path: Path) -> None:
+    """Would catch a key that transformers writes under another name."""
+    extractor(CONFIGS[name]).save_pretrained(tmp_path)
+    assert FeatureConfig.from_checkpoint(tmp_path) == CONFIGS[name]
+
+
+def test_fractional_chunk_length_and_processor_config(tmp_path: Path) -> None:
+    """Would catch a window of 2 s for 2.56 s, and checkpoints of newer transformers, which have one file for the processor."""
+    content = {"feature_extractor": {"feature_size": 64, "hop_length": 320, "chunk_length": 2.56}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(content))
+    assert FeatureConfig.from_checkpoint(tmp_path) == CONFIGS["quickstart"]
+
+
+@pytest.mark.parametrize(
+    ("waveform", "rate", "message"),
+    [
+        (np.zeros(40961, np.float32), 16000, "sample q7: 2.56 s of audio.*window is 2.56 s"),
+        (np.zeros(64000, np.float32), 16000, "4.00 s of audio.*2.56 s"),
+        (np.zeros(100, np.float32), 8000, "sample q7: audio at 8000 Hz.*16000"),
+        (np.zeros(0, np.float32), 16000, "no samples"),
+        (np.zeros((100, 2), np.float32), 16000, "not mono"),
+        (np.array([0.0, np.nan], np.float32), 16000, "NaN"),
+        (np.array([0.0, np.inf], np.float32), 16000, "NaN or infinite"),
+        (np.zeros(100, np.int16), 16000, "int16"),
+    ],
+)
+def test_bad_audio_is_named(waveform: np.ndarray, rate: int, message: str) -> None:
+    """Would catch silent truncation, NaN features, and errors that do not say which sample."""
+    with pytest.raises(CordError, match=message) as caught:
+        log_mel(waveform, CONFIGS["quickstart"], sampling_rate=rate, name="q7")
+    assert "sample q7" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not readable JSON"),
+        ("[]", "no JSON object"),
+        ('{"hop_length": 0}', "hop_length is 0"),
+        ('{"hop_length": "160"}', "hop_length is '160'"),
+        ('{"dither": 0.1}', "dither is 0.1"),
+        ('{"n_samples": 100}', "shorter than one frame"),
+        ('{"chunk_length": null}', "chunk_length is None"),
+    ],
+)
+def test_bad_configuration_is_named(text: str, message: str, tmp_path: Path) -> None:
+    """Would catch features that differ from the checkpoint's in silence."""
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(CordError, match=message) as caught:
+        FeatureConfig.from_checkpoint(tmp_path)
+    assert "preprocessor_config.json" in str(caught.value)
+
+
+def test_missing_configuration_is_named(tmp_path: Path) -> None:
+    """Would catch a fall-back to defaults that do not fit the model."""
+    with pytest.raises(CordError, match=r"no preprocessor_config\.json"):
+        FeatureConfig.from_checkpoint(tmp_path)
