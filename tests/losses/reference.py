@@ -1,0 +1,103 @@
+"""What the losses must equal: float64, one rank, whole softmaxes, autograd; and inputs that reach the corners."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """N tokens, H hidden, V' columns, padding included. Weights are the loss's coefficients of kl, entropy and student_logprob."""
+
+    student_hidden: Tensor  #: [N, H]
+    student_weight: Tensor  #: [V', H]
+    teacher_hidden: Tensor  #: [N, H]
+    teacher_weight: Tensor  #: [V', H]
+    target_ids: Tensor  #: int64 [N]
+    weights: Tensor  #: float64 [3, N]
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Student's and teacher's, [N, V'], rounded to the inputs' type."""
+        return self.student_hidden @ self.student_weight.T, self.teacher_hidden @ self.teacher_weight.T
+
+
+def make_inputs(
+    *, num_tokens: int, hidden: int, columns: int, vocab_size: int, dtype: torch.dtype, distance: float = 1.0, seed: int = 0
+) -> Inputs:
+    """Random inputs whose targets spread evenly over the vocabulary, first and last token included.
+
+    Args:
+        distance: of the teacher from the student, relative to their size; small makes a small divergence.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    student_hidden, student_weight = normal(num_tokens, hidden), normal(columns, hidden) * 2.0 / hidden**0.5
+    teacher_hidden = student_hidden + distance * normal(num_tokens, hidden)
+    teacher_weight = student_weight + distance * normal(columns, hidden) / hidden**0.5
+    return Inputs(
+        student_hidden.to(dtype),
+        student_weight.to(dtype),
+        teacher_hidden.to(dtype),
+        teacher_weight.to(dtype),
+        torch.linspace(0, vocab_size - 1, num_tokens).long(),
+        normal(3, num_tokens),
+    )
+
+
+def reference_stats(
+    student: Tensor, teacher: Tensor, target_ids: Tensor, *, kind: str, temperature: float = 1.0, vocab_size: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(kl, entropy, student_logprob, teacher_logprob), each [N], of logits [N, V']; differentiable; −inf logits allowed."""
+    log_p = torch.log_softmax(student.double()[:, :vocab_size] / temperature, dim=1)
+    log_q = torch.log_softmax(teacher.double()[:, :vocab_size] / temperature, dim=1)
+    divergence = _sum_of(log_p, log_p, log_q) if kind == "reverse_kl" else _sum_of(log_q, log_q, log_p)
+    entropy = -_sum_of(log_p, log_p, torch.zeros_like(log_p))
+    target = target_ids[:, None]
+    return divergence, entropy, log_p.gather(1, target)[:, 0], log_q.gather(1, target)[:, 0]
+
+
+def reference_logits_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    target_ids: Tensor,
+    weights: Tensor,
+    *,
+    kind: str,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(stats, ∂student [N, V']) of the loss Σ weights · (kl, entropy, student_logprob), weights float64 [3, N]."""
+    student = student.detach().double().requires_grad_()
+    stats = reference_stats(student, teacher, target_ids, kind=kind, temperature=temperature, vocab_size=vocab_size)
+    (gradient,) = torch.autograd.grad((torch.stack(stats[:3]) * weights).sum(), student)
+    return tuple(stat.detach() for stat in stats), gradient
+
+
+def reference_hidden_gradients(
+    inputs: Inputs, *, kind: str, temperature: float = 1.0, vocab_size: int | None = None
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """(stats, ∂student_hidden [N, H], ∂student_weight [V', H]) of the same loss, logits in float64 from the rounded inputs."""
+    hidden, weight = inputs.student_hidden.double(), inputs.student_weight.double()
+    teacher = inputs.teacher_hidden.double() @ inputs.teacher_weight.double().T
+    stats, gradient = reference_logits_gradient(
+        hidden @ weight.T, teacher, inputs.target_ids, inputs.weights, kind=kind, temperature=temperature, vocab_size=vocab_size
+    )
+    return stats, gradient @ weight, gradient.T @ hidden
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def _sum_of(log_weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Σ e^log_weight (first − second) over columns, entries without weight counting nothing."""
+    none = log_weight == -torch.inf
+    difference = first.masked_fill(none, 0.0) - second.masked_fill(none, 0.0)
+    return (log_weight.exp() * difference).sum(1)
