@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +28,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_loads_without_a_complaint(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches names or shapes that transformers would silently replace by random weights."""
     with caplog.at_level(logging.WARNING):
-        model, report = Qwen2AudioForConditionalGeneration.from_pretrained(directory, output_loading_info=True)
+        loaded: Any = Qwen2AudioForConditionalGeneration.from_pretrained(directory, output_loading_info=True)
         processor, tokenizer = AutoProcessor.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    model, report = loaded
     assert not any(report.values()) and not caplog.records
     assert 0.8e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.1e6
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -59,7 +61,8 @@ def test_same_seed_same_file(directory: Path, tmp_path: Path) -> None:
 
 def test_processor_prompts_and_generates(directory: Path) -> None:
     """Catches a chat template or an extractor that Qwen2-Audio's own processor cannot use, and a window that misfits the encoder."""
-    model, processor = Qwen2AudioForConditionalGeneration.from_pretrained(directory), AutoProcessor.from_pretrained(directory)
+    processor: Any = AutoProcessor.from_pretrained(directory)
+    model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(directory)
     turns = [{"role": "user", "content": [{"type": "audio", "audio_url": "clip"}]}]
     text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     clip = np.random.default_rng(0).normal(size=16000).astype(np.float32)

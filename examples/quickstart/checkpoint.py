@@ -96,7 +96,8 @@ def create_checkpoint(directory: str | Path, config: TinyModelConfig, vocabulary
 def save_checkpoint(directory: str | Path, model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor) -> None:
     """Writes model and processor under the tensor names of the published Qwen2-Audio files.
 
-    ``save_pretrained`` of transformers 5.12 writes ``language_model.model.model.*``, which it reads again but inference servers do not.
+    For a model that was not loaded from a file, ``save_pretrained`` of transformers 5.12 writes ``language_model.model.model.*``,
+    which it reads again, but inference servers do not.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,150 @@
+"""The local engine: transformers' model of the same checkpoint in this process.
+
+It takes weights through the same stream of named tensors as a server would, so that conversion and exchange are exercised at every
+step even on a laptop. Simplification: requests are answered batch by batch, not continuously.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import Qwen2AudioForConditionalGeneration
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.errors import CordError
+from megatron_cord.rollout.decoding import Response, TokenRules, sample_batch
+from megatron_cord.rollout.types import GenerationRequest, Rollout, VersionSpan
+
+
+@dataclass(frozen=True)
+class LocalEngineConfig:
+    """How the local engine runs."""
+
+    max_batch_size: int = 64  # responses generated together
+    device: str = "cpu"  # a torch device
+
+    def __post_init__(self) -> None:
+        if self.max_batch_size < 1:
+            raise CordError(f"max_batch_size is {self.max_batch_size}; it must be at least 1")
+
+
+class LocalEngine:
+    """A ``RolloutEngine`` on transformers' Qwen2AudioForConditionalGeneration.
+
+    Attributes:
+        weight_version: of the weights it generates with; 0 are the checkpoint's.
+        prompts: the checkpoint's prompt builder.
+
+    Raises:
+        CordError: a directory without a Qwen2-Audio checkpoint.
+    """
+
+    def __init__(self, checkpoint_dir: str | Path, config: LocalEngineConfig | None = None) -> None:
+        self._config = config or LocalEngineConfig()
+        self.prompts = PromptBuilder(checkpoint_dir)
+        self._rules = TokenRules(self.prompts.eos_ids, self.prompts.special_ids, self.prompts.pad_id)
+        try:
+            model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint_dir, dtype="auto")
+        except (OSError, ValueError) as error:
+            first_line = str(error).splitlines()[0]
+            raise CordError(f"{checkpoint_dir}: cannot load the weights ({first_line}); give a Qwen2-Audio checkpoint") from error
+        self._model: Any = model.to(self._config.device).eval()
+        self._parameters = _parameters_by_published_name(model, Path(checkpoint_dir))
+        self.weight_version = 0
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Rollout]:
+        """One rollout a request, in the requests' order; depends on the request and the weights, not on its neighbours.
+
+        Raises:
+            CordError: a prompt with ids outside the vocabulary, or placeholders that do not match its clips.
+        """
+        for request in requests:
+            self._check(request)
+        # Audio apart from text, as it takes the encoder; of like length together, as padding costs time.
+        order = sorted(range(len(requests)), key=lambda i: (bool(requests[i].prompt.clips), len(requests[i].prompt.token_ids)))
+        rollouts: dict[int, Rollout] = {}
+        for has_audio in (False, True):
+            group = [i for i in order if bool(requests[i].prompt.clips) == has_audio]
+            for start in range(0, len(group), self._config.max_batch_size):
+                batch = group[start : start + self._config.max_batch_size]
+                responses = sample_batch(self._loaded(), [requests[i] for i in batch], self._rules)
+                rollouts.update({i: self._rollout(requests[i], response) for i, response in zip(batch, responses, strict=True)})
+        return [rollouts[i] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copies tensors in place, under the names of the checkpoint's own files; the rest keeps its values.
+
+        Raises:
+            CordError: an unknown name or another shape. Earlier tensors of the stream are then already in place, and the version is
+                the old one: update again or discard the engine.
+        """
+        self._loaded()
+        for name, tensor in tensors:
+            parameter = self._parameters.get(name)
+            if parameter is None:
+                nearest = ", ".join(difflib.get_close_matches(name, self._parameters, n=3)) or "none"
+                raise CordError(f"weight update: the model has no tensor {name!r}; nearest: {nearest}")
+            if parameter.shape != tensor.shape:
+                raise CordError(f"weight update: {name} has shape {list(tensor.shape)}, the model wants {list(parameter.shape)}")
+            parameter.copy_(tensor)
+        self.weight_version = version
+
+    def close(self) -> None:
+        """Frees the model; safe to call twice."""
+        self._model = None
+        self._parameters = {}
+
+    def _loaded(self) -> Any:
+        if self._model is None:
+            raise RuntimeError("the engine is closed")
+        return self._model
+
+    def _check(self, request: GenerationRequest) -> None:
+        prompt = request.prompt
+        if request.max_new_tokens < 1:
+            raise CordError(f"sample {prompt.sample_id}: max_new_tokens is {request.max_new_tokens}; ask for at least one token")
+        if request.temperature < 0:
+            raise CordError(f"sample {prompt.sample_id}: the temperature is {request.temperature}; it must not be negative")
+        if not prompt.token_ids or not all(0 <= token < self.prompts.vocab_size for token in prompt.token_ids):
+            raise CordError(f"sample {prompt.sample_id}: the prompt is empty or has ids outside 0..{self.prompts.vocab_size - 1}")
+        placeholders, features = prompt.token_ids.count(self.prompts.audio_token_id), sum(clip.num_tokens for clip in prompt.clips)
+        if placeholders != features:
+            raise CordError(
+                f"sample {prompt.sample_id}: {placeholders} audio placeholders for {features} audio features; rebuild the prompt"
+            )
+
+    def _rollout(self, request: GenerationRequest, response: Response) -> Rollout:
+        return Rollout(
+            prompt_id=request.prompt.sample_id,
+            token_ids=response.token_ids,
+            logprobs=response.logprobs,
+            finish_reason=response.finish_reason,
+            versions=(VersionSpan(0, len(response.token_ids), self.weight_version),),
+            text=self.prompts.decode(response.token_ids),
+        )
+
+
+def _parameters_by_published_name(model: Qwen2AudioForConditionalGeneration, directory: Path) -> dict[str, Tensor]:
+    """The model's tensors under the names of the checkpoint's safetensors files, which are not the module's own."""
+    modules = model.state_dict()
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    parameters: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            names: list[str] = tensors.keys()
+            for name in names:
+                module_name, _ = rename_source_key(name, renamings, [], model.base_model_prefix, modules)
+                if module_name not in modules:
+                    raise CordError(f"{file}: tensor {name} has no place in transformers' model; weights could not be exchanged")
+                parameters[name] = modules[module_name]
+    return parameters
