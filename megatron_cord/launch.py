@@ -26,7 +26,7 @@ EXPECTED = (cli.USER_ERROR, cli.INTERRUPTED, -signal.SIGTERM)
 
 
 def main() -> int:
-    """Runs the ranks and returns 0, or the status of the first rank that failed. Raises CordError when the port is taken."""
+    """Runs the ranks and returns 0, or the status of a rank that crashed, else of the first that failed. Raises CordError when the port is taken."""
     arguments = torchrun.parse_args(sys.argv[1:])
     if not torch.cuda.is_available():
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores collapse; torchrun would set it with a banner
@@ -36,9 +36,10 @@ def main() -> int:
     try:
         torchrun.run(arguments)
     except ChildFailedError as error:
-        if any(failure.exitcode not in EXPECTED for failure in error.failures.values()):
+        crashes = [failure.exitcode for failure in error.failures.values() if failure.exitcode not in EXPECTED]
+        if crashes:
             print(error, file=sys.stderr)
-        status = error.get_first_failure()[1].exitcode
+        status = crashes[0] if crashes else error.get_first_failure()[1].exitcode
         return status if status > 0 else 128 - status
     except SignalException as error:
         return 128 + error.sigval
