@@ -1,0 +1,306 @@
+"""The divergence on one rank: exact gradients, extreme logits, small divergences, memory, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_cord.errors import CordError
+from megatron_cord.losses import TokenStats, divergence_from_hidden, divergence_from_logits
+from tests.losses.reference import make_inputs, reference_hidden_gradients, reference_logits_gradient, relative_error
+
+KINDS = ["reverse_kl", "forward_kl"]
+INFINITY = math.inf
+
+
+def weighted(stats: TokenStats, weights: Tensor) -> Tensor:
+    """The loss Σ weights · (kl, entropy, student_logprob) with weights [3, N]."""
+    return (torch.stack([stats.kl, stats.entropy, stats.student_logprob]) * weights).sum()
+
+
+def check_against_reference(student: Tensor, teacher: Tensor, *, kind: str, temperature: float = 1.0, tolerance: float) -> None:
+    """Values and gradients of logits [N, V], both relative to the largest of their kind."""
+    num_tokens, columns = student.shape
+    target_ids = torch.arange(num_tokens) % columns
+    weights = torch.randn(3, num_tokens, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    leaf = student.clone().requires_grad_()
+    stats = divergence_from_logits(leaf, teacher, target_ids, kind=kind, temperature=temperature)
+    weighted(stats, weights).backward()
+    expected, gradient = reference_logits_gradient(student, teacher, target_ids, weights, kind=kind, temperature=temperature)
+    for actual, value in zip((stats.kl, stats.entropy, stats.student_logprob, stats.teacher_logprob), expected, strict=True):
+        torch.testing.assert_close(actual.detach().double(), value, rtol=tolerance, atol=tolerance)
+    assert leaf.grad is not None
+    assert relative_error(leaf.grad, gradient) < tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocab_size", [None, 7])
+def test_gradcheck_of_all_outputs_together(kind: str, vocab_size: int | None) -> None:
+    """Catches a term missing in the closed gradient formula of divergence, entropy and log-probability, from logits and from hidden states."""
+    inputs = make_inputs(num_tokens=5, hidden=3, columns=9, vocab_size=7, dtype=torch.float64)
+    options: dict[str, Any] = {"kind": kind, "temperature": 0.7, "vocab_size": vocab_size}
+
+    def from_logits(student: Tensor) -> tuple[Tensor, ...]:
+        stats = divergence_from_logits(student, inputs.logits()[1], inputs.target_ids, **options)
+        return stats.kl, stats.entropy, stats.student_logprob
+
+    def from_hidden(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        stats = divergence_from_hidden(
+            hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids, chunk_tokens=2, **options
+        )
+        return stats.kl, stats.entropy, stats.student_logprob
+
+    torch.autograd.gradcheck(from_logits, inputs.logits()[0].requires_grad_())
+    torch.autograd.gradcheck(from_hidden, (inputs.student_hidden.clone().requires_grad_(), inputs.student_weight.clone().requires_grad_()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0, 4.0])
+def test_temperatures(kind: str, temperature: float) -> None:
+    """Catches a temperature that is applied twice, to one side only, or left out of the gradient."""
+    inputs = make_inputs(num_tokens=6, hidden=8, columns=30, vocab_size=30, dtype=torch.float64)
+    check_against_reference(*inputs.logits(), kind=kind, temperature=temperature, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("offsets", [(1e4, -1e4), (-1e4, 1e4), (1e4, 1e4)])
+def test_float32_logits_far_from_zero(offsets: tuple[float, float], temperature: float, kind: str) -> None:
+    """Catches a log-sum-exp folded into one number, or a division by the temperature before the maximum is gone: both lose digits at 1e4."""
+    inputs = make_inputs(num_tokens=6, hidden=8, columns=300, vocab_size=300, dtype=torch.float32)
+    student, teacher = inputs.logits()
+    check_against_reference(student + offsets[0], teacher + offsets[1], kind=kind, temperature=temperature, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_logits_of_large_scale(kind: str) -> None:
+    """Catches overflow: logits of scale 1e4, whose divergence is of that size too."""
+    inputs = make_inputs(num_tokens=6, hidden=8, columns=300, vocab_size=300, dtype=torch.float32)
+    student, teacher = inputs.logits()
+    check_against_reference(student * 1e4, teacher * 1e4, kind=kind, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("same_place", [True, False])
+def test_spikes(kind: str, same_place: bool) -> None:
+    """Catches NaN from 0 · log 0 where one token has all the probability."""
+    student, teacher = torch.zeros(4, 50), torch.zeros(4, 50)
+    student[:, 3] = 1e4
+    teacher[:, 3 if same_place else 7] = 1e4
+    check_against_reference(student, teacher, kind=kind, tolerance=1e-5)
+
+
+def test_equal_rows() -> None:
+    """Catches a wrong constant: flat logits have entropy log V, divergence 0 and log-probability −log V."""
+    logits = torch.full((3, 64), 5.0)
+    stats = divergence_from_logits(logits, logits - 8.0, torch.tensor([0, 5, 63]))
+    torch.testing.assert_close(stats.entropy, torch.full((3,), math.log(64)))
+    torch.testing.assert_close(stats.student_logprob, torch.full((3,), -math.log(64)))
+    assert stats.kl.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_teacher_equal_to_student(kind: str) -> None:
+    """Catches cancellation where distillation ends: |divergence| < 1e-6 in float32, gradient nearly 0."""
+    inputs = make_inputs(num_tokens=16, hidden=8, columns=500, vocab_size=500, dtype=torch.float32)
+    hidden, weight = inputs.student_hidden.clone().requires_grad_(), inputs.student_weight.clone().requires_grad_()
+    stats = divergence_from_hidden(hidden, weight, hidden, weight, inputs.target_ids, kind=kind)
+    stats.kl.sum().backward()
+    assert stats.kl.abs().max() < 1e-6
+    assert hidden.grad is not None and hidden.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_minus_infinity_in_both_counts_for_nothing(kind: str) -> None:
+    """Catches inf − inf: a token forbidden in both distributions must leave values and gradients finite and right."""
+    inputs = make_inputs(num_tokens=4, hidden=8, columns=30, vocab_size=30, dtype=torch.float64)
+    student, teacher = (logits.clone() for logits in inputs.logits())
+    student[:, 20:25] = teacher[:, 20:25] = -INFINITY
+    check_against_reference(student, teacher, kind=kind, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("student_logit", [0.0, -1e5])
+def test_infinite_divergence(kind: str, student_logit: float) -> None:
+    """Catches a finite wrong number where the divisor is 0 and the other is not (even if it underflows), and a gradient that poisons its batch.
+
+    A row whose divergence is not used (weight 0) has the exact gradient of the other terms.
+    """
+    numerator, divisor = torch.randn(2, 40, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 40)
+    numerator[1, 8], divisor[1, 8] = student_logit, -INFINITY
+    student, teacher = (numerator, divisor) if kind == "reverse_kl" else (divisor, numerator)
+    student.requires_grad_()
+    stats = divergence_from_logits(student, teacher, torch.tensor([1, 2]), kind=kind)
+    assert stats.kl[0].isfinite() and stats.kl[1] == INFINITY
+    weights = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    kept = torch.where(weights[0] == 0, 0.0, stats.kl)  # 0 · inf is NaN already in the loss
+    (kept.sum() + (torch.stack([stats.entropy, stats.student_logprob]) * weights[1:]).sum()).backward()
+    # The reference of the second row leaves the infinite term out by comparing the student with itself.
+    second = reference_logits_gradient(student, student.detach(), torch.tensor([1, 2]), weights, kind=kind)[1][1]
+    assert student.grad is not None and student.grad.isfinite().all()
+    assert relative_error(student.grad[1], second) < 1e-5
+
+
+def test_small_divergence_from_bfloat16_hidden_states() -> None:
+    """Catches logits rounded to bfloat16 on the way: at a true KL of 4e-4 they spoil the hidden gradient by tens of percent, fp32 logits do not."""
+    inputs = make_inputs(num_tokens=32, hidden=256, columns=4096, vocab_size=4096, dtype=torch.bfloat16, distance=0.0125)
+    only_divergence = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)[:, None].expand(3, 32)
+    (true_kl, *_), hidden_gradient, weight_gradient = reference_hidden_gradients(
+        dataclasses.replace(inputs, weights=only_divergence), kind="reverse_kl"
+    )
+    assert 3e-4 < true_kl.mean() < 5e-4
+
+    hidden, weight = inputs.student_hidden.clone().requires_grad_(), inputs.student_weight.clone().requires_grad_()
+    stats = divergence_from_hidden(hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids)
+    stats.kl.sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert relative_error(stats.kl.detach(), true_kl) < 5e-3
+    assert relative_error(hidden.grad, hidden_gradient) < 1e-2
+    assert relative_error(weight.grad, weight_gradient) < 1e-2
+
+    logits = (inputs.student_hidden @ inputs.student_weight.T).requires_grad_()
+    divergence_from_logits(logits, inputs.logits()[1], inputs.target_ids).kl.sum().backward()
+    assert logits.grad is not None
+    assert relative_error(logits.grad @ inputs.student_weight, hidden_gradient) > 1e-1  # the test can tell the two apart
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+def test_logits_exist_for_a_chunk_at_a_time() -> None:
+    """Catches [N, V] logits that are stored whole, forward or backward."""
+    inputs = make_inputs(num_tokens=64, hidden=4, columns=100, vocab_size=100, dtype=torch.float32)
+    hidden, weight = inputs.student_hidden.requires_grad_(), inputs.student_weight.requires_grad_()
+    with LargestTensor() as largest:
+        stats = divergence_from_hidden(hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids, chunk_tokens=8)
+        stats.kl.sum().backward()
+    assert largest.elements == 8 * 100
+
+
+def test_chunks_make_no_difference() -> None:
+    """Catches rows lost or counted twice at the seams of chunks."""
+    inputs = make_inputs(num_tokens=7, hidden=4, columns=20, vocab_size=20, dtype=torch.float64)
+    outcomes = []
+    for chunk in (1, 3, 7, 100, None):
+        hidden, weight = inputs.student_hidden.clone().requires_grad_(), inputs.student_weight.clone().requires_grad_()
+        stats = divergence_from_hidden(hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids, chunk_tokens=chunk)
+        weighted(stats, inputs.weights).backward()
+        assert hidden.grad is not None and weight.grad is not None
+        outcomes.append((stats.kl.detach(), hidden.grad, weight.grad))
+    for outcome in outcomes[1:]:
+        torch.testing.assert_close(outcome, outcomes[0], rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_reaches_the_student_alone() -> None:
+    """Catches a teacher that learns, also where it shares the student's weight, and a frozen output layer that gets a gradient anyway."""
+    inputs = make_inputs(num_tokens=5, hidden=4, columns=20, vocab_size=20, dtype=torch.float64)
+    student, teacher = (logits.clone().requires_grad_() for logits in inputs.logits())
+    stats = divergence_from_logits(student, teacher, inputs.target_ids)
+    assert not stats.teacher_logprob.requires_grad
+    stats.kl.sum().backward()
+    assert student.grad is not None and teacher.grad is None
+
+    hidden, teacher_hidden, weight = (tensor.clone() for tensor in (inputs.student_hidden, inputs.teacher_hidden, inputs.student_weight))
+    hidden.requires_grad_()
+    teacher_hidden.requires_grad_()
+    divergence_from_hidden(hidden, weight, teacher_hidden, weight, inputs.target_ids).kl.sum().backward()
+    assert hidden.grad is not None and teacher_hidden.grad is None and weight.grad is None
+
+
+def test_logits_that_are_views() -> None:
+    """Catches an assumption that inputs are contiguous or do not overlap: transposed student, expanded teacher."""
+    student = torch.randn(20, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).T
+    check_against_reference(student, torch.arange(20.0, dtype=torch.float64).expand(5, 20), kind="reverse_kl", tolerance=1e-10)
+
+
+def test_logits_of_different_types() -> None:
+    """Catches statistics in a lower type than float32, and a gradient in another type than its logits."""
+    student = torch.randn(4, 20, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).requires_grad_()
+    teacher = torch.zeros(4, 20, dtype=torch.float16)
+    stats = divergence_from_logits(student, teacher, torch.arange(4))
+    stats.kl.sum().backward()
+    expected = reference_logits_gradient(student, teacher, torch.arange(4), torch.zeros(3, 4), kind="reverse_kl")[0][0]
+    assert stats.kl.dtype == torch.float32
+    torch.testing.assert_close(stats.kl.detach().double(), expected, rtol=1e-5, atol=1e-5)
+    assert student.grad is not None and student.grad.dtype == torch.bfloat16
+
+
+def arguments() -> dict[str, Any]:
+    """Valid arguments of ``divergence_from_hidden``, for 3 tokens."""
+    return {
+        "student_hidden": torch.ones(3, 4),
+        "student_weight": torch.ones(8, 4),
+        "teacher_hidden": torch.ones(3, 2),
+        "teacher_weight": torch.ones(8, 2),
+        "target_ids": torch.tensor([0, 1, 2]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student_hidden": torch.ones(3, 1, 4)}, r"student_hidden must have 2 dimensions, but has shape \[3, 1, 4\]"),
+        ({"teacher_hidden": torch.ones(4, 2)}, "student_hidden has 3 tokens, but teacher_hidden 4"),
+        ({"teacher_weight": torch.ones(9, 2)}, "student_weight has 8 rows, but teacher_weight 9"),
+        ({"student_weight": torch.ones(8, 5)}, "student_hidden has width 4, but student_weight 5"),
+        ({"teacher_weight": torch.ones(8, 2).bfloat16()}, "teacher_hidden is torch.float32, but teacher_weight torch.bfloat16"),
+        ({"student_weight": torch.ones(8, 4).int()}, "student_weight must be floating point, but is torch.int32"),
+        ({"teacher_hidden": torch.ones(3, 2, device="meta")}, "teacher_hidden is on meta, but target_ids is on cpu"),
+        ({"target_ids": torch.tensor([0, 1])}, r"target_ids must have shape \[3\].* has \[2\]"),
+        ({"target_ids": torch.tensor([0, 1, 2]).int()}, "target_ids must be int64, but is torch.int32"),
+        ({"target_ids": torch.tensor([0, 8, 9])}, r"target_ids\[1\] is 8, outside the vocabulary \[0, 8\)"),
+        ({"target_ids": torch.tensor([0, 0, -100])}, r"target_ids\[2\] is -100"),
+        ({"vocab_size": 2}, r"target_ids\[2\] is 2, outside the vocabulary \[0, 2\)"),
+        ({"vocab_size": 9}, r"vocab_size must lie in \[1, 8\].* is 9"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, but is 0.0"),
+        ({"temperature": math.nan}, "temperature must be positive and finite, but is nan"),
+        ({"kind": "reverse"}, "kind 'reverse' is unknown; choose one of reverse_kl, forward_kl"),
+        ({"implementation": "fast"}, "implementation 'fast' is unknown; choose one of auto, recompute"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be at least 1"),
+        ({"student_hidden": torch.tensor([[1.0] * 4, [1.0] * 4, [math.nan] * 4])}, "the student's logits of token 2 are NaN or"),
+        ({"teacher_hidden": torch.tensor([[1.0] * 2, [math.inf] * 2, [1.0] * 2])}, "the teacher's logits of token 1 are NaN or"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    """Catches a silent wrong number, or a torch error that does not say which argument or token is at fault."""
+    divergence_from_hidden(**arguments())
+    with pytest.raises(CordError, match=message):
+        divergence_from_hidden(**{**arguments(), **change})
+
+
+def test_bad_logits_are_named() -> None:
+    """Catches logits of two shapes, and a row that is no distribution."""
+    logits = torch.zeros(2, 6)
+    with pytest.raises(CordError, match=r"student_logits \[2, 6\] and teacher_logits \[2, 5\] must have the same shape"):
+        divergence_from_logits(logits, logits[:, :5], torch.tensor([0, 1]))
+    empty = logits.clone()
+    empty[1] = -INFINITY
+    with pytest.raises(CordError, match="the teacher's logits of token 1 are −inf everywhere"):
+        divergence_from_logits(logits, empty, torch.tensor([0, 1]))
+
+
+def test_nan_can_be_let_through() -> None:
+    """Catches NaN that leaks into other tokens, or is hidden as a number, when the caller wants to skip the step himself."""
+    student = torch.zeros(3, 6)
+    student[1, 2] = math.nan
+    stats = divergence_from_logits(student, torch.zeros(3, 6), torch.tensor([0, 1, 2]), check_finite=False)
+    for stat in (stats.kl, stats.entropy, stats.student_logprob):
+        assert stat.isnan().tolist() == [False, True, False]
