@@ -1,0 +1,52 @@
+# Everything a newcomer needs: each target creates the environment in .venv first, and does so once. No system package is needed.
+#
+#   PYTHON          the interpreter to create .venv with, 3.11 or later
+#   TORCH           what pip shall install as torch instead of the CPU build it finds: a version, or the path or address of a wheel
+#   PIP_INDEX_ARGS  options for every pip install, such as --index-url for a mirror
+PYTHON ?= python3
+TORCH ?=
+PIP_INDEX_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CODE := $(wildcard setup.py megatron_cord tests tools examples benchmarks)
+# Two cores often run two ranks: one thread a process, or they fight for them.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup quickstart test test-full lint format typecheck clean help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## create .venv and install everything into it; does nothing when that is done
+
+$(STAMP): setup.py pyproject.toml tools/install.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python tools/install.py --torch '$(TORCH)' --pip-args '$(PIP_INDEX_ARGS)'
+	@touch $@
+
+quickstart: $(STAMP) ## train a small model on this machine until it answers spoken questions; ends with a report
+	$(BIN)/python -m examples.quickstart.run
+
+test: lint typecheck ## lint, types and the tests that take minutes
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-full: lint typecheck ## all tests, slow ones included
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## repair what can be repaired
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(STAMP) ## static types
+	$(BIN)/mypy $(CODE)
+
+clean: ## remove the environment and the caches, not runs/
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

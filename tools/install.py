@@ -1,0 +1,112 @@
+"""Fills the environment it runs in for a machine without CUDA: the CPU build of torch first, then the project with its tools.
+
+``make setup`` calls it. PyPI's torch for Linux brings gigabytes of CUDA libraries; the CPU build has a version of its own (``+cpu``),
+which PyTorch's own index and many mirrors offer. This file needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+CUDA_PACKAGE = re.compile(r"^(nvidia|cuda)-")
+ADVICE = (
+    "set PIP_INDEX_ARGS='--extra-index-url ADDRESS' to an index with CPU builds, or TORCH to the path or address of a CPU wheel "
+    "(make setup TORCH=…)"
+)
+EXTRAS = "dev,speech"
+
+
+def main() -> None:
+    """Installs everything, or ends with one line on what to set."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch", default="", help="requirement, path or address to install as torch; default: the CPU build")
+    parser.add_argument("--pip-args", default="", help="options for every pip install, in one text")
+    given = parser.parse_args()
+    options = shlex.split(given.pip_args)
+    version = pinned_torch(Path("setup.py").read_text(encoding="utf-8"))
+    if not pip([*options, "--upgrade", "pip>=24.1"]):  # older ones download whole wheels to look at their metadata
+        sys.exit("error: pip cannot reach a package index; see its message above, and PIP_INDEX_ARGS in the Makefile")
+    if not torch_is_there(version):
+        install_torch(given.torch, version, options)
+    print("installing the project …", flush=True)
+    if not pip([*options, "-e", f".[{EXTRAS}]"]):
+        sys.exit("error: installing the project failed; pip's own message is above")
+    pulled = sorted(
+        {name for dist in importlib.metadata.distributions() if CUDA_PACKAGE.match(name := (dist.metadata["Name"] or "").lower())}
+    )
+    if pulled:
+        sys.exit(f"error: CUDA packages were installed: {', '.join(pulled)}; run make clean and {ADVICE}")
+
+
+def pinned_torch(setup: str) -> str:
+    """The version of torch that setup.py pins."""
+    match = re.search(r'"torch==([0-9.]+)"', setup)
+    if match is None:
+        sys.exit("error: setup.py pins no torch")
+    return match[1]
+
+
+def torch_is_there(version: str) -> bool:
+    """Whether a torch of this version is installed already, of any build."""
+    try:
+        return importlib.metadata.version("torch").partition("+")[0] == version
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def install_torch(wanted: str, version: str, options: list[str]) -> None:
+    """Installs ``wanted``, else the CPU build of ``version``, else whatever pip offers under that version if it is free of CUDA."""
+    if wanted:
+        if not pip([*options, wanted]):
+            sys.exit(f"error: pip cannot install {wanted}, which TORCH names")
+        return
+    print(f"installing the CPU build of torch {version} …", flush=True)
+    # The index is asked first, because pip tries an unreachable one again and again.
+    index = ["--extra-index-url", CPU_INDEX] if sys.platform == "linux" and reachable(CPU_INDEX) else []
+    if sys.platform == "linux" and pip([*options, *index, f"torch=={version}+cpu"]):
+        return
+    print("no build named so; looking at what pip offers under that version …", flush=True)
+    plain = f"torch=={version}"
+    pulled = [name for name in would_install(plain, options) if CUDA_PACKAGE.match(name)]
+    if pulled:
+        sys.exit(f"error: pip finds no CPU build of {plain}, only one that pulls CUDA ({pulled[0]}, …); {ADVICE}")
+    if not pip([*options, plain]):
+        sys.exit(f"error: pip cannot install {plain}; {ADVICE}")
+
+
+def reachable(address: str) -> bool:
+    """Whether the host answers within three seconds."""
+    try:
+        with urllib.request.urlopen(f"{address}/torch/", timeout=3):
+            return True
+    except OSError:
+        return False
+
+
+def would_install(requirement: str, options: list[str]) -> list[str]:
+    """The names of the packages that pip would install for a requirement; [] when it finds none."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        if not pip([*options, "--dry-run", "--report", str(report), requirement]):
+            return []
+        return [item["metadata"]["name"].lower() for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
+
+
+def pip(arguments: list[str]) -> bool:
+    """Runs ``pip install``; whether it succeeded."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, check=False).returncode == 0
+
+
+if __name__ == "__main__":
+    main()
