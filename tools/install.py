@@ -103,8 +103,8 @@ def would_install(requirement: str, options: list[str]) -> list[str]:
 
 
 def pip(arguments: list[str]) -> bool:
-    """Runs ``pip install``; whether it succeeded."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    """Runs ``pip install``, which prints errors alone; whether it succeeded."""
+    command = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *arguments]
     return subprocess.run(command, check=False).returncode == 0
 
 
