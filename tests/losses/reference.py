@@ -97,7 +97,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _sum_of(log_weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Σ e^log_weight (first − second) over columns, entries without weight counting nothing."""
+    """Σ e^log_weight (first − second) over columns: no weight counts 0; any weight, even one that underflows, where second is −inf counts +inf."""
     none = log_weight == -torch.inf
     difference = first.masked_fill(none, 0.0) - second.masked_fill(none, 0.0)
-    return (log_weight.exp() * difference).sum(1)
+    return (log_weight.exp() * difference).masked_fill(difference == torch.inf, torch.inf).sum(1)
