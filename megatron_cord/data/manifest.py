@@ -1,0 +1,91 @@
+"""What a directory of shards holds. The manifest is written last: a directory with one is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_cord.errors import CordError
+
+MANIFEST_NAME = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard.
+
+    Attributes:
+        name: file name inside the directory.
+        samples: how many it holds.
+        bytes: its size.
+        sha256: of the whole file, in hexadecimal digits.
+    """
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All shards.
+
+    Attributes:
+        shards: in the order of the samples.
+        voices: how many samples each voice speaks; samples without a voice are left out.
+        seconds: of audio, altogether.
+        source: the arguments that the shards were made with, as JSON values.
+    """
+
+    shards: tuple[ShardEntry, ...]
+    voices: Mapping[str, int]
+    seconds: float
+    source: Mapping[str, Any]
+
+    @property
+    def samples(self) -> int:
+        """Of all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    def write(self, directory: Path) -> None:
+        """Writes ``manifest.json`` under a temporary name and renames it, so that it is complete or absent."""
+        content = {"format": _FORMAT, "samples": self.samples, **asdict(self)}
+        temporary = directory / f".{MANIFEST_NAME}.partial"
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(directory / MANIFEST_NAME)
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Reads ``manifest.json``.
+
+        Raises:
+            CordError: when it is missing or not a manifest.
+        """
+        path = directory / MANIFEST_NAME
+        if not path.is_file():
+            raise CordError(f"{directory} has no {MANIFEST_NAME}: the shards are incomplete or absent; make them with tools/synthesize.py")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != _FORMAT:
+                raise ValueError(f"format {content['format']!r}, expected {_FORMAT}")
+            return cls(
+                shards=tuple(
+                    ShardEntry(str(entry["name"]), int(entry["samples"]), int(entry["bytes"]), str(entry["sha256"]))
+                    for entry in content["shards"]
+                ),
+                voices=dict(content["voices"]),
+                seconds=float(content["seconds"]),
+                source=dict(content["source"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            raise CordError(f"{path} is not a manifest of shards ({reason}); delete the directory and make the shards again") from error

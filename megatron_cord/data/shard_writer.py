@@ -1,0 +1,117 @@
+"""Writes webdataset shards: tar files with ``{id}.json`` and ``{id}.wav`` for each sample.
+
+The JSON holds id, question, answer, solution and voice; the WAV is 16-bit PCM, mono, 16 kHz. Whatever reads webdataset tars reads these. A
+shard is complete or invisible: it is written under a temporary name and renamed, and the directory's manifest comes last.
+
+What it simplifies: one process writes, and a shard waits in memory until it is full.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from webdataset import TarWriter
+
+from megatron_cord.data.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from megatron_cord.data.samples import Sample
+from megatron_cord.data.wav import SAMPLING_RATE, encode_wav
+from megatron_cord.errors import CordError
+
+
+class ShardWriter:
+    """Fills a directory with shards; ``close`` completes it. Without that call the directory stays incomplete, and nobody reads it.
+
+    Args:
+        directory: created when missing.
+        shard_size: samples a shard.
+        source: the arguments that the samples are made with, kept in the manifest.
+    """
+
+    def __init__(self, directory: str | Path, *, shard_size: int = 512, source: Mapping[str, Any] | None = None) -> None:
+        if shard_size < 1:
+            raise CordError(f"shard_size is {shard_size}; a shard holds at least one sample")
+        self._directory = Path(directory)
+        if (self._directory / MANIFEST_NAME).exists():
+            raise CordError(f"{directory} holds a complete set of shards already; delete it or choose another directory")
+        self._shard_size = shard_size
+        self._source = dict(source or {})
+        self._pending: list[dict[str, Any]] = []
+        self._shards: list[ShardEntry] = []
+        self._ids: set[str] = set()
+        self._voices: Counter[str] = Counter()
+        self._seconds = 0.0
+
+    def write(self, sample: Sample) -> None:
+        """Adds one sample.
+
+        Raises:
+            CordError: when the sample could not be read back (no question, an id twice or with odd characters, bad audio), or the disk is full.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_+-]+", sample.id):
+            raise CordError(f"sample id {sample.id!r}: use letters, digits, '_', '+' and '-' only; it becomes a file name")
+        if sample.id in self._ids:
+            raise CordError(f"sample {sample.id} comes twice; ids must be unique")
+        if not sample.question.strip():
+            raise CordError(f"sample {sample.id} has no question; remove it")
+        if sample.sampling_rate != SAMPLING_RATE:
+            raise CordError(f"sample {sample.id}: audio at {sample.sampling_rate} Hz; resample it to {SAMPLING_RATE} Hz")
+        try:
+            audio = encode_wav(sample.waveform)
+        except ValueError as error:
+            raise CordError(f"sample {sample.id}: {error}; remove it or record it again") from error
+        texts = {"id": sample.id, "question": sample.question, "answer": sample.answer, "solution": sample.solution, "voice": sample.voice}
+        self._pending.append({"__key__": sample.id, "json": json.dumps(texts, ensure_ascii=False).encode(), "wav": audio})
+        self._ids.add(sample.id)
+        self._seconds += len(sample.waveform) / SAMPLING_RATE
+        if sample.voice is not None:
+            self._voices[sample.voice] += 1
+        if len(self._pending) == self._shard_size:
+            self._flush()
+
+    def close(self) -> Manifest:
+        """Writes the last shard and the manifest."""
+        if self._pending:
+            self._flush()
+        if not self._shards:
+            raise CordError(f"{self._directory}: no samples to write; ask for at least one")
+        manifest = Manifest(tuple(self._shards), dict(sorted(self._voices.items())), round(self._seconds, 3), self._source)
+        with _disk_errors(self._directory):
+            for path in self._directory.glob("shard-*.tar"):
+                if path.name not in {shard.name for shard in self._shards}:
+                    path.unlink()  # of an earlier attempt that was larger and never completed
+            manifest.write(self._directory)
+        return manifest
+
+    def _flush(self) -> None:
+        name = f"shard-{len(self._shards):06d}.tar"
+        temporary = self._directory / f".{name}.partial"
+        with _disk_errors(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                with TarWriter(file, encoder=False, mtime=0) as tar:  # a fixed time: equal samples make equal files
+                    for sample in self._pending:
+                        tar.write(sample)
+                file.flush()
+                os.fsync(file.fileno())
+            with temporary.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self._shards.append(ShardEntry(name, len(self._pending), temporary.stat().st_size, digest))
+            temporary.replace(self._directory / name)
+        self._pending.clear()
+
+
+@contextmanager
+def _disk_errors(directory: Path) -> Iterator[None]:
+    """A full disk or a missing permission in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise CordError(f"cannot write shards to {directory}: {error.strerror or error}; free some space or choose another directory") from error
