@@ -10,15 +10,17 @@ import logging
 import re
 
 from megatron_cord.reward.numbers import NUMBER_IN_TEXT, parse_quantity
+from megatron_cord.reward.patience import within
 
 _LONGEST_TEXT = 8192  # characters, from the end, where the answer stands
 _LONGEST_ANSWER = 200
+_PATIENCE = 2.0  # seconds for one comparison of expressions
 _PHRASE = re.compile(r"\banswer\s*(?:is|:|=)\s*:?\s*(?=([^\n]*))", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\s*[.!?;](?:\s|$)")
 _CHOICE_IN_TEXT = re.compile(r"\(([A-J])\)|\b(?:option|choice)\s+([A-J])\b")
 _CHOICE = re.compile(r"\(?([A-Ja-j])\)?[.:]?|\(?([A-J])(?:\)|[.:])\s+\S.*")
 
-# What sympy may be asked about. Towers of powers, factorials, sums and the like could keep it busy for ever.
+# What sympy may be asked about. Towers of powers, factorials and the like end in one huge multiplication that nothing interrupts.
 _COMMANDS = {"frac", "dfrac", "tfrac", "sqrt", "pi", "left", "right", "cdot", "times", "pm", "infty", "text", "cup", "in"}
 _LONG_POWER = re.compile(r"(?:\^|\*\*)[^\d]{0,3}\d{4,}")
 
@@ -99,10 +101,10 @@ def _bounded(answer: str) -> bool:
 def _equal_expressions(first: str, second: str) -> bool:
     from math_verify import parse, verify  # sympy takes a second to import, and plain numbers do without
 
-    # Without its timeouts, which rest on signals and so work in the main thread only; it would warn of that at every call.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    try:
+    def compare() -> bool:
         expressions = [parse(f"${answer.strip('$')}$", parsing_timeout=None) for answer in (first, second)]
         return bool(all(expressions) and verify(*expressions, timeout_seconds=None))
-    except Exception:  # noqa: BLE001  whatever sympy makes of junk, junk does not agree
-        return False
+
+    # Its own timeouts rest on signals and so work in the main thread only; without them it warns at every call.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    return within(_PATIENCE, compare, otherwise=False)

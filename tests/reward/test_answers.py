@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,6 +125,13 @@ def test_junk_neither_hangs_nor_crashes(junk: str) -> None:
     assert isinstance(extract_answer(f"the answer is {junk}"), str | None)
     assert answers_agree(junk, "12") is False
     assert extract_answer("ab " * 100_000 + junk[:20] + " 7") is not None
+
+
+def test_slow_algebra_is_given_up() -> None:
+    """Catches a comparison that expands a large power for minutes, and the thread it would leave behind."""
+    before = threading.active_count()
+    assert answers_agree("(x+y+z+w)^{99}", "12") is False
+    assert threading.active_count() == before
 
 
 ALPHABET = st.sampled_from(

@@ -1,0 +1,35 @@
+"""A time limit on Python code that works in any thread, where signals work in the main thread only.
+
+Simplification: one long call into C is not interrupted; whoever sets a limit keeps the inputs of such calls small.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+class _TimeUp(BaseException):
+    """Not an Exception, so that the interrupted code does not take it for one of its own."""
+
+
+def within(seconds: float, function: Callable[[], Result], *, otherwise: Result) -> Result:
+    """What ``function`` returns, or ``otherwise`` when it raises an exception or takes longer."""
+    results: list[Result] = []
+
+    def work() -> None:
+        with suppress(Exception, _TimeUp):
+            results.append(function())
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(seconds)
+    if worker.is_alive():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident or 0), ctypes.py_object(_TimeUp))
+        worker.join(seconds)
+    return results[0] if results else otherwise
