@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -76,6 +83,7 @@ class LALM(MegatronModule):
             # Audio features replace placeholders before the sequence is cut.
             scatter_embedding_sequence_parallel=False, pg_collection=layout.groups,
         )  # fmt: skip
+        _mark_sharded_weights(self)
         self.to(layout.device)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
@@ -132,3 +140,14 @@ class LALM(MegatronModule):
         rows = rows.index_copy(0, is_placeholder.reshape(-1).nonzero().squeeze(1), audio[is_feature].to(rows.dtype))
         return rows.reshape(size, sequence, hidden).transpose(0, 1).contiguous()
 
+
+def _mark_sharded_weights(model: torch.nn.Module) -> None:
+    """Tells the optimizer which weights are shards: Megatron does so only while it initialises them.
+
+    Unmarked, a shard counts as a copy that every tensor-parallel rank has, and the gradient norm misses all of them but one rank's.
+    """
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)

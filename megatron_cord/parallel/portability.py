@@ -15,7 +15,6 @@ import contextlib
 import functools
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -173,13 +172,9 @@ def _patch_collectives() -> None:
 
 def _patch_megatron() -> None:
     """What can only be mended in Megatron's own modules, which by now see a patched torch."""
-    with warnings.catch_warnings():
-        # Megatron warns in each module that apex and transformer-engine are absent; `verify environment` says it once.
-        warnings.simplefilter("ignore")
-        import megatron.core.models.gpt
-        import megatron.core.optimizer as optimizer
-        import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
-        import megatron.core.tensor_parallel.random as random
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
+    import megatron.core.tensor_parallel.random as random
 
     from megatron_cord.parallel.fused_adam import FusedAdam
 
@@ -187,3 +182,4 @@ def _patch_megatron() -> None:
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     optimizer.Adam = distributed_optimizer.Adam = FusedAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed_optimizer.HAVE_APEX_OR_TE = distributed_optimizer.USING_APEX_OPTIMIZER = True

@@ -1,0 +1,31 @@
+"""Small plain values between ranks, as JSON: nothing that arrives can execute code."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_cord.parallel import portability
+
+
+def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value, in rank order, on every rank. Collective over the group (None: all ranks)."""
+    world = dist.get_world_size(group)
+    if world == 1:
+        return [value]
+    device = portability.device()
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([payload.numel()], device=device), group=group)
+    longest = int(max(sizes))
+    buffers = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(world)]
+    dist.all_gather(buffers, torch.nn.functional.pad(payload, (0, longest - payload.numel())), group=group)
+    return [json.loads(bytes(buffer[: int(size)].cpu().numpy())) for buffer, size in zip(buffers, sizes, strict=True)]
+
+
+def broadcast_json(value: Any, source: int = 0) -> Any:
+    """The value of the global rank `source` on every rank; what the others pass does not matter. Collective over all ranks."""
+    return all_gather_json(value if dist.get_rank() == source else None)[source]

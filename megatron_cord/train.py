@@ -1,0 +1,40 @@
+"""Trains: `python -m megatron_cord.launch --nproc-per-node 2 -m megatron_cord.train --config FILE [a.b=value …]` (or torchrun).
+
+One CORD step (arXiv 2601.16547): the student answers spoken questions; a judge compares some answers with the teacher's; the teacher,
+reading the same questions, scores the student's tokens; one update; the new weights go to the engine.
+"""
+
+from __future__ import annotations
+
+from megatron_cord import cli
+from megatron_cord.config import load_config
+from megatron_cord.parallel.layout import finalize, initialize
+from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.run import Run, Stopwatch
+
+
+def train(config: RunConfig) -> None:
+    """Runs all remaining steps on this rank."""
+    layout = initialize(config.parallel, config.seed)
+    with Run(config, layout) as run:
+        for step in run.steps():
+            watch = Stopwatch()
+            samples = run.loader.batch(step)  # 1. data
+            collected = run.collect(samples, step)  # 2. rollouts, 3. rewards
+            watch.lap("rollout")
+            result = run.train(collected)  # 4. teacher forward, student forward and backward, update
+            watch.lap("update")
+            run.exchange()  # 5. new weights to the engine
+            watch.lap("exchange")
+            run.finish_step(collected, result, watch.total())  # 6. metrics, record, checkpoint, evaluation
+    finalize()
+
+
+def main() -> None:
+    """Entry point."""
+    arguments = cli.parse_args(__doc__.splitlines()[0])
+    train(load_config(RunConfig, arguments.config, arguments.overrides))
+
+
+if __name__ == "__main__":
+    cli.run(main)

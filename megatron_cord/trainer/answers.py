@@ -1,0 +1,86 @@
+"""The teacher's own answers to the text questions: references of the reward, and the responses of off-policy methods.
+
+A frozen teacher answers all questions that the run will ask before the first update, while the engine still has the initial weights; the
+answers are kept in the run's directory, so that a resumed run has them too. A live teacher answers each step with the current weights.
+Answers are greedy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed as dist
+
+from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.data.samples import Sample
+from megatron_cord.errors import CordError
+from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine, VersionSpan
+
+
+class TeacherAnswers:
+    """Answers by sample.
+
+    Args:
+        mode: "frozen" or "live".
+        engine: generates them.
+        prompts: builds the text prompt.
+        max_new_tokens: answers are cut there.
+        path: the file in which a frozen teacher's answers are kept.
+    """
+
+    def __init__(self, mode: Literal["frozen", "live"], engine: RolloutEngine, prompts: PromptBuilder, max_new_tokens: int, path: Path) -> None:
+        self.mode, self.engine, self.prompts, self.max_new_tokens, self.path = mode, engine, prompts, max_new_tokens, path
+        self._kept: dict[str, Rollout] = {}
+
+    def prepare(self, samples: Sequence[Sample], *, initial_weights: bool) -> None:
+        """Makes sure that a frozen teacher's answers are there. Collective.
+
+        Args:
+            samples: all that the run will ask.
+            initial_weights: whether the engine still has them.
+
+        Raises:
+            CordError: answers are missing and the engine has other weights by now.
+        """
+        if self.mode == "live":
+            return
+        self._kept = self._read()
+        missing = list({s.id: s for s in samples if s.id not in self._kept}.values())
+        if not missing:
+            return
+        if not initial_weights:
+            raise CordError(f"{self.path} lacks the frozen teacher's answers to {len(missing)} questions (first: {missing[0].id}); the run's data "
+                            "changed or the file was lost: restore it, or start the run anew")  # fmt: skip
+        self._kept |= {s.id: r for s, r in zip(missing, self._generate(missing), strict=True)}
+        if dist.get_rank() == 0:
+            self._write()
+        dist.barrier()
+
+    def rollouts(self, samples: Sequence[Sample]) -> list[Rollout]:
+        """The answers to these questions. Collective with a live teacher."""
+        return self._generate(samples) if self.mode == "live" else [self._kept[s.id] for s in samples]
+
+    def _generate(self, samples: Sequence[Sample]) -> list[Rollout]:
+        return self.engine.generate([GenerationRequest(self.prompts.text_prompt(s), 0.0, self.max_new_tokens) for s in samples])
+
+    def _write(self) -> None:
+        partial = self.path.with_suffix(".partial")
+        with partial.open("w") as file:
+            for key, rollout in self._kept.items():
+                file.write(json.dumps({"sample": key} | asdict(rollout)) + "\n")
+        os.replace(partial, self.path)
+
+    def _read(self) -> dict[str, Rollout]:
+        if not self.path.is_file():
+            return {}
+        kept = {}
+        for line in self.path.read_text().splitlines():
+            plain = json.loads(line)
+            key, spans = plain.pop("sample"), tuple(VersionSpan(**span) for span in plain.pop("versions"))
+            kept[key] = Rollout(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}, versions=spans)
+        return kept

@@ -1,0 +1,146 @@
+"""Steps 2 and 3 of the loop: rollouts of a step's prompts, their rewards, and the sequences that they make for training.
+
+Every random draw comes from (seed, step, sample, rollout) alone, so a resumed run draws what an uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.data.samples import Prompt, Sample
+from megatron_cord.errors import CordError
+from megatron_cord.losses import group_advantages, has_signal
+from megatron_cord.reward import AgreementReward
+from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine
+from megatron_cord.trainer.answers import TeacherAnswers
+from megatron_cord.trainer.batches import TrainingSequence
+from megatron_cord.trainer.objective import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How many responses a step samples, and how."""
+
+    engine: Literal["local"] = "local"  #: local: transformers in the trainer's processes
+    prompts_per_step: int = 32  #: each gives one response to L_tok
+    temperature: float = 1.0  #: of the responses for L_tok
+    policy_prompts_per_step: int = 8  #: the first of the step's prompts also give groups to L_seq
+    policy_rollouts: int = 4  #: N, responses a group
+    policy_temperature: float = 1.5  #: of the responses for L_seq
+    share: bool = False  #: L_tok scores the responses of L_seq instead of sampling its own
+    max_new_tokens: int = 200  #: responses are cut there
+
+    def __post_init__(self) -> None:
+        if self.prompts_per_step < 1 or self.policy_rollouts < 2:
+            raise CordError("rollout.prompts_per_step must be at least 1 and rollout.policy_rollouts at least 2")
+        if not 0 <= self.policy_prompts_per_step <= self.prompts_per_step:
+            raise CordError(f"rollout.policy_prompts_per_step ({self.policy_prompts_per_step}) must lie between 0 and rollout.prompts_per_step "
+                            f"({self.prompts_per_step})")  # fmt: skip
+        if self.temperature <= 0 or self.policy_temperature <= 0:
+            raise CordError("rollout.temperature and rollout.policy_temperature must be positive")
+
+
+@dataclass(frozen=True, eq=False)
+class Collected:
+    """One rollout with what is known about it.
+
+    Attributes:
+        sample: the question.
+        role: "distill" for L_tok, "policy" for L_seq, "shared" for both.
+        rollout: the response.
+        teacher_answer: the teacher's text, which the reward compares with; None where no reward is given.
+        reward: None likewise.
+        advantage: 0 outside L_seq and in groups without signal.
+        has_signal: whether its group's rewards differ.
+    """
+
+    sample: Sample
+    role: Literal["distill", "policy", "shared"]
+    rollout: Rollout
+    teacher_answer: str | None = None
+    reward: float | None = None
+    advantage: float = 0.0
+    has_signal: bool = False
+
+
+def draw_seed(*parts: int | str) -> int:
+    """A 48-bit seed that depends on all parts."""
+    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:6], "big")
+
+
+class Collector:
+    """Rolls out, rewards, and builds sequences. All ranks call it alike.
+
+    Args:
+        config: numbers and temperatures.
+        objective: decides which responses are needed.
+        engine: generates.
+        prompts: builds both prompts of a sample.
+        answers: the teacher's answers.
+        reward: compares them.
+        seed: of the run.
+    """
+
+    def __init__(self, config: RolloutConfig, objective: ObjectiveConfig, engine: RolloutEngine, prompts: PromptBuilder,
+                 answers: TeacherAnswers, reward: AgreementReward, seed: int) -> None:  # fmt: skip
+        self.config, self.objective, self.engine, self.prompts = config, objective, engine, prompts
+        self.answers, self.reward, self.seed = answers, reward, seed
+
+    def collect(self, samples: Sequence[Sample], step: int) -> list[Collected]:
+        """The step's rollouts."""
+        if self.objective.responses == "teacher":
+            return [Collected(sample, "distill", rollout) for sample, rollout in zip(samples, self.answers.rollouts(samples), strict=True)]
+        policy = samples[: self.config.policy_prompts_per_step] if self.objective.policy_gradient else []
+        share = self.config.share and bool(policy)
+        spoken = {s.id: self.prompts.audio_prompt(s) for s in samples}
+        alone = [] if share or self.objective.divergence == "none" else list(samples)
+        requests = [self._request(spoken[s.id], self.config.temperature, step, s, 0) for s in alone]
+        requests += [self._request(spoken[s.id], self.config.policy_temperature, step, s, 1 + i)
+                     for s in policy for i in range(self.config.policy_rollouts)]  # fmt: skip
+        rollouts = self.engine.generate(requests)
+        distilled = [Collected(s, "distill", r) for s, r in zip(alone, rollouts, strict=False)]
+        return distilled + self._groups(policy, rollouts[len(alone) :], "shared" if share else "policy")
+
+    def sequences(self, collected: Sequence[Collected]) -> list[TrainingSequence]:
+        """What is trained on: groups without signal are left out of L_seq."""
+        made = []
+        for index, item in enumerate(collected):
+            scored = item.role != "policy"
+            if scored or item.has_signal:
+                teacher = self.prompts.text_prompt(item.sample) if scored and self.objective.distils else None
+                student = self.prompts.audio_prompt(item.sample)
+                made.append(TrainingSequence(student, teacher, item.rollout, scored, item.advantage, index))
+        return made
+
+    def _request(self, prompt: Prompt, temperature: float, step: int, sample: Sample, draw: int) -> GenerationRequest:
+        return GenerationRequest(prompt, temperature, self.config.max_new_tokens, draw_seed(self.seed, step, sample.id, draw))
+
+    def _groups(self, samples: Sequence[Sample], rollouts: Sequence[Rollout], role: Literal["policy", "shared"]) -> list[Collected]:
+        """Rewards and advantages; rollouts come group by group."""
+        if not samples:
+            return []
+        references = {s.id: r.text for s, r in zip(samples, self.answers.rollouts(samples), strict=True)}
+        owners = [s for s in samples for _ in range(self.config.policy_rollouts)]
+        rewards = self.reward.score([r.text for r in rollouts], [references[s.id] for s in owners])
+        reward_tensor = torch.tensor(rewards)
+        group_ids = torch.arange(len(samples)).repeat_interleave(self.config.policy_rollouts)
+        advantages = group_advantages(reward_tensor, group_ids, normalize_std=self.objective.normalize_std).tolist()
+        signal = has_signal(reward_tensor, group_ids).tolist()
+        return [Collected(s, role, r, references[s.id], reward, advantage, differs)
+                for s, r, reward, advantage, differs in zip(owners, rollouts, rewards, advantages, signal, strict=True)]  # fmt: skip
+
+
+def collection_metrics(collected: Sequence[Collected], policy_rollouts: int) -> dict[str, float]:
+    """Reward and groups of a step; empty without L_seq."""
+    rewarded = [c for c in collected if c.reward is not None]
+    if not rewarded:
+        return {}
+    return {"reward": sum(c.reward for c in rewarded if c.reward is not None) / len(rewarded),
+            "groups": len(rewarded) / policy_rollouts,
+            "groups_without_signal": sum(not c.has_signal for c in rewarded) / policy_rollouts}  # fmt: skip

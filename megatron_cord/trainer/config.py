@@ -1,0 +1,75 @@
+"""The configuration of a run: one section a component, each declared beside the component itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from megatron_cord.data.loader import DataConfig
+from megatron_cord.errors import CordError
+from megatron_cord.parallel.layout import ParallelConfig
+from megatron_cord.reward import RewardConfig
+from megatron_cord.trainer.checkpoint import CheckpointConfig
+from megatron_cord.trainer.collection import RolloutConfig
+from megatron_cord.trainer.evaluation import EvaluationConfig
+from megatron_cord.trainer.objective import ObjectiveConfig
+from megatron_cord.trainer.optimizer import OptimizerConfig
+from megatron_cord.trainer.record import RecordConfig
+from megatron_cord.trainer.teacher import TeacherConfig
+
+PARTS = ("audio_encoder", "adapter", "language_model")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, in which precision, and what of it is trained."""
+
+    checkpoint: str  #: Hugging Face checkpoint directory: the student's start and the frozen teacher
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  #: of parameters and activations; gradients and optimizer states are fp32
+    freeze: tuple[Literal["audio_encoder", "adapter", "language_model"], ...] = ()  #: parts that are not trained, nor exchanged again
+
+    def __post_init__(self) -> None:
+        if set(self.freeze) == set(PARTS):
+            raise CordError("model.freeze names every part; nothing is left to train")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's."""
+        return getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long and in which portions."""
+
+    steps: int = 3000  #: optimizer steps; the paper's value
+    micro_batch_size: int = 4  #: sequences that go through the model together
+    max_skipped_in_a_row: int = 5  #: so many steps without a finite loss stop the run
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.micro_batch_size < 1 or self.max_skipped_in_a_row < 1:
+            raise CordError("train.steps, train.micro_batch_size and train.max_skipped_in_a_row must be at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything about a run."""
+
+    output_dir: str  #: metrics, records, checkpoints and evaluations go there
+    model: ModelConfig
+    data: DataConfig
+    seed: int = 0  #: of data order, sampling and everything else that is drawn
+    resume: str = "auto"  #: auto: from the newest checkpoint in output_dir if there is one; never: start anew; or a checkpoint's directory
+    replay: str | None = None  #: a record of rollouts to train from, without an engine
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    record: RecordConfig = field(default_factory=RecordConfig)

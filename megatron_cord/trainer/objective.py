@@ -1,0 +1,121 @@
+"""CORD's objective for one microbatch: L = L_tok + L_seq (arXiv 2601.16547), and the switches that turn it into its rivals.
+
+L_tok = Σ_t w_t D_t over each response, mean over responses. L_seq = −(1/N) Σ_i A_i log p(y_i) over a prompt's N rollouts, mean over prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cord.errors import CordError
+from megatron_cord.losses import (
+    TokenStats,
+    cord_token_weights,
+    divergence_from_hidden,
+    policy_gradient_loss,
+    truncated_importance_weights,
+    uniform_token_weights,
+)
+from megatron_cord.trainer.batches import Microbatch
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised. The defaults are the paper's."""
+
+    responses: Literal["student", "teacher"] = "student"  #: whose responses are scored token by token: on-policy, or the teacher's (off-policy)
+    divergence: Literal["reverse_kl", "forward_kl", "nll", "none"] = "reverse_kl"  #: D_t; nll is fine-tuning on the responses; none leaves L_seq
+    token_weights: Literal["cord", "uniform"] = "cord"  #: w_t
+    top_k: int = 20  #: K, response positions of largest divergence that get alpha
+    alpha: float = 2.0  #: weight of those positions
+    beta: float = 2.0  #: weight of the first position; it falls linearly to 1 at the last
+    normalization: Literal["response", "token"] = "response"  #: L_tok is divided by the number of responses (the paper) or of their tokens
+    policy_gradient: bool = True  #: whether L_seq is added
+    policy_weight: float = 1.0  #: factor of L_seq; the paper has none
+    importance_cap: float = 2.0  #: truncates the ratio of trainer's to engine's probability in L_seq
+    normalize_std: bool = False  #: divide advantages by the group's standard deviation (GRPO), which the paper does not
+
+    def __post_init__(self) -> None:
+        if self.divergence == "none" and not self.policy_gradient:
+            raise CordError("objective.divergence is none and objective.policy_gradient is false: nothing is left to train on")
+        if self.responses == "teacher" and self.policy_gradient:
+            raise CordError("objective.policy_gradient needs objective.responses=student: the policy gradient is for the student's own rollouts")
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher's distribution is compared."""
+        return self.divergence in ("reverse_kl", "forward_kl")
+
+
+@dataclass(frozen=True)
+class GlobalCounts:
+    """What the sums are divided by, over all data-parallel ranks and microbatches of the step."""
+
+    responses: int  #: scored token by token
+    tokens: int  #: of those responses
+    policy_responses: int  #: rollouts of L_seq, those of groups without signal included
+
+
+@dataclass(frozen=True, eq=False)
+class MicrobatchLoss:
+    """Losses of one microbatch, already divided by the global counts, and what the record keeps.
+
+    Attributes:
+        token: L_tok's part, a scalar.
+        sequence: L_seq's part, a scalar.
+        stats: of the N response tokens.
+        weights: w_t, [N]; None where the microbatch is not scored token by token.
+    """
+
+    token: Tensor
+    sequence: Tensor
+    stats: TokenStats
+    weights: Tensor | None
+
+
+def microbatch_loss(config: ObjectiveConfig, counts: GlobalCounts, batch: Microbatch, student_hidden: Tensor, student_weight: Tensor,
+                    teacher_hidden: Tensor | None, teacher_weight: Tensor | None, vocab_size: int,
+                    tp_group: dist.ProcessGroup | None) -> MicrobatchLoss:  # fmt: skip
+    """Scores the responses of one microbatch.
+
+    Args:
+        config: the objective.
+        counts: the step's global denominators.
+        batch: the microbatch.
+        student_hidden: [N, H], at the rows that predict the response.
+        student_weight: [V/TP, H].
+        teacher_hidden: [N, H]; None if nothing is distilled here.
+        teacher_weight: [V/TP, H]; None likewise.
+        vocab_size: the true V.
+        tp_group: the vocabulary's shards.
+    """
+    if teacher_hidden is None or teacher_weight is None:
+        # The log-probabilities alone: a student that is its own teacher has them at a divergence of zero.
+        teacher_hidden, teacher_weight = student_hidden.detach(), student_weight
+    kind = config.divergence if config.distils else "reverse_kl"
+    stats = divergence_from_hidden(student_hidden, student_weight, teacher_hidden, teacher_weight, batch.target_ids, kind=kind,
+                                   vocab_size=vocab_size, tp_group=tp_group)  # fmt: skip
+    zero = stats.student_logprob.sum() * 0.0  # keeps the graph where a term is absent
+    token, weights = zero, None
+    if batch.scored:
+        divergence = stats.kl if config.distils else -stats.student_logprob
+        weights = _token_weights(config, divergence.detach(), batch.cu_seqlens)
+        token = (weights * divergence).sum() / (counts.responses if config.normalization == "response" else counts.tokens)
+    sequence = zero
+    if config.policy_gradient and batch.advantages.any():
+        ratio = truncated_importance_weights(stats.student_logprob, batch.engine_logprobs, batch.cu_seqlens, cap=config.importance_cap)
+        terms = policy_gradient_loss(stats.student_logprob, batch.cu_seqlens, batch.advantages, importance_weights=ratio)
+        sequence = config.policy_weight * terms.sum() / counts.policy_responses
+    return MicrobatchLoss(token, sequence, stats, weights)
+
+
+def _token_weights(config: ObjectiveConfig, divergence: Tensor, cu_seqlens: Tensor) -> Tensor:
+    if config.token_weights == "uniform":
+        return uniform_token_weights(divergence, cu_seqlens)
+    return cord_token_weights(divergence, cu_seqlens, top_k=config.top_k, alpha=config.alpha, beta=config.beta)
+

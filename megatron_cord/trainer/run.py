@@ -1,0 +1,198 @@
+"""A run: its components put together from the configuration, and what the loop in `megatron_cord.train` asks of them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_cord.config import dump_config
+from megatron_cord.convert import export_tensors
+from megatron_cord.data.loader import SampleLoader
+from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.data.samples import Sample
+from megatron_cord.data.shards import ShardDataset
+from megatron_cord.errors import CordError
+from megatron_cord.parallel.layout import Layout
+from megatron_cord.reward import AgreementReward
+from megatron_cord.rollout.collective import CollectiveEngine
+from megatron_cord.rollout.local import LocalEngine, LocalEngineConfig
+from megatron_cord.trainer.answers import TeacherAnswers
+from megatron_cord.trainer.checkpoint import Checkpoints, Progress
+from megatron_cord.trainer.collection import Collected, Collector, collection_metrics
+from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.evaluation import Evaluator, summarize, write_evaluation
+from megatron_cord.trainer.metrics import MetricsLog
+from megatron_cord.trainer.model_setup import build_student
+from megatron_cord.trainer.optimizer import build_optimizer, wrap_model
+from megatron_cord.trainer.record import RolloutRecord, read_record
+from megatron_cord.trainer.step import StepResult, TrainStep
+from megatron_cord.trainer.teacher import Teacher
+
+
+class Run:
+    """One training run on one rank; all ranks call its methods together. A context manager.
+
+    Args:
+        config: the whole configuration.
+        layout: this rank's place.
+    """
+
+    def __init__(self, config: RunConfig, layout: Layout) -> None:
+        self.config, self.layout = config, layout
+        self.directory = Path(config.output_dir)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", config.checkpoint)
+        resume_from = self._resume_from()
+        self.prompts = PromptBuilder(config.model.checkpoint)
+        self._questions = ShardDataset(config.data.train)
+        self.loader = SampleLoader(self._questions, batch_size=config.rollout.prompts_per_step, seed=config.seed,
+                                   shuffle=config.data.shuffle)  # fmt: skip
+        held_out = ShardDataset(config.data.evaluation)
+        student = build_student(config.model, layout)
+        teacher = Teacher(config.teacher, student, config.model.checkpoint)
+        self.model = wrap_model(config.optimizer, student)
+        self.optimizer, self.scheduler = build_optimizer(config.optimizer, self.model, config.train.steps)
+        self.progress = Progress(0, 0.0, 0, config.seed)
+        if resume_from is not None:
+            self.progress = self.checkpoints.load(resume_from, self.model, self.optimizer, self.scheduler)
+            if self.progress.seed != config.seed:
+                raise CordError(f"{resume_from} belongs to a run with seed={self.progress.seed}; resume with that seed or choose another output_dir")
+        self.engine = CollectiveEngine(LocalEngine(config.model.checkpoint, LocalEngineConfig(device=str(layout.device))))
+        answers = TeacherAnswers(config.teacher.mode, self.engine, self.prompts, config.rollout.max_new_tokens,
+                                 self.directory / "teacher_answers.jsonl")  # fmt: skip
+        self.collector = Collector(config.rollout, config.objective, self.engine, self.prompts, answers, AgreementReward(config.reward), config.seed)
+        self.evaluator = Evaluator(config.evaluation, self._first(held_out, config.evaluation.samples), self.prompts, self.engine)
+        self.train_step = TrainStep(self.model, teacher, self.optimizer, self.scheduler, config.objective, config.train.micro_batch_size,
+                                    self.prompts.pad_id)  # fmt: skip
+        record = config.record.rollouts
+        self.record = RolloutRecord(None if record is None else self.directory / record, self.prompts, enabled=layout.is_main)
+        self.log = MetricsLog(self.directory, config.train.steps, self.progress.step, enabled=layout.is_main)
+        self._answers = answers
+
+    def __enter__(self) -> Run:
+        if self.layout.is_main:
+            dump_config(self.config, self.directory / "config.yaml")
+        self.log.__enter__()
+        fresh = self.progress.step == 0
+        if not fresh:
+            self.log.say(f"resuming after step {self.progress.step}")
+            self._update_engine()
+        if self.config.replay is None:
+            self._prepare_answers(initial_weights=fresh)
+        if fresh:
+            self.evaluate(0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.log.__exit__(kind, error, trace)
+        self.engine.close()
+
+    def steps(self) -> Iterator[int]:
+        """The steps that remain, counted from 0; each yielded one is timed, saved and evaluated when its turn is over."""
+        while self.progress.step < self.config.train.steps:
+            yield self.progress.step
+
+    def collect(self, samples: list[Sample], step: int) -> list[Collected]:
+        """Rollouts and rewards of the step, from the engine or from a record."""
+        if self.config.replay is not None:
+            return read_record(Path(self.config.replay), step + 1, samples)
+        return self.collector.collect(samples, step)
+
+    def train(self, collected: list[Collected]) -> StepResult:
+        """One optimizer step.
+
+        Raises:
+            CordError: too many steps in a row had a loss or gradients that are not finite.
+        """
+        result = self.train_step(self.collector.sequences(collected), sum(c.reward is not None for c in collected))
+        skipped = self.progress.skipped_in_a_row + 1 if result.skipped else 0
+        self.progress = Progress(self.progress.step + 1, self.progress.seconds, skipped, self.config.seed)
+        if result.skipped:
+            self.log.say(f"step {self.progress.step}: the loss or a gradient is not finite; the update is skipped ({skipped} in a row)")
+            if skipped >= self.config.train.max_skipped_in_a_row:
+                raise CordError(f"{skipped} steps in a row had no finite loss (train.max_skipped_in_a_row); lower optimizer.learning_rate or look "
+                                f"at the rollouts of step {self.progress.step - skipped + 1}")  # fmt: skip
+        return result
+
+    def exchange(self) -> None:
+        """Gives the trained weights to the engine, as the version that the step's number names."""
+        if self.config.replay is None:
+            self._update_engine()
+
+    def finish_step(self, collected: list[Collected], result: StepResult, times: dict[str, float]) -> None:
+        """Records the step; evaluates and saves when it is time."""
+        step = self.progress.step
+        self.progress = Progress(step, self.progress.seconds + times["seconds"], self.progress.skipped_in_a_row, self.config.seed)
+        metrics: dict[str, Any] = result.metrics | collection_metrics(collected, self.config.rollout.policy_rollouts) | times
+        self.log.step(step, metrics | {"skipped": result.skipped})
+        self.record.write(step, collected, result.tokens)
+        last = step == self.config.train.steps
+        if last or (self.config.checkpoint.interval and step % self.config.checkpoint.interval == 0):
+            self.checkpoints.save(self.progress, self.model, self.optimizer, self.scheduler)
+        if last or (self.config.evaluation.interval and step % self.config.evaluation.interval == 0):
+            self.evaluate(step)
+
+    def evaluate(self, step: int) -> None:
+        """Evaluates the current weights and writes the result; after the last step also the summary."""
+        if self.config.replay is not None:
+            self._update_engine()
+        result = self.evaluator.run(step, self.train_step.score)
+        self.log.evaluation(step, {name: result[name] for name in ("text_accuracy", "audio_accuracy")})
+        if self.layout.is_main:
+            write_evaluation(self.directory, result)
+            before = self.directory / "evaluations" / "step_000000.json"
+            if step == self.config.train.steps and before.is_file():
+                summary = summarize(json.loads(before.read_text()), result, seconds=round(self.progress.seconds, 1),
+                                    tp=self.layout.config.tp, steps=step)  # fmt: skip
+                (self.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+    def _update_engine(self) -> None:
+        trained = export_tensors(self.model.module, select=lambda parameter: parameter.requires_grad)
+        self.engine.update_weights(trained, self.progress.step)
+
+    def _prepare_answers(self, *, initial_weights: bool) -> None:
+        """A frozen teacher answers what the run will ask of it: the prompts of L_seq, or all of an off-policy run."""
+        config = self.config
+        per_step = config.rollout.policy_prompts_per_step if config.objective.policy_gradient else 0
+        if config.objective.responses == "teacher":
+            per_step = config.rollout.prompts_per_step
+        if per_step:
+            needed = {i for step in range(config.train.steps) for i in self.loader.indices(step)[:per_step]}
+            self.log.say(f"the teacher answers {len(needed)} questions")
+            self._answers.prepare([self._questions[i] for i in sorted(needed)], initial_weights=initial_weights)
+
+    def _resume_from(self) -> Path | None:
+        newest = self.checkpoints.newest()
+        if self.config.resume == "auto":
+            return newest
+        if self.config.resume != "never":
+            return Path(self.config.resume)
+        if newest is not None:
+            raise CordError(f"{newest} exists and resume=never was given; choose another output_dir, or resume=auto to continue that run")
+        return None
+
+    @staticmethod
+    def _first(source: ShardDataset, count: int) -> list[Sample]:
+        return [source[i] for i in range(min(count or len(source), len(source)))]
+
+
+class Stopwatch:
+    """Seconds of a step by phase."""
+
+    def __init__(self) -> None:
+        self._begun = self._last = time.perf_counter()
+        self.times: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """Ends a phase."""
+        now = time.perf_counter()
+        self.times[f"seconds_{phase}"] = now - self._last
+        self._last = now
+
+    def total(self) -> dict[str, float]:
+        """All phases, and the sum as `seconds`."""
+        return self.times | {"seconds": time.perf_counter() - self._begun}

@@ -1,0 +1,76 @@
+"""The teacher: the same model, reading the text. It leaves the hidden states of the response's tokens, never logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_cord.convert import import_tensors, read_tensors
+from megatron_cord.model.lalm import LALM
+from megatron_cord.trainer.batches import Microbatch
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Which weights teach."""
+
+    mode: Literal["frozen", "live"] = "frozen"  #: the initial weights, or the student's current ones under stop-gradient
+
+
+class Teacher:
+    """Runs the teacher's forward pass through the pipeline.
+
+    Args:
+        config: which weights.
+        student: the model that is trained; it lends its weights where they are the teacher's anyway.
+        checkpoint_dir: the initial weights.
+    """
+
+    def __init__(self, config: TeacherConfig, student: LALM, checkpoint_dir: str) -> None:
+        reads_text_only = all(not p.requires_grad for p in student.language_model.parameters())
+        frozen_everywhere = torch.tensor(float(reads_text_only), device=student.layout.device)
+        torch.distributed.all_reduce(frozen_everywhere, op=torch.distributed.ReduceOp.MIN, group=student.layout.pp_group)
+        if config.mode == "live" or bool(frozen_everywhere):
+            self.model = student  # a frozen language model is its own frozen teacher
+        else:
+            self.model = LALM(student.arch, student.layout, student.config.params_dtype)
+            import_tensors(self.model, read_tensors(checkpoint_dir))
+            self.model.requires_grad_(False)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V_padded / TP, H], on the last stage."""
+        return self.model.output_weight.detach()
+
+    @torch.no_grad()
+    def hidden_states(self, microbatches: list[Microbatch]) -> list[Tensor | None]:
+        """Forward pass over the microbatches that ask a teacher.
+
+        Returns:
+            for each microbatch [N, H] on the last stage; None on other stages and where no teacher is asked.
+        """
+        asked = [m for m in microbatches if m.teacher is not None]
+        if not asked:
+            return [None] * len(microbatches)
+
+        def forward_step(batches, model):  # type: ignore[no-untyped-def]
+            batch: Microbatch = next(batches)
+
+            def collect(hidden: Tensor):  # type: ignore[no-untyped-def]
+                assert batch.teacher_rows is not None
+                rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.teacher_rows)
+                return hidden.new_zeros(()), torch.tensor(0), {"hidden": rows}
+
+            return model(batch.teacher), collect
+
+        collected = get_forward_backward_func()(
+            forward_step_func=forward_step, data_iterator=iter(asked), model=[self.model], num_microbatches=len(asked),
+            seq_length=max(m.teacher.token_ids.shape[1] for m in asked if m.teacher is not None),
+            micro_batch_size=max(len(m.sequences) for m in asked), forward_only=True,
+        )  # fmt: skip
+        hidden = iter([entry["hidden"] for entry in collected])
+        return [next(hidden, None) if m.teacher is not None else None for m in microbatches]
