@@ -33,6 +33,7 @@ class _Entry:
     json_offset: int
     json_size: int
     wav_offset: int
+    wav_size: int
 
     @property
     def where(self) -> str:
@@ -73,7 +74,7 @@ class ShardDataset:
             with entry.shard.open("rb") as file:
                 texts = _read_texts(file, entry)
                 file.seek(entry.wav_offset)
-                waveform = decode_wav(file, entry.where)
+                waveform = decode_wav(file.read(entry.wav_size), entry.where)
         except OSError as error:
             raise CordError(f"{entry.where}: cannot be read ({error.strerror}); the shard must stay in place during a run") from error
         return Sample(
@@ -130,10 +131,11 @@ def _index(shard: Path) -> Iterator[_Entry]:
                     raise CordError(f"{shard}: sample {key} has no text ({key}.json is missing); add it or remove the sample")
                 if "wav" not in members:
                     raise CordError(f"{shard}: sample {key} has no audio ({key}.wav is missing); add it or remove the sample")
-                entry = _Entry(shard, key, members["json"].offset_data, members["json"].size, members["wav"].offset_data)
+                text, audio = members["json"], members["wav"]
+                entry = _Entry(shard, key, text.offset_data, text.size, audio.offset_data, audio.size)
                 _read_texts(file, entry)
                 file.seek(entry.wav_offset)
-                check_wav(file, entry.where)
+                check_wav(file, entry.wav_size, entry.where)
                 yield entry
     except OSError as error:
         raise CordError(f"{shard} cannot be read ({error.strerror}); check that it is a file and may be read") from error

@@ -135,6 +135,7 @@ class EspeakSynthesizer:
             if rate <= 0:
                 raise CordError(f"espeak-ng does not start with the voices in {self._data_path}; reinstall espeakng-loader")
             try:
+                library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # breath is noise, and would be seeded with the time of day
                 yield library, rate
             finally:
                 library.espeak_Terminate()

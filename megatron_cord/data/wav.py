@@ -36,44 +36,46 @@ def encode_wav(waveform: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def check_wav(file: BinaryIO, where: str) -> int:
-    """Reads the header at the file's position, and leaves the position behind it.
+def check_wav(file: BinaryIO, size: int, where: str) -> None:
+    """Reads the header at the file's position, without the audio.
 
     Args:
         file: a binary file; the WAV may lie in the middle of it.
+        size: bytes of the WAV.
         where: names the file and the sample in errors.
 
-    Returns:
-        How many samples the header announces, at least 1.
-
     Raises:
-        CordError: when it is not a WAV file as described above.
+        CordError: when it is not a WAV file as described above, or too small for its audio.
     """
     with _open_wav(file, where) as header:
-        return header.getnframes()
+        _check_length(header.getnframes(), size, where)
 
 
-def decode_wav(file: BinaryIO, where: str) -> np.ndarray:
-    """Like ``check_wav``, but reads the audio too.
+def decode_wav(content: bytes, where: str) -> np.ndarray:
+    """The audio of a WAV file.
 
     Returns:
-        float32 [samples] in [-1, 1].
+        float32 [samples] in [-1, 1], at 16 kHz.
 
     Raises:
-        CordError: also when the audio ends before the header's number of samples.
+        CordError: see ``check_wav``.
     """
-    with _open_wav(file, where) as recording:
+    with _open_wav(io.BytesIO(content), where) as recording:
         count = recording.getnframes()
         data = recording.readframes(count)
-    if len(data) != 2 * count:
-        raise CordError(f"{where}: audio is cut off after {len(data) // 2} of {count} samples; make the file again")
-    return np.frombuffer(data, dtype="<i2").astype(np.float32) / np.float32(32767.0)
+    _check_length(count, len(data), where)
+    return np.maximum(np.frombuffer(data, dtype="<i2").astype(np.float32) / np.float32(32767.0), np.float32(-1.0))
+
+
+def _check_length(samples: int, size: int, where: str) -> None:
+    if 2 * samples > size:
+        raise CordError(f"{where}: audio is cut off: {size} bytes for {samples} samples; make the file again")
 
 
 def _open_wav(file: BinaryIO, where: str) -> wave.Wave_read:
     try:
         recording = wave.Wave_read(file)
-    except (wave.Error, EOFError) as error:
+    except (wave.Error, EOFError, RuntimeError) as error:  # the module raises a bare RuntimeError for some damaged headers
         raise CordError(f"{where}: not a PCM WAV file ({str(error) or 'it ends too early'}); {_ADVICE}") from error
     if recording.getsampwidth() != 2:
         raise CordError(f"{where}: audio has {8 * recording.getsampwidth()} bits a sample; {_ADVICE}")

@@ -1,0 +1,286 @@
+"""Shards: what is written is read back, and whatever is broken is named with its file and sample."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import wave
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_cord.data.manifest import Manifest
+from megatron_cord.data.samples import Sample
+from megatron_cord.data.shard_writer import ShardWriter
+from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.wav import decode_wav, encode_wav
+from megatron_cord.errors import CordError
+
+AUDIO = np.linspace(-0.5, 0.5, 320, dtype=np.float32)
+
+
+def sample(number: int, **changes: object) -> Sample:
+    fields: dict[str, object] = {
+        "id": f"s-{number}",
+        "question": f"what is {number} plus ½",
+        "waveform": AUDIO * (number % 3),
+        "answer": str(number),
+        "voice": "en-us+f2",
+    }
+    return Sample(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def write(directory: Path, count: int = 5, shard_size: int = 2) -> Manifest:
+    writer = ShardWriter(directory, shard_size=shard_size, source={"seed": 3})
+    for number in range(count):
+        writer.write(sample(number))
+    return writer.close()
+
+
+def wav(rate: int = 16000, channels: int = 1, width: int = 2, frames: int = 100) -> bytes:
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(width)
+        file.setframerate(rate)
+        file.writeframes(bytes(frames * channels * width))
+    return buffer.getvalue()
+
+
+def tar(path: Path, *members: tuple[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def text(question: object = "what is one plus one", **more: object) -> bytes:
+    return json.dumps({"question": question, **more}).encode()
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    """Would catch lost fields, samples out of order, and audio that changes by more than 16 bits allow."""
+    write(tmp_path)
+    dataset = ShardDataset(tmp_path)
+    assert len(dataset) == 5
+    for number in range(5):
+        expected, actual = sample(number), dataset[number]
+        for name in ("id", "question", "answer", "solution", "voice", "sampling_rate"):
+            assert getattr(actual, name) == getattr(expected, name)
+        assert actual.waveform.dtype == np.float32
+        assert np.abs(actual.waveform - expected.waveform).max() <= 0.5 / 32767 + 1e-7
+    with pytest.raises(IndexError):
+        dataset[5]
+
+
+def test_manifest_tells_the_truth(tmp_path: Path) -> None:
+    """Would catch counts, seconds or checksums that are not those of the files."""
+    manifest = write(tmp_path)
+    assert manifest == Manifest.read(tmp_path)
+    assert manifest.samples == 5 and manifest.voices == {"en-us+f2": 5} and manifest.seconds == pytest.approx(5 * 0.02)
+    assert manifest.source == {"seed": 3}
+    assert [entry.samples for entry in manifest.shards] == [2, 2, 1]
+    for entry in manifest.shards:
+        content = (tmp_path / entry.name).read_bytes()
+        assert len(content) == entry.bytes and hashlib.sha256(content).hexdigest() == entry.sha256
+
+
+def test_equal_samples_make_equal_files(tmp_path: Path) -> None:
+    """Would catch a time stamp or an order that differs from run to run."""
+    assert write(tmp_path / "a") == write(tmp_path / "b")
+
+
+def test_webdataset_reads_them(tmp_path: Path) -> None:
+    """Would catch a layout that only this package understands."""
+    write(tmp_path)
+    shards = sorted(map(str, tmp_path.glob("*.tar")))
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False))
+    assert [item["__key__"] for item in samples] == [f"s-{number}" for number in range(5)]
+    assert json.loads(samples[1]["json"])["question"] == "what is 1 plus ½" and samples[1]["wav"][:4] == b"RIFF"
+
+
+def test_patterns_and_single_files(tmp_path: Path) -> None:
+    """Would catch shards of other origin that cannot be read for want of a manifest."""
+    write(tmp_path)
+    assert len(ShardDataset(str(tmp_path / "shard-*.tar"))) == 5
+    assert [ShardDataset(tmp_path / "shard-000001.tar")[index].id for index in range(2)] == ["s-2", "s-3"]
+    assert ShardDataset(tar(tmp_path / "x.tar", ("a/b/k.wav", wav()), ("a/b/k.json", text()), ("a/b/k.txt", b"ignored")))[0].id == "a/b/k"
+
+
+def test_incomplete_directories_are_invisible(tmp_path: Path) -> None:
+    """Would catch training on the first shards of an interrupted synthesis, and its leftovers in the next one."""
+    writer = ShardWriter(tmp_path, shard_size=1)
+    for number in range(9):
+        writer.write(sample(number))
+    with pytest.raises(CordError, match="incomplete"):
+        ShardDataset(tmp_path)
+    write(tmp_path)
+    assert len(list(tmp_path.glob("*.tar"))) == 3 and not list(tmp_path.glob(".*"))
+    with pytest.raises(CordError, match="already"):
+        ShardWriter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (sample(0, id="a.b"), "'a.b'"),
+        (sample(0, id="s-7"), "s-7 comes twice"),
+        (sample(0, question=" "), "s-0 has no question"),
+        (sample(0, sampling_rate=8000), "s-0: audio at 8000 Hz"),
+        (sample(0, waveform=np.zeros(0, np.float32)), "s-0: audio of shape"),
+        (sample(0, waveform=np.zeros((2, 9), np.float32)), "s-0: audio of shape"),
+        (sample(0, waveform=np.array([np.nan], np.float32)), "s-0: audio outside"),
+        (sample(0, waveform=np.array([1.5], np.float32)), "s-0: audio outside"),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_written(tmp_path: Path, bad: Sample, message: str) -> None:
+    """Would catch shards that are written without complaint and refused a day later."""
+    writer = ShardWriter(tmp_path)
+    writer.write(sample(7))
+    with pytest.raises(CordError, match=message):
+        writer.write(bad)
+
+
+def test_nothing_to_write_and_nowhere_to_write(tmp_path: Path) -> None:
+    """Would catch an empty set with a manifest, and a traceback for a full or forbidden disk."""
+    with pytest.raises(CordError, match="no samples"):
+        ShardWriter(tmp_path / "empty").close()
+    (tmp_path / "file").write_text("")
+    writer = ShardWriter(tmp_path / "file" / "below")
+    writer.write(sample(0))
+    with pytest.raises(CordError, match="cannot write shards to .*below"):
+        writer.close()
+
+
+def remove(directory: Path) -> None:
+    (directory / "shard-000001.tar").unlink()
+
+
+def cut(directory: Path) -> None:
+    path = directory / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove, r"shard-000001\.tar is missing"),
+        (cut, r"shard-000001\.tar has 3000 of \d+ bytes"),
+        (lambda directory: (directory / "manifest.json").write_text('{"format": 1}'), r"manifest\.json .*no field 'shards'"),
+        (lambda directory: (directory / "manifest.json").write_text("{"), r"manifest\.json is not a manifest"),
+        (lambda directory: (directory / "manifest.json").write_text("[]"), r"manifest\.json is not a manifest"),
+        (lambda directory: (directory / "manifest.json").write_text('{"format": 9}'), "format 9"),
+        (lambda directory: (directory / "manifest.json").write_bytes(b"\xff"), r"manifest\.json is not a manifest"),
+    ],
+)
+def test_damaged_directories_are_named(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
+    """Would catch a smaller data set in silence, or a traceback."""
+    write(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(CordError, match=message) as caught:
+        ShardDataset(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ((("k.wav", wav()),), "sample k has no text"),
+        ((("k.json", text()),), "sample k has no audio"),
+        ((("k.wav", wav()), ("k.json", text(question=""))), "sample k has no text"),
+        ((("k.wav", wav()), ("k.json", text(question=5))), "sample k has no text"),
+        ((("k.wav", wav()), ("k.json", b"{}")), "sample k has no text"),
+        ((("k.wav", wav()), ("k.json", b"[1]")), "sample k: its JSON is no object"),
+        ((("k.wav", wav()), ("k.json", b'{"question"')), "sample k: its text is not JSON"),
+        ((("k.wav", wav()), ("k.json", b'{"question": "\xff"}')), "sample k: its text is not JSON in UTF-8"),
+        ((("k.wav", wav()), ("k.json", b"[" * 100000)), "sample k: its text is not JSON"),
+        ((("k.wav", wav()), ("k.json", text(answer=5))), "sample k: answer is 5"),
+        ((("k.wav", wav()), ("k.json", text(id="other"))), "sample k: its JSON calls it 'other'"),
+        ((("k.wav", wav(rate=8000)), ("k.json", text())), "sample k: audio at 8000 Hz"),
+        ((("k.wav", wav(channels=2)), ("k.json", text())), "sample k: audio has 2 channels"),
+        ((("k.wav", wav(width=1)), ("k.json", text())), "sample k: audio has 8 bits"),
+        ((("k.wav", wav(frames=0)), ("k.json", text())), "sample k: audio has no samples"),
+        ((("k.wav", b"fLaC" * 20), ("k.json", text())), "sample k: not a PCM WAV"),
+        ((("k.wav", b""), ("k.json", text())), "sample k: not a PCM WAV"),
+        ((("k.wav", wav().replace(b"\x01\x00\x01\x00", b"\x03\x00\x01\x00", 1)), ("k.json", text())), "sample k: not a PCM WAV"),
+        ((("k.wav", wav()), ("k.json", text()), ("k.json", text())), "sample k comes twice"),
+        ((), "no samples"),
+    ],
+)
+def test_bad_samples_are_named_at_once(tmp_path: Path, members: tuple[tuple[str, bytes], ...], message: str) -> None:
+    """Would catch a bad sample that stops a run hours after its start, or an error without the shard's name."""
+    path = tar(tmp_path / "bad.tar", *members)
+    with pytest.raises(CordError, match=message) as caught:
+        ShardDataset(path)
+    assert "bad.tar" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_ids_are_unique_over_shards(tmp_path: Path) -> None:
+    """Would catch two samples under one name in records and in the teacher's cache."""
+    for name in ("a.tar", "b.tar"):
+        tar(tmp_path / name, ("k.wav", wav()), ("k.json", text()))
+    with pytest.raises(CordError, match=r"b\.tar: sample k is in .*a\.tar too"):
+        ShardDataset(str(tmp_path / "*.tar"))
+
+
+def test_no_such_shards(tmp_path: Path) -> None:
+    """Would catch an empty pattern that is taken for an empty set."""
+    with pytest.raises(CordError, match=r"none-\*\.tar: no such"):
+        ShardDataset(str(tmp_path / "none-*.tar"))
+
+
+@pytest.mark.parametrize("size", [0, 100, 512, 700, 1024, 1536, 2048, 2600, 3072])
+def test_truncated_tar_without_manifest(tmp_path: Path, size: int) -> None:
+    """Would catch tarfile's habit of taking some damages for the end of the file."""
+    path = tar(tmp_path / "cut.tar", ("j.wav", wav()), ("j.json", text()), ("k.wav", wav()), ("k.json", text()))
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CordError, match=r"cut\.tar"):
+        ShardDataset(path)
+
+
+def test_damage_in_the_middle_of_a_tar(tmp_path: Path) -> None:
+    """Would catch the loss of everything behind a damaged header."""
+    path = tar(tmp_path / "hole.tar", ("j.wav", wav()), ("j.json", text()), ("k.wav", wav()), ("k.json", text()))
+    content = bytearray(path.read_bytes())
+    content[2048:2060] = b"\xff" * 12  # the header of k.wav
+    path.write_bytes(content)
+    with pytest.raises(CordError, match=r"hole\.tar is truncated or damaged at byte 2048"):
+        ShardDataset(path)
+
+
+def test_audio_cut_off_inside_the_wav(tmp_path: Path) -> None:
+    """Would catch audio that is shorter than its header says, or read on into the next file's bytes."""
+    path = tar(tmp_path / "short.tar", ("k.wav", wav(frames=900)[:500]), ("k.json", text()))
+    with pytest.raises(CordError, match=r"short\.tar: sample k: audio is cut off"):
+        ShardDataset(path)
+
+
+def test_shard_that_vanishes_during_a_run(tmp_path: Path) -> None:
+    """Would catch a traceback from the middle of training."""
+    write(tmp_path)
+    dataset = ShardDataset(tmp_path)
+    remove(tmp_path)
+    with pytest.raises(CordError, match=r"shard-000001\.tar: sample s-2: cannot be read"):
+        dataset[2]
+
+
+@settings(max_examples=200, deadline=None)
+@given(position=st.integers(0, 243), value=st.integers(0, 255), length=st.integers(0, 244))
+def test_damaged_wavs_never_crash(position: int, value: int, length: int) -> None:
+    """Would catch an exception other than a CordError, or audio outside its range, for any damaged byte or length."""
+    content = bytearray(encode_wav(AUDIO[:100]))
+    content[position] = value
+    try:
+        waveform = decode_wav(bytes(content[:length]), "x")
+    except CordError:
+        return
+    assert waveform.ndim == 1 and np.abs(waveform).max() <= 1.0
