@@ -87,6 +87,10 @@ class PromptBuilder:
             raise CordError(f"sample {sample.id}: words outside the model's vocabulary: {', '.join(words[:8])}; rephrase the question")
         return Prompt(sample_id=sample.id, token_ids=tuple(ids))
 
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of plain text, without any special token added."""
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
         known = [index for index in ids if index < len(self._tokenizer) and index not in self.special_ids and index not in self.eos_ids]

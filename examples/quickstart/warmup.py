@@ -1,0 +1,215 @@
+"""Makes the tiny checkpoint worth teaching: it learns to answer written sums, and to half-hear spoken ones.
+
+First text alone; then text mixed with a few utterances, whose words are also spelled out at the adapter's output by connectionist
+temporal classification (CTC, Graves et al. 2006): without it the encoder learns nothing in so short a time. The CTC head is dropped
+at the end. What comes out reads well and hears badly, which is the gap that CORD is to close.
+
+Simplification: plain transformers and PyTorch in one process and fp32; a real run starts from a published checkpoint instead.
+
+Shapes: B sequences, L tokens, A audio features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, ctc_loss
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+from examples.quickstart.checkpoint import save_checkpoint
+from megatron_cord.data.order import permutation
+from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.data.questions import Question
+from megatron_cord.data.samples import Prompt, Sample
+from megatron_cord.errors import CordError
+
+_RECORD = "warmup.json"
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class WarmUpConfig:
+    """How long and how fast the tiny model learns; the defaults take about a minute on one thread."""
+
+    text_steps: int = 250  # steps on written questions alone
+    text_batch: int = 64  # questions in each of them
+    mixed_steps: int = 230  # steps on written and spoken questions
+    mixed_text: int = 24  # written questions in each of them
+    mixed_audio: int = 16  # spoken questions in each of them
+    ctc_weight: float = 0.5  # of the CTC loss beside the cross-entropy
+    learning_rate: float = 2e-3  # AdamW's peak
+    final_fraction: float = 0.1  # of the peak, where the cosine ends
+    rise_steps: int = 20  # linear rise to the peak
+    clip_norm: float = 1.0  # largest norm of the gradient
+    seed: int = 0  # order of the samples, and the CTC head
+
+    def __post_init__(self) -> None:
+        for name in ("text_batch", "mixed_text", "mixed_audio"):
+            if getattr(self, name) < 1:
+                raise CordError(f"warm-up: {name} is {getattr(self, name)}; each batch needs at least one question")
+
+
+@dataclass(frozen=True)
+class _Example:
+    """A prompt with the answer to learn and, for audio, the words that are said."""
+
+    prompt: Prompt
+    response: tuple[int, ...]
+    transcript: tuple[int, ...] = ()
+
+
+def warm_up(
+    checkpoint_dir: str | Path, output_dir: str | Path, config: WarmUpConfig, questions: Sequence[Question], spoken: Sequence[Sample]
+) -> None:
+    """Trains the checkpoint and writes it anew; does nothing if ``output_dir`` already holds the outcome of the same inputs.
+
+    Args:
+        checkpoint_dir: where to start.
+        output_dir: complete or absent, whenever the process dies.
+        config: the recipe.
+        questions: to read, with their solutions.
+        spoken: questions to hear, with their solutions.
+
+    Raises:
+        CordError: ``output_dir`` holds something else, there is nothing to learn from, or a sample has no solution.
+    """
+    output = Path(output_dir)
+    if not questions or not spoken:
+        raise CordError(f"{output}: the warm-up needs written and spoken questions; got {len(questions)} and {len(spoken)}")
+    written = [Sample(question.id, question.text, np.zeros(0, np.float32), solution=question.solution) for question in questions]
+    record = _record(Path(checkpoint_dir), config, written, spoken)
+    if output.exists():
+        if (output / _RECORD).is_file() and json.loads((output / _RECORD).read_text(encoding="utf-8")) == record:
+            return
+        raise CordError(f"{output}: holds another checkpoint than this warm-up would write; remove it or choose another directory")
+    builder = PromptBuilder(checkpoint_dir)
+    texts = [_example(builder, sample, builder.text_prompt(sample)) for sample in written]
+    audios = [_example(builder, sample, builder.audio_prompt(sample)) for sample in spoken]
+    model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint_dir)
+    model.model.audio_tower.embed_positions.requires_grad_(False)  # Whisper's sinusoids are fixed; loading forgets that
+    _train(model.train(), builder, config, texts, audios)
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_checkpoint(partial, model, AutoProcessor.from_pretrained(checkpoint_dir))
+    (partial / _RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+    partial.rename(output)
+
+
+def _train(model: Any, builder: PromptBuilder, config: WarmUpConfig, texts: Sequence[_Example], audios: Sequence[_Example]) -> None:
+    """All steps, in place; the same weights for the same arguments."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        speller = nn.Linear(model.config.text_config.hidden_size, builder.vocab_size)
+    parameters = [parameter for parameter in (*model.parameters(), *speller.parameters()) if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
+    text_order, audio_order = _endlessly(texts, config.seed, 0), _endlessly(audios, config.seed, 1)
+    rates = [*_rates(config, config.text_steps), *_rates(config, config.mixed_steps)]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("warm-up", total=len(rates))
+        for step, rate in enumerate(rates):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            if step < config.text_steps:
+                loss = _text_loss(model, builder.pad_id, list(islice(text_order, config.text_batch)))
+            else:
+                share = config.mixed_text / (config.mixed_text + config.mixed_audio)
+                text_loss = _text_loss(model, builder.pad_id, list(islice(text_order, config.mixed_text)))
+                audio_loss, spelling_loss = _audio_losses(model, speller, builder.pad_id, list(islice(audio_order, config.mixed_audio)))
+                loss = share * text_loss + (1 - share) * audio_loss + config.ctc_weight * spelling_loss
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            optimizer.step()
+            progress.update(bar, advance=1, description=f"warm-up, loss {loss.item():.3f}")
+
+
+def _rates(config: WarmUpConfig, steps: int) -> list[float]:
+    """Learning rates of one phase: a linear rise, then half a cosine down to the final fraction. Each phase has its own."""
+    rise = min(config.rise_steps, steps)
+    up = [(step + 1) / rise for step in range(rise)]
+    turns = [(1 + math.cos(math.pi * step / (steps - rise))) / 2 for step in range(steps - rise)]
+    down = [config.final_fraction + (1 - config.final_fraction) * turn for turn in turns]
+    return [config.learning_rate * rate for rate in (*up, *down)]
+
+
+def _endlessly(examples: Sequence[_Example], seed: int, stream: int) -> Iterator[_Example]:
+    """All of them in a new order each time, for ever."""
+    for epoch in count():
+        yield from (examples[index] for index in permutation(len(examples), seed, stream, epoch))
+
+
+def _text_loss(model: Any, pad_id: int, batch: Sequence[_Example]) -> Tensor:
+    """Mean cross-entropy of the response tokens of written questions."""
+    ids, targets, mask = _collate(batch, pad_id)
+    return _cross_entropy(model, model.model.language_model(input_ids=ids, attention_mask=mask).last_hidden_state, targets)
+
+
+def _audio_losses(model: Any, speller: nn.Linear, pad_id: int, batch: Sequence[_Example]) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the response tokens of spoken questions, and CTC of their words at the adapter's output."""
+    ids, targets, mask = _collate(batch, pad_id)
+    clips = [example.prompt.clips[0] for example in batch]
+    features = torch.stack([clip.features for clip in clips])
+    frames = torch.tensor([clip.num_frames for clip in clips])
+    heard: list[Tensor] = []  # the adapter's output [B, A, H], which the model does not return
+    hook = model.model.multi_modal_projector.register_forward_hook(lambda _module, _inputs, output: heard.append(output))
+    try:
+        frame_mask = (torch.arange(features.shape[-1])[None, :] < frames[:, None]).long()
+        output = model.model(input_ids=ids, attention_mask=mask, input_features=features, feature_attention_mask=frame_mask)
+    finally:
+        hook.remove()
+    spelling = ctc_loss(
+        speller(heard[0]).log_softmax(-1).transpose(0, 1),
+        torch.tensor([token for example in batch for token in example.transcript]),
+        torch.tensor([clip.num_tokens for clip in clips]),
+        torch.tensor([len(example.transcript) for example in batch]),
+        blank=pad_id,
+        zero_infinity=True,  # a clip with fewer features than words teaches nothing
+    )
+    return _cross_entropy(model, output.last_hidden_state, targets), spelling
+
+
+def _cross_entropy(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    chosen = targets != _IGNORED
+    return cross_entropy(model.lm_head(hidden[chosen]), targets[chosen])
+
+
+def _collate(batch: Sequence[_Example], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded ids, the next response token at each position, and the mask: int64 [B, L] each."""
+    length = max(len(example.prompt.token_ids) + len(example.response) for example in batch)
+    ids = torch.full((len(batch), length), pad_id)
+    targets = torch.full((len(batch), length), _IGNORED)
+    mask = torch.zeros((len(batch), length), dtype=torch.long)
+    for row, example in enumerate(batch):
+        tokens = [*example.prompt.token_ids, *example.response]
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        targets[row, len(example.prompt.token_ids) - 1 : len(tokens) - 1] = torch.tensor(example.response)
+        mask[row, : len(tokens)] = 1
+    return ids, targets, mask
+
+
+def _example(builder: PromptBuilder, sample: Sample, prompt: Prompt) -> _Example:
+    if sample.solution is None:
+        raise CordError(f"sample {sample.id}: no solution to learn; warm up on samples with worked answers")
+    # A word-level tokenizer gives a text the same ids in a prompt and alone.
+    return _Example(prompt, (*builder.encode(sample.solution), builder.eos_ids[0]), builder.encode(sample.question))
+
+
+def _record(checkpoint: Path, config: WarmUpConfig, written: Sequence[Sample], spoken: Sequence[Sample]) -> dict[str, Any]:
+    """All that the outcome depends on."""
+    digest = hashlib.sha256((checkpoint / "model.safetensors").read_bytes())
+    for sample in (*written, *spoken):
+        digest.update(f"\n{sample.id}\n{sample.question}\n{sample.solution}\n".encode() + sample.waveform.tobytes())
+    return {"config": asdict(config), "inputs": digest.hexdigest()}
