@@ -104,3 +104,13 @@ def test_the_empty_part_is_neutral() -> None:
     for rule in KINDS.values():
         for order in ([part, empty], [empty, part], [empty, part, empty]):
             torch.testing.assert_close(tuple(merge_statistics(stack_statistics(order), rule, 1.0)), tuple(part), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_infinite_part_stays_infinite(kind: str) -> None:
+    """Catches 0 · inf in the merge: the part that is infinite lies so far below the maximum that its scale underflows."""
+    numerator, divisor = torch.tensor([[0.0, -1e5]]), torch.tensor([[0.0, -torch.inf]])
+    student, teacher = (numerator, divisor) if kind == "reverse_kl" else (divisor, numerator)
+    for blocks in ([slice(0, 2)], [slice(0, 1), slice(1, 2)], [slice(1, 2), slice(0, 1)]):
+        totals = totals_of(student.double(), teacher.double(), 0, kind, 1.0, blocks)
+        assert totals.divergence.item() == float("inf")
