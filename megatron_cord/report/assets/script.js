@@ -39,6 +39,14 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
+// What is said of a token must not stick out of the window.
+const place = ({ target }) => {
+  const token = target.closest?.(".tokens li");
+  token?.classList.toggle("late", token.getBoundingClientRect().left > innerWidth - 220);
+};
+document.addEventListener("pointerover", place);
+document.addEventListener("focusin", place);
+
 document.addEventListener(
   "play",
   (event) => {

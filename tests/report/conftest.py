@@ -1,0 +1,22 @@
+"""One finished run for all tests of the report; a test that changes it takes a copy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.report.fixture import write_run
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, not to be changed."""
+    return write_run(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """The same run, to be changed at will."""
+    return shutil.copytree(finished_run, tmp_path / "run")
