@@ -86,7 +86,7 @@ def test_divergence_by_position(run_copy: Path) -> None:
     early = [r.token_kl for step in range(1, 11) for r in read_rollouts(record.rollout_files[step]) if r.token_kl]
     chart = position_chart(record)
     assert chart is not None and chart.header == ("token of the response", "steps 1 to 10", "steps 91 to 100")
-    assert chart.rows[0] == ("1", format_number(np.mean([row[0] for row in early])), chart.rows[0][2])
+    assert chart.rows[0] == ("1", format_number(sum(row[0] for row in early) / len(early)), chart.rows[0][2])
     assert float(chart.rows[0][2]) < float(chart.rows[0][1])
     path = record.rollout_files[1]
     row = {"id": "a", "role": "distill", "question": "q", "response": "r"}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 
@@ -11,7 +9,7 @@ from megatron_cord.report.gap import gap_closed, measure_gap, standard_error
 from megatron_cord.report.record import Answer, Evaluation
 
 
-def evaluation(step: int, text: Sequence[bool], audio: Sequence[bool], prefix: str = "") -> Evaluation:
+def evaluation(step: int, text: list[bool] | np.ndarray, audio: list[bool] | np.ndarray, prefix: str = "") -> Evaluation:
     answers = tuple(
         Answer(f"{prefix}{i}", "q", None, None, "", bool(t), "", bool(a), (), None) for i, (t, a) in enumerate(zip(text, audio, strict=True))
     )
