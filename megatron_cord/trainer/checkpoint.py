@@ -10,21 +10,25 @@ from __future__ import annotations
 import errno
 import json
 import os
+import queue
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import LALM
-from megatron_cord.parallel.objects import all_gather_json, broadcast_json
+from megatron_cord.parallel.objects import broadcast_json
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Progress:
 
 
 _STATE = "state.json"
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR)
 # The sharding of the distributed optimizer's states that any other layout can read.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
@@ -86,42 +91,66 @@ class Checkpoints:
         """
         final = self.directory / f"step_{progress.step:06d}"
         partial = self.directory / f".{final.name}.partial"
-        problem = None
+        self._on_main(final, lambda: self._make_room(partial))
+        # Megatron passes the writers' results through a server process, which imports the program anew and outlives a killed run. A
+        # queue in this process does, as saving waits for the writers.
+        filesystem_async._results_queue = queue.SimpleQueue()
         try:
-            if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            dist.barrier()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's remarks on its own deprecated internals
-                dist_checkpointing.save(_state_dict(model, optimizer, scheduler, is_loading=False), str(partial))
-            if dist.get_rank() == 0:
-                state = asdict(progress) | {"architecture": asdict(model.module.arch)}
-                (partial / _STATE).write_text(json.dumps(state, indent=1))
-        except Exception as error:  # noqa: BLE001 (torch wraps the ranks' errors in types of its own)
-            if not _is_storage_error(error):
+                dist_checkpointing.save(
+                    _state_dict(model, optimizer, scheduler, is_loading=False),
+                    str(partial),
+                    preprocess_common_before_consistancy_check=_without_param_groups,
+                )
+        except CheckpointException as error:  # a rank's writer failed, every rank is told so, and the first one why
+            reason = broadcast_json(_storage_problem(error))
+            if reason is None:
                 raise
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error}"
-        problems = [p for p in all_gather_json(problem) if p is not None]
-        if problems:
-            if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise CordError(f"{final}: the checkpoint could not be written ({problems[0]}); free space on the disk and resume from "
-                            "the checkpoint before")  # fmt: skip
-        if dist.get_rank() == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            self._forget_old()
-        dist.barrier()
+            raise self._failure(final, reason) from error
+        except Exception as error:
+            # This rank alone failed. The others wait for it, and notice that it has left.
+            reason = _storage_problem(error)
+            if reason is None:
+                raise
+            raise self._failure(final, reason) from error
+        state = asdict(progress) | {"architecture": asdict(model.module.arch)}
+        self._on_main(final, lambda: self._publish(partial, final, state))
         return final
 
-    def _forget_old(self) -> None:
+    def _make_room(self, partial: Path) -> None:
+        for leftover in self.directory.glob(".step_*"):  # of a run that was killed
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+
+    def _publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+        (partial / _STATE).write_text(json.dumps(state, indent=1))
+        if final.exists():
+            os.replace(final, _doomed(final))
+        os.replace(partial, final)
         if self.config.keep:
             for old in sorted(self.directory.glob("step_*"))[: -self.config.keep]:
                 # Renamed first: a stop halfway through the deletion must not leave half a checkpoint under a whole one's name.
-                doomed = old.with_name(f".{old.name}.deleted")
-                os.replace(old, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                os.replace(old, _doomed(old))
+        for doomed in self.directory.glob(".step_*"):
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _on_main(self, final: Path, action: Callable[[], None]) -> None:
+        """Rank 0 acts, and all ranks fail together if it could not."""
+        reason = None
+        if dist.get_rank() == 0:
+            try:
+                action()
+            except OSError as error:
+                reason = _storage_problem(error) or str(error)
+        reason = broadcast_json(reason)
+        if reason is not None:
+            raise self._failure(final, reason)
+
+    def _failure(self, final: Path, reason: str) -> CordError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(self.directory / f".{final.name}.partial", ignore_errors=True)
+        return CordError(f"{final}: the checkpoint could not be written ({reason}); earlier ones are whole: mend that and start the run again")
 
     def load(self, path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> Progress:
         """Restores everything from a checkpoint of any layout. Collective.
@@ -175,11 +204,24 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _is_storage_error(error: BaseException) -> bool:
-    """Whether the disk is to blame, looking through torch's wrappers."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return any(text in str(error) for text in ("No space left", "Disk quota", "File too large", "Permission denied", "Read-only"))
+def _doomed(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f".{checkpoint.name}.deleted")
+
+
+def _without_param_groups(common: dict[str, Any]) -> dict[str, Any]:
+    """For Megatron's comparison of ranks: pipeline stages may train different parts, and so have different groups of parameters."""
+    return {key: value for key, value in common.items() if key != "optimizer"}
+
+
+def _storage_problem(error: BaseException) -> str | None:
+    """What the disk did, looking through torch's wrappers; None if it is not to blame."""
+    failures = getattr(error, "failures", {})  # of torch's CheckpointException: by rank
+    for seen in [error, *(failure[0] for failure in failures.values())]:
+        cause: BaseException | None = seen
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.errno in _STORAGE_ERRORS:
+                return os.strerror(cause.errno)
+            if "PytorchStreamWriter failed" in str(cause):
+                return "a file could not be written"
+            cause = cause.__cause__ or cause.__context__
+    return None
