@@ -1,6 +1,7 @@
 """CORD's objective for one microbatch: L = L_tok + L_seq (arXiv 2601.16547), and the switches that turn it into its rivals.
 
 L_tok = Σ_t w_t D_t over each response, mean over responses. L_seq = −(1/N) Σ_i A_i log p(y_i) over a prompt's N rollouts, mean over prompts.
+Dividing both by tokens instead of responses keeps their ratio where lengths are alike, and makes the learning rate independent of the length.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class ObjectiveConfig:
     top_k: int = 20  #: K, response positions of largest divergence that get alpha
     alpha: float = 2.0  #: weight of those positions
     beta: float = 2.0  #: weight of the first position; it falls linearly to 1 at the last
-    normalization: Literal["response", "token"] = "response"  #: L_tok is divided by the number of responses (the paper) or of their tokens
+    normalization: Literal["response", "token"] = "response"  #: both losses are divided by the number of responses (the paper) or of their tokens
     policy_gradient: bool = True  #: whether L_seq is added
     policy_weight: float = 1.0  #: factor of L_seq; the paper has none
     importance_cap: float = 2.0  #: truncates the ratio of trainer's to engine's probability in L_seq
@@ -56,9 +57,8 @@ class ObjectiveConfig:
 class GlobalCounts:
     """What the sums are divided by, over all data-parallel ranks and microbatches of the step."""
 
-    responses: int  #: scored token by token
-    tokens: int  #: of those responses
-    policy_responses: int  #: rollouts of L_seq, those of groups without signal included
+    scored: int  #: responses of L_tok, or their tokens, as the objective's normalization says
+    policy: int  #: the same of L_seq, those of groups without signal included
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,12 +105,12 @@ def microbatch_loss(config: ObjectiveConfig, counts: GlobalCounts, batch: Microb
     if batch.scored:
         divergence = stats.kl if config.distils else -stats.student_logprob
         weights = _token_weights(config, divergence.detach(), batch.cu_seqlens)
-        token = (weights * divergence).sum() / (counts.responses if config.normalization == "response" else counts.tokens)
+        token = (weights * divergence).sum() / counts.scored
     sequence = zero
     if config.policy_gradient and batch.advantages.any():
         ratio = truncated_importance_weights(stats.student_logprob, batch.engine_logprobs, batch.cu_seqlens, cap=config.importance_cap)
         terms = policy_gradient_loss(stats.student_logprob, batch.cu_seqlens, batch.advantages, importance_weights=ratio)
-        sequence = config.policy_weight * terms.sum() / counts.policy_responses
+        sequence = config.policy_weight * terms.sum() / counts.policy
     return MicrobatchLoss(token, sequence, stats, weights)
 
 

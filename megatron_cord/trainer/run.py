@@ -108,7 +108,7 @@ class Run:
         Raises:
             CordError: too many steps in a row had a loss or gradients that are not finite.
         """
-        result = self.train_step(self.collector.sequences(collected), sum(c.reward is not None for c in collected))
+        result = self.train_step(self.collector.sequences(collected), [c.rollout for c in collected if c.reward is not None])
         skipped = self.progress.skipped_in_a_row + 1 if result.skipped else 0
         self.progress = Progress(self.progress.step + 1, self.progress.seconds, skipped, self.config.seed)
         if result.skipped:

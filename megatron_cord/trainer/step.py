@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.objects import all_gather_json
+from megatron_cord.rollout.types import Rollout
 from megatron_cord.trainer.batches import Microbatch, TrainingSequence, make_microbatches
 from megatron_cord.trainer.objective import GlobalCounts, MicrobatchLoss, ObjectiveConfig, microbatch_loss
 from megatron_cord.trainer.optimizer import gradients_are_finite
@@ -73,16 +74,15 @@ class TrainStep:
         self.lalm: LALM = model.module
         self.layout = self.lalm.layout
 
-    def __call__(self, sequences: list[TrainingSequence], policy_responses: int) -> StepResult:
+    def __call__(self, sequences: list[TrainingSequence], policy_rollouts: list[Rollout]) -> StepResult:
         """Trains on the step's sequences. Collective over all ranks, which pass the same sequences.
 
         Args:
             sequences: of all data-parallel ranks; this one takes its share.
-            policy_responses: rollouts sampled for L_seq, those left out for want of a signal included.
+            policy_rollouts: all that were sampled for L_seq, those left out for want of a signal included.
         """
         started = time.perf_counter()
-        scored = [s for s in sequences if s.scored]
-        counts = GlobalCounts(len(scored) or 1, sum(len(s.rollout.token_ids) for s in scored) or 1, policy_responses or 1)
+        counts = GlobalCounts(self._count([s.rollout for s in sequences if s.scored]), self._count(policy_rollouts))
         microbatches = self._microbatches(sequences)
         teacher_hidden = self.teacher.hidden_states(microbatches)
         teacher_done = time.perf_counter()
@@ -104,8 +104,13 @@ class TrainStep:
         """Divergences and log-probabilities of sequences without training on them. Collective like a step."""
         microbatches = self._microbatches(sequences)
         teacher_hidden = self.teacher.hidden_states(microbatches)
-        losses = self._forward_backward(microbatches, teacher_hidden, GlobalCounts(1, 1, 1), train=False)
+        losses = self._forward_backward(microbatches, teacher_hidden, GlobalCounts(1, 1), train=False)
         return self._gather_records(microbatches, losses)
+
+    def _count(self, rollouts: list[Rollout]) -> int:
+        """What a loss over these responses is divided by; at least 1."""
+        by_token = self.objective.normalization == "token"
+        return max(1, sum(len(r.token_ids) for r in rollouts) if by_token else len(rollouts))
 
     def _microbatches(self, sequences: list[TrainingSequence]) -> list[Microbatch]:
         rank, world = dist.get_rank(self.layout.dp_group), dist.get_world_size(self.layout.dp_group)
