@@ -56,7 +56,7 @@ _SETTINGS: dict[Any, Any] = {
     "legend.handlelength": 1.8,
 }
 _SMOOTH_FROM = 60  # points; shorter series are drawn as they are
-_TABLE_ROWS = 10
+_TABLE_ROWS = 12
 _Show = Callable[[float], str]
 
 
@@ -93,6 +93,7 @@ def line_chart(
     from_zero: bool = False,
     markers: bool = False,
     fill_between: bool = False,
+    smooth: bool = True,
 ) -> Chart:
     """Draws one to three series over a whole-numbered x.
 
@@ -100,7 +101,7 @@ def line_chart(
         key: prefix of the drawing's ids, unique on the page.
         title: shown by the page, above the drawing.
         x_label: with its unit, like ``y_label``.
-        series: at least one, none empty. Long ones are drawn faint, with a moving average on top.
+        series: at least one, none empty. Long ones are drawn faint, with a moving average on top, unless ``smooth`` is False.
         wide: drawn for about 520 pixels instead of 300, so that the type has one size on the page.
         percent: y holds shares in [0, 1], drawn as 0 to 100 %.
         from_zero: the y axis starts at zero.
@@ -111,7 +112,7 @@ def line_chart(
         figure = Figure(figsize=(5.0, 3.0) if wide else (3.4, 2.5), layout="constrained")
         axes = figure.add_subplot()
         for colour, dash, line in zip(_SERIES, _DASHES, series, strict=False):
-            _draw(axes, line, colour, dash, "o" if markers else "")
+            _draw(axes, line, colour, dash, "o" if markers else "", smooth)
         if fill_between:
             axes.fill_between(series[0].x, series[0].y, series[1].y, color=_SERIES[1], alpha=0.08, linewidth=0)
         axes.set_xlabel(x_label)
@@ -153,11 +154,11 @@ def moving_average(values: Sequence[float] | np.ndarray, window: int) -> np.ndar
     return (sums[high] - sums[low]) / (high - low)
 
 
-def _draw(axes: Axes, line: Series, colour: str, dash: _Dash, marker: str) -> None:
+def _draw(axes: Axes, line: Series, colour: str, dash: _Dash, marker: str, smooth: bool) -> None:
     x, y = np.asarray(line.x), np.asarray(line.y)
     if line.error is not None:
         axes.fill_between(x, y - np.asarray(line.error), y + np.asarray(line.error), color=colour, alpha=0.18, linewidth=0)
-    if len(x) > _SMOOTH_FROM:
+    if smooth and len(x) > _SMOOTH_FROM:
         axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
         y = moving_average(y, max(5, len(y) // 20))
     axes.plot(x, y, color=colour, linewidth=1.7, linestyle=dash, marker=marker or ("o" if len(x) == 1 else ""), markersize=3.5, label=line.label)
@@ -183,7 +184,7 @@ def _sentence(line: Series, show: _Show) -> str:
 
 
 def _table(x_label: str, series: Sequence[Series], show: _Show) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Up to ten rows: single points, or means over equal stretches of x."""
+    """Up to twelve rows: single points, or means over equal stretches of x."""
     every_x = sorted({x for line in series for x in line.x})
     stretches = np.array_split(np.array(every_x), min(_TABLE_ROWS, len(every_x)))
     rows = []

@@ -31,6 +31,7 @@ class _Metric:
     unit: str
     lines: Mapping[str, str | Callable[[Row], float | None]]
     from_zero: bool = True
+    smooth: bool = True
 
 
 def _silent_share(row: Row) -> float | None:
@@ -46,7 +47,7 @@ _METRICS = (
     _Metric("length", "Response length", "tokens", {"mean": "response_tokens"}),
     _Metric("entropy", "Entropy of the student", "nats a token", {"mean": "entropy"}),
     _Metric("engine", "Engine against trainer", "nats a token", {"mean difference of log-probs": "engine_logprob_difference"}),
-    _Metric("rate", "Learning rate", "rate", {"learning rate": "learning_rate"}),
+    _Metric("rate", "Learning rate", "rate", {"learning rate": "learning_rate"}, smooth=False),
 )
 
 
@@ -72,7 +73,8 @@ def metric_charts(record: RunRecord) -> list[Chart]:
         lines = [(label, _points(record.metrics, source)) for label, source in metric.lines.items()]
         series = [Series(label, *zip(*points, strict=True)) for label, points in lines if points]
         if series:
-            charts.append(line_chart(metric.key, metric.title, "training step", metric.unit, series, from_zero=metric.from_zero))
+            options = {"from_zero": metric.from_zero, "smooth": metric.smooth}
+            charts.append(line_chart(metric.key, metric.title, "training step", metric.unit, series, **options))
     return charts
 
 

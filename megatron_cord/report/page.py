@@ -25,6 +25,7 @@ from megatron_cord.report.record import Evaluation, RunRecord, read_run
 from megatron_cord.report.tokens import LEVELS, annotate
 
 _ASSETS = Path(__file__).parent / "assets"
+_PHASES = ("rollout", "teacher", "train", "exchange")  # disjoint; other times in the metrics may contain these
 
 
 @dataclass(frozen=True)
@@ -159,13 +160,8 @@ def _voices(before: Evaluation | None, after: Evaluation) -> list[VoiceRow]:
 
 def _phases(record: RunRecord) -> list[Phase]:
     """The steps' seconds by phase, what no phase claims, and the evaluations between the steps."""
-    seconds: dict[str, float] = {}
-    for row in record.metrics:
-        parts = {key.removeprefix("seconds_"): value for key, value in row.items() if key.startswith("seconds_") and value}
-        rest = (row.get("seconds") or 0.0) - sum(parts.values())
-        for name, value in (parts | {"other": max(rest, 0.0)}).items():
-            seconds[name] = seconds.get(name, 0.0) + value
-    seconds["other"] = seconds.pop("other", 0.0)  # last of the steps' phases
+    seconds = {name: sum(row.get(f"seconds_{name}") or 0.0 for row in record.metrics) for name in _PHASES}
+    seconds["other"] = max(sum(row.get("seconds") or 0.0 for row in record.metrics) - sum(seconds.values()), 0.0)
     seconds["evaluation"] = sum(evaluation.seconds or 0.0 for evaluation in record.evaluations)
     total = sum(seconds.values())
     return [Phase(name, value, value / total) for name, value in seconds.items() if value > 0]

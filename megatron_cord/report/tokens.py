@@ -18,9 +18,17 @@ LEVELS = (f"below {LIMITS[0]:g}", *(f"{low:g} to {high:g}" for low, high in pair
 
 @dataclass(frozen=True)
 class Token:
-    """One token as the page shows it: its text, its step on the scale (None: not measured), and what is said of it on demand."""
+    """One token as the page shows it.
+
+    Attributes:
+        text: what it stands for.
+        special: it marks the end or a turn, and is set small.
+        level: its step on the scale; None if not measured.
+        note: what is said of it on demand.
+    """
 
     text: str
+    special: bool
     level: int | None
     note: str
 
@@ -33,5 +41,7 @@ def annotate(tokens: Sequence[str], divergence: Sequence[float], weights: Sequen
         notes = [] if math.isnan(value) else [f"{format_number(value)} nats"]
         if weights is not None and position < len(weights) and math.isfinite(weights[position]):
             notes.append(f"weight {format_number(weights[position])}")
-        annotated.append(Token(text, None if math.isnan(value) else bisect_right(LIMITS, value), ", ".join(notes) or "not measured"))
+        level = None if math.isnan(value) else bisect_right(LIMITS, value)
+        special = text.startswith("<") and text.endswith(">")
+        annotated.append(Token(text, special, level, ", ".join(notes) or "not measured"))
     return annotated

@@ -23,6 +23,8 @@ VOICES = ("en-us+f3", "en-us+m4", "en-gb-x-rp+f2", "en-us-nyc")
 #: What an attacker might make a model say; it must come out as text.
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=alert(1)>"
 
+END = "<|im_end|>"
+
 _WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
 
@@ -102,7 +104,8 @@ def _metrics(step: int, rng: np.random.Generator) -> dict[str, Any]:
         "seconds": 0.25,
         "seconds_rollout": 0.1 * noise[6],
         "seconds_teacher": 0.02,
-        "seconds_train": 0.11,
+        "seconds_train": 0.1,
+        "seconds_update": 0.13,  # teacher and train, and what lies between
         "seconds_exchange": 0.01,
         "of_another_version": "text",
     }
@@ -115,7 +118,7 @@ def _evaluation(step: int, samples: list[Sample], ease: np.ndarray, rng: np.rand
         response = str(sample.solution) if right else _misheard(sample, rng)
         if number == 0:
             response, right = HOSTILE, False
-        tokens = response.split()
+        tokens = [*response.split(), END]
         answers.append({
             "id": sample.id, "question": sample.question, "answer": sample.answer, "voice": sample.voice,
             "text_response": sample.solution, "text_correct": number != 7, "audio_response": response, "audio_correct": right,
@@ -149,12 +152,12 @@ def _rollouts(step: int, samples: list[Sample], rng: np.random.Generator) -> lis
     for number, role in [(4, "distill"), (9, "distill"), (14, "distill")] + [(20, "policy")] * 4 + [(21, "policy")] * 4:
         sample = samples[(number + step) % SAMPLES]
         right = bool(rng.random() < _skill(step))
-        tokens = (str(sample.solution) if right else _misheard(sample, rng)).split()
+        tokens = (str(sample.solution) if right else _misheard(sample, rng)).split() + [END]
         kl = _divergences(tokens, right, step, rng)
         distilled = role == "distill"
         top = sorted(kl)[-3]
         rows.append({
-            "step": step, "id": sample.id, "role": role, "question": sample.question, "voice": sample.voice, "response": " ".join(tokens),
+            "step": step, "id": sample.id, "role": role, "question": sample.question, "voice": sample.voice, "response": " ".join(tokens[:-1]),
             "tokens": tokens, "token_ids": list(range(len(tokens))), "engine_logprobs": [-0.1] * len(tokens),
             "token_kl": kl if distilled else None,
             "token_weights": [(2.0 if k >= top else 1.0) * (2 - t / max(len(kl) - 1, 1)) for t, k in enumerate(kl)] if distilled else None,

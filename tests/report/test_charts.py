@@ -48,10 +48,10 @@ def test_same_data_same_drawing() -> None:
 
 def test_text_alternative() -> None:
     """Catches a chart that only eyes can read, and a table whose means are taken over the wrong stretch."""
-    chart = line_chart("a", "Reward", "training step", "share", [Series("mean", list(range(1, 101)), [x / 100 for x in range(1, 101)])])
-    assert chart.description == "Reward: share over training step. mean: 0.01 at 1, 1 at 100, between 0.01 and 1."
+    chart = line_chart("a", "Reward", "training step", "share", [Series("mean", list(range(1, 121)), [x / 50 for x in range(1, 121)])])
+    assert chart.description == "Reward: share over training step. mean: 0.02 at 1, 2.4 at 120, between 0.02 and 2.4."
     assert chart.header == ("training step", "mean")
-    assert len(chart.rows) == 10 and chart.rows[0] == ("1–10", "0.055") and chart.rows[-1] == ("91–100", "0.955")
+    assert len(chart.rows) == 12 and chart.rows[0] == ("1–10", "0.11") and chart.rows[-1] == ("111–120", "2.31")
     assert format_number(-0.123456) == "−0.123"
 
 

@@ -100,7 +100,8 @@ def test_training_groups(finished_run: Path) -> None:
 
 def test_tokens_are_annotated() -> None:
     """Catches levels off by one, weights beside the wrong token, and lists of unequal length."""
-    tokens = annotate(["a", "b", "c", "d", "e"], [0.0, 0.01, 3.0, float("nan")], [4.0, 1.5])
+    tokens = annotate(["a", "b", "c", "d", "<|end|>"], [0.0, 0.01, 3.0, float("nan")], [4.0, 1.5])
+    assert [token.special for token in tokens] == [False] * 4 + [True]
     assert [token.level for token in tokens] == [0, 1, 5, None, None]
     assert [token.note for token in tokens] == ["0 nats, weight 4", "0.01 nats, weight 1.5", "3 nats", "not measured", "not measured"]
     assert len(LEVELS) == len(LIMITS) + 1 and LEVELS[0] == "below 0.01" and LEVELS[-1] == "3 and more"
