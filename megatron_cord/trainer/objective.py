@@ -98,8 +98,9 @@ def microbatch_loss(config: ObjectiveConfig, counts: GlobalCounts, batch: Microb
         # The log-probabilities alone: a student that is its own teacher has them at a divergence of zero.
         teacher_hidden, teacher_weight = student_hidden.detach(), student_weight
     kind = config.divergence if config.distils else "reverse_kl"
+    # A distribution that is not finite makes a loss that is not: the step is skipped, as one for gradients is.
     stats = divergence_from_hidden(student_hidden, student_weight, teacher_hidden, teacher_weight, batch.target_ids, kind=kind,
-                                   vocab_size=vocab_size, tp_group=tp_group)  # fmt: skip
+                                   vocab_size=vocab_size, tp_group=tp_group, check_finite=False)  # fmt: skip
     zero = stats.student_logprob.sum() * 0.0  # keeps the graph where a term is absent
     token, weights = zero, None
     if batch.scored:
