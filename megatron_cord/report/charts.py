@@ -119,6 +119,8 @@ def line_chart(
         axes.set_ylabel(y_label)
         axes.xaxis.set_major_locator(MaxNLocator(6 if wide else 5, integer=True))
         axes.margins(x=0.02)
+        if len({x for line in series for x in line.x}) == 1:
+            axes.set_xlim(series[0].x[0] - 0.5, series[0].x[0] + 0.5)
         if percent:
             axes.set_ylim(-0.02, 1.03)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))

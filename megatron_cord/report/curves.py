@@ -14,7 +14,8 @@ import numpy as np
 
 from megatron_cord.report.charts import Chart, Series, line_chart
 from megatron_cord.report.gap import standard_error
-from megatron_cord.report.record import RunRecord, read_rollouts
+from megatron_cord.report.reading import read_rollouts
+from megatron_cord.report.record import RunRecord
 
 Row = Mapping[str, float | None]
 

@@ -17,7 +17,8 @@ import numpy as np
 from megatron_cord.data.shards import ShardDataset
 from megatron_cord.data.wav import encode_wav
 from megatron_cord.errors import CordError
-from megatron_cord.report.record import Answer, Evaluation, RunRecord, TrainingRollout, read_rollouts
+from megatron_cord.report.reading import read_rollouts
+from megatron_cord.report.record import Answer, Evaluation, RunRecord, TrainingRollout
 
 #: Kind -> how many of it are shown, if there are as many; in the page's order. The last two are for runs with one evaluation.
 QUOTAS = {"fixed": 8, "still wrong": 6, "broken": 4, "always right": 6, "wrong": 12, "right": 12}

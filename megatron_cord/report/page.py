@@ -21,7 +21,8 @@ from megatron_cord.report.charts import format_number, format_percent
 from megatron_cord.report.curves import accuracy_chart, metric_charts, position_chart
 from megatron_cord.report.examples import AUDIO_BUDGET, QUOTAS, choose_examples, load_clips, training_groups
 from megatron_cord.report.gap import measure_gap, standard_error
-from megatron_cord.report.record import Evaluation, RunRecord, read_run
+from megatron_cord.report.reading import read_run
+from megatron_cord.report.record import Evaluation, RunRecord
 from megatron_cord.report.tokens import LEVELS, annotate
 
 _ASSETS = Path(__file__).parent / "assets"

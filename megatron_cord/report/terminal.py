@@ -1,10 +1,12 @@
-"""The result of a run as a table for the terminal."""
+"""The result of a run as a table for the terminal, 80 characters wide at most unless a voice has a long name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_cord.report.gap import gap_closed, standard_error
@@ -22,28 +24,32 @@ def evaluation_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Tab
     error = max(standard_error(row["audio_accuracy"], samples) for row in (before, after))
     table = Table(
         title=f"Held-out questions ({samples})",
-        caption=f"Standard error of the audio accuracy: up to {100 * error:.1f} points. Gaps are to the text accuracy before training.",
+        caption=f"Standard error of the audio accuracy: up to {100 * error:.1f} points.\nGaps are to the text accuracy before training.",
         title_justify="left",
         caption_justify="left",
+        box=box.SIMPLE,
     )
-    table.add_column("")
-    for name in ("questions", "text before", "after", "audio before", "after", "gap before", "after", "gap closed"):
-        table.add_column(name, justify="right")
+    table.add_column("voice")
+    for name in ("n", "reading, %", "hearing, %", "gap, points", "gap closed"):
+        table.add_column(name, justify="right", no_wrap=True)
     voices = [voice for voice in before.get("voices") or {} if voice in (after.get("voices") or {})]
     table.add_row("all", *_cells(before, after), style="bold", end_section=bool(voices))
     for voice in voices:
-        table.add_row(voice, *_cells(before["voices"][voice], after["voices"][voice]))
+        table.add_row(escape(voice), *_cells(before["voices"][voice], after["voices"][voice]))
     return table
 
 
 def _cells(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
     text = before["text_accuracy"]
-    accuracies = (text, after["text_accuracy"], before["audio_accuracy"], after["audio_accuracy"])
-    gaps = (text - before["audio_accuracy"], text - after["audio_accuracy"])
     closed = gap_closed(text, before["audio_accuracy"], after["audio_accuracy"])
     return (
         str(after["samples"]),
-        *(f"{100 * accuracy:.1f} %" for accuracy in accuracies),
-        *(f"{100 * gap:.1f}" for gap in gaps),
+        _change(text, after["text_accuracy"]),
+        _change(before["audio_accuracy"], after["audio_accuracy"]),
+        _change(text - before["audio_accuracy"], text - after["audio_accuracy"]),
         "no gap" if closed is None else f"{100 * closed:.0f} %",
     )
+
+
+def _change(before: float, after: float) -> str:
+    return f"{100 * before:.1f} → {100 * after:.1f}"

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_cord.report.charts import Series, format_number, line_chart, moving_average
 from megatron_cord.report.curves import accuracy_chart, metric_charts, position_chart
-from megatron_cord.report.record import read_rollouts, read_run
+from megatron_cord.report.reading import read_rollouts, read_run
 from tests.report.fixture import write_lines
 
 

@@ -16,7 +16,8 @@ from megatron_cord.data.shard_writer import ShardWriter
 from megatron_cord.data.shards import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.report import examples
-from megatron_cord.report.record import Answer, Evaluation, read_run
+from megatron_cord.report.reading import read_run
+from megatron_cord.report.record import Answer, Evaluation
 from megatron_cord.report.tokens import LEVELS, LIMITS, annotate
 from tests.report.fixture import BROKEN, SAMPLES, VOICES
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cord.errors import CordError
-from megatron_cord.report.record import read_rollouts, read_run
+from megatron_cord.report.reading import read_rollouts, read_run
 from tests.report.fixture import STEPS, VOICES, write_lines
 
 
