@@ -48,6 +48,7 @@ class WarmUpConfig:
     mixed_steps: int = 230  # steps on written and spoken questions
     mixed_text: int = 24  # written questions in each of them
     mixed_audio: int = 16  # spoken questions in each of them
+    recited_share: float = 0.25  # of the written questions, worked answers without their question
     ctc_weight: float = 0.5  # of the CTC loss beside the cross-entropy
     learning_rate: float = 2e-3  # AdamW's peak
     final_fraction: float = 0.1  # of the peak, where the cosine ends
@@ -96,10 +97,11 @@ def warm_up(
         raise CordError(f"{output}: holds another checkpoint than this warm-up would write; remove it or choose another directory")
     builder = PromptBuilder(checkpoint_dir)
     texts = [_example(builder, sample, builder.text_prompt(sample)) for sample in written]
+    recited = [_without_question(builder, sample, text) for sample, text in zip(written, texts, strict=True)]
     audios = [_example(builder, sample, builder.audio_prompt(sample)) for sample in spoken]
     model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint_dir)
     model.model.audio_tower.embed_positions.requires_grad_(False)  # Whisper's sinusoids are fixed; loading forgets that
-    _train(model.train(), builder, config, texts, audios)
+    _train(model.train(), builder, config, texts, recited, audios)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_checkpoint(partial, model, AutoProcessor.from_pretrained(checkpoint_dir))
@@ -107,7 +109,14 @@ def warm_up(
     partial.rename(output)
 
 
-def _train(model: Any, builder: PromptBuilder, config: WarmUpConfig, texts: Sequence[_Example], audios: Sequence[_Example]) -> None:
+def _train(
+    model: Any,
+    builder: PromptBuilder,
+    config: WarmUpConfig,
+    texts: Sequence[_Example],
+    recited: Sequence[_Example],
+    audios: Sequence[_Example],
+) -> None:
     """All steps, in place; the same weights for the same arguments."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -115,6 +124,12 @@ def _train(model: Any, builder: PromptBuilder, config: WarmUpConfig, texts: Sequ
     parameters = [parameter for parameter in (*model.parameters(), *speller.parameters()) if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
     text_order, audio_order = _endlessly(texts, config.seed, 0), _endlessly(audios, config.seed, 1)
+    recited_order = _endlessly(recited, config.seed, 2)
+
+    def read(count: int) -> list[_Example]:
+        alone = round(config.recited_share * count)
+        return [*islice(text_order, count - alone), *islice(recited_order, alone)]
+
     rates = [*_rates(config, config.text_steps), *_rates(config, config.mixed_steps)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
@@ -123,10 +138,10 @@ def _train(model: Any, builder: PromptBuilder, config: WarmUpConfig, texts: Sequ
             for group in optimizer.param_groups:
                 group["lr"] = rate
             if step < config.text_steps:
-                loss = _text_loss(model, builder.pad_id, list(islice(text_order, config.text_batch)))
+                loss = _text_loss(model, builder.pad_id, read(config.text_batch))
             else:
                 share = config.mixed_text / (config.mixed_text + config.mixed_audio)
-                text_loss = _text_loss(model, builder.pad_id, list(islice(text_order, config.mixed_text)))
+                text_loss = _text_loss(model, builder.pad_id, read(config.mixed_text))
                 audio_loss, spelling_loss = _audio_losses(model, speller, builder.pad_id, list(islice(audio_order, config.mixed_audio)))
                 loss = share * text_loss + (1 - share) * audio_loss + config.ctc_weight * spelling_loss
             optimizer.zero_grad()
@@ -205,6 +220,14 @@ def _example(builder: PromptBuilder, sample: Sample, prompt: Prompt) -> _Example
         raise CordError(f"sample {sample.id}: no solution to learn; warm up on samples with worked answers")
     # A word-level tokenizer gives a text the same ids in a prompt and alone.
     return _Example(prompt, (*builder.encode(sample.solution), builder.eos_ids[0]), builder.encode(sample.question))
+
+
+def _without_question(builder: PromptBuilder, sample: Sample, example: _Example) -> _Example:
+    """The worked answer as plain text, as a language model meets it in its first training: it then computes from the words it wrote itself,
+    not from the question alone, so that what was heard right is computed right."""
+    ids, question = example.prompt.token_ids, builder.encode(sample.question)
+    start = next(i for i in range(len(ids)) if ids[i : i + len(question)] == question)
+    return _Example(Prompt(sample.id, ids[:start] + ids[start + len(question) :]), example.response)
 
 
 def _record(checkpoint: Path, config: WarmUpConfig, written: Sequence[Sample], spoken: Sequence[Sample]) -> dict[str, Any]:
