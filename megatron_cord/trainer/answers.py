@@ -1,7 +1,7 @@
 """The teacher's own answers to the text questions: references of the reward, and the responses of off-policy methods.
 
-A frozen teacher answers all questions that the run will ask before the first update, while the engine still has the initial weights; the
-answers are kept in the run's directory, so that a resumed run has them too. A live teacher answers each step with the current weights.
+A frozen teacher answers all questions that the run will ask before the engine gets any trained weights; the answers are kept in the run's
+directory, so that a resumed run need not ask again. A live teacher answers each step with the current weights.
 Answers are greedy.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -37,25 +37,24 @@ class TeacherAnswers:
         self.mode, self.engine, self.prompts, self.max_new_tokens, self.path = mode, engine, prompts, max_new_tokens, path
         self._kept: dict[str, Rollout] = {}
 
-    def prepare(self, samples: Sequence[Sample], *, initial_weights: bool) -> None:
-        """Makes sure that a frozen teacher's answers are there. Collective.
+    def prepare(self, samples: Sequence[Sample], *, resumed: bool, say: Callable[[str], None] = lambda _: None) -> None:
+        """Makes sure that a frozen teacher's answers are there. Collective; the engine must still have the initial weights.
 
         Args:
             samples: all that the run will ask.
-            initial_weights: whether the engine still has them.
+            resumed: take the answers that this run has kept; a run that starts anew may have another model.
+            say: hears how many answers are asked for.
 
         Raises:
-            CordError: answers are missing and the engine has other weights by now.
+            CordError: the file of kept answers is damaged.
         """
         if self.mode == "live":
             return
-        self._kept = self._read()
+        self._kept = self._read() if resumed else {}
         missing = list({s.id: s for s in samples if s.id not in self._kept}.values())
         if not missing:
             return
-        if not initial_weights:
-            raise CordError(f"{self.path} lacks the frozen teacher's answers to {len(missing)} questions (first: {missing[0].id}); the run's data "
-                            "changed or the file was lost: restore it, or start the run anew")  # fmt: skip
+        say(f"the teacher answers {len(missing)} questions")
         self._kept |= {s.id: r for s, r in zip(missing, self._generate(missing), strict=True)}
         if dist.get_rank() == 0:
             self._write()
@@ -79,8 +78,11 @@ class TeacherAnswers:
         if not self.path.is_file():
             return {}
         kept = {}
-        for line in self.path.read_text().splitlines():
-            plain = json.loads(line)
-            key, spans = plain.pop("sample"), tuple(VersionSpan(**span) for span in plain.pop("versions"))
-            kept[key] = Rollout(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}, versions=spans)
+        for number, line in enumerate(self.path.read_text().splitlines(), start=1):
+            try:
+                plain = json.loads(line)
+                key, spans = plain.pop("sample"), tuple(VersionSpan(**span) for span in plain.pop("versions"))
+                kept[key] = Rollout(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}, versions=spans)
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+                raise CordError(f"{self.path}:{number} is damaged ({error}); delete the file, and the teacher answers anew") from None
         return kept

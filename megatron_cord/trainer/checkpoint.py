@@ -7,9 +7,9 @@ Simplification: saving waits for the disk.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import pickle
 import queue
 import shutil
 import warnings
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.trainer.storage import storage_problem
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,6 @@ class Progress:
 
 
 _STATE = "state.json"
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR)
 # The sharding of the distributed optimizer's states that any other layout can read.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
@@ -83,7 +84,7 @@ class Checkpoints:
         newest = broadcast_json(names[-1] if names else None)
         return None if newest is None else self.directory / newest
 
-    def save(self, progress: Progress, model: DistributedDataParallel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> Path:
+    def save(self, progress: Progress, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> Path:
         """Writes the checkpoint of progress.step. Collective.
 
         Raises:
@@ -99,18 +100,19 @@ class Checkpoints:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's remarks on its own deprecated internals
                 dist_checkpointing.save(
-                    _state_dict(model, optimizer, scheduler, is_loading=False),
+                    _state_dict(model, optimizer, is_loading=False),
                     str(partial),
-                    preprocess_common_before_consistancy_check=_without_param_groups,
+                    # What is not sharded is the optimizer's groups, and pipeline stages may have different ones: nothing to compare.
+                    preprocess_common_before_consistancy_check=lambda common: {},
                 )
         except CheckpointException as error:  # a rank's writer failed, every rank is told so, and the first one why
-            reason = broadcast_json(_storage_problem(error))
+            reason = broadcast_json(storage_problem(error))
             if reason is None:
                 raise
             raise self._failure(final, reason) from error
         except Exception as error:
             # This rank alone failed. The others wait for it, and notice that it has left.
-            reason = _storage_problem(error)
+            reason = storage_problem(error)
             if reason is None:
                 raise
             raise self._failure(final, reason) from error
@@ -142,7 +144,7 @@ class Checkpoints:
             try:
                 action()
             except OSError as error:
-                reason = _storage_problem(error) or str(error)
+                reason = storage_problem(error) or str(error)
         reason = broadcast_json(reason)
         if reason is not None:
             raise self._failure(final, reason)
@@ -153,17 +155,20 @@ class Checkpoints:
         return CordError(f"{final}: the checkpoint could not be written ({reason}); earlier ones are whole: mend that and start the run again")
 
     def load(self, path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> Progress:
-        """Restores everything from a checkpoint of any layout. Collective.
+        """Restores everything from a checkpoint of any layout; learning rates and the like are those of the configuration. Collective.
 
         Raises:
-            CordError: not a whole checkpoint, or one of another architecture.
+            CordError: not a whole checkpoint, a damaged one, or one of another architecture.
         """
-        state = _read_state(path, model.module)
-        restored = dist_checkpointing.load(_state_dict(model, optimizer, scheduler, is_loading=True), str(path))
+        progress = _read_progress(path, model.module)
+        restored = _load(path, _state_dict(model, optimizer, is_loading=True))
         model.load_state_dict(restored["model"])
+        configured = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in optimizer.param_groups]
         optimizer.load_state_dict(restored["optimizer"])
-        scheduler.load_state_dict(restored["scheduler"])
-        return Progress(**state)
+        for group, settings in zip(optimizer.param_groups, configured, strict=True):
+            group.update(settings)
+        scheduler.step(increment=progress.step)
+        return progress
 
 
 def load_weights(path: Path, model: LALM) -> int:
@@ -172,28 +177,38 @@ def load_weights(path: Path, model: LALM) -> int:
     Raises:
         CordError: as `Checkpoints.load`.
     """
-    state = _read_state(path, model)
-    restored = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
+    progress = _read_progress(path, model)
+    restored = _load(path, {"model": model.sharded_state_dict()})
     model.load_state_dict(restored["model"])
-    return int(state["step"])
+    return progress.step
 
 
-def _state_dict(model: DistributedDataParallel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, *, is_loading: bool) -> dict[str, Any]:
+def _state_dict(model: DistributedDataParallel, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
     weights = model.module.sharded_state_dict()
-    return {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_SHARDING)),
-            "scheduler": scheduler.state_dict()}  # fmt: skip
+    return {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_SHARDING))}
 
 
-def _read_state(path: Path, model: LALM) -> dict[str, Any]:
+def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(wanted, str(path))
+    except (CheckpointException, CheckpointingException, OSError, EOFError, pickle.UnpicklingError) as error:
+        # Only the readers' own complaints. CheckpointException is no Exception, and would pass through every other handler.
+        raise CordError(f"{path} is damaged ({type(error).__name__}); delete it to use the one before, or choose another with resume=PATH") from error
+
+
+def _read_progress(path: Path, model: LALM) -> Progress:
     try:
         state = json.loads((path / _STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CordError(f"{path} is not a whole checkpoint ({error}); choose another with resume=PATH") from None
-    saved, wanted = _flat(state.pop("architecture")), _flat(json.loads(json.dumps(asdict(model.arch))))
+        architecture = state.pop("architecture")
+        progress = Progress(**state)
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{_STATE}: {error}"
+        raise CordError(f"{path} is not a whole checkpoint ({reason}); choose another with resume=PATH") from None
+    saved, wanted = _flat(architecture), _flat(json.loads(json.dumps(asdict(model.arch))))
     differing = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     if differing:
         raise CordError(f"{path} holds another architecture (it differs in {', '.join(differing)}); resume with the run's own model.checkpoint")
-    return state
+    return progress
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -206,22 +221,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _doomed(checkpoint: Path) -> Path:
     return checkpoint.with_name(f".{checkpoint.name}.deleted")
-
-
-def _without_param_groups(common: dict[str, Any]) -> dict[str, Any]:
-    """For Megatron's comparison of ranks: pipeline stages may train different parts, and so have different groups of parameters."""
-    return {key: value for key, value in common.items() if key != "optimizer"}
-
-
-def _storage_problem(error: BaseException) -> str | None:
-    """What the disk did, looking through torch's wrappers; None if it is not to blame."""
-    failures = getattr(error, "failures", {})  # of torch's CheckpointException: by rank
-    for seen in [error, *(failure[0] for failure in failures.values())]:
-        cause: BaseException | None = seen
-        while cause is not None:
-            if isinstance(cause, OSError) and cause.errno in _STORAGE_ERRORS:
-                return os.strerror(cause.errno)
-            if "PytorchStreamWriter failed" in str(cause):
-                return "a file could not be written"
-            cause = cause.__cause__ or cause.__context__
-    return None

@@ -17,6 +17,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.reward import answers_agree, extract_answer
 from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine
 from megatron_cord.trainer.batches import TrainingSequence
+from megatron_cord.trainer.metrics import json_floats
 from megatron_cord.trainer.step import TokenRecord
 
 Scorer = Callable[[list[TrainingSequence]], list[TokenRecord]]
@@ -77,7 +78,7 @@ class Evaluator:
             count = min(self.config.scored, len(rows))
             sequences = [TrainingSequence(self._spoken[i], self._written[i], audio[i], True, 0.0, i) for i in range(count)]
             for token in score(sequences):
-                rows[token.index]["token_kl"] = token.kl
+                rows[token.index]["token_kl"] = None if token.kl is None else json_floats(token.kl)
         by_voice: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in rows:
             by_voice[row["voice"] or "unknown"].append(row)
@@ -107,9 +108,14 @@ def _accuracies(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"samples": len(rows), "text_accuracy": text, "audio_accuracy": audio, "gap": text - audio}
 
 
+def evaluation_file(directory: Path, step: int) -> Path:
+    """Where the evaluation after a step stands in a run's directory."""
+    return directory / "evaluations" / f"step_{step:06d}.json"
+
+
 def write_evaluation(directory: Path, result: dict[str, Any]) -> Path:
     """Writes `evaluations/step_….json` in a run's directory, complete or absent."""
-    path = directory / "evaluations" / f"step_{result['step']:06d}.json"
+    path = evaluation_file(directory, result["step"])
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(result))

@@ -7,9 +7,10 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -51,7 +52,7 @@ class MetricsLog:
         self._steps, self._first, self._begun = steps, first_step, time.perf_counter()
         self._last_line = -math.inf
 
-    def __enter__(self) -> MetricsLog:
+    def __enter__(self) -> Self:
         if self._enabled:
             self._bar.start()
         return self
@@ -66,7 +67,7 @@ class MetricsLog:
         """Writes the metrics of the step numbered from 1."""
         if not self._enabled:
             return
-        self._file.write(json.dumps({"step": step} | {k: _plain(v) for k, v in metrics.items()}) + "\n")
+        self._file.write(json.dumps({"step": step} | {k: json_float(v) for k, v in metrics.items()}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             if not isinstance(value, bool) and math.isfinite(value):
@@ -99,9 +100,14 @@ class MetricsLog:
             print(f"step {step}/{self._steps}  {rate:.2f} steps/s  {int(left // 60)}:{int(left % 60):02d} left  {note}", file=sys.stderr, flush=True)
 
 
-def _plain(value: Any) -> Any:
+def json_float(value: Any) -> Any:
     """JSON has no NaN or infinity; null says that nothing was measured."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_floats(values: Sequence[float]) -> list[float | None]:
+    """The same for each of several."""
+    return [json_float(value) for value in values]
 
 
 def _drop_after(path: Path, last_step: int) -> None:

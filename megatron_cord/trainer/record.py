@@ -6,6 +6,7 @@ With a record the data stay fixed while layouts, kernels or objectives change: t
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from megatron_cord.data.samples import Sample
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.types import Rollout, VersionSpan
 from megatron_cord.trainer.collection import Collected
+from megatron_cord.trainer.metrics import json_floats
 from megatron_cord.trainer.step import TokenRecord
 
 
@@ -53,8 +55,8 @@ class RolloutRecord:
             lines.append(json.dumps({
                 "step": step, "id": item.sample.id, "role": item.role, "question": item.sample.question, "voice": item.sample.voice,
                 "response": rollout.text, "token_ids": rollout.token_ids, "tokens": self.prompts.token_strings(rollout.token_ids),
-                "engine_logprobs": rollout.logprobs, "trainer_logprobs": token.logprobs if token else None,
-                "token_kl": token.kl if token else None, "token_weights": token.weights if token else None,
+                "engine_logprobs": json_floats(rollout.logprobs), "trainer_logprobs": _measured(token and token.logprobs),
+                "token_kl": _measured(token and token.kl), "token_weights": _measured(token and token.weights),
                 "teacher_answer": item.teacher_answer, "reward": item.reward, "advantage": item.advantage, "has_signal": item.has_signal,
                 "finish_reason": rollout.finish_reason, "versions": [[v.start, v.end, v.version] for v in rollout.versions],
             }) + "\n")  # fmt: skip
@@ -62,6 +64,10 @@ class RolloutRecord:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(lines))
         os.replace(partial, path)
+
+
+def _measured(values: list[float] | None) -> list[float | None] | None:
+    return None if values is None else json_floats(values)
 
 
 def record_file(directory: Path, step: int) -> Path:
@@ -89,7 +95,8 @@ def read_record(directory: Path, step: int, samples: Sequence[Sample]) -> list[C
         try:
             plain = json.loads(line)
             versions = tuple(VersionSpan(*span) for span in plain["versions"])
-            rollout = Rollout(plain["id"], tuple(plain["token_ids"]), tuple(plain["engine_logprobs"]), plain["finish_reason"], versions, plain["response"])
+            logprobs = tuple(math.nan if value is None else value for value in plain["engine_logprobs"])
+            rollout = Rollout(plain["id"], tuple(plain["token_ids"]), logprobs, plain["finish_reason"], versions, plain["response"])
             sample_id, reward = plain["id"], plain["reward"]
             fields = {key: plain[key] for key in ("role", "teacher_answer", "advantage", "has_signal")}
         except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from megatron_cord.config import dump_config
 from megatron_cord.convert import export_tensors
@@ -17,6 +18,7 @@ from megatron_cord.data.samples import Sample
 from megatron_cord.data.shards import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import Layout
+from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.reward import AgreementReward
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.local import LocalEngine, LocalEngineConfig
@@ -24,12 +26,13 @@ from megatron_cord.trainer.answers import TeacherAnswers
 from megatron_cord.trainer.checkpoint import Checkpoints, Progress
 from megatron_cord.trainer.collection import Collected, Collector, collection_metrics
 from megatron_cord.trainer.config import RunConfig
-from megatron_cord.trainer.evaluation import Evaluator, summarize, write_evaluation
+from megatron_cord.trainer.evaluation import Evaluator, evaluation_file, summarize, write_evaluation
 from megatron_cord.trainer.metrics import MetricsLog
 from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.optimizer import build_optimizer, wrap_model
 from megatron_cord.trainer.record import RolloutRecord, read_record
 from megatron_cord.trainer.step import StepResult, TrainStep
+from megatron_cord.trainer.storage import make_writable
 from megatron_cord.trainer.teacher import Teacher
 
 
@@ -44,7 +47,7 @@ class Run:
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         self.config, self.layout = config, layout
         self.directory = Path(config.output_dir)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_writable(self.directory)
         self.checkpoints = Checkpoints(self.directory / "checkpoints", config.checkpoint)
         resume_from = self._resume_from()
         self.prompts = PromptBuilder(config.model.checkpoint)
@@ -73,23 +76,32 @@ class Run:
         self.log = MetricsLog(self.directory, config.train.steps, self.progress.step, enabled=layout.is_main)
         self._answers = answers
 
-    def __enter__(self) -> Run:
-        if self.layout.is_main:
-            dump_config(self.config, self.directory / "config.yaml")
+    def __enter__(self) -> Self:
         self.log.__enter__()
-        fresh = self.progress.step == 0
-        if not fresh:
-            self.log.say(f"resuming after step {self.progress.step}")
-            self._update_engine()
-        if self.config.replay is None:
-            self._prepare_answers(initial_weights=fresh)
-        if fresh:
-            self.evaluate(0)
+        try:
+            self._begin()
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.log.__exit__(kind, error, trace)
         self.engine.close()
+
+    def _begin(self) -> None:
+        if self.layout.is_main:
+            dump_config(self.config, self.directory / "config.yaml")
+        step = self.progress.step
+        if step:
+            self.log.say(f"resuming after step {step}")
+        if self.config.replay is None:
+            self._prepare_answers()  # before the engine gets trained weights
+        if step:
+            self._update_engine()
+        # A run that was stopped between a checkpoint and its evaluation makes up for it.
+        if not step or (self._evaluation_is_due(step) and not broadcast_json(evaluation_file(self.directory, step).is_file())):
+            self.evaluate(step)
 
     def steps(self) -> Iterator[int]:
         """The steps that remain, counted from 0; each yielded one is timed, saved and evaluated when its turn is over."""
@@ -103,19 +115,12 @@ class Run:
         return self.collector.collect(samples, step)
 
     def train(self, collected: list[Collected]) -> StepResult:
-        """One optimizer step.
-
-        Raises:
-            CordError: too many steps in a row had a loss or gradients that are not finite.
-        """
+        """One optimizer step."""
         result = self.train_step(self.collector.sequences(collected), [c.rollout for c in collected if c.reward is not None])
         skipped = self.progress.skipped_in_a_row + 1 if result.skipped else 0
         self.progress = Progress(self.progress.step + 1, self.progress.seconds, skipped, self.config.seed)
         if result.skipped:
             self.log.say(f"step {self.progress.step}: the loss or a gradient is not finite; the update is skipped ({skipped} in a row)")
-            if skipped >= self.config.train.max_skipped_in_a_row:
-                raise CordError(f"{skipped} steps in a row had no finite loss (train.max_skipped_in_a_row); lower optimizer.learning_rate or look "
-                                f"at the rollouts of step {self.progress.step - skipped + 1}")  # fmt: skip
         return result
 
     def exchange(self) -> None:
@@ -124,17 +129,30 @@ class Run:
             self._update_engine()
 
     def finish_step(self, collected: list[Collected], result: StepResult, times: dict[str, float]) -> None:
-        """Records the step; evaluates and saves when it is time."""
+        """Records the step; evaluates and saves when it is time.
+
+        Raises:
+            CordError: too many steps in a row had a loss or gradients that are not finite.
+        """
         step = self.progress.step
         self.progress = Progress(step, self.progress.seconds + times["seconds"], self.progress.skipped_in_a_row, self.config.seed)
         metrics: dict[str, Any] = result.metrics | collection_metrics(collected, self.config.rollout.policy_rollouts) | times
         self.log.step(step, metrics | {"skipped": result.skipped})
         self.record.write(step, collected, result.tokens)
-        last = step == self.config.train.steps
-        if last or (self.config.checkpoint.interval and step % self.config.checkpoint.interval == 0):
-            self.checkpoints.save(self.progress, self.model, self.optimizer, self.scheduler)
-        if last or (self.config.evaluation.interval and step % self.config.evaluation.interval == 0):
+        skipped = self.progress.skipped_in_a_row
+        if skipped >= self.config.train.max_skipped_in_a_row:
+            raise CordError(f"{skipped} steps in a row had no finite loss (train.max_skipped_in_a_row); lower optimizer.learning_rate or look "
+                            f"at the rollouts of step {step - skipped + 1}")  # fmt: skip
+        interval = self.config.checkpoint.interval
+        # Weights that make no finite loss must not push out checkpoints of weights that did.
+        if step == self.config.train.steps or (interval and step % interval == 0 and not result.skipped):
+            self.checkpoints.save(self.progress, self.model, self.optimizer)
+        if self._evaluation_is_due(step):
             self.evaluate(step)
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        interval = self.config.evaluation.interval
+        return step == self.config.train.steps or bool(interval and step % interval == 0)
 
     def evaluate(self, step: int) -> None:
         """Evaluates the current weights and writes the result; after the last step also the summary."""
@@ -144,7 +162,7 @@ class Run:
         self.log.evaluation(step, {name: result[name] for name in ("text_accuracy", "audio_accuracy")})
         if self.layout.is_main:
             write_evaluation(self.directory, result)
-            before = self.directory / "evaluations" / "step_000000.json"
+            before = evaluation_file(self.directory, 0)
             if step == self.config.train.steps and before.is_file():
                 summary = summarize(json.loads(before.read_text()), result, seconds=round(self.progress.seconds, 1),
                                     tp=self.layout.config.tp, steps=step)  # fmt: skip
@@ -154,7 +172,7 @@ class Run:
         trained = export_tensors(self.model.module, select=lambda parameter: parameter.requires_grad)
         self.engine.update_weights(trained, self.progress.step)
 
-    def _prepare_answers(self, *, initial_weights: bool) -> None:
+    def _prepare_answers(self) -> None:
         """A frozen teacher answers what the run will ask of it: the prompts of L_seq, or all of an off-policy run."""
         config = self.config
         per_step = config.rollout.policy_prompts_per_step if config.objective.policy_gradient else 0
@@ -162,8 +180,7 @@ class Run:
             per_step = config.rollout.prompts_per_step
         if per_step:
             needed = {i for step in range(config.train.steps) for i in self.loader.indices(step)[:per_step]}
-            self.log.say(f"the teacher answers {len(needed)} questions")
-            self._answers.prepare([self._questions[i] for i in sorted(needed)], initial_weights=initial_weights)
+            self._answers.prepare([self._questions[i] for i in sorted(needed)], resumed=self.progress.step > 0, say=self.log.say)
 
     def _resume_from(self) -> Path | None:
         newest = self.checkpoints.newest()

@@ -1,0 +1,39 @@
+"""The run's directory: whether it can be written, and what the disk did when writing failed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from megatron_cord.errors import CordError
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR)
+
+
+def make_writable(directory: Path) -> None:
+    """Makes the directory if need be.
+
+    Raises:
+        CordError: it cannot be made or written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CordError(f"output_dir={directory} cannot be made ({error.strerror}); choose another directory") from None
+    if not os.access(directory, os.W_OK):
+        raise CordError(f"output_dir={directory} is not writable; choose another directory")
+
+
+def storage_problem(error: BaseException) -> str | None:
+    """What the disk did, looking through torch's wrappers; None if it is not to blame."""
+    failures = getattr(error, "failures", {})  # of torch's CheckpointException: by rank
+    for seen in [error, *(failure[0] for failure in failures.values())]:
+        cause: BaseException | None = seen
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.errno in _DISK:
+                return os.strerror(cause.errno)
+            if "PytorchStreamWriter failed" in str(cause):
+                return "a file could not be written"
+            cause = cause.__cause__ or cause.__context__
+    return None
