@@ -16,12 +16,15 @@ def safetensors_files(checkpoint_dir: str | Path) -> list[Path]:
     """The checkpoint's files, by its index if it has one.
 
     Raises:
-        CordError: no safetensors, pickled weights only, or a file that the index names is missing.
+        CordError: no safetensors, pickled weights only, a damaged index, or a file that the index names is missing.
     """
     root = Path(checkpoint_dir)
     index = root / "model.safetensors.index.json"
     if index.is_file():
-        files = [root / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            files = [root / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CordError(f"{index} is damaged ({type(error).__name__}: {error}); download it again") from None
         missing = [str(f) for f in files if not f.is_file()]
         if missing:
             raise CordError(f"{index} names files that are not there: {', '.join(missing)}; download the checkpoint again")

@@ -25,7 +25,10 @@ def tensor_map_of(model: LALM) -> TensorMap:
 
 
 def global_parameters(model: LALM) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters under the names they have in the whole model: layers are numbered over all pipeline stages."""
+    """This rank's parameters under the names they have in the whole model: layers are numbered over all pipeline stages.
+
+    With tied embeddings, the last stage's copy has the name of the first stage's original.
+    """
     offset = model.language_model.decoder.layers[0].layer_number - 1
     parameters = {}
     for name, parameter in model.named_parameters():
@@ -33,6 +36,8 @@ def global_parameters(model: LALM) -> dict[str, torch.nn.Parameter]:
         if name.startswith(prefix):
             number, rest = name.removeprefix(prefix).split(".", 1)
             name = f"{prefix}{int(number) + offset}.{rest}"
+        if model.share_embeddings_and_output_weights and name == "language_model.output_layer.weight":
+            name = "language_model.embedding.word_embeddings.weight"
         parameters[name] = parameter
     return parameters
 
@@ -125,27 +130,34 @@ def import_tensors(model: LALM, tensors: Iterable[tuple[str, Tensor]]) -> None:
             problems.append(f"tensor {spelled} occurs twice")
         else:
             seen.add(name)
-            if rule.megatron in mine:
-                parts = waiting.setdefault(rule.megatron, {})
-                parts[name] = tensor
-                if len(parts) == len(rule.hf_names):
-                    problems += _fill(mine[rule.megatron], rule, waiting.pop(rule.megatron), model.layout)
+            parameter = mine.get(rule.megatron)
+            if parameter is None:
+                continue  # another stage's
+            wanted = _hf_shapes(parameter, rule, model.layout)[name]
+            if tensor.shape != wanted:
+                problems.append(f"tensor {spelled} has shape {list(tensor.shape)}, expected {list(wanted)}")
+                continue
+            parts = waiting.setdefault(rule.megatron, {})
+            parts[name] = tensor
+            if len(parts) == len(rule.hf_names):
+                _fill(parameter, rule, waiting.pop(rule.megatron), model.layout)
     problems += [f"missing tensor {name}" for name in table.by_hf_name if name not in seen]
     if problems:
         raise CordError(f"the checkpoint does not fit the model's architecture ({len(problems)} problems): " + "; ".join(problems))
 
 
-def _fill(parameter: torch.nn.Parameter, rule: TensorRule, parts: dict[str, Tensor], layout: Layout) -> list[str]:
-    """Writes one parameter from its parts; returns what does not fit."""
+def _hf_shapes(parameter: Tensor, rule: TensorRule, layout: Layout) -> dict[str, torch.Size]:
+    """The shapes of the Hugging Face tensors that make this rank's shard."""
+    shape = list(parameter.shape)
+    if rule.layout.shard_dim is not None:
+        shape[rule.layout.shard_dim] *= layout.config.tp
+    parts = rule.layout.part(torch.empty(shape, device="meta"), layout.config.tp)
+    return {name: part.shape for name, part in zip(rule.hf, parts, strict=True) if name is not None}
+
+
+def _fill(parameter: Tensor, rule: TensorRule, parts: dict[str, Tensor], layout: Layout) -> None:
+    """Writes this rank's shard from tensors of the right shapes."""
     tp, dim = layout.config.tp, rule.layout.shard_dim
     rows = parameter.shape[0] * (tp if dim == 0 else 1)
-    try:
-        full = rule.layout.join([None if name is None else parts[name] for name in rule.hf], tp, rows)
-        shard = full if dim is None else full.chunk(tp, dim=dim)[dist.get_rank(layout.tp_group)]
-    except RuntimeError as error:
-        return [f"tensors {', '.join(parts)} with shapes {[tuple(t.shape) for t in parts.values()]} do not fit together ({error})"]
-    if shard.shape != parameter.shape:
-        return [f"tensor {', '.join(parts)} has shape {[tuple(t.shape) for t in parts.values()]}, "
-                f"which makes {tuple(shard.shape)} where the model has {tuple(parameter.shape)}"]  # fmt: skip
-    parameter.copy_(shard)
-    return []
+    full = rule.layout.join([None if name is None else parts[name] for name in rule.hf], tp, rows)
+    parameter.copy_(full if dim is None else full.chunk(tp, dim=dim)[dist.get_rank(layout.tp_group)])

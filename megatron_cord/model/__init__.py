@@ -1,0 +1,3 @@
+"""The audio language model on Megatron-Core."""
+
+import megatron_cord.parallel  # noqa: F401 (makes megatron.core, which the modules here import first, usable without CUDA)

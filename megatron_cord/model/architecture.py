@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
 
 from megatron_cord.errors import CordError
+
+Count = TypeVar("Count", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,11 @@ class EncoderArchitecture:
         """Log-mel frames of one window."""
         return 2 * self.max_positions
 
-    def frames_after_convolutions(self, num_frames: int) -> int:
+    def frames_after_convolutions(self, num_frames: Count) -> Count:
         """How many of the encoder's positions carry audio when num_frames of its input do."""
         return (num_frames - 1) // 2 + 1
 
-    def num_tokens(self, num_frames: int) -> int:
+    def num_tokens(self, num_frames: Count) -> Count:
         """How many features come out of the pooling, one for each placeholder token."""
         return (self.frames_after_convolutions(num_frames) - 2) // 2 + 1
 
@@ -73,16 +78,26 @@ class Architecture:
 
     def check_divisible(self, tp: int, pp: int) -> None:
         """Raises CordError if this layout cannot hold the model, naming the size that does not divide."""
-        sizes = {"the language model's attention heads": self.language.num_heads, "the language model's key-value heads": self.language.num_kv_heads,
-                 "the language model's ffn size": self.language.ffn_hidden_size}  # fmt: skip
+        sizes = {
+            "the language model's attention heads": self.language.num_heads,
+            "the language model's key-value heads": self.language.num_kv_heads,
+            "the language model's ffn size": self.language.ffn_hidden_size,
+        }
         if self.encoder is not None:
-            sizes |= {"the audio encoder's attention heads": self.encoder.num_heads, "the audio encoder's ffn size": self.encoder.ffn_hidden_size}
+            sizes |= {
+                "the audio encoder's attention heads": self.encoder.num_heads,
+                "the audio encoder's ffn size": self.encoder.ffn_hidden_size,
+            }
         for what, size in sizes.items():
             if size % tp:
-                raise CordError(f"parallel.tp={tp} does not divide {what} ({size}); choose a tp that does, e.g. {_largest_divisor(size, tp)}")
+                raise CordError(
+                    f"parallel.tp={tp} does not divide {what} ({size}); choose a tp that does, e.g. {_largest_divisor(size, tp)}"
+                )
         if self.language.num_layers % pp:
-            raise CordError(f"parallel.pp={pp} does not divide the language model's layers ({self.language.num_layers}); "
-                            f"choose a pp that does, e.g. {_largest_divisor(self.language.num_layers, pp)}")  # fmt: skip
+            raise CordError(
+                f"parallel.pp={pp} does not divide the language model's layers ({self.language.num_layers}); "
+                f"choose a pp that does, e.g. {_largest_divisor(self.language.num_layers, pp)}"
+            )
 
 
 def _largest_divisor(size: int, below: int) -> int:

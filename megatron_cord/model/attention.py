@@ -22,9 +22,18 @@ class SdpaAttention(MegatronModule):
         super().__init__(config)
         self.is_causal = attn_mask_type == AttnMaskType.causal
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, /, *,
-                attn_mask_type: AttnMaskType | None = None, attention_bias: Tensor | None = None,
-                packed_seq_params: Any | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        /,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any | None = None,
+    ) -> Tensor:
         """Attends within each sequence.
 
         Args:

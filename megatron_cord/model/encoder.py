@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_cord.model.architecture import EncoderArchitecture
-from megatron_cord.model.transformer import encoder_config, block_spec
+from megatron_cord.model.transformer import block_spec, encoder_config
 from megatron_cord.parallel.layout import Layout
 
 
@@ -49,8 +49,8 @@ class AudioEncoder(MegatronModule):
         x = torch.nn.functional.gelu(self.conv1(features.to(self.conv1.weight.dtype)))
         x = torch.nn.functional.gelu(self.conv2(x))  # [C, H, T]
         x = x.permute(2, 0, 1) + self.embed_positions[:, None]  # [T, C, H]
-        valid = self.arch.frames_after_convolutions(num_frames)  # type: ignore[arg-type]
-        is_padding = torch.arange(x.shape[0], device=x.device)[None] >= valid[:, None]  # type: ignore[index]
+        valid = self.arch.frames_after_convolutions(num_frames)
+        is_padding = torch.arange(x.shape[0], device=x.device)[None] >= valid[:, None]
         x = self.block(x.contiguous(), attention_mask=is_padding[:, None, None, :])
         x = torch.nn.functional.avg_pool1d(x.permute(1, 2, 0), kernel_size=2, stride=2)  # [C, H, T/2]
         return self.layer_norm(x.transpose(1, 2))

@@ -77,12 +77,19 @@ class LALM(MegatronModule):
             self.audio_encoder = AudioEncoder(arch.encoder, layout, dtype)
             self.adapter = LinearAdapter(arch.encoder, arch.language.hidden_size, layout, dtype)
         self.language_model = _HiddenStateGPT(
-            config, block_spec(config, causal=True, pp_rank=layout.pp_rank), arch.language.padded_vocab_size(layout.config.tp), arch.language.max_positions,
-            pre_process=self.pre_process, post_process=self.post_process, share_embeddings_and_output_weights=arch.language.tied_embeddings,
-            position_embedding_type="rope", rotary_base=arch.language.rope_theta,  # type: ignore[arg-type]
+            config,
+            block_spec(config, causal=True, pp_rank=layout.pp_rank),
+            arch.language.padded_vocab_size(layout.config.tp),
+            arch.language.max_positions,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            share_embeddings_and_output_weights=arch.language.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=arch.language.rope_theta,  # type: ignore[arg-type]
             # Audio features replace placeholders before the sequence is cut.
-            scatter_embedding_sequence_parallel=False, pg_collection=layout.groups,
-        )  # fmt: skip
+            scatter_embedding_sequence_parallel=False,
+            pg_collection=layout.groups,
+        )
         _mark_sharded_weights(self)
         self.to(layout.device)
 
@@ -124,21 +131,40 @@ class LALM(MegatronModule):
         """Word embeddings [S, B, H] with audio features in the placeholders' rows."""
         positions = torch.zeros_like(batch.token_ids)  # unused: rotary positions enter in the attention
         embedded = self.language_model.embedding(batch.token_ids, positions)
+        if self.arch.encoder is None or self.arch.audio_token_id is None:
+            return embedded
+        tokens = None if batch.num_frames is None else self.arch.encoder.num_tokens(batch.num_frames)  # [C]
+        is_placeholder = torch.eq(batch.token_ids, self.arch.audio_token_id)  # [B, S]
+        _check_placeholders(is_placeholder.sum(1).tolist(), [] if tokens is None else tokens.tolist(), batch.sample_ids)
         if batch.features is None:
             return embedded
-        assert self.audio_encoder is not None and self.adapter is not None and batch.num_frames is not None
+        assert self.audio_encoder is not None and self.adapter is not None and batch.num_frames is not None and tokens is not None
         audio = self.adapter(self.audio_encoder(batch.features, batch.num_frames))  # [C, T, H]
-        tokens = self.audio_encoder.arch.num_tokens(batch.num_frames)  # type: ignore[arg-type]
-        is_feature = torch.arange(audio.shape[1], device=audio.device)[None] < tokens[:, None]  # type: ignore[index]
-        is_placeholder = batch.token_ids == self.arch.audio_token_id  # [B, S]
-        placeholders, features = int(is_placeholder.sum()), int(is_feature.sum())
-        if placeholders != features:
-            raise CordError(f"samples {', '.join(batch.sample_ids)}: {placeholders} audio placeholder tokens but {features} audio features; "
-                            "build the prompts with this checkpoint's own processor")  # fmt: skip
+        is_feature = torch.arange(audio.shape[1], device=audio.device)[None] < tokens[:, None]
         sequence, size, hidden = embedded.shape
         rows = embedded.transpose(0, 1).reshape(-1, hidden)
         rows = rows.index_copy(0, is_placeholder.reshape(-1).nonzero().squeeze(1), audio[is_feature].to(rows.dtype))
         return rows.reshape(size, sequence, hidden).transpose(0, 1).contiguous()
+
+
+def _check_placeholders(placeholders: list[int], features: list[int], sample_ids: tuple[str, ...]) -> None:
+    """Each sample's placeholders must be filled by whole clips, one after the other.
+
+    Args:
+        placeholders: number in each of B samples.
+        features: number of each of C clips, in the samples' order.
+        sample_ids: B names.
+    """
+    cure = "build the prompts with this checkpoint's own processor, and give each sample its own clips"
+    clips = iter(features)
+    for name, wanted in zip(sample_ids, placeholders, strict=True):
+        found = 0
+        while found < wanted and (clip := next(clips, None)) is not None:
+            found += clip
+        if found != wanted:
+            raise CordError(f"sample {name}: {wanted} audio placeholder tokens but {found} audio features; {cure}")
+    if left := sum(clips):
+        raise CordError(f"samples {', '.join(sample_ids)}: {left} more audio features than audio placeholder tokens; {cure}")
 
 
 def _mark_sharded_weights(model: torch.nn.Module) -> None:

@@ -21,37 +21,63 @@ def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, object]:
     """What both towers share; fusions that need CUDA kernels follow the device."""
     cuda = portability.has_cuda()
     return {
-        "tensor_model_parallel_size": parallel.tp, "params_dtype": dtype, "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16,
-        "pipeline_dtype": dtype, "hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_softmax_in_fp32": True,
+        "tensor_model_parallel_size": parallel.tp,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "pipeline_dtype": dtype,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
         # Every weight comes from a checkpoint; initialising them first would cost time and random numbers.
-        "perform_initialization": False, "use_cpu_initialization": not cuda,
-        "masked_softmax_fusion": False, "bias_activation_fusion": False, "bias_dropout_fusion": False,
+        "perform_initialization": False,
+        "use_cpu_initialization": not cuda,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
         # Fused weight-gradient accumulation is an apex kernel that writes into main_grad.
         "gradient_accumulation_fusion": False,
-    }  # fmt: skip
+    }
 
 
 def encoder_config(arch: EncoderArchitecture, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Whisper's layers: pre-LayerNorm, biases, exact GELU; never cut over stages or the sequence."""
     return TransformerConfig(
-        num_layers=arch.num_layers, hidden_size=arch.hidden_size, num_attention_heads=arch.num_heads,
-        ffn_hidden_size=arch.ffn_hidden_size, normalization="LayerNorm", layernorm_epsilon=1e-5,
-        activation_func=torch.nn.functional.gelu, add_bias_linear=True, **_common(parallel, dtype),  # type: ignore[arg-type]
-    )  # fmt: skip
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.num_heads,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        normalization="LayerNorm",
+        layernorm_epsilon=1e-5,
+        activation_func=torch.nn.functional.gelu,
+        add_bias_linear=True,
+        **_common(parallel, dtype),  # type: ignore[arg-type]
+    )
 
 
 def language_config(arch: LanguageArchitecture, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """A Llama-like decoder: RMSNorm, SwiGLU, grouped-query attention, optional biases on the fused qkv."""
     return TransformerConfig(
-        num_layers=arch.num_layers, hidden_size=arch.hidden_size, num_attention_heads=arch.num_heads, num_query_groups=arch.num_kv_heads,
-        kv_channels=arch.head_dim, ffn_hidden_size=arch.ffn_hidden_size, normalization="RMSNorm", layernorm_epsilon=arch.norm_epsilon,
-        activation_func=torch.nn.functional.silu, gated_linear_unit=True, add_bias_linear=False, add_qkv_bias=arch.qkv_bias,
-        pipeline_model_parallel_size=parallel.pp, sequence_parallel=parallel.sequence_parallel,
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_epsilon,
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        pipeline_model_parallel_size=parallel.pp,
+        sequence_parallel=parallel.sequence_parallel,
         # Batches differ in length, so stages tell each other the shape; Megatron ties that to this dispatcher even without experts.
-        variable_seq_lengths=True, moe_token_dispatcher_type="alltoall",
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,  # the loss arrives normalised by global counts; nobody divides it again
         **_common(parallel, dtype),  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
 
 
 class Norm:
@@ -73,7 +99,10 @@ def block_spec(config: TransformerConfig, *, causal: bool, pp_rank: int = 0) -> 
     """This stage's layers: Megatron's own tensor-parallel ones, with our core attention and norm."""
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
     attention = spec.submodules.self_attention
-    attention = replace(attention, params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.padding},
-                        submodules=replace(attention.submodules, core_attention=SdpaAttention))  # fmt: skip
+    attention = replace(
+        attention,
+        params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.padding},
+        submodules=replace(attention.submodules, core_attention=SdpaAttention),
+    )
     layer = replace(spec, submodules=replace(spec.submodules, self_attention=attention, input_layernorm=Norm, pre_mlp_layernorm=Norm))
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, pp_rank=pp_rank), layer_norm=Norm)

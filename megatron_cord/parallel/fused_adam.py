@@ -25,8 +25,15 @@ class FusedAdam(torch.optim.Optimizer):
         adam_w_mode: must be True; the argument exists because callers of FusedAdam pass it.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.0, adam_w_mode: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
         if not adam_w_mode:
             raise ValueError("this FusedAdam implements decoupled weight decay only (adam_w_mode=True)")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -48,7 +55,18 @@ class FusedAdam(torch.optim.Optimizer):
             # torch counts the step before it uses it, so each call gets a fresh count of the steps already made.
             steps = [torch.tensor(float(group["step"] - 1)) for _ in params]
             adamw(
-                params, [p.grad for p in params if p.grad is not None], [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params], [], steps, foreach=True, amsgrad=False, beta1=beta1, beta2=beta2,
-                lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-            )  # fmt: skip
+                params,
+                [p.grad for p in params if p.grad is not None],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                steps,
+                foreach=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )

@@ -109,12 +109,15 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     """Joins the ranks that torchrun started (one rank if it did not) and makes the process groups.
 
     Raises:
-        CordError: the number of ranks is not a multiple of tp × pp, or the rendezvous port is taken.
+        CordError: the number of ranks is not a multiple of tp × pp.
+        RuntimeError: the ranks are laid out in another way already.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if world % (config.tp * config.pp):
-        raise CordError(f"{world} ranks cannot be laid out with parallel.tp={config.tp} × parallel.pp={config.pp}; "
-                        f"start a multiple of {config.tp * config.pp} ranks (torchrun --nproc-per-node)")  # fmt: skip
+        raise CordError(
+            f"{world} ranks cannot be laid out with parallel.tp={config.tp} × parallel.pp={config.pp}; "
+            f"start a multiple of {config.tp * config.pp} ranks (torchrun --nproc-per-node)"
+        )
     if portability.has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
@@ -125,6 +128,9 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
             dist.init_process_group(portability.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp, pipeline_model_parallel_size=config.pp)
+    present = (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size())
+    if present != (config.tp, config.pp):
+        raise RuntimeError(f"the ranks are laid out as tp={present[0]} pp={present[1]} already; call finalize() first")
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -12,12 +12,19 @@ from megatron_cord.parallel import portability
 
 
 def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's value, in rank order, on every rank. Collective over the group (None: all ranks)."""
+    """Every rank's value, in rank order, on every rank. Collective over the group (None: all ranks).
+
+    What comes back went through JSON, on one rank too: tuples are lists, keys are strings.
+
+    Raises:
+        TypeError: a value that JSON does not know.
+    """
+    text = json.dumps(value)
     world = dist.get_world_size(group)
     if world == 1:
-        return [value]
+        return [json.loads(text)]
     device = portability.device()
-    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    payload = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
     dist.all_gather(sizes, torch.tensor([payload.numel()], device=device), group=group)
     longest = int(max(sizes))

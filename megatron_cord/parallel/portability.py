@@ -22,10 +22,15 @@ import torch
 from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
-_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "rand", "randn", "randint", "linspace", "eye",
-              "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")  # fmt: skip
-_CUDA_TYPES = {"torch.FloatTensor": "torch.cuda.FloatTensor", "torch.HalfTensor": "torch.cuda.HalfTensor",
-               "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor"}  # fmt: skip
+_FACTORIES = (
+    *("empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "linspace", "eye", "rand", "randn", "randint"),
+    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+)
+_CUDA_TYPES = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+}
 
 
 def has_cuda() -> bool:
@@ -172,9 +177,9 @@ def _patch_collectives() -> None:
 
 def _patch_megatron() -> None:
     """What can only be mended in Megatron's own modules, which by now see a patched torch."""
-    import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
-    import megatron.core.tensor_parallel.random as random
+    from megatron.core import optimizer
+    from megatron.core.tensor_parallel import random
 
     from megatron_cord.parallel.fused_adam import FusedAdam
 

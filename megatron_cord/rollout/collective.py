@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -43,6 +44,13 @@ class CollectiveEngine:
         self._engine.close()
 
 
-def _rollout(plain: dict) -> Rollout:
-    spans = tuple(VersionSpan(**span) for span in plain.pop("versions"))
-    return Rollout(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}, versions=spans)
+def _rollout(plain: dict[str, Any]) -> Rollout:
+    """A rollout from JSON, which has lists for tuples."""
+    return Rollout(
+        prompt_id=plain["prompt_id"],
+        token_ids=tuple(plain["token_ids"]),
+        logprobs=tuple(plain["logprobs"]),
+        finish_reason=plain["finish_reason"],
+        versions=tuple(VersionSpan(**span) for span in plain["versions"]),
+        text=plain["text"],
+    )

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_cord.model.tensor_map import TensorMap
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.families import qwen2_audio
+from megatron_cord.model.tensor_map import TensorMap
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def load_architecture(checkpoint_dir: str | Path) -> Architecture:
     """Reads the architecture of a Hugging Face checkpoint directory.
 
     Raises:
-        CordError: no directory, no config.json or one that is not JSON, or a model type without a family.
+        CordError: no directory, no config.json or a damaged one, a model type without a family, or a setting that the family lacks.
     """
     path = Path(checkpoint_dir) / "config.json"
     if not path.is_file():
@@ -49,9 +50,15 @@ def load_architecture(checkpoint_dir: str | Path) -> Architecture:
         model_type = json.loads(path.read_text()).get("model_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise CordError(f"{path} is not a model configuration ({error}); download the checkpoint again") from None
-    if model_type not in FAMILIES:
+    if str(model_type) not in FAMILIES:
         raise CordError(f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[model_type].architecture(AutoConfig.from_pretrained(str(checkpoint_dir)))
+    try:
+        return FAMILIES[model_type].architecture(AutoConfig.from_pretrained(str(checkpoint_dir)))
+    except CordError as error:
+        raise CordError(f"{path}: {error}") from None
+    except (StrictDataclassError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        why = " ".join(str(error).split())
+        raise CordError(f"{path} is damaged ({type(error).__name__}: {why}); download the checkpoint again") from None
 
 
 def family_of(architecture: Architecture) -> Family:

@@ -4,29 +4,61 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+from megatron_cord.errors import CordError
+from megatron_cord.model.architecture import Architecture, EncoderArchitecture, LanguageArchitecture
 from megatron_cord.model.layouts import Column, GateUp, Qkv, Replicated, Row, Vocabulary
 from megatron_cord.model.tensor_map import TensorMap, TensorRule
-from megatron_cord.model.architecture import Architecture, EncoderArchitecture, LanguageArchitecture
 
 
 def architecture(config: PretrainedConfig) -> Architecture:
-    """Sizes of a Qwen2-Audio checkpoint from its Hugging Face configuration."""
+    """Sizes of a Qwen2-Audio checkpoint from its Hugging Face configuration.
+
+    Raises:
+        CordError: a setting under which the model would compute something else.
+    """
     audio, text = config.audio_config, config.text_config
+    _check_supported(audio, text)
     heads = text.num_attention_heads
     return Architecture(
         model_type="qwen2_audio",
         encoder=EncoderArchitecture(
-            num_mels=audio.num_mel_bins, hidden_size=audio.d_model, num_layers=audio.encoder_layers,
-            num_heads=audio.encoder_attention_heads, ffn_hidden_size=audio.encoder_ffn_dim, max_positions=audio.max_source_positions,
+            num_mels=audio.num_mel_bins,
+            hidden_size=audio.d_model,
+            num_layers=audio.encoder_layers,
+            num_heads=audio.encoder_attention_heads,
+            ffn_hidden_size=audio.encoder_ffn_dim,
+            max_positions=audio.max_source_positions,
         ),
         language=LanguageArchitecture(
-            hidden_size=text.hidden_size, num_layers=text.num_hidden_layers, num_heads=heads, num_kv_heads=text.num_key_value_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads, ffn_hidden_size=text.intermediate_size,
-            vocab_size=text.vocab_size, max_positions=text.max_position_embeddings, rope_theta=float(text.rope_parameters["rope_theta"]),
-            norm_epsilon=text.rms_norm_eps, qkv_bias=True, tied_embeddings=bool(text.tie_word_embeddings),
+            hidden_size=text.hidden_size,
+            num_layers=text.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            ffn_hidden_size=text.intermediate_size,
+            vocab_size=text.vocab_size,
+            max_positions=text.max_position_embeddings,
+            rope_theta=float(text.rope_parameters["rope_theta"]),
+            norm_epsilon=text.rms_norm_eps,
+            qkv_bias=True,
+            tied_embeddings=bool(text.tie_word_embeddings),
         ),
         audio_token_id=config.audio_token_id,
-    )  # fmt: skip
+    )
+
+
+def _check_supported(audio: PretrainedConfig, text: PretrainedConfig) -> None:
+    settings = {"text_config.model_type": (text.model_type, "qwen2")}
+    if text.model_type == "qwen2":  # others may lack the fields
+        settings |= {
+            "text_config.hidden_act": (text.hidden_act, "silu"),
+            "text_config.use_sliding_window": (text.use_sliding_window, False),
+            "text_config.rope_parameters.rope_type": (text.rope_parameters.get("rope_type", "default"), "default"),
+            "audio_config.activation_function": (audio.activation_function, "gelu"),
+        }
+    for name, (given, supported) in settings.items():
+        if given != supported:
+            raise CordError(f"{name} is {given!r}, but only {supported!r} is supported; use another checkpoint")
 
 
 def canonical_name(name: str) -> str:
