@@ -81,8 +81,14 @@ class TeacherAnswers:
         for number, line in enumerate(self.path.read_text().splitlines(), start=1):
             try:
                 plain = json.loads(line)
-                key, spans = plain.pop("sample"), tuple(VersionSpan(**span) for span in plain.pop("versions"))
-                kept[key] = Rollout(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}, versions=spans)
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+                kept[plain["sample"]] = Rollout(
+                    prompt_id=plain["prompt_id"],
+                    token_ids=tuple(plain["token_ids"]),
+                    logprobs=tuple(plain["logprobs"]),
+                    finish_reason=plain["finish_reason"],
+                    versions=tuple(VersionSpan(**span) for span in plain["versions"]),
+                    text=plain["text"],
+                )
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise CordError(f"{self.path}:{number} is damaged ({error}); delete the file, and the teacher answers anew") from None
         return kept

@@ -8,6 +8,7 @@ Simplification: saving waits for the disk.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import queue
@@ -65,6 +66,8 @@ class Progress:
 _STATE = "state.json"
 # The sharding of the distributed optimizer's states that any other layout can read.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+# Its writers log their errors, in lines of their own, beside raising them.
+logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
 
 class Checkpoints:

@@ -55,8 +55,8 @@ class RolloutRecord:
             lines.append(json.dumps({
                 "step": step, "id": item.sample.id, "role": item.role, "question": item.sample.question, "voice": item.sample.voice,
                 "response": rollout.text, "token_ids": rollout.token_ids, "tokens": self.prompts.token_strings(rollout.token_ids),
-                "engine_logprobs": json_floats(rollout.logprobs), "trainer_logprobs": _measured(token and token.logprobs),
-                "token_kl": _measured(token and token.kl), "token_weights": _measured(token and token.weights),
+                "engine_logprobs": json_floats(rollout.logprobs), "trainer_logprobs": _measured(token.logprobs if token else None),
+                "token_kl": _measured(token.kl if token else None), "token_weights": _measured(token.weights if token else None),
                 "teacher_answer": item.teacher_answer, "reward": item.reward, "advantage": item.advantage, "has_signal": item.has_signal,
                 "finish_reason": rollout.finish_reason, "versions": [[v.start, v.end, v.version] for v in rollout.versions],
             }) + "\n")  # fmt: skip

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 
 from megatron_cord.errors import CordError
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR)
+_ERRNO = re.compile(r"\[Errno (\d+)\]")
 
 
 def make_writable(directory: Path) -> None:
@@ -31,9 +33,10 @@ def storage_problem(error: BaseException) -> str | None:
     for seen in [error, *(failure[0] for failure in failures.values())]:
         cause: BaseException | None = seen
         while cause is not None:
-            if isinstance(cause, OSError) and cause.errno in _DISK:
-                return os.strerror(cause.errno)
-            if "PytorchStreamWriter failed" in str(cause):
+            named = _ERRNO.search(str(cause))  # torch and Megatron often keep only the text of an OSError
+            if named and int(named[1]) in _DISK:
+                return os.strerror(int(named[1]))
+            if any(text in str(cause) for text in ("PytorchStreamWriter failed", "iostream error")):
                 return "a file could not be written"
             cause = cause.__cause__ or cause.__context__
     return None
