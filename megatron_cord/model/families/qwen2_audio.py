@@ -48,7 +48,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
 
 
 def _check_supported(audio: PretrainedConfig, text: PretrainedConfig) -> None:
-    settings = {"text_config.model_type": (text.model_type, "qwen2")}
+    settings: dict[str, tuple[object, object]] = {"text_config.model_type": (text.model_type, "qwen2")}
     if text.model_type == "qwen2":  # others may lack the fields
         settings |= {
             "text_config.hidden_act": (text.hidden_act, "silu"),

@@ -1,0 +1,135 @@
+"""A small Qwen2-Audio of odd sizes from transformers, one training step of it, and the same step of ours on four ranks.
+
+Results are computed once for all test modules that ask.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Qwen2AudioConfig, Qwen2AudioEncoderConfig, Qwen2AudioForConditionalGeneration, Qwen2Config
+
+from examples.quickstart.checkpoint import published_name
+from megatron_cord.parallel.layout import ParallelConfig
+from tests.gloo import run_ranks
+from tests.model.ranks import AUDIO_ID, MELS, OPTIMIZER, VOCAB_SIZE, WINDOW, Batch, Case, Outcome, make_batches, run_cases
+
+FOUR_RANKS = {
+    "dp4": Case(ParallelConfig()),
+    "tp2": Case(ParallelConfig(tp=2)),
+    "tp2-tied": Case(ParallelConfig(tp=2), tied=True, distributed_optimizer=True),
+    "tp2-sp": Case(ParallelConfig(tp=2, sequence_parallel=True)),
+    "pp2": Case(ParallelConfig(pp=2), distributed_optimizer=True),
+    "pp2-tied": Case(ParallelConfig(pp=2), tied=True),
+    "tp2-pp2": Case(ParallelConfig(tp=2, pp=2)),
+    "tp2-pp2-sp-tied": Case(ParallelConfig(tp=2, pp=2, sequence_parallel=True), tied=True),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """One step of transformers' model, by published name; logits of each batch [B, S, V]."""
+
+    logits: list[Tensor]
+    gradients: dict[str, Tensor]
+    gradient_norm: float
+    updated: dict[str, Tensor]
+    updated_logits: list[Tensor]
+
+
+def build(tied: bool) -> Qwen2AudioForConditionalGeneration:
+    """Six heads on two key-value heads, a head size that is not hidden / heads, two layers; every tensor random, biases and norms too."""
+    text = Qwen2Config(  # type: ignore[call-arg]
+        vocab_size=VOCAB_SIZE,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=10,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        tie_word_embeddings=tied,
+        dtype="float32",
+    )
+    audio = Qwen2AudioEncoderConfig(
+        num_mel_bins=MELS,
+        d_model=24,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=20,
+        max_source_positions=WINDOW // 2,
+        dtype="float32",
+    )
+    config = Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=AUDIO_ID, dtype="float32")
+    config._attn_implementation = "eager"
+    torch.manual_seed(1)
+    model = Qwen2AudioForConditionalGeneration(config)
+    if tied:  # transformers' class does not tie by itself
+        model.lm_head.weight = model.model.language_model.embed_tokens.weight
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def published_tensors(model: Qwen2AudioForConditionalGeneration) -> dict[str, Tensor]:
+    """The model's tensors under published names, a tied head once."""
+    return {published_name(name): parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def save(directory: Path, model: Qwen2AudioForConditionalGeneration) -> None:
+    """Writes configuration and weights as published checkpoints have them."""
+    model.config.save_pretrained(directory)
+    save_file(published_tensors(model), directory / "model.safetensors")
+
+
+def logits_of(model: Any, batch: Batch) -> Tensor:
+    """[B, S, V]; what stands in the padding means nothing."""
+    mask = torch.arange(batch.input.token_ids.shape[1])[None] < torch.tensor(batch.lengths)[:, None]
+    inputs = {"input_ids": batch.input.token_ids, "attention_mask": mask.long()}
+    if batch.input.features is not None and batch.input.num_frames is not None:
+        inputs["input_features"] = batch.input.features
+        inputs["feature_attention_mask"] = (torch.arange(WINDOW)[None] < batch.input.num_frames[:, None]).long()
+    return model(**inputs).logits
+
+
+@cache
+def expected(tied: bool) -> Expected:
+    """One step of transformers' model with torch's AdamW."""
+    model = build(tied)
+    batches = make_batches()
+    logits = [logits_of(model, batch) for batch in batches]
+    sum(batch.loss(values) for batch, values in zip(batches, logits, strict=True)).backward()  # type: ignore[union-attr]
+    gradients = {published_name(n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_norm"]))
+    torch.optim.AdamW(
+        model.parameters(), lr=OPTIMIZER["learning_rate"], betas=(0.9, 0.95), eps=OPTIMIZER["epsilon"], weight_decay=0.0
+    ).step()
+    with torch.no_grad():
+        updated_logits = [logits_of(model, batch) for batch in batches]
+    return Expected([values.detach() for values in logits], gradients, norm, published_tensors(model), updated_logits)
+
+
+@cache
+def on_four_ranks() -> dict[str, list[Outcome]]:
+    """The outcome of each case on each of four ranks."""
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoints = {}
+        for tied in (False, True):
+            path = Path(directory) / f"tied-{tied}"
+            save(path, build(tied))
+            checkpoints[tied] = str(path)
+        by_rank = run_ranks(run_cases, 4, FOUR_RANKS, checkpoints)
+    return {name: [outcomes[name] for outcomes in by_rank] for name in FOUR_RANKS}

@@ -1,0 +1,75 @@
+"""Layouts: what a configuration may say, and where a rank finds itself."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_cord.errors import CordError
+from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
+from tests.parallel.three_ranks import seen
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"tp": 0}, "parallel.tp and parallel.pp are at least 1, got tp=0 pp=1"),
+        ({"pp": -1}, "parallel.tp and parallel.pp are at least 1, got tp=1 pp=-1"),
+        ({"sequence_parallel": True}, "parallel.sequence_parallel needs parallel.tp > 1; set it to false"),
+    ],
+)
+def test_configurations_that_cannot_be(sizes: dict[str, int], words: str) -> None:
+    """Catches a size that would fail later inside Megatron."""
+    with pytest.raises(CordError) as caught:
+        ParallelConfig(**sizes)  # type: ignore[arg-type]
+    assert str(caught.value) == words
+
+
+def test_ranks_that_do_not_fit_are_refused_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rendezvous that hangs or a traceback of Megatron where the number of ranks is wrong."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(CordError, match=r"3 ranks cannot be laid out with parallel.tp=2 × parallel.pp=1; start a multiple of 2 ranks"):
+        initialize(ParallelConfig(tp=2), seed=0)
+    assert not dist.is_initialized()
+
+
+def test_ranks_that_have_met() -> None:
+    """Catches a layout that trusts the environment more than the ranks that exist, or that forgets an earlier layout."""
+    for rank in seen():
+        assert [words.split(";")[0] for words in rank.refused] == [
+            "3 ranks cannot be laid out with parallel.tp=2 × parallel.pp=1",
+            "3 ranks cannot be laid out with parallel.tp=2 × parallel.pp=3",
+            "the ranks are laid out as tp=1 pp=3 already",
+        ]
+
+
+def test_places_in_a_pipeline() -> None:
+    """Catches stages in the wrong order, two first stages, and a group of a rank alone that has company."""
+    for rank, place in enumerate(rank.place for rank in seen()):
+        assert place == {
+            "rank": rank,
+            "world_size": 3,
+            "pp_rank": rank,
+            "is_first_stage": rank == 0,
+            "is_last_stage": rank == 2,
+            "is_main": rank == 0,
+            "last_stage_rank": 2,
+            "sizes": [1, 3, 1, 1],
+        }
+
+
+def test_one_rank_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a single process that needs torchrun, weights that depend on earlier random numbers, and a second start after an end."""
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    draws = []
+    for _ in range(2):
+        layout = initialize(ParallelConfig(), seed=3)
+        draws.append(torch.rand(4))
+        assert (layout.world_size, layout.is_first_stage, layout.is_last_stage, layout.is_main) == (1, True, True, True)
+        finalize()
+        finalize()  # twice is once
+    assert torch.equal(*draws) and not dist.is_initialized() and "RANK" not in os.environ
