@@ -1,7 +1,7 @@
 """The divergence between student and teacher at every token, over the full vocabulary split over tensor-parallel ranks.
 
-These are the two public functions: what they promise, and what they refuse. The mathematics is in ``statistics`` and ``kinds``, the ranks
-in ``shard``, the gradients in ``autograd``.
+These are the public functions: what they promise, and what they refuse. The mathematics is in ``statistics`` and ``kinds``, the ranks
+in ``shard``, the gradients in ``autograd``, ``late``, ``fused`` and ``recompute``.
 
 Shapes: N tokens, V vocabulary (padded to a multiple of TP), H hidden, TP ranks. Every rank of ``tp_group`` passes the same tokens.
 The shards are equal and in rank order: rank r holds the token ids [r·V/TP, (r+1)·V/TP).
@@ -9,6 +9,7 @@ The shards are equal and in rank order: rank r holds the token ids [r·V/TP, (r+
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,17 +17,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cord.errors import CordError
-from megatron_cord.losses.autograd import DivergenceFromHidden, DivergenceFromLogits
-from megatron_cord.losses.checks import check_distributions, check_matrix, check_targets, check_temperature, check_vocabulary
-from megatron_cord.losses.kinds import kind_named
+from megatron_cord.losses.autograd import DivergenceFromLogits
+from megatron_cord.losses.backends import backend_named
+from megatron_cord.losses.checks import (
+    check_cu_seqlens,
+    check_distributions,
+    check_matrix,
+    check_targets,
+    check_temperature,
+    check_vocabulary,
+)
+from megatron_cord.losses.choice import chosen_implementation
+from megatron_cord.losses.fused import Fused, LossWeights
+from megatron_cord.losses.kinds import Kind
+from megatron_cord.losses.late import Late
+from megatron_cord.losses.output_layer import chunks_of, gradient_dtype
+from megatron_cord.losses.recompute import Recompute
+from megatron_cord.losses.sequence_parallel import gather_tokens
 from megatron_cord.losses.shard import VocabularyShard
 from megatron_cord.losses.statistics import Totals
+from megatron_cord.losses.two_pass_kinds import NO_TEACHER, kind_named
 
-#: Logits that exist at a time (64 MiB of float32): a chunk has as many tokens as fit.
-CHUNK_ELEMENTS = 2**24
-
-#: The ways to form the hidden states' divergence; "auto" chooses among the others.
-IMPLEMENTATIONS = ("auto", "recompute")
+#: Logits of a chunk (64 MiB of float32 on a CPU, 512 MiB on CUDA, where a GEMM of few rows is slow): it has as many tokens as fit.
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 
 
 @dataclass(frozen=True)
@@ -45,9 +58,12 @@ def divergence_from_logits(
     target_ids: Tensor,
     *,
     kind: str = "reverse_kl",
+    beta: float = 0.5,
+    k: int = 64,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
     check_finite: bool = True,
 ) -> TokenStats:
     """Divergence, entropy and log-probabilities from logits that exist already.
@@ -58,10 +74,14 @@ def divergence_from_logits(
         student_logits: [N, V/TP], floating point. −inf is allowed (probability zero).
         teacher_logits: [N, V/TP], floating point, never gets a gradient.
         target_ids: int64 [N], the sampled tokens.
-        kind: "reverse_kl", Σ p log(p/q) with p the student and q the teacher, or "forward_kl", Σ q log(q/p).
+        kind: "reverse_kl", Σ p log(p/q) with p the student and q the teacher; "forward_kl", Σ q log(q/p); "jsd", the generalised
+            Jensen–Shannon divergence; "topk", the reverse KL over the teacher's k likeliest tokens and one bucket for the rest.
+        beta: of "jsd", in [0, 1]: the teacher's share of the mixture; 0 is the forward, 1 the reverse KL, as in GKD.
+        k: of "topk".
         temperature: everything is of softmax(logits / temperature).
         vocab_size: the true V; columns beyond it are padding, count for nothing and get a zero gradient. None: no padding.
         tp_group: the ranks that share the vocabulary; None means this one alone.
+        backend: who computes: "eager", "compile", "triton" or "auto".
         check_finite: refuse NaN. With False, NaN logits make NaN statistics of that token, for a trainer that skips such a step.
 
     Returns:
@@ -69,8 +89,8 @@ def divergence_from_logits(
         is −inf, the student's is not); its gradient is then undefined (NaN for reverse_kl) unless the token's weight is zero.
 
     Raises:
-        CordError: shapes, types or devices that do not fit, a target outside the vocabulary, temperature ≤ 0, an unknown kind; and, with
-            ``check_finite``, logits of a token that are NaN, +inf or all −inf. The same on every rank.
+        CordError: shapes, types or devices that do not fit, a target outside the vocabulary, temperature ≤ 0, an unknown kind or backend;
+            and, with ``check_finite``, logits of a token that are NaN, +inf or all −inf. The same on every rank.
     """
     check_matrix("student_logits", student_logits, target_ids.device)
     check_matrix("teacher_logits", teacher_logits, target_ids.device)
@@ -78,8 +98,9 @@ def divergence_from_logits(
         raise CordError(
             f"student_logits {list(student_logits.shape)} and teacher_logits {list(teacher_logits.shape)} must have the same shape"
         )
+    rule, dtypes = kind_named(kind, beta=beta, k=k), {student_logits.dtype, teacher_logits.dtype}
     num_tokens, columns = student_logits.shape
-    shard = _shard(kind, temperature, vocab_size, tp_group, target_ids, num_tokens, columns, {student_logits.dtype, teacher_logits.dtype})
+    shard = _shard(rule, temperature, vocab_size, tp_group, target_ids, num_tokens, columns, dtypes, backend)
     totals = Totals(*DivergenceFromLogits.apply(student_logits, teacher_logits.detach(), target_ids, shard))
     return _token_stats(totals, check_finite)
 
@@ -92,68 +113,133 @@ def divergence_from_hidden(
     target_ids: Tensor,
     *,
     kind: str = "reverse_kl",
+    beta: float = 0.5,
+    k: int = 64,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     implementation: str = "auto",
+    loss_weights: Callable[[TokenStats, slice], LossWeights] | None = None,
+    cu_seqlens: Tensor | None = None,
     chunk_tokens: int | None = None,
+    backend: str = "auto",
     check_finite: bool = True,
 ) -> TokenStats:
     """Divergence, entropy and log-probabilities from hidden states and output layers; logits exist for a chunk of tokens at a time.
 
     Gradients reach ``student_hidden`` and ``student_weight``. That of the hidden states is summed over ``tp_group``: complete and equal on
-    every rank, as after Megatron's column-parallel layer. That of the weight is this rank's shard.
+    every rank, as after Megatron's column-parallel layer. That of the weight is this rank's shard, summed in fp32; where Megatron's
+    DistributedDataParallel has given the weight a ``main_grad``, it goes straight there.
 
     Args:
         student_hidden: [N, H], float32, bfloat16, float16 or float64, equal on all ranks.
         student_weight: [V/TP, H] of the same type.
         teacher_hidden: [N, H'], never gets a gradient; its type and H' may differ from the student's.
-        teacher_weight: [V/TP, H']; may be the very tensor ``student_weight``.
-        target_ids, kind, temperature, vocab_size, tp_group, check_finite: as in ``divergence_from_logits``.
-        implementation: "recompute" computes a chunk's logits again in the backward pass; "auto" chooses (today always that).
-        chunk_tokens: tokens a chunk, equal on all ranks; None: as many as 64 MiB of logits allow. One all-gather a chunk.
+        teacher_weight: [V/TP, H']; may be the very tensor ``student_weight``, which is then read once a chunk.
+        target_ids, kind, beta, k, temperature, vocab_size, tp_group, backend, check_finite: as in ``divergence_from_logits``.
+        sequence_parallel: both hidden states arrive cut over the ranks by tokens, [N/TP, H], rank r's first; the student's gradient leaves
+            the same way (reduce-scattered). ``target_ids`` and the result are of all N tokens.
+        implementation: "late" keeps one [N, V/TP] buffer in the hidden states' type; "fused" needs ``loss_weights`` and keeps the two
+            gradients; "recompute" keeps nothing; "auto" chooses, and logs once what. Docs: docs/loss.md.
+        loss_weights: promises the loss: called with the stats of a chunk's tokens and which tokens they are, it returns their weights in the
+            loss, which must come true up to a common factor. It may be called for any implementation's sake and not be used.
+        cu_seqlens: integers [B+1]; chunks then hold whole sequences, so that ``loss_weights`` sees each in one piece.
+        chunk_tokens: tokens a chunk, equal on all ranks; None: as many as 64 MiB of logits allow (512 MiB on CUDA). One all-gather a chunk.
 
-    Returns, raises: as ``divergence_from_logits``.
+    Returns: as ``divergence_from_logits``.
+
+    Raises:
+        CordError: as ``divergence_from_logits``; and in the backward pass, if a promise of ``loss_weights`` is broken.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise CordError(f"implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise CordError(f"chunk_tokens must be at least 1, but is {chunk_tokens}")
-    tensors = {
-        "student_hidden": student_hidden,
-        "student_weight": student_weight,
-        "teacher_hidden": teacher_hidden,
-        "teacher_weight": teacher_weight,
-    }
-    for name, tensor in tensors.items():
-        check_matrix(name, tensor, target_ids.device)
-    _check_layer("student", student_hidden, student_weight)
-    _check_layer("teacher", teacher_hidden, teacher_weight)
-    columns = student_weight.shape[0]
-    if teacher_weight.shape[0] != columns:
-        raise CordError(f"student_weight has {columns} rows, but teacher_weight {teacher_weight.shape[0]}; they must share one vocabulary")
+    _check_layer("student", student_hidden, student_weight, target_ids.device)
+    _check_layer("teacher", teacher_hidden, teacher_weight, target_ids.device)
+    if teacher_weight.shape[0] != student_weight.shape[0]:
+        raise CordError(
+            f"student_weight has {student_weight.shape[0]} rows, but teacher_weight {teacher_weight.shape[0]}; they must share one vocabulary"
+        )
     if student_hidden.shape[0] != teacher_hidden.shape[0]:
         raise CordError(f"student_hidden has {student_hidden.shape[0]} tokens, but teacher_hidden {teacher_hidden.shape[0]}")
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    shard = _shard(kind, temperature, vocab_size, tp_group, target_ids, student_hidden.shape[0], columns, dtypes)
-    chunk = chunk_tokens if chunk_tokens is not None else max(1, CHUNK_ELEMENTS // max(1, columns))
-    totals = Totals(
-        *DivergenceFromHidden.apply(
-            student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(), target_ids, shard, chunk
-        )
+    if sequence_parallel:
+        student_hidden = gather_tokens(student_hidden, tp_group)
+        teacher_hidden = gather_tokens(teacher_hidden.detach(), tp_group)
+    rule, dtypes = kind_named(kind, beta=beta, k=k), {student_hidden.dtype, teacher_hidden.dtype}
+    num_tokens, columns = student_hidden.shape[0], student_weight.shape[0]
+    shard = _shard(rule, temperature, vocab_size, tp_group, target_ids, num_tokens, columns, dtypes, backend, not sequence_parallel)
+    chunks = _chunks(target_ids, student_weight, chunk_tokens, cu_seqlens)
+    chosen = chosen_implementation(
+        implementation,
+        student_hidden,
+        student_weight,
+        has_loss_weights=loss_weights is not None,
+        buffer_itemsize=gradient_dtype(student_hidden, shard.dtype).itemsize,
     )
-    return _token_stats(totals, check_finite)
+    arguments = (student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(), target_ids, shard, chunks)
+    if chosen == "fused" and loss_weights is not None:
+        promise = loss_weights
+        outputs = Fused.apply(*arguments, lambda totals, rows: promise(_token_stats(totals, check_finite), rows))
+    else:
+        outputs = (Late if chosen == "late" else Recompute).apply(*arguments)
+    return _token_stats(Totals(*outputs), check_finite)
 
 
-def _check_layer(who: str, hidden: Tensor, weight: Tensor) -> None:
+def token_logprobs_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    chunk_tokens: int | None = None,
+    backend: str = "auto",
+    check_finite: bool = True,
+) -> TokenStats:
+    """Entropy and log-probabilities of the student alone: ``divergence_from_hidden`` without a teacher, and without his products.
+
+    Args: as there, with hidden [N, H] and weight [V/TP, H] the student's.
+
+    Returns:
+        entropy and student_logprob, differentiable; kl is 0 and teacher_logprob the student's own, as if he were his teacher.
+
+    Raises:
+        CordError: as there.
+    """
+    _check_layer("student", hidden, weight, target_ids.device)
+    if sequence_parallel:
+        hidden = gather_tokens(hidden, tp_group)
+    num_tokens, columns = hidden.shape[0], weight.shape[0]
+    shard = _shard(
+        NO_TEACHER, temperature, vocab_size, tp_group, target_ids, num_tokens, columns, {hidden.dtype}, backend, not sequence_parallel
+    )
+    chunks = _chunks(target_ids, weight, chunk_tokens, None)
+    totals = Totals(*Recompute.apply(hidden, weight, None, None, target_ids, shard, chunks))
+    return _token_stats(totals._replace(divergence=totals.divergence.detach()), check_finite)
+
+
+def _check_layer(who: str, hidden: Tensor, weight: Tensor, device: torch.device) -> None:
+    check_matrix(f"{who}_hidden", hidden, device)
+    check_matrix(f"{who}_weight", weight, device)
     if hidden.shape[1] != weight.shape[1]:
         raise CordError(f"{who}_hidden has width {hidden.shape[1]}, but {who}_weight {weight.shape[1]}; they must be equal")
     if hidden.dtype != weight.dtype:
         raise CordError(f"{who}_hidden is {hidden.dtype}, but {who}_weight {weight.dtype}; they must be of one type")
 
 
+def _chunks(target_ids: Tensor, weight: Tensor, chunk_tokens: int | None, cu_seqlens: Tensor | None) -> list[slice]:
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise CordError(f"chunk_tokens must be at least 1, but is {chunk_tokens}")
+    num_tokens = target_ids.shape[0]
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, num_tokens)
+    elements = CHUNK_ELEMENTS.get(weight.device.type, CHUNK_ELEMENTS["cpu"])
+    chunk = chunk_tokens if chunk_tokens is not None else max(1, elements // max(1, weight.shape[0]))
+    return chunks_of(num_tokens, chunk, None if cu_seqlens is None else cu_seqlens.tolist())
+
+
 def _shard(
-    kind: str,
+    kind: Kind,
     temperature: float,
     vocab_size: int | None,
     tp_group: dist.ProcessGroup | None,
@@ -161,20 +247,23 @@ def _shard(
     num_tokens: int,
     columns: int,
     dtypes: set[torch.dtype],
+    backend: str,
+    sums_hidden_gradient: bool = True,
 ) -> VocabularyShard:
-    """Checks what both entries share, and finds this rank's columns."""
-    divergence_kind = kind_named(kind)
+    """Checks what all entries share, and finds this rank's columns."""
     check_temperature(temperature)
     rank, num_ranks = (0, 1) if tp_group is None else (dist.get_rank(tp_group), dist.get_world_size(tp_group))
     true_size = check_vocabulary(vocab_size, columns * num_ranks)
     check_targets(target_ids, num_tokens, true_size)
     return VocabularyShard(
-        kind=divergence_kind,
+        kind=kind,
         temperature=temperature,
         start=rank * columns,
         columns=min(max(true_size - rank * columns, 0), columns),
         dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
         group=tp_group,
+        backend=backend_named(backend, target_ids.device),
+        sums_hidden_gradient=sums_hidden_gradient,
     )
 
 

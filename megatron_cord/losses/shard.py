@@ -1,24 +1,25 @@
-"""One rank's part of the vocabulary: its statistics, the one all-gather that completes them, and its part of the gradient.
+"""One rank's part of the vocabulary: its statistics, the collective that completes them, and its part of the gradient.
 
-Both public entries (logits in, hidden states in) go through here; neither knows about blocks, padding or ranks.
-Simplification: eager torch, columns a block at a time. N tokens, V vocabulary, TP ranks.
+All public entries (logits in, hidden states in) go through here; none knows about blocks, padding or ranks. Where the logits come from, a
+tensor or a product that is formed block by block, is the ``Logits``' business. N tokens, V vocabulary, TP ranks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_cord.losses.backends import Backend, Weights
 from megatron_cord.losses.kinds import Kind
 from megatron_cord.losses.statistics import (
     Statistics,
     Totals,
-    block_statistics,
+    complete_totals,
     empty_statistics,
-    gradient_block,
     merge_statistics,
     stack_statistics,
     totals_from_statistics,
@@ -28,9 +29,27 @@ from megatron_cord.losses.statistics import (
 BLOCK_COLUMNS = 8192
 
 
+class Logits(Protocol):
+    """Logits of the same tokens, not divided by the temperature."""
+
+    def block(self, span: slice) -> tuple[Tensor, Tensor]:
+        """Student's and teacher's columns of the span, [N, columns]; without a teacher the student's twice."""
+        ...
+
+
+class StoredLogits:
+    """Logits that exist: student and teacher [N, V/TP] of any floating type."""
+
+    def __init__(self, student: Tensor, teacher: Tensor) -> None:
+        self.student, self.teacher = student, teacher
+
+    def block(self, span: slice) -> tuple[Tensor, Tensor]:
+        return self.student[:, span], self.teacher[:, span]
+
+
 @dataclass(frozen=True)
 class VocabularyShard:
-    """Which columns this rank holds, and how the divergence is defined on them."""
+    """Which columns this rank holds, how the divergence is defined on them, and who computes."""
 
     kind: Kind
     temperature: float
@@ -38,71 +57,69 @@ class VocabularyShard:
     columns: int  #: columns that are tokens; the rest of the shard is padding. 0 on a rank that is all padding
     dtype: torch.dtype  #: of the statistics: float64 if an input is, else float32
     group: dist.ProcessGroup | None  #: the ranks that share the vocabulary; None means this one alone
+    backend: Backend
+    sums_hidden_gradient: bool = True  #: whether the hidden states' gradient is summed over the group here
 
-    def totals(self, student_logits: Tensor, teacher_logits: Tensor, target_ids: Tensor) -> Totals:
-        """Divergence, entropy and log-probabilities over the whole vocabulary, with one all-gather.
+    def totals(self, logits: Logits, target_ids: Tensor) -> Totals:
+        """Divergence, entropy and log-probabilities over the whole vocabulary, with one all-gather; a two-pass kind needs a second one.
 
         Args:
-            student_logits, teacher_logits: [N, V/TP] of any floating type, not divided by the temperature, padding included.
+            logits: of N tokens, padding included.
             target_ids: int64 [N], token ids of the whole vocabulary.
 
         Returns:
             fields [N], equal on all ranks of the group. Without tokens there is no collective, on any rank.
         """
-        parts = [
-            block_statistics(
-                student_logits[:, span].to(self.dtype),
-                teacher_logits[:, span].to(self.dtype),
-                target_ids - self.start - span.start,
-                self.kind,
-                self.temperature,
-            )
-            for span in self._blocks()
-        ]
-        parts.append(empty_statistics(target_ids.shape[0], dtype=self.dtype, device=target_ids.device))
+        parts = [empty_statistics(target_ids.shape[0], dtype=self.dtype, device=target_ids.device)]
+        top = parts[0].student_max.new_full((self.kind.top, target_ids.shape[0]), -torch.inf)
+        for span in self.blocks():
+            student, teacher = logits.block(span)
+            target = target_ids - self.start - span.start
+            parts.append(self.backend.statistics(student, teacher, target, self.kind, self.temperature, self.dtype))
+            top = self._largest(torch.cat([top, teacher.T.to(self.dtype)])) if self.kind.top else top
         local = merge_statistics(stack_statistics(parts), self.kind, self.temperature)
-        return totals_from_statistics(self._merge_ranks(local), self.kind, self.temperature)
+        gathered = self._gather(torch.cat([torch.stack(local), top]))  # [TP, 8 + k, N]
+        whole = merge_statistics(Statistics(*gathered[:, :8].unbind(1)), self.kind, self.temperature) if len(gathered) > 1 else local
+        threshold = self._largest(gathered[:, 8:].flatten(0, 1))[-1] if self.kind.top else None
+        totals = totals_from_statistics(whole, self.kind, self.temperature, threshold)
+        return self._second_pass(logits, totals) if self.kind.num_sums else totals
 
-    def gradient(
-        self, student_logits: Tensor, teacher_logits: Tensor, target_ids: Tensor, totals: Totals, weights: tuple[Tensor, Tensor, Tensor]
-    ) -> Tensor:
-        """Gradient of this rank's student logits; arguments as in ``totals``, no communication.
+    def gradient(self, logits: Logits, target_ids: Tensor, totals: Totals, weights: Weights, out: Tensor) -> None:
+        """Writes the gradient of this rank's student logits into ``out`` [N, V/TP], zero in the padding; no communication."""
+        for span in self.blocks():
+            self.block_gradient(span, *logits.block(span), target_ids, totals, weights, out[:, span])
+        out[:, self.columns :] = 0.0
 
-        Args:
-            weights: each [N]: the gradients that arrived at divergence, entropy and the student's log-probability.
+    def block_gradient(
+        self, span: slice, student: Tensor, teacher: Tensor, target_ids: Tensor, totals: Totals, weights: Weights, out: Tensor
+    ) -> None:
+        """The same for one block of columns, ``out`` [N, columns of the span]."""
+        target = target_ids - self.start - span.start
+        self.backend.gradient(student, teacher, target, totals, self.kind, self.temperature, weights, out)
 
-        Returns:
-            [N, V/TP] in ``dtype``; zero in the padding.
-        """
-        gradient = torch.zeros(student_logits.shape, dtype=self.dtype, device=student_logits.device)
-        for span in self._blocks():
-            gradient[:, span] = gradient_block(
-                student_logits[:, span].to(self.dtype),
-                teacher_logits[:, span].to(self.dtype),
-                target_ids - self.start - span.start,
-                totals,
-                self.kind,
-                self.temperature,
-                *weights,
-            )
-        return gradient
-
-    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        """Adds up a tensor over the group, in place: the hidden states' gradient, to which every rank's columns contribute."""
-        if self._num_ranks() > 1 and tensor.numel() > 0:
-            dist.all_reduce(tensor, group=self.group)
-        return tensor
-
-    def _blocks(self) -> list[slice]:
+    def blocks(self) -> list[slice]:
+        """The columns that are tokens, a block at a time."""
         return [slice(first, min(first + BLOCK_COLUMNS, self.columns)) for first in range(0, self.columns, BLOCK_COLUMNS)]
 
-    def _num_ranks(self) -> int:
+    @property
+    def num_ranks(self) -> int:
+        """TP."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
-    def _merge_ranks(self, local: Statistics) -> Statistics:
-        if self._num_ranks() == 1 or local.student_max.numel() == 0:
-            return local
-        mine = torch.stack(local)  # [8, N]
-        gathered = [torch.empty_like(mine) for _ in range(self._num_ranks())]
-        dist.all_gather(gathered, mine, group=self.group)
-        return merge_statistics(Statistics(*torch.stack(gathered, dim=1).unbind(0)), self.kind, self.temperature)
+    def _second_pass(self, logits: Logits, totals: Totals) -> Totals:
+        sums = totals.entropy.new_zeros(self.kind.num_sums, len(totals.entropy))
+        for span in self.blocks():
+            sums += self.backend.second_sums(*logits.block(span), totals, self.kind, self.temperature)
+        return complete_totals(totals, self._gather(sums).sum(0), self.kind)
+
+    def _largest(self, values: Tensor) -> Tensor:
+        """The k largest of [≥ k, N], in falling order, [k, N]."""
+        return values.topk(self.kind.top, dim=0).values
+
+    def _gather(self, mine: Tensor) -> Tensor:
+        """Every rank's part, [TP, scalars, N]."""
+        if self.num_ranks == 1 or mine.numel() == 0:
+            return mine[None]
+        gathered = mine.new_empty(self.num_ranks * mine.shape[0], mine.shape[1])
+        dist.all_gather_into_tensor(gathered, mine.contiguous(), group=self.group)
+        return gathered.unflatten(0, (self.num_ranks, mine.shape[0]))

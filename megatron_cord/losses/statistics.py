@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_cord.losses.kinds import Kind
+from megatron_cord.losses.kinds import Block, Kind
 
 
 class Statistics(NamedTuple):
@@ -49,6 +49,8 @@ class Totals(NamedTuple):
     entropy: Tensor
     student_logprob: Tensor
     teacher_logprob: Tensor
+    threshold: Tensor  #: the k-th largest of the teacher's logits; 0 for kinds that ask for none
+    inner: Tensor  #: the scalar that a two-pass kind's gradient needs; 0 for the others
 
 
 def empty_statistics(num_tokens: int, *, dtype: torch.dtype, device: torch.device) -> Statistics:
@@ -65,15 +67,26 @@ def block_statistics(student: Tensor, teacher: Tensor, target: Tensor, kind: Kin
         student, teacher: [N, columns ≥ 1].
         target: int64 [N], the sampled token's column within this block; outside [0, columns) where another block holds it.
     """
-    student_target, teacher_target = _pick(student, target), _pick(teacher, target)
-    student_max, teacher_max = student.amax(1), teacher.amax(1)
+    student_target, student_max = _pick(student, target), student.amax(1)
     s = _relative(student, student_max[:, None], temperature)
+    student_exp = s.exp()
+    student_sum = student_exp.sum(1)
+    entropy_sum = (student_exp * s).masked_fill(s == -torch.inf, 0.0).sum(1)
+    if not kind.has_teacher:
+        none = torch.zeros_like(student_sum)
+        return Statistics(student_max, student_sum, entropy_sum, none, student_max, student_sum, student_target, student_target)
+    teacher_max = teacher.amax(1)
     t = _relative(teacher, teacher_max[:, None], temperature)
-    student_exp, teacher_exp = s.exp(), t.exp()
-    entropy_sum = (student_exp * s).masked_fill_(s == -torch.inf, 0.0).sum(1)
-    divergence_sum = kind.block_sum(s, student_exp, t, teacher_exp)
+    teacher_exp = t.exp()
     return Statistics(
-        student_max, student_exp.sum(1), entropy_sum, divergence_sum, teacher_max, teacher_exp.sum(1), student_target, teacher_target
+        student_max,
+        student_sum,
+        entropy_sum,
+        kind.block_sum(s, student_exp, t, teacher_exp),
+        teacher_max,
+        teacher_exp.sum(1),
+        student_target,
+        _pick(teacher, target),
     )
 
 
@@ -101,10 +114,10 @@ def stack_statistics(parts: list[Statistics]) -> Statistics:
     return Statistics(*(torch.stack(field) for field in zip(*parts, strict=True)))
 
 
-def totals_from_statistics(whole: Statistics, kind: Kind, temperature: float) -> Totals:
-    """Divergence, entropy and log-probabilities from the statistics of the whole vocabulary.
+def totals_from_statistics(whole: Statistics, kind: Kind, temperature: float, threshold: Tensor | None = None) -> Totals:
+    """Divergence, entropy and log-probabilities from the statistics of the whole vocabulary, and the k-th largest teacher logit [N] if asked.
 
-    The divergence is not clamped: rounding may leave it near −1e-7 in float32 where the two distributions agree.
+    A two-pass kind's divergence is still 0; ``complete_totals`` puts it in. The divergence is not clamped: rounding may leave it near −1e-7 in float32 where the two distributions agree.
     """
     student_log_sum, teacher_log_sum = whole.student_sum.log(), whole.teacher_sum.log()
     return Totals(
@@ -116,7 +129,20 @@ def totals_from_statistics(whole: Statistics, kind: Kind, temperature: float) ->
         entropy=student_log_sum - whole.entropy_sum / whole.student_sum,
         student_logprob=(whole.student_target - whole.student_max) / temperature - student_log_sum,
         teacher_logprob=(whole.teacher_target - whole.teacher_max) / temperature - teacher_log_sum,
+        threshold=torch.zeros_like(student_log_sum) if threshold is None else threshold,
+        inner=torch.zeros_like(student_log_sum),
     )
+
+
+def second_sums(student: Tensor, teacher: Tensor, totals: Totals, kind: Kind, temperature: float) -> Tensor:
+    """What a two-pass kind sums up over one block of columns, [sums, N]; arguments as in ``gradient_block``."""
+    return kind.second_sums(_normalised(student, teacher, totals, kind, temperature), totals.threshold)
+
+
+def complete_totals(totals: Totals, sums: Tensor, kind: Kind) -> Totals:
+    """The totals with a two-pass kind's divergence, from its sums over the whole vocabulary [sums, N]."""
+    divergence, inner = kind.second_value(sums)
+    return totals._replace(divergence=divergence, inner=inner)
 
 
 def gradient_block(
@@ -142,20 +168,27 @@ def gradient_block(
     Returns:
         [N, columns]. A row whose divergence is +inf is NaN, unless its ``weight_divergence`` is zero.
     """
-    log_p = _relative(student, totals.student_max[:, None], temperature) - totals.student_log_sum[:, None]
-    log_q = _relative(teacher, totals.teacher_max[:, None], temperature) - totals.teacher_log_sum[:, None]
-    p = log_p.exp()
-    entropy_term = log_p.masked_fill(log_p == -torch.inf, 0.0) + totals.entropy[:, None]
-    gradient = -p * (weight_entropy[:, None] * entropy_term + weight_logprob[:, None])
-    gradient += kind.gradient(log_p, p, log_q, totals.divergence, weight_divergence)
+    block = _normalised(student, teacher, totals, kind, temperature)
+    entropy_term = block.log_p.masked_fill(block.log_p == -torch.inf, 0.0) + totals.entropy[:, None]
+    gradient = -block.p * (weight_entropy[:, None] * entropy_term + weight_logprob[:, None])
+    if kind.has_teacher:
+        gradient = gradient + kind.gradient(block, totals, weight_divergence)
     held = (target >= 0) & (target < student.shape[1])
     column = target.clamp(0, student.shape[1] - 1)
-    return gradient.scatter_add_(1, column[:, None], torch.where(held, weight_logprob, 0.0)[:, None]).div_(temperature)
+    return gradient.scatter_add(1, column[:, None], torch.where(held, weight_logprob, 0.0)[:, None]) / temperature
+
+
+def _normalised(student: Tensor, teacher: Tensor, totals: Totals, kind: Kind, temperature: float) -> Block:
+    log_p = _relative(student, totals.student_max[:, None], temperature) - totals.student_log_sum[:, None]
+    if not kind.has_teacher:
+        return Block(log_p, log_p.exp(), log_p, teacher)
+    log_q = _relative(teacher, totals.teacher_max[:, None], temperature) - totals.teacher_log_sum[:, None]
+    return Block(log_p, log_p.exp(), log_q, teacher)
 
 
 def _relative(logits: Tensor, maximum: Tensor, temperature: float, empty: float = -torch.inf) -> Tensor:
     """(logits − maximum) / τ; ``empty`` where the logit is −inf, even if the maximum is too."""
-    return ((logits - maximum) / temperature).masked_fill_(logits == -torch.inf, empty)
+    return ((logits - maximum) / temperature).masked_fill(logits == -torch.inf, empty)
 
 
 def _pick(logits: Tensor, target: Tensor) -> Tensor:

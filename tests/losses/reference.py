@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,12 +53,28 @@ def make_inputs(
 
 
 def reference_stats(
-    student: Tensor, teacher: Tensor, target_ids: Tensor, *, kind: str, temperature: float = 1.0, vocab_size: int | None = None
+    student: Tensor,
+    teacher: Tensor,
+    target_ids: Tensor,
+    *,
+    kind: str,
+    beta: float = 0.5,
+    k: int = 64,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(kl, entropy, student_logprob, teacher_logprob), each [N], of logits [N, V']; differentiable; −inf logits allowed."""
     log_p = torch.log_softmax(student.double()[:, :vocab_size] / temperature, dim=1)
     log_q = torch.log_softmax(teacher.double()[:, :vocab_size] / temperature, dim=1)
-    divergence = _sum_of(log_p, log_p, log_q) if kind == "reverse_kl" else _sum_of(log_q, log_q, log_p)
+    if kind == "reverse_kl":
+        divergence = _sum_of(log_p, log_p, log_q)
+    elif kind == "forward_kl":
+        divergence = _sum_of(log_q, log_q, log_p)
+    elif kind == "jsd":
+        log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+        divergence = beta * _sum_of(log_q, log_q, log_m) + (1 - beta) * _sum_of(log_p, log_p, log_m)
+    else:
+        divergence = _top_k(log_p, log_q, min(k, log_q.shape[1]))
     entropy = -_sum_of(log_p, log_p, torch.zeros_like(log_p))
     target = target_ids[:, None]
     return divergence, entropy, log_p.gather(1, target)[:, 0], log_q.gather(1, target)[:, 0]
@@ -67,33 +85,34 @@ def reference_logits_gradient(
     teacher: Tensor,
     target_ids: Tensor,
     weights: Tensor,
-    *,
-    kind: str,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
+    **options: Any,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """(stats, ∂student [N, V']) of the loss Σ weights · (kl, entropy, student_logprob), weights float64 [3, N]."""
     student = student.detach().double().requires_grad_()
-    stats = reference_stats(student, teacher, target_ids, kind=kind, temperature=temperature, vocab_size=vocab_size)
+    stats = reference_stats(student, teacher, target_ids, **options)
     (gradient,) = torch.autograd.grad((torch.stack(stats[:3]) * weights).sum(), student)
     return tuple(stat.detach() for stat in stats), gradient
 
 
-def reference_hidden_gradients(
-    inputs: Inputs, *, kind: str, temperature: float = 1.0, vocab_size: int | None = None
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+def reference_hidden_gradients(inputs: Inputs, **options: Any) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """(stats, ∂student_hidden [N, H], ∂student_weight [V', H]) of the same loss, logits in float64 from the rounded inputs."""
     hidden, weight = inputs.student_hidden.double(), inputs.student_weight.double()
     teacher = inputs.teacher_hidden.double() @ inputs.teacher_weight.double().T
-    stats, gradient = reference_logits_gradient(
-        hidden @ weight.T, teacher, inputs.target_ids, inputs.weights, kind=kind, temperature=temperature, vocab_size=vocab_size
-    )
+    stats, gradient = reference_logits_gradient(hidden @ weight.T, teacher, inputs.target_ids, inputs.weights, **options)
     return stats, gradient @ weight, gradient.T @ hidden
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖ in float64."""
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def _top_k(log_p: Tensor, log_q: Tensor, k: int) -> Tensor:
+    """The reverse KL when all tokens but the teacher's k likeliest (ties included) are one."""
+    inside = log_q >= log_q.topk(k, dim=1).values[:, -1:]
+    tail_p, tail_q = ((log_x.exp() * ~inside).sum(1) for log_x in (log_p, log_q))
+    tail = torch.where(tail_p > 0, tail_p * (tail_p.log() - tail_q.log()), 0.0)
+    return (log_p.exp() * (log_p - log_q) * inside).sum(1) + tail
 
 
 def _sum_of(log_weight: Tensor, first: Tensor, second: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_cord.losses import TokenStats, divergence_from_hidden, divergence_from_logits
+from megatron_cord.losses import LossWeights, TokenStats, divergence_from_hidden, divergence_from_logits, token_logprobs_from_hidden
 from tests.losses.reference import make_inputs, reference_hidden_gradients, reference_logits_gradient, relative_error
 
 KINDS = ["reverse_kl", "forward_kl"]
+ALL_KINDS: list[dict[str, Any]] = [{"kind": kind} for kind in KINDS] + [{"kind": "jsd", "beta": 0.3}, {"kind": "topk", "k": 3}]
+IMPLEMENTATIONS = ["recompute", "late", "fused"]
 INFINITY = math.inf
 
 
@@ -39,21 +42,21 @@ def check_against_reference(student: Tensor, teacher: Tensor, *, kind: str, temp
     assert relative_error(leaf.grad, gradient) < tolerance
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("implementation", ["recompute", "late"])
+@pytest.mark.parametrize("kind", ALL_KINDS, ids=lambda kind: kind["kind"])
 @pytest.mark.parametrize("vocab_size", [None, 7])
-def test_gradcheck_of_all_outputs_together(kind: str, vocab_size: int | None) -> None:
+def test_gradcheck_of_all_outputs_together(kind: dict[str, Any], vocab_size: int | None, implementation: str) -> None:
     """Catches a term missing in the closed gradient formula of divergence, entropy and log-probability, from logits and from hidden states."""
     inputs = make_inputs(num_tokens=5, hidden=3, columns=9, vocab_size=7, dtype=torch.float64)
-    options: dict[str, Any] = {"kind": kind, "temperature": 0.7, "vocab_size": vocab_size}
+    options: dict[str, Any] = {**kind, "temperature": 0.7, "vocab_size": vocab_size}
 
     def from_logits(student: Tensor) -> tuple[Tensor, ...]:
         stats = divergence_from_logits(student, inputs.logits()[1], inputs.target_ids, **options)
         return stats.kl, stats.entropy, stats.student_logprob
 
     def from_hidden(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        stats = divergence_from_hidden(
-            hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids, chunk_tokens=2, **options
-        )
+        arguments = (hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids)
+        stats = divergence_from_hidden(*arguments, chunk_tokens=2, implementation=implementation, **options)
         return stats.kl, stats.entropy, stats.student_logprob
 
     torch.autograd.gradcheck(from_logits, inputs.logits()[0].requires_grad_())
@@ -147,7 +150,8 @@ def test_infinite_divergence(kind: str, student_logit: float) -> None:
     assert relative_error(student.grad[1], second) < 1e-5
 
 
-def test_small_divergence_from_bfloat16_hidden_states() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_small_divergence_from_bfloat16_hidden_states(implementation: str) -> None:
     """Catches logits rounded to bfloat16 on the way: at a true KL of 4e-4 they spoil the hidden gradient by tens of percent, fp32 logits do not."""
     inputs = make_inputs(num_tokens=32, hidden=256, columns=4096, vocab_size=4096, dtype=torch.bfloat16, distance=0.0125)
     only_divergence = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)[:, None].expand(3, 32)
@@ -157,7 +161,10 @@ def test_small_divergence_from_bfloat16_hidden_states() -> None:
     assert 3e-4 < true_kl.mean() < 5e-4
 
     hidden, weight = inputs.student_hidden.clone().requires_grad_(), inputs.student_weight.clone().requires_grad_()
-    stats = divergence_from_hidden(hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids)
+    arguments = (hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids)
+    stats = divergence_from_hidden(
+        *arguments, implementation=implementation, loss_weights=lambda stats, _: LossWeights(torch.ones_like(stats.kl))
+    )
     stats.kl.sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     assert relative_error(stats.kl.detach(), true_kl) < 5e-3
@@ -184,24 +191,36 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_logits_exist_for_a_chunk_at_a_time() -> None:
+@pytest.mark.parametrize("implementation", ["recompute", "fused"])
+def test_logits_exist_for_a_chunk_at_a_time(implementation: str) -> None:
     """Catches [N, V] logits that are stored whole, forward or backward."""
     inputs = make_inputs(num_tokens=64, hidden=4, columns=100, vocab_size=100, dtype=torch.float32)
     hidden, weight = inputs.student_hidden.requires_grad_(), inputs.student_weight.requires_grad_()
     with LargestTensor() as largest:
-        stats = divergence_from_hidden(hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids, chunk_tokens=8)
+        arguments = (hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids)
+        promise = LossWeights(torch.ones(8))
+        stats = divergence_from_hidden(*arguments, chunk_tokens=8, implementation=implementation, loss_weights=lambda *_: promise)
         stats.kl.sum().backward()
     assert largest.elements == 8 * 100
 
 
-def test_chunks_make_no_difference() -> None:
-    """Catches rows lost or counted twice at the seams of chunks."""
+def test_chunks_and_implementations_make_no_difference() -> None:
+    """Catches rows lost or counted twice at the seams of chunks, and an implementation that drops one of the three terms."""
     inputs = make_inputs(num_tokens=7, hidden=4, columns=20, vocab_size=20, dtype=torch.float64)
     outcomes = []
-    for chunk in (1, 3, 7, 100, None):
+    for implementation, chunk in itertools.product(IMPLEMENTATIONS, (1, 3, 7, 100, None)):
         hidden, weight = inputs.student_hidden.clone().requires_grad_(), inputs.student_weight.clone().requires_grad_()
-        stats = divergence_from_hidden(hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids, chunk_tokens=chunk)
-        weighted(stats, inputs.weights).backward()
+        stats = divergence_from_hidden(
+            hidden,
+            weight,
+            inputs.teacher_hidden,
+            inputs.teacher_weight,
+            inputs.target_ids,
+            chunk_tokens=chunk,
+            implementation=implementation,
+            loss_weights=lambda _, rows: LossWeights(*inputs.weights[:, rows]),
+        )
+        (3.0 * weighted(stats, inputs.weights)).backward()
         assert hidden.grad is not None and weight.grad is not None
         outcomes.append((stats.kl.detach(), hidden.grad, weight.grad))
     for outcome in outcomes[1:]:
@@ -240,3 +259,67 @@ def test_logits_of_different_types() -> None:
     assert stats.kl.dtype == torch.float32
     torch.testing.assert_close(stats.kl.detach().double(), expected, rtol=1e-5, atol=1e-5)
     assert student.grad is not None and student.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("vocab_size", [None, 17])
+def test_logprobs_without_a_teacher(vocab_size: int | None) -> None:
+    """Catches an entropy or log-probability that needs a teacher, a product with one, and a gradient that misses a term."""
+    inputs = make_inputs(num_tokens=7, hidden=4, columns=20, vocab_size=17, dtype=torch.float64)
+    weights = inputs.weights * torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)[:, None]
+    options: dict[str, Any] = {"temperature": 0.7, "vocab_size": vocab_size}
+    expected, *gradients = reference_hidden_gradients(dataclasses.replace(inputs, weights=weights), kind="reverse_kl", **options)
+    hidden, weight = inputs.student_hidden.clone().requires_grad_(), inputs.student_weight.clone().requires_grad_()
+    with Products() as products:
+        stats = token_logprobs_from_hidden(hidden, weight, inputs.target_ids, chunk_tokens=100, **options)
+    assert products.count == 1
+    assert not stats.kl.requires_grad and stats.kl.count_nonzero() == 0
+    torch.testing.assert_close((stats.entropy.detach(), stats.student_logprob.detach()), expected[1:3])
+    assert torch.equal(stats.teacher_logprob, stats.student_logprob)
+    (stats.entropy * weights[1] + stats.student_logprob * weights[2]).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    torch.testing.assert_close([hidden.grad, weight.grad], gradients)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "only_kl", "tied", "products"),
+    [
+        ("recompute", True, False, 6),
+        ("recompute", True, True, 4),  # one product serves both models, forward and again backward
+        ("late", True, False, 4),
+        ("late", True, True, 3),
+        ("late", False, False, 5),
+        ("fused", False, False, 4),
+        ("fused", False, True, 3),
+    ],
+)
+def test_products(implementation: str, only_kl: bool, tied: bool, products: int) -> None:
+    """Catches logits that are formed once too often: the implementations are told apart by their number of GEMMs."""
+    inputs = make_inputs(num_tokens=7, hidden=4, columns=20, vocab_size=20, dtype=torch.float64)
+    hidden, weight = inputs.student_hidden.clone().requires_grad_(), inputs.student_weight.clone().requires_grad_()
+    teacher_weight = weight if tied else inputs.teacher_weight
+    weights = inputs.weights[:1] if only_kl else inputs.weights
+    with Products() as counted:
+        stats = divergence_from_hidden(
+            hidden,
+            weight,
+            inputs.teacher_hidden,
+            teacher_weight,
+            inputs.target_ids,
+            implementation=implementation,
+            loss_weights=lambda _, rows: LossWeights(*weights[:, rows]),
+        )
+        outputs = [stats.kl] if only_kl else [stats.kl, stats.entropy, stats.student_logprob]
+        (torch.stack(outputs) * weights).sum().backward()
+    assert counted.count == products

@@ -6,7 +6,7 @@ on each alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_cord.errors import CordError
-from megatron_cord.losses import TokenStats, divergence_from_hidden, divergence_from_logits, shard
+from megatron_cord.losses import LossWeights, TokenStats, divergence_from_hidden, divergence_from_logits, shard
 from tests.gloo import run_ranks
 from tests.losses.reference import Inputs, make_inputs, reference_hidden_gradients, reference_logits_gradient, relative_error
 
@@ -33,8 +33,13 @@ class Case:
     vocab_size: int = 22  #: of 24 columns
     num_tokens: int = 11
     tied: bool = False  #: student and teacher share one output weight
+    implementation: str = "recompute"
+    only_kl: bool = False  #: the loss does not use entropy and log-probability
+    sequence_parallel: bool = False
 
 
+KINDS = ("reverse_kl", "forward_kl", "jsd", "topk")
+IMPLEMENTATIONS = ("recompute", "late", "fused")
 CASES = {
     **{f"{entry}-{kind}": Case(entry, kind) for entry in ("logits", "hidden") for kind in ("reverse_kl", "forward_kl")},
     "logits-fp32": Case("logits", dtype=torch.float32),
@@ -43,6 +48,14 @@ CASES = {
     "hidden-temperature": Case("hidden", temperature=0.5),
     "logits-temperature": Case("logits", "forward_kl", temperature=4.0),
     "hidden-tied": Case("hidden", tied=True),
+    **{f"hidden-{name}-fp32": Case("hidden", dtype=torch.float32, implementation=name) for name in ("late", "fused")},
+    **{f"hidden-{name}-bf16": Case("hidden", dtype=torch.bfloat16, implementation=name) for name in ("late", "fused")},
+    **{f"hidden-{name}-all-padding": Case("hidden", vocab_size=5, implementation=name) for name in ("late", "fused")},
+    **{f"hidden-{name}-empty": Case("hidden", num_tokens=0, implementation=name) for name in ("late", "fused")},
+    **{f"hidden-late-{kind}-only-kl": Case("hidden", kind, implementation="late", only_kl=True, tied=True) for kind in KINDS},
+    **{f"{entry}-{kind}": Case(entry, kind) for entry in ("logits", "hidden") for kind in ("jsd", "topk")},
+    **{f"logits-{kind}-all-padding": Case("logits", kind, vocab_size=5) for kind in ("jsd", "topk")},
+    **{f"hidden-{name}-scattered": Case("hidden", num_tokens=12, implementation=name, sequence_parallel=True) for name in IMPLEMENTATIONS},
     # 5 of 24 columns are tokens: at TP=4 three ranks are all padding, at TP=2 one is.
     **{
         f"{entry}-{kind}-all-padding": Case(entry, kind, vocab_size=5)
@@ -80,11 +93,15 @@ class Collectives(TorchDispatchMode):
 
 def case_inputs(case: Case) -> Inputs:
     inputs = make_inputs(num_tokens=case.num_tokens, hidden=8, columns=COLUMNS, vocab_size=case.vocab_size, dtype=case.dtype)
-    if not case.tied:
-        return inputs
-    return Inputs(
-        inputs.student_hidden, inputs.student_weight, inputs.teacher_hidden, inputs.student_weight, inputs.target_ids, inputs.weights
-    )
+    if case.tied:
+        inputs = replace(inputs, teacher_weight=inputs.student_weight)
+    if case.only_kl:
+        inputs = replace(inputs, weights=inputs.weights * torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)[:, None])
+    return inputs
+
+
+def kind_options(case: Case) -> dict[str, Any]:
+    return {"kind": case.kind, "beta": 0.3, "k": 3, "temperature": case.temperature, "vocab_size": case.vocab_size}
 
 
 def run_case(case: Case, group: dist.ProcessGroup | None) -> Outcome:
@@ -92,7 +109,7 @@ def run_case(case: Case, group: dist.ProcessGroup | None) -> Outcome:
     columns = COLUMNS // size
     mine = slice(rank * columns, (rank + 1) * columns)
     inputs = case_inputs(case)
-    options: dict[str, Any] = {"kind": case.kind, "temperature": case.temperature, "vocab_size": case.vocab_size, "tp_group": group}
+    options: dict[str, Any] = {**kind_options(case), "tp_group": group}
     forward, backward = Collectives(), Collectives()
     leaves: tuple[Tensor, ...]
     if case.entry == "logits":
@@ -103,14 +120,17 @@ def run_case(case: Case, group: dist.ProcessGroup | None) -> Outcome:
     else:
         student_weight = inputs.student_weight[mine].clone().requires_grad_()
         teacher_weight = student_weight if case.tied else inputs.teacher_weight[mine]
-        leaves = (inputs.student_hidden.clone().requires_grad_(), student_weight)
+        part = case.num_tokens // size
+        here = slice(rank * part, (rank + 1) * part) if case.sequence_parallel else slice(None)
+        leaves = (inputs.student_hidden[here].clone().requires_grad_(), student_weight)
+        arguments = (*leaves, inputs.teacher_hidden[here], teacher_weight, inputs.target_ids)
+        options |= {"implementation": case.implementation, "sequence_parallel": case.sequence_parallel, "chunk_tokens": CHUNK_TOKENS}
+        options["loss_weights"] = lambda _, rows: LossWeights(*inputs.weights[:, rows])
         with forward:
-            stats = divergence_from_hidden(
-                leaves[0], student_weight, inputs.teacher_hidden, teacher_weight, inputs.target_ids, chunk_tokens=CHUNK_TOKENS, **options
-            )
-    outputs = torch.stack([stats.kl, stats.entropy, stats.student_logprob])
+            stats = divergence_from_hidden(*arguments, **options)
+    outputs = [stats.kl] if case.only_kl else [stats.kl, stats.entropy, stats.student_logprob]
     with backward:
-        (outputs * inputs.weights).sum().backward()
+        (torch.stack(outputs) * inputs.weights[: len(outputs)]).sum().backward()
     gradients = tuple(leaf.grad for leaf in leaves if leaf.grad is not None)
     return Outcome(stat_tuple(stats), gradients, (forward.names, backward.names))
 
@@ -155,7 +175,7 @@ def results() -> list[dict[Any, Any]]:
 def test_values_and_gradients_equal_the_reference(name: str, size: int, results: list[dict[Any, Any]]) -> None:
     """Catches an all-reduce inside autograd (loss right, gradient wrong by a factor of TP), wrong offsets of shards, and padding that leaks."""
     case, inputs = CASES[name], case_inputs(CASES[name])
-    options: dict[str, Any] = {"kind": case.kind, "temperature": case.temperature, "vocab_size": case.vocab_size}
+    options: dict[str, Any] = {**kind_options(case)}
     if case.entry == "logits":
         expected, *expected_gradients = reference_logits_gradient(*inputs.logits(), inputs.target_ids, inputs.weights, **options)
     else:
@@ -172,8 +192,10 @@ def test_values_and_gradients_equal_the_reference(name: str, size: int, results:
             gradients = [torch.cat([outcome.gradients[0] for outcome in outcomes], dim=1)]
             assert gradients[0][:, case.vocab_size :].count_nonzero() == 0
         else:
-            assert all(torch.equal(outcome.gradients[0], outcomes[0].gradients[0]) for outcome in outcomes), "ranks disagree"
-            gradients = [outcomes[0].gradients[0], torch.cat([outcome.gradients[1] for outcome in outcomes])]
+            hidden = [outcome.gradients[0] for outcome in outcomes]
+            assert case.sequence_parallel or all(torch.equal(other, hidden[0]) for other in hidden), "ranks disagree"
+            whole = torch.cat(hidden) if case.sequence_parallel else hidden[0]
+            gradients = [whole, torch.cat([outcome.gradients[1] for outcome in outcomes])]
         for gradient, value in zip(gradients, expected_gradients, strict=True):
             assert gradient.dtype == case.dtype and gradient.shape == value.shape
             if case.num_tokens:
@@ -185,14 +207,24 @@ def test_values_and_gradients_equal_the_reference(name: str, size: int, results:
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_one_collective_a_chunk(name: str, size: int, results: list[dict[Any, Any]]) -> None:
-    """Catches a second collective that creeps into the forward pass, or any at all where there is nothing to exchange."""
+    """Catches a second collective that creeps into the forward pass, or any at all where there is nothing to exchange.
+
+    All implementations must make the same collectives, for ranks may choose differently.
+    """
     case = CASES[name]
     exchanging = size > 1 and case.num_tokens > 0
     chunks = -(-case.num_tokens // CHUNK_TOKENS) if case.entry == "hidden" else 1
     for result in results:
         forward, backward = result[name, size].collectives
-        assert forward == (["allgather"] * chunks if exchanging else [])
-        assert backward == (["allreduce"] if exchanging and case.entry == "hidden" else [])
+        if not exchanging:
+            assert forward == backward == []
+            continue
+        gathers = ["_allgather_base"] * chunks * (2 if case.kind in ("jsd", "topk") else 1)
+        assert forward == ["_allgather_base"] * (2 if case.sequence_parallel else 0) + gathers
+        if case.entry == "logits":
+            assert backward == []
+        else:
+            assert backward == (["_reduce_scatter_base"] if case.sequence_parallel else ["allreduce"] * chunks)
 
 
 def test_all_ranks_refuse_together(results: list[dict[Any, Any]]) -> None:

@@ -1,0 +1,97 @@
+"""Divergence from hidden states whose weights arrive late: the gradient's products are formed when they do, without the logits.
+
+With g the divergence's gradient of the logits at weight 1, formed in the forward pass and kept in the hidden states' type, and w the weights
+that arrive in the backward pass,  dH = diag(w)(g W)  and  dW = gᵀ (diag(w) h).  So the teacher's and the student's logits are formed
+once: four GEMMs in all, for one buffer [N, V/TP].
+
+The buffer holds the divergence's gradient alone. If gradient arrives at entropy or log-probability too, which no multiple of g can hold, the
+student's logits are formed again for those terms (a fifth GEMM, without the teacher) and the sum goes through the same two products.
+Shapes: N tokens, V vocabulary, H hidden, TP ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_cord.losses.autograd import arrived, declare_outputs, rows_of, zeros_for_none
+from megatron_cord.losses.output_layer import HiddenGradient, KeptLogits, OutputLayers, WeightGradient, gradient_dtype
+from megatron_cord.losses.recompute import joined
+from megatron_cord.losses.shard import VocabularyShard
+from megatron_cord.losses.statistics import Totals
+from megatron_cord.losses.two_pass_kinds import NO_TEACHER
+
+
+class Late(torch.autograd.Function):
+    """apply(student_hidden, student_weight, teacher_hidden, teacher_weight, target_ids, shard, chunks) → Totals, as ``Recompute``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        target_ids: Tensor,
+        shard: VocabularyShard,
+        chunks: list[slice],
+    ) -> tuple[Tensor, ...]:
+        layers = OutputLayers(student_hidden, student_weight, teacher_hidden, teacher_weight, shard.dtype)
+        unweighted = torch.empty(
+            len(target_ids), shard.columns, dtype=gradient_dtype(student_hidden, shard.dtype), device=student_hidden.device
+        )
+        parts = []
+        for rows in chunks:
+            logits = KeptLogits(layers.chunk(rows))
+            totals = shard.totals(logits, target_ids[rows])
+            zero = torch.zeros_like(totals.entropy)
+            unit = totals.divergence.isfinite().to(shard.dtype)  # an infinite divergence has no gradient to keep
+            shard.gradient(logits, target_ids[rows], totals, (unit, zero, zero), unweighted[rows])
+            parts.append(totals)
+        totals = joined(parts)
+        ctx.shard, ctx.chunks = shard, chunks
+        ctx.save_for_backward(student_hidden, student_weight, target_ids, unweighted, *totals)
+        return declare_outputs(ctx, totals)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        student_hidden, student_weight, target_ids, unweighted, *saved = ctx.saved_tensors
+        shard: VocabularyShard = ctx.shard
+        totals = Totals(*saved)
+        by_divergence, by_entropy, by_logprob = arrived(output_gradients)
+        hidden_gradient = HiddenGradient(student_hidden, shard) if ctx.needs_input_grad[0] else None
+        weight_gradient = WeightGradient(student_weight, shard.dtype) if ctx.needs_input_grad[1] else None
+        weights = zeros_for_none((by_divergence, by_entropy, by_logprob), totals)
+        used = torch.where(totals.divergence.isfinite() | (weights[0] == 0), weights[0], torch.nan)  # never a silent 0 for an infinite one
+        others = None if by_entropy is None and by_logprob is None else replace(shard, kind=NO_TEACHER)
+        student = OutputLayers(student_hidden, student_weight, None, None, shard.dtype)
+        for rows in ctx.chunks:
+            hidden, weight = student_hidden[rows], used[rows, None]
+            weighted_hidden = (hidden * weight).to(unweighted.dtype)
+            logits = student.chunk(rows)
+            for span in shard.blocks():
+                gradient = unweighted[rows, span]
+                if others is not None:
+                    terms = torch.empty_like(gradient, dtype=shard.dtype)
+                    chunk_weights = (torch.zeros_like(weights[0][rows]), weights[1][rows], weights[2][rows])
+                    chunk_totals = Totals(*rows_of(totals, rows))
+                    others.block_gradient(span, *logits.block(span), target_ids[rows], chunk_totals, chunk_weights, terms)
+                    gradient = terms.addcmul_(gradient.to(shard.dtype), weight).to(unweighted.dtype)
+                if hidden_gradient is not None:
+                    hidden_gradient.add(rows, gradient, student_weight[span])
+                if weight_gradient is not None:
+                    weight_gradient.add(span, gradient, hidden if others is not None else weighted_hidden)
+            if hidden_gradient is not None:
+                if others is None:
+                    hidden_gradient.total[rows] *= weight
+                hidden_gradient.reduce(rows)
+        return (
+            None if hidden_gradient is None else hidden_gradient.result(student_hidden.dtype),
+            None if weight_gradient is None else weight_gradient.result(),
+            *[None] * 5,
+        )
