@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -108,9 +109,12 @@ def microbatch_loss(config: ObjectiveConfig, counts: GlobalCounts, batch: Microb
         token = (weights * divergence).sum() / counts.scored
     sequence = zero
     if config.policy_gradient and batch.advantages.any():
-        ratio = truncated_importance_weights(stats.student_logprob, batch.engine_logprobs, batch.cu_seqlens, cap=config.importance_cap)
+        engine = batch.engine_logprobs
+        ratio = truncated_importance_weights(stats.student_logprob, engine.nan_to_num(), batch.cu_seqlens, cap=config.importance_cap)
         terms = policy_gradient_loss(stats.student_logprob, batch.cu_seqlens, batch.advantages, importance_weights=ratio)
         sequence = config.policy_weight * terms.sum() / counts.policy
+        if engine.isnan().any():  # the weights that it sampled with are broken: nothing to learn from
+            sequence = sequence * torch.nan
     return MicrobatchLoss(token, sequence, stats, weights)
 
 
