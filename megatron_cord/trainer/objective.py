@@ -19,6 +19,7 @@ from megatron_cord.losses import (
     cord_token_weights,
     divergence_from_hidden,
     policy_gradient_loss,
+    token_logprobs_from_hidden,
     truncated_importance_weights,
     uniform_token_weights,
 )
@@ -31,6 +32,7 @@ class ObjectiveConfig:
 
     responses: Literal["student", "teacher"] = "student"  #: whose responses are scored token by token: on-policy, or the teacher's (off-policy)
     divergence: Literal["reverse_kl", "forward_kl", "nll", "none"] = "reverse_kl"  #: D_t; nll is fine-tuning on the responses; none leaves L_seq
+    implementation: Literal["auto", "late", "recompute"] = "auto"  #: how the divergence is formed: speed, or least memory
     token_weights: Literal["cord", "uniform"] = "cord"  #: w_t
     top_k: int = 20  #: K, response positions of largest divergence that get alpha
     alpha: float = 2.0  #: weight of those positions
@@ -94,21 +96,24 @@ def microbatch_loss(config: ObjectiveConfig, counts: GlobalCounts, batch: Microb
         vocab_size: the true V.
         tp_group: the vocabulary's shards.
     """
-    if teacher_hidden is None or teacher_weight is None:
-        # The log-probabilities alone: a student that is its own teacher has them at a divergence of zero.
-        teacher_hidden, teacher_weight = student_hidden.detach(), student_weight
-    kind = config.divergence if config.distils else "reverse_kl"
     # A distribution that is not finite makes a loss that is not: the step is skipped, as one for gradients is.
-    stats = divergence_from_hidden(student_hidden, student_weight, teacher_hidden, teacher_weight, batch.target_ids, kind=kind,
-                                   vocab_size=vocab_size, tp_group=tp_group, check_finite=False)  # fmt: skip
-    zero = stats.student_logprob.sum() * 0.0  # keeps the graph where a term is absent
+    if teacher_hidden is None or teacher_weight is None or not config.distils:
+        stats = token_logprobs_from_hidden(student_hidden, student_weight, batch.target_ids, vocab_size=vocab_size, tp_group=tp_group,
+                                           check_finite=False)  # fmt: skip
+    else:
+        stats = divergence_from_hidden(student_hidden, student_weight, teacher_hidden, teacher_weight, batch.target_ids,
+                                       kind=config.divergence, vocab_size=vocab_size, tp_group=tp_group,
+                                       implementation=config.implementation, check_finite=False)  # fmt: skip
+    rewarded = config.policy_gradient and bool(batch.advantages.any())
+    # A term that is absent must not ask the loss for a gradient of zero; but some gradient there must be.
+    zero = torch.zeros_like(batch.advantages[0]) if batch.scored or rewarded else stats.student_logprob.sum() * 0.0
     token, weights = zero, None
     if batch.scored:
         divergence = stats.kl if config.distils else -stats.student_logprob
         weights = _token_weights(config, divergence.detach(), batch.cu_seqlens)
         token = (weights * divergence).sum() / counts.scored
     sequence = zero
-    if config.policy_gradient and batch.advantages.any():
+    if rewarded:
         engine = batch.engine_logprobs
         ratio = truncated_importance_weights(stats.student_logprob, engine.nan_to_num(), batch.cu_seqlens, cap=config.importance_cap)
         terms = policy_gradient_loss(stats.student_logprob, batch.cu_seqlens, batch.advantages, importance_weights=ratio)
