@@ -119,7 +119,7 @@ def _drop_after(path: Path, last_step: int) -> None:
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+        except (json.JSONDecodeError, KeyError, TypeError):
             continue
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))

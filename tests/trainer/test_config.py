@@ -1,0 +1,68 @@
+"""The run's configuration: the paper's numbers by default, and errors that name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_cord.config import dump_config, load_config
+from megatron_cord.errors import CordError
+from megatron_cord.trainer.config import RunConfig
+
+REQUIRED = ["output_dir=o", "model.checkpoint=c", "data.train=t", "data.evaluation=e"]
+
+
+def load(*overrides: str) -> RunConfig:
+    return load_config(RunConfig, None, [*REQUIRED, *overrides])
+
+
+def test_defaults_are_the_papers() -> None:
+    """Catches a default that drifts from CORD's training details (arXiv 2601.16547)."""
+    config = load()
+    objective, rollout = config.objective, config.rollout
+    assert (objective.top_k, objective.alpha, objective.beta) == (20, 2.0, 2.0)
+    assert (objective.responses, objective.divergence, objective.token_weights) == ("student", "reverse_kl", "cord")
+    assert objective.policy_gradient and objective.policy_weight == 1.0 and not objective.normalize_std
+    assert objective.normalization == "response"
+    assert (rollout.temperature, rollout.policy_temperature, rollout.policy_rollouts) == (1.0, 1.5, 4)
+    assert (rollout.prompts_per_step, rollout.policy_prompts_per_step, rollout.max_new_tokens) == (32, 8, 200)
+    assert (config.optimizer.learning_rate, config.train.steps) == (3e-5, 3000)
+    assert config.model.dtype == "bfloat16" and config.teacher.mode == "frozen"
+
+
+def test_a_dump_reads_back(tmp_path: Path) -> None:
+    """Catches a value that config.yaml cannot hold, so that a run could not be repeated from its directory."""
+    config = load("model.freeze=[language_model, adapter]", "replay=r", "record.rollouts=null", "optimizer.learning_rate=1e-30")
+    dump_config(config, tmp_path / "config.yaml")
+    assert load_config(RunConfig, tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rat=1", "unknown key 'optimizer.learning_rat'.*did you mean 'optimizer.learning_rate'"),
+        ("tp=2", "unknown key 'tp'.*did you mean 'parallel.tp'"),
+        ("train.steps=many", "train.steps: expected .*got 'many'"),
+        ("train.steps=0", "train.steps.* must be at least 1"),
+        ("parallel.tp=0", "parallel.tp and parallel.pp are at least 1"),
+        ("parallel.sequence_parallel=true", "needs parallel.tp > 1"),
+        ("model.freeze=[audio_encoder, adapter, language_model]", "nothing is left to train"),
+        ("model.freeze=[decoder]", "model.freeze.0: expected"),
+        ("objective.divergence=kl", "objective.divergence: expected"),
+        ("optimizer.learning_rate=0", "optimizer.learning_rate must be positive"),
+        ("checkpoint.interval=-1", "cannot be negative"),
+        ("evaluation.samples=-1", "cannot be negative"),
+    ],
+)
+def test_wrong_settings_are_named(override: str, message: str) -> None:
+    """Catches a typo that trains with the default, and a message that does not say which key."""
+    with pytest.raises(CordError, match=message):
+        load(override)
+
+
+def test_what_is_required() -> None:
+    """Catches a run that starts without data or a model."""
+    for missing in REQUIRED:
+        with pytest.raises(CordError, match=f"{missing.split('=')[0]} is required"):
+            load_config(RunConfig, None, [setting for setting in REQUIRED if setting != missing])
