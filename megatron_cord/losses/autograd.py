@@ -34,10 +34,9 @@ class DivergenceFromLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         student_logits, teacher_logits, target_ids, *saved = ctx.saved_tensors
-        totals = Totals(*saved)
         gradient = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
         logits = StoredLogits(student_logits, teacher_logits)
-        ctx.shard.gradient(logits, target_ids, totals, zeros_for_none(arrived(output_gradients), totals), gradient)
+        ctx.shard.gradient(logits, target_ids, Totals(*saved), arrived(output_gradients), gradient)
         return gradient, None, None, None
 
 
@@ -49,17 +48,10 @@ def declare_outputs(ctx: Any, totals: Totals) -> tuple[Tensor, ...]:
     return tuple(totals)
 
 
-def arrived(output_gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def arrived(output_gradients: tuple[Tensor | None, ...]) -> Weights:
     """The gradients of divergence, entropy and student_logprob, each [N]; None where the loss does not use an output."""
     by_name = dict(zip(Totals._fields, output_gradients, strict=True))
     return by_name["divergence"], by_name["entropy"], by_name["student_logprob"]
-
-
-def zeros_for_none(weights: tuple[Tensor | None, Tensor | None, Tensor | None], totals: Totals) -> Weights:
-    """The same with zeros where nothing arrived."""
-    zero = torch.zeros_like(totals.entropy)
-    divergence, entropy, logprob = (zero if weight is None else weight for weight in weights)
-    return divergence, entropy, logprob
 
 
 def rows_of(tensors: tuple[Tensor, ...], rows: slice) -> tuple[Tensor, ...]:

@@ -27,7 +27,8 @@ BACKENDS = ("auto", "eager", "compile", "triton")
 #: Elements that eager torch works on at a time on a CPU: 128 KiB of float32, so that the steps of a formula share the second-level cache.
 TILE_ELEMENTS = 2**15
 
-Weights = tuple[Tensor, Tensor, Tensor]  #: gradients of divergence, entropy and log-probability, each [N]
+#: Gradients that arrived at divergence, entropy and log-probability, each [N]; None where the loss does not use one.
+Weights = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 Transform = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -92,8 +93,9 @@ class EagerBackend:
         out: Tensor,
     ) -> None:
         for rows in self._tiles(student):
-            mine = (weights[0][rows], weights[1][rows], weights[2][rows])
-            out[rows] = self._gradient(student[rows], teacher[rows], target[rows], _rows(totals, rows), kind, temperature, mine, out.dtype)
+            out[rows] = self._gradient(
+                student[rows], teacher[rows], target[rows], _rows(totals, rows), kind, temperature, weights_of(weights, rows), out.dtype
+            )
 
     def _tiles(self, block: Tensor) -> Iterator[slice]:
         num_tokens, columns = block.shape
@@ -118,6 +120,12 @@ def backend_named(name: str, device: torch.device) -> Backend:
             raise CordError(f"backend triton needs CUDA tensors, but these are on {device}; choose eager or compile")
         return _triton()
     return _compiled() if name == "compile" else EagerBackend()
+
+
+def weights_of(weights: Weights, rows: slice) -> Weights:
+    """Those of some tokens."""
+    divergence, entropy, logprob = (None if weight is None else weight[rows] for weight in weights)
+    return divergence, entropy, logprob
 
 
 def _rows(totals: Totals, rows: slice) -> Totals:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_cord.errors import CordError
-from megatron_cord.losses.autograd import arrived, declare_outputs, zeros_for_none
+from megatron_cord.losses.autograd import arrived, declare_outputs
 from megatron_cord.losses.backends import Weights
 from megatron_cord.losses.output_layer import HiddenGradient, KeptLogits, OutputLayers, WeightGradient
 from megatron_cord.losses.recompute import add_gradients, joined
@@ -67,7 +67,7 @@ class Fused(torch.autograd.Function):
             weights = _checked(weigh(totals, rows), totals)
             add_gradients(shard, layers, rows, target_ids[rows], totals, weights, hidden_gradient, weight_gradient, logits)
             parts.append(totals)
-            promised.append(torch.stack(weights))
+            promised.append(_stacked(weights, totals))
         totals = joined(parts)
         ctx.shard, ctx.chunks, ctx.hidden_gradient = shard, chunks, hidden_gradient
         ctx.save_for_backward(
@@ -79,7 +79,7 @@ class Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         student_hidden, student_weight, weight_total, promised, *saved = ctx.saved_tensors
-        scale = _kept_promise(promised, torch.stack(zeros_for_none(arrived(output_gradients), Totals(*saved))))
+        scale = _kept_promise(promised, _stacked(arrived(output_gradients), Totals(*saved)))
         hidden_result = weight_result = None
         if ctx.hidden_gradient is not None:
             hidden_gradient = ctx.hidden_gradient.scaled(scale)
@@ -98,8 +98,13 @@ def _checked(weights: LossWeights, totals: Totals) -> Weights:
     for name, weight in zip(LossWeights._fields, weights, strict=True):
         if weight is not None and weight.shape != totals.entropy.shape:
             raise CordError(f"loss_weights gave {name} weights of shape {list(weight.shape)} for {len(totals.entropy)} tokens")
-    kl, entropy, logprob = (weight.detach().to(totals.entropy.dtype) for weight in zeros_for_none(weights, totals))
+    kl, entropy, logprob = (None if weight is None else weight.detach().to(totals.entropy.dtype) for weight in weights)
     return kl, entropy, logprob
+
+
+def _stacked(weights: Weights, totals: Totals) -> Tensor:
+    """[3, N], zeros for None."""
+    return torch.stack([torch.zeros_like(totals.entropy) if weight is None else weight for weight in weights])
 
 
 def _kept_promise(promised: Tensor, arriving: Tensor) -> Tensor:

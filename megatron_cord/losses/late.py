@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_cord.losses.autograd import arrived, declare_outputs, rows_of, zeros_for_none
+from megatron_cord.losses.autograd import arrived, declare_outputs, rows_of
+from megatron_cord.losses.backends import weights_of
 from megatron_cord.losses.output_layer import HiddenGradient, KeptLogits, OutputLayers, WeightGradient, gradient_dtype
 from megatron_cord.losses.recompute import joined
 from megatron_cord.losses.shard import VocabularyShard
@@ -48,9 +49,8 @@ class Late(torch.autograd.Function):
         for rows in chunks:
             logits = KeptLogits(layers.chunk(rows))
             totals = shard.totals(logits, target_ids[rows])
-            zero = torch.zeros_like(totals.entropy)
             unit = totals.divergence.isfinite().to(shard.dtype)  # an infinite divergence has no gradient to keep
-            shard.gradient(logits, target_ids[rows], totals, (unit, zero, zero), unweighted[rows])
+            shard.gradient(logits, target_ids[rows], totals, (unit, None, None), unweighted[rows])
             parts.append(totals)
         totals = joined(parts)
         ctx.shard, ctx.chunks = shard, chunks
@@ -66,8 +66,8 @@ class Late(torch.autograd.Function):
         by_divergence, by_entropy, by_logprob = arrived(output_gradients)
         hidden_gradient = HiddenGradient(student_hidden, shard) if ctx.needs_input_grad[0] else None
         weight_gradient = WeightGradient(student_weight, shard.dtype) if ctx.needs_input_grad[1] else None
-        weights = zeros_for_none((by_divergence, by_entropy, by_logprob), totals)
-        used = torch.where(totals.divergence.isfinite() | (weights[0] == 0), weights[0], torch.nan)  # never a silent 0 for an infinite one
+        used = torch.zeros_like(totals.divergence) if by_divergence is None else by_divergence
+        used = torch.where(totals.divergence.isfinite() | (used == 0), used, torch.nan)  # never a silent 0 for an infinite one
         others = None if by_entropy is None and by_logprob is None else replace(shard, kind=NO_TEACHER)
         student = OutputLayers(student_hidden, student_weight, None, None, shard.dtype)
         for rows in ctx.chunks:
@@ -78,7 +78,7 @@ class Late(torch.autograd.Function):
                 gradient = unweighted[rows, span]
                 if others is not None:
                     terms = torch.empty_like(gradient, dtype=shard.dtype)
-                    chunk_weights = (torch.zeros_like(weights[0][rows]), weights[1][rows], weights[2][rows])
+                    chunk_weights = weights_of((None, by_entropy, by_logprob), rows)
                     chunk_totals = Totals(*rows_of(totals, rows))
                     others.block_gradient(span, *logits.block(span), target_ids[rows], chunk_totals, chunk_weights, terms)
                     gradient = terms.addcmul_(gradient.to(shard.dtype), weight).to(unweighted.dtype)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_cord.losses.autograd import arrived, declare_outputs, rows_of, zeros_for_none
-from megatron_cord.losses.backends import Weights
+from megatron_cord.losses.autograd import arrived, declare_outputs, rows_of
+from megatron_cord.losses.backends import Weights, weights_of
 from megatron_cord.losses.output_layer import HiddenGradient, KeptLogits, OutputLayers, WeightGradient, gradient_dtype
 from megatron_cord.losses.shard import VocabularyShard
 from megatron_cord.losses.statistics import Totals
@@ -54,11 +54,12 @@ class Recompute(torch.autograd.Function):
         totals = Totals(*saved)
         hidden_gradient = HiddenGradient(student_hidden, ctx.shard) if ctx.needs_input_grad[0] else None
         weight_gradient = WeightGradient(student_weight, ctx.shard.dtype) if ctx.needs_input_grad[1] else None
-        weights = zeros_for_none(arrived(output_gradients), totals)
+        weights = arrived(output_gradients)
         for rows in ctx.chunks:
             chunk_totals = Totals(*rows_of(totals, rows))
-            chunk_weights: Weights = (weights[0][rows], weights[1][rows], weights[2][rows])
-            add_gradients(ctx.shard, layers, rows, target_ids[rows], chunk_totals, chunk_weights, hidden_gradient, weight_gradient)
+            add_gradients(
+                ctx.shard, layers, rows, target_ids[rows], chunk_totals, weights_of(weights, rows), hidden_gradient, weight_gradient
+            )
             if hidden_gradient is not None:
                 hidden_gradient.reduce(rows)
         return (

@@ -71,7 +71,7 @@ def block_statistics(student: Tensor, teacher: Tensor, target: Tensor, kind: Kin
     s = _relative(student, student_max[:, None], temperature)
     student_exp = s.exp()
     student_sum = student_exp.sum(1)
-    entropy_sum = (student_exp * s).masked_fill(s == -torch.inf, 0.0).sum(1)
+    entropy_sum = (student_exp * _finite(s)).sum(1)
     if not kind.has_teacher:
         none = torch.zeros_like(student_sum)
         return Statistics(student_max, student_sum, entropy_sum, none, student_max, student_sum, student_target, student_target)
@@ -93,8 +93,8 @@ def block_statistics(student: Tensor, teacher: Tensor, target: Tensor, kind: Kin
 def merge_statistics(parts: Statistics, kind: Kind, temperature: float) -> Statistics:
     """Joins K parts, fields [K, N], into one, fields [N]. Associative and commutative up to rounding."""
     student_max, teacher_max = parts.student_max.amax(0), parts.teacher_max.amax(0)
-    student_shift = _relative(parts.student_max, student_max, temperature, empty=0.0)
-    teacher_shift = _relative(parts.teacher_max, teacher_max, temperature, empty=0.0)
+    student_shift = _shift(parts.student_max, student_max, temperature)
+    teacher_shift = _shift(parts.teacher_max, teacher_max, temperature)
     student_scale, teacher_scale = student_shift.exp(), teacher_shift.exp()
     entropy_sum = student_scale * (parts.entropy_sum + parts.student_sum * student_shift)
     return Statistics(
@@ -152,9 +152,9 @@ def gradient_block(
     totals: Totals,
     kind: Kind,
     temperature: float,
-    weight_divergence: Tensor,
-    weight_entropy: Tensor,
-    weight_logprob: Tensor,
+    weight_divergence: Tensor | None,
+    weight_entropy: Tensor | None,
+    weight_logprob: Tensor | None,
 ) -> Tensor:
     """Gradient with respect to one block of the student's logits.
 
@@ -163,19 +163,24 @@ def gradient_block(
     Args:
         student, teacher: [N, columns], the block again.
         target: as in ``block_statistics``.
-        weight_divergence, weight_entropy, weight_logprob: [N], gradient of the loss with respect to divergence, entropy and log p(y).
+        weight_divergence, weight_entropy, weight_logprob: [N], gradient of the loss with respect to divergence, entropy and log p(y);
+            None leaves the term out.
 
     Returns:
         [N, columns]. A row whose divergence is +inf is NaN, unless its ``weight_divergence`` is zero.
     """
     block = _normalised(student, teacher, totals, kind, temperature)
-    entropy_term = block.log_p.masked_fill(block.log_p == -torch.inf, 0.0) + totals.entropy[:, None]
-    gradient = -block.p * (weight_entropy[:, None] * entropy_term + weight_logprob[:, None])
-    if kind.has_teacher:
-        gradient = gradient + kind.gradient(block, totals, weight_divergence)
-    held = (target >= 0) & (target < student.shape[1])
-    column = target.clamp(0, student.shape[1] - 1)
-    return gradient.scatter_add(1, column[:, None], torch.where(held, weight_logprob, 0.0)[:, None]) / temperature
+    gradient = torch.zeros_like(block.p)
+    if weight_divergence is not None and kind.has_teacher:
+        gradient = kind.gradient(block, totals, weight_divergence / temperature)
+    if weight_entropy is not None:
+        entropy_term = _finite(block.log_p) + totals.entropy[:, None]
+        gradient = gradient - block.p * (weight_entropy / temperature)[:, None] * entropy_term
+    if weight_logprob is not None:
+        scaled = (weight_logprob / temperature)[:, None]
+        column = torch.arange(student.shape[1], device=student.device)
+        gradient = gradient + torch.where(column == target[:, None], scaled, 0.0) - scaled * block.p
+    return gradient
 
 
 def _normalised(student: Tensor, teacher: Tensor, totals: Totals, kind: Kind, temperature: float) -> Block:
@@ -186,9 +191,20 @@ def _normalised(student: Tensor, teacher: Tensor, totals: Totals, kind: Kind, te
     return Block(log_p, log_p.exp(), log_q, teacher)
 
 
-def _relative(logits: Tensor, maximum: Tensor, temperature: float, empty: float = -torch.inf) -> Tensor:
-    """(logits − maximum) / τ; ``empty`` where the logit is −inf, even if the maximum is too."""
-    return ((logits - maximum) / temperature).masked_fill(logits == -torch.inf, empty)
+def _relative(logits: Tensor, maximum: Tensor, temperature: float) -> Tensor:
+    """(logits − maximum) / τ; −inf where the logit is −inf, even if the maximum is too."""
+    difference = logits - torch.where(maximum == -torch.inf, 0.0, maximum)
+    return difference if temperature == 1.0 else difference / temperature
+
+
+def _shift(maxima: Tensor, maximum: Tensor, temperature: float) -> Tensor:
+    """(maxima − maximum) / τ; 0 where a part has no mass, for its sums are 0 too."""
+    return ((maxima - maximum) / temperature).masked_fill(maxima == -torch.inf, 0.0)
+
+
+def _finite(logs: Tensor) -> Tensor:
+    """−inf made the smallest finite number, which a probability of zero takes to 0."""
+    return logs.clamp(min=torch.finfo(logs.dtype).min)
 
 
 def _pick(logits: Tensor, target: Tensor) -> Tensor:
