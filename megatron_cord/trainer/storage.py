@@ -10,6 +10,8 @@ from pathlib import Path
 from megatron_cord.errors import CordError
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR)
+#: what torch's writers say when the system refuses a write
+_TORCH_WRITERS = ("PytorchStreamWriter failed", "iostream error", "inline_container")
 _ERRNO = re.compile(r"\[Errno (\d+)\]")
 
 
@@ -36,7 +38,7 @@ def storage_problem(error: BaseException) -> str | None:
             named = _ERRNO.search(str(cause))  # torch and Megatron often keep only the text of an OSError
             if named and int(named[1]) in _DISK:
                 return os.strerror(int(named[1]))
-            if any(text in str(cause) for text in ("PytorchStreamWriter failed", "iostream error")):
+            if any(text in str(cause) for text in _TORCH_WRITERS):
                 return "a file could not be written"
             cause = cause.__cause__ or cause.__context__
     return None

@@ -69,7 +69,7 @@ def expected(config: ObjectiveConfig, batch: Microbatch, values: dict[str, Tenso
             ratio = min(float(chosen.detach().exp()) / float(batch.engine_logprobs[n].double().exp()), config.importance_cap)
             if config.policy_gradient:
                 sequence_loss = sequence_loss - config.policy_weight * advantage * ratio * chosen / COUNTS.policy
-        largest = sorted(range(length), key=lambda t: -float(divergences[t]))[: config.top_k]  # noqa: B023 (used at once)
+        largest = sorted(range(length), key=lambda t: -float(divergences[t]))[: config.top_k]
         for t in range(length):
             weight = 1.0
             if config.token_weights == "cord":
