@@ -173,8 +173,8 @@ def chunks_of(num_tokens: int, chunk: int, cu_seqlens: list[int] | None = None) 
         borders = [*range(0, max(num_tokens, 1), chunk), num_tokens]
     else:
         borders = [0]
-        for end, following in zip(cu_seqlens[1:], [*cu_seqlens[2:], None], strict=True):
-            if end > borders[-1] and (following is None or following - borders[-1] > chunk):
+        for end, following in itertools.pairwise([*cu_seqlens[1:], None]):
+            if end is not None and end > borders[-1] and (following is None or following - borders[-1] > chunk):
                 borders.append(end)
         if len(borders) == 1:
             borders.append(num_tokens)
