@@ -36,8 +36,8 @@ EXTRAS = {
     "dali": ["nvidia-dali-cuda130==2.4.0"],
     # The synthesiser that speaks the quickstart's questions: espeak-ng's library and voices in a wheel. GPL, hence optional.
     "speech": ["espeakng-loader==0.2.4"],
-    # Tests and checks, pinned so that a new rule or type stub does not fail an unchanged tree.
-    "dev": ["pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "mypy==2.4.1"],
+    # Tests and checks, pinned so that a new rule or type stub does not fail an unchanged tree. Triton's kernels run in its interpreter there.
+    "dev": ["pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "mypy==2.4.1", 'triton==3.9.0; platform_system == "Linux"'],
     # The documentation as a site; the Markdown files read as well without it.
     "docs": ["mkdocs-material==9.8.1"],
 }
