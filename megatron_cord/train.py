@@ -10,7 +10,8 @@ from megatron_cord import cli
 from megatron_cord.config import load_config
 from megatron_cord.parallel.layout import finalize, initialize
 from megatron_cord.trainer.config import RunConfig
-from megatron_cord.trainer.run import Run, Stopwatch
+from megatron_cord.trainer.metrics import Stopwatch
+from megatron_cord.trainer.run import Run
 
 
 def train(config: RunConfig) -> None:

@@ -53,6 +53,13 @@ RUNS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "pp2 from pp2 frozen": ("pp2 frozen", (PP2, FROZEN)),
     "dp2 from pp2 frozen": ("pp2 frozen", (FROZEN,)),
 }
+#: Runs with other settings than the rest, which one rank makes too.
+SPECIAL = {
+    "dp2 with one sequence": ("rollout.prompts_per_step=1", "rollout.policy_prompts_per_step=0", "objective.policy_gradient=false"),
+    "pp2 with the policy gradient alone": (PP2, "objective.divergence=none"),
+    "tp2 sharing a live teacher": (TP2, "rollout.share=true", "teacher.mode=live"),
+}
+RUNS |= {name: (None, settings) for name, settings in SPECIAL.items()}
 CONTINUED = {resumed for resumed, _ in RUNS.values()}
 
 
@@ -79,7 +86,9 @@ def run_all(rank: int, inputs: str, root: str) -> None:
         dist.destroy_process_group()
         join(rank, Path(root) / f"store{number}")
         interval = 2 if name in CONTINUED else 0
-        train(load_config(RunConfig, None, overrides(Path(inputs), output, "checkpoint.keep=0", f"checkpoint.interval={interval}", *settings)))
+        train(
+            load_config(RunConfig, None, overrides(Path(inputs), output, "checkpoint.keep=0", f"checkpoint.interval={interval}", *settings))
+        )
         join(rank, Path(root) / f"store{number}-after")
 
 
@@ -123,7 +132,9 @@ def test_a_run_leaves_what_it_should(one: Path) -> None:
     assert sorted(path.name for path in (one / "checkpoints").iterdir()) == ["step_000002", "step_000004", "step_000005"]
     summary = json.loads((one / "summary.json").read_text())
     assert summary["steps"] == 5 and summary["tp"] == 1 and {"text_accuracy", "gap_closed", "seconds"} <= summary.keys()
-    versions = [json.loads((one / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()[0])["versions"][0][2] for step in (1, 2, 5)]
+    versions = [
+        json.loads((one / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()[0])["versions"][0][2] for step in (1, 2, 5)
+    ]
     assert versions == [0, 1, 4]
 
 
@@ -133,7 +144,9 @@ def test_the_same_seed_and_layout_twice(runs: Path) -> None:
     assert len(losses(runs / "tp2")) == 5
 
 
-@pytest.mark.parametrize("name", [name for name, (resumed, settings) in RUNS.items() if resumed is None and FROZEN not in settings])
+@pytest.mark.parametrize(
+    "name", [name for name, (resumed, settings) in RUNS.items() if resumed is None and FROZEN not in settings and name not in SPECIAL]
+)
 def test_every_layout_is_the_same_run(runs: Path, one: Path, name: str) -> None:
     """Catches gradients that are summed twice or not at all, and losses that depend on how sequences are dealt to ranks and microbatches."""
     assert losses(runs / name)[0] == pytest.approx(losses(one)[0], rel=1e-5)
@@ -170,6 +183,16 @@ def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
     tensors = {name: torch.empty(entry.size) for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
     checkpoint.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_other_settings_are_the_same_run_too(runs: Path, inputs: Path, tmp_path: Path, name: str) -> None:
+    """Catches a data-parallel rank without a share that the others wait for, and steps without any sequence on some layout only."""
+    settings = [setting for setting in SPECIAL[name] if not setting.startswith("parallel.")]
+    wanted = losses(alone(inputs, tmp_path / "run", "checkpoint.interval=0", *settings))
+    assert len(losses(runs / name)) == 5 and any(loss != 0 for loss, _ in wanted)
+    for got, loss_and_norm in zip(losses(runs / name), wanted, strict=True):
+        assert got == pytest.approx(loss_and_norm, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 64])

@@ -33,7 +33,9 @@ class TeacherAnswers:
         path: the file in which a frozen teacher's answers are kept.
     """
 
-    def __init__(self, mode: Literal["frozen", "live"], engine: RolloutEngine, prompts: PromptBuilder, max_new_tokens: int, path: Path) -> None:
+    def __init__(
+        self, mode: Literal["frozen", "live"], engine: RolloutEngine, prompts: PromptBuilder, max_new_tokens: int, path: Path
+    ) -> None:
         self.mode, self.engine, self.prompts, self.max_new_tokens, self.path = mode, engine, prompts, max_new_tokens, path
         self._kept: dict[str, Rollout] = {}
 

@@ -69,7 +69,9 @@ class Microbatch:
         return self.sequences[0].scored
 
 
-def make_microbatches(sequences: Sequence[TrainingSequence], size: int, pad_id: int, multiple_of: int, device: torch.device) -> list[Microbatch]:
+def make_microbatches(
+    sequences: Sequence[TrainingSequence], size: int, pad_id: int, multiple_of: int, device: torch.device
+) -> list[Microbatch]:
     """Cuts sequences into microbatches of at most `size`, those of L_tok first, neighbours in length together.
 
     Args:
@@ -97,16 +99,21 @@ def _microbatch(sequences: tuple[TrainingSequence, ...], pad_id: int, multiple_o
         teacher, teacher_rows = _pad(prompts, responses, pad_id, multiple_of, device)
     lengths = torch.tensor([0] + [len(r) for r in responses])
     return Microbatch(
-        student=student, student_rows=student_rows, teacher=teacher, teacher_rows=teacher_rows,
+        student=student,
+        student_rows=student_rows,
+        teacher=teacher,
+        teacher_rows=teacher_rows,
         target_ids=torch.tensor([t for r in responses for t in r], dtype=torch.int64, device=device),
         cu_seqlens=lengths.cumsum(0).to(device),
         engine_logprobs=torch.tensor([p for s in sequences for p in s.rollout.logprobs], dtype=torch.float32, device=device),
         advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32, device=device),
         sequences=sequences,
-    )  # fmt: skip
+    )
 
 
-def _pad(prompts: list[Prompt], responses: list[tuple[int, ...]], pad_id: int, multiple_of: int, device: torch.device) -> tuple[ModelInput, Tensor]:
+def _pad(
+    prompts: list[Prompt], responses: list[tuple[int, ...]], pad_id: int, multiple_of: int, device: torch.device
+) -> tuple[ModelInput, Tensor]:
     """[prompt, response, padding] for each sequence, and the rows that predict the responses."""
     size = len(prompts)
     longest = max(len(p.token_ids) + len(r) for p, r in zip(prompts, responses, strict=True))

@@ -7,7 +7,6 @@ Simplification: saving waits for the disk.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
@@ -15,7 +14,7 @@ import queue
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_cord.errors import CordError
+from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.trainer.progress import Progress, read_progress, write_progress
 from megatron_cord.trainer.storage import storage_problem
 
 
@@ -46,24 +47,6 @@ class CheckpointConfig:
             raise CordError("checkpoint.interval and checkpoint.keep cannot be negative")
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What a run needs beside tensors. Data order and sampling are drawn from (seed, step), so the step is their whole state.
-
-    Attributes:
-        step: optimizer steps made, which is also the position in the data and the version of the weights.
-        seconds: spent in training so far.
-        skipped_in_a_row: steps without an update just before.
-        seed: of the run; resuming with another would change what was promised.
-    """
-
-    step: int
-    seconds: float
-    skipped_in_a_row: int
-    seed: int
-
-
-_STATE = "state.json"
 # The sharding of the distributed optimizer's states that any other layout can read.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 # Its writers log their errors, in lines of their own, beside raising them.
@@ -119,8 +102,7 @@ class Checkpoints:
             if reason is None:
                 raise
             raise self._failure(final, reason) from error
-        state = asdict(progress) | {"architecture": asdict(model.module.arch)}
-        self._on_main(final, lambda: self._publish(partial, final, state))
+        self._on_main(final, lambda: self._publish(partial, final, progress, model.module.arch))
         return final
 
     def _make_room(self, partial: Path) -> None:
@@ -128,8 +110,8 @@ class Checkpoints:
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
 
-    def _publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
-        (partial / _STATE).write_text(json.dumps(state, indent=1))
+    def _publish(self, partial: Path, final: Path, progress: Progress, arch: Architecture) -> None:
+        write_progress(partial, progress, arch)
         if final.exists():
             os.replace(final, _doomed(final))
         os.replace(partial, final)
@@ -155,15 +137,19 @@ class Checkpoints:
     def _failure(self, final: Path, reason: str) -> CordError:
         if dist.get_rank() == 0:
             shutil.rmtree(self.directory / f".{final.name}.partial", ignore_errors=True)
-        return CordError(f"{final}: the checkpoint could not be written ({reason}); earlier ones are whole: mend that and start the run again")
+        return CordError(
+            f"{final}: the checkpoint could not be written ({reason}); earlier ones are whole: mend that and start the run again"
+        )
 
-    def load(self, path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> Progress:
+    def load(
+        self, path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+    ) -> Progress:
         """Restores everything from a checkpoint of any layout; learning rates and the like are those of the configuration. Collective.
 
         Raises:
             CordError: not a whole checkpoint, a damaged one, or one of another architecture.
         """
-        progress = _read_progress(path, model.module)
+        progress = read_progress(path, model.module.arch)
         restored = _load(path, _state_dict(model, optimizer, is_loading=True))
         model.load_state_dict(restored["model"])
         configured = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in optimizer.param_groups]
@@ -180,7 +166,7 @@ def load_weights(path: Path, model: LALM) -> int:
     Raises:
         CordError: as `Checkpoints.load`.
     """
-    progress = _read_progress(path, model)
+    progress = read_progress(path, model.arch)
     restored = _load(path, {"model": model.sharded_state_dict()})
     model.load_state_dict(restored["model"])
     return progress.step
@@ -196,30 +182,9 @@ def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         return dist_checkpointing.load(wanted, str(path))
     except (CheckpointException, CheckpointingException, OSError, EOFError, pickle.UnpicklingError) as error:
         # Only the readers' own complaints. CheckpointException is no Exception, and would pass through every other handler.
-        raise CordError(f"{path} is damaged ({type(error).__name__}); delete it to use the one before, or choose another with resume=PATH") from error
-
-
-def _read_progress(path: Path, model: LALM) -> Progress:
-    try:
-        state = json.loads((path / _STATE).read_text())
-        architecture = state.pop("architecture")
-        progress = Progress(**state)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"{_STATE}: {error}"
-        raise CordError(f"{path} is not a whole checkpoint ({reason}); choose another with resume=PATH") from None
-    saved, wanted = _flat(architecture), _flat(json.loads(json.dumps(asdict(model.arch))))
-    differing = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
-    if differing:
-        raise CordError(f"{path} holds another architecture (it differs in {', '.join(differing)}); resume with the run's own model.checkpoint")
-    return progress
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested maps as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        raise CordError(
+            f"{path} is damaged ({type(error).__name__}); delete it to use the one before, or choose another with resume=PATH"
+        ) from error
 
 
 def _doomed(checkpoint: Path) -> Path:

@@ -40,8 +40,10 @@ class RolloutConfig:
         if self.prompts_per_step < 1 or self.policy_rollouts < 2:
             raise CordError("rollout.prompts_per_step must be at least 1 and rollout.policy_rollouts at least 2")
         if not 0 <= self.policy_prompts_per_step <= self.prompts_per_step:
-            raise CordError(f"rollout.policy_prompts_per_step ({self.policy_prompts_per_step}) must lie between 0 and rollout.prompts_per_step "
-                            f"({self.prompts_per_step})")  # fmt: skip
+            raise CordError(
+                f"rollout.policy_prompts_per_step ({self.policy_prompts_per_step}) must lie between 0 and rollout.prompts_per_step "
+                f"({self.prompts_per_step})"
+            )
         if self.temperature <= 0 or self.policy_temperature <= 0:
             raise CordError("rollout.temperature and rollout.policy_temperature must be positive")
 
@@ -87,8 +89,16 @@ class Collector:
         seed: of the run.
     """
 
-    def __init__(self, config: RolloutConfig, objective: ObjectiveConfig, engine: RolloutEngine, prompts: PromptBuilder,
-                 answers: TeacherAnswers, reward: AgreementReward, seed: int) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: RolloutConfig,
+        objective: ObjectiveConfig,
+        engine: RolloutEngine,
+        prompts: PromptBuilder,
+        answers: TeacherAnswers,
+        reward: AgreementReward,
+        seed: int,
+    ) -> None:
         self.config, self.objective, self.engine, self.prompts = config, objective, engine, prompts
         self.answers, self.reward, self.seed = answers, reward, seed
 
@@ -101,8 +111,11 @@ class Collector:
         spoken = {s.id: self.prompts.audio_prompt(s) for s in samples}
         alone = [] if share or self.objective.divergence == "none" else list(samples)
         requests = [self._request(spoken[s.id], self.config.temperature, step, s, 0) for s in alone]
-        requests += [self._request(spoken[s.id], self.config.policy_temperature, step, s, 1 + i)
-                     for s in policy for i in range(self.config.policy_rollouts)]  # fmt: skip
+        requests += [
+            self._request(spoken[s.id], self.config.policy_temperature, step, s, 1 + i)
+            for s in policy
+            for i in range(self.config.policy_rollouts)
+        ]
         rollouts = self.engine.generate(requests)
         distilled = [Collected(s, "distill", r) for s, r in zip(alone, rollouts, strict=False)]
         return distilled + self._groups(policy, rollouts[len(alone) :], "shared" if share else "policy")
@@ -132,8 +145,10 @@ class Collector:
         group_ids = torch.arange(len(samples)).repeat_interleave(self.config.policy_rollouts)
         advantages = group_advantages(reward_tensor, group_ids, normalize_std=self.objective.normalize_std).tolist()
         signal = has_signal(reward_tensor, group_ids).tolist()
-        return [Collected(s, role, r, references[s.id], reward, advantage, differs)
-                for s, r, reward, advantage, differs in zip(owners, rollouts, rewards, advantages, signal, strict=True)]  # fmt: skip
+        return [
+            Collected(s, role, r, references[s.id], reward, advantage, differs)
+            for s, r, reward, advantage, differs in zip(owners, rollouts, rewards, advantages, signal, strict=True)
+        ]
 
 
 def collection_metrics(collected: Sequence[Collected], policy_rollouts: int) -> dict[str, float]:
@@ -141,6 +156,8 @@ def collection_metrics(collected: Sequence[Collected], policy_rollouts: int) -> 
     rewarded = [c for c in collected if c.reward is not None]
     if not rewarded:
         return {}
-    return {"reward": sum(c.reward for c in rewarded if c.reward is not None) / len(rewarded),
-            "groups": len(rewarded) / policy_rollouts,
-            "groups_without_signal": sum(not c.has_signal for c in rewarded) / policy_rollouts}  # fmt: skip
+    return {
+        "reward": sum(c.reward for c in rewarded if c.reward is not None) / len(rewarded),
+        "groups": len(rewarded) / policy_rollouts,
+        "groups_without_signal": sum(not c.has_signal for c in rewarded) / policy_rollouts,
+    }

@@ -82,19 +82,32 @@ class Evaluator:
         by_voice: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in rows:
             by_voice[row["voice"] or "unknown"].append(row)
-        return {"step": step} | _accuracies(rows) | {
-            "voices": {voice: _accuracies(group) for voice, group in sorted(by_voice.items())},
-            "seconds": time.perf_counter() - begun, "answers": rows,
-        }  # fmt: skip
+        return (
+            {"step": step}
+            | _accuracies(rows)
+            | {
+                "voices": {voice: _accuracies(group) for voice, group in sorted(by_voice.items())},
+                "seconds": time.perf_counter() - begun,
+                "answers": rows,
+            }
+        )
 
     def _answer(self, prompts: list[Prompt]) -> list[Rollout]:
         return self.engine.generate([GenerationRequest(p, 0.0, self.config.max_new_tokens) for p in prompts])
 
     def _row(self, sample: Sample, text: Rollout, audio: Rollout) -> dict[str, Any]:
-        return {"id": sample.id, "question": sample.question, "answer": sample.answer, "voice": sample.voice,
-                "text_response": text.text, "text_correct": _is_correct(text.text, sample.answer),
-                "audio_response": audio.text, "audio_correct": _is_correct(audio.text, sample.answer),
-                "tokens": self.prompts.token_strings(audio.token_ids), "token_kl": None}  # fmt: skip
+        return {
+            "id": sample.id,
+            "question": sample.question,
+            "answer": sample.answer,
+            "voice": sample.voice,
+            "text_response": text.text,
+            "text_correct": _is_correct(text.text, sample.answer),
+            "audio_response": audio.text,
+            "audio_correct": _is_correct(audio.text, sample.answer),
+            "tokens": self.prompts.token_strings(audio.token_ids),
+            "token_kl": None,
+        }
 
 
 def _is_correct(response: str, gold: str | None) -> bool:
@@ -127,7 +140,16 @@ def summarize(before: dict[str, Any], after: dict[str, Any], *, seconds: float, 
     """The run in ten numbers. Gap closed = 1 − (text − audio after) / (text − audio before), text accuracy of the original model."""
     text = before["text_accuracy"]
     gap_before, gap_after = text - before["audio_accuracy"], text - after["audio_accuracy"]
-    return {"text_accuracy": text, "text_accuracy_after": after["text_accuracy"], "audio_accuracy_before": before["audio_accuracy"],
-            "audio_accuracy_after": after["audio_accuracy"], "gap_before": gap_before, "gap_after": gap_after,
-            "gap_closed": 1 - gap_after / gap_before if gap_before > 0 else None, "samples": after["samples"], "seconds": seconds, "tp": tp,
-            "steps": steps}  # fmt: skip
+    return {
+        "text_accuracy": text,
+        "text_accuracy_after": after["text_accuracy"],
+        "audio_accuracy_before": before["audio_accuracy"],
+        "audio_accuracy_after": after["audio_accuracy"],
+        "gap_before": gap_before,
+        "gap_after": gap_after,
+        "gap_closed": 1 - gap_after / gap_before if gap_before > 0 else None,
+        "samples": after["samples"],
+        "seconds": seconds,
+        "tp": tp,
+        "steps": steps,
+    }

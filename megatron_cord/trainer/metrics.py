@@ -45,8 +45,16 @@ class MetricsLog:
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
         self._console = Console(stderr=True)
-        columns = [TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(), TextColumn("left"),
-                   TimeRemainingColumn(), TextColumn("{task.fields[note]}")]  # fmt: skip
+        columns = [
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        ]
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("training", total=steps, completed=first_step, note="")
         self._steps, self._first, self._begun = steps, first_step, time.perf_counter()
@@ -97,7 +105,29 @@ class MetricsLog:
             self._last_line = now
             rate = (step - self._first) / (now - self._begun)
             left = (self._steps - step) / rate
-            print(f"step {step}/{self._steps}  {rate:.2f} steps/s  {int(left // 60)}:{int(left % 60):02d} left  {note}", file=sys.stderr, flush=True)
+            print(
+                f"step {step}/{self._steps}  {rate:.2f} steps/s  {int(left // 60)}:{int(left % 60):02d} left  {note}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+class Stopwatch:
+    """Seconds of a step by phase."""
+
+    def __init__(self) -> None:
+        self._begun = self._last = time.perf_counter()
+        self.times: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """Ends a phase."""
+        now = time.perf_counter()
+        self.times[f"seconds_{phase}"] = now - self._last
+        self._last = now
+
+    def total(self) -> dict[str, float]:
+        """All phases, and the sum as `seconds`."""
+        return self.times | {"seconds": time.perf_counter() - self._begun}
 
 
 def json_float(value: Any) -> Any:

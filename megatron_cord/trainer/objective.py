@@ -30,14 +30,20 @@ from megatron_cord.trainer.batches import Microbatch
 class ObjectiveConfig:
     """What is minimised. The defaults are the paper's."""
 
-    responses: Literal["student", "teacher"] = "student"  #: whose responses are scored token by token: on-policy, or the teacher's (off-policy)
-    divergence: Literal["reverse_kl", "forward_kl", "nll", "none"] = "reverse_kl"  #: D_t; nll is fine-tuning on the responses; none leaves L_seq
+    responses: Literal["student", "teacher"] = (
+        "student"  #: whose responses are scored token by token: on-policy, or the teacher's (off-policy)
+    )
+    divergence: Literal["reverse_kl", "forward_kl", "nll", "none"] = (
+        "reverse_kl"  #: D_t; nll is fine-tuning on the responses; none leaves L_seq
+    )
     implementation: Literal["auto", "late", "recompute"] = "auto"  #: how the divergence is formed: speed, or least memory
     token_weights: Literal["cord", "uniform"] = "cord"  #: w_t
     top_k: int = 20  #: K, response positions of largest divergence that get alpha
     alpha: float = 2.0  #: weight of those positions
     beta: float = 2.0  #: weight of the first position; it falls linearly to 1 at the last
-    normalization: Literal["response", "token"] = "response"  #: both losses are divided by the number of responses (the paper) or of their tokens
+    normalization: Literal["response", "token"] = (
+        "response"  #: both losses are divided by the number of responses (the paper) or of their tokens
+    )
     policy_gradient: bool = True  #: whether L_seq is added
     policy_weight: float = 1.0  #: factor of L_seq; the paper has none
     importance_cap: float = 2.0  #: truncates the ratio of trainer's to engine's probability in L_seq
@@ -47,7 +53,9 @@ class ObjectiveConfig:
         if self.divergence == "none" and not self.policy_gradient:
             raise CordError("objective.divergence is none and objective.policy_gradient is false: nothing is left to train on")
         if self.responses == "teacher" and self.policy_gradient:
-            raise CordError("objective.policy_gradient needs objective.responses=student: the policy gradient is for the student's own rollouts")
+            raise CordError(
+                "objective.policy_gradient needs objective.responses=student: the policy gradient is for the student's own rollouts"
+            )
 
     @property
     def distils(self) -> bool:
@@ -80,9 +88,17 @@ class MicrobatchLoss:
     weights: Tensor | None
 
 
-def microbatch_loss(config: ObjectiveConfig, counts: GlobalCounts, batch: Microbatch, student_hidden: Tensor, student_weight: Tensor,
-                    teacher_hidden: Tensor | None, teacher_weight: Tensor | None, vocab_size: int,
-                    tp_group: dist.ProcessGroup | None) -> MicrobatchLoss:  # fmt: skip
+def microbatch_loss(
+    config: ObjectiveConfig,
+    counts: GlobalCounts,
+    batch: Microbatch,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None,
+) -> MicrobatchLoss:
     """Scores the responses of one microbatch.
 
     Args:
@@ -98,12 +114,22 @@ def microbatch_loss(config: ObjectiveConfig, counts: GlobalCounts, batch: Microb
     """
     # A distribution that is not finite makes a loss that is not: the step is skipped, as one for gradients is.
     if teacher_hidden is None or teacher_weight is None or not config.distils:
-        stats = token_logprobs_from_hidden(student_hidden, student_weight, batch.target_ids, vocab_size=vocab_size, tp_group=tp_group,
-                                           check_finite=False)  # fmt: skip
+        stats = token_logprobs_from_hidden(
+            student_hidden, student_weight, batch.target_ids, vocab_size=vocab_size, tp_group=tp_group, check_finite=False
+        )
     else:
-        stats = divergence_from_hidden(student_hidden, student_weight, teacher_hidden, teacher_weight, batch.target_ids,
-                                       kind=config.divergence, vocab_size=vocab_size, tp_group=tp_group,
-                                       implementation=config.implementation, check_finite=False)  # fmt: skip
+        stats = divergence_from_hidden(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            batch.target_ids,
+            kind=config.divergence,
+            vocab_size=vocab_size,
+            tp_group=tp_group,
+            implementation=config.implementation,
+            check_finite=False,
+        )
     rewarded = config.policy_gradient and bool(batch.advantages.any())
     # A term that is absent must not ask the loss for a gradient of zero; but some gradient there must be.
     zero = torch.zeros_like(batch.advantages[0]) if batch.scored or rewarded else stats.student_logprob.sum() * 0.0
@@ -127,4 +153,3 @@ def _token_weights(config: ObjectiveConfig, divergence: Tensor, cu_seqlens: Tens
     if config.token_weights == "uniform":
         return uniform_token_weights(divergence, cu_seqlens)
     return cord_token_weights(divergence, cu_seqlens, top_k=config.top_k, alpha=config.alpha, beta=config.beta)
-

@@ -44,26 +44,44 @@ def wrap_model(config: OptimizerConfig, model: LALM) -> DistributedDataParallel:
     return DistributedDataParallel(model.config, ddp_config, model, pg_collection=model.layout.groups)
 
 
-def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel, steps: int) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+def build_optimizer(
+    config: OptimizerConfig, model: DistributedDataParallel, steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """The optimizer over whatever is not frozen, and its schedule over `steps` steps. Also tells the pipeline schedule how to finish a step."""
     lalm: LALM = model.module
     dtype = lalm.config.params_dtype
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
-            optimizer="adam", lr=config.learning_rate, min_lr=config.learning_rate * config.final_learning_rate_fraction,
-            weight_decay=config.weight_decay, adam_beta1=config.beta1, adam_beta2=config.beta2, adam_eps=config.epsilon,
-            clip_grad=config.clip_norm, bf16=dtype == torch.bfloat16, fp16=False, params_dtype=dtype,
+            optimizer="adam",
+            lr=config.learning_rate,
+            min_lr=config.learning_rate * config.final_learning_rate_fraction,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.epsilon,
+            clip_grad=config.clip_norm,
+            bf16=dtype == torch.bfloat16,
+            fp16=False,
+            params_dtype=dtype,
             use_distributed_optimizer=config.distributed,
         ),
         [model],
-    )  # fmt: skip
+    )
     warmup = min(config.warmup_steps, steps - 1)
     scheduler = OptimizerParamScheduler(
         # The first step is not wasted on a learning rate of zero.
-        optimizer, init_lr=config.learning_rate / (warmup + 1), max_lr=config.learning_rate, min_lr=config.learning_rate * config.final_learning_rate_fraction,
-        lr_warmup_steps=warmup, lr_decay_steps=steps, lr_decay_style="cosine", start_wd=config.weight_decay,
-        end_wd=config.weight_decay, wd_incr_steps=0, wd_incr_style="constant",
-    )  # fmt: skip
+        optimizer,
+        init_lr=config.learning_rate / (warmup + 1),
+        max_lr=config.learning_rate,
+        min_lr=config.learning_rate * config.final_learning_rate_fraction,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=steps,
+        lr_decay_style="cosine",
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
     lalm.config.grad_scale_func = optimizer.scale_loss
     lalm.config.no_sync_func = model.no_sync if config.overlap_communication else None
     # The losses carry their global denominators already, so the gradients are only summed.

@@ -52,14 +52,31 @@ class RolloutRecord:
         for index, item in enumerate(collected):
             token = scored.get(index)
             rollout = item.rollout
-            lines.append(json.dumps({
-                "step": step, "id": item.sample.id, "role": item.role, "question": item.sample.question, "voice": item.sample.voice,
-                "response": rollout.text, "token_ids": rollout.token_ids, "tokens": self.prompts.token_strings(rollout.token_ids),
-                "engine_logprobs": json_floats(rollout.logprobs), "trainer_logprobs": _measured(token.logprobs if token else None),
-                "token_kl": _measured(token.kl if token else None), "token_weights": _measured(token.weights if token else None),
-                "teacher_answer": item.teacher_answer, "reward": item.reward, "advantage": item.advantage, "has_signal": item.has_signal,
-                "finish_reason": rollout.finish_reason, "versions": [[v.start, v.end, v.version] for v in rollout.versions],
-            }) + "\n")  # fmt: skip
+            lines.append(
+                json.dumps(
+                    {
+                        "step": step,
+                        "id": item.sample.id,
+                        "role": item.role,
+                        "question": item.sample.question,
+                        "voice": item.sample.voice,
+                        "response": rollout.text,
+                        "token_ids": rollout.token_ids,
+                        "tokens": self.prompts.token_strings(rollout.token_ids),
+                        "engine_logprobs": json_floats(rollout.logprobs),
+                        "trainer_logprobs": _measured(token.logprobs if token else None),
+                        "token_kl": _measured(token.kl if token else None),
+                        "token_weights": _measured(token.weights if token else None),
+                        "teacher_answer": item.teacher_answer,
+                        "reward": item.reward,
+                        "advantage": item.advantage,
+                        "has_signal": item.has_signal,
+                        "finish_reason": rollout.finish_reason,
+                        "versions": [[v.start, v.end, v.version] for v in rollout.versions],
+                    }
+                )
+                + "\n"
+            )
         path = record_file(self.directory, step)
         partial = path.with_suffix(".partial")
         partial.write_text("".join(lines))
@@ -102,7 +119,9 @@ def read_record(directory: Path, step: int, samples: Sequence[Sample]) -> list[C
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise CordError(f"{path}:{number} is damaged ({error}); replay another record") from None
         if sample_id not in by_id:
-            raise CordError(f"{path}:{number}: sample {sample_id} is not among the step's; replay with the data, seed and "
-                            "rollout.prompts_per_step of the recorded run")  # fmt: skip
+            raise CordError(
+                f"{path}:{number}: sample {sample_id} is not among the step's; replay with the data, seed and "
+                "rollout.prompts_per_step of the recorded run"
+            )
         collected.append(Collected(by_id[sample_id], rollout=rollout, reward=reward, **fields))
     return collected

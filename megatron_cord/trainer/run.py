@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -23,13 +22,14 @@ from megatron_cord.reward import AgreementReward
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.local import LocalEngine, LocalEngineConfig
 from megatron_cord.trainer.answers import TeacherAnswers
-from megatron_cord.trainer.checkpoint import Checkpoints, Progress
+from megatron_cord.trainer.checkpoint import Checkpoints
 from megatron_cord.trainer.collection import Collected, Collector, collection_metrics
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.evaluation import Evaluator, evaluation_file, summarize, write_evaluation
 from megatron_cord.trainer.metrics import MetricsLog
 from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.optimizer import build_optimizer, wrap_model
+from megatron_cord.trainer.progress import Progress
 from megatron_cord.trainer.record import RolloutRecord, read_record
 from megatron_cord.trainer.step import StepResult, TrainStep
 from megatron_cord.trainer.storage import make_writable
@@ -52,8 +52,9 @@ class Run:
         resume_from = self._resume_from()
         self.prompts = PromptBuilder(config.model.checkpoint)
         self._questions = ShardDataset(config.data.train)
-        self.loader = SampleLoader(self._questions, batch_size=config.rollout.prompts_per_step, seed=config.seed,
-                                   shuffle=config.data.shuffle)  # fmt: skip
+        self.loader = SampleLoader(
+            self._questions, batch_size=config.rollout.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle
+        )
         held_out = ShardDataset(config.data.evaluation)
         student = build_student(config.model, layout)
         teacher = Teacher(config.teacher, student, config.model.checkpoint)
@@ -63,14 +64,20 @@ class Run:
         if resume_from is not None:
             self.progress = self.checkpoints.load(resume_from, self.model, self.optimizer, self.scheduler)
             if self.progress.seed != config.seed:
-                raise CordError(f"{resume_from} belongs to a run with seed={self.progress.seed}; resume with that seed or choose another output_dir")
+                raise CordError(
+                    f"{resume_from} belongs to a run with seed={self.progress.seed}; resume with that seed or choose another output_dir"
+                )
         self.engine = CollectiveEngine(LocalEngine(config.model.checkpoint, LocalEngineConfig(device=str(layout.device))))
-        answers = TeacherAnswers(config.teacher.mode, self.engine, self.prompts, config.rollout.max_new_tokens,
-                                 self.directory / "teacher_answers.jsonl")  # fmt: skip
-        self.collector = Collector(config.rollout, config.objective, self.engine, self.prompts, answers, AgreementReward(config.reward), config.seed)
+        answers = TeacherAnswers(
+            config.teacher.mode, self.engine, self.prompts, config.rollout.max_new_tokens, self.directory / "teacher_answers.jsonl"
+        )
+        self.collector = Collector(
+            config.rollout, config.objective, self.engine, self.prompts, answers, AgreementReward(config.reward), config.seed
+        )
         self.evaluator = Evaluator(config.evaluation, self._first(held_out, config.evaluation.samples), self.prompts, self.engine)
-        self.train_step = TrainStep(self.model, teacher, self.optimizer, self.scheduler, config.objective, config.train.micro_batch_size,
-                                    self.prompts.pad_id)  # fmt: skip
+        self.train_step = TrainStep(
+            self.model, teacher, self.optimizer, self.scheduler, config.objective, config.train.micro_batch_size, self.prompts.pad_id
+        )
         record = config.record.rollouts
         self.record = RolloutRecord(None if record is None else self.directory / record, self.prompts, enabled=layout.is_main)
         self.log = MetricsLog(self.directory, config.train.steps, self.progress.step, enabled=layout.is_main)
@@ -141,8 +148,10 @@ class Run:
         self.record.write(step, collected, result.tokens)
         skipped = self.progress.skipped_in_a_row
         if skipped >= self.config.train.max_skipped_in_a_row:
-            raise CordError(f"{skipped} steps in a row had no finite loss (train.max_skipped_in_a_row); lower optimizer.learning_rate or look "
-                            f"at the rollouts of step {step - skipped + 1}")  # fmt: skip
+            raise CordError(
+                f"{skipped} steps in a row had no finite loss (train.max_skipped_in_a_row); lower optimizer.learning_rate or look "
+                f"at the rollouts of step {step - skipped + 1}"
+            )
         interval = self.config.checkpoint.interval
         # Weights that make no finite loss must not push out checkpoints of weights that did.
         if step == self.config.train.steps or (interval and step % interval == 0 and not result.skipped):
@@ -164,8 +173,9 @@ class Run:
             write_evaluation(self.directory, result)
             before = evaluation_file(self.directory, 0)
             if step == self.config.train.steps and before.is_file():
-                summary = summarize(json.loads(before.read_text()), result, seconds=round(self.progress.seconds, 1),
-                                    tp=self.layout.config.tp, steps=step)  # fmt: skip
+                summary = summarize(
+                    json.loads(before.read_text()), result, seconds=round(self.progress.seconds, 1), tp=self.layout.config.tp, steps=step
+                )
                 (self.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
     def _update_engine(self) -> None:
@@ -195,21 +205,3 @@ class Run:
     @staticmethod
     def _first(source: ShardDataset, count: int) -> list[Sample]:
         return [source[i] for i in range(min(count or len(source), len(source)))]
-
-
-class Stopwatch:
-    """Seconds of a step by phase."""
-
-    def __init__(self) -> None:
-        self._begun = self._last = time.perf_counter()
-        self.times: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        """Ends a phase."""
-        now = time.perf_counter()
-        self.times[f"seconds_{phase}"] = now - self._last
-        self._last = now
-
-    def total(self) -> dict[str, float]:
-        """All phases, and the sum as `seconds`."""
-        return self.times | {"seconds": time.perf_counter() - self._begun}

@@ -67,8 +67,16 @@ class TrainStep:
         pad_id: fills padding.
     """
 
-    def __init__(self, model: DistributedDataParallel, teacher: Teacher, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
-                 objective: ObjectiveConfig, micro_batch_size: int, pad_id: int) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        teacher: Teacher,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        objective: ObjectiveConfig,
+        micro_batch_size: int,
+        pad_id: int,
+    ) -> None:
         self.model, self.teacher, self.optimizer, self.scheduler = model, teacher, optimizer, scheduler
         self.objective, self.micro_batch_size, self.pad_id = objective, micro_batch_size, pad_id
         self.lalm: LALM = model.module
@@ -88,16 +96,20 @@ class TrainStep:
         teacher_done = time.perf_counter()
         losses = self._forward_backward(microbatches, teacher_hidden, counts)
         records = self._gather_records(microbatches, losses)
-        finite = self._everywhere(all(bool(torch.isfinite(loss.token + loss.sequence)) for loss in losses) and gradients_are_finite(self.model))
+        finite = self._everywhere(
+            all(bool(torch.isfinite(loss.token + loss.sequence)) for loss in losses) and gradients_are_finite(self.model)
+        )
         learning_rate = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
         grad_norm = float("nan")
         if finite:
             _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         metrics = self._metrics(losses, sequences, records) | {
-            "grad_norm": float(grad_norm or 0.0), "learning_rate": learning_rate, "seconds_teacher": teacher_done - started,
+            "grad_norm": float(grad_norm or 0.0),
+            "learning_rate": learning_rate,
+            "seconds_teacher": teacher_done - started,
             "seconds_train": time.perf_counter() - teacher_done,
-        }  # fmt: skip
+        }
         return StepResult(metrics, records, skipped=not finite)
 
     def score(self, sequences: list[TrainingSequence]) -> list[TokenRecord]:
@@ -119,8 +131,9 @@ class TrainStep:
         multiple_of = self.layout.config.tp if self.layout.config.sequence_parallel else 1
         return make_microbatches(by_length[rank::world], self.micro_batch_size, self.pad_id, multiple_of, self.layout.device)
 
-    def _forward_backward(self, microbatches: list[Microbatch], teacher_hidden: list[Tensor | None], counts: GlobalCounts,
-                          *, train: bool = True) -> list[MicrobatchLoss]:  # fmt: skip
+    def _forward_backward(
+        self, microbatches: list[Microbatch], teacher_hidden: list[Tensor | None], counts: GlobalCounts, *, train: bool = True
+    ) -> list[MicrobatchLoss]:
         """Runs the pipeline schedule; returns the microbatches' losses on the last stage and nothing elsewhere."""
         losses: list[MicrobatchLoss] = []
 
@@ -130,8 +143,17 @@ class TrainStep:
             def loss_func(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.student_rows)
                 teacher_weight = None if teacher is None else self.teacher.output_weight
-                loss = microbatch_loss(self.objective, counts, batch, rows, self.lalm.output_weight, teacher, teacher_weight,
-                                       self.lalm.arch.language.vocab_size, self.layout.tp_group)  # fmt: skip
+                loss = microbatch_loss(
+                    self.objective,
+                    counts,
+                    batch,
+                    rows,
+                    self.lalm.output_weight,
+                    teacher,
+                    teacher_weight,
+                    self.lalm.arch.language.vocab_size,
+                    self.layout.tp_group,
+                )
                 losses.append(loss)
                 return loss.token + loss.sequence, torch.tensor(1, device=hidden.device), {}
 
@@ -142,10 +164,14 @@ class TrainStep:
             self.optimizer.zero_grad()
         if microbatches:
             get_forward_backward_func()(
-                forward_step_func=forward_step, data_iterator=iter(zip(microbatches, teacher_hidden, strict=True)), model=[self.model],
-                num_microbatches=len(microbatches), seq_length=max(m.student.token_ids.shape[1] for m in microbatches),
-                micro_batch_size=max(len(m.sequences) for m in microbatches), forward_only=not train,
-            )  # fmt: skip
+                forward_step_func=forward_step,
+                data_iterator=iter(zip(microbatches, teacher_hidden, strict=True)),
+                model=[self.model],
+                num_microbatches=len(microbatches),
+                seq_length=max(m.student.token_ids.shape[1] for m in microbatches),
+                micro_batch_size=max(len(m.sequences) for m in microbatches),
+                forward_only=not train,
+            )
         elif train:
             self.lalm.config.finalize_model_grads_func([self.model], None, pg_collection=self.layout.groups)  # the others wait in it
         return losses
@@ -155,8 +181,10 @@ class TrainStep:
         if losses and dist.get_rank(self.layout.tp_group) == 0:
             for batch, loss in zip(microbatches, losses, strict=True):
                 bounds = batch.cu_seqlens.tolist()
-                fields = [None if t is None else t.detach().float().tolist()
-                          for t in (loss.stats.kl if batch.teacher is not None else None, loss.weights, loss.stats.student_logprob)]  # fmt: skip
+                fields = [
+                    None if t is None else t.detach().float().tolist()
+                    for t in (loss.stats.kl if batch.teacher is not None else None, loss.weights, loss.stats.student_logprob)
+                ]
                 for sequence, start, end in zip(batch.sequences, bounds[:-1], bounds[1:], strict=True):
                     mine.append([sequence.index, *(None if f is None else f[start:end] for f in fields)])
         return sorted((TokenRecord(*record) for part in all_gather_json(mine) for record in part), key=lambda r: r.index)
@@ -171,16 +199,26 @@ class TrainStep:
         if losses and dist.get_rank(self.layout.tp_group) == 0:
             for loss in losses:
                 entropy = loss.stats.entropy.detach()
-                sums += torch.stack([loss.token.detach().double(), loss.sequence.detach().double(), entropy.double().sum(),
-                                     torch.tensor(float(entropy.numel()), dtype=torch.float64, device=entropy.device)])  # fmt: skip
+                sums += torch.stack(
+                    [
+                        loss.token.detach().double(),
+                        loss.sequence.detach().double(),
+                        entropy.double().sum(),
+                        torch.tensor(float(entropy.numel()), dtype=torch.float64, device=entropy.device),
+                    ]
+                )
         dist.all_reduce(sums)
         token, sequence, entropy_sum, tokens = sums.tolist()
         kl = [value for record in records if record.kl is not None for value in record.kl]
         by_index = {s.index: s for s in sequences}
         gaps = [abs(a - b) for r in records for a, b in zip(r.logprobs, by_index[r.index].rollout.logprobs, strict=True)]
         return {
-            "loss": token + sequence, "loss_token": token, "loss_sequence": sequence, "entropy": entropy_sum / max(tokens, 1),
-            "kl": sum(kl) / max(len(kl), 1), "engine_logprob_difference": sum(gaps) / max(len(gaps), 1),
+            "loss": token + sequence,
+            "loss_token": token,
+            "loss_sequence": sequence,
+            "entropy": entropy_sum / max(tokens, 1),
+            "kl": sum(kl) / max(len(kl), 1),
+            "engine_logprob_difference": sum(gaps) / max(len(gaps), 1),
             "engine_logprob_difference_max": max(gaps, default=0.0),
             "response_tokens": sum(len(s.rollout.token_ids) for s in sequences) / max(len(sequences), 1),
-        }  # fmt: skip
+        }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -57,10 +57,10 @@ class Teacher:
         if not asked:
             return [None] * len(microbatches)
 
-        def forward_step(batches, model):  # type: ignore[no-untyped-def]
+        def forward_step(batches: Any, model: Any) -> Any:
             batch: Microbatch = next(batches)
 
-            def collect(hidden: Tensor):  # type: ignore[no-untyped-def]
+            def collect(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 assert batch.teacher_rows is not None
                 rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.teacher_rows)
                 return hidden.new_zeros(()), torch.tensor(0), {"hidden": rows}
@@ -68,9 +68,13 @@ class Teacher:
             return model(batch.teacher), collect
 
         collected = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=iter(asked), model=[self.model], num_microbatches=len(asked),
+            forward_step_func=forward_step,
+            data_iterator=iter(asked),
+            model=[self.model],
+            num_microbatches=len(asked),
             seq_length=max(m.teacher.token_ids.shape[1] for m in asked if m.teacher is not None),
-            micro_batch_size=max(len(m.sequences) for m in asked), forward_only=True,
-        )  # fmt: skip
+            micro_batch_size=max(len(m.sequences) for m in asked),
+            forward_only=True,
+        )
         hidden = iter([entry["hidden"] for entry in collected])
         return [next(hidden, None) if m.teacher is not None else None for m in microbatches]

@@ -118,6 +118,11 @@ def test_switches_that_need_fewer_rollouts(prompts: PromptBuilder, tmp_path: Pat
 
 def test_numbers_that_cannot_be() -> None:
     """Catches a group of one, which never has a signal, more groups than prompts, and a temperature of zero, which cannot be drawn from."""
-    for wrong in ({"policy_rollouts": 1}, {"prompts_per_step": 0}, {"prompts_per_step": 2, "policy_prompts_per_step": 3}, {"temperature": 0.0}):
+    for wrong in (
+        {"policy_rollouts": 1},
+        {"prompts_per_step": 0},
+        {"prompts_per_step": 2, "policy_prompts_per_step": 3},
+        {"temperature": 0.0},
+    ):
         with pytest.raises(CordError):
             RolloutConfig(**wrong)  # type: ignore[arg-type]

@@ -23,7 +23,12 @@ COUNTS = GlobalCounts(scored=7, policy=5)
 def numbers(seed: int) -> dict[str, Tensor]:
     """Hidden states [N, H] and output weights [V_padded, H] of student and teacher."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"student": (TOKENS, HIDDEN), "student_weight": (PADDED, HIDDEN), "teacher": (TOKENS, HIDDEN), "teacher_weight": (PADDED, HIDDEN)}
+    shapes = {
+        "student": (TOKENS, HIDDEN),
+        "student_weight": (PADDED, HIDDEN),
+        "teacher": (TOKENS, HIDDEN),
+        "teacher_weight": (PADDED, HIDDEN),
+    }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -47,8 +52,8 @@ def make_batch(advantages: list[float], *, scored: bool = True) -> Microbatch:
 
 
 def computed(config: ObjectiveConfig, batch: Microbatch, values: dict[str, Tensor], *, teacher: bool = True) -> MicrobatchLoss:
-    asked = [values["teacher"], values["teacher_weight"]] if teacher else [None, None]
-    return microbatch_loss(config, COUNTS, batch, values["student"], values["student_weight"], *asked, VOCABULARY, None)
+    hidden, weight = (values["teacher"], values["teacher_weight"]) if teacher else (None, None)
+    return microbatch_loss(config, COUNTS, batch, values["student"], values["student_weight"], hidden, weight, VOCABULARY, None)
 
 
 def expected(config: ObjectiveConfig, batch: Microbatch, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
