@@ -1,83 +1,189 @@
-"""How much each response token counts in L_tok = Σ_t w_t D_t: small functions of the divergences, by name.
+"""How much each response token counts in L_tok = Σ_t w_t D_t: small functions by name, and their products.
 
-All take ``kl`` [N], the divergence of N packed response tokens, and ``cu_seqlens`` [B+1], where sequence i is the tokens
-[cu_seqlens[i], cu_seqlens[i+1]); all return weights [N] of kl's type, without gradient. A sequence may be empty.
-Simplification: every rank holds whole sequences.
+CORD's weight is the product of two of them, ``top_k`` and ``position``. All take whole ``Responses`` and return a weight for each of their M
+tokens, in float64, without gradient. A fraction is of each response, so that weights do not depend on what else is in the batch.
+Source, where not said otherwise: CORD, arXiv 2601.16547.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cord.errors import CordError
-from megatron_cord.losses.checks import check_cu_seqlens
+from megatron_cord.losses.responses import Responses, whole_responses
 
 
-def cord_token_weights(kl: Tensor, cu_seqlens: Tensor, *, top_k: int = 20, alpha: float = 2.0, beta: float = 2.0) -> Tensor:
-    """CORD's weights: w_t = w_t^KL · w_t^pos (arXiv 2601.16547).
+@dataclass(frozen=True)
+class TokenWeightsConfig:
+    """Which factors are multiplied, and their constants."""
 
-    w_t^KL = α for the K response positions of largest divergence, else 1; w_t^pos = β − (β − 1)(t − 1)/(T − 1), falling from β to 1.
+    factors: str = "cord"  #: names joined by *, such as top_k*position, which is also called cord
+    top_k: int = 20  #: K of top_k: response positions of largest divergence that get alpha
+    alpha: float = 2.0  #: weight of those positions
+    beta: float = 2.0  #: of position: weight of the first position; it falls linearly to 1 at the last
+    keep: float = 0.2  #: of top_fraction, entropy and tip: part of each response's tokens that counts at all
+    gamma: float = 0.5  #: of remaining: what the first token weighs above 1
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.names if name not in TOKEN_WEIGHTS]
+        if unknown:
+            raise CordError(f"token weights {unknown[0]!r} are unknown; choose from cord, {', '.join(TOKEN_WEIGHTS)}, joined by *")
+        if self.top_k < 0:
+            raise CordError(f"top_k must be at least 0, but is {self.top_k}")
+        if not (self.alpha > 0 and self.beta > 0):
+            raise CordError(f"alpha and beta must be positive, but are {self.alpha} and {self.beta}")
+        if not 0 < self.keep <= 1:
+            raise CordError(f"keep must lie in (0, 1], but is {self.keep}")
+        if not self.gamma >= 0:
+            raise CordError(f"gamma must be at least 0, but is {self.gamma}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The factors, cord spelt out."""
+        given = [name.strip() for name in self.factors.split("*")]
+        return tuple(name for each in given for name in (("top_k", "position") if each == "cord" else (each,)))
+
+
+def token_weights(
+    kl: Tensor,
+    cu_seqlens: Tensor,
+    config: TokenWeightsConfig,
+    *,
+    entropy: Tensor | None = None,
+    positions: Tensor | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The product of the configured factors.
 
     Args:
-        kl: [N]; used as a number, no gradient flows through the weights. +inf and NaN count as the largest.
-        cu_seqlens: integers [B+1].
-        top_k: K. If T ≤ K every position gets α. Of equal divergences the earlier position comes first.
-        alpha: α > 0.
-        beta: β > 0. A response of a single token gets β.
+        kl: [N], divergences of packed response tokens, used as numbers. +inf and NaN count as the largest.
+        cu_seqlens: integers [B+1], where sequence i is the tokens [cu_seqlens[i], cu_seqlens[i+1]).
+        config: which factors.
+        entropy: [N], the student's; needed by entropy and tip.
+        positions, cp_group: for context parallelism, see ``whole_responses``.
 
     Returns:
-        [N], dtype of ``kl``.
+        [N], dtype of ``kl``, no gradient.
 
     Raises:
-        CordError: cu_seqlens that do not cover the N tokens, top_k < 0, or a factor that is not positive.
+        CordError: cu_seqlens that do not cover the N tokens, positions that do not make whole responses, or entropy that is missing.
     """
-    if top_k < 0:
-        raise CordError(f"top_k must be at least 0, but is {top_k}")
-    if not (alpha > 0 and beta > 0):
-        raise CordError(f"alpha and beta must be positive, but are {alpha} and {beta}")
-    kl = kl.detach()
-    sequence, position, length = _places(kl, cu_seqlens)
-    top = torch.where(_rank_in_sequence(kl, sequence, position) < top_k, alpha, 1.0)
-    fraction = position.to(torch.float64) / (length - 1).clamp(min=1)
-    return (top * (beta - (beta - 1.0) * fraction)).to(kl.dtype)
+    responses = whole_responses(kl, cu_seqlens, entropy=entropy, positions=positions, cp_group=cp_group)
+    weights = reduce(torch.mul, (TOKEN_WEIGHTS[name](responses, config) for name in config.names))
+    return responses.take(weights).to(kl.dtype)
 
 
-def uniform_token_weights(kl: Tensor, cu_seqlens: Tensor) -> Tensor:
+def cord_token_weights(
+    kl: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    top_k: int = 20,
+    alpha: float = 2.0,
+    beta: float = 2.0,
+    positions: Tensor | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """CORD's weights: w_t = w_t^KL · w_t^pos, ``top_weights`` times ``position_weights``; arguments and result as in ``token_weights``."""
+    config = TokenWeightsConfig("cord", top_k=top_k, alpha=alpha, beta=beta)
+    return token_weights(kl, cu_seqlens, config, positions=positions, cp_group=cp_group)
+
+
+def uniform_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
     """w_t = 1: plain on-policy distillation."""
-    _places(kl, cu_seqlens)
-    return torch.ones_like(kl.detach())
+    return torch.ones_like(responses.kl, dtype=torch.float64)
 
 
-#: By the name that configuration uses; keyword arguments are each function's own.
-TOKEN_WEIGHTS: dict[str, Callable[..., Tensor]] = {"cord": cord_token_weights, "uniform": uniform_token_weights}
+def top_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
+    """w_t^KL = α for the K positions of a response with the largest divergence, else 1; all of them if T ≤ K. Of equals the earlier first."""
+    return torch.where(_rank(responses, responses.kl) < config.top_k, config.alpha, 1.0).double()
 
 
-def token_weights_named(name: str) -> Callable[..., Tensor]:
-    """The weighting of that name; CordError names the choices."""
-    if name not in TOKEN_WEIGHTS:
-        raise CordError(f"token weights {name!r} are unknown; choose one of {', '.join(TOKEN_WEIGHTS)}")
-    return TOKEN_WEIGHTS[name]
+def position_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
+    """w_t^pos = β − (β − 1)(t − 1)/(T − 1), falling from β to 1; a response of a single token gets β."""
+    fraction = responses.position.double() / (responses.length - 1).clamp(min=1)
+    return config.beta - (config.beta - 1.0) * fraction
 
 
-def _places(kl: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each token, int64 [N]: its sequence, its position there from 0, and that sequence's length."""
-    if kl.dim() != 1:
-        raise CordError(f"kl must have shape [tokens], but has {list(kl.shape)}")
-    check_cu_seqlens(cu_seqlens, kl.shape[0])
-    starts = cu_seqlens.to(device=kl.device, dtype=torch.int64)
-    lengths = starts.diff()
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=kl.device), lengths)
-    position = torch.arange(kl.shape[0], device=kl.device) - starts[sequence]
-    return sequence, position, lengths[sequence]
+def top_fraction_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
+    """1 for the part ``keep`` of a response's tokens with the largest divergence, 0 for the others."""
+    return _kept(responses, responses.kl, config)
 
 
-def _rank_in_sequence(kl: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
-    """Of each token, how many of its sequence have a larger divergence (or an equal one, earlier); int64 [N]."""
-    by_divergence = torch.sort(kl, descending=True, stable=True).indices
-    order = by_divergence[torch.sort(sequence[by_divergence], stable=True).indices]
-    rank = torch.empty_like(position)
-    rank[order] = position  # sorted by sequence, the places within a sequence are the positions again
+def entropy_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
+    """1 for the part ``keep`` with the largest student entropy, 0 for the others: the forking tokens (arXiv 2506.01939: the top 20 %)."""
+    return _kept(responses, _entropy(responses, "entropy"), config)
+
+
+def tip_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
+    """1 for the part ``keep`` with the largest score h + d − h·d, 0 for the others (TIP).
+
+    h and d are student entropy and divergence, min–max normalised over the response: a token counts if either is large.
+    """
+    h, d = _normalised(responses, _entropy(responses, "tip")), _normalised(responses, responses.kl)
+    return _kept(responses, h + d - h * d, config)
+
+
+def remaining_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
+    """w_t = 1 + γ(1 − Σ_{k<t}|D_k| / Σ_k|D_k|): what divergence is still to come (IW-OPD, with D_k for its advantage A_k)."""
+    size = _finite(responses.kl).abs()
+    earlier = size.cumsum(0) - size  # of all tokens before this one, other responses' included
+    before = earlier - earlier[torch.arange(len(size), device=size.device) - responses.position]
+    total = _per_sequence(responses, size, "sum")
+    return 1.0 + config.gamma * (1.0 - torch.where(total > 0, before / total, 0.0))
+
+
+#: By the name that configuration uses.
+TOKEN_WEIGHTS: dict[str, Callable[[Responses, TokenWeightsConfig], Tensor]] = {
+    "uniform": uniform_weights,
+    "top_k": top_weights,
+    "position": position_weights,
+    "top_fraction": top_fraction_weights,
+    "entropy": entropy_weights,
+    "tip": tip_weights,
+    "remaining": remaining_weights,
+}
+
+
+def _kept(responses: Responses, score: Tensor, config: TokenWeightsConfig) -> Tensor:
+    count = (responses.length * config.keep - 1e-9).ceil().clamp(min=1)
+    return (_rank(responses, score) < count).double()
+
+
+def _rank(responses: Responses, score: Tensor) -> Tensor:
+    """Of each token, how many of its response have a larger score (or an equal one, earlier); int64 [M]."""
+    by_score = torch.sort(score, descending=True, stable=True).indices
+    order = by_score[torch.sort(responses.sequence[by_score], stable=True).indices]
+    rank = torch.empty_like(responses.position)
+    rank[order] = responses.position  # sorted by sequence, the places within a sequence are the positions again
     return rank
+
+
+def _entropy(responses: Responses, name: str) -> Tensor:
+    if responses.entropy is None:
+        raise CordError(f"token weights {name} need the student's entropy")
+    return responses.entropy
+
+
+def _normalised(responses: Responses, values: Tensor) -> Tensor:
+    """(v − min)/(max − min) of each response; 0 where all are equal."""
+    values = _finite(values)
+    low, high = _per_sequence(responses, values, "amin"), _per_sequence(responses, values, "amax")
+    return torch.where(high > low, (values - low) / (high - low), 0.0)
+
+
+def _per_sequence(responses: Responses, values: Tensor, how: str) -> Tensor:
+    """A response's sum, amin or amax, for each of its tokens."""
+    sequences = int(responses.sequence[-1]) + 1 if len(values) else 0
+    total = values.new_zeros(sequences).scatter_reduce(0, responses.sequence, values, how, include_self=False)
+    return total[responses.sequence]
+
+
+def _finite(values: Tensor) -> Tensor:
+    """In float64, with NaN and +inf a very large number, so that they are the largest and sums stay numbers."""
+    return torch.nan_to_num(values.double(), nan=1e30, posinf=1e30, neginf=-1e30)

@@ -16,12 +16,12 @@ from torch import Tensor
 from megatron_cord.errors import CordError
 from megatron_cord.losses import (
     TokenStats,
-    cord_token_weights,
+    TokenWeightsConfig,
     divergence_from_hidden,
     policy_gradient_loss,
     token_logprobs_from_hidden,
+    token_weights,
     truncated_importance_weights,
-    uniform_token_weights,
 )
 from megatron_cord.trainer.batches import Microbatch
 
@@ -33,14 +33,17 @@ class ObjectiveConfig:
     responses: Literal["student", "teacher"] = (
         "student"  #: whose responses are scored token by token: on-policy, or the teacher's (off-policy)
     )
-    divergence: Literal["reverse_kl", "forward_kl", "nll", "none"] = (
-        "reverse_kl"  #: D_t; nll is fine-tuning on the responses; none leaves L_seq
-    )
+    divergence: Literal["reverse_kl", "forward_kl", "jsd", "topk", "nll", "none"] = "reverse_kl"
+    #: D_t, see losses/kinds.py; nll is fine-tuning on the responses; none leaves L_seq
+    jsd_beta: float = 0.5  #: of divergence jsd: the teacher's share of the mixture, 0 is forward, 1 reverse KL
+    vocabulary_top_k: int = 64  #: of divergence topk: the teacher's so many likeliest tokens are compared, and the rest as one
     implementation: Literal["auto", "late", "recompute"] = "auto"  #: how the divergence is formed: speed, or least memory
-    token_weights: Literal["cord", "uniform"] = "cord"  #: w_t
+    token_weights: str = "cord"  #: w_t: names of losses/token_weights.py joined by *; cord is top_k*position
     top_k: int = 20  #: K, response positions of largest divergence that get alpha
     alpha: float = 2.0  #: weight of those positions
     beta: float = 2.0  #: weight of the first position; it falls linearly to 1 at the last
+    keep: float = 0.2  #: for token weights top_fraction, entropy and tip: part of a response's tokens that counts
+    gamma: float = 0.5  #: for token weights remaining: what the first token weighs above 1
     normalization: Literal["response", "token"] = (
         "response"  #: both losses are divided by the number of responses (the paper) or of their tokens
     )
@@ -50,6 +53,7 @@ class ObjectiveConfig:
     normalize_std: bool = False  #: divide advantages by the group's standard deviation (GRPO), which the paper does not
 
     def __post_init__(self) -> None:
+        _ = self.weighting  # refuses what makes no sense
         if self.divergence == "none" and not self.policy_gradient:
             raise CordError("objective.divergence is none and objective.policy_gradient is false: nothing is left to train on")
         if self.responses == "teacher" and self.policy_gradient:
@@ -58,9 +62,14 @@ class ObjectiveConfig:
             )
 
     @property
+    def weighting(self) -> TokenWeightsConfig:
+        """The token weights' own configuration."""
+        return TokenWeightsConfig(self.token_weights, self.top_k, self.alpha, self.beta, self.keep, self.gamma)
+
+    @property
     def distils(self) -> bool:
         """Whether a teacher's distribution is compared."""
-        return self.divergence in ("reverse_kl", "forward_kl")
+        return self.divergence not in ("nll", "none")
 
 
 @dataclass(frozen=True)
@@ -121,10 +130,12 @@ def microbatch_loss(
         stats = divergence_from_hidden(
             student_hidden,
             student_weight,
-            teacher_hidden,
+            teacher_hidden.to(student_hidden.device, non_blocking=True),
             teacher_weight,
             batch.target_ids,
             kind=config.divergence,
+            beta=config.jsd_beta,
+            k=config.vocabulary_top_k,
             vocab_size=vocab_size,
             tp_group=tp_group,
             implementation=config.implementation,
@@ -136,7 +147,7 @@ def microbatch_loss(
     token, weights = zero, None
     if batch.scored:
         divergence = stats.kl if config.distils else -stats.student_logprob
-        weights = _token_weights(config, divergence.detach(), batch.cu_seqlens)
+        weights = token_weights(divergence, batch.cu_seqlens, config.weighting, entropy=stats.entropy)
         token = (weights * divergence).sum() / counts.scored
     sequence = zero
     if rewarded:
@@ -147,9 +158,3 @@ def microbatch_loss(
         if engine.isnan().any():  # the weights that it sampled with are broken: nothing to learn from
             sequence = sequence * torch.nan
     return MicrobatchLoss(token, sequence, stats, weights)
-
-
-def _token_weights(config: ObjectiveConfig, divergence: Tensor, cu_seqlens: Tensor) -> Tensor:
-    if config.token_weights == "uniform":
-        return uniform_token_weights(divergence, cu_seqlens)
-    return cord_token_weights(divergence, cu_seqlens, top_k=config.top_k, alpha=config.alpha, beta=config.beta)

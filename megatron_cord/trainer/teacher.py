@@ -19,6 +19,7 @@ class TeacherConfig:
     """Which weights teach."""
 
     mode: Literal["frozen", "live"] = "frozen"  #: the initial weights, or the student's current ones under stop-gradient
+    offload: bool = False  #: keep its hidden states in host memory until the student's microbatch needs them
 
 
 class Teacher:
@@ -31,6 +32,7 @@ class Teacher:
     """
 
     def __init__(self, config: TeacherConfig, student: LALM, checkpoint_dir: str) -> None:
+        self.offload = config.offload
         reads_text_only = all(not p.requires_grad for p in student.language_model.parameters())
         frozen_everywhere = torch.tensor(float(reads_text_only), device=student.layout.device)
         torch.distributed.all_reduce(frozen_everywhere, op=torch.distributed.ReduceOp.MIN, group=student.layout.pp_group)
@@ -51,7 +53,7 @@ class Teacher:
         """Forward pass over the microbatches that ask a teacher.
 
         Returns:
-            for each microbatch [N, H] on the last stage; None on other stages and where no teacher is asked.
+            for each microbatch [N, H] on the last stage, in host memory if ``offload`` says so; None on other stages and where no teacher is asked.
         """
         asked = [m for m in microbatches if m.teacher is not None]
         if not asked:
@@ -63,7 +65,7 @@ class Teacher:
             def collect(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 assert batch.teacher_rows is not None
                 rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.teacher_rows)
-                return hidden.new_zeros(()), torch.tensor(0), {"hidden": rows}
+                return hidden.new_zeros(()), torch.tensor(0), {"hidden": _on_host(rows) if self.offload else rows}
 
             return model(batch.teacher), collect
 
@@ -78,3 +80,9 @@ class Teacher:
         )
         hidden = iter([entry["hidden"] for entry in collected])
         return [next(hidden, None) if m.teacher is not None else None for m in microbatches]
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned host memory, made while the device goes on; whoever copies it back on the same stream comes after it."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 
 from megatron_cord.errors import CordError
-from megatron_cord.losses import TOKEN_WEIGHTS, cord_token_weights, token_weights_named, uniform_token_weights
+from megatron_cord.losses import TOKEN_WEIGHTS, TokenWeightsConfig, cord_token_weights, token_weights
+from tests.gloo import run_ranks
 
 # Few different values, so that ties are common.
 SEQUENCES = st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, float("inf")]), max_size=8), min_size=1, max_size=5)
@@ -54,23 +58,76 @@ def test_a_single_token() -> None:
     assert cord_token_weights(torch.tensor([0.3]), torch.tensor([0, 1])).tolist() == [4.0]
 
 
+def everything(name: str, sequences: list[list[float]], entropies: list[list[float]], **options: float) -> torch.Tensor:
+    kl, borders = pack(sequences)
+    return token_weights(kl, borders, TokenWeightsConfig(name, **options), entropy=pack(entropies)[0])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", TOKEN_WEIGHTS)
 def test_no_gradient_and_the_same_type(name: str) -> None:
     """Catches a gradient through the weights, and weights that promote the loss to another type."""
     kl = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    weights = token_weights_named(name)(kl, torch.tensor([0, 2, 5]))
-    assert not weights.requires_grad and weights.dtype == torch.float64 and weights.shape == (5,)
+    for dtype in (torch.float64, torch.float32):
+        weights = token_weights(kl.to(dtype), torch.tensor([0, 2, 5]), TokenWeightsConfig(name), entropy=kl.to(dtype))
+        assert not weights.requires_grad and weights.dtype == dtype and weights.shape == (5,)
 
 
 @pytest.mark.parametrize("name", TOKEN_WEIGHTS)
 def test_no_tokens(name: str) -> None:
     """Catches a failure on an empty microbatch."""
-    assert token_weights_named(name)(torch.zeros(0), torch.tensor([0])).shape == (0,)
+    none = torch.zeros(0)
+    assert token_weights(none, torch.tensor([0]), TokenWeightsConfig(name), entropy=none).shape == (0,)
 
 
 def test_uniform_weights() -> None:
     """Catches anything but ones."""
-    assert uniform_token_weights(torch.rand(3), torch.tensor([0, 3])).tolist() == [1.0, 1.0, 1.0]
+    assert everything("uniform", [[0.3, 0.2, 9.0]], [[0.0] * 3]).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_fraction_of_each_response_is_kept() -> None:
+    """Catches a fraction of the whole batch, entropy and divergence exchanged, and a response of which nothing is kept."""
+    kl, entropy = [[1.0, 5.0, 3.0, 4.0], [2.0], [7.0, 8.0]], [[4.0, 1.0, 3.0, 2.0], [0.0], [1.0, 0.0]]
+    assert everything("top_fraction", kl, entropy, keep=0.5).tolist() == [0, 1, 0, 1, 1, 0, 1]
+    assert everything("entropy", kl, entropy, keep=0.5).tolist() == [1, 0, 1, 0, 1, 1, 0]
+    assert everything("entropy", kl, entropy, keep=1.0).tolist() == [1] * 7
+    assert everything("top_fraction", [[float(i) for i in range(10)]], [[0.0] * 10], keep=0.2).sum() == 2  # not 3: 0.2 · 10 is 2
+
+
+def test_tip_keeps_what_is_large_in_either() -> None:
+    """Catches a product where the paper has h + d − h·d, and a normalisation over the batch."""
+    kl, entropy = [[0.0, 10.0, 4.0, 4.0]], [[1.0, 0.0, 0.4, 0.5]]
+    assert everything("tip", kl, entropy, keep=0.5).tolist() == [1, 1, 0, 0]
+    assert everything("tip", kl, entropy, keep=0.75).tolist() == [1, 1, 0, 1]
+    # Alone, the second response is normalised by itself; one without any spread scores 0.
+    assert everything("tip", [[9.0, 9.5], [1.0, 1.0]], [[1.0, 1.0], [0.0, 0.0]], keep=0.5).tolist() == [0, 1, 1, 0]
+
+
+@given(sequences=SEQUENCES)
+def test_remaining_equals_the_loop(sequences: list[list[float]]) -> None:
+    """Catches a sum that runs over the borders of responses or includes the token itself, and 0 / 0."""
+    sequences = [[min(value, 4.0) for value in sequence] for sequence in sequences]
+    expected = [
+        1 + 0.5 * (1 - (sum(sequence[:t]) / sum(sequence) if sum(sequence) > 0 else 0.0))
+        for sequence in sequences
+        for t in range(len(sequence))
+    ]
+    torch.testing.assert_close(everything("remaining", sequences, sequences), torch.tensor(expected))
+
+
+def test_infinite_divergences_leave_numbers() -> None:
+    """Catches inf / inf: an infinite divergence is the largest, and the weights stay numbers."""
+    kl = [[0.5, float("inf"), 1.0, float("nan")]]
+    for name in TOKEN_WEIGHTS:
+        assert everything(name, kl, [[1.0, 2.0, 3.0, 4.0]]).isfinite().all()
+    assert everything("remaining", kl, kl).tolist()[2:] == [1.25, 1.25]
+
+
+def test_factors_multiply() -> None:
+    """Catches a product that takes the last factor only, and cord that is not top_k times position."""
+    kl, entropy = [[0.1, 0.9, 0.3], [0.2, 0.4]], [[1.0, 2.0, 3.0], [1.0, 2.0]]
+    product = everything("entropy * remaining*cord", kl, entropy, top_k=1)
+    single = [everything(name, kl, entropy, top_k=1) for name in ("entropy", "remaining", "top_k", "position")]
+    torch.testing.assert_close(product, torch.stack(single).prod(0))
 
 
 @pytest.mark.parametrize("name", TOKEN_WEIGHTS)
@@ -78,15 +135,68 @@ def test_uniform_weights() -> None:
 def test_wrong_cu_seqlens_are_refused(name: str, cu_seqlens: list[int]) -> None:
     """Catches sequence borders of another pack."""
     with pytest.raises(CordError, match="cu_seqlens must"):
-        token_weights_named(name)(torch.zeros(3), torch.tensor(cu_seqlens, dtype=torch.int64))
+        token_weights(torch.zeros(3), torch.tensor(cu_seqlens, dtype=torch.int64), TokenWeightsConfig(name))
 
 
-def test_wrong_options_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": -1}, "top_k must be at least 0, but is -1"),
+        ({"alpha": 0.0}, "alpha and beta must be positive, but are 0.0 and 2.0"),
+        ({"keep": 0.0}, r"keep must lie in \(0, 1\], but is 0.0"),
+        ({"gamma": -1.0}, "gamma must be at least 0, but is -1.0"),
+        ({"factors": "cord*chord"}, "token weights 'chord' are unknown; choose from cord, uniform, top_k, position"),
+        ({"factors": ""}, "token weights '' are unknown"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
     """Catches nonsense from a configuration file."""
-    kl, borders = torch.zeros(3), torch.tensor([0, 3])
-    with pytest.raises(CordError, match="top_k must be at least 0, but is -1"):
-        cord_token_weights(kl, borders, top_k=-1)
-    with pytest.raises(CordError, match="alpha and beta must be positive, but are 0.0 and 2.0"):
-        cord_token_weights(kl, borders, alpha=0.0)
-    with pytest.raises(CordError, match="token weights 'chord' are unknown; choose one of cord, uniform"):
-        token_weights_named("chord")
+    with pytest.raises(CordError, match=message):
+        TokenWeightsConfig(**options)
+
+
+def test_missing_inputs_are_named() -> None:
+    """Catches weights by entropy without one."""
+    with pytest.raises(CordError, match="token weights tip need the student's entropy"):
+        token_weights(torch.zeros(3), torch.tensor([0, 3]), TokenWeightsConfig("tip"))
+    with pytest.raises(CordError, match=r"entropy has shape \[2\], but kl \[3\]"):
+        token_weights(torch.zeros(3), torch.tensor([0, 3]), TokenWeightsConfig("tip"), entropy=torch.zeros(2))
+
+
+def spread(rank: int) -> list[Any]:
+    """On two ranks, the weights by every factor of tokens that are spread over them; and what is said to positions with a gap."""
+    kl, entropy, borders, owner = spread_inputs()
+    mine = (owner == rank).nonzero().squeeze(1)
+    sequence = torch.repeat_interleave(torch.arange(len(borders) - 1), borders.diff())
+    position = torch.arange(len(kl)) - borders[sequence]
+    local = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(sequence[mine], minlength=len(borders) - 1).cumsum(0)])
+    options: dict[str, Any] = {"entropy": entropy[mine], "positions": position[mine], "cp_group": dist.group.WORLD}
+    weights = [token_weights(kl[mine], local, TokenWeightsConfig(name, top_k=2), **options) for name in ("cord", *TOKEN_WEIGHTS)]
+    messages = []
+    for change in ({"positions": position[mine] + 1}, {"positions": None}):
+        try:
+            token_weights(kl[mine], local, TokenWeightsConfig(), **(options | change))
+        except CordError as error:
+            messages.append(str(error))
+    return [weights, messages]
+
+
+def spread_inputs() -> tuple[torch.Tensor, ...]:
+    """kl, entropy, cu_seqlens and the rank of each token: the zigzag of context parallelism, a sequence on one rank alone, an empty one."""
+    generator = torch.Generator().manual_seed(0)
+    owner = torch.tensor([0, 0, 1, 1, 1, 1, 0, 0] + [1, 1, 1] + [0, 1])
+    return torch.rand(13, generator=generator), torch.rand(13, generator=generator), torch.tensor([0, 8, 11, 11, 13]), owner
+
+
+def test_context_parallel_ranks_get_the_weights_of_whole_responses() -> None:
+    """Catches ranks, positions and sums over a rank's own part of a response, and tokens that come back in another order."""
+    kl, entropy, borders, owner = spread_inputs()
+    results = run_ranks(spread, 2)
+    for index, name in enumerate(("cord", *TOKEN_WEIGHTS)):
+        expected = token_weights(kl, borders, TokenWeightsConfig(name, top_k=2), entropy=entropy)
+        for rank in range(2):
+            torch.testing.assert_close(results[rank][0][index], expected[owner == rank])
+    for _, messages in results:
+        gap, missing = messages
+        assert gap == "positions of sequence 0 are not 0 … 7 over the context-parallel ranks"
+        assert missing.startswith("positions is needed with cp_group")

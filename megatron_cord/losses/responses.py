@@ -1,0 +1,120 @@
+"""Response tokens as whole responses in order, whether a rank holds them packed or only some of each, as under context parallelism.
+
+What a token weighs depends on its response: on its position there and on the other tokens' divergences. So a rank's tokens are first put
+together with those of the other context-parallel ranks, in one order that does not depend on the layout, and each rank takes its own back.
+
+Shapes: N tokens here, M tokens of the whole responses, B sequences, CP ranks. Simplification: every rank computes for all M tokens; they
+are a few numbers each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cord.errors import CordError
+from megatron_cord.losses.checks import check_cu_seqlens
+
+
+@dataclass(frozen=True, eq=False)
+class Responses:
+    """M tokens, sequence after sequence, each in order; numbers without gradient."""
+
+    kl: Tensor  #: [M]
+    entropy: Tensor | None  #: [M], of the student
+    sequence: Tensor  #: int64 [M], which of the B sequences
+    position: Tensor  #: int64 [M], from 0
+    length: Tensor  #: int64 [M], of the token's sequence
+    mine: Tensor | None  #: int64 [N], where this rank's tokens are; None: all of them, in order
+
+    def take(self, values: Tensor) -> Tensor:
+        """This rank's part [N] of [M]."""
+        return values if self.mine is None else values[self.mine]
+
+
+def whole_responses(
+    kl: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    entropy: Tensor | None = None,
+    positions: Tensor | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+) -> Responses:
+    """Puts the responses together.
+
+    Args:
+        kl: [N].
+        cu_seqlens: integers [B+1]; sequence i is the tokens [cu_seqlens[i], cu_seqlens[i+1]) of this rank. A sequence may be empty here.
+        entropy: [N], on all ranks or on none.
+        positions: int64 [N], each token's position in its whole response, from 0; needed with ``cp_group``.
+        cp_group: the ranks that share the sequences; all pass the same B sequences in the same order.
+
+    Raises:
+        CordError: shapes that do not fit, or positions that are not 0 … T−1 of each response over the ranks.
+    """
+    if kl.dim() != 1:
+        raise CordError(f"kl must have shape [tokens], but has {list(kl.shape)}")
+    check_cu_seqlens(cu_seqlens, kl.shape[0])
+    for name, tensor in (("entropy", entropy), ("positions", positions)):
+        if tensor is not None and tensor.shape != kl.shape:
+            raise CordError(f"{name} has shape {list(tensor.shape)}, but kl {list(kl.shape)}")
+    kl = kl.detach()
+    entropy = None if entropy is None else entropy.detach().to(kl.dtype)
+    borders = cu_seqlens.to(device=kl.device, dtype=torch.int64)
+    if cp_group is None or dist.get_world_size(cp_group) == 1:
+        sequence, position, length = _places(borders)
+        return Responses(kl, entropy, sequence, position, length, None)
+    if positions is None:
+        raise CordError("positions is needed with cp_group: where in its response is each of this rank's tokens?")
+    return _from_all_ranks(kl, entropy, borders, positions.to(kl.device), cp_group)
+
+
+def _from_all_ranks(kl: Tensor, entropy: Tensor | None, borders: Tensor, positions: Tensor, group: dist.ProcessGroup) -> Responses:
+    ranks, me = dist.get_world_size(group), dist.get_rank(group)
+    all_borders = _gather(borders, ranks, group)  # [CP, B + 1]
+    counts = all_borders[:, -1].tolist()
+    columns = [kl.double(), positions.double()] + ([] if entropy is None else [entropy.double()])
+    padded = kl.new_zeros(len(columns), max(counts), dtype=torch.float64)
+    padded[:, : kl.shape[0]] = torch.stack(columns)
+    gathered = _gather(padded, ranks, group)  # [CP, columns, most]
+    numbers = torch.cat([gathered[rank, :, :count] for rank, count in enumerate(counts)], dim=1)  # [columns, M]
+    sequences = torch.cat([_places(rank_borders)[0] for rank_borders in all_borders])
+    by_position = torch.argsort(numbers[1], stable=True)
+    order = by_position[torch.argsort(sequences[by_position], stable=True)]
+    numbers = numbers[:, order]
+    lengths = all_borders.diff(dim=1).sum(0)
+    sequence, position, length = _places(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+    wrong = numbers[1] != position
+    if wrong.any():
+        raise CordError(
+            f"positions of sequence {int(sequence[wrong][0])} are not 0 … {int(length[wrong][0]) - 1} over the context-parallel ranks"
+        )
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    first = sum(counts[:me])
+    return Responses(
+        numbers[0].to(kl.dtype),
+        None if entropy is None else numbers[2].to(kl.dtype),
+        sequence,
+        position,
+        length,
+        place[first : first + counts[me]],
+    )
+
+
+def _places(borders: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token, int64 [N]: its sequence, its position there from 0, and that sequence's length."""
+    lengths = borders.diff()
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=borders.device), lengths)
+    position = torch.arange(len(sequence), device=borders.device) - borders[sequence]
+    return sequence, position, lengths[sequence]
+
+
+def _gather(mine: Tensor, ranks: int, group: dist.ProcessGroup) -> Tensor:
+    """[CP, …]"""
+    gathered = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(gathered, mine.contiguous(), group=group)
+    return torch.stack(gathered)
