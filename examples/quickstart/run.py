@@ -48,7 +48,13 @@ def prepare(root: Path, config: RunConfig, console: Console) -> None:
     if not (untaught / "model.safetensors").is_file():
         create_checkpoint(untaught, TinyModelConfig(), vocabulary(), config.seed)
     spoken = ShardDataset(data["warmup"])
-    warm_up(untaught, config.model.checkpoint, WarmUpConfig(seed=config.seed), questions_about(all_problems()), [spoken[i] for i in range(len(spoken))])
+    warm_up(
+        untaught,
+        config.model.checkpoint,
+        WarmUpConfig(seed=config.seed),
+        questions_about(all_problems()),
+        [spoken[i] for i in range(len(spoken))],
+    )
 
 
 def train(overrides: list[str], config: RunConfig) -> int:
@@ -73,7 +79,9 @@ def finish(directory: Path, console: Console) -> None:
 def main() -> int:
     """Entry point."""
     parser = cli.Parser(description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--seed", type=int, default=0, help="of data, weights and sampling; other seeds than 0 get directories of their own")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of data, weights and sampling; other seeds than 0 get directories of their own"
+    )
     parser.add_argument("overrides", metavar="a.b=value", nargs="*", help="sets one value of the training's configuration")
     arguments = parser.parse_intermixed_args()
     root = Path("runs/quickstart" if arguments.seed == 0 else f"runs/quickstart-seed{arguments.seed}")

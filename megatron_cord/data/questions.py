@@ -1,10 +1,10 @@
 """Small sums in words, with worked answers: the task of the quickstart and of the tests.
 
-A problem is (a, operation, b) with a and b in 1..12. Each is asked in four phrasings and answered in one way, in lower-case
+A problem is (a, operation, b) with a and b in 1..16. Each is asked in four phrasings and answered in one way, in lower-case
 words separated by spaces, so that a word-level tokenizer needs only ``vocabulary()``. The split is by problem: a
 held-out problem is never heard in training, in any phrasing.
 
-What it simplifies: a subtraction never goes below zero (pairs with a < b are left out, 78 of 144 remain), and the mirror
+What it simplifies: a subtraction never goes below zero (pairs with a < b are left out, 136 of 256 remain), and the mirror
 image of a held-out addition (5 + 7 for 7 + 5) may be a training problem.
 """
 
@@ -20,11 +20,30 @@ from megatron_cord.errors import CordError
 
 Operation = Literal["plus", "minus"]
 
-LARGEST_OPERAND = 12
+LARGEST_OPERAND = 16
 _NUMBER_WORDS = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
-    "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
 )
+_TENS_WORDS = {2: "twenty", 3: "thirty"}
 _OPERATIONS: tuple[Operation, ...] = ("plus", "minus")
 _PHRASINGS: dict[Operation, tuple[str, ...]] = {
     "plus": ("what is {a} plus {b}", "add {a} and {b}", "{a} {apples_a} plus {b} {apples_b}", "how much is {a} and {b}"),
@@ -42,7 +61,7 @@ class Problem:
 
     @property
     def result(self) -> int:
-        """Between 0 and 24."""
+        """Between 0 and 32."""
         return self.a + self.b if self.operation == "plus" else self.a - self.b
 
 
@@ -72,17 +91,18 @@ class ProblemSplit:
 
 
 def number_in_words(number: int) -> str:
-    """0 to 29 in words, tens and units apart: "twenty four"."""
-    if not 0 <= number <= 29:
-        raise ValueError(f"only 0 to 29 have words here, not {number}")
-    if number <= 20:
+    """0 to 39 in words, tens and units apart: "twenty four"."""
+    if not 0 <= number <= 39:
+        raise ValueError(f"only 0 to 39 have words here, not {number}")
+    if number < len(_NUMBER_WORDS):
         return _NUMBER_WORDS[number]
-    return f"{_NUMBER_WORDS[20]} {_NUMBER_WORDS[number - 20]}"
+    tens, units = divmod(number, 10)
+    return f"{_TENS_WORDS[tens]} {_NUMBER_WORDS[units]}" if units else _TENS_WORDS[tens]
 
 
 @cache
 def all_problems() -> tuple[Problem, ...]:
-    """All 222 problems (144 additions, 78 subtractions), sorted."""
+    """All 392 problems (256 additions, 136 subtractions), sorted."""
     operands = range(1, LARGEST_OPERAND + 1)
     problems = (Problem(a, operation, b) for operation in _OPERATIONS for a in operands for b in operands)
     return tuple(sorted(problem for problem in problems if problem.result >= 0))
@@ -126,12 +146,12 @@ def draw_questions(problems: Sequence[Problem], count: int, seed: int) -> list[Q
 
 
 def training_questions(count: int, seed: int, split_seed: int = 0) -> list[Question]:
-    """``count`` questions about the training problems (752 different ones by default)."""
+    """``count`` questions about the training problems (1336 different ones by default)."""
     return draw_questions(split_problems(split_seed).train, count, seed)
 
 
 def heldout_questions(count: int, seed: int, split_seed: int = 0) -> list[Question]:
-    """``count`` questions about the held-out problems (136 different ones by default)."""
+    """``count`` questions about the held-out problems (232 different ones by default)."""
     return draw_questions(split_problems(split_seed).held_out, count, seed)
 
 
