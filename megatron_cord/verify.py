@@ -35,7 +35,14 @@ def environment(overrides: Sequence[str]) -> int:
     return 1 if failing else 0
 
 
-SUBJECTS: dict[str, Callable[[Sequence[str]], int]] = {"environment": environment}
+def loss(overrides: Sequence[str]) -> int:
+    """The divergence and its gradients against float64; ranks are those that torchrun started."""
+    from megatron_cord.verify_loss import verify_loss  # needs torch, whose absence ``environment`` must be able to report
+
+    return verify_loss(overrides)
+
+
+SUBJECTS: dict[str, Callable[[Sequence[str]], int]] = {"environment": environment, "loss": loss}
 
 
 def main() -> int:
