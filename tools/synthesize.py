@@ -1,6 +1,6 @@
 """Speaks templated questions with several voices and writes them as webdataset shards.
 
-    python tools/synthesize.py --output DIR --split train|warmup|heldout --count N [--seed S] [--shard-size K]
+python tools/synthesize.py --output DIR --split train|warmup|heldout --count N [--seed S] [--shard-size K]
 """
 
 from __future__ import annotations

@@ -57,13 +57,13 @@ class SampleLoader:
         CordError: when the source is empty, or the ranks do not divide the batch.
     """
 
-    def __init__(
-        self, source: SampleSource, *, batch_size: int, seed: int, shuffle: bool = True, rank: int = 0, world: int = 1
-    ) -> None:
+    def __init__(self, source: SampleSource, *, batch_size: int, seed: int, shuffle: bool = True, rank: int = 0, world: int = 1) -> None:
         if len(source) == 0:
             raise CordError("the data set holds no samples; make some with tools/synthesize.py")
         if batch_size < 1 or batch_size % world != 0:
-            raise CordError(f"a batch of {batch_size} samples does not divide among {world} data-parallel ranks; choose a multiple of {world}")
+            raise CordError(
+                f"a batch of {batch_size} samples does not divide among {world} data-parallel ranks; choose a multiple of {world}"
+            )
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")
         self._source = source

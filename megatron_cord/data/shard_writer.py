@@ -114,4 +114,6 @@ def _disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CordError(f"cannot write shards to {directory}: {error.strerror or error}; free some space or choose another directory") from error
+        raise CordError(
+            f"cannot write shards to {directory}: {error.strerror or error}; free some space or choose another directory"
+        ) from error

@@ -166,10 +166,10 @@ def _read_texts(file: BinaryIO, entry: _Entry) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CordError(f"{entry.where}: its text is not JSON in UTF-8 ({error}); write it again") from error
     if not isinstance(texts, dict):
-        raise CordError(f"{entry.where}: its JSON is no object; write {{\"question\": ...}}")
+        raise CordError(f'{entry.where}: its JSON is no object; write {{"question": ...}}')
     question = texts.get("question")
     if not isinstance(question, str) or not question.strip():
-        raise CordError(f"{entry.where} has no text: its JSON needs a \"question\"; add it or remove the sample")
+        raise CordError(f'{entry.where} has no text: its JSON needs a "question"; add it or remove the sample')
     for name in ("answer", "solution", "voice"):
         if not isinstance(texts.get(name), (str, type(None))):
             raise CordError(f"{entry.where}: {name} is {texts[name]!r}; write text or leave it out")

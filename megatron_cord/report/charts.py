@@ -163,7 +163,9 @@ def _draw(axes: Axes, line: Series, colour: str, dash: _Dash, marker: str, smoot
     if smooth and len(x) > _SMOOTH_FROM:
         axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
         y = moving_average(y, max(5, len(y) // 20))
-    axes.plot(x, y, color=colour, linewidth=1.7, linestyle=dash, marker=marker or ("o" if len(x) == 1 else ""), markersize=3.5, label=line.label)
+    axes.plot(
+        x, y, color=colour, linewidth=1.7, linestyle=dash, marker=marker or ("o" if len(x) == 1 else ""), markersize=3.5, label=line.label
+    )
 
 
 def _adapt(svg: str, key: str) -> Markup:

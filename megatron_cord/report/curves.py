@@ -62,9 +62,7 @@ def accuracy_chart(record: RunRecord) -> Chart | None:
         values = [getattr(evaluation, attribute) for evaluation in record.evaluations]
         errors = [standard_error(value, evaluation.samples) for value, evaluation in zip(values, record.evaluations, strict=True)]
         series.append(Series(label, steps, values, errors))
-    return line_chart(
-        "accuracy", "Accuracy", "training step", "accuracy", series, wide=True, percent=True, markers=True, fill_between=True
-    )
+    return line_chart("accuracy", "Accuracy", "training step", "accuracy", series, wide=True, percent=True, markers=True, fill_between=True)
 
 
 def metric_charts(record: RunRecord) -> list[Chart]:

@@ -94,7 +94,9 @@ def _content(record: RunRecord) -> dict[str, object]:
     except CordError as error:
         notices.append(f"No audio: {error}. A relative path counts from where the report is made.")
     if clips and len(clips) < len(examples):
-        notices.append(f"Audio of {len(clips)} of {len(examples)} questions: the others are not in the shards, or beyond {AUDIO_BUDGET / 1e6:g} MB.")
+        notices.append(
+            f"Audio of {len(clips)} of {len(examples)} questions: the others are not in the shards, or beyond {AUDIO_BUDGET / 1e6:g} MB."
+        )
     script = (_ASSETS / "script.js").read_text(encoding="utf-8")
     return {
         "name": record.path.resolve().name,

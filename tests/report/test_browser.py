@@ -149,7 +149,9 @@ def test_filter_by_keyboard(browser: Browser, page: Path) -> None:
     browser.call("Input.insertText", text="x")  # a list takes no text
     browser.press("ArrowDown", 40)
     voice = browser.evaluate("document.activeElement.value")
-    voices = browser.evaluate("[...document.querySelectorAll('.card[data-kind]')].filter(c => c.checkVisibility()).map(c => c.dataset.voice)")
+    voices = browser.evaluate(
+        "[...document.querySelectorAll('.card[data-kind]')].filter(c => c.checkVisibility()).map(c => c.dataset.voice)"
+    )
     assert voice and set(voices) == {voice}
     browser.press("ArrowUp", 38)
     browser.press("Tab", 9)

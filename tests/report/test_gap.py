@@ -11,7 +11,8 @@ from megatron_cord.report.record import Answer, Evaluation
 
 def evaluation(step: int, text: list[bool] | np.ndarray, audio: list[bool] | np.ndarray, prefix: str = "") -> Evaluation:
     answers = tuple(
-        Answer(f"{prefix}{i}", "q", None, None, "", bool(t), "", bool(a), (), None) for i, (t, a) in enumerate(zip(text, audio, strict=True))
+        Answer(f"{prefix}{i}", "q", None, None, "", bool(t), "", bool(a), (), None)
+        for i, (t, a) in enumerate(zip(text, audio, strict=True))
     )
     return Evaluation(step, float(np.mean(text)), float(np.mean(audio)), len(text), None, {}, answers)
 

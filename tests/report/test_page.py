@@ -142,7 +142,9 @@ def test_tool(run_copy: Path, tmp_path: Path) -> None:
 
     def call(*arguments: str) -> tuple[int, str, str]:
         environment = {"PYTHONPATH": str(TOOL.parents[1]), "PATH": ""}
-        done = subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=120, env=environment, check=False)
+        done = subprocess.run(
+            [sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=120, env=environment, check=False
+        )
         return done.returncode, done.stdout, done.stderr
 
     page = tmp_path / "page.html"

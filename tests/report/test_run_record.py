@@ -54,7 +54,9 @@ def test_steps_done_again_count_once(run_copy: Path) -> None:
 
 def test_what_was_not_measured(run_copy: Path) -> None:
     """Catches NaN, infinity, null or another version's texts reaching a chart."""
-    write_lines(run_copy / "metrics.jsonl", [{"step": 1, "loss": float("nan"), "kl": float("inf"), "reward": None, "note": "text", "x": [1]}])
+    write_lines(
+        run_copy / "metrics.jsonl", [{"step": 1, "loss": float("nan"), "kl": float("inf"), "reward": None, "note": "text", "x": [1]}]
+    )
     assert read_run(run_copy).metrics == ({"step": 1.0, "loss": None, "kl": None, "reward": None},)
 
 
