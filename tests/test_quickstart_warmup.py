@@ -16,6 +16,7 @@ from transformers import Qwen2AudioForConditionalGeneration
 from examples.quickstart import warmup
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from examples.quickstart.warmup import WarmUpConfig, warm_up
+from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.questions import Question, questions_about, split_problems, vocabulary
 from megatron_cord.data.samples import Sample
 from megatron_cord.errors import CordError
@@ -25,7 +26,7 @@ from megatron_cord.rollout.types import GenerationRequest
 SMALL = TinyModelConfig(
     encoder_hidden_size=32, encoder_layers=1, encoder_heads=2, encoder_ffn_size=64, hidden_size=64, layers=1, ffn_size=128
 )
-SHORT = WarmUpConfig(text_steps=40, text_batch=8, mixed_steps=40, mixed_text=4, mixed_audio=4, rise_steps=4, learning_rate=1e-2)
+SHORT = WarmUpConfig(text_steps=60, text_batch=8, mixed_steps=60, mixed_text=4, mixed_audio=4, rise_steps=4, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def questions() -> list[Question]:
-    return questions_about(split_problems().train)[::150]
+    return questions_about(split_problems().train)[::260]
 
 
 def spoken() -> list[Sample]:
@@ -98,6 +99,30 @@ def test_complete_or_invisible(checkpoint: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(warmup, "save_checkpoint", save)
     warm_up(checkpoint, tmp_path / "warm", config, questions(), spoken())
     assert [path.name for path in tmp_path.iterdir()] == ["warm"]
+
+
+def test_recited_answers_come_without_their_question(checkpoint: Path) -> None:
+    """Catches a question that is still there to compute from, a cut that takes more than the question, and one in the wrong place."""
+    builder = PromptBuilder(checkpoint)
+    for sample in spoken():
+        example = warmup._example(builder, sample, builder.text_prompt(sample))
+        recited = warmup._without_question(builder, sample, example)
+        asked, question = list(example.prompt.token_ids), list(builder.encode(sample.question))
+        kept, begin = list(recited.prompt.token_ids), asked.index(question[0])
+        assert kept[:begin] + question + kept[begin:] == asked and not set(question) & set(kept)
+        assert recited.response == example.response and builder.decode(recited.response) == sample.solution
+    other = replace(sample, question="what is one plus one")
+    with pytest.raises(CordError, match=f"sample {sample.id}: its question is not in its prompt word for word"):
+        warmup._without_question(builder, other, example)
+
+
+def test_no_bars_but_its_own(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches transformers' "Loading weights" on the terminal, and its bars left off for whoever comes after."""
+    warm_up(checkpoint, tmp_path / "warm", replace(SHORT, text_steps=1, mixed_steps=1), questions(), spoken())
+    LocalEngine(tmp_path / "warm")
+    assert capsys.readouterr().err == ""
+    Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint)
+    assert "Loading weights" in capsys.readouterr().err
 
 
 def test_bad_inputs_are_named(checkpoint: Path, tmp_path: Path) -> None:

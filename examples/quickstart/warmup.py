@@ -34,6 +34,7 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.questions import Question
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError
+from megatron_cord.rollout.quiet import no_progress_bars
 
 _RECORD = "warmup.json"
 _IGNORED = -100
@@ -99,7 +100,8 @@ def warm_up(
     texts = [_example(builder, sample, builder.text_prompt(sample)) for sample in written]
     recited = [_without_question(builder, sample, text) for sample, text in zip(written, texts, strict=True)]
     audios = [_example(builder, sample, builder.audio_prompt(sample)) for sample in spoken]
-    model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint_dir)
+    with no_progress_bars():
+        model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint_dir)
     model.model.audio_tower.embed_positions.requires_grad_(False)  # Whisper's sinusoids are fixed; loading forgets that
     _train(model.train(), builder, config, texts, recited, audios)
     partial = output.with_name(output.name + ".partial")
@@ -224,9 +226,15 @@ def _example(builder: PromptBuilder, sample: Sample, prompt: Prompt) -> _Example
 
 def _without_question(builder: PromptBuilder, sample: Sample, example: _Example) -> _Example:
     """The worked answer as plain text, as a language model meets it in its first training: it then computes from the words it wrote itself,
-    not from the question alone, so that what was heard right is computed right."""
+    not from the question alone, so that what was heard right is computed right.
+
+    Raises:
+        CordError: the question's tokens do not stand in the prompt as they are.
+    """
     ids, question = example.prompt.token_ids, builder.encode(sample.question)
-    start = next(i for i in range(len(ids)) if ids[i : i + len(question)] == question)
+    start = next((i for i in range(len(ids)) if ids[i : i + len(question)] == question), None)
+    if start is None:
+        raise CordError(f"sample {sample.id}: its question is not in its prompt word for word; use a chat template that leaves it as it is")
     return _Example(Prompt(sample.id, ids[:start] + ids[start + len(question) :]), example.response)
 
 

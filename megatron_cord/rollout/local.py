@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.decoding import Response, TokenRules, sample_batch
+from megatron_cord.rollout.quiet import no_progress_bars
 from megatron_cord.rollout.types import GenerationRequest, Rollout, VersionSpan
 
 
@@ -53,7 +54,8 @@ class LocalEngine:
         self.prompts = PromptBuilder(checkpoint_dir)
         self._rules = TokenRules(self.prompts.eos_ids, self.prompts.special_ids, self.prompts.pad_id)
         try:
-            model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint_dir, dtype="auto")
+            with no_progress_bars():
+                model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint_dir, dtype="auto")
         except (OSError, ValueError) as error:
             first_line = str(error).splitlines()[0]
             raise CordError(f"{checkpoint_dir}: cannot load the weights ({first_line}); give a Qwen2-Audio checkpoint") from error

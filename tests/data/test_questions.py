@@ -17,7 +17,7 @@ from megatron_cord.data.questions import (
 )
 from megatron_cord.errors import CordError
 
-WORDS = {number_in_words(n): n for n in range(25)}
+WORDS = {number_in_words(n): n for n in range(40)}
 
 
 def test_every_solution_is_true() -> None:
@@ -42,7 +42,7 @@ def test_phrasings_say_the_operands_in_the_right_order() -> None:
 def test_vocabulary_is_closed_and_fixed() -> None:
     """Would catch a word that the tokenizer lacks, and an order that depends on hashing."""
     words = vocabulary()
-    assert words == sorted(set(words)) and len(words) == 62
+    assert words == sorted(set(words)) and len(words) == 71
     for question in questions_about(all_problems()):
         assert set((question.text + " " + question.solution).split(" ")) <= set(words)
 
@@ -52,7 +52,7 @@ def test_split_is_by_problem() -> None:
     split = split_problems(seed=3)
     assert not set(split.train) & set(split.held_out)
     assert set(split.train) | set(split.held_out) == set(all_problems())
-    assert len(split.held_out) == 34
+    assert len(split.held_out) == 58
     assert {problem.operation for problem in split.held_out} == {"plus", "minus"}
     heard = {question.text for question in training_questions(2000, seed=0, split_seed=3)}
     asked = {question.text for question in heldout_questions(400, seed=0, split_seed=3)}
@@ -62,15 +62,15 @@ def test_split_is_by_problem() -> None:
 def test_split_and_order_are_pinned() -> None:
     """Would catch a shuffle that changes with the version of numpy or Python: old shards would leak held-out problems."""
     assert permutation(8, 1, 2).tolist() == [5, 6, 3, 2, 1, 0, 4, 7]
-    assert [question.id for question in heldout_questions(3, seed=0)] == ["plus-1-12-3", "minus-10-10-0", "plus-10-12-1"]
+    assert [question.id for question in heldout_questions(3, seed=0)] == ["plus-1-12-3", "plus-14-15-0", "minus-12-1-2"]
 
 
 def test_no_question_twice_before_all_came_once() -> None:
     """Would catch sampling with replacement, which leaves problems unheard."""
-    drawn = training_questions(1504, seed=5)
-    assert len({question.id for question in drawn[:752]}) == 752
-    assert [question.id for question in drawn[:752]] != [question.id for question in drawn[752:]]
-    assert drawn == training_questions(1504, seed=5) != training_questions(1504, seed=6)
+    drawn = training_questions(2672, seed=5)
+    assert len({question.id for question in drawn[:1336]}) == 1336
+    assert [question.id for question in drawn[:1336]] != [question.id for question in drawn[1336:]]
+    assert drawn == training_questions(2672, seed=5) != training_questions(2672, seed=6)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5])
