@@ -10,7 +10,7 @@ PIP_INDEX_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CODE := $(wildcard setup.py megatron_cord tests tools examples benchmarks)
+CODE := setup.py megatron_cord tests tools examples $(if $(wildcard benchmarks/*.py),benchmarks)
 # Two cores often run two ranks: one thread a process, or they fight for them.
 export OMP_NUM_THREADS ?= 1
 

@@ -20,6 +20,9 @@ REQUIRED = [
     "math-verify==0.9.0",
     "rich>=14,<16",
     "tensorboard>=2.20,<3",
+    "matplotlib==3.11.2",  # the report's charts
+    "Jinja2>=3.1.6,<4",  # the report's page
+    "MarkupSafe>=3,<4",
 ]
 
 EXTRAS = {
@@ -48,6 +51,7 @@ setup(
     description="Cross-modal on-policy distillation of large audio language models on Megatron-Core",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_cord", "megatron_cord.*"]),
+    package_data={"megatron_cord.report": ["assets/*"]},
     python_requires=">=3.11",
     install_requires=REQUIRED,
     extras_require=EXTRAS,
