@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
@@ -14,7 +14,10 @@ Count = TypeVar("Count", int, Tensor)
 
 @dataclass(frozen=True)
 class EncoderArchitecture:
-    """A Whisper-style audio encoder: two convolutions (the second halves the rate), sinusoids, pre-norm layers, pooling by two."""
+    """A Whisper-style audio encoder: two convolutions (the second halves the rate), sinusoids, pre-norm layers, pooling.
+
+    Families differ in what they do with a clip that is shorter than the window: see `hears_padding` and `tail_frames`.
+    """
 
     num_mels: int
     hidden_size: int
@@ -22,19 +25,51 @@ class EncoderArchitecture:
     num_heads: int
     ffn_hidden_size: int
     max_positions: int  #: frames after the convolutions, which is half of the window's log-mel frames
+    pooling: int = 2  #: neighbouring positions that are averaged into one feature; 1 for none
+    hears_padding: bool = False  #: no mask: the silence after a clip is encoded too, and every clip makes as many features as the window
+    #: Frames after a clip's own that convolutions see but attention does not; what follows them is zero everywhere. None: convolutions
+    #: see the padding as it is.
+    tail_frames: int | None = None
+    clip_frames: int | None = None  #: longest clip, if the family's own processing cuts clips shorter than the window
 
     @property
     def window_frames(self) -> int:
         """Log-mel frames of one window."""
         return 2 * self.max_positions
 
+    @property
+    def max_clip_frames(self) -> int:
+        """Log-mel frames of the longest clip."""
+        return self.window_frames - (self.tail_frames or 0) if self.clip_frames is None else self.clip_frames
+
     def frames_after_convolutions(self, num_frames: Count) -> Count:
         """How many of the encoder's positions carry audio when num_frames of its input do."""
         return (num_frames - 1) // 2 + 1
 
-    def num_tokens(self, num_frames: Count) -> Count:
-        """How many features come out of the pooling, one for each placeholder token."""
-        return (self.frames_after_convolutions(num_frames) - 2) // 2 + 1
+    def num_features(self, num_frames: Count) -> Count:
+        """How many features the encoder makes of a clip."""
+        if self.hears_padding:
+            return 0 * num_frames + self.max_positions // self.pooling
+        return self.frames_after_convolutions(num_frames) // self.pooling
+
+
+@dataclass(frozen=True)
+class AdapterArchitecture:
+    """What takes the encoder's features into the language model's width, and how many tokens it makes of them."""
+
+    #: linear: one projection; convolution: a strided convolution, then an MLP; stacking: neighbours side by side, then an MLP.
+    kind: Literal["linear", "convolution", "stacking"]
+    hidden_size: int = 0  #: of the MLP; linear has none
+    stride: int = 1  #: features that become one token
+    kernel_size: int = 1  #: of the convolution, whose padding is 1
+    activation: Literal["relu", "gelu"] = "gelu"  #: of the MLP
+    bias: bool = True  #: of the projections
+
+    def num_tokens(self, num_features: Count) -> Count:
+        """How many tokens come of so many features."""
+        if self.kind == "convolution":
+            return (num_features + 2 - self.kernel_size) // self.stride + 1
+        return num_features // self.stride
 
 
 @dataclass(frozen=True)
@@ -69,12 +104,24 @@ class Architecture:
         encoder: None for a plain text model.
         language: the language model.
         audio_token_id: the placeholder that audio features replace; None for a plain text model.
+        adapter: between encoder and language model; None for a plain text model.
     """
 
     model_type: str
     encoder: EncoderArchitecture | None
     language: LanguageArchitecture
     audio_token_id: int | None
+    adapter: AdapterArchitecture | None
+
+    def num_audio_tokens(self, num_frames: Count) -> Count:
+        """How many placeholders a clip of num_frames log-mel frames takes; one number or a tensor of them.
+
+        Raises:
+            ValueError: a plain text model hears nothing.
+        """
+        if self.encoder is None or self.adapter is None:
+            raise ValueError(f"a {self.model_type} model takes no audio")
+        return self.adapter.num_tokens(self.encoder.num_features(num_frames))
 
     def check_divisible(self, tp: int, pp: int) -> None:
         """Raises CordError if this layout cannot hold the model, naming the size that does not divide."""

@@ -1,4 +1,4 @@
-"""The audio tower: a Whisper-style encoder on Megatron's tensor-parallel layers, and the adapter into the language model.
+"""The audio tower: a Whisper-style encoder on Megatron's tensor-parallel layers.
 
 Simplification: clips are padded to the encoder's whole window, as the published models expect.
 """
@@ -18,10 +18,17 @@ from megatron_cord.parallel.layout import Layout
 
 
 class AudioEncoder(MegatronModule):
-    """Log-mel features to one hidden vector every 40 ms (for Whisper's 10 ms hop). All of it is on the first pipeline stage."""
+    """Log-mel features to hidden vectors, one every 40 ms for Whisper's 10 ms hop and pooling by two. All of it is on the first stage.
 
-    def __init__(self, arch: EncoderArchitecture, layout: Layout, dtype: torch.dtype) -> None:
-        config = encoder_config(arch, layout.config, dtype)
+    Args:
+        arch: sizes.
+        layout: process groups and this rank's place.
+        dtype: of parameters and activations.
+        recompute: layers keep their inputs alone and are computed again in the backward pass.
+    """
+
+    def __init__(self, arch: EncoderArchitecture, layout: Layout, dtype: torch.dtype, *, recompute: bool = False) -> None:
+        config = encoder_config(arch, layout.config, dtype, recompute=recompute)
         super().__init__(config)
         self.arch = arch
         hidden = arch.hidden_size
@@ -44,16 +51,31 @@ class AudioEncoder(MegatronModule):
             num_frames: [C] int64, the valid frames of each clip.
 
         Returns:
-            [C, frames / 4, H_audio]; only the first `EncoderArchitecture.num_tokens` of each clip mean something.
+            [C, frames / 2 / pooling, H_audio]; only the first `EncoderArchitecture.num_features` of each clip mean something.
         """
-        x = torch.nn.functional.gelu(self.conv1(features.to(self.conv1.weight.dtype)))
+        seen = None if self.arch.tail_frames is None else num_frames + self.arch.tail_frames
+        x = _zero_from(seen, features.to(self.conv1.weight.dtype))
+        x = _zero_from(seen, torch.nn.functional.gelu(self.conv1(x)))
         x = torch.nn.functional.gelu(self.conv2(x))  # [C, H, T]
         x = x.permute(2, 0, 1) + self.embed_positions[:, None]  # [T, C, H]
+        x = self.block(x.contiguous(), attention_mask=self._padding_mask(num_frames, x.shape[0]))
+        x = torch.nn.functional.avg_pool1d(x.permute(1, 2, 0), kernel_size=self.arch.pooling)  # [C, H, T / pooling]
+        x = self.layer_norm(x.transpose(1, 2))
+        return x if seen is None else _zero_from(self.arch.num_features(seen), x.transpose(1, 2)).transpose(1, 2)
+
+    def _padding_mask(self, num_frames: Tensor, positions: int) -> Tensor | None:
+        """Bool [C, 1, 1, T], True where a position is padding."""
+        if self.arch.hears_padding:
+            return None
         valid = self.arch.frames_after_convolutions(num_frames)
-        is_padding = torch.arange(x.shape[0], device=x.device)[None] >= valid[:, None]
-        x = self.block(x.contiguous(), attention_mask=is_padding[:, None, None, :])
-        x = torch.nn.functional.avg_pool1d(x.permute(1, 2, 0), kernel_size=2, stride=2)  # [C, H, T/2]
-        return self.layer_norm(x.transpose(1, 2))
+        return (torch.arange(positions, device=num_frames.device)[None] >= valid[:, None])[:, None, None, :]
+
+
+def _zero_from(start: Tensor | None, x: Tensor) -> Tensor:
+    """x [C, channels, T] with zeros from each clip's start [C] on, so that a clip does not depend on its padding."""
+    if start is None:
+        return x
+    return x * (torch.arange(x.shape[-1], device=x.device)[None] < start[:, None])[:, None, :]
 
 
 def _keep_key_bias_zero(bias: torch.nn.Parameter, head_dim: int) -> None:
@@ -65,15 +87,3 @@ def _keep_key_bias_zero(bias: torch.nn.Parameter, head_dim: int) -> None:
     mask = torch.ones(3, head_dim, device=bias.device, dtype=bias.dtype)
     mask[1] = 0
     bias.register_hook(lambda grad: (grad.view(-1, 3, head_dim) * mask).view(-1))
-
-
-class LinearAdapter(MegatronModule):
-    """Qwen2-Audio's adapter: one linear projection into the language model's width."""
-
-    def __init__(self, arch: EncoderArchitecture, hidden_size: int, layout: Layout, dtype: torch.dtype) -> None:
-        super().__init__(encoder_config(arch, layout.config, dtype))
-        self.linear = torch.nn.Linear(arch.hidden_size, hidden_size, dtype=dtype, device=layout.device)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[C, T, H_audio] to [C, T, H]."""
-        return self.linear(features)

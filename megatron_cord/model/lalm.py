@@ -6,8 +6,9 @@ output layer's product is never formed here: the model returns hidden states, an
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.enums import ModelType
@@ -24,10 +25,13 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_cord.errors import CordError
+from megatron_cord.model.adapters import Adapter, build_adapter
 from megatron_cord.model.architecture import Architecture
-from megatron_cord.model.encoder import AudioEncoder, LinearAdapter
+from megatron_cord.model.encoder import AudioEncoder
 from megatron_cord.model.transformer import block_spec, language_config
 from megatron_cord.parallel.layout import Layout
+
+Tower = Literal["audio_encoder", "language_model"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,21 +65,23 @@ class LALM(MegatronModule):
         arch: sizes.
         layout: process groups and this rank's place.
         dtype: of parameters and activations.
+        recompute: towers whose layers keep their inputs alone and are computed again in the backward pass: memory for time.
     """
 
-    def __init__(self, arch: Architecture, layout: Layout, dtype: torch.dtype) -> None:
+    def __init__(self, arch: Architecture, layout: Layout, dtype: torch.dtype, *, recompute: Collection[Tower] = ()) -> None:
         arch.check_divisible(layout.config.tp, layout.config.pp)
-        config = language_config(arch.language, layout.config, dtype)
+        config = language_config(arch.language, layout.config, dtype, recompute="language_model" in recompute)
         super().__init__(config)
         self.arch, self.layout = arch, layout
         self.pre_process, self.post_process = layout.is_first_stage, layout.is_last_stage
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = arch.language.tied_embeddings
         self.audio_encoder: AudioEncoder | None = None
-        self.adapter: LinearAdapter | None = None
-        if self.pre_process and arch.encoder is not None:
-            self.audio_encoder = AudioEncoder(arch.encoder, layout, dtype)
-            self.adapter = LinearAdapter(arch.encoder, arch.language.hidden_size, layout, dtype)
+        self.adapter: Adapter | None = None
+        if self.pre_process and arch.encoder is not None and arch.adapter is not None:
+            self.audio_encoder = AudioEncoder(arch.encoder, layout, dtype, recompute="audio_encoder" in recompute)
+            sizes = (arch.encoder.hidden_size, arch.language.hidden_size)
+            self.adapter = build_adapter(arch.adapter, sizes, self.audio_encoder.config, layout.device)
         self.language_model = _HiddenStateGPT(
             config,
             block_spec(config, causal=True, pp_rank=layout.pp_rank),
@@ -114,7 +120,7 @@ class LALM(MegatronModule):
             [S, B, H], the final hidden states on the last stage; [S or S/TP, B, H] for the next stage elsewhere.
 
         Raises:
-            CordError: placeholders and audio features do not match in number.
+            CordError: placeholders and audio features do not match in number, or audio is given to a model that only reads.
         """
         decoder_input = None
         if self.pre_process:
@@ -132,8 +138,11 @@ class LALM(MegatronModule):
         positions = torch.zeros_like(batch.token_ids)  # unused: rotary positions enter in the attention
         embedded = self.language_model.embedding(batch.token_ids, positions)
         if self.arch.encoder is None or self.arch.audio_token_id is None:
+            if batch.features is not None:
+                names = ", ".join(batch.sample_ids)
+                raise CordError(f"samples {names}: audio for a {self.arch.model_type} model, which only reads; give it text prompts")
             return embedded
-        tokens = None if batch.num_frames is None else self.arch.encoder.num_tokens(batch.num_frames)  # [C]
+        tokens = None if batch.num_frames is None else self.arch.num_audio_tokens(batch.num_frames)  # [C]
         is_placeholder = torch.eq(batch.token_ids, self.arch.audio_token_id)  # [B, S]
         _check_placeholders(is_placeholder.sum(1).tolist(), [] if tokens is None else tokens.tolist(), batch.sample_ids)
         if batch.features is None:

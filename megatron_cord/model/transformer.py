@@ -17,10 +17,12 @@ from megatron_cord.parallel import portability
 from megatron_cord.parallel.layout import ParallelConfig
 
 
-def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, object]:
+def _common(parallel: ParallelConfig, dtype: torch.dtype, recompute: bool) -> dict[str, object]:
     """What both towers share; fusions that need CUDA kernels follow the device."""
     cuda = portability.has_cuda()
+    every_layer = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return {
+        **(every_layer if recompute else {}),
         "tensor_model_parallel_size": parallel.tp,
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
@@ -40,7 +42,9 @@ def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, object]:
     }
 
 
-def encoder_config(arch: EncoderArchitecture, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def encoder_config(
+    arch: EncoderArchitecture, parallel: ParallelConfig, dtype: torch.dtype, *, recompute: bool = False
+) -> TransformerConfig:
     """Whisper's layers: pre-LayerNorm, biases, exact GELU; never cut over stages or the sequence."""
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -51,11 +55,13 @@ def encoder_config(arch: EncoderArchitecture, parallel: ParallelConfig, dtype: t
         layernorm_epsilon=1e-5,
         activation_func=torch.nn.functional.gelu,
         add_bias_linear=True,
-        **_common(parallel, dtype),  # type: ignore[arg-type]
+        **_common(parallel, dtype, recompute),  # type: ignore[arg-type]
     )
 
 
-def language_config(arch: LanguageArchitecture, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def language_config(
+    arch: LanguageArchitecture, parallel: ParallelConfig, dtype: torch.dtype, *, recompute: bool = False
+) -> TransformerConfig:
     """A Llama-like decoder: RMSNorm, SwiGLU, grouped-query attention, optional biases on the fused qkv."""
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -76,7 +82,7 @@ def language_config(arch: LanguageArchitecture, parallel: ParallelConfig, dtype:
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,  # the loss arrives normalised by global counts; nobody divides it again
-        **_common(parallel, dtype),  # type: ignore[arg-type]
+        **_common(parallel, dtype, recompute),  # type: ignore[arg-type]
     )
 
 

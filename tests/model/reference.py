@@ -6,6 +6,7 @@ Results are computed once for all test modules that ask.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ FOUR_RANKS = {
     "pp2-tied": Case(ParallelConfig(pp=2), tied=True),
     "tp2-pp2": Case(ParallelConfig(tp=2, pp=2)),
     "tp2-pp2-sp-tied": Case(ParallelConfig(tp=2, pp=2, sequence_parallel=True), tied=True),
+    "tp2-pp2-recompute": Case(ParallelConfig(tp=2, pp=2), recompute=("audio_encoder", "language_model")),
 }
 
 
@@ -75,13 +77,18 @@ def build(tied: bool) -> Qwen2AudioForConditionalGeneration:
     model = Qwen2AudioForConditionalGeneration(config)
     if tied:  # transformers' class does not tie by itself
         model.lm_head.weight = model.model.language_model.embed_tokens.weight
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-            else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    randomise(model)
     return model
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module) -> None:
+    """Every tensor random, biases and norms too, at a scale that keeps activations near one."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        else:
+            parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def published_tensors(model: Qwen2AudioForConditionalGeneration) -> dict[str, Tensor]:
@@ -108,8 +115,11 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
 @cache
 def expected(tied: bool) -> Expected:
     """One step of transformers' model with torch's AdamW."""
-    model = build(tied)
-    batches = make_batches()
+    return one_step(build(tied), make_batches(), logits_of, published_name)
+
+
+def one_step(model: Any, batches: list[Batch], logits_of: Callable[[Any, Batch], Tensor], published_name: Callable[[str], str]) -> Expected:
+    """One step of a reference model with torch's AdamW; its parameters' names are published under other ones."""
     logits = [logits_of(model, batch) for batch in batches]
     sum(batch.loss(values) for batch, values in zip(batches, logits, strict=True)).backward()  # type: ignore[union-attr]
     gradients = {published_name(n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -119,7 +129,8 @@ def expected(tied: bool) -> Expected:
     ).step()
     with torch.no_grad():
         updated_logits = [logits_of(model, batch) for batch in batches]
-    return Expected([values.detach() for values in logits], gradients, norm, published_tensors(model), updated_logits)
+    updated = {published_name(n): p.detach().clone() for n, p in model.named_parameters()}
+    return Expected([values.detach() for values in logits], gradients, norm, updated, updated_logits)
 
 
 @cache
@@ -130,6 +141,6 @@ def on_four_ranks() -> dict[str, list[Outcome]]:
         for tied in (False, True):
             path = Path(directory) / f"tied-{tied}"
             save(path, build(tied))
-            checkpoints[tied] = str(path)
+            checkpoints["qwen2_audio", tied] = str(path)
         by_rank = run_ranks(run_cases, 4, FOUR_RANKS, checkpoints)
     return {name: [outcomes[name] for outcomes in by_rank] for name in FOUR_RANKS}

@@ -13,7 +13,7 @@ from transformers import Qwen2AudioEncoderConfig
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
 from megatron_cord.errors import CordError
-from megatron_cord.model.architecture import Architecture, EncoderArchitecture, LanguageArchitecture
+from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture, LanguageArchitecture
 from megatron_cord.model.families import load_architecture
 from tests.model.reference import build
 
@@ -32,7 +32,7 @@ LANGUAGE = LanguageArchitecture(
     qkv_bias=True,
     tied_embeddings=False,
 )
-ARCHITECTURE = Architecture("qwen2_audio", ENCODER, LANGUAGE, 100)
+ARCHITECTURE = Architecture("qwen2_audio", ENCODER, LANGUAGE, 100, AdapterArchitecture("linear"))
 
 
 def written(directory: Path, text: str) -> Path:
@@ -52,8 +52,8 @@ def test_tokens_are_counted_as_in_transformers() -> None:
     encoder = Qwen2AudioEncoder(Qwen2AudioEncoderConfig(d_model=4, encoder_layers=0, encoder_attention_heads=1, num_mel_bins=2))
     frames = torch.arange(1, 3001)
     positions, tokens = encoder._get_feat_extract_output_lengths(frames)  # type: ignore[arg-type]
-    assert torch.equal(ENCODER.frames_after_convolutions(frames), positions) and torch.equal(ENCODER.num_tokens(frames), tokens)
-    assert [ENCODER.num_tokens(int(n)) for n in frames] == tokens.tolist()
+    assert torch.equal(ENCODER.frames_after_convolutions(frames), positions) and torch.equal(ARCHITECTURE.num_audio_tokens(frames), tokens)
+    assert [ARCHITECTURE.num_audio_tokens(int(n)) for n in frames] == tokens.tolist()
 
 
 def test_vocabulary_is_padded_for_all_ranks() -> None:
@@ -91,7 +91,7 @@ def test_layouts_that_divide() -> None:
     [
         ("{", "is not a model configuration"),
         ("[]", "is not a model configuration"),
-        ("{}", "model_type None is not supported; supported: qwen2_audio"),
+        ("{}", "model_type None is not supported; supported: llama, qwen2, qwen2_audio, step_audio_2, voxtral"),
         ('{"model_type": "llava"}', "model_type 'llava' is not supported"),
         ('{"model_type": ["qwen2_audio"]}', "is not supported"),
         ('{"model_type": "qwen2_audio", "text_config": 5}', "is damaged"),

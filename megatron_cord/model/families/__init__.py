@@ -1,6 +1,7 @@
 """Model families by Hugging Face ``model_type``: how each one's configuration is read and how its tensors are named.
 
-Adding a family means one file here that offers ``architecture`` and ``tensor_map``, and one line in the table below.
+Adding a family means one file here that offers ``architecture``, ``tensor_map`` and ``canonical_name``, and one line in the table below;
+docs/adding-a-model.md shows how.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
-from megatron_cord.model.families import qwen2_audio
+from megatron_cord.model.families import qwen2_audio, step_audio_2, text, voxtral
 from megatron_cord.model.tensor_map import TensorMap
 
 
@@ -34,7 +35,14 @@ class Family:
     canonical_name: Callable[[str], str]
 
 
-FAMILIES = {"qwen2_audio": Family(qwen2_audio.architecture, qwen2_audio.tensor_map, qwen2_audio.canonical_name)}
+_TEXT = Family(text.architecture, text.tensor_map, text.canonical_name)
+FAMILIES = {
+    "llama": _TEXT,
+    "qwen2": _TEXT,
+    "qwen2_audio": Family(qwen2_audio.architecture, qwen2_audio.tensor_map, qwen2_audio.canonical_name),
+    "step_audio_2": Family(step_audio_2.architecture, step_audio_2.tensor_map, step_audio_2.canonical_name),
+    "voxtral": Family(voxtral.architecture, voxtral.tensor_map, voxtral.canonical_name),
+}
 
 
 def load_architecture(checkpoint_dir: str | Path) -> Architecture:

@@ -1,0 +1,82 @@
+"""Adapters: from the audio encoder's features to the language model's width. A small set; the architecture says which.
+
+They are small beside both towers, so every tensor-parallel rank holds all of them. Legend: C clips, T features a clip, H_audio and H the
+widths of encoder and language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_cord.model.architecture import AdapterArchitecture
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.nn.functional.relu, "gelu": torch.nn.functional.gelu}
+
+
+class LinearAdapter(MegatronModule):
+    """One projection (Qwen2-Audio)."""
+
+    def __init__(self, arch: AdapterArchitecture, sizes: tuple[int, int], config: TransformerConfig, device: torch.device) -> None:
+        super().__init__(config)
+        self.linear = torch.nn.Linear(*sizes, bias=arch.bias, dtype=config.params_dtype, device=device)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[C, T, H_audio] to [C, T, H]."""
+        return self.linear(features)
+
+
+class ConvolutionAdapter(MegatronModule):
+    """A strided convolution with GELU, then an MLP (Step-Audio 2)."""
+
+    def __init__(self, arch: AdapterArchitecture, sizes: tuple[int, int], config: TransformerConfig, device: torch.device) -> None:
+        super().__init__(config)
+        audio, out = sizes
+        kind = {"dtype": config.params_dtype, "device": device}
+        self.conv = torch.nn.Conv1d(audio, audio, arch.kernel_size, arch.stride, padding=1, **kind)  # type: ignore[arg-type]
+        self.linear1 = torch.nn.Linear(audio, arch.hidden_size, bias=arch.bias, **kind)  # type: ignore[arg-type]
+        self.linear2 = torch.nn.Linear(arch.hidden_size, out, bias=arch.bias, **kind)  # type: ignore[arg-type]
+        self.activation = _ACTIVATIONS[arch.activation]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[C, T, H_audio] to [C, tokens, H]."""
+        x = torch.nn.functional.gelu(self.conv(features.transpose(1, 2))).transpose(1, 2)
+        return self.linear2(self.activation(self.linear1(x)))
+
+
+class StackingAdapter(MegatronModule):
+    """Neighbouring features side by side, then an MLP (Voxtral). Features that do not fill a stack are left out."""
+
+    def __init__(self, arch: AdapterArchitecture, sizes: tuple[int, int], config: TransformerConfig, device: torch.device) -> None:
+        super().__init__(config)
+        audio, out = sizes
+        self.stride = arch.stride
+        self.linear1 = torch.nn.Linear(audio * arch.stride, arch.hidden_size, bias=arch.bias, dtype=config.params_dtype, device=device)
+        self.linear2 = torch.nn.Linear(arch.hidden_size, out, bias=arch.bias, dtype=config.params_dtype, device=device)
+        self.activation = _ACTIVATIONS[arch.activation]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[C, T, H_audio] to [C, T / stride, H]."""
+        clips, count, _ = features.shape
+        whole = features[:, : count // self.stride * self.stride].reshape(clips, count // self.stride, -1)
+        return self.linear2(self.activation(self.linear1(whole)))
+
+
+Adapter = LinearAdapter | ConvolutionAdapter | StackingAdapter
+_KINDS: dict[str, type[Adapter]] = {"linear": LinearAdapter, "convolution": ConvolutionAdapter, "stacking": StackingAdapter}
+
+
+def build_adapter(arch: AdapterArchitecture, sizes: tuple[int, int], config: TransformerConfig, device: torch.device) -> Adapter:
+    """The adapter of this architecture.
+
+    Args:
+        arch: which one, and its own sizes.
+        sizes: (H_audio, H).
+        config: gives the precision.
+        device: where its parameters are.
+    """
+    return _KINDS[arch.kind](arch, sizes, config, device)

@@ -1,0 +1,62 @@
+"""Voxtral (Liu et al. 2025): Whisper's encoder over whole windows, four frames stacked into one for an MLP, a Llama-like language model."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
+from megatron_cord.model.families.parts import decoder_architecture, decoder_rules, encoder_rules, pair, require
+from megatron_cord.model.tensor_map import TensorMap
+
+
+def architecture(config: PretrainedConfig) -> Architecture:
+    """Sizes of a Voxtral checkpoint from its Hugging Face configuration.
+
+    Raises:
+        CordError: a setting under which the model would compute something else.
+    """
+    audio, text = config.audio_config, config.text_config
+    language = decoder_architecture(text, qkv_bias=False, where="text_config.")
+    stride, rest = divmod(audio.intermediate_size, audio.hidden_size)
+    require(
+        {
+            "text_config.model_type": (text.model_type, "llama"),
+            "audio_config.activation_function": (audio.activation_function, "gelu"),
+            "projector_hidden_act": (config.projector_hidden_act, "gelu"),
+            "the remainder of audio_config.intermediate_size by hidden_size": (rest, 0),
+            "the remainder of audio_config.max_source_positions by the frames of a stack": (audio.max_source_positions % stride, 0),
+        }
+    )
+    return Architecture(
+        model_type="voxtral",
+        encoder=EncoderArchitecture(
+            num_mels=audio.num_mel_bins,
+            hidden_size=audio.hidden_size,
+            num_layers=audio.num_hidden_layers,
+            num_heads=audio.num_attention_heads,
+            ffn_hidden_size=audio.intermediate_size,
+            max_positions=audio.max_source_positions,
+            pooling=1,
+            hears_padding=True,
+        ),
+        language=language,
+        audio_token_id=config.audio_token_id,
+        adapter=AdapterArchitecture("stacking", language.hidden_size, stride=stride, bias=False),
+    )
+
+
+def canonical_name(name: str) -> str:
+    """The name as published; transformers 5 writes the language model one level deeper."""
+    return name.replace("language_model.model.model.", "language_model.model.", 1)
+
+
+def tensor_map(arch: Architecture) -> TensorMap:
+    """Hugging Face names against Megatron names and layouts, for the whole model."""
+    assert arch.encoder is not None
+    return TensorMap(
+        [
+            *encoder_rules(arch.encoder, "audio_tower"),
+            *(rule for i in (1, 2) for rule in pair(f"adapter.linear{i}", f"multi_modal_projector.linear_{i}", bias=False)),
+            *decoder_rules(arch.language, "language_model.model", "language_model.lm_head.weight"),
+        ]
+    )

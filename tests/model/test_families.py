@@ -1,0 +1,146 @@
+"""The families beside Qwen2-Audio in several layouts against their reference: tensors in and out, logits, gradients, and a step."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_cord.convert import import_tensors, read_tensors
+from megatron_cord.errors import CordError
+from megatron_cord.model.families import load_architecture
+from megatron_cord.model.lalm import LALM, ModelInput
+from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
+from tests.gloo import run_ranks
+from tests.model.family_reference import build, expected, save
+from tests.model.ranks import AUDIO_ID, MELS, TOKENS, WINDOW, Case, Outcome, make_batches, run_cases
+
+pytestmark = pytest.mark.filterwarnings("ignore:::megatron")  # about arguments that Megatron-Core itself leaves out
+
+CASES = {
+    "qwen2-dp": Case(ParallelConfig(), family="qwen2"),
+    "qwen2-tp2": Case(ParallelConfig(tp=2), family="qwen2"),
+    "qwen2-pp2-tied": Case(ParallelConfig(pp=2), family="qwen2", tied=True),
+    "llama-dp": Case(ParallelConfig(), family="llama"),
+    "llama-tp2-tied": Case(ParallelConfig(tp=2), family="llama", tied=True),
+    "llama-tp2-pp2": Case(ParallelConfig(tp=2, pp=2), family="llama"),
+    "step-dp": Case(ParallelConfig(), family="step_audio_2"),
+    "step-tp2-sp": Case(ParallelConfig(tp=2, sequence_parallel=True), family="step_audio_2"),
+    "step-pp2": Case(ParallelConfig(pp=2), family="step_audio_2"),
+    "step-tp2-pp2": Case(ParallelConfig(tp=2, pp=2), family="step_audio_2", recompute=("audio_encoder",)),
+    "voxtral-dp": Case(ParallelConfig(), family="voxtral"),
+    "voxtral-tp2": Case(ParallelConfig(tp=2), family="voxtral"),
+    "voxtral-tp2-pp2": Case(ParallelConfig(tp=2, pp=2), family="voxtral"),
+}
+
+
+@cache
+def outcomes() -> dict[str, list[Outcome]]:
+    """Of each case on each of four ranks."""
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoints = {}
+        for family, tied in {(case.family, case.tied) for case in CASES.values()}:
+            path = Path(directory) / f"{family}-{tied}"
+            path.mkdir()
+            save(path, family, tied)
+            checkpoints[family, tied] = str(path)
+        by_rank = run_ranks(run_cases, 4, CASES, checkpoints)
+    return {name: [of_rank[name] for of_rank in by_rank] for name in CASES}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_tensors_come_back(name: str) -> None:
+    """Catches a name or a layout in a family's table that loses or changes a tensor."""
+    assert [outcome.changed_by_round_trip for outcome in outcomes()[name]] == [[]] * 4
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_logits_equal_the_references(name: str) -> None:
+    """Catches a wrong activation, norm, mask, stacking, stride or bias, and a clip that depends on the padding after it."""
+    case, wanted = CASES[name], expected(CASES[name].family, CASES[name].tied).logits
+    given = {index: values for outcome in outcomes()[name] for index, values in outcome.logits.items()}
+    batches = make_batches(case.family)
+    assert sorted(given) == list(range(len(batches)))
+    for index, batch in enumerate(batches):
+        for row, length in enumerate(batch.lengths):
+            torch.testing.assert_close(given[index][row, :length], wanted[index][row, :length], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_gradients_equal_the_references(name: str) -> None:
+    """Catches a part that is cut off from the loss, a gradient lost between ranks, and recomputed layers that give another one."""
+    case, outcome = CASES[name], outcomes()[name][0]
+    wanted = expected(case.family, case.tied)
+    errors = {n: float((outcome.gradients[n] - tensor).norm() / tensor.norm()) for n, tensor in wanted.gradients.items()}
+    assert max(errors.values()) < 1e-4, {n: error for n, error in errors.items() if error >= 1e-4}
+    assert outcome.gradient_norm == pytest.approx(wanted.gradient_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_step_equals_adamw(name: str) -> None:
+    """Catches weights that the optimizer forgets, and a key bias that is learned though the checkpoint has none."""
+    case = CASES[name]
+    for tensor, value in expected(case.family, case.tied).updated.items():
+        torch.testing.assert_close(outcomes()[name][0].updated[tensor], value, rtol=0, atol=2e-6)
+    assert all(outcome.key_bias == 0.0 for outcome in outcomes()[name])
+
+
+@pytest.mark.parametrize("family", ["step_audio_2", "voxtral"])
+def test_tokens_are_counted(family: str, tmp_path: Path) -> None:
+    """Catches a count that is off where lengths do not divide, for single clips and for tensors of them."""
+    save(tmp_path, family, tied=False)
+    arch = load_architecture(tmp_path)
+    frames = torch.arange(1, WINDOW)
+    wanted = [TOKENS[family](int(n)) for n in frames]
+    assert arch.num_audio_tokens(frames).tolist() == wanted == [arch.num_audio_tokens(int(n)) for n in frames]
+
+
+def test_a_clip_does_not_depend_on_its_padding(tmp_path: Path) -> None:
+    """Catches Step-Audio 2's convolutions looking past a clip of any length: the reference hears it alone, we hear it before noise."""
+    save(tmp_path, "step_audio_2", tied=False)
+    layout = initialize(ParallelConfig(), seed=0)
+    model, reference = LALM(load_architecture(tmp_path), layout, torch.float32), build("step_audio_2", tied=False)
+    import_tensors(model, read_tensors(tmp_path))
+    assert model.audio_encoder is not None and model.adapter is not None
+    clips = torch.randn(WINDOW - 2, MELS, WINDOW, generator=torch.Generator().manual_seed(0))
+    lengths = range(3, WINDOW - 1)
+    with torch.no_grad():
+        heard = model.adapter(model.audio_encoder(clips[: len(lengths)], torch.tensor(lengths)))
+        for given, clip, frames in zip(heard, clips, lengths, strict=False):
+            alone = reference.hear(clip[:, : frames + 2], frames)
+            torch.testing.assert_close(given[: len(alone)], alone, rtol=0, atol=1e-5)
+    finalize()
+
+
+def test_a_text_model_refuses_audio(tmp_path: Path) -> None:
+    """Catches audio that is dropped without a word."""
+    save(tmp_path, "llama", tied=False)
+    model = LALM(load_architecture(tmp_path), initialize(ParallelConfig(), seed=0), torch.float32)
+    heard = ModelInput(torch.tensor([[1, AUDIO_ID]]), torch.zeros(1, MELS, WINDOW), torch.tensor([4]), ("a",))
+    with pytest.raises(CordError, match="samples a: audio for a llama model, which only reads"):
+        model(heard)
+    finalize()
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "words"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias is True"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters.rope_type is 'linear'"),
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("voxtral", {"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
+        ("step_audio_2", {"audio_encoder_config": {"n_mels": 8}}, "is damaged"),
+    ],
+)
+def test_settings_that_would_compute_something_else(family: str, setting: dict[str, object], words: str, tmp_path: Path) -> None:
+    """Catches a checkpoint that loads and silently gives other logits."""
+    save(tmp_path, family, tied=False)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    with pytest.raises(CordError) as caught:
+        load_architecture(tmp_path)
+    assert words in str(caught.value) and str(path) in str(caught.value)
