@@ -13,8 +13,10 @@ REQUIRED = [
     "psutil>=6",  # so does its dist_checkpointing; we name ranks' parents with it
     "packaging>=24.2",
     "transformers==5.12.1",  # what sglang 0.5.21 pins too
+    "sentencepiece==0.2.3",
     "safetensors==0.8.0",
     "numpy==2.4.6",
+    "jinja2>=3.1",  # chat templates; transformers uses it without declaring it
     "PyYAML>=6.0.2,<7",
     "webdataset==1.0.2",
     "math-verify==0.9.0",

@@ -34,7 +34,8 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     step = _load(config, layout, engine)
     source = ShardDataset(config.data.evaluation)
     samples = [source[i] for i in range(min(config.evaluation.samples or len(source), len(source)))]
-    result = Evaluator(config.evaluation, samples, PromptBuilder(config.model.checkpoint), engine).run(step)
+    prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio)
+    result = Evaluator(config.evaluation, samples, prompts, engine).run(step)
     if layout.is_main:
         path = write_evaluation(Path(config.output_dir), result)
         console = Console()

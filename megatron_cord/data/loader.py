@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -27,11 +27,13 @@ class DataConfig:
         train: shards to train on: a directory with a manifest, a tar file, or a pattern.
         evaluation: shards to evaluate on, likewise.
         shuffle: a new order each epoch, drawn from the run's seed; otherwise the order of the shards.
+        long_audio: what to do with audio longer than the encoder's window: stop with an error, or cut it into several clips.
     """
 
     train: str
     evaluation: str
     shuffle: bool = True
+    long_audio: Literal["error", "cut"] = "error"
 
 
 class SampleSource(Protocol):

@@ -1,76 +1,109 @@
 """Prompts: one sample as two token sequences, spoken and written, which differ only where audio stands for text.
 
-Chat template, tokenizer and feature extractor are the checkpoint's own. Simplification: one user turn with one clip or one text.
+Chat template, tokenizer and feature extractor are the checkpoint's own. Simplification: one user turn with one recording or one text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from transformers import AutoConfig, AutoProcessor, GenerationConfig
+import numpy as np
+from jinja2 import TemplateError
+from transformers import GenerationConfig
 
 from megatron_cord.data.features import FeatureConfig, log_mel
 from megatron_cord.data.samples import AudioClip, Prompt, Sample
+from megatron_cord.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from megatron_cord.errors import CordError
+from megatron_cord.model.families import family_of, load_architecture
 
 _FEWEST_AUDIO_TOKENS = 2  # transformers takes a lone placeholder for one that is still to be expanded
 
-
-def audio_token_count(frames: int) -> int:
-    """How many features Qwen2-Audio's encoder makes of ``frames`` log-mel frames: a convolution of stride 2, then pooling by 2."""
-    return ((frames - 1) // 2 + 1 - 2) // 2 + 1
+LongAudio = Literal["error", "cut"]
 
 
 class PromptBuilder:
     """Turns samples into prompts for one checkpoint, and token ids back into text.
 
+    Args:
+        checkpoint_dir: a Hugging Face checkpoint.
+        long_audio: what to do with audio longer than the encoder's window: refuse it, or cut it into clips, each with its own
+            placeholders.
+
     Attributes:
         eos_ids: tokens that end a response.
         pad_id: fills batches.
-        audio_token_id: the placeholder, one for each audio feature.
+        audio_token_id: the placeholder, one for each audio feature; None for a model that only reads.
         special_ids: never to be sampled: all special tokens but ``eos_ids``, and ids without a token.
         vocab_size: rows of the model's embedding, which may be more than the tokenizer has tokens.
 
     Raises:
-        CordError: a directory without a processor, or a chat template without one placeholder for a clip.
+        CordError: a directory without a tokenizer, or a chat template without one placeholder for a clip.
     """
 
-    def __init__(self, checkpoint_dir: str | Path) -> None:
+    def __init__(self, checkpoint_dir: str | Path, *, long_audio: LongAudio = "error") -> None:
         directory = Path(checkpoint_dir)
-        try:
-            processor: Any = AutoProcessor.from_pretrained(directory)
-            config: Any = AutoConfig.from_pretrained(directory)
-        except (OSError, ValueError) as error:
-            first_line = str(error).splitlines()[0]
-            raise CordError(f"{directory}: no processor or configuration to load ({first_line}); give a checkpoint directory") from error
-        self._processor = processor
-        self._tokenizer = processor.tokenizer
-        self._features = FeatureConfig.from_checkpoint(directory)
-        self.audio_token_id: int = config.audio_token_id
-        self.vocab_size: int = config.text_config.vocab_size
+        self._directory, self._long_audio = directory, long_audio
+        self._tokenizer = load_tokenizer(directory)
+        self._arch = load_architecture(directory)
+        self.audio_token_id = self._arch.audio_token_id
+        self.vocab_size = self._arch.language.vocab_size
         self.eos_ids = self._find_eos(directory)
-        self.pad_id: int = self.eos_ids[0] if self._tokenizer.pad_token_id is None else self._tokenizer.pad_token_id
-        added = {index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        self.pad_id = self.eos_ids[0] if self._tokenizer.pad_id is None else self._tokenizer.pad_id
         tokenless = range(len(self._tokenizer), self.vocab_size)
-        self.special_ids = tuple(sorted({*self._tokenizer.all_special_ids, *added, *tokenless} - set(self.eos_ids)))
-        self._around_audio = self._split_at_placeholder(directory)
+        self.special_ids = tuple(sorted({*self._tokenizer.special_ids, *tokenless} - set(self.eos_ids)))
+        self._template: str | None = None
+        self._features: FeatureConfig | None = None
+        if self._arch.encoder is not None:
+            self._features = self._find_features(directory)
+            family_template = family_of(self._arch).chat_template
+            if family_template is not None and not self._writes_placeholder():
+                self._template = family_template  # the published processing is code there, not a template
+            self._around_audio(1)
 
     def audio_prompt(self, sample: Sample) -> Prompt:
-        """The question as heard; the clip's features are float32 [n_mels, window frames].
+        """The question as heard; each clip's features are float32 [n_mels, window frames].
 
         Raises:
-            CordError: audio that ``log_mel`` refuses (another rate, longer than the encoder's window …), or too short for the encoder.
+            CordError: audio that ``log_mel`` refuses (another rate …), longer than the encoder's window unless it may be cut, or too
+                short for the encoder; a model that only reads.
         """
-        heard = log_mel(sample.waveform, self._features, sampling_rate=sample.sampling_rate, name=sample.id)
-        count = audio_token_count(heard.num_frames)
-        if count < _FEWEST_AUDIO_TOKENS:
-            seconds = len(sample.waveform) / sample.sampling_rate
-            raise CordError(f"sample {sample.id}: audio of {seconds:.2f} s is too short for the encoder; drop the sample")
-        before, after = self._around_audio
-        clip = AudioClip(waveform=sample.waveform, features=heard.log_mel, num_frames=heard.num_frames, num_tokens=count)
-        return Prompt(sample_id=sample.id, token_ids=(*before, *[self.audio_token_id] * count, *after), clips=(clip,))
+        if self._features is None:
+            raise CordError(f"sample {sample.id}: a {self._arch.model_type} model takes no audio; choose a checkpoint that hears")
+        clips = []
+        for waveform in self._windows(sample, self._features):
+            heard = log_mel(waveform, self._features, sampling_rate=sample.sampling_rate, name=sample.id)
+            tokens = self._arch.num_audio_tokens(heard.num_frames)
+            if tokens < _FEWEST_AUDIO_TOKENS:
+                seconds = len(waveform) / sample.sampling_rate
+                raise CordError(f"sample {sample.id}: audio of {seconds:.2f} s is too short for the encoder; drop the sample")
+            clips.append(AudioClip(waveform=waveform, features=heard.log_mel, num_frames=heard.num_frames, num_tokens=tokens))
+        first, *others = self._around_audio(len(clips))
+        ids = [*first]
+        for clip, after in zip(clips, others, strict=True):
+            ids += [self._arch.audio_token_id or 0] * clip.num_tokens + after
+        return Prompt(sample_id=sample.id, token_ids=tuple(ids), clips=tuple(clips))
+
+    def _windows(self, sample: Sample, features: FeatureConfig) -> list[np.ndarray]:
+        """The recording in clips that the encoder can take, whole if it is short enough; nothing is left out."""
+        assert self._arch.encoder is not None
+        audio, longest = sample.waveform, self._arch.encoder.max_clip_frames * features.hop_length
+        # What is no mono recording at the right rate gets log_mel's error.
+        if sample.sampling_rate != features.sampling_rate or audio.ndim != 1 or len(audio) <= longest:
+            return [audio]
+        if self._long_audio == "error":
+            seconds, window = (samples / features.sampling_rate for samples in (len(audio), longest))
+            raise CordError(
+                f"sample {sample.id}: {seconds:.2f} s of audio, the encoder's window is {window:.2f} s; "
+                "shorten it, or set data.long_audio to cut"
+            )
+        starts = list(range(0, len(audio), longest))
+        enough = next(frames for frames in count(1) if self._arch.num_audio_tokens(frames) >= _FEWEST_AUDIO_TOKENS)
+        starts[-1] = min(starts[-1], len(audio) - enough * features.hop_length)  # a rest too short to hear takes from its neighbour
+        return [audio[start:end] for start, end in zip(starts, [*starts[1:], len(audio)], strict=True)]
 
     def text_prompt(self, sample: Sample) -> Prompt:
         """The question as read.
@@ -80,16 +113,16 @@ class PromptBuilder:
         """
         if not sample.question.strip():
             raise CordError(f"sample {sample.id}: the question is empty; give the text of what is said")
-        ids = self._tokenize({"type": "text", "text": sample.question})
-        unknown = self._tokenizer.unk_token_id
+        ids = self._tokenize([{"type": "text", "text": sample.question}])
+        unknown = self._tokenizer.unknown_id
         if unknown is not None and unknown in ids:
-            words = [word for word in sample.question.split() if unknown in self._tokenizer(word, add_special_tokens=False)["input_ids"]]
+            words = [word for word in sample.question.split() if unknown in self._tokenizer.encode(word)]
             raise CordError(f"sample {sample.id}: words outside the model's vocabulary: {', '.join(words[:8])}; rephrase the question")
         return Prompt(sample_id=sample.id, token_ids=tuple(ids))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text, without any special token added."""
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(self._tokenizer.encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
@@ -100,22 +133,53 @@ class PromptBuilder:
         """Each token's own text, specials included."""
         return [self._tokenizer.decode([index]) if index < len(self._tokenizer) else f"<{index}>" for index in ids]
 
-    def _tokenize(self, part: dict[str, str]) -> list[int]:
-        turns = [{"role": "user", "content": [part]}]
-        text = self._processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _tokenize(self, parts: list[dict[str, str]]) -> list[int]:
+        return self._tokenizer.encode(self._tokenizer.render([{"role": "user", "content": parts}], self._template))
 
-    def _split_at_placeholder(self, directory: Path) -> tuple[list[int], list[int]]:
-        ids = self._tokenize({"type": "audio", "audio_url": "clip"})
-        if ids.count(self.audio_token_id) != 1:
+    def _tokenize_audio(self, clips: int) -> list[int]:
+        return self._tokenize([{"type": "audio", "audio_url": "clip"}] * clips)
+
+    def _around_audio(self, clips: int) -> list[list[int]]:
+        """The prompt of so many clips, cut at their placeholders: clips + 1 pieces."""
+        pieces: list[list[int]] = [[]]
+        for index in self._tokenize_audio(clips):
+            if index == self.audio_token_id:
+                pieces.append([])
+            else:
+                pieces[-1].append(index)
+        if len(pieces) != clips + 1:
             raise CordError(
-                f"{directory}: the chat template writes {ids.count(self.audio_token_id)} placeholders for a clip; it must be one"
+                f"{self._directory}: the chat template writes {len(pieces) - 1} placeholders for "
+                f"{'a clip; it must be one' if clips == 1 else f'{clips} clips; it must be one for each'}"
             )
-        place = ids.index(self.audio_token_id)
-        return ids[:place], ids[place + 1 :]
+        return pieces
+
+    def _writes_placeholder(self) -> bool:
+        """Whether the checkpoint's own template has a place for a clip."""
+        try:
+            return self._tokenize_audio(1).count(self._arch.audio_token_id or 0) == 1
+        except (CordError, TemplateError):
+            return False
+
+    def _find_features(self, directory: Path) -> FeatureConfig:
+        """The checkpoint's feature extractor; Whisper's, over the encoder's window, where its processing is code."""
+        encoder = self._arch.encoder
+        assert encoder is not None
+        if isinstance(self._tokenizer, HuggingFaceTokenizer) and self._tokenizer.hears:
+            features = FeatureConfig.from_checkpoint(directory)
+        else:
+            features = FeatureConfig(n_mels=encoder.num_mels, n_samples=encoder.window_frames * FeatureConfig.hop_length)
+        if (features.n_mels, features.max_frames) != (encoder.num_mels, encoder.window_frames):
+            raise CordError(
+                f"{directory}: the feature extractor makes {features.n_mels} mel bands and {features.max_frames} frames, the encoder "
+                f"takes {encoder.num_mels} and {encoder.window_frames}; copy preprocessor_config.json from the original checkpoint"
+            )
+        return features
 
     def _find_eos(self, directory: Path) -> tuple[int, ...]:
-        eos = self._tokenizer.eos_token_id
+        eos: int | list[int] | None = self._tokenizer.eos_id
         if (directory / "generation_config.json").exists():
             eos = GenerationConfig.from_pretrained(directory).eos_token_id or eos
+        if eos is None:
+            raise CordError(f"{directory}: neither tokenizer nor generation_config.json says what ends a response; set eos_token_id there")
         return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)

@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
+from megatron_cord.model.families import load_architecture
 from megatron_cord.rollout.decoding import Response, TokenRules, sample_batch
 from megatron_cord.rollout.quiet import no_progress_bars
 from megatron_cord.rollout.types import GenerationRequest, Rollout, VersionSpan
@@ -46,12 +47,16 @@ class LocalEngine:
         prompts: the checkpoint's prompt builder.
 
     Raises:
-        CordError: a directory without a Qwen2-Audio checkpoint.
+        CordError: a directory without a Qwen2-Audio checkpoint: it is the one family that this engine runs.
     """
 
     def __init__(self, checkpoint_dir: str | Path, config: LocalEngineConfig | None = None) -> None:
         self._config = config or LocalEngineConfig()
         self.prompts = PromptBuilder(checkpoint_dir)
+        if (family := load_architecture(checkpoint_dir).model_type) != "qwen2_audio":
+            raise CordError(
+                f"{checkpoint_dir}: the local engine generates with Qwen2-Audio alone, not {family}; give a Qwen2-Audio checkpoint"
+            )
         self._rules = TokenRules(self.prompts.eos_ids, self.prompts.special_ids, self.prompts.pad_id)
         try:
             with no_progress_bars():

@@ -30,6 +30,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  #: of parameters and activations; gradients and optimizer states are fp32
     freeze: tuple[Literal["audio_encoder", "adapter", "language_model"], ...] = ()  #: parts that are not trained, nor exchanged again
 
+    #: Towers whose layers are computed again in the backward pass: memory for time.
+    recompute: tuple[Literal["audio_encoder", "language_model"], ...] = ()
+
     def __post_init__(self) -> None:
         if set(self.freeze) == set(PARTS):
             raise CordError("model.freeze names every part; nothing is left to train")

@@ -50,7 +50,7 @@ class Run:
         make_writable(self.directory)
         self.checkpoints = Checkpoints(self.directory / "checkpoints", config.checkpoint)
         resume_from = self._resume_from()
-        self.prompts = PromptBuilder(config.model.checkpoint)
+        self.prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio)
         self._questions = ShardDataset(config.data.train)
         self.loader = SampleLoader(
             self._questions, batch_size=config.rollout.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, Qwen2AudioProcessor, WhisperFeatureExtractor
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import AutoProcessor, PreTrainedTokenizerFast, Qwen2AudioProcessor, WhisperFeatureExtractor
 
 from examples.quickstart.checkpoint import TinyModelConfig, build_tokenizer, create_checkpoint
-from megatron_cord.data.prompts import PromptBuilder, audio_token_count
+from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Sample
 from megatron_cord.errors import CordError
+from tests.model.family_reference import DECODER, STEP_ENCODER
 
 WORDS = ["what", "is", "one", "plus", "two", "the", "answer", ".", "3"]
 
@@ -90,10 +92,57 @@ def test_decoding_leaves_specials_out(builder: PromptBuilder) -> None:
     assert builder.token_strings([23]) == ["<23>"]
 
 
-def test_one_feature_for_four_frames() -> None:
-    """Catches a formula that is off where a length does not divide: convolution of stride 2, padding 1, then pooling by 2."""
-    frames = range(3, 400)
-    assert [audio_token_count(n) for n in frames] == [((n + 1) // 2) // 2 for n in frames]
+def test_long_audio_is_cut(builder: PromptBuilder, checkpoint: Path) -> None:
+    """Catches a window that is lost or doubled, a run of placeholders that is not its clip's, and features of another stretch of audio."""
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    long = sample(2 * 48000 + 20000)
+    pieces = [long.waveform[:48000], long.waveform[48000:96000], long.waveform[96000:]]
+    turns = [{"role": "user", "content": [{"type": "audio", "audio_url": "clip"}] * 3}]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    expected = processor(text=text, audio=pieces, sampling_rate=16000, return_tensors="pt")
+    prompt = PromptBuilder(checkpoint, long_audio="cut").audio_prompt(long)
+    assert prompt.token_ids == tuple(expected["input_ids"][0].tolist())
+    for clip, features, piece in zip(prompt.clips, expected["input_features"], pieces, strict=True):
+        torch.testing.assert_close(clip.features, features, rtol=0, atol=1e-4)
+        assert np.array_equal(clip.waveform, piece)
+    assert prompt.token_ids.count(builder.audio_token_id) == sum(clip.num_tokens for clip in prompt.clips)
+
+
+@pytest.mark.parametrize("rest", [1, 320, 2000, 2241, 2560])
+def test_a_short_rest_is_heard(checkpoint: Path, rest: int) -> None:
+    """Catches the end of a recording that is dropped, or refused, because it is too short for a clip of its own."""
+    long = sample(48000 + rest)
+    prompt = PromptBuilder(checkpoint, long_audio="cut").audio_prompt(long)
+    first, last = prompt.clips
+    assert np.array_equal(np.concatenate([first.waveform, last.waveform]), long.waveform)
+    assert last.num_tokens >= 2 and first.num_tokens > 30
+
+
+def test_step_audio_2_is_prompted_as_published(tmp_path: Path) -> None:
+    """Catches a wrong template where the published processing is code, another rate of tokens, and clips of another length."""
+    words = ["<|BOT|>", "human", "assistant", "<|EOT|>", "<audio_start>", "<audio_patch>", "<audio_end>", *WORDS]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="."))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    marks = [AddedToken(word, special=True, normalized=False) for word in words[:7] if word[0] == "<"]
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|EOT|>", additional_special_tokens=marks).save_pretrained(tmp_path)
+    encoder = STEP_ENCODER | {"n_audio_ctx": 1500}
+    config = {"model_type": "step_audio_2", "audio_token_id": 5, "audio_encoder_config": encoder, "text_config": DECODER}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    builder = PromptBuilder(tmp_path, long_audio="cut")
+    heard, read = builder.audio_prompt(sample(16000)), builder.text_prompt(sample())
+    assert builder.token_strings(read.token_ids) == [
+        "<|BOT|>",
+        "human",
+        *["what", "is", "one", "plus", "two"],
+        "<|EOT|>",
+        "<|BOT|>",
+        "assistant",
+    ]
+    patches = ["<audio_patch>"] * 13  # of 100 frames: 50 positions, 25 pooled, 13 after the adapter
+    spoken = ["<audio_start>", *patches, "<audio_end>"]
+    assert builder.token_strings(heard.token_ids) == ["<|BOT|>", "human", *spoken, "<|EOT|>", "<|BOT|>", "assistant"]
+    long = builder.audio_prompt(sample(26 * 16000))
+    assert [clip.num_frames for clip in long.clips] == [2500, 100] and [clip.num_tokens for clip in long.clips] == [313, 13]
 
 
 def test_bad_samples_are_named(builder: PromptBuilder) -> None:
@@ -117,8 +166,15 @@ def test_bad_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None:
         PromptBuilder(tmp_path / "nowhere")
     shutil.copytree(checkpoint, tmp_path / "deaf")
     (tmp_path / "deaf" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] }}{% endfor %}", encoding="utf-8")
-    with pytest.raises(CordError, match="writes 0 placeholders for a clip"):
+    with pytest.raises(CordError, match="writes 0 placeholders for a clip; it must be one"):
         PromptBuilder(tmp_path / "deaf")
+    shutil.copytree(checkpoint, tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["audio_config"]["num_mel_bins"] = 80
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(CordError, match="makes 64 mel bands and 150 frames, the encoder takes 80 and 150; copy preprocessor_config.json"):
+        PromptBuilder(tmp_path / "other")
 
 
 def test_several_ends_of_sequence(checkpoint: Path, tmp_path: Path) -> None:

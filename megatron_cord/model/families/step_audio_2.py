@@ -21,6 +21,16 @@ _ADAPTER_HIDDEN_SIZE = 2048  # nor for the width of the adapter's MLP
 _TAIL_FRAMES = 2  # of silence that end a clip: convolutions see them, attention does not
 _CLIP_FRAMES = 2500  # the published processing cuts audio into 25 s
 
+#: What the published processing writes for a conversation.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|BOT|>{{ 'human' if message['role'] == 'user' else message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'audio' %}<audio_start><audio_patch><audio_end>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|EOT|>{% endfor %}"
+    "{% if add_generation_prompt %}<|BOT|>assistant\n{% endif %}"
+)
+
 _SPELLING = {
     "positions": "positional_embedding.weight",
     "layers": "blocks",

@@ -1,0 +1,185 @@
+"""Tokenizers behind one small interface: Hugging Face's, and sentencepiece models that come without Hugging Face's files.
+
+Each renders a conversation through the checkpoint's own chat template and turns text into ids and back. Special tokens that stand in a
+text are recognised; none is ever added. Simplification: a sentencepiece model's marks are its pieces of the form <…>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoProcessor
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from megatron_cord.errors import CordError
+
+Turns = list[dict[str, Any]]  #: a conversation as chat templates take it
+
+
+class Tokenizer(Protocol):
+    """What prompts need of a tokenizer."""
+
+    @property
+    def eos_id(self) -> int | None:
+        """Ends a response, unless the checkpoint's generation settings say otherwise."""
+        ...
+
+    @property
+    def pad_id(self) -> int | None:
+        """Fills batches; None if there is no such token."""
+        ...
+
+    @property
+    def unknown_id(self) -> int | None:
+        """Stands for words outside the vocabulary; None if everything can be spelt."""
+        ...
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Marks that are no text."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        ...
+
+    def render(self, turns: Turns, template: str | None = None) -> str:
+        """The conversation as one text that asks for an answer.
+
+        Args:
+            turns: of the conversation.
+            template: Jinja; the checkpoint's own if None.
+
+        Raises:
+            CordError: there is no template.
+        """
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        ...
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of transformers, with the processor that holds it if there is one.
+
+    Args:
+        processor: a processor or a tokenizer alone.
+        directory: for errors.
+    """
+
+    def __init__(self, processor: Any, directory: Path) -> None:
+        self._processor, self._directory = processor, directory
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+        added = {index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        self.special_ids = frozenset({*self._tokenizer.all_special_ids, *added})
+        self.eos_id: int | None = self._tokenizer.eos_token_id
+        self.pad_id: int | None = self._tokenizer.pad_token_id
+        self.unknown_id: int | None = self._tokenizer.unk_token_id
+
+    @property
+    def hears(self) -> bool:
+        """Whether the checkpoint says how audio becomes features."""
+        return hasattr(self._processor, "feature_extractor")
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def render(self, turns: Turns, template: str | None = None) -> str:
+        """See `Tokenizer`."""
+        if template is None and not self._processor.chat_template:
+            raise _no_template(self._directory)
+        given = {} if template is None else {"chat_template": template}
+        return self._processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **given)
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer`."""
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`."""
+        return self._tokenizer.decode(list(ids))
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model, tokenizer.model, with the chat template beside it, chat_template.jinja.
+
+    Args:
+        directory: that holds both.
+
+    Raises:
+        CordError: the model cannot be read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        path, template = directory / "tokenizer.model", directory / "chat_template.jinja"
+        self._directory = directory
+        self._template = template.read_text(encoding="utf-8") if template.is_file() else None
+        self._model: Any = SentencePieceProcessor()
+        try:
+            self._model.Load(str(path))
+        except (OSError, RuntimeError) as error:
+            raise CordError(f"{path} is not a sentencepiece model ({' '.join(str(error).split())}); download it again") from None
+        self.special_ids = frozenset(index for index in range(len(self)) if self._is_mark(index))
+        self.eos_id = _present(self._model.eos_id())
+        self.pad_id = _present(self._model.pad_id())
+        self.unknown_id = _present(self._model.unk_id())
+
+    def _is_mark(self, index: int) -> bool:
+        if self._model.IsControl(index) or self._model.IsUnknown(index):
+            return True
+        piece = self._model.IdToPiece(index)
+        # Bytes are spelt <0x0A>, but they are text.
+        return len(piece) > 2 and piece[0] == "<" and piece[-1] == ">" and not self._model.IsByte(index)
+
+    def __len__(self) -> int:
+        return self._model.GetPieceSize()
+
+    def render(self, turns: Turns, template: str | None = None) -> str:
+        """See `Tokenizer`."""
+        template = template or self._template
+        if template is None:
+            raise _no_template(self._directory)
+        rendered: Any = render_jinja_template(conversations=[turns], chat_template=template, add_generation_prompt=True)
+        return rendered[0][0]  # of one conversation; beside it stand the assistant's places in the text
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer`."""
+        return self._model.EncodeAsIds(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`."""
+        return self._model.DecodeIds(list(ids))
+
+
+def load_tokenizer(directory: str | Path) -> HuggingFaceTokenizer | SentencePieceTokenizer:
+    """The checkpoint's tokenizer: the sentencepiece model where that is all there is, Hugging Face's otherwise.
+
+    Raises:
+        CordError: there is none, or it cannot be read.
+    """
+    path = Path(directory)
+    others = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "processor_config.json")
+    if (path / "tokenizer.model").is_file() and not any((path / name).is_file() for name in others):
+        return SentencePieceTokenizer(path)
+    try:
+        return HuggingFaceTokenizer(AutoProcessor.from_pretrained(path), path)
+    except (OSError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise CordError(f"{path}: no processor or configuration to load ({first_line}); give a checkpoint directory") from error
+
+
+def _present(index: int) -> int | None:
+    """sentencepiece says -1 for a token that the model lacks."""
+    return None if index < 0 else index
+
+
+def _no_template(directory: Path) -> CordError:
+    return CordError(f"{directory} has no chat template; put the original checkpoint's chat_template.jinja there")
