@@ -68,7 +68,7 @@ class EagerBackend:
         self._tile = tile
         self._statistics: Callable[..., Statistics] = transform(_upcast_statistics)
         self._second_sums: Callable[..., Tensor] = transform(_upcast_second_sums)
-        self._gradient: Callable[..., Tensor] = transform(_upcast_gradient)
+        self._gradient: Callable[..., None] = transform(_upcast_gradient)
 
     def statistics(
         self, student: Tensor, teacher: Tensor, target: Tensor, kind: Kind, temperature: float, dtype: torch.dtype
@@ -93,9 +93,8 @@ class EagerBackend:
         out: Tensor,
     ) -> None:
         for rows in self._tiles(student):
-            out[rows] = self._gradient(
-                student[rows], teacher[rows], target[rows], _rows(totals, rows), kind, temperature, weights_of(weights, rows), out.dtype
-            )
+            mine = weights_of(weights, rows)
+            self._gradient(student[rows], teacher[rows], target[rows], _rows(totals, rows), kind, temperature, mine, out[rows])
 
     def _tiles(self, block: Tensor) -> Iterator[slice]:
         num_tokens, columns = block.shape
@@ -149,11 +148,10 @@ def _upcast_gradient(
     kind: Kind,
     temperature: float,
     weights: Weights,
-    out_dtype: torch.dtype,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     dtype = totals.entropy.dtype
-    gradient = gradient_block(student.to(dtype), teacher.to(dtype), target, totals, kind, temperature, *weights)
-    return gradient.to(out_dtype)
+    out.copy_(gradient_block(student.to(dtype), teacher.to(dtype), target, totals, kind, temperature, *weights))
 
 
 def _triton_is_installed() -> bool:
@@ -173,7 +171,7 @@ def _triton() -> Backend:
 
 @cache
 def _compiled() -> Backend:
-    return EagerBackend(_compile, tile=2**18)  # fused steps need no small tiles, and calls cost more
+    return EagerBackend(_compile, tile=2**24)  # fused steps need no small tiles, and calls cost time
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:

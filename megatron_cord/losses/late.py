@@ -74,7 +74,7 @@ class Late(torch.autograd.Function):
             hidden, weight = student_hidden[rows], used[rows, None]
             weighted_hidden = (hidden * weight).to(unweighted.dtype)
             logits = student.chunk(rows)
-            for span in shard.blocks():
+            for span in shard.blocks(logits.block_columns):
                 gradient = unweighted[rows, span]
                 if others is not None:
                     terms = torch.empty_like(gradient, dtype=shard.dtype)

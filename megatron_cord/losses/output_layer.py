@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_cord.losses import shard as shards
 from megatron_cord.losses.shard import VocabularyShard
 
 
@@ -55,6 +56,10 @@ class HiddenLogits:
         self._student = layers.student_hidden[rows]
         self._teacher = None if layers.teacher_hidden is None else layers.teacher_hidden[rows]
 
+    @property
+    def block_columns(self) -> int:
+        return shards.BLOCK_COLUMNS
+
     def block(self, span: slice) -> tuple[Tensor, Tensor]:
         layers = self._layers
         weight = layers.student_weight[span]
@@ -73,6 +78,10 @@ class KeptLogits:
     def __init__(self, logits: HiddenLogits) -> None:
         self._logits = logits
         self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def block_columns(self) -> int:
+        return self._logits.block_columns
 
     def block(self, span: slice) -> tuple[Tensor, Tensor]:
         if span.start not in self._blocks:

@@ -88,7 +88,7 @@ def add_gradients(
     """
     hidden = layers.student_hidden[rows]
     logits = layers.chunk(rows) if kept is None else kept
-    for span in shard.blocks():
+    for span in shard.blocks(logits.block_columns):
         gradient = torch.empty(len(target_ids), span.stop - span.start, dtype=gradient_dtype(hidden, shard.dtype), device=hidden.device)
         shard.block_gradient(span, *logits.block(span), target_ids, totals, weights, gradient)
         if hidden_gradient is not None:

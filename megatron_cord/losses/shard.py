@@ -25,12 +25,18 @@ from megatron_cord.losses.statistics import (
     totals_from_statistics,
 )
 
-#: Columns that are upcast and summed at a time.
-BLOCK_COLUMNS = 8192
+#: Columns of a block. Where logits are a product, a block bounds what exists at a time; where they exist already, few blocks mean few calls.
+BLOCK_COLUMNS = 2**13
+STORED_BLOCK_COLUMNS = 2**15
 
 
 class Logits(Protocol):
     """Logits of the same tokens, not divided by the temperature."""
+
+    @property
+    def block_columns(self) -> int:
+        """Columns to ask for at a time."""
+        ...
 
     def block(self, span: slice) -> tuple[Tensor, Tensor]:
         """Student's and teacher's columns of the span, [N, columns]; without a teacher the student's twice."""
@@ -42,6 +48,10 @@ class StoredLogits:
 
     def __init__(self, student: Tensor, teacher: Tensor) -> None:
         self.student, self.teacher = student, teacher
+
+    @property
+    def block_columns(self) -> int:
+        return STORED_BLOCK_COLUMNS
 
     def block(self, span: slice) -> tuple[Tensor, Tensor]:
         return self.student[:, span], self.teacher[:, span]
@@ -72,7 +82,7 @@ class VocabularyShard:
         """
         parts = [empty_statistics(target_ids.shape[0], dtype=self.dtype, device=target_ids.device)]
         top = parts[0].student_max.new_full((self.kind.top, target_ids.shape[0]), -torch.inf)
-        for span in self.blocks():
+        for span in self.blocks(logits.block_columns):
             student, teacher = logits.block(span)
             target = target_ids - self.start - span.start
             parts.append(self.backend.statistics(student, teacher, target, self.kind, self.temperature, self.dtype))
@@ -86,7 +96,7 @@ class VocabularyShard:
 
     def gradient(self, logits: Logits, target_ids: Tensor, totals: Totals, weights: Weights, out: Tensor) -> None:
         """Writes the gradient of this rank's student logits into ``out`` [N, V/TP], zero in the padding; no communication."""
-        for span in self.blocks():
+        for span in self.blocks(logits.block_columns):
             self.block_gradient(span, *logits.block(span), target_ids, totals, weights, out[:, span])
         out[:, self.columns :] = 0.0
 
@@ -97,9 +107,9 @@ class VocabularyShard:
         target = target_ids - self.start - span.start
         self.backend.gradient(student, teacher, target, totals, self.kind, self.temperature, weights, out)
 
-    def blocks(self) -> list[slice]:
-        """The columns that are tokens, a block at a time."""
-        return [slice(first, min(first + BLOCK_COLUMNS, self.columns)) for first in range(0, self.columns, BLOCK_COLUMNS)]
+    def blocks(self, size: int) -> list[slice]:
+        """The columns that are tokens, ``size`` at a time."""
+        return [slice(first, min(first + size, self.columns)) for first in range(0, self.columns, size)]
 
     @property
     def num_ranks(self) -> int:
@@ -108,7 +118,7 @@ class VocabularyShard:
 
     def _second_pass(self, logits: Logits, totals: Totals) -> Totals:
         sums = totals.entropy.new_zeros(self.kind.num_sums, len(totals.entropy))
-        for span in self.blocks():
+        for span in self.blocks(logits.block_columns):
             sums += self.backend.second_sums(*logits.block(span), totals, self.kind, self.temperature)
         return complete_totals(totals, self._gather(sums).sum(0), self.kind)
 
