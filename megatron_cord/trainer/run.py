@@ -95,6 +95,8 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.log.__exit__(kind, error, trace)
         self.engine.close()
+        # Megatron's DDP and the hooks that it hangs into autograd keep each other, and with them the weights and the process groups.
+        self.model.grad_accs.clear()
 
     def _begin(self) -> None:
         if self.layout.is_main:
