@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -42,8 +43,7 @@ def prepare(root: Path, config: RunConfig, console: Console) -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         for split, count in UTTERANCES.items():
             task = bar.add_task(split, total=count)
-            synthesize(SynthesisConfig(split=split, count=count, seed=config.seed), data[split],
-                       progress=lambda done, task=task: bar.advance(task, done))  # fmt: skip
+            synthesize(SynthesisConfig(split=split, count=count, seed=config.seed), data[split], progress=partial(bar.advance, task))
     untaught = root / "untaught"
     if not (untaught / "model.safetensors").is_file():
         create_checkpoint(untaught, TinyModelConfig(), vocabulary(), config.seed)
