@@ -1,0 +1,58 @@
+"""Each adapter against its formula in float64, and as many tokens as the architecture says, whatever the number of features."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_cord.model.adapters import build_adapter
+from megatron_cord.model.architecture import AdapterArchitecture, EncoderArchitecture
+from megatron_cord.model.transformer import encoder_config
+from megatron_cord.parallel.layout import ParallelConfig
+
+AUDIO, OUT = 6, 5
+ADAPTERS = {
+    "linear": AdapterArchitecture("linear"),
+    "linear without bias": AdapterArchitecture("linear", bias=False),
+    "convolution": AdapterArchitecture("convolution", 7, stride=2, kernel_size=3, activation="relu"),
+    "wide convolution": AdapterArchitecture("convolution", 7, stride=4, kernel_size=7),
+    "stacking": AdapterArchitecture("stacking", 7, stride=4, bias=False),
+    "stacking of three": AdapterArchitecture("stacking", 7, stride=3, activation="relu"),
+}
+
+
+def by_hand(arch: AdapterArchitecture, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """x [T, H_audio] to [tokens, H], token by token."""
+
+    def linear(name: str, v: Tensor) -> Tensor:
+        return weights[f"{name}.weight"] @ v + weights.get(f"{name}.bias", torch.zeros(1, dtype=v.dtype))
+
+    if arch.kind == "linear":
+        return torch.stack([linear("linear", v) for v in x])
+    activation = torch.relu if arch.activation == "relu" else torch.nn.functional.gelu
+    rows = []
+    if arch.kind == "stacking":
+        rows = [torch.cat([*x[start : start + arch.stride]]) for start in range(0, len(x) - arch.stride + 1, arch.stride)]
+    else:
+        padded = torch.nn.functional.pad(x, (0, 0, 1, 1))
+        for start in range(0, len(padded) - arch.kernel_size + 1, arch.stride):
+            seen = padded[start : start + arch.kernel_size]  # [kernel, H_audio]
+            rows.append(torch.nn.functional.gelu((weights["conv.weight"] * seen.T).sum((1, 2)) + weights["conv.bias"]))
+    return torch.stack([linear("linear2", activation(linear("linear1", row))) for row in rows])
+
+
+@pytest.mark.parametrize("name", list(ADAPTERS))
+@pytest.mark.parametrize("features", [8, 9, 10, 11, 25])
+def test_adapters(name: str, features: int) -> None:
+    """Catches a wrong stride, padding, order within a stack or activation, and a count of tokens that the features do not have."""
+    arch = ADAPTERS[name]
+    config = encoder_config(EncoderArchitecture(8, AUDIO, 1, 1, 4, 8), ParallelConfig(), torch.float64)
+    torch.manual_seed(0)
+    adapter = build_adapter(arch, (AUDIO, OUT), config, torch.device("cpu"))
+    x = torch.randn(2, features, AUDIO, dtype=torch.float64)
+    with torch.no_grad():
+        given = adapter(x)
+        wanted = torch.stack([by_hand(arch, dict(adapter.named_parameters()), clip) for clip in x])
+    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-12)
+    assert given.shape == (2, arch.num_tokens(features), OUT)
