@@ -92,7 +92,7 @@ def main() -> int:
     begun = time.perf_counter()
     console.print("[bold]1. data and checkpoint[/]")
     prepare(root, config, console)
-    console.print(f"[bold]2. CORD[/], {config.train.steps} steps on {config.parallel.tp} tensor-parallel ranks")
+    console.print(f"[bold]2. training[/], {config.train.steps} steps on {config.parallel.tp} tensor-parallel ranks")
     status = train(overrides, config)
     if status:
         return status
