@@ -1,15 +1,66 @@
-"""Reads the tensors of a Hugging Face checkpoint directory one by one, from safetensors only."""
+"""Reads the tensors of a Hugging Face checkpoint directory one by one, from safetensors only.
+
+Headers are read first and tell what is where; a tensor's bytes are read when it is asked for, into memory of its own. Mapping the files
+instead would keep every page that was touched in the process.
+"""
 
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_cord.errors import CordError
+
+#: the format's names of what a model's weights may be
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes:
+        name: as the file spells it.
+        dtype: of its elements.
+        shape: sizes.
+        path: the file.
+        offset: of its first byte in the file.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU.
+
+        Raises:
+            CordError: the file ends before the tensor does.
+        """
+        raw = torch.empty(self.nbytes, dtype=torch.uint8)
+        view, done = raw.numpy().data, 0
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            while done < self.nbytes and (count := file.readinto(view[done:])):
+                done += count
+        if done < self.nbytes:
+            raise CordError(f"{self.path} is damaged (it ends within tensor {self.name}); download it again")
+        return raw.view(self.dtype).reshape(self.shape)
 
 
 def safetensors_files(checkpoint_dir: str | Path) -> list[Path]:
@@ -37,16 +88,40 @@ def safetensors_files(checkpoint_dir: str | Path) -> list[Path]:
     return files
 
 
+def stored_tensors(checkpoint_dir: str | Path) -> list[StoredTensor]:
+    """Every tensor of the checkpoint, file by file, in the order of their bytes; reads headers only.
+
+    Raises:
+        CordError: as `safetensors_files`; a file is truncated or not in the safetensors format, or a tensor is no floating-point weight.
+    """
+    return [tensor for path in safetensors_files(checkpoint_dir) for tensor in _header(path)]
+
+
 def read_tensors(checkpoint_dir: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint, on the CPU.
 
     Raises:
-        CordError: a file is truncated or not in the safetensors format.
+        CordError: as `stored_tensors`.
     """
-    for path in safetensors_files(checkpoint_dir):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise CordError(f"{path} is damaged ({error}); download it again") from None
+    for tensor in stored_tensors(checkpoint_dir):
+        yield tensor.name, tensor.read()
+
+
+def _header(path: Path) -> list[StoredTensor]:
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # the library checks that header, offsets and the file's size agree
+    except SafetensorError as error:
+        raise CordError(f"{path} is damaged ({error}); download it again") from None
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    tensors = []
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in DTYPES:
+            raise CordError(
+                f"{path}: tensor {name} is of type {entry['dtype']}; quantised weights cannot be trained, use the original ones"
+            )
+        tensors.append(StoredTensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, 8 + length + entry["data_offsets"][0]))
+    return tensors

@@ -133,7 +133,7 @@ def import_tensors(model: LALM, tensors: Iterable[tuple[str, Tensor]]) -> None:
             parameter = mine.get(rule.megatron)
             if parameter is None:
                 continue  # another stage's
-            wanted = _hf_shapes(parameter, rule, model.layout)[name]
+            wanted = hf_shapes(parameter, rule, model.layout)[name]
             if tensor.shape != wanted:
                 problems.append(f"tensor {spelled} has shape {list(tensor.shape)}, expected {list(wanted)}")
                 continue
@@ -146,7 +146,7 @@ def import_tensors(model: LALM, tensors: Iterable[tuple[str, Tensor]]) -> None:
         raise CordError(f"the checkpoint does not fit the model's architecture ({len(problems)} problems): " + "; ".join(problems))
 
 
-def _hf_shapes(parameter: Tensor, rule: TensorRule, layout: Layout) -> dict[str, torch.Size]:
+def hf_shapes(parameter: Tensor, rule: TensorRule, layout: Layout) -> dict[str, torch.Size]:
     """The shapes of the Hugging Face tensors that make this rank's shard."""
     shape = list(parameter.shape)
     if rule.layout.shard_dim is not None:

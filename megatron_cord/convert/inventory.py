@@ -1,0 +1,112 @@
+"""Every tensor of a model on paper: names, shapes and layouts on both sides, without weights or memory for them.
+
+The model is built from fake tensors, which have shapes only, so that the inventory is of what would really be trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_cord.convert.checkpoint_files import StoredTensor
+from megatron_cord.convert.stream import global_parameters, hf_shapes, import_tensors, tensor_map_of
+from megatron_cord.errors import CordError
+from megatron_cord.model.architecture import Architecture
+from megatron_cord.model.families import family_of
+from megatron_cord.model.lalm import LALM
+from megatron_cord.parallel.layout import Layout
+from megatron_cord.parallel.objects import all_gather_json
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Hugging Face tensor and its place in the Megatron model.
+
+    Attributes:
+        name: as published.
+        shape: sizes.
+        megatron: the tensor that holds it, layers numbered over all pipeline stages.
+        layout: how it lies in that tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    megatron: str
+    layout: str
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it is made of."""
+        return prod(self.shape)
+
+
+class _PaperModel(LALM):
+    """A model that is never moved to a device: fake tensors cannot be."""
+
+    def to(self, *_: Any, **__: Any) -> Self:
+        return self
+
+
+def _paper_model(arch: Architecture, layout: Layout) -> LALM:
+    with FakeTensorMode():
+        return _PaperModel(arch, layout, torch.bfloat16)
+
+
+def inventory(arch: Architecture, layout: Layout) -> list[Entry]:
+    """All tensors of the architecture over all stages, in the order in which they are exported. Collective over all ranks.
+
+    Raises:
+        CordError: the layout does not divide the model.
+    """
+    model = _paper_model(arch, layout)
+    parameters, table = global_parameters(model), tensor_map_of(model)
+    mine: dict[str, list[int]] = {}
+    for rule in table.rules:
+        if rule.megatron in parameters:
+            mine |= {name: list(shape) for name, shape in hf_shapes(parameters[rule.megatron], rule, layout).items()}
+    shapes: dict[str, list[int]] = {}
+    for share in all_gather_json(mine):
+        shapes |= share
+    return [Entry(name, tuple(shapes[name]), rule.megatron, type(rule.layout).__name__) for rule in table.rules for name in rule.hf_names]
+
+
+def check_fits(arch: Architecture, layout: Layout, stored: Sequence[StoredTensor]) -> None:
+    """Compares the checkpoint's headers with this rank's part of the model.
+
+    Raises:
+        CordError: missing, unexpected, duplicated or misshapen tensors, all listed at once.
+    """
+    model = _paper_model(arch, layout)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        import_tensors(model, ((tensor.name, torch.empty(tensor.shape, dtype=tensor.dtype)) for tensor in stored))
+
+
+def tensors_for(model: LALM, stored: Sequence[StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors for `import_tensors`, in the order of the family's table: the parts of one fused tensor follow each other.
+
+    Tensors of other stages have a shape only. At most one tensor is read ahead.
+    """
+    table, canonical, mine = tensor_map_of(model), family_of(model.arch).canonical_name, global_parameters(model)
+    places = {name: place for place, name in enumerate(table.by_hf_name)}
+    for tensor in sorted(stored, key=lambda tensor: places[canonical(tensor.name)]):
+        needed = table.by_hf_name[canonical(tensor.name)].megatron in mine
+        yield tensor.name, tensor.read() if needed else torch.empty(tensor.shape, device="meta")
+
+
+def common_dtype(tensors: Sequence[StoredTensor]) -> torch.dtype:
+    """The precision that all tensors have.
+
+    Raises:
+        CordError: they have several.
+    """
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        several = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise CordError(f"{tensors[0].path.parent} mixes tensors of {several}; choose one with --dtype")
+    return dtypes.pop()

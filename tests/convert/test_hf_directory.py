@@ -1,0 +1,161 @@
+"""Directories written from a stream: readable by others, complete or invisible, and finished by a second run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_cord.convert import read_tensors
+from megatron_cord.convert.companions import read_companions, with_dtype
+from megatron_cord.convert.hf_directory import HFDirectoryWriter, Shard, plan_shards
+from megatron_cord.errors import CordError
+from tests.tiny_run import ROOT
+
+SHAPES = {"a": (3, 5), "b": (7,), "c": (), "d": (2, 2, 2), "e": (11,)}
+SHARDS = plan_shards(SHAPES, torch.float32, 70)  # a | b c d | e
+
+
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def writer(directory: Path, source: str = "run") -> HFDirectoryWriter:
+    return HFDirectoryWriter(directory, SHARDS, torch.float32, source)
+
+
+def whole(directory: Path) -> bool:
+    given = dict(read_tensors(directory))
+    return given.keys() == SHAPES.keys() and all(torch.equal(given[name], tensor) for name, tensor in tensors().items())
+
+
+def write_until_killed(directory: str) -> None:
+    """Ends its own process without any farewell, in the middle of the second file."""
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors().items():
+            if name == "d":
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield name, tensor
+
+    writer(Path(directory)).write(stream())
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> Path:
+    """Where a directory would be, had its writer not been killed."""
+    command = "import sys; from tests.convert.test_hf_directory import write_until_killed; write_until_killed(sys.argv[1])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    status = subprocess.run([sys.executable, "-c", command, str(tmp_path / "out")], env=environment, check=False).returncode
+    assert status == -signal.SIGKILL
+    return tmp_path / "out"
+
+
+def test_plan() -> None:
+    """Catches a file above the limit, a tensor in no file or in two, and an index for a single file."""
+    assert [list(shard.shapes) for shard in SHARDS] == [["a"], ["b", "c", "d"], ["e"]]
+    assert [shard.file for shard in SHARDS] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert plan_shards(SHAPES, torch.float32, 10**6) == [Shard("model.safetensors", SHAPES)]
+    assert [list(shard.shapes) for shard in plan_shards(SHAPES, torch.float32, 1)] == [[name] for name in SHAPES]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_library_reads_what_is_written(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Catches a header, an offset or a precision that only our own reader would accept, and a transposed tensor written in another order."""
+    given = tensors() | {"a": tensors()["a"].t().contiguous().t()}
+    out = HFDirectoryWriter(tmp_path / "out", plan_shards(SHAPES, dtype, 40), dtype, None)
+    out.write(given.items())
+    out.publish({"config.json": b"{}"})
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.numel() for tensor in given.values()) * dtype.itemsize
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / "out" / file)[name], given[name].to(dtype))
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
+def test_a_killed_run_is_invisible_and_finished_by_the_next(killed: Path) -> None:
+    """Catches half a directory that looks whole, a file that is half written and kept, and a finished file that is written again."""
+    assert not killed.exists()
+    first = killed.with_name(".out.partial") / SHARDS[0].file
+    before = first.stat().st_mtime_ns
+    second = writer(killed)
+    assert second.kept == (SHARDS[0].file,)
+    second.write(tensors().items())
+    assert first.stat().st_mtime_ns == before
+    second.publish({})
+    assert whole(killed) and sorted(os.listdir(killed)) == [*(shard.file for shard in SHARDS), "model.safetensors.index.json"]
+
+
+def test_leftovers_are_verified(killed: Path) -> None:
+    """Catches a finished file that was damaged since, or that came from other weights, in the published directory."""
+    first = killed.with_name(".out.partial") / SHARDS[0].file
+    content = bytearray(first.read_bytes())
+    content[-1] ^= 1
+    first.write_bytes(content)
+    assert writer(killed).kept == ()
+    assert not first.exists()
+
+
+def test_leftovers_of_other_weights_are_discarded(killed: Path) -> None:
+    """Catches files of two checkpoints in one directory."""
+    other = writer(killed, source="another run")
+    assert other.kept == ()
+    other.write(tensors().items())
+    other.publish({})
+    assert whole(killed)
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    """Catches a checkpoint that is lost to a slip of the pen."""
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(CordError, match="exists already and is not overwritten"):
+        writer(tmp_path)
+    with pytest.raises(CordError, match="exists already"):
+        writer(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (list(tensors().items())[:-1], r"tensor e \[11\] was planned but nothing came"),
+        ([("a", torch.zeros(5, 3))], r"tensor a \[3, 5\] was planned but a \[5, 3\] came"),
+        ([*tensors().items(), ("f", torch.zeros(1))], "tensor f is not in the plan"),
+    ],
+)
+def test_a_stream_that_is_not_the_plan(tmp_path: Path, given: list[tuple[str, Tensor]], words: str) -> None:
+    """Catches a header that promises what the bytes do not hold."""
+    with pytest.raises(CordError, match=words):
+        writer(tmp_path / "out").write(given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_companions(tmp_path: Path) -> None:
+    """Catches weights of another format that are carried over, code or templates that are not, and a precision that config.json denies."""
+    config = {"dtype": "float32", "text_config": {"torch_dtype": "float32", "vocab_size": 3}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "modeling.py",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "a.bin",
+        ".x",
+    ):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "assets").mkdir()
+    companions = read_companions(tmp_path)
+    assert sorted(companions) == ["chat_template.jinja", "config.json", "modeling.py", "tokenizer.json"]
+    changed = json.loads(with_dtype(companions, torch.bfloat16)["config.json"])
+    assert changed == {"dtype": "bfloat16", "text_config": {"torch_dtype": "bfloat16", "vocab_size": 3}}
+    assert with_dtype(companions, torch.float32) is companions

@@ -1,0 +1,103 @@
+"""Inventories: the published model of full size, accounted for tensor by tensor without its weights; headers that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+from examples.quickstart.checkpoint import published_name
+from megatron_cord.convert import import_tensors
+from megatron_cord.convert.checkpoint_files import stored_tensors
+from megatron_cord.convert.inventory import check_fits, common_dtype, inventory, tensors_for
+from megatron_cord.convert.stream import export_tensors
+from megatron_cord.errors import CordError
+from megatron_cord.model.families import load_architecture
+from megatron_cord.model.lalm import LALM
+from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
+from tests.model.reference import build, save
+
+pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
+
+PARAMETERS = 8_397_094_912  # of the published Qwen2-Audio-7B, encoder included
+
+
+@pytest.fixture(scope="module")
+def layout() -> Iterator[Layout]:
+    yield initialize(ParallelConfig(), seed=0)
+    finalize()
+
+
+def full_size() -> Qwen2AudioConfig:
+    """The sizes of Qwen2-Audio-7B's published configuration."""
+    audio = {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "num_mel_bins": 128}
+    text = {
+        "model_type": "qwen2", "vocab_size": 156032, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 8192,
+    }  # fmt: skip
+    return Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=151646)  # type: ignore[call-arg]
+
+
+def test_full_size_qwen2_audio(layout: Layout, tmp_path: Path) -> None:
+    """Catches a tensor of the published model that is left out, invented or of another shape; needs no memory for its 17 GB."""
+    config = full_size()
+    config.save_pretrained(tmp_path)
+    entries = inventory(load_architecture(tmp_path), layout)
+    with torch.device("meta"):
+        model = Qwen2AudioForConditionalGeneration(config)
+    wanted = {published_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert {entry.name: entry.shape for entry in entries} == wanted
+    assert sum(entry.elements for entry in entries) == sum(p.numel() for p in model.parameters()) == PARAMETERS
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    save(tmp_path, build(tied=False))
+    return tmp_path
+
+
+def test_headers_that_fit(layout: Layout, checkpoint: Path) -> None:
+    """Catches a whole checkpoint that is refused, and a reading order that loses or changes a tensor."""
+    arch, stored = load_architecture(checkpoint), stored_tensors(checkpoint)
+    check_fits(arch, layout, stored)
+    model = LALM(arch, layout, common_dtype(stored))
+    import_tensors(model, tensors_for(model, stored[::-1]))
+    given = dict(export_tensors(model))
+    assert given.keys() == {tensor.name for tensor in stored}
+    assert all(torch.equal(given[tensor.name], tensor.read()) for tensor in stored)
+
+
+def test_headers_that_do_not_fit(layout: Layout, checkpoint: Path) -> None:
+    """Catches a check that stops at the first problem, or that reads weights before it finds one."""
+    stored = stored_tensors(checkpoint)
+    head = next(tensor for tensor in stored if tensor.name == "language_model.lm_head.weight")
+    (checkpoint / "model.safetensors").unlink()
+    others = [tensor for tensor in stored if tensor not in (head, stored[0], stored[1])]
+    misfits = [replace(head, shape=(7, 48)), replace(stored[0], name=f"{stored[0].name}s"), others[0]]
+    with pytest.raises(CordError) as caught:
+        check_fits(load_architecture(checkpoint), layout, [*others, *misfits])
+    for words in (
+        "tensor language_model.lm_head.weight has shape [7, 48], expected [101, 48]",
+        f"unexpected tensor {stored[0].name}s (nearest expected: {stored[0].name})",
+        f"tensor {others[0].name} occurs twice",
+        f"missing tensor {stored[0].name}",
+        f"missing tensor {stored[1].name}",
+    ):
+        assert words in str(caught.value)
+
+
+def test_precisions(tmp_path: Path) -> None:
+    """Catches a mixture that is rounded without a word, and integers that pass for weights."""
+    mixed: dict[str, Tensor] = {"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.bfloat16)}
+    save_file(mixed, tmp_path / "model.safetensors")
+    with pytest.raises(CordError, match="mixes tensors of bfloat16, float32; choose one with --dtype"):
+        common_dtype(stored_tensors(tmp_path))
+    save_file({"q": torch.zeros(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(CordError, match="tensor q is of type I8"):
+        stored_tensors(tmp_path)
