@@ -38,8 +38,8 @@ from megatron_cord.losses.shard import VocabularyShard
 from megatron_cord.losses.statistics import Totals
 from megatron_cord.losses.two_pass_kinds import NO_TEACHER, kind_named
 
-#: Logits of a chunk (64 MiB of float32 on a CPU, 512 MiB on CUDA, where a GEMM of few rows is slow): it has as many tokens as fit.
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+#: Logits of a chunk (32 MiB of float32 on a CPU, 512 MiB on CUDA, where a GEMM of few rows is slow): it has as many tokens as fit.
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def divergence_from_hidden(
         loss_weights: promises the loss: called with the stats of a chunk's tokens and which tokens they are, it returns their weights in the
             loss, which must come true up to a common factor. It may be called for any implementation's sake and not be used.
         cu_seqlens: integers [B+1]; chunks then hold whole sequences, so that ``loss_weights`` sees each in one piece.
-        chunk_tokens: tokens a chunk, equal on all ranks; None: as many as 64 MiB of logits allow (512 MiB on CUDA). One all-gather a chunk.
+        chunk_tokens: tokens a chunk, equal on all ranks; None: as many as 32 MiB of logits allow (512 MiB on CUDA). One all-gather a chunk.
 
     Returns: as ``divergence_from_logits``.
 

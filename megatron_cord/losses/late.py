@@ -22,7 +22,7 @@ from megatron_cord.losses.autograd import arrived, declare_outputs, rows_of
 from megatron_cord.losses.backends import weights_of
 from megatron_cord.losses.output_layer import HiddenGradient, KeptLogits, OutputLayers, WeightGradient, gradient_dtype
 from megatron_cord.losses.recompute import joined
-from megatron_cord.losses.shard import VocabularyShard
+from megatron_cord.losses.shard import BLOCK_COLUMNS, VocabularyShard
 from megatron_cord.losses.statistics import Totals
 from megatron_cord.losses.two_pass_kinds import NO_TEACHER
 
@@ -63,35 +63,55 @@ class Late(torch.autograd.Function):
         student_hidden, student_weight, target_ids, unweighted, *saved = ctx.saved_tensors
         shard: VocabularyShard = ctx.shard
         totals = Totals(*saved)
-        by_divergence, by_entropy, by_logprob = arrived(output_gradients)
+        weights = arrived(output_gradients)
         hidden_gradient = HiddenGradient(student_hidden, shard) if ctx.needs_input_grad[0] else None
-        weight_gradient = WeightGradient(student_weight, shard.dtype) if ctx.needs_input_grad[1] else None
-        used = torch.zeros_like(totals.divergence) if by_divergence is None else by_divergence
-        used = torch.where(totals.divergence.isfinite() | (used == 0), used, torch.nan)  # never a silent 0 for an infinite one
-        others = None if by_entropy is None and by_logprob is None else replace(shard, kind=NO_TEACHER)
-        student = OutputLayers(student_hidden, student_weight, None, None, shard.dtype)
-        for rows in ctx.chunks:
-            hidden, weight = student_hidden[rows], used[rows, None]
-            weighted_hidden = (hidden * weight).to(unweighted.dtype)
-            logits = student.chunk(rows)
-            for span in shard.blocks(logits.block_columns):
-                gradient = unweighted[rows, span]
-                if others is not None:
-                    terms = torch.empty_like(gradient, dtype=shard.dtype)
-                    chunk_weights = weights_of((None, by_entropy, by_logprob), rows)
-                    chunk_totals = Totals(*rows_of(totals, rows))
+        by_divergence = torch.zeros_like(totals.divergence) if weights[0] is None else weights[0]
+        # Never a silent 0 for an infinite divergence.
+        by_divergence = torch.where(totals.divergence.isfinite() | (by_divergence == 0), by_divergence, torch.nan)
+        alone = weights[1] is None and weights[2] is None
+        weight_gradient = WeightGradient(student_weight, shard.dtype, span_by_span=alone) if ctx.needs_input_grad[1] else None
+        if alone:
+            _multiply(shard, ctx.chunks, student_hidden, student_weight, unweighted, by_divergence, hidden_gradient, weight_gradient)
+        else:
+            others = replace(shard, kind=NO_TEACHER)
+            layers = OutputLayers(student_hidden, student_weight, None, None, shard.dtype)
+            for rows in ctx.chunks:
+                logits, hidden = layers.chunk(rows), student_hidden[rows]
+                for span in shard.blocks(logits.block_columns):
+                    terms = torch.empty(len(hidden), span.stop - span.start, dtype=shard.dtype, device=hidden.device)
+                    chunk_totals, chunk_weights = Totals(*rows_of(totals, rows)), weights_of((None, *weights[1:]), rows)
                     others.block_gradient(span, *logits.block(span), target_ids[rows], chunk_totals, chunk_weights, terms)
-                    gradient = terms.addcmul_(gradient.to(shard.dtype), weight).to(unweighted.dtype)
+                    gradient = terms.addcmul_(unweighted[rows, span].to(shard.dtype), by_divergence[rows, None]).to(unweighted.dtype)
+                    if hidden_gradient is not None:
+                        hidden_gradient.add(rows, gradient, student_weight[span])
+                    if weight_gradient is not None:
+                        weight_gradient.add(span, gradient, hidden)
                 if hidden_gradient is not None:
-                    hidden_gradient.add(rows, gradient, student_weight[span])
-                if weight_gradient is not None:
-                    weight_gradient.add(span, gradient, hidden if others is not None else weighted_hidden)
-            if hidden_gradient is not None:
-                if others is None:
-                    hidden_gradient.total[rows] *= weight
-                hidden_gradient.reduce(rows)
+                    hidden_gradient.reduce(rows)
         return (
             None if hidden_gradient is None else hidden_gradient.result(student_hidden.dtype),
             None if weight_gradient is None else weight_gradient.result(),
             *[None] * 5,
         )
+
+
+def _multiply(
+    shard: VocabularyShard,
+    chunks: list[slice],
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    unweighted: Tensor,
+    by_divergence: Tensor,
+    hidden_gradient: HiddenGradient | None,
+    weight_gradient: WeightGradient | None,
+) -> None:
+    """dH = diag(w)(g W), of which the sum over ranks goes on while dW = gᵀ (diag(w) h) is formed."""
+    if hidden_gradient is not None:
+        for rows in chunks:
+            hidden_gradient.add(rows, unweighted[rows], student_weight[: shard.columns])
+            hidden_gradient.total[rows] *= by_divergence[rows, None]
+            hidden_gradient.reduce(rows)
+    if weight_gradient is not None:
+        weighted = [(student_hidden[rows] * by_divergence[rows, None]).to(unweighted.dtype) for rows in chunks]
+        for span in shard.blocks(BLOCK_COLUMNS):
+            weight_gradient.add_span(span, ((unweighted[rows, span], hidden) for rows, hidden in zip(chunks, weighted, strict=True)))

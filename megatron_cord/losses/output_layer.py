@@ -10,6 +10,7 @@ Shapes: N tokens, C tokens of a chunk, V vocabulary, H hidden, TP ranks.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -125,18 +126,26 @@ class WeightGradient:
 
     Megatron's DistributedDataParallel gives a parameter an fp32 ``main_grad``. Where there is one the sum goes straight into it, as
     Megatron's own fused layers do: ``grad_added_to_main_grad`` says so, and autograd gets zeros without memory, to which a tied embedding's
-    gradient may be added.
+    gradient may be added. With ``span_by_span`` the caller adds each span once, with ``add_span``, and the whole is in the weight's type.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, *, span_by_span: bool = False) -> None:
         self._weight, self._dtype = weight, dtype
         main_grad = getattr(weight, "main_grad", None)
         self._in_place = main_grad is not None and main_grad.dtype == dtype and hasattr(weight, "grad_added_to_main_grad")
-        self.total: Tensor = main_grad if self._in_place else torch.zeros(weight.shape, dtype=dtype, device=weight.device)  # type: ignore[assignment]
+        own = weight.dtype if span_by_span else dtype
+        self.total: Tensor = main_grad if self._in_place else torch.zeros(weight.shape, dtype=own, device=weight.device)  # type: ignore[assignment]
 
     def add(self, span: slice, logits_gradient: Tensor, hidden: Tensor) -> None:
         """Adds logits_gradient [C, columns]ᵀ · hidden [C, H] to the rows of the span."""
         add_product(self.total[span], logits_gradient.T, hidden)
+
+    def add_span(self, span: slice, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Adds all tokens' part of the span's rows, given as pairs as in ``add``: the sum is in fp32, and no more than the span is."""
+        sum_of_parts = torch.zeros(span.stop - span.start, self.total.shape[1], dtype=self._dtype, device=self.total.device)
+        for logits_gradient, hidden in parts:
+            add_product(sum_of_parts, logits_gradient.T, hidden)
+        self.total[span] += sum_of_parts
 
     def add_scaled(self, total: Tensor, scale: Tensor) -> None:
         """Adds a finished sum [V/TP, H] times a scalar."""

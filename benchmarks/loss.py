@@ -1,0 +1,233 @@
+"""``python -m benchmarks.loss``: time and peak memory of the divergence, ours and its rivals', forward and backward.
+
+Parts: ``loss`` (logits given), ``layer`` (output layer included), ``ranks`` (vocabulary over two ranks), ``memory`` (in a process of
+its own), ``sweep`` (against V and N, for the plot). Within a part the candidates take turns, so that a change of the machine's speed meets
+all of them; the median of the turns counts, and the spread is the distance between the quartiles. Results go to benchmarks/results/, as JSON
+with machine and versions; ``plot`` draws docs/loss.svg from them. With CUDA the same script takes the sizes of a real model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import loss_rivals as rivals
+from benchmarks.loss_rivals import Candidate, Inputs, make_inputs
+
+ROOT = Path(__file__).parents[1]
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+RESULTS = ROOT / "benchmarks" / "results" / f"loss-{DEVICE.type}.json"
+#: N, V, H
+SIZES = {"loss": (512, 32768, 256), "layer": (512, 32768, 256), "ranks": (256, 32768, 256), "memory": (512, 65536, 256)}
+if CUDA:
+    SIZES = dict.fromkeys(SIZES, (8192, 151936, 3584))
+SWEEP_V = [(256, v, 256) for v in (8192, 32768, 65536)]
+SWEEP_N = [(n, 16384, 256) for n in (128, 512, 1024)]
+KERNELS = "triton" if CUDA else "compile"
+REFERENCE = "ours, late"
+
+
+def from_hidden() -> dict[str, Candidate]:
+    """By name, those that can run here."""
+    compiled = rivals.plain(torch.compile(rivals.plain_loss_from_hidden, dynamic=True))
+    exact = rivals.plain(torch.compile(rivals.exact_loss_from_hidden, dynamic=True))
+    candidates = {f"ours, {name}": rivals.ours(name, KERNELS) for name in ("late", "fused", "recompute")}
+    candidates |= {"ours, late, eager": rivals.ours("late", "eager"), "torch": rivals.plain(rivals.plain_loss_from_hidden)}
+    candidates |= {"torch, compiled": compiled, "torch, compiled, fp32 logits": exact}
+    others = {"Liger chunked JSD, compiled": rivals.liger_chunked(), "Liger fused_linear_jsd": rivals.liger_fused()}
+    return candidates | {name: candidate for name, candidate in others.items() if candidate is not None}
+
+
+def from_logits() -> dict[str, Candidate]:
+    """The same for the loss alone."""
+    compiled = rivals.plain_from_logits(torch.compile(rivals.plain_loss, dynamic=True))
+    ours = {"ours": rivals.ours_from_logits(KERNELS), "ours, eager": rivals.ours_from_logits("eager")}
+    return ours | {"torch": rivals.plain_from_logits(rivals.plain_loss), "torch, compiled": compiled}
+
+
+def take_turns(candidates: dict[str, Candidate], inputs: Inputs, turns: int) -> dict[str, dict[str, float]]:
+    """Median and spread of each candidate's seconds, after a first run that compiles."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(turns + 1):
+        for name, candidate in candidates.items():
+            inputs.clear()
+            gc.collect()
+            taken = timed(candidate, inputs)
+            if turn > 0:
+                seconds[name].append(taken)
+    quartiles = {name: statistics.quantiles(times, n=4) for name, times in seconds.items()}
+    return {name: {"seconds": q[1], "spread": q[2] - q[0], "turns": turns} for name, q in quartiles.items()}
+
+
+def timed(candidate: Candidate, inputs: Inputs) -> float:
+    """Seconds of one forward and backward pass.
+
+    One thread's time on the processor is what a pass takes on a machine that is not shared; where ranks or a GPU are waited for, the clock's.
+    """
+    clock = time.perf_counter if CUDA or dist.is_initialized() else time.process_time
+    if CUDA:
+        torch.cuda.synchronize()
+    started = clock()
+    candidate(inputs)
+    if CUDA:
+        torch.cuda.synchronize()
+    return clock() - started
+
+
+def peak_of(candidate: Candidate, inputs: Inputs) -> int:
+    """Bytes that a pass needs at its peak above its inputs, its gradients included, after a first run that compiles."""
+    inputs.clear()
+    candidate(inputs)
+    inputs.clear()
+    gc.collect()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        candidate(inputs)
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the resident memory starts anew
+    before = _status("VmRSS")
+    candidate(inputs)
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def peaks_in_own_process(sizes: list[tuple[int, int, int]], names: list[str]) -> list[dict[str, int]]:
+    """``peak_of`` for each of the sizes, by candidate, in a process whose freed memory goes back to the system at once."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, "-m", "benchmarks.loss", "peak", json.dumps(sizes), json.dumps(names)]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def on_ranks(turns: int) -> dict[str, dict[str, float]] | None:
+    """Two gloo ranks, or as many as torchrun started; None on ranks that do not report."""
+    group = dist.group.WORLD
+    assert group is not None
+    candidates = {f"ours, {name}": rivals.ours(name, KERNELS, group) for name in ("late", "recompute")}
+    candidates |= {"gathered logits": rivals.gathered(group), "all-reduced sums": rivals.all_reduced(group)}
+    inputs = make_inputs(*SIZES["ranks"], DEVICE, with_logits=False, ranks=dist.get_world_size(), rank=dist.get_rank())
+    result = take_turns(candidates, inputs, turns)
+    return result if dist.get_rank() == 0 else None
+
+
+def ranks_in_own_processes(turns: int) -> dict[str, dict[str, float]]:
+    """``on_ranks`` under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "benchmarks.loss"]
+    done = subprocess.run([*command, "rank", "--turns", str(turns)], cwd=ROOT, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def sweep(turns: int) -> list[dict[str, Any]]:
+    """Seconds and peak bytes of the main candidates against V and against N."""
+    chosen = ("ours, late", "ours, recompute", "torch", "torch, compiled, fp32 logits", "Liger chunked JSD, compiled")
+    points = []
+    axes = [("V", size) for size in SWEEP_V] + [("N", size) for size in SWEEP_N]
+    peaks = peaks_in_own_process([size for _, size in axes], list(chosen))
+    candidates = {name: candidate for name, candidate in from_hidden().items() if name in chosen}
+    for (axis, sizes), peak in zip(axes, peaks, strict=True):
+        times = take_turns(candidates, make_inputs(*sizes, DEVICE, with_logits=False), turns)
+        points += [{"axis": axis, "sizes": sizes, "name": name, "peak_bytes": peak[name], **numbers} for name, numbers in times.items()]
+    return points
+
+
+def machine() -> dict[str, str]:
+    """What the numbers belong to."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    found = {
+        "device": torch.cuda.get_device_name() if CUDA else model,
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+    }
+    for package in ("torch", "triton", "liger_kernel"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def print_table(part: str, entries: dict[str, dict[str, float]], key: str) -> None:
+    """One line a candidate, and how many times more it takes than ours."""
+    reference = REFERENCE if REFERENCE in entries else "ours"
+    print(f"\n{part}: N, V, H = {SIZES[part]}")
+    for name, entry in entries.items():
+        value = f"{entry['seconds'] * 1e3:8.1f} ms ± {entry['spread'] * 1e3:5.1f}" if key == "seconds" else f"{entry[key] / 2**20:8.1f} MiB"
+        print(f"  {name:32s} {value}   {entry[key] / entries[reference][key]:6.2f} × {reference}")
+
+
+def main() -> None:
+    """Runs the parts that the command line names and writes what they found beside what was there."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=["all", "loss", "layer", "ranks", "memory", "sweep", "plot", "peak", "rank"])
+    parser.add_argument("rest", nargs="*", help="of peak: sizes and candidates, as JSON")
+    parser.add_argument("--turns", type=int, default=9)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 64
+    if arguments.part == "peak":
+        every_size, names = map(json.loads, arguments.rest)
+        candidates = {name: candidate for name, candidate in from_hidden().items() if name in names}
+        every_inputs = (make_inputs(n, v, h, DEVICE, with_logits=False) for n, v, h in every_size)
+        print(json.dumps([{name: peak_of(candidate, inputs) for name, candidate in candidates.items()} for inputs in every_inputs]))
+        return
+    if arguments.part == "rank":
+        dist.init_process_group("nccl" if CUDA else "gloo")
+        if (result := on_ranks(arguments.turns)) is not None:
+            print(json.dumps(result))
+        dist.destroy_process_group()
+        return
+    if arguments.part != "plot":
+        run_parts(["loss", "layer", "ranks", "memory", "sweep"] if arguments.part == "all" else [arguments.part], arguments.turns)
+    if arguments.part in ("all", "sweep", "plot"):
+        from benchmarks.loss_plot import plot
+
+        plot(json.loads(RESULTS.read_text())["sweep"], ROOT / "docs" / "loss.svg")
+
+
+def run_parts(parts: list[str], turns: int) -> None:
+    """Measures, prints and writes."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results["machine"] = machine()
+    for part in parts:
+        if part == "sweep":
+            results[part] = sweep(turns)
+            continue
+        entries: dict[str, Any]
+        if part == "memory":
+            (peaks,) = peaks_in_own_process([SIZES[part]], list(from_hidden()))
+            entries = {name: {"peak_bytes": peak} for name, peak in peaks.items()}
+        elif part == "ranks":
+            entries = ranks_in_own_processes(turns)
+        else:
+            candidates = from_logits() if part == "loss" else from_hidden()
+            entries = take_turns(candidates, make_inputs(*SIZES[part], DEVICE, with_logits=part == "loss"), turns)
+        print_table(part, entries, "peak_bytes" if part == "memory" else "seconds")
+        results[part] = {"sizes": SIZES[part], "candidates": entries}
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
