@@ -1,0 +1,36 @@
+"""Recomputation of layers by configuration; that it gives the same gradients is a case of test_lalm and of test_families."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_cord.model.lalm import LALM, Tower
+from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
+from tests.model.ranks import make_batches
+from tests.model.test_architecture import ARCHITECTURE
+
+pytestmark = pytest.mark.filterwarnings("ignore:::megatron")  # about arguments that Megatron-Core itself leaves out
+
+
+@pytest.fixture(scope="module")
+def layout() -> Iterator[Layout]:
+    yield initialize(ParallelConfig(), seed=0)
+    finalize()
+
+
+@pytest.mark.parametrize("towers", [(), ("audio_encoder",), ("language_model",), ("audio_encoder", "language_model")])
+def test_chosen_towers_are_computed_twice(layout: Layout, towers: tuple[Tower, ...]) -> None:
+    """Catches a setting that is dropped on its way to Megatron, or that reaches the other tower."""
+    model = LALM(ARCHITECTURE, layout, torch.float32, recompute=towers)
+    calls: Counter[str] = Counter()
+    for name, block in {"audio_encoder": model.audio_encoder.block, "language_model": model.language_model.decoder}.items():  # type: ignore[union-attr]
+        block.layers[0].mlp.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model(make_batches()[1].input).sum().backward()
+    assert calls == {name: 1 + (name in towers) for name in ("audio_encoder", "language_model")}
+    assert all(parameter.grad is not None for parameter in model.audio_encoder.block.parameters())  # type: ignore[union-attr]
