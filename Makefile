@@ -14,7 +14,7 @@ CODE := setup.py megatron_cord tests tools examples $(if $(wildcard benchmarks/*
 # Two cores often run two ranks: one thread a process, or they fight for them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test test-full lint format typecheck clean help
+.PHONY: setup quickstart test test-full bench lint format typecheck clean help
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ test: lint typecheck ## lint, types and the tests that take minutes
 
 test-full: lint typecheck ## all tests, slow ones included
 	$(BIN)/python -m pytest
+
+bench: $(STAMP) ## measure the loss against its rivals; some minutes, writes benchmarks/results/ and docs/loss.svg
+	$(BIN)/python -m benchmarks.loss all
 
 lint: $(STAMP) ## rules and formatting
 	$(BIN)/ruff check .
