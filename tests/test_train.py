@@ -6,6 +6,7 @@ Runs on two ranks share one pair of processes, as starting processes costs more 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import resource
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_cord.config import load_config
 from megatron_cord.errors import CordError
+from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import finalize
 from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
@@ -210,6 +212,16 @@ def test_a_replay_is_the_same_run(inputs: Path, one: Path, tmp_path: Path) -> No
     assert losses(replay) == losses(one)
     with pytest.raises(CordError, match=r"step_000001\.jsonl does not exist"):
         alone(inputs, tmp_path / "none", f"replay={tmp_path}")
+
+
+def test_a_run_that_has_ended_frees_its_model(inputs: Path, tmp_path: Path) -> None:
+    """Catches a process that keeps the weights, the optimizer and some fifty threads of each run that it made."""
+    counts = []
+    for name in ("first", "second"):
+        alone(inputs, tmp_path / name, "checkpoint.interval=0", "train.steps=1")
+        gc.collect()
+        counts.append(sum(type(kept) is LALM for kept in gc.get_objects()))
+    assert counts[0] == counts[1]
 
 
 def test_the_configuration_wins_over_the_checkpoint(inputs: Path, one: Path, tmp_path: Path) -> None:

@@ -89,6 +89,12 @@ def build_optimizer(
     return optimizer, scheduler
 
 
+def release(model: DistributedDataParallel) -> None:
+    """Lets go of a model that is done with: else hooks inside autograd, DDP and optimizer keep each other, with weights, groups and threads."""
+    model.grad_accs.clear()
+    model.module.config.grad_scale_func = None
+
+
 def gradients_are_finite(model: DistributedDataParallel) -> bool:
     """Whether every gradient of this rank, summed over data-parallel ranks as it is, is a number. One value is read from the device."""
     sums = [buffer.grad_data.sum() for buffer in [*model.buffers, *model.expert_parallel_buffers]]

@@ -28,7 +28,7 @@ from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.evaluation import Evaluator, evaluation_file, summarize, write_evaluation
 from megatron_cord.trainer.metrics import MetricsLog
 from megatron_cord.trainer.model_setup import build_student
-from megatron_cord.trainer.optimizer import build_optimizer, wrap_model
+from megatron_cord.trainer.optimizer import build_optimizer, release, wrap_model
 from megatron_cord.trainer.progress import Progress
 from megatron_cord.trainer.record import RolloutRecord, read_record
 from megatron_cord.trainer.step import StepResult, TrainStep
@@ -95,8 +95,7 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.log.__exit__(kind, error, trace)
         self.engine.close()
-        # Megatron's DDP and the hooks that it hangs into autograd keep each other, and with them the weights and the process groups.
-        self.model.grad_accs.clear()
+        release(self.model)
 
     def _begin(self) -> None:
         if self.layout.is_main:
