@@ -173,7 +173,10 @@ def _fingerprint(checkpoint: Path) -> list[list[Any]]:
 
 def _prompts(arguments: Namespace, hf_dir: Path, *, has_audio: bool) -> list[Prompt]:
     if not has_audio:
-        return [Prompt(sample_id="text", token_ids=tuple(transformers.AutoTokenizer.from_pretrained(hf_dir)(arguments.text)["input_ids"]))]
+        ids = transformers.AutoTokenizer.from_pretrained(hf_dir)(arguments.text)["input_ids"]
+        if not ids:
+            raise CordError(f"{hf_dir}: its tokenizer makes nothing of {arguments.text!r}; give words that it knows with --text")
+        return [Prompt(sample_id="text", token_ids=tuple(ids))]
     builder = PromptBuilder(hf_dir)
     if arguments.data is not None:
         source = ShardDataset(arguments.data)
