@@ -16,14 +16,13 @@ REQUIRED = [
     "sentencepiece==0.2.3",
     "safetensors==0.8.0",
     "numpy==2.4.6",
-    "jinja2>=3.1",  # chat templates; transformers uses it without declaring it
     "PyYAML>=6.0.2,<7",
     "webdataset==1.0.2",
     "math-verify==0.9.0",
     "rich>=14,<16",
     "tensorboard>=2.20,<3",
     "matplotlib==3.11.2",  # the report's charts
-    "Jinja2>=3.1.6,<4",  # the report's page
+    "Jinja2>=3.1.6,<4",  # the report's page, and chat templates, for which transformers does not declare it
     "MarkupSafe>=3,<4",
 ]
 
