@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 Result = TypeVar("Result")
+_INTERRUPTIONS = 50
 
 
 class _TimeUp(BaseException):
@@ -29,7 +30,9 @@ def within(seconds: float, function: Callable[[], Result], *, otherwise: Result)
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     worker.join(seconds)
-    if worker.is_alive():
+    for _ in range(_INTERRUPTIONS):  # libraries have bare excepts, which swallow one interruption but not all of them
+        if not worker.is_alive():
+            break
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident or 0), ctypes.py_object(_TimeUp))
-        worker.join(seconds)
+        worker.join(0.1)
     return results[0] if results else otherwise
