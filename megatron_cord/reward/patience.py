@@ -30,7 +30,8 @@ def within(seconds: float, function: Callable[[], Result], *, otherwise: Result)
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     worker.join(seconds)
-    for _ in range(_INTERRUPTIONS):  # libraries have bare excepts, which swallow one interruption but not all of them
+    # One may get lost: in a bare except, or because Python drops what a finaliser or a callback of the garbage collector raises.
+    for _ in range(_INTERRUPTIONS):
         if not worker.is_alive():
             break
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident or 0), ctypes.py_object(_TimeUp))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cord.reward import answers_agree, extract_answer
+from megatron_cord.reward.patience import within
 
 FOUND = [
     ("seven plus five is twelve . the answer is 12", "12"),
@@ -131,8 +133,31 @@ def test_slow_algebra_is_given_up() -> None:
     """Catches a comparison that expands a large power for minutes, and the thread it would leave behind."""
     before = set(threading.enumerate())
     assert answers_agree("(x+y+z+w)^{99}", "12") is False
-    for thread in set(threading.enumerate()) - before:
-        thread.join(60)  # on a busy machine the thread may end a little later
+    assert_ended(set(threading.enumerate()) - before)
+
+
+def test_a_lost_interruption_is_repeated() -> None:
+    """Catches a thread that computes on for ever because a finaliser or the garbage collector was at work when its time was up."""
+
+    def compute() -> None:
+        while True:
+            sum(range(100))
+
+    def lose_one() -> int:
+        with suppress(BaseException):
+            compute()
+        compute()
+        return 1
+
+    before = set(threading.enumerate())
+    assert within(1.0, lose_one, otherwise=7) == 7
+    assert_ended(set(threading.enumerate()) - before)
+
+
+def assert_ended(threads: set[threading.Thread]) -> None:
+    """On a busy machine they may end a little later."""
+    for thread in threads:
+        thread.join(60)
         assert not thread.is_alive()
 
 
