@@ -42,6 +42,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
+from megatron_cord.rollout.quiet import no_progress_bars
 from megatron_cord.trainer import progress as run_progress
 from megatron_cord.trainer.checkpoint import load_weights
 from megatron_cord.trainer.storage import storage_problem
@@ -305,9 +306,9 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
 
 def main() -> int:
     """Entry point."""
-    transformers.utils.logging.disable_progress_bar()
     arguments = parse()
-    status = COMMANDS[arguments.command](arguments, Console())
+    with no_progress_bars():
+        status = COMMANDS[arguments.command](arguments, Console())
     finalize()
     return status
 
