@@ -12,6 +12,7 @@ import errno
 import hashlib
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -26,6 +27,11 @@ from megatron_cord.errors import CordError
 
 USER_ERROR = 2  #: exit status after a one-line error; a bug exits with 1 and keeps its traceback
 INTERRUPTED = 130  #: exit status after Ctrl-C, as shells have it
+PEER_GONE = 3  #: exit status of a rank that lost another one; starting again can help, if that one's own status does not forbid it
+STOPPED = 75  #: exit status of a run that was asked to stop and saved a checkpoint; the same command continues it
+HUNG = 124  #: exit status of a rank that made no progress for too long (see ``megatron_cord.trainer.watchdog``)
+#: what asks a run to stop: SIGTERM, and SIGUSR1 as SLURM's notice before the time limit
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _PEER_GONE = re.compile(
     r"connection (was )?(closed|reset|refused)( by)?( peer)?|broken pipe|socket closed|remote process exited", re.IGNORECASE
@@ -59,9 +65,9 @@ def parse_args(description: str, *, config_required: bool = True, arguments: Seq
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Calls ``main`` and ends the process: its return value or 0; 2 after a user's error, in one line; 130 after Ctrl-C.
+    """Calls ``main`` and ends the process: its return value or 0; 2 after a user's error, in one line; 130 after Ctrl-C; 3 after a peer's end.
 
-    Anything else is a bug and keeps its traceback. A full disk, a port in use and a peer that has left count as user errors.
+    Anything else is a bug and keeps its traceback. A full disk and a port in use count as user errors.
     """
     try:
         status = main() or 0
@@ -76,7 +82,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             _leave(1)
         if claim_voice():
             print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        _leave(USER_ERROR)
+        _leave(PEER_GONE if _lost_peer(error) else USER_ERROR)
     sys.exit(status)
 
 
@@ -91,9 +97,15 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "EADDRINUSE" in text:
         port = re.search(r"port: (\d+)", text)
         return port_in_use(int(port[1]) if port else None)
-    if isinstance(error, RuntimeError) and _has_peers() and (lost := _PEER_GONE.search(text)):
-        return f"another rank is gone ({lost[0].lower()}); its own message, here or on its node, says why"
+    if lost := _lost_peer(error):
+        return f"another rank is gone ({lost}); its own message, here or on its node, says why"
     return None
+
+
+def _lost_peer(error: BaseException) -> str | None:
+    """How a collective noticed that another rank has left; None if the error is another."""
+    lost = _PEER_GONE.search(str(error)) if isinstance(error, RuntimeError) and _has_peers() else None
+    return lost[0].lower() if lost else None
 
 
 def port_in_use(port: int | None) -> str:

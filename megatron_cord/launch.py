@@ -1,28 +1,64 @@
 """``python -m megatron_cord.launch [torchrun options] -m megatron_cord.train …``: torchrun, quiet where the ranks have said enough.
 
 All options are torchrun's. When a rank ends with a one-line error (status 2) or is interrupted, torchrun's report of failures is left
-out and the status is passed on; after a crash the report is printed. A port in use is found before any rank starts.
+out and the status is passed on; after a crash the report is printed. A port in use is found before any rank starts. SIGTERM and SIGUSR1
+are passed on to the ranks, which have all the time they need to save a checkpoint; ``--max-restarts`` starts the ranks again after a
+crash or a hang, but not when they were asked to stop or say that something must be mended first.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
+from types import FrameType
+from typing import Any
 
 import torch
 from torch.distributed import run as torchrun
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api as launcher
 
 from megatron_cord import cli
 from megatron_cord.errors import CordError
 
+#: how ranks end that a restart would end again in the same way
+FINAL = (cli.USER_ERROR, cli.STOPPED, cli.INTERRUPTED)
 #: how ranks end that have said what there is to say, or that were ended for the sake of one that has
-EXPECTED = (cli.USER_ERROR, cli.INTERRUPTED, -signal.SIGTERM)
+EXPECTED = (*FINAL, cli.PEER_GONE, cli.HUNG, -signal.SIGTERM)
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's agent, which passes requests to stop on to its ranks, and restarts them only where that can help."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for number in cli.STOP_SIGNALS:
+            signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self._remaining_restarts = 0
+        told = 0
+        for process in ({} if self._pcontext is None else self._pcontext.pids()).values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+                told += 1
+        if not told:  # before they start, or between two attempts
+            raise SignalException("a signal while no rank was running", signal.Signals(number))
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        statuses = {failure.exitcode for failure in result.failures.values()}
+        if statuses & set(FINAL) and statuses <= set(EXPECTED):
+            self._remaining_restarts = 0
+        return result
 
 
 def main() -> int:
@@ -33,14 +69,20 @@ def main() -> int:
     _check_port(arguments)
     for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).addFilter(_is_news)
+    # torchrun would end ranks 30 seconds after a signal that it handles itself.
+    names = {number.name for number in cli.STOP_SIGNALS}
+    arguments.signals_to_handle = ",".join(name for name in arguments.signals_to_handle.split(",") if name not in names)
+    launcher.LocalElasticAgent = Agent  # type: ignore[misc]
     try:
         torchrun.run(arguments)
     except ChildFailedError as error:
-        crashes = [failure.exitcode for failure in error.failures.values() if failure.exitcode not in EXPECTED]
+        statuses = [failure.exitcode for failure in error.failures.values()]
+        crashes = [status for status in statuses if status not in EXPECTED]
         if crashes:
             print(error, file=sys.stderr)
-        status = crashes[0] if crashes else error.get_first_failure()[1].exitcode
-        return status if status > 0 else 128 - status
+        # "Another rank is gone" says less than how that one went.
+        telling = crashes or [status for status in statuses if status in FINAL] or [error.get_first_failure()[1].exitcode]
+        return telling[0] if telling[0] > 0 else 128 - telling[0]
     except SignalException as error:
         return 128 + error.sigval
     finally:

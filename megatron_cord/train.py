@@ -14,8 +14,8 @@ from megatron_cord.trainer.metrics import Stopwatch
 from megatron_cord.trainer.run import Run
 
 
-def train(config: RunConfig) -> None:
-    """Runs all remaining steps on this rank."""
+def train(config: RunConfig) -> int:
+    """Runs all remaining steps on this rank and returns the exit status: 0, or `cli.STOPPED` when the run was asked to stop before the last."""
     layout = initialize(config.parallel, config.seed)
     with Run(config, layout) as run:
         for step in run.steps():
@@ -29,12 +29,13 @@ def train(config: RunConfig) -> None:
             watch.lap("exchange")
             run.finish_step(collected, result, watch.total())  # 6. metrics, record, checkpoint, evaluation
     finalize()
+    return run.status
 
 
-def main() -> None:
+def main() -> int:
     """Entry point."""
     arguments = cli.parse_args(__doc__.splitlines()[0])
-    train(load_config(RunConfig, arguments.config, arguments.overrides))
+    return train(load_config(RunConfig, arguments.config, arguments.overrides))
 
 
 if __name__ == "__main__":

@@ -91,13 +91,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(settings: Sequence[str], *, ranks: int = 2, **options: Any) -> subprocess.Popen[str]:
-    """Starts `megatron_cord.train` in a process group of its own, under the launcher if there are several ranks."""
+def start(settings: Sequence[str], *, ranks: int = 2, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
+    """Starts `megatron_cord.train` in a process group of its own, under the launcher (with these options) if there are several ranks."""
     environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "MASTER_PORT")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     train = ["-m", "megatron_cord.train", "--config", os.devnull, *settings]
-    launcher = ["-m", "megatron_cord.launch", "--nproc-per-node", str(ranks), "--master-port", str(free_port())] if ranks > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, *train], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    under = (
+        ["-m", "megatron_cord.launch", "--nproc-per-node", str(ranks), "--master-port", str(free_port()), *launcher] if ranks > 1 else []
+    )
+    return subprocess.Popen([sys.executable, *under, *train], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
                             env=environment, start_new_session=True, **options)  # fmt: skip
 
 

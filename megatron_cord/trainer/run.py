@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from megatron_cord.cli import STOPPED
 from megatron_cord.config import dump_config
 from megatron_cord.convert import export_tensors
 from megatron_cord.data.loader import SampleLoader
@@ -31,6 +32,7 @@ from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.optimizer import build_optimizer, release, wrap_model
 from megatron_cord.trainer.progress import Progress
 from megatron_cord.trainer.record import RolloutRecord, read_record
+from megatron_cord.trainer.signals import StopRequest
 from megatron_cord.trainer.step import StepResult, TrainStep
 from megatron_cord.trainer.storage import make_writable
 from megatron_cord.trainer.teacher import Teacher
@@ -67,6 +69,7 @@ class Run:
                 raise CordError(
                     f"{resume_from} belongs to a run with seed={self.progress.seed}; resume with that seed or choose another output_dir"
                 )
+        self.saved_step = self.progress.step
         self.engine = CollectiveEngine(LocalEngine(config.model.checkpoint, LocalEngineConfig(device=str(layout.device))))
         answers = TeacherAnswers(
             config.teacher.mode, self.engine, self.prompts, config.rollout.max_new_tokens, self.directory / "teacher_answers.jsonl"
@@ -82,9 +85,12 @@ class Run:
         self.record = RolloutRecord(None if record is None else self.directory / record, self.prompts, enabled=layout.is_main)
         self.log = MetricsLog(self.directory, config.train.steps, self.progress.step, enabled=layout.is_main)
         self._answers = answers
+        self._stop = StopRequest()
+        self.status = 0  #: the exit status: 0, or `cli.STOPPED`
 
     def __enter__(self) -> Self:
         self.log.__enter__()
+        self._stop.__enter__()
         try:
             self._begin()
         except BaseException:
@@ -93,6 +99,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.__exit__(kind, error, trace)
         self.log.__exit__(kind, error, trace)
         self.engine.close()
         release(self.model)
@@ -112,9 +119,23 @@ class Run:
             self.evaluate(step)
 
     def steps(self) -> Iterator[int]:
-        """The steps that remain, counted from 0; each yielded one is timed, saved and evaluated when its turn is over."""
+        """The steps that remain, counted from 0; each yielded one is timed, saved and evaluated when its turn is over. Ends early when asked to."""
         while self.progress.step < self.config.train.steps:
+            if self._stop.agreed(self.layout.device):
+                self._stop_here()
+                return
             yield self.progress.step
+
+    def _stop_here(self) -> None:
+        step = self.progress.step
+        if step > self.saved_step and not self.progress.skipped_in_a_row:
+            self._save()
+        self.log.say(f"asked to stop after step {step}; the same command continues after step {self.saved_step}")
+        self.status = STOPPED
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.progress, self.model, self.optimizer)
+        self.saved_step = self.progress.step
 
     def collect(self, samples: list[Sample], step: int) -> list[Collected]:
         """Rollouts and rewards of the step, from the engine or from a record."""
@@ -156,7 +177,7 @@ class Run:
         interval = self.config.checkpoint.interval
         # Weights that make no finite loss must not push out checkpoints of weights that did.
         if step == self.config.train.steps or (interval and step % interval == 0 and not result.skipped):
-            self.checkpoints.save(self.progress, self.model, self.optimizer)
+            self._save()
         if self._evaluation_is_due(step):
             self.evaluate(step)
 
