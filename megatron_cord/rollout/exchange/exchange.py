@@ -1,0 +1,203 @@
+"""The exchange of weights: all that is the same whichever way the bytes go.
+
+One exchange: ask servers which version they have; plan what is sent, and check it against their model; open a session on each; gather bucket
+k+1 from the trainer's ranks while bucket k is sent; close the sessions; name the version, and read it back. A server that fails anywhere is
+left out and reported; its weights are of no version. Trained tensors alone are sent, unless a server does not have the last version: then all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cord.errors import CordError
+from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.rollout.exchange.bucket import BucketPlan, TensorSpec, fill, plan_buckets
+from megatron_cord.rollout.exchange.config import ExchangeConfig
+from megatron_cord.rollout.exchange.disk import DiskWay
+from megatron_cord.rollout.exchange.endpoint import Endpoint, ServerError, ask_each, without
+from megatron_cord.rollout.exchange.process_group import ProcessGroupWay
+from megatron_cord.rollout.exchange.served import check_fits_server, served_specs, wire_specs
+from megatron_cord.rollout.exchange.sessions import Sessions
+from megatron_cord.rollout.exchange.shared_memory import SharedMemoryWay
+from megatron_cord.rollout.exchange.source import WeightSource
+from megatron_cord.rollout.exchange.way import AttemptFailed, Way
+
+
+@dataclass(frozen=True)
+class ExchangeReport:
+    """What came of an exchange; the same on all ranks.
+
+    Attributes:
+        version: of the weights.
+        current: the addresses of servers that have it now.
+        failed: of those that do not, with the reason. Their weights may be half of one version and half of another: discard or restart them.
+        full: whether frozen tensors were sent, too.
+        tensors: how many were sent to each server.
+        nbytes: of them.
+        buckets: that they were sent in.
+        seconds: from the first question to the last answer.
+    """
+
+    version: int
+    current: tuple[str, ...]
+    failed: dict[str, str]
+    full: bool
+    tensors: int
+    nbytes: int
+    buckets: int
+    seconds: float
+
+
+class WeightExchange:
+    """Brings weights to servers. All ranks of the trainer hold one and call it together; rank 0 speaks with the servers.
+
+    Args:
+        config: how.
+        way: what sends the buckets.
+        served: the servers' model, by tensor name.
+    """
+
+    def __init__(self, config: ExchangeConfig, way: Way, served: Mapping[str, TensorSpec]) -> None:
+        self._config, self._way, self._served = config, way, served
+        self._version: int | None = None
+
+    def update(self, source: WeightSource, version: int, servers: Sequence[Endpoint] = (), *, full: bool = False) -> ExchangeReport:
+        """Gives the weights to the servers. Collective over all ranks.
+
+        Servers may answer requests meanwhile or be paused; those that answer mix versions, and keep what they cached of the old one.
+
+        Args:
+            source: the weights.
+            version: the name of these weights.
+            servers: who gets them; only rank 0's argument matters.
+            full: send frozen tensors, too, as happens by itself when a server does not have the last version.
+
+        Raises:
+            CordError: the weights do not fit the servers' model, or they cannot be written to disk. No server failure is raised.
+        """
+        start = time.perf_counter()
+        main = dist.get_rank() == 0
+        failed: dict[str, str] = {}
+        alive: list[Endpoint] = []
+        if main:
+            versions, lost = ask_each(servers, lambda server: server.weight_version(self._config.timeout_seconds))
+            failed = {server.url: str(error) for server, error in lost.items()}
+            alive = without(servers, lost)
+            full = full or self._version is None or any(found != str(self._version) for found in versions.values())
+        plans: list[BucketPlan] = []
+        while (order := broadcast_json({"full": full} if alive else None)) is not None:
+            full = bool(order["full"])
+            plans = self._plan(source, full)
+            lost = {}
+            problem = None
+            if main:
+                try:
+                    lost, done = self._attempt(source.tensors(full), plans, alive, version)
+                except CordError as error:
+                    problem, done = str(error), True
+                alive = without(alive, lost)
+                failed |= {server.url: str(error) for server, error in lost.items()}
+            elif source.participates:
+                deque(source.tensors(full), maxlen=0)
+            outcome = broadcast_json([problem, done] if main else None)
+            if outcome[0]:
+                raise CordError(outcome[0])
+            if outcome[1]:
+                break
+        self._version = version
+        nbytes, tensors = sum(plan.nbytes for plan in plans), sum(len(plan.specs) for plan in plans)
+        current = tuple(server.url for server in alive)
+        report = ExchangeReport(version, current, failed, full, tensors, nbytes, len(plans), time.perf_counter() - start)
+        plain = broadcast_json(asdict(report))
+        return ExchangeReport(**plain | {"current": tuple(plain["current"])})
+
+    def close(self) -> None:
+        """Frees buffers and leaves groups; safe to call twice."""
+        self._way.close()
+
+    def _plan(self, source: WeightSource, full: bool) -> list[BucketPlan]:
+        """What goes in which bucket, on rank 0; raises on all ranks if it does not fit."""
+        plans: list[BucketPlan] = []
+        problem = None
+        specs = source.specs(full) if source.participates else []
+        if dist.get_rank() == 0:
+            try:
+                check_fits_server(specs, self._served, full)
+                plans = plan_buckets(wire_specs(specs, self._served), self._config.bucket_bytes)
+            except CordError as error:
+                problem = str(error)
+        problem = broadcast_json(problem)
+        if problem:
+            raise CordError(problem)
+        return plans
+
+    def _attempt(
+        self, tensors: Iterator[tuple[str, Tensor]], plans: list[BucketPlan], servers: list[Endpoint], version: int
+    ) -> tuple[dict[Endpoint, ServerError], bool]:
+        """Sends all buckets once. Returns the servers that failed, and whether the others have the weights now."""
+        sessions = Sessions(self._config.timeout_seconds)
+        failures = sessions.begin(servers) if self._way.in_session else {}
+        done = False
+        try:
+            if remaining := without(servers, failures):
+                self._way.open(remaining, max(plan.nbytes for plan in plans))
+                failures |= self._send(tensors, plans)
+                failures |= self._way.finish()
+                done = True
+        except AttemptFailed as failure:
+            failures |= failure.culprits
+            if not failure.culprits:  # nobody to blame, so nothing would be better the next time
+                unknown = ServerError("the process group broke, and all servers answer; look at their logs")
+                failures |= {server: unknown for server in without(servers, failures)}
+        finally:
+            deque(tensors, maxlen=0)  # the other ranks are gathering
+            if not done:
+                self._way.abandon()
+        failures |= sessions.end(without(servers, failures))
+        if done:
+            failures |= sessions.name_version(without(servers, failures), str(version), self._config.compare_checksums)
+        return failures, done or not without(servers, failures)
+
+    def _send(self, tensors: Iterator[tuple[str, Tensor]], plans: list[BucketPlan]) -> dict[Endpoint, ServerError]:
+        """Fills one bucket while the one before is under way."""
+        failures: dict[Endpoint, ServerError] = {}
+        under_way: deque[Future[dict[Endpoint, ServerError]]] = deque()
+        with ThreadPoolExecutor(1) as sender:
+            for index, plan in enumerate(plans):
+                while len(under_way) > int(self._config.overlap):  # bucket index − 2 used this buffer
+                    failures |= under_way.popleft().result()
+                buffer = self._way.buffer(index)
+                fill(plan, tensors, buffer)
+                ready = torch.cuda.Event()
+                ready.record()
+                under_way.append(sender.submit(self._way.send, plan, buffer, ready))
+            for future in under_way:
+                failures |= future.result()
+        return failures
+
+
+def build_exchange(config: ExchangeConfig, checkpoint_dir: str | Path, served_dtype: torch.dtype | None = None) -> WeightExchange:
+    """The exchange with servers that run this checkpoint.
+
+    Args:
+        config: how.
+        checkpoint_dir: that the servers were started with, as rank 0 sees it.
+        served_dtype: that they load it in; the checkpoint's own if None.
+    """
+    way: Way
+    if config.way == "process_group":
+        way = ProcessGroupWay(config.address, config.timeout_seconds)
+    elif config.way == "shared_memory":
+        way = SharedMemoryWay(config.timeout_seconds)
+    else:
+        way = DiskWay(config.directory, config.timeout_seconds)
+    return WeightExchange(config, way, served_specs(checkpoint_dir, served_dtype))

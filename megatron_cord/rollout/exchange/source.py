@@ -1,0 +1,75 @@
+"""Where the weights of an exchange come from: the trainer's sharded model, first on paper, then as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cord.convert.stream import export_tensors, global_parameters, hf_shapes, tensor_map_of
+from megatron_cord.model.lalm import LALM
+from megatron_cord.parallel.objects import all_gather_json
+from megatron_cord.rollout.exchange.bucket import TensorSpec
+
+
+class WeightSource(Protocol):
+    """Tensors under their Hugging Face names; all of them, or those that training changes."""
+
+    @property
+    def participates(self) -> bool:
+        """Whether this rank must call `specs` and `tensors` when rank 0 does."""
+        ...
+
+    def specs(self, full: bool) -> list[TensorSpec]:
+        """What `tensors` will yield, in its order."""
+        ...
+
+    def tensors(self, full: bool) -> Iterator[tuple[str, Tensor]]:
+        """Every participating rank consumes the whole iterator; rank 0 uses what it yields."""
+        ...
+
+
+class ModelWeights:
+    """The weights of a model that is sharded over ranks. Iterating gives the trained ones, as every rollout engine takes them.
+
+    Args:
+        model: this rank's part. Only the ranks that share a replica with rank 0 participate.
+    """
+
+    def __init__(self, model: LALM) -> None:
+        self._model = model
+
+    @property
+    def participates(self) -> bool:
+        """Whether this rank's shards are in rank 0's replica."""
+        return dist.get_rank(self._model.layout.dp_group) == 0
+
+    def specs(self, full: bool) -> list[TensorSpec]:
+        """Names, shapes and dtypes without gathering a tensor. Collective over the replica's pipeline stages."""
+        mine: dict[str, list[object]] = {}
+        parameters, select = global_parameters(self._model), _selection(full)
+        rules = tensor_map_of(self._model).rules
+        for rule in rules:
+            parameter = parameters.get(rule.megatron)
+            if parameter is not None and (select is None or select(parameter)):
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                shapes = hf_shapes(parameter, rule, self._model.layout)
+                mine |= {name: [dtype, list(shape)] for name, shape in shapes.items()}
+        found: dict[str, TensorSpec] = {}
+        for share in all_gather_json(mine, self._model.layout.pp_group):
+            found |= {name: TensorSpec(name, tuple(shape), getattr(torch, dtype)) for name, (dtype, shape) in share.items()}
+        return [found[name] for rule in rules for name in rule.hf_names if name in found]
+
+    def tensors(self, full: bool) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors, gathered one by one over the replica's ranks."""
+        return export_tensors(self._model, _selection(full))
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self.tensors(full=False)
+
+
+def _selection(full: bool) -> Callable[[torch.nn.Parameter], bool] | None:
+    return None if full else lambda parameter: parameter.requires_grad

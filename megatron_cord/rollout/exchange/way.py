@@ -1,0 +1,71 @@
+"""What a way of sending must offer; the exchange around it is the same for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_cord.rollout.exchange.bucket import BucketPlan
+from megatron_cord.rollout.exchange.endpoint import Endpoint, ServerError
+
+
+class AttemptFailed(Exception):
+    """The servers share what broke: none of them got this bucket for certain, and the exchange starts anew with those that live.
+
+    Attributes:
+        culprits: the servers that broke it, with what they did.
+    """
+
+    def __init__(self, culprits: Mapping[Endpoint, ServerError]) -> None:
+        super().__init__("; ".join(str(error) for error in culprits.values()))
+        self.culprits = dict(culprits)
+
+
+class Way(Protocol):
+    """Sends buckets to servers. Used by rank 0 alone; `send` runs in a thread of its own, one call at a time.
+
+    Attributes:
+        in_session: whether servers want begin_weight_update and end_weight_update around it.
+    """
+
+    in_session: bool
+
+    def open(self, servers: Sequence[Endpoint], nbytes: int) -> None:
+        """Gets ready to send these servers buckets of at most nbytes.
+
+        Raises:
+            AttemptFailed: some servers cannot be reached this way.
+        """
+        ...
+
+    def buffer(self, index: int) -> Tensor:
+        """Where bucket number `index` is put together: uint8 [≥ nbytes]; the one of bucket index − 2 may be used again."""
+        ...
+
+    def send(self, plan: BucketPlan, buffer: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
+        """Returns when the buffer may be used again; the servers that failed get nothing more.
+
+        Args:
+            plan: what lies where.
+            buffer: as filled on the default stream.
+            ready: recorded there after filling.
+
+        Raises:
+            AttemptFailed: all servers failed because some did.
+        """
+        ...
+
+    def finish(self) -> dict[Endpoint, ServerError]:
+        """After the last bucket; the servers that failed."""
+        ...
+
+    def abandon(self) -> None:
+        """Cleans up after an attempt that failed."""
+        ...
+
+    def close(self) -> None:
+        """Frees everything; safe to call twice."""
+        ...
