@@ -14,7 +14,7 @@ CODE := setup.py megatron_cord tests tools examples $(if $(wildcard benchmarks/*
 # Two cores often run two ranks: one thread a process, or they fight for them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test test-full bench lint format typecheck clean help
+.PHONY: setup quickstart test test-full test-slurm bench lint format typecheck clean help
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,10 +31,13 @@ quickstart: $(STAMP) ## train a small model on this machine until it answers spo
 	$(BIN)/python -m examples.quickstart.run
 
 test: lint typecheck ## lint, types and the tests that take minutes
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not slurm'
 
-test-full: lint typecheck ## all tests, slow ones included
-	$(BIN)/python -m pytest
+test-full: lint typecheck ## all tests, slow ones included, but those of test-slurm
+	$(BIN)/python -m pytest -m 'not slurm'
+
+test-slurm: $(STAMP) ## as root: the batch script on a real SLURM of two virtual nodes (installed by apt if it is missing), torchrun over two networks
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 bench: $(STAMP) ## measure the loss against its rivals; some minutes, writes benchmarks/results/ and docs/loss.svg
 	$(BIN)/python -m benchmarks.loss all

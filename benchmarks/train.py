@@ -1,0 +1,128 @@
+"""Training throughput on this machine, beside TRL's GKD trainer, in the same run.
+
+    python -m benchmarks.train [--trl-python PATH] [--output benchmarks/results/train.json]
+
+TRL (the extra `bench`) may live in an environment of its own: PATH is its interpreter. Its GKD trainer knows text alone, so both train the same
+language model on the same text prompts, and ours leaves its audio tower idle. Both do the whole of an on-policy step with the same numbers:
+read the prompts, sample one response each at temperature 1 from the current weights, score it with a second model as the teacher, take the
+reverse KL over the whole vocabulary at every token of the response, update with AdamW, fp32, one process, one thread, no accumulation. Ours then
+also copies the weights into its engine, which TRL need not: it generates from the model that it trains.
+
+On a CPU, seconds are those of the process's one thread, so that other programs on the machine do not count. The two take turns; each round is a process of its own, its first steps are left out, and the median of the rounds counts. The divergence of the
+first step, whose weights are equal, is given for both: it shows that they compute the same thing, up to the sampling.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.train_setting import Setting
+from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
+from megatron_cord.cli import Parser, run
+from megatron_cord.errors import CordError
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the language model: Qwen2-Audio-7B's proportions (vocabulary to width 38, feed-forward to width 2.7) at a width for a CPU."""
+
+    vocabulary: int = 9984
+    hidden_size: int = 256
+    layers: int = 4
+    heads: int = 8
+    ffn_size: int = 688
+
+
+def write_models(directory: Path, sizes: Sizes) -> None:
+    """`student` and `teacher`: Qwen2-Audio checkpoints with different random weights and one vocabulary."""
+    config = TinyModelConfig(
+        hidden_size=sizes.hidden_size, layers=sizes.layers, heads=sizes.heads, kv_heads=sizes.heads, ffn_size=sizes.ffn_size, max_positions=1024
+    )  # fmt: skip
+    words = [f"w{i}" for i in range(sizes.vocabulary - 9)]  # the rest are special tokens and roles
+    for seed, name in enumerate(("student", "teacher")):
+        create_checkpoint(directory / name, config, words, seed=seed)
+
+
+def write_prompts(path: Path, setting: Setting, sizes: Sizes) -> None:
+    """A question a line, of random words, for every step."""
+    rng = np.random.default_rng(0)
+    count = setting.prompts * (setting.skipped_steps + setting.steps)
+    lengths = rng.integers(setting.shortest, setting.longest + 1, size=count)
+    path.write_text("".join(" ".join(f"w{i}" for i in rng.integers(0, sizes.vocabulary - 9, size=n)) + "\n" for n in lengths))
+
+
+def measure(module: str, python: str, work: Path, setting: Setting) -> dict[str, Any]:
+    """One round of one trainer in a process of its own: what it prints as its last line."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [python, "-m", module, str(work), json.dumps(asdict(setting))]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1800)
+    if done.returncode != 0:
+        raise CordError(
+            f"{module} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}; for TRL: pip install -e '.[bench]', --trl-python"
+        )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The round whose tokens a second are the middle one's."""
+    return sorted(rounds, key=lambda r: r["response_tokens_per_second"])[(len(rounds) - 1) // 2]
+
+
+def main() -> None:
+    """Entry point."""
+    parser = Parser(description="Measures training throughput beside TRL's GKD trainer.", allow_abbrev=False)
+    parser.add_argument("--trl-python", metavar="PATH", default=sys.executable, help="interpreter with TRL (default: this one)")
+    parser.add_argument("--rounds", type=int, default=3, help="of each trainer (default: 3)")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="where the figures go, as JSON")
+    arguments = parser.parse_args()
+    setting, sizes = Setting(), Sizes()
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        write_models(work, sizes)
+        write_prompts(work / "prompts.txt", setting, sizes)
+        rounds: dict[str, list[dict[str, Any]]] = {"megatron_cord": [], "trl_gkd": []}
+        for _ in range(arguments.rounds):
+            rounds["megatron_cord"].append(measure("benchmarks.train_ours", sys.executable, work, setting))
+            rounds["trl_gkd"].append(measure("benchmarks.train_trl", arguments.trl_python, work, setting))
+    ours, theirs = median(rounds["megatron_cord"]), median(rounds["trl_gkd"])
+    result = {
+        "ratio": round(ours["response_tokens_per_second"] / theirs["response_tokens_per_second"], 3),
+        "ratio_of_rounds": [
+            round(a["response_tokens_per_second"] / b["response_tokens_per_second"], 3)
+            for a, b in zip(rounds["megatron_cord"], rounds["trl_gkd"], strict=True)
+        ],
+        "megatron_cord": ours,
+        "trl_gkd": theirs,
+        "setting": asdict(setting),
+        "model": asdict(sizes),
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": 1, "load_average": round(os.getloadavg()[0], 1)},
+        "versions": {name: version(name) for name in ("torch", "transformers", "megatron-core")} | {"python": platform.python_version()},
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+    print(f"{statistics.median(result['ratio_of_rounds']):.2f} × TRL's tokens a second", file=sys.stderr)  # type: ignore[type-var]
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    run(main)

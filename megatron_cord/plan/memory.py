@@ -1,0 +1,142 @@
+"""Memory of one GPU, by what it is for; that of the fullest pipeline stage is what must fit.
+
+Exact: weights, gradients, optimizer states. Counted from what autograd keeps of our layers: activations. Allowances: everything that is
+neither (CUDA context, NCCL's buffers, workspaces, fragmentation). Legend: s tokens of a sequence, b sequences of a microbatch, H hidden, F ffn size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from megatron_cord.model.architecture import Architecture, EncoderArchitecture
+from megatron_cord.plan.parameters import part_counts, rank_counts
+from megatron_cord.plan.work import Work
+from megatron_cord.trainer.config import RunConfig
+
+OVERHEAD = 4e9  #: bytes: CUDA context, NCCL's buffers, workspaces
+FRAGMENTATION = 0.05  #: of all else: what the allocator cannot use
+_CHUNK = 256e6  #: bytes of logits that exist at once in the loss, student and teacher
+_ENGINE_BATCH = 64  #: responses that the local engine generates together
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU.
+
+    Attributes:
+        stage: the pipeline stage that this is.
+        weights: of the student.
+        gradients: fp32, of what is trained.
+        optimizer: fp32 weights and both moments; this rank's part if they are distributed.
+        teacher: a frozen teacher's second set of weights.
+        teacher_hidden: its hidden states of the step's response tokens.
+        engine: weights and key-value cache of a rollout engine in the same process.
+        activations: kept for the backward pass.
+        loss: what the divergence keeps, and its logits.
+        overhead: the allowances.
+    """
+
+    stage: int
+    weights: float
+    gradients: float
+    optimizer: float
+    teacher: float
+    teacher_hidden: float
+    engine: float
+    activations: float
+    loss: float
+    overhead: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """Bytes by what they are for."""
+        return {name: value for name, value in asdict(self).items() if name != "stage"}
+
+
+def memory(config: RunConfig, arch: Architecture, work: Work, *, local_engine: bool = True) -> Memory:
+    """That of the fullest stage under this configuration.
+
+    Args:
+        config, arch, work: the run.
+        local_engine: whether an engine generates in the trainer's processes; servers of their own take nothing here.
+    """
+    stages = (_stage(config, arch, work, stage, local_engine) for stage in range(config.parallel.pp))
+    return max(stages, key=lambda m: m.total)
+
+
+def optimizer_bytes(trained: int, itemsize: int, dp: int, *, distributed: bool) -> float:
+    """Two fp32 moments, and fp32 weights beside weights of less precision; cut over data-parallel ranks if distributed."""
+    return trained * (12 if itemsize < 4 else 8) / (dp if distributed else 1)
+
+
+def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_engine: bool) -> Memory:
+    tp, pp, item = config.parallel.tp, config.parallel.pp, config.model.torch_dtype.itemsize
+    counts = rank_counts(arch, tp, pp, stage)
+    trained = counts.trained(config.model.freeze)
+    last, lm = stage == pp - 1, arch.language
+    has_copy = config.teacher.mode != "live" and "language_model" not in config.model.freeze and config.objective.distils
+    hidden = -(-work.scored // work.dp) * work.response_tokens * lm.hidden_size * item if last and not config.teacher.offload else 0
+    loss = 0.0
+    if last:
+        rows = work.micro_batch * work.response_tokens
+        kept = rows * lm.padded_vocab_size(tp) / tp * min(item, 4) if config.objective.implementation != "recompute" else 0
+        loss = kept + 2 * min(_CHUNK, rows * lm.padded_vocab_size(tp) / tp * 4)
+    used = {
+        "weights": counts.total * item,
+        "gradients": trained * 4,
+        "optimizer": optimizer_bytes(trained, item, work.dp, distributed=config.optimizer.distributed),
+        "teacher": counts.total * item if has_copy else 0,
+        "teacher_hidden": hidden,
+        "engine": _engine(arch, work, item) if local_engine else 0,
+        "activations": activation_bytes(config, arch, work, stage),
+        "loss": loss,
+    }
+    return Memory(stage=stage, **used, overhead=OVERHEAD + FRAGMENTATION * sum(used.values()))
+
+
+def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: int) -> float:
+    """What autograd keeps of the microbatches that are under way on a stage: a 1F1B pipeline holds pp − stage of them."""
+    tp, pp, item, lm = config.parallel.tp, config.parallel.pp, config.model.torch_dtype.itemsize, arch.language
+    tokens = work.student_tokens * work.micro_batch
+    cut = tp if config.parallel.sequence_parallel else 1
+    again = "language_model" in config.model.recompute
+    trains_audio = not {"audio_encoder", "adapter"} <= set(config.model.freeze)
+    needs_language = "language_model" not in config.model.freeze or trains_audio
+    language = 0.0
+    if needs_language:
+        layer = tokens * language_layer_width(arch, tp, cut)
+        layers = lm.num_layers // pp
+        language = layers * tokens * lm.hidden_size / cut + layer if again else layers * layer
+        language += tokens * lm.hidden_size * (3 if stage == pp - 1 else 1)  # the embedding, or the final norm's input and output
+    audio = 0.0
+    if stage == 0 and arch.encoder is not None and "audio_encoder" not in config.model.freeze:
+        enc = arch.encoder
+        frames = enc.max_positions * work.clips * work.micro_batch
+        h = enc.hidden_size
+        layer = frames * encoder_layer_width(enc, tp)
+        audio = enc.num_layers * frames * h + layer if "audio_encoder" in config.model.recompute else enc.num_layers * layer
+        audio += frames * (2 * enc.num_mels + 6 * h)  # convolutions at twice the rate, their GELUs, the last norm
+    under_way = min(pp - stage, work.microbatches)
+    return under_way * (language + audio) * item
+
+
+def language_layer_width(arch: Architecture, tp: int, cut: int = 1) -> float:
+    """Elements that one layer keeps of a token: inputs and outputs of both norms; queries, keys and values for every head, the attention's
+    output twice; both halves of fc1, the activated one, and their product. cut: ranks that share a token under sequence parallelism."""
+    lm = arch.language
+    return 4 * lm.hidden_size / cut + (5 * lm.num_heads * lm.head_dim + 4 * lm.ffn_hidden_size) / tp
+
+
+def encoder_layer_width(enc: EncoderArchitecture, tp: int) -> float:
+    """The same of the audio encoder's layers, which have no gate and are not cut by the sequence."""
+    return 4 * enc.hidden_size + (5 * enc.hidden_size + 2 * enc.ffn_hidden_size) / tp
+
+
+def _engine(arch: Architecture, work: Work, item: int) -> float:
+    lm = arch.language
+    cache = 2 * lm.num_layers * lm.num_kv_heads * lm.head_dim * item * min(_ENGINE_BATCH, work.sequences) * work.student_tokens
+    return part_counts(arch).total * item + cache

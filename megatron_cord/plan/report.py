@@ -1,0 +1,47 @@
+"""A plan's figures together, and their text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_cord.plan.devices import Gpu
+from megatron_cord.plan.memory import Memory
+from megatron_cord.plan.parameters import PartCounts
+from megatron_cord.plan.speed import BANDWIDTH, MFU, Speed
+from megatron_cord.plan.work import Work
+
+
+@dataclass(frozen=True)
+class Report:
+    """One plan."""
+
+    gpu: Gpu
+    gpus: int
+    parameters: PartCounts
+    work: Work
+    memory: Memory
+    speed: Speed
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fullest stage has room; the allowances are in its sum already."""
+        return self.memory.total <= self.gpu.memory
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: bytes, seconds, tokens a second."""
+        parameters = asdict(self.parameters) | {"total": self.parameters.total}
+        memory = self.memory.parts() | {"total": self.memory.total, "stage": self.memory.stage}
+        return {
+            "gpu": asdict(self.gpu), "gpus": self.gpus, "fits": self.fits, "parameters": parameters, "work": asdict(self.work),
+            "memory_bytes": memory, "speed": asdict(self.speed), "assumed": {"mfu": MFU, "bandwidth": BANDWIDTH},
+        }  # fmt: skip
+
+    def speed_text(self) -> str:
+        """Seconds and tokens, each as a range."""
+        (slow_r, fast_r), (slow_t, fast_t) = self.speed.rollout, self.speed.train
+        slow, fast = self.speed.tokens_per_second
+        return (
+            f"a step of {self.work.sequences} sequences: rollout {fast_r:.0f}–{slow_r:.0f} s, training {fast_t:.1f}–{slow_t:.1f} s; "
+            f"{slow:,.0f}–{fast:,.0f} tokens/s, at {MFU[0]:.0%}–{MFU[1]:.0%} of the peak and {BANDWIDTH[0]:.0%}–{BANDWIDTH[1]:.0%} of the bandwidth"
+        )

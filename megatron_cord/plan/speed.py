@@ -1,0 +1,112 @@
+"""How long a step takes, by a roofline: products at a stated part of the peak, decoding at a stated part of the memory's bandwidth.
+
+A range, not a promise: the low and the high end of what systems of this kind report. What it leaves out: communication that is not hidden
+(part of the range), and the exchange of weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_cord.model.architecture import Architecture
+from megatron_cord.plan.devices import Gpu
+from megatron_cord.plan.parameters import part_counts
+from megatron_cord.plan.work import Work
+from megatron_cord.trainer.config import RunConfig
+
+MFU = (0.25, 0.45)  #: of the peak, that training reaches
+BANDWIDTH = (0.4, 0.7)  #: of the memory's, that decoding reaches
+EAGER_STEP = (0.06, 0.03)  #: seconds that transformers takes for a token's layers at least, whatever the GPU (local engine)
+RUNNING = 64  #: responses that an engine decodes together
+SERVER_GPUS = 1  #: that share one server's weights
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one step; each a pair of the slow and the fast end.
+
+    Attributes:
+        flops: floating-point operations of training, over all GPUs; what is computed again does not count.
+        rollout: seconds.
+        train: seconds, teacher and pipeline bubble included.
+        tokens_per_second: student's tokens, audio and prompt included, a second of the whole step.
+        response_tokens_per_second: the same for the responses' tokens alone.
+    """
+
+    flops: float
+    rollout: tuple[float, float]
+    train: tuple[float, float]
+    tokens_per_second: tuple[float, float]
+    response_tokens_per_second: tuple[float, float]
+
+
+def speed(config: RunConfig, arch: Architecture, work: Work, gpu: Gpu, gpus: int, rollout_gpus: int = 0) -> Speed:
+    """Of this configuration.
+
+    Args:
+        config, arch, work: as for `memory`.
+        gpu: all of the same kind.
+        gpus: that train.
+        rollout_gpus: that run servers; 0 for the local engine on the training ranks.
+    """
+    useful, again = train_flops(config, arch, work)
+    bubble = (work.microbatches + config.parallel.pp - 1) / work.microbatches
+    train = _pair([(useful + again) * bubble / (gpus * gpu.peak * mfu) for mfu in MFU])
+    engines = (rollout_gpus or gpus) // (SERVER_GPUS if rollout_gpus else 1)
+    rounds = -(-work.sequences // (engines * RUNNING))
+    batch = min(RUNNING, -(-work.sequences // engines))
+    lm, item = arch.language, config.model.torch_dtype.itemsize
+    cache = batch * work.student_tokens * 2 * lm.num_layers * lm.num_kv_heads * lm.head_dim * item
+    read = part_counts(arch).language_model * item + cache
+    token = [read / (gpu.bandwidth * part) for part in BANDWIDTH]
+    if not rollout_gpus:
+        token = [max(pair) for pair in zip(token, EAGER_STEP, strict=True)]
+    prefill = 2 * part_counts(arch).language_model * work.student_tokens * batch
+    rollout = _pair([rounds * (work.response_tokens * t + prefill / (gpu.peak * m)) for t, m in zip(token, MFU, strict=True)])
+    whole = [a + b for a, b in zip(rollout, train, strict=True)]
+    return Speed(
+        flops=useful,
+        rollout=rollout,
+        train=train,
+        tokens_per_second=_pair([work.sequences * work.student_tokens / t for t in whole]),
+        response_tokens_per_second=_pair([work.sequences * work.response_tokens / t for t in whole]),
+    )
+
+
+def train_flops(config: RunConfig, arch: Architecture, work: Work) -> tuple[float, float]:
+    """Operations of a step's training over all ranks: teacher and student; and those of what is computed again.
+
+    A matrix of P elements costs 2 P a token forward, and 2 P each for the gradients of its input and of itself; causal attention half of
+    4 H s a token and layer forward. The output layer works on responses alone.
+    """
+    lm = arch.language
+    matrices = part_counts(arch).language_model - (1 if lm.tied_embeddings else 2) * lm.vocab_size * lm.hidden_size
+    student, teacher = work.sequences * work.student_tokens, work.scored * work.teacher_tokens if config.objective.distils else 0
+    forward = _forward(matrices, arch, student, work.student_tokens)
+    trains_language, trains_audio = (
+        "language_model" not in config.model.freeze,
+        not {"audio_encoder", "adapter"} <= set(config.model.freeze),
+    )
+    backward = (1 + trains_language) if trains_language or trains_audio else 0
+    again = forward if "language_model" in config.model.recompute else 0.0
+    total = forward * (1 + backward) + _forward(matrices, arch, teacher, work.teacher_tokens)
+    output = 2 * lm.vocab_size * lm.hidden_size * work.response_tokens
+    total += output * (work.sequences * (2 + trains_language) + (work.scored if config.objective.distils else 0))
+    if arch.encoder is not None:
+        enc = arch.encoder
+        frames = work.sequences * work.clips * enc.max_positions
+        audio = 2 * part_counts(arch).audio_encoder * frames + 4 * enc.hidden_size * enc.max_positions * enc.num_layers * frames
+        trains_encoder = "audio_encoder" not in config.model.freeze
+        total += audio * (3 if trains_encoder else 1)
+        again += audio if trains_encoder and "audio_encoder" in config.model.recompute else 0.0
+    return total, again
+
+
+def _forward(matrices: int, arch: Architecture, tokens: int, length: int) -> float:
+    lm = arch.language
+    return tokens * (2.0 * matrices + 2.0 * lm.num_heads * lm.head_dim * length * lm.num_layers)
+
+
+def _pair(values: list[float]) -> tuple[float, float]:
+    slow, fast = values
+    return slow, fast

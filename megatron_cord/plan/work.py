@@ -1,0 +1,75 @@
+"""What one step works on: how many sequences of which length, for how many ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_cord.errors import CordError
+from megatron_cord.model.architecture import Architecture
+from megatron_cord.trainer.config import RunConfig
+
+FRAMES_A_SECOND = 100  #: of log-mel features
+
+
+@dataclass(frozen=True)
+class Work:
+    """Averages of one step.
+
+    Attributes:
+        sequences: trained on in a step, over all data-parallel ranks: one a prompt for L_tok, the groups for L_seq.
+        scored: of them, those that the teacher scores.
+        student_tokens: of a sequence: audio, question's frame and response.
+        teacher_tokens: the same with the question's text in place of the audio.
+        response_tokens: of a sequence.
+        clips: of a sequence.
+        dp: data-parallel ranks.
+        microbatches: of a data-parallel rank in a step.
+        micro_batch: sequences of a microbatch.
+    """
+
+    sequences: int
+    scored: int
+    student_tokens: int
+    teacher_tokens: int
+    response_tokens: int
+    clips: int
+    dp: int
+    microbatches: int
+    micro_batch: int
+
+
+def make_work(config: RunConfig, arch: Architecture, gpus: int, *, audio_seconds: float = 10.0, text_tokens: int = 60) -> Work:
+    """The work of a step of this configuration.
+
+    Args:
+        config: batch sizes, layout, length of responses (all are taken to be as long as allowed).
+        arch: how many tokens a clip makes.
+        gpus: that train.
+        audio_seconds: of a question.
+        text_tokens: of a question's text; half of it for the frame around the audio.
+
+    Raises:
+        CordError: the layout does not divide the GPUs or the model.
+    """
+    parallel, rollout = config.parallel, config.rollout
+    arch.check_divisible(parallel.tp, parallel.pp)
+    if gpus % (parallel.tp * parallel.pp):
+        raise CordError(f"{gpus} GPUs cannot be laid out with parallel.tp={parallel.tp} × parallel.pp={parallel.pp}; give a multiple of it")
+    dp = gpus // (parallel.tp * parallel.pp)
+    policy = rollout.policy_prompts_per_step * rollout.policy_rollouts if config.objective.policy_gradient else 0
+    scored = policy if rollout.share else rollout.prompts_per_step
+    sequences = scored if rollout.share else scored + policy
+    audio = arch.num_audio_tokens(round(audio_seconds * FRAMES_A_SECOND)) if arch.encoder is not None else 0
+    share = -(-sequences // dp)
+    micro = min(config.train.micro_batch_size, share)
+    return Work(
+        sequences=sequences,
+        scored=scored,
+        student_tokens=audio + text_tokens // 2 + rollout.max_new_tokens,
+        teacher_tokens=text_tokens + rollout.max_new_tokens,
+        response_tokens=rollout.max_new_tokens,
+        clips=int(arch.encoder is not None),
+        dp=dp,
+        microbatches=-(-share // micro),
+        micro_batch=micro,
+    )

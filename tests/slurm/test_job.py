@@ -1,0 +1,88 @@
+"""The batch script on a real SLURM: submitted as a user would, over two nodes, cut off by its time limit, queued again and resumed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing
+from tests.tiny_run import ROOT, losses, metrics, overrides, write_inputs
+
+pytestmark = pytest.mark.slurm
+STEPS = 120  # more than half a minute's, on a fast machine: SLURM looks at time limits twice a minute
+SCRIPT = str(ROOT / "examples" / "slurm" / "train.sbatch")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes. Never skipped: whoever runs these tests wants them run."""
+    reason = missing()
+    assert reason is None, reason
+    with Cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint and shards."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def submit(cluster: Cluster, inputs: Path, output: Path, *more: str) -> str:
+    """Submits a run on two nodes with one rank each; returns the job's id."""
+    output.mkdir(parents=True)
+    (output / "empty.yaml").touch()
+    environment = {"CORD_PYTHON": sys.executable, "CORD_OUTPUT": str(output), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    options = ["--parsable", "--nodes=2", "--time=60", "--signal=B:USR1@120", f"--job-name={output.name}", f"--output={output}/job.log"]
+    settings = [s for s in overrides(inputs, output, f"train.steps={STEPS}", *more) if not s.startswith("output_dir=")]
+    command = ["sbatch", *options, SCRIPT, str(output / "empty.yaml"), *settings]
+    return cluster.call(*command, cwd=ROOT, environment=environment).strip()
+
+
+def steps_done(output: Path) -> int:
+    """Steps in the metrics so far; 0 before the first."""
+    return len(metrics(output)) if (output / "metrics.jsonl").is_file() else 0
+
+
+def has_ended(cluster: Cluster, job: str) -> bool:
+    """Whether a job will not run again."""
+    return cluster.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def test_a_job_cut_off_by_its_time_limit_ends_like_one_that_was_not(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
+    """Catches nodes that take each other's rank, a signal that kills before the ranks have saved or never reaches them, a job that is not
+    queued again, one that begins anew, and a loss curve with a seam."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    job = submit(cluster, inputs, whole, "parallel.tp=2")
+    cluster.wait(lambda: has_ended(cluster, job), 900, "the uninterrupted run")
+    assert cluster.job(job)["JobState"] == "COMPLETED", (whole / "job.log").read_text()
+
+    job = submit(cluster, inputs, cut, "parallel.tp=2", "checkpoint.interval=0")  # what is saved before the end is saved for the signal
+    cluster.wait(lambda: steps_done(cut) >= 3, 300, "the first steps")
+    # As if submitted with a limit that ends in one to two minutes, of which the script asked to be told two minutes ahead.
+    hours, minutes, _ = map(int, cluster.job(job)["RunTime"].split(":"))
+    cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", 200, "the job to be queued again")
+    log = (cut / "job.log").read_text()
+    assert "the time limit is near" in log and "ended with status 75" in log and "queueing again, to resume from" in log, log
+    assert 3 <= steps_done(cut) < STEPS
+    # SLURM lets a job wait two minutes before it starts again; not this one.
+    cluster.wait(lambda: cluster.job(job)["JobState"] == "PENDING", 60, "the nodes to be clean")
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=01:00:00", "StartTime=now")
+    cluster.wait(lambda: has_ended(cluster, job), 900, "the resumed run")
+    log = (cut / "job.log").read_text()
+    assert cluster.job(job)["JobState"] == "COMPLETED" and "resuming after step" in log, log
+    assert losses(cut) == losses(whole) and len(losses(cut)) == STEPS
+
+
+def test_a_job_that_cannot_start_is_not_tried_again(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
+    """Catches a configuration error that a job repeats for ever, or that ends as a success."""
+    output = tmp_path / "wrong"
+    job = submit(cluster, inputs, output, "optimizer.learning_rat=1")
+    cluster.wait(lambda: has_ended(cluster, job), 100, "the job to end")
+    state = cluster.job(job)
+    assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "0", "2:0")
+    assert "unknown key 'optimizer.learning_rat'" in (output / "job.log").read_text()
