@@ -42,7 +42,14 @@ def loss(overrides: Sequence[str]) -> int:
     return verify_loss(overrides)
 
 
-SUBJECTS: dict[str, Callable[[Sequence[str]], int]] = {"environment": environment, "loss": loss}
+def exchange(overrides: Sequence[str]) -> int:
+    """Weights through every way of exchange, against a server that was started from them; ranks are those that torchrun started."""
+    from megatron_cord.verify_exchange import verify_exchange
+
+    return verify_exchange(overrides)
+
+
+SUBJECTS: dict[str, Callable[[Sequence[str]], int]] = {"environment": environment, "loss": loss, "exchange": exchange}
 
 
 def main() -> int:

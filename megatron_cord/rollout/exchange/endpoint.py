@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from megatron_cord.errors import CordError
 
 Result = TypeVar("Result")
+_FLUSH_SECONDS = 5.0  # for which a server may wait until it is idle
 _MESSAGE_LIMIT = 300  # characters of a server's error that are worth a line
 
 
@@ -101,6 +102,14 @@ class Endpoint:
             return [{str(name): str(value) for name, value in rank["checksums"].items()} for rank in ranks or []]
         except (TypeError, LookupError, AttributeError):
             raise ServerError(f"{self.url}/weights_checker answered in another form than SGLang 0.5.21's", 200) from None
+
+    def flush_cache(self, timeout: float) -> None:
+        """Drops what it computed for prompts with earlier weights.
+
+        Raises:
+            ServerError: as `post`; it is still generating.
+        """
+        self._exchange("POST", f"/flush_cache?timeout={_FLUSH_SECONDS:g}", b"", timeout)
 
     def _request(self, method: str, path: str, body: bytes | None, timeout: float) -> dict[str, Any]:
         content = self._exchange(method, path, body, timeout)

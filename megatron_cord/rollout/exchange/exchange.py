@@ -26,7 +26,7 @@ from megatron_cord.rollout.exchange.disk import DiskWay
 from megatron_cord.rollout.exchange.endpoint import Endpoint, ServerError, ask_each, without
 from megatron_cord.rollout.exchange.process_group import ProcessGroupWay
 from megatron_cord.rollout.exchange.served import check_fits_server, served_specs, wire_specs
-from megatron_cord.rollout.exchange.sessions import Sessions
+from megatron_cord.rollout.exchange.sessions import Sessions, compare_checksums, name_version
 from megatron_cord.rollout.exchange.shared_memory import SharedMemoryWay
 from megatron_cord.rollout.exchange.source import WeightSource
 from megatron_cord.rollout.exchange.way import AttemptFailed, Way
@@ -70,16 +70,20 @@ class WeightExchange:
         self._config, self._way, self._served = config, way, served
         self._version: int | None = None
 
-    def update(self, source: WeightSource, version: int, servers: Sequence[Endpoint] = (), *, full: bool = False) -> ExchangeReport:
+    def update(
+        self, source: WeightSource, version: int, servers: Sequence[Endpoint] = (), *, full: bool = False, flush_cache: bool = True
+    ) -> ExchangeReport:
         """Gives the weights to the servers. Collective over all ranks.
 
-        Servers may answer requests meanwhile or be paused; those that answer mix versions, and keep what they cached of the old one.
+        Servers should be paused: those that generate meanwhile mix versions.
 
         Args:
             source: the weights.
             version: the name of these weights.
             servers: who gets them; only rank 0's argument matters.
             full: send frozen tensors, too, as happens by itself when a server does not have the last version.
+            flush_cache: servers drop what they computed for prompts with earlier weights; they must be idle for that, so requests that
+                shall go on after a pause in place need False.
 
         Raises:
             CordError: the weights do not fit the servers' model, or they cannot be written to disk. No server failure is raised.
@@ -101,9 +105,12 @@ class WeightExchange:
             problem = None
             if main:
                 try:
-                    lost, done = self._attempt(source.tensors(full), plans, alive, version)
+                    lost, done = self._attempt(source.tensors(full), plans, alive)
                 except CordError as error:
                     problem, done = str(error), True
+                else:
+                    if done and without(alive, lost):
+                        lost |= self._publish(without(alive, lost), version, flush_cache)
                 alive = without(alive, lost)
                 failed |= {server.url: str(error) for server, error in lost.items()}
             elif source.participates:
@@ -141,7 +148,7 @@ class WeightExchange:
         return plans
 
     def _attempt(
-        self, tensors: Iterator[tuple[str, Tensor]], plans: list[BucketPlan], servers: list[Endpoint], version: int
+        self, tensors: Iterator[tuple[str, Tensor]], plans: list[BucketPlan], servers: list[Endpoint]
     ) -> tuple[dict[Endpoint, ServerError], bool]:
         """Sends all buckets once. Returns the servers that failed, and whether the others have the weights now."""
         sessions = Sessions(self._config.timeout_seconds)
@@ -163,9 +170,16 @@ class WeightExchange:
             if not done:
                 self._way.abandon()
         failures |= sessions.end(without(servers, failures))
-        if done:
-            failures |= sessions.name_version(without(servers, failures), str(version), self._config.compare_checksums)
         return failures, done or not without(servers, failures)
+
+    def _publish(self, servers: list[Endpoint], version: int, flush_cache: bool) -> dict[Endpoint, ServerError]:
+        """Lets servers that have all tensors say so. Returns the failures."""
+        timeout = self._config.timeout_seconds
+        failures = ask_each(servers, lambda server: server.flush_cache(timeout))[1] if flush_cache else {}
+        failures |= name_version(without(servers, failures), str(version), timeout)
+        if self._config.compare_checksums:
+            failures |= compare_checksums(without(servers, failures), timeout)
+        return failures
 
     def _send(self, tensors: Iterator[tuple[str, Tensor]], plans: list[BucketPlan]) -> dict[Endpoint, ServerError]:
         """Fills one bucket while the one before is under way."""

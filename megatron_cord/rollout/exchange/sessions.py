@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_cord.rollout.exchange.endpoint import Endpoint, ServerError, ask_each, without
+from megatron_cord.rollout.exchange.endpoint import Endpoint, ServerError, ask_each
 
 _NOT_FOUND = 404
 
@@ -47,23 +47,30 @@ class Sessions:
         waiting = [server for server in servers if server in self._open]
         return ask_each(waiting, lambda server: server.post("/end_weight_update", {}, self._timeout))[1]
 
-    def name_version(self, servers: Sequence[Endpoint], version: str, compare_checksums: bool) -> dict[Endpoint, ServerError]:
-        """Names the weights, reads the name back and, if asked for, compares the servers' checksums. Returns the failures."""
 
-        def name(server: Endpoint) -> None:
-            server.post("/update_weight_version", {"new_version": version, "abort_all_requests": False}, self._timeout)
-            if (found := server.weight_version(self._timeout)) != version:
-                raise ServerError(f"{server.url} says its weights are version {found}, after it was told {version}", 200)
+def name_version(servers: Sequence[Endpoint], version: str, timeout: float) -> dict[Endpoint, ServerError]:
+    """Names the weights and reads the name back. Returns the failures."""
 
-        _, failures = ask_each(servers, name)
-        if compare_checksums:
-            sums, unknown = ask_each(without(servers, failures), lambda server: server.checksums(self._timeout))
-            failures |= unknown
-            first = next(iter(sums.values()), None)
-            # Servers with other tensor-parallel sizes hold other shards: only like is compared with like.
-            alike = {server: ranks for server, ranks in sums.items() if first is not None and len(ranks) == len(first)}
-            for server, ranks in alike.items():
-                differing = sorted({n for mine, other in zip(ranks, first or [], strict=True) for n in mine if mine[n] != other.get(n)})
-                if differing:
-                    failures[server] = ServerError(f"{server.url} differs from the first server in {', '.join(differing[:5])}", 200)
-        return failures
+    def name(server: Endpoint) -> None:
+        server.post("/update_weight_version", {"new_version": version, "abort_all_requests": False}, timeout)
+        if (found := server.weight_version(timeout)) != version:
+            raise ServerError(f"{server.url} says its weights are version {found}, after it was told {version}", 200)
+
+    return ask_each(servers, name)[1]
+
+
+def compare_checksums(servers: Sequence[Endpoint], timeout: float) -> dict[Endpoint, ServerError]:
+    """All servers hash their weights; the ones that differ from the first, or cannot. Servers of other tensor-parallel sizes are not compared."""
+    sums, failures = ask_each(servers, lambda server: server.checksums(timeout))
+    first = next(iter(sums.values()), None)
+    for server, ranks in sums.items():
+        if first is not None and len(ranks) == len(first) and (names := differing(ranks, first)):
+            failures[server] = ServerError(f"{server.url} differs from the first server in {', '.join(names[:5])}", 200)
+    return failures
+
+
+def differing(sums: Sequence[dict[str, str]], others: Sequence[dict[str, str]]) -> list[str]:
+    """The tensors whose checksums are not the same on some rank, or that one side does not have."""
+    return sorted(
+        {name for mine, other in zip(sums, others, strict=True) for name in mine.keys() | other.keys() if mine.get(name) != other.get(name)}
+    )
