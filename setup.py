@@ -42,6 +42,8 @@ EXTRAS = {
     "speech": ["espeakng-loader==0.2.4"],
     # Tests and checks, pinned so that a new rule or type stub does not fail an unchanged tree. Triton's kernels run in its interpreter there.
     "dev": ["pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "mypy==2.4.1", 'triton==3.9.0; platform_system == "Linux"'],
+    # What benchmarks/ compares with.
+    "bench": ["liger-kernel==0.8.5"],
     # The documentation as a site; the Markdown files read as well without it.
     "docs": ["mkdocs-material==9.8.1"],
 }
