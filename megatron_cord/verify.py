@@ -42,7 +42,14 @@ def loss(overrides: Sequence[str]) -> int:
     return verify_loss(overrides)
 
 
-SUBJECTS: dict[str, Callable[[Sequence[str]], int]] = {"environment": environment, "loss": loss}
+def layout(overrides: Sequence[str]) -> int:
+    """One training step under a layout against one rank; ranks are those that torchrun started."""
+    from megatron_cord.verify_layout import verify_layout
+
+    return verify_layout(overrides)
+
+
+SUBJECTS: dict[str, Callable[[Sequence[str]], int]] = {"environment": environment, "loss": loss, "layout": layout}
 
 
 def main() -> int:

@@ -87,8 +87,8 @@ class MicrobatchLoss:
     Attributes:
         token: L_tok's part, a scalar.
         sequence: L_seq's part, a scalar.
-        stats: of the N response tokens.
-        weights: w_t, [N]; None where the microbatch is not scored token by token.
+        stats: of the n response tokens of this rank.
+        weights: w_t, [n]; None where the microbatch is not scored token by token.
     """
 
     token: Tensor
@@ -107,19 +107,21 @@ def microbatch_loss(
     teacher_weight: Tensor | None,
     vocab_size: int,
     tp_group: dist.ProcessGroup | None,
+    cp_group: dist.ProcessGroup | None = None,
 ) -> MicrobatchLoss:
-    """Scores the responses of one microbatch.
+    """Scores the responses of one microbatch, or this context-parallel rank's n tokens of them: the ranks' losses add up.
 
     Args:
         config: the objective.
         counts: the step's global denominators.
         batch: the microbatch.
-        student_hidden: [N, H], at the rows that predict the response.
+        student_hidden: [n, H], at the rows that predict the response.
         student_weight: [V/TP, H].
-        teacher_hidden: [N, H]; None if nothing is distilled here.
+        teacher_hidden: [n, H]; None if nothing is distilled here.
         teacher_weight: [V/TP, H]; None likewise.
         vocab_size: the true V.
         tp_group: the vocabulary's shards.
+        cp_group: the ranks that share the microbatch's responses.
     """
     # A distribution that is not finite makes a loss that is not: the step is skipped, as one for gradients is.
     if teacher_hidden is None or teacher_weight is None or not config.distils:
@@ -147,7 +149,9 @@ def microbatch_loss(
     token, weights = zero, None
     if batch.scored:
         divergence = stats.kl if config.distils else -stats.student_logprob
-        weights = token_weights(divergence, batch.cu_seqlens, config.weighting, entropy=stats.entropy)
+        weights = token_weights(
+            divergence, batch.cu_seqlens, config.weighting, entropy=stats.entropy, positions=batch.positions, cp_group=cp_group
+        )
         token = (weights * divergence).sum() / counts.scored
     sequence = zero
     if rewarded:
