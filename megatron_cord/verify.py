@@ -42,6 +42,13 @@ def loss(overrides: Sequence[str]) -> int:
     return verify_loss(overrides)
 
 
+def layout(overrides: Sequence[str]) -> int:
+    """One training step under a layout against one rank; ranks are those that torchrun started."""
+    from megatron_cord.verify_layout import verify_layout
+
+    return verify_layout(overrides)
+
+
 def exchange(overrides: Sequence[str]) -> int:
     """Weights through every way of exchange, against a server that was started from them; ranks are those that torchrun started."""
     from megatron_cord.verify_exchange import verify_exchange
@@ -49,7 +56,7 @@ def exchange(overrides: Sequence[str]) -> int:
     return verify_exchange(overrides)
 
 
-SUBJECTS: dict[str, Callable[[Sequence[str]], int]] = {"environment": environment, "loss": loss, "exchange": exchange}
+SUBJECTS: dict[str, Callable[[Sequence[str]], int]] = {"environment": environment, "loss": loss, "layout": layout, "exchange": exchange}
 
 
 def main() -> int:

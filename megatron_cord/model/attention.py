@@ -1,26 +1,68 @@
 """Core attention on torch's scaled_dot_product_attention, for machines with and without CUDA.
 
-It stands where Megatron's layer specification puts DotProductAttention, which materialises the scores. Simplification: padded batches
-only, [S, B, heads, D]; causal attention relies on right padding, so that real tokens never see padding.
+It stands where Megatron's layer specification puts DotProductAttention, which materialises the scores and knows neither packed sequences
+nor context parallelism. Padded batches are [S, B, heads, D] and rely on right padding: under the causal mask real tokens never see padding.
+Packed ones are [T, heads, D] with the sequences one after the other. Simplification: under context parallelism keys and values of all ranks
+are gathered before the scores are formed, and packed sequences take one kernel call each; transformer-engine does both better.
+
+Legend: S padded length, B sequences, T packed tokens, Q query heads, G key-value heads, D head size, CP ranks.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_cord.parallel.context import natural_order, zigzag_rows
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's description of packed sequences, with the borders as numbers: reading them from the device would wait for it."""
+
+    borders: tuple[int, ...] = ()
+
+
+def packed_sequences(borders: tuple[int, ...], device: torch.device) -> PackedSequences:
+    """Of sequences [borders[i], borders[i+1]), padding included: it stands behind the real tokens, which therefore do not see it."""
+    lengths = [end - start for start, end in pairwise(borders)]
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
+    longest = max(lengths)
+    return PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        borders=borders,
+    )
+
 
 class SdpaAttention(MegatronModule):
     """softmax(Q Kᵀ / √D) V for this rank's heads; Megatron's interface of a core attention."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **_: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ) -> None:
         super().__init__(config)
         self.is_causal = attn_mask_type == AttnMaskType.causal
+        self.cp_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -32,25 +74,53 @@ class SdpaAttention(MegatronModule):
         *,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any | None = None,
+        packed_seq_params: PackedSequences | None = None,
+        **_: Any,
     ) -> Tensor:
         """Attends within each sequence.
 
         Args:
-            query: [S, B, Q/TP, D].
-            key, value: [S, B, G/TP, D].
+            query: [S/CP, B, Q/TP, D], or [T/CP, Q/TP, D] packed.
+            key, value: the same with G/TP heads.
             attention_mask: bool [B, 1, 1, S], True where a key is padding; only read by non-causal attention.
+            packed_seq_params: where the packed sequences begin and end; None for a padded batch.
 
         Returns:
-            [S, B, Q/TP · D].
+            [S/CP, B, Q/TP · D], or [T/CP, Q/TP · D] packed.
         """
-        if attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("SdpaAttention takes padded batches without attention bias")
-        sequence, batch, heads, _ = query.shape
-        repeat = heads // key.shape[2]
-        if repeat > 1:
-            key, value = key.repeat_interleave(repeat, dim=2), value.repeat_interleave(repeat, dim=2)
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, Q/TP, S, D]
-        mask = None if self.is_causal or attention_mask is None else ~attention_mask
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.is_causal)
-        return out.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
+        if attention_bias is not None:
+            raise ValueError("SdpaAttention takes no attention bias")
+        if packed_seq_params is not None:
+            return self._causal(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), packed_seq_params.borders).squeeze(1)
+        if self.is_causal:
+            ranks = 1 if self.cp_group is None else self.cp_group.size()
+            return self._causal(query, key, value, (0, query.shape[0] * ranks))
+        return _attend(query, key, value, None if attention_mask is None else ~attention_mask, is_causal=False)
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ...]) -> Tensor:
+        """[T/CP, B, Q/TP · D] of sequences that stand one after the other along the first dimension."""
+        if self.cp_group is None:
+            pieces = [_attend(query[a:b], key[a:b], value[a:b], None, is_causal=True) for a, b in pairwise(borders)]
+            return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        ranks, rank = self.cp_group.size(), self.cp_group.rank()
+        size = key.shape[-1]
+        both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.cp_group)
+        both = both.index_select(0, natural_order(borders, ranks).to(both.device))
+        pieces = []
+        for start, end in pairwise(borders):
+            mine = zigzag_rows((0, end - start), ranks, rank)
+            seen = (torch.arange(end - start)[None] <= mine[:, None]).to(query.device)
+            here = query[start // ranks : end // ranks]
+            pieces.append(_attend(here, both[start:end, ..., :size], both[start:end, ..., size:], seen, is_causal=False))
+        return torch.cat(pieces)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
+    """[S, B, heads · D]; mask True where a key is seen, broadcast to [B, heads, S, S of the keys]."""
+    sequence, batch, heads, _ = query.shape
+    repeat = heads // key.shape[2]
+    if repeat > 1:
+        key, value = key.repeat_interleave(repeat, dim=2), value.repeat_interleave(repeat, dim=2)
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, D]
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    return out.permute(2, 0, 1, 3).reshape(sequence, batch, -1)

@@ -37,7 +37,7 @@ class AudioEncoder(MegatronModule):
         positions = torch.empty(arch.max_positions, hidden, dtype=dtype, device=layout.device)
         self.embed_positions = torch.nn.Parameter(positions, requires_grad=False)  # sinusoids, stored in the checkpoint
         groups = copy.copy(layout.groups)
-        groups.pp = layout.solo  # this block is whole here, whatever the language model's stages
+        groups.pp = groups.cp = layout.solo  # this block is whole here, however the language model is cut
         self.block = TransformerBlock(config, block_spec(config, causal=False), post_layer_norm=False, pg_collection=groups)
         self.layer_norm = torch.nn.LayerNorm(hidden, eps=config.layernorm_epsilon, dtype=dtype, device=layout.device)
         for layer in self.block.layers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 from megatron_cord.errors import CordError
 from megatron_cord.model.adapters import Adapter, build_adapter
 from megatron_cord.model.architecture import Architecture
+from megatron_cord.model.attention import packed_sequences
 from megatron_cord.model.encoder import AudioEncoder
 from megatron_cord.model.transformer import block_spec, language_config
 from megatron_cord.parallel.layout import Layout
@@ -36,19 +38,21 @@ Tower = Literal["audio_encoder", "language_model"]
 
 @dataclass(frozen=True, eq=False)
 class ModelInput:
-    """One padded microbatch.
+    """One microbatch, padded or packed.
 
     Attributes:
-        token_ids: int64 [B, S], right-padded.
+        token_ids: int64 [B, S], right-padded; packed, [1, T], the sequences one after the other.
         features: float32 [C, mels, frames] of all clips in the batch's order; None without audio.
         num_frames: int64 [C], valid frames of each clip; None without audio.
         sample_ids: B names, for errors.
+        borders: B + 1 numbers from 0 to T, where each packed sequence begins, its padding included; None for a padded microbatch.
     """
 
     token_ids: Tensor
     features: Tensor | None
     num_frames: Tensor | None
     sample_ids: tuple[str, ...]
+    borders: tuple[int, ...] | None = None
 
 
 class _HiddenStateGPT(GPTModel):
@@ -117,7 +121,8 @@ class LALM(MegatronModule):
         """Runs this stage.
 
         Returns:
-            [S, B, H], the final hidden states on the last stage; [S or S/TP, B, H] for the next stage elsewhere.
+            [S/CP, B, H], the final hidden states of this rank's tokens on the last stage; [S/CP or S/CP/TP, B, H] for the next stage
+            elsewhere. S = T and B = 1 for a packed microbatch.
 
         Raises:
             CordError: placeholders and audio features do not match in number, or audio is given to a model that only reads.
@@ -125,9 +130,13 @@ class LALM(MegatronModule):
         decoder_input = None
         if self.pre_process:
             decoder_input = self._embed(batch)
+            if self.layout.config.cp > 1:
+                rows = self.layout.cut.rows(batch.borders or (0, decoder_input.shape[0]))
+                decoder_input = decoder_input.index_select(0, rows.to(decoder_input.device))
             if self.config.sequence_parallel:
                 decoder_input = scatter_to_sequence_parallel_region(decoder_input, group=self.layout.tp_group)
-        hidden = self.language_model(batch.token_ids, None, None, decoder_input=decoder_input)
+        packed = None if batch.borders is None else packed_sequences(batch.borders, batch.token_ids.device)
+        hidden = self.language_model(batch.token_ids, None, None, decoder_input=decoder_input, packed_seq_params=packed)
         if self.post_process and self.config.sequence_parallel:
             # The loss sums the hidden states' gradient over the tensor-parallel ranks itself.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.layout.tp_group)
@@ -144,7 +153,7 @@ class LALM(MegatronModule):
             return embedded
         tokens = None if batch.num_frames is None else self.arch.num_audio_tokens(batch.num_frames)  # [C]
         is_placeholder = torch.eq(batch.token_ids, self.arch.audio_token_id)  # [B, S]
-        _check_placeholders(is_placeholder.sum(1).tolist(), [] if tokens is None else tokens.tolist(), batch.sample_ids)
+        _check_placeholders(_per_sample(is_placeholder, batch.borders), [] if tokens is None else tokens.tolist(), batch.sample_ids)
         if batch.features is None:
             return embedded
         assert self.audio_encoder is not None and self.adapter is not None and batch.num_frames is not None and tokens is not None
@@ -154,6 +163,14 @@ class LALM(MegatronModule):
         rows = embedded.transpose(0, 1).reshape(-1, hidden)
         rows = rows.index_copy(0, is_placeholder.reshape(-1).nonzero().squeeze(1), audio[is_feature].to(rows.dtype))
         return rows.reshape(size, sequence, hidden).transpose(0, 1).contiguous()
+
+
+def _per_sample(is_placeholder: Tensor, borders: tuple[int, ...] | None) -> list[int]:
+    """How many placeholders each of B samples has; is_placeholder is bool [B, S], or [1, T] with borders."""
+    if borders is None:
+        return is_placeholder.sum(1).tolist()
+    before = torch.nn.functional.pad(is_placeholder[0].cumsum(0), (1, 0)).tolist()
+    return [before[end] - before[start] for start, end in pairwise(borders)]
 
 
 def _check_placeholders(placeholders: list[int], features: list[int], sample_ids: tuple[str, ...]) -> None:

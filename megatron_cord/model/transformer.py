@@ -77,6 +77,7 @@ def language_config(
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
         pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
         # Batches differ in length, so stages tell each other the shape; Megatron ties that to this dispatcher even without experts.
         variable_seq_lengths=True,

@@ -5,6 +5,7 @@ Everything else takes a `Layout` or one of its groups as an argument; nothing in
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_cord.errors import CordError
 from megatron_cord.parallel import portability
+from megatron_cord.parallel.context import SequenceCut
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,19 @@ class ParallelConfig:
 
     tp: int = 1  #: tensor parallel size
     pp: int = 1  #: pipeline parallel size (1F1B); the audio encoder and adapter live on the first stage, the loss on the last
+    cp: int = 1  #: context parallel size: the language model's sequences are cut over so many ranks, for long contexts
+    virtual_pp: int = 1  #: interleaved pipeline stages a rank; only 1: Megatron's interleaved schedule gives wrong gradients on gloo
     sequence_parallel: bool = False  #: shard activations between tensor-parallel regions of the language model along the sequence
     timeout_minutes: float = 10.0  #: how long a collective may take before the run is taken for dead
 
     def __post_init__(self) -> None:
-        if self.tp < 1 or self.pp < 1:
-            raise CordError(f"parallel.tp and parallel.pp are at least 1, got tp={self.tp} pp={self.pp}")
+        if min(self.tp, self.pp, self.cp) < 1:
+            raise CordError(f"parallel.tp, parallel.pp and parallel.cp are at least 1, got tp={self.tp} pp={self.pp} cp={self.cp}")
+        if self.virtual_pp != 1:
+            raise CordError(
+                f"parallel.virtual_pp={self.virtual_pp}: interleaved pipeline stages are not built; Megatron-Core 0.16.1 gives wrong "
+                "gradients with them. Set parallel.virtual_pp=1 and choose a larger parallel.tp or a smaller parallel.pp"
+            )
         if self.sequence_parallel and self.tp == 1:
             raise CordError("parallel.sequence_parallel needs parallel.tp > 1; set it to false")
 
@@ -70,9 +79,20 @@ class Layout:
         return self.groups.pp
 
     @property
+    def cp_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the same weights and see different tokens of the same sequences."""
+        return self.groups.cp
+
+    @property
     def dp_group(self) -> dist.ProcessGroup:
-        """Ranks that hold the same weights and see different data."""
-        return self.groups.dp_cp
+        """Ranks that hold the same weights and see different sequences."""
+        return self.groups.dp
+
+    @property
+    def cut(self) -> SequenceCut:
+        """How sequences are cut over ranks."""
+        sequence_parallel = self.config.tp if self.config.sequence_parallel else 1
+        return SequenceCut(self.config.cp, dist.get_rank(self.cp_group), sequence_parallel)
 
     @property
     def pp_rank(self) -> int:
@@ -109,14 +129,15 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     """Joins the ranks that torchrun started (one rank if it did not) and makes the process groups.
 
     Raises:
-        CordError: the number of ranks is not a multiple of tp × pp.
+        CordError: the number of ranks is not a multiple of tp × pp × cp.
         RuntimeError: the ranks are laid out in another way already.
     """
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    if world % (config.tp * config.pp):
+    sizes = (config.tp, config.pp, config.cp)
+    if world % math.prod(sizes):
         raise CordError(
-            f"{world} ranks cannot be laid out with parallel.tp={config.tp} × parallel.pp={config.pp}; "
-            f"start a multiple of {config.tp * config.pp} ranks (torchrun --nproc-per-node)"
+            f"{world} ranks cannot be laid out with parallel.tp={config.tp} × parallel.pp={config.pp} × parallel.cp={config.cp}; "
+            f"start a multiple of {math.prod(sizes)} ranks (torchrun --nproc-per-node)"
         )
     if portability.has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -127,13 +148,15 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
         else:
             dist.init_process_group(portability.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp, pipeline_model_parallel_size=config.pp)
-    present = (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size())
-    if present != (config.tp, config.pp):
-        raise RuntimeError(f"the ranks are laid out as tp={present[0]} pp={present[1]} already; call finalize() first")
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tp, pipeline_model_parallel_size=config.pp, context_parallel_size=config.cp
+        )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    present = tuple(group.size() for group in (groups.tp, groups.pp, groups.cp))
+    if present != sizes:
+        raise RuntimeError("the ranks are laid out as tp={} pp={} cp={} already; call finalize() first".format(*present))
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
     solo = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     return Layout(config, groups, solo)
 

@@ -11,6 +11,7 @@ from megatron_cord.data.loader import DataConfig
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import ParallelConfig
 from megatron_cord.reward import RewardConfig
+from megatron_cord.trainer.batches import BatchConfig
 from megatron_cord.trainer.checkpoint import CheckpointConfig
 from megatron_cord.trainer.collection import RolloutConfig
 from megatron_cord.trainer.evaluation import EvaluationConfig
@@ -44,16 +45,16 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class LoopConfig:
+class LoopConfig(BatchConfig):
     """How long and in which portions."""
 
     steps: int = 3000  #: optimizer steps; the paper's value
-    micro_batch_size: int = 4  #: sequences that go through the model together
     max_skipped_in_a_row: int = 5  #: so many steps without a finite loss stop the run
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.micro_batch_size < 1 or self.max_skipped_in_a_row < 1:
-            raise CordError("train.steps, train.micro_batch_size and train.max_skipped_in_a_row must be at least 1")
+        super().__post_init__()
+        if self.steps < 1 or self.max_skipped_in_a_row < 1:
+            raise CordError("train.steps and train.max_skipped_in_a_row must be at least 1")
 
 
 @dataclass(frozen=True)

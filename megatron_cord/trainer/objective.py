@@ -91,8 +91,8 @@ class MicrobatchLoss:
     Attributes:
         token: L_tok's part, a scalar.
         sequence: L_seq's part, a scalar.
-        stats: of the N response tokens.
-        weights: w_t, [N]; None where the microbatch is not scored token by token.
+        stats: of the n response tokens of this rank.
+        weights: w_t, [n]; None where the microbatch is not scored token by token.
     """
 
     token: Tensor
@@ -113,15 +113,15 @@ def microbatch_loss(
     tp_group: dist.ProcessGroup | None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> MicrobatchLoss:
-    """Scores the responses of one microbatch.
+    """Scores the responses of one microbatch, or this context-parallel rank's n tokens of them: the ranks' losses add up.
 
     Args:
         config: the objective.
         counts: the step's global denominators.
         batch: the microbatch.
-        student_hidden: [N, H], at the rows that predict the response.
+        student_hidden: [n, H], at the rows that predict the response.
         student_weight: [V/TP, H].
-        teacher_hidden: [N, H]; None if nothing is distilled here.
+        teacher_hidden: [n, H]; None if nothing is distilled here.
         teacher_weight: [V/TP, H]; None likewise.
         vocab_size: the true V.
         tp_group: the vocabulary's shards.
@@ -161,7 +161,7 @@ def microbatch_loss(
             backend=config.backend,
             check_finite=False,
         )
-    token, sequence, weights = _terms(config, counts, stats, _part(config, batch, slice(0, len(batch.target_ids))))
+    token, sequence, weights = _terms(config, counts, stats, _part(config, batch, slice(0, len(batch.target_ids))), cp_group)
     return MicrobatchLoss(token, sequence, stats, weights)
 
 
@@ -170,6 +170,7 @@ class _Part:
     """Some whole responses of a microbatch: n tokens, b responses."""
 
     cu_seqlens: Tensor  #: int64 [b + 1]
+    positions: Tensor  #: int64 [n], in their responses
     engine_logprobs: Tensor  #: [n]
     advantages: Tensor  #: [b]
     scored: bool  #: whether they are part of L_tok
@@ -182,6 +183,7 @@ def _part(config: ObjectiveConfig, batch: Microbatch, rows: slice) -> _Part:
     last = int(torch.searchsorted(batch.cu_seqlens, rows.stop, right=True)) - 1
     return _Part(
         batch.cu_seqlens[first : last + 1] - rows.start,
+        batch.positions[rows],
         batch.engine_logprobs[rows],
         batch.advantages[first:last],
         batch.scored,
@@ -189,14 +191,18 @@ def _part(config: ObjectiveConfig, batch: Microbatch, rows: slice) -> _Part:
     )
 
 
-def _terms(config: ObjectiveConfig, counts: GlobalCounts, stats: TokenStats, part: _Part) -> tuple[Tensor, Tensor, Tensor | None]:
+def _terms(
+    config: ObjectiveConfig, counts: GlobalCounts, stats: TokenStats, part: _Part, cp_group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """(L_tok's part, L_seq's part, token weights [n]) of these responses, whose stats are [n]."""
     # A term that is absent must not ask the loss for a gradient of zero; but some gradient there must be.
     zero = stats.kl.new_zeros(()) if part.scored or part.rewarded else stats.student_logprob.sum() * 0.0
     token, sequence, weights = zero, zero, None
     if part.scored:
         divergence = stats.kl if config.distils else -stats.student_logprob
-        weights = token_weights(divergence, part.cu_seqlens, config.weighting, entropy=stats.entropy)
+        weights = token_weights(
+            divergence, part.cu_seqlens, config.weighting, entropy=stats.entropy, positions=part.positions, cp_group=cp_group
+        )
         token = (weights * divergence).sum() / counts.scored
     if part.rewarded:
         engine = part.engine_logprobs
@@ -212,5 +218,5 @@ def _promised(config: ObjectiveConfig, counts: GlobalCounts, stats: TokenStats, 
     """The gradient of ``_terms`` with respect to the stats: what the loss will ask of these tokens."""
     leaves = kl, entropy, logprob = tuple(field.detach().requires_grad_() for field in (stats.kl, stats.entropy, stats.student_logprob))
     with torch.enable_grad():  # the callback runs inside a forward pass of autograd's own
-        token, sequence, _ = _terms(config, counts, TokenStats(kl, entropy, logprob, stats.teacher_logprob), part)
+        token, sequence, _ = _terms(config, counts, TokenStats(kl, entropy, logprob, stats.teacher_logprob), part, None)
         return LossWeights(*torch.autograd.grad(token + sequence, leaves, allow_unused=True))

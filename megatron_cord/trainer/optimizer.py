@@ -95,6 +95,14 @@ def release(model: DistributedDataParallel) -> None:
     model.module.config.grad_scale_func = None
 
 
+def join_reduction(model: DistributedDataParallel) -> None:
+    """On a rank without a microbatch: starts the overlapped reductions of gradients, which elsewhere the backward pass starts."""
+    if model.ddp_config.overlap_grad_reduce:
+        for group in [*model.bucket_groups, *model.expert_parallel_bucket_groups]:
+            if not group.is_first_batch:  # in the first step they only start when they are to be finished, everywhere
+                group.start_grad_sync()
+
+
 def gradients_are_finite(model: DistributedDataParallel) -> bool:
     """Whether every gradient of this rank, summed over data-parallel ranks as it is, is a number. One value is read from the device."""
     sums = [buffer.grad_data.sum() for buffer in [*model.buffers, *model.expert_parallel_buffers]]

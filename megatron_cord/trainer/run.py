@@ -79,7 +79,7 @@ class Run:
         )
         self.evaluator = Evaluator(config.evaluation, self._first(held_out, config.evaluation.samples), self.prompts, self.engine)
         self.train_step = TrainStep(
-            self.model, teacher, self.optimizer, self.scheduler, config.objective, config.train.micro_batch_size, self.prompts.pad_id
+            self.model, teacher, self.optimizer, self.scheduler, config.objective, config.train, self.prompts.pad_id
         )
         record = config.record.rollouts
         self.record = RolloutRecord(None if record is None else self.directory / record, self.prompts, enabled=layout.is_main)

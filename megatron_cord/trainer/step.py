@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.rollout.types import Rollout
-from megatron_cord.trainer.batches import Microbatch, TrainingSequence, make_microbatches
+from megatron_cord.trainer.batches import BatchConfig, Microbatch, TrainingSequence, make_microbatches
 from megatron_cord.trainer.objective import GlobalCounts, MicrobatchLoss, ObjectiveConfig, microbatch_loss
-from megatron_cord.trainer.optimizer import gradients_are_finite
-from megatron_cord.trainer.teacher import Teacher
+from megatron_cord.trainer.optimizer import gradients_are_finite, join_reduction
+from megatron_cord.trainer.packing import balance
+from megatron_cord.trainer.teacher import Teacher, whole_tokens
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class TrainStep:
         teacher: the teacher.
         optimizer, scheduler: of the student.
         objective: what is minimised.
-        micro_batch_size: sequences a microbatch.
+        batches: how sequences are put into microbatches.
         pad_id: fills padding.
     """
 
@@ -74,11 +76,11 @@ class TrainStep:
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         objective: ObjectiveConfig,
-        micro_batch_size: int,
+        batches: BatchConfig,
         pad_id: int,
     ) -> None:
         self.model, self.teacher, self.optimizer, self.scheduler = model, teacher, optimizer, scheduler
-        self.objective, self.micro_batch_size, self.pad_id = objective, micro_batch_size, pad_id
+        self.objective, self.batches, self.pad_id = objective, batches, pad_id
         self.lalm: LALM = model.module
         self.layout = self.lalm.layout
 
@@ -126,10 +128,8 @@ class TrainStep:
 
     def _microbatches(self, sequences: list[TrainingSequence]) -> list[Microbatch]:
         rank, world = dist.get_rank(self.layout.dp_group), dist.get_world_size(self.layout.dp_group)
-        # Dealing by length keeps the ranks' loads alike.
-        by_length = sorted(sequences, key=lambda s: (s.scored, len(s.student.token_ids) + len(s.rollout.token_ids), s.index))
-        multiple_of = self.layout.config.tp if self.layout.config.sequence_parallel else 1
-        return make_microbatches(by_length[rank::world], self.micro_batch_size, self.pad_id, multiple_of, self.layout.device)
+        share = balance([s.student_tokens + s.teacher_tokens for s in sequences], world)[rank]
+        return make_microbatches([sequences[i] for i in share], self.batches, self.pad_id, self.layout.cut, self.layout.device)
 
     def _forward_backward(
         self, microbatches: list[Microbatch], teacher_hidden: list[Tensor | None], counts: GlobalCounts, *, train: bool = True
@@ -141,7 +141,7 @@ class TrainStep:
             batch, teacher = next(batches)
 
             def loss_func(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-                rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.student_rows)
+                rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.student_rows.rows)
                 teacher_weight = None if teacher is None else self.teacher.output_weight
                 loss = microbatch_loss(
                     self.objective,
@@ -153,6 +153,7 @@ class TrainStep:
                     teacher_weight,
                     self.lalm.arch.language.vocab_size,
                     self.layout.tp_group,
+                    self.layout.cp_group,
                 )
                 losses.append(loss)
                 return loss.token + loss.sequence, torch.tensor(1, device=hidden.device), {}
@@ -173,6 +174,7 @@ class TrainStep:
                 forward_only=not train,
             )
         elif train:
+            join_reduction(self.model)
             self.lalm.config.finalize_model_grads_func([self.model], None, pg_collection=self.layout.groups)  # the others wait in it
         return losses
 
@@ -180,13 +182,15 @@ class TrainStep:
         mine = []
         if losses and dist.get_rank(self.layout.tp_group) == 0:
             for batch, loss in zip(microbatches, losses, strict=True):
-                bounds = batch.cu_seqlens.tolist()
-                fields = [
-                    None if t is None else t.detach().float().tolist()
-                    for t in (loss.stats.kl if batch.teacher is not None else None, loss.weights, loss.stats.student_logprob)
-                ]
-                for sequence, start, end in zip(batch.sequences, bounds[:-1], bounds[1:], strict=True):
+                fields = []
+                for values in (loss.stats.kl if batch.teacher is not None else None, loss.weights, loss.stats.student_logprob):
+                    whole = None if values is None else whole_tokens(values, batch.student_rows, batch.num_tokens, self.layout.cp_group)
+                    fields.append(None if whole is None else whole.float().tolist())
+                borders = accumulate((len(s.rollout.token_ids) for s in batch.sequences), initial=0)
+                for sequence, (start, end) in zip(batch.sequences, pairwise(borders), strict=True):
                     mine.append([sequence.index, *(None if f is None else f[start:end] for f in fields)])
+        if dist.get_rank(self.layout.cp_group) > 0:
+            mine = []  # the first of them says the same
         return sorted((TokenRecord(*record) for part in all_gather_json(mine) for record in part), key=lambda r: r.index)
 
     def _everywhere(self, good: bool) -> bool:

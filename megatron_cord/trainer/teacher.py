@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_cord.convert import import_tensors, read_tensors
 from megatron_cord.model.lalm import LALM
-from megatron_cord.trainer.batches import Microbatch
+from megatron_cord.trainer.batches import Microbatch, Rows
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Teacher:
         self.offload = config.offload
         reads_text_only = all(not p.requires_grad for p in student.language_model.parameters())
         frozen_everywhere = torch.tensor(float(reads_text_only), device=student.layout.device)
-        torch.distributed.all_reduce(frozen_everywhere, op=torch.distributed.ReduceOp.MIN, group=student.layout.pp_group)
+        dist.all_reduce(frozen_everywhere, op=dist.ReduceOp.MIN, group=student.layout.pp_group)
         if config.mode == "live" or bool(frozen_everywhere):
             self.model = student  # a frozen language model is its own frozen teacher
         else:
@@ -53,7 +54,8 @@ class Teacher:
         """Forward pass over the microbatches that ask a teacher.
 
         Returns:
-            for each microbatch [N, H] on the last stage, in host memory if ``offload`` says so; None on other stages and where no teacher is asked.
+            for each microbatch [n, H] on the last stage, of the tokens that this rank's student scores, in host memory if ``offload`` says
+            so; None on other stages and where no teacher is asked.
         """
         asked = [m for m in microbatches if m.teacher is not None]
         if not asked:
@@ -64,7 +66,11 @@ class Teacher:
 
             def collect(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 assert batch.teacher_rows is not None
-                rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.teacher_rows)
+                rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.teacher_rows.rows)
+                if batch.student_rows.tokens is not None:
+                    # Prompts differ in length, so the tokens are cut over the ranks differently than the student's.
+                    whole = whole_tokens(rows, batch.teacher_rows, batch.num_tokens, self.model.layout.cp_group)
+                    rows = whole.index_select(0, batch.student_rows.tokens)
                 return hidden.new_zeros(()), torch.tensor(0), {"hidden": _on_host(rows) if self.offload else rows}
 
             return model(batch.teacher), collect
@@ -80,6 +86,15 @@ class Teacher:
         )
         hidden = iter([entry["hidden"] for entry in collected])
         return [next(hidden, None) if m.teacher is not None else None for m in microbatches]
+
+
+def whole_tokens(values: Tensor, rows: Rows, num_tokens: int, cp_group: dist.ProcessGroup) -> Tensor:
+    """[N, …] of what each context-parallel rank has [n, …], without gradient; the same on all of them. Collective over the group."""
+    if rows.tokens is None:
+        return values.detach()
+    whole = values.new_zeros(num_tokens, *values.shape[1:]).index_copy(0, rows.tokens, values.detach())
+    dist.all_reduce(whole, group=cp_group)
+    return whole
 
 
 def _on_host(tensor: Tensor) -> Tensor:

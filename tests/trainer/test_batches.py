@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,9 +13,10 @@ from transformers import Qwen2AudioForConditionalGeneration
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt
 from megatron_cord.model.lalm import ModelInput
+from megatron_cord.parallel.context import SequenceCut
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.rollout.types import Rollout
-from megatron_cord.trainer.batches import TrainingSequence, make_microbatches
+from megatron_cord.trainer.batches import BatchConfig, TrainingSequence, make_microbatches
 from megatron_cord.trainer.config import ModelConfig
 from megatron_cord.trainer.model_setup import build_student
 from tests.tiny_run import make_samples
@@ -46,8 +47,12 @@ def reference(model: Any, prompt: Prompt, response: tuple[int, ...]) -> Tensor:
     return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
-def test_rows_predict_the_response(inputs: Path, prompts: PromptBuilder, layout: Layout) -> None:
-    """Catches rows that are off by one or of another sequence, a response after the wrong prompt, and padding that is attended to."""
+@pytest.mark.parametrize(
+    "config", [BatchConfig(micro_batch_size=2), BatchConfig("packed", tokens_per_microbatch=70)], ids=lambda c: c.packing
+)
+def test_rows_predict_the_response(config: BatchConfig, inputs: Path, prompts: PromptBuilder, layout: Layout) -> None:
+    """Catches rows that are off by one or of another sequence, a response after the wrong prompt, padding or another sequence that is
+    attended to, and positions that do not start anew with each packed sequence."""
     checkpoint = inputs / "checkpoint"
     lalm = build_student(ModelConfig(str(checkpoint), dtype="float32"), layout)
     model = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint).eval()
@@ -58,26 +63,35 @@ def test_rows_predict_the_response(inputs: Path, prompts: PromptBuilder, layout:
         true_size = lalm.arch.language.vocab_size
         return logits[:, :true_size].log_softmax(-1).gather(1, targets[:, None])[:, 0].detach()
 
-    microbatches = make_microbatches(sequences(prompts), 2, prompts.pad_id, 4, layout.device)
+    microbatches = make_microbatches(sequences(prompts), config, prompts.pad_id, SequenceCut(sequence_parallel=4), layout.device)
+    assert any(len(batch.sequences) > 1 for batch in microbatches)
     for batch in microbatches:
         responses = [s.rollout.token_ids for s in batch.sequences]
         assert batch.target_ids.tolist() == [token for ids in responses for token in ids]
         expected = torch.cat([reference(model, s.student, s.rollout.token_ids) for s in batch.sequences])
-        torch.testing.assert_close(logprobs(batch.student, batch.student_rows, batch.target_ids), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logprobs(batch.student, batch.student_rows.rows, batch.target_ids), expected, rtol=1e-4, atol=1e-4)
         if batch.teacher is not None and batch.teacher_rows is not None:
             read = [reference(model, s.teacher, s.rollout.token_ids) for s in batch.sequences if s.teacher is not None]
-            torch.testing.assert_close(logprobs(batch.teacher, batch.teacher_rows, batch.target_ids), torch.cat(read), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                logprobs(batch.teacher, batch.teacher_rows.rows, batch.target_ids), torch.cat(read), rtol=1e-4, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("size", [1, 2, 64])
-def test_every_sequence_is_in_one_microbatch(prompts: PromptBuilder, size: int) -> None:
+@pytest.mark.parametrize("packing", ["padded", "packed"])
+def test_every_sequence_is_in_one_microbatch(prompts: PromptBuilder, packing: Literal["padded", "packed"], size: int) -> None:
     """Catches a sequence lost or doubled by the cut, scored and other sequences in one microbatch, and advantages of another sequence."""
     made = sequences(prompts)
-    microbatches = make_microbatches(made, size, prompts.pad_id, 1, torch.device("cpu"))
+    config = BatchConfig(packing, micro_batch_size=size, tokens_per_microbatch=40 * size)
+    microbatches = make_microbatches(made, config, prompts.pad_id, SequenceCut(), torch.device("cpu"))
     assert sorted(s.index for batch in microbatches for s in batch.sequences) == list(range(len(made)))
     assert [batch.scored for batch in microbatches] == sorted((batch.scored for batch in microbatches), reverse=True)
     for batch in microbatches:
-        assert len(batch.sequences) <= size
+        if packing == "padded":
+            assert len(batch.sequences) <= size
+        elif len(batch.sequences) > 1:
+            assert batch.student.token_ids.numel() <= 40 * size
+            assert batch.teacher is None or batch.teacher.token_ids.numel() <= 40 * size
         assert {s.scored for s in batch.sequences} == {batch.scored}
         assert batch.advantages.tolist() == [s.advantage for s in batch.sequences]
         assert batch.cu_seqlens.diff().tolist() == [len(s.rollout.token_ids) for s in batch.sequences]
@@ -86,11 +100,32 @@ def test_every_sequence_is_in_one_microbatch(prompts: PromptBuilder, size: int) 
 
 def test_lengths_divide_among_ranks(prompts: PromptBuilder) -> None:
     """Catches a padded length that sequence parallelism could not cut."""
-    for batch in make_microbatches(sequences(prompts), 3, prompts.pad_id, 4, torch.device("cpu")):
+    for batch in make_microbatches(
+        sequences(prompts), BatchConfig(micro_batch_size=3), prompts.pad_id, SequenceCut(sequence_parallel=4), torch.device("cpu")
+    ):
         assert batch.student.token_ids.shape[1] % 4 == 0
         assert batch.teacher is None or batch.teacher.token_ids.shape[1] % 4 == 0
 
 
 def test_no_sequences_make_no_microbatches(prompts: PromptBuilder) -> None:
     """Catches an empty microbatch, which no model takes, for a data-parallel rank without a share."""
-    assert make_microbatches([], 2, prompts.pad_id, 1, torch.device("cpu")) == []
+    assert make_microbatches([], BatchConfig(), prompts.pad_id, SequenceCut(), torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize("packing", ["padded", "packed"])
+@pytest.mark.parametrize("cp", [2, 4])
+def test_ranks_share_the_tokens(prompts: PromptBuilder, packing: Literal["padded", "packed"], cp: int) -> None:
+    """Catches a response token that no context-parallel rank scores, or two of them, or one with another's target or position."""
+    made, config = sequences(prompts), BatchConfig(packing, micro_batch_size=3, tokens_per_microbatch=120)
+    whole = make_microbatches(made, config, prompts.pad_id, SequenceCut(), torch.device("cpu"))
+    shares = [make_microbatches(made, config, prompts.pad_id, SequenceCut(cp, rank, 2), torch.device("cpu")) for rank in range(cp)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert [part.sequences for part in parts] == [batch.sequences] * cp
+        tokens = torch.cat([part.student_rows.tokens for part in parts if part.student_rows.tokens is not None])
+        assert sorted(tokens.tolist()) == list(range(batch.num_tokens))
+        for part in parts:
+            mine = part.student_rows.tokens
+            assert mine is not None and part.student.token_ids.shape[1] % (4 * cp) == 0
+            assert torch.equal(part.target_ids, batch.target_ids[mine]) and torch.equal(part.positions, batch.positions[mine])
+            assert torch.equal(part.engine_logprobs, batch.engine_logprobs[mine])
+            assert part.cu_seqlens[-1] == len(mine) and int(part.cu_seqlens.diff().min()) >= 0

@@ -14,7 +14,7 @@ from megatron_cord.losses import LossWeights, divergence, divergence_from_hidden
 from megatron_cord.model.lalm import ModelInput
 from megatron_cord.rollout.types import Rollout
 from megatron_cord.trainer import objective, teacher
-from megatron_cord.trainer.batches import Microbatch, TrainingSequence
+from megatron_cord.trainer.batches import Microbatch, Rows, TrainingSequence
 from megatron_cord.trainer.objective import GlobalCounts, ObjectiveConfig, microbatch_loss
 
 
@@ -25,10 +25,11 @@ def batch_of(lengths: list[int]) -> Microbatch:
     rollout = Rollout("s", (), (), "stop", (), "")
     return Microbatch(
         student=nothing,
-        student_rows=torch.arange(tokens),
+        student_rows=Rows(torch.arange(tokens), None),
         teacher=nothing,
-        teacher_rows=torch.arange(tokens),
+        teacher_rows=Rows(torch.arange(tokens), None),
         target_ids=torch.randint(0, 11, (tokens,), generator=generator),
+        positions=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         engine_logprobs=torch.zeros(tokens),
         advantages=torch.zeros(len(lengths)),

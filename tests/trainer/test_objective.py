@@ -12,7 +12,7 @@ from megatron_cord.data.samples import Prompt
 from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import ModelInput
 from megatron_cord.rollout.types import Rollout
-from megatron_cord.trainer.batches import Microbatch, TrainingSequence
+from megatron_cord.trainer.batches import Microbatch, Rows, TrainingSequence
 from megatron_cord.trainer.objective import GlobalCounts, MicrobatchLoss, ObjectiveConfig, microbatch_loss
 
 LENGTHS, HIDDEN, VOCABULARY, PADDED = [5, 1, 4], 6, 11, 16
@@ -40,10 +40,11 @@ def make_batch(advantages: list[float], *, scored: bool = True) -> Microbatch:
     generator = torch.Generator().manual_seed(9)
     return Microbatch(
         student=empty,
-        student_rows=torch.arange(TOKENS),
+        student_rows=Rows(torch.arange(TOKENS), None),
         teacher=empty,
-        teacher_rows=torch.arange(TOKENS),
+        teacher_rows=Rows(torch.arange(TOKENS), None),
         target_ids=torch.randint(0, VOCABULARY, (TOKENS,), generator=generator),
+        positions=torch.cat([torch.arange(length) for length in LENGTHS]),
         cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0),
         engine_logprobs=-3 * torch.rand(TOKENS, generator=generator),
         advantages=torch.tensor(advantages),
