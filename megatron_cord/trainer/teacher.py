@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_cord.convert import import_tensors, read_tensors
+from megatron_cord.convert import read_into
 from megatron_cord.model.lalm import LALM
 from megatron_cord.trainer.batches import Microbatch, Rows
 
@@ -41,7 +41,7 @@ class Teacher:
             self.model = student  # a frozen language model is its own frozen teacher
         else:
             self.model = LALM(student.arch, student.layout, student.config.params_dtype)
-            import_tensors(self.model, read_tensors(checkpoint_dir))
+            read_into(self.model, checkpoint_dir)
             self.model.requires_grad_(False)
 
     @property
