@@ -10,11 +10,12 @@ PIP_INDEX_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SGLANG := .venv-sglang
 CODE := setup.py megatron_cord tests tools examples $(if $(wildcard benchmarks/*.py),benchmarks)
 # Two cores often run two ranks: one thread a process, or they fight for them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test test-full test-slurm bench lint format typecheck clean help
+.PHONY: setup sglang-env quickstart test test-full test-sglang test-slurm bench lint format typecheck clean help
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +27,16 @@ $(STAMP): setup.py pyproject.toml tools/install.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python tools/install.py --torch '$(TORCH)' --pip-args '$(PIP_INDEX_ARGS)'
 	@touch $@
+
+sglang-env: $(SGLANG)/.installed ## create .venv-sglang with the rollout server for this machine's CPU; SGLANG_DEVICE=cuda for its GPU
+
+$(SGLANG)/.installed: setup.py tools/install.py tools/install_sglang.py
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m tools.install_sglang --device '$(or $(SGLANG_DEVICE),cpu)' --torch '$(TORCH)' --pip-args '$(PIP_INDEX_ARGS)'
+	@touch $@
+
+test-sglang: $(STAMP) $(SGLANG)/.installed ## the tests that start the real server; minutes
+	$(BIN)/python -m pytest tests/sglang
 
 quickstart: $(STAMP) ## train a small model on this machine until it answers spoken questions; ends with a report
 	$(BIN)/python -m examples.quickstart.run
@@ -54,5 +65,5 @@ typecheck: $(STAMP) ## static types
 	$(BIN)/mypy $(CODE)
 
 clean: ## remove the environment and the caches, not runs/
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist
+	rm -rf $(VENV) $(SGLANG) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

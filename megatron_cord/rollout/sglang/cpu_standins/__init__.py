@@ -1,0 +1,4 @@
+"""What SGLang imports and a machine without CUDA does not have. It is for tests: on CUDA the server runs with its own kernels.
+
+The directory itself goes on the import path of the server's processes, so that `sgl_kernel` is found in it; the trainer imports nothing of it.
+"""
