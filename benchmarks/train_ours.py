@@ -73,7 +73,7 @@ def main() -> None:
     optimizer, scheduler = build_optimizer(config.optimizer, model, config.train.steps)
     prompts = PromptBuilder(config.model.checkpoint)
     engine = LocalEngine(config.model.checkpoint, LocalEngineConfig(device=str(layout.device)))
-    train = TrainStep(model, teacher, optimizer, scheduler, config.objective, config.train.micro_batch_size, prompts.pad_id)
+    train = TrainStep(model, teacher, optimizer, scheduler, config.objective, config.train, prompts.pad_id)
     teacher.hidden_states = timed(clock, "teacher", teacher.hidden_states)  # type: ignore[method-assign]
     optimizer.step = timed(clock, "optimizer", optimizer.step)
     step_module.microbatch_loss = timed(clock, "loss", step_module.microbatch_loss)  # type: ignore[attr-defined]

@@ -21,11 +21,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_cord.config import load_config
-from megatron_cord.convert import import_tensors
-from megatron_cord.convert.checkpoint_files import stored_tensors
+from megatron_cord.convert import read_into
 from megatron_cord.convert.companions import read_companions, with_dtype
 from megatron_cord.convert.hf_directory import HFDirectoryWriter, plan_shards
-from megatron_cord.convert.inventory import tensors_for
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
@@ -168,7 +166,7 @@ def _with_way(config: ExchangeConfig, way: str) -> ExchangeConfig:
 def changed_model(checkpoint: str, layout: Layout, dtype: torch.dtype) -> LALM:
     """The checkpoint's model with every element changed, in the same way on all ranks."""
     model = LALM(load_architecture(checkpoint), layout, dtype)
-    import_tensors(model, tensors_for(model, stored_tensors(checkpoint)))
+    read_into(model, checkpoint)
     for parameter in model.parameters():
         parameter.mul_(1.25).add_(1 / 64)
     return model
