@@ -20,8 +20,8 @@ def train(config: RunConfig) -> int:
     with Run(config, layout) as run:
         for step in run.steps():
             watch = Stopwatch()
-            samples = run.loader.batch(step)  # 1. data
-            collected = run.collect(samples, step)  # 2. rollouts, 3. rewards
+            samples = run.batch(step)  # 1. data
+            collected = run.collect(samples, step)  # 2. rollouts (asynchronous: the next step's are started too), 3. rewards
             watch.lap("rollout")
             result = run.train(collected)  # 4. teacher forward, student forward and backward, update
             watch.lap("update")

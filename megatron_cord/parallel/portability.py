@@ -48,6 +48,25 @@ def backend() -> str:
     return "nccl" if has_cuda() else "gloo"
 
 
+def on_own_stream(target: torch.device, work: Callable[[], None]) -> Callable[[], None]:
+    """``work`` for another thread, to be wrapped where the work it builds on was started.
+
+    On CUDA it computes on a stream of its own, after everything that the calling thread has queued so far, and returns when it is done.
+    """
+    if target.type != "cuda":
+        return work
+    queued = torch.cuda.current_stream(target).record_event()
+
+    def wrapped() -> None:
+        with torch.cuda.device(target), torch.cuda.stream(torch.cuda.Stream(target)):
+            stream = torch.cuda.current_stream(target)
+            stream.wait_event(queued)
+            work()
+            stream.synchronize()
+
+    return wrapped
+
+
 @functools.cache
 def install() -> None:
     """Makes Megatron-Core importable and runnable without CUDA; does nothing with CUDA. Repeated calls are free.

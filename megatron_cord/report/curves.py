@@ -47,7 +47,19 @@ _METRICS = (
     _Metric("grad", "Gradient norm", "norm", {"before clipping": "grad_norm"}),
     _Metric("length", "Response length", "tokens", {"mean": "response_tokens"}),
     _Metric("entropy", "Entropy of the student", "nats a token", {"mean": "entropy"}),
-    _Metric("engine", "Engine against trainer", "nats a token", {"mean difference of log-probs": "engine_logprob_difference"}),
+    _Metric(
+        "engine",
+        "Engine against trainer",
+        "nats a token",
+        {
+            "mean difference of log-probs": "engine_logprob_difference",
+            "largest": "engine_logprob_difference_max",
+            "KL divergence": "engine_kl",
+            "mean difference, older weights": "stale_logprob_difference",
+        },
+    ),
+    _Metric("staleness", "Age of the weights that sampled", "steps", {"mean": "staleness", "largest": "staleness_max"}, smooth=False),
+    _Metric("judge", "Judge", "share", {"disagrees with matching": "judge_disagreement", "no answer": "judge_fallbacks"}),
     _Metric("rate", "Learning rate", "rate", {"learning rate": "learning_rate"}, smooth=False),
 )
 

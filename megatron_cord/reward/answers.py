@@ -32,18 +32,18 @@ def extract_answer(text: str) -> str | None:
     or words; a choice such as "(B)".
     """
     text = text[-_LONGEST_TEXT:]
-    if boxed := _last_boxed(text):
-        return boxed
-    if "####" in text and (marked := text.rsplit("####", 1)[1].strip().split("\n")[0].strip()):
-        return marked[:_LONGEST_ANSWER]
-    phrases = [phrase for match in _PHRASE.finditer(text) if (phrase := _SENTENCE_END.split(match[1], maxsplit=1)[0].strip(" *"))]
-    if phrases:
-        return phrases[-1][:_LONGEST_ANSWER]
+    if stated := _stated(text):
+        return stated
     if numbers := [match[0].strip() for match in NUMBER_IN_TEXT.finditer(text)]:
         return numbers[-1][:_LONGEST_ANSWER]
     if choices := [match[1] or match[2] for match in _CHOICE_IN_TEXT.finditer(text)]:
         return choices[-1]
     return text.strip() if _CHOICE.fullmatch(text.strip()) else None
+
+
+def states_answer(text: str) -> bool:
+    r"""Whether a solution says which answer is its final one: ``\boxed{…}``, ``####`` or "the answer is", with something behind it."""
+    return bool(_stated(text[-_LONGEST_TEXT:]))
 
 
 def answers_agree(first: str, second: str) -> bool:
@@ -60,6 +60,16 @@ def answers_agree(first: str, second: str) -> bool:
     if _plain(first) == _plain(second):
         return True
     return _bounded(first) and _bounded(second) and _equal_expressions(first, second)
+
+
+def _stated(text: str) -> str | None:
+    """The answer behind the first of the markers that the text has."""
+    if boxed := _last_boxed(text):
+        return boxed
+    if "####" in text and (marked := text.rsplit("####", 1)[1].strip().split("\n")[0].strip()):
+        return marked[:_LONGEST_ANSWER]
+    phrases = [phrase for match in _PHRASE.finditer(text) if (phrase := _SENTENCE_END.split(match[1], maxsplit=1)[0].strip(" *"))]
+    return phrases[-1][:_LONGEST_ANSWER] if phrases else None
 
 
 def _last_boxed(text: str) -> str | None:

@@ -10,7 +10,7 @@ row is computed along until the last one ends.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,17 +42,21 @@ class Response:
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "abort"]
 
 
 @torch.inference_mode()
-def sample_batch(model: Any, requests: Sequence[GenerationRequest], rules: TokenRules) -> list[Response]:
+def sample_batch(
+    model: Any, requests: Sequence[GenerationRequest], rules: TokenRules, between_tokens: Callable[[], bool] = lambda: True
+) -> list[Response]:
     """Answers requests in one batch; all of them with audio, or none.
 
     Args:
         model: transformers' Qwen2AudioForConditionalGeneration, in evaluation mode.
         requests: each with at least one new token to generate.
         rules: of the model's tokenizer.
+        between_tokens: called between two passes through the model; the weights may change meanwhile. False ends the batch at once, and what
+            is unfinished has finish_reason "abort".
     """
     device = model.device
     inputs = _collate([request.prompt for request in requests], rules.pad_id, device)
@@ -72,7 +76,7 @@ def sample_batch(model: Any, requests: Sequence[GenerationRequest], rules: Token
         lengths += ~done
         stopped |= ~done & torch.isin(token, eos)
         done |= stopped | (lengths >= limits)
-        if done.all():
+        if done.all() or not between_tokens():
             break
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         positions = positions + 1
@@ -81,8 +85,8 @@ def sample_batch(model: Any, requests: Sequence[GenerationRequest], rules: Token
         )
     table, scores = torch.stack(ids, 1).tolist(), torch.stack(logprobs, 1).tolist()
     return [
-        Response(tuple(table[row][:length]), tuple(scores[row][:length]), "stop" if stop else "length")
-        for row, (length, stop) in enumerate(zip(lengths.tolist(), stopped.tolist(), strict=True))
+        Response(tuple(table[row][:length]), tuple(scores[row][:length]), "stop" if stop else "length" if ended else "abort")
+        for row, (length, stop, ended) in enumerate(zip(lengths.tolist(), stopped.tolist(), done.tolist(), strict=True))
     ]
 
 

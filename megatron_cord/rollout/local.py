@@ -23,6 +23,7 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.rollout.decoding import Response, TokenRules, sample_batch
+from megatron_cord.rollout.gate import Gate
 from megatron_cord.rollout.quiet import no_progress_bars
 from megatron_cord.rollout.types import GenerationRequest, Rollout, VersionSpan
 
@@ -67,6 +68,7 @@ class LocalEngine:
         self._model: Any = model.to(self._config.device).eval()
         self._parameters = _parameters_by_published_name(model, Path(checkpoint_dir))
         self.weight_version = 0
+        self._gate = Gate()
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Rollout]:
         """One rollout a request, in the requests' order; depends on the request and the weights, not on its neighbours.
@@ -76,6 +78,7 @@ class LocalEngine:
         """
         for request in requests:
             self._check(request)
+        aborts = self._gate.aborts
         # Audio apart from text, as it takes the encoder; of like length together, as padding costs time.
         order = sorted(range(len(requests)), key=lambda i: (bool(requests[i].prompt.clips), len(requests[i].prompt.token_ids)))
         rollouts: dict[int, Rollout] = {}
@@ -83,9 +86,39 @@ class LocalEngine:
             group = [i for i in order if bool(requests[i].prompt.clips) == has_audio]
             for start in range(0, len(group), self._config.max_batch_size):
                 batch = group[start : start + self._config.max_batch_size]
-                responses = sample_batch(self._loaded(), [requests[i] for i in batch], self._rules)
-                rollouts.update({i: self._rollout(requests[i], response) for i, response in zip(batch, responses, strict=True)})
+                responses, versions = self._sample([requests[i] for i in batch], aborts)
+                rollouts.update({i: self._rollout(requests[i], response, versions) for i, response in zip(batch, responses, strict=True)})
         return [rollouts[i] for i in range(len(requests))]
+
+    def _sample(self, requests: list[GenerationRequest], aborts: int) -> tuple[list[Response], list[int]]:
+        """One batch, and for each pass through the model the version of the weights that it took."""
+        versions: list[int] = []
+
+        def between_tokens() -> bool:
+            self._gate.pass_through()
+            versions.append(self.weight_version)
+            return self._gate.aborts == aborts
+
+        with self._gate:
+            versions.append(self.weight_version)
+            if self._gate.aborts != aborts:
+                return [Response((), (), "abort") for _ in requests], versions
+            return sample_batch(self._loaded(), requests, self._rules, between_tokens), versions
+
+    def pause(self) -> None:
+        """Stops generation of other threads between two tokens, and returns when none is going on; ``resume`` lets it go on in place.
+
+        Keys and values of earlier tokens stay those of the weights that made them.
+        """
+        self._gate.close()
+
+    def resume(self) -> None:
+        """Ends a pause."""
+        self._gate.open()
+
+    def abort(self) -> None:
+        """Calls of ``generate`` in other threads return after the token that they are at; what is unfinished has finish_reason "abort"."""
+        self._gate.abort()
 
     @torch.no_grad()
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -130,15 +163,21 @@ class LocalEngine:
                 f"sample {prompt.sample_id}: {placeholders} audio placeholders for {features} audio features; rebuild the prompt"
             )
 
-    def _rollout(self, request: GenerationRequest, response: Response) -> Rollout:
+    def _rollout(self, request: GenerationRequest, response: Response, versions: Sequence[int]) -> Rollout:
         return Rollout(
             prompt_id=request.prompt.sample_id,
             token_ids=response.token_ids,
             logprobs=response.logprobs,
             finish_reason=response.finish_reason,
-            versions=(VersionSpan(0, len(response.token_ids), self.weight_version),),
+            versions=_spans(versions[: len(response.token_ids)]),
             text=self.prompts.decode(response.token_ids),
         )
+
+
+def _spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
+    """Each token's version as spans of equal ones."""
+    starts = [i for i, version in enumerate(versions) if i == 0 or version != versions[i - 1]]
+    return tuple(VersionSpan(start, end, versions[start]) for start, end in zip(starts, [*starts[1:], len(versions)], strict=True))
 
 
 def _parameters_by_published_name(model: Qwen2AudioForConditionalGeneration, directory: Path) -> dict[str, Tensor]:

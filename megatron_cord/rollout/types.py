@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class Rollout:
         prompt_id: the sample's id.
         token_ids: the response, with its end-of-sequence token if it stopped by itself.
         logprobs: of each token by the engine, from unscaled (temperature 1), unmasked logits, natural logarithm.
-        finish_reason: "stop" or "length".
+        finish_reason: "stop" or "length"; "abort" where the engine's ``abort`` cut it short, and such a response is never trained on.
         versions: which weights made which tokens.
         text: decoded, without special tokens.
     """
@@ -53,9 +53,21 @@ class Rollout:
     prompt_id: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "abort"]
     versions: tuple[VersionSpan, ...]
     text: str
+
+
+def rollout_from_json(plain: dict[str, Any]) -> Rollout:
+    """A rollout from its fields as JSON has them, with lists for tuples. Raises KeyError or TypeError for other fields."""
+    return Rollout(
+        prompt_id=plain["prompt_id"],
+        token_ids=tuple(plain["token_ids"]),
+        logprobs=tuple(plain["logprobs"]),
+        finish_reason=plain["finish_reason"],
+        versions=tuple(VersionSpan(**span) for span in plain["versions"]),
+        text=plain["text"],
+    )
 
 
 class RolloutEngine(Protocol):

@@ -1,7 +1,7 @@
 """The teacher's own answers to the text questions: references of the reward, and the responses of off-policy methods.
 
 A frozen teacher answers all questions that the run will ask before the engine gets any trained weights; the answers are kept in the run's
-directory, so that a resumed run need not ask again. A live teacher answers each step with the current weights.
+directory, so that a resumed run need not ask again. A live teacher answers each step with the weights that make the step's responses.
 Answers are greedy.
 """
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Sample
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine, VersionSpan
+from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine, rollout_from_json
 
 
 class TeacherAnswers:
@@ -57,17 +57,21 @@ class TeacherAnswers:
         if not missing:
             return
         say(f"the teacher answers {len(missing)} questions")
-        self._kept |= {s.id: r for s, r in zip(missing, self._generate(missing), strict=True)}
+        self._kept |= {s.id: r for s, r in zip(missing, self.engine.generate(self._asked(missing)), strict=True)}
         if dist.get_rank() == 0:
             self._write()
         dist.barrier()
 
-    def rollouts(self, samples: Sequence[Sample]) -> list[Rollout]:
-        """The answers to these questions. Collective with a live teacher."""
-        return self._generate(samples) if self.mode == "live" else [self._kept[s.id] for s in samples]
+    def requests(self, samples: Sequence[Sample]) -> list[GenerationRequest]:
+        """What the engine has to generate for these questions now: nothing where the answers are kept."""
+        return self._asked(samples) if self.mode == "live" else []
 
-    def _generate(self, samples: Sequence[Sample]) -> list[Rollout]:
-        return self.engine.generate([GenerationRequest(self.prompts.text_prompt(s), 0.0, self.max_new_tokens) for s in samples])
+    def rollouts(self, samples: Sequence[Sample], generated: Sequence[Rollout]) -> list[Rollout]:
+        """The answers to these questions, with what the engine made of `requests`."""
+        return list(generated) if self.mode == "live" else [self._kept[s.id] for s in samples]
+
+    def _asked(self, samples: Sequence[Sample]) -> list[GenerationRequest]:
+        return [GenerationRequest(self.prompts.text_prompt(s), 0.0, self.max_new_tokens) for s in samples]
 
     def _write(self) -> None:
         partial = self.path.with_suffix(".partial")
@@ -83,14 +87,7 @@ class TeacherAnswers:
         for number, line in enumerate(self.path.read_text().splitlines(), start=1):
             try:
                 plain = json.loads(line)
-                kept[plain["sample"]] = Rollout(
-                    prompt_id=plain["prompt_id"],
-                    token_ids=tuple(plain["token_ids"]),
-                    logprobs=tuple(plain["logprobs"]),
-                    finish_reason=plain["finish_reason"],
-                    versions=tuple(VersionSpan(**span) for span in plain["versions"]),
-                    text=plain["text"],
-                )
+                kept[plain["sample"]] = rollout_from_json(plain)
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise CordError(f"{self.path}:{number} is damaged ({error}); delete the file, and the teacher answers anew") from None
         return kept

@@ -16,16 +16,17 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError
 from megatron_cord.losses import group_advantages, has_signal
-from megatron_cord.reward import AgreementReward
-from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine
+from megatron_cord.reward.rewards import Answered, Score, Scorer
+from megatron_cord.rollout.schedule import ScheduleConfig
+from megatron_cord.rollout.types import GenerationRequest, Rollout
 from megatron_cord.trainer.answers import TeacherAnswers
 from megatron_cord.trainer.batches import TrainingSequence
 from megatron_cord.trainer.objective import ObjectiveConfig
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
-    """How many responses a step samples, and how."""
+class RolloutConfig(ScheduleConfig):
+    """How many responses a step samples, how, and when."""
 
     engine: Literal["local"] = "local"  #: local: transformers in the trainer's processes
     prompts_per_step: int = 32  #: each gives one response to L_tok
@@ -36,7 +37,13 @@ class RolloutConfig:
     share: bool = False  #: L_tok scores the responses of L_seq instead of sampling its own
     max_new_tokens: int = 200  #: responses are cut there
 
+    agreement_limit: float | None = 0.25
+    #: mean |difference| of trainer's and engine's log-probabilities, nats a token, beyond which a step stops the run; null never does
+
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.agreement_limit is not None and self.agreement_limit <= 0:
+            raise CordError("rollout.agreement_limit must be positive, or null for none")
         if self.prompts_per_step < 1 or self.policy_rollouts < 2:
             raise CordError("rollout.prompts_per_step must be at least 1 and rollout.policy_rollouts at least 2")
         if not 0 <= self.policy_prompts_per_step <= self.prompts_per_step:
@@ -58,6 +65,7 @@ class Collected:
         rollout: the response.
         teacher_answer: the teacher's text, which the reward compares with; None where no reward is given.
         reward: None likewise.
+        score: what the reward is made of; None likewise, and in a replay.
         advantage: 0 outside L_seq and in groups without signal.
         has_signal: whether its group's rewards differ.
     """
@@ -69,6 +77,7 @@ class Collected:
     reward: float | None = None
     advantage: float = 0.0
     has_signal: bool = False
+    score: Score | None = None
 
 
 def draw_seed(*parts: int | str) -> int:
@@ -77,15 +86,14 @@ def draw_seed(*parts: int | str) -> int:
 
 
 class Collector:
-    """Rolls out, rewards, and builds sequences. All ranks call it alike.
+    """Says what is to be generated for a step, rewards it, and builds sequences. All ranks call it alike.
 
     Args:
         config: numbers and temperatures.
         objective: decides which responses are needed.
-        engine: generates.
         prompts: builds both prompts of a sample.
         answers: the teacher's answers.
-        reward: compares them.
+        rewards: of responses.
         seed: of the run.
     """
 
@@ -93,32 +101,47 @@ class Collector:
         self,
         config: RolloutConfig,
         objective: ObjectiveConfig,
-        engine: RolloutEngine,
         prompts: PromptBuilder,
         answers: TeacherAnswers,
-        reward: AgreementReward,
+        rewards: Scorer,
         seed: int,
     ) -> None:
-        self.config, self.objective, self.engine, self.prompts = config, objective, engine, prompts
-        self.answers, self.reward, self.seed = answers, reward, seed
+        self.config, self.objective, self.prompts = config, objective, prompts
+        self.answers, self.rewards, self.seed = answers, rewards, seed
 
-    def collect(self, samples: Sequence[Sample], step: int) -> list[Collected]:
-        """The step's rollouts."""
-        if self.objective.responses == "teacher":
-            return [Collected(sample, "distill", rollout) for sample, rollout in zip(samples, self.answers.rollouts(samples), strict=True)]
-        policy = samples[: self.config.policy_prompts_per_step] if self.objective.policy_gradient else []
-        share = self.config.share and bool(policy)
-        spoken = {s.id: self.prompts.audio_prompt(s) for s in samples}
-        alone = [] if share or self.objective.divergence == "none" else list(samples)
+    def requests(self, samples: Sequence[Sample], step: int) -> list[GenerationRequest]:
+        """What an engine has to generate for the step: responses for L_tok, groups for L_seq, and a live teacher's answers."""
+        alone, policy = self._parts(samples)
+        spoken = {s.id: self.prompts.audio_prompt(s) for s in [*alone, *policy]}
         requests = [self._request(spoken[s.id], self.config.temperature, step, s, 0) for s in alone]
         requests += [
             self._request(spoken[s.id], self.config.policy_temperature, step, s, 1 + i)
             for s in policy
             for i in range(self.config.policy_rollouts)
         ]
-        rollouts = self.engine.generate(requests)
+        return requests + self.answers.requests(samples if self.objective.responses == "teacher" else policy)
+
+    def collect(self, samples: Sequence[Sample], rollouts: Sequence[Rollout]) -> list[Collected]:
+        """The step's rollouts with their rewards, from what the engine made of `requests`."""
+        if self.objective.responses == "teacher":
+            answers = self.answers.rollouts(samples, rollouts)
+            return [Collected(sample, "distill", rollout) for sample, rollout in zip(samples, answers, strict=True)]
+        alone, policy = self._parts(samples)
+        groups = len(alone) + len(policy) * self.config.policy_rollouts
         distilled = [Collected(s, "distill", r) for s, r in zip(alone, rollouts, strict=False)]
-        return distilled + self._groups(policy, rollouts[len(alone) :], "shared" if share else "policy")
+        if not policy:
+            return distilled
+        references = self.answers.rollouts(policy, rollouts[groups:])
+        role: Literal["shared", "policy"] = "shared" if self.config.share else "policy"
+        return distilled + self._groups(policy, rollouts[len(alone) : groups], references, role)
+
+    def _parts(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+        """Samples that get a response for L_tok alone, and samples that get a group."""
+        if self.objective.responses == "teacher":
+            return [], []
+        policy = list(samples[: self.config.policy_prompts_per_step]) if self.objective.policy_gradient else []
+        share = self.config.share and bool(policy)
+        return [] if share or self.objective.divergence == "none" else list(samples), policy
 
     def sequences(self, collected: Sequence[Collected]) -> list[TrainingSequence]:
         """What is trained on: groups without signal are left out of L_seq."""
@@ -134,30 +157,45 @@ class Collector:
     def _request(self, prompt: Prompt, temperature: float, step: int, sample: Sample, draw: int) -> GenerationRequest:
         return GenerationRequest(prompt, temperature, self.config.max_new_tokens, draw_seed(self.seed, step, sample.id, draw))
 
-    def _groups(self, samples: Sequence[Sample], rollouts: Sequence[Rollout], role: Literal["policy", "shared"]) -> list[Collected]:
+    def _groups(
+        self, samples: Sequence[Sample], rollouts: Sequence[Rollout], references: Sequence[Rollout], role: Literal["policy", "shared"]
+    ) -> list[Collected]:
         """Rewards and advantages; rollouts come group by group."""
-        if not samples:
-            return []
-        references = {s.id: r.text for s, r in zip(samples, self.answers.rollouts(samples), strict=True)}
-        owners = [s for s in samples for _ in range(self.config.policy_rollouts)]
-        rewards = self.reward.score([r.text for r in rollouts], [references[s.id] for s in owners])
-        reward_tensor = torch.tensor(rewards)
+        owners = [(s, reference.text) for s, reference in zip(samples, references, strict=True) for _ in range(self.config.policy_rollouts)]
+        scores = self.rewards.score(
+            [
+                Answered(s.id, s.question, r.text, r.finish_reason == "stop", reference, s.answer)
+                for (s, reference), r in zip(owners, rollouts, strict=True)
+            ]
+        )
+        rewards = torch.tensor([score.total for score in scores])
         group_ids = torch.arange(len(samples)).repeat_interleave(self.config.policy_rollouts)
-        advantages = group_advantages(reward_tensor, group_ids, normalize_std=self.objective.normalize_std).tolist()
-        signal = has_signal(reward_tensor, group_ids).tolist()
+        advantages = group_advantages(rewards, group_ids, normalize_std=self.objective.normalize_std).tolist()
+        signal = has_signal(rewards, group_ids).tolist()
         return [
-            Collected(s, role, r, references[s.id], reward, advantage, differs)
-            for s, r, reward, advantage, differs in zip(owners, rollouts, rewards, advantages, signal, strict=True)
+            Collected(s, role, r, reference, score.total, advantage, differs, score)
+            for (s, reference), r, score, advantage, differs in zip(owners, rollouts, scores, advantages, signal, strict=True)
         ]
 
 
 def collection_metrics(collected: Sequence[Collected], policy_rollouts: int) -> dict[str, float]:
-    """Reward and groups of a step; empty without L_seq."""
+    """Reward with its terms, groups, and what became of the judge's questions; empty without L_seq."""
     rewarded = [c for c in collected if c.reward is not None]
     if not rewarded:
         return {}
-    return {
+    metrics = {
         "reward": sum(c.reward for c in rewarded if c.reward is not None) / len(rewarded),
         "groups": len(rewarded) / policy_rollouts,
         "groups_without_signal": sum(not c.has_signal for c in rewarded) / policy_rollouts,
     }
+    scores = [c.score for c in rewarded if c.score is not None]
+    names = list(scores[0].terms) if scores else []
+    if len(names) > 1:
+        metrics |= {f"reward_{name}": sum(s.terms[name] for s in scores) / len(scores) for name in names}
+    judged, fallbacks = sum(s.judged for s in scores), sum(s.fallbacks for s in scores)
+    if judged + fallbacks:
+        metrics |= {
+            "judge_fallbacks": fallbacks / (judged + fallbacks),
+            "judge_disagreement": sum(s.disagreements for s in scores) / max(judged, 1),
+        }
+    return metrics

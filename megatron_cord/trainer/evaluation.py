@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -16,6 +17,7 @@ from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError
 from megatron_cord.reward import answers_agree, extract_answer
 from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine
+from megatron_cord.trainer.agreement import agreement_metrics
 from megatron_cord.trainer.batches import TrainingSequence
 from megatron_cord.trainer.metrics import json_floats
 from megatron_cord.trainer.step import TokenRecord
@@ -68,16 +70,20 @@ class Evaluator:
             score: computes divergences of the first `config.scored` spoken answers; None leaves them out.
 
         Returns:
-            accuracies, their gap, accuracies by voice, and all answers, as written to `evaluations/step_….json`.
+            accuracies, their gap, accuracies by voice, how far trainer and engine agree on the scored answers (`agreement_metrics`), and all
+            answers, as written to `evaluations/step_….json`.
         """
         begun = time.perf_counter()
         answers = self._answer(self._written + self._spoken)
         text, audio = answers[: len(self.samples)], answers[len(self.samples) :]
         rows = [self._row(s, t, a) for s, t, a in zip(self.samples, text, audio, strict=True)]
+        agreement: dict[str, float] = {}
         if score is not None:
             count = min(self.config.scored, len(rows))
             sequences = [TrainingSequence(self._spoken[i], self._written[i], audio[i], True, 0.0, i) for i in range(count)]
-            for token in score(sequences):
+            tokens = score(sequences)
+            agreement = agreement_metrics(tokens, audio, step)
+            for token in tokens:
                 rows[token.index]["token_kl"] = None if token.kl is None else json_floats(token.kl)
         by_voice: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in rows:
@@ -85,6 +91,7 @@ class Evaluator:
         return (
             {"step": step}
             | _accuracies(rows)
+            | {name: value for name, value in agreement.items() if math.isfinite(value)}
             | {
                 "voices": {voice: _accuracies(group) for voice, group in sorted(by_voice.items())},
                 "seconds": time.perf_counter() - begun,

@@ -1,16 +1,19 @@
-"""What a checkpoint holds beside tensors, one JSON file: how far the run is, and what its model is."""
+"""What a checkpoint holds beside tensors, as JSON: how far the run is, what its model is, and responses that were generated ahead."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
+from megatron_cord.rollout.types import Rollout, rollout_from_json
 
 _STATE = "state.json"
+_AHEAD = "rollouts.jsonl"  # only there if something was generated ahead
 
 
 @dataclass(frozen=True)
@@ -22,21 +25,28 @@ class Progress:
         seconds: spent in training so far.
         skipped_in_a_row: steps without an update just before.
         seed: of the run; resuming with another would change what was promised.
+        ahead: responses of later steps, by step, made with weights that a resumed run no longer has.
     """
 
     step: int
     seconds: float
     skipped_in_a_row: int
     seed: int
+    ahead: Mapping[int, list[Rollout]] = field(default_factory=dict)
 
 
 def write_progress(checkpoint: Path, progress: Progress, arch: Architecture) -> None:
-    """Writes a checkpoint's file."""
-    (checkpoint / _STATE).write_text(json.dumps(asdict(progress) | {"architecture": asdict(arch)}, indent=1))
+    """Writes a checkpoint's files."""
+    if progress.ahead:
+        lines = [json.dumps({"step": step} | asdict(rollout)) + "\n" for step, rollouts in progress.ahead.items() for rollout in rollouts]
+        (checkpoint / _AHEAD).write_text("".join(lines))
+    state = asdict(replace(progress, ahead={})) | {"architecture": asdict(arch)}
+    del state["ahead"]
+    (checkpoint / _STATE).write_text(json.dumps(state, indent=1))
 
 
 def read_progress(checkpoint: Path, arch: Architecture) -> Progress:
-    """Reads a checkpoint's file.
+    """Reads a checkpoint's files.
 
     Raises:
         CordError: it is missing or damaged, or the checkpoint is of another architecture.
@@ -44,7 +54,7 @@ def read_progress(checkpoint: Path, arch: Architecture) -> Progress:
     try:
         state = json.loads((checkpoint / _STATE).read_text())
         architecture = state.pop("architecture")
-        progress = Progress(**state)
+        progress = Progress(**state, ahead=_read_ahead(checkpoint / _AHEAD))
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{_STATE}: {error}"
         raise CordError(f"{checkpoint} is not a whole checkpoint ({reason}); choose another with resume=PATH") from None
@@ -55,6 +65,14 @@ def read_progress(checkpoint: Path, arch: Architecture) -> Progress:
             f"{checkpoint} holds another architecture (it differs in {', '.join(differing)}); resume with the run's own model.checkpoint"
         )
     return progress
+
+
+def _read_ahead(path: Path) -> dict[int, list[Rollout]]:
+    ahead: dict[int, list[Rollout]] = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        plain = json.loads(line)
+        ahead.setdefault(plain["step"], []).append(rollout_from_json(plain))
+    return ahead
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

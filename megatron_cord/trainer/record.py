@@ -69,6 +69,7 @@ class RolloutRecord:
                         "token_weights": _measured(token.weights if token else None),
                         "teacher_answer": item.teacher_answer,
                         "reward": item.reward,
+                        "reward_terms": item.score.terms if item.score else None,
                         "advantage": item.advantage,
                         "has_signal": item.has_signal,
                         "finish_reason": rollout.finish_reason,

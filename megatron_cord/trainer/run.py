@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,9 +21,11 @@ from megatron_cord.data.shards import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import broadcast_json
-from megatron_cord.reward import AgreementReward
+from megatron_cord.reward import build_rewards
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.local import LocalEngine, LocalEngineConfig
+from megatron_cord.rollout.schedule import Schedule
+from megatron_cord.trainer.agreement import agreement_metrics, check_agreement, importance_metrics
 from megatron_cord.trainer.answers import TeacherAnswers
 from megatron_cord.trainer.checkpoint import Checkpoints
 from megatron_cord.trainer.collection import Collected, Collector, collection_metrics
@@ -74,9 +78,13 @@ class Run:
         answers = TeacherAnswers(
             config.teacher.mode, self.engine, self.prompts, config.rollout.max_new_tokens, self.directory / "teacher_answers.jsonl"
         )
-        self.collector = Collector(
-            config.rollout, config.objective, self.engine, self.prompts, answers, AgreementReward(config.reward), config.seed
+        rewards = build_rewards(config.reward, self.directory)
+        self.collector = Collector(config.rollout, config.objective, self.prompts, answers, rewards, config.seed)
+        self.batch = lru_cache(maxsize=config.rollout.ahead + 1)(self.loader.batch)  #: samples of a step; those asked for ahead are kept
+        self.schedule = Schedule(
+            config.rollout, self.engine, lambda step: self.collector.requests(self.batch(step), step), config.train.steps
         )
+        self._times: dict[str, float] = {}
         self.evaluator = Evaluator(config.evaluation, self._first(held_out, config.evaluation.samples), self.prompts, self.engine)
         self.train_step = TrainStep(
             self.model, teacher, self.optimizer, self.scheduler, config.objective, config.train.micro_batch_size, self.prompts.pad_id
@@ -101,6 +109,7 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.__exit__(kind, error, trace)
         self.log.__exit__(kind, error, trace)
+        self.schedule.close()
         self.engine.close()
         release(self.model)
 
@@ -114,6 +123,7 @@ class Run:
             self._prepare_answers()  # before the engine gets trained weights
         if step:
             self._update_engine()
+            self.schedule.restore(self.progress.ahead, step)
         # A run that was stopped between a checkpoint and its evaluation makes up for it.
         if not step or (self._evaluation_is_due(step) and not broadcast_json(evaluation_file(self.directory, step).is_file())):
             self.evaluate(step)
@@ -134,6 +144,7 @@ class Run:
         self.status = STOPPED
 
     def _save(self) -> None:
+        self.progress = replace(self.progress, ahead=self.schedule.settle())
         self.checkpoints.save(self.progress, self.model, self.optimizer)
         self.saved_step = self.progress.step
 
@@ -141,11 +152,13 @@ class Run:
         """Rollouts and rewards of the step, from the engine or from a record."""
         if self.config.replay is not None:
             return read_record(Path(self.config.replay), step + 1, samples)
-        return self.collector.collect(samples, step)
+        rollouts, self._times = self.schedule.rollouts(step)
+        return self.collector.collect(samples, rollouts)
 
     def train(self, collected: list[Collected]) -> StepResult:
         """One optimizer step."""
-        result = self.train_step(self.collector.sequences(collected), [c.rollout for c in collected if c.reward is not None])
+        with self.schedule.training():
+            result = self.train_step(self.collector.sequences(collected), [c.rollout for c in collected if c.reward is not None])
         skipped = self.progress.skipped_in_a_row + 1 if result.skipped else 0
         self.progress = Progress(self.progress.step + 1, self.progress.seconds, skipped, self.config.seed)
         if result.skipped:
@@ -155,19 +168,23 @@ class Run:
     def exchange(self) -> None:
         """Gives the trained weights to the engine, as the version that the step's number names."""
         if self.config.replay is None:
-            self._update_engine()
+            with self.schedule.exchanging():
+                self._update_engine()
 
     def finish_step(self, collected: list[Collected], result: StepResult, times: dict[str, float]) -> None:
         """Records the step; evaluates and saves when it is time.
 
         Raises:
-            CordError: too many steps in a row had a loss or gradients that are not finite.
+            CordError: too many steps in a row had a loss or gradients that are not finite, or trainer and engine do not agree.
         """
         step = self.progress.step
-        self.progress = Progress(step, self.progress.seconds + times["seconds"], self.progress.skipped_in_a_row, self.config.seed)
-        metrics: dict[str, Any] = result.metrics | collection_metrics(collected, self.config.rollout.policy_rollouts) | times
+        self.progress = replace(self.progress, seconds=self.progress.seconds + times["seconds"])
+        metrics: dict[str, Any] = result.metrics | collection_metrics(collected, self.config.rollout.policy_rollouts) | self._times | times
+        metrics |= self._compare_with_engine(collected, result, step - 1)
         self.log.step(step, metrics | {"skipped": result.skipped})
         self.record.write(step, collected, result.tokens)
+        if self.config.replay is None:  # a record may be of another model
+            check_agreement(metrics, self.config.rollout.agreement_limit, f"step {step}")
         skipped = self.progress.skipped_in_a_row
         if skipped >= self.config.train.max_skipped_in_a_row:
             raise CordError(
@@ -181,6 +198,15 @@ class Run:
         if self._evaluation_is_due(step):
             self.evaluate(step)
 
+    def _compare_with_engine(self, collected: list[Collected], result: StepResult, version: int) -> dict[str, float]:
+        objective, rollouts = self.config.objective, [c.rollout for c in collected]
+        if objective.responses == "teacher":  # made by reading
+            return {}
+        trained = [c.advantage != 0 for c in collected]
+        return agreement_metrics(result.tokens, rollouts, version) | importance_metrics(
+            result.tokens, rollouts, trained, objective.importance_cap
+        )
+
     def _evaluation_is_due(self, step: int) -> bool:
         interval = self.config.evaluation.interval
         return step == self.config.train.steps or bool(interval and step % interval == 0)
@@ -189,7 +215,9 @@ class Run:
         """Evaluates the current weights and writes the result; after the last step also the summary."""
         if self.config.replay is not None:
             self._update_engine()
+        self.progress = replace(self.progress, ahead=self.schedule.settle())  # the engine answers one caller at a time
         result = self.evaluator.run(step, self.train_step.score)
+        check_agreement(result, self.config.rollout.agreement_limit, f"evaluation of step {step}")
         self.log.evaluation(step, {name: result[name] for name in ("text_accuracy", "audio_accuracy")})
         if self.layout.is_main:
             write_evaluation(self.directory, result)

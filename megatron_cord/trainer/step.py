@@ -210,15 +210,11 @@ class TrainStep:
         dist.all_reduce(sums)
         token, sequence, entropy_sum, tokens = sums.tolist()
         kl = [value for record in records if record.kl is not None for value in record.kl]
-        by_index = {s.index: s for s in sequences}
-        gaps = [abs(a - b) for r in records for a, b in zip(r.logprobs, by_index[r.index].rollout.logprobs, strict=True)]
         return {
             "loss": token + sequence,
             "loss_token": token,
             "loss_sequence": sequence,
             "entropy": entropy_sum / max(tokens, 1),
             "kl": sum(kl) / max(len(kl), 1),
-            "engine_logprob_difference": sum(gaps) / max(len(gaps), 1),
-            "engine_logprob_difference_max": max(gaps, default=0.0),
             "response_tokens": sum(len(s.rollout.token_ids) for s in sequences) / max(len(sequences), 1),
         }

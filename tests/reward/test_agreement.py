@@ -1,33 +1,37 @@
-"""The agreement reward."""
+"""Answer matching as a comparer."""
 
 from __future__ import annotations
 
 import threading
 
-import pytest
-
-from megatron_cord.reward import AgreementReward, RewardConfig
+from megatron_cord.reward import AnswerMatcher, Comparison, Verdict
 
 
-def test_agreement_is_with_the_teacher() -> None:
+def compare(response: str, reference: str, *, bare: bool = False) -> bool:
+    (verdict,) = AnswerMatcher().compare([Comparison("how much", response, reference, bare)])
+    assert verdict == Verdict(verdict.agrees, verdict.agrees, "match")
+    return verdict.agrees
+
+
+def test_agreement_is_of_final_answers() -> None:
     """Catches a reward from position or wording instead of the final answer, and one for two texts without any answer."""
-    reward = AgreementReward(RewardConfig())
-    said = ["five plus seven is twelve . the answer is 12", "the answer is 11", "hm", "hm", "so it is twelve"]
-    wanted = ["seven plus five is twelve . the answer is 12", "the answer is 12", "hm", "the answer is 12", "the answer is 12"]
-    assert reward.score(said, wanted) == [1.0, 0.0, 0.0, 0.0, 1.0]
-    assert reward.score([], []) == []
+    assert compare("five plus seven is twelve . the answer is 12", "seven plus five is twelve . the answer is 12")
+    assert compare("so it is twelve", "the answer is 12")
+    for said, wanted in [("the answer is 11", "the answer is 12"), ("hm", "hm"), ("hm", "the answer is 12")]:
+        assert not compare(said, wanted)
+    assert AnswerMatcher().compare([]) == []
 
 
-def test_every_rollout_needs_its_reference() -> None:
-    """Catches rewards silently paired with another question's answer."""
-    with pytest.raises(ValueError, match="shorter"):
-        AgreementReward().score(["1", "2"], ["1"])
+def test_a_bare_reference_is_the_answer_itself() -> None:
+    """Catches gold answers in words, in which no solution's final answer can be found, that agree with nothing."""
+    assert compare("the answer is Paris", "Paris", bare=True)
+    assert not compare("the answer is Rome", "Paris", bare=True)
 
 
 def test_works_outside_the_main_thread() -> None:
     """Catches a judge that rests on signals, which a worker thread may not set."""
-    rewards: list[float] = []
-    thread = threading.Thread(target=lambda: rewards.extend(AgreementReward().score([r"\boxed{x+1}"], [r"\boxed{1+x}"])))
+    verdicts: list[bool] = []
+    thread = threading.Thread(target=lambda: verdicts.append(compare(r"\boxed{x+1}", r"\boxed{1+x}")))
     thread.start()
     thread.join()
-    assert rewards == [1.0]
+    assert verdicts == [True]

@@ -29,7 +29,7 @@ def test_a_frozen_teacher_is_asked_once(prompts: PromptBuilder, layout: Layout, 
     assert heard == ["the teacher answers 2 questions"]
     assert [(r.prompt.sample_id, r.temperature, r.prompt.clips) for r in engine.requests] == [(s.id, 0.0, ()) for s in SAMPLES[:2]]
     for _ in range(2):
-        assert [r.text for r in answers.rollouts(SAMPLES[:2])] == ["answer is one"] * 2
+        assert [r.text for r in answers.rollouts(SAMPLES[:2], ())] == ["answer is one"] * 2
     assert len(engine.requests) == 2
 
 
@@ -40,11 +40,11 @@ def test_a_resumed_run_has_the_same_answers(prompts: PromptBuilder, layout: Layo
     first.prepare(SAMPLES[:2], resumed=False)
     second, engine = make_answers(prompts, path, "two")
     second.prepare(SAMPLES, resumed=True)
-    assert second.rollouts(SAMPLES[:2]) == first.rollouts(SAMPLES[:2])
+    assert second.rollouts(SAMPLES[:2], ()) == first.rollouts(SAMPLES[:2], ())
     assert [r.prompt.sample_id for r in engine.requests] == [SAMPLES[2].id]
     third, engine = make_answers(prompts, path, "three")
     third.prepare(SAMPLES, resumed=True)
-    assert not engine.requests and third.rollouts(SAMPLES) == second.rollouts(SAMPLES)
+    assert not engine.requests and third.rollouts(SAMPLES, ()) == second.rollouts(SAMPLES, ())
 
 
 def test_a_new_run_asks_anew(prompts: PromptBuilder, layout: Layout, tmp_path: Path) -> None:
@@ -52,14 +52,14 @@ def test_a_new_run_asks_anew(prompts: PromptBuilder, layout: Layout, tmp_path: P
     for word in ("one", "two"):
         answers, _ = make_answers(prompts, tmp_path / "answers.jsonl", word)
         answers.prepare(SAMPLES, resumed=False)
-        assert answers.rollouts(SAMPLES)[0].text == f"answer is {word}"
+        assert answers.rollouts(SAMPLES, ())[0].text == f"answer is {word}"
 
 
 def test_lost_answers_are_asked_again(prompts: PromptBuilder, layout: Layout, tmp_path: Path) -> None:
     """Catches a run that cannot go on because a file, which its initial weights can make again, was lost."""
     answers, engine = make_answers(prompts, tmp_path / "answers.jsonl", "one")
     answers.prepare(SAMPLES, resumed=True)
-    assert len(engine.requests) == len(answers.rollouts(SAMPLES)) == 3
+    assert len(engine.requests) == len(answers.rollouts(SAMPLES, ())) == 3
 
 
 @pytest.mark.parametrize("line", ['{"sample": "s0-0", "tok', "[]", '{"sample": "s0-0"}'])
@@ -76,6 +76,7 @@ def test_a_live_teacher_answers_each_time(prompts: PromptBuilder, layout: Layout
     answers, engine = make_answers(prompts, tmp_path / "answers.jsonl", "one", mode="live")
     answers.prepare(SAMPLES, resumed=False)
     assert not engine.requests and not list(tmp_path.iterdir())
-    answers.rollouts(SAMPLES)
-    answers.rollouts(SAMPLES)
-    assert len(engine.requests) == 6
+    for _ in range(2):
+        asked = answers.requests(SAMPLES)
+        assert [(r.prompt.sample_id, r.temperature, r.prompt.clips) for r in asked] == [(s.id, 0.0, ()) for s in SAMPLES]
+        assert [r.prompt_id for r in answers.rollouts(SAMPLES, engine.generate(asked))] == [s.id for s in SAMPLES]

@@ -10,10 +10,10 @@ import pytest
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
-from megatron_cord.reward import AgreementReward
+from megatron_cord.reward import Rewards
 from megatron_cord.rollout.types import GenerationRequest
 from megatron_cord.trainer.answers import TeacherAnswers
-from megatron_cord.trainer.collection import Collector, RolloutConfig, collection_metrics, draw_seed
+from megatron_cord.trainer.collection import Collected, Collector, RolloutConfig, collection_metrics, draw_seed
 from megatron_cord.trainer.objective import ObjectiveConfig
 from tests.tiny_run import NUMBERS, make_samples
 from tests.trainer.scripted_engine import ScriptedEngine
@@ -32,15 +32,27 @@ def says(request: GenerationRequest) -> str:
 def make_collector(prompts: PromptBuilder, path: Path, seed: int = 0, rollout: RolloutConfig = ROLLOUT, **objective: Any) -> Collector:
     engine = ScriptedEngine(prompts, says)
     answers = TeacherAnswers("live", engine, prompts, 8, path / "answers.jsonl")
-    return Collector(rollout, ObjectiveConfig(**objective), engine, prompts, answers, AgreementReward(), seed)
+    return Collector(rollout, ObjectiveConfig(**objective), prompts, answers, Rewards(), seed)
+
+
+def collect(collector: Collector, samples: list[Any], step: int) -> list[Collected]:
+    """What a step makes of the engine's answers."""
+    return collector.collect(samples, engine_of(collector).generate(collector.requests(samples, step)))
+
+
+def engine_of(collector: Collector) -> ScriptedEngine:
+    engine = collector.answers.engine
+    assert isinstance(engine, ScriptedEngine)
+    return engine
 
 
 def drawn(collector: Collector, step: int, samples: list[Any] = SAMPLES) -> dict[tuple[str, float], list[int]]:
     """Seeds of the step's sampled requests, by sample and temperature."""
-    collector.engine.requests.clear()  # type: ignore[attr-defined]
-    collector.collect(samples, step)
+    engine = engine_of(collector)
+    engine.requests.clear()
+    collect(collector, samples, step)
     seeds: dict[tuple[str, float], list[int]] = {}
-    for request in collector.engine.requests:  # type: ignore[attr-defined]
+    for request in engine.requests:
         if request.temperature > 0:
             seeds.setdefault((request.prompt.sample_id, request.temperature), []).append(request.seed)
     return seeds
@@ -49,7 +61,7 @@ def drawn(collector: Collector, step: int, samples: list[Any] = SAMPLES) -> dict
 def test_groups_and_advantages(prompts: PromptBuilder, tmp_path: Path) -> None:
     """Catches rewards against another question's answer, advantages over the wrong group, and groups without signal that are trained on."""
     collector = make_collector(prompts, tmp_path)
-    collected = collector.collect(SAMPLES, step=3)
+    collected = collect(collector, SAMPLES, step=3)
     assert [(c.sample.id, c.role) for c in collected] == [(s.id, "distill") for s in SAMPLES] + [
         (s.id, "policy") for s in SAMPLES[:2] for _ in range(3)
     ]
@@ -93,7 +105,7 @@ def test_shared_responses(prompts: PromptBuilder, tmp_path: Path) -> None:
     """Catches share=true that still samples for L_tok, or leaves responses without signal out of it."""
     rollout = RolloutConfig(prompts_per_step=4, policy_prompts_per_step=2, policy_rollouts=3, max_new_tokens=8, share=True)
     collector = make_collector(prompts, tmp_path, rollout=rollout)
-    collected = collector.collect(SAMPLES, step=3)
+    collected = collect(collector, SAMPLES, step=3)
     assert [c.role for c in collected] == ["shared"] * 6
     made = collector.sequences(collected)
     assert len(made) == 6 and all(s.scored and s.teacher is not None for s in made)
@@ -103,7 +115,7 @@ def test_shared_responses(prompts: PromptBuilder, tmp_path: Path) -> None:
 def test_off_policy_takes_the_teachers_answers(prompts: PromptBuilder, tmp_path: Path) -> None:
     """Catches fine-tuning on the student's own responses, or on answers to what was heard."""
     collector = make_collector(prompts, tmp_path, responses="teacher", policy_gradient=False, divergence="nll")
-    collected = collector.collect(SAMPLES, step=0)
+    collected = collect(collector, SAMPLES, step=0)
     assert [(c.role, c.rollout.text) for c in collected] == [("distill", "answer is one")] * 4
     assert drawn(collector, step=0) == {}
     made = collector.sequences(collected)

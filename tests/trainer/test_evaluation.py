@@ -47,15 +47,16 @@ def test_accuracies_and_voices(prompts: PromptBuilder) -> None:
 
 
 def test_some_answers_are_scored(prompts: PromptBuilder) -> None:
-    """Catches divergences beside another sample's answer, and numbers that are none in the file."""
+    """Catches divergences beside another sample's answer, numbers that are none in the file, and an engine that is not compared."""
     asked: list[TrainingSequence] = []
 
     def score(sequences: list[TrainingSequence]) -> list[TokenRecord]:
         asked.extend(sequences)
-        return [TokenRecord(s.index, [float(s.index), math.nan], None, []) for s in reversed(sequences)]
+        return [TokenRecord(s.index, [float(s.index), math.nan], None, [p - 0.25 for p in s.rollout.logprobs]) for s in reversed(sequences)]
 
     result = make_evaluator(prompts, scored=2).run(0, score)
     assert [a["token_kl"] for a in result["answers"]] == [[0.0, None], [1.0, None], None, None]
+    assert result["engine_logprob_difference"] == result["engine_logprob_difference_max"] == 0.25
     for sequence, sample in zip(asked, SAMPLES[:2], strict=True):
         assert sequence.student.clips and sequence.teacher is not None and not sequence.teacher.clips
         assert sequence.rollout.prompt_id == sequence.student.sample_id == sample.id

@@ -1,0 +1,50 @@
+"""The judge's answers on disk: JSON lines, one file a writer, which only ever grow. A line that a stop cut short is left out."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+
+class JudgeCache:
+    """Verdicts by key. Many threads of one process may use it, and other processes with other writers' numbers.
+
+    Args:
+        directory: all files in it are read once, at the start.
+        writer: this process's number, whose file it writes.
+    """
+
+    def __init__(self, directory: Path, writer: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._known: dict[str, bool] = {}
+        for file in sorted(directory.glob("*.jsonl")):
+            self._read(file)
+        self._lock = threading.Lock()
+        self._path = directory / f"{writer}.jsonl"
+        if self._path.is_file() and not self._path.read_bytes().endswith(b"\n"):
+            self._append("\n")  # ends the line that a stop cut short
+
+    def get(self, key: str) -> bool | None:
+        """The verdict, or None."""
+        return self._known.get(key)
+
+    def put(self, key: str, agrees: bool) -> None:
+        """Keeps a verdict; it outlives the process as soon as this returns."""
+        with self._lock:
+            self._known[key] = agrees
+            self._append(json.dumps({"key": key, "agrees": agrees}) + "\n")
+
+    def _append(self, text: str) -> None:
+        with self._path.open("a") as file:
+            file.write(text)
+
+    def _read(self, file: Path) -> None:
+        for line in file.read_bytes().splitlines():
+            try:
+                entry = json.loads(line)
+                key, agrees = entry["key"], entry["agrees"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if isinstance(key, str) and isinstance(agrees, bool):
+                self._known[key] = agrees

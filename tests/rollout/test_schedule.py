@@ -1,0 +1,154 @@
+"""When responses are generated: staleness, what an exchange does to unfinished ones, and what a resumed run takes up."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from megatron_cord.data.samples import Prompt
+from megatron_cord.errors import CordError
+from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
+from megatron_cord.rollout.collective import CollectiveEngine
+from megatron_cord.rollout.schedule import Schedule, ScheduleConfig
+from megatron_cord.rollout.types import GenerationRequest, Rollout, VersionSpan
+
+
+class SteppedEngine:
+    """Answers with its version at once, or, of step ``held``, when it is released or aborted."""
+
+    def __init__(self, held: int | None = None) -> None:
+        self.version, self.held = 0, held
+        self.asked: list[tuple[int, int]] = []  #: (step, version) of each call
+        self.entered, self.released, self.aborted = threading.Event(), threading.Event(), False
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Rollout]:
+        step, version = int(requests[0].prompt.sample_id), self.version
+        self.asked.append((step, version))
+        if step == self.held:
+            self.held = None
+            self.entered.set()
+            assert self.released.wait(30)
+            if self.aborted:
+                return [Rollout(r.prompt.sample_id, (), (), "abort", (), "") for r in requests]
+        return [Rollout(r.prompt.sample_id, (5,), (-0.5,), "stop", (VersionSpan(0, 1, version),), "") for r in requests]
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.version = version
+
+    def abort(self) -> None:
+        self.aborted = True
+        self.released.set()
+
+    def close(self) -> None:
+        self.released.set()
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    initialize(ParallelConfig(), seed=0)
+    yield
+    finalize()
+
+
+def requests(step: int) -> list[GenerationRequest]:
+    return [GenerationRequest(Prompt(str(step), (1,)), 1.0, 1, seed) for seed in range(2)]
+
+
+def make(engine: Any, steps: int = 5, **config: Any) -> Schedule:
+    return Schedule(ScheduleConfig(schedule=config.pop("schedule", "async"), **config), CollectiveEngine(engine), requests, steps)
+
+
+def exchange(schedule: Schedule, engine: SteppedEngine, version: int) -> None:
+    with schedule.exchanging():
+        engine.update_weights([], version)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_each_step_has_weights_of_the_promised_age(ahead: int) -> None:
+    """Catches responses of other weights than max(0, step - ahead), which would depend on timing, and steps that are asked for twice or never."""
+    engine = SteppedEngine()
+    schedule = make(engine, max_staleness=ahead)
+    for step in range(5):
+        rollouts, metrics = schedule.rollouts(step)
+        wanted = max(0, step - ahead)
+        assert [(r.prompt_id, r.versions[0].version) for r in rollouts] == [(str(step), wanted)] * 2
+        assert metrics["staleness"] == metrics["staleness_max"] == step - wanted
+        exchange(schedule, engine, step + 1)
+    assert engine.asked == [(step, max(0, step - ahead)) for step in range(5)]
+    schedule.close()
+
+
+def test_an_exchange_waits_for_what_is_being_generated() -> None:
+    """Catches weights that change under a response."""
+    engine = SteppedEngine(held=1)
+    schedule = make(engine)
+    schedule.rollouts(0)
+    assert engine.entered.wait(30)
+    threading.Timer(0.2, engine.released.set).start()
+    exchange(schedule, engine, 1)
+    assert [r.versions[0].version for r in schedule.rollouts(1)[0]] == [0, 0]
+    schedule.close()
+
+
+def test_aborted_responses_begin_again_with_the_new_weights() -> None:
+    """Catches an unfinished response that is trained on, lost, or waited for."""
+    engine = SteppedEngine(held=1)
+    schedule = make(engine, on_exchange="restart")
+    schedule.rollouts(0)
+    assert engine.entered.wait(30)
+    exchange(schedule, engine, 1)
+    assert [(r.finish_reason, r.versions[0].version) for r in schedule.rollouts(1)[0]] == [("stop", 1)] * 2
+    assert engine.asked[:3] == [(0, 0), (1, 0), (1, 1)]
+    schedule.close()
+
+
+def test_what_was_generated_ahead_is_taken_up() -> None:
+    """Catches a resumed run that asks newer weights for what older ones had answered, or takes up what its configuration does not allow."""
+    engine = SteppedEngine()
+    schedule = make(engine)
+    schedule.rollouts(0)
+    exchange(schedule, engine, 1)
+    ahead = schedule.settle()
+    assert list(ahead) == [1] and schedule.rollouts(1)[0] == ahead[1], "settling must not lose them"
+    schedule.close()
+    for config, version in (({}, 0), ({"max_staleness": 0}, 1), ({"schedule": "sync"}, 1)):
+        resumed = SteppedEngine()
+        resumed.version = 1
+        again = make(resumed, **config)
+        again.restore(ahead, 1)
+        assert [r.versions[0].version for r in again.rollouts(1)[0]] == [version] * 2
+        again.close()
+
+
+def test_failures_and_old_weights_are_reported() -> None:
+    """Catches an engine that missed an exchange unnoticed, an error that stays in its thread, and settings that an engine cannot follow."""
+    engine = SteppedEngine()
+    schedule = make(engine)
+    schedule.rollouts(0)
+    for step in (1, 2):
+        with schedule.exchanging():
+            pass  # never reaches the engine
+        if step == 1:
+            schedule.rollouts(1)
+    with pytest.raises(CordError, match="sample 2: the engine generated with weights of version 0 at step 2, where 1 to 2 are allowed"):
+        schedule.rollouts(2)
+    schedule.close()
+    for config, message in (({"on_exchange": "continue"}, "on_exchange=continue needs an engine that is Pausable"),
+                            ({"schedule": "sync", "colocated": True}, "rollout.colocated needs an engine that is Releasable")):  # fmt: skip
+        with pytest.raises(CordError, match=message):
+            make(SteppedEngine(), **config)
+    with pytest.raises(CordError, match="colocated needs rollout.schedule=sync"):
+        ScheduleConfig(schedule="async", colocated=True)
+
+    def broken(requests: Sequence[GenerationRequest]) -> list[Rollout]:
+        raise CordError("the engine is broken")
+
+    engine.generate = broken  # type: ignore[method-assign]
+    failing = make(engine)
+    with pytest.raises(CordError, match="the engine is broken"):
+        failing.rollouts(0)
+    failing.close()
