@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # under a launcher, too, the project need not be installed
 
 from megatron_cord.cli import Parser, run
-from megatron_cord.convert import comparison, import_tensors
+from megatron_cord.convert import comparison
 from megatron_cord.convert.checkpoint_files import stored_tensors
 from megatron_cord.convert.companions import read_companions, with_dtype
 from megatron_cord.convert.hf_directory import HFDirectoryWriter, check_vacant, plan_shards
-from megatron_cord.convert.inventory import Entry, check_fits, common_dtype, inventory, tensors_for
+from megatron_cord.convert.inventory import Entry, check_fits, common_dtype, inventory, paper_model
+from megatron_cord.convert.loading import find_sources
 from megatron_cord.convert.stream import export_tensors
 from megatron_cord.convert.weights_checkpoint import save_weights, saved_dtype
 from megatron_cord.data.prompts import PromptBuilder
@@ -68,11 +69,10 @@ def import_checkpoint(arguments: Namespace, console: Console) -> int:
         return 0
     check_vacant(target)
     stored = stored_tensors(hf_dir)
-    check_fits(arch, layout, stored)
     dtype = _dtype(arguments.dtype) or common_dtype(stored)
+    model = paper_model(arch, layout, dtype)
+    sources = find_sources(model, stored)
     companions = with_dtype(read_companions(hf_dir), dtype)
-    model = LALM(arch, layout, dtype)
-    import_tensors(model, _tracked(tensors_for(model, stored), sum(tensor.nbytes for tensor in stored), layout, console))
 
     def complete(partial: Path) -> None:
         run_progress.write_progress(partial, _WEIGHTS_ONLY, arch)
@@ -80,8 +80,9 @@ def import_checkpoint(arguments: Namespace, console: Console) -> int:
         for name, content in companions.items():
             (partial / _COMPANIONS / name).write_bytes(content)
 
-    with _disk(target, "free some space and import again"):
-        save_weights(target, model, complete)
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    with _disk(target, "free some space and import again"), _progress(total, layout, console) as advance:
+        save_weights(target, model, sources, complete, advance)
     _say(layout, console, f"{target}: {len(stored)} tensors in {_name(dtype)}")
     return 0
 
@@ -232,13 +233,20 @@ def _print_inventory(entries: list[Entry], dtype: torch.dtype, console: Console)
 
 
 def _tracked(tensors: Iterable[tuple[str, Tensor]], total: int, layout: Layout, console: Console) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors under a progress bar of bytes, on the rank that speaks."""
+    """The same tensors under a progress bar, on the rank that speaks."""
+    with _progress(total, layout, console) as advance:
+        for name, tensor in tensors:
+            yield name, tensor
+            advance(tensor.nbytes)
+
+
+@contextmanager
+def _progress(total: int, layout: Layout, console: Console) -> Iterator[Callable[[int], None]]:
+    """A progress bar of bytes; what it gives is called with each portion."""
     columns = (TextColumn("tensors"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not layout.is_main) as bar:
         task = bar.add_task("", total=total)
-        for name, tensor in tensors:
-            yield name, tensor
-            bar.advance(task, tensor.nbytes)
+        yield lambda portion: bar.advance(task, portion)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_cord.errors import CordError
 
+_BLOCK = 1 << 24  # bytes at a time of what is cut or changed in precision while it is read
 #: the format's names of what a model's weights may be
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -52,15 +53,43 @@ class StoredTensor:
         Raises:
             CordError: the file ends before the tensor does.
         """
-        raw = torch.empty(self.nbytes, dtype=torch.uint8)
-        view, done = raw.numpy().data, 0
+        out = torch.empty(self.shape, dtype=self.dtype)
+        self._read_bytes(0, out)
+        return out
+
+    def read_block(self, row: int, column: int, out: Tensor) -> None:
+        """Fills out with the rows from `row` on, and of them the columns from `column` on; only these rows are read.
+
+        Args:
+            row: the first.
+            column: the first; 0 for a tensor of one dimension.
+            out: [rows, ...] of any precision on any device; all sizes but the first two are the tensor's.
+
+        Raises:
+            CordError: the file ends before the block does.
+        """
+        width = prod(self.shape[1:])
+        whole = out.shape[1:] == self.shape[1:]
+        if whole and out.dtype == self.dtype and out.is_contiguous() and out.device.type == "cpu":
+            self._read_bytes(row * width, out)
+            return
+        step = max(1, _BLOCK // max(1, width * self.dtype.itemsize))
+        scratch = torch.empty(min(step, len(out)), *self.shape[1:], dtype=self.dtype)
+        for start in range(0, len(out), step):
+            target = out[start : start + step]
+            block = scratch[: len(target)]
+            self._read_bytes((row + start) * width, block)
+            target.copy_(block if whole else block[:, column : column + out.shape[1]])
+
+    def _read_bytes(self, element: int, out: Tensor) -> None:
+        """Fills a contiguous tensor of the file's precision with the elements from this one on."""
+        view, done = out.reshape(-1).view(torch.uint8).numpy().data, 0
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.offset)
-            while done < self.nbytes and (count := file.readinto(view[done:])):
+            file.seek(self.offset + element * self.dtype.itemsize)
+            while done < out.nbytes and (count := file.readinto(view[done:])):
                 done += count
-        if done < self.nbytes:
+        if done < out.nbytes:
             raise CordError(f"{self.path} is damaged (it ends within tensor {self.name}); download it again")
-        return raw.view(self.dtype).reshape(self.shape)
 
 
 def safetensors_files(checkpoint_dir: str | Path) -> list[Path]:

@@ -5,20 +5,19 @@ The model is built from fake tensors, which have shapes only, so that the invent
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_cord.convert.checkpoint_files import StoredTensor
-from megatron_cord.convert.stream import global_parameters, hf_shapes, import_tensors, tensor_map_of
+from megatron_cord.convert.loading import find_sources
+from megatron_cord.convert.stream import global_parameters, hf_shapes, tensor_map_of
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
-from megatron_cord.model.families import family_of
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import all_gather_json
@@ -53,9 +52,14 @@ class _PaperModel(LALM):
         return self
 
 
-def _paper_model(arch: Architecture, layout: Layout) -> LALM:
+def paper_model(arch: Architecture, layout: Layout, dtype: torch.dtype = torch.bfloat16) -> LALM:
+    """This rank's part of the model, of tensors that have a shape and a precision but no memory.
+
+    Raises:
+        CordError: the layout does not divide the model.
+    """
     with FakeTensorMode():
-        return _PaperModel(arch, layout, torch.bfloat16)
+        return _PaperModel(arch, layout, dtype)
 
 
 def inventory(arch: Architecture, layout: Layout) -> list[Entry]:
@@ -64,7 +68,7 @@ def inventory(arch: Architecture, layout: Layout) -> list[Entry]:
     Raises:
         CordError: the layout does not divide the model.
     """
-    model = _paper_model(arch, layout)
+    model = paper_model(arch, layout)
     parameters, table = global_parameters(model), tensor_map_of(model)
     mine: dict[str, list[int]] = {}
     for rule in table.rules:
@@ -82,21 +86,7 @@ def check_fits(arch: Architecture, layout: Layout, stored: Sequence[StoredTensor
     Raises:
         CordError: missing, unexpected, duplicated or misshapen tensors, all listed at once.
     """
-    model = _paper_model(arch, layout)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        import_tensors(model, ((tensor.name, torch.empty(tensor.shape, dtype=tensor.dtype)) for tensor in stored))
-
-
-def tensors_for(model: LALM, stored: Sequence[StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's tensors for `import_tensors`, in the order of the family's table: the parts of one fused tensor follow each other.
-
-    Tensors of other stages have a shape only. At most one tensor is read ahead.
-    """
-    table, canonical, mine = tensor_map_of(model), family_of(model.arch).canonical_name, global_parameters(model)
-    places = {name: place for place, name in enumerate(table.by_hf_name)}
-    for tensor in sorted(stored, key=lambda tensor: places[canonical(tensor.name)]):
-        needed = table.by_hf_name[canonical(tensor.name)].megatron in mine
-        yield tensor.name, tensor.read() if needed else torch.empty(tensor.shape, device="meta")
+    find_sources(paper_model(arch, layout), stored)
 
 
 def common_dtype(tensors: Sequence[StoredTensor]) -> torch.dtype:

@@ -6,7 +6,7 @@ Memory: at most the parts of one fused tensor beside the model, whatever the siz
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,17 +29,19 @@ def global_parameters(model: LALM) -> dict[str, torch.nn.Parameter]:
 
     With tied embeddings, the last stage's copy has the name of the first stage's original.
     """
-    offset = model.language_model.decoder.layers[0].layer_number - 1
-    parameters = {}
-    for name, parameter in model.named_parameters():
-        prefix = "language_model.decoder.layers."
-        if name.startswith(prefix):
-            number, rest = name.removeprefix(prefix).split(".", 1)
-            name = f"{prefix}{int(number) + offset}.{rest}"
-        if model.share_embeddings_and_output_weights and name == "language_model.output_layer.weight":
-            name = "language_model.embedding.word_embeddings.weight"
-        parameters[name] = parameter
-    return parameters
+    return {rename_to_global(model, name): parameter for name, parameter in model.named_parameters()}
+
+
+def rename_to_global(model: LALM, name: str) -> str:
+    """The name in the whole model of this rank's parameter."""
+    prefix = "language_model.decoder.layers."
+    if name.startswith(prefix):
+        number, rest = name.removeprefix(prefix).split(".", 1)
+        offset = model.language_model.decoder.layers[0].layer_number - 1
+        return f"{prefix}{int(number) + offset}.{rest}"
+    if model.share_embeddings_and_output_weights and name == "language_model.output_layer.weight":
+        return "language_model.embedding.word_embeddings.weight"
+    return name
 
 
 @torch.no_grad()
@@ -115,35 +117,59 @@ def import_tensors(model: LALM, tensors: Iterable[tuple[str, Tensor]]) -> None:
     Raises:
         CordError: missing, unexpected, duplicated or misshapen tensors, all listed at once.
     """
-    table, canonical = tensor_map_of(model), family_of(model.arch).canonical_name
-    mine = global_parameters(model)
+    audit = Audit(model)
     waiting: dict[str, dict[str, Tensor]] = {}
-    seen: set[str] = set()
-    problems: list[str] = []
     for spelled, tensor in tensors:
-        name = canonical(spelled)
-        rule = table.by_hf_name.get(name)
+        admitted = audit.admit(spelled, tensor.shape)
+        if admitted is None:
+            continue
+        name, rule = admitted
+        parts = waiting.setdefault(rule.megatron, {})
+        parts[name] = tensor
+        if len(parts) == len(rule.hf_names):
+            _fill(audit.mine[rule.megatron], rule, waiting.pop(rule.megatron), model.layout)
+    audit.finish()
+
+
+class Audit:
+    """Compares a stream of names and shapes with what this rank's part of the model is made of.
+
+    Attributes:
+        mine: this rank's parameters, as `global_parameters`.
+    """
+
+    def __init__(self, model: LALM) -> None:
+        self.mine = global_parameters(model)
+        self._layout = model.layout
+        self._table, self._canonical = tensor_map_of(model), family_of(model.arch).canonical_name
+        self._seen: set[str] = set()
+        self._problems: list[str] = []
+
+    def admit(self, spelled: str, shape: Sequence[int]) -> tuple[str, TensorRule] | None:
+        """The published name and the rule of a tensor that this rank needs; None if it is another stage's, or a problem."""
+        name = self._canonical(spelled)
+        rule = self._table.by_hf_name.get(name)
         if rule is None:
-            nearest = difflib.get_close_matches(name, table.by_hf_name, n=1)
-            problems.append(f"unexpected tensor {spelled}" + (f" (nearest expected: {nearest[0]})" if nearest else ""))
-        elif name in seen:
-            problems.append(f"tensor {spelled} occurs twice")
-        else:
-            seen.add(name)
-            parameter = mine.get(rule.megatron)
-            if parameter is None:
-                continue  # another stage's
-            wanted = hf_shapes(parameter, rule, model.layout)[name]
-            if tensor.shape != wanted:
-                problems.append(f"tensor {spelled} has shape {list(tensor.shape)}, expected {list(wanted)}")
-                continue
-            parts = waiting.setdefault(rule.megatron, {})
-            parts[name] = tensor
-            if len(parts) == len(rule.hf_names):
-                _fill(parameter, rule, waiting.pop(rule.megatron), model.layout)
-    problems += [f"missing tensor {name}" for name in table.by_hf_name if name not in seen]
-    if problems:
-        raise CordError(f"the checkpoint does not fit the model's architecture ({len(problems)} problems): " + "; ".join(problems))
+            nearest = difflib.get_close_matches(name, self._table.by_hf_name, n=1)
+            self._problems.append(f"unexpected tensor {spelled}" + (f" (nearest expected: {nearest[0]})" if nearest else ""))
+            return None
+        if name in self._seen:
+            self._problems.append(f"tensor {spelled} occurs twice")
+            return None
+        self._seen.add(name)
+        if rule.megatron not in self.mine:
+            return None
+        wanted = hf_shapes(self.mine[rule.megatron], rule, self._layout)[name]
+        if tuple(shape) != tuple(wanted):
+            self._problems.append(f"tensor {spelled} has shape {list(shape)}, expected {list(wanted)}")
+            return None
+        return name, rule
+
+    def finish(self) -> None:
+        """Raises CordError with all problems, if there was any or a tensor is missing."""
+        problems = [*self._problems, *(f"missing tensor {name}" for name in self._table.by_hf_name if name not in self._seen)]
+        if problems:
+            raise CordError(f"the checkpoint does not fit the model's architecture ({len(problems)} problems): " + "; ".join(problems))
 
 
 def hf_shapes(parameter: Tensor, rule: TensorRule, layout: Layout) -> dict[str, torch.Size]:

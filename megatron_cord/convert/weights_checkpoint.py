@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import queue
 import shutil
 import warnings
 from collections.abc import Callable
@@ -14,24 +13,31 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_cord.convert.hf_directory import check_vacant
+from megatron_cord.convert.loading import Source
+from megatron_cord.convert.streamed_save import save_streamed
 from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import LALM
 
 
-def save_weights(directory: Path, model: LALM, complete: Callable[[Path], None]) -> None:
-    """Writes the model's weights. Collective over all ranks.
+def save_weights(
+    directory: Path, model: LALM, sources: dict[str, Source], complete: Callable[[Path], None], advance: Callable[[int], None]
+) -> None:
+    """Writes a model's weights from the files that they are in. Collective over all ranks.
+
+    A killed writer leaves a hidden directory beside the final one, which the next one removes: what has the name is whole.
 
     Args:
         directory: the final place; it must not exist.
-        model: this rank's part.
+        model: this rank's part, of tensors without memory.
+        sources: where its parameters come from.
         complete: called on rank 0 with the directory still under a hidden name, to add what goes with the weights.
+        advance: called with the bytes of each shard that is written.
 
     Raises:
-        CordError: the directory exists and holds something.
+        CordError: the directory exists and holds something, or a file of the source ends too early.
         Exception: what the disk's refusal becomes in torch's writers; nothing is left behind.
     """
     partial = directory.with_name(f".{directory.name}.partial")
@@ -42,11 +48,9 @@ def save_weights(directory: Path, model: LALM, complete: Callable[[Path], None])
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        # A queue in this process takes the writers' results, as saving waits for them; Megatron would start a server process.
-        filesystem_async._results_queue = queue.SimpleQueue()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on its own deprecated internals
-            dist_checkpointing.save({"model": model.sharded_state_dict()}, str(partial))
+            save_streamed(partial, model, sources, advance)
         if main:
             complete(partial)
             os.replace(partial, directory)

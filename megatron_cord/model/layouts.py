@@ -1,6 +1,7 @@
 """How one Megatron tensor is put together from Hugging Face tensors and cut over tensor-parallel ranks, and back.
 
 `join` makes, of the Hugging Face tensors, a full tensor whose equal slices along `shard_dim` are the ranks' shards; `part` is its inverse.
+`pieces` and `ranges` say the same in rows, so that a rank reads no more of a file than it keeps.
 Legend: TP ranks, H hidden, Q query heads, G key-value heads (groups), D head size, F ffn size, V vocabulary.
 """
 
@@ -8,10 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Piece(NamedTuple):
+    """Rows start..stop of one Hugging Face tensor; part is its place in the rule, None for rows of zeros."""
+
+    part: int | None
+    start: int
+    stop: int
 
 
 class Layout(Protocol):
@@ -30,6 +39,14 @@ class Layout(Protocol):
         """The full Megatron tensor to Hugging Face tensors, in the rule's order."""
         ...
 
+    def pieces(self, rows: int) -> list[Piece]:
+        """What the rows of the tensor that a single rank would hold consist of, in their order; rows counts them, padding included."""
+        ...
+
+    def ranges(self, rows: int, tp: int, rank: int) -> list[tuple[int, int]]:
+        """Which of those rows are this rank's, in its shard's order."""
+        ...
+
 
 def _only(tensors: Sequence[Tensor | None]) -> Tensor:
     (tensor,) = tensors
@@ -37,8 +54,22 @@ def _only(tensors: Sequence[Tensor | None]) -> Tensor:
     return tensor
 
 
-class _Single:
+class _Cut:
+    """Shards are neighbouring rows, or all of them."""
+
+    shard_dim: int | None
+
+    def ranges(self, rows: int, tp: int, rank: int) -> list[tuple[int, int]]:
+        if self.shard_dim != 0:
+            return [(0, rows)]
+        return [(rank * rows // tp, (rank + 1) * rows // tp)]
+
+
+class _Single(_Cut):
     """One Hugging Face tensor, unchanged."""
+
+    def pieces(self, rows: int) -> list[Piece]:
+        return [Piece(0, 0, rows)]
 
     def join(self, tensors: Sequence[Tensor | None], tp: int, rows: int) -> Tensor:
         return _only(tensors)
@@ -69,7 +100,7 @@ class Row(_Single):
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(_Cut):
     """Embedding or output layer [V_padded / TP, H]; the padding rows are zero and are dropped on the way back."""
 
     vocab_size: int
@@ -82,9 +113,12 @@ class Vocabulary:
     def part(self, full: Tensor, tp: int) -> list[Tensor]:
         return [full[: self.vocab_size]]
 
+    def pieces(self, rows: int) -> list[Piece]:
+        return [Piece(0, 0, self.vocab_size), Piece(None, 0, rows - self.vocab_size)]
+
 
 @dataclass(frozen=True)
-class Qkv:
+class Qkv(_Cut):
     """Fused projection [(Q + 2G) D, H] or bias [(Q + 2G) D]: for each group its Q/G query heads, its key, its value.
 
     A None among the tensors stands for zeros (Whisper's keys have no bias) and is dropped on the way back.
@@ -113,6 +147,10 @@ class Qkv:
         grouped = full.reshape(self.num_groups, sum(self._split), self.head_dim, *rest)
         return [piece.reshape(-1, *rest) for piece in grouped.split(self._split, dim=1)]
 
+    def pieces(self, rows: int) -> list[Piece]:
+        sizes = [heads * self.head_dim for heads in self._split]
+        return [Piece(i, group * size, (group + 1) * size) for group in range(self.num_groups) for i, size in enumerate(sizes)]
+
 
 @dataclass(frozen=True)
 class GateUp:
@@ -128,3 +166,11 @@ class GateUp:
     def part(self, full: Tensor, tp: int) -> list[Tensor]:
         by_rank = full.reshape(tp, 2, -1, *full.shape[1:])
         return [by_rank[:, i].reshape(-1, *full.shape[1:]) for i in range(2)]
+
+    def pieces(self, rows: int) -> list[Piece]:
+        return [Piece(0, 0, rows // 2), Piece(1, 0, rows // 2)]
+
+    def ranges(self, rows: int, tp: int, rank: int) -> list[tuple[int, int]]:
+        half = rows // 2
+        first, last = rank * half // tp, (rank + 1) * half // tp
+        return [(first, last), (half + first, half + last)]

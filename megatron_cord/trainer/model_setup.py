@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_cord.convert import import_tensors, read_tensors
+from megatron_cord.convert import read_into
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import Layout
@@ -12,7 +12,7 @@ from megatron_cord.trainer.config import ModelConfig
 def build_student(config: ModelConfig, layout: Layout) -> LALM:
     """This rank's part of the model with the Hugging Face checkpoint's weights."""
     model = LALM(load_architecture(config.checkpoint), layout, config.torch_dtype, recompute=config.recompute)
-    import_tensors(model, read_tensors(config.checkpoint))
+    read_into(model, config.checkpoint)
     for name in config.freeze:
         part = getattr(model, name)
         if part is not None:  # the encoder and the adapter exist on the first stage only

@@ -9,7 +9,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_cord.convert import import_tensors, read_tensors
+from megatron_cord.convert import read_into
 from megatron_cord.model.lalm import LALM
 from megatron_cord.trainer.batches import Microbatch
 
@@ -40,7 +40,7 @@ class Teacher:
             self.model = student  # a frozen language model is its own frozen teacher
         else:
             self.model = LALM(student.arch, student.layout, student.config.params_dtype)
-            import_tensors(self.model, read_tensors(checkpoint_dir))
+            read_into(self.model, checkpoint_dir)
             self.model.requires_grad_(False)
 
     @property

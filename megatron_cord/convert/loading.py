@@ -1,0 +1,88 @@
+"""Reads a checkpoint's files straight into a rank's shards: of each file only the rows that the rank keeps, and never a second copy.
+
+Blocks are given in the coordinates of the whole Megatron tensor, as a single rank would hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cord.convert.checkpoint_files import StoredTensor, stored_tensors
+from megatron_cord.convert.stream import Audit, global_parameters
+from megatron_cord.model.lalm import LALM
+from megatron_cord.model.tensor_map import TensorRule
+
+#: what makes one Megatron tensor: its rule, and where each part lies, by published name
+Source = tuple[TensorRule, dict[str, StoredTensor]]
+
+
+def find_sources(model: LALM, stored: Sequence[StoredTensor]) -> dict[str, Source]:
+    """Where this rank's parameters come from, by the name that they have in the whole model.
+
+    Raises:
+        CordError: missing, unexpected, duplicated or misshapen tensors, all listed at once.
+    """
+    audit = Audit(model)
+    sources: dict[str, Source] = {}
+    for tensor in stored:
+        admitted = audit.admit(tensor.name, tensor.shape)
+        if admitted is not None:
+            name, rule = admitted
+            sources.setdefault(rule.megatron, (rule, {}))[1][name] = tensor
+    audit.finish()
+    return sources
+
+
+def read_block(source: Source, rows: int, start: Sequence[int], out: Tensor) -> None:
+    """Fills out with a block of a Megatron tensor.
+
+    Args:
+        source: of the tensor.
+        rows: of the whole tensor, padding included.
+        start: the block's first row, and its first column if it has columns.
+        out: the block.
+
+    Raises:
+        CordError: a file ends too early.
+    """
+    rule, parts = source
+    column = start[1] if len(start) > 1 else 0
+    first, last, above = start[0], start[0] + len(out), 0
+    for piece in rule.layout.pieces(rows):
+        low, high = max(first, above), min(last, above + piece.stop - piece.start)
+        if low < high:
+            target, name = out[low - first : high - first], None if piece.part is None else rule.hf[piece.part]
+            if name is None:
+                target.zero_()
+            else:
+                parts[name].read_block(piece.start + low - above, column, target)
+        above += piece.stop - piece.start
+
+
+@torch.no_grad()
+def read_into(model: LALM, checkpoint_dir: str | Path) -> None:
+    """Fills this rank's part of the model from a Hugging Face directory. Not collective: each rank reads for itself.
+
+    Raises:
+        CordError: the files are damaged or pickled, or their tensors do not fit; nothing is read then.
+    """
+    sources = find_sources(model, stored_tensors(checkpoint_dir))
+    for name, parameter in global_parameters(model).items():
+        for rows, start, out in _blocks(model, sources[name][0], parameter):
+            read_block(sources[name], rows, start, out)
+
+
+def _blocks(model: LALM, rule: TensorRule, parameter: Tensor) -> Iterator[tuple[int, tuple[int, int], Tensor]]:
+    """The blocks that make a shard: rows of the whole tensor, where the block begins in it, and its part of the shard."""
+    tp, rank, dim = model.layout.config.tp, dist.get_rank(model.layout.tp_group), rule.layout.shard_dim
+    rows = parameter.shape[0] * (tp if dim == 0 else 1)
+    column = rank * parameter.shape[1] if dim == 1 else 0
+    done = 0
+    for first, last in rule.layout.ranges(rows, tp, rank):
+        yield rows, (first, column), parameter.data[done : done + last - first]
+        done += last - first

@@ -1,0 +1,182 @@
+"""Megatron's distributed checkpoint written from a Hugging Face checkpoint's files, one tensor at a time: the model is never in memory.
+
+Megatron says which shards there are and writes all that is not a tensor; only the tensors' bytes take another way: from the file into one
+buffer and from there into this rank's file of the checkpoint. The kernel is told to send them to the disk at once, while the next are read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories, is_main_replica
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megatron_cord.convert.loading import Source, read_block
+from megatron_cord.convert.stream import rename_to_global
+from megatron_cord.model.lalm import LALM
+
+Place = tuple[str, tuple[int, ...]]  # a shard's key and its offset in the whole tensor
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Where one shard's bytes come from."""
+
+    source: Source
+    rows: int
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def read(self, out: Tensor) -> None:
+        read_block(self.source, self.rows, self.start, out)
+
+
+def save_streamed(directory: Path, model: LALM, sources: dict[str, Source], advance: Callable[[int], None]) -> None:
+    """Writes the shards of this rank. Collective over all ranks.
+
+    Args:
+        directory: it exists and is empty.
+        model: this rank's part, of tensors without memory.
+        sources: as `find_sources` of the same model.
+        advance: called with the bytes of each shard that is written.
+
+    Raises:
+        CordError: a file ends too early.
+        CheckpointException: a rank's writer failed, every rank is told so.
+    """
+    state = model.sharded_state_dict()
+    blocks: dict[Place, _Block] = {}
+    for name in list(state):
+        holder = {name: state[name]}
+        apply_factories(holder)
+        state[name] = holder[name]
+        for shard in nested_values(holder):
+            if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id):
+                skip = shard.prepend_axis_num
+                blocks[shard.key, tuple(shard.global_offset)] = _Block(
+                    sources[rename_to_global(model, name)],
+                    shard.global_shape[skip],
+                    tuple(shard.global_offset[skip:]),
+                    tuple(shard.local_shape),
+                    shard.dtype,
+                )
+    dist_checkpointing.save({"model": state}, str(directory), sharded_strategy=_Streamed(blocks, advance))
+
+
+class _Streamed(SaveShardedStrategy):
+    """Takes the place of Megatron's writer, in its format."""
+
+    def __init__(self, blocks: dict[Place, _Block], advance: Callable[[int], None]) -> None:
+        super().__init__("torch_dist", 1)
+        self._blocks, self._advance = blocks, advance
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:  # type: ignore[override]
+        return True
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        shards = [shard for shard in nested_values(sharded_state_dict) if is_main_replica(shard.replica_id)]
+        writer = _Writer(Path(checkpoint_dir), self._blocks, self._advance)
+        dcp.save({}, storage_writer=writer, planner=_Planner(shards))
+
+
+class _Planner(dcp.DefaultSavePlanner):
+    """Plans Megatron's shards as Megatron's own planner does; nothing of them is looked at but sizes."""
+
+    def __init__(self, shards: list[Any]) -> None:
+        super().__init__(flatten_state_dict=False, dedup_replicated_tensors=False)
+        self._shards = shards
+        self.objects: dict[str, io.BytesIO] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        items, by_key = [], dict[str, list[Any]]()
+        for shard in self._shards:
+            by_key.setdefault(shard.unique_key if isinstance(shard, ShardedObject) else shard.key, []).append(shard)
+        for key, shards in by_key.items():
+            if isinstance(shards[0], ShardedObject):
+                self.objects[key] = io.BytesIO()
+                torch.save([shard.data for shard in shards], self.objects[key])
+                items.append(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO))
+                continue
+            for shard in shards:
+                offsets = torch.Size(shard.global_offset)
+                sizes = torch.Size((*(1,) * shard.prepend_axis_num, *shard.local_shape))
+                data = TensorWriteData(ChunkStorageMetadata(offsets, sizes), TensorProperties(shard.dtype), torch.Size(shard.global_shape))
+                items.append(WriteItem(MetadataIndex(key, offsets), WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+
+class _Writer(dcp.FileSystemWriter):
+    """One file a rank."""
+
+    def __init__(self, directory: Path, blocks: dict[Place, _Block], advance: Callable[[int], None]) -> None:
+        super().__init__(directory, single_file_per_rank=True)
+        self._directory, self._blocks, self._advance = directory, blocks, advance
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        assert isinstance(planner, _Planner)
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        buffer = bytearray(max((block.nbytes for block in self._blocks.values()), default=0))
+        results = []
+        checked = torch.serialization.get_crc32_options()
+        # Nobody reads the checksums of torch's archives, and they cost as much time as the disk.
+        torch.serialization.set_crc32_options(False)
+        try:
+            with (self._directory / name).open("wb", buffering=0) as file:
+                for item in plan.items:
+                    offset = file.tell()
+                    if item.type == WriteItemType.BYTE_IO:
+                        file.write(planner.objects[item.index.fqn].getbuffer())
+                    else:
+                        self._write(file, item, buffer)
+                    length = file.tell() - offset
+                    _start_writing(file.fileno(), offset, length)
+                    results.append(WriteResult(item.index, length, _StorageInfo(name, offset, length)))
+                os.fsync(file.fileno())
+        finally:
+            torch.serialization.set_crc32_options(checked)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def _write(self, file: Any, item: WriteItem, buffer: bytearray) -> None:
+        assert item.index.offset is not None and item.tensor_data is not None
+        block = self._blocks[item.index.fqn, tuple(item.index.offset)]
+        # A tensor on the buffer whose storage is no larger than itself: torch saves whole storages.
+        tensor = torch.frombuffer(buffer, dtype=block.dtype, count=prod(block.shape)).view(block.shape)
+        block.read(tensor)
+        torch.save(tensor.view(item.tensor_data.chunk.sizes), file)
+        self._advance(block.nbytes)
+
+
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+def _start_writing(descriptor: int, offset: int, length: int) -> None:
+    """Asks the kernel to begin writing these bytes to the disk, and does not wait; where it cannot, they are written at the end."""
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        call(descriptor, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
