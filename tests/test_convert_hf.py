@@ -5,9 +5,11 @@ from __future__ import annotations
 import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
 
 import importlib.util
+import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,12 +21,15 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from rich.console import Console
-from transformers import AutoProcessor
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from megatron_cord.convert import read_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import finalize
 from tests.gloo import run_ranks
+from tests.model.family_reference import save
 from tests.tiny_run import ROOT, finish, overrides, start, write_checkpoint, write_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
@@ -172,3 +177,77 @@ def test_slips(source: Path, imported: Path, tmp_path: Path) -> None:
     wider = write_checkpoint(tmp_path / "wider", ffn_size=64)
     assert "holds another architecture (it differs in language.ffn_hidden_size)" in error("check", wider, imported, *QUESTION)
     assert not out.exists()
+
+
+def family_checkpoint(directory: Path, family: str, *, tied: bool) -> Path:
+    """A small random checkpoint of odd sizes: six heads on two, a vocabulary of 101."""
+    directory.mkdir()
+    save(directory, family, tied)
+    if family in ("llama", "qwen2"):
+        path = directory / "config.json"
+        name = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": [name]}))
+        letters = {letter: i for i, letter in enumerate(sorted(set("Ġwhatisoneplustwo")))}
+        tokenizer = Tokenizer(models.BPE(letters, []))  # transformers makes Qwen2's own class of it, which spells by bytes
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    return directory
+
+
+FAMILIES = {"llama": False, "qwen2": True, "step_audio_2": False, "voxtral": False}
+
+
+def test_every_family_there_and_back_on_four_ranks(tmp_path: Path) -> None:
+    """Catches a family whose tensors the command loses or changes at two by two ranks, and one layout that reads what another wrote wrongly."""
+    commands = []
+    for family, tied in FAMILIES.items():
+        begin, checkpoint = str(family_checkpoint(tmp_path / family, family, tied=tied)), str(tmp_path / f"{family}-checkpoint")
+        commands += [
+            ["import", begin, checkpoint, "--tp", "2", "--pp", "2"],
+            ["export", checkpoint, str(tmp_path / f"{family}-out"), "--pp", "2", "--tp", "2", "--max-shard-size", "40KB"],
+        ]
+        if family in ("llama", "qwen2"):
+            commands.append(["check", begin, checkpoint, "--tp", "2", "--pp", "2", "--tolerance", "1e-5", *QUESTION])
+    outcomes = run_ranks(run_commands, 4, commands)
+    assert [[status for status, _ in outcome] for outcome in outcomes] == [[0] * len(commands)] * 4
+    for family in FAMILIES:
+        assert same(tmp_path / f"{family}-out", tmp_path / family), family
+
+
+def test_a_killed_import_leaves_nothing_that_looks_whole(source: Path, tmp_path: Path) -> None:
+    """Catches half a checkpoint under the final name, and a leftover that stops or spoils the next import."""
+    target = tmp_path / "checkpoint"
+    program = (
+        "import os, signal, sys; from megatron_cord.convert import checkpoint_files; from tests.test_convert_hf import run_commands\n"
+        "from megatron_cord.parallel.layout import initialize, ParallelConfig\n"
+        "read, count = checkpoint_files.StoredTensor.read_block, iter(range(10))\n"
+        "def dying(*given):\n"
+        "    next(count, None) is None and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return read(*given)\n"
+        "checkpoint_files.StoredTensor.read_block = dying\n"
+        "run_commands(0, [sys.argv[1:]])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, "import", str(source), str(target)]
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -signal.SIGKILL
+    (leftover,) = os.listdir(tmp_path)
+    assert leftover == ".checkpoint.partial" and any((tmp_path / leftover).glob("*.distcp"))
+    alone("import", source, target)
+    alone("export", target, tmp_path / "out")
+    assert same(tmp_path / "out", source) and sorted(os.listdir(tmp_path)) == ["checkpoint", "out"]
+
+
+def test_damaged_files_are_found_before_anything_is_written(source: Path, tmp_path: Path) -> None:
+    """Catches an import that ends halfway through, or names the first of two truncated files alone."""
+    begin = tmp_path / "begin"
+    shutil.copytree(source, begin)
+    tensors = list(read_tensors(source))
+    (begin / "model.safetensors").unlink()
+    names = ["model-1.safetensors", "model-2.safetensors", "model-3.safetensors"]
+    for i, name in enumerate(names):
+        save_file(dict(tensors[i::3]), begin / name)
+        if i:
+            (begin / name).write_bytes((begin / name).read_bytes()[:-8])
+    said = error("import", begin, tmp_path / "checkpoint")
+    assert names[0] not in said and names[1] in said and names[2] in said and "download" in said
+    assert os.listdir(tmp_path) == ["begin"]

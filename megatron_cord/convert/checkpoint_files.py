@@ -121,9 +121,14 @@ def stored_tensors(checkpoint_dir: str | Path) -> list[StoredTensor]:
     """Every tensor of the checkpoint, file by file, in the order of their bytes; reads headers only.
 
     Raises:
-        CordError: as `safetensors_files`; a file is truncated or not in the safetensors format, or a tensor is no floating-point weight.
+        CordError: as `safetensors_files`; files that are truncated or not in the safetensors format, all named at once, or a tensor that is
+            no floating-point weight.
     """
-    return [tensor for path in safetensors_files(checkpoint_dir) for tensor in _header(path)]
+    files = safetensors_files(checkpoint_dir)
+    damaged = [f"{path} is damaged ({problem})" for path in files if (problem := _damage(path)) is not None]
+    if damaged:
+        raise CordError("; ".join(damaged) + "; download it again")
+    return [tensor for path in files for tensor in _header(path)]
 
 
 def read_tensors(checkpoint_dir: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -136,12 +141,16 @@ def read_tensors(checkpoint_dir: str | Path) -> Iterator[tuple[str, Tensor]]:
         yield tensor.name, tensor.read()
 
 
-def _header(path: Path) -> list[StoredTensor]:
+def _damage(path: Path) -> str | None:
+    """What is wrong with the file: the library checks that header, offsets and the file's size agree."""
     try:
         with safe_open(path, framework="pt"):
-            pass  # the library checks that header, offsets and the file's size agree
+            return None
     except SafetensorError as error:
-        raise CordError(f"{path} is damaged ({error}); download it again") from None
+        return str(error)
+
+
+def _header(path: Path) -> list[StoredTensor]:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entries = json.loads(file.read(length))

@@ -106,7 +106,7 @@ class _Planner(dcp.DefaultSavePlanner):
     """Plans Megatron's shards as Megatron's own planner does; nothing of them is looked at but sizes."""
 
     def __init__(self, shards: list[Any]) -> None:
-        super().__init__(flatten_state_dict=False, dedup_replicated_tensors=False)
+        super().__init__(flatten_state_dict=False)
         self._shards = shards
         self.objects: dict[str, io.BytesIO] = {}
 

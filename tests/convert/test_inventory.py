@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from examples.quickstart.checkpoint import published_name
-from megatron_cord.convert import import_tensors
+from megatron_cord.convert import read_into
 from megatron_cord.convert.checkpoint_files import stored_tensors
-from megatron_cord.convert.inventory import check_fits, common_dtype, inventory, tensors_for
+from megatron_cord.convert.inventory import check_fits, common_dtype, inventory
 from megatron_cord.convert.stream import export_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
@@ -63,11 +63,11 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_headers_that_fit(layout: Layout, checkpoint: Path) -> None:
-    """Catches a whole checkpoint that is refused, and a reading order that loses or changes a tensor."""
+    """Catches a whole checkpoint that is refused, and reading by rows that loses or changes a tensor."""
     arch, stored = load_architecture(checkpoint), stored_tensors(checkpoint)
     check_fits(arch, layout, stored)
     model = LALM(arch, layout, common_dtype(stored))
-    import_tensors(model, tensors_for(model, stored[::-1]))
+    read_into(model, checkpoint)
     given = dict(export_tensors(model))
     assert given.keys() == {tensor.name for tensor in stored}
     assert all(torch.equal(given[tensor.name], tensor.read()) for tensor in stored)

@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_cord.convert import export_tensors, import_tensors, read_tensors
+from megatron_cord.convert import export_tensors, read_into, read_tensors
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput, Tower
 from megatron_cord.parallel.layout import ParallelConfig, initialize
@@ -130,7 +130,7 @@ def run_case(case: Case, checkpoint: str) -> Outcome:
     """Import, export, forward, backward, one step of the optimizer, and a forward pass with the new weights."""
     layout = initialize(case.parallel, seed=0)
     model = LALM(load_architecture(checkpoint), layout, torch.float32, recompute=case.recompute)
-    import_tensors(model, read_tensors(checkpoint))
+    read_into(model, checkpoint)
     outcome = Outcome(_differences(dict(read_tensors(checkpoint)), dict(export_tensors(model))))
 
     config = OptimizerConfig(distributed=case.distributed_optimizer, **OPTIMIZER)  # type: ignore[arg-type]
