@@ -16,8 +16,8 @@ from tests.parallel.three_ranks import seen
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"tp": 0}, "parallel.tp and parallel.pp are at least 1, got tp=0 pp=1"),
-        ({"pp": -1}, "parallel.tp and parallel.pp are at least 1, got tp=1 pp=-1"),
+        ({"tp": 0}, "parallel.tp, parallel.pp and parallel.cp are at least 1, got tp=0 pp=1 cp=1"),
+        ({"pp": -1}, "parallel.tp, parallel.pp and parallel.cp are at least 1, got tp=1 pp=-1 cp=1"),
         ({"sequence_parallel": True}, "parallel.sequence_parallel needs parallel.tp > 1; set it to false"),
     ],
 )
@@ -31,7 +31,7 @@ def test_configurations_that_cannot_be(sizes: dict[str, int], words: str) -> Non
 def test_ranks_that_do_not_fit_are_refused_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a rendezvous that hangs or a traceback of Megatron where the number of ranks is wrong."""
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(CordError, match=r"3 ranks cannot be laid out with parallel.tp=2 × parallel.pp=1; start a multiple of 2 ranks"):
+    with pytest.raises(CordError, match=r"3 ranks cannot be laid out with parallel.tp=2 × parallel.pp=1 × parallel.cp=1; start a multiple of 2 ranks"):
         initialize(ParallelConfig(tp=2), seed=0)
     assert not dist.is_initialized()
 
@@ -40,9 +40,9 @@ def test_ranks_that_have_met() -> None:
     """Catches a layout that trusts the environment more than the ranks that exist, or that forgets an earlier layout."""
     for rank in seen():
         assert [words.split(";")[0] for words in rank.refused] == [
-            "3 ranks cannot be laid out with parallel.tp=2 × parallel.pp=1",
-            "3 ranks cannot be laid out with parallel.tp=2 × parallel.pp=3",
-            "the ranks are laid out as tp=1 pp=3 already",
+            "3 ranks cannot be laid out with parallel.tp=2 × parallel.pp=1 × parallel.cp=1",
+            "3 ranks cannot be laid out with parallel.tp=2 × parallel.pp=3 × parallel.cp=1",
+            "the ranks are laid out as tp=1 pp=3 cp=1 already",
         ]
 
 
