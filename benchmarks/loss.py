@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from benchmarks import loss_rivals as rivals
 from benchmarks.loss_rivals import Candidate, Inputs, make_inputs
+from megatron_cord.losses.products import multiplies_bfloat16
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()
@@ -35,8 +36,8 @@ RESULTS = ROOT / "benchmarks" / "results" / f"loss-{DEVICE.type}.json"
 SIZES = {"loss": (512, 32768, 256), "layer": (512, 32768, 256), "ranks": (256, 32768, 256), "memory": (512, 65536, 256)}
 if CUDA:
     SIZES = dict.fromkeys(SIZES, (8192, 151936, 3584))
-SWEEP_V = [(256, v, 256) for v in (8192, 32768, 65536)]
-SWEEP_N = [(n, 16384, 256) for n in (128, 512, 1024)]
+SWEEP_V = [(256, v, 256) for v in (4096, 8192, 16384, 32768, 65536)]
+SWEEP_N = [(n, 16384, 256) for n in (64, 128, 256, 512, 1024)]
 KERNELS = "triton" if CUDA else "compile"
 REFERENCE = "ours, late"
 
@@ -156,6 +157,7 @@ def machine() -> dict[str, str]:
     found = {
         "device": torch.cuda.get_device_name() if CUDA else model,
         "threads": str(torch.get_num_threads()),
+        "multiplies bfloat16": "yes" if CUDA or multiplies_bfloat16() else "no",
         "python": platform.python_version(),
     }
     for package in ("torch", "triton", "liger_kernel"):

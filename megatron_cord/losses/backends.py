@@ -3,13 +3,14 @@
 All compute the formulas of ``statistics``. Eager torch is the readable one; on a CPU it works on a few rows at a time, so that its many small
 steps stay in the cache. torch.compile fuses those steps. Triton kernels do each pass in one sweep (``triton_backend``).
 
-Shapes: N tokens; a block is [N, columns] of any floating type, computed in ``totals``' type. Simplification: "auto" never compiles on a
-CPU, because the first call would take many seconds; ask for "compile" where a run is long.
+Shapes: N tokens; a block is [N, columns] of any floating type, computed in ``totals``' type.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Protocol
@@ -21,8 +22,14 @@ from megatron_cord.errors import CordError
 from megatron_cord.losses.kinds import Kind
 from megatron_cord.losses.statistics import Statistics, Totals, block_statistics, gradient_block, second_sums
 
-#: By the name that configuration and the public functions use; "auto" is triton on CUDA where it is installed, else eager.
+logger = logging.getLogger(__name__)
+
+#: By the name that configuration and the public functions use.
 BACKENDS = ("auto", "eager", "compile", "triton")
+
+#: Logits of a call from which "auto" compiles on a CPU. Compiled, this many take half a second less (benchmarks.loss); compiling takes some
+#: ten seconds once a process, which twenty such calls pay for. A test's or a small model's call has far fewer.
+COMPILE_ELEMENTS = 2**24
 
 #: Elements that eager torch works on at a time on a CPU: 128 KiB of float32, so that the steps of a formula share the second-level cache.
 TILE_ELEMENTS = 2**15
@@ -102,8 +109,14 @@ class EagerBackend:
         return (slice(first, min(first + step, num_tokens)) for first in range(0, max(num_tokens, 1), step))
 
 
-def backend_named(name: str, device: torch.device) -> Backend:
+def backend_named(name: str, device: torch.device, elements: int = 0) -> Backend:
     """The backend of that name for tensors on the device.
+
+    "auto" is triton on CUDA where it is installed. On a CPU it is compile for calls of so many logits that compiling pays, where there is a
+    compiler, else eager: a function of the call alone, so that a run repeats itself to the bit.
+
+    Args:
+        elements: logits of the call, N · V/TP.
 
     Raises:
         CordError: an unknown name, or triton where it is not installed or cannot run.
@@ -111,7 +124,11 @@ def backend_named(name: str, device: torch.device) -> Backend:
     if name not in BACKENDS:
         raise CordError(f"backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if name == "auto":
-        name = "triton" if device.type == "cuda" and _triton_is_installed() else "eager"
+        if device.type == "cuda" and _triton_is_installed():
+            name = "triton"
+        else:
+            name = "compile" if device.type == "cpu" and elements >= COMPILE_ELEMENTS and _has_compiler() else "eager"
+        _announce(name)
     if name == "triton":
         if not _triton_is_installed():
             raise CordError("backend triton needs the package triton, which is not installed here; choose eager or compile")
@@ -160,6 +177,18 @@ def _triton_is_installed() -> bool:
     except ImportError:
         return False
     return True
+
+
+@cache
+def _has_compiler() -> bool:
+    """Whether torch.compile finds what it needs on a CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+@cache
+def _announce(name: str) -> None:
+    """Says each choice once a process."""
+    logger.info("divergence: backend %s", name)
 
 
 @cache

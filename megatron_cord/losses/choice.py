@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 #: The ways to form the hidden states' divergence; "auto" chooses among the others.
 IMPLEMENTATIONS = ("auto", "late", "fused", "recompute")
 
-#: Part of the free memory that "late" may take for its buffer.
+#: Part of the free memory that "late" may take for its buffer, or "fused" for its gradients.
 BUFFER_SHARE = 0.25
 
 
@@ -28,8 +28,8 @@ def chosen_implementation(
 ) -> str:
     """The name of an implementation, "auto" resolved.
 
-    Without gradients, recompute: there is nothing to compute again. Else late, unless the weights are promised and what fused keeps,
-    [V/TP, H] in fp32, is smaller than what late keeps, [N, V/TP]. If the buffer does not fit, fused if possible, else recompute.
+    Without gradients, recompute: there is nothing to compute again. Else fused, if the weights are promised: it never needs more products than
+    late. Else late. What they keep must fit into a part of the free memory, [V/TP, H] and [N, H] in fp32 or [N, V/TP]; if not, recompute.
 
     Args:
         implementation: one of ``IMPLEMENTATIONS``.
@@ -53,8 +53,8 @@ def chosen_implementation(
     buffer = student_hidden.shape[0] * student_weight.shape[0] * buffer_itemsize
     kept_by_fused = 4 * (student_hidden.numel() + (student_weight.numel() if student_weight.requires_grad else 0))
     fits = buffer <= BUFFER_SHARE * free_bytes(student_hidden.device)
-    if has_loss_weights and (kept_by_fused < buffer or not fits):
-        _announce("fused", "the loss's weights are promised, and its gradients are smaller than late's buffer")
+    if has_loss_weights and kept_by_fused <= BUFFER_SHARE * free_bytes(student_hidden.device):
+        _announce("fused", "the loss's weights are promised, and its gradients fit into the free memory")
         return "fused"
     if fits:
         _announce("late", "four products, and its buffer fits into the free memory")

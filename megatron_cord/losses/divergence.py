@@ -28,17 +28,18 @@ from megatron_cord.losses.checks import (
     check_vocabulary,
 )
 from megatron_cord.losses.choice import chosen_implementation
+from megatron_cord.losses.chunks import chunks_of, chunks_under_way
 from megatron_cord.losses.fused import Fused, LossWeights
+from megatron_cord.losses.gradients import gradient_dtype
 from megatron_cord.losses.kinds import Kind
 from megatron_cord.losses.late import Late
-from megatron_cord.losses.output_layer import chunks_of, gradient_dtype
 from megatron_cord.losses.recompute import Recompute
 from megatron_cord.losses.sequence_parallel import gather_tokens
 from megatron_cord.losses.shard import VocabularyShard
 from megatron_cord.losses.statistics import Totals
 from megatron_cord.losses.two_pass_kinds import NO_TEACHER, kind_named
 
-#: Logits of a chunk (32 MiB of float32 on a CPU, 512 MiB on CUDA, where a GEMM of few rows is slow): it has as many tokens as fit.
+#: Logits of the chunks under way (32 MiB of float32 on a CPU, 512 MiB on CUDA, where a GEMM of few rows is slow): as many tokens as fit.
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 
 
@@ -165,8 +166,8 @@ def divergence_from_hidden(
         teacher_hidden = gather_tokens(teacher_hidden.detach(), tp_group)
     rule, dtypes = kind_named(kind, beta=beta, k=k), {student_hidden.dtype, teacher_hidden.dtype}
     num_tokens, columns = student_hidden.shape[0], student_weight.shape[0]
-    shard = _shard(rule, temperature, vocab_size, tp_group, target_ids, num_tokens, columns, dtypes, backend, not sequence_parallel)
-    chunks = _chunks(target_ids, student_weight, chunk_tokens, cu_seqlens)
+    shard = _shard(rule, temperature, vocab_size, tp_group, target_ids, num_tokens, columns, dtypes, backend, sequence_parallel)
+    chunks = _chunks(target_ids, student_weight, chunk_tokens, cu_seqlens, shard.num_ranks)
     chosen = chosen_implementation(
         implementation,
         student_hidden,
@@ -211,9 +212,9 @@ def token_logprobs_from_hidden(
         hidden = gather_tokens(hidden, tp_group)
     num_tokens, columns = hidden.shape[0], weight.shape[0]
     shard = _shard(
-        NO_TEACHER, temperature, vocab_size, tp_group, target_ids, num_tokens, columns, {hidden.dtype}, backend, not sequence_parallel
+        NO_TEACHER, temperature, vocab_size, tp_group, target_ids, num_tokens, columns, {hidden.dtype}, backend, sequence_parallel
     )
-    chunks = _chunks(target_ids, weight, chunk_tokens, None)
+    chunks = _chunks(target_ids, weight, chunk_tokens, None, shard.num_ranks)
     totals = Totals(*Recompute.apply(hidden, weight, None, None, target_ids, shard, chunks))
     return _token_stats(totals._replace(divergence=totals.divergence.detach()), check_finite)
 
@@ -227,13 +228,13 @@ def _check_layer(who: str, hidden: Tensor, weight: Tensor, device: torch.device)
         raise CordError(f"{who}_hidden is {hidden.dtype}, but {who}_weight {weight.dtype}; they must be of one type")
 
 
-def _chunks(target_ids: Tensor, weight: Tensor, chunk_tokens: int | None, cu_seqlens: Tensor | None) -> list[slice]:
+def _chunks(target_ids: Tensor, weight: Tensor, chunk_tokens: int | None, cu_seqlens: Tensor | None, num_ranks: int) -> list[slice]:
     if chunk_tokens is not None and chunk_tokens < 1:
         raise CordError(f"chunk_tokens must be at least 1, but is {chunk_tokens}")
     num_tokens = target_ids.shape[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, num_tokens)
-    elements = CHUNK_ELEMENTS.get(weight.device.type, CHUNK_ELEMENTS["cpu"])
+    elements = CHUNK_ELEMENTS.get(weight.device.type, CHUNK_ELEMENTS["cpu"]) // chunks_under_way(num_ranks)
     chunk = chunk_tokens if chunk_tokens is not None else max(1, elements // max(1, weight.shape[0]))
     return chunks_of(num_tokens, chunk, None if cu_seqlens is None else cu_seqlens.tolist())
 
@@ -248,7 +249,7 @@ def _shard(
     columns: int,
     dtypes: set[torch.dtype],
     backend: str,
-    sums_hidden_gradient: bool = True,
+    sequence_parallel: bool = False,
 ) -> VocabularyShard:
     """Checks what all entries share, and finds this rank's columns."""
     check_temperature(temperature)
@@ -262,8 +263,8 @@ def _shard(
         columns=min(max(true_size - rank * columns, 0), columns),
         dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
         group=tp_group,
-        backend=backend_named(backend, target_ids.device),
-        sums_hidden_gradient=sums_hidden_gradient,
+        backend=backend_named(backend, target_ids.device, num_tokens * columns),
+        sequence_parallel=sequence_parallel,
     )
 
 

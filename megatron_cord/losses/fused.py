@@ -20,7 +20,9 @@ from torch.autograd.function import once_differentiable
 from megatron_cord.errors import CordError
 from megatron_cord.losses.autograd import arrived, declare_outputs
 from megatron_cord.losses.backends import Weights
-from megatron_cord.losses.output_layer import HiddenGradient, KeptLogits, OutputLayers, WeightGradient
+from megatron_cord.losses.chunks import totals_in_turn
+from megatron_cord.losses.gradients import HiddenGradient, WeightGradient
+from megatron_cord.losses.output_layer import OutputLayers
 from megatron_cord.losses.recompute import add_gradients, joined
 from megatron_cord.losses.shard import VocabularyShard
 from megatron_cord.losses.statistics import Totals
@@ -61,9 +63,7 @@ class Fused(torch.autograd.Function):
         # The parameter's main_grad must wait for the backward pass, where the scale is known; a detached view has none.
         weight_gradient = WeightGradient(student_weight.detach(), shard.dtype) if ctx.needs_input_grad[1] else None
         parts, promised = [], []
-        for rows in chunks:
-            logits = KeptLogits(layers.chunk(rows))
-            totals = shard.totals(logits, target_ids[rows])
+        for rows, logits, totals in totals_in_turn(shard, layers, target_ids, chunks, keep=True):
             weights = _checked(weigh(totals, rows), totals)
             add_gradients(shard, layers, rows, target_ids[rows], totals, weights, hidden_gradient, weight_gradient, logits)
             parts.append(totals)

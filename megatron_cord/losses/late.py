@@ -20,7 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from megatron_cord.losses.autograd import arrived, declare_outputs, rows_of
 from megatron_cord.losses.backends import weights_of
-from megatron_cord.losses.output_layer import HiddenGradient, KeptLogits, OutputLayers, WeightGradient, gradient_dtype
+from megatron_cord.losses.chunks import totals_in_turn
+from megatron_cord.losses.gradients import HiddenGradient, WeightGradient, fresh_gradient_dtype, gradient_dtype
+from megatron_cord.losses.output_layer import OutputLayers
+from megatron_cord.losses.products import operand_dtype
 from megatron_cord.losses.recompute import joined
 from megatron_cord.losses.shard import BLOCK_COLUMNS, VocabularyShard
 from megatron_cord.losses.statistics import Totals
@@ -46,9 +49,7 @@ class Late(torch.autograd.Function):
             len(target_ids), shard.columns, dtype=gradient_dtype(student_hidden, shard.dtype), device=student_hidden.device
         )
         parts = []
-        for rows in chunks:
-            logits = KeptLogits(layers.chunk(rows))
-            totals = shard.totals(logits, target_ids[rows])
+        for rows, logits, totals in totals_in_turn(shard, layers, target_ids, chunks, keep=True):
             unit = totals.divergence.isfinite().to(shard.dtype)  # an infinite divergence has no gradient to keep
             shard.gradient(logits, target_ids[rows], totals, (unit, None, None), unweighted[rows])
             parts.append(totals)
@@ -75,13 +76,14 @@ class Late(torch.autograd.Function):
         else:
             others = replace(shard, kind=NO_TEACHER)
             layers = OutputLayers(student_hidden, student_weight, None, None, shard.dtype)
+            dtype = fresh_gradient_dtype(student_hidden, shard.dtype)
             for rows in ctx.chunks:
                 logits, hidden = layers.chunk(rows), student_hidden[rows]
                 for span in shard.blocks(logits.block_columns):
-                    terms = torch.empty(len(hidden), span.stop - span.start, dtype=shard.dtype, device=hidden.device)
+                    terms = layers.scratch.take("gradient", len(hidden), span.stop - span.start, shard.dtype, hidden.device)
                     chunk_totals, chunk_weights = Totals(*rows_of(totals, rows)), weights_of((None, *weights[1:]), rows)
                     others.block_gradient(span, *logits.block(span), target_ids[rows], chunk_totals, chunk_weights, terms)
-                    gradient = terms.addcmul_(unweighted[rows, span].to(shard.dtype), by_divergence[rows, None]).to(unweighted.dtype)
+                    gradient = terms.addcmul_(unweighted[rows, span].to(shard.dtype), by_divergence[rows, None]).to(dtype)
                     if hidden_gradient is not None:
                         hidden_gradient.add(rows, gradient, student_weight[span])
                     if weight_gradient is not None:
@@ -108,10 +110,12 @@ def _multiply(
     """dH = diag(w)(g W), of which the sum over ranks goes on while dW = gᵀ (diag(w) h) is formed."""
     if hidden_gradient is not None:
         for rows in chunks:
-            hidden_gradient.add(rows, unweighted[rows], student_weight[: shard.columns])
+            for span in shard.blocks(BLOCK_COLUMNS):
+                hidden_gradient.add(rows, unweighted[rows, span], student_weight[span])
             hidden_gradient.total[rows] *= by_divergence[rows, None]
             hidden_gradient.reduce(rows)
     if weight_gradient is not None:
-        weighted = [(student_hidden[rows] * by_divergence[rows, None]).to(unweighted.dtype) for rows in chunks]
+        dtype = operand_dtype(unweighted.dtype, unweighted.device)
+        weighted = [(student_hidden[rows] * by_divergence[rows, None]).to(dtype) for rows in chunks]
         for span in shard.blocks(BLOCK_COLUMNS):
             weight_gradient.add_span(span, ((unweighted[rows, span], hidden) for rows, hidden in zip(chunks, weighted, strict=True)))

@@ -14,8 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from megatron_cord.losses.autograd import arrived, declare_outputs, rows_of
 from megatron_cord.losses.backends import Weights, weights_of
-from megatron_cord.losses.output_layer import HiddenGradient, KeptLogits, OutputLayers, WeightGradient, gradient_dtype
-from megatron_cord.losses.shard import VocabularyShard
+from megatron_cord.losses.chunks import totals_in_turn
+from megatron_cord.losses.gradients import HiddenGradient, WeightGradient, fresh_gradient_dtype
+from megatron_cord.losses.output_layer import OutputLayers
+from megatron_cord.losses.shard import Logits, VocabularyShard
 from megatron_cord.losses.statistics import Totals
 
 
@@ -37,11 +39,7 @@ class Recompute(torch.autograd.Function):
         chunks: list[slice],
     ) -> tuple[Tensor, ...]:
         layers = OutputLayers(student_hidden, student_weight, teacher_hidden, teacher_weight, shard.dtype)
-        parts = []
-        for rows in chunks:
-            logits = layers.chunk(rows)
-            parts.append(shard.totals(KeptLogits(logits) if shard.kind.num_sums else logits, target_ids[rows]))
-        totals = joined(parts)
+        totals = joined([totals for _, _, totals in totals_in_turn(shard, layers, target_ids, chunks, keep=False)])
         ctx.shard, ctx.chunks = shard, chunks
         ctx.save_for_backward(student_hidden, student_weight, teacher_hidden, teacher_weight, target_ids, *totals)
         return declare_outputs(ctx, totals)
@@ -78,7 +76,7 @@ def add_gradients(
     weights: Weights,
     hidden_gradient: HiddenGradient | None,
     weight_gradient: WeightGradient | None,
-    kept: KeptLogits | None = None,
+    kept: Logits | None = None,
 ) -> None:
     """Adds a chunk's part to both gradients, a block of columns at a time; no communication.
 
@@ -88,8 +86,9 @@ def add_gradients(
     """
     hidden = layers.student_hidden[rows]
     logits = layers.chunk(rows) if kept is None else kept
+    dtype = fresh_gradient_dtype(hidden, shard.dtype)
     for span in shard.blocks(logits.block_columns):
-        gradient = torch.empty(len(target_ids), span.stop - span.start, dtype=gradient_dtype(hidden, shard.dtype), device=hidden.device)
+        gradient = layers.scratch.take("gradient", len(hidden), span.stop - span.start, dtype, hidden.device)
         shard.block_gradient(span, *logits.block(span), target_ids, totals, weights, gradient)
         if hidden_gradient is not None:
             hidden_gradient.add(rows, gradient, layers.student_weight[span])

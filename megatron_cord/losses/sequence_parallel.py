@@ -1,6 +1,7 @@
 """Hidden states that arrive cut over the tensor-parallel ranks by tokens, as Megatron's sequence parallelism leaves them.
 
-They are gathered for the loss, and the gradient, of which each rank has its own columns' part, is summed and cut again in one reduce-scatter.
+They are gathered for the loss. Its gradient, of which each rank has its own columns' part, has been summed at each token's owner
+(``HiddenGradient``, chunk by chunk) when it comes back here, and each rank takes its own tokens.
 Shapes: N tokens, H hidden, TP ranks.
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 def gather_tokens(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[N/TP, H] of each rank, in rank order, as [N, H]; the gradient that comes back is a part, and all ranks' parts are summed."""
+    """[N/TP, H] of each rank, in rank order, as [N, H]; of the gradient that comes back this rank's rows count."""
     return hidden if group is None or dist.get_world_size(group) == 1 else _GatherTokens.apply(hidden, group)
 
 
@@ -28,6 +29,5 @@ class _GatherTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        mine = gradient.new_empty(gradient.shape[0] // dist.get_world_size(ctx.group), gradient.shape[1])
-        dist.reduce_scatter_tensor(mine, gradient.contiguous(), group=ctx.group)
-        return mine, None
+        part = gradient.shape[0] // dist.get_world_size(ctx.group)
+        return gradient.narrow(0, dist.get_rank(ctx.group) * part, part), None

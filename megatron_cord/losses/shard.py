@@ -68,9 +68,13 @@ class VocabularyShard:
     dtype: torch.dtype  #: of the statistics: float64 if an input is, else float32
     group: dist.ProcessGroup | None  #: the ranks that share the vocabulary; None means this one alone
     backend: Backend
-    sums_hidden_gradient: bool = True  #: whether the hidden states' gradient is summed over the group here
+    sequence_parallel: bool = False  #: whether a rank needs the hidden states' gradient for its own part of the tokens only
 
     def totals(self, logits: Logits, target_ids: Tensor) -> Totals:
+        """``begin_totals``, waited for."""
+        return self.begin_totals(logits, target_ids).wait()
+
+    def begin_totals(self, logits: Logits, target_ids: Tensor) -> PendingTotals:
         """Divergence, entropy and log-probabilities over the whole vocabulary, with one all-gather; a two-pass kind needs a second one.
 
         Args:
@@ -88,11 +92,7 @@ class VocabularyShard:
             parts.append(self.backend.statistics(student, teacher, target, self.kind, self.temperature, self.dtype))
             top = self._largest(torch.cat([top, teacher.T.to(self.dtype)])) if self.kind.top else top
         local = merge_statistics(stack_statistics(parts), self.kind, self.temperature)
-        gathered = self._gather(torch.cat([torch.stack(local), top]))  # [TP, 8 + k, N]
-        whole = merge_statistics(Statistics(*gathered[:, :8].unbind(1)), self.kind, self.temperature) if len(gathered) > 1 else local
-        threshold = self._largest(gathered[:, 8:].flatten(0, 1))[-1] if self.kind.top else None
-        totals = totals_from_statistics(whole, self.kind, self.temperature, threshold)
-        return self._second_pass(logits, totals) if self.kind.num_sums else totals
+        return PendingTotals(self, logits, self._gather(torch.cat([torch.stack(local), top])))  # [TP, 8 + k, N]
 
     def gradient(self, logits: Logits, target_ids: Tensor, totals: Totals, weights: Weights, out: Tensor) -> None:
         """Writes the gradient of this rank's student logits into ``out`` [N, V/TP], zero in the padding; no communication."""
@@ -116,20 +116,54 @@ class VocabularyShard:
         """TP."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
+    def completed(self, gathered: Tensor, logits: Logits) -> Totals:
+        """The totals from all ranks' statistics [TP, 8 + k, N]."""
+        whole = merge_statistics(Statistics(*gathered[:, :8].unbind(1)), self.kind, self.temperature)
+        threshold = self._largest(gathered[:, 8:].flatten(0, 1))[-1] if self.kind.top else None
+        totals = totals_from_statistics(whole, self.kind, self.temperature, threshold)
+        return self._second_pass(logits, totals) if self.kind.num_sums else totals
+
     def _second_pass(self, logits: Logits, totals: Totals) -> Totals:
         sums = totals.entropy.new_zeros(self.kind.num_sums, len(totals.entropy))
         for span in self.blocks(logits.block_columns):
             sums += self.backend.second_sums(*logits.block(span), totals, self.kind, self.temperature)
-        return complete_totals(totals, self._gather(sums).sum(0), self.kind)
+        return complete_totals(totals, self._gather(sums).wait().sum(0), self.kind)
 
     def _largest(self, values: Tensor) -> Tensor:
         """The k largest of [≥ k, N], in falling order, [k, N]."""
         return values.topk(self.kind.top, dim=0).values
 
-    def _gather(self, mine: Tensor) -> Tensor:
-        """Every rank's part, [TP, scalars, N]."""
+    def _gather(self, mine: Tensor) -> Gathering:
+        """Starts to collect every rank's part, [TP, scalars, N]."""
         if self.num_ranks == 1 or mine.numel() == 0:
-            return mine[None]
+            return Gathering(mine[None], None)
         gathered = mine.new_empty(self.num_ranks * mine.shape[0], mine.shape[1])
-        dist.all_gather_into_tensor(gathered, mine.contiguous(), group=self.group)
-        return gathered.unflatten(0, (self.num_ranks, mine.shape[0]))
+        work = dist.all_gather_into_tensor(gathered, mine.contiguous(), group=self.group, async_op=True)
+        return Gathering(gathered.unflatten(0, (self.num_ranks, mine.shape[0])), work)
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """An all-gather under way."""
+
+    result: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """The result, complete."""
+        if self.work is not None:
+            self.work.wait()
+        return self.result
+
+
+@dataclass(frozen=True)
+class PendingTotals:
+    """Totals whose all-gather is under way."""
+
+    shard: VocabularyShard
+    logits: Logits  #: of these tokens; a two-pass kind looks at them again
+    statistics: Gathering
+
+    def wait(self) -> Totals:
+        """Fields [N], equal on all ranks."""
+        return self.shard.completed(self.statistics.wait(), self.logits)

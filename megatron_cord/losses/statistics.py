@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_cord.losses.kinds import Block, Kind
+from megatron_cord.losses.kinds import Block, Kind, exponential
 
 
 class Statistics(NamedTuple):
@@ -69,7 +69,7 @@ def block_statistics(student: Tensor, teacher: Tensor, target: Tensor, kind: Kin
     """
     student_target, student_max = _pick(student, target), student.amax(1)
     s = _relative(student, student_max[:, None], temperature)
-    student_exp = s.exp()
+    student_exp = exponential(s)
     student_sum = student_exp.sum(1)
     entropy_sum = (student_exp * _finite(s)).sum(1)
     if not kind.has_teacher:
@@ -77,7 +77,7 @@ def block_statistics(student: Tensor, teacher: Tensor, target: Tensor, kind: Kin
         return Statistics(student_max, student_sum, entropy_sum, none, student_max, student_sum, student_target, student_target)
     teacher_max = teacher.amax(1)
     t = _relative(teacher, teacher_max[:, None], temperature)
-    teacher_exp = t.exp()
+    teacher_exp = exponential(t)
     return Statistics(
         student_max,
         student_sum,
@@ -186,9 +186,9 @@ def gradient_block(
 def _normalised(student: Tensor, teacher: Tensor, totals: Totals, kind: Kind, temperature: float) -> Block:
     log_p = _relative(student, totals.student_max[:, None], temperature) - totals.student_log_sum[:, None]
     if not kind.has_teacher:
-        return Block(log_p, log_p.exp(), log_p, teacher)
+        return Block(log_p, exponential(log_p), log_p, teacher)
     log_q = _relative(teacher, totals.teacher_max[:, None], temperature) - totals.teacher_log_sum[:, None]
-    return Block(log_p, log_p.exp(), log_q, teacher)
+    return Block(log_p, exponential(log_p), log_q, teacher)
 
 
 def _relative(logits: Tensor, maximum: Tensor, temperature: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_cord.errors import CordError
-from megatron_cord.losses.kinds import Block, ForwardKL, Kind, NoTeacher, ReverseKL
+from megatron_cord.losses.kinds import Block, ForwardKL, Kind, NoTeacher, ReverseKL, exponential
 
 if TYPE_CHECKING:
     from megatron_cord.losses.statistics import Statistics, Totals
@@ -76,7 +76,7 @@ class JensenShannon(TwoPass):
     def second_sums(self, block: Block, threshold: Tensor) -> Tensor:
         share, delta = self._student_share(block)
         log_teacher = torch.logaddexp(delta + math.log1p(-self.beta), torch.full_like(delta, math.log(self.beta)))  # log(m/q)
-        q = block.log_q.exp()
+        q = exponential(block.log_q)
         teacher_terms = (-self.beta * q * log_teacher).masked_fill(block.log_q == -torch.inf, 0.0)
         return torch.stack([(block.p * share).sum(1), teacher_terms.sum(1)])
 
@@ -114,7 +114,9 @@ class TopK(TwoPass):
         inside = block.teacher >= threshold[:, None]
         terms = (block.p * (block.log_p - block.log_q)).masked_fill(block.log_q == -torch.inf, torch.inf)
         terms = terms.masked_fill((block.log_p == -torch.inf) | ~inside, 0.0)
-        return torch.stack([terms.sum(1), block.p.masked_fill(inside, 0.0).sum(1), block.log_q.exp().masked_fill(inside, 0.0).sum(1)])
+        return torch.stack(
+            [terms.sum(1), block.p.masked_fill(inside, 0.0).sum(1), exponential(block.log_q).masked_fill(inside, 0.0).sum(1)]
+        )
 
     def second_value(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         inside, tail_p, tail_q = sums

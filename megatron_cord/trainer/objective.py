@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_cord.errors import CordError
 from megatron_cord.losses import (
+    LossWeights,
     TokenStats,
     TokenWeightsConfig,
     divergence_from_hidden,
@@ -37,7 +38,10 @@ class ObjectiveConfig:
     #: D_t, see losses/kinds.py; nll is fine-tuning on the responses; none leaves L_seq
     jsd_beta: float = 0.5  #: of divergence jsd: the teacher's share of the mixture, 0 is forward, 1 reverse KL
     vocabulary_top_k: int = 64  #: of divergence topk: the teacher's so many likeliest tokens are compared, and the rest as one
-    implementation: Literal["auto", "late", "recompute"] = "auto"  #: how the divergence is formed: speed, or least memory
+    implementation: Literal["auto", "late", "fused", "recompute"] = (
+        "auto"  #: how the divergence is formed: docs/loss.md says when to use which
+    )
+    backend: Literal["auto", "eager", "compile", "triton"] = "auto"  #: who computes it; auto compiles on a CPU where calls are large
     token_weights: str = "cord"  #: w_t: names of losses/token_weights.py joined by *; cord is top_k*position
     top_k: int = 20  #: K, response positions of largest divergence that get alpha
     alpha: float = 2.0  #: weight of those positions
@@ -107,6 +111,7 @@ def microbatch_loss(
     teacher_weight: Tensor | None,
     vocab_size: int,
     tp_group: dist.ProcessGroup | None,
+    cp_group: dist.ProcessGroup | None = None,
 ) -> MicrobatchLoss:
     """Scores the responses of one microbatch.
 
@@ -120,13 +125,25 @@ def microbatch_loss(
         teacher_weight: [V/TP, H]; None likewise.
         vocab_size: the true V.
         tp_group: the vocabulary's shards.
+        cp_group: the ranks that share the responses. Token weights then need all of them, so no chunk's can be promised (implementation fused).
     """
     # A distribution that is not finite makes a loss that is not: the step is skipped, as one for gradients is.
     if teacher_hidden is None or teacher_weight is None or not config.distils:
         stats = token_logprobs_from_hidden(
-            student_hidden, student_weight, batch.target_ids, vocab_size=vocab_size, tp_group=tp_group, check_finite=False
+            student_hidden,
+            student_weight,
+            batch.target_ids,
+            vocab_size=vocab_size,
+            tp_group=tp_group,
+            backend=config.backend,
+            check_finite=False,
         )
     else:
+        alone = cp_group is None or dist.get_world_size(cp_group) == 1
+        if config.implementation == "fused" and not alone:
+            raise CordError(
+                "objective.implementation=fused cannot weigh responses that lie on several context-parallel ranks; choose auto or late"
+            )
         stats = divergence_from_hidden(
             student_hidden,
             student_weight,
@@ -139,22 +156,61 @@ def microbatch_loss(
             vocab_size=vocab_size,
             tp_group=tp_group,
             implementation=config.implementation,
+            loss_weights=(lambda some, rows: _promised(config, counts, some, _part(config, batch, rows))) if alone else None,
+            cu_seqlens=batch.cu_seqlens if alone else None,
+            backend=config.backend,
             check_finite=False,
         )
-    rewarded = config.policy_gradient and bool(batch.advantages.any())
+    token, sequence, weights = _terms(config, counts, stats, _part(config, batch, slice(0, len(batch.target_ids))))
+    return MicrobatchLoss(token, sequence, stats, weights)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some whole responses of a microbatch: n tokens, b responses."""
+
+    cu_seqlens: Tensor  #: int64 [b + 1]
+    engine_logprobs: Tensor  #: [n]
+    advantages: Tensor  #: [b]
+    scored: bool  #: whether they are part of L_tok
+    rewarded: bool  #: whether any response of the microbatch, be it in this part or not, is part of L_seq
+
+
+def _part(config: ObjectiveConfig, batch: Microbatch, rows: slice) -> _Part:
+    """The responses that these tokens are; a chunk holds whole ones."""
+    first = int(torch.searchsorted(batch.cu_seqlens, rows.start))
+    last = int(torch.searchsorted(batch.cu_seqlens, rows.stop, right=True)) - 1
+    return _Part(
+        batch.cu_seqlens[first : last + 1] - rows.start,
+        batch.engine_logprobs[rows],
+        batch.advantages[first:last],
+        batch.scored,
+        config.policy_gradient and bool(batch.advantages.any()),
+    )
+
+
+def _terms(config: ObjectiveConfig, counts: GlobalCounts, stats: TokenStats, part: _Part) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(L_tok's part, L_seq's part, token weights [n]) of these responses, whose stats are [n]."""
     # A term that is absent must not ask the loss for a gradient of zero; but some gradient there must be.
-    zero = torch.zeros_like(batch.advantages[0]) if batch.scored or rewarded else stats.student_logprob.sum() * 0.0
-    token, weights = zero, None
-    if batch.scored:
+    zero = stats.kl.new_zeros(()) if part.scored or part.rewarded else stats.student_logprob.sum() * 0.0
+    token, sequence, weights = zero, zero, None
+    if part.scored:
         divergence = stats.kl if config.distils else -stats.student_logprob
-        weights = token_weights(divergence, batch.cu_seqlens, config.weighting, entropy=stats.entropy)
+        weights = token_weights(divergence, part.cu_seqlens, config.weighting, entropy=stats.entropy)
         token = (weights * divergence).sum() / counts.scored
-    sequence = zero
-    if rewarded:
-        engine = batch.engine_logprobs
-        ratio = truncated_importance_weights(stats.student_logprob, engine.nan_to_num(), batch.cu_seqlens, cap=config.importance_cap)
-        terms = policy_gradient_loss(stats.student_logprob, batch.cu_seqlens, batch.advantages, importance_weights=ratio)
+    if part.rewarded:
+        engine = part.engine_logprobs
+        ratio = truncated_importance_weights(stats.student_logprob, engine.nan_to_num(), part.cu_seqlens, cap=config.importance_cap)
+        terms = policy_gradient_loss(stats.student_logprob, part.cu_seqlens, part.advantages, importance_weights=ratio)
         sequence = config.policy_weight * terms.sum() / counts.policy
         if engine.isnan().any():  # the weights that it sampled with are broken: nothing to learn from
             sequence = sequence * torch.nan
-    return MicrobatchLoss(token, sequence, stats, weights)
+    return token, sequence, weights
+
+
+def _promised(config: ObjectiveConfig, counts: GlobalCounts, stats: TokenStats, part: _Part) -> LossWeights:
+    """The gradient of ``_terms`` with respect to the stats: what the loss will ask of these tokens."""
+    leaves = kl, entropy, logprob = tuple(field.detach().requires_grad_() for field in (stats.kl, stats.entropy, stats.student_logprob))
+    with torch.enable_grad():  # the callback runs inside a forward pass of autograd's own
+        token, sequence, _ = _terms(config, counts, TokenStats(kl, entropy, logprob, stats.teacher_logprob), part)
+        return LossWeights(*torch.autograd.grad(token + sequence, leaves, allow_unused=True))

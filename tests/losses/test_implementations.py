@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_cord.errors import CordError
 from megatron_cord.losses import LossWeights, TokenStats, choice, divergence_from_hidden
 from megatron_cord.losses.choice import chosen_implementation
-from megatron_cord.losses.output_layer import chunks_of
+from megatron_cord.losses.chunks import chunks_of
 from tests.losses.reference import Inputs, make_inputs, reference_hidden_gradients, relative_error
 
 IMPLEMENTATIONS = ["recompute", "late", "fused"]
@@ -157,8 +157,9 @@ def test_auto_chooses_by_what_is_kept(monkeypatch: pytest.MonkeyPatch, caplog: p
         assert [chosen(False, 10**9), chosen(False, 10**9)] == ["late", "late"]
         assert chosen(False, 4 * 100 * 50 * 2 - 1) == "recompute"
         assert chosen(True, 10**9) == "fused"  # (100 + 50) · 4 · 4 bytes against 100 · 50 · 2
+        assert chosen(True, 4 * (100 + 50) * 4 * 4 - 1) == "recompute"
         hidden = torch.zeros(5, 4)
-        assert chosen(True, 10**9) == "late"
+        assert chosen(True, 4 * (5 + 50) * 4 * 4 - 1) == "late"  # 5 · 50 · 2 bytes fit
     assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
         f"divergence from hidden states: {name}" for name in ("late", "recompute", "fused")
     ]

@@ -1,0 +1,107 @@
+"""The two gradients of the output layer, as they are summed: that of the hidden states over ranks, that of the weight in fp32.
+
+Gradients of logits may be rounded, for every product with them averages the rounding out; always to bfloat16, as in float16 they would underflow.
+
+Shapes: N tokens, C tokens of a chunk, V vocabulary, H hidden, TP ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cord.losses.products import LOW_PRECISION, add_product, operand_dtype
+from megatron_cord.losses.shard import VocabularyShard
+
+
+class HiddenGradient:
+    """∂L/∂student_hidden, [N, H], summed over columns here and over ranks, in fp32, while the next chunk is computed.
+
+    Every rank gets the whole sum; under sequence parallelism each gets that of its own tokens, and the other rows of ``result`` mean nothing.
+    """
+
+    def __init__(self, hidden: Tensor, shard: VocabularyShard) -> None:
+        self.total = torch.zeros(hidden.shape, dtype=shard.dtype, device=hidden.device)
+        self._shard = shard
+        self._pending: list[dist.Work | None] = []
+
+    def add(self, rows: slice, logits_gradient: Tensor, weight: Tensor) -> None:
+        """Adds logits_gradient [C, columns] · weight [columns, H]."""
+        add_product(self.total[rows], logits_gradient, weight)
+
+    def reduce(self, rows: slice) -> None:
+        """Starts to sum finished rows over the ranks; NCCL does so on a stream of its own."""
+        shard = self._shard
+        if shard.num_ranks == 1 or self.total.numel() == 0:
+            return
+        if not shard.sequence_parallel:
+            self._pending.append(dist.all_reduce(self.total[rows], group=shard.group, async_op=True))
+            return
+        part = len(self.total) // shard.num_ranks
+        for owner in range(rows.start // part, (rows.stop - 1) // part + 1):
+            mine = self.total[max(rows.start, owner * part) : min(rows.stop, (owner + 1) * part)]
+            self._pending.append(dist.reduce(mine, group_dst=owner, group=shard.group, async_op=True))
+
+    def scaled(self, scale: Tensor) -> HiddenGradient:
+        """This, not yet summed over ranks, times a scalar."""
+        other = HiddenGradient(self.total, self._shard)
+        torch.mul(self.total, scale, out=other.total)
+        return other
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        """The gradient, when all that was started is done."""
+        for work in self._pending:
+            if work is not None:
+                work.wait()
+        return self.total.to(dtype)
+
+
+class WeightGradient:
+    """∂L/∂student_weight of this rank's shard, [V/TP, H], summed in fp32.
+
+    Megatron's DistributedDataParallel gives a parameter an fp32 ``main_grad``. Where there is one the sum goes straight into it, as
+    Megatron's own fused layers do: ``grad_added_to_main_grad`` says so, and autograd gets zeros without memory, to which a tied embedding's
+    gradient may be added. With ``span_by_span`` the caller adds each span once, with ``add_span``, and the whole is in the weight's type.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, *, span_by_span: bool = False) -> None:
+        self._weight, self._dtype = weight, dtype
+        main_grad = getattr(weight, "main_grad", None)
+        self._in_place = main_grad is not None and main_grad.dtype == dtype and hasattr(weight, "grad_added_to_main_grad")
+        own = weight.dtype if span_by_span else dtype
+        self.total: Tensor = main_grad if self._in_place else torch.zeros(weight.shape, dtype=own, device=weight.device)  # type: ignore[assignment]
+
+    def add(self, span: slice, logits_gradient: Tensor, hidden: Tensor) -> None:
+        """Adds logits_gradient [C, columns]ᵀ · hidden [C, H] to the rows of the span."""
+        add_product(self.total[span], logits_gradient.T, hidden)
+
+    def add_span(self, span: slice, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Adds all tokens' part of the span's rows, given as pairs as in ``add``: the sum is in fp32, and no more than the span is."""
+        sum_of_parts = torch.zeros(span.stop - span.start, self.total.shape[1], dtype=self._dtype, device=self.total.device)
+        for logits_gradient, hidden in parts:
+            add_product(sum_of_parts, logits_gradient.T, hidden)
+        self.total[span] += sum_of_parts
+
+    def add_scaled(self, total: Tensor, scale: Tensor) -> None:
+        """Adds a finished sum [V/TP, H] times a scalar."""
+        self.total.addcmul_(total, scale)
+
+    def result(self) -> Tensor:
+        """What autograd gets."""
+        if not self._in_place:
+            return self.total.to(self._weight.dtype)
+        self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return self._weight.new_zeros(()).expand(self._weight.shape)
+
+
+def gradient_dtype(hidden: Tensor, logits_dtype: torch.dtype) -> torch.dtype:
+    """The type in which gradients of logits are kept: bfloat16 where the hidden states are of 16 bits, else that of the logits."""
+    return torch.bfloat16 if hidden.dtype in LOW_PRECISION and logits_dtype == torch.float32 else logits_dtype
+
+
+def fresh_gradient_dtype(hidden: Tensor, logits_dtype: torch.dtype) -> torch.dtype:
+    """The type of gradients of logits that are multiplied at once and not kept: what the products want."""
+    return operand_dtype(gradient_dtype(hidden, logits_dtype), hidden.device)

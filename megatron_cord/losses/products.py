@@ -1,0 +1,75 @@
+"""Matrix products of low-precision inputs with fp32 results: the one place that knows which way a device does them well.
+
+Logits rounded to bfloat16 spoil small divergences, so ``product`` never rounds below fp32. There are three ways to that:
+
+- *native*, on CUDA: the GEMM itself writes its fp32 sums.
+- *split*, on a CPU that multiplies bfloat16 in hardware but whose library rounds the result: two such products, the second one of what the
+  first one's rounding lost, hi = bf16(h Wᵀ), lo = bf16(h Wᵀ − hi), z = hi + lo. The sum inside is fp32, so z is good to 2⁻¹⁷ of the largest logit.
+- *upcast*, anywhere else: operands become fp32, a block at a time. On a CPU without bfloat16 in hardware its products are slower than fp32's.
+
+``add_product`` is for gradients, whose operands may be rounded: every sum over many rounded terms averages the rounding out.
+
+Shapes: C tokens, K columns, H hidden.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+#: What processors call a unit that multiplies bfloat16: x86's two, and ARM's.
+BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """left [C, H] · right [K, H]ᵀ in ``dtype``, [C, K]; the operands are of one type, at most as precise.
+
+    Args:
+        out: [C, K] of ``dtype``, written to and returned; None: a new tensor.
+    """
+    out = torch.empty(len(left), len(right), dtype=dtype, device=left.device) if out is None else out
+    if left.dtype == dtype:
+        return torch.mm(left, right.T, out=out)
+    if left.dtype in LOW_PRECISION and dtype == torch.float32:
+        if left.is_cuda:
+            return torch.mm(left, right.T, out_dtype=torch.float32, out=out)
+        if left.dtype == torch.bfloat16 and multiplies_bfloat16():
+            return split_product(left, right, out)
+    return torch.mm(left.to(dtype), right.to(dtype).T, out=out)
+
+
+def split_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """``product`` of bfloat16 operands in two bfloat16 products, into ``out`` [C, K] of fp32."""
+    high = left @ right.T
+    out.copy_(high)
+    return out.add_(torch.addmm(high, left, right.T, beta=-1))
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left · right, the sum in ``total``'s type; left is a gradient of logits (or its transpose), right hidden states or weights."""
+    kind = operand_dtype(left.dtype, left.device)
+    left, right = left.to(kind), right.to(kind)
+    if kind == total.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        total += torch.mm(left, right, out_dtype=total.dtype)
+    else:
+        total += left @ right
+
+
+def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type in which operands of that type are multiplied on the device when their rounding does not matter."""
+    if dtype in LOW_PRECISION and device.type == "cpu" and not (dtype == torch.bfloat16 and multiplies_bfloat16()):
+        return torch.float32
+    return dtype
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's processor multiplies bfloat16 in hardware."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(unit, False) for unit in BFLOAT16_UNITS)
