@@ -46,7 +46,7 @@ EXTRAS = {
     "piper": ["piper-tts==1.8.0"],
     # Tests and checks, pinned so that a new rule or type stub does not fail an unchanged tree. Triton's kernels run in its interpreter there.
     "dev": ["pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "mypy==2.4.1", 'triton==3.9.0; platform_system == "Linux"'],
-    # The trainer that benchmarks/train.py measures beside ours.
+    # What the benchmarks measure beside ours: TRL's trainer (benchmarks/train.py) and Liger's losses (benchmarks/loss.py).
     "bench": ["trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "liger-kernel==0.8.5"],
     # The documentation as a site; the Markdown files read as well without it.
     "docs": ["mkdocs-material==9.8.1"],
