@@ -1,18 +1,14 @@
 """Checkpoints: Megatron's dist_checkpointing for weights and optimizer, one JSON file for everything else; complete or invisible.
 
-A checkpoint is written under a hidden name and renamed when every rank is done, so a directory `step_000100` is always whole. Its weights and
-optimizer states load on any layout.
-Simplification: saving waits for the disk.
+A checkpoint is written under a hidden name, with a list of checksums last, and renamed when every rank is done: a directory `step_000100` is
+always whole when it appears, and damage that comes later is noticed. Its weights and optimizer states load on any layout.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import pickle
-import queue
-import shutil
-import warnings
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +26,12 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.lalm import LALM
-from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.parallel.objects import all_gather_json, broadcast_json
+from megatron_cord.trainer import manifest
+from megatron_cord.trainer.checkpoint_directory import CheckpointDirectory, check_whole
 from megatron_cord.trainer.progress import Progress, read_progress, write_progress
 from megatron_cord.trainer.storage import storage_problem
+from megatron_cord.trainer.writing import Writing
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class CheckpointConfig:
 
     interval: int = 100  #: steps between checkpoints; the last step is always saved; 0 saves only that one
     keep: int = 2  #: newest checkpoints kept; 0 keeps all
+    asynchronous: bool = True  #: train on while the disk writes; false waits for it
 
     def __post_init__(self) -> None:
         if self.interval < 0 or self.keep < 0:
@@ -53,7 +53,17 @@ _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_
 logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
 
-class Checkpoints:
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written: its tensors, its hidden and its final place, and how it is completed."""
+
+    writing: Writing
+    partial: Path
+    final: Path
+    complete: Callable[[], None]
+
+
+class Checkpoints(CheckpointDirectory):
     """The checkpoints of one run.
 
     Args:
@@ -62,65 +72,63 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
-        self.directory, self.config = directory, config
+        super().__init__(directory)
+        self.config = config
+        self._pending: _Pending | None = None
 
-    def newest(self) -> Path | None:
-        """The newest whole checkpoint, the same on every rank."""
-        names = sorted(p.name for p in self.directory.glob("step_*")) if dist.get_rank() == 0 else []
-        newest = broadcast_json(names[-1] if names else None)
-        return None if newest is None else self.directory / newest
-
-    def save(self, progress: Progress, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> Path:
-        """Writes the checkpoint of progress.step. Collective.
+    def save(self, progress: Progress, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+        """Writes the checkpoint of progress.step; an asynchronous one appears later, in `poll` or `wait`. Collective.
 
         Raises:
             CordError: the disk is full or not writable; earlier checkpoints are untouched.
         """
-        final = self.directory / f"step_{progress.step:06d}"
-        partial = self.directory / f".{final.name}.partial"
-        self._on_main(final, lambda: self._make_room(partial))
-        # Megatron passes the writers' results through a server process, which imports the program anew and outlives a killed run. A
-        # queue in this process does, as saving waits for the writers.
-        filesystem_async._results_queue = queue.SimpleQueue()
+        self.wait()
+        final = self.place(progress.step)
+        # A name of its own: the writers of a run that was killed may live a moment longer.
+        partial = self.directory / f".{final.name}.partial-{broadcast_json(secrets.token_hex(4))}"
+        self._on_main(final, lambda: self.make_room(partial))
+        arch: Architecture = model.module.arch
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's remarks on its own deprecated internals
-                dist_checkpointing.save(
-                    _state_dict(model, optimizer, is_loading=False),
-                    str(partial),
-                    # What is not sharded is the optimizer's groups, and pipeline stages may have different ones: nothing to compare.
-                    preprocess_common_before_consistancy_check=lambda common: {},
-                )
-        except CheckpointException as error:  # a rank's writer failed, every rank is told so, and the first one why
-            reason = broadcast_json(storage_problem(error))
-            if reason is None:
-                raise
-            raise self._failure(final, reason) from error
+            writing = Writing(_state_dict(model, optimizer, is_loading=False), partial)
         except Exception as error:
             # This rank alone failed. The others wait for it, and notice that it has left.
             reason = storage_problem(error)
             if reason is None:
                 raise
             raise self._failure(final, reason) from error
-        self._on_main(final, lambda: self._publish(partial, final, progress, model.module.arch))
-        return final
+        self._pending = _Pending(writing, partial, final, lambda: write_progress(partial, progress, arch))
+        if not self.config.asynchronous:
+            self.wait()
 
-    def _make_room(self, partial: Path) -> None:
-        for leftover in self.directory.glob(".step_*"):  # of a run that was killed
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
+    def poll(self) -> None:
+        """Makes the checkpoint visible whose files are written by now, if any. Collective. Raises CordError as `save` does."""
+        self._finish(wait=False)
 
-    def _publish(self, partial: Path, final: Path, progress: Progress, arch: Architecture) -> None:
-        write_progress(partial, progress, arch)
-        if final.exists():
-            os.replace(final, _doomed(final))
-        os.replace(partial, final)
-        if self.config.keep:
-            for old in sorted(self.directory.glob("step_*"))[: -self.config.keep]:
-                # Renamed first: a stop halfway through the deletion must not leave half a checkpoint under a whole one's name.
-                os.replace(old, _doomed(old))
-        for doomed in self.directory.glob(".step_*"):
-            shutil.rmtree(doomed, ignore_errors=True)
+    def wait(self) -> None:
+        """The same, waiting for the files."""
+        self._finish(wait=True)
+
+    def _finish(self, *, wait: bool) -> None:
+        pending = self._pending
+        if pending is None:
+            return
+        try:
+            if not pending.writing.is_done(wait=wait):
+                return
+        except CheckpointException as error:  # a rank's writer failed, every rank is told so, and the first one why
+            self._pending = None
+            reason = broadcast_json(storage_problem(error))
+            if reason is None:
+                raise
+            raise self._failure(pending.final, reason) from error
+        self._pending = None
+        digests = {name: checksum for part in all_gather_json(pending.writing.digests) for name, checksum in part.items()}
+        self._on_main(pending.final, lambda: self._publish(pending, digests))
+
+    def _publish(self, pending: _Pending, digests: dict[str, str]) -> None:
+        pending.complete()
+        manifest.write_manifest(pending.partial, digests)
+        self.publish(pending.partial, pending.final, self.config.keep)
 
     def _on_main(self, final: Path, action: Callable[[], None]) -> None:
         """Rank 0 acts, and all ranks fail together if it could not."""
@@ -136,7 +144,7 @@ class Checkpoints:
 
     def _failure(self, final: Path, reason: str) -> CordError:
         if dist.get_rank() == 0:
-            shutil.rmtree(self.directory / f".{final.name}.partial", ignore_errors=True)
+            self.sweep()
         return CordError(
             f"{final}: the checkpoint could not be written ({reason}); earlier ones are whole: mend that and start the run again"
         )
@@ -166,6 +174,8 @@ def load_weights(path: Path, model: LALM) -> int:
     Raises:
         CordError: as `Checkpoints.load`.
     """
+    if (path / manifest.NAME).is_file():  # a checkpoint that was imported has none
+        check_whole(path)
     progress = read_progress(path, model.arch)
     restored = _load(path, {"model": model.sharded_state_dict()})
     model.load_state_dict(restored["model"])
@@ -185,7 +195,3 @@ def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         raise CordError(
             f"{path} is damaged ({type(error).__name__}); delete it to use the one before, or choose another with resume=PATH"
         ) from error
-
-
-def _doomed(checkpoint: Path) -> Path:
-    return checkpoint.with_name(f".{checkpoint.name}.deleted")

@@ -50,10 +50,15 @@ class LoopConfig:
     steps: int = 3000  #: optimizer steps; the paper's value
     micro_batch_size: int = 4  #: sequences that go through the model together
     max_skipped_in_a_row: int = 5  #: so many steps without a finite loss stop the run
+    watchdog_seconds: float = (
+        480.0  #: a phase of a step that lasts longer is taken for a hang: the rank writes its stacks and ends; 0 waits on
+    )
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.micro_batch_size < 1 or self.max_skipped_in_a_row < 1:
             raise CordError("train.steps, train.micro_batch_size and train.max_skipped_in_a_row must be at least 1")
+        if self.watchdog_seconds < 0:
+            raise CordError(f"train.watchdog_seconds cannot be negative, got {self.watchdog_seconds}")
 
 
 @dataclass(frozen=True)
@@ -76,3 +81,10 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.watchdog_seconds >= 60 * self.parallel.timeout_minutes:
+            raise CordError(
+                f"train.watchdog_seconds={self.train.watchdog_seconds:g} must be shorter than parallel.timeout_minutes="
+                f"{self.parallel.timeout_minutes:g}: else ranks that wait for a stuck one end before it can say where it is"
+            )

@@ -24,6 +24,7 @@ from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.local import LocalEngine, LocalEngineConfig
 from megatron_cord.trainer.answers import TeacherAnswers
 from megatron_cord.trainer.checkpoint import Checkpoints
+from megatron_cord.trainer.checkpoint_directory import check_whole
 from megatron_cord.trainer.collection import Collected, Collector, collection_metrics
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.evaluation import Evaluator, evaluation_file, summarize, write_evaluation
@@ -36,6 +37,7 @@ from megatron_cord.trainer.signals import StopRequest
 from megatron_cord.trainer.step import StepResult, TrainStep
 from megatron_cord.trainer.storage import make_writable
 from megatron_cord.trainer.teacher import Teacher
+from megatron_cord.trainer.watchdog import Watchdog
 
 
 class Run:
@@ -86,11 +88,13 @@ class Run:
         self.log = MetricsLog(self.directory, config.train.steps, self.progress.step, enabled=layout.is_main)
         self._answers = answers
         self._stop = StopRequest()
+        self._watchdog = Watchdog(config.train.watchdog_seconds, self.directory / "stacks", layout.rank)
         self.status = 0  #: the exit status: 0, or `cli.STOPPED`
 
     def __enter__(self) -> Self:
         self.log.__enter__()
         self._stop.__enter__()
+        self._watchdog.__enter__()
         try:
             self._begin()
         except BaseException:
@@ -99,6 +103,9 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.checkpoints.wait()
+        self._watchdog.__exit__(kind, error, trace)
         self._stop.__exit__(kind, error, trace)
         self.log.__exit__(kind, error, trace)
         self.engine.close()
@@ -121,19 +128,23 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The steps that remain, counted from 0; each yielded one is timed, saved and evaluated when its turn is over. Ends early when asked to."""
         while self.progress.step < self.config.train.steps:
+            self.checkpoints.poll()
             if self._stop.agreed(self.layout.device):
                 self._stop_here()
                 return
+            self._watchdog.phase("rollout", self.progress.step + 1)
             yield self.progress.step
 
     def _stop_here(self) -> None:
         step = self.progress.step
         if step > self.saved_step and not self.progress.skipped_in_a_row:
             self._save()
+        self.checkpoints.wait()
         self.log.say(f"asked to stop after step {step}; the same command continues after step {self.saved_step}")
         self.status = STOPPED
 
     def _save(self) -> None:
+        self._watchdog.phase("checkpoint", self.progress.step)
         self.checkpoints.save(self.progress, self.model, self.optimizer)
         self.saved_step = self.progress.step
 
@@ -145,6 +156,7 @@ class Run:
 
     def train(self, collected: list[Collected]) -> StepResult:
         """One optimizer step."""
+        self._watchdog.phase("update", self.progress.step + 1)
         result = self.train_step(self.collector.sequences(collected), [c.rollout for c in collected if c.reward is not None])
         skipped = self.progress.skipped_in_a_row + 1 if result.skipped else 0
         self.progress = Progress(self.progress.step + 1, self.progress.seconds, skipped, self.config.seed)
@@ -154,6 +166,7 @@ class Run:
 
     def exchange(self) -> None:
         """Gives the trained weights to the engine, as the version that the step's number names."""
+        self._watchdog.phase("exchange", self.progress.step)
         if self.config.replay is None:
             self._update_engine()
 
@@ -164,6 +177,7 @@ class Run:
             CordError: too many steps in a row had a loss or gradients that are not finite.
         """
         step = self.progress.step
+        self._watchdog.phase("record", step)
         self.progress = Progress(step, self.progress.seconds + times["seconds"], self.progress.skipped_in_a_row, self.config.seed)
         metrics: dict[str, Any] = result.metrics | collection_metrics(collected, self.config.rollout.policy_rollouts) | times
         self.log.step(step, metrics | {"skipped": result.skipped})
@@ -187,6 +201,7 @@ class Run:
 
     def evaluate(self, step: int) -> None:
         """Evaluates the current weights and writes the result; after the last step also the summary."""
+        self._watchdog.rest()
         if self.config.replay is not None:
             self._update_engine()
         result = self.evaluator.run(step, self.train_step.score)
@@ -215,11 +230,11 @@ class Run:
             self._answers.prepare([self._questions[i] for i in sorted(needed)], resumed=self.progress.step > 0, say=self.log.say)
 
     def _resume_from(self) -> Path | None:
-        newest = self.checkpoints.newest()
         if self.config.resume == "auto":
-            return newest
+            return self.checkpoints.newest_undamaged()
         if self.config.resume != "never":
-            return Path(self.config.resume)
+            return check_whole(Path(self.config.resume))
+        newest = self.checkpoints.newest()
         if newest is not None:
             raise CordError(f"{newest} exists and resume=never was given; choose another output_dir, or resume=auto to continue that run")
         return None

@@ -12,6 +12,8 @@ from megatron_cord.errors import CordError
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR)
 #: what torch's writers say when the system refuses a write
 _TORCH_WRITERS = ("PytorchStreamWriter failed", "iostream error", "inline_container")
+#: what Megatron says when the process that writes has told nothing
+_WRITER_GONE = "results_queue should not be empty"
 _ERRNO = re.compile(r"\[Errno (\d+)\]")
 
 
@@ -40,5 +42,7 @@ def storage_problem(error: BaseException) -> str | None:
                 return os.strerror(int(named[1]))
             if any(text in str(cause) for text in _TORCH_WRITERS):
                 return "a file could not be written"
+            if _WRITER_GONE in str(cause):
+                return "the process that wrote it was killed; is there enough memory?"
             cause = cause.__cause__ or cause.__context__
     return None
