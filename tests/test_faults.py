@@ -198,11 +198,9 @@ def test_a_disk_that_fills_up(inputs: Path, undisturbed: Path, disk: Path, tmp_p
     statuses = ranks.statuses(120)
     lines = [line for line in ranks.log.read_text().splitlines() if line.startswith("error: ")]
     assert cli.USER_ERROR in statuses and set(statuses) <= {cli.USER_ERROR, cli.PEER_GONE}, ranks.log.read_text()
-    assert (
-        len(lines) == 1
-        and ("No space left on device" in lines[0] or "the disk is full" in lines[0])
-        and "Traceback" not in ranks.log.read_text()
-    )
+    # Which file is the first to be refused, and in whose words, depends on the moment.
+    assert len(lines) == 1 and ("the checkpoint could not be written (" in lines[0] or "the disk is full" in lines[0])
+    assert "Traceback" not in ranks.log.read_text()
     (disk / "filler").unlink()
     assert Ranks(asked, tmp_path / "again").statuses(300) == [0, 0]
     assert losses(output) == losses(undisturbed)
