@@ -67,6 +67,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores collapse; torchrun would set it with a banner
     _check_port(arguments)
+    if arguments.max_restarts and arguments.rdzv_backend == "static":
+        _leave_static_rendezvous(arguments)
     for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).addFilter(_is_news)
     # torchrun would end ranks 30 seconds after a signal that it handles itself.
@@ -94,6 +96,15 @@ def _is_news(record: logging.LogRecord) -> bool:
     """False for the log lines about a rank that failed as EXPECTED, and about ending its peers."""
     message = record.getMessage()
     return not (message.startswith("Sending process") or any(f"failed (exitcode: {status})" in message for status in EXPECTED))
+
+
+def _leave_static_rendezvous(arguments: argparse.Namespace) -> None:
+    """torchrun's static rendezvous keeps its store over restarts: ranks that start again look for the ones before, and fail."""
+    if torchrun.parse_min_max_nnodes(arguments.nnodes)[1] > 1:
+        raise CordError("--max-restarts on several nodes needs --rdzv-backend c10d --rdzv-endpoint HOST:PORT in place of --master-addr")
+    arguments.rdzv_backend, arguments.rdzv_id = "c10d", f"launch-{os.getpid()}"
+    arguments.rdzv_endpoint = f"127.0.0.1:{arguments.master_port}"
+    arguments.local_addr = arguments.local_addr or "127.0.0.1"
 
 
 def _check_port(arguments: argparse.Namespace) -> None:

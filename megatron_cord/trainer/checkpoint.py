@@ -29,6 +29,7 @@ from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.objects import all_gather_json, broadcast_json
 from megatron_cord.trainer import manifest
 from megatron_cord.trainer.checkpoint_directory import CheckpointDirectory, check_whole
+from megatron_cord.trainer.ema import MovingAverage
 from megatron_cord.trainer.progress import Progress, read_progress, write_progress
 from megatron_cord.trainer.storage import storage_problem
 from megatron_cord.trainer.writing import Writing
@@ -76,7 +77,9 @@ class Checkpoints(CheckpointDirectory):
         self.config = config
         self._pending: _Pending | None = None
 
-    def save(self, progress: Progress, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+    def save(
+        self, progress: Progress, model: DistributedDataParallel, optimizer: MegatronOptimizer, average: MovingAverage | None = None
+    ) -> None:
         """Writes the checkpoint of progress.step; an asynchronous one appears later, in `poll` or `wait`. Collective.
 
         Raises:
@@ -89,7 +92,7 @@ class Checkpoints(CheckpointDirectory):
         self._on_main(final, lambda: self.make_room(partial))
         arch: Architecture = model.module.arch
         try:
-            writing = Writing(_state_dict(model, optimizer, is_loading=False), partial)
+            writing = Writing(_state_dict(model, optimizer, average, is_loading=False), partial)
         except Exception as error:
             # This rank alone failed. The others wait for it, and notice that it has left.
             reason = storage_problem(error)
@@ -150,16 +153,25 @@ class Checkpoints(CheckpointDirectory):
         )
 
     def load(
-        self, path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+        self,
+        path: Path,
+        model: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        average: MovingAverage | None = None,
     ) -> Progress:
         """Restores everything from a checkpoint of any layout; learning rates and the like are those of the configuration. Collective.
 
         Raises:
-            CordError: not a whole checkpoint, a damaged one, or one of another architecture.
+            CordError: not a whole checkpoint, a damaged one, one of another architecture, or one without the averages that are asked for.
         """
         progress = read_progress(path, model.module.arch)
-        restored = _load(path, _state_dict(model, optimizer, is_loading=True))
+        if average is not None and not average.is_in(dist_checkpointing.load_tensors_metadata(str(path))):
+            raise CordError(f"{path} holds no moving average; resume with the run's own teacher.mode, or choose another output_dir")
+        restored = _load(path, _state_dict(model, optimizer, average, is_loading=True))
         model.load_state_dict(restored["model"])
+        if average is not None:
+            average.load_state_dict(restored["teacher"])
         configured = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in optimizer.param_groups]
         optimizer.load_state_dict(restored["optimizer"])
         for group, settings in zip(optimizer.param_groups, configured, strict=True):
@@ -182,9 +194,12 @@ def load_weights(path: Path, model: LALM) -> int:
     return progress.step
 
 
-def _state_dict(model: DistributedDataParallel, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
+def _state_dict(
+    model: DistributedDataParallel, optimizer: MegatronOptimizer, average: MovingAverage | None, *, is_loading: bool
+) -> dict[str, Any]:
     weights = model.module.sharded_state_dict()
-    return {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_SHARDING))}
+    state = {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_SHARDING))}
+    return state if average is None else state | {"teacher": average.sharded_state_dict()}
 
 
 def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -88,3 +88,5 @@ class RunConfig:
                 f"train.watchdog_seconds={self.train.watchdog_seconds:g} must be shorter than parallel.timeout_minutes="
                 f"{self.parallel.timeout_minutes:g}: else ranks that wait for a stuck one end before it can say where it is"
             )
+        if self.teacher.mode == "ema" and self.objective.responses == "teacher":
+            raise CordError("objective.responses=teacher needs answers that teacher.mode=ema cannot generate; use frozen or live")

@@ -66,7 +66,7 @@ class Run:
         self.optimizer, self.scheduler = build_optimizer(config.optimizer, self.model, config.train.steps)
         self.progress = Progress(0, 0.0, 0, config.seed)
         if resume_from is not None:
-            self.progress = self.checkpoints.load(resume_from, self.model, self.optimizer, self.scheduler)
+            self.progress = self.checkpoints.load(resume_from, self.model, self.optimizer, self.scheduler, teacher.average)
             if self.progress.seed != config.seed:
                 raise CordError(
                     f"{resume_from} belongs to a run with seed={self.progress.seed}; resume with that seed or choose another output_dir"
@@ -74,7 +74,12 @@ class Run:
         self.saved_step = self.progress.step
         self.engine = CollectiveEngine(LocalEngine(config.model.checkpoint, LocalEngineConfig(device=str(layout.device))))
         answers = TeacherAnswers(
-            config.teacher.mode, self.engine, self.prompts, config.rollout.max_new_tokens, self.directory / "teacher_answers.jsonl"
+            # The engine has one set of weights, the student's: a moving average answers through them, as a live teacher does.
+            "frozen" if config.teacher.mode == "frozen" else "live",
+            self.engine,
+            self.prompts,
+            config.rollout.max_new_tokens,
+            self.directory / "teacher_answers.jsonl",
         )
         self.collector = Collector(
             config.rollout, config.objective, self.engine, self.prompts, answers, AgreementReward(config.reward), config.seed
@@ -145,7 +150,7 @@ class Run:
 
     def _save(self) -> None:
         self._watchdog.phase("checkpoint", self.progress.step)
-        self.checkpoints.save(self.progress, self.model, self.optimizer)
+        self.checkpoints.save(self.progress, self.model, self.optimizer, self.train_step.teacher.average)
         self.saved_step = self.progress.step
 
     def collect(self, samples: list[Sample], step: int) -> list[Collected]:

@@ -103,6 +103,7 @@ class TrainStep:
         grad_norm = float("nan")
         if finite:
             _, grad_norm, _ = self.optimizer.step()
+            self.teacher.follow()
         self.scheduler.step(increment=1)
         metrics = self._metrics(losses, sequences, records) | {
             "grad_norm": float(grad_norm or 0.0),

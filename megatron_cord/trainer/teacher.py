@@ -10,16 +10,24 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_cord.convert import import_tensors, read_tensors
+from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import LALM
 from megatron_cord.trainer.batches import Microbatch
+from megatron_cord.trainer.ema import MovingAverage
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
     """Which weights teach."""
 
-    mode: Literal["frozen", "live"] = "frozen"  #: the initial weights, or the student's current ones under stop-gradient
-    offload: bool = False  #: keep its hidden states in host memory until the student's microbatch needs them
+    #: frozen: the initial weights; live: the student's current ones under stop-gradient; ema: their exponential moving average
+    mode: Literal["frozen", "live", "ema"] = "frozen"
+    ema_decay: float = 0.999  #: of mode ema: how much of the average an update leaves
+    offload: bool = False  #: keep its hidden states, and float32 averages of a bfloat16 model, in host memory until they are needed
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise CordError(f"teacher.ema_decay must be at least 0 and below 1, got {self.ema_decay}")
 
 
 class Teacher:
@@ -33,6 +41,7 @@ class Teacher:
 
     def __init__(self, config: TeacherConfig, student: LALM, checkpoint_dir: str) -> None:
         self.offload = config.offload
+        self.average: MovingAverage | None = None  #: of mode ema, where there is anything to follow
         reads_text_only = all(not p.requires_grad for p in student.language_model.parameters())
         frozen_everywhere = torch.tensor(float(reads_text_only), device=student.layout.device)
         torch.distributed.all_reduce(frozen_everywhere, op=torch.distributed.ReduceOp.MIN, group=student.layout.pp_group)
@@ -42,11 +51,18 @@ class Teacher:
             self.model = LALM(student.arch, student.layout, student.config.params_dtype)
             import_tensors(self.model, read_tensors(checkpoint_dir))
             self.model.requires_grad_(False)
+            if config.mode == "ema":
+                self.average = MovingAverage(config.ema_decay, student, self.model, offload=config.offload)
 
     @property
     def output_weight(self) -> Tensor:
         """[V_padded / TP, H], on the last stage."""
         return self.model.output_weight.detach()
+
+    def follow(self) -> None:
+        """Takes note of an update of the student."""
+        if self.average is not None:
+            self.average.update()
 
     @torch.no_grad()
     def hidden_states(self, microbatches: list[Microbatch]) -> list[Tensor | None]:
