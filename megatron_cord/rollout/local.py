@@ -175,9 +175,10 @@ class LocalEngine:
 
 
 def _spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
-    """Each token's version as spans of equal ones."""
+    """Each token's version as spans of equal ones; none for a response that was aborted before its first token."""
     starts = [i for i, version in enumerate(versions) if i == 0 or version != versions[i - 1]]
-    return tuple(VersionSpan(start, end, versions[start]) for start, end in zip(starts, [*starts[1:], len(versions)], strict=True))
+    ends = [*starts[1:], len(versions)] if versions else []
+    return tuple(VersionSpan(start, end, versions[start]) for start, end in zip(starts, ends, strict=True))
 
 
 def _parameters_by_published_name(model: Qwen2AudioForConditionalGeneration, directory: Path) -> dict[str, Tensor]:
