@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,11 +62,19 @@ class MetricsLog:
         self._last_line = -math.inf
 
     def __enter__(self) -> Self:
+        self._excepthook = threading.excepthook
         if self._enabled:
             self._bar.start()
+            threading.excepthook = self._thread_failed
         return self
 
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread passes a full disk on to whoever writes next; its own traceback would run into the line that says so."""
+        if not isinstance(failure.exc_value, OSError):
+            self._excepthook(failure)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        threading.excepthook = self._excepthook
         if self._enabled:
             self._bar.stop()
             self._file.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -202,20 +203,30 @@ class Run:
         metrics |= self._compare_with_engine(collected, result, step - 1)
         self.log.step(step, metrics | {"skipped": result.skipped})
         self.record.write(step, collected, result.tokens)
-        if self.config.replay is None:  # a record may be of another model
-            check_agreement(metrics, self.config.rollout.agreement_limit, f"step {step}")
-        skipped = self.progress.skipped_in_a_row
-        if skipped >= self.config.train.max_skipped_in_a_row:
-            raise CordError(
-                f"{skipped} steps in a row had no finite loss (train.max_skipped_in_a_row); lower optimizer.learning_rate or look "
-                f"at the rollouts of step {step - skipped + 1}"
-            )
+        with self._saving_first():
+            if self.config.replay is None:  # a record may be of another model
+                check_agreement(metrics, self.config.rollout.agreement_limit, f"step {step}")
+            skipped = self.progress.skipped_in_a_row
+            if skipped >= self.config.train.max_skipped_in_a_row:
+                raise CordError(
+                    f"{skipped} steps in a row had no finite loss (train.max_skipped_in_a_row); lower optimizer.learning_rate or look "
+                    f"at the rollouts of step {step - skipped + 1}"
+                )
         interval = self.config.checkpoint.interval
         # Weights that make no finite loss must not push out checkpoints of weights that did.
         if step == self.config.train.steps or (interval and step % interval == 0 and not result.skipped):
             self._save()
         if self._evaluation_is_due(step):
             self.evaluate(step)
+
+    @contextmanager
+    def _saving_first(self) -> Iterator[None]:
+        """Around checks that fail on every rank or on none: the checkpoint that is being written is completed before the run ends."""
+        try:
+            yield
+        except CordError:
+            self.checkpoints.wait()
+            raise
 
     def _compare_with_engine(self, collected: list[Collected], result: StepResult, version: int) -> dict[str, float]:
         objective, rollouts = self.config.objective, [c.rollout for c in collected]
@@ -237,7 +248,8 @@ class Run:
             self._update_engine()
         self.progress = replace(self.progress, ahead=self.schedule.settle())  # the engine answers one caller at a time
         result = self.evaluator.run(step, self.train_step.score)
-        check_agreement(result, self.config.rollout.agreement_limit, f"evaluation of step {step}")
+        with self._saving_first():
+            check_agreement(result, self.config.rollout.agreement_limit, f"evaluation of step {step}")
         self.log.evaluation(step, {name: result[name] for name in ("text_accuracy", "audio_accuracy")})
         if self.layout.is_main:
             write_evaluation(self.directory, result)
