@@ -57,6 +57,16 @@ class Ranks:
         process.join()
         return process.exitcode == -signal.SIGKILL
 
+    @property
+    def met(self) -> bool:
+        """Whether the ranks have found each other: what they print first comes after that."""
+        return self.log.is_file() and self.log.stat().st_size > 0
+
+    def end_as_launcher(self) -> None:
+        """SIGTERM for those that wait at the start for one that was killed: as launchers do, since nothing else would tell them for long."""
+        for process in self.processes:
+            process.terminate()
+
     def statuses(self, seconds: float) -> list[int | None]:
         """How the ranks ended; None for one that did not within this time, and was killed."""
         deadline = time.monotonic() + seconds

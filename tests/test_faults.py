@@ -107,25 +107,30 @@ def kill_at_random(inputs: Path, undisturbed: Path, directory: Path, kills: int,
     """Runs again and again, killing a rank at a random moment, half of the times while a checkpoint is written; each run ends like `undisturbed`."""
     draw = random.Random(seed)
     wanted = saved(undisturbed, STEPS)
-    seconds, made, while_saving = 10.0, 0, 0
+    seconds, made, while_saving, early = 10.0, 0, 0, 0
     for number in itertools.count():
         output = directory / f"run{number}"
         checkpoints = output / "checkpoints"
         for attempt in itertools.count():
             ranks = Ranks(settings(inputs, output, "checkpoint.interval=1"), directory / f"run{number}-{attempt}.log")
+            met = True
             if made < kills:
                 wait_for_a_moment(ranks, checkpoints, draw, seconds)
                 saving = bool(list(checkpoints.glob(".step_*partial*")))
+                met = ranks.met
                 if ranks.kill(draw.randrange(2)):
                     made += 1
                     while_saving += saving
+                    if not met:
+                        early += 1
+                        ranks.end_as_launcher()
             statuses = ranks.statuses(120)
             log = ranks.log.read_text()
             assert None not in statuses and "Traceback" not in log, (statuses, log)
             if statuses == [0, 0]:
                 seconds = min(seconds, time.monotonic() - ranks.begun)
                 break
-            assert set(statuses) <= {0, cli.PEER_GONE, -signal.SIGKILL}, (statuses, log)
+            assert set(statuses) <= {0, cli.PEER_GONE, -signal.SIGKILL, *([] if met else [-signal.SIGTERM])}, (statuses, log)
         assert losses(output) == losses(undisturbed)
         final = saved(output, STEPS)
         assert final.keys() == wanted.keys() and all(torch.equal(final[name], wanted[name]) for name in wanted)
@@ -134,7 +139,7 @@ def kill_at_random(inputs: Path, undisturbed: Path, directory: Path, kills: int,
         if made >= kills:
             break
     assert while_saving or kills < 5
-    print(f"{made} kills, {while_saving} of them while a checkpoint was written, {number + 1} runs")
+    print(f"{made} kills, {while_saving} of them while a checkpoint was written, {early} before the ranks had met, {number + 1} runs")
 
 
 def test_ranks_killed_at_random(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:

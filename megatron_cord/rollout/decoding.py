@@ -82,9 +82,7 @@ def sample_batch(
             break
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         positions = positions + 1
-        output = model.model(
-            input_ids=token[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        output = model.model(input_ids=token[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
     table, scores = torch.stack(ids, 1).tolist(), torch.stack(logprobs, 1).tolist()
     return [
         Response(tuple(table[row][:length]), tuple(scores[row][:length]), "stop" if stop else "length" if ended else "abort")
