@@ -47,7 +47,7 @@ MORE_ON_TWO_RANKS = {
         "parallel.tp=2",
         "model.recompute=[audio_encoder, language_model]",
         "model.recompute_granularity=selective",
-    ],  # fmt: skip
+    ],
     "tp2 in bfloat16": ["parallel.tp=2", "model.dtype=bfloat16"],
     "dp2 in bfloat16": ["model.dtype=bfloat16"],
 }
