@@ -19,7 +19,6 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
-    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -193,12 +192,12 @@ def _check_placeholders(placeholders: list[int], features: list[int], sample_ids
 
 
 def _mark_sharded_weights(model: torch.nn.Module) -> None:
-    """Tells the optimizer which weights are shards: Megatron does so only while it initialises them.
+    """Tells the optimizer which weights are shards: Megatron-Core 0.16 does so only while it initialises them, later versions for some.
 
     Unmarked, a shard counts as a copy that every tensor-parallel rank has, and the gradient norm misses all of them but one rank's.
     """
     for module in model.modules():
-        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
-        elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear) and module.weight is not None:
+            module.weight.tensor_model_parallel = True
+            module.weight.partition_dim = int(isinstance(module, RowParallelLinear))
+            module.weight.partition_stride = 1
