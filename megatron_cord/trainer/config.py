@@ -97,5 +97,10 @@ class RunConfig:
                 f"train.watchdog_seconds={self.train.watchdog_seconds:g} must be shorter than parallel.timeout_minutes="
                 f"{self.parallel.timeout_minutes:g}: else ranks that wait for a stuck one end before it can say where it is"
             )
+        if self.rollout.engine == "sglang" and 0 < self.train.watchdog_seconds <= self.rollout.sglang.start_seconds:
+            raise CordError(
+                f"rollout.sglang.start_seconds={self.rollout.sglang.start_seconds:g} must be shorter than train.watchdog_seconds="
+                f"{self.train.watchdog_seconds:g}: else ranks that wait for servers are taken for stuck"
+            )
         if self.teacher.mode == "ema" and self.objective.responses == "teacher":
             raise CordError("objective.responses=teacher needs answers that teacher.mode=ema cannot generate; use frozen or live")
