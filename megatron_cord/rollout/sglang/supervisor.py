@@ -40,7 +40,7 @@ class SupervisorConfig:
 
 
 @dataclass(eq=False)
-class _Watched:
+class Watched:
     server: SglangServer
     name: str
     since: float = 0.0  #: when it was started, or last found healthy
@@ -67,8 +67,8 @@ class Supervisor:
     server: ServerConfig
     api_key: str
     say: Callable[[str], None] = print
-    _watched: list[_Watched] = field(default_factory=list)
-    _asked: float = 0.0
+    watched: list[Watched] = field(default_factory=list, init=False)
+    _asked: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         count = self.config.count
@@ -79,20 +79,20 @@ class Supervisor:
     @property
     def urls(self) -> list[str]:
         """Where the servers are, or will be once they are ready."""
-        return [watched.server.url for watched in self._watched]
+        return [watched.server.url for watched in self.watched]
 
     @property
     def pids(self) -> list[int | None]:
         """Their first processes."""
-        return [watched.server.pid for watched in self._watched]
+        return [watched.server.pid for watched in self.watched]
 
     def __enter__(self) -> Self:
-        for watched in self._watched:
+        for watched in self.watched:
             self._start(watched)
         return self
 
     def __exit__(self, *_: object) -> None:
-        threads = [threading.Thread(target=watched.server.stop) for watched in self._watched]
+        threads = [threading.Thread(target=watched.server.stop) for watched in self.watched]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -110,14 +110,14 @@ class Supervisor:
     def look(self) -> None:
         """Looks at all servers once, and starts again what is dead or hangs. Raises as `run`."""
         now = time.monotonic()
-        for watched in self._watched:
+        for watched in self.watched:
             if not watched.server.running:
                 self._restart(watched, f"ended: {watched.server.last_line()}")
-        waiting = not all(watched.ready for watched in self._watched)
+        waiting = not all(watched.ready for watched in self.watched)
         if now - self._asked < (_LOOK_SECONDS if waiting else _HEALTH_SECONDS):
             return
         self._asked = now
-        alive = {watched.server.endpoint: watched for watched in self._watched}
+        alive = {watched.server.endpoint: watched for watched in self.watched}
         healthy, _ = ask_each(list(alive), lambda endpoint: endpoint.is_healthy(_ANSWER_SECONDS))
         for endpoint, watched in alive.items():
             if healthy.get(endpoint):
@@ -133,15 +133,15 @@ class Supervisor:
         port = self.config.port + index if self.config.port else free_port(self.server.host)
         name = f"server {index}"
         log = self.config.log_dir / f"server-{socket.gethostname()}-{index}.log"
-        self._watched.append(_Watched(SglangServer(replace(self.server, port=port, gpus=gpus), self.api_key, log), name))
+        self.watched.append(Watched(SglangServer(replace(self.server, port=port, gpus=gpus), self.api_key, log), name))
 
-    def _start(self, watched: _Watched) -> None:
+    def _start(self, watched: Watched) -> None:
         watched.ready, watched.since = False, time.monotonic()
         watched.starts += 1
         watched.server.start()
         self.say(f"{watched.name} {watched.server.url}: starting, log {watched.server.log}")
 
-    def _restart(self, watched: _Watched, why: str) -> None:
+    def _restart(self, watched: Watched, why: str) -> None:
         watched.failed_starts += not watched.ready
         self.say(f"{watched.name} {watched.server.url}: {why}")
         if watched.failed_starts >= self.config.max_failed_starts:
