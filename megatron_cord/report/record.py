@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,19 +62,25 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrainingRollout:
-    """One response that was trained on; divergence, weights, reward and advantage are None where the role does not need them."""
+    """One response that was sampled for training, as the record's columns of these names have it (``rollout.record_file``).
 
+    Divergences and weights (one a token; NaN is not measured), reward and teacher's answer are None where the role does not need them.
+    """
+
+    step: int
     id: str
     role: str
     question: str
     voice: str | None
     response: str
-    tokens: tuple[str, ...]
-    token_kl: tuple[float, ...] | None
-    token_weights: tuple[float, ...] | None
+    finish_reason: str
+    tokens: Sequence[str]
+    token_kl: Sequence[float] | None
+    token_weights: Sequence[float] | None
     teacher_answer: str | None
     reward: float | None
-    advantage: float | None
+    advantage: float
+    has_signal: bool
 
 
 @dataclass(frozen=True)
