@@ -11,13 +11,14 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from megatron_cord.config_source import read_tree
 from megatron_cord.errors import CordError
 from megatron_cord.report.fields import Fields
-from megatron_cord.report.record import Answer, Evaluation, RunRecord, TrainingRollout, VoiceAccuracy
+from megatron_cord.report.record import Answer, Evaluation, RaisedAlert, RunRecord, TrainingRollout, VoiceAccuracy
 from megatron_cord.rollout import record_file
 
 ROLLOUTS = "rollouts"  # where the record is, unless record.rollouts says otherwise
@@ -42,7 +43,8 @@ def read_run(path: str | Path) -> RunRecord:
         config=values,
         config_text=_read_text(config),
         metrics=_read_metrics(directory / "metrics.jsonl"),
-        evaluations=tuple(_read_evaluation(file) for file in _steps(directory / "evaluations", ".json").values()),
+        alerts=_read_alerts(directory / "alerts.jsonl"),
+        evaluations=tuple(_evaluation(file) for file in _steps(directory / "evaluations", ".json").values()),
         rollout_files=record_file.record_files(directory / str(rollouts)) if rollouts else {},
         summary=_read_object(summary) if summary.is_file() else {},
     )
@@ -65,11 +67,24 @@ def _read_metrics(path: Path) -> tuple[Mapping[str, float | None], ...]:
     return tuple(by_step[step] for step in sorted(by_step))
 
 
+def _read_alerts(path: Path) -> tuple[RaisedAlert, ...]:
+    if not path.is_file():
+        return ()
+    rows = [Fields(values, f"{path}:{line}") for line, values in _read_lines(path)]
+    return tuple(RaisedAlert(row.integer("step"), row.text("kind"), row.text("words")) for row in rows)
+
+
 def _measured(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _read_evaluation(path: Path) -> Evaluation:
+def _evaluation(path: Path) -> Evaluation:
+    stat = path.stat()
+    return _read_evaluation(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=512)  # a live page reads the run again and again, and these files are large and written once
+def _read_evaluation(path: Path, changed: int, size: int) -> Evaluation:
     fields = Fields(_read_object(path), str(path))
     answers = []
     for number, item in enumerate(fields.items("answers")):

@@ -84,6 +84,15 @@ class TrainingRollout:
 
 
 @dataclass(frozen=True)
+class RaisedAlert:
+    """One of ``alerts.jsonl``: what began to look wrong at a step, in words."""
+
+    step: int
+    kind: str
+    words: str
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """A run directory, read.
 
@@ -92,6 +101,7 @@ class RunRecord:
         config: ``config.yaml`` as plain nested maps.
         config_text: the same file as it stands.
         metrics: one map a step, ascending; a value is None where it was not measured.
+        alerts: what began to look wrong, in the order of the steps.
         evaluations: ascending by step.
         rollout_files: the file of each recorded step, ascending.
         summary: what a finished run says about itself; empty while it goes on.
@@ -101,6 +111,7 @@ class RunRecord:
     config: Mapping[str, Any]
     config_text: str
     metrics: tuple[Mapping[str, float | None], ...]
+    alerts: tuple[RaisedAlert, ...]
     evaluations: tuple[Evaluation, ...]
     rollout_files: Mapping[int, Path]
     summary: Mapping[str, Any]

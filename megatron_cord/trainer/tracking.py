@@ -7,6 +7,7 @@ collect by itself: no console output, no code, no git state, no command line. It
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,7 @@ class Wandb:
         identity = directory / "wandb" / "run_id"
         identity.parent.mkdir(parents=True, exist_ok=True)
         if not identity.is_file():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(secrets.token_hex(4))
         try:
             self._run = wandb.init(
                 project=config.project, entity=config.entity, name=config.name or directory.resolve().name, mode=config.mode,
