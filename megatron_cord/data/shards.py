@@ -68,6 +68,11 @@ class ShardDataset:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def ids(self) -> list[str]:
+        """Of all samples, in their order."""
+        return [entry.id for entry in self._entries]
+
     def __getitem__(self, index: int) -> Sample:
         entry = self._entries[index]
         try:

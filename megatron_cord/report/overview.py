@@ -39,7 +39,7 @@ def overview(record: RunRecord) -> dict[str, object]:
     after = evaluations[-1] if evaluations else None
     return {
         "name": record.path.resolve().name,
-        "facts": _facts(record),
+        "facts": facts(record),
         "alerts": record.alerts,
         "gap": measure_gap(before, after) if before and after else None,
         "latest": after,
@@ -69,19 +69,20 @@ def missing(record: RunRecord) -> list[str]:
     return notices
 
 
-def _facts(record: RunRecord) -> list[str]:
+def facts(record: RunRecord) -> list[str]:
+    """How far the run is, on which layout, with which teacher and seed, and how long it took."""
     total = record.setting("train.steps")
-    facts = [f"{record.last_step} of {total} steps" if isinstance(total, int) and total > record.last_step else f"{record.last_step} steps"]
+    known = [f"{record.last_step} of {total} steps" if isinstance(total, int) and total > record.last_step else f"{record.last_step} steps"]
     tp, seconds, teacher = record.setting("parallel.tp"), record.summary.get("seconds"), record.setting("teacher.mode")
     if isinstance(tp, int):
-        facts.append(f"TP = {tp}")
+        known.append(f"TP = {tp}")
     if isinstance(teacher, str):
-        facts.append(f"{teacher} teacher")
+        known.append(f"{teacher} teacher")
     if record.setting("seed") is not None:
-        facts.append(f"seed {record.setting('seed')}")
+        known.append(f"seed {record.setting('seed')}")
     if isinstance(seconds, (int, float)):
-        facts.append(format_duration(seconds))
-    return facts
+        known.append(format_duration(seconds))
+    return known
 
 
 def _voices(before: Evaluation | None, after: Evaluation) -> list[VoiceRow]:
