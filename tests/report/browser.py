@@ -16,6 +16,8 @@ from types import TracebackType
 from typing import Any, Self
 
 EXECUTABLE = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+#: why a test is skipped where there is none; it comes from the system's packages, as PyPI has no browser
+MISSING = "no chromium, chromium-browser or google-chrome on PATH: make test-browser installs Debian's (as root) and runs these tests"
 DEADLINE = 120  # seconds for one answer; a lost browser fails the test instead of hanging it
 
 _FLAGS = (
