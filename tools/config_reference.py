@@ -130,7 +130,14 @@ def markdown(only: str = "") -> str:
     lines = []
     for section in known:
         if section.keys and only in ("", section.name):
-            lines += [f"## `{section.name}`" if section.name else "## Top level", "", section.purpose, "", "| key | type | default | |", "|---|---|---|---|"]
+            lines += [
+                f"## `{section.name}`" if section.name else "## Top level",
+                "",
+                section.purpose,
+                "",
+                "| key | type | default | |",
+                "|---|---|---|---|",
+            ]
             for key in section.keys:
                 default = f"**{REQUIRED}**" if key.default == REQUIRED else f"`{key.default}`"
                 lines.append(f"| `{key.name}` | {_cell(key.type)} | {default} | {_cell(key.meaning)} |")

@@ -8,6 +8,7 @@ ask this server and nobody else, and run no script but its own. Everybody with a
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -89,15 +90,23 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(HTTPStatus.NOT_FOUND, "text/plain", f"{error}\n".encode())
         if wav is None:
             return self._send(HTTPStatus.NOT_FOUND, "text/plain", b"no such recording\n")
-        return self._send(HTTPStatus.OK, "audio/wav", wav)
+        # A browser goes back in a recording only where it can ask for a part of it.
+        part = re.fullmatch(r"bytes=(\d{1,12})-(\d{0,12})", self.headers.get("Range", ""))
+        start, end = (int(part[1]), min(int(part[2] or len(wav)), len(wav) - 1)) if part else (0, len(wav) - 1)
+        if not part or start > end:
+            return self._send(HTTPStatus.OK, "audio/wav", wav, {"Accept-Ranges": "bytes"})
+        headers = {"Accept-Ranges": "bytes", "Content-Range": f"bytes {start}-{end}/{len(wav)}"}
+        return self._send(HTTPStatus.PARTIAL_CONTENT, "audio/wav", wav[start : end + 1], headers)
 
     def _page(self, status: HTTPStatus, page: str) -> None:
         self._send(status, "text/html", page.encode())
 
-    def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+    def _send(self, status: HTTPStatus, kind: str, body: bytes, more: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
         text = kind.startswith(("text/", "application/"))
-        headers = _HEADERS | {"Content-Type": f"{kind}; charset=utf-8" if text else kind, "Content-Length": str(len(body))}
+        headers = (
+            _HEADERS | {"Content-Type": f"{kind}; charset=utf-8" if text else kind, "Content-Length": str(len(body))} | dict(more or {})
+        )
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()

@@ -50,12 +50,16 @@ def port(finished_run: Path) -> Iterator[int]:
         yield number
 
 
-def ask(port: int, address: str, method: str = "GET", host: str = "") -> tuple[int, dict[str, str], bytes]:
+def ask(
+    port: int, address: str, method: str = "GET", host: str = "", extra: dict[str, str] | None = None
+) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body; the address is sent as it stands."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.putrequest(method, address, skip_host=bool(host))
     if host:
         connection.putheader("Host", host)
+    for name, value in (extra or {}).items():
+        connection.putheader(name, value)
     connection.endheaders()
     answer = connection.getresponse()
     body = answer.read()
@@ -143,6 +147,12 @@ def test_audio(port: int, finished_run: Path) -> None:
     assert status == 200 and headers["Content-Type"] == "audio/wav"
     with wave.open(io.BytesIO(body)) as wav:
         assert (wav.getframerate(), wav.getnframes()) == (16000, 16000)
+    for asked, wanted in (("0-", body), ("44-", body[44:]), ("44-99", body[44:100]), ("0-999999", body)):
+        status, headers, part = ask(port, f"/audio?set=evaluation&id={answer.id}", extra={"Range": f"bytes={asked}"})
+        first = int(asked.partition("-")[0])
+        assert status == 206 and part == wanted and headers["Content-Range"] == f"bytes {first}-{first + len(wanted) - 1}/{len(body)}"
+    for nonsense in ("bytes=9-4", "bytes=99999999-", "bytes=-5", "lines=1-2", "bytes=0-1,3-4"):
+        assert ask(port, f"/audio?set=evaluation&id={answer.id}", extra={"Range": nonsense})[::2] == (200, body)
     assert ask(port, f"/audio?set=train&id={answer.id}")[0] == 404  # the configuration names no data.train
 
 
