@@ -127,7 +127,18 @@ def test_a_run_leaves_what_it_should(one: Path) -> None:
     """Catches a missing step, evaluation, summary or record, and files that are not named as readers expect."""
     assert [line["step"] for line in metrics(one)] == [1, 2, 3, 4, 5]
     for line in metrics(one):
-        assert {"loss", "kl", "grad_norm", "learning_rate", "reward", "seconds", "engine_logprob_difference"} <= line.keys()
+        assert {
+            "loss",
+            "kl",
+            "entropy",
+            "grad_norm",
+            "learning_rate",
+            "reward",
+            "repetition",
+            "alerts",
+            "seconds",
+            "engine_logprob_difference",
+        } <= line.keys()
         assert line["engine_logprob_difference_max"] < 1e-4 and not line["skipped"]
     assert any(line["loss_sequence"] != 0 for line in metrics(one)), "the test's own data must give some group a signal"
     assert sorted(path.name for path in (one / "evaluations").iterdir()) == ["step_000000.json", "step_000005.json"]
