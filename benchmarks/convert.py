@@ -24,16 +24,14 @@ import torch
 
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.cli import Parser, run
-from megatron_cord.convert import export_tensors
 from megatron_cord.convert.checkpoint_files import stored_tensors
 from megatron_cord.convert.hf_directory import HFDirectoryWriter, plan_shards
-from megatron_cord.convert.inventory import inventory, paper_model
+from megatron_cord.convert.inventory import paper_model
 from megatron_cord.convert.loading import find_sources
+from megatron_cord.convert.saved_weights import SavedWeights
 from megatron_cord.convert.weights_checkpoint import save_weights
 from megatron_cord.model.families import load_architecture
-from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
-from megatron_cord.trainer.checkpoint import load_weights
 from megatron_cord.trainer.progress import Progress, write_progress
 
 HIDDEN = 1024
@@ -75,11 +73,10 @@ def measure(work: Path, megabytes: int, turns: int) -> dict[str, float]:
         flush(work / "import")
 
     def export() -> None:
-        shapes = {entry.name: entry.shape for entry in inventory(arch, layout)}
-        model = LALM(arch, layout, torch.float32)
-        load_weights(work / "import", model)
-        writer = HFDirectoryWriter(work / "export", plan_shards(shapes, torch.float32, 100_000_000), torch.float32, None)
-        writer.write(export_tensors(model))
+        saved = SavedWeights(work / "import", paper_model(arch, layout))
+        writer = HFDirectoryWriter(work / "export", plan_shards(saved.shapes, torch.float32, 100_000_000), torch.float32)
+        writer.begin()
+        writer.write_files(saved.blocks, writer.shards, lambda portion: None)
         writer.publish({})
         flush(work / "export")
 

@@ -24,6 +24,7 @@ def _common(parallel: ParallelConfig, dtype: torch.dtype, recompute: bool) -> di
     return {
         **(every_layer if recompute else {}),
         "tensor_model_parallel_size": parallel.tp,
+        "sequence_parallel": parallel.sequence_parallel,
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
@@ -45,7 +46,7 @@ def _common(parallel: ParallelConfig, dtype: torch.dtype, recompute: bool) -> di
 def encoder_config(
     arch: EncoderArchitecture, parallel: ParallelConfig, dtype: torch.dtype, *, recompute: bool = False
 ) -> TransformerConfig:
-    """Whisper's layers: pre-LayerNorm, biases, exact GELU; never cut over stages or the sequence."""
+    """Whisper's layers: pre-LayerNorm, biases, exact GELU; never cut over stages or context-parallel ranks."""
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -78,7 +79,6 @@ def language_config(
         add_qkv_bias=arch.qkv_bias,
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
-        sequence_parallel=parallel.sequence_parallel,
         # Batches differ in length, so stages tell each other the shape; Megatron ties that to this dispatcher even without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",

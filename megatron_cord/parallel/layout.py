@@ -29,7 +29,7 @@ class ParallelConfig:
     pp: int = 1  #: pipeline parallel size (1F1B); the audio encoder and adapter live on the first stage, the loss on the last
     cp: int = 1  #: context parallel size: the language model's sequences are cut over so many ranks, for long contexts
     virtual_pp: int = 1  #: interleaved pipeline stages a rank; only 1: Megatron's interleaved schedule gives wrong gradients on gloo
-    sequence_parallel: bool = False  #: shard activations between tensor-parallel regions of the language model along the sequence
+    sequence_parallel: bool = False  #: shard activations between tensor-parallel regions of both towers along the sequence
     timeout_minutes: float = 10.0  #: how long a collective may take before the run is taken for dead
 
     def __post_init__(self) -> None:

@@ -117,8 +117,8 @@ def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: i
         enc = arch.encoder
         frames = enc.max_positions * work.clips * work.micro_batch
         h = enc.hidden_size
-        layer = frames * encoder_layer_width(enc, tp)
-        audio = enc.num_layers * frames * h + layer if "audio_encoder" in config.model.recompute else enc.num_layers * layer
+        layer = frames * encoder_layer_width(enc, tp, cut)
+        audio = enc.num_layers * frames * h / cut + layer if "audio_encoder" in config.model.recompute else enc.num_layers * layer
         audio += frames * (2 * enc.num_mels + 6 * h)  # convolutions at twice the rate, their GELUs, the last norm
     under_way = min(pp - stage, work.microbatches)
     return under_way * (language + audio) * item
@@ -131,9 +131,9 @@ def language_layer_width(arch: Architecture, tp: int, cut: int = 1) -> float:
     return 4 * lm.hidden_size / cut + (5 * lm.num_heads * lm.head_dim + 4 * lm.ffn_hidden_size) / tp
 
 
-def encoder_layer_width(enc: EncoderArchitecture, tp: int) -> float:
-    """The same of the audio encoder's layers, which have no gate and are not cut by the sequence."""
-    return 4 * enc.hidden_size + (5 * enc.hidden_size + 2 * enc.ffn_hidden_size) / tp
+def encoder_layer_width(enc: EncoderArchitecture, tp: int, cut: int = 1) -> float:
+    """The same of the audio encoder's layers, which have no gate."""
+    return 4 * enc.hidden_size / cut + (5 * enc.hidden_size + 2 * enc.ffn_hidden_size) / tp
 
 
 def _engine(arch: Architecture, work: Work, item: int) -> float:

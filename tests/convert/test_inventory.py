@@ -15,7 +15,8 @@ from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from examples.quickstart.checkpoint import published_name
 from megatron_cord.convert import read_into
 from megatron_cord.convert.checkpoint_files import stored_tensors
-from megatron_cord.convert.inventory import check_fits, common_dtype, inventory
+from megatron_cord.convert.inventory import common_dtype, inventory, paper_model
+from megatron_cord.convert.loading import find_sources
 from megatron_cord.convert.stream import export_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
@@ -48,7 +49,7 @@ def test_full_size_qwen2_audio(layout: Layout, tmp_path: Path) -> None:
     """Catches a tensor of the published model that is left out, invented or of another shape; needs no memory for its 17 GB."""
     config = full_size()
     config.save_pretrained(tmp_path)
-    entries = inventory(load_architecture(tmp_path), layout)
+    entries = inventory(paper_model(load_architecture(tmp_path), layout))
     with torch.device("meta"):
         model = Qwen2AudioForConditionalGeneration(config)
     wanted = {published_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -65,7 +66,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_headers_that_fit(layout: Layout, checkpoint: Path) -> None:
     """Catches a whole checkpoint that is refused, and reading by rows that loses or changes a tensor."""
     arch, stored = load_architecture(checkpoint), stored_tensors(checkpoint)
-    check_fits(arch, layout, stored)
+    find_sources(paper_model(arch, layout), stored)
     model = LALM(arch, layout, common_dtype(stored))
     read_into(model, checkpoint)
     given = dict(export_tensors(model))
@@ -81,7 +82,7 @@ def test_headers_that_do_not_fit(layout: Layout, checkpoint: Path) -> None:
     others = [tensor for tensor in stored if tensor not in (head, stored[0], stored[1])]
     misfits = [replace(head, shape=(7, 48)), replace(stored[0], name=f"{stored[0].name}s"), others[0]]
     with pytest.raises(CordError) as caught:
-        check_fits(load_architecture(checkpoint), layout, [*others, *misfits])
+        find_sources(paper_model(load_architecture(checkpoint), layout), [*others, *misfits])
     for words in (
         "tensor language_model.lm_head.weight has shape [7, 48], expected [101, 48]",
         f"unexpected tensor {stored[0].name}s (nearest expected: {stored[0].name})",
