@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -37,6 +36,7 @@ from megatron_cord.convert.weights_checkpoint import save_weights
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.tokenizers import load_tokenizer
 from megatron_cord.data.wav import decode_wav
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
@@ -175,11 +175,11 @@ def _fingerprint(checkpoint: Path) -> list[list[Any]]:
 
 def _prompts(arguments: Namespace, hf_dir: Path, *, has_audio: bool) -> list[Prompt]:
     if not has_audio:
-        ids = transformers.AutoTokenizer.from_pretrained(hf_dir)(arguments.text)["input_ids"]
+        ids = load_tokenizer(hf_dir).encode(arguments.text)
         if not ids:
             raise CordError(f"{hf_dir}: its tokenizer makes nothing of {arguments.text!r}; give words that it knows with --text")
         return [Prompt(sample_id="text", token_ids=tuple(ids))]
-    builder = PromptBuilder(hf_dir)
+    builder = PromptBuilder(hf_dir, long_audio="cut")
     if arguments.data is not None:
         source = ShardDataset(arguments.data)
         samples = [source[i] for i in range(min(2, len(source)))]

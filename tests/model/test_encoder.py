@@ -42,7 +42,7 @@ def differences(_rank: int) -> dict[str, tuple[float, float, list[tuple[int, ...
                 if not getattr(parameter, "tensor_model_parallel", False) and parameter.dim() == 1 or parameter.dim() == 3:
                     dist.broadcast(parameter.data, 0)  # held by both ranks
             dist.broadcast(encoder.embed_positions.data, 0)
-            encoder.block.layers[0].pre_mlp_layernorm.register_forward_hook(lambda _, given, out: seen.append(tuple(out.shape)))
+            encoder.block.layers[0].pre_mlp_layernorm.register_forward_hook(lambda _, given, out, seen=seen: seen.append(tuple(out.shape)))
             generator = torch.Generator().manual_seed(1)
             clips = torch.randn(len(FRAMES), arch.num_mels, arch.window_frames, generator=generator, dtype=torch.float64)
             features = encoder(clips, torch.tensor(FRAMES))
