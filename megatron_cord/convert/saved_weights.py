@@ -167,7 +167,7 @@ def _payload(path: Path, info: Any, sizes: torch.Size, dtype: torch.dtype) -> in
     """
     try:
         with path.open("rb") as file:
-            archive = _Slice(file, info.offset, info.length)
+            archive: Any = _Slice(file, info.offset, info.length)
             # On the meta device torch reads the archive's index alone, and says where the elements are.
             tensor = torch.load(archive, map_location="meta", weights_only=True)
             if tensor.shape == sizes and tensor.dtype == dtype and tensor.is_contiguous() and tensor.storage_offset() == 0:

@@ -114,16 +114,19 @@ def save(directory: Path, family: str, tied: bool) -> None:
 
 
 def save_whole(directory: Path, family: str, words: Sequence[str], *, tied: bool = False) -> Path:
-    """A checkpoint that can be asked: weights, a word-level tokenizer with a chat template and, for all but Step-Audio 2, the extractor's sizes.
+    """A checkpoint that can be asked: weights, a tokenizer of words with a chat template and, where transformers has a processor for the family,
+    the sizes of its feature extractor.
 
     The placeholder is the last token of the vocabulary, whatever words there are.
     """
     directory.mkdir(parents=True)
     save(directory, family, tied)
-    known = [*SPECIAL_TOKENS[:5], SPECIAL_TOKENS[6], "user", "assistant", *words]
+    spelt = family == "qwen2"  # transformers makes Qwen2's own class of its tokenizer, which spells by bytes
+    known = [*SPECIAL_TOKENS[:5], SPECIAL_TOKENS[6], *(sorted(set("Ġ" + "".join(words))) if spelt else ["user", "assistant", *words])]
     known += [f"filler{i}" for i in range(AUDIO_ID - len(known))] + [SPECIAL_TOKENS[5]]
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(known)}, unk_token=SPECIAL_TOKENS[1]))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ids = {word: index for index, word in enumerate(known)}
+    core = Tokenizer(models.BPE(ids, []) if spelt else models.WordLevel(ids, unk_token=SPECIAL_TOKENS[1]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False) if spelt else pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=SPECIAL_TOKENS[0],

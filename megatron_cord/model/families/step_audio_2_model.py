@@ -73,8 +73,8 @@ class StepAudio2(PreTrainedModel):
         if input_features is not None and feature_attention_mask is not None:
             lengths = feature_attention_mask.sum(1).tolist()
             heard = torch.cat([self.hear(clip, frames) for clip, frames in zip(input_features, lengths, strict=True)])
-            is_placeholder = (input_ids == self.arch.audio_token_id)[..., None]
-            embedded = embedded.masked_scatter(is_placeholder, heard.to(embedded.dtype))
+            is_placeholder = torch.eq(input_ids, self.arch.audio_token_id or 0)
+            embedded = embedded.masked_scatter(is_placeholder[..., None], heard.to(embedded.dtype))
         return self.model(inputs_embeds=embedded, **settings)
 
 
