@@ -72,3 +72,9 @@ def methods_named(names: Sequence[str], own: Mapping[str, Sequence[str]]) -> dic
         if name not in known:
             raise CordError(f"methods: {name!r} is unknown; choose from {', '.join(known)}")
     return {name: known[name] for name in names}
+
+
+def ablation(names: Sequence[str]) -> list[str]:
+    """Those of the methods that are parts of CORD, from the smallest part to the whole."""
+    order = ("grpo", "reverse_kl", "weighted_kl", "grpo_reverse_kl", "cord")
+    return [name for name in order if name in names]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_cord.compare.methods import COMPARED, METHODS, Method, methods_named
+from megatron_cord.compare.methods import COMPARED, Method, methods_named
 from megatron_cord.config import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.trainer.config import RunConfig
@@ -18,13 +17,15 @@ class CompareConfig:
     """Which methods, on which seeds, with what. ``{seed}`` in a text is replaced by the run's seed."""
 
     train: str  #: the configuration of megatron_cord.train that all runs share: model, data, budget
-    output_dir: str  #: runs go to METHOD/seed-S in it, and comparison.json, .md, .svg and .png
+    output_dir: str  #: runs go to METHOD/seed-S in it
+    results: str = ""  #: where the outcome goes, a path to which .json, .md, .svg and .png are added; empty: comparison in output_dir
     title: str = "Comparison"  #: of the page
     methods: tuple[str, ...] = COMPARED  #: names of compare/methods.py or of `own`, in the order in which they run and are shown
     own: dict[str, tuple[str, ...]] = field(default_factory=dict)  #: methods of yours: name → settings on top of CORD's
     seeds: tuple[int, ...] = (0, 1, 2)  #: of data order, sampling and everything else that is drawn
     reference: str = "cord"  #: the method whose differences from the others are given
     settings: tuple[str, ...] = ()  #: a.b=value for all runs, on top of `train`
+    adjust: dict[str, tuple[str, ...]] = field(default_factory=dict)  #: method → more settings of its own, such as a learning rate
     prepare: tuple[str, ...] = ()  #: command that makes what a seed's runs need, such as data and checkpoint; `python` is this one
     ranks: int = 0  #: a run's; 0: as few as its layout needs
     jobs: int = 1  #: runs at a time
@@ -37,8 +38,15 @@ class CompareConfig:
         if self.ranks < 0 or self.jobs < 1:
             raise CordError("ranks cannot be negative, and jobs must be at least 1")
         methods_named(self.methods, self.own)
+        for name in self.adjust.keys() - set(self.methods):
+            raise CordError(f"adjust names {name!r}, which is none of the methods; choose one of {', '.join(self.methods)}")
         if self.reference not in self.methods:
             raise CordError(f"reference is {self.reference!r}, which is none of the methods; choose one of {', '.join(self.methods)}")
+
+    @property
+    def results_path(self) -> Path:
+        """`results`, or its default."""
+        return Path(self.results or f"{self.output_dir}/comparison")
 
     @property
     def chosen(self) -> dict[str, Method]:
@@ -104,7 +112,8 @@ def is_complete(run: PlannedRun) -> bool:
 
 def _planned(config: CompareConfig, name: str, method: Method, seed: int) -> PlannedRun:
     directory = Path(config.output_dir) / name / f"seed-{seed}"
-    overrides = tuple(_filled(s, seed) for s in (*config.settings, *method.settings)) + (f"seed={seed}", f"output_dir={directory}")
+    settings = (*config.settings, *method.settings, *config.adjust.get(name, ()))
+    overrides = tuple(_filled(s, seed) for s in settings) + (f"seed={seed}", f"output_dir={directory}")
     try:
         run = load_config(RunConfig, config.train, overrides)
     except CordError as error:
@@ -117,9 +126,3 @@ def _planned(config: CompareConfig, name: str, method: Method, seed: int) -> Pla
 
 def _filled(text: str, seed: int) -> str:
     return text.replace("{seed}", str(seed))
-
-
-def ablation(names: Sequence[str]) -> list[str]:
-    """Those of the methods that are parts of CORD, from the smallest part to the whole."""
-    order = ("grpo", "reverse_kl", "weighted_kl", "grpo_reverse_kl", "cord")
-    return [name for name in order if name in names and METHODS[name].ablates]
