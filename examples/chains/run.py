@@ -5,12 +5,11 @@ The same as the quickstart (examples/quickstart/run.py) on a task with longer an
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from examples.chains.questions import CHAINS, draw_questions, vocabulary
 from examples.quickstart.checkpoint import TinyModelConfig
-from examples.quickstart.run import Example, main
+from examples.quickstart.run import Example, run
 from examples.quickstart.warmup import WarmUpConfig
 from megatron_cord import cli
 
@@ -26,5 +25,11 @@ CHAINS_EXAMPLE = Example(
     warm_up=WarmUpConfig(text_steps=500, text_batch=48, mixed_steps=300, mixed_text=12, mixed_audio=16),
 )
 
+
+def main() -> int:
+    """Entry point."""
+    return run(CHAINS_EXAMPLE, __doc__.splitlines()[0])
+
+
 if __name__ == "__main__":
-    cli.run(partial(main, CHAINS_EXAMPLE, __doc__.splitlines()[0]))
+    cli.run(main)

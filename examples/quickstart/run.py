@@ -118,8 +118,8 @@ def finish(directory: Path, console: Console) -> None:
     console.print(f"report: {render(directory)}", highlight=False, soft_wrap=True)
 
 
-def main(example: Example, description: str) -> int:
-    """Entry point of an example."""
+def run(example: Example, description: str) -> int:
+    """An example's whole command: parses the command line, and returns the exit status."""
     parser = cli.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--seed", type=int, default=0, help="of data, weights and sampling; other seeds than 0 get directories of their own"
@@ -148,5 +148,10 @@ def main(example: Example, description: str) -> int:
     return 0
 
 
+def main() -> int:
+    """Entry point."""
+    return run(QUICKSTART, __doc__.splitlines()[0])
+
+
 if __name__ == "__main__":
-    cli.run(partial(main, QUICKSTART, __doc__.splitlines()[0]))
+    cli.run(main)
