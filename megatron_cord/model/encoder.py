@@ -11,12 +11,13 @@ import copy
 
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_cord.model.architecture import EncoderArchitecture
-from megatron_cord.model.transformer import block_spec, encoder_config
+from megatron_cord.model.transformer import LayerConfig, block_spec, encoder_config
 from megatron_cord.parallel.layout import Layout
 
 
@@ -27,11 +28,11 @@ class AudioEncoder(MegatronModule):
         arch: sizes.
         layout: process groups and this rank's place.
         dtype: of parameters and activations.
-        recompute: layers keep their inputs alone and are computed again in the backward pass.
+        layers: how its layers are computed.
     """
 
-    def __init__(self, arch: EncoderArchitecture, layout: Layout, dtype: torch.dtype, *, recompute: bool = False) -> None:
-        config = encoder_config(arch, layout.config, dtype, recompute=recompute)
+    def __init__(self, arch: EncoderArchitecture, layout: Layout, dtype: torch.dtype, layers: LayerConfig) -> None:
+        config = encoder_config(arch, layout.config, dtype, layers)
         super().__init__(config)
         self.arch = arch
         hidden = arch.hidden_size
@@ -42,7 +43,9 @@ class AudioEncoder(MegatronModule):
         groups = copy.copy(layout.groups)
         groups.pp = groups.cp = layout.solo  # this block is whole here, however the language model is cut
         self._tp_group = layout.tp_group
-        self.block = TransformerBlock(config, block_spec(config, causal=False), post_layer_norm=False, pg_collection=groups)
+        self._padding = -arch.max_positions % layout.config.tp if config.sequence_parallel else 0
+        mask = AttnMaskType.no_mask if arch.hears_padding and not self._padding else AttnMaskType.padding
+        self.block = TransformerBlock(config, block_spec(config, mask, layers), post_layer_norm=False, pg_collection=groups)
         self.layer_norm = torch.nn.LayerNorm(hidden, eps=config.layernorm_epsilon, dtype=dtype, device=layout.device)
         for layer in self.block.layers:
             _keep_key_bias_zero(layer.self_attention.linear_qkv.bias, hidden // arch.num_heads)
@@ -69,26 +72,25 @@ class AudioEncoder(MegatronModule):
 
     def _layers(self, x: Tensor, num_frames: Tensor) -> Tensor:
         """The transformer's layers on x [T, C, H_audio], the same on all tensor-parallel ranks."""
-        positions, padding = x.shape[0], 0
+        positions = x.shape[0]
         if self.config.sequence_parallel:
-            padding = -positions % self._tp_group.size()
-            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding))
+            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self._padding))
             x = scatter_to_sequence_parallel_region(x, group=self._tp_group)
-        x = self.block(x.contiguous(), attention_mask=self._padding_mask(num_frames, positions, padding))
+        x = self.block(x.contiguous(), attention_mask=self._padding_mask(num_frames, positions))
         if self.config.sequence_parallel:
             # What follows is computed on every rank alike, so that each has the whole gradient already.
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self._tp_group)[:positions]
         return x
 
-    def _padding_mask(self, num_frames: Tensor, positions: int, padding: int) -> Tensor | None:
+    def _padding_mask(self, num_frames: Tensor, positions: int) -> Tensor | None:
         """Bool [C, 1, 1, T + padding], True where a position is not to be attended to; None if there is none."""
-        if self.arch.hears_padding:
-            if padding == 0:
-                return None
+        if not self.arch.hears_padding:
+            valid = self.arch.frames_after_convolutions(num_frames)
+        elif self._padding:
             valid = torch.full_like(num_frames, positions)
         else:
-            valid = self.arch.frames_after_convolutions(num_frames)
-        return (torch.arange(positions + padding, device=num_frames.device)[None] >= valid[:, None])[:, None, None, :]
+            return None
+        return (torch.arange(positions + self._padding, device=num_frames.device)[None] >= valid[:, None])[:, None, None, :]
 
 
 def _zero_from(start: Tensor | None, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_cord.convert.plain_model import PlainModel
 from megatron_cord.data.samples import Prompt
+from megatron_cord.rollout.key_value_cache import key_value_cache
 from megatron_cord.rollout.types import GenerationRequest
 
 
@@ -65,7 +66,8 @@ def sample_batch(
     eos = torch.tensor(rules.eos_ids, device=device)
     noise = _Gumbel(requests, device)
     features, frames = _clips([request.prompt for request in requests], device)
-    output = model.hidden(ids_in, features, frames, attention_mask=mask, position_ids=positions, use_cache=True)
+    settings = {"past_key_values": key_value_cache(mask.shape[1] + int(limits.max())), "use_cache": True}
+    output = model.hidden(ids_in, features, frames, attention_mask=mask, position_ids=positions, **settings)
     positions = positions[:, -1:]
     done = torch.zeros(len(requests), dtype=torch.bool, device=device)
     lengths = torch.zeros_like(limits)
@@ -82,8 +84,7 @@ def sample_batch(
             break
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         positions = positions + 1
-        cache = {"past_key_values": output.past_key_values, "use_cache": True}
-        output = model.hidden(token[:, None], None, None, attention_mask=mask, position_ids=positions, **cache)
+        output = model.hidden(token[:, None], None, None, attention_mask=mask, position_ids=positions, **settings)
     table, scores = torch.stack(ids, 1).tolist(), torch.stack(logprobs, 1).tolist()
     return [
         Response(tuple(table[row][:length]), tuple(scores[row][:length]), "stop" if stop else "length" if ended else "abort")

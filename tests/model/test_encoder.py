@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_cord.model.encoder import AudioEncoder
+from megatron_cord.model.transformer import LayerConfig
 from megatron_cord.parallel.layout import ParallelConfig, initialize
 from tests.gloo import run_ranks
 from tests.model.test_architecture import ENCODER
@@ -35,7 +36,7 @@ def differences(_rank: int) -> dict[str, tuple[float, float, list[tuple[int, ...
         seen: list[tuple[int, ...]] = []
         for sequence_parallel in (False, True):
             layout = initialize(ParallelConfig(tp=2, sequence_parallel=sequence_parallel), seed=0)
-            encoder = AudioEncoder(arch, layout, torch.float64)
+            encoder = AudioEncoder(arch, layout, torch.float64, LayerConfig())
             torch.manual_seed(dist.get_rank())
             for parameter in encoder.parameters():
                 parameter.data.normal_(std=0.2)
