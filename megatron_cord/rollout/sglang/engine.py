@@ -31,6 +31,8 @@ from megatron_cord.rollout.sglang.pool import Pool, say
 from megatron_cord.rollout.sglang.wire import PromptWire
 from megatron_cord.rollout.types import GenerationRequest, Rollout
 
+_FAMILIES = ("qwen2_audio", "qwen2", "llama")  #: whose prompts servers take as `wire` writes them
+
 
 class SGLangEngine:
     """A ``RolloutEngine`` that is Pausable, Abortable, Releasable and Recoverable. All ranks make one, together.
@@ -59,7 +61,13 @@ class SGLangEngine:
         self._names = {BASE: 0}
         self._pool = Pool(dist.get_rank())
         self._source: WeightSource | None = None
-        self._control = Control(addresses, load_architecture(checkpoint_dir).model_type, config.start_seconds)
+        model_type = load_architecture(checkpoint_dir).model_type
+        if model_type not in _FAMILIES:
+            raise CordError(
+                f"{checkpoint_dir}: rollout.engine=sglang generates with {', '.join(_FAMILIES)} alone, not {model_type}; docs/rollout.md says what "
+                "is missing"
+            )
+        self._control = Control(addresses, model_type, config.start_seconds)
         self._exchange: WeightExchange = build_exchange(exchange, checkpoint_dir)
         self._all_tensors = False  # the next exchange sends frozen ones, too: servers have lost them
         self._batches: set[Batch] = set()
