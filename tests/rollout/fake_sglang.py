@@ -44,7 +44,13 @@ class FakeServer:
         self.most, self._now, self._lock = 0, 0, threading.Lock()
         self.leave, self.seconds = threading.Event(), 0.0
         self.version = "default"
-        self.info: Reply = {"version": "0.5.21", "tp_size": 1, "max_req_input_len": 122, "model_type": "qwen2_audio", "model_path": "here"}
+        self.info: Reply = {
+            "version": "0.5.21",
+            "tp_size": 1,
+            "max_req_input_len": 122,
+            "model_type": "qwen2_audio",
+            "tokenizer_path": "here",
+        }
         owner = self
 
         class Handler(BaseHTTPRequestHandler):

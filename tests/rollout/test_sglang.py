@@ -295,6 +295,7 @@ def test_a_run_begins_with_the_checkpoints_weights(checkpoint: Path, stack: Exit
     server.version = "120"
     connect(checkpoint, [server], stack)
     paths = [path for path, _ in server.calls]
+    assert ("/update_weights_from_disk", {"model_path": "here", "flush_cache": True}) in server.calls
     assert server.version == "default" and paths.index("/continue_generation") < paths.index("/update_weights_from_disk")
 
 
