@@ -94,7 +94,7 @@ class FakeServer:
             return
         if path == "/update_weight_version":
             self.version = body["new_version"]
-        self.send(handler, 200, self.info | {"weight_version": self.version, "success": True})
+        self.send(handler, 200, {"success": True} | self.info | {"weight_version": self.version})
 
     def _generate(self, handler: BaseHTTPRequestHandler, body: Reply, probe: bool) -> None:
         if probe:

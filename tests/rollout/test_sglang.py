@@ -299,6 +299,22 @@ def test_a_run_begins_with_the_checkpoints_weights(checkpoint: Path, stack: Exit
     assert server.version == "default" and paths.index("/continue_generation") < paths.index("/update_weights_from_disk")
 
 
+def test_weights_that_nobody_takes(checkpoint: Path, stack: ExitStack) -> None:
+    """Catches endless repetition of an exchange with servers that answer but cannot load."""
+    server = FakeServer()
+    engine = connect(checkpoint, [server], stack, start_seconds=1.0)
+    server.info["success"] = False
+    with pytest.raises(CordError, match=r"no rollout server takes the weights of version 2: .*update_weights_from_disk failed"):
+        engine.update_weights([(HEAD, load_file(checkpoint / "model.safetensors")[HEAD])], 2)
+
+
+def test_a_wrong_key(checkpoint: Path, stack: ExitStack) -> None:
+    """Catches a run that waits for servers which are there, but for others, and a key in the message."""
+    with pytest.raises(CordError, match=r"refuses the API key; set rollout.api_key_file or MEGATRON_CORD_SERVER_KEY") as caught:
+        connect(checkpoint, [FakeServer(key="the right one")], stack)
+    assert "the right one" not in str(caught.value)
+
+
 def test_too_few_servers(checkpoint: Path, stack: ExitStack) -> None:
     """Catches a run that waits for ever, and an error that does not say for whom."""
     with pytest.raises(CordError, match=r"0 rollout servers answer, 1 are needed, .*unreachable.*tools/serve_rollout.py"):
