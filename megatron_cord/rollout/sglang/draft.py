@@ -76,6 +76,8 @@ class Draft:
         redraw = ids[-1] in forbidden
         if any(token in forbidden for token in ids[:-1]) or (redraw and self._masked):
             raise BadReplyError("it went on after a token that ends the answer")
+        if piece.reason == "length" and len(ids) < limit:
+            raise BadReplyError(f"it cut the response after {len(ids)} of {limit} tokens")
         if redraw and self._likeliest:
             ids[-1], logprobs[-1] = self._allowed(piece, forbidden)
             redraw = False
@@ -89,8 +91,6 @@ class Draft:
             self.finish_reason = "stop"
         elif len(self._ids) == self.request.max_new_tokens:
             self.finish_reason = "length"
-        elif piece.reason == "length" and limit > 1:
-            raise BadReplyError(f"it cut the response after {len(ids)} of {limit} tokens")
         return self.finish_reason is not None
 
     def rollout(self) -> Rollout:
