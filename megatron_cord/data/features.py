@@ -1,7 +1,8 @@
 """Log-mel features as Whisper's encoders take them, equal to transformers' WhisperFeatureExtractor.
 
-The short-time Fourier transform runs on the device of the waveform. The configuration is read from a checkpoint's
-``preprocessor_config.json``, so that training hears exactly what every other user of the checkpoint does.
+The short-time Fourier transform runs on the device of the waveform, and only over the frames that audio reaches: what pads a clip to the
+encoder's window is silence, whose features are known. The configuration is read from a checkpoint's ``preprocessor_config.json``, so that
+training hears exactly what every other user of the checkpoint does.
 
 What it simplifies: one clip a call; dithering and waveform normalisation are refused, as no supported model uses them.
 """
@@ -57,6 +58,14 @@ class FeatureConfig:
     def num_frames(self, samples: int) -> int:
         """How many frames of the window a clip of ``samples`` fills: the sum of the extractor's attention mask."""
         return min(math.ceil(samples / self.hop_length), self.max_frames)
+
+    def sounding_frames(self, samples: int) -> int:
+        """Frames of the window that a clip of ``samples`` reaches with at least one sample; those behind them see silence alone."""
+        return min((samples + self.n_fft // 2) // self.hop_length + 1, self.max_frames)
+
+    def samples_behind(self, frames: int) -> int:
+        """How many samples of the window its first ``frames`` frames see, and so many more that no reflection of its end reaches them."""
+        return min(frames * self.hop_length + self.n_fft, self.n_samples)
 
     @classmethod
     def from_checkpoint(cls, directory: str | Path) -> FeatureConfig:
@@ -143,14 +152,25 @@ def log_mel(waveform: np.ndarray | Tensor, config: FeatureConfig, *, sampling_ra
     audio = audio.to(torch.float32)
     if not bool(torch.isfinite(audio).all()):
         raise CordError(f"sample {name}: audio holds NaN or infinite samples; remove it or record it again")
-    padded = torch.nn.functional.pad(audio, (0, config.n_samples - len(audio)))
-    window = torch.hann_window(config.n_fft, device=audio.device)
-    # The last frame is centred on the window's end; Whisper leaves it out.
-    spectrum = torch.stft(padded, config.n_fft, config.hop_length, window=window, return_complex=True)[:, : config.max_frames]
+    frames = config.sounding_frames(len(audio))
+    padded = torch.nn.functional.pad(audio, (0, max(0, config.samples_behind(frames) - len(audio))))
+    window = _window(config.n_fft, audio.device)
+    # The last frame is centred on the window's end, or on silence; Whisper leaves it out.
+    spectrum = torch.stft(padded, config.n_fft, config.hop_length, window=window, return_complex=True)[:, :frames]
+    power = spectrum.real.square() + spectrum.imag.square()
     filters = mel_filters(config.n_mels, config.n_fft, config.sampling_rate).to(audio.device)
-    log_spectrum = (filters @ spectrum.abs().square()).clamp(min=_FLOOR).log10()
-    log_spectrum = torch.maximum(log_spectrum, log_spectrum.max() - _DYNAMIC_RANGE)
-    return Features((log_spectrum + 4.0) / 4.0, config.num_frames(len(audio)))
+    sounding = (filters @ power).clamp_(min=_FLOOR).log10_()
+    loudest = sounding.max()
+    silence = torch.maximum(loudest - _DYNAMIC_RANGE, sounding.new_tensor(math.log10(_FLOOR)))
+    features = audio.new_empty(config.n_mels, config.max_frames)
+    torch.maximum(sounding, loudest - _DYNAMIC_RANGE, out=features[:, :frames])
+    features[:, frames:] = silence
+    return Features(features.add_(4.0).div_(4.0), config.num_frames(len(audio)))
+
+
+@lru_cache(maxsize=8)
+def _window(n_fft: int, device: torch.device) -> Tensor:
+    return torch.hann_window(n_fft, device=device)
 
 
 @lru_cache(maxsize=8)

@@ -5,10 +5,12 @@ Chat template, tokenizer and feature extractor are the checkpoint's own. Simplif
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from jinja2 import TemplateError
@@ -22,7 +24,7 @@ from megatron_cord.model.families import family_of, load_architecture
 
 _FEWEST_AUDIO_TOKENS = 2  # transformers takes a lone placeholder for one that is still to be expanded
 
-LongAudio = Literal["error", "cut"]
+LongAudio = Literal["error", "cut", "skip"]
 
 
 class PromptBuilder:
@@ -31,7 +33,7 @@ class PromptBuilder:
     Args:
         checkpoint_dir: a Hugging Face checkpoint.
         long_audio: what to do with audio longer than the encoder's window: refuse it, or cut it into clips, each with its own
-            placeholders.
+            placeholders. "skip" refuses it too: the data set leaves it out before it comes here.
 
     Attributes:
         eos_ids: tokens that end a response.
@@ -57,6 +59,8 @@ class PromptBuilder:
         self.special_ids = tuple(sorted({*self._tokenizer.special_ids, *tokenless} - set(self.eos_ids)))
         self._template: str | None = None
         self._features: FeatureConfig | None = None
+        self._heard: WeakKeyDictionary[Sample, Prompt] = WeakKeyDictionary()  # each sample's features are made once, as long as it is held
+        self._hearing = threading.Lock()
         if self._arch.encoder is not None:
             self._features = self._find_features(directory)
             family_template = family_of(self._arch).chat_template
@@ -64,13 +68,27 @@ class PromptBuilder:
                 self._template = family_template  # the published processing is code there, not a template
             self._around_audio(1)
 
+    @property
+    def longest_clip(self) -> int | None:
+        """Samples of audio that the encoder takes at once; None for a model that only reads."""
+        return None if self._features is None else self._longest(self._features)
+
     def audio_prompt(self, sample: Sample) -> Prompt:
-        """The question as heard; each clip's features are float32 [n_mels, window frames].
+        """The question as heard; each clip's features are float32 [n_mels, window frames]. Threads may call it; it is kept with the sample.
 
         Raises:
             CordError: audio that ``log_mel`` refuses (another rate …), longer than the encoder's window unless it may be cut, or too
                 short for the encoder; a model that only reads.
         """
+        with self._hearing:
+            prompt = self._heard.get(sample)
+        if prompt is None:
+            prompt = self._hear(sample)
+            with self._hearing:
+                self._heard[sample] = prompt
+        return prompt
+
+    def _hear(self, sample: Sample) -> Prompt:
         if self._features is None:
             raise CordError(f"sample {sample.id}: a {self._arch.model_type} model takes no audio; choose a checkpoint that hears")
         clips = []
@@ -89,21 +107,24 @@ class PromptBuilder:
 
     def _windows(self, sample: Sample, features: FeatureConfig) -> list[np.ndarray]:
         """The recording in clips that the encoder can take, whole if it is short enough; nothing is left out."""
-        assert self._arch.encoder is not None
-        audio, longest = sample.waveform, self._arch.encoder.max_clip_frames * features.hop_length
+        audio, longest = sample.waveform, self._longest(features)
         # What is no mono recording at the right rate gets log_mel's error.
         if sample.sampling_rate != features.sampling_rate or audio.ndim != 1 or len(audio) <= longest:
             return [audio]
-        if self._long_audio == "error":
+        if self._long_audio != "cut":
             seconds, window = (samples / features.sampling_rate for samples in (len(audio), longest))
             raise CordError(
                 f"sample {sample.id}: {seconds:.2f} s of audio, the encoder's window is {window:.2f} s; "
-                "shorten it, or set data.long_audio to cut"
+                "shorten it, or set data.long_audio to cut or skip"
             )
         starts = list(range(0, len(audio), longest))
         enough = next(frames for frames in count(1) if self._arch.num_audio_tokens(frames) >= _FEWEST_AUDIO_TOKENS)
         starts[-1] = min(starts[-1], len(audio) - enough * features.hop_length)  # a rest too short to hear takes from its neighbour
         return [audio[start:end] for start, end in zip(starts, [*starts[1:], len(audio)], strict=True)]
+
+    def _longest(self, features: FeatureConfig) -> int:
+        assert self._arch.encoder is not None
+        return self._arch.encoder.max_clip_frames * features.hop_length
 
     def text_prompt(self, sample: Sample) -> Prompt:
         """The question as read.
