@@ -10,7 +10,7 @@ that of a Fourier transform's edge, smoothed.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -80,7 +80,7 @@ def augment(sample: Sample, config: AugmentationConfig, *, seed: int, step: int,
         return sample
     peak = float(np.abs(audio).max(initial=0.0))
     audio = (audio if peak <= 1.0 else audio / peak).astype(np.float32)
-    return Sample(sample.id, sample.question, audio, sample.sampling_rate, sample.answer, sample.solution, sample.voice)
+    return replace(sample, waveform=audio)
 
 
 def _between(bounds: tuple[float, float], draw: float) -> float:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -30,8 +29,8 @@ from megatron_cord.errors import CordError
 class DataConfig:
     """Where the spoken questions are, and what is made of them."""
 
-    train: str  #: shards to train on: a directory with a manifest, a tar file, or a pattern
-    evaluation: str  #: shards to evaluate on, likewise
+    train: str = ""  #: shards to train on: a directory with a manifest, a tar file, or a pattern; training requires it
+    evaluation: str = ""  #: shards to evaluate on, likewise
     shuffle: bool = True  #: a new order each epoch, drawn from the run's seed; otherwise the order of the shards
 
     #: Audio longer than the encoder's window: stop with an error, cut it into several clips, or skip the sample, within max_skipped.
@@ -49,13 +48,19 @@ class DataConfig:
         if self.workers < 0:
             raise CordError(f"data.workers cannot be negative, got {self.workers}")
 
-    def open(self, path: str | Path, longest: int | None) -> ShardDataset:
+    def open(self, which: Literal["train", "evaluation"], longest: int | None) -> ShardDataset:
         """A data set under these rules.
 
         Args:
-            path: one of `train` and `evaluation`.
+            which: of the two.
             longest: samples of audio that the model's encoder takes at once; None if it takes no audio.
+
+        Raises:
+            CordError: it is not named, or what `ShardDataset` raises.
         """
+        path = getattr(self, which)
+        if not path:
+            raise CordError(f"data.{which} is required: set it in the configuration or as data.{which}=…, to a directory of shards")
         limit = longest if self.long_audio == "skip" else None
         return ShardDataset(path, max_skipped=self.max_skipped, longest=limit, verify=self.verify)
 

@@ -1,6 +1,7 @@
 """Prompts: one sample as two token sequences, spoken and written, which differ only where audio stands for text.
 
-Chat template, tokenizer and feature extractor are the checkpoint's own. Simplification: one user turn with one recording or one text.
+Chat template, tokenizer and feature extractor are the checkpoint's own. Simplification: one user turn with one recording, which a text may
+follow, or one text.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ class PromptBuilder:
                 seconds = len(waveform) / sample.sampling_rate
                 raise CordError(f"sample {sample.id}: audio of {seconds:.2f} s is too short for the encoder; drop the sample")
             clips.append(AudioClip(waveform=waveform, features=heard.log_mel, num_frames=heard.num_frames, num_tokens=tokens))
-        first, *others = self._around_audio(len(clips))
+        first, *others = self._around_audio(len(clips), sample.instruction)
+        self._refuse_unknown_words(sample, sample.instruction or "", [*first, *(index for after in others for index in after)])
         ids = [*first]
         for clip, after in zip(clips, others, strict=True):
             ids += [self._arch.audio_token_id or 0] * clip.num_tokens + after
@@ -135,11 +137,14 @@ class PromptBuilder:
         if not sample.question.strip():
             raise CordError(f"sample {sample.id}: the question is empty; give the text of what is said")
         ids = self._tokenize([{"type": "text", "text": sample.question}])
+        self._refuse_unknown_words(sample, sample.question, ids)
+        return Prompt(sample_id=sample.id, token_ids=tuple(ids))
+
+    def _refuse_unknown_words(self, sample: Sample, text: str, ids: list[int]) -> None:
         unknown = self._tokenizer.unknown_id
         if unknown is not None and unknown in ids:
-            words = [word for word in sample.question.split() if unknown in self._tokenizer.encode(word)]
+            words = [word for word in text.split() if unknown in self._tokenizer.encode(word)]
             raise CordError(f"sample {sample.id}: words outside the model's vocabulary: {', '.join(words[:8])}; rephrase the question")
-        return Prompt(sample_id=sample.id, token_ids=tuple(ids))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text, without any special token added."""
@@ -157,13 +162,14 @@ class PromptBuilder:
     def _tokenize(self, parts: list[dict[str, str]]) -> list[int]:
         return self._tokenizer.encode(self._tokenizer.render([{"role": "user", "content": parts}], self._template))
 
-    def _tokenize_audio(self, clips: int) -> list[int]:
-        return self._tokenize([{"type": "audio", "audio_url": "clip"}] * clips)
+    def _tokenize_audio(self, clips: int, instruction: str | None = None) -> list[int]:
+        beside = [] if instruction is None else [{"type": "text", "text": instruction}]
+        return self._tokenize([{"type": "audio", "audio_url": "clip"}] * clips + beside)
 
-    def _around_audio(self, clips: int) -> list[list[int]]:
-        """The prompt of so many clips, cut at their placeholders: clips + 1 pieces."""
+    def _around_audio(self, clips: int, instruction: str | None = None) -> list[list[int]]:
+        """The prompt of so many clips, and what is read behind them, cut at their placeholders: clips + 1 pieces."""
         pieces: list[list[int]] = [[]]
-        for index in self._tokenize_audio(clips):
+        for index in self._tokenize_audio(clips, instruction):
             if index == self.audio_token_id:
                 pieces.append([])
             else:

@@ -142,9 +142,12 @@ def speak_shard(job: SpeechJob) -> Receipt:
             if fault is not None:
                 rejects.append(Reject(question.id, fault))
                 continue
-            sample = Sample(question.id, question.text, recording, SAMPLING_RATE, question.answer, question.solution, utterance.voice.name)
+            voice = utterance.voice.name
+            sample = Sample(
+                question.id, question.text, recording, SAMPLING_RATE, question.answer, question.solution, voice, question.choices
+            )
             encoded.append(encode_sample(sample))
-            voices[utterance.voice.name] += 1
+            voices[voice] += 1
             seconds += len(recording) / SAMPLING_RATE
     shard = write_shard(job.directory / f"{job.name}.tar", encoded) if encoded else None
     receipt = Receipt(shard, dict(voices), seconds, rejects)

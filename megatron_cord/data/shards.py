@@ -138,7 +138,14 @@ class ShardDataset:
             answer=texts.get("answer"),
             solution=texts.get("solution"),
             voice=texts.get("voice"),
+            choices=tuple(texts.get("choices") or ()),
         )
+
+    def texts(self, index: int) -> dict[str, Any]:
+        """A sample's JSON, without its audio: id, question, answer, solution, voice and choices."""
+        entry = self._entries[index]
+        with entry.shard.open("rb") as file:
+            return {"id": entry.id} | _read_texts(file, entry)
 
 
 def _find_shards(path: str | Path) -> list[tuple[Path, ShardEntry | None]]:
@@ -246,6 +253,9 @@ def _read_texts(file: BinaryIO, entry: _Entry) -> dict[str, Any]:
     for name in ("answer", "solution", "voice"):
         if not isinstance(texts.get(name), (str, type(None))):
             raise CordError(f"{entry.where}: {name} is {texts[name]!r}; write text or leave it out")
+    choices = texts.get("choices")
+    if choices is not None and not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
+        raise CordError(f"{entry.where}: its choices are no list of texts; write one or leave them out")
     if texts.get("id", entry.id) != entry.id:
         raise CordError(f"{entry.where}: its JSON calls it {texts['id']!r}; file name and id must agree")
     return texts

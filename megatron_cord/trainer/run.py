@@ -63,7 +63,7 @@ class Run:
         self.checkpoints = Checkpoints(self.directory / "checkpoints", config.checkpoint)
         resume_from = self._resume_from()
         self.prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio)
-        self._questions = config.data.open(config.data.train, self.prompts.longest_clip)
+        self._questions = config.data.open("train", self.prompts.longest_clip)
         self.loader = SampleLoader(
             self._questions,
             batch_size=config.rollout.prompts_per_step,
@@ -75,7 +75,7 @@ class Run:
             ),
             prepare=self.prompts.audio_prompt,
         )
-        held_out = config.data.open(config.data.evaluation, self.prompts.longest_clip)
+        held_out = config.data.open("evaluation", self.prompts.longest_clip)
         student = build_student(config.model, layout)
         teacher = Teacher(config.teacher, student, config.model.checkpoint)
         self.model = wrap_model(config.optimizer, student)
