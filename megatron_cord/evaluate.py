@@ -48,7 +48,7 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         raise CordError("there is nothing to ask: set data.evaluation to a directory of shards, or evaluation.sets")
     layout = initialize(config.parallel, config.seed)
     console = Console(quiet=not layout.is_main)
-    prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio)
+    prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features)
     suite = _suite(config, prompts, layout)
     engine = CollectiveEngine(LocalEngine(config.model.checkpoint, LocalEngineConfig(device=str(layout.device))))
     if suite is not None and config.evaluation.baseline == "base" and config.evaluation.checkpoint != "base":

@@ -10,7 +10,7 @@ and Fourier transforms leave the interpreter free.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -38,6 +38,7 @@ class DataConfig:
     max_skipped: float = 0.0  #: the largest share of a set's samples that may be left out because they are damaged; 0 stops at the first
     verify: bool = False  #: compare the shards' checksums with their manifest at the start, which reads all of them
     workers: int = 1  #: threads of each rank that read, and make features of, the next step's samples; 0 does it when they are needed
+    features: Literal["torch", "dali", "dali_gpu"] = "torch"  #: what computes them: torch, or NVIDIA DALI on the CPU or on each rank's GPU
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)  #: of the audio that is trained on
 
     def __post_init__(self) -> None:
@@ -85,7 +86,7 @@ class SampleLoader:
         world: how many they are.
         workers: threads that read the next step's samples ahead.
         change: what becomes of a sample at a step, such as its augmentation.
-        prepare: called with each sample where it was read, so that slow work on it is done ahead too.
+        prepare: called with samples where they were read, so that slow work on them is done ahead too.
 
     Raises:
         CordError: when the source is empty, or the ranks do not divide the batch.
@@ -102,7 +103,7 @@ class SampleLoader:
         world: int = 1,
         workers: int = 0,
         change: Callable[[Sample, int], Sample] | None = None,
-        prepare: Callable[[Sample], object] | None = None,
+        prepare: Callable[[Sequence[Sample]], object] | None = None,
     ) -> None:
         if len(source) == 0:
             raise CordError("the data set holds no samples; make some with tools/synthesize.py")
@@ -121,7 +122,8 @@ class SampleLoader:
         self._order = lru_cache(maxsize=2)(self._draw_order)
         self._change, self._prepare = change, prepare
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="loader") if workers else None
-        self._ahead: dict[int, list[Future[Sample]]] = {}
+        self._workers = workers
+        self._ahead: dict[int, list[Future[list[Sample]]]] = {}
 
     @property
     def batch_size(self) -> int:
@@ -142,26 +144,29 @@ class SampleLoader:
     def batch(self, step: int) -> list[Sample]:
         """This rank's samples for ``step``, counted from 0. With workers, those of the step after it are then on their way."""
         if self._pool is None:
-            return [self._read(index, step) for index in self.indices(step)]
+            return self._read(self.indices(step), step)
         reading = self._ahead.pop(step, None) or self._begin(self._pool, step)
         self._ahead = {step + 1: self._ahead.get(step + 1) or self._begin(self._pool, step + 1)}
-        return [sample.result() for sample in reading]
+        return [sample for part in reading for sample in part.result()]
 
     def close(self) -> None:
         """Ends the workers; what they have read is dropped."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _begin(self, pool: ThreadPoolExecutor, step: int) -> list[Future[Sample]]:
-        return [pool.submit(self._read, index, step) for index in self.indices(step)]
+    def _begin(self, pool: ThreadPoolExecutor, step: int) -> list[Future[list[Sample]]]:
+        """A stretch of the step's samples for each worker."""
+        indices = self.indices(step)
+        share = -(-len(indices) // self._workers)
+        return [pool.submit(self._read, indices[start : start + share], step) for start in range(0, len(indices), share)]
 
-    def _read(self, index: int, step: int) -> Sample:
-        sample = self._source[index]
+    def _read(self, indices: Sequence[int], step: int) -> list[Sample]:
+        samples = [self._source[index] for index in indices]
         if self._change is not None:
-            sample = self._change(sample, step)
+            samples = [self._change(sample, step) for sample in samples]
         if self._prepare is not None:
-            self._prepare(sample)
-        return sample
+            self._prepare(samples)
+        return samples
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         """int64 [samples]."""

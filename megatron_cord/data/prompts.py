@@ -17,7 +17,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import GenerationConfig
 
-from megatron_cord.data.features import FeatureConfig, log_mel
+from megatron_cord.data.features import FeatureConfig, FeatureExtractor, TorchFeatures
 from megatron_cord.data.samples import AudioClip, Prompt, Sample
 from megatron_cord.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from megatron_cord.errors import CordError
@@ -26,6 +26,7 @@ from megatron_cord.model.families import family_of, load_architecture
 _FEWEST_AUDIO_TOKENS = 2  # transformers takes a lone placeholder for one that is still to be expanded
 
 LongAudio = Literal["error", "cut", "skip"]
+FeatureBackend = Literal["torch", "dali", "dali_gpu"]
 
 
 class PromptBuilder:
@@ -35,6 +36,7 @@ class PromptBuilder:
         checkpoint_dir: a Hugging Face checkpoint.
         long_audio: what to do with audio longer than the encoder's window: refuse it, or cut it into clips, each with its own
             placeholders. "skip" refuses it too: the data set leaves it out before it comes here.
+        features: what computes them: torch, or NVIDIA DALI (extra dali) on the CPU or on this process's GPU.
 
     Attributes:
         eos_ids: tokens that end a response.
@@ -47,7 +49,7 @@ class PromptBuilder:
         CordError: a directory without a tokenizer, or a chat template without one placeholder for a clip.
     """
 
-    def __init__(self, checkpoint_dir: str | Path, *, long_audio: LongAudio = "error") -> None:
+    def __init__(self, checkpoint_dir: str | Path, *, long_audio: LongAudio = "error", features: FeatureBackend = "torch") -> None:
         directory = Path(checkpoint_dir)
         self._directory, self._long_audio = directory, long_audio
         self._tokenizer = load_tokenizer(directory)
@@ -64,6 +66,7 @@ class PromptBuilder:
         self._hearing = threading.Lock()
         if self._arch.encoder is not None:
             self._features = self._find_features(directory)
+            self._extract = _make_extractor(features, self._features)
             family_template = family_of(self._arch).chat_template
             if family_template is not None and not self._writes_placeholder():
                 self._template = family_template  # the published processing is code there, not a template
@@ -81,25 +84,36 @@ class PromptBuilder:
             CordError: audio that ``log_mel`` refuses (another rate …), longer than the encoder's window unless it may be cut, or too
                 short for the encoder; a model that only reads.
         """
-        with self._hearing:
-            prompt = self._heard.get(sample)
-        if prompt is None:
-            prompt = self._hear(sample)
-            with self._hearing:
-                self._heard[sample] = prompt
-        return prompt
+        return self.audio_prompts([sample])[0]
 
-    def _hear(self, sample: Sample) -> Prompt:
+    def audio_prompts(self, samples: Sequence[Sample]) -> list[Prompt]:
+        """One each, in the same order; features that are not there yet are made together."""
+        with self._hearing:
+            found = {id(sample): self._heard.get(sample) for sample in samples}
+        missing = [sample for sample in samples if found[id(sample)] is None]
+        made = dict(zip(map(id, missing), self._hear(missing), strict=True))
+        with self._hearing:
+            self._heard.update({sample: made[id(sample)] for sample in missing})
+        return [made.get(id(sample)) or found[id(sample)] for sample in samples]  # type: ignore[misc]
+
+    def _hear(self, samples: Sequence[Sample]) -> list[Prompt]:
+        if not samples:
+            return []
         if self._features is None:
-            raise CordError(f"sample {sample.id}: a {self._arch.model_type} model takes no audio; choose a checkpoint that hears")
-        clips = []
-        for waveform in self._windows(sample, self._features):
-            heard = log_mel(waveform, self._features, sampling_rate=sample.sampling_rate, name=sample.id)
+            raise CordError(f"sample {samples[0].id}: a {self._arch.model_type} model takes no audio; choose a checkpoint that hears")
+        windows = [(sample, waveform) for sample in samples for waveform in self._windows(sample, self._features)]
+        rates = [sample.sampling_rate for sample, _ in windows]
+        features = self._extract([waveform for _, waveform in windows], [sample.id for sample, _ in windows], rates)
+        clips: dict[int, list[AudioClip]] = {id(sample): [] for sample in samples}
+        for (sample, waveform), heard in zip(windows, features, strict=True):
             tokens = self._arch.num_audio_tokens(heard.num_frames)
             if tokens < _FEWEST_AUDIO_TOKENS:
                 seconds = len(waveform) / sample.sampling_rate
                 raise CordError(f"sample {sample.id}: audio of {seconds:.2f} s is too short for the encoder; drop the sample")
-            clips.append(AudioClip(waveform=waveform, features=heard.log_mel, num_frames=heard.num_frames, num_tokens=tokens))
+            clips[id(sample)].append(AudioClip(waveform=waveform, features=heard.log_mel, num_frames=heard.num_frames, num_tokens=tokens))
+        return [self._prompt_of_clips(sample, clips[id(sample)]) for sample in samples]
+
+    def _prompt_of_clips(self, sample: Sample, clips: Sequence[AudioClip]) -> Prompt:
         first, *others = self._around_audio(len(clips), sample.instruction)
         self._refuse_unknown_words(sample, sample.instruction or "", [*first, *(index for after in others for index in after)])
         ids = [*first]
@@ -210,3 +224,11 @@ class PromptBuilder:
         if eos is None:
             raise CordError(f"{directory}: neither tokenizer nor generation_config.json says what ends a response; set eos_token_id there")
         return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+
+
+def _make_extractor(backend: FeatureBackend, config: FeatureConfig) -> FeatureExtractor:
+    if backend == "torch":
+        return TorchFeatures(config)
+    from megatron_cord.data.dali_features import DaliFeatures  # an extra, which takes seconds to import
+
+    return DaliFeatures(config, device="gpu" if backend == "dali_gpu" else "cpu")

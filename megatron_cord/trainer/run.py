@@ -62,7 +62,7 @@ class Run:
         make_writable(self.directory)
         self.checkpoints = Checkpoints(self.directory / "checkpoints", config.checkpoint)
         resume_from = self._resume_from()
-        self.prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio)
+        self.prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features)
         self._questions = config.data.open("train", self.prompts.longest_clip)
         self.loader = SampleLoader(
             self._questions,
@@ -73,7 +73,7 @@ class Run:
             change=lambda sample, step: augment(
                 sample, config.data.augmentation, seed=config.seed, step=step, longest=self.prompts.longest_clip
             ),
-            prepare=self.prompts.audio_prompt,
+            prepare=self.prompts.audio_prompts,
         )
         held_out = config.data.open("evaluation", self.prompts.longest_clip)
         student = build_student(config.model, layout)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -138,8 +139,9 @@ class _Slow:
 
 def test_workers_read_ahead_and_each_sample_once() -> None:
     """Would catch workers that read nothing ahead, or what nobody asked for, and work on a sample that is done in the caller's thread."""
-    source, prepared = _Slow(), []
-    ahead = SampleLoader(source, batch_size=4, seed=1, workers=2, prepare=lambda sample: prepared.append(sample.id))
+    source = _Slow()
+    prepared: list[str] = []
+    ahead = SampleLoader(source, batch_size=4, seed=1, workers=2, prepare=lambda samples: prepared.extend(s.id for s in samples))
     assert [[int(s.id) for s in ahead.batch(step)] for step in (3, 4)] == [loader().indices(3), loader().indices(4)]
     ahead.close()
     asked = loader().indices(3) + loader().indices(4) + loader().indices(5)
@@ -151,8 +153,8 @@ def test_workers_read_ahead_and_each_sample_once() -> None:
 def test_a_sample_that_cannot_be_read_is_named_where_it_is_asked_for() -> None:
     """Would catch a worker that dies in silence, and a run that waits for it."""
 
-    def fail(sample: Sample) -> None:
-        raise CordError(f"sample {sample.id} is broken")
+    def fail(samples: Sequence[Sample]) -> None:
+        raise CordError(f"sample {samples[0].id} is broken")
 
     broken = SampleLoader(SAMPLES, batch_size=4, seed=1, workers=2, prepare=fail)
     with pytest.raises(CordError, match=f"sample {loader().indices(0)[0]} is broken"):
