@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,14 @@ from rich.table import Table
 
 from megatron_cord import cli
 from megatron_cord.config import load_config
-from megatron_cord.convert import export_tensors
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.pages import tables
 from megatron_cord.evaluation.suite import Suite
 from megatron_cord.parallel.layout import Layout, finalize, initialize
 from megatron_cord.reward import Judge
-from megatron_cord.rollout.collective import CollectiveEngine
-from megatron_cord.rollout.local import LocalEngine, LocalEngineConfig
+from megatron_cord.rollout.engines import build_engine
+from megatron_cord.rollout.exchange import ModelWeights
 from megatron_cord.rollout.types import RolloutEngine
 from megatron_cord.trainer.checkpoint import Checkpoints, load_weights
 from megatron_cord.trainer.config import RunConfig
@@ -50,7 +50,7 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     console = Console(quiet=not layout.is_main)
     prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features)
     suite = _suite(config, prompts, layout)
-    engine = CollectiveEngine(LocalEngine(config.model.checkpoint, LocalEngineConfig(device=str(layout.device))))
+    engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
     if suite is not None and config.evaluation.baseline == "base" and config.evaluation.checkpoint != "base":
         with _progress(console, "base") as progress:
             suite.answer("base", _fingerprint(Path(config.model.checkpoint)), engine, progress)
@@ -105,9 +105,9 @@ def _load(config: RunConfig, layout: Layout, engine: RolloutEngine) -> tuple[str
     path = checkpoints.newest() if named == "latest" else Path(named)
     if path is None:
         raise CordError(f"{checkpoints.directory} holds no checkpoint; train first, or evaluate the start with evaluation.checkpoint=base")
-    model = build_student(config.model, layout)
+    model = build_student(replace(config.model, freeze=()), layout)  # all weights: the checkpoint may be of another run
     step = load_weights(path, model)
-    engine.update_weights(export_tensors(model), step)
+    engine.update_weights(ModelWeights(model), step)
     return path.resolve().name, _fingerprint(path), step
 
 

@@ -19,6 +19,7 @@ from megatron_cord.convert.stream import global_parameters, hf_shapes, tensor_ma
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.lalm import LALM
+from megatron_cord.model.transformer import LayerConfig
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import all_gather_json
 
@@ -59,7 +60,7 @@ def paper_model(arch: Architecture, layout: Layout, dtype: torch.dtype = torch.b
         CordError: the layout does not divide the model.
     """
     with FakeTensorMode():
-        return _PaperModel(arch, layout, dtype)
+        return _PaperModel(arch, layout, dtype, LayerConfig("torch"))
 
 
 def inventory(arch: Architecture, layout: Layout) -> list[Entry]:

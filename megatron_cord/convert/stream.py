@@ -32,8 +32,14 @@ def global_parameters(model: LALM) -> dict[str, torch.nn.Parameter]:
     return {rename_to_global(model, name): parameter for name, parameter in model.named_parameters()}
 
 
+#: A norm that is part of the matrix behind it, as transformer-engine's layers have them, and the norm that stands alone in the tables.
+_FUSED_NORMS = {".self_attention.linear_qkv.layer_norm_": ".input_layernorm.", ".mlp.linear_fc1.layer_norm_": ".pre_mlp_layernorm."}
+
+
 def rename_to_global(model: LALM, name: str) -> str:
     """The name in the whole model of this rank's parameter."""
+    for fused, alone in _FUSED_NORMS.items():
+        name = name.replace(fused, alone)
     prefix = "language_model.decoder.layers."
     if name.startswith(prefix):
         number, rest = name.removeprefix(prefix).split(".", 1)

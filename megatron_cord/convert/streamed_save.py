@@ -19,7 +19,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories, is_main_replica
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
@@ -85,7 +85,7 @@ def save_streamed(directory: Path, model: LALM, sources: dict[str, Source], adva
     dist_checkpointing.save({"model": state}, str(directory), sharded_strategy=_Streamed(blocks, advance))
 
 
-class _Streamed(SaveShardedStrategy):
+class _Streamed(TorchDistSaveShardedStrategy):
     """Takes the place of Megatron's writer, in its format."""
 
     def __init__(self, blocks: dict[Place, _Block], advance: Callable[[int], None]) -> None:

@@ -169,6 +169,26 @@ class PromptBuilder:
         known = [index for index in ids if index < len(self._tokenizer) and index not in self.special_ids and index not in self.eos_ids]
         return self._tokenizer.decode(known)
 
+    def text_of(self, ids: Sequence[int]) -> str | None:
+        """A text that the tokenizer turns into these ids, each run of audio placeholders written once; None if there is none.
+
+        For servers that tokenize a spoken prompt themselves and expand its placeholders.
+        """
+        pieces: list[list[int]] = [[]]
+        once: list[int] = []
+        for index in ids:
+            if index != self.audio_token_id:
+                pieces[-1].append(index)
+            elif once and once[-1] == index:
+                continue
+            else:
+                pieces.append([])
+            once.append(index)
+        # Apart, as some tokenizers put spaces between tokens, which servers do not expect beside a placeholder.
+        mark = "" if self.audio_token_id is None else self._tokenizer.decode([self.audio_token_id])
+        text = mark.join(self._tokenizer.decode(piece) for piece in pieces)
+        return text if self._tokenizer.encode(text) == once else None
+
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         """Each token's own text, specials included."""
         return [self._tokenizer.decode([index]) if index < len(self._tokenizer) else f"<{index}>" for index in ids]

@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 
 import torch
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_cord.model.architecture import EncoderArchitecture
-from megatron_cord.model.transformer import block_spec, encoder_config
+from megatron_cord.model.transformer import LayerConfig, block_spec, encoder_config
 from megatron_cord.parallel.layout import Layout
 
 
@@ -24,11 +25,11 @@ class AudioEncoder(MegatronModule):
         arch: sizes.
         layout: process groups and this rank's place.
         dtype: of parameters and activations.
-        recompute: layers keep their inputs alone and are computed again in the backward pass.
+        layers: how its layers are computed.
     """
 
-    def __init__(self, arch: EncoderArchitecture, layout: Layout, dtype: torch.dtype, *, recompute: bool = False) -> None:
-        config = encoder_config(arch, layout.config, dtype, recompute=recompute)
+    def __init__(self, arch: EncoderArchitecture, layout: Layout, dtype: torch.dtype, layers: LayerConfig) -> None:
+        config = encoder_config(arch, layout.config, dtype, layers)
         super().__init__(config)
         self.arch = arch
         hidden = arch.hidden_size
@@ -38,7 +39,8 @@ class AudioEncoder(MegatronModule):
         self.embed_positions = torch.nn.Parameter(positions, requires_grad=False)  # sinusoids, stored in the checkpoint
         groups = copy.copy(layout.groups)
         groups.pp = groups.cp = layout.solo  # this block is whole here, however the language model is cut
-        self.block = TransformerBlock(config, block_spec(config, causal=False), post_layer_norm=False, pg_collection=groups)
+        mask = AttnMaskType.no_mask if arch.hears_padding else AttnMaskType.padding
+        self.block = TransformerBlock(config, block_spec(config, mask, layers), post_layer_norm=False, pg_collection=groups)
         self.layer_norm = torch.nn.LayerNorm(hidden, eps=config.layernorm_epsilon, dtype=dtype, device=layout.device)
         for layer in self.block.layers:
             _keep_key_bias_zero(layer.self_attention.linear_qkv.bias, hidden // arch.num_heads)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_cord.data.samples import Prompt
+from megatron_cord.rollout.key_value_cache import key_value_cache
 from megatron_cord.rollout.types import GenerationRequest
 
 
@@ -64,7 +65,8 @@ def sample_batch(
     eos = torch.tensor(rules.eos_ids, device=device)
     noise = _Gumbel(requests, device)
     mask, positions = inputs["attention_mask"], inputs["position_ids"][:, -1:]
-    output = model.model(**inputs, use_cache=True)
+    cache = key_value_cache(mask.shape[1] + int(limits.max()))
+    output = model.model(**inputs, past_key_values=cache, use_cache=True)
     done = torch.zeros(len(requests), dtype=torch.bool, device=device)
     lengths = torch.zeros_like(limits)
     ids, logprobs, stopped = [], [], torch.zeros_like(done)
@@ -80,9 +82,7 @@ def sample_batch(
             break
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         positions = positions + 1
-        output = model.model(
-            input_ids=token[:, None], attention_mask=mask, position_ids=positions, past_key_values=output.past_key_values, use_cache=True
-        )
+        output = model.model(input_ids=token[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
     table, scores = torch.stack(ids, 1).tolist(), torch.stack(logprobs, 1).tolist()
     return [
         Response(tuple(table[row][:length]), tuple(scores[row][:length]), "stop" if stop else "length" if ended else "abort")

@@ -25,7 +25,7 @@ from megatron_cord.model.families import load_architecture
 from megatron_cord.rollout.decoding import Response, TokenRules, sample_batch
 from megatron_cord.rollout.gate import Gate
 from megatron_cord.rollout.quiet import no_progress_bars
-from megatron_cord.rollout.types import GenerationRequest, Rollout, VersionSpan
+from megatron_cord.rollout.types import GenerationRequest, Rollout, spans_of
 
 
 @dataclass(frozen=True)
@@ -169,16 +169,9 @@ class LocalEngine:
             token_ids=response.token_ids,
             logprobs=response.logprobs,
             finish_reason=response.finish_reason,
-            versions=_spans(versions[: len(response.token_ids)]),
+            versions=spans_of(versions[: len(response.token_ids)]),
             text=self.prompts.decode(response.token_ids),
         )
-
-
-def _spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
-    """Each token's version as spans of equal ones; none for a response that was aborted before its first token."""
-    starts = [i for i, version in enumerate(versions) if i == 0 or version != versions[i - 1]]
-    ends = [*starts[1:], len(versions)] if versions else []
-    return tuple(VersionSpan(start, end, versions[start]) for start, end in zip(starts, ends, strict=True))
 
 
 def _parameters_by_published_name(model: Qwen2AudioForConditionalGeneration, directory: Path) -> dict[str, Tensor]:

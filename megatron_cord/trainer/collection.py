@@ -17,6 +17,7 @@ from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError
 from megatron_cord.losses import group_advantages, has_signal
 from megatron_cord.reward.rewards import Answered, Score, Scorer
+from megatron_cord.rollout.engines import EngineConfig
 from megatron_cord.rollout.schedule import ScheduleConfig
 from megatron_cord.rollout.types import GenerationRequest, Rollout
 from megatron_cord.trainer.answers import TeacherAnswers
@@ -25,10 +26,9 @@ from megatron_cord.trainer.objective import ObjectiveConfig
 
 
 @dataclass(frozen=True)
-class RolloutConfig(ScheduleConfig):
-    """How many responses a step samples, how, and when."""
+class RolloutConfig(ScheduleConfig, EngineConfig):
+    """How many responses a step samples, how, when, and from which engine."""
 
-    engine: Literal["local"] = "local"  #: local: transformers in the trainer's processes
     prompts_per_step: int = 32  #: each gives one response to L_tok
     temperature: float = 1.0  #: of the responses for L_tok
     policy_prompts_per_step: int = 8  #: the first of the step's prompts also give groups to L_seq
@@ -41,7 +41,8 @@ class RolloutConfig(ScheduleConfig):
     #: mean |difference| of trainer's and engine's log-probabilities, nats a token, beyond which a step stops the run; null never does
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ScheduleConfig.__post_init__(self)
+        EngineConfig.__post_init__(self)
         if self.agreement_limit is not None and self.agreement_limit <= 0:
             raise CordError("rollout.agreement_limit must be positive, or null for none")
         if self.prompts_per_step < 1 or self.policy_rollouts < 2:

@@ -9,6 +9,7 @@ import torch
 
 from megatron_cord.data.loader import DataConfig
 from megatron_cord.errors import CordError
+from megatron_cord.model.transformer import LayerConfig
 from megatron_cord.parallel.layout import ParallelConfig
 from megatron_cord.reward import RewardConfig
 from megatron_cord.trainer.batches import BatchConfig
@@ -33,10 +34,19 @@ class ModelConfig:
 
     #: Towers whose layers are computed again in the backward pass: memory for time.
     recompute: tuple[Literal["audio_encoder", "language_model"], ...] = ()
+    #: full: a recomputed layer keeps its input alone; selective: also what lies around its core attention and its MLP
+    recompute_granularity: Literal["full", "selective"] = "full"
+    #: auto: transformer-engine's layers and attention where they are installed, else Megatron's own with torch's attention
+    layers: Literal["auto", "torch", "transformer_engine"] = "auto"
 
     def __post_init__(self) -> None:
         if set(self.freeze) == set(PARTS):
             raise CordError("model.freeze names every part; nothing is left to train")
+
+    @property
+    def layer_config(self) -> LayerConfig:
+        """How the layers are computed."""
+        return LayerConfig(self.layers, self.recompute, self.recompute_granularity)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -86,6 +96,11 @@ class RunConfig:
             raise CordError(
                 f"train.watchdog_seconds={self.train.watchdog_seconds:g} must be shorter than parallel.timeout_minutes="
                 f"{self.parallel.timeout_minutes:g}: else ranks that wait for a stuck one end before it can say where it is"
+            )
+        if self.rollout.engine == "sglang" and 0 < self.train.watchdog_seconds <= self.rollout.sglang.start_seconds:
+            raise CordError(
+                f"rollout.sglang.start_seconds={self.rollout.sglang.start_seconds:g} must be shorter than train.watchdog_seconds="
+                f"{self.train.watchdog_seconds:g}: else ranks that wait for servers are taken for stuck"
             )
         if self.teacher.mode == "ema" and self.objective.responses == "teacher":
             raise CordError("objective.responses=teacher needs answers that teacher.mode=ema cannot generate; use frozen or live")

@@ -14,7 +14,6 @@ from typing import Any, Self
 
 from megatron_cord.cli import STOPPED
 from megatron_cord.config import dump_config
-from megatron_cord.convert import export_tensors
 from megatron_cord.data.augmentation import augment
 from megatron_cord.data.loader import SampleLoader
 from megatron_cord.data.prompts import PromptBuilder
@@ -24,8 +23,8 @@ from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.reward import build_rewards
-from megatron_cord.rollout.collective import CollectiveEngine
-from megatron_cord.rollout.local import LocalEngine, LocalEngineConfig
+from megatron_cord.rollout.engines import build_engine
+from megatron_cord.rollout.exchange import ModelWeights
 from megatron_cord.rollout.schedule import Schedule
 from megatron_cord.trainer.agreement import agreement_metrics, check_agreement, importance_metrics
 from megatron_cord.trainer.answers import TeacherAnswers
@@ -89,7 +88,7 @@ class Run:
                 )
         keep_data_record(self.directory, self._questions, resumed=self.progress.step > 0, writes=layout.is_main)
         self.saved_step = self.progress.step
-        self.engine = CollectiveEngine(LocalEngine(config.model.checkpoint, LocalEngineConfig(device=str(layout.device))))
+        self.engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
         answers = TeacherAnswers(
             # The engine has one set of weights, the student's: a moving average answers through them, as a live teacher does.
             "frozen" if config.teacher.mode == "frozen" else "live",
@@ -276,8 +275,7 @@ class Run:
                 (self.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
     def _update_engine(self) -> None:
-        trained = export_tensors(self.model.module, select=lambda parameter: parameter.requires_grad)
-        self.engine.update_weights(trained, self.progress.step)
+        self.engine.update_weights(ModelWeights(self.model.module), self.progress.step)
 
     def _prepare_answers(self) -> None:
         """A frozen teacher answers what the run will ask of it: the prompts of L_seq, or all of an off-policy run."""

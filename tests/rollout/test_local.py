@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGene
 from examples.quickstart.checkpoint import TinyModelConfig, build_tokenizer, create_checkpoint
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.local import LocalEngine, LocalEngineConfig, _spans
-from megatron_cord.rollout.types import GenerationRequest, VersionSpan
+from megatron_cord.rollout.local import LocalEngine, LocalEngineConfig
+from megatron_cord.rollout.types import GenerationRequest, VersionSpan, spans_of
 from tests.model.family_reference import save
 
 WORDS = ["what", "is", "add", "and", "one", "two", "three", "seven", "plus", "minus", "the", "answer", "apples", ".", "1", "2", "12"]
@@ -230,5 +230,5 @@ def test_closing_twice_and_a_missing_checkpoint(fresh: LocalEngine, tmp_path: Pa
 
 def test_spans_of_versions() -> None:
     """Would catch a crash for a response that was aborted before its first token, and a token with another's version."""
-    assert _spans([]) == ()
-    assert _spans([0, 0, 7]) == (VersionSpan(0, 2, 0), VersionSpan(2, 3, 7))
+    assert spans_of([]) == ()
+    assert spans_of([0, 0, 7]) == (VersionSpan(0, 2, 0), VersionSpan(2, 3, 7))

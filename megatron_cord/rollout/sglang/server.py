@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from packaging.version import InvalidVersion, Version
 
+from megatron_cord.convert.checkpoint_files import stored_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.exchange.endpoint import Endpoint
 
@@ -113,10 +115,11 @@ class SglangServer:
         self.stop()
         config = self.config
         environment = os.environ | {"SGLANG_VLM_CACHE_SIZE_MB": "0", "SGLANG_RETURN_ORIGINAL_LOGPROB": "1", "HF_HUB_OFFLINE": "1"}
+        environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "cord_models"  # in external/, which process/serve.py puts on the path
         environment.pop("PYTHONPATH", None)  # its environment is another
         if self._key:
             environment[_KEY_VARIABLE] = self._key
-        arguments = ["--model-path", str(config.checkpoint), "--host", config.host, "--port", str(self._port), "--dtype", config.dtype,
+        arguments = ["--model-path", str(config.checkpoint), "--host", config.host, "--port", str(self._port), "--dtype", _dtype(config),
                      "--device", config.device, "--tp-size", str(config.tp), "--max-running-requests", str(config.max_running_requests),
                      "--skip-server-warmup"]  # fmt: skip
         if config.device == "cpu":
@@ -171,6 +174,16 @@ class SglangServer:
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         told = [line for line in lines if re.match(r"\w*(Error|Exception)\b", line)]
         return (told or lines or ["no output"])[-1][:300]
+
+
+def _dtype(config: ServerConfig) -> str:
+    """In which precision it loads; SGLang's own auto would load float32 as 16 bits."""
+    if config.dtype != "auto":
+        return config.dtype
+    nbytes = Counter[str]()
+    for tensor in stored_tensors(config.checkpoint):
+        nbytes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return nbytes.most_common(1)[0][0]
 
 
 def free_port(host: str) -> int:
