@@ -71,7 +71,7 @@ def test_plain(tmp_path: Path) -> None:
     """Catches choices that are not read out, a gold text that is not found among them, and paths from another folder."""
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "a.wav").write_bytes(recording())
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": "a", "question": "Which is a metal?", "choices": ["iron", "wood"], "answer": "wood", "audio": "clips/a.wav", "group": "x"},
         {"id": "b", "audio": "clips/a.wav", "instruction": "What do you hear?", "choices": ["a dog", "a tone"], "answer": "B"},
         {"question": "2 + 2?", "answer": 4},
@@ -102,7 +102,7 @@ def test_plain(tmp_path: Path) -> None:
 def test_voicebench(tmp_path: Path) -> None:
     """Catches letters without texts, and audio that lies in the row."""
     prompt = "Which of these is a metal? A. iron B. dry wood C. water D. air"
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": prompt, "reference": "A", "audio": {"bytes": recording(), "path": "0.wav"}},
         {"prompt": "Without options that can be told", "reference": "D", "audio": {"bytes": recording(), "path": "1.wav"}},
         {"prompt": prompt, "reference": "E", "audio": {"bytes": recording(), "path": "2.wav"}},
@@ -116,7 +116,7 @@ def test_voicebench(tmp_path: Path) -> None:
 
 def test_gsm8k(tmp_path: Path) -> None:
     """Catches a whole solution taken for the answer, and thousands with commas."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"question": "How many?", "answer": "She has 40 + 2.\n#### 1,042", "audio": {"bytes": recording(), "path": None}},
         {"question": "How many?", "answer": "7"},
     ]
@@ -139,8 +139,8 @@ def test_big_bench_audio(tmp_path: Path) -> None:
     """Catches "valid" that is found in "invalid", and numbers that are taken for choices."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "question_0.mp3").write_bytes(recording(kind="MP3"))
-    common = {"file_name": "data/question_0.mp3"}
-    rows = [
+    common: dict[str, Any] = {"file_name": "data/question_0.mp3"}
+    rows: list[dict[str, Any]] = [
         common | {"id": 0, "category": "formal_fallacies", "official_answer": "invalid", "transcript": "Is this valid?"},
         common | {"id": 1, "category": "object_counting", "official_answer": "8"},
         common | {"id": 2, "category": "navigate", "official_answer": "No"},

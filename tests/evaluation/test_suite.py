@@ -144,7 +144,7 @@ def test_answers_of_another_model_are_not_mixed_in(sets: dict[str, SetConfig], p
 
 def test_what_cannot_be_asked_is_counted_and_bounded(sets: dict[str, SetConfig], prompts: PromptBuilder, tmp_path: Path) -> None:
     """Catches one bad recording that ends an evaluation, or that counts as a wrong answer, and a set that is mostly bad and counts all the same."""
-    rows = [{"id": s.id, "question": s.question, "answer": s.answer} for s in SAMPLES[:8]]
+    rows: list[dict[str, Any]] = [{"id": s.id, "question": s.question, "answer": s.answer} for s in SAMPLES[:8]]
     rows[0]["audio"], rows[1]["question"] = "gone.wav", "what about hippopotamuses"
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "not json\n")
     mixed = {"mixed": SetConfig(str(tmp_path / "mixed.jsonl"))}
