@@ -78,7 +78,7 @@ class RunConfig:
 
     output_dir: str  #: metrics, records, checkpoints and evaluations go there
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0  #: of data order, sampling and everything else that is drawn
     resume: str = "auto"  #: auto: from the newest checkpoint in output_dir if there is one; never: start anew; or a checkpoint's directory
     replay: str | None = None  #: a record of rollouts to train from, without an engine

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from megatron_cord.cli import STOPPED
 from megatron_cord.config import dump_config, to_dict
+from megatron_cord.data.augmentation import augment
 from megatron_cord.data.loader import SampleLoader
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Sample
@@ -31,6 +32,8 @@ from megatron_cord.trainer.checkpoint import Checkpoints
 from megatron_cord.trainer.checkpoint_directory import check_whole
 from megatron_cord.trainer.collection import Collected, Collector, collection_metrics
 from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.data_record import FILE_NAME as DATA_RECORD
+from megatron_cord.trainer.data_record import keep_data_record
 from megatron_cord.trainer.evaluation import Evaluator, evaluation_file, past_evaluations, summarize, write_evaluation
 from megatron_cord.trainer.metrics import MetricsLog
 from megatron_cord.trainer.model_setup import build_student
@@ -58,12 +61,20 @@ class Run:
         make_writable(self.directory)
         self.checkpoints = Checkpoints(self.directory / "checkpoints", config.checkpoint)
         resume_from = self._resume_from()
-        self.prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio)
-        self._questions = ShardDataset(config.data.train)
+        self.prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features)
+        self._questions = config.data.open("train", self.prompts.longest_clip)
         self.loader = SampleLoader(
-            self._questions, batch_size=config.rollout.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle
+            self._questions,
+            batch_size=config.rollout.prompts_per_step,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            workers=config.data.workers,
+            change=lambda sample, step: augment(
+                sample, config.data.augmentation, seed=config.seed, step=step, longest=self.prompts.longest_clip
+            ),
+            prepare=self.prompts.audio_prompts,
         )
-        held_out = ShardDataset(config.data.evaluation)
+        held_out = config.data.open("evaluation", self.prompts.longest_clip)
         student = build_student(config.model, layout)
         teacher = Teacher(config.teacher, student, config.model.checkpoint)
         self.model = wrap_model(config.optimizer, student)
@@ -75,6 +86,7 @@ class Run:
                 raise CordError(
                     f"{resume_from} belongs to a run with seed={self.progress.seed}; resume with that seed or choose another output_dir"
                 )
+        keep_data_record(self.directory, self._questions, resumed=self.progress.step > 0, writes=layout.is_main)
         self.saved_step = self.progress.step
         self.engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
         answers = TeacherAnswers(
@@ -132,6 +144,7 @@ class Run:
         self._stop.__exit__(kind, error, trace)
         self.log.__exit__(kind, error, trace)
         self.schedule.close()
+        self.loader.close()
         self.engine.close()
         release(self.model)
 
@@ -141,6 +154,8 @@ class Run:
         step = self.progress.step
         if step:
             self.log.say(f"resuming after step {step}")
+        if skipped := sum(item.samples for item in self._questions.skipped):
+            self.log.say(f"{skipped} samples of data.train cannot be used and are skipped; see {self.directory / DATA_RECORD}")
         if self.config.replay is None:
             self._prepare_answers()  # before the engine gets trained weights
         if step:
