@@ -273,7 +273,7 @@ def test_a_killed_export_is_finished_by_the_same_command(imported: Path, source:
     program = (
         "import os, signal, sys; from megatron_cord.convert import saved_weights; from tests.test_convert_hf import run_commands\n"
         "from megatron_cord.parallel.layout import initialize, ParallelConfig\n"
-        "blocks, count = saved_weights.SavedWeights.blocks, iter(range(20))\n"
+        "blocks, count = saved_weights.SavedWeights.blocks, iter(range(40))\n"
         "def dying(*given):\n"
         "    next(count, None) is None and os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return blocks(*given)\n"
