@@ -5,6 +5,7 @@ from __future__ import annotations
 import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
 
 import importlib.util
+import io
 import os
 import resource
 import shutil
@@ -52,9 +53,10 @@ def run_commands(_rank: int, commands: list[list[str]]) -> list[tuple[int, str]]
     tool, outcomes = load_tool(), []
     for command in commands:
         arguments = tool.parse(command)
-        console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 (closed with the process)
+        said = io.StringIO()
+        console = Console(width=200, file=said)
         status = tool.COMMANDS[arguments.command](arguments, console)
-        outcomes.append((status, console.export_text()))
+        outcomes.append((status, said.getvalue()))
         parallel_state.destroy_model_parallel()
     return outcomes
 
