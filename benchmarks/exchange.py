@@ -2,8 +2,8 @@
 
     python -m benchmarks.exchange [--rounds 5] [--output benchmarks/results/exchange.json]
 
-A real SGLang server (.venv-sglang) runs on this machine's CPU with a random Qwen2-Audio of 32 + 32 layers: Qwen2-Audio-7B's number of tensors
-at a width for a CPU. One exchange is all that training does for one: all of its questions and answers, every tensor, the server's own loading
+A real SGLang server (.venv-sglang) runs on this machine's CPU with a random Qwen2-Audio, of two kinds one after the other: `many` has
+Qwen2-Audio-7B's number of tensors, narrow; `large` has few, whose size is the 7B model's (19 MB on average). One exchange is all that training does for one: all of its questions and answers, every tensor, the server's own loading
 included. A plain transfer (benchmarks/exchange_plain.py) ends when the bytes are in the other process. Tensor by tensor is the same exchange
 with a bucket for each tensor. The three take turns; medians of the rounds are compared; the first exchange of a way, which also makes its group
 and its buffers, is given apart. float32, one trainer process with one thread.
@@ -32,7 +32,7 @@ from megatron_cord.convert import read_into
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
-from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
+from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.rollout.exchange import Endpoint, ExchangeConfig, ExchangeReport, ModelWeights
 from megatron_cord.rollout.exchange.bucket import BucketPlan, plan_buckets
 from megatron_cord.rollout.exchange.exchange import WeightExchange, build_exchange
@@ -49,13 +49,16 @@ WAYS = ("process_group", "shared_memory", "disk")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model: Qwen2-Audio-7B's layers, narrow."""
+    """Of a model."""
 
-    layers: int = 32  #: of each tower
-    hidden_size: int = 256
+    layers: int  #: of each tower
+    hidden_size: int
+    ffn_size: int
+    vocabulary: int
     heads: int = 8
-    ffn_size: int = 688
-    vocabulary: int = 39_000
+
+
+MODELS = {"many": Sizes(32, 256, 688, 10_000), "large": Sizes(2, 1536, 4128, 20_000)}
 
 
 class TensorByTensor(WeightExchange):
@@ -104,6 +107,23 @@ def measure(way: str, source: ModelWeights, checkpoint: Path, server: Endpoint, 
     return {name: rounded(value) for name, value in result.items()}
 
 
+def measure_model(sizes: Sizes, layout: Layout, python: Path, rounds: int, bucket_bytes: int) -> dict[str, Any]:
+    """All ways with one model and its own server."""
+    with tempfile.TemporaryDirectory() as name:
+        checkpoint = Path(name) / "checkpoint"
+        write_model(checkpoint, sizes)
+        config = ServerConfig(checkpoint=checkpoint, device="cpu", dtype="float32", python=python, max_total_tokens=1024)
+        server = SglangServer(config, "", Path(name) / "server.log")
+        server.start()
+        try:
+            model = LALM(load_architecture(checkpoint), layout, torch.float32)
+            read_into(model, checkpoint)
+            server.wait()
+            return {way: measure(way, ModelWeights(model), checkpoint, server.endpoint, rounds, bucket_bytes) for way in WAYS}
+        finally:
+            server.stop()
+
+
 def done(report: ExchangeReport) -> ExchangeReport:
     """The report of an exchange that worked."""
     if report.failed:
@@ -123,30 +143,17 @@ def main() -> None:
     parser.add_argument("--bucket-megabytes", type=int, default=64, help="of a bucket (default: 64)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="where the figures go, as JSON")
     arguments = parser.parse_args()
-    python, sizes = ROOT / ENVIRONMENT / "bin" / "python", Sizes()
+    python = ROOT / ENVIRONMENT / "bin" / "python"
     sglang = check_version(python)
     torch.set_num_threads(1)
     layout = initialize(ParallelConfig(), seed=0)
-    with tempfile.TemporaryDirectory() as name:
-        checkpoint = Path(name) / "checkpoint"
-        write_model(checkpoint, sizes)
-        config = ServerConfig(checkpoint=checkpoint, device="cpu", dtype="float32", python=python, max_total_tokens=1024)
-        server = SglangServer(config, "", Path(name) / "server.log")
-        server.start()
-        try:
-            model = LALM(load_architecture(checkpoint), layout, torch.float32)
-            read_into(model, checkpoint)
-            server.wait()
-            ways = {
-                way: measure(way, ModelWeights(model), checkpoint, server.endpoint, arguments.rounds, arguments.bucket_megabytes << 20)
-                for way in WAYS
-            }
-        finally:
-            server.stop()
+    figures = {
+        kind: measure_model(sizes, layout, python, arguments.rounds, arguments.bucket_megabytes << 20) for kind, sizes in MODELS.items()
+    }
     finalize()
     result = {
-        "ways": ways,
-        "model": asdict(sizes),
+        "models": figures,
+        "sizes": {kind: asdict(sizes) for kind, sizes in MODELS.items()},
         "bucket_megabytes": arguments.bucket_megabytes,
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": 1, "load_average": round(os.getloadavg()[0], 1)},
         "versions": {name: version(name) for name in ("torch", "megatron-core")} | {"sglang": str(sglang)},

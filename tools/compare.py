@@ -67,14 +67,14 @@ def _told(outcome: Outcome, seconds: float) -> str:
     return f"audio accuracy {before:.1%} → {after:.1%}, {gap}, {'was there' if outcome.found else f'{seconds:.0f} s'}"
 
 
-def write(result: dict[str, Any], path: Path) -> None:
-    """The outcome as JSON, Markdown and drawings; each file is complete or as it was."""
+def write(result: dict[str, Any], path: Path, chart: Path) -> None:
+    """The outcome as JSON, Markdown and drawings; each text is complete or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix, text in ((".json", json.dumps(result, indent=1) + "\n"), (".md", tables.page(result))):
         partial = path.with_name(f".{path.name}{suffix}.partial")
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path.with_name(path.name + suffix))
-    draw(result, [path.with_name(path.name + suffix) for suffix in (".svg", ".png")])
+    draw(result, [chart.with_name(chart.name + suffix) for suffix in (".svg", ".png")])
 
 
 def main() -> int:
@@ -87,9 +87,9 @@ def main() -> int:
     with listener.bar, Runner(config, runs, listener) as runner:
         outcomes = runner.run()
     result = gather(config, outcomes)
-    write(result, config.results_path)
+    write(result, config.results_path, config.chart_path)
     print(tables.page(result))
-    print(f"written: {config.results_path}.json, .md, .svg, .png")
+    print(f"written: {config.results_path}.json and .md, {config.chart_path}.svg and .png")
     if runner.stopped:
         print(f"asked to stop with {len(outcomes)} of {len(runs)} runs done; the same command goes on")
         return cli.STOPPED

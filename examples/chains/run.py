@@ -19,7 +19,7 @@ CHAINS_EXAMPLE = Example(
     questions=CHAINS,
     written=lambda seed: draw_questions(8000, seed + 1000, held_out=False),
     vocabulary=vocabulary,
-    utterances={"train": 2400, "warmup": 600, "heldout": 200},
+    utterances={"train": 2400, "warmup": 600, "heldout": 400},
     max_seconds=4.0,
     model=TinyModelConfig(window_seconds=4),
     warm_up=WarmUpConfig(text_steps=500, text_batch=48, mixed_steps=300, mixed_text=12, mixed_audio=16),

@@ -18,7 +18,8 @@ class CompareConfig:
 
     train: str  #: the configuration of megatron_cord.train that all runs share: model, data, budget
     output_dir: str  #: runs go to METHOD/seed-S in it
-    results: str = ""  #: where the outcome goes, a path to which .json, .md, .svg and .png are added; empty: comparison in output_dir
+    results: str = ""  #: where the outcome goes, a path to which .json and .md are added; empty: comparison in output_dir
+    chart: str = ""  #: where its drawing goes, a path to which .svg and .png are added; empty: beside the results
     title: str = "Comparison"  #: of the page
     methods: tuple[str, ...] = COMPARED  #: names of compare/methods.py or of `own`, in the order in which they run and are shown
     own: dict[str, tuple[str, ...]] = field(default_factory=dict)  #: methods of yours: name → settings on top of CORD's
@@ -47,6 +48,11 @@ class CompareConfig:
     def results_path(self) -> Path:
         """`results`, or its default."""
         return Path(self.results or f"{self.output_dir}/comparison")
+
+    @property
+    def chart_path(self) -> Path:
+        """`chart`, or its default."""
+        return Path(self.chart) if self.chart else self.results_path
 
     @property
     def chosen(self) -> dict[str, Method]:

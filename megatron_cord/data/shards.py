@@ -111,7 +111,7 @@ class ShardDataset:
     @property
     def fingerprint(self) -> str:
         """Stands for the samples and their order: 16 hexadecimal digits of the SHA-256 over their ids."""
-        return hashlib.sha256("\n".join(entry.id for entry in self._entries).encode()).hexdigest()[:16]
+        return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:16]
 
     def _skip(self, item: Skipped, max_skipped: float) -> None:
         if not max_skipped:
@@ -120,6 +120,11 @@ class ShardDataset:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def ids(self) -> list[str]:
+        """Of all samples, in their order."""
+        return [entry.id for entry in self._entries]
 
     def __getitem__(self, index: int) -> Sample:
         entry = self._entries[index]

@@ -28,8 +28,8 @@ class ParallelConfig:
     tp: int = 1  #: tensor parallel size
     pp: int = 1  #: pipeline parallel size (1F1B); the audio encoder and adapter live on the first stage, the loss on the last
     cp: int = 1  #: context parallel size: the language model's sequences are cut over so many ranks, for long contexts
-    virtual_pp: int = 1  #: interleaved pipeline stages a rank; only 1: Megatron's interleaved schedule gives wrong gradients on gloo
-    sequence_parallel: bool = False  #: shard activations between tensor-parallel regions of the language model along the sequence
+    virtual_pp: int = 1  #: interleaved pipeline stages a rank; only 1: see docs/layouts.md
+    sequence_parallel: bool = False  #: shard activations between tensor-parallel regions of both towers along the sequence
     timeout_minutes: float = 10.0  #: how long a collective may take before the run is taken for dead
 
     def __post_init__(self) -> None:
@@ -38,7 +38,7 @@ class ParallelConfig:
         if self.virtual_pp != 1:
             raise CordError(
                 f"parallel.virtual_pp={self.virtual_pp}: interleaved pipeline stages are not built; Megatron-Core 0.16.1 gives wrong "
-                "gradients with them. Set parallel.virtual_pp=1 and choose a larger parallel.tp or a smaller parallel.pp"
+                "gradients with them, and later versions mix up the shapes of microbatches that differ in length. Set parallel.virtual_pp=1 and choose a larger parallel.tp or a smaller parallel.pp"
             )
         if self.sequence_parallel and self.tp == 1:
             raise CordError("parallel.sequence_parallel needs parallel.tp > 1; set it to false")

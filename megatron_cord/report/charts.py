@@ -26,10 +26,11 @@ _VARIABLES = {
     "#030301": "var(--series-1)",
     "#030302": "var(--series-2)",
     "#030303": "var(--series-3)",
+    "#030304": "var(--series-4)",
 }
 _INK, _RULE, *_SERIES = _VARIABLES
 _Dash = str | tuple[float, tuple[float, ...]]
-_DASHES: tuple[_Dash, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # told apart without colours too
+_DASHES: tuple[_Dash, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))  # told apart without colours too
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "axes.formatter.limits": (-2, 4),
@@ -95,7 +96,7 @@ def line_chart(
     fill_between: bool = False,
     smooth: bool = True,
 ) -> Chart:
-    """Draws one to three series over a whole-numbered x.
+    """Draws one to four series over a whole-numbered x.
 
     Args:
         key: prefix of the drawing's ids, unique on the page.
@@ -127,7 +128,13 @@ def line_chart(
         elif from_zero:
             axes.set_ylim(0.0, max(axes.get_ylim()[1], 1e-9))
         if len(series) > 1:
-            figure.legend(loc="outside upper left", ncols=len(series), borderaxespad=0.1, borderpad=0.2, columnspacing=1.4)
+            figure.legend(
+                loc="outside upper left",
+                ncols=min(len(series), 2 if len(series) > 3 else 3),
+                borderaxespad=0.1,
+                borderpad=0.2,
+                columnspacing=1.4,
+            )
         buffer = io.StringIO()
         nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)

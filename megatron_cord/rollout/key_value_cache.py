@@ -18,17 +18,17 @@ class _Layer(DynamicLayer):
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
-        self._capacity = capacity
+        self._room = capacity
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Appends [B, heads, new, D] of each; returns all of them, as views."""
         if self._buffers is None:
             self.lazy_initialization(key_states, value_states)
-            batch, heads, _, size = key_states.shape
+            batch, heads, size = key_states.shape[0], key_states.shape[1], key_states.shape[-1]
             self._buffers = (
-                key_states.new_empty(batch, heads, self._capacity, size),
-                value_states.new_empty(batch, heads, self._capacity, value_states.shape[-1]),
+                key_states.new_empty(batch, heads, self._room, size),
+                value_states.new_empty(batch, heads, self._room, value_states.shape[-1]),
             )
         start = self.get_seq_length()
         end = start + key_states.shape[-2]

@@ -143,6 +143,20 @@ def evaluation_file(directory: Path, step: int) -> Path:
     return directory / "evaluations" / f"step_{step:06d}.json"
 
 
+def past_evaluations(directory: Path, last_step: int) -> list[dict[str, Any]]:
+    """The evaluations of a run's directory up to this step, ascending, without their answers; an unreadable one is left out."""
+    past = []
+    for path in sorted((directory / "evaluations").glob("step_*.json")):
+        try:
+            result = json.loads(path.read_text())
+            row = {name: result[name] for name in ("step", "samples", "text_accuracy", "audio_accuracy")}
+        except (ValueError, KeyError, TypeError):
+            continue
+        if row["step"] <= last_step:
+            past.append(row)
+    return past
+
+
 def write_evaluation(directory: Path, result: dict[str, Any]) -> Path:
     """Writes `evaluations/step_….json` in a run's directory, complete or absent."""
     path = evaluation_file(directory, result["step"])

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_cord.cli import STOPPED
-from megatron_cord.config import dump_config
+from megatron_cord.config import dump_config, to_dict
 from megatron_cord.data.augmentation import augment
 from megatron_cord.data.loader import SampleLoader
 from megatron_cord.data.prompts import PromptBuilder
@@ -34,7 +34,7 @@ from megatron_cord.trainer.collection import Collected, Collector, collection_me
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.data_record import FILE_NAME as DATA_RECORD
 from megatron_cord.trainer.data_record import keep_data_record
-from megatron_cord.trainer.evaluation import Evaluator, evaluation_file, summarize, write_evaluation
+from megatron_cord.trainer.evaluation import Evaluator, evaluation_file, past_evaluations, summarize, write_evaluation
 from megatron_cord.trainer.metrics import MetricsLog
 from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.optimizer import build_optimizer, release, wrap_model
@@ -109,8 +109,18 @@ class Run:
             self.model, teacher, self.optimizer, self.scheduler, config.objective, config.train, self.prompts.pad_id
         )
         record = config.record.rollouts
-        self.record = RolloutRecord(None if record is None else self.directory / record, self.prompts, enabled=layout.is_main)
-        self.log = MetricsLog(self.directory, config.train.steps, self.progress.step, enabled=layout.is_main)
+        rollouts = None if record is None else self.directory / record
+        self.record = RolloutRecord(rollouts, self.prompts, self.progress.step, enabled=layout.is_main)
+        self.log = MetricsLog(
+            self.directory,
+            config.train.steps,
+            self.progress.step,
+            config.metrics,
+            config.alerts,
+            evaluations=past_evaluations(self.directory, self.progress.step) if layout.is_main else (),
+            settings=to_dict(config),
+            enabled=layout.is_main,
+        )
         self._answers = answers
         self._stop = StopRequest()
         self._watchdog = Watchdog(config.train.watchdog_seconds, self.directory / "stacks", layout.rank)
@@ -184,7 +194,7 @@ class Run:
         if self.config.replay is not None:
             return read_record(Path(self.config.replay), step + 1, samples)
         rollouts, self._times = self.schedule.rollouts(step)
-        return self.collector.collect(samples, rollouts)
+        return self.collector.collect(samples, rollouts, step)
 
     def train(self, collected: list[Collected]) -> StepResult:
         """One optimizer step."""
@@ -264,7 +274,7 @@ class Run:
         result = self.evaluator.run(step, self.train_step.score)
         with self._saving_first():
             check_agreement(result, self.config.rollout.agreement_limit, f"evaluation of step {step}")
-        self.log.evaluation(step, {name: result[name] for name in ("text_accuracy", "audio_accuracy")})
+        self.log.evaluation(result)
         if self.layout.is_main:
             write_evaluation(self.directory, result)
             before = evaluation_file(self.directory, 0)

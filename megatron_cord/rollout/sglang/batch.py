@@ -181,7 +181,10 @@ class Batch:
 
     def _start(self, server: Server, body: dict[str, Any], tried: list[Server]) -> asyncio.Task[Any]:
         tried.append(server)
-        return asyncio.create_task(self._ask(server, body | {"rid": f"{self._name}-{next(self._numbers)}"}))
+        server.in_flight += 1
+        task = asyncio.create_task(self._ask(server, body | {"rid": f"{self._name}-{next(self._numbers)}"}))
+        task.add_done_callback(lambda _: server.leave())
+        return task
 
     async def _server(self, tried: list[Server]) -> Server:
         while True:
@@ -193,7 +196,6 @@ class Batch:
 
     async def _ask(self, server: Server, body: dict[str, Any]) -> Any:
         url = f"{server.endpoint.url}/generate"
-        server.in_flight += 1
         try:
             response = await self._client.post(url, json=body, headers=_headers(server.endpoint))
             text = " ".join(response.text[:300].split())
@@ -215,8 +217,6 @@ class Batch:
             farewell = asyncio.create_task(self._withdraw(server.endpoint, body["rid"]))
             self._farewells.add(farewell)
             raise
-        finally:
-            server.in_flight -= 1
 
     async def _withdraw(self, endpoint: Endpoint, rid: str) -> None:
         """Frees the server of a request whose answer nobody wants."""

@@ -16,6 +16,8 @@ from megatron_cord.errors import CordError
 from megatron_cord.rollout.sglang.wire import BadReplyError, Piece, PromptWire, read_piece, sampling
 from megatron_cord.rollout.types import GenerationRequest, Rollout, spans_of
 
+_GREEDY = 1e-6  #: below this temperature SGLang takes the likeliest token, so that another draw would bring the same
+
 
 class Draft:
     """One request's response.
@@ -76,10 +78,12 @@ class Draft:
         redraw = ids[-1] in forbidden
         if any(token in forbidden for token in ids[:-1]) or (redraw and self._masked):
             raise BadReplyError("it went on after a token that ends the answer")
+        if piece.reason == "length" and len(ids) < limit:
+            raise BadReplyError(f"it cut the response after {len(ids)} of {limit} tokens")
         if redraw and self._likeliest:
             ids[-1], logprobs[-1] = self._allowed(piece, forbidden)
             redraw = False
-        self._likeliest = redraw and self.request.temperature == 0
+        self._likeliest = redraw and self.request.temperature < _GREEDY
         self._draws += redraw
         kept = len(ids) - redraw
         self._ids += ids[:kept]
@@ -89,8 +93,6 @@ class Draft:
             self.finish_reason = "stop"
         elif len(self._ids) == self.request.max_new_tokens:
             self.finish_reason = "length"
-        elif piece.reason == "length" and limit > 1:
-            raise BadReplyError(f"it cut the response after {len(ids)} of {limit} tokens")
         return self.finish_reason is not None
 
     def rollout(self) -> Rollout:

@@ -40,6 +40,10 @@ class Server:
         """It has the weights that it should have."""
         self.state, self._failed_probes, self._relapses = "good", 0, 0
 
+    def leave(self) -> None:
+        """A request of this rank is over."""
+        self.in_flight -= 1
+
     def fail(self, reason: str, *, slow: bool = False) -> None:
         """A request failed, or only takes long. Many fail together, which counts once."""
         if self.state != "good":
