@@ -16,7 +16,7 @@ CODE := setup.py megatron_cord tests tools examples $(if $(wildcard benchmarks/*
 # Two cores often run two ranks: one thread a process, or they fight for them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup sglang-env quickstart test test-full test-next test-sglang test-slurm bench lint format typecheck clean help
+.PHONY: setup sglang-env quickstart test test-full test-next test-sglang test-slurm test-browser docs bench lint format typecheck clean help
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -63,6 +63,13 @@ $(NEXT)/.installed: $(STAMP)
 test-slurm: $(STAMP) ## as root: the batch script on a real SLURM of two virtual nodes (installed by apt if it is missing), torchrun over two networks
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
+test-browser: $(STAMP) ## the report and the live page in Chromium, which Debian's package brings if it is missing (as root); make test skips these without one
+	@command -v chromium chromium-browser google-chrome >/dev/null || apt-get install -y --no-install-recommends chromium
+	$(BIN)/python -m pytest -rs tests/report
+
+docs: $(STAMP) ## the documentation as a site in site/, any broken link or page being an error
+	$(BIN)/python -m mkdocs build --strict
+
 bench: $(STAMP) ## measure the loss against its rivals; some minutes, writes benchmarks/results/ and docs/loss.svg
 	$(BIN)/python -m benchmarks.loss all
 
@@ -78,5 +85,5 @@ typecheck: $(STAMP) ## static types
 	$(BIN)/mypy $(CODE)
 
 clean: ## remove the environment and the caches, not runs/
-	rm -rf $(VENV) $(SGLANG) $(NEXT) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist
+	rm -rf $(VENV) $(SGLANG) $(NEXT) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -179,7 +179,10 @@ def _check_placeholders(placeholders: list[int], features: list[int], sample_ids
         features: number of each of C clips, in the samples' order.
         sample_ids: B names.
     """
-    cure = "build the prompts with this checkpoint's own processor, and give each sample its own clips"
+    cure = (
+        "likely cause: a prompt that was built for another checkpoint's rate of audio tokens, or cut off in its audio, or clips of another "
+        "sample; build the prompts with this checkpoint's own processor, and give each sample its own clips"
+    )
     clips = iter(features)
     for name, wanted in zip(sample_ids, placeholders, strict=True):
         found = 0

@@ -61,6 +61,7 @@ def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, object]:
     cuda = portability.has_cuda()
     return {
         "tensor_model_parallel_size": parallel.tp,
+        "sequence_parallel": parallel.sequence_parallel,
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
@@ -80,7 +81,7 @@ def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, object]:
 
 
 def encoder_config(arch: EncoderArchitecture, parallel: ParallelConfig, dtype: torch.dtype, layers: LayerConfig) -> TransformerConfig:
-    """Whisper's layers: pre-LayerNorm, biases, exact GELU; never cut over stages or the sequence."""
+    """Whisper's layers: pre-LayerNorm, biases, exact GELU; never cut over stages or context-parallel ranks."""
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -112,7 +113,6 @@ def language_config(arch: LanguageArchitecture, parallel: ParallelConfig, dtype:
         add_qkv_bias=arch.qkv_bias,
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
-        sequence_parallel=parallel.sequence_parallel,
         # Batches differ in length, so stages tell each other the shape; Megatron ties that to this dispatcher even without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",

@@ -29,7 +29,7 @@ class ParallelConfig:
     pp: int = 1  #: pipeline parallel size (1F1B); the audio encoder and adapter live on the first stage, the loss on the last
     cp: int = 1  #: context parallel size: the language model's sequences are cut over so many ranks, for long contexts
     virtual_pp: int = 1  #: interleaved pipeline stages a rank; only 1: see docs/layouts.md
-    sequence_parallel: bool = False  #: shard activations between tensor-parallel regions of the language model along the sequence
+    sequence_parallel: bool = False  #: shard activations between tensor-parallel regions of both towers along the sequence
     timeout_minutes: float = 10.0  #: how long a collective may take before the run is taken for dead
 
     def __post_init__(self) -> None:
@@ -144,7 +144,8 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     if not dist.is_initialized():
         timeout = timedelta(minutes=config.timeout_minutes)
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(portability.backend(), timeout=timeout)
+            store, rank, world = meet(timeout)
+            dist.init_process_group(portability.backend(), store=store, rank=rank, world_size=world, timeout=timeout)
         else:
             dist.init_process_group(portability.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
@@ -159,6 +160,16 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     model_parallel_cuda_manual_seed(seed)
     solo = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     return Layout(config, groups, solo)
+
+
+def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store at which the launcher's ranks find each other, this one's rank, and their number.
+
+    torchrun's agent keeps one store over restarts. Ranks that start again would read there, if they are early, where the ranks before them
+    listened, and fail; so each start has names of its own.
+    """
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, world
 
 
 def finalize() -> None:

@@ -108,7 +108,7 @@ def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: i
     needs_language = "language_model" not in config.model.freeze or trains_audio
     language = 0.0
     if needs_language:
-        whole, selective = language_layer_width(arch, tp, cut), language_layer_width(arch, tp, cut, selective=True)
+        whole, selective = (language_layer_width(arch, tp, cut, selective=selective) for selective in (False, True))
         language = tokens * _kept(config.model, "language_model", lm.num_layers // pp, whole, selective, lm.hidden_size / cut)
         language += tokens * lm.hidden_size * (3 if stage == pp - 1 else 1)  # the embedding, or the final norm's input and output
     audio = 0.0
@@ -116,8 +116,8 @@ def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: i
         enc = arch.encoder
         frames = enc.max_positions * work.clips * work.micro_batch
         h = enc.hidden_size
-        whole, selective = encoder_layer_width(enc, tp), encoder_layer_width(enc, tp, selective=True)
-        audio = frames * _kept(config.model, "audio_encoder", enc.num_layers, whole, selective, h)
+        whole, selective = (encoder_layer_width(enc, tp, cut, selective=selective) for selective in (False, True))
+        audio = frames * _kept(config.model, "audio_encoder", enc.num_layers, whole, selective, h / cut)
         audio += frames * (2 * enc.num_mels + 6 * h)  # convolutions at twice the rate, their GELUs, the last norm
     under_way = min(pp - stage, work.microbatches)
     return under_way * (language + audio) * item
@@ -142,11 +142,11 @@ def language_layer_width(arch: Architecture, tp: int, cut: int = 1, *, selective
     return 4 * lm.hidden_size / cut + (5 * lm.num_heads * lm.head_dim + 4 * lm.ffn_hidden_size) / tp
 
 
-def encoder_layer_width(enc: EncoderArchitecture, tp: int, *, selective: bool = False) -> float:
-    """The same of the audio encoder's layers, which have no gate and are not cut by the sequence."""
+def encoder_layer_width(enc: EncoderArchitecture, tp: int, cut: int = 1, *, selective: bool = False) -> float:
+    """The same of the audio encoder's layers, which have no gate."""
     if selective:
-        return 4 * enc.hidden_size + 4 * enc.hidden_size / tp
-    return 4 * enc.hidden_size + (5 * enc.hidden_size + 2 * enc.ffn_hidden_size) / tp
+        return 4 * enc.hidden_size / cut + 4 * enc.hidden_size / tp
+    return 4 * enc.hidden_size / cut + (5 * enc.hidden_size + 2 * enc.ffn_hidden_size) / tp
 
 
 def _engine(arch: Architecture, work: Work, item: int) -> float:

@@ -32,8 +32,8 @@ def test_chosen_towers_are_computed_twice(layout: Layout, towers: tuple[Tower, .
 
 def test_selective_recomputation(layout: Layout) -> None:
     """Catches selective recomputation that computes whole layers again, or nothing: core attention and MLP are, projections are not."""
-    towers: tuple[Tower, ...] = ("language_model",)
-    model = LALM(ARCHITECTURE, layout, torch.float32, LayerConfig("auto", towers, "selective"))
+    chosen: tuple[Tower, ...] = ("language_model",)
+    model = LALM(ARCHITECTURE, layout, torch.float32, LayerConfig(recompute=chosen, granularity="selective"))
     for part, times in (("self_attention.core_attention", 2), ("mlp", 2), ("self_attention.linear_qkv", 1)):
         assert calls_of(model, part) == {"audio_encoder": 1, "language_model": times}
 

@@ -44,7 +44,13 @@ class FakeServer:
         self.most, self._now, self._lock = 0, 0, threading.Lock()
         self.leave, self.seconds = threading.Event(), 0.0
         self.version = "default"
-        self.info: Reply = {"version": "0.5.21", "tp_size": 1, "max_req_input_len": 122, "model_type": "qwen2_audio", "model_path": "here"}
+        self.info: Reply = {
+            "version": "0.5.21",
+            "tp_size": 1,
+            "max_req_input_len": 122,
+            "model_type": "qwen2_audio",
+            "tokenizer_path": "here",
+        }
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -88,7 +94,7 @@ class FakeServer:
             return
         if path == "/update_weight_version":
             self.version = body["new_version"]
-        self.send(handler, 200, self.info | {"weight_version": self.version, "success": True})
+        self.send(handler, 200, {"success": True} | self.info | {"weight_version": self.version})
 
     def _generate(self, handler: BaseHTTPRequestHandler, body: Reply, probe: bool) -> None:
         if probe:

@@ -5,9 +5,10 @@ The real server is in tests/sglang.
 
 from __future__ import annotations
 
+import base64
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -100,9 +101,10 @@ def test_a_server_that_fails_is_left_out(manner: str, checkpoint: Path, stack: E
     assert good.version == bad.version == "4"
     if manner == "older":
         bad.version = "default"  # it was started again, with the checkpoint's weights
-    bad.manner = {
+    manners: dict[str, str | Callable[[Reply], Reply]] = {
         "older": "good", "foreign ids": lambda body: bad.good(body, [7, 24, 3]), "cut off": lambda body: bad.good(body, [7], "length"),
-    }.get(manner, manner)  # fmt: skip
+    }  # fmt: skip
+    bad.manner = manners.get(manner, manner)
     check(engine, version=4)
     assert 1 <= len(bad.asked) < 20
     lines = [line for line in capsys.readouterr().err.splitlines() if bad.url in line]
@@ -230,8 +232,6 @@ def test_audio_goes_as_text_with_one_placeholder(checkpoint: Path, stack: ExitSt
     (rollout,) = engine.generate([GenerationRequest(prompt, 1.0, 8)])
     body = server.asked[0]
     assert rollout.token_ids == (7, 3) and body["text"].count("<|audio_bos|><|AUDIO|><|audio_eos|>") == 1 and "input_ids" not in body
-    import base64
-
     data = base64.b64decode(body["audio_data"].removeprefix("data:audio/wav;base64,"))
     assert data[44:] == sample.waveform.astype("<f4").tobytes()
     server.manner = lambda body: server.good(body | {"prompt": ids}, [7, 3]) | {"prompt_token_ids": [*ids[:-1], 9]}
@@ -295,7 +295,24 @@ def test_a_run_begins_with_the_checkpoints_weights(checkpoint: Path, stack: Exit
     server.version = "120"
     connect(checkpoint, [server], stack)
     paths = [path for path, _ in server.calls]
+    assert ("/update_weights_from_disk", {"model_path": "here", "flush_cache": True}) in server.calls
     assert server.version == "default" and paths.index("/continue_generation") < paths.index("/update_weights_from_disk")
+
+
+def test_weights_that_nobody_takes(checkpoint: Path, stack: ExitStack) -> None:
+    """Catches endless repetition of an exchange with servers that answer but cannot load."""
+    server = FakeServer()
+    engine = connect(checkpoint, [server], stack, start_seconds=1.0)
+    server.info["success"] = False
+    with pytest.raises(CordError, match=r"no rollout server takes the weights of version 2: .*update_weights_from_disk failed"):
+        engine.update_weights([(HEAD, load_file(checkpoint / "model.safetensors")[HEAD])], 2)
+
+
+def test_a_wrong_key(checkpoint: Path, stack: ExitStack) -> None:
+    """Catches a run that waits for servers which are there, but for others, and a key in the message."""
+    with pytest.raises(CordError, match=r"refuses the API key; set rollout.api_key_file or MEGATRON_CORD_SERVER_KEY") as caught:
+        connect(checkpoint, [FakeServer(key="the right one")], stack)
+    assert "the right one" not in str(caught.value)
 
 
 def test_too_few_servers(checkpoint: Path, stack: ExitStack) -> None:

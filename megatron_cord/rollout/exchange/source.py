@@ -107,6 +107,9 @@ class GivenWeights:
         for name, stored in self._others(full).items():
             yield name, stored.read()
 
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self.tensors(full=False)
+
     def _others(self, full: bool) -> dict[str, StoredTensor]:
         if not full:
             return {}

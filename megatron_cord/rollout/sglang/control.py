@@ -11,12 +11,13 @@ import torch.distributed as dist
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.exchange import Endpoint, ServerError
 from megatron_cord.rollout.exchange.endpoint import ask_each, without
-from megatron_cord.rollout.sglang.addresses import Addresses
+from megatron_cord.rollout.sglang.addresses import KEY_VARIABLE, Addresses
 from megatron_cord.rollout.sglang.handshake import shake_hands, take_base_weights
 from megatron_cord.rollout.sglang.pool import Pool, say
 
 _ANSWER_SECONDS = 10.0  #: for an answer that takes no work
 _CONTROL_SECONDS = 120.0  #: for pausing, or giving memory back
+_BARRED = (401, 403)  #: HTTP's answers to a wrong key
 _LOOK_SECONDS = 1.0  #: between two looks for servers
 
 
@@ -62,6 +63,8 @@ class Control:
         while True:
             servers = self._addresses.find()
             good, lost = ask_each(servers, self._hello)
+            if barred := [server.url for server, error in lost.items() if error.status in _BARRED]:
+                raise CordError(f"{', '.join(barred)} refuses the API key; set rollout.api_key_file or {KEY_VARIABLE} to the servers' key")
             if len(good) >= max(1, count):
                 return [server for server in servers if server in good]
             if not told:

@@ -31,6 +31,9 @@ from megatron_cord.rollout.sglang.pool import Pool, say
 from megatron_cord.rollout.sglang.wire import PromptWire
 from megatron_cord.rollout.types import GenerationRequest, Rollout
 
+_RETRY_SECONDS = 1.0  #: between two exchanges that no server took
+_FAMILIES = ("qwen2_audio", "qwen2", "llama")  #: whose prompts servers take as `wire` writes them
+
 
 class SGLangEngine:
     """A ``RolloutEngine`` that is Pausable, Abortable, Releasable and Recoverable. All ranks make one, together.
@@ -59,7 +62,13 @@ class SGLangEngine:
         self._names = {BASE: 0}
         self._pool = Pool(dist.get_rank())
         self._source: WeightSource | None = None
-        self._control = Control(addresses, load_architecture(checkpoint_dir).model_type, config.start_seconds)
+        model_type = load_architecture(checkpoint_dir).model_type
+        if model_type not in _FAMILIES:
+            raise CordError(
+                f"{checkpoint_dir}: rollout.engine=sglang generates with {', '.join(_FAMILIES)} alone, not {model_type}; docs/rollout.md says what "
+                "is missing"
+            )
+        self._control = Control(addresses, model_type, config.start_seconds)
         self._exchange: WeightExchange = build_exchange(exchange, checkpoint_dir)
         self._all_tensors = False  # the next exchange sends frozen ones, too: servers have lost them
         self._batches: set[Batch] = set()
@@ -165,10 +174,17 @@ class SGLangEngine:
         assert self._source is not None
         deadline = time.monotonic() + self._config.start_seconds
         main = dist.get_rank() == 0
+        refused = ""
         while True:
             found: list[object] = [None, []]
             if main:
                 try:
+                    if refused:
+                        if time.monotonic() > deadline:
+                            raise CordError(
+                                f"no rollout server takes the weights of version {version}: {refused}; look at the servers' logs"
+                            )
+                        time.sleep(_RETRY_SECONDS)
                     found[1] = [server.url for server in self._control.answering(deadline)]
                 except CordError as error:
                     found[0] = str(error)
@@ -184,6 +200,7 @@ class SGLangEngine:
                     say(f"{url} did not get the weights of version {version}, and is left out until it has: {reason}")
             if report.current:
                 break
+            refused = "; ".join(report.failed.values())
         self._all_tensors = False
         self.weight_version = version
         self._names[str(version)] = version

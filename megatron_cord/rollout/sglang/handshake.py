@@ -55,7 +55,8 @@ def take_base_weights(server: Endpoint) -> None:
     Raises:
         ServerError: it does not.
     """
-    path = str(server.get("/model_info", _PATIENCE)["model_path"])
+    # Not model_path, which after an exchange over the disk is where those weights were.
+    path = str(server.get("/model_info", _PATIENCE).get("tokenizer_path"))
     server.command("/continue_generation", {}, _PATIENCE)
     with suppress(ServerError):  # none is open, which is what is wanted
         server.post("/end_weight_update", {}, _PATIENCE)
