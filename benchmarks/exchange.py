@@ -112,7 +112,9 @@ def measure_model(sizes: Sizes, layout: Layout, python: Path, rounds: int, bucke
     with tempfile.TemporaryDirectory() as name:
         checkpoint = Path(name) / "checkpoint"
         write_model(checkpoint, sizes)
-        config = ServerConfig(checkpoint=checkpoint, device="cpu", dtype="float32", python=python, max_total_tokens=1024)
+        config = ServerConfig(
+            checkpoint=checkpoint, device="cpu", dtype="float32", python=python, max_total_tokens=1024, memory_fraction=0.6
+        )
         server = SglangServer(config, "", Path(name) / "server.log")
         server.start()
         try:
