@@ -157,7 +157,7 @@ def refusals(group: dist.ProcessGroup) -> list[str]:
 
 def all_cases(rank: int) -> dict[Any, Any]:
     """On each rank: {(case's name, TP): outcome}, and the refusals."""
-    shard.BLOCK_COLUMNS = shard.STORED_BLOCK_COLUMNS = 4  # several blocks, the last one narrower, even in the smallest shard
+    shard.BLOCK_COLUMNS, shard.STORED_BLOCK_COLUMNS = {"cpu": 4}, 4  # several blocks, the last one narrower, even in the smallest shard
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     groups = {1: None, 2: pairs[rank // 2], 4: dist.group.WORLD}
     results: dict[Any, Any] = {(name, size): run_case(case, group) for name, case in CASES.items() for size, group in groups.items()}
