@@ -111,7 +111,7 @@ class ShardDataset:
     @property
     def fingerprint(self) -> str:
         """Stands for the samples and their order: 16 hexadecimal digits of the SHA-256 over their ids."""
-        return hashlib.sha256("\n".join(entry.id for entry in self._entries).encode()).hexdigest()[:16]
+        return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:16]
 
     def _skip(self, item: Skipped, max_skipped: float) -> None:
         if not max_skipped:

@@ -36,12 +36,10 @@ class EvaluationConfig:
     samples: int = 0  #: of data.evaluation, from its beginning; 0 takes all
     max_new_tokens: int = 200  #: answers are cut there
     scored: int = 48  #: answers whose divergence from the teacher is computed token by token, for the report
-
-    #: The rest is for `evaluate` alone: latest (of output_dir), base (model.checkpoint), or a checkpoint's directory;
-    checkpoint: str = "latest"
-    sets: dict[str, SetConfig] = field(default_factory=dict)  #: question sets by name, beside data.evaluation
+    checkpoint: str = "latest"  #: for `evaluate`: latest (of output_dir), base (model.checkpoint), or a checkpoint's directory
+    sets: dict[str, SetConfig] = field(default_factory=dict)  #: for `evaluate`: question sets by name, beside data.evaluation
     baseline: str | None = (
-        None  #: what results are compared with: base, which is then evaluated too, or the directory of another evaluation
+        None  #: what those results are compared with: base, which is then evaluated too, or the directory of another evaluation
     )
     comparer: Literal["match", "judge"] = "match"  #: who compares free answers with gold ones: rules, or reward.judge
     chunk: int = 64  #: questions that are asked together, and whose answers are then written down
