@@ -5,6 +5,7 @@ from __future__ import annotations
 import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
 
 import importlib.util
+import io
 import os
 import resource
 import shutil
@@ -52,9 +53,10 @@ def run_commands(_rank: int, commands: list[list[str]]) -> list[tuple[int, str]]
     tool, outcomes = load_tool(), []
     for command in commands:
         arguments = tool.parse(command)
-        console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 (closed with the process)
+        said = io.StringIO()
+        console = Console(width=200, file=said)
         status = tool.COMMANDS[arguments.command](arguments, console)
-        outcomes.append((status, console.export_text()))
+        outcomes.append((status, said.getvalue()))
         parallel_state.destroy_model_parallel()
     return outcomes
 
@@ -273,7 +275,7 @@ def test_a_killed_export_is_finished_by_the_same_command(imported: Path, source:
     program = (
         "import os, signal, sys; from megatron_cord.convert import saved_weights; from tests.test_convert_hf import run_commands\n"
         "from megatron_cord.parallel.layout import initialize, ParallelConfig\n"
-        "blocks, count = saved_weights.SavedWeights.blocks, iter(range(20))\n"
+        "blocks, count = saved_weights.SavedWeights.blocks, iter(range(40))\n"
         "def dying(*given):\n"
         "    next(count, None) is None and os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return blocks(*given)\n"

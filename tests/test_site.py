@@ -91,6 +91,9 @@ class Example(Base):
     #: above it,
     #: on two lines
     above: int = 0
+    #: above that
+    next: int = 0
+
     below: int = 0
     #: below it
 
@@ -102,7 +105,7 @@ def test_comments_belong_to_their_fields() -> None:
     """Catches a reference in which a text stands beside its neighbour."""
     assert comments(Example) == {
         "described": "in the docstring, on two lines.", "inherited": "of the base", "beside": "on its line",
-        "above": "above it, on two lines", "below": "below it", "inside": "within brackets", "silent": "",
+        "above": "above it, on two lines", "next": "above that", "below": "below it", "inside": "within brackets", "silent": "",
     }  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def sections(cls: type = RunConfig, name: str = "") -> Iterator[Section]:
 
 
 def comments(cls: type) -> dict[str, str]:
-    """What is said of a dataclass's fields, inherited ones included: `#:` on a field's lines, else directly below it, else directly above; or its
+    """What is said of a dataclass's fields, inherited ones included: `#:` on a field's lines, else directly above it, else directly below; or its
     entry under "Attributes:" in the docstring.
     """
     found: dict[str, str] = {}
@@ -93,7 +93,7 @@ def _own_comments(source: str) -> dict[str, str]:
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno is not None:
             lines = [beside[line] for line in range(node.lineno, node.end_lineno + 1) if line in beside]
-            for start, step in ((node.end_lineno + 1, 1), (node.lineno - 1, -1)):
+            for start, step in ((node.lineno - 1, -1), (node.end_lineno + 1, 1)):
                 lines = lines or [alone.pop(line) for line in _block(alone, start, step)]
             found[node.target.id] = " ".join(lines)
     return found

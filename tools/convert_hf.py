@@ -219,12 +219,13 @@ def _model_input(prompt: Prompt, layout: Layout) -> ModelInput:
 
 def _print_inventory(entries: list[Entry], dtype: torch.dtype, console: Console) -> None:
     """One line a tensor, tab-separated, and totals; plain text, so that it can be searched and cut."""
-    console.print("name\tshape\tbytes\tmegatron\tlayout", highlight=False, soft_wrap=True)
+    # The console would make spaces of the tabs.
+    print("name\tshape\tbytes\tmegatron\tlayout", file=console.file)
     parts: dict[str, int] = {}
     for entry in entries:
         shape = "x".join(map(str, entry.shape))
         line = f"{entry.name}\t{shape}\t{entry.elements * dtype.itemsize}\t{entry.megatron}\t{entry.layout}"
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        print(line, file=console.file)
         part = entry.megatron.split(".")[0]
         parts[part] = parts.get(part, 0) + entry.elements
     for part, count in {**parts, "total": sum(parts.values())}.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_cord import cli
 from megatron_cord.report.page import render
-from megatron_cord.report.server import make_server
+from megatron_cord.report.server import HOST, make_server
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
         print(render(arguments.run_dir, arguments.output))
         return
     with make_server(arguments.run_dir, arguments.port) as server:
-        print(f"http://{server.server_address[0]}:{server.server_address[1]}/", flush=True)
+        print(f"http://{HOST}:{server.server_address[1]}/", flush=True)
         print("Ctrl-C ends it", file=sys.stderr)
         server.serve_forever()
 

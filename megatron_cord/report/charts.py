@@ -163,6 +163,17 @@ def moving_average(values: Sequence[float] | np.ndarray, window: int) -> np.ndar
     return (sums[high] - sums[low]) / (high - low)
 
 
+def _columns(labels: Sequence[str], wide: bool) -> int:
+    """As many columns as the legend has room for; it fills them from top to bottom."""
+    room = 360 if wide else 245  # points: the figure's width
+    for columns in range(len(labels), 1, -1):
+        rows = -(-len(labels) // columns)
+        longest = (max(map(len, labels[first : first + rows])) for first in range(0, len(labels), rows))
+        if sum(4.4 * characters + 34 for characters in longest) <= room:  # a character's width, and the line before it with its gaps
+            return columns
+    return 1
+
+
 def _draw(axes: Axes, line: Series, colour: str, dash: _Dash, marker: str, smooth: bool) -> None:
     x, y = np.asarray(line.x), np.asarray(line.y)
     if line.error is not None:

@@ -50,13 +50,13 @@ _METRICS = (
     _Metric("entropy", "Entropy of the student", "nats a token", {"mean": "entropy"}),
     _Metric(
         "engine",
-        "Engine against trainer",
+        "Log-probs, engine against trainer",
         "nats a token",
         {
-            "mean difference of log-probs": "engine_logprob_difference",
+            "mean difference": "engine_logprob_difference",
             "largest": "engine_logprob_difference_max",
             "KL divergence": "engine_kl",
-            "mean difference, older weights": "stale_logprob_difference",
+            "mean, older weights": "stale_logprob_difference",
         },
     ),
     _Metric("staleness", "Age of the weights that sampled", "steps", {"mean": "staleness", "largest": "staleness_max"}, smooth=False),

@@ -61,11 +61,11 @@ def sample_batch(
             is unfinished has finish_reason "abort".
     """
     device = model.device
-    ids_in, mask, positions = _collate([request.prompt for request in requests], rules.pad_id, device)
+    ids_in, mask, positions = collate([request.prompt for request in requests], rules.pad_id, device)
     limits = torch.tensor([request.max_new_tokens for request in requests], device=device)
     eos = torch.tensor(rules.eos_ids, device=device)
     noise = _Gumbel(requests, device)
-    features, frames = _clips([request.prompt for request in requests], device)
+    features, frames = collate_clips([request.prompt for request in requests], device)
     settings = {"past_key_values": key_value_cache(mask.shape[1] + int(limits.max())), "use_cache": True}
     output = model.hidden(ids_in, features, frames, attention_mask=mask, position_ids=positions, **settings)
     positions = positions[:, -1:]
@@ -117,7 +117,7 @@ def _seed(request: GenerationRequest) -> int:
     return int.from_bytes(digest, "big", signed=True)
 
 
-def _collate(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def collate(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Left-padded token ids int64 [B, L], the attention mask of the same shape, and positions that do not count padding."""
     longest = max(len(prompt.token_ids) for prompt in prompts)
     ids = torch.tensor([[pad_id] * (longest - len(prompt.token_ids)) + list(prompt.token_ids) for prompt in prompts])
@@ -126,7 +126,7 @@ def _collate(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tu
     return ids.to(device), (steps >= pads).long().to(device), (steps - pads).clamp(min=0).to(device)
 
 
-def _clips(prompts: Sequence[Prompt], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+def collate_clips(prompts: Sequence[Prompt], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """All clips' features float32 [C, mels, frames] and their lengths int64 [C]; nothing without audio."""
     clips = [clip for prompt in prompts for clip in prompt.clips]
     if not clips:

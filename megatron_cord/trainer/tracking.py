@@ -96,13 +96,14 @@ class Wandb:
             raise CordError(
                 "metrics.wandb.mode=online needs a key: set WANDB_API_KEY or call `wandb login` before the run; offline needs none"
             )
+        mode: Literal["offline", "online"] = "online" if config.mode == "online" else "offline"
         identity = directory / "wandb" / "run_id"
         identity.parent.mkdir(parents=True, exist_ok=True)
         if not identity.is_file():
             identity.write_text(secrets.token_hex(4))
         try:
             self._run = wandb.init(
-                project=config.project, entity=config.entity, name=config.name or directory.resolve().name, mode=config.mode,
+                project=config.project, entity=config.entity, name=config.name or directory.resolve().name, mode=mode,
                 id=identity.read_text(), resume="allow", dir=str(directory), config=dict(settings),
                 settings=wandb.Settings(
                     silent=True, console="off", disable_code=True, save_code=False, disable_git=True, disable_job_creation=True,

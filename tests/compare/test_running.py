@@ -176,7 +176,7 @@ def test_the_command_for_real(inputs: Path, tmp_path: Path) -> None:
     def call() -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "tools" / "compare.py"), "--config", str(tmp_path / "compare.yaml")]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=280)
+        return subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=900)
 
     first = call()
     assert first.returncode == USER_ERROR, first.stderr

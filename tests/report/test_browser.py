@@ -106,7 +106,7 @@ def test_every_plot_is_drawn(browser: Browser, page: Path) -> None:
           });
           return { area: box.width * box.height, paths: svg.querySelectorAll("path").length, inside };
         })""")
-    assert len(plots) == 12
+    assert len(plots) == 13
     assert all(plot["area"] > 40_000 and plot["paths"] >= 5 and plot["inside"] for plot in plots), plots
 
 

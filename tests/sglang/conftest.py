@@ -31,6 +31,7 @@ def write_talking_checkpoint(directory: Path) -> Path:
     prompts = PromptBuilder(directory)
     scale = torch.full((prompts.vocab_size, 1), 3.0)
     scale[list(prompts.special_ids)] = 0.0
+    scale[list(prompts.eos_ids)] = 1.0  # and seldom ends
     tensors[HEAD] = tensors[HEAD] * scale
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ STEPS = 200
 Curve = Callable[[float], float]
 
 
-def history(steps: int = STEPS, **curves: Curve) -> list[dict[str, Any]]:
+def history(curves: Mapping[str, Curve] | None = None, steps: int = STEPS) -> list[dict[str, Any]]:
     """A healthy run of `steps`, noise included, in which the named metrics follow these curves of the run's progress in [0, 1] instead."""
     rng = np.random.default_rng(0)
     healthy: dict[str, Curve] = {
@@ -31,7 +31,9 @@ def history(steps: int = STEPS, **curves: Curve) -> list[dict[str, Any]]:
     }
     rows = []
     for step in range(1, steps + 1):
-        values = {name: max(curve(step / steps) * (1 + 0.15 * float(rng.normal())), 0.0) for name, curve in (healthy | curves).items()}
+        values = {
+            name: max(curve(step / steps) * (1 + 0.15 * float(rng.normal())), 0.0) for name, curve in (healthy | dict(curves or {})).items()
+        }
         rows.append({"step": step, "groups": 8, "skipped": False} | values)
     return rows
 
@@ -58,7 +60,7 @@ def kinds(rows: list[dict[str, Any]], seen: list[dict[str, Any]] | None = None, 
 )  # fmt: skip
 def test_each_is_raised_and_can_be_silenced(kind: str, setting: str, curves: dict[str, Curve], words: str) -> None:
     """Catches a run that goes wrong without a word (a false negative), words without figures, and a setting that nobody reads."""
-    rows = history(**curves)
+    rows = history(curves)
     (alert,) = find_alerts(rows, [], AlertConfig())
     assert alert.kind == kind
     assert re.search(words, alert.words), alert.words
@@ -83,7 +85,7 @@ def test_each_is_raised_and_can_be_silenced(kind: str, setting: str, curves: dic
 )
 def test_a_healthy_run_is_left_alone(curves: dict[str, Curve]) -> None:
     """Catches an alert at any moment of a run that only looks similar (a false positive)."""
-    rows = history(**curves)
+    rows = history(curves)
     for step in range(0, STEPS + 1, 5):
         assert find_alerts(rows[:step], [], AlertConfig()) == []
 
@@ -111,18 +113,18 @@ def test_accuracy() -> None:
 
 def test_a_collapse_says_all_that_speaks_for_it() -> None:
     """Catches an entropy that fell together with the reward left unsaid: it is what tells a collapse from a bad judge."""
-    rows = history(reward=lambda t: 0.8 if t < 0.7 else 0.1, entropy=lambda t: 0.8 if t < 0.7 else 0.2)
+    rows = history({"reward": lambda t: 0.8 if t < 0.7 else 0.1, "entropy": lambda t: 0.8 if t < 0.7 else 0.2})
     (alert,) = find_alerts(rows, evaluations(0.8, 0.3), AlertConfig())
     assert all(part in alert.words for part in ("the reward fell", "accuracy hearing fell", "entropy fell from 0."))
 
 
 def test_little_or_broken_history() -> None:
     """Catches an alert before there is anything to compare with, and a division by nothing that was measured."""
-    rows = history(39, reward=lambda t: 1.0 - t)
+    rows = history({"reward": lambda t: 1.0 - t}, steps=39)
     assert kinds(rows) == [] and kinds(rows, window=4) == ["collapse"]
     broken = [{"step": i, "reward": None, "entropy": math.nan, "groups": 0, "groups_without_signal": 0} for i in range(100)]
     assert kinds(broken) == []
-    holes = [row if row["step"] % 3 else {"step": row["step"]} for row in history(reward=lambda t: 0.8 if t < 0.6 else 0.2)]
+    holes = [row if row["step"] % 3 else {"step": row["step"]} for row in history({"reward": lambda t: 0.8 if t < 0.6 else 0.2})]
     assert kinds(holes) == ["collapse"]
 
 

@@ -67,10 +67,11 @@ def test_offline(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert "wandb" not in done.stdout + done.stderr, "it must leave the terminal to the run"
     scalars: list[dict[str, Any]] = []
-    names, settings = set(), {}
+    names: set[tuple[str, str, str]] = set()
+    settings: dict[str, str] = {}
     for file in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")):
         for data in records(file):
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             record.ParseFromString(data)
             if record.HasField("history"):
                 row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
