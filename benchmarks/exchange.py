@@ -58,7 +58,7 @@ class Sizes:
     heads: int = 8
 
 
-MODELS = {"many": Sizes(32, 256, 688, 10_000), "large": Sizes(2, 1536, 4128, 20_000)}
+MODELS = {"many": Sizes(32, 256, 688, 39_000), "large": Sizes(2, 1536, 4128, 20_000)}
 
 
 class TensorByTensor(WeightExchange):
@@ -119,7 +119,8 @@ def measure_model(sizes: Sizes, layout: Layout, python: Path, rounds: int, bucke
             model = LALM(load_architecture(checkpoint), layout, torch.float32)
             read_into(model, checkpoint)
             server.wait()
-            return {way: measure(way, ModelWeights(model), checkpoint, server.endpoint, rounds, bucket_bytes) for way in WAYS}
+            ways = {way: measure(way, ModelWeights(model), checkpoint, server.endpoint, rounds, bucket_bytes) for way in WAYS}
+            return {**ways, "load_average": round(os.getloadavg()[0], 1)}
         finally:
             server.stop()
 
@@ -140,6 +141,7 @@ def main() -> None:
     """Entry point."""
     parser = Parser(description="Measures the exchange of weights with a real server on this CPU.", allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=5, help="of each way (default: 5)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which (default: all)")
     parser.add_argument("--bucket-megabytes", type=int, default=64, help="of a bucket (default: 64)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="where the figures go, as JSON")
     arguments = parser.parse_args()
@@ -147,15 +149,16 @@ def main() -> None:
     sglang = check_version(python)
     torch.set_num_threads(1)
     layout = initialize(ParallelConfig(), seed=0)
+    models = {kind: MODELS[kind] for kind in arguments.models}
     figures = {
-        kind: measure_model(sizes, layout, python, arguments.rounds, arguments.bucket_megabytes << 20) for kind, sizes in MODELS.items()
+        kind: measure_model(sizes, layout, python, arguments.rounds, arguments.bucket_megabytes << 20) for kind, sizes in models.items()
     }
     finalize()
     result = {
         "models": figures,
-        "sizes": {kind: asdict(sizes) for kind, sizes in MODELS.items()},
+        "sizes": {kind: asdict(sizes) for kind, sizes in models.items()},
         "bucket_megabytes": arguments.bucket_megabytes,
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": 1, "load_average": round(os.getloadavg()[0], 1)},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": 1},
         "versions": {name: version(name) for name in ("torch", "megatron-core")} | {"sglang": str(sglang)},
     }
     text = json.dumps(result, indent=1)

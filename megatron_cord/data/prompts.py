@@ -58,7 +58,8 @@ class PromptBuilder:
         self.vocab_size = self._arch.language.vocab_size
         self.eos_ids = self._find_eos(directory)
         self.pad_id = self.eos_ids[0] if self._tokenizer.pad_id is None else self._tokenizer.pad_id
-        tokenless = range(len(self._tokenizer), self.vocab_size)
+        self._tokens = len(self._tokenizer)  # counting them takes milliseconds
+        tokenless = range(self._tokens, self.vocab_size)
         self.special_ids = tuple(sorted({*self._tokenizer.special_ids, *tokenless} - set(self.eos_ids)))
         self._template: str | None = None
         self._features: FeatureConfig | None = None
@@ -166,7 +167,7 @@ class PromptBuilder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
-        known = [index for index in ids if index < len(self._tokenizer) and index not in self.special_ids and index not in self.eos_ids]
+        known = [index for index in ids if index < self._tokens and index not in self.special_ids and index not in self.eos_ids]
         return self._tokenizer.decode(known)
 
     def text_of(self, ids: Sequence[int]) -> str | None:
