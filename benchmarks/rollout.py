@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2AudioForConditionalGeneration
 
-from benchmarks.train import _processor
+from benchmarks.train import processor
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.cli import Parser, run
 from megatron_cord.data.prompts import PromptBuilder
@@ -40,7 +40,7 @@ from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.data.shard_writer import ShardWriter
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
-from megatron_cord.rollout.decoding import _collate
+from megatron_cord.rollout.decoding import collate, collate_clips
 from megatron_cord.rollout.engines import EngineConfig, build_engine
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.server import ServerConfig, SglangServer
@@ -96,10 +96,21 @@ def transformers_generate(model: Any, builder: PromptBuilder, prompts: list[Prom
     """Tokens that transformers makes."""
     made = 0
     for start in range(0, len(prompts), together):
-        inputs = _collate(prompts[start : start + together], builder.pad_id, model.device)
-        del inputs["position_ids"]
-        length = inputs["input_ids"].shape[1]
-        out = model.generate(**inputs, do_sample=True, max_new_tokens=NEW_TOKENS, suppress_tokens=list(builder.special_ids))
+        asked = prompts[start : start + together]
+        ids, mask, _ = collate(asked, builder.pad_id, model.device)
+        features, frames = collate_clips(asked, model.device)
+        assert features is not None and frames is not None
+        heard = (torch.arange(features.shape[-1], device=model.device)[None] < frames[:, None]).long()
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            input_features=features,
+            feature_attention_mask=heard,
+            do_sample=True,
+            max_new_tokens=NEW_TOKENS,
+            suppress_tokens=list(builder.special_ids),
+        )
+        length = ids.shape[1]
         made += int((out[:, length:] != builder.pad_id).sum())
     return made
 
@@ -192,7 +203,7 @@ def main() -> None:
         "seconds_of_a_step": schedules,
         "async_speedup": round(schedules["sync"]["seconds"] / schedules["async"]["seconds"], 2),
         "setting": {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, "rounds": arguments.rounds, "steps": STEPS, "skipped": SKIPPED},
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "device": arguments.device, "load_average": round(os.getloadavg()[0], 1)},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "device": arguments.device, "load_average": round(os.getloadavg()[0], 1)},
         "versions": {name: version(name) for name in ("torch", "transformers", "megatron-core")} | {"python": platform.python_version()},
     }  # fmt: skip
     text = json.dumps(result, indent=1)

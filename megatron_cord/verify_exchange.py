@@ -177,7 +177,8 @@ def _write(source: ModelWeights, checkpoint: Path, target: Path, dtype: torch.dt
     if source.participates:
         specs, tensors = source.specs(full=True), source.tensors(full=True)
         if main:
-            writer = HFDirectoryWriter(target, plan_shards({s.name: s.shape for s in specs}, dtype, _SHARD_BYTES), dtype, None)
+            writer = HFDirectoryWriter(target, plan_shards({s.name: s.shape for s in specs}, dtype, _SHARD_BYTES), dtype)
+            writer.begin()
             writer.write(tensors)
             writer.publish(with_dtype(read_companions(checkpoint), dtype))
         else:

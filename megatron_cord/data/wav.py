@@ -52,8 +52,8 @@ def encode_float_wav(waveform: np.ndarray) -> bytes:
     )
 
 
-def check_wav(file: BinaryIO, size: int, where: str) -> None:
-    """Reads the header at the file's position, without the audio.
+def check_wav(file: BinaryIO, size: int, where: str) -> int:
+    """Reads the header at the file's position, without the audio, and returns how many samples it has.
 
     Args:
         file: a binary file; the WAV may lie in the middle of it.
@@ -64,7 +64,9 @@ def check_wav(file: BinaryIO, size: int, where: str) -> None:
         CordError: when it is not a WAV file as described above, or too small for its audio.
     """
     with _open_wav(file, where) as header:
-        _check_length(header.getnframes(), size, where)
+        samples = header.getnframes()
+    _check_length(samples, size, where)
+    return samples
 
 
 def decode_wav(content: bytes, where: str) -> np.ndarray:

@@ -34,12 +34,14 @@ class TokenRecord:
         kl: divergence of each token; None if no teacher was asked.
         weights: w_t of each token; None outside L_tok.
         logprobs: the trainer's, of each token.
+        teacher_logprobs: the teacher's; None if it was not asked.
     """
 
     index: int
     kl: list[float] | None
     weights: list[float] | None
     logprobs: list[float]
+    teacher_logprobs: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -183,8 +185,9 @@ class TrainStep:
         mine = []
         if losses and dist.get_rank(self.layout.tp_group) == 0:
             for batch, loss in zip(microbatches, losses, strict=True):
-                fields = []
-                for values in (loss.stats.kl if batch.teacher is not None else None, loss.weights, loss.stats.student_logprob):
+                fields, stats, taught = [], loss.stats, batch.teacher is not None
+                kl, teacher_logprob = (stats.kl, stats.teacher_logprob) if taught else (None, None)
+                for values in (kl, loss.weights, stats.student_logprob, teacher_logprob):
                     whole = None if values is None else whole_tokens(values, batch.student_rows, batch.num_tokens, self.layout.cp_group)
                     fields.append(None if whole is None else whole.float().tolist())
                 borders = accumulate((len(s.rollout.token_ids) for s in batch.sequences), initial=0)

@@ -103,7 +103,8 @@ def test_greedy_answers_are_transformers(servers: Servers) -> None:
             assert not set(rollout.token_ids) & set(own.prompts.special_ids)
             if not request.prompt.clips:
                 ids = torch.tensor([[*request.prompt.token_ids, *rollout.token_ids]])
-                logits = local._loaded()(input_ids=ids).logits[0, len(request.prompt.token_ids) - 1 : -1].float()
+                model = local._loaded()
+                logits = model.head(model.hidden(ids, None, None).last_hidden_state)[0, len(request.prompt.token_ids) - 1 : -1]
                 wanted = logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
                 assert torch.allclose(torch.tensor(rollout.logprobs), wanted, atol=1e-3), "temperature 1 scale"
     engine.close()

@@ -16,6 +16,8 @@ from megatron_cord.errors import CordError
 from megatron_cord.rollout.sglang.wire import BadReplyError, Piece, PromptWire, read_piece, sampling
 from megatron_cord.rollout.types import GenerationRequest, Rollout, spans_of
 
+_GREEDY = 1e-6  #: below this temperature SGLang takes the likeliest token, so that another draw would bring the same
+
 
 class Draft:
     """One request's response.
@@ -81,7 +83,7 @@ class Draft:
         if redraw and self._likeliest:
             ids[-1], logprobs[-1] = self._allowed(piece, forbidden)
             redraw = False
-        self._likeliest = redraw and self.request.temperature == 0
+        self._likeliest = redraw and self.request.temperature < _GREEDY
         self._draws += redraw
         kept = len(ids) - redraw
         self._ids += ids[:kept]
