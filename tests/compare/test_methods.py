@@ -78,7 +78,7 @@ def test_each_trains_on_the_responses_it_says(method: str) -> None:
     off_policy = method in ("sft", "off_policy_kl")
     assert responses(config)["trained"] == (4 if off_policy else len(requests))
     if off_policy:
-        made = collector.sequences(collector.collect(make_samples(4), []))
+        made = collector.sequences(collector.collect(make_samples(4), [], 0))
         assert [s.rollout.token_ids for s in made] == [(7, 8)] * 4 and all(s.scored for s in made)
         assert all((s.teacher is not None) == (method == "off_policy_kl") for s in made)
 
