@@ -175,7 +175,7 @@ def check_program(program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     options = {word.partition("=")[0] for word in program.arguments if word.startswith("-")}
     assert options <= set(re.findall(r"(?<![\w-])--?[\w-]+", said))
     settings = [word for word in program.arguments if SETTING.fullmatch(word) and word not in EXAMPLES]
-    other = CompareConfig if program.name == "tools/compare.py" else None
+    other: type | None = CompareConfig if program.name == "tools/compare.py" else None
     if program.name == "megatron_cord.verify":
         other = CHECKS.get(program.arguments[0])
     if program.name in TRAINING:
