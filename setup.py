@@ -67,6 +67,7 @@ setup(
         "megatron_cord.report": ["assets/*"],
         "megatron_cord.evaluation": ["assets/*"],
         "megatron_cord.losses": ["*.cpp"],
+        "megatron_cord.rollout.sglang": ["process/*.py", "external/cord_models/*.py"],  # run and imported by the server's interpreter
     },
     python_requires=">=3.11",
     install_requires=REQUIRED,
