@@ -11,11 +11,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SGLANG := .venv-sglang
+NEXT := .venv-next
 CODE := setup.py megatron_cord tests tools examples $(if $(wildcard benchmarks/*.py),benchmarks)
 # Two cores often run two ranks: one thread a process, or they fight for them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup sglang-env quickstart test test-full test-sglang test-slurm bench lint format typecheck clean help
+.PHONY: setup sglang-env quickstart test test-full test-next test-sglang test-slurm test-browser docs bench lint format typecheck clean help
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -47,8 +48,27 @@ test: lint typecheck ## lint, types and the tests that take minutes
 test-full: lint typecheck ## all tests, slow ones included, but those of test-slurm
 	$(BIN)/python -m pytest -m 'not slurm'
 
+test-next: $(NEXT)/.installed ## the tests of everything that Megatron-Core computes, with 0.19.2 in the place of 0.16.1; Python 3.12 has 0.19.2 anyway
+	$(NEXT)/bin/python -c 'from importlib.metadata import version as v; print("Megatron-Core", v("megatron-core")); assert v("megatron-core") == "0.19.2"'
+	$(NEXT)/bin/python -m pytest -m 'not slow and not slurm' tests/model tests/parallel tests/convert tests/trainer tests/test_verify_layout.py \
+		tests/test_train.py tests/test_faults.py
+
+# All of .venv behind one package of its own. Megatron-Core 0.19.2 asks for Python 3.12 in its metadata; what is used here runs on 3.11.
+$(NEXT)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(NEXT)
+	$(NEXT)/bin/python -m pip install $(PIP_INDEX_ARGS) --quiet --no-deps --ignore-requires-python megatron-core==0.19.2
+	$(NEXT)/bin/python tools/borrow_packages.py $(BIN)/python
+	@touch $@
+
 test-slurm: $(STAMP) ## as root: the batch script on a real SLURM of two virtual nodes (installed by apt if it is missing), torchrun over two networks
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+test-browser: $(STAMP) ## the report and the live page in Chromium, which Debian's package brings if it is missing (as root); make test skips these without one
+	@command -v chromium chromium-browser google-chrome >/dev/null || apt-get install -y --no-install-recommends chromium
+	$(BIN)/python -m pytest -rs tests/report
+
+docs: $(STAMP) ## the documentation as a site in site/, any broken link or page being an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(STAMP) ## measure the loss against its rivals; some minutes, writes benchmarks/results/ and docs/loss.svg
 	$(BIN)/python -m benchmarks.loss all
@@ -65,5 +85,5 @@ typecheck: $(STAMP) ## static types
 	$(BIN)/mypy $(CODE)
 
 clean: ## remove the environment and the caches, not runs/
-	rm -rf $(VENV) $(SGLANG) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist
+	rm -rf $(VENV) $(SGLANG) $(NEXT) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,6 +25,7 @@ REQUIRED = [
     "Jinja2>=3.1.6,<4",  # the report's page, and chat templates, for which transformers does not declare it
     "MarkupSafe>=3,<4",
     "httpx>=0.28,<1",  # speech and judge endpoints
+    "pyarrow==26.0.1",  # the record of rollouts, and questions from Parquet and saved Hugging Face datasets
 ]
 
 EXTRAS = {
@@ -40,14 +41,18 @@ EXTRAS = {
     # Audio decoded and turned into features on the GPU, for large data sets.
     "dali": ["nvidia-dali-cuda130==2.4.0"],
     # The synthesiser that speaks the quickstart's questions: espeak-ng's library and voices in a wheel. GPL, hence optional.
-    # pyarrow reads questions from Parquet and saved Hugging Face datasets.
-    "speech": ["espeakng-loader==0.2.4", "pyarrow==26.0.1"],
+    # soundfile reads recordings of benchmarks in any usual format.
+    "speech": ["espeakng-loader==0.2.4", "soundfile==0.14.0"],
     # Piper's neural voices for questions of your own. GPL, hence optional.
     "piper": ["piper-tts==1.8.0"],
+    # Kokoro, the paper's synthesiser, on the CPU; its phonemizer is GPL, hence optional.
+    "kokoro": ["kokoro-onnx==0.6.1"],
     # Tests and checks, pinned so that a new rule or type stub does not fail an unchanged tree. Triton's kernels run in its interpreter there.
     "dev": ["pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "mypy==2.4.1", 'triton==3.9.0; platform_system == "Linux"'],
     # The rivals in benchmarks/: the trainer beside ours in benchmarks/train.py, and the losses in benchmarks/loss.py.
     "bench": ["trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "liger-kernel==0.8.5"],
+    # Metrics to Weights & Biases as well (metrics.wandb).
+    "wandb": ["wandb==0.31.0"],
     # The documentation as a site; the Markdown files read as well without it.
     "docs": ["mkdocs-material==9.8.1"],
 }
@@ -58,7 +63,12 @@ setup(
     description="Cross-modal on-policy distillation of large audio language models on Megatron-Core",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_cord", "megatron_cord.*"]),
-    package_data={"megatron_cord.report": ["assets/*"], "megatron_cord.losses": ["*.cpp"]},
+    package_data={
+        "megatron_cord.report": ["assets/*"],
+        "megatron_cord.evaluation": ["assets/*"],
+        "megatron_cord.losses": ["*.cpp"],
+        "megatron_cord.rollout.sglang": ["process/*.py", "external/cord_models/*.py"],  # run and imported by the server's interpreter
+    },
     python_requires=">=3.11",
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -1,11 +1,15 @@
 """How fast checkpoints are converted, in GB/s, beside a plain copy of the same files in the same run.
 
     python -m benchmarks.convert [--megabytes 400] [--turns 5] [--output benchmarks/results/convert.json]
+    python -m benchmarks.convert --full-size [--output benchmarks/results/convert_full_size.json]
 
 A random checkpoint of about that size is written first, so its files are in the page cache for everybody. Then, turn by turn: the files are
-copied (shutil.copytree), imported (HF files to a distributed checkpoint) and exported (that checkpoint to HF files, loading it included).
-All three end when what they wrote is on the disk (fsync), and all begin with nothing left to write. `write` does the least that an export
-could: it writes bytes that are in memory already. Medians of the turns are compared. One process, float32.
+copied (shutil.copytree), imported (HF files to a distributed checkpoint) and exported (that checkpoint to HF files). All three end when what they
+wrote is on the disk (fsync), and all begin with nothing left to write. `write` does the least that an export could: it writes bytes that are in
+memory already. Medians of the turns are compared. One process, float32.
+
+`--full-size` converts files with all shapes of Qwen2-Audio-7B, 17 GB in bfloat16, there and back in one process, and says how much memory that
+took at most. The files are holes, which read as zeros without a disk, so their speed is not compared with a copy. Needs 36 GB of disk.
 """
 
 from __future__ import annotations
@@ -24,16 +28,15 @@ import torch
 
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.cli import Parser, run
-from megatron_cord.convert import export_tensors
 from megatron_cord.convert.checkpoint_files import stored_tensors
 from megatron_cord.convert.hf_directory import HFDirectoryWriter, plan_shards
 from megatron_cord.convert.inventory import inventory, paper_model
 from megatron_cord.convert.loading import find_sources
+from megatron_cord.convert.saved_weights import SavedWeights
 from megatron_cord.convert.weights_checkpoint import save_weights
 from megatron_cord.model.families import load_architecture
-from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
-from megatron_cord.trainer.checkpoint import load_weights
+from megatron_cord.plan.parameters import published
 from megatron_cord.trainer.progress import Progress, write_progress
 
 HIDDEN = 1024
@@ -75,11 +78,10 @@ def measure(work: Path, megabytes: int, turns: int) -> dict[str, float]:
         flush(work / "import")
 
     def export() -> None:
-        shapes = {entry.name: entry.shape for entry in inventory(arch, layout)}
-        model = LALM(arch, layout, torch.float32)
-        load_weights(work / "import", model)
-        writer = HFDirectoryWriter(work / "export", plan_shards(shapes, torch.float32, 100_000_000), torch.float32, None)
-        writer.write(export_tensors(model))
+        saved = SavedWeights(work / "import", paper_model(arch, layout))
+        writer = HFDirectoryWriter(work / "export", plan_shards(saved.shapes, torch.float32, 100_000_000), torch.float32)
+        writer.begin()
+        writer.write_files(saved.blocks, writer.shards, lambda portion: None)
         writer.publish({})
         flush(work / "export")
 
@@ -107,19 +109,65 @@ def measure(work: Path, megabytes: int, turns: int) -> dict[str, float]:
     return {"gigabytes": gigabytes, "turns": turns, **rates, **spread, **shares}
 
 
+def measure_full_size(work: Path) -> dict[str, float]:
+    """Imports and exports Qwen2-Audio-7B's shapes."""
+    layout = initialize(ParallelConfig(), seed=0)
+    arch = published("qwen2_audio_7b")
+    model = paper_model(arch, layout, torch.bfloat16)
+    shapes = {entry.name: entry.shape for entry in inventory(model)}
+    shards = plan_shards(shapes, torch.bfloat16, 4_000_000_000)
+    (work / "source").mkdir()
+    for shard in shards:
+        header = shard.header(torch.bfloat16)
+        with (work / "source" / shard.file).open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + shard.nbytes(torch.bfloat16))
+    stored = stored_tensors(work / "source")
+    gigabytes = sum(tensor.nbytes for tensor in stored) / 1e9
+    before = _memory("VmRSS")
+
+    def convert() -> None:
+        complete = partial(write_progress, progress=Progress(0, 0.0, 0, 0), arch=arch)
+        save_weights(work / "import", model, find_sources(model, stored), complete, lambda portion: None)
+
+    def export() -> None:
+        saved, writer = SavedWeights(work / "import", model), HFDirectoryWriter(work / "export", shards, torch.bfloat16)
+        writer.begin()
+        writer.write_files(saved.blocks, shards, lambda portion: None)
+        writer.publish({})
+
+    figures = {"gigabytes": gigabytes, "tensors": len(shapes), "parameters": gigabytes * 1e9 / 2}
+    figures["largest_tensor_gb"] = max(tensor.nbytes for tensor in stored) / 1e9
+    for name, action in (("import", convert), ("export", export)):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        figures[f"{name}_gb_per_s"] = gigabytes / timed(action)
+        figures[f"{name}_peak_gb"] = (_memory("VmHWM") - before) / 1e9
+    finalize()
+    return figures
+
+
+def _memory(key: str) -> float:
+    """Bytes that this process holds (VmRSS) or held at most (VmHWM)."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:")]
+    return 1024.0 * int(line.split()[1])
+
+
 def main() -> None:
     """Entry point."""
     parser = Parser(description="Measures import and export of checkpoints beside a plain copy.", allow_abbrev=False)
     parser.add_argument("--megabytes", type=int, default=400, help="size of the checkpoint")
     parser.add_argument("--turns", type=int, default=5, help="how often each is measured")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/convert.json"), help="where the figures go")
+    parser.add_argument("--full-size", action="store_true", help="convert the shapes of a 7B model instead")
+    parser.add_argument("--output", type=Path, help="where the figures go")
     arguments = parser.parse_args()
+    name = "convert_full_size.json" if arguments.full_size else "convert.json"
+    output: Path = arguments.output or Path("benchmarks/results") / name
     with tempfile.TemporaryDirectory() as work:
-        figures = measure(Path(work), arguments.megabytes, arguments.turns)
+        figures = measure_full_size(Path(work)) if arguments.full_size else measure(Path(work), arguments.megabytes, arguments.turns)
     figures["load_average"] = os.getloadavg()[0]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({name: round(value, 3) for name, value in figures.items()}, indent=1) + "\n")
-    print(arguments.output.read_text())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({name: round(value, 3) for name, value in figures.items()}, indent=1) + "\n")
+    print(output.read_text())
 
 
 if __name__ == "__main__":

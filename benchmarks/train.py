@@ -109,7 +109,7 @@ def main() -> None:
         "trl_gkd": theirs,
         "setting": asdict(setting),
         "model": asdict(sizes),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": 1, "load_average": round(os.getloadavg()[0], 1)},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": 1, "load_average": round(os.getloadavg()[0], 1)},
         "versions": {name: version(name) for name in ("torch", "transformers", "megatron-core")} | {"python": platform.python_version()},
     }
     text = json.dumps(result, indent=1)
@@ -119,7 +119,7 @@ def main() -> None:
     print(f"{statistics.median(result['ratio_of_rounds']):.2f} × TRL's tokens a second", file=sys.stderr)  # type: ignore[type-var]
 
 
-def _processor() -> str:
+def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 

@@ -34,7 +34,9 @@ HUNG = 124  #: exit status of a rank that made no progress for too long (see ``m
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _PEER_GONE = re.compile(
-    r"connection (was )?(closed|reset|refused)( by)?( peer)?|broken pipe|socket closed|remote process exited", re.IGNORECASE
+    r"connection (was )?(closed|reset|refused)( by)?( peer)?|broken pipe|socket closed|remote process exited"
+    r"|timed out after \d+ seconds waiting for clients|wait timeout after \d+ms",  # it never came
+    re.IGNORECASE,
 )
 
 

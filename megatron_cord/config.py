@@ -127,7 +127,7 @@ class _Reader:
             return self._convert(hint, value, path, default)
         except _WrongTypeError as error:
             shown = "another value" if field.metadata.get("secret") else _shorten(error.value)
-            raise CordError(f"{error.path}: expected {_describe(error.hint)}, got {shown}{self._where(error.path)}") from None
+            raise CordError(f"{error.path}: expected {describe_type(error.hint)}, got {shown}{self._where(error.path)}") from None
 
     def _convert(self, hint: Any, value: Any, path: str, default: Any = None) -> Any:
         """``value`` as the type ``hint``. Raises _WrongTypeError when it does not fit."""
@@ -225,20 +225,21 @@ def _join(path: str, key: Any) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def _describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
+    """A field's type in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join("null" if choice is None else str(choice) for choice in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join(_describe(member) for member in arguments)
+        return " or ".join(describe_type(member) for member in arguments)
     if dataclasses.is_dataclass(hint):
         return "a section of 'key: value' lines"
     if origin is tuple and arguments and Ellipsis not in arguments:
-        return f"a list of {len(arguments)} values ({', '.join(_describe(item) for item in arguments)})"
+        return f"a list of {len(arguments)} values ({', '.join(describe_type(item) for item in arguments)})"
     if (origin or hint) in (list, tuple):
-        return f"a list of {_describe(arguments[0])}" if arguments else "a list"
+        return f"a list of {describe_type(arguments[0])}" if arguments else "a list"
     if (origin or hint) is dict:
-        return f"a map of {_describe(arguments[0])} to {_describe(arguments[1])}" if arguments else "a map"
+        return f"a map of {describe_type(arguments[0])} to {describe_type(arguments[1])}" if arguments else "a map"
     return {type(None): "null", bool: "true or false", Path: "a path", Any: "anything"}.get(hint, getattr(hint, "__name__", str(hint)))
 
 

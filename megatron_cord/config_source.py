@@ -82,7 +82,7 @@ def _read_file(path: Path, inheritors: tuple[Path, ...]) -> Tree:
     base = tree.values.pop("base", None)
     if base is None:
         return tree
-    if not isinstance(base, str):
+    if not isinstance(base, str) or "\0" in base:
         raise CordError(f"{path}: base: expected the path of one YAML file, got {base!r}")
     inherited = _read_file(path.parent / base, (*inheritors, path.resolve()))
     inherited.merge(tree)
@@ -109,7 +109,10 @@ def _read_override(override: str) -> Tree:
 
 def _parse(text: str, source: str, path: str, origins: dict[str, str]) -> Any:
     """The plain value of one YAML document; fills ``origins`` with a line for each key below ``path``."""
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError:
+        raise CordError(f"{source}: not valid YAML: it holds a character that no text file has") from None
     try:
         node = loader.get_single_node()
         return None if node is None else _plain(loader, node, source, path, origins)

@@ -63,6 +63,7 @@ PACKAGES = (
     Package("numpy", ("numpy",), "", "audio", "no audio", required=True),
     Package("webdataset", ("webdataset",), "", "shards of samples", "no training data", required=True),
     Package("math-verify", ("math-verify",), "", "comparing answers", "no reward", required=True),
+    Package("pyarrow", ("pyarrow",), "import pyarrow.parquet", "the record of rollouts", "no record of rollouts", required=True),
     Package("TensorBoard", ("tensorboard",), "", "curves while training", "no curves while training", required=True),
     Package(
         "transformer-engine",
@@ -79,6 +80,9 @@ PACKAGES = (
         "fused Adam where transformer-engine is missing",
         "torch's Adam where transformer-engine is missing too; from NVIDIA's source, CUDA only (apex on PyPI is another project)",
         use="asked",
+    ),
+    Package(
+        "Weights & Biases", ("wandb",), "", "metrics there as well", "metrics in files and TensorBoard alone; extra wandb", use="asked"
     ),
     Package("Triton", ("triton",), "import triton", "compiled GPU kernels", "plain torch kernels; comes with CUDA torch", use="asked"),
     Package(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_cord import cli
 from megatron_cord.config import load_config
@@ -28,14 +29,24 @@ class Ranks:
     Args:
         settings: of the run.
         log: a file.
-        stuck: the rank that will hang in its first step.
+        stuck: the rank that will hang.
+        where: it hangs: in its first step's rollouts; there, in a library that keeps the interpreter's lock; or before it meets the others.
     """
 
-    def __init__(self, settings: Sequence[str], log: Path, *, world: int = 2, stuck: int | None = None) -> None:
+    def __init__(
+        self,
+        settings: Sequence[str],
+        log: Path,
+        *,
+        world: int = 2,
+        stuck: int | None = None,
+        where: Literal["rollout", "library", "start"] = "rollout",
+    ) -> None:
         self.log, self.begun = log, time.monotonic()
         port = free_port()
         self.processes: list[BaseProcess] = [
-            _context.Process(target=_rank, args=(rank, world, port, list(settings), str(log), rank == stuck)) for rank in range(world)
+            _context.Process(target=_rank, args=(rank, world, port, list(settings), str(log), where if rank == stuck else None))
+            for rank in range(world)
         ]
         for process in self.processes:
             process.start()
@@ -57,6 +68,16 @@ class Ranks:
         process.join()
         return process.exitcode == -signal.SIGKILL
 
+    @property
+    def met(self) -> bool:
+        """Whether the ranks have found each other: what they print first comes after that."""
+        return self.log.is_file() and self.log.stat().st_size > 0
+
+    def end_as_launcher(self) -> None:
+        """SIGTERM for those that wait at the start for one that was killed: as launchers do, since nothing else would tell them for long."""
+        for process in self.processes:
+            process.terminate()
+
     def statuses(self, seconds: float) -> list[int | None]:
         """How the ranks ended; None for one that did not within this time, and was killed."""
         deadline = time.monotonic() + seconds
@@ -68,7 +89,7 @@ class Ranks:
         return ended
 
 
-def _rank(rank: int, world: int, port: int, settings: list[str], log: str, stuck: bool) -> None:
+def _rank(rank: int, world: int, port: int, settings: list[str], log: str, stuck: str | None) -> None:
     output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -76,11 +97,18 @@ def _rank(rank: int, world: int, port: int, settings: list[str], log: str, stuck
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": str(port),
     }  # fmt: skip
+    if stuck == "start":
+        time.sleep(3600)
     if stuck:
-        Collector.collect = _never_answer  # type: ignore[method-assign, assignment]
+        Collector.collect = _never_answer if stuck == "rollout" else _never_let_go  # type: ignore[method-assign, assignment]
     cli.run(lambda: train(load_config(RunConfig, None, settings)))
 
 
 def _never_answer(self: Collector, samples: Sequence[Any], step: int) -> None:
     """A rollout that never comes back."""
     time.sleep(3600)
+
+
+def _never_let_go(self: Collector, samples: Sequence[Any], step: int) -> None:
+    """The same, in a call of C that keeps the interpreter's lock, so that no other thread of this process runs."""
+    ctypes.PyDLL(None).sleep(3600)

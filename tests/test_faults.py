@@ -19,7 +19,7 @@ import torch
 from megatron_cord import cli
 from tests.fault_ranks import Ranks
 from tests.test_train import saved
-from tests.tiny_run import finish, losses, overrides, start, write_inputs
+from tests.tiny_run import finish, free_port, losses, overrides, start, write_inputs
 
 STEPS = 8
 TP2 = "parallel.tp=2"
@@ -107,25 +107,30 @@ def kill_at_random(inputs: Path, undisturbed: Path, directory: Path, kills: int,
     """Runs again and again, killing a rank at a random moment, half of the times while a checkpoint is written; each run ends like `undisturbed`."""
     draw = random.Random(seed)
     wanted = saved(undisturbed, STEPS)
-    seconds, made, while_saving = 10.0, 0, 0
+    seconds, made, while_saving, early = 10.0, 0, 0, 0
     for number in itertools.count():
         output = directory / f"run{number}"
         checkpoints = output / "checkpoints"
         for attempt in itertools.count():
             ranks = Ranks(settings(inputs, output, "checkpoint.interval=1"), directory / f"run{number}-{attempt}.log")
+            met = True
             if made < kills:
                 wait_for_a_moment(ranks, checkpoints, draw, seconds)
                 saving = bool(list(checkpoints.glob(".step_*partial*")))
+                met = ranks.met
                 if ranks.kill(draw.randrange(2)):
                     made += 1
                     while_saving += saving
+                    if not met:
+                        early += 1
+                        ranks.end_as_launcher()
             statuses = ranks.statuses(120)
             log = ranks.log.read_text()
             assert None not in statuses and "Traceback" not in log, (statuses, log)
             if statuses == [0, 0]:
                 seconds = min(seconds, time.monotonic() - ranks.begun)
                 break
-            assert set(statuses) <= {0, cli.PEER_GONE, -signal.SIGKILL}, (statuses, log)
+            assert set(statuses) <= {0, cli.PEER_GONE, -signal.SIGKILL, *([] if met else [-signal.SIGTERM])}, (statuses, log)
         assert losses(output) == losses(undisturbed)
         final = saved(output, STEPS)
         assert final.keys() == wanted.keys() and all(torch.equal(final[name], wanted[name]) for name in wanted)
@@ -134,7 +139,7 @@ def kill_at_random(inputs: Path, undisturbed: Path, directory: Path, kills: int,
         if made >= kills:
             break
     assert while_saving or kills < 5
-    print(f"{made} kills, {while_saving} of them while a checkpoint was written, {number + 1} runs")
+    print(f"{made} kills, {while_saving} of them while a checkpoint was written, {early} before the ranks had met, {number + 1} runs")
 
 
 def test_ranks_killed_at_random(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -158,6 +163,46 @@ def test_a_rank_that_hangs(inputs: Path, tmp_path: Path) -> None:
     stacks = (tmp_path / "run" / "stacks" / "rank00001.txt").read_text()
     assert "in _never_answer" in stacks and "watchdog" in stacks
     assert "_never_answer" not in (tmp_path / "run" / "stacks" / "rank00000.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_in_a_library(inputs: Path, tmp_path: Path) -> None:
+    """Catches a rank that hangs for ever because its own watchdog cannot run either."""
+    asked = settings(inputs, tmp_path / "run", "train.watchdog_seconds=8", "parallel.timeout_minutes=2")
+    ranks = Ranks(asked, tmp_path / "log", stuck=1, where="library")
+    assert ranks.statuses(300) == [cli.HUNG, 1]
+    assert "_never_let_go" in (tmp_path / "run" / "stacks" / "rank00001.txt").read_text()
+
+
+def test_a_rank_that_never_comes(inputs: Path, tmp_path: Path) -> None:
+    """Catches ranks that wait for ever at the start, or end in a traceback that says nothing of a rank that is missing."""
+    asked = settings(inputs, tmp_path / "run", "train.watchdog_seconds=5", "parallel.timeout_minutes=0.1")
+    ranks = Ranks(asked, tmp_path / "log", stuck=1, where="start")
+    ranks.processes[0].join(300)
+    ranks.processes[1].kill()
+    assert ranks.statuses(60) == [cli.PEER_GONE, -signal.SIGKILL]
+    log = ranks.log.read_text()
+    assert log.startswith("error: another rank is gone (timed out after") and log.count("\n") == 1
+
+
+def test_a_node_that_is_lost(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Catches ranks that wait for a node that is gone, launcher and all, and a run that cannot go on when the node is back."""
+    output = tmp_path / "run"
+
+    def start_nodes() -> list[subprocess.Popen[str]]:
+        port = str(free_port())
+        nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
+        return [start(settings(inputs, output, "checkpoint.interval=1"), launcher=[*nodes, "--node-rank", str(n)]) for n in range(2)]
+
+    first, second = start_nodes()
+    wait_for(first, lambda: (output / "checkpoints" / "step_000002").exists())
+    for process in [*psutil.Process(second.pid).children(recursive=True), psutil.Process(second.pid)]:
+        process.kill()
+    status, errors = finish(first)
+    assert status == cli.PEER_GONE and "another rank is gone" in errors and "Traceback" not in errors
+    ends = [finish(process) for process in start_nodes()]
+    assert [status for status, _ in ends] == [0, 0] and "resuming after step" in ends[0][1], ends
+    assert losses(output) == losses(undisturbed)
 
 
 def test_a_shard_that_vanishes(inputs: Path, tmp_path: Path) -> None:

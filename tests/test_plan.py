@@ -124,13 +124,17 @@ def test_bytes_of_training_state(layout: Layout, checkpoint: Path, dtype: Any, d
     assert optimizer_bytes(trained, item, 4, distributed=True) == optimizer_bytes(trained, item, 1, distributed=False) / 4
 
 
-@pytest.mark.parametrize("settings", [(), ("model.freeze=[audio_encoder,adapter]",), ("model.recompute=[audio_encoder,language_model]",)])
+RECOMPUTED = "model.recompute=[audio_encoder,language_model]"
+SELECTIVE = "model.recompute_granularity=selective"
+
+
+@pytest.mark.parametrize("settings", [(), ("model.freeze=[audio_encoder,adapter]",), (RECOMPUTED,), (RECOMPUTED, SELECTIVE)])
 def test_bytes_of_activations(layout: Layout, checkpoint: Path, settings: tuple[str, ...]) -> None:
     """Catches a layer's tensor that is forgotten, and recomputation or freezing that the plan does not know: within a fifth of what autograd keeps."""
     config = configured(checkpoint, "model.dtype=float32", "train.micro_batch_size=4", "rollout.max_new_tokens=40", *settings)
     arch = load_architecture(checkpoint)
     work = make_work(config, arch, 1, audio_seconds=0.48, text_tokens=20)
-    model = LALM(arch, layout, torch.float32, recompute=config.model.recompute)
+    model = LALM(arch, layout, torch.float32, config.model.layer_config)
     for name in config.model.freeze:
         getattr(model, name).requires_grad_(False)
     frames = torch.full((4,), 48)
@@ -151,8 +155,11 @@ def test_bytes_of_activations(layout: Layout, checkpoint: Path, settings: tuple[
         hidden = model(batch)
     measured, planned = sum(kept.values()), activation_bytes(config, arch, work, stage=0)
     if config.model.recompute:  # the plan has room for the layer that is being computed again, which is not kept
-        widths = work.student_tokens * language_layer_width(arch, 1) + arch.encoder.max_positions * encoder_layer_width(arch.encoder, 1)
-        planned -= 4 * 4 * widths
+        language, audio = language_layer_width(arch, 1), encoder_layer_width(arch.encoder, 1)
+        if SELECTIVE in settings:
+            language -= language_layer_width(arch, 1, selective=True)
+            audio -= encoder_layer_width(arch.encoder, 1, selective=True)
+        planned -= 4 * 4 * (work.student_tokens * language + arch.encoder.max_positions * audio)
     assert hidden.requires_grad and planned == pytest.approx(measured, rel=0.2)
 
 

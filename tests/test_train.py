@@ -31,6 +31,7 @@ from megatron_cord.config import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import finalize
+from megatron_cord.rollout.record_file import read_rollouts, record_file
 from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
 from tests.gloo import run_ranks
@@ -126,18 +127,33 @@ def test_a_run_leaves_what_it_should(one: Path) -> None:
     """Catches a missing step, evaluation, summary or record, and files that are not named as readers expect."""
     assert [line["step"] for line in metrics(one)] == [1, 2, 3, 4, 5]
     for line in metrics(one):
-        assert {"loss", "kl", "grad_norm", "learning_rate", "reward", "seconds", "engine_logprob_difference"} <= line.keys()
+        assert {
+            "loss",
+            "kl",
+            "entropy",
+            "grad_norm",
+            "learning_rate",
+            "reward",
+            "repetition",
+            "alerts",
+            "seconds",
+            "engine_logprob_difference",
+        } <= line.keys()
         assert line["engine_logprob_difference_max"] < 1e-4 and not line["skipped"]
     assert any(line["loss_sequence"] != 0 for line in metrics(one)), "the test's own data must give some group a signal"
     assert sorted(path.name for path in (one / "evaluations").iterdir()) == ["step_000000.json", "step_000005.json"]
-    assert sorted(path.name for path in (one / "rollouts").iterdir()) == [f"step_{step:06d}.jsonl" for step in range(1, 6)]
+    assert sorted(path.name for path in (one / "rollouts").iterdir()) == [f"step_{step:06d}.parquet" for step in range(1, 6)]
     assert sorted(path.name for path in (one / "checkpoints").iterdir()) == ["step_000002", "step_000004", "step_000005"]
     summary = json.loads((one / "summary.json").read_text())
     assert summary["steps"] == 5 and summary["tp"] == 1 and {"text_accuracy", "gap_closed", "seconds"} <= summary.keys()
-    versions = [
-        json.loads((one / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()[0])["versions"][0][2] for step in (1, 2, 5)
-    ]
-    assert versions == [0, 1, 4]
+    rows = {step: read_rollouts(record_file(one / "rollouts", step)).to_pylist() for step in (1, 2, 5)}
+    assert [row["versions"][0]["version"] for row in (rows[1][0], rows[2][0], rows[5][0])] == [0, 1, 4]
+    for row in (row for recorded in rows.values() for row in recorded if row["role"] == "distill"):
+        differences = [s - t for s, t in zip(row["student_logprobs"], row["teacher_logprobs"], strict=True)]
+        assert len(differences) == len(row["token_ids"]) == len(row["token_kl"]) == len(row["token_weights"])
+        assert any(differences) and max(row["teacher_logprobs"]) < 0, "the teacher's log-probabilities must be its own"
+    seeds = [row["seed"] for recorded in rows.values() for row in recorded]
+    assert len(set(seeds)) == len(seeds) == 3 * (4 + 2 * 3), "each response has a seed of its own"
 
 
 def test_the_same_seed_and_layout_twice(runs: Path) -> None:
@@ -210,7 +226,7 @@ def test_a_replay_is_the_same_run(inputs: Path, one: Path, tmp_path: Path) -> No
     """Catches a record that leaves something out, and a replay that asks an engine for rollouts."""
     replay = alone(inputs, tmp_path / "run", f"replay={one / 'rollouts'}", "record.rollouts=null")
     assert losses(replay) == losses(one)
-    with pytest.raises(CordError, match=r"step_000001\.jsonl does not exist"):
+    with pytest.raises(CordError, match=r"step_000001\.parquet does not exist"):
         alone(inputs, tmp_path / "none", f"replay={tmp_path}")
 
 
@@ -279,7 +295,15 @@ def test_losses_that_are_no_numbers_stop_the_run(inputs: Path, tmp_path: Path, c
         alone(broken_inputs(inputs, tmp_path / "inputs"), tmp_path / "run", "train.max_skipped_in_a_row=2")
     assert "step 2: the loss or a gradient is not finite; the update is skipped (2 in a row)" in capfd.readouterr().err
     assert [(line["loss"], line["grad_norm"], line["skipped"]) for line in metrics(tmp_path / "run")] == [(None, None, True)] * 2
-    assert (tmp_path / "run" / "rollouts" / "step_000002.jsonl").is_file()
+    assert (tmp_path / "run" / "rollouts" / "step_000002.parquet").is_file()
+
+
+def test_a_step_that_trains_on_nothing_measures_nothing(inputs: Path, tmp_path: Path) -> None:
+    """Catches an entropy or a length of zero, which would look like a collapse, where no group had a signal."""
+    run = alone(inputs, tmp_path / "run", "objective.divergence=none", "reward.terms.agreement=0", "reward.terms.format=1", "train.steps=1")
+    (line,) = metrics(run)
+    assert line["groups_without_signal"] == line["groups"], "the test's own data must give no group a signal"
+    assert line["entropy"] is line["kl"] is line["response_tokens"] is None and line["repetition"] == 0 and not line["skipped"]
 
 
 def test_an_update_that_is_too_large_is_survived(inputs: Path, tmp_path: Path) -> None:

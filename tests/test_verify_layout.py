@@ -43,6 +43,11 @@ MORE_ON_TWO_RANKS = {
     "cp2, only the adapter": ["parallel.cp=2", "model.freeze=[audio_encoder, language_model]"],
     "cp2 packed, one long microbatch": ["parallel.cp=2", PACKED, "train.tokens_per_microbatch=4096"],
     "tp2, recomputed": ["parallel.tp=2", "model.recompute=[audio_encoder, language_model]"],
+    "tp2, recomputed selectively": [
+        "parallel.tp=2",
+        "model.recompute=[audio_encoder, language_model]",
+        "model.recompute_granularity=selective",
+    ],
     "tp2 in bfloat16": ["parallel.tp=2", "model.dtype=bfloat16"],
     "dp2 in bfloat16": ["model.dtype=bfloat16"],
 }

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # under a launcher, too, the project need not be installed
 
@@ -31,21 +29,23 @@ from megatron_cord.convert import comparison
 from megatron_cord.convert.checkpoint_files import stored_tensors
 from megatron_cord.convert.companions import read_companions, with_dtype
 from megatron_cord.convert.hf_directory import HFDirectoryWriter, check_vacant, plan_shards
-from megatron_cord.convert.inventory import Entry, check_fits, common_dtype, inventory, paper_model
+from megatron_cord.convert.inventory import Entry, common_dtype, inventory, paper_model
 from megatron_cord.convert.loading import find_sources
-from megatron_cord.convert.stream import export_tensors
-from megatron_cord.convert.weights_checkpoint import save_weights, saved_dtype
+from megatron_cord.convert.saved_weights import SavedWeights
+from megatron_cord.convert.weights_checkpoint import save_weights
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.tokenizers import load_tokenizer
 from megatron_cord.data.wav import decode_wav
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
+from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.rollout.quiet import no_progress_bars
 from megatron_cord.trainer import progress as run_progress
-from megatron_cord.trainer.checkpoint import load_weights
+from megatron_cord.trainer.checkpoint import check_weights, load_weights
 from megatron_cord.trainer.storage import storage_problem
 
 #: where a converted checkpoint keeps configuration, tokenizer and processor
@@ -60,11 +60,12 @@ def import_checkpoint(arguments: Namespace, console: Console) -> int:
     arch = load_architecture(hf_dir)
     layout = _layout(arguments, arch)
     if arguments.dry_run:
-        _print_inventory(inventory(arch, layout), _dtype(arguments.dtype) or torch.bfloat16, console)
+        model = paper_model(arch, layout)
+        _print_inventory(inventory(model), _dtype(arguments.dtype) or torch.bfloat16, console)
         if not any(hf_dir.glob("*.safetensors")):
             console.print(f"{hf_dir} has no weights to compare with")
             return 0
-        check_fits(arch, layout, stored_tensors(hf_dir))
+        find_sources(model, stored_tensors(hf_dir))
         console.print(f"{hf_dir}: the weights' headers fit", highlight=False, soft_wrap=True)
         return 0
     check_vacant(target)
@@ -88,37 +89,36 @@ def import_checkpoint(arguments: Namespace, console: Console) -> int:
 
 
 def export_checkpoint(arguments: Namespace, console: Console) -> int:
-    """CHECKPOINT_DIR to HF_DIR."""
+    """CHECKPOINT_DIR to HF_DIR. The ranks share the files; each reads from the checkpoint what its own are made of."""
     checkpoint, target = arguments.source, arguments.target
     companions_dir = arguments.hf or _companions_of(checkpoint)
     arch = load_architecture(companions_dir)
-    layout = _layout(arguments, arch)
-    entries = inventory(arch, layout)
-    stored = saved_dtype(checkpoint) if arguments.dtype == "auto" or not arguments.dry_run else torch.bfloat16
-    dtype = _dtype(arguments.dtype) or stored
-    shards = plan_shards({entry.name: entry.shape for entry in entries}, dtype, _bytes(arguments.max_shard_size))
+    arch.check_divisible(arguments.tp, arguments.pp)
+    layout = initialize(ParallelConfig(), seed=0)
+    if not arguments.dry_run:
+        check_vacant(target)
+        check_weights(checkpoint, arch)
+    model = paper_model(arch, layout)
+    saved = SavedWeights(checkpoint, model)
+    dtype = _dtype(arguments.dtype) or saved.common_dtype()
+    shards = plan_shards(saved.shapes, dtype, _bytes(arguments.max_shard_size))
     if arguments.dry_run:
-        _print_inventory(entries, dtype, console)
+        _print_inventory(inventory(model), dtype, console)
         console.print(f"{len(shards)} files of at most {arguments.max_shard_size}", highlight=False)
         return 0
-    check_vacant(target)
-    model = LALM(arch, layout, stored)
-    load_weights(checkpoint, model)
-    total = sum(entry.elements for entry in entries) * stored.itemsize
-    stream = _tracked(export_tensors(model), total, layout, console)
-    if not layout.is_main:
-        for _ in stream:
-            pass
+    mine = shards[layout.rank :: layout.world_size]
+    writer = HFDirectoryWriter(target, shards, dtype)
+    total = sum(shard.nbytes(dtype) for shard in mine)
+    with _disk(target, "free some space and export again; what is finished is kept"), _progress(total, layout, console) as advance:
+        if layout.is_main:
+            writer.begin(_fingerprint(checkpoint), resume=arguments.resume == "auto")
         torch.distributed.barrier()
-        return 0
-    with _disk(target, "free some space and export again; what is finished is kept"):
-        writer = HFDirectoryWriter(target, shards, dtype, _fingerprint(checkpoint), resume=arguments.resume == "auto")
-        if writer.kept:
-            console.print(f"{len(writer.kept)} of {len(shards)} files are there already", highlight=False)
-        writer.write(stream)
-        writer.publish(with_dtype(read_companions(companions_dir), dtype))
+        kept = sum(all_gather_json(writer.write_files(saved.blocks, mine, advance)))
+        if layout.is_main:
+            writer.publish(with_dtype(read_companions(companions_dir), dtype))
     torch.distributed.barrier()
-    console.print(f"{target}: {len(entries)} tensors in {_name(dtype)}, {len(shards)} files", highlight=False, soft_wrap=True)
+    there = f", {kept} of them finished earlier" if kept else ""
+    _say(layout, console, f"{target}: {len(saved.shapes)} tensors in {_name(dtype)}, {len(shards)} files{there}")
     return 0
 
 
@@ -132,7 +132,7 @@ def check_checkpoint(arguments: Namespace, console: Console) -> int:
     load_weights(checkpoint, model)
     reference = None
     if layout.rank == layout.world_size - 1:  # always on a last stage
-        reference = comparison.load_reference(hf_dir, tied=arch.language.tied_embeddings)
+        reference = comparison.load_reference(hf_dir)
     differences = comparison.compare(model, reference, inputs)
     largest = max(difference.largest for difference in differences)
     for each in differences:
@@ -175,11 +175,11 @@ def _fingerprint(checkpoint: Path) -> list[list[Any]]:
 
 def _prompts(arguments: Namespace, hf_dir: Path, *, has_audio: bool) -> list[Prompt]:
     if not has_audio:
-        ids = transformers.AutoTokenizer.from_pretrained(hf_dir)(arguments.text)["input_ids"]
+        ids = load_tokenizer(hf_dir).encode(arguments.text)
         if not ids:
             raise CordError(f"{hf_dir}: its tokenizer makes nothing of {arguments.text!r}; give words that it knows with --text")
         return [Prompt(sample_id="text", token_ids=tuple(ids))]
-    builder = PromptBuilder(hf_dir)
+    builder = PromptBuilder(hf_dir, long_audio="cut")
     if arguments.data is not None:
         source = ShardDataset(arguments.data)
         samples = [source[i] for i in range(min(2, len(source)))]
@@ -219,25 +219,18 @@ def _model_input(prompt: Prompt, layout: Layout) -> ModelInput:
 
 def _print_inventory(entries: list[Entry], dtype: torch.dtype, console: Console) -> None:
     """One line a tensor, tab-separated, and totals; plain text, so that it can be searched and cut."""
-    console.print("name\tshape\tbytes\tmegatron\tlayout", highlight=False, soft_wrap=True)
+    # The console would make spaces of the tabs.
+    print("name\tshape\tbytes\tmegatron\tlayout", file=console.file)
     parts: dict[str, int] = {}
     for entry in entries:
         shape = "x".join(map(str, entry.shape))
         line = f"{entry.name}\t{shape}\t{entry.elements * dtype.itemsize}\t{entry.megatron}\t{entry.layout}"
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        print(line, file=console.file)
         part = entry.megatron.split(".")[0]
         parts[part] = parts.get(part, 0) + entry.elements
     for part, count in {**parts, "total": sum(parts.values())}.items():
         console.print(f"{part}: {count:,} parameters, {count * dtype.itemsize / 1e9:.3f} GB in {_name(dtype)}", highlight=False)
     console.print(f"{len(entries)} tensors", highlight=False)
-
-
-def _tracked(tensors: Iterable[tuple[str, Tensor]], total: int, layout: Layout, console: Console) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors under a progress bar, on the rank that speaks."""
-    with _progress(total, layout, console) as advance:
-        for name, tensor in tensors:
-            yield name, tensor
-            advance(tensor.nbytes)
 
 
 @contextmanager

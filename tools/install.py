@@ -23,7 +23,7 @@ ADVICE = (
     "set PIP_INDEX_ARGS='--extra-index-url ADDRESS' to an index with CPU builds, or TORCH to the path or address of a CPU wheel "
     "(make setup TORCH=…)"
 )
-EXTRAS = "dev,speech"
+EXTRAS = "dev,docs,speech,wandb"
 
 
 def main() -> None:

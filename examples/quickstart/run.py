@@ -5,7 +5,8 @@
 3. CORD trains encoder and adapter on two tensor-parallel ranks: `megatron_cord.train` with `quickstart.yaml`.
 4. A table on the terminal, `report.html` and `summary.json` in the run's directory.
 
-Each part is skipped if it is there already, and training resumes where it was stopped. `a.b=value` overrides reach the training.
+Each part is skipped if it is there already, and training resumes where it was stopped. `a.b=value` overrides reach the training. Another
+example of the same kind is an `Example` of its own (examples/chains).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,43 +28,82 @@ from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from examples.quickstart.warmup import WarmUpConfig, warm_up
 from megatron_cord import cli
 from megatron_cord.config import load_config
-from megatron_cord.data.questions import all_problems, questions_about, vocabulary
+from megatron_cord.data.questions import SUMS, Question, QuestionSource, all_problems, questions_about, vocabulary
 from megatron_cord.data.shards import ShardDataset
 from megatron_cord.data.synthesis import Split, SynthesisConfig, synthesize
 from megatron_cord.report.page import render
 from megatron_cord.report.terminal import evaluation_table
 from megatron_cord.trainer.config import RunConfig
 
-CONFIG = Path(__file__).parent / "quickstart.yaml"
-UTTERANCES: dict[Split, int] = {"train": 3000, "warmup": 500, "heldout": 250}
+
+@dataclass(frozen=True)
+class Example:
+    """A task with a model that reads it well and hears it badly, and the training that closes the gap.
+
+    Attributes:
+        name: of its directory, runs/NAME for seed 0 and runs/NAME-seedS for others, unless another one is given.
+        config: of the training.
+        questions: what is spoken.
+        written: what the model learns to read, by seed.
+        vocabulary: all words of both.
+        utterances: how many questions of each split are spoken.
+        max_seconds: of an utterance; longer ones are an error.
+        model: its sizes.
+        warm_up: the recipe; the seed is replaced.
+    """
+
+    name: str
+    config: Path
+    questions: QuestionSource
+    written: Callable[[int], Sequence[Question]]
+    vocabulary: Callable[[], Sequence[str]]
+    utterances: dict[Split, int]
+    max_seconds: float = SynthesisConfig.max_seconds
+    model: TinyModelConfig = field(default_factory=TinyModelConfig)
+    warm_up: WarmUpConfig = field(default_factory=WarmUpConfig)
+
+    def root(self, seed: int) -> Path:
+        """Where data, checkpoint and run go if nothing else is said."""
+        return Path("runs") / (self.name if seed == 0 else f"{self.name}-seed{seed}")
 
 
-def prepare(root: Path, config: RunConfig, console: Console) -> None:
+QUICKSTART = Example(
+    name="quickstart",
+    config=Path(__file__).parent / "quickstart.yaml",
+    questions=SUMS,
+    written=lambda seed: questions_about(all_problems()),
+    vocabulary=vocabulary,
+    utterances={"train": 3000, "warmup": 500, "heldout": 250},
+)
+
+
+def prepare(example: Example, root: Path, config: RunConfig, console: Console) -> None:
     """Makes the spoken data and the warmed-up checkpoint that the configuration names, where they are not there yet."""
     columns = (TextColumn("speaking {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     data = {"train": Path(config.data.train), "heldout": Path(config.data.evaluation), "warmup": root / "data" / "warmup"}
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        for split, count in UTTERANCES.items():
+        for split, count in example.utterances.items():
             task = bar.add_task(split, total=count)
-            synthesize(SynthesisConfig(split=split, count=count, seed=config.seed), data[split], progress=partial(bar.advance, task))
+            spoken_set = SynthesisConfig(split=split, count=count, seed=config.seed, max_seconds=example.max_seconds)
+            synthesize(spoken_set, data[split], questions=example.questions, progress=partial(bar.advance, task))
     untaught = root / "untaught"
     if not (untaught / "model.safetensors").is_file():
-        create_checkpoint(untaught, TinyModelConfig(), vocabulary(), config.seed)
+        create_checkpoint(untaught, example.model, example.vocabulary(), config.seed)
     spoken = ShardDataset(data["warmup"])
     warm_up(
         untaught,
         config.model.checkpoint,
-        WarmUpConfig(seed=config.seed),
-        questions_about(all_problems()),
+        replace(example.warm_up, seed=config.seed),
+        example.written(config.seed),
         [spoken[i] for i in range(len(spoken))],
     )
 
 
-def train(overrides: list[str], config: RunConfig) -> int:
+def train(example: Example, overrides: list[str], config: RunConfig) -> int:
     """Runs the trainer on as many local ranks as the layout needs; returns its exit status."""
     ranks = config.parallel.tp * config.parallel.pp
     command = [sys.executable, "-m", "megatron_cord.launch", "--standalone", "--nproc-per-node", str(ranks), "-m", "megatron_cord.train"]
-    return subprocess.run([*command, "--config", str(CONFIG), *overrides], check=False).returncode
+    return subprocess.run([*command, "--config", str(example.config), *overrides], check=False).returncode
 
 
 def finish(directory: Path, console: Console) -> None:
@@ -76,30 +118,39 @@ def finish(directory: Path, console: Console) -> None:
     console.print(f"report: {render(directory)}", highlight=False, soft_wrap=True)
 
 
-def main() -> int:
-    """Entry point."""
-    parser = cli.Parser(description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def run(example: Example, description: str) -> int:
+    """An example's whole command: parses the command line, and returns the exit status."""
+    parser = cli.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--seed", type=int, default=0, help="of data, weights and sampling; other seeds than 0 get directories of their own"
     )
+    parser.add_argument("--root", metavar="DIR", type=Path, help="of data, checkpoint and run (default: runs/NAME, with the seed)")
+    parser.add_argument("--prepare", action="store_true", help="make data and checkpoint, and train nothing")
     parser.add_argument("overrides", metavar="a.b=value", nargs="*", help="sets one value of the training's configuration")
     arguments = parser.parse_intermixed_args()
-    root = Path("runs/quickstart" if arguments.seed == 0 else f"runs/quickstart-seed{arguments.seed}")
+    root = arguments.root or example.root(arguments.seed)
     overrides = [f"seed={arguments.seed}", f"output_dir={root}", f"model.checkpoint={root}/checkpoint", f"data.train={root}/data/train",
                  f"data.evaluation={root}/data/heldout", *arguments.overrides]  # fmt: skip
-    config = load_config(RunConfig, CONFIG, overrides)
+    config = load_config(RunConfig, example.config, overrides)
     console = Console()
     begun = time.perf_counter()
     console.print("[bold]1. data and checkpoint[/]")
-    prepare(root, config, console)
+    prepare(example, root, config, console)
+    if arguments.prepare:
+        return 0
     console.print(f"[bold]2. training[/], {config.train.steps} steps on {config.parallel.tp} tensor-parallel ranks")
-    status = train(overrides, config)
+    status = train(example, overrides, config)
     if status:
         return status
     console.print("[bold]3. result[/] on held-out problems and voices")
     finish(Path(config.output_dir), console)
     console.print(f"{time.perf_counter() - begun:.0f} s in all", highlight=False)
     return 0
+
+
+def main() -> int:
+    """Entry point."""
+    return run(QUICKSTART, __doc__.splitlines()[0])
 
 
 if __name__ == "__main__":

@@ -1,3 +1,3 @@
 #!/bin/bash
-# Submits the run to SLURM: examples/qwen2_audio_7b/submit.sh [NODES] [a.b=value …]; one node of 8 GPUs unless more are asked for.
+# Submits the run to SLURM: examples/qwen2_audio_7b/submit.sh [NODES | NODES+SERVER_NODES] [a.b=value …]; one node of 8 GPUs unless told otherwise.
 exec "$(dirname "${BASH_SOURCE[0]}")/../slurm/submit.sh" qwen2_audio_7b "$@"

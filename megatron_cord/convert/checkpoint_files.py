@@ -112,7 +112,12 @@ def safetensors_files(checkpoint_dir: str | Path) -> list[Path]:
     files = sorted(root.glob("*.safetensors"))
     if not files:
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in root.glob(pattern))
-        why = f" ({', '.join(pickled)} may execute code when read; save it again with save_pretrained)" if pickled else ""
+        why = (
+            f", and {', '.join(pickled)} may execute code when read; if you trust who made it, convert it once with transformers: "
+            f"AutoModel.from_pretrained('{root}').save_pretrained('{root}-safetensors'), through the class that config.json names"
+            if pickled
+            else ""
+        )
         raise CordError(f"{root} has no .safetensors file{why}")
     return files
 

@@ -1,4 +1,4 @@
-"""Logits of the Megatron model and of transformers' own, side by side on the same inputs."""
+"""Logits of the Megatron model and of the plain one, which is transformers' own where it has the class, on the same inputs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_cord.errors import CordError
+from megatron_cord.convert.plain_model import PlainModel
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.objects import all_gather_json
 
@@ -26,7 +25,7 @@ class Difference:
         name: of the input.
         tokens: how many positions.
         largest: largest absolute difference of two logits.
-        scale: largest absolute logit of transformers' model.
+        scale: largest absolute logit of the plain model.
         agreement: share of positions at which both prefer the same token.
     """
 
@@ -42,7 +41,7 @@ def compare(model: LALM, reference: Callable[[ModelInput], Tensor] | None, input
 
     Args:
         model: this rank's part.
-        reference: transformers' model on one rank of a last stage, None on all others.
+        reference: the plain model on one rank of a last stage, None on all others.
         inputs: the same on every rank.
     """
     mine: dict[str, Any] = {}
@@ -85,36 +84,19 @@ def _megatron_logits(model: LALM, given: ModelInput) -> Tensor | None:
     return found[0] if found else None
 
 
-def load_reference(hf_dir: Path, *, tied: bool) -> Callable[[ModelInput], Tensor]:
-    """Transformers' model in float32, as a function from an input of one sample to its logits [1, S, V].
-
-    Args:
-        hf_dir: a checkpoint of a class that transformers has; no code of the checkpoint is run.
-        tied: whether the head is the embedding.
+def load_reference(hf_dir: Path) -> Callable[[ModelInput], Tensor]:
+    """The checkpoint's plain model in float32, as a function from an input of one sample to its logits [1, S, V].
 
     Raises:
-        CordError: transformers has no such class, or cannot load the checkpoint.
+        CordError: it cannot be loaded.
     """
-    config = transformers.AutoConfig.from_pretrained(hf_dir)
-    name = (config.architectures or [""])[0]
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        raise CordError(f"{hf_dir}: transformers has no class {name or '(config.json names no architectures)'} to compare with")
-    try:
-        model: Any = kind.from_pretrained(hf_dir, dtype=torch.float32).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CordError(f"{hf_dir}: transformers cannot load it ({str(error).splitlines()[0]}); download it again") from None
-    if tied:  # not every class does so by itself
-        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    model = PlainModel(hf_dir, torch.float32)
 
     @torch.no_grad()
     def logits(given: ModelInput) -> Tensor:
         ids = given.token_ids.cpu()
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if given.features is not None and given.num_frames is not None:
-            frames = torch.arange(given.features.shape[-1])
-            inputs["input_features"] = given.features.cpu()
-            inputs["feature_attention_mask"] = (frames[None] < given.num_frames.cpu()[:, None]).long()
-        return model(**inputs).logits.to(given.token_ids.device)
+        features, frames = (None if tensor is None else tensor.cpu() for tensor in (given.features, given.num_frames))
+        hidden = model.hidden(ids, features, frames, attention_mask=torch.ones_like(ids)).last_hidden_state
+        return model.head(hidden).to(given.token_ids.device)
 
     return logits

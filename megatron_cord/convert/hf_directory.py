@@ -1,8 +1,7 @@
-"""Writes a Hugging Face checkpoint directory from a stream of tensors: complete or invisible, and resumable.
+"""Writes a Hugging Face checkpoint directory: complete or invisible, and resumable.
 
-All is written into a hidden directory beside the final one, which is renamed at the end. A shard that is finished there is noted with its
-checksum; a second run checks it and writes only the rest. Memory: one tensor at a time.
-Simplification: a resumed run still passes over the tensors that it has; the finished shards are not read by value but by checksum.
+All is written into a hidden directory beside the final one, which is renamed at the end. A shard that is finished there has a note with its
+checksum beside it; a second run checks it and writes only the rest. Several ranks can write shards of one directory.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,9 +21,10 @@ import torch
 from torch import Tensor
 
 from megatron_cord.convert.checkpoint_files import DTYPES
+from megatron_cord.convert.disk import start_writing
 from megatron_cord.errors import CordError
 
-_LEDGER, _INDEX = "export.json", "model.safetensors.index.json"
+_JOB, _INDEX = "export.json", "model.safetensors.index.json"
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _CHUNK = 1 << 22  # bytes read at a time for a checksum
 
@@ -35,6 +35,10 @@ class Shard:
 
     file: str
     shapes: dict[str, tuple[int, ...]]
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of its tensors."""
+        return sum(prod(shape) for shape in self.shapes.values()) * dtype.itemsize
 
     def header(self, dtype: torch.dtype) -> bytes:
         """The safetensors header, padded to whole words."""
@@ -66,47 +70,70 @@ def plan_shards(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, max_byte
 
 
 class HFDirectoryWriter:
-    """Writes one directory.
+    """Writes one directory. `begin` comes first and `publish` last, on one rank each.
 
     Args:
         directory: the final place.
         shards: what its weights are.
         dtype: of all tensors.
-        source: what the tensors come from, as JSON; a leftover of another source is not resumed.
-        resume: whether finished shards of an earlier attempt are kept.
-
-    Raises:
-        CordError: the directory exists and holds something.
     """
 
-    def __init__(self, directory: Path, shards: Sequence[Shard], dtype: torch.dtype, source: Any, *, resume: bool = True) -> None:
-        check_vacant(directory)
+    def __init__(self, directory: Path, shards: Sequence[Shard], dtype: torch.dtype) -> None:
         self.directory, self.shards, self.dtype = directory, shards, dtype
         self.partial = directory.with_name(f".{directory.name}.partial")
-        job = {"source": source, "dtype": _CODES[dtype], "shards": [[shard.file, list(shard.shapes)] for shard in shards]}
-        self._job: Any = json.loads(json.dumps(job))
-        self._checksums = self._kept() if resume else {}
-        if not self._checksums and self.partial.exists():
+
+    def begin(self, source: Any = None, *, resume: bool = True) -> None:
+        """Makes the hidden directory, or takes over that of an earlier attempt.
+
+        Args:
+            source: what the tensors come from, as JSON; a leftover of another source is not resumed.
+            resume: whether finished shards of an earlier attempt may be kept.
+
+        Raises:
+            CordError: the directory exists and holds something.
+        """
+        check_vacant(self.directory)
+        job = {"source": source, "dtype": _CODES[self.dtype], "shards": [[shard.file, list(shard.shapes)] for shard in self.shards]}
+        text, note = json.dumps(job), self.partial / _JOB
+        if self.partial.exists() and not (resume and note.is_file() and note.read_text() == text):
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
-        self._note()
-        self.kept = tuple(self._checksums)  #: files of an earlier attempt that are whole
+        _replace(note, text)
 
-    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes all tensors in the shards' order; they are brought to the writer's precision and to the CPU one by one.
+    def write_files(self, read: Callable[[str], Iterable[Tensor]], shards: Sequence[Shard], advance: Callable[[int], None]) -> int:
+        """Writes some of the shards, but those that an earlier attempt finished and whose bytes are still what was written.
+
+        Args:
+            read: gives the tensor of a name, in portions of some rows each.
+            shards: this rank's share.
+            advance: called with the bytes of each portion that is written, and of each shard that was there already.
+
+        Returns:
+            How many were there already.
 
         Raises:
             OSError: the disk is full, or not writable; what is finished stays for the next attempt.
+            CordError: a tensor is not what was planned.
+        """
+        kept = 0
+        for shard in shards:
+            if self._is_there(shard):
+                kept += 1
+                advance(shard.nbytes(self.dtype))
+            else:
+                self._write(shard, lambda name, shape: read(name), advance)
+        return kept
+
+    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes all tensors in the shards' order, one by one, and writes all shards.
+
+        Raises:
+            OSError: the disk is full, or not writable.
             CordError: the stream is not what was planned.
         """
         stream = iter(tensors)
         for shard in self.shards:
-            if shard.file in self._checksums:
-                for name in shard.shapes:
-                    _expect(next(stream, None), name, shard.shapes[name])
-            else:
-                self._checksums[shard.file] = self._write(shard, stream)
-                self._note()
+            self._write(shard, lambda name, shape: (_expect(next(stream, None), name, shape),), lambda portion: None)
         if (extra := next(stream, None)) is not None:
             raise CordError(f"{self.directory}: tensor {extra[0]} is not in the plan; the checkpoint is of another architecture")
 
@@ -114,15 +141,27 @@ class HFDirectoryWriter:
         """Adds the index and the files that go with the weights, and gives the directory its name."""
         if len(self.shards) > 1:
             places = {name: shard.file for shard in self.shards for name in shard.shapes}
-            total = sum(prod(shape) * self.dtype.itemsize for shard in self.shards for shape in shard.shapes.values())
+            total = sum(shard.nbytes(self.dtype) for shard in self.shards)
             index = {"metadata": {"total_size": total}, "weight_map": places}
             companions = companions | {_INDEX: (json.dumps(index, indent=2) + "\n").encode()}
         for name, content in companions.items():
             (self.partial / name).write_bytes(content)
-        (self.partial / _LEDGER).unlink()
+        for shard in self.shards:
+            self._note(shard).unlink()
+        (self.partial / _JOB).unlink()
         os.replace(self.partial, self.directory)
 
-    def _write(self, shard: Shard, stream: Iterator[tuple[str, Tensor]]) -> int:
+    def _note(self, shard: Shard) -> Path:
+        """Where the checksum of a finished shard stands."""
+        return self.partial / f".{shard.file}.json"
+
+    def _is_there(self, shard: Shard) -> bool:
+        try:
+            return json.loads(self._note(shard).read_text()) == _checksum(self.partial / shard.file)
+        except (OSError, ValueError):
+            return False
+
+    def _write(self, shard: Shard, read: Callable[[str, tuple[int, ...]], Iterable[Tensor]], advance: Callable[[int], None]) -> None:
         target = self.partial / shard.file
         unfinished = target.with_suffix(".writing")
         header = shard.header(self.dtype)
@@ -130,27 +169,21 @@ class HFDirectoryWriter:
         with unfinished.open("wb", buffering=0) as file:
             _write_all(file, memoryview(header))
             for name, shape in shard.shapes.items():
-                tensor = _expect(next(stream, None), name, shape).to(dtype=self.dtype, device="cpu").contiguous()
-                raw = tensor.reshape(-1).view(torch.uint8).numpy().data
-                checksum = zlib.crc32(raw, checksum)
-                _write_all(file, raw)
+                rows = 0
+                for portion in read(name, shape):
+                    tensor = portion.to(dtype=self.dtype, device="cpu").contiguous()
+                    raw = tensor.reshape(-1).view(torch.uint8).numpy().data
+                    checksum = zlib.crc32(raw, checksum)
+                    offset = file.tell()
+                    _write_all(file, raw)
+                    start_writing(file.fileno(), offset, len(raw))
+                    rows += len(tensor) if shape else 1
+                    advance(len(raw))
+                if rows != (shape[0] if shape else 1):
+                    raise CordError(f"{self.directory}: tensor {name} {list(shape)} was planned but {rows} rows came; export it again")
             os.fsync(file.fileno())
         os.replace(unfinished, target)
-        return checksum
-
-    def _kept(self) -> dict[str, int]:
-        """Files of an earlier attempt at the same job whose bytes are still those that were written."""
-        try:
-            ledger = json.loads((self.partial / _LEDGER).read_text())
-            noted = ledger["finished"] if ledger["job"] == self._job else {}
-        except (OSError, ValueError, LookupError, TypeError):
-            return {}
-        return {file: checksum for file, checksum in noted.items() if _checksum(self.partial / file) == checksum}
-
-    def _note(self) -> None:
-        draft = self.partial / f".{_LEDGER}"
-        draft.write_text(json.dumps({"job": self._job, "finished": self._checksums}))
-        os.replace(draft, self.partial / _LEDGER)
+        _replace(self._note(shard), json.dumps(checksum))
 
 
 def check_vacant(directory: Path) -> None:
@@ -166,14 +199,20 @@ def _expect(given: tuple[str, Tensor] | None, name: str, shape: tuple[int, ...])
     return given[1]
 
 
+def _replace(path: Path, text: str) -> None:
+    """Writes a small file that is whole whenever it is there."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
 def _write_all(file: Any, view: memoryview) -> None:
     while view:
         view = view[file.write(view) :]
 
 
-def _checksum(path: Path) -> int | None:
-    if not path.is_file():
-        return None
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file. Raises OSError if it cannot be read."""
     checksum = 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):

@@ -14,11 +14,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_cord.convert.checkpoint_files import StoredTensor
-from megatron_cord.convert.loading import find_sources
 from megatron_cord.convert.stream import global_parameters, hf_shapes, tensor_map_of
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.lalm import LALM
+from megatron_cord.model.transformer import LayerConfig
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import all_gather_json
 
@@ -59,34 +59,20 @@ def paper_model(arch: Architecture, layout: Layout, dtype: torch.dtype = torch.b
         CordError: the layout does not divide the model.
     """
     with FakeTensorMode():
-        return _PaperModel(arch, layout, dtype)
+        return _PaperModel(arch, layout, dtype, LayerConfig("torch"))
 
 
-def inventory(arch: Architecture, layout: Layout) -> list[Entry]:
-    """All tensors of the architecture over all stages, in the order in which they are exported. Collective over all ranks.
-
-    Raises:
-        CordError: the layout does not divide the model.
-    """
-    model = paper_model(arch, layout)
+def inventory(model: LALM) -> list[Entry]:
+    """All tensors of the model over all stages, in the order in which they are exported. Collective over all ranks."""
     parameters, table = global_parameters(model), tensor_map_of(model)
     mine: dict[str, list[int]] = {}
     for rule in table.rules:
         if rule.megatron in parameters:
-            mine |= {name: list(shape) for name, shape in hf_shapes(parameters[rule.megatron], rule, layout).items()}
+            mine |= {name: list(shape) for name, shape in hf_shapes(parameters[rule.megatron], rule, model.layout).items()}
     shapes: dict[str, list[int]] = {}
     for share in all_gather_json(mine):
         shapes |= share
     return [Entry(name, tuple(shapes[name]), rule.megatron, type(rule.layout).__name__) for rule in table.rules for name in rule.hf_names]
-
-
-def check_fits(arch: Architecture, layout: Layout, stored: Sequence[StoredTensor]) -> None:
-    """Compares the checkpoint's headers with this rank's part of the model.
-
-    Raises:
-        CordError: missing, unexpected, duplicated or misshapen tensors, all listed at once.
-    """
-    find_sources(paper_model(arch, layout), stored)
 
 
 def common_dtype(tensors: Sequence[StoredTensor]) -> torch.dtype:

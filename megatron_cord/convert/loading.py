@@ -13,19 +13,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cord.convert.checkpoint_files import StoredTensor, stored_tensors
-from megatron_cord.convert.stream import Audit, global_parameters
+from megatron_cord.convert.stream import Audit, check_problems, global_parameters
 from megatron_cord.model.lalm import LALM
 from megatron_cord.model.tensor_map import TensorRule
+from megatron_cord.parallel.objects import all_gather_json
 
 #: what makes one Megatron tensor: its rule, and where each part lies, by published name
 Source = tuple[TensorRule, dict[str, StoredTensor]]
 
 
 def find_sources(model: LALM, stored: Sequence[StoredTensor]) -> dict[str, Source]:
-    """Where this rank's parameters come from, by the name that they have in the whole model.
+    """Where this rank's parameters come from, by the name that they have in the whole model. Collective over all ranks.
 
     Raises:
-        CordError: missing, unexpected, duplicated or misshapen tensors, all listed at once.
+        CordError: missing, unexpected, duplicated or misshapen tensors, those of all stages listed at once, on every rank.
     """
     audit = Audit(model)
     sources: dict[str, Source] = {}
@@ -34,7 +35,7 @@ def find_sources(model: LALM, stored: Sequence[StoredTensor]) -> dict[str, Sourc
         if admitted is not None:
             name, rule = admitted
             sources.setdefault(rule.megatron, (rule, {}))[1][name] = tensor
-    audit.finish()
+    check_problems([problem for share in all_gather_json(audit.problems()) for problem in share])
     return sources
 
 
@@ -66,7 +67,7 @@ def read_block(source: Source, rows: int, start: Sequence[int], out: Tensor) -> 
 
 @torch.no_grad()
 def read_into(model: LALM, checkpoint_dir: str | Path) -> None:
-    """Fills this rank's part of the model from a Hugging Face directory. Not collective: each rank reads for itself.
+    """Fills this rank's part of the model from a Hugging Face directory. Collective over all ranks, each of which reads for itself.
 
     Raises:
         CordError: the files are damaged or pickled, or their tensors do not fit; nothing is read then.

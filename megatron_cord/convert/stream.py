@@ -32,8 +32,14 @@ def global_parameters(model: LALM) -> dict[str, torch.nn.Parameter]:
     return {rename_to_global(model, name): parameter for name, parameter in model.named_parameters()}
 
 
+#: A norm that is part of the matrix behind it, as transformer-engine's layers have them, and the norm that stands alone in the tables.
+_FUSED_NORMS = {".self_attention.linear_qkv.layer_norm_": ".input_layernorm.", ".mlp.linear_fc1.layer_norm_": ".pre_mlp_layernorm."}
+
+
 def rename_to_global(model: LALM, name: str) -> str:
     """The name in the whole model of this rank's parameter."""
+    for fused, alone in _FUSED_NORMS.items():
+        name = name.replace(fused, alone)
     prefix = "language_model.decoder.layers."
     if name.startswith(prefix):
         number, rest = name.removeprefix(prefix).split(".", 1)
@@ -128,7 +134,7 @@ def import_tensors(model: LALM, tensors: Iterable[tuple[str, Tensor]]) -> None:
         parts[name] = tensor
         if len(parts) == len(rule.hf_names):
             _fill(audit.mine[rule.megatron], rule, waiting.pop(rule.megatron), model.layout)
-    audit.finish()
+    check_problems(audit.problems())
 
 
 class Audit:
@@ -144,14 +150,15 @@ class Audit:
         self._table, self._canonical = tensor_map_of(model), family_of(model.arch).canonical_name
         self._seen: set[str] = set()
         self._problems: list[str] = []
+        self._kin: dict[tuple[str, ...], list[str]] = {}  # expected names by how they end, and by their numbers
 
     def admit(self, spelled: str, shape: Sequence[int]) -> tuple[str, TensorRule] | None:
         """The published name and the rule of a tensor that this rank needs; None if it is another stage's, or a problem."""
         name = self._canonical(spelled)
         rule = self._table.by_hf_name.get(name)
         if rule is None:
-            nearest = difflib.get_close_matches(name, self._table.by_hf_name, n=1)
-            self._problems.append(f"unexpected tensor {spelled}" + (f" (nearest expected: {nearest[0]})" if nearest else ""))
+            nearest = self._nearest(name)
+            self._problems.append(f"unexpected tensor {spelled}" + (f" (nearest expected: {nearest})" if nearest else ""))
             return None
         if name in self._seen:
             self._problems.append(f"tensor {spelled} occurs twice")
@@ -165,11 +172,35 @@ class Audit:
             return None
         return name, rule
 
-    def finish(self) -> None:
-        """Raises CordError with all problems, if there was any or a tensor is missing."""
-        problems = [*self._problems, *(f"missing tensor {name}" for name in self._table.by_hf_name if name not in self._seen)]
-        if problems:
-            raise CordError(f"the checkpoint does not fit the model's architecture ({len(problems)} problems): " + "; ".join(problems))
+    def _nearest(self, name: str) -> str | None:
+        """The most similar expected name. All of them are compared only if none ends alike and none is of the same layer: names by the
+        thousand, as in a checkpoint under another prefix, would take minutes otherwise."""
+        if not self._kin:
+            for expected in self._table.by_hf_name:
+                for trait in (_ending(expected), _numbers(expected)):
+                    self._kin.setdefault(trait, []).append(expected)
+        candidates = self._kin.get(_ending(name)) or self._kin.get(_numbers(name)) or list(self._table.by_hf_name)
+        found = difflib.get_close_matches(name, candidates, n=1)
+        return found[0] if found else None
+
+    def problems(self) -> list[str]:
+        """What does not fit, when all tensors have been admitted."""
+        return [*self._problems, *(f"missing tensor {name}" for name in self._table.by_hf_name if name not in self._seen)]
+
+
+def _ending(name: str) -> tuple[str, ...]:
+    return ("ends with", *name.split(".")[-2:])
+
+
+def _numbers(name: str) -> tuple[str, ...]:
+    return ("numbers", *(part for part in name.split(".") if part.isdecimal()))
+
+
+def check_problems(problems: Iterable[str]) -> None:
+    """Raises CordError with all problems of one or several audits, each once, if there are any."""
+    once = list(dict.fromkeys(problems))
+    if once:
+        raise CordError(f"the checkpoint does not fit the model's architecture ({len(once)} problems): " + "; ".join(once))
 
 
 def hf_shapes(parameter: Tensor, rule: TensorRule, layout: Layout) -> dict[str, torch.Size]:

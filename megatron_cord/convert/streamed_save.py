@@ -6,7 +6,6 @@ buffer and from there into this rank's file of the checkpoint. The kernel is tol
 
 from __future__ import annotations
 
-import ctypes
 import io
 import os
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories, is_main_replica
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_cord.convert.disk import start_writing
 from megatron_cord.convert.loading import Source, read_block
 from megatron_cord.convert.stream import rename_to_global
 from megatron_cord.model.lalm import LALM
@@ -85,7 +85,7 @@ def save_streamed(directory: Path, model: LALM, sources: dict[str, Source], adva
     dist_checkpointing.save({"model": state}, str(directory), sharded_strategy=_Streamed(blocks, advance))
 
 
-class _Streamed(SaveShardedStrategy):
+class _Streamed(TorchDistSaveShardedStrategy):
     """Takes the place of Megatron's writer, in its format."""
 
     def __init__(self, blocks: dict[Place, _Block], advance: Callable[[int], None]) -> None:
@@ -153,7 +153,7 @@ class _Writer(dcp.FileSystemWriter):
                     else:
                         self._write(file, item, buffer)
                     length = file.tell() - offset
-                    _start_writing(file.fileno(), offset, length)
+                    start_writing(file.fileno(), offset, length)
                     results.append(WriteResult(item.index, length, _StorageInfo(name, offset, length)))
                 os.fsync(file.fileno())
         finally:
@@ -170,13 +170,3 @@ class _Writer(dcp.FileSystemWriter):
         block.read(tensor)
         torch.save(tensor.view(item.tensor_data.chunk.sizes), file)
         self._advance(block.nbytes)
-
-
-_SYNC_FILE_RANGE_WRITE = 2
-
-
-def _start_writing(descriptor: int, offset: int, length: int) -> None:
-    """Asks the kernel to begin writing these bytes to the disk, and does not wait; where it cannot, they are written at the end."""
-    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if call is not None:
-        call(descriptor, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from torch.distributed.checkpoint import CheckpointException
 
 from megatron_cord.convert.hf_directory import check_vacant
 from megatron_cord.convert.loading import Source
 from megatron_cord.convert.streamed_save import save_streamed
-from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import LALM
 
 
@@ -59,21 +53,3 @@ def save_weights(
         if main:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def saved_dtype(checkpoint: Path) -> torch.dtype:
-    """The precision of a checkpoint's weights, by its metadata.
-
-    Raises:
-        CordError: it is no checkpoint, or its weights have several precisions.
-    """
-    try:
-        saved = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    except (CheckpointException, CheckpointingException, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise CordError(f"{checkpoint} is not a whole checkpoint ({type(error).__name__}); give the directory of one") from None
-    # Optimizer states have precisions of their own.
-    dtypes = {tensor.dtype for name, tensor in saved.items() if name.startswith(("language_model.", "audio_encoder.", "adapter."))}
-    if len(dtypes) != 1:
-        several = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "nothing"
-        raise CordError(f"{checkpoint} holds weights of {several}; choose a precision with --dtype")
-    return dtypes.pop()

@@ -1,19 +1,21 @@
 """Log-mel features as Whisper's encoders take them, equal to transformers' WhisperFeatureExtractor.
 
-The short-time Fourier transform runs on the device of the waveform. The configuration is read from a checkpoint's
-``preprocessor_config.json``, so that training hears exactly what every other user of the checkpoint does.
+The short-time Fourier transform runs on the device of the waveform, and only over the frames that audio reaches: what pads a clip to the
+encoder's window is silence, whose features are known. The configuration is read from a checkpoint's ``preprocessor_config.json``, so that
+training hears exactly what every other user of the checkpoint does.
 
-What it simplifies: one clip a call; dithering and waveform normalisation are refused, as no supported model uses them.
+What it simplifies: one clip a transform; dithering and waveform normalisation are refused, as no supported model uses them.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,8 +23,8 @@ from torch import Tensor
 
 from megatron_cord.errors import CordError
 
-_MAX_FREQUENCY = 8000.0  # Hz; WhisperFeatureExtractor does not make it configurable
-_FLOOR = 1e-10
+MAX_FREQUENCY = 8000.0  #: Hz; WhisperFeatureExtractor does not make it configurable
+FLOOR = 1e-10  #: of the mel spectrum
 _DYNAMIC_RANGE = 8.0  # in powers of ten
 
 
@@ -57,6 +59,14 @@ class FeatureConfig:
     def num_frames(self, samples: int) -> int:
         """How many frames of the window a clip of ``samples`` fills: the sum of the extractor's attention mask."""
         return min(math.ceil(samples / self.hop_length), self.max_frames)
+
+    def sounding_frames(self, samples: int) -> int:
+        """Frames of the window that a clip of ``samples`` reaches with at least one sample; those behind them see silence alone."""
+        return min((samples + self.n_fft // 2) // self.hop_length + 1, self.max_frames)
+
+    def samples_behind(self, frames: int) -> int:
+        """How many samples of the window its first ``frames`` frames see, and so many more that no reflection of its end reaches them."""
+        return min(frames * self.hop_length + self.n_fft, self.n_samples)
 
     @classmethod
     def from_checkpoint(cls, directory: str | Path) -> FeatureConfig:
@@ -129,6 +139,20 @@ def log_mel(waveform: np.ndarray | Tensor, config: FeatureConfig, *, sampling_ra
         CordError: for another rate, more than one channel, no samples, NaN or infinite samples, and clips longer than the window.
     """
     audio = torch.as_tensor(waveform)
+    check_waveform(audio, config, sampling_rate=sampling_rate, name=name)
+    audio = audio.to(torch.float32)
+    frames = config.sounding_frames(len(audio))
+    padded = torch.nn.functional.pad(audio, (0, max(0, config.samples_behind(frames) - len(audio))))
+    window = _window(config.n_fft, audio.device)
+    # The last frame is centred on the window's end, or on silence; Whisper leaves it out.
+    spectrum = torch.stft(padded, config.n_fft, config.hop_length, window=window, return_complex=True)[:, :frames]
+    power = spectrum.real.square() + spectrum.imag.square()
+    filters = mel_filters(config.n_mels, config.n_fft, config.sampling_rate).to(audio.device)
+    return normalize((filters @ power).clamp_(min=FLOOR).log10_(), config, len(audio))
+
+
+def check_waveform(audio: Tensor, config: FeatureConfig, *, sampling_rate: int, name: str) -> None:
+    """Raises CordError as `log_mel` says."""
     if sampling_rate != config.sampling_rate:
         raise CordError(f"sample {name}: audio at {sampling_rate} Hz, the encoder hears {config.sampling_rate} Hz; resample it")
     if audio.ndim != 1:
@@ -140,17 +164,50 @@ def log_mel(waveform: np.ndarray | Tensor, config: FeatureConfig, *, sampling_ra
         raise CordError(f"sample {name}: {seconds:.2f} s of audio, the encoder's window is {config.max_seconds:.2f} s; shorten or split it")
     if not audio.is_floating_point():
         raise CordError(f"sample {name}: audio is {audio.dtype}; convert it to float32 in [-1, 1]")
-    audio = audio.to(torch.float32)
     if not bool(torch.isfinite(audio).all()):
         raise CordError(f"sample {name}: audio holds NaN or infinite samples; remove it or record it again")
-    padded = torch.nn.functional.pad(audio, (0, config.n_samples - len(audio)))
-    window = torch.hann_window(config.n_fft, device=audio.device)
-    # The last frame is centred on the window's end; Whisper leaves it out.
-    spectrum = torch.stft(padded, config.n_fft, config.hop_length, window=window, return_complex=True)[:, : config.max_frames]
-    filters = mel_filters(config.n_mels, config.n_fft, config.sampling_rate).to(audio.device)
-    log_spectrum = (filters @ spectrum.abs().square()).clamp(min=_FLOOR).log10()
-    log_spectrum = torch.maximum(log_spectrum, log_spectrum.max() - _DYNAMIC_RANGE)
-    return Features((log_spectrum + 4.0) / 4.0, config.num_frames(len(audio)))
+
+
+def normalize(sounding: Tensor, config: FeatureConfig, samples: int) -> Features:
+    """Whisper's scaling, and silence behind the clip.
+
+    Args:
+        sounding: log10 of the mel spectrum, at least `FLOOR`, float32 [n_mels, sounding frames]: those that a clip of ``samples`` reaches.
+    """
+    loudest = sounding.max()
+    features = sounding.new_empty(config.n_mels, config.max_frames)
+    torch.maximum(sounding, loudest - _DYNAMIC_RANGE, out=features[:, : sounding.shape[1]])
+    features[:, sounding.shape[1] :] = (loudest - _DYNAMIC_RANGE).clamp(min=math.log10(FLOOR))
+    return Features(features.add_(4.0).div_(4.0), config.num_frames(samples))
+
+
+class FeatureExtractor(Protocol):
+    """Makes features of several clips at once; threads may share it."""
+
+    def __call__(self, waveforms: Sequence[np.ndarray], names: Sequence[str], sampling_rates: Sequence[int]) -> list[Features]:
+        """One clip's features each, as `log_mel` makes them, in the same order."""
+        ...
+
+
+class TorchFeatures:
+    """`log_mel`, clip by clip, on the CPU.
+
+    Args:
+        config: of the checkpoint.
+    """
+
+    def __init__(self, config: FeatureConfig) -> None:
+        self._config = config
+
+    def __call__(self, waveforms: Sequence[np.ndarray], names: Sequence[str], sampling_rates: Sequence[int]) -> list[Features]:
+        """See ``FeatureExtractor``."""
+        clips = zip(waveforms, names, sampling_rates, strict=True)
+        return [log_mel(waveform, self._config, sampling_rate=rate, name=name) for waveform, name, rate in clips]
+
+
+@lru_cache(maxsize=8)
+def _window(n_fft: int, device: torch.device) -> Tensor:
+    return torch.hann_window(n_fft, device=device)
 
 
 @lru_cache(maxsize=8)
@@ -161,7 +218,7 @@ def mel_filters(n_mels: int, n_fft: int, sampling_rate: int) -> Tensor:
         float32 [n_mels, n_fft // 2 + 1].
     """
     frequencies = np.linspace(0.0, sampling_rate // 2, 1 + n_fft // 2)
-    corners = _mel_to_hertz(np.linspace(0.0, _hertz_to_mel(_MAX_FREQUENCY), n_mels + 2))
+    corners = _mel_to_hertz(np.linspace(0.0, _hertz_to_mel(MAX_FREQUENCY), n_mels + 2))
     lower, centre, upper = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     rising = (frequencies - lower) / (centre - lower)
     falling = (upper - frequencies) / (upper - centre)

@@ -2,38 +2,68 @@
 
 Samples come in an endless row of epochs, each a shuffle of its own, drawn from (seed, epoch). A global batch is a stretch of that row; each
 data-parallel rank takes its part of the stretch. So the position in the data is one integer, and a run resumes exactly on another layout.
+Workers read ahead; what they read is decided before, so their number changes nothing but the waiting.
 
-What it simplifies: shuffling needs random access; streaming sets would need a buffer and its state.
+What it simplifies: shuffling needs random access; streaming sets would need a buffer and its state. Workers are threads: reading, decoding
+and Fourier transforms leave the interpreter free.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, Protocol
 
 import numpy as np
 
+from megatron_cord.data.augmentation import AugmentationConfig
 from megatron_cord.data.order import permutation
 from megatron_cord.data.samples import Sample
+from megatron_cord.data.shards import ShardDataset
 from megatron_cord.errors import CordError
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the spoken questions are.
+    """Where the spoken questions are, and what is made of them."""
 
-    Attributes:
-        train: shards to train on: a directory with a manifest, a tar file, or a pattern.
-        evaluation: shards to evaluate on, likewise.
-        shuffle: a new order each epoch, drawn from the run's seed; otherwise the order of the shards.
-        long_audio: what to do with audio longer than the encoder's window: stop with an error, or cut it into several clips.
-    """
+    train: str = ""  #: shards to train on: a directory with a manifest, a tar file, or a pattern; training requires it
+    evaluation: str = ""  #: shards to evaluate on, likewise
+    shuffle: bool = True  #: a new order each epoch, drawn from the run's seed; otherwise the order of the shards
 
-    train: str
-    evaluation: str
-    shuffle: bool = True
-    long_audio: Literal["error", "cut"] = "error"
+    #: Audio longer than the encoder's window: stop with an error, cut it into several clips, or skip the sample, within max_skipped.
+    long_audio: Literal["error", "cut", "skip"] = "error"
+    max_skipped: float = 0.0  #: the largest share of a set's samples that may be left out because they are damaged; 0 stops at the first
+    verify: bool = False  #: compare the shards' checksums with their manifest at the start, which reads all of them
+    workers: int = 1  #: threads of each rank that read, and make features of, the next step's samples; 0 does it when they are needed
+    features: Literal["torch", "dali", "dali_gpu"] = "torch"  #: what computes them: torch, or NVIDIA DALI on the CPU or on each rank's GPU
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)  #: of the audio that is trained on
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.max_skipped < 1.0:
+            raise CordError(f"data.max_skipped is a share from 0 to below 1, not {self.max_skipped}")
+        if self.long_audio == "skip" and not self.max_skipped:
+            raise CordError("data.long_audio=skip leaves samples out; say how many it may be with data.max_skipped, such as 0.01")
+        if self.workers < 0:
+            raise CordError(f"data.workers cannot be negative, got {self.workers}")
+
+    def open(self, which: Literal["train", "evaluation"], longest: int | None) -> ShardDataset:
+        """A data set under these rules.
+
+        Args:
+            which: of the two.
+            longest: samples of audio that the model's encoder takes at once; None if it takes no audio.
+
+        Raises:
+            CordError: it is not named, or what `ShardDataset` raises.
+        """
+        path = getattr(self, which)
+        if not path:
+            raise CordError(f"data.{which} is required: set it in the configuration or as data.{which}=…, to a directory of shards")
+        limit = longest if self.long_audio == "skip" else None
+        return ShardDataset(path, max_skipped=self.max_skipped, longest=limit, verify=self.verify)
 
 
 class SampleSource(Protocol):
@@ -54,12 +84,27 @@ class SampleLoader:
         shuffle: False keeps the source's order.
         rank: of this process among the data-parallel ones.
         world: how many they are.
+        workers: threads that read the next step's samples ahead.
+        change: what becomes of a sample at a step, such as its augmentation.
+        prepare: called with samples where they were read, so that slow work on them is done ahead too.
 
     Raises:
         CordError: when the source is empty, or the ranks do not divide the batch.
     """
 
-    def __init__(self, source: SampleSource, *, batch_size: int, seed: int, shuffle: bool = True, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        source: SampleSource,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        change: Callable[[Sample, int], Sample] | None = None,
+        prepare: Callable[[Sequence[Sample]], object] | None = None,
+    ) -> None:
         if len(source) == 0:
             raise CordError("the data set holds no samples; make some with tools/synthesize.py")
         if batch_size < 1 or batch_size % world != 0:
@@ -75,6 +120,10 @@ class SampleLoader:
         self._rank = rank
         self._world = world
         self._order = lru_cache(maxsize=2)(self._draw_order)
+        self._change, self._prepare = change, prepare
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="loader") if workers else None
+        self._workers = workers
+        self._ahead: dict[int, list[Future[list[Sample]]]] = {}
 
     @property
     def batch_size(self) -> int:
@@ -93,8 +142,31 @@ class SampleLoader:
         return [int(self._order(epoch)[offset]) for epoch, offset in places]
 
     def batch(self, step: int) -> list[Sample]:
-        """This rank's samples for ``step``, counted from 0."""
-        return [self._source[index] for index in self.indices(step)]
+        """This rank's samples for ``step``, counted from 0. With workers, those of the step after it are then on their way."""
+        if self._pool is None:
+            return self._read(self.indices(step), step)
+        reading = self._ahead.pop(step, None) or self._begin(self._pool, step)
+        self._ahead = {step + 1: self._ahead.get(step + 1) or self._begin(self._pool, step + 1)}
+        return [sample for part in reading for sample in part.result()]
+
+    def close(self) -> None:
+        """Ends the workers; what they have read is dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _begin(self, pool: ThreadPoolExecutor, step: int) -> list[Future[list[Sample]]]:
+        """A stretch of the step's samples for each worker."""
+        indices = self.indices(step)
+        share = -(-len(indices) // self._workers)
+        return [pool.submit(self._read, indices[start : start + share], step) for start in range(0, len(indices), share)]
+
+    def _read(self, indices: Sequence[int], step: int) -> list[Sample]:
+        samples = [self._source[index] for index in indices]
+        if self._change is not None:
+            samples = [self._change(sample, step) for sample in samples]
+        if self._prepare is not None:
+            self._prepare(samples)
+        return samples
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         """int64 [samples]."""

@@ -1,20 +1,23 @@
 """Prompts: one sample as two token sequences, spoken and written, which differ only where audio stands for text.
 
-Chat template, tokenizer and feature extractor are the checkpoint's own. Simplification: one user turn with one recording or one text.
+Chat template, tokenizer and feature extractor are the checkpoint's own. Simplification: one user turn with one recording, which a text may
+follow, or one text.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from jinja2 import TemplateError
 from transformers import GenerationConfig
 
-from megatron_cord.data.features import FeatureConfig, log_mel
+from megatron_cord.data.features import FeatureConfig, FeatureExtractor, TorchFeatures
 from megatron_cord.data.samples import AudioClip, Prompt, Sample
 from megatron_cord.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from megatron_cord.errors import CordError
@@ -22,7 +25,8 @@ from megatron_cord.model.families import family_of, load_architecture
 
 _FEWEST_AUDIO_TOKENS = 2  # transformers takes a lone placeholder for one that is still to be expanded
 
-LongAudio = Literal["error", "cut"]
+LongAudio = Literal["error", "cut", "skip"]
+FeatureBackend = Literal["torch", "dali", "dali_gpu"]
 
 
 class PromptBuilder:
@@ -31,7 +35,8 @@ class PromptBuilder:
     Args:
         checkpoint_dir: a Hugging Face checkpoint.
         long_audio: what to do with audio longer than the encoder's window: refuse it, or cut it into clips, each with its own
-            placeholders.
+            placeholders. "skip" refuses it too: the data set leaves it out before it comes here.
+        features: what computes them: torch, or NVIDIA DALI (extra dali) on the CPU or on this process's GPU.
 
     Attributes:
         eos_ids: tokens that end a response.
@@ -44,7 +49,7 @@ class PromptBuilder:
         CordError: a directory without a tokenizer, or a chat template without one placeholder for a clip.
     """
 
-    def __init__(self, checkpoint_dir: str | Path, *, long_audio: LongAudio = "error") -> None:
+    def __init__(self, checkpoint_dir: str | Path, *, long_audio: LongAudio = "error", features: FeatureBackend = "torch") -> None:
         directory = Path(checkpoint_dir)
         self._directory, self._long_audio = directory, long_audio
         self._tokenizer = load_tokenizer(directory)
@@ -53,35 +58,65 @@ class PromptBuilder:
         self.vocab_size = self._arch.language.vocab_size
         self.eos_ids = self._find_eos(directory)
         self.pad_id = self.eos_ids[0] if self._tokenizer.pad_id is None else self._tokenizer.pad_id
-        tokenless = range(len(self._tokenizer), self.vocab_size)
+        self._tokens = len(self._tokenizer)  # counting them takes milliseconds
+        tokenless = range(self._tokens, self.vocab_size)
         self.special_ids = tuple(sorted({*self._tokenizer.special_ids, *tokenless} - set(self.eos_ids)))
         self._template: str | None = None
         self._features: FeatureConfig | None = None
+        self._heard: WeakKeyDictionary[Sample, Prompt] = WeakKeyDictionary()  # each sample's features are made once, as long as it is held
+        self._hearing = threading.Lock()
         if self._arch.encoder is not None:
             self._features = self._find_features(directory)
+            self._extract = _make_extractor(features, self._features)
             family_template = family_of(self._arch).chat_template
             if family_template is not None and not self._writes_placeholder():
                 self._template = family_template  # the published processing is code there, not a template
             self._around_audio(1)
 
+    @property
+    def longest_clip(self) -> int | None:
+        """Samples of audio that the encoder takes at once; None for a model that only reads."""
+        return None if self._features is None else self._longest(self._features)
+
     def audio_prompt(self, sample: Sample) -> Prompt:
-        """The question as heard; each clip's features are float32 [n_mels, window frames].
+        """The question as heard; each clip's features are float32 [n_mels, window frames]. Threads may call it; it is kept with the sample.
 
         Raises:
             CordError: audio that ``log_mel`` refuses (another rate …), longer than the encoder's window unless it may be cut, or too
                 short for the encoder; a model that only reads.
         """
+        return self.audio_prompts([sample])[0]
+
+    def audio_prompts(self, samples: Sequence[Sample]) -> list[Prompt]:
+        """One each, in the same order; features that are not there yet are made together."""
+        with self._hearing:
+            found = {id(sample): self._heard.get(sample) for sample in samples}
+        missing = [sample for sample in samples if found[id(sample)] is None]
+        made = dict(zip(map(id, missing), self._hear(missing), strict=True))
+        with self._hearing:
+            self._heard.update({sample: made[id(sample)] for sample in missing})
+        return [made.get(id(sample)) or found[id(sample)] for sample in samples]  # type: ignore[misc]
+
+    def _hear(self, samples: Sequence[Sample]) -> list[Prompt]:
+        if not samples:
+            return []
         if self._features is None:
-            raise CordError(f"sample {sample.id}: a {self._arch.model_type} model takes no audio; choose a checkpoint that hears")
-        clips = []
-        for waveform in self._windows(sample, self._features):
-            heard = log_mel(waveform, self._features, sampling_rate=sample.sampling_rate, name=sample.id)
+            raise CordError(f"sample {samples[0].id}: a {self._arch.model_type} model takes no audio; choose a checkpoint that hears")
+        windows = [(sample, waveform) for sample in samples for waveform in self._windows(sample, self._features)]
+        rates = [sample.sampling_rate for sample, _ in windows]
+        features = self._extract([waveform for _, waveform in windows], [sample.id for sample, _ in windows], rates)
+        clips: dict[int, list[AudioClip]] = {id(sample): [] for sample in samples}
+        for (sample, waveform), heard in zip(windows, features, strict=True):
             tokens = self._arch.num_audio_tokens(heard.num_frames)
             if tokens < _FEWEST_AUDIO_TOKENS:
                 seconds = len(waveform) / sample.sampling_rate
                 raise CordError(f"sample {sample.id}: audio of {seconds:.2f} s is too short for the encoder; drop the sample")
-            clips.append(AudioClip(waveform=waveform, features=heard.log_mel, num_frames=heard.num_frames, num_tokens=tokens))
-        first, *others = self._around_audio(len(clips))
+            clips[id(sample)].append(AudioClip(waveform=waveform, features=heard.log_mel, num_frames=heard.num_frames, num_tokens=tokens))
+        return [self._prompt_of_clips(sample, clips[id(sample)]) for sample in samples]
+
+    def _prompt_of_clips(self, sample: Sample, clips: Sequence[AudioClip]) -> Prompt:
+        first, *others = self._around_audio(len(clips), sample.instruction)
+        self._refuse_unknown_words(sample, sample.instruction or "", [*first, *(index for after in others for index in after)])
         ids = [*first]
         for clip, after in zip(clips, others, strict=True):
             ids += [self._arch.audio_token_id or 0] * clip.num_tokens + after
@@ -89,21 +124,24 @@ class PromptBuilder:
 
     def _windows(self, sample: Sample, features: FeatureConfig) -> list[np.ndarray]:
         """The recording in clips that the encoder can take, whole if it is short enough; nothing is left out."""
-        assert self._arch.encoder is not None
-        audio, longest = sample.waveform, self._arch.encoder.max_clip_frames * features.hop_length
+        audio, longest = sample.waveform, self._longest(features)
         # What is no mono recording at the right rate gets log_mel's error.
         if sample.sampling_rate != features.sampling_rate or audio.ndim != 1 or len(audio) <= longest:
             return [audio]
-        if self._long_audio == "error":
+        if self._long_audio != "cut":
             seconds, window = (samples / features.sampling_rate for samples in (len(audio), longest))
             raise CordError(
                 f"sample {sample.id}: {seconds:.2f} s of audio, the encoder's window is {window:.2f} s; "
-                "shorten it, or set data.long_audio to cut"
+                "shorten it, or set data.long_audio to cut or skip"
             )
         starts = list(range(0, len(audio), longest))
         enough = next(frames for frames in count(1) if self._arch.num_audio_tokens(frames) >= _FEWEST_AUDIO_TOKENS)
         starts[-1] = min(starts[-1], len(audio) - enough * features.hop_length)  # a rest too short to hear takes from its neighbour
         return [audio[start:end] for start, end in zip(starts, [*starts[1:], len(audio)], strict=True)]
+
+    def _longest(self, features: FeatureConfig) -> int:
+        assert self._arch.encoder is not None
+        return self._arch.encoder.max_clip_frames * features.hop_length
 
     def text_prompt(self, sample: Sample) -> Prompt:
         """The question as read.
@@ -114,11 +152,14 @@ class PromptBuilder:
         if not sample.question.strip():
             raise CordError(f"sample {sample.id}: the question is empty; give the text of what is said")
         ids = self._tokenize([{"type": "text", "text": sample.question}])
+        self._refuse_unknown_words(sample, sample.question, ids)
+        return Prompt(sample_id=sample.id, token_ids=tuple(ids))
+
+    def _refuse_unknown_words(self, sample: Sample, text: str, ids: list[int]) -> None:
         unknown = self._tokenizer.unknown_id
         if unknown is not None and unknown in ids:
-            words = [word for word in sample.question.split() if unknown in self._tokenizer.encode(word)]
+            words = [word for word in text.split() if unknown in self._tokenizer.encode(word)]
             raise CordError(f"sample {sample.id}: words outside the model's vocabulary: {', '.join(words[:8])}; rephrase the question")
-        return Prompt(sample_id=sample.id, token_ids=tuple(ids))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text, without any special token added."""
@@ -126,8 +167,28 @@ class PromptBuilder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
-        known = [index for index in ids if index < len(self._tokenizer) and index not in self.special_ids and index not in self.eos_ids]
+        known = [index for index in ids if index < self._tokens and index not in self.special_ids and index not in self.eos_ids]
         return self._tokenizer.decode(known)
+
+    def text_of(self, ids: Sequence[int]) -> str | None:
+        """A text that the tokenizer turns into these ids, each run of audio placeholders written once; None if there is none.
+
+        For servers that tokenize a spoken prompt themselves and expand its placeholders.
+        """
+        pieces: list[list[int]] = [[]]
+        once: list[int] = []
+        for index in ids:
+            if index != self.audio_token_id:
+                pieces[-1].append(index)
+            elif once and once[-1] == index:
+                continue
+            else:
+                pieces.append([])
+            once.append(index)
+        # Apart, as some tokenizers put spaces between tokens, which servers do not expect beside a placeholder.
+        mark = "" if self.audio_token_id is None else self._tokenizer.decode([self.audio_token_id])
+        text = mark.join(self._tokenizer.decode(piece) for piece in pieces)
+        return text if self._tokenizer.encode(text) == once else None
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         """Each token's own text, specials included."""
@@ -136,13 +197,14 @@ class PromptBuilder:
     def _tokenize(self, parts: list[dict[str, str]]) -> list[int]:
         return self._tokenizer.encode(self._tokenizer.render([{"role": "user", "content": parts}], self._template))
 
-    def _tokenize_audio(self, clips: int) -> list[int]:
-        return self._tokenize([{"type": "audio", "audio_url": "clip"}] * clips)
+    def _tokenize_audio(self, clips: int, instruction: str | None = None) -> list[int]:
+        beside = [] if instruction is None else [{"type": "text", "text": instruction}]
+        return self._tokenize([{"type": "audio", "audio_url": "clip"}] * clips + beside)
 
-    def _around_audio(self, clips: int) -> list[list[int]]:
-        """The prompt of so many clips, cut at their placeholders: clips + 1 pieces."""
+    def _around_audio(self, clips: int, instruction: str | None = None) -> list[list[int]]:
+        """The prompt of so many clips, and what is read behind them, cut at their placeholders: clips + 1 pieces."""
         pieces: list[list[int]] = [[]]
-        for index in self._tokenize_audio(clips):
+        for index in self._tokenize_audio(clips, instruction):
             if index == self.audio_token_id:
                 pieces.append([])
             else:
@@ -183,3 +245,11 @@ class PromptBuilder:
         if eos is None:
             raise CordError(f"{directory}: neither tokenizer nor generation_config.json says what ends a response; set eos_token_id there")
         return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+
+
+def _make_extractor(backend: FeatureBackend, config: FeatureConfig) -> FeatureExtractor:
+    if backend == "torch":
+        return TorchFeatures(config)
+    from megatron_cord.data.dali_features import DaliFeatures  # an extra, which takes seconds to import
+
+    return DaliFeatures(config, device="gpu" if backend == "dali_gpu" else "cpu")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from megatron_cord.errors import CordError
 
 _ID = re.compile(r"[A-Za-z0-9_+-]{1,120}")
-_LETTERS = "ABCDEFGHIJ"
+LETTERS = "ABCDEFGHIJ"  #: of choices
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class WrittenQuestion:
         text: what is asked, choices included.
         answer: the gold answer; for choices its letter. None if unknown.
         solution: a worked answer; None if there is none.
+        choices: the texts behind the letters; empty where there is no choice.
     """
 
     id: str
     text: str
     answer: str | None = None
     solution: str | None = None
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def read_questions(path: str | Path, *, question: str = "question", answer: str 
     questions: list[WrittenQuestion] = []
     rejects: list[Reject] = []
     seen: set[str] = set()
-    for place, row in _rows(path):
+    for place, row in read_rows(path):
         result = row if isinstance(row, Reject) else _question(place, row, question, answer)
         if isinstance(result, WrittenQuestion) and result.id in seen:
             result = Reject(result.id, "its id comes twice")
@@ -104,25 +106,32 @@ def _question(place: str, row: dict[str, Any], question: str, answer: str) -> Wr
 
 
 def _with_choices(name: str, text: str, gold: str | None, solution: str | None, choices: Any) -> WrittenQuestion | Reject:
-    if (
-        not isinstance(choices, list)
-        or not 2 <= len(choices) <= len(_LETTERS)
-        or not all(isinstance(c, str) and c.strip() for c in choices)
-    ):
-        return Reject(name, f"its choices are not 2 to {len(_LETTERS)} texts")
-    letters = _LETTERS[: len(choices)]
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS) or not all(isinstance(c, str) and c.strip() for c in choices):
+        return Reject(name, f"its choices are not 2 to {len(LETTERS)} texts")
+    letters = LETTERS[: len(choices)]
     if gold is not None and gold not in letters:
         if gold not in choices:
             return Reject(name, f"its answer {gold[:40]!r} is none of its choices, nor a letter up to {letters[-1]}")
         gold = letters[choices.index(gold)]
-    listed = " ".join(f"{letter}. {choice.strip().rstrip('.')}." for letter, choice in zip(letters, choices, strict=True))
-    return WrittenQuestion(name, f"{text} {listed}", gold, solution)
+    return WrittenQuestion(name, f"{text} {lettered(choices)}", gold, solution, tuple(choices))
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
+def lettered(choices: Sequence[str]) -> str:
+    """Choices as they are read out: "A. iron. B. wood."."""
+    return " ".join(f"{letter}. {choice.strip().rstrip('.')}." for letter, choice in zip(LETTERS, choices, strict=False))
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
+    """Every row of a file with its place ("line 12", "row 3"), or why it is none.
+
+    Raises:
+        CordError: the file is missing, of another kind, or damaged as a whole.
+    """
     if not path.exists():
         raise CordError(f"{path}: no such file; give questions as .jsonl or .parquet")
-    if path.suffix in {".jsonl", ".json"} and path.is_file():
+    if path.suffix == ".json" and path.is_file() and _holds_array(path):
+        yield from _json_array(path)
+    elif path.suffix in {".jsonl", ".json"} and path.is_file():
         yield from _json_lines(path)
     elif path.suffix == ".parquet" or path.is_dir():
         yield from _table_rows(path)
@@ -147,6 +156,16 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
             yield place, row if isinstance(row, dict) else Reject(place, "it is no JSON object")
 
 
+def _json_array(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise CordError(f"{path} is not JSON in UTF-8 ({str(error)[:120]}); write it again") from None
+    for number, row in enumerate(rows, 1):
+        place = f"row {number}"
+        yield place, row if isinstance(row, dict) else Reject(place, "it is no JSON object")
+
+
 def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
     try:
         import pyarrow
@@ -165,8 +184,13 @@ def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
             else:
                 with file.open("rb") as stream:
                     table = pyarrow.ipc.open_stream(stream).read_all()
-        except (pyarrow.ArrowInvalid, OSError) as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise CordError(f"{file} cannot be read ({str(error).splitlines()[0][:120]}); write it again") from error
         for row in table.to_pylist():
             number += 1
             yield f"row {number}", row
+
+
+def _holds_array(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")

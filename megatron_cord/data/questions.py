@@ -10,7 +10,7 @@ image of a held-out addition (5 + 7 for 7 + 5) may be a training problem.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -80,6 +80,21 @@ class Question:
     text: str
     solution: str
     answer: str
+
+
+@dataclass(frozen=True)
+class QuestionSource:
+    """A task: where the questions of spoken sets come from (``synthesis``).
+
+    Attributes:
+        name: kept in the manifest of a set.
+        training: ``count`` questions to train on, by (count, seed, split_seed).
+        held_out: questions of the evaluation, likewise; none of them is a training question, whatever the seed.
+    """
+
+    name: str
+    training: Callable[[int, int, int], list[Question]]
+    held_out: Callable[[int, int, int], list[Question]]
 
 
 @dataclass(frozen=True)
@@ -153,6 +168,9 @@ def training_questions(count: int, seed: int, split_seed: int = 0) -> list[Quest
 def heldout_questions(count: int, seed: int, split_seed: int = 0) -> list[Question]:
     """``count`` questions about the held-out problems (232 different ones by default)."""
     return draw_questions(split_problems(split_seed).held_out, count, seed)
+
+
+SUMS = QuestionSource("sums", training_questions, heldout_questions)  #: the task of this module
 
 
 @cache

@@ -20,6 +20,8 @@ class Sample:
         answer: the gold final answer, for evaluation only; None if unknown.
         solution: a worked answer that ends in ``answer``; None if unknown.
         voice: who speaks; None if unknown.
+        choices: the texts behind the letters A, B, … that the question offers; empty for a question that offers none.
+        instruction: what is read beside the recording, where that is no spoken question but a sound to be asked about; None hears alone.
     """
 
     id: str
@@ -29,6 +31,8 @@ class Sample:
     answer: str | None = None
     solution: str | None = None
     voice: str | None = None
+    choices: tuple[str, ...] = ()
+    instruction: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

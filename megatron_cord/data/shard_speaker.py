@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from megatron_cord.data.transcription import Transcriber, word_error_rate
 from megatron_cord.errors import CordError
 
 _BATCH = 50  # utterances a call of the synthesiser; part of what makes a set reproducible
+_PART = 10  # utterances between two writings where they cost time or money
 _SILENT = 0.01  # amplitude
 _FRAME = 400  # samples: 25 ms
 
@@ -36,6 +39,7 @@ class QualityConfig:
         min_seconds, max_seconds: of a recording; Whisper's window is 30 s.
         max_silence: largest share of silent 25 ms frames.
         max_clipping: largest share of samples at the peak.
+        min_loudness: mean power of its sounding frames, dB below a full-scale square wave; a click over a whisper has less.
         asr_url: an OpenAI-compatible endpoint that writes down what it hears; None leaves the round trip out.
         asr_model: that it is asked for.
         max_word_error_rate: of the round trip.
@@ -46,6 +50,7 @@ class QualityConfig:
     max_seconds: float = 30.0
     max_silence: float = 0.7
     max_clipping: float = 0.05  # a pure tone has 0.03
+    min_loudness: float = -35.0
     asr_url: str | None = None
     asr_model: str = "whisper-1"
     max_word_error_rate: float = 0.2
@@ -67,6 +72,11 @@ class SpeechJob:
     utterances: tuple[Utterance, ...]
     synthesizer: SynthesizerConfig
     quality: QualityConfig
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether recordings take so long to make, or cost so much, that parts of a shard are worth keeping."""
+        return self.synthesizer.backend != "espeak" or self.quality.asr_url is not None
 
 
 @dataclass(frozen=True)
@@ -128,28 +138,85 @@ def speak_shard(job: SpeechJob) -> Receipt:
             rejects.append(Reject(question.id, str(error)))
         else:
             speakable.append((question, Utterance(text, utterance.voice)))
-    encoded, voices, seconds = [], Counter[str](), 0.0
-    for start in range(0, len(speakable), _BATCH):
-        batch = speakable[start : start + _BATCH]
-        recordings = _speak(synthesizer, [utterance for _, utterance in batch])
-        for (question, utterance), recording in zip(batch, recordings, strict=True):
-            if isinstance(recording, str):
-                rejects.append(Reject(question.id, recording))
-                continue
-            fault = recording_fault(recording, job.quality)
-            if fault is None and transcriber is not None:
-                fault = _misheard(transcriber, utterance.text, recording, job.quality)
-            if fault is not None:
-                rejects.append(Reject(question.id, fault))
-                continue
-            sample = Sample(question.id, question.text, recording, SAMPLING_RATE, question.answer, question.solution, utterance.voice.name)
-            encoded.append(encode_sample(sample))
-            voices[utterance.voice.name] += 1
-            seconds += len(recording) / SAMPLING_RATE
+    size = _PART if job.is_costly else _BATCH
+    parts = []
+    for number, start in enumerate(range(0, len(speakable), size)):
+        part = _kept_part(job, number) if job.is_costly else None
+        if part is None:
+            part = _speak_part(speakable[start : start + size], synthesizer, transcriber, job.quality)
+            if job.is_costly:
+                _keep_part(job, number, part)
+        parts.append(part)
+    encoded = [sample for part in parts for sample in part.samples]
+    voices: Counter[str] = Counter()
+    for part in parts:
+        voices.update(part.voices)
+    rejects += [reject for part in parts for reject in part.rejects]
     shard = write_shard(job.directory / f"{job.name}.tar", encoded) if encoded else None
-    receipt = Receipt(shard, dict(voices), seconds, rejects)
+    receipt = Receipt(shard, dict(voices), sum(part.seconds for part in parts), rejects)
     receipt.write(job.directory, job.name)
+    for path in job.directory.glob(f".{job.name}.part-*"):
+        path.unlink()
     return receipt
+
+
+@dataclass
+class _Part:
+    """Some utterances of a shard, spoken: encoded samples, and what a receipt says."""
+
+    samples: list[dict[str, Any]]
+    voices: dict[str, int]
+    seconds: float
+    rejects: list[Reject]
+
+
+def _speak_part(
+    batch: Sequence[tuple[WrittenQuestion, Utterance]],
+    synthesizer: SpeechSynthesizer,
+    transcriber: Transcriber | None,
+    quality: QualityConfig,
+) -> _Part:
+    part = _Part([], {}, 0.0, [])
+    recordings = _speak(synthesizer, [utterance for _, utterance in batch])
+    for (question, utterance), recording in zip(batch, recordings, strict=True):
+        if isinstance(recording, str):
+            part.rejects.append(Reject(question.id, recording))
+            continue
+        fault = recording_fault(recording, quality)
+        if fault is None and transcriber is not None:
+            fault = _misheard(transcriber, utterance.text, recording, quality)
+        if fault is not None:
+            part.rejects.append(Reject(question.id, fault))
+            continue
+        voice = utterance.voice.name
+        sample = Sample(question.id, question.text, recording, SAMPLING_RATE, question.answer, question.solution, voice, question.choices)
+        part.samples.append(encode_sample(sample))
+        part.voices[voice] = part.voices.get(voice, 0) + 1
+        part.seconds += len(recording) / SAMPLING_RATE
+    return part
+
+
+def _keep_part(job: SpeechJob, number: int, part: _Part) -> None:
+    """A small shard with a receipt, as the whole one will be: an endpoint that fails later takes nothing with it."""
+    name = f".{job.name}.part-{number:03d}"
+    shard = write_shard(job.directory / f"{name}.tar", part.samples) if part.samples else None
+    Receipt(shard, part.voices, part.seconds, part.rejects).write(job.directory, name)
+
+
+def _kept_part(job: SpeechJob, number: int) -> _Part | None:
+    name = f".{job.name}.part-{number:03d}"
+    receipt = Receipt.read(job.directory, name)
+    if receipt is None:
+        return None
+    samples: dict[str, dict[str, Any]] = {}
+    if receipt.shard is not None:
+        with tarfile.open(job.directory / receipt.shard.name) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                content = tar.extractfile(member)
+                assert content is not None  # a shard of ours holds files alone
+                samples.setdefault(key, {"__key__": key})[extension] = content.read()
+    return _Part(list(samples.values()), receipt.voices, receipt.seconds, receipt.rejects)
 
 
 def recording_fault(waveform: np.ndarray, quality: QualityConfig) -> str | None:
@@ -168,6 +235,10 @@ def recording_fault(waveform: np.ndarray, quality: QualityConfig) -> str | None:
         return "its recording is mostly silent"
     if float((size > 0.999 * peak).mean()) > quality.max_clipping:
         return "its recording is clipped"
+    sounding = frames.max(axis=1, initial=0.0) >= _SILENT * peak
+    power = float(np.mean(np.square(waveform[: len(frames) * _FRAME].reshape(-1, _FRAME)[sounding], dtype=np.float64)))
+    if (loudness := 10.0 * np.log10(max(power, 1e-12))) < quality.min_loudness:
+        return f"its recording is too quiet ({loudness:.0f} dB)"
     return None
 
 

@@ -101,7 +101,15 @@ def encode_sample(sample: Sample) -> dict[str, Any]:
         audio = encode_wav(sample.waveform)
     except ValueError as error:
         raise CordError(f"sample {sample.id}: {error}; remove it or record it again") from error
-    texts = {"id": sample.id, "question": sample.question, "answer": sample.answer, "solution": sample.solution, "voice": sample.voice}
+    texts: dict[str, Any] = {
+        "id": sample.id,
+        "question": sample.question,
+        "answer": sample.answer,
+        "solution": sample.solution,
+        "voice": sample.voice,
+    }
+    if sample.choices:
+        texts["choices"] = list(sample.choices)
     return {"__key__": sample.id, "json": json.dumps(texts, ensure_ascii=False).encode(), "wav": audio}
 
 

@@ -1,7 +1,7 @@
 """Reads webdataset shards: tar files with ``{id}.wav`` and ``{id}.json`` for each sample (see ``shard_writer``).
 
-Everything but the audio itself is checked when a data set is opened, so that a bad sample stops a run before its first step. Only JSON and
-PCM are ever decoded: a shard cannot carry code.
+Everything but the audio itself is checked when a data set is opened, so that a bad sample stops a run before its first step, or is left out
+for the whole of it. Only JSON and PCM are ever decoded: a shard cannot carry code.
 
 What it simplifies: the index of offsets is built anew at every start, and shards are local, uncompressed files.
 """
@@ -9,14 +9,15 @@ What it simplifies: the index of offsets is built anew at every start, and shard
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_cord.data.manifest import Manifest
+from megatron_cord.data.manifest import Manifest, ShardEntry
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.wav import SAMPLING_RATE, check_wav, decode_wav
 from megatron_cord.errors import CordError
@@ -40,33 +41,90 @@ class _Entry:
         return f"{self.shard}: sample {self.id}"
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """What a data set leaves out.
+
+    Attributes:
+        place: the shard, or the shard and the sample.
+        message: what is wrong with it; begins with the place.
+        samples: how many samples that is, as far as the manifest tells.
+    """
+
+    place: str
+    message: str
+    samples: int = 1
+
+
 class ShardDataset:
     """Samples of one or more shards, by number, in the order of the shards and of the samples in them.
+
+    What cannot be used is decided here, from the files alone and before the first sample is taken: so all ranks, and every restart on the
+    same files, leave out the same. By default nothing may be left out.
 
     A data set holds no open file: it may be used after a fork and by several threads.
 
     Args:
         path: a directory with a manifest, a tar file, or a pattern such as "data/*.tar" (which looks at no manifest).
+        max_skipped: the largest share of samples that may be left out.
+        longest: samples of audio beyond which a clip is left out; None takes all lengths.
+        verify: compare every shard's SHA-256 with the manifest's, which reads all of them.
+
+    Attributes:
+        skipped: what was left out, in the order of the shards.
 
     Raises:
         CordError: naming shard and sample, when a shard is missing, truncated or not a tar; when a sample lacks audio or text, has audio that is
-            not 16-bit PCM, mono, 16 kHz, or no samples of it, or comes twice; and when there are no samples at all.
+            not 16-bit PCM, mono, 16 kHz, or no samples of it, or comes twice, and this is more than may be skipped; and when there are no
+            samples at all.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, max_skipped: float = 0.0, longest: int | None = None, verify: bool = False) -> None:
         self._entries: list[_Entry] = []
+        self.skipped: list[Skipped] = []
         seen: dict[str, Path] = {}
-        for shard in _find_shards(path):
-            for entry in _index(shard):
-                if entry.id in seen:
-                    raise CordError(f"{entry.where} is in {seen[entry.id]} too; ids must be unique: remove one of them")
-                seen[entry.id] = shard
-                self._entries.append(entry)
+        for shard, listed in _find_shards(path):
+            problem = _changed(shard, listed, verify) if listed else None
+            if problem is not None and (not max_skipped or verify or not shard.is_file()):
+                self._skip(Skipped(str(shard), f"{shard} {problem}", listed.samples if listed else 1), max_skipped)
+                continue
+            for found, item in enumerate(_index(shard, longest)):
+                if isinstance(item, _Entry) and item.id in seen:
+                    item = Skipped(item.where, f"{item.where} is in {seen[item.id]} too; ids must be unique: remove one of them")
+                if isinstance(item, Skipped):
+                    if item.place == str(shard) and listed:  # the rest of a shard that ends too early
+                        item = replace(item, samples=max(1, listed.samples - found))
+                    self._skip(item, max_skipped)
+                else:
+                    seen[item.id] = shard
+                    self._entries.append(item)
+        count = sum(item.samples for item in self.skipped)
+        if count > max_skipped * (count + len(self)):
+            first = self.skipped[0]
+            raise CordError(
+                f"{path}: {count} of {count + len(self)} samples cannot be used, more than max_skipped={max_skipped:g} allows; the first: "
+                f"{first.message}"
+            )
         if not self._entries:
             raise CordError(f"{path} holds no samples; make some with tools/synthesize.py")
 
+    @property
+    def fingerprint(self) -> str:
+        """Stands for the samples and their order: 16 hexadecimal digits of the SHA-256 over their ids."""
+        return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:16]
+
+    def _skip(self, item: Skipped, max_skipped: float) -> None:
+        if not max_skipped:
+            raise CordError(item.message)
+        self.skipped.append(item)
+
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def ids(self) -> list[str]:
+        """Of all samples, in their order."""
+        return [entry.id for entry in self._entries]
 
     def __getitem__(self, index: int) -> Sample:
         entry = self._entries[index]
@@ -85,77 +143,104 @@ class ShardDataset:
             answer=texts.get("answer"),
             solution=texts.get("solution"),
             voice=texts.get("voice"),
+            choices=tuple(texts.get("choices") or ()),
         )
 
+    def texts(self, index: int) -> dict[str, Any]:
+        """A sample's JSON, without its audio: id, question, answer, solution, voice and choices."""
+        entry = self._entries[index]
+        with entry.shard.open("rb") as file:
+            return {"id": entry.id} | _read_texts(file, entry)
 
-def _find_shards(path: str | Path) -> list[Path]:
+
+def _find_shards(path: str | Path) -> list[tuple[Path, ShardEntry | None]]:
+    """The shards in their order, with what a manifest says of them."""
     directory = Path(path)
     if directory.is_dir():
-        return _listed_shards(directory)
+        return [(directory / entry.name, entry) for entry in Manifest.read(directory).shards]
     matches = sorted(Path(match) for match in glob.glob(str(path)))
     if not matches:
         raise CordError(f"{path}: no such directory or shard; check the path, or make shards with tools/synthesize.py")
-    return matches
+    return [(match, None) for match in matches]
 
 
-def _listed_shards(directory: Path) -> list[Path]:
-    """The manifest's shards, none missing, each of the size it was written with."""
-    shards = []
-    for entry in Manifest.read(directory).shards:
-        shard = directory / entry.name
-        if not shard.is_file():
-            raise CordError(f"{shard} is missing, but {directory}'s manifest lists it; restore it or make the shards again")
-        size = shard.stat().st_size
-        if size != entry.bytes:
-            raise CordError(f"{shard} has {size} of {entry.bytes} bytes: truncated or changed; restore it or make the shards again")
-        shards.append(shard)
-    return shards
+def _changed(shard: Path, listed: ShardEntry, verify: bool) -> str | None:
+    """How a shard differs from what the manifest says."""
+    if not shard.is_file():
+        return "is missing, but the manifest lists it; restore it or make the shards again"
+    size = shard.stat().st_size
+    if size != listed.bytes:
+        return f"has {size} of {listed.bytes} bytes: truncated or changed; restore it or make the shards again"
+    if verify:
+        with shard.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != listed.sha256:
+                return "does not have the checksum that the manifest lists; restore it or make the shards again"
+    return None
 
 
-def _index(shard: Path) -> Iterator[_Entry]:
-    """Every sample of one shard, checked."""
+def _index(shard: Path, longest: int | None) -> Iterator[_Entry | Skipped]:
+    """Every sample of one shard, checked; last, if the shard ends too early, that it does."""
     parts: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
         with shard.open("rb") as file:
-            for member in _members(file, shard):
+            members, problem = _members(file, shard)
+            for member in members:
                 # webdataset's convention: the key ends at the first dot of the file's name.
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
                 sample = parts.setdefault(key, {})
                 if extension in sample:
-                    raise CordError(f"{shard}: sample {key} comes twice; ids must be unique: remove one of them")
-                sample[extension] = member
-            for key, members in parts.items():
-                if "json" not in members:
-                    raise CordError(f"{shard}: sample {key} has no text ({key}.json is missing); add it or remove the sample")
-                if "wav" not in members:
-                    raise CordError(f"{shard}: sample {key} has no audio ({key}.wav is missing); add it or remove the sample")
-                text, audio = members["json"], members["wav"]
-                entry = _Entry(shard, key, text.offset_data, text.size, audio.offset_data, audio.size)
-                _read_texts(file, entry)
-                file.seek(entry.wav_offset)
-                check_wav(file, entry.wav_size, entry.where)
-                yield entry
+                    where = f"{shard}: sample {key}"
+                    yield Skipped(where, f"{where} comes twice; ids must be unique: remove one of them")
+                sample.setdefault(extension, member)
+            if problem is not None and parts and not {"json", "wav"} <= next(reversed(parts.values())).keys():
+                parts.popitem()  # the sample at which the shard breaks off
+            for key, members_of_key in parts.items():
+                yield _checked(file, shard, key, members_of_key, longest)
     except OSError as error:
-        raise CordError(f"{shard} cannot be read ({error.strerror}); check that it is a file and may be read") from error
+        problem = f"cannot be read ({error.strerror}); check that it is a file and may be read"
+    if problem is not None:
+        yield Skipped(str(shard), f"{shard} {problem}")
 
 
-def _members(file: BinaryIO, shard: Path) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar that is whole."""
-    end = 0
+def _checked(file: BinaryIO, shard: Path, key: str, members: dict[str, tarfile.TarInfo], longest: int | None) -> _Entry | Skipped:
+    where = f"{shard}: sample {key}"
+    if "json" not in members:
+        return Skipped(where, f"{where} has no text ({key}.json is missing); add it or remove the sample")
+    if "wav" not in members:
+        return Skipped(where, f"{where} has no audio ({key}.wav is missing); add it or remove the sample")
+    text, audio = members["json"], members["wav"]
+    entry = _Entry(shard, key, text.offset_data, text.size, audio.offset_data, audio.size)
+    try:
+        _read_texts(file, entry)
+        file.seek(entry.wav_offset)
+        samples = check_wav(file, entry.wav_size, entry.where)
+    except CordError as error:
+        return Skipped(where, str(error))
+    if longest is not None and samples > longest:
+        return Skipped(
+            where, f"{where} has {samples / SAMPLING_RATE:.2f} s of audio, the longest allowed are {longest / SAMPLING_RATE:.2f} s"
+        )
+    return entry
+
+
+def _members(file: BinaryIO, shard: Path) -> tuple[list[tarfile.TarInfo], str | None]:
+    """The regular files of a tar that lie wholly in it, and what is wrong with the tar."""
+    members, end, size = [], 0, shard.stat().st_size
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 end = member.offset_data + (-(-member.size // _BLOCK) * _BLOCK if member.isreg() else 0)
-                if member.isreg():
-                    yield member
-    except tarfile.TarError as error:
-        raise CordError(f"{shard} is truncated or not a tar file ({error}); restore it or make the shards again") from error
+                if member.isreg() and member.offset_data + member.size <= size:
+                    members.append(member)
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:  # the last three: numbers in a damaged header
+        return members, f"is truncated or not a tar file ({error}); restore it or make the shards again"
     # tarfile takes a damaged header for the end; a real end is two blocks of zeros.
     file.seek(end)
     if file.read(2 * _BLOCK) != bytes(2 * _BLOCK):
-        raise CordError(f"{shard} is truncated or damaged at byte {end}; restore it or make the shards again")
+        return members, f"is truncated or damaged at byte {end}; restore it or make the shards again"
+    return members, None
 
 
 def _read_texts(file: BinaryIO, entry: _Entry) -> dict[str, Any]:
@@ -173,6 +258,9 @@ def _read_texts(file: BinaryIO, entry: _Entry) -> dict[str, Any]:
     for name in ("answer", "solution", "voice"):
         if not isinstance(texts.get(name), (str, type(None))):
             raise CordError(f"{entry.where}: {name} is {texts[name]!r}; write text or leave it out")
+    choices = texts.get("choices")
+    if choices is not None and not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
+        raise CordError(f"{entry.where}: its choices are no list of texts; write one or leave them out")
     if texts.get("id", entry.id) != entry.id:
         raise CordError(f"{entry.where}: its JSON calls it {texts['id']!r}; file name and id must agree")
     return texts

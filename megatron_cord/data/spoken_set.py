@@ -131,8 +131,11 @@ def _source(config: SpokenSetConfig) -> dict[str, Any]:
     for file in files:
         digest.update(file.read_bytes())
     source = asdict(config) | {"questions": path.name, "questions_sha256": digest.hexdigest()}
-    for name in ("concurrency", "timeout", "retries", "api_key_variable"):
+    for name in ("concurrency", "timeout", "retries", "tolerated", "api_key_variable"):
         del source["synthesizer"][name]
+    if config.synthesizer.directory is not None:  # wherever it lies
+        files = sorted(f for f in Path(config.synthesizer.directory).glob("*") if f.is_file())
+        source["synthesizer"]["directory"] = [f"{f.name}, {f.stat().st_size} bytes" for f in files]
     del source["max_rejects"]
     return json.loads(json.dumps(source))  # tuples become lists, as they come back from the file
 
@@ -183,7 +186,7 @@ def _complete(
         partial = output / f".{_REJECTS_NAME}.partial"
         partial.write_text("".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects), encoding="utf-8")
         os.replace(partial, output / _REJECTS_NAME)
-        for orphan in output.glob(".*.partial"):
+        for orphan in [*output.glob(".*.partial"), *output.glob(".shard-*.part-*")]:
             orphan.unlink(missing_ok=True)
     voices: Counter[str] = Counter()
     for receipt in receipts:

@@ -3,7 +3,7 @@
 Three splits: "train" and "warmup" speak training problems with training voices, "heldout" speaks held-out problems with held-out voices, so
 that neither problem nor voice of an evaluation was ever heard in training. A set depends on its configuration alone, bit for bit.
 
-What it simplifies: one process; sums only; each question is spoken at its voice's normal speed and pitch unless configured otherwise.
+What it simplifies: one process; each question is spoken at its voice's normal speed and pitch unless configured otherwise.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_cord.data.manifest import MANIFEST_NAME, Manifest
 from megatron_cord.data.order import permutation
-from megatron_cord.data.questions import Question, heldout_questions, training_questions
+from megatron_cord.data.questions import SUMS, Question, QuestionSource
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.shard_writer import ShardWriter
 from megatron_cord.data.speech import (
@@ -63,6 +63,7 @@ def synthesize(
     config: SynthesisConfig,
     output: str | Path,
     *,
+    questions: QuestionSource = SUMS,
     synthesizer: SpeechSynthesizer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Manifest:
@@ -71,6 +72,7 @@ def synthesize(
     Args:
         config: what to say.
         output: a directory; one that an interrupted call left incomplete is begun anew.
+        questions: what is asked; sums when left out.
         synthesizer: who speaks; espeak-ng when left out.
         progress: called with the number of utterances done since the last call.
 
@@ -82,13 +84,13 @@ def synthesize(
     output = Path(output)
     if (output / MANIFEST_NAME).exists():
         manifest = Manifest.read(output)
-        _same_arguments(config, manifest, output)
+        _same_arguments(_source(config, questions), manifest, output)
         if progress is not None:
             progress(manifest.samples)
         return manifest
     speaker = synthesizer if synthesizer is not None else EspeakSynthesizer()
-    plan = _plan(config)
-    writer = ShardWriter(output, shard_size=config.shard_size, source=asdict(config))
+    plan = _plan(config, questions)
+    writer = ShardWriter(output, shard_size=config.shard_size, source=_source(config, questions))
     for start in range(0, len(plan), _BATCH):
         batch = plan[start : start + _BATCH]
         recordings = speaker.speak([utterance for _, utterance in batch])
@@ -108,15 +110,20 @@ def synthesize(
     return writer.close()
 
 
-def _plan(config: SynthesisConfig) -> list[tuple[Question, Utterance]]:
+def _source(config: SynthesisConfig, questions: QuestionSource) -> dict[str, Any]:
+    """What decides about the set's content, as the manifest keeps it."""
+    return {"task": questions.name} | asdict(config)
+
+
+def _plan(config: SynthesisConfig, source: QuestionSource) -> list[tuple[Question, Utterance]]:
     """Every question with its voice. Voices take turns in a new order each time, so that each speaks equally often."""
     stream = SPLITS.index(config.split)
     voices: tuple[str, ...]
     if config.split == "heldout":
-        questions, voices = heldout_questions(config.count, config.seed, config.split_seed), HELD_OUT_VOICES
+        questions, voices = source.held_out(config.count, config.seed, config.split_seed), HELD_OUT_VOICES
     else:
         # Another order for each split, lest the first 500 of "train" be "warmup".
-        questions, voices = training_questions(config.count, 2 * config.seed + stream, config.split_seed), TRAINING_VOICES
+        questions, voices = source.training(config.count, 2 * config.seed + stream, config.split_seed), TRAINING_VOICES
     rounds = -(-config.count // len(voices))
     speakers = [voices[i] for turn in range(rounds) for i in permutation(len(voices), config.seed, stream, turn)]
     return [
@@ -136,9 +143,9 @@ def _check(config: SynthesisConfig) -> None:
             raise CordError(f"{name} is {getattr(config, name)}; choose 0 or more")
 
 
-def _same_arguments(config: SynthesisConfig, manifest: Manifest, output: Path) -> None:
-    for name, value in asdict(config).items():
-        if manifest.source.get(name) != value:
+def _same_arguments(source: dict[str, Any], manifest: Manifest, output: Path) -> None:
+    for name, value in source.items():
+        if manifest.source.get(name, "sums" if name == "task" else None) != value:  # once there were sums only
             raise CordError(
                 f"{output} holds shards made with {name} = {manifest.source.get(name)!r}, not {value!r}; delete it or choose another directory"
             )

@@ -94,10 +94,13 @@ class HuggingFaceTokenizer:
 
     def render(self, turns: Turns, template: str | None = None) -> str:
         """See `Tokenizer`."""
-        if template is None and not self._processor.chat_template:
+        if template is not None:
+            return self._tokenizer.apply_chat_template(turns, chat_template=template, add_generation_prompt=True, tokenize=False)
+        # Some processors, such as Voxtral's, do not see the template that their tokenizer has.
+        owner = next((part for part in (self._processor, self._tokenizer) if part.chat_template), None)
+        if owner is None:
             raise _no_template(self._directory)
-        given = {} if template is None else {"chat_template": template}
-        return self._processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **given)
+        return owner.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer`."""

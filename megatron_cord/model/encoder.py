@@ -1,6 +1,8 @@
 """The audio tower: a Whisper-style encoder on Megatron's tensor-parallel layers.
 
-Simplification: clips are padded to the encoder's whole window, as the published models expect.
+Under sequence parallelism the positions of all clips are cut over the tensor-parallel ranks between the layers' matrices; a window that they
+do not divide gets positions at its end that nobody attends to. Simplification: clips are padded to the encoder's whole window, as the
+published models expect.
 """
 
 from __future__ import annotations
@@ -8,12 +10,14 @@ from __future__ import annotations
 import copy
 
 import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_cord.model.architecture import EncoderArchitecture
-from megatron_cord.model.transformer import block_spec, encoder_config
+from megatron_cord.model.transformer import LayerConfig, block_spec, encoder_config
 from megatron_cord.parallel.layout import Layout
 
 
@@ -24,11 +28,11 @@ class AudioEncoder(MegatronModule):
         arch: sizes.
         layout: process groups and this rank's place.
         dtype: of parameters and activations.
-        recompute: layers keep their inputs alone and are computed again in the backward pass.
+        layers: how its layers are computed.
     """
 
-    def __init__(self, arch: EncoderArchitecture, layout: Layout, dtype: torch.dtype, *, recompute: bool = False) -> None:
-        config = encoder_config(arch, layout.config, dtype, recompute=recompute)
+    def __init__(self, arch: EncoderArchitecture, layout: Layout, dtype: torch.dtype, layers: LayerConfig) -> None:
+        config = encoder_config(arch, layout.config, dtype, layers)
         super().__init__(config)
         self.arch = arch
         hidden = arch.hidden_size
@@ -38,7 +42,10 @@ class AudioEncoder(MegatronModule):
         self.embed_positions = torch.nn.Parameter(positions, requires_grad=False)  # sinusoids, stored in the checkpoint
         groups = copy.copy(layout.groups)
         groups.pp = groups.cp = layout.solo  # this block is whole here, however the language model is cut
-        self.block = TransformerBlock(config, block_spec(config, causal=False), post_layer_norm=False, pg_collection=groups)
+        self._tp_group = layout.tp_group
+        self._padding = -arch.max_positions % layout.config.tp if config.sequence_parallel else 0
+        mask = AttnMaskType.no_mask if arch.hears_padding and not self._padding else AttnMaskType.padding
+        self.block = TransformerBlock(config, block_spec(config, mask, layers), post_layer_norm=False, pg_collection=groups)
         self.layer_norm = torch.nn.LayerNorm(hidden, eps=config.layernorm_epsilon, dtype=dtype, device=layout.device)
         for layer in self.block.layers:
             _keep_key_bias_zero(layer.self_attention.linear_qkv.bias, hidden // arch.num_heads)
@@ -58,17 +65,32 @@ class AudioEncoder(MegatronModule):
         x = _zero_from(seen, torch.nn.functional.gelu(self.conv1(x)))
         x = torch.nn.functional.gelu(self.conv2(x))  # [C, H, T]
         x = x.permute(2, 0, 1) + self.embed_positions[:, None]  # [T, C, H]
-        x = self.block(x.contiguous(), attention_mask=self._padding_mask(num_frames, x.shape[0]))
+        x = self._layers(x, num_frames)
         x = torch.nn.functional.avg_pool1d(x.permute(1, 2, 0), kernel_size=self.arch.pooling)  # [C, H, T / pooling]
         x = self.layer_norm(x.transpose(1, 2))
         return x if seen is None else _zero_from(self.arch.num_features(seen), x.transpose(1, 2)).transpose(1, 2)
 
+    def _layers(self, x: Tensor, num_frames: Tensor) -> Tensor:
+        """The transformer's layers on x [T, C, H_audio], the same on all tensor-parallel ranks."""
+        positions = x.shape[0]
+        if self.config.sequence_parallel:
+            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self._padding))
+            x = scatter_to_sequence_parallel_region(x, group=self._tp_group)
+        x = self.block(x.contiguous(), attention_mask=self._padding_mask(num_frames, positions))
+        if self.config.sequence_parallel:
+            # What follows is computed on every rank alike, so that each has the whole gradient already.
+            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self._tp_group)[:positions]
+        return x
+
     def _padding_mask(self, num_frames: Tensor, positions: int) -> Tensor | None:
-        """Bool [C, 1, 1, T], True where a position is padding."""
-        if self.arch.hears_padding:
+        """Bool [C, 1, 1, T + padding], True where a position is not to be attended to; None if there is none."""
+        if not self.arch.hears_padding:
+            valid = self.arch.frames_after_convolutions(num_frames)
+        elif self._padding:
+            valid = torch.full_like(num_frames, positions)
+        else:
             return None
-        valid = self.arch.frames_after_convolutions(num_frames)
-        return (torch.arange(positions, device=num_frames.device)[None] >= valid[:, None])[:, None, None, :]
+        return (torch.arange(positions + self._padding, device=num_frames.device)[None] >= valid[:, None])[:, None, None, :]
 
 
 def _zero_from(start: Tensor | None, x: Tensor) -> Tensor:

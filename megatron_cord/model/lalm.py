@@ -6,10 +6,9 @@ output layer's product is never formed here: the model returns hidden states, an
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
@@ -20,8 +19,8 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
-    set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -30,10 +29,8 @@ from megatron_cord.model.adapters import Adapter, build_adapter
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.attention import packed_sequences
 from megatron_cord.model.encoder import AudioEncoder
-from megatron_cord.model.transformer import block_spec, language_config
+from megatron_cord.model.transformer import LayerConfig, block_spec, language_config
 from megatron_cord.parallel.layout import Layout
-
-Tower = Literal["audio_encoder", "language_model"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,26 +66,27 @@ class LALM(MegatronModule):
         arch: sizes.
         layout: process groups and this rank's place.
         dtype: of parameters and activations.
-        recompute: towers whose layers keep their inputs alone and are computed again in the backward pass: memory for time.
+        layers: how the layers are computed; the defaults if None.
     """
 
-    def __init__(self, arch: Architecture, layout: Layout, dtype: torch.dtype, *, recompute: Collection[Tower] = ()) -> None:
+    def __init__(self, arch: Architecture, layout: Layout, dtype: torch.dtype, layers: LayerConfig | None = None) -> None:
+        layers = layers or LayerConfig()
         arch.check_divisible(layout.config.tp, layout.config.pp)
-        config = language_config(arch.language, layout.config, dtype, recompute="language_model" in recompute)
+        config = language_config(arch.language, layout.config, dtype, layers)
         super().__init__(config)
-        self.arch, self.layout = arch, layout
+        self.arch, self.layout, self.layers = arch, layout, layers
         self.pre_process, self.post_process = layout.is_first_stage, layout.is_last_stage
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = arch.language.tied_embeddings
         self.audio_encoder: AudioEncoder | None = None
         self.adapter: Adapter | None = None
         if self.pre_process and arch.encoder is not None and arch.adapter is not None:
-            self.audio_encoder = AudioEncoder(arch.encoder, layout, dtype, recompute="audio_encoder" in recompute)
+            self.audio_encoder = AudioEncoder(arch.encoder, layout, dtype, layers)
             sizes = (arch.encoder.hidden_size, arch.language.hidden_size)
             self.adapter = build_adapter(arch.adapter, sizes, self.audio_encoder.config, layout.device)
         self.language_model = _HiddenStateGPT(
             config,
-            block_spec(config, causal=True, pp_rank=layout.pp_rank),
+            block_spec(config, AttnMaskType.causal, layers, pp_rank=layout.pp_rank),
             arch.language.padded_vocab_size(layout.config.tp),
             arch.language.max_positions,
             pre_process=self.pre_process,
@@ -181,7 +179,10 @@ def _check_placeholders(placeholders: list[int], features: list[int], sample_ids
         features: number of each of C clips, in the samples' order.
         sample_ids: B names.
     """
-    cure = "build the prompts with this checkpoint's own processor, and give each sample its own clips"
+    cure = (
+        "likely cause: a prompt that was built for another checkpoint's rate of audio tokens, or cut off in its audio, or clips of another "
+        "sample; build the prompts with this checkpoint's own processor, and give each sample its own clips"
+    )
     clips = iter(features)
     for name, wanted in zip(sample_ids, placeholders, strict=True):
         found = 0
@@ -194,12 +195,12 @@ def _check_placeholders(placeholders: list[int], features: list[int], sample_ids
 
 
 def _mark_sharded_weights(model: torch.nn.Module) -> None:
-    """Tells the optimizer which weights are shards: Megatron does so only while it initialises them.
+    """Tells the optimizer which weights are shards: Megatron-Core 0.16 does so only while it initialises them, later versions for some.
 
     Unmarked, a shard counts as a copy that every tensor-parallel rank has, and the gradient norm misses all of them but one rank's.
     """
     for module in model.modules():
-        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
-        elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear) and module.weight is not None:
+            module.weight.tensor_model_parallel = True
+            module.weight.partition_dim = int(isinstance(module, RowParallelLinear))
+            module.weight.partition_stride = 1

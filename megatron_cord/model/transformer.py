@@ -2,28 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import EncoderArchitecture, LanguageArchitecture
 from megatron_cord.model.attention import SdpaAttention
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.layout import ParallelConfig
 
+Tower = Literal["audio_encoder", "language_model"]
 
-def _common(parallel: ParallelConfig, dtype: torch.dtype, recompute: bool) -> dict[str, object]:
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """How the layers of both towers are computed; the numbers are the same up to rounding."""
+
+    #: torch: Megatron's own layers with torch's attention and norms; transformer_engine: its fused layers and attention, on GPUs; auto: those
+    #: where they are installed
+    implementation: Literal["auto", "torch", "transformer_engine"] = "auto"
+    recompute: Collection[Tower] = ()  #: towers whose layers are computed again in the backward pass: memory for time
+    #: full: a recomputed layer keeps its input alone; selective: its core attention's and its MLP's input, and all that lies between them
+    granularity: Literal["full", "selective"] = "full"
+
+    @property
+    def uses_transformer_engine(self) -> bool:
+        """Whether layers are transformer-engine's.
+
+        Raises:
+            CordError: they are asked for and cannot be used here.
+        """
+        present = portability.has_transformer_engine()
+        if self.implementation == "transformer_engine" and not present:
+            raise CordError(
+                "model.layers=transformer_engine: it is not installed here, or there is no GPU; install the extra 'gpu', or set auto or torch"
+            )
+        return present and self.implementation != "torch"
+
+    def recomputation(self, tower: Tower) -> dict[str, object]:
+        """Megatron's settings for one tower."""
+        if tower not in self.recompute:
+            return {}
+        if self.granularity == "selective":
+            return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, object]:
     """What both towers share; fusions that need CUDA kernels follow the device."""
     cuda = portability.has_cuda()
-    every_layer = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return {
-        **(every_layer if recompute else {}),
         "tensor_model_parallel_size": parallel.tp,
+        "sequence_parallel": parallel.sequence_parallel,
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
@@ -42,10 +80,8 @@ def _common(parallel: ParallelConfig, dtype: torch.dtype, recompute: bool) -> di
     }
 
 
-def encoder_config(
-    arch: EncoderArchitecture, parallel: ParallelConfig, dtype: torch.dtype, *, recompute: bool = False
-) -> TransformerConfig:
-    """Whisper's layers: pre-LayerNorm, biases, exact GELU; never cut over stages or the sequence."""
+def encoder_config(arch: EncoderArchitecture, parallel: ParallelConfig, dtype: torch.dtype, layers: LayerConfig) -> TransformerConfig:
+    """Whisper's layers: pre-LayerNorm, biases, exact GELU; never cut over stages or context-parallel ranks."""
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -55,13 +91,12 @@ def encoder_config(
         layernorm_epsilon=1e-5,
         activation_func=torch.nn.functional.gelu,
         add_bias_linear=True,
-        **_common(parallel, dtype, recompute),  # type: ignore[arg-type]
+        **layers.recomputation("audio_encoder"),  # type: ignore[arg-type]
+        **_common(parallel, dtype),  # type: ignore[arg-type]
     )
 
 
-def language_config(
-    arch: LanguageArchitecture, parallel: ParallelConfig, dtype: torch.dtype, *, recompute: bool = False
-) -> TransformerConfig:
+def language_config(arch: LanguageArchitecture, parallel: ParallelConfig, dtype: torch.dtype, layers: LayerConfig) -> TransformerConfig:
     """A Llama-like decoder: RMSNorm, SwiGLU, grouped-query attention, optional biases on the fused qkv."""
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -78,12 +113,12 @@ def language_config(
         add_qkv_bias=arch.qkv_bias,
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
-        sequence_parallel=parallel.sequence_parallel,
         # Batches differ in length, so stages tell each other the shape; Megatron ties that to this dispatcher even without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,  # the loss arrives normalised by global counts; nobody divides it again
-        **_common(parallel, dtype, recompute),  # type: ignore[arg-type]
+        **layers.recomputation("language_model"),  # type: ignore[arg-type]
+        **_common(parallel, dtype),  # type: ignore[arg-type]
     )
 
 
@@ -102,14 +137,31 @@ class Norm:
         return norm
 
 
-def block_spec(config: TransformerConfig, *, causal: bool, pp_rank: int = 0) -> TransformerBlockSubmodules:
-    """This stage's layers: Megatron's own tensor-parallel ones, with our core attention and norm."""
+def block_spec(config: TransformerConfig, mask: AttnMaskType, layers: LayerConfig, *, pp_rank: int = 0) -> TransformerBlockSubmodules:
+    """This stage's layers: Megatron's own tensor-parallel ones with our core attention and norm, or transformer-engine's.
+
+    Args:
+        config: of the tower.
+        mask: causal, padding (with a mask of what is padding) or no_mask.
+        layers: which implementation.
+        pp_rank: this stage.
+    """
+    layer, norm = _transformer_engine_layer() if layers.uses_transformer_engine else _torch_layer(config)
+    attention = replace(layer.submodules.self_attention, params={"attn_mask_type": mask})
+    layer = replace(layer, submodules=replace(layer.submodules, self_attention=attention))
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, pp_rank=pp_rank), layer_norm=norm)
+
+
+def _torch_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
+    """One layer and the norm after the last; norms stand alone."""
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
     attention = spec.submodules.self_attention
-    attention = replace(
-        attention,
-        params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.padding},
-        submodules=replace(attention.submodules, core_attention=SdpaAttention),
-    )
-    layer = replace(spec, submodules=replace(spec.submodules, self_attention=attention, input_layernorm=Norm, pre_mlp_layernorm=Norm))
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, pp_rank=pp_rank), layer_norm=Norm)
+    attention = replace(attention, submodules=replace(attention.submodules, core_attention=SdpaAttention))
+    return replace(spec, submodules=replace(spec.submodules, self_attention=attention, input_layernorm=Norm, pre_mlp_layernorm=Norm)), Norm
+
+
+def _transformer_engine_layer() -> tuple[ModuleSpec, type]:
+    """The same; a norm before a column-parallel matrix is part of it, under names that `convert.stream` knows."""
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return get_gpt_layer_with_transformer_engine_spec(), TENorm

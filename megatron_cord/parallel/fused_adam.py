@@ -23,6 +23,7 @@ class FusedAdam(torch.optim.Optimizer):
         eps: added to the denominator.
         weight_decay: decoupled.
         adam_w_mode: must be True; the argument exists because callers of FusedAdam pass it.
+        capturable: must be False, as nothing here goes into a CUDA graph; Megatron-Core 0.19 passes it.
     """
 
     def __init__(
@@ -33,9 +34,12 @@ class FusedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
-        if not adam_w_mode:
-            raise ValueError("this FusedAdam implements decoupled weight decay only (adam_w_mode=True)")
+        if not adam_w_mode or capturable:
+            raise ValueError(
+                "this FusedAdam implements decoupled weight decay only (adam_w_mode=True), and no CUDA graphs (capturable=False)"
+            )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

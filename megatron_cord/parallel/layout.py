@@ -28,8 +28,8 @@ class ParallelConfig:
     tp: int = 1  #: tensor parallel size
     pp: int = 1  #: pipeline parallel size (1F1B); the audio encoder and adapter live on the first stage, the loss on the last
     cp: int = 1  #: context parallel size: the language model's sequences are cut over so many ranks, for long contexts
-    virtual_pp: int = 1  #: interleaved pipeline stages a rank; only 1: Megatron's interleaved schedule gives wrong gradients on gloo
-    sequence_parallel: bool = False  #: shard activations between tensor-parallel regions of the language model along the sequence
+    virtual_pp: int = 1  #: interleaved pipeline stages a rank; only 1: see docs/layouts.md
+    sequence_parallel: bool = False  #: shard activations between tensor-parallel regions of both towers along the sequence
     timeout_minutes: float = 10.0  #: how long a collective may take before the run is taken for dead
 
     def __post_init__(self) -> None:
@@ -38,7 +38,7 @@ class ParallelConfig:
         if self.virtual_pp != 1:
             raise CordError(
                 f"parallel.virtual_pp={self.virtual_pp}: interleaved pipeline stages are not built; Megatron-Core 0.16.1 gives wrong "
-                "gradients with them. Set parallel.virtual_pp=1 and choose a larger parallel.tp or a smaller parallel.pp"
+                "gradients with them, and later versions mix up the shapes of microbatches that differ in length. Set parallel.virtual_pp=1 and choose a larger parallel.tp or a smaller parallel.pp"
             )
         if self.sequence_parallel and self.tp == 1:
             raise CordError("parallel.sequence_parallel needs parallel.tp > 1; set it to false")
@@ -144,7 +144,8 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     if not dist.is_initialized():
         timeout = timedelta(minutes=config.timeout_minutes)
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(portability.backend(), timeout=timeout)
+            store, rank, world = meet(timeout)
+            dist.init_process_group(portability.backend(), store=store, rank=rank, world_size=world, timeout=timeout)
         else:
             dist.init_process_group(portability.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
@@ -159,6 +160,16 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     model_parallel_cuda_manual_seed(seed)
     solo = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     return Layout(config, groups, solo)
+
+
+def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store at which the launcher's ranks find each other, this one's rank, and their number.
+
+    torchrun's agent keeps one store over restarts. Ranks that start again would read there, if they are early, where the ranks before them
+    listened, and fail; so each start has names of its own.
+    """
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, world
 
 
 def finalize() -> None:

@@ -1,8 +1,8 @@
 """Lets Megatron-Core run on machines without CUDA: the one place where the device differs.
 
 Megatron-Core asks for CUDA devices, streams and generators by name. Without CUDA, `install` maps devices to the CPU, makes streams and
-events inert, gives the CUDA random generator's calls the CPU's generator, and provides the fused optimizer's contract on plain torch.
-With CUDA it does nothing at all. It proves numerics and the logic of communication on gloo; it says nothing about streams, overlap, NCCL
+events inert, and gives the CUDA random generator's calls the CPU's generator. With CUDA it does none of this. On both, where neither apex
+nor transformer-engine brings its fused optimizer, it provides that optimizer's contract on plain torch. It proves numerics and the logic of communication on gloo; it says nothing about streams, overlap, NCCL
 or transformer-engine's kernels.
 
 Simplifications: a global patch of torch, made once per process before megatron.core is imported (importing `megatron_cord.parallel` does
@@ -48,6 +48,13 @@ def backend() -> str:
     return "nccl" if has_cuda() else "gloo"
 
 
+def has_transformer_engine() -> bool:
+    """Whether transformer-engine's layers can be used: it is installed, and its kernels have a GPU."""
+    from megatron.core.extensions import transformer_engine
+
+    return has_cuda() and bool(transformer_engine.HAVE_TE)
+
+
 def on_own_stream(target: torch.device, work: Callable[[], None]) -> Callable[[], None]:
     """``work`` for another thread, to be wrapped where the work it builds on was started.
 
@@ -69,12 +76,15 @@ def on_own_stream(target: torch.device, work: Callable[[], None]) -> Callable[[]
 
 @functools.cache
 def install() -> None:
-    """Makes Megatron-Core importable and runnable without CUDA; does nothing with CUDA. Repeated calls are free.
+    """Makes Megatron-Core importable and runnable without CUDA, and its distributed optimizer without apex and transformer-engine.
+
+    Repeated calls are free.
 
     Raises:
         RuntimeError: megatron.core was imported before; its modules may already hold unpatched names.
     """
     if has_cuda():
+        _provide_fused_adam()
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError("megatron.core was imported before megatron_cord.parallel; import megatron_cord.parallel first")
@@ -85,7 +95,8 @@ def install() -> None:
     _patch_generators()
     _patch_tensor_types()
     _patch_collectives()
-    _patch_megatron()
+    _patch_generators_of_megatron()
+    _provide_fused_adam()
 
 
 def _cpu_for_cuda(value: Any) -> Any:
@@ -194,16 +205,22 @@ def _patch_collectives() -> None:
     torch.distributed.barrier = barrier_without_devices
 
 
-def _patch_megatron() -> None:
-    """What can only be mended in Megatron's own modules, which by now see a patched torch."""
-    import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
-    from megatron.core import optimizer
+def _patch_generators_of_megatron() -> None:
+    """What can only be mended in Megatron's own module, which by now sees a patched torch."""
     from megatron.core.tensor_parallel import random
-
-    from megatron_cord.parallel.fused_adam import FusedAdam
 
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    optimizer.Adam = distributed_optimizer.Adam = FusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distributed_optimizer.HAVE_APEX_OR_TE = distributed_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _provide_fused_adam() -> None:
+    """Megatron takes transformer-engine's FusedAdam, else apex's; with neither, torch's AdamW, whose states its own checkpoints cannot restore."""
+    import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
+    from megatron.core import optimizer
+
+    from megatron_cord.parallel.fused_adam import FusedAdam
+
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        optimizer.Adam = distributed_optimizer.Adam = FusedAdam
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distributed_optimizer.HAVE_APEX_OR_TE = distributed_optimizer.USING_APEX_OPTIMIZER = True

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megatron_cord.model.architecture import Architecture, EncoderArchitecture
+from megatron_cord.model.transformer import Tower
 from megatron_cord.plan.parameters import part_counts, rank_counts
 from megatron_cord.plan.work import Work
-from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.config import ModelConfig, RunConfig
 
 OVERHEAD = 4e9  #: bytes: CUDA context, NCCL's buffers, workspaces
 FRAGMENTATION = 0.05  #: of all else: what the allocator cannot use
@@ -103,37 +104,49 @@ def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: i
     tp, pp, item, lm = config.parallel.tp, config.parallel.pp, config.model.torch_dtype.itemsize, arch.language
     tokens = work.student_tokens * work.micro_batch
     cut = tp if config.parallel.sequence_parallel else 1
-    again = "language_model" in config.model.recompute
     trains_audio = not {"audio_encoder", "adapter"} <= set(config.model.freeze)
     needs_language = "language_model" not in config.model.freeze or trains_audio
     language = 0.0
     if needs_language:
-        layer = tokens * language_layer_width(arch, tp, cut)
-        layers = lm.num_layers // pp
-        language = layers * tokens * lm.hidden_size / cut + layer if again else layers * layer
+        whole, selective = (language_layer_width(arch, tp, cut, selective=selective) for selective in (False, True))
+        language = tokens * _kept(config.model, "language_model", lm.num_layers // pp, whole, selective, lm.hidden_size / cut)
         language += tokens * lm.hidden_size * (3 if stage == pp - 1 else 1)  # the embedding, or the final norm's input and output
     audio = 0.0
     if stage == 0 and arch.encoder is not None and "audio_encoder" not in config.model.freeze:
         enc = arch.encoder
         frames = enc.max_positions * work.clips * work.micro_batch
         h = enc.hidden_size
-        layer = frames * encoder_layer_width(enc, tp)
-        audio = enc.num_layers * frames * h + layer if "audio_encoder" in config.model.recompute else enc.num_layers * layer
+        whole, selective = (encoder_layer_width(enc, tp, cut, selective=selective) for selective in (False, True))
+        audio = frames * _kept(config.model, "audio_encoder", enc.num_layers, whole, selective, h / cut)
         audio += frames * (2 * enc.num_mels + 6 * h)  # convolutions at twice the rate, their GELUs, the last norm
     under_way = min(pp - stage, work.microbatches)
     return under_way * (language + audio) * item
 
 
-def language_layer_width(arch: Architecture, tp: int, cut: int = 1) -> float:
+def _kept(model: ModelConfig, tower: Tower, layers: int, whole: float, selective: float, inputs: float) -> float:
+    """Elements of a token that the layers of a tower keep: all, what selective recomputation keeps, or their inputs; one layer is whole again
+    while it is computed a second time."""
+    if tower not in model.recompute:
+        return layers * whole
+    kept = selective if model.recompute_granularity == "selective" else inputs
+    return layers * kept + whole - (selective if model.recompute_granularity == "selective" else 0)
+
+
+def language_layer_width(arch: Architecture, tp: int, cut: int = 1, *, selective: bool = False) -> float:
     """Elements that one layer keeps of a token: inputs and outputs of both norms; queries, keys and values for every head, the attention's
-    output twice; both halves of fc1, the activated one, and their product. cut: ranks that share a token under sequence parallelism."""
+    output twice; both halves of fc1, the activated one, and their product. With selective recomputation the fused projection, rotated queries and
+    keys, the output once, and nothing of the MLP. cut: ranks that share a token under sequence parallelism."""
     lm = arch.language
+    if selective:
+        return 4 * lm.hidden_size / cut + 3 * (lm.num_heads + lm.num_kv_heads) * lm.head_dim / tp
     return 4 * lm.hidden_size / cut + (5 * lm.num_heads * lm.head_dim + 4 * lm.ffn_hidden_size) / tp
 
 
-def encoder_layer_width(enc: EncoderArchitecture, tp: int) -> float:
-    """The same of the audio encoder's layers, which have no gate and are not cut by the sequence."""
-    return 4 * enc.hidden_size + (5 * enc.hidden_size + 2 * enc.ffn_hidden_size) / tp
+def encoder_layer_width(enc: EncoderArchitecture, tp: int, cut: int = 1, *, selective: bool = False) -> float:
+    """The same of the audio encoder's layers, which have no gate."""
+    if selective:
+        return 4 * enc.hidden_size / cut + 4 * enc.hidden_size / tp
+    return 4 * enc.hidden_size / cut + (5 * enc.hidden_size + 2 * enc.ffn_hidden_size) / tp
 
 
 def _engine(arch: Architecture, work: Work, item: int) -> float:

@@ -89,6 +89,8 @@ def train_flops(config: RunConfig, arch: Architecture, work: Work) -> tuple[floa
     )
     backward = (1 + trains_language) if trains_language or trains_audio else 0
     again = forward if "language_model" in config.model.recompute else 0.0
+    if config.model.recompute_granularity == "selective":  # not the four projections around the attention
+        again *= 1 - 2.0 * student * _projections(arch) / forward
     total = forward * (1 + backward) + _forward(matrices, arch, teacher, work.teacher_tokens)
     output = 2 * lm.vocab_size * lm.hidden_size * work.response_tokens
     total += output * (work.sequences * (2 + trains_language) + (work.scored if config.objective.distils else 0))
@@ -98,8 +100,16 @@ def train_flops(config: RunConfig, arch: Architecture, work: Work) -> tuple[floa
         audio = 2 * part_counts(arch).audio_encoder * frames + 4 * enc.hidden_size * enc.max_positions * enc.num_layers * frames
         trains_encoder = "audio_encoder" not in config.model.freeze
         total += audio * (3 if trains_encoder else 1)
-        again += audio if trains_encoder and "audio_encoder" in config.model.recompute else 0.0
+        if trains_encoder and "audio_encoder" in config.model.recompute:
+            projections = 8.0 * enc.hidden_size**2 * enc.num_layers * frames
+            again += audio - (projections if config.model.recompute_granularity == "selective" else 0.0)
     return total, again
+
+
+def _projections(arch: Architecture) -> int:
+    """Parameters of the matrices around the attention, over all layers."""
+    lm = arch.language
+    return lm.num_layers * 2 * lm.hidden_size * lm.head_dim * (lm.num_heads + lm.num_kv_heads)
 
 
 def _forward(matrices: int, arch: Architecture, tokens: int, length: int) -> float:

@@ -26,10 +26,11 @@ _VARIABLES = {
     "#030301": "var(--series-1)",
     "#030302": "var(--series-2)",
     "#030303": "var(--series-3)",
+    "#030304": "var(--series-4)",
 }
 _INK, _RULE, *_SERIES = _VARIABLES
 _Dash = str | tuple[float, tuple[float, ...]]
-_DASHES: tuple[_Dash, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # told apart without colours too
+_DASHES: tuple[_Dash, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))  # told apart without colours too
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "axes.formatter.limits": (-2, 4),
@@ -95,7 +96,7 @@ def line_chart(
     fill_between: bool = False,
     smooth: bool = True,
 ) -> Chart:
-    """Draws one to three series over a whole-numbered x.
+    """Draws one to four series over a whole-numbered x.
 
     Args:
         key: prefix of the drawing's ids, unique on the page.
@@ -127,7 +128,13 @@ def line_chart(
         elif from_zero:
             axes.set_ylim(0.0, max(axes.get_ylim()[1], 1e-9))
         if len(series) > 1:
-            figure.legend(loc="outside upper left", ncols=len(series), borderaxespad=0.1, borderpad=0.2, columnspacing=1.4)
+            figure.legend(
+                loc="outside upper left",
+                ncols=min(len(series), 2 if len(series) > 3 else 3),
+                borderaxespad=0.1,
+                borderpad=0.2,
+                columnspacing=1.4,
+            )
         buffer = io.StringIO()
         nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
@@ -154,6 +161,17 @@ def moving_average(values: Sequence[float] | np.ndarray, window: int) -> np.ndar
     positions = np.arange(len(values))
     low, high = np.maximum(positions - half, 0), np.minimum(positions + half + 1, len(values))
     return (sums[high] - sums[low]) / (high - low)
+
+
+def _columns(labels: Sequence[str], wide: bool) -> int:
+    """As many columns as the legend has room for; it fills them from top to bottom."""
+    room = 360 if wide else 245  # points: the figure's width
+    for columns in range(len(labels), 1, -1):
+        rows = -(-len(labels) // columns)
+        longest = (max(map(len, labels[first : first + rows])) for first in range(0, len(labels), rows))
+        if sum(4.4 * characters + 34 for characters in longest) <= room:  # a character's width, and the line before it with its gaps
+            return columns
+    return 1
 
 
 def _draw(axes: Axes, line: Series, colour: str, dash: _Dash, marker: str, smooth: bool) -> None:

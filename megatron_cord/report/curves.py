@@ -46,20 +46,27 @@ _METRICS = (
     _Metric("loss", "Loss", "loss", {"total": "loss", "token term": "loss_token", "sequence term": "loss_sequence"}, from_zero=False),
     _Metric("grad", "Gradient norm", "norm", {"before clipping": "grad_norm"}),
     _Metric("length", "Response length", "tokens", {"mean": "response_tokens"}),
+    _Metric("endings", "Responses", "share", {"cut at the limit": "truncated", "repeated phrases": "repetition"}),
     _Metric("entropy", "Entropy of the student", "nats a token", {"mean": "entropy"}),
     _Metric(
         "engine",
-        "Engine against trainer",
+        "Log-probs, engine against trainer",
         "nats a token",
         {
-            "mean difference of log-probs": "engine_logprob_difference",
+            "mean difference": "engine_logprob_difference",
             "largest": "engine_logprob_difference_max",
             "KL divergence": "engine_kl",
-            "mean difference, older weights": "stale_logprob_difference",
+            "mean, older weights": "stale_logprob_difference",
         },
     ),
     _Metric("staleness", "Age of the weights that sampled", "steps", {"mean": "staleness", "largest": "staleness_max"}, smooth=False),
     _Metric("judge", "Judge", "share", {"disagrees with matching": "judge_disagreement", "no answer": "judge_fallbacks"}),
+    _Metric(
+        "seconds",
+        "Time of a step",
+        "seconds",
+        {"rollout": "seconds_rollout", "teacher": "seconds_teacher", "train": "seconds_train", "exchange": "seconds_exchange"},
+    ),
     _Metric("rate", "Learning rate", "rate", {"learning rate": "learning_rate"}, smooth=False),
 )
 
@@ -75,6 +82,18 @@ def accuracy_chart(record: RunRecord) -> Chart | None:
         errors = [standard_error(value, evaluation.samples) for value, evaluation in zip(values, record.evaluations, strict=True)]
         series.append(Series(label, steps, values, errors))
     return line_chart("accuracy", "Accuracy", "training step", "accuracy", series, wide=True, percent=True, markers=True, fill_between=True)
+
+
+def gap_chart(record: RunRecord) -> Chart | None:
+    """The gap over the steps: text accuracy before training minus audio accuracy; None before the second evaluation."""
+    if len(record.evaluations) < 2:
+        return None
+    text = record.evaluations[0].text_accuracy
+    values = [text - evaluation.audio_accuracy for evaluation in record.evaluations]
+    errors = [standard_error(evaluation.audio_accuracy, evaluation.samples) for evaluation in record.evaluations]
+    steps = [evaluation.step for evaluation in record.evaluations]
+    series = [Series("text before training − audio", steps, [100 * v for v in values], [100 * e for e in errors])]
+    return line_chart("gap", "Gap", "training step", "points", series, wide=True, from_zero=min(values) >= 0, markers=True, smooth=False)
 
 
 def metric_charts(record: RunRecord) -> list[Chart]:

@@ -52,7 +52,7 @@ def choose_examples(before: Evaluation | None, after: Evaluation) -> list[Exampl
     for answer in after.answers:
         first = earlier.get(answer.id)
         if first is not None or before is None:
-            examples.append(Example(_kind(first, answer), first, answer))
+            examples.append(Example(kind_of(first, answer), first, answer))
     queue = _take_turns(examples)
     chosen = [example for kind, quota in QUOTAS.items() for example in [e for e in queue if e.kind == kind][:quota]]
     spare = [example for example in queue if example not in chosen]
@@ -69,15 +69,8 @@ def load_clips(data: object, ids: Sequence[str]) -> dict[str, str]:
     """
     if not isinstance(data, str):
         raise CordError("the configuration has no data.evaluation")
-    dataset = ShardDataset(data)
-    wanted = set(ids)
-    waveforms = {}
-    for index in range(len(dataset)):
-        sample = dataset[index]
-        if sample.id in wanted:
-            waveforms[sample.id] = sample.waveform
-        if len(waveforms) == len(wanted):
-            break
+    dataset, wanted = ShardDataset(data), set(ids)
+    waveforms = {sample_id: dataset[index].waveform for index, sample_id in enumerate(dataset.ids) if sample_id in wanted}
     clips, spent = {}, 0
     for sample_id in ids:
         if sample_id in waveforms:
@@ -104,7 +97,8 @@ def training_groups(record: RunRecord) -> list[TrainingGroup]:
     return groups
 
 
-def _kind(before: Answer | None, after: Answer) -> str:
+def kind_of(before: Answer | None, after: Answer) -> str:
+    """What became of a question, a key of QUOTAS."""
     if before is None:
         return "right" if after.audio_correct else "wrong"
     if before.audio_correct:

@@ -1,13 +1,4 @@
-"""The audio-text gap, and how sure one can be of it.
-
-    gap        = text accuracy - audio accuracy
-    gap closed = 1 - (text - audio after) / (text - audio before),   text: the accuracy of the original model
-
-Intervals come from a paired bootstrap: whole samples are drawn, with all that was answered to each, so that the accuracies vary
-together as they would on another held-out set. A sample has one of 16 outcomes (text and audio, before and after: right or
-wrong), so drawing n samples with replacement is one draw from a multinomial. It simplifies: percentile intervals, and nothing about other
-seeds of the training.
-"""
+"""The audio-text gap of a run, before and after, with intervals: `evaluation.statistics` says how they are drawn."""
 
 from __future__ import annotations
 
@@ -15,19 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_cord.evaluation.statistics import Estimate, estimate, gap_closed, gap_closed_draws, paired_draws
 from megatron_cord.report.record import Evaluation
-
-RESAMPLES = 10_000
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A share with its standard error and 95 % interval; these are None where the evaluations do not list every sample."""
-
-    value: float
-    error: float | None = None
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,11 +22,6 @@ class Gap:
     before: Estimate
     after: Estimate
     closed: Estimate | None
-
-
-def gap_closed(text: float, audio_before: float, audio_after: float) -> float | None:
-    """The share of the gap that training closed; None if there was none. Negative if it widened."""
-    return None if text <= audio_before else 1.0 - (text - audio_after) / (text - audio_before)
 
 
 def standard_error(accuracy: float, samples: int) -> float:
@@ -66,8 +41,8 @@ def measure_gap(before: Evaluation, after: Evaluation) -> Gap:
     }
     closed = gap_closed(before.text_accuracy, before.audio_accuracy, after.audio_accuracy)
     draws = _bootstrap(before, after)
-    estimates = {name: _estimate(value, draws.get(name)) for name, value in values.items()}
-    return Gap(samples=after.samples, closed=None if closed is None else _estimate(closed, draws.get("closed")), **estimates)
+    estimates = {name: estimate(value, draws.get(name)) for name, value in values.items()}
+    return Gap(samples=after.samples, closed=None if closed is None else estimate(closed, draws.get("closed")), **estimates)
 
 
 def _bootstrap(before: Evaluation, after: Evaluation) -> dict[str, np.ndarray]:
@@ -77,19 +52,8 @@ def _bootstrap(before: Evaluation, after: Evaluation) -> dict[str, np.ndarray]:
     if not later or earlier.keys() != later.keys() or len(later) != after.samples or len(earlier) != before.samples:
         return {}
     outcomes = np.array([[e.text_correct, later[i].text_correct, e.audio_correct, later[i].audio_correct] for i, e in earlier.items()])
-    kinds, counts = np.unique(outcomes, axis=0, return_counts=True)
-    drawn = np.random.default_rng(0).multinomial(len(outcomes), counts / len(outcomes), size=RESAMPLES) / len(outcomes)
-    text, text_after, audio, audio_after = (drawn @ kinds).T
+    text, text_after, audio, audio_after = paired_draws(outcomes).T
     draws = {"text_before": text, "text_after": text_after, "audio_before": audio, "audio_after": audio_after}
     draws |= {"before": text - audio, "after": text - audio_after}
-    has_gap = text > audio
-    if has_gap.mean() > 0.975:  # else the ratio is mostly noise, and so would be its interval
-        draws["closed"] = 1.0 - (text - audio_after)[has_gap] / (text - audio)[has_gap]
-    return draws
-
-
-def _estimate(value: float, draws: np.ndarray | None) -> Estimate:
-    if draws is None:
-        return Estimate(value)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Estimate(value, float(draws.std()), float(low), float(high))
+    closed = gap_closed_draws(text, audio, audio_after)
+    return draws if closed is None else draws | {"closed": closed}

@@ -1,22 +1,25 @@
 """Reads what a run leaves in its directory: configuration, metrics, evaluations, rollouts, summary.
 
 The run may still be going on: whatever is not there yet is empty here, and a half-written last line is left out. What is
-there must be sound: a damaged line is an error that names it. It simplifies: files are read whole, except the rollouts, of which
-a reader opens only the steps it wants.
+there must be sound: a damaged line is an error that names it. It simplifies: files are read whole, except the rollouts (Parquet, see
+``rollout.record_file``), of which a reader opens only the steps it wants.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from megatron_cord.config_source import read_tree
 from megatron_cord.errors import CordError
 from megatron_cord.report.fields import Fields
-from megatron_cord.report.record import Answer, Evaluation, RunRecord, TrainingRollout, VoiceAccuracy
+from megatron_cord.report.record import Answer, Evaluation, RaisedAlert, RunRecord, TrainingRollout, VoiceAccuracy
+from megatron_cord.rollout import record_file
 
 ROLLOUTS = "rollouts"  # where the record is, unless record.rollouts says otherwise
 
@@ -40,33 +43,17 @@ def read_run(path: str | Path) -> RunRecord:
         config=values,
         config_text=_read_text(config),
         metrics=_read_metrics(directory / "metrics.jsonl"),
-        evaluations=tuple(_read_evaluation(file) for file in _steps(directory / "evaluations", ".json").values()),
-        rollout_files=_steps(directory / str(rollouts), ".jsonl") if rollouts else {},
+        alerts=_read_alerts(directory / "alerts.jsonl"),
+        evaluations=tuple(_evaluation(file) for file in _steps(directory / "evaluations", ".json").values()),
+        rollout_files=record_file.record_files(directory / str(rollouts)) if rollouts else {},
         summary=_read_object(summary) if summary.is_file() else {},
     )
 
 
 def read_rollouts(path: Path) -> list[TrainingRollout]:
-    """The rollouts of one step. Raises CordError naming a damaged line."""
-    rollouts = []
-    for line, values in _read_lines(path):
-        fields = Fields(values, f"{path}:{line}")
-        rollouts.append(
-            TrainingRollout(
-                id=fields.text("id"),
-                role=fields.text("role"),
-                question=fields.text("question"),
-                voice=fields.optional_text("voice"),
-                response=fields.text("response"),
-                tokens=fields.texts("tokens"),
-                token_kl=fields.numbers("token_kl"),
-                token_weights=fields.numbers("token_weights"),
-                teacher_answer=fields.optional_text("teacher_answer"),
-                reward=fields.optional_number("reward"),
-                advantage=fields.optional_number("advantage"),
-            )
-        )
-    return rollouts
+    """The rollouts of one step. Raises CordError naming the file, and the column or row that is damaged."""
+    columns = [field.name for field in dataclasses.fields(TrainingRollout)]
+    return [TrainingRollout(**row) for row in record_file.read_rollouts(path, columns).to_pylist()]
 
 
 def _read_metrics(path: Path) -> tuple[Mapping[str, float | None], ...]:
@@ -80,11 +67,24 @@ def _read_metrics(path: Path) -> tuple[Mapping[str, float | None], ...]:
     return tuple(by_step[step] for step in sorted(by_step))
 
 
+def _read_alerts(path: Path) -> tuple[RaisedAlert, ...]:
+    if not path.is_file():
+        return ()
+    rows = [Fields(values, f"{path}:{line}") for line, values in _read_lines(path)]
+    return tuple(RaisedAlert(row.integer("step"), row.text("kind"), row.text("words")) for row in rows)
+
+
 def _measured(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _read_evaluation(path: Path) -> Evaluation:
+def _evaluation(path: Path) -> Evaluation:
+    stat = path.stat()
+    return _read_evaluation(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=512)  # a live page reads the run again and again, and these files are large and written once
+def _read_evaluation(path: Path, changed: int, size: int) -> Evaluation:
     fields = Fields(_read_object(path), str(path))
     answers = []
     for number, item in enumerate(fields.items("answers")):

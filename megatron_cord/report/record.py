@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,19 +62,34 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrainingRollout:
-    """One response that was trained on; divergence, weights, reward and advantage are None where the role does not need them."""
+    """One response that was sampled for training, as the record's columns of these names have it (``rollout.record_file``).
 
+    Divergences and weights (one a token; NaN is not measured), reward and teacher's answer are None where the role does not need them.
+    """
+
+    step: int
     id: str
     role: str
     question: str
     voice: str | None
     response: str
-    tokens: tuple[str, ...]
-    token_kl: tuple[float, ...] | None
-    token_weights: tuple[float, ...] | None
+    finish_reason: str
+    tokens: Sequence[str]
+    token_kl: Sequence[float] | None
+    token_weights: Sequence[float] | None
     teacher_answer: str | None
     reward: float | None
-    advantage: float | None
+    advantage: float
+    has_signal: bool
+
+
+@dataclass(frozen=True)
+class RaisedAlert:
+    """One of ``alerts.jsonl``: what began to look wrong at a step, in words."""
+
+    step: int
+    kind: str
+    words: str
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,7 @@ class RunRecord:
         config: ``config.yaml`` as plain nested maps.
         config_text: the same file as it stands.
         metrics: one map a step, ascending; a value is None where it was not measured.
+        alerts: what began to look wrong, in the order of the steps.
         evaluations: ascending by step.
         rollout_files: the file of each recorded step, ascending.
         summary: what a finished run says about itself; empty while it goes on.
@@ -95,6 +111,7 @@ class RunRecord:
     config: Mapping[str, Any]
     config_text: str
     metrics: tuple[Mapping[str, float | None], ...]
+    alerts: tuple[RaisedAlert, ...]
     evaluations: tuple[Evaluation, ...]
     rollout_files: Mapping[int, Path]
     summary: Mapping[str, Any]

@@ -9,7 +9,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_cord.report.gap import gap_closed, standard_error
+from megatron_cord.evaluation.statistics import gap_closed
+from megatron_cord.report.gap import standard_error
 
 
 def evaluation_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:

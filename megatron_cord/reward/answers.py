@@ -41,9 +41,14 @@ def extract_answer(text: str) -> str | None:
     return text.strip() if _CHOICE.fullmatch(text.strip()) else None
 
 
+def stated_answer(text: str) -> str | None:
+    r"""What a solution calls its final answer, by ``\boxed{…}``, ``####`` or "the answer is"; None if it calls nothing so."""
+    return _stated(text[-_LONGEST_TEXT:]) or None
+
+
 def states_answer(text: str) -> bool:
-    r"""Whether a solution says which answer is its final one: ``\boxed{…}``, ``####`` or "the answer is", with something behind it."""
-    return bool(_stated(text[-_LONGEST_TEXT:]))
+    """Whether a solution says which answer is its final one."""
+    return stated_answer(text) is not None
 
 
 def answers_agree(first: str, second: str) -> bool:

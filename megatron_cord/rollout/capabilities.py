@@ -44,6 +44,19 @@ class Releasable(Protocol):
         ...
 
 
+@runtime_checkable
+class Recoverable(Protocol):
+    """Can lose what it generates with, and get it back. Its `generate` then leaves responses with finish_reason "abort"."""
+
+    def recover(self) -> None:
+        """Waits until it can generate again, with the weights that it was last given, which the trainer must still have. All ranks together.
+
+        Raises:
+            CordError: it cannot.
+        """
+        ...
+
+
 def require(engine: object, capability: type[Capability], setting: str, otherwise: str) -> Capability:
     """The engine as one that has the capability.
 

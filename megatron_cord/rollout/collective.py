@@ -11,8 +11,17 @@ from dataclasses import asdict
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_cord.errors import CordError
 from megatron_cord.parallel.objects import all_gather_json
+from megatron_cord.rollout.capabilities import Recoverable
 from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine, rollout_from_json
+
+_ROUNDS_IN_VAIN = 3  #: recoveries without a single response more
+
+
+def finished(rollouts: Sequence[Rollout]) -> dict[int, Rollout]:
+    """Those that are whole, by their places."""
+    return {i: rollout for i, rollout in enumerate(rollouts) if rollout.finish_reason != "abort"}
 
 
 class CollectiveEngine:
@@ -29,8 +38,45 @@ class CollectiveEngine:
         self.engine = engine
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Rollout]:
-        """All ranks pass the same requests and get the same rollouts, in the requests' order."""
-        return self.gather(self.engine.generate(self.share(requests)), len(requests))
+        """All ranks pass the same requests and get the same rollouts, in the requests' order.
+
+        Raises:
+            CordError: what the engine raises; responses that stay unfinished.
+        """
+        share = self.share(requests)
+        made = finished(self.engine.generate(share))
+        self.complete(share, made)
+        return self.gather([made[i] for i in range(len(share))], len(requests))
+
+    def complete(self, share: Sequence[GenerationRequest], made: dict[int, Rollout]) -> None:
+        """Fills in what is missing of a rank's share, after an engine that lost its means has got them back. All ranks together; the trainer must
+        still have the weights of the last update.
+
+        Args:
+            share: this rank's requests.
+            made: finished rollouts by their places in it.
+
+        Raises:
+            CordError: the engine cannot recover, or what is missing stays so.
+        """
+        if not isinstance(self.engine, Recoverable):
+            if len(made) < len(share):
+                raise CordError(f"the engine cut off {len(share) - len(made)} responses that nobody aborted; look at its log")
+            return
+        in_vain, before = 0, -1
+        while missing := sum(all_gather_json(len(share) - len(made))):
+            in_vain = in_vain + 1 if missing == before else 0
+            if in_vain == _ROUNDS_IN_VAIN:
+                open_ = [request.prompt.sample_id for i, request in enumerate(share) if i not in made]
+                raise CordError(
+                    f"{missing} responses are still missing after the rollout engine was lost {_ROUNDS_IN_VAIN} times in a row, on this rank "
+                    f"of samples {', '.join(open_[:5]) or '(none)'}; look at the servers' logs"
+                )
+            before = missing
+            self.engine.recover()
+            places = [i for i in range(len(share)) if i not in made]
+            new = finished(self.engine.generate([share[i] for i in places]))
+            made.update({places[i]: rollout for i, rollout in new.items()})
 
     def share(self, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
         """What this rank generates. Not collective."""
@@ -45,7 +91,7 @@ class CollectiveEngine:
         return [rollout_from_json(shares[i % world][i // world]) for i in range(count)]
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Every rank passes the full tensors."""
+        """Every rank passes its own `ModelWeights`, or the full tensors."""
         self.engine.update_weights(tensors, version)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Batched sampling from a transformers audio model with a key–value cache: the inner loop of the local engine.
+"""Batched sampling from a plain model with a key–value cache: the inner loop of the local engine.
 
 Shapes: B responses, L prompt tokens with left padding, V vocabulary.
 
@@ -12,12 +12,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from megatron_cord.convert.plain_model import PlainModel
 from megatron_cord.data.samples import Prompt
+from megatron_cord.rollout.key_value_cache import key_value_cache
 from megatron_cord.rollout.types import GenerationRequest
 
 
@@ -47,29 +49,31 @@ class Response:
 
 @torch.inference_mode()
 def sample_batch(
-    model: Any, requests: Sequence[GenerationRequest], rules: TokenRules, between_tokens: Callable[[], bool] = lambda: True
+    model: PlainModel, requests: Sequence[GenerationRequest], rules: TokenRules, between_tokens: Callable[[], bool] = lambda: True
 ) -> list[Response]:
     """Answers requests in one batch; all of them with audio, or none.
 
     Args:
-        model: transformers' Qwen2AudioForConditionalGeneration, in evaluation mode.
+        model: of the checkpoint that the prompts are for.
         requests: each with at least one new token to generate.
         rules: of the model's tokenizer.
         between_tokens: called between two passes through the model; the weights may change meanwhile. False ends the batch at once, and what
             is unfinished has finish_reason "abort".
     """
     device = model.device
-    inputs = _collate([request.prompt for request in requests], rules.pad_id, device)
+    ids_in, mask, positions = collate([request.prompt for request in requests], rules.pad_id, device)
     limits = torch.tensor([request.max_new_tokens for request in requests], device=device)
     eos = torch.tensor(rules.eos_ids, device=device)
     noise = _Gumbel(requests, device)
-    mask, positions = inputs["attention_mask"], inputs["position_ids"][:, -1:]
-    output = model.model(**inputs, use_cache=True)
+    features, frames = collate_clips([request.prompt for request in requests], device)
+    settings = {"past_key_values": key_value_cache(mask.shape[1] + int(limits.max())), "use_cache": True}
+    output = model.hidden(ids_in, features, frames, attention_mask=mask, position_ids=positions, **settings)
+    positions = positions[:, -1:]
     done = torch.zeros(len(requests), dtype=torch.bool, device=device)
     lengths = torch.zeros_like(limits)
     ids, logprobs, stopped = [], [], torch.zeros_like(done)
     while True:
-        logits = _head(model, output.last_hidden_state[:, -1])
+        logits = model.head(output.last_hidden_state[:, -1])
         token = noise.choose(logits, rules.forbidden_ids)
         ids.append(token)
         logprobs.append(logits.log_softmax(-1).gather(1, token[:, None])[:, 0])
@@ -80,9 +84,7 @@ def sample_batch(
             break
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         positions = positions + 1
-        output = model.model(
-            input_ids=token[:, None], attention_mask=mask, position_ids=positions, past_key_values=output.past_key_values, use_cache=True
-        )
+        output = model.hidden(token[:, None], None, None, attention_mask=mask, position_ids=positions, **settings)
     table, scores = torch.stack(ids, 1).tolist(), torch.stack(logprobs, 1).tolist()
     return [
         Response(tuple(table[row][:length]), tuple(scores[row][:length]), "stop" if stop else "length" if ended else "abort")
@@ -115,22 +117,19 @@ def _seed(request: GenerationRequest) -> int:
     return int.from_bytes(digest, "big", signed=True)
 
 
-def _head(model: Any, hidden: Tensor) -> Tensor:
-    """Logits float32 [B, V]."""
-    return nn.functional.linear(hidden, model.lm_head.weight, model.lm_head.bias).float()
-
-
-def _collate(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Left-padded int64 [B, L], positions that do not count padding, and the clips' features with their frame masks."""
+def collate(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Left-padded token ids int64 [B, L], the attention mask of the same shape, and positions that do not count padding."""
     longest = max(len(prompt.token_ids) for prompt in prompts)
     ids = torch.tensor([[pad_id] * (longest - len(prompt.token_ids)) + list(prompt.token_ids) for prompt in prompts])
     pads = torch.tensor([longest - len(prompt.token_ids) for prompt in prompts])[:, None]
     steps = torch.arange(longest)[None, :]
-    inputs = {"input_ids": ids, "attention_mask": (steps >= pads).long(), "position_ids": (steps - pads).clamp(min=0)}
+    return ids.to(device), (steps >= pads).long().to(device), (steps - pads).clamp(min=0).to(device)
+
+
+def collate_clips(prompts: Sequence[Prompt], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """All clips' features float32 [C, mels, frames] and their lengths int64 [C]; nothing without audio."""
     clips = [clip for prompt in prompts for clip in prompt.clips]
-    if clips:
-        features = torch.stack([clip.features for clip in clips])
-        frames = torch.tensor([clip.num_frames for clip in clips])[:, None]
-        inputs["input_features"] = features
-        inputs["feature_attention_mask"] = (torch.arange(features.shape[-1])[None, :] < frames).long()
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    if not clips:
+        return None, None
+    features = torch.stack([clip.features for clip in clips])
+    return features.to(device), torch.tensor([clip.num_frames for clip in clips], device=device)

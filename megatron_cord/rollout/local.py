@@ -1,4 +1,4 @@
-"""The local engine: transformers' model of the same checkpoint in this process.
+"""The local engine: the plain model of the same checkpoint in this process, transformers' own where it has the class.
 
 It takes weights through the same stream of named tensors as a server would, so that conversion and exchange are exercised at every
 step even on a laptop. Simplification: requests are answered batch by batch, not continuously.
@@ -10,22 +10,17 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
-from transformers import Qwen2AudioForConditionalGeneration
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from megatron_cord.convert.plain_model import PlainModel
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
-from megatron_cord.model.families import load_architecture
 from megatron_cord.rollout.decoding import Response, TokenRules, sample_batch
 from megatron_cord.rollout.gate import Gate
 from megatron_cord.rollout.quiet import no_progress_bars
-from megatron_cord.rollout.types import GenerationRequest, Rollout, VersionSpan
+from megatron_cord.rollout.types import GenerationRequest, Rollout, spans_of
 
 
 @dataclass(frozen=True)
@@ -41,32 +36,22 @@ class LocalEngineConfig:
 
 
 class LocalEngine:
-    """A ``RolloutEngine`` on transformers' Qwen2AudioForConditionalGeneration.
+    """A ``RolloutEngine`` on the checkpoint's `PlainModel`.
 
     Attributes:
         weight_version: of the weights it generates with; 0 are the checkpoint's.
         prompts: the checkpoint's prompt builder.
 
     Raises:
-        CordError: a directory without a Qwen2-Audio checkpoint: it is the one family that this engine runs.
+        CordError: a directory without a whole checkpoint of a known family.
     """
 
     def __init__(self, checkpoint_dir: str | Path, config: LocalEngineConfig | None = None) -> None:
         self._config = config or LocalEngineConfig()
         self.prompts = PromptBuilder(checkpoint_dir)
-        if (family := load_architecture(checkpoint_dir).model_type) != "qwen2_audio":
-            raise CordError(
-                f"{checkpoint_dir}: the local engine generates with Qwen2-Audio alone, not {family}; give a Qwen2-Audio checkpoint"
-            )
         self._rules = TokenRules(self.prompts.eos_ids, self.prompts.special_ids, self.prompts.pad_id)
-        try:
-            with no_progress_bars():
-                model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint_dir, dtype="auto")
-        except (OSError, ValueError) as error:
-            first_line = str(error).splitlines()[0]
-            raise CordError(f"{checkpoint_dir}: cannot load the weights ({first_line}); give a Qwen2-Audio checkpoint") from error
-        self._model: Any = model.to(self._config.device).eval()
-        self._parameters = _parameters_by_published_name(model, Path(checkpoint_dir))
+        with no_progress_bars():
+            self._model: PlainModel | None = PlainModel(checkpoint_dir, device=self._config.device)
         self.weight_version = 0
         self._gate = Gate()
 
@@ -128,11 +113,11 @@ class LocalEngine:
             CordError: an unknown name or another shape. Earlier tensors of the stream are then already in place, and the version is
                 the old one: update again or discard the engine.
         """
-        self._loaded()
+        parameters = self._loaded().parameters
         for name, tensor in tensors:
-            parameter = self._parameters.get(name)
+            parameter = parameters.get(name)
             if parameter is None:
-                nearest = ", ".join(difflib.get_close_matches(name, self._parameters, n=3)) or "none"
+                nearest = ", ".join(difflib.get_close_matches(name, parameters, n=3)) or "none"
                 raise CordError(f"weight update: the model has no tensor {name!r}; nearest: {nearest}")
             if parameter.shape != tensor.shape:
                 raise CordError(f"weight update: {name} has shape {list(tensor.shape)}, the model wants {list(parameter.shape)}")
@@ -142,9 +127,8 @@ class LocalEngine:
     def close(self) -> None:
         """Frees the model; safe to call twice."""
         self._model = None
-        self._parameters = {}
 
-    def _loaded(self) -> Any:
+    def _loaded(self) -> PlainModel:
         if self._model is None:
             raise RuntimeError("the engine is closed")
         return self._model
@@ -169,29 +153,6 @@ class LocalEngine:
             token_ids=response.token_ids,
             logprobs=response.logprobs,
             finish_reason=response.finish_reason,
-            versions=_spans(versions[: len(response.token_ids)]),
+            versions=spans_of(versions[: len(response.token_ids)]),
             text=self.prompts.decode(response.token_ids),
         )
-
-
-def _spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
-    """Each token's version as spans of equal ones; none for a response that was aborted before its first token."""
-    starts = [i for i, version in enumerate(versions) if i == 0 or version != versions[i - 1]]
-    ends = [*starts[1:], len(versions)] if versions else []
-    return tuple(VersionSpan(start, end, versions[start]) for start, end in zip(starts, ends, strict=True))
-
-
-def _parameters_by_published_name(model: Qwen2AudioForConditionalGeneration, directory: Path) -> dict[str, Tensor]:
-    """The model's tensors under the names of the checkpoint's safetensors files, which are not the module's own."""
-    modules = model.state_dict()
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-    parameters: dict[str, Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            names: list[str] = tensors.keys()
-            for name in names:
-                module_name, _ = rename_source_key(name, renamings, [], model.base_model_prefix, modules)
-                if module_name not in modules:
-                    raise CordError(f"{file}: tensor {name} has no place in transformers' model; weights could not be exchanged")
-                parameters[name] = modules[module_name]
-    return parameters

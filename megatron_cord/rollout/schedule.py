@@ -19,7 +19,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.parallel import portability
 from megatron_cord.rollout.background import Background
 from megatron_cord.rollout.capabilities import Abortable, Pausable, Releasable, require
-from megatron_cord.rollout.collective import CollectiveEngine
+from megatron_cord.rollout.collective import CollectiveEngine, finished
 from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine
 
 
@@ -61,8 +61,8 @@ class _Share:
 
     def generate(self, engine: RolloutEngine) -> None:
         begun, asked = time.perf_counter(), self.unfinished
-        rollouts = engine.generate([self.requests[i] for i in asked])
-        self.made.update({i: r for i, r in zip(asked, rollouts, strict=True) if r.finish_reason != "abort"})
+        made = finished(engine.generate([self.requests[i] for i in asked]))
+        self.made.update({asked[i]: rollout for i, rollout in made.items()})
         self.seconds += time.perf_counter() - begun
 
     def wait(self) -> None:
@@ -145,8 +145,8 @@ class Schedule:
         yield
         if self._pausable is not None:
             self._pausable.resume()
-        for share in self._shares.values():
-            if share.unfinished and self._abortable is not None:
+        for share in self._shares.values():  # what was aborted, or was not made as the engine had lost its means
+            if share.unfinished and (share.future is None or share.future.done()):
                 self._submit(share)
 
     def settle(self) -> dict[int, list[Rollout]]:
@@ -193,8 +193,9 @@ class Schedule:
         share = self._shares.pop(step)
         share.wait()
         self._seconds[step] = share.seconds
-        if share.unfinished:
-            raise CordError(f"step {step + 1}: the engine cut off {len(share.unfinished)} responses that nobody aborted; look at its log")
+        begun = time.perf_counter()
+        self._engine.complete(share.requests, share.made)
+        self._seconds[step] += time.perf_counter() - begun
         return self._engine.gather([share.made[i] for i in range(len(share.requests))], share.total)
 
 

@@ -37,6 +37,13 @@ class VersionSpan:
     version: int
 
 
+def spans_of(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
+    """Each token's version as spans of equal ones; none for a response that was aborted before its first token."""
+    starts = [i for i, version in enumerate(versions) if i == 0 or version != versions[i - 1]]
+    ends = [*starts[1:], len(versions)] if versions else []
+    return tuple(VersionSpan(start, end, versions[start]) for start, end in zip(starts, ends, strict=True))
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One response.

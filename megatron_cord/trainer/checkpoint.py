@@ -186,12 +186,21 @@ def load_weights(path: Path, model: LALM) -> int:
     Raises:
         CordError: as `Checkpoints.load`.
     """
-    if (path / manifest.NAME).is_file():  # a checkpoint that was imported has none
-        check_whole(path)
-    progress = read_progress(path, model.arch)
+    step = check_weights(path, model.arch)
     restored = _load(path, {"model": model.sharded_state_dict()})
     model.load_state_dict(restored["model"])
-    return progress.step
+    return step
+
+
+def check_weights(path: Path, arch: Architecture) -> int:
+    """The step of a checkpoint whose weights can be read. Collective.
+
+    Raises:
+        CordError: its files are not as they were written, or it holds another architecture.
+    """
+    if (path / manifest.NAME).is_file():  # a checkpoint that was imported has none
+        check_whole(path)
+    return read_progress(path, arch).step
 
 
 def _state_dict(

@@ -17,6 +17,7 @@ from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError
 from megatron_cord.losses import group_advantages, has_signal
 from megatron_cord.reward.rewards import Answered, Score, Scorer
+from megatron_cord.rollout.engines import EngineConfig
 from megatron_cord.rollout.schedule import ScheduleConfig
 from megatron_cord.rollout.types import GenerationRequest, Rollout
 from megatron_cord.trainer.answers import TeacherAnswers
@@ -25,10 +26,9 @@ from megatron_cord.trainer.objective import ObjectiveConfig
 
 
 @dataclass(frozen=True)
-class RolloutConfig(ScheduleConfig):
-    """How many responses a step samples, how, and when."""
+class RolloutConfig(ScheduleConfig, EngineConfig):
+    """How many responses a step samples, how, when, and from which engine."""
 
-    engine: Literal["local"] = "local"  #: local: transformers in the trainer's processes
     prompts_per_step: int = 32  #: each gives one response to L_tok
     temperature: float = 1.0  #: of the responses for L_tok
     policy_prompts_per_step: int = 8  #: the first of the step's prompts also give groups to L_seq
@@ -41,7 +41,8 @@ class RolloutConfig(ScheduleConfig):
     #: mean |difference| of trainer's and engine's log-probabilities, nats a token, beyond which a step stops the run; null never does
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ScheduleConfig.__post_init__(self)
+        EngineConfig.__post_init__(self)
         if self.agreement_limit is not None and self.agreement_limit <= 0:
             raise CordError("rollout.agreement_limit must be positive, or null for none")
         if self.prompts_per_step < 1 or self.policy_rollouts < 2:
@@ -66,6 +67,7 @@ class Collected:
         teacher_answer: the teacher's text, which the reward compares with; None where no reward is given.
         reward: None likewise.
         score: what the reward is made of; None likewise, and in a replay.
+        seed: that the response was sampled with; None for a teacher's, which is greedy.
         advantage: 0 outside L_seq and in groups without signal.
         has_signal: whether its group's rewards differ.
     """
@@ -78,6 +80,7 @@ class Collected:
     advantage: float = 0.0
     has_signal: bool = False
     score: Score | None = None
+    seed: int | None = None
 
 
 def draw_seed(*parts: int | str) -> int:
@@ -121,19 +124,19 @@ class Collector:
         ]
         return requests + self.answers.requests(samples if self.objective.responses == "teacher" else policy)
 
-    def collect(self, samples: Sequence[Sample], rollouts: Sequence[Rollout]) -> list[Collected]:
+    def collect(self, samples: Sequence[Sample], rollouts: Sequence[Rollout], step: int) -> list[Collected]:
         """The step's rollouts with their rewards, from what the engine made of `requests`."""
         if self.objective.responses == "teacher":
             answers = self.answers.rollouts(samples, rollouts)
             return [Collected(sample, "distill", rollout) for sample, rollout in zip(samples, answers, strict=True)]
         alone, policy = self._parts(samples)
         groups = len(alone) + len(policy) * self.config.policy_rollouts
-        distilled = [Collected(s, "distill", r) for s, r in zip(alone, rollouts, strict=False)]
+        distilled = [Collected(s, "distill", r, seed=self._seed(step, s, 0)) for s, r in zip(alone, rollouts, strict=False)]
         if not policy:
             return distilled
         references = self.answers.rollouts(policy, rollouts[groups:])
         role: Literal["shared", "policy"] = "shared" if self.config.share else "policy"
-        return distilled + self._groups(policy, rollouts[len(alone) : groups], references, role)
+        return distilled + self._groups(policy, rollouts[len(alone) : groups], references, role, step)
 
     def _parts(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
         """Samples that get a response for L_tok alone, and samples that get a group."""
@@ -155,10 +158,18 @@ class Collector:
         return made
 
     def _request(self, prompt: Prompt, temperature: float, step: int, sample: Sample, draw: int) -> GenerationRequest:
-        return GenerationRequest(prompt, temperature, self.config.max_new_tokens, draw_seed(self.seed, step, sample.id, draw))
+        return GenerationRequest(prompt, temperature, self.config.max_new_tokens, self._seed(step, sample, draw))
+
+    def _seed(self, step: int, sample: Sample, draw: int) -> int:
+        return draw_seed(self.seed, step, sample.id, draw)
 
     def _groups(
-        self, samples: Sequence[Sample], rollouts: Sequence[Rollout], references: Sequence[Rollout], role: Literal["policy", "shared"]
+        self,
+        samples: Sequence[Sample],
+        rollouts: Sequence[Rollout],
+        references: Sequence[Rollout],
+        role: Literal["policy", "shared"],
+        step: int,
     ) -> list[Collected]:
         """Rewards and advantages; rollouts come group by group."""
         owners = [(s, reference.text) for s, reference in zip(samples, references, strict=True) for _ in range(self.config.policy_rollouts)]
@@ -172,18 +183,29 @@ class Collector:
         group_ids = torch.arange(len(samples)).repeat_interleave(self.config.policy_rollouts)
         advantages = group_advantages(rewards, group_ids, normalize_std=self.objective.normalize_std).tolist()
         signal = has_signal(rewards, group_ids).tolist()
+        seeds = [self._seed(step, s, 1 + i % self.config.policy_rollouts) for i, (s, _) in enumerate(owners)]
         return [
-            Collected(s, role, r, reference, score.total, advantage, differs, score)
-            for (s, reference), r, score, advantage, differs in zip(owners, rollouts, scores, advantages, signal, strict=True)
+            Collected(s, role, r, reference, score.total, advantage, differs, score, seed)
+            for (s, reference), r, score, advantage, differs, seed in zip(owners, rollouts, scores, advantages, signal, seeds, strict=True)
         ]
 
 
+def repetition(token_ids: Sequence[int], size: int = 4) -> float:
+    """The share of a response's n-grams of this size that it has said before: 0 for plain text, near 1 for a loop, 0 if it is too short to tell."""
+    grams = [tuple(token_ids[i : i + size]) for i in range(len(token_ids) - size + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if len(grams) > size else 0.0
+
+
 def collection_metrics(collected: Sequence[Collected], policy_rollouts: int) -> dict[str, float]:
-    """Reward with its terms, groups, and what became of the judge's questions; empty without L_seq."""
+    """How responses end and how much they repeat themselves; with L_seq also the reward with its terms, groups, and the judge's share."""
+    metrics = {
+        "truncated": sum(c.rollout.finish_reason == "length" for c in collected) / max(len(collected), 1),
+        "repetition": sum(repetition(c.rollout.token_ids) for c in collected) / max(len(collected), 1),
+    }
     rewarded = [c for c in collected if c.reward is not None]
     if not rewarded:
-        return {}
-    metrics = {
+        return metrics
+    metrics |= {
         "reward": sum(c.reward for c in rewarded if c.reward is not None) / len(rewarded),
         "groups": len(rewarded) / policy_rollouts,
         "groups_without_signal": sum(not c.has_signal for c in rewarded) / policy_rollouts,

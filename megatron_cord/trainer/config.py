@@ -9,8 +9,10 @@ import torch
 
 from megatron_cord.data.loader import DataConfig
 from megatron_cord.errors import CordError
+from megatron_cord.model.transformer import LayerConfig
 from megatron_cord.parallel.layout import ParallelConfig
 from megatron_cord.reward import RewardConfig
+from megatron_cord.trainer.alerts import AlertConfig
 from megatron_cord.trainer.batches import BatchConfig
 from megatron_cord.trainer.checkpoint import CheckpointConfig
 from megatron_cord.trainer.collection import RolloutConfig
@@ -19,6 +21,7 @@ from megatron_cord.trainer.objective import ObjectiveConfig
 from megatron_cord.trainer.optimizer import OptimizerConfig
 from megatron_cord.trainer.record import RecordConfig
 from megatron_cord.trainer.teacher import TeacherConfig
+from megatron_cord.trainer.tracking import MetricsConfig
 
 PARTS = ("audio_encoder", "adapter", "language_model")
 
@@ -33,10 +36,19 @@ class ModelConfig:
 
     #: Towers whose layers are computed again in the backward pass: memory for time.
     recompute: tuple[Literal["audio_encoder", "language_model"], ...] = ()
+    #: full: a recomputed layer keeps its input alone; selective: also what lies around its core attention and its MLP
+    recompute_granularity: Literal["full", "selective"] = "full"
+    #: auto: transformer-engine's layers and attention where they are installed, else Megatron's own with torch's attention
+    layers: Literal["auto", "torch", "transformer_engine"] = "auto"
 
     def __post_init__(self) -> None:
         if set(self.freeze) == set(PARTS):
             raise CordError("model.freeze names every part; nothing is left to train")
+
+    @property
+    def layer_config(self) -> LayerConfig:
+        """How the layers are computed."""
+        return LayerConfig(self.layers, self.recompute, self.recompute_granularity)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -66,7 +78,7 @@ class RunConfig:
 
     output_dir: str  #: metrics, records, checkpoints and evaluations go there
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0  #: of data order, sampling and everything else that is drawn
     resume: str = "auto"  #: auto: from the newest checkpoint in output_dir if there is one; never: start anew; or a checkpoint's directory
     replay: str | None = None  #: a record of rollouts to train from, without an engine
@@ -80,12 +92,19 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    alerts: AlertConfig = field(default_factory=AlertConfig)
 
     def __post_init__(self) -> None:
         if self.train.watchdog_seconds >= 60 * self.parallel.timeout_minutes:
             raise CordError(
                 f"train.watchdog_seconds={self.train.watchdog_seconds:g} must be shorter than parallel.timeout_minutes="
                 f"{self.parallel.timeout_minutes:g}: else ranks that wait for a stuck one end before it can say where it is"
+            )
+        if self.rollout.engine == "sglang" and 0 < self.train.watchdog_seconds <= self.rollout.sglang.start_seconds:
+            raise CordError(
+                f"rollout.sglang.start_seconds={self.rollout.sglang.start_seconds:g} must be shorter than train.watchdog_seconds="
+                f"{self.train.watchdog_seconds:g}: else ranks that wait for servers are taken for stuck"
             )
         if self.teacher.mode == "ema" and self.objective.responses == "teacher":
             raise CordError("objective.responses=teacher needs answers that teacher.mode=ema cannot generate; use frozen or live")

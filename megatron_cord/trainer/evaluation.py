@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError
-from megatron_cord.reward import answers_agree, extract_answer
+from megatron_cord.evaluation.formats import SetConfig
+from megatron_cord.evaluation.scoring import is_correct
+from megatron_cord.evaluation.statistics import gap_closed
 from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine
 from megatron_cord.trainer.agreement import agreement_metrics
 from megatron_cord.trainer.batches import TrainingSequence
@@ -34,10 +37,22 @@ class EvaluationConfig:
     max_new_tokens: int = 200  #: answers are cut there
     scored: int = 48  #: answers whose divergence from the teacher is computed token by token, for the report
     checkpoint: str = "latest"  #: for `evaluate`: latest (of output_dir), base (model.checkpoint), or a checkpoint's directory
+    sets: dict[str, SetConfig] = field(default_factory=dict)  #: for `evaluate`: question sets by name, beside data.evaluation
+    baseline: str | None = (
+        None  #: what those results are compared with: base, which is then evaluated too, or the directory of another evaluation
+    )
+    comparer: Literal["match", "judge"] = "match"  #: who compares free answers with gold ones: rules, or reward.judge
+    chunk: int = 64  #: questions that are asked together, and whose answers are then written down
+    max_rejects: float = 0.02  #: the largest share of a set's questions that may turn out not to be askable
 
     def __post_init__(self) -> None:
         if min(self.interval, self.samples, self.scored) < 0:
             raise CordError("evaluation.interval, evaluation.samples and evaluation.scored cannot be negative")
+        if self.chunk < 1 or self.max_new_tokens < 1 or not 0.0 <= self.max_rejects <= 1.0:
+            raise CordError("evaluation.chunk and max_new_tokens must be at least 1, and max_rejects a share between 0 and 1")
+        for name in self.sets:
+            if not re.fullmatch(r"[A-Za-z0-9_+-]{1,60}", name):
+                raise CordError(f"evaluation.sets: {name!r} becomes a file's name; use letters, digits, '_', '+' and '-'")
 
 
 class Evaluator:
@@ -109,17 +124,12 @@ class Evaluator:
             "answer": sample.answer,
             "voice": sample.voice,
             "text_response": text.text,
-            "text_correct": _is_correct(text.text, sample.answer),
+            "text_correct": is_correct(sample.answer or "", sample.choices, text.text),
             "audio_response": audio.text,
-            "audio_correct": _is_correct(audio.text, sample.answer),
+            "audio_correct": is_correct(sample.answer or "", sample.choices, audio.text),
             "tokens": self.prompts.token_strings(audio.token_ids),
             "token_kl": None,
         }
-
-
-def _is_correct(response: str, gold: str | None) -> bool:
-    answer = extract_answer(response)
-    return answer is not None and gold is not None and answers_agree(answer, gold)
 
 
 def _accuracies(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -131,6 +141,20 @@ def _accuracies(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def evaluation_file(directory: Path, step: int) -> Path:
     """Where the evaluation after a step stands in a run's directory."""
     return directory / "evaluations" / f"step_{step:06d}.json"
+
+
+def past_evaluations(directory: Path, last_step: int) -> list[dict[str, Any]]:
+    """The evaluations of a run's directory up to this step, ascending, without their answers; an unreadable one is left out."""
+    past = []
+    for path in sorted((directory / "evaluations").glob("step_*.json")):
+        try:
+            result = json.loads(path.read_text())
+            row = {name: result[name] for name in ("step", "samples", "text_accuracy", "audio_accuracy")}
+        except (ValueError, KeyError, TypeError):
+            continue
+        if row["step"] <= last_step:
+            past.append(row)
+    return past
 
 
 def write_evaluation(directory: Path, result: dict[str, Any]) -> Path:
@@ -154,7 +178,7 @@ def summarize(before: dict[str, Any], after: dict[str, Any], *, seconds: float, 
         "audio_accuracy_after": after["audio_accuracy"],
         "gap_before": gap_before,
         "gap_after": gap_after,
-        "gap_closed": 1 - gap_after / gap_before if gap_before > 0 else None,
+        "gap_closed": gap_closed(text, before["audio_accuracy"], after["audio_accuracy"]),
         "samples": after["samples"],
         "seconds": seconds,
         "tp": tp,

@@ -1,4 +1,4 @@
-"""Metrics of a run: a progress bar or lines on the terminal, `metrics.jsonl`, and TensorBoard. One rank writes."""
+"""Metrics of a run: a progress bar or lines on the terminal, `metrics.jsonl`, trackers, and alerts in words. One rank writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Task as RichTask
 from rich.text import Text
-from torch.utils.tensorboard import SummaryWriter
+
+from megatron_cord.trainer.alerts import AlertConfig, find_alerts
+from megatron_cord.trainer.tracking import MetricsConfig, open_trackers
 
 
 class _Rate(ProgressColumn):
@@ -28,23 +31,40 @@ class _Rate(ProgressColumn):
 
 
 class MetricsLog:
-    """Writes each step's metrics; a context manager.
+    """Writes each step's metrics, and says when they look wrong (`alerts.jsonl`, the terminal); a context manager.
 
     Args:
         directory: of the run.
         steps: of the whole run, for the progress bar.
         first_step: steps already made; lines of later ones, left by a run that was stopped, are dropped.
+        config: where else metrics go.
+        alerts: when something looks wrong.
+        evaluations: those already made, ascending, as `find_alerts` takes them.
+        settings: the run's configuration as plain maps, without secrets, for trackers that keep it.
         enabled: False on ranks that do not speak.
     """
 
-    def __init__(self, directory: Path, steps: int, first_step: int, *, enabled: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        steps: int,
+        first_step: int,
+        config: MetricsConfig | None = None,
+        alerts: AlertConfig | None = None,
+        *,
+        evaluations: Sequence[Mapping[str, Any]] = (),
+        settings: Mapping[str, Any] | None = None,
+        enabled: bool,
+    ) -> None:
         self._enabled = enabled
         if not enabled:
             return
-        self.path = directory / "metrics.jsonl"
-        _drop_after(self.path, first_step)
+        self.path, self._alerts_path = directory / "metrics.jsonl", directory / "alerts.jsonl"
+        self._rows, self._evaluations, self._alerts = _keep_until(self.path, first_step), list(evaluations), alerts or AlertConfig()
+        _keep_until(self._alerts_path, first_step)
+        self._holding = {alert.kind for alert in find_alerts(self._rows, self._evaluations, self._alerts)}
         self._file = self.path.open("a")
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+        self._trackers = open_trackers(config or MetricsConfig(), directory, first_step, settings or {})
         self._console = Console(stderr=True)
         columns = [
             TextColumn("[bold]{task.description}"),
@@ -78,34 +98,56 @@ class MetricsLog:
         if self._enabled:
             self._bar.stop()
             self._file.close()
-            self._board.close()
+            for tracker in self._trackers:
+                tracker.close()
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes the metrics of the step numbered from 1."""
         if not self._enabled:
             return
-        self._file.write(json.dumps({"step": step} | {k: json_float(v) for k, v in metrics.items()}) + "\n")
+        row = {"step": step} | {k: json_float(v) for k, v in metrics.items()}
+        self._rows.append(row)
+        row["alerts"] = self._watch(step)
+        self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
-            if not isinstance(value, bool) and math.isfinite(value):
-                self._board.add_scalar(name, value, step)
-        note = f"loss {metrics['loss']:.4f}  kl {metrics['kl']:.4f}" + (f"  reward {metrics['reward']:.2f}" if "reward" in metrics else "")
+        self._track(step, {k: v for k, v in row.items() if k != "step" and v is not None and not isinstance(v, bool)})
+        digits = {"loss": 4, "kl": 4, "reward": 2}
+        note = "  ".join(f"{name} {metrics[name]:.{n}f}" for name, n in digits.items() if name in metrics and not math.isnan(metrics[name]))
         self._bar.update(self._task, completed=step, note=note)
         if not self._console.is_terminal:
             self._line(step, note)
 
-    def evaluation(self, step: int, accuracies: dict[str, float]) -> None:
-        """Writes an evaluation's accuracies to TensorBoard and the terminal."""
+    def evaluation(self, result: Mapping[str, Any]) -> None:
+        """Writes an evaluation's accuracies (`step`, `samples`, `text_accuracy`, `audio_accuracy` of it) to the trackers and the terminal."""
         if not self._enabled:
             return
-        for name, value in accuracies.items():
-            self._board.add_scalar(f"evaluation/{name}", value, step)
+        step, accuracies = result["step"], {name: result[name] for name in ("text_accuracy", "audio_accuracy")}
+        self._track(step, {f"evaluation/{name}": value for name, value in accuracies.items()})
         self.say(f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in accuracies.items()))
+        self._evaluations = [e for e in self._evaluations if e["step"] < step] + [
+            {"step": step, "samples": result["samples"], **accuracies}
+        ]
+        self._watch(step)
 
     def say(self, message: str) -> None:
         """A line that scrolls above the progress bar."""
         if self._enabled:
-            self._console.print(message, highlight=False)
+            self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def _track(self, step: int, scalars: Mapping[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.log(step, scalars)
+
+    def _watch(self, step: int) -> int:
+        """Says what has begun to look wrong, once until it looks right again; returns how many alerts hold."""
+        found = find_alerts(self._rows, self._evaluations, self._alerts)
+        for alert in found:
+            if alert.kind not in self._holding:
+                with self._alerts_path.open("a") as file:
+                    file.write(json.dumps({"step": step} | asdict(alert)) + "\n")
+                self.say(f"alert at step {step}: {alert.kind}: {alert.words}")
+        self._holding = {alert.kind for alert in found}
+        return len(found)
 
     def _line(self, step: int, note: str) -> None:
         """Where no bar can be drawn (a log file), a line every ten seconds and at the end."""
@@ -149,17 +191,20 @@ def json_floats(values: Sequence[float]) -> list[float | None]:
     return [json_float(value) for value in values]
 
 
-def _drop_after(path: Path, last_step: int) -> None:
-    """Keeps the lines of steps up to last_step; a half-written last line goes too."""
+def _keep_until(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Keeps the lines of steps up to last_step, and returns what they say; a half-written last line goes too."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, rows = [], []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= last_step:
+            row = json.loads(line)
+            if row["step"] <= last_step:
                 kept.append(line + "\n")
+                rows.append(row)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))
     os.replace(partial, path)
+    return rows

@@ -11,7 +11,7 @@ from megatron_cord.trainer.config import ModelConfig
 
 def build_student(config: ModelConfig, layout: Layout) -> LALM:
     """This rank's part of the model with the Hugging Face checkpoint's weights."""
-    model = LALM(load_architecture(config.checkpoint), layout, config.torch_dtype, recompute=config.recompute)
+    model = LALM(load_architecture(config.checkpoint), layout, config.torch_dtype, config.layer_config)
     read_into(model, config.checkpoint)
     for name in config.freeze:
         part = getattr(model, name)

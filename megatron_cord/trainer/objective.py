@@ -34,8 +34,9 @@ class ObjectiveConfig:
     responses: Literal["student", "teacher"] = (
         "student"  #: whose responses are scored token by token: on-policy, or the teacher's (off-policy)
     )
-    divergence: Literal["reverse_kl", "forward_kl", "jsd", "topk", "nll", "none"] = "reverse_kl"
-    #: D_t, see losses/kinds.py; nll is fine-tuning on the responses; none leaves L_seq
+    divergence: Literal["reverse_kl", "forward_kl", "jsd", "topk", "sampled", "nll", "none"] = "reverse_kl"
+    #: D_t, see losses/kinds.py; sampled is the reverse KL as a policy gradient of the sampled tokens; nll is fine-tuning on the responses;
+    #: none leaves L_seq
     jsd_beta: float = 0.5  #: of divergence jsd: the teacher's share of the mixture, 0 is forward, 1 reverse KL
     vocabulary_top_k: int = 64  #: of divergence topk: the teacher's so many likeliest tokens are compared, and the rest as one
     implementation: Literal["auto", "late", "fused", "recompute"] = (
@@ -63,6 +64,11 @@ class ObjectiveConfig:
         if self.responses == "teacher" and self.policy_gradient:
             raise CordError(
                 "objective.policy_gradient needs objective.responses=student: the policy gradient is for the student's own rollouts"
+            )
+
+        if self.divergence == "sampled" and self.responses == "teacher":
+            raise CordError(
+                "objective.divergence=sampled needs objective.responses=student: it is an estimate from tokens that the student sampled"
             )
 
     @property
@@ -150,7 +156,7 @@ def microbatch_loss(
             teacher_hidden.to(student_hidden.device, non_blocking=True),
             teacher_weight,
             batch.target_ids,
-            kind=config.divergence,
+            kind="reverse_kl" if config.divergence == "sampled" else config.divergence,
             beta=config.jsd_beta,
             k=config.vocabulary_top_k,
             vocab_size=vocab_size,
@@ -203,6 +209,8 @@ def _terms(
         weights = token_weights(
             divergence, part.cu_seqlens, config.weighting, entropy=stats.entropy, positions=part.positions, cp_group=cp_group
         )
+        if config.divergence == "sampled":
+            divergence = _sampled_reverse_kl(stats, part, config.importance_cap)
         token = (weights * divergence).sum() / counts.scored
     if part.rewarded:
         engine = part.engine_logprobs
@@ -212,6 +220,19 @@ def _terms(
         if engine.isnan().any():  # the weights that it sampled with are broken: nothing to learn from
             sequence = sequence * torch.nan
     return token, sequence, weights
+
+
+def _sampled_reverse_kl(stats: TokenStats, part: _Part, cap: float) -> Tensor:
+    """(log p(y_t) − log q(y_t)) log p(y_t), [n], whose factor in brackets is a number: minus the advantage that each token has of its own.
+
+    Its gradient is an unbiased estimate of D_t's, over tokens sampled at temperature 1, without a sum over the vocabulary; its value says nothing.
+    Source: on-policy distillation (Thinking Machines, 2025), where a token answers for its own log-ratio only, not for later ones.
+    """
+    engine = part.engine_logprobs
+    ratio = truncated_importance_weights(stats.student_logprob, engine.nan_to_num(), part.cu_seqlens, cap=cap)
+    ratio = ratio.masked_fill(engine.isnan(), torch.nan)  # the weights that it sampled with are broken: nothing to learn from
+    cost = (stats.student_logprob - stats.teacher_logprob).detach()
+    return ratio * cost * stats.student_logprob
 
 
 def _promised(config: ObjectiveConfig, counts: GlobalCounts, stats: TokenStats, part: _Part) -> LossWeights:

@@ -1,13 +1,11 @@
-"""The record of rollouts, one JSON-lines file a step, and its use without an engine: `replay` trains from the record alone.
+"""The record of rollouts, one Parquet file a step, and its use without an engine: `replay` trains from the record alone.
 
-With a record the data stay fixed while layouts, kernels or objectives change: the second of the two debug doors.
+With a record the data stay fixed while layouts, kernels or objectives change: the second of the two debug doors. The columns are those
+of `rollout.record_file`.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +13,16 @@ from pathlib import Path
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Sample
 from megatron_cord.errors import CordError
+from megatron_cord.rollout.record_file import drop_after, read_rollouts, record_file, write_rollouts
 from megatron_cord.rollout.types import Rollout, VersionSpan
 from megatron_cord.trainer.collection import Collected
-from megatron_cord.trainer.metrics import json_floats
 from megatron_cord.trainer.step import TokenRecord
+
+#: what a replay takes from the record; the trainer computes the rest again
+_REPLAYED = (
+    "id", "role", "seed", "response", "finish_reason", "versions", "token_ids", "engine_logprobs", "teacher_answer", "reward", "advantage",
+    "has_signal",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,63 +38,51 @@ class RolloutRecord:
     Args:
         directory: None keeps no record.
         prompts: turns tokens into text.
+        first_step: steps already made; files of later ones, left by a run that was stopped, are dropped.
         enabled: False on ranks that do not write.
     """
 
-    def __init__(self, directory: Path | None, prompts: PromptBuilder, *, enabled: bool) -> None:
+    def __init__(self, directory: Path | None, prompts: PromptBuilder, first_step: int = 0, *, enabled: bool) -> None:
         self.directory = directory if enabled else None
         self.prompts = prompts
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
+            drop_after(self.directory, first_step)
 
     def write(self, step: int, collected: Sequence[Collected], tokens: Sequence[TokenRecord]) -> None:
-        """Writes the rollouts of the step numbered from 1; the file is complete or absent."""
+        """Writes the rollouts of the step numbered from 1; the file is whole or absent."""
         if self.directory is None:
             return
         scored = {t.index: t for t in tokens}
-        lines = []
+        rows = []
         for index, item in enumerate(collected):
-            token = scored.get(index)
-            rollout = item.rollout
-            lines.append(
-                json.dumps(
-                    {
-                        "step": step,
-                        "id": item.sample.id,
-                        "role": item.role,
-                        "question": item.sample.question,
-                        "voice": item.sample.voice,
-                        "response": rollout.text,
-                        "token_ids": rollout.token_ids,
-                        "tokens": self.prompts.token_strings(rollout.token_ids),
-                        "engine_logprobs": json_floats(rollout.logprobs),
-                        "trainer_logprobs": _measured(token.logprobs if token else None),
-                        "token_kl": _measured(token.kl if token else None),
-                        "token_weights": _measured(token.weights if token else None),
-                        "teacher_answer": item.teacher_answer,
-                        "reward": item.reward,
-                        "reward_terms": item.score.terms if item.score else None,
-                        "advantage": item.advantage,
-                        "has_signal": item.has_signal,
-                        "finish_reason": rollout.finish_reason,
-                        "versions": [[v.start, v.end, v.version] for v in rollout.versions],
-                    }
-                )
-                + "\n"
+            token, rollout = scored.get(index), item.rollout
+            rows.append(
+                {
+                    "step": step,
+                    "id": item.sample.id,
+                    "role": item.role,
+                    "seed": item.seed,
+                    "question": item.sample.question,
+                    "voice": item.sample.voice,
+                    "response": rollout.text,
+                    "finish_reason": rollout.finish_reason,
+                    "versions": [{"start": v.start, "end": v.end, "version": v.version} for v in rollout.versions],
+                    "token_ids": rollout.token_ids,
+                    "tokens": self.prompts.token_strings(rollout.token_ids),
+                    "engine_logprobs": rollout.logprobs,
+                    "student_logprobs": token.logprobs if token else None,
+                    "teacher_logprobs": token.teacher_logprobs if token else None,
+                    "token_kl": token.kl if token else None,
+                    "token_weights": token.weights if token else None,
+                    "teacher_answer": item.teacher_answer,
+                    "reward": item.reward,
+                    "reward_terms": item.score.terms if item.score else None,
+                    "advantage": item.advantage,
+                    "has_signal": item.has_signal,
+                }
             )
-        path = record_file(self.directory, step)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(lines))
-        os.replace(partial, path)
-
-
-def _measured(values: list[float] | None) -> list[float | None] | None:
-    return None if values is None else json_floats(values)
-
-
-def record_file(directory: Path, step: int) -> Path:
-    """Where the rollouts of the step numbered from 1 stand."""
-    return directory / f"step_{step:06d}.jsonl"
+        write_rollouts(record_file(self.directory, step), rows)
 
 
 def read_record(directory: Path, step: int, samples: Sequence[Sample]) -> list[Collected]:
@@ -102,27 +94,23 @@ def read_record(directory: Path, step: int, samples: Sequence[Sample]) -> list[C
         samples: the step's samples, as the run that is replayed had them.
 
     Raises:
-        CordError: no file for the step, a damaged line, or a sample that the step does not have.
+        CordError: no file for the step, a damaged one, or a sample that the step does not have.
     """
     path = record_file(directory, step)
     if not path.is_file():
         raise CordError(f"{path} does not exist; replay needs a record of every step: lower train.steps or choose another record")
     by_id = {s.id: s for s in samples}
     collected = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            plain = json.loads(line)
-            versions = tuple(VersionSpan(*span) for span in plain["versions"])
-            logprobs = tuple(math.nan if value is None else value for value in plain["engine_logprobs"])
-            rollout = Rollout(plain["id"], tuple(plain["token_ids"]), logprobs, plain["finish_reason"], versions, plain["response"])
-            sample_id, reward = plain["id"], plain["reward"]
-            fields = {key: plain[key] for key in ("role", "teacher_answer", "advantage", "has_signal")}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise CordError(f"{path}:{number} is damaged ({error}); replay another record") from None
-        if sample_id not in by_id:
+    for number, row in enumerate(read_rollouts(path, _REPLAYED).to_pylist(), start=1):
+        if row["id"] not in by_id:
             raise CordError(
-                f"{path}:{number}: sample {sample_id} is not among the step's; replay with the data, seed and "
+                f"{path}: row {number}: sample {row['id']} is not among the step's; replay with the data, seed and "
                 "rollout.prompts_per_step of the recorded run"
             )
-        collected.append(Collected(by_id[sample_id], rollout=rollout, reward=reward, **fields))
+        versions = tuple(VersionSpan(**span) for span in row["versions"])
+        rollout = Rollout(
+            row["id"], tuple(row["token_ids"]), tuple(row["engine_logprobs"]), row["finish_reason"], versions, row["response"]
+        )
+        fields = {name: row[name] for name in ("role", "seed", "teacher_answer", "reward", "advantage", "has_signal")}
+        collected.append(Collected(by_id[row["id"]], rollout=rollout, **fields))
     return collected

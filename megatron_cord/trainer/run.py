@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_cord.cli import STOPPED
-from megatron_cord.config import dump_config
-from megatron_cord.convert import export_tensors
+from megatron_cord.config import dump_config, to_dict
+from megatron_cord.data.augmentation import augment
 from megatron_cord.data.loader import SampleLoader
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Sample
@@ -23,8 +23,8 @@ from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.reward import build_rewards
-from megatron_cord.rollout.collective import CollectiveEngine
-from megatron_cord.rollout.local import LocalEngine, LocalEngineConfig
+from megatron_cord.rollout.engines import build_engine
+from megatron_cord.rollout.exchange import ModelWeights
 from megatron_cord.rollout.schedule import Schedule
 from megatron_cord.trainer.agreement import agreement_metrics, check_agreement, importance_metrics
 from megatron_cord.trainer.answers import TeacherAnswers
@@ -32,7 +32,9 @@ from megatron_cord.trainer.checkpoint import Checkpoints
 from megatron_cord.trainer.checkpoint_directory import check_whole
 from megatron_cord.trainer.collection import Collected, Collector, collection_metrics
 from megatron_cord.trainer.config import RunConfig
-from megatron_cord.trainer.evaluation import Evaluator, evaluation_file, summarize, write_evaluation
+from megatron_cord.trainer.data_record import FILE_NAME as DATA_RECORD
+from megatron_cord.trainer.data_record import keep_data_record
+from megatron_cord.trainer.evaluation import Evaluator, evaluation_file, past_evaluations, summarize, write_evaluation
 from megatron_cord.trainer.metrics import MetricsLog
 from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.optimizer import build_optimizer, release, wrap_model
@@ -59,12 +61,20 @@ class Run:
         make_writable(self.directory)
         self.checkpoints = Checkpoints(self.directory / "checkpoints", config.checkpoint)
         resume_from = self._resume_from()
-        self.prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio)
-        self._questions = ShardDataset(config.data.train)
+        self.prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features)
+        self._questions = config.data.open("train", self.prompts.longest_clip)
         self.loader = SampleLoader(
-            self._questions, batch_size=config.rollout.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle
+            self._questions,
+            batch_size=config.rollout.prompts_per_step,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            workers=config.data.workers,
+            change=lambda sample, step: augment(
+                sample, config.data.augmentation, seed=config.seed, step=step, longest=self.prompts.longest_clip
+            ),
+            prepare=self.prompts.audio_prompts,
         )
-        held_out = ShardDataset(config.data.evaluation)
+        held_out = config.data.open("evaluation", self.prompts.longest_clip)
         student = build_student(config.model, layout)
         teacher = Teacher(config.teacher, student, config.model.checkpoint)
         self.model = wrap_model(config.optimizer, student)
@@ -76,8 +86,9 @@ class Run:
                 raise CordError(
                     f"{resume_from} belongs to a run with seed={self.progress.seed}; resume with that seed or choose another output_dir"
                 )
+        keep_data_record(self.directory, self._questions, resumed=self.progress.step > 0, writes=layout.is_main)
         self.saved_step = self.progress.step
-        self.engine = CollectiveEngine(LocalEngine(config.model.checkpoint, LocalEngineConfig(device=str(layout.device))))
+        self.engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
         answers = TeacherAnswers(
             # The engine has one set of weights, the student's: a moving average answers through them, as a live teacher does.
             "frozen" if config.teacher.mode == "frozen" else "live",
@@ -98,8 +109,18 @@ class Run:
             self.model, teacher, self.optimizer, self.scheduler, config.objective, config.train, self.prompts.pad_id
         )
         record = config.record.rollouts
-        self.record = RolloutRecord(None if record is None else self.directory / record, self.prompts, enabled=layout.is_main)
-        self.log = MetricsLog(self.directory, config.train.steps, self.progress.step, enabled=layout.is_main)
+        rollouts = None if record is None else self.directory / record
+        self.record = RolloutRecord(rollouts, self.prompts, self.progress.step, enabled=layout.is_main)
+        self.log = MetricsLog(
+            self.directory,
+            config.train.steps,
+            self.progress.step,
+            config.metrics,
+            config.alerts,
+            evaluations=past_evaluations(self.directory, self.progress.step) if layout.is_main else (),
+            settings=to_dict(config),
+            enabled=layout.is_main,
+        )
         self._answers = answers
         self._stop = StopRequest()
         self._watchdog = Watchdog(config.train.watchdog_seconds, self.directory / "stacks", layout.rank)
@@ -123,6 +144,7 @@ class Run:
         self._stop.__exit__(kind, error, trace)
         self.log.__exit__(kind, error, trace)
         self.schedule.close()
+        self.loader.close()
         self.engine.close()
         release(self.model)
 
@@ -132,6 +154,8 @@ class Run:
         step = self.progress.step
         if step:
             self.log.say(f"resuming after step {step}")
+        if skipped := sum(item.samples for item in self._questions.skipped):
+            self.log.say(f"{skipped} samples of data.train cannot be used and are skipped; see {self.directory / DATA_RECORD}")
         if self.config.replay is None:
             self._prepare_answers()  # before the engine gets trained weights
         if step:
@@ -170,7 +194,7 @@ class Run:
         if self.config.replay is not None:
             return read_record(Path(self.config.replay), step + 1, samples)
         rollouts, self._times = self.schedule.rollouts(step)
-        return self.collector.collect(samples, rollouts)
+        return self.collector.collect(samples, rollouts, step)
 
     def train(self, collected: list[Collected]) -> StepResult:
         """One optimizer step."""
@@ -250,7 +274,7 @@ class Run:
         result = self.evaluator.run(step, self.train_step.score)
         with self._saving_first():
             check_agreement(result, self.config.rollout.agreement_limit, f"evaluation of step {step}")
-        self.log.evaluation(step, {name: result[name] for name in ("text_accuracy", "audio_accuracy")})
+        self.log.evaluation(result)
         if self.layout.is_main:
             write_evaluation(self.directory, result)
             before = evaluation_file(self.directory, 0)
@@ -261,8 +285,7 @@ class Run:
                 (self.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
     def _update_engine(self) -> None:
-        trained = export_tensors(self.model.module, select=lambda parameter: parameter.requires_grad)
-        self.engine.update_weights(trained, self.progress.step)
+        self.engine.update_weights(ModelWeights(self.model.module), self.progress.step)
 
     def _prepare_answers(self) -> None:
         """A frozen teacher answers what the run will ask of it: the prompts of L_seq, or all of an off-policy run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -34,12 +35,14 @@ class TokenRecord:
         kl: divergence of each token; None if no teacher was asked.
         weights: w_t of each token; None outside L_tok.
         logprobs: the trainer's, of each token.
+        teacher_logprobs: the teacher's; None if it was not asked.
     """
 
     index: int
     kl: list[float] | None
     weights: list[float] | None
     logprobs: list[float]
+    teacher_logprobs: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -183,8 +186,9 @@ class TrainStep:
         mine = []
         if losses and dist.get_rank(self.layout.tp_group) == 0:
             for batch, loss in zip(microbatches, losses, strict=True):
-                fields = []
-                for values in (loss.stats.kl if batch.teacher is not None else None, loss.weights, loss.stats.student_logprob):
+                fields, stats, taught = [], loss.stats, batch.teacher is not None
+                kl, teacher_logprob = (stats.kl, stats.teacher_logprob) if taught else (None, None)
+                for values in (kl, loss.weights, stats.student_logprob, teacher_logprob):
                     whole = None if values is None else whole_tokens(values, batch.student_rows, batch.num_tokens, self.layout.cp_group)
                     fields.append(None if whole is None else whole.float().tolist())
                 borders = accumulate((len(s.rollout.token_ids) for s in batch.sequences), initial=0)
@@ -215,11 +219,12 @@ class TrainStep:
         dist.all_reduce(sums)
         token, sequence, entropy_sum, tokens = sums.tolist()
         kl = [value for record in records if record.kl is not None for value in record.kl]
+        unknown = math.nan  # where nothing was trained on, there is no mean: a zero would look like a collapse
         return {
             "loss": token + sequence,
             "loss_token": token,
             "loss_sequence": sequence,
-            "entropy": entropy_sum / max(tokens, 1),
-            "kl": sum(kl) / max(len(kl), 1),
-            "response_tokens": sum(len(s.rollout.token_ids) for s in sequences) / max(len(sequences), 1),
+            "entropy": entropy_sum / tokens if tokens else unknown,
+            "kl": sum(kl) / len(kl) if kl else unknown,
+            "response_tokens": sum(len(s.rollout.token_ids) for s in sequences) / len(sequences) if sequences else unknown,
         }

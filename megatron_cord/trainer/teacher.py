@@ -49,7 +49,7 @@ class Teacher:
         if config.mode == "live" or bool(frozen_everywhere):
             self.model = student  # a frozen language model is its own frozen teacher
         else:
-            self.model = LALM(student.arch, student.layout, student.config.params_dtype)
+            self.model = LALM(student.arch, student.layout, student.config.params_dtype, student.layers)
             read_into(self.model, checkpoint_dir)
             self.model.requires_grad_(False)
             if config.mode == "ema":

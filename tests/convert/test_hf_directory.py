@@ -31,7 +31,21 @@ def tensors() -> dict[str, Tensor]:
 
 
 def writer(directory: Path, source: str = "run") -> HFDirectoryWriter:
-    return HFDirectoryWriter(directory, SHARDS, torch.float32, source)
+    """One that has begun."""
+    begun = HFDirectoryWriter(directory, SHARDS, torch.float32)
+    begun.begin(source)
+    return begun
+
+
+def portions(name: str) -> Iterator[Tensor]:
+    """The tensor in two portions of rows, as one that is read from a checkpoint."""
+    tensor = tensors()[name]
+    yield from (tensor[:1], tensor[1:]) if tensor.dim() else (tensor,)
+
+
+def write_files(to: HFDirectoryWriter) -> int:
+    """All files; returns how many were there."""
+    return to.write_files(portions, to.shards, lambda nbytes: None)
 
 
 def whole(directory: Path) -> bool:
@@ -42,13 +56,13 @@ def whole(directory: Path) -> bool:
 def write_until_killed(directory: str) -> None:
     """Ends its own process without any farewell, in the middle of the second file."""
 
-    def stream() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in tensors().items():
-            if name == "d":
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield name, tensor
+    def read(name: str) -> Iterator[Tensor]:
+        if name == "d":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return portions(name)
 
-    writer(Path(directory)).write(stream())
+    begun = writer(Path(directory))
+    begun.write_files(read, begun.shards, lambda nbytes: None)
 
 
 @pytest.fixture
@@ -73,7 +87,8 @@ def test_plan() -> None:
 def test_the_library_reads_what_is_written(tmp_path: Path, dtype: torch.dtype) -> None:
     """Catches a header, an offset or a precision that only our own reader would accept, and a transposed tensor written in another order."""
     given = tensors() | {"a": tensors()["a"].t().contiguous().t()}
-    out = HFDirectoryWriter(tmp_path / "out", plan_shards(SHAPES, dtype, 40), dtype, None)
+    out = HFDirectoryWriter(tmp_path / "out", plan_shards(SHAPES, dtype, 40), dtype)
+    out.begin()
     out.write(given.items())
     out.publish({"config.json": b"{}"})
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -88,31 +103,53 @@ def test_a_killed_run_is_invisible_and_finished_by_the_next(killed: Path) -> Non
     assert not killed.exists()
     first = killed.with_name(".out.partial") / SHARDS[0].file
     before = first.stat().st_mtime_ns
-    second = writer(killed)
-    assert second.kept == (SHARDS[0].file,)
-    second.write(tensors().items())
+    second, advanced = writer(killed), list[int]()
+    assert second.write_files(portions, second.shards, advanced.append) == 1
+    assert sum(advanced) == sum(shard.nbytes(torch.float32) for shard in SHARDS)
     assert first.stat().st_mtime_ns == before
     second.publish({})
     assert whole(killed) and sorted(os.listdir(killed)) == [*(shard.file for shard in SHARDS), "model.safetensors.index.json"]
 
 
-def test_leftovers_are_verified(killed: Path) -> None:
-    """Catches a finished file that was damaged since, or that came from other weights, in the published directory."""
+@pytest.mark.parametrize("damage", ["bit", "end", "note", "gone"])
+def test_leftovers_are_verified(killed: Path, damage: str) -> None:
+    """Catches a finished file that was damaged or deleted since, or whose note was, in the published directory."""
     first = killed.with_name(".out.partial") / SHARDS[0].file
-    content = bytearray(first.read_bytes())
-    content[-1] ^= 1
-    first.write_bytes(content)
-    assert writer(killed).kept == ()
-    assert not first.exists()
-
-
-def test_leftovers_of_other_weights_are_discarded(killed: Path) -> None:
-    """Catches files of two checkpoints in one directory."""
-    other = writer(killed, source="another run")
-    assert other.kept == ()
-    other.write(tensors().items())
-    other.publish({})
+    if damage == "gone":
+        first.unlink()
+    else:
+        victim = first.with_name(f".{first.name}.json") if damage == "note" else first
+        content = bytearray(victim.read_bytes())
+        if damage == "bit":
+            content[-1] ^= 1
+        victim.write_bytes(content if damage == "bit" else content[:-1])
+    second = writer(killed)
+    assert write_files(second) == 0
+    second.publish({})
     assert whole(killed)
+
+
+@pytest.mark.parametrize("other", ["source", "resume"])
+def test_leftovers_of_other_weights_are_discarded(killed: Path, other: str) -> None:
+    """Catches files of two checkpoints in one directory, and a refusal to start over."""
+    begun = writer(killed, source="another run") if other == "source" else HFDirectoryWriter(killed, SHARDS, torch.float32)
+    if other == "resume":
+        begun.begin("run", resume=False)
+    assert write_files(begun) == 0
+    begun.publish({})
+    assert whole(killed)
+
+
+def test_several_writers_of_one_directory(tmp_path: Path) -> None:
+    """Catches ranks that overwrite each other's files, and a directory that is published without one of them."""
+    begun, other = writer(tmp_path / "out"), HFDirectoryWriter(tmp_path / "out", SHARDS, torch.float32)
+    assert other.write_files(portions, SHARDS[1::2], lambda nbytes: None) == 0
+    with pytest.raises(FileNotFoundError):
+        begun.publish({})
+    assert not (tmp_path / "out").exists()
+    assert begun.write_files(portions, SHARDS[::2], lambda nbytes: None) == 0
+    begun.publish({})
+    assert whole(tmp_path / "out")
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -136,6 +173,14 @@ def test_a_stream_that_is_not_the_plan(tmp_path: Path, given: list[tuple[str, Te
     """Catches a header that promises what the bytes do not hold."""
     with pytest.raises(CordError, match=words):
         writer(tmp_path / "out").write(given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_are_not_the_plan(tmp_path: Path) -> None:
+    """Catches a tensor that was cut short while it was read, under a header that promises all of it."""
+    begun = writer(tmp_path / "out")
+    with pytest.raises(CordError, match=r"tensor a \[3, 5\] was planned but 2 rows came"):
+        begun.write_files(lambda name: [tensors()[name][:2]], SHARDS, lambda nbytes: None)
     assert not (tmp_path / "out").exists()
 
 

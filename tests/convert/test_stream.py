@@ -117,3 +117,12 @@ def test_all_problems_at_once(model: LALM, tensors: dict[str, Tensor]) -> None:
     ]:
         assert words in message
     assert "\n" not in message
+
+
+def test_names_under_another_prefix(model: LALM, tensors: dict[str, Tensor]) -> None:
+    """Catches a nearest name that is another layer's or another part's where every name is wrong in the same way."""
+    with pytest.raises(CordError) as caught:
+        import_tensors(model, ((f"thinker.{name}", tensor) for name, tensor in tensors.items()))
+    for name in tensors:
+        assert f"unexpected tensor thinker.{name} (nearest expected: {name})" in str(caught.value)
+        assert f"missing tensor {name}" in str(caught.value)

@@ -116,3 +116,49 @@ def test_missing_configuration_is_named(tmp_path: Path) -> None:
     """Would catch a fall-back to defaults that do not fit the model."""
     with pytest.raises(CordError, match=r"no preprocessor_config\.json"):
         FeatureConfig.from_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_silence(config: FeatureConfig) -> None:
+    """Would catch a floor under silence that is another than under padding."""
+    waveform = np.zeros(5000, np.float32)
+    expected = extractor(config)(waveform, sampling_rate=16000, return_tensors="pt")["input_features"][0]
+    assert torch.equal(log_mel(waveform, config, sampling_rate=16000).log_mel, expected)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_dali_on_the_cpu_is_equal_too(config: FeatureConfig) -> None:
+    """Would catch another window, mel scale or normalisation in DALI's pipeline, a buffer that is used again, and clips in another order.
+
+    Needs NVIDIA DALI (extra dali), which make setup does not install.
+    """
+    pytest.importorskip("nvidia.dali")
+    from megatron_cord.data.dali_features import DaliFeatures
+
+    extract = DaliFeatures(config, device="cpu")
+    lengths = [min(n, config.n_samples) for n in (1, 161, 3000, 16000, 40960, 480000, 15999)]
+    waveforms = [recording(n) for n in lengths] + [np.zeros(900, np.float32)] * 60
+    found = extract(waveforms, [str(i) for i in range(len(waveforms))], [16000] * len(waveforms))
+    for waveform, features in zip(waveforms, found, strict=True):
+        expected = extractor(config)(waveform, sampling_rate=16000, return_attention_mask=True, return_tensors="pt")
+        assert (features.log_mel - expected["input_features"][0]).abs().max() < 1e-4
+        assert features.num_frames == int(expected["attention_mask"].sum())
+    with pytest.raises(CordError, match="sample q7: audio at 8000 Hz"):
+        extract([waveforms[0]], ["q7"], [8000])
+
+
+def test_dali_on_the_gpu_is_equal_too() -> None:
+    """Would catch features that stay in DALI's buffers, or differ on the GPU. Needs NVIDIA DALI and a CUDA device."""
+    pytest.importorskip("nvidia.dali")
+    from megatron_cord.data.dali_features import DaliFeatures
+
+    if not torch.cuda.is_available():
+        with pytest.raises(CordError, match="dali_gpu needs a CUDA device"):
+            DaliFeatures(CONFIGS["whisper"], device="gpu")
+        pytest.skip("no CUDA device")
+    waveforms = [recording(n) for n in (5000, 90000)]
+    for waveform, features in zip(
+        waveforms, DaliFeatures(CONFIGS["whisper"], device="gpu")(waveforms, ["a", "b"], [16000] * 2), strict=True
+    ):
+        assert features.log_mel.is_cuda
+        assert (features.log_mel.cpu() - log_mel(waveform, CONFIGS["whisper"], sampling_rate=16000).log_mel).abs().max() < 1e-4

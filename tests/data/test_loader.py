@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from megatron_cord.data.loader import SampleLoader
+from megatron_cord.data.loader import DataConfig, SampleLoader
 from megatron_cord.data.samples import Sample
+from megatron_cord.data.shard_writer import ShardWriter
 from megatron_cord.errors import CordError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SAMPLES = [Sample(id=str(number), question="q", waveform=np.zeros(1, np.float32)) for number in range(10)]
 
@@ -75,3 +87,86 @@ def test_empty_sources_are_refused() -> None:
     """Would catch a division by zero at the first step."""
     with pytest.raises(CordError, match="no samples"):
         SampleLoader([], batch_size=1, seed=0)
+
+
+def test_killed_and_resumed_with_other_workers(tmp_path: Path) -> None:
+    """Would catch an order, an augmentation or a share of the ranks that depends on workers, or on what was read before a kill."""
+    writer = ShardWriter(tmp_path / "shards", shard_size=7)
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        writer.write(Sample(f"s{number}", "what", (0.1 * rng.standard_normal(2000)).clip(-1, 1).astype(np.float32)))
+    writer.close()
+
+    def start(name: str, first: int, last: int, workers: int, rank: int = 0, world: int = 1) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "tests/data/read_steps.py", str(tmp_path / "shards"), *map(str, (first, last, workers, rank, world))]
+        return subprocess.Popen([*command, str(tmp_path / name)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+    def lines(name: str) -> list[str]:
+        path = tmp_path / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    whole, killed = start("whole", 0, 20, 0), start("killed", 0, 100000, 3)
+    deadline = time.monotonic() + 120
+    while len(lines("killed")) < 20 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL and whole.wait() == 0
+    expected = lines("whole")
+    done = min(len(lines("killed")) // 4, 10)  # steps that the killed one had finished; a checkpoint of step 10 at the latest
+    assert lines("killed")[: 4 * done] == expected[: 4 * done] and done >= 5
+    shares = [start(f"share{rank}", done, 20, workers, rank, 2) for rank, workers in ((0, 1), (1, 2))]
+    assert [process.wait() for process in shares] == [0, 0]
+    parts = [lines("share0"), lines("share1")]
+    resumed = [line for step in range(20 - done) for part in parts for line in part[2 * step : 2 * step + 2]]
+    assert expected[: 4 * done] + resumed == expected
+    for epoch in (expected[:40], expected[40:]):
+        assert sorted(line.split()[1] for line in epoch) == sorted(f"s{number}" for number in range(40))
+
+
+class _Slow:
+    """Notes when it is read, and by whom."""
+
+    def __init__(self) -> None:
+        self.read: list[tuple[int, str]] = []
+
+    def __len__(self) -> int:
+        return len(SAMPLES)
+
+    def __getitem__(self, index: int) -> Sample:
+        self.read.append((index, threading.current_thread().name))
+        return SAMPLES[index]
+
+
+def test_workers_read_ahead_and_each_sample_once() -> None:
+    """Would catch workers that read nothing ahead, or what nobody asked for, and work on a sample that is done in the caller's thread."""
+    source = _Slow()
+    prepared: list[str] = []
+    ahead = SampleLoader(source, batch_size=4, seed=1, workers=2, prepare=lambda samples: prepared.extend(s.id for s in samples))
+    assert [[int(s.id) for s in ahead.batch(step)] for step in (3, 4)] == [loader().indices(3), loader().indices(4)]
+    ahead.close()
+    asked = loader().indices(3) + loader().indices(4) + loader().indices(5)
+    read = [index for index, _ in source.read]
+    assert set(asked[:8]) <= set(read) <= set(asked) and len(read) <= len(asked) and len(prepared) == len(read)
+    assert all(name.startswith("loader") for _, name in source.read)
+
+
+def test_a_sample_that_cannot_be_read_is_named_where_it_is_asked_for() -> None:
+    """Would catch a worker that dies in silence, and a run that waits for it."""
+
+    def fail(samples: Sequence[Sample]) -> None:
+        raise CordError(f"sample {samples[0].id} is broken")
+
+    broken = SampleLoader(SAMPLES, batch_size=4, seed=1, workers=2, prepare=fail)
+    with pytest.raises(CordError, match=f"sample {loader().indices(0)[0]} is broken"):
+        broken.batch(0)
+    broken.close()
+
+
+def test_what_may_be_skipped_is_said() -> None:
+    """Would catch samples that vanish because they are long, without a bound on how many."""
+    with pytest.raises(CordError, match=r"data\.long_audio=skip .* data\.max_skipped"):
+        DataConfig("a", "b", long_audio="skip")
+    with pytest.raises(CordError, match=r"data\.max_skipped is a share"):
+        DataConfig("a", "b", max_skipped=1.0)
+    with pytest.raises(CordError, match=r"data\.workers"):
+        DataConfig("a", "b", workers=-1)

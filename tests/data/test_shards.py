@@ -284,3 +284,97 @@ def test_damaged_wavs_never_crash(position: int, value: int, length: int) -> Non
     except CordError:
         return
     assert waveform.ndim == 1 and np.abs(waveform).max() <= 1.0
+
+
+def damaged_set(directory: Path) -> Path:
+    """12 good samples in shards of four, but: one twice, one stereo, one without text; the second shard breaks off in its third sample."""
+    write(directory, count=12, shard_size=4)
+    manifest = Manifest.read(directory)
+    first, second, _ = (directory / entry.name for entry in manifest.shards)
+    good = wav()
+    tar(
+        first,
+        ("a.json", text()), ("a.wav", good),
+        ("b.json", text()), ("b.wav", wav(channels=2)),
+        ("c.wav", good),
+        ("s-8.json", text()), ("s-8.wav", good),
+    )  # fmt: skip
+    content = second.read_bytes()
+    second.write_bytes(content[: content.index(b"s-6.wav") + 600])
+    return directory
+
+
+def test_damage_is_skipped_counted_and_bounded(tmp_path: Path) -> None:
+    """Would catch a damaged sample that ends the run although it may be skipped, one that is not counted, and a bound that does not hold."""
+    directory = damaged_set(tmp_path / "set")
+    with pytest.raises(CordError, match="shard-000000.tar has .* truncated or changed"):
+        ShardDataset(directory)
+    dataset = ShardDataset(directory, max_skipped=0.5)
+    assert [dataset[i].id for i in range(len(dataset))] == ["a", "s-8", "s-4", "s-5", "s-9", "s-10", "s-11"]
+    found = {item.message.removeprefix(f"{directory}/"): item.samples for item in dataset.skipped}
+    assert sum(found.values()) == 5 and len(found) == 4
+    for expected in ("sample b: audio has 2 channels", "sample c has no text", "shard-000001.tar is truncated", "sample s-8 is in"):
+        assert any(expected in message for message in found), expected
+    assert next(count for message, count in found.items() if "truncated" in message) == 2
+    with pytest.raises(CordError, match=r"5 of 12 samples cannot be used, more than max_skipped=0\.4 allows; the first: .*sample b: audio"):
+        ShardDataset(directory, max_skipped=0.4)
+
+
+def test_what_is_skipped_depends_on_the_files_alone(tmp_path: Path) -> None:
+    """Would catch ranks or restarts that train on other samples, and a fingerprint that does not tell two sets apart."""
+    directory = damaged_set(tmp_path / "set")
+    first, second = ShardDataset(directory, max_skipped=0.5), ShardDataset(directory, max_skipped=0.9)
+    assert first.skipped == second.skipped and first.fingerprint == second.fingerprint
+    write(tmp_path / "whole", count=12, shard_size=4)
+    assert ShardDataset(tmp_path / "whole").fingerprint != first.fingerprint
+    assert ShardDataset(tmp_path / "whole").skipped == []
+
+
+def test_missing_shards_and_wrong_checksums_count_whole(tmp_path: Path) -> None:
+    """Would catch a shard whose audio was changed behind the manifest's back, and a missing one that counts as one sample."""
+    write(tmp_path, count=12, shard_size=4)
+    shards = sorted(tmp_path.glob("*.tar"))
+    content = bytearray(shards[0].read_bytes())
+    place = content.index(b"RIFF") + 60
+    content[place] ^= 1
+    shards[0].write_bytes(content)
+    assert len(ShardDataset(tmp_path)) == 12  # nothing but a checksum tells
+    with pytest.raises(CordError, match="shard-000000.tar does not have the checksum"):
+        ShardDataset(tmp_path, verify=True)
+    shards[1].unlink()
+    dataset = ShardDataset(tmp_path, max_skipped=0.7, verify=True)
+    assert len(dataset) == 4 and [item.samples for item in dataset.skipped] == [4, 4]
+
+
+def test_clips_of_ten_minutes_are_left_out(tmp_path: Path) -> None:
+    """Would catch a clip that only fails when its turn comes, hours later."""
+    writer = ShardWriter(tmp_path)
+    writer.write(sample(0))
+    writer.write(sample(1, waveform=np.zeros(600 * 16000, np.float32)))
+    writer.close()
+    dataset = ShardDataset(tmp_path, max_skipped=0.5, longest=30 * 16000)
+    assert len(dataset) == 1 and "sample s-1 has 600.00 s of audio, the longest allowed are 30.00 s" in dataset.skipped[0].message
+    assert len(ShardDataset(tmp_path)) == 2
+
+
+@settings(max_examples=60, deadline=2000)
+@given(data=st.data())
+def test_a_damaged_shard_never_crashes_the_reader(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Would catch any exception but CordError, or a hang, on a shard with bytes changed, cut off or put in."""
+    path = tmp_path_factory.getbasetemp() / "fuzzed.tar"
+    tar(path, ("a.json", text()), ("a.wav", wav(frames=20)), ("b.json", text(answer="4")), ("b.wav", wav(frames=20)))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        dataset = ShardDataset(path, max_skipped=0.99)
+    except CordError:
+        return
+    for index in range(len(dataset)):
+        try:
+            item = dataset[index]
+        except CordError:
+            continue
+        assert item.question and item.waveform.ndim == 1

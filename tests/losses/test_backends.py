@@ -46,10 +46,10 @@ def test_a_gradient_may_overwrite_its_logits(kind: str) -> None:
     rule, backend, target = kind_named(kind, beta=0.3, k=5), EagerBackend(), torch.arange(300) % 200
     shard = VocabularyShard(rule, 0.7, 0, 200, torch.float32, None, backend)
     totals = shard.totals(StoredLogits(student, teacher), target)
-    weights = tuple(torch.randn(3, 300, generator=torch.Generator().manual_seed(1)).unbind(0))
+    divergence, entropy, logprob = torch.randn(3, 300, generator=torch.Generator().manual_seed(1)).unbind(0)
     outcomes = torch.empty_like(student), student.clone()
     for out, logits in ((outcomes[0], student), (outcomes[1], outcomes[1])):
-        backend.gradient(logits, teacher, target, totals, rule, 0.7, weights, out)
+        backend.gradient(logits, teacher, target, totals, rule, 0.7, (divergence, entropy, logprob), out)
     assert torch.equal(*outcomes)
 
 

@@ -1,22 +1,25 @@
 """Small reference models of odd sizes for the families beside Qwen2-Audio.
 
-Qwen2, Llama and Voxtral are transformers' own. Step-Audio 2 exists as remote code only: its encoder and adapter are written here from the
-published description and file names, on transformers' Qwen2, one clip at a time, unpadded but for the two frames of silence that end it.
+Qwen2, Llama and Voxtral are transformers' own. Step-Audio 2 exists as remote code only: the plain model that the local engine generates with is
+written from the published description and file names, one clip at a time, and shares no layer with Megatron's.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     VoxtralConfig,
@@ -24,7 +27,9 @@ from transformers import (
     VoxtralForConditionalGeneration,
 )
 
-from examples.quickstart.checkpoint import published_name
+from examples.quickstart.checkpoint import CHAT_TEMPLATE, SPECIAL_TOKENS, published_name
+from megatron_cord.model.families.step_audio_2 import StepAudio2Config
+from megatron_cord.model.families.step_audio_2_model import StepAudio2
 from tests.model.ranks import AUDIO_ID, MELS, VOCAB_SIZE, WINDOW, Batch, make_batches
 from tests.model.reference import Expected, one_step, randomise
 
@@ -51,64 +56,6 @@ STEP_ENCODER = {
 }
 
 
-class StepAudio2(nn.Module):
-    """Step-Audio 2 under the published names: encoder, adapter, and Qwen2 as model and lm_head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        width = 24
-        self.encoder = nn.Module()
-        self.encoder.conv1 = nn.Conv1d(MELS, width, 3, padding=1)
-        self.encoder.conv2 = nn.Conv1d(width, width, 3, stride=2, padding=1)
-        self.encoder.positional_embedding = nn.Embedding(WINDOW // 2, width).requires_grad_(False)
-        self.encoder.blocks = nn.ModuleList([_step_block(width) for _ in range(2)])
-        self.encoder.after_norm = nn.LayerNorm(width)
-        self.adapter = nn.Module()
-        self.adapter.conv = nn.Conv1d(width, width, 3, stride=2, padding=1)
-        self.adapter.linear1 = nn.Linear(width, 2048)
-        self.adapter.linear2 = nn.Linear(2048, 48)
-        language = Qwen2ForCausalLM(Qwen2Config(**DECODER, dtype="float32"))
-        self.model, self.lm_head = language.model, language.lm_head
-
-    def hear(self, clip: Tensor, frames: int) -> Tensor:
-        """[mels, frames + 2] to [tokens, H]: only the first `frames` are attended to."""
-        gelu = torch.nn.functional.gelu
-        encoder: Any = self.encoder
-        x = gelu(encoder.conv2(gelu(encoder.conv1(clip[None]))))[0].T  # [T, width]
-        x = x + encoder.positional_embedding.weight[: len(x)]
-        mask = torch.zeros(len(x)).masked_fill(torch.arange(len(x)) >= (frames + 1) // 2, -torch.inf)
-        for block in encoder.blocks:
-            normed = block.attn_ln(x)
-            q, k, v = (getattr(block.attn, part)(normed).view(len(x), 2, -1).transpose(0, 1) for part in ("query", "key", "value"))
-            weights = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5 + mask).softmax(-1)
-            x = x + block.attn.out((weights @ v).transpose(0, 1).reshape(len(x), -1))
-            x = x + block.mlp(block.mlp_ln(x))
-        x = encoder.after_norm(x[: len(x) // 2 * 2].view(len(x) // 2, 2, -1).mean(1))
-        features = (frames + 1) // 2 // 2
-        adapter: Any = self.adapter
-        x = adapter.linear2(adapter.linear1(gelu(adapter.conv(x.T[None]))[0].T).relu())
-        return x[: (features - 1) // 2 + 1]
-
-    def logits(self, batch: Batch) -> Tensor:
-        """[B, S, V]."""
-        embedded = self.model.embed_tokens(batch.input.token_ids)
-        if batch.input.features is not None and batch.input.num_frames is not None:
-            frames = batch.input.num_frames.tolist()
-            heard = torch.cat([self.hear(clip[:, : n + 2], n) for clip, n in zip(batch.input.features, frames, strict=True)])
-            embedded = embedded.masked_scatter((batch.input.token_ids == AUDIO_ID)[..., None], heard)
-        return self.lm_head(self.model(inputs_embeds=embedded, attention_mask=_mask(batch)).last_hidden_state)
-
-
-def _step_block(width: int) -> nn.Module:
-    block: Any = nn.Module()
-    block.attn = nn.Module()
-    for part in ("query", "key", "value", "out"):
-        setattr(block.attn, part, nn.Linear(width, width, bias=part != "key"))
-    block.attn_ln, block.mlp_ln = nn.LayerNorm(width), nn.LayerNorm(width)
-    block.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-    return block
-
-
 def _mask(batch: Batch) -> Tensor:
     return (torch.arange(batch.input.token_ids.shape[1])[None] < torch.tensor(batch.lengths)[:, None]).long()
 
@@ -133,19 +80,21 @@ def build(family: str, tied: bool) -> Any:
         text = LlamaConfig(**DECODER, head_dim=10, tie_word_embeddings=False)  # type: ignore[call-arg]
         model = VoxtralForConditionalGeneration(VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_ID))
     else:
-        model = StepAudio2()
+        model = StepAudio2(StepAudio2Config(audio_encoder_config=STEP_ENCODER, text_config=DECODER, audio_token_id=AUDIO_ID))
     randomise(model)
     return model
 
 
 def logits_of(model: Any, batch: Batch) -> Tensor:
     """[B, S, V]; what stands in the padding means nothing."""
-    if isinstance(model, StepAudio2):
-        return model.logits(batch)
     inputs = {"input_ids": batch.input.token_ids, "attention_mask": _mask(batch)}
     if batch.input.features is not None:
         inputs["input_features"] = batch.input.features
-    return model(**inputs).logits
+    if not isinstance(model, StepAudio2):
+        return model(**inputs).logits
+    if batch.input.num_frames is not None:
+        inputs["feature_attention_mask"] = (torch.arange(WINDOW)[None] < batch.input.num_frames[:, None]).long()
+    return model.lm_head(model.hidden(**inputs).last_hidden_state)
 
 
 def published(family: str, name: str) -> str:
@@ -162,6 +111,40 @@ def save(directory: Path, family: str, tied: bool) -> None:
         (directory / "config.json").write_text(json.dumps(config))
     else:
         model.config.save_pretrained(directory)
+
+
+def save_whole(directory: Path, family: str, words: Sequence[str], *, tied: bool = False) -> Path:
+    """A checkpoint that can be asked: weights, a tokenizer of words with a chat template and, where transformers has a processor for the family,
+    the sizes of its feature extractor.
+
+    The placeholder is the last token of the vocabulary, whatever words there are.
+    """
+    directory.mkdir(parents=True)
+    save(directory, family, tied)
+    spelt = family == "qwen2"  # transformers makes Qwen2's own class of its tokenizer, which spells by bytes
+    known = [*SPECIAL_TOKENS[:5], SPECIAL_TOKENS[6], *(sorted(set("Ġ" + "".join(words))) if spelt else ["user", "assistant", *words])]
+    known += [f"filler{i}" for i in range(AUDIO_ID - len(known))] + [SPECIAL_TOKENS[5]]
+    ids = {word: index for index, word in enumerate(known)}
+    core = Tokenizer(models.BPE(ids, []) if spelt else models.WordLevel(ids, unk_token=SPECIAL_TOKENS[1]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False) if spelt else pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=SPECIAL_TOKENS[0],
+        unk_token=SPECIAL_TOKENS[1],
+        eos_token=SPECIAL_TOKENS[3],
+        additional_special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS[2:]],
+        chat_template=CHAT_TEMPLATE,
+    )
+    tokenizer.save_pretrained(directory)
+    if family in ("voxtral", "qwen2_audio"):
+        extractor = {
+            "feature_extractor_type": "WhisperFeatureExtractor",
+            "feature_size": MELS,
+            "hop_length": 160,
+            "n_samples": 160 * WINDOW,
+        }
+        (directory / "preprocessor_config.json").write_text(json.dumps(extractor))
+    return directory
 
 
 @cache

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from megatron_cord.convert import export_tensors, read_into, read_tensors
 from megatron_cord.model.families import load_architecture
-from megatron_cord.model.lalm import LALM, ModelInput, Tower
+from megatron_cord.model.lalm import LALM, ModelInput
+from megatron_cord.model.transformer import LayerConfig, Tower
 from megatron_cord.parallel.layout import ParallelConfig, initialize
 from megatron_cord.trainer.optimizer import OptimizerConfig, build_optimizer, wrap_model
 
@@ -129,7 +130,7 @@ def run_cases(_rank: int, cases: dict[str, Case], checkpoints: dict[tuple[str, b
 def run_case(case: Case, checkpoint: str) -> Outcome:
     """Import, export, forward, backward, one step of the optimizer, and a forward pass with the new weights."""
     layout = initialize(case.parallel, seed=0)
-    model = LALM(load_architecture(checkpoint), layout, torch.float32, recompute=case.recompute)
+    model = LALM(load_architecture(checkpoint), layout, torch.float32, LayerConfig(recompute=case.recompute))
     read_into(model, checkpoint)
     outcome = Outcome(_differences(dict(read_tensors(checkpoint)), dict(export_tensors(model))))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_cord.model.adapters import build_adapter
 from megatron_cord.model.architecture import AdapterArchitecture, EncoderArchitecture
-from megatron_cord.model.transformer import encoder_config
+from megatron_cord.model.transformer import LayerConfig, encoder_config
 from megatron_cord.parallel.layout import ParallelConfig
 
 AUDIO, OUT = 6, 5
@@ -47,7 +47,7 @@ def by_hand(arch: AdapterArchitecture, weights: dict[str, Tensor], x: Tensor) ->
 def test_adapters(name: str, features: int) -> None:
     """Catches a wrong stride, padding, order within a stack or activation, and a count of tokens that the features do not have."""
     arch = ADAPTERS[name]
-    config = encoder_config(EncoderArchitecture(8, AUDIO, 1, 1, 4, 8), ParallelConfig(), torch.float64)
+    config = encoder_config(EncoderArchitecture(8, AUDIO, 1, 1, 4, 8), ParallelConfig(), torch.float64, LayerConfig())
     torch.manual_seed(0)
     adapter = build_adapter(arch, (AUDIO, OUT), config, torch.device("cpu"))
     x = torch.randn(2, features, AUDIO, dtype=torch.float64)

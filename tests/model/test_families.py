@@ -27,13 +27,16 @@ CASES = {
     "qwen2-pp2-tied": Case(ParallelConfig(pp=2), family="qwen2", tied=True),
     "llama-dp": Case(ParallelConfig(), family="llama"),
     "llama-tp2-tied": Case(ParallelConfig(tp=2), family="llama", tied=True),
+    "llama-pp2": Case(ParallelConfig(pp=2), family="llama"),
     "llama-tp2-pp2": Case(ParallelConfig(tp=2, pp=2), family="llama"),
     "step-dp": Case(ParallelConfig(), family="step_audio_2"),
+    "step-tp2": Case(ParallelConfig(tp=2), family="step_audio_2"),
     "step-tp2-sp": Case(ParallelConfig(tp=2, sequence_parallel=True), family="step_audio_2"),
     "step-pp2": Case(ParallelConfig(pp=2), family="step_audio_2"),
     "step-tp2-pp2": Case(ParallelConfig(tp=2, pp=2), family="step_audio_2", recompute=("audio_encoder",)),
     "voxtral-dp": Case(ParallelConfig(), family="voxtral"),
-    "voxtral-tp2": Case(ParallelConfig(tp=2), family="voxtral"),
+    "voxtral-tp2-sp": Case(ParallelConfig(tp=2, sequence_parallel=True), family="voxtral"),
+    "voxtral-pp2": Case(ParallelConfig(pp=2), family="voxtral"),
     "voxtral-tp2-pp2": Case(ParallelConfig(tp=2, pp=2), family="voxtral"),
 }
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_cord.model.lalm import LALM, Tower
+from megatron_cord.model.lalm import LALM
+from megatron_cord.model.transformer import LayerConfig, Tower
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from tests.model.ranks import make_batches
 from tests.model.test_architecture import ARCHITECTURE
@@ -25,12 +26,25 @@ def layout() -> Iterator[Layout]:
 @pytest.mark.parametrize("towers", [(), ("audio_encoder",), ("language_model",), ("audio_encoder", "language_model")])
 def test_chosen_towers_are_computed_twice(layout: Layout, towers: tuple[Tower, ...]) -> None:
     """Catches a setting that is dropped on its way to Megatron, or that reaches the other tower."""
-    model = LALM(ARCHITECTURE, layout, torch.float32, recompute=towers)
+    model = LALM(ARCHITECTURE, layout, torch.float32, LayerConfig(recompute=towers))
+    assert calls_of(model, "mlp") == {name: 1 + (name in towers) for name in ("audio_encoder", "language_model")}
+
+
+def test_selective_recomputation(layout: Layout) -> None:
+    """Catches selective recomputation that computes whole layers again, or nothing: core attention and MLP are, projections are not."""
+    chosen: tuple[Tower, ...] = ("language_model",)
+    model = LALM(ARCHITECTURE, layout, torch.float32, LayerConfig(recompute=chosen, granularity="selective"))
+    for part, times in (("self_attention.core_attention", 2), ("mlp", 2), ("self_attention.linear_qkv", 1)):
+        assert calls_of(model, part) == {"audio_encoder": 1, "language_model": times}
+
+
+def calls_of(model: LALM, part: str) -> Counter[str]:
+    """How often the first layer's part is called in one pass forward and backward, by tower."""
     calls: Counter[str] = Counter()
     for name, block in {"audio_encoder": model.audio_encoder.block, "language_model": model.language_model.decoder}.items():  # type: ignore[union-attr]
-        block.layers[0].mlp.register_forward_hook(lambda *_, name=name: calls.update([name]))
+        block.layers[0].get_submodule(part).register_forward_hook(lambda *_, name=name: calls.update([name]))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model(make_batches()[1].input).sum().backward()
-    assert calls == {name: 1 + (name in towers) for name in ("audio_encoder", "language_model")}
     assert all(parameter.grad is not None for parameter in model.audio_encoder.block.parameters())  # type: ignore[union-attr]
+    return calls

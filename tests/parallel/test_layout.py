@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_cord.errors import CordError
-from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
+from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize, meet
 from tests.parallel.three_ranks import seen
 
 
@@ -75,3 +76,23 @@ def test_one_rank_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         finalize()
         finalize()  # twice is once
     assert torch.equal(*draws) and not dist.is_initialized() and "RANK" not in os.environ
+
+
+def test_ranks_that_start_again_meet_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a restarted rank that connects to where a rank of the start before listened, because it was there before its peers."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    settings = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(server.port),
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    for start in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
+        store, rank, world = meet(timedelta(seconds=10))
+        assert (rank, world) == (0, 1) and not store.check(["address"])
+        store.set("address", "of this start")
+        assert meet(timedelta(seconds=10))[0].get("address") == b"of this start"

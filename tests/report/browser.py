@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import select
@@ -15,6 +16,8 @@ from types import TracebackType
 from typing import Any, Self
 
 EXECUTABLE = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+#: why a test is skipped where there is none; it comes from the system's packages, as PyPI has no browser
+MISSING = "no chromium, chromium-browser or google-chrome on PATH: make test-browser installs Debian's (as root) and runs these tests"
 DEADLINE = 120  # seconds for one answer; a lost browser fails the test instead of hanging it
 
 _FLAGS = (
@@ -96,14 +99,14 @@ class Browser:
             raise RuntimeError(f"{method}: {answer['error']}")
         return answer["result"]
 
-    def open(self, page: Path, *, width: int = 1280, scheme: str = "light") -> None:
-        """Loads a file in a window of ``width`` pixels, in the given colour scheme."""
+    def open(self, page: Path | str, *, width: int = 1280, scheme: str = "light") -> None:
+        """Loads a file or an address in a window of ``width`` pixels, in the given colour scheme."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self._navigate("about:blank")  # what the last page still has to say must not count as this one's
         self.requests.clear()
         self.complaints.clear()
-        self._navigate(page.as_uri())
+        self._navigate(page.as_uri() if isinstance(page, Path) else page)
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression, awaited."""
@@ -116,6 +119,18 @@ class Browser:
         """One key down and up; ``code`` is its Windows virtual key code."""
         for kind in ("rawKeyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+    def screenshot(self, path: Path) -> None:
+        """Writes the whole page as PNG."""
+        data = self.call("Page.captureScreenshot", captureBeyondViewport=True, format="png")["data"]
+        path.write_bytes(base64.b64decode(data))
+
+    def follow(self, expression: str) -> None:
+        """Evaluates what leads to another page, a click for example, and waits for that to be loaded."""
+        before = set(self._loaded)
+        self.evaluate(expression)
+        while self._loaded <= before:
+            self._note(self._receive())
 
     def _navigate(self, address: str) -> None:
         loader = self.call("Page.navigate", url=address)["loaderId"]

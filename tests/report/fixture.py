@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.shard_writer import ShardWriter
+from megatron_cord.rollout.record_file import read_rollouts, record_file, write_rollouts
 
 STEPS = 100
 SAMPLES = 60
@@ -48,7 +49,7 @@ def write_run(directory: Path, *, seed: int = 0) -> Path:
     for evaluation in evaluations:
         (run / "evaluations" / f"step_{evaluation['step']:06d}.json").write_text(json.dumps(evaluation))
     for step in range(1, STEPS + 1):
-        write_lines(run / "rollouts" / f"step_{step:06d}.jsonl", _rollouts(step, samples, rng))
+        write_rollouts(record_file(run / "rollouts", step), _rollouts(step, samples, rng))
     before, after = evaluations[0], evaluations[-1]
     summary = {
         "text_accuracy": before["text_accuracy"],
@@ -100,6 +101,11 @@ def _metrics(step: int, rng: np.random.Generator) -> dict[str, Any]:
         "learning_rate": 2e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / STEPS))),
         "response_tokens": 12 + 0.5 * float(rng.normal()),
         "engine_logprob_difference": 1e-6 * noise[5],
+        "engine_logprob_difference_max": 4e-6 * noise[5],
+        "engine_kl": 1e-7 * noise[5],
+        "stale_logprob_difference": 2e-6,
+        "truncated": 0.02,
+        "repetition": 0.01 * noise[5],
         "skipped": step == 40,
         "seconds": 0.25,
         "seconds_rollout": 0.1 * noise[6],
@@ -158,14 +164,21 @@ def _rollouts(step: int, samples: list[Sample], rng: np.random.Generator) -> lis
         top = sorted(kl)[-3]
         rows.append({
             "step": step, "id": sample.id, "role": role, "question": sample.question, "voice": sample.voice, "response": " ".join(tokens[:-1]),
-            "tokens": tokens, "token_ids": list(range(len(tokens))), "engine_logprobs": [-0.1] * len(tokens),
+            "tokens": tokens, "token_ids": list(range(len(tokens))), "engine_logprobs": [-0.1] * len(tokens), "seed": 1000 * step + number,
+            "student_logprobs": None, "teacher_logprobs": None, "reward_terms": None, "has_signal": not distilled,
             "token_kl": kl if distilled else None,
             "token_weights": [(2.0 if k >= top else 1.0) * (2 - t / max(len(kl) - 1, 1)) for t, k in enumerate(kl)] if distilled else None,
-            "teacher_answer": sample.answer, "reward": None if distilled else float(right), "advantage": None,
-            "finish_reason": "stop", "versions": [[0, len(tokens), step - 1]],
+            "teacher_answer": sample.answer, "reward": None if distilled else float(right), "advantage": 0.0,
+            "finish_reason": "stop", "versions": [{"start": 0, "end": len(tokens), "version": step - 1}],
         })  # fmt: skip
     for start in (3, 7):
         rewards = [row["reward"] for row in rows[start : start + 4]]
         for row in rows[start : start + 4]:
             row["advantage"] = row["reward"] - sum(rewards) / 4
     return rows
+
+
+def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replaces a step's rollouts: each row is the step's first with these values instead."""
+    first = read_rollouts(path).to_pylist()[0]
+    write_rollouts(path, [first | row for row in rows])

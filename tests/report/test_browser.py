@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_cord.report.page import render
-from tests.report.browser import EXECUTABLE, Browser
+from tests.report.browser import EXECUTABLE, MISSING, Browser
 
-pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason=MISSING)
 
 # The luminance contrast (WCAG 2) of each element's text with the nearest background behind it, the lowest first.
 CONTRAST = """
@@ -106,7 +106,7 @@ def test_every_plot_is_drawn(browser: Browser, page: Path) -> None:
           });
           return { area: box.width * box.height, paths: svg.querySelectorAll("path").length, inside };
         })""")
-    assert len(plots) == 10
+    assert len(plots) == 13
     assert all(plot["area"] > 40_000 and plot["paths"] >= 5 and plot["inside"] for plot in plots), plots
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from megatron_cord.report.charts import Series, format_number, line_chart, moving_average
 from megatron_cord.report.curves import accuracy_chart, metric_charts, position_chart
 from megatron_cord.report.reading import read_rollouts, read_run
-from tests.report.fixture import write_lines
+from tests.report.fixture import rewrite, write_lines
 
 
 def test_moving_average() -> None:
@@ -89,11 +90,10 @@ def test_divergence_by_position(run_copy: Path) -> None:
     assert chart.rows[0] == ("1", format_number(sum(row[0] for row in early) / len(early)), chart.rows[0][2])
     assert float(chart.rows[0][2]) < float(chart.rows[0][1])
     path = record.rollout_files[1]
-    row = {"id": "a", "role": "distill", "question": "q", "response": "r"}
     for other in list(record.rollout_files.values())[1:]:
         other.unlink()
-    write_lines(path, [row | {"token_kl": [1.0, None] + [9.0] * (k == 0)} for k in range(6)])
+    rewrite(path, [{"token_kl": [1.0, math.nan] + [9.0] * (k == 0)} for k in range(6)])
     chart = position_chart(read_run(run_copy))
     assert chart is not None and chart.rows == (("1", "1"),) and chart.header[1] == "step 1"
-    write_lines(path, [row])
+    rewrite(path, [{"token_kl": None}])
     assert position_chart(read_run(run_copy)) is None

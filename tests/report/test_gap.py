@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_cord.report.gap import gap_closed, measure_gap, standard_error
+from megatron_cord.evaluation.statistics import gap_closed
+from megatron_cord.report.gap import measure_gap, standard_error
 from megatron_cord.report.record import Answer, Evaluation
 
 

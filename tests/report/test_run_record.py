@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_cord.errors import CordError
@@ -39,9 +41,10 @@ def test_everything_is_read(finished_run: Path) -> None:
 def test_half_written_last_line(run_copy: Path) -> None:
     """Catches a report that fails while the trainer is writing its next line."""
     append(run_copy / "metrics.jsonl", '{"step": 101, "lo')
-    append(run_copy / "rollouts" / "step_000100.jsonl", '{"step": 100, "id": "pl')
-    assert read_run(run_copy).last_step == STEPS
-    assert len(read_rollouts(run_copy / "rollouts" / "step_000100.jsonl")) == 11
+    (run_copy / "rollouts" / "step_000101.partial").write_bytes(b"PAR1")
+    run = read_run(run_copy)
+    assert run.last_step == max(run.rollout_files) == STEPS
+    assert len(read_rollouts(run.rollout_files[STEPS])) == 11
 
 
 def test_steps_done_again_count_once(run_copy: Path) -> None:
@@ -97,17 +100,28 @@ def test_damage_is_named(run_copy: Path, damage: Callable[[Path], object], messa
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("damage", "message"),
     [
-        ({"tokens": [1]}, "tokens: expected texts"),
-        ({"token_kl": ["a"]}, "token_kl: expected a list of numbers"),
-        ({"reward": True}, "reward: expected a finite number, got True"),
+        (lambda table: table.drop_columns(["role"]), "the column role is missing"),
+        (lambda table: table.set_column(0, "step", pa.array(["1"] * len(table))), "step: expected int32, got string"),
+        (lambda table: table.set_column(1, "id", pa.array([None] * len(table), pa.string())), "id is missing in row 1"),
     ],
 )
-def test_damaged_rollout_is_named(run_copy: Path, change: dict[str, object], message: str) -> None:
-    """Catches a rollout of the wrong types that would be drawn all the same."""
-    path = run_copy / "rollouts" / "step_000001.jsonl"
-    row = json.loads(path.read_text().splitlines()[0])
-    write_lines(path, [row, row | change])
-    with pytest.raises(CordError, match=f"step_000001.jsonl:2: {message}"):
+def test_damaged_rollouts_are_named(run_copy: Path, damage: Callable[[pa.Table], pa.Table], message: str) -> None:
+    """Catches rollouts of the wrong types that would be drawn all the same."""
+    path = read_run(run_copy).rollout_files[1]
+    pq.write_table(damage(pq.read_table(path)), path)
+    with pytest.raises(CordError, match=f"step_000001.parquet: {message}"):
         read_rollouts(path)
+
+
+def test_a_cut_file_of_rollouts_is_named(run_copy: Path) -> None:
+    """Catches a traceback of the library's where a disk lost the end of a file."""
+    path = read_run(run_copy).rollout_files[1]
+    for size in (path.stat().st_size // 2, 5, 0):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(
+            CordError, match=r"step_000001.parquet is damaged or cannot be read \(.+\); restore the file or remove it"
+        ) as caught:
+            read_rollouts(path)
+        assert "\n" not in str(caught.value)

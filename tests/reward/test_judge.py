@@ -53,7 +53,7 @@ def test_no_answer_falls_back_to_matching(server: ChatServer, tmp_path: Path, or
     begun = time.monotonic()
     verdicts = judge.compare([asks(order), asks("yes", "11"), asks(order, "11")])
     assert verdicts == [Verdict(True, True, "fallback"), Verdict(True, False, "judge"), Verdict(False, False, "fallback")]
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 60  # five questions of a second each at most, and room for a busy machine
     assert "the judge gave no answer to 2 of 3 questions" in capfd.readouterr().err
     assert len(server.requests) == 5
     assert Judge(config(server, tries=1), tmp_path).compare([asks(order)])[0].source == "fallback" and len(server.requests) == 6

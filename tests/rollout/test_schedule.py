@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -122,6 +123,64 @@ def test_what_was_generated_ahead_is_taken_up() -> None:
         again.restore(ahead, 1)
         assert [r.versions[0].version for r in again.rollouts(1)[0]] == [version] * 2
         again.close()
+
+
+class LosingEngine(SteppedEngine):
+    """Makes only responses of seed 0 while it is lost; gets back by `recover`, or by new weights."""
+
+    def __init__(self, lost: bool) -> None:
+        super().__init__()
+        self.lost, self.recovered = lost, 0
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Rollout]:
+        rollouts = super().generate(requests)
+        if not self.lost:
+            return rollouts
+        asked = zip(requests, rollouts, strict=True)
+        return [replace(r, token_ids=(), logprobs=(), finish_reason="abort", versions=()) if q.seed else r for q, r in asked]
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        super().update_weights(tensors, version)
+        self.lost = False
+
+    def recover(self) -> None:
+        self.recovered += 1
+        self.lost = False
+
+
+def test_an_engine_that_is_lost_recovers_at_its_step() -> None:
+    """Catches a run that stops with its last server, responses that are asked for twice, and a recovery where none is needed."""
+    for schedule in ("sync", "async"):
+        engine = LosingEngine(lost=True)
+        making = make(engine, schedule=schedule)
+        assert [r.finish_reason for r in making.rollouts(0)[0]] == ["stop"] * 2
+        assert engine.recovered == 1 and engine.asked.count((0, 0)) == 2
+        making.close()
+
+
+def test_an_exchange_brings_a_lost_engine_back() -> None:
+    """Catches responses of a later step that wait for their engine although new weights have brought it back."""
+    engine = LosingEngine(lost=False)
+    schedule = make(engine, max_staleness=1)
+    schedule.rollouts(0)
+    schedule._wait()
+    engine.lost = True
+    schedule._shares[1].made.clear()
+    schedule._submit(schedule._shares[1])  # step 1 again, by an engine that is lost
+    schedule._wait()
+    assert len(schedule._shares[1].made) == 1
+    exchange(schedule, engine, 1)
+    assert [r.versions[0].version for r in schedule.rollouts(1)[0]] == [0, 1]
+    assert engine.recovered == 0
+    schedule.close()
+
+
+def test_an_engine_that_cannot_recover_stops_the_run() -> None:
+    """Catches endless repetition, and responses that were cut off in silence."""
+    engine = LosingEngine(lost=True)
+    engine.recover = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(CordError, match=r"1 responses are still missing .* 3 times in a row, on this rank of samples 0"):
+        make(engine, schedule="sync").rollouts(0)
 
 
 def test_failures_and_old_weights_are_reported() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from megatron_cord.config import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import Layout, finalize
 from megatron_cord.train import train
+from megatron_cord.trainer import writing
 from megatron_cord.trainer.checkpoint_directory import CheckpointDirectory
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.manifest import digest, find_damage, write_manifest
@@ -111,3 +113,14 @@ def test_a_run_continues_on_another_layout(inputs: Path, tmp_path: Path, before:
     continued = two(tmp_path / "continued", after)
     assert "resuming after step 2" in continued.with_suffix(".log").read_text()
     assert [loss for loss, _ in losses(continued)] == pytest.approx([loss for loss, _ in losses(whole)], rel=1e-5)
+
+
+def test_a_writer_that_is_killed(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a checkpoint that appears without its files, a run that waits for its dead writer, and an earlier checkpoint that goes with it."""
+    output = alone(inputs, tmp_path / "run", "train.steps=2", "checkpoint.interval=2")
+    with monkeypatch.context() as killed, pytest.raises(CordError, match="the process that wrote it was killed; is there enough memory"):
+        killed.setattr(writing, "_write", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        alone(inputs, output, "train.steps=4", "checkpoint.interval=2")
+    assert os.listdir(output / "checkpoints") == ["step_000002"]
+    alone(inputs, output, "train.steps=4", "checkpoint.interval=2")
+    assert len(losses(output)) == 4

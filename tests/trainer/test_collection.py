@@ -13,7 +13,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.reward import Rewards
 from megatron_cord.rollout.types import GenerationRequest
 from megatron_cord.trainer.answers import TeacherAnswers
-from megatron_cord.trainer.collection import Collected, Collector, RolloutConfig, collection_metrics, draw_seed
+from megatron_cord.trainer.collection import Collected, Collector, RolloutConfig, collection_metrics, draw_seed, repetition
 from megatron_cord.trainer.objective import ObjectiveConfig
 from tests.tiny_run import NUMBERS, make_samples
 from tests.trainer.scripted_engine import ScriptedEngine
@@ -37,7 +37,7 @@ def make_collector(prompts: PromptBuilder, path: Path, seed: int = 0, rollout: R
 
 def collect(collector: Collector, samples: list[Any], step: int) -> list[Collected]:
     """What a step makes of the engine's answers."""
-    return collector.collect(samples, engine_of(collector).generate(collector.requests(samples, step)))
+    return collector.collect(samples, engine_of(collector).generate(collector.requests(samples, step)), step)
 
 
 def engine_of(collector: Collector) -> ScriptedEngine:
@@ -76,9 +76,25 @@ def test_groups_and_advantages(prompts: PromptBuilder, tmp_path: Path) -> None:
     made = collector.sequences(collected)
     assert [(s.index, s.scored) for s in made] == [(i, True) for i in range(4)] + [(i, False) for i in range(4, 7)]
     assert all((s.teacher is not None) == s.scored and s.student.clips for s in made)
-    metrics = collection_metrics(collected, 3)
-    assert metrics == {"reward": pytest.approx(sum(rewards) / 6), "groups": 2, "groups_without_signal": 1}
-    assert collection_metrics(collected[:4], 3) == {}
+    metrics, cut = collection_metrics(collected, 3), sum(c.rollout.finish_reason == "length" for c in collected)
+    always = {"truncated": cut / 10, "repetition": 0.0}
+    assert metrics == always | {"reward": pytest.approx(sum(rewards) / 6), "groups": 2, "groups_without_signal": 1}
+    assert set(collection_metrics(collected[:4], 3)) == set(always)
+
+
+def test_repetition() -> None:
+    """Catches a loop that counts as text, plain text that counts as a loop, and short answers that alarm."""
+    loop, plain = [1, 2, 3] * 20, list(range(60))
+    assert repetition(loop) == pytest.approx(1 - 3 / 57) and repetition(plain) == 0
+    assert repetition(plain + plain) == pytest.approx(1 - 60 / 117)
+    assert repetition([7] * 7) == repetition([]) == 0 < repetition([7] * 8)
+
+
+def test_seeds_are_those_that_were_asked_with(prompts: PromptBuilder, tmp_path: Path) -> None:
+    """Catches a record whose seeds are another step's, another rollout's of the group, or of another order."""
+    collector = make_collector(prompts, tmp_path)
+    asked = [request.seed for request in collector.requests(SAMPLES, 4) if request.temperature > 0]
+    assert [c.seed for c in collect(collector, SAMPLES, step=4)] == asked and len(set(asked)) == 10
 
 
 def test_temperatures_and_numbers(prompts: PromptBuilder, tmp_path: Path) -> None:

@@ -69,7 +69,27 @@ def test_wrong_settings_are_named(override: str, message: str) -> None:
 
 
 def test_what_is_required() -> None:
-    """Catches a run that starts without data or a model."""
-    for missing in REQUIRED:
+    """Catches a run that starts without data or a model, and an evaluation of a plain checkpoint that must name data to train on."""
+    for missing in REQUIRED[:2]:
         with pytest.raises(CordError, match=f"{missing.split('=')[0]} is required"):
             load_config(RunConfig, None, [setting for setting in REQUIRED if setting != missing])
+    without = load_config(RunConfig, None, REQUIRED[:2])
+    with pytest.raises(CordError, match=r"^data\.train is required: set it .* to a directory of shards"):
+        without.data.open("train", None)
+
+
+def test_question_sets_are_named_maps() -> None:
+    """Catches sets that the command line cannot name, an unknown format, and a name that leaves the results' directory."""
+    config = load("evaluation.sets.obqa.path=x.parquet", "evaluation.sets.obqa.format=voicebench", "evaluation.sets.mine.path=y.jsonl")
+    assert {name: (s.path, s.format) for name, s in config.evaluation.sets.items()} == {
+        "obqa": ("x.parquet", "voicebench"),
+        "mine": ("y.jsonl", "plain"),
+    }
+    for override, message in [
+        ("evaluation.sets={'../x': {path: y}}", "becomes a file's name"),
+        ("evaluation.sets.x.format=voicebench", r"evaluation\.sets\.x\.path is required"),
+        ("evaluation.sets={x: {path: y, format: other}}", r"evaluation\.sets\.x\.format: expected one of shards, plain"),
+        ("evaluation.max_rejects=2", "a share between 0 and 1"),
+    ]:
+        with pytest.raises(CordError, match=message):
+            load(override)

@@ -66,13 +66,17 @@ def expected(config: ObjectiveConfig, batch: Microbatch, values: dict[str, Tenso
         divergences = []
         for n in range(start, start + length):
             chosen = log_p[n, int(batch.target_ids[n])]
+            middle = (config.jsd_beta * log_q[n].exp() + (1 - config.jsd_beta) * log_p[n].exp()).log()
+            ratio = min(float(chosen.detach().exp()) / float(batch.engine_logprobs[n].double().exp()), config.importance_cap)
             divergences.append({
                 "reverse_kl": (log_p[n].exp() * (log_p[n] - log_q[n])).sum(),
                 "forward_kl": (log_q[n].exp() * (log_q[n] - log_p[n])).sum(),
+                "jsd": config.jsd_beta * (log_q[n].exp() * (log_q[n] - middle)).sum()
+                + (1 - config.jsd_beta) * (log_p[n].exp() * (log_p[n] - middle)).sum(),
+                "sampled": ratio * float((chosen - log_q[n, int(batch.target_ids[n])]).detach()) * chosen,
                 "nll": -chosen,
                 "none": torch.zeros(()),
             }[config.divergence])  # fmt: skip
-            ratio = min(float(chosen.detach().exp()) / float(batch.engine_logprobs[n].double().exp()), config.importance_cap)
             if config.policy_gradient:
                 sequence_loss = sequence_loss - config.policy_weight * advantage * ratio * chosen / COUNTS.policy
         largest = sorted(range(length), key=lambda t: -float(divergences[t]))[: config.top_k]
@@ -86,14 +90,43 @@ def expected(config: ObjectiveConfig, batch: Microbatch, values: dict[str, Tenso
     return token_loss, sequence_loss
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "nll"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd", "nll"])
 @pytest.mark.parametrize("token_weights", ["cord", "uniform"])
 @pytest.mark.parametrize("policy", [True, False])
 def test_both_losses_and_their_gradients(divergence: Any, token_weights: Any, policy: bool) -> None:
     """Catches a wrong formula behind any switch, a denominator that is not the step's, and gradients through weights or ratios."""
     config = ObjectiveConfig(divergence=divergence, token_weights=token_weights, top_k=2, alpha=3.0, beta=1.5, policy_gradient=policy,
                              policy_weight=0.7, importance_cap=1.3)  # fmt: skip
-    batch, values = make_batch([0.5, 0.0, -1.0]), numbers(0)
+    assert_as_expected(config)
+
+
+@pytest.mark.parametrize("implementation", ["late", "fused", "recompute"])
+def test_sampled_tokens_as_policy_gradient(implementation: Any) -> None:
+    """Catches a gradient through the log-ratio, a forgotten truncated importance weight, and a promise to the fused loss that is not kept."""
+    assert_as_expected(ObjectiveConfig(divergence="sampled", token_weights="uniform", importance_cap=1.3, implementation=implementation))
+
+
+def test_sampled_tokens_estimate_the_reverse_kl() -> None:
+    """Catches a sign or a factor: over all tokens that could be sampled, the mean gradient is that of the whole reverse KL."""
+    gradients = []
+    for divergence in ("sampled", "reverse_kl"):
+        config = ObjectiveConfig(divergence=divergence, token_weights="uniform", policy_gradient=False)  # type: ignore[arg-type]
+        values, batch = numbers(5), make_batch([0.0, 0.0, 0.0])
+        student = values["student"].requires_grad_()
+        log_p = (student @ values["student_weight"].T)[:, :VOCABULARY].log_softmax(-1).detach()
+        total = torch.zeros_like(student)
+        for token in range(VOCABULARY):
+            batch.target_ids[:] = token
+            batch.engine_logprobs[:] = log_p[:, token]
+            (gradient,) = torch.autograd.grad(computed(config, batch, values).token, student)
+            total += log_p[:, token, None].exp() * gradient
+        gradients.append(total)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def assert_as_expected(config: ObjectiveConfig) -> None:
+    """Both losses and the student's gradients against `expected`."""
+    batch, values = make_batch([0.5, 0.0, -1.0], scored=config.divergence != "none"), numbers(0)
     gradients = []
     for fn in (computed, expected):
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in values.items()}
@@ -138,6 +171,7 @@ def test_an_engine_without_logprobs_makes_a_broken_loss() -> None:
     batch.engine_logprobs[3] = torch.nan
     loss = computed(ObjectiveConfig(), batch, numbers(4))
     assert torch.isfinite(loss.token) and torch.isnan(loss.sequence)
+    assert torch.isnan(computed(ObjectiveConfig(divergence="sampled", token_weights="uniform"), batch, numbers(4)).token)
 
 
 def test_settings_that_leave_nothing_to_train() -> None:
@@ -146,3 +180,5 @@ def test_settings_that_leave_nothing_to_train() -> None:
         ObjectiveConfig(divergence="none", policy_gradient=False)
     with pytest.raises(CordError, match="needs objective.responses=student"):
         ObjectiveConfig(responses="teacher")
+    with pytest.raises(CordError, match="an estimate from tokens that the student sampled"):
+        ObjectiveConfig(responses="teacher", policy_gradient=False, divergence="sampled")

@@ -28,22 +28,31 @@ class Family:
         architecture: reads the sizes from the Hugging Face configuration.
         tensor_map: names and layouts of all tensors of such an architecture.
         canonical_name: the published spelling of a tensor's name, given any spelling that a transformers version wrote.
+        plain_class: where the same model stands that is not Megatron's, as module and name: it answers in the local engine.
         chat_template: Jinja, for families whose published processing is code rather than a template.
     """
 
     architecture: Callable[[PretrainedConfig], Architecture]
     tensor_map: Callable[[Architecture], TensorMap]
     canonical_name: Callable[[str], str]
+    plain_class: str
     chat_template: str | None = None
 
 
-_TEXT = Family(text.architecture, text.tensor_map, text.canonical_name)
 FAMILIES = {
-    "llama": _TEXT,
-    "qwen2": _TEXT,
-    "qwen2_audio": Family(qwen2_audio.architecture, qwen2_audio.tensor_map, qwen2_audio.canonical_name),
-    "step_audio_2": Family(step_audio_2.architecture, step_audio_2.tensor_map, step_audio_2.canonical_name, step_audio_2.CHAT_TEMPLATE),
-    "voxtral": Family(voxtral.architecture, voxtral.tensor_map, voxtral.canonical_name),
+    "llama": Family(text.architecture, text.tensor_map, text.canonical_name, "transformers.LlamaForCausalLM"),
+    "qwen2": Family(text.architecture, text.tensor_map, text.canonical_name, "transformers.Qwen2ForCausalLM"),
+    "qwen2_audio": Family(
+        qwen2_audio.architecture, qwen2_audio.tensor_map, qwen2_audio.canonical_name, "transformers.Qwen2AudioForConditionalGeneration"
+    ),
+    "step_audio_2": Family(
+        step_audio_2.architecture,
+        step_audio_2.tensor_map,
+        step_audio_2.canonical_name,
+        "megatron_cord.model.families.step_audio_2_model.StepAudio2",
+        step_audio_2.CHAT_TEMPLATE,
+    ),
+    "voxtral": Family(voxtral.architecture, voxtral.tensor_map, voxtral.canonical_name, "transformers.VoxtralForConditionalGeneration"),
 }
 
 

@@ -47,6 +47,13 @@ const place = ({ target }) => {
 document.addEventListener("pointerover", place);
 document.addEventListener("focusin", place);
 
+for (const choice of document.querySelectorAll(".colour")) {
+  choice.hidden = false;
+  choice.addEventListener("change", ({ target }) => {
+    document.documentElement.dataset.colour = target.value;
+  });
+}
+
 document.addEventListener(
   "play",
   (event) => {

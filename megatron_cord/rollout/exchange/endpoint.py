@@ -71,6 +71,10 @@ class Endpoint:
         """The reply; errors as with `post`."""
         return self._request("GET", path, None, timeout)
 
+    def command(self, path: str, body: dict[str, Any], timeout: float) -> None:
+        """As `post`, for endpoints whose reply says nothing beyond its status."""
+        self._exchange("POST", path, json.dumps(body).encode(), timeout)
+
     def is_healthy(self, timeout: float) -> bool:
         """Whether it answers at all."""
         try:

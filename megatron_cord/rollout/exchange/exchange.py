@@ -96,7 +96,10 @@ class WeightExchange:
             versions, lost = ask_each(servers, lambda server: server.weight_version(self._config.timeout_seconds))
             failed = {server.url: str(error) for server, error in lost.items()}
             alive = without(servers, lost)
-            full = full or self._version is None or any(found != str(self._version) for found in versions.values())
+            behind = any(found != str(self._version) for found in versions.values())
+            if behind and self._version is not None:
+                self._way.abandon()  # a server may be a new process at its old address, which knows nothing of our group
+            full = full or behind
         plans: list[BucketPlan] = []
         while (order := broadcast_json({"full": full} if alive else None)) is not None:
             full = bool(order["full"])

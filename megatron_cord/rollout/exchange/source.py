@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_cord.convert.checkpoint_files import StoredTensor, stored_tensors
 from megatron_cord.convert.stream import export_tensors, global_parameters, hf_shapes, tensor_map_of
+from megatron_cord.model.families import family_of, load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.rollout.exchange.bucket import TensorSpec
 
 
+@runtime_checkable
 class WeightSource(Protocol):
     """Tensors under their Hugging Face names; all of them, or those that training changes."""
 
@@ -69,6 +73,49 @@ class ModelWeights:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return self.tensors(full=False)
+
+
+class GivenWeights:
+    """Tensors that the ranks have whole, kept in rank 0's memory: for small models and tests. What a full exchange needs beyond them is the
+    checkpoint's.
+
+    Args:
+        tensors: under their Hugging Face names; every rank consumes them.
+        checkpoint_dir: that the servers were started with.
+    """
+
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]], checkpoint_dir: str | Path) -> None:
+        self._given: dict[str, Tensor] = {}
+        self._checkpoint_dir = checkpoint_dir
+        for name, tensor in tensors:
+            if self.participates:
+                self._given[name] = tensor.detach().clone()
+
+    @property
+    def participates(self) -> bool:
+        """Only rank 0 has them."""
+        return dist.get_rank() == 0
+
+    def specs(self, full: bool) -> list[TensorSpec]:
+        """The given ones, then the checkpoint's others."""
+        given = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self._given.items()]
+        return given + [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in self._others(full).items()]
+
+    def tensors(self, full: bool) -> Iterator[tuple[str, Tensor]]:
+        """As `specs` says."""
+        yield from self._given.items()
+        for name, stored in self._others(full).items():
+            yield name, stored.read()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self.tensors(full=False)
+
+    def _others(self, full: bool) -> dict[str, StoredTensor]:
+        if not full:
+            return {}
+        canonical = family_of(load_architecture(self._checkpoint_dir)).canonical_name
+        stored = {canonical(t.name): t for t in stored_tensors(self._checkpoint_dir)}
+        return {name: t for name, t in stored.items() if name not in self._given}
 
 
 def _selection(full: bool) -> Callable[[torch.nn.Parameter], bool] | None:

@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from packaging.version import InvalidVersion, Version
 
+from megatron_cord.convert.checkpoint_files import stored_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.exchange.endpoint import Endpoint
 
@@ -21,6 +23,8 @@ OLDEST = Version("0.5.21")  #: from here on servers have sessions for updates of
 ENVIRONMENT = ".venv-sglang"
 _PROCESS = Path(__file__).parent / "process" / "serve.py"
 _KEY_VARIABLE = "MEGATRON_CORD_SERVER_KEY"  # as in process/serve.py, which runs without the project
+#: variables of the trainer's environment: another interpreter's, and those that would make a server take itself for one of torchrun's ranks
+_TRAINERS = ("PYTHONPATH", "RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "TORCHDYNAMO_DISABLE")
 _CPU = [
     "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--disable-cuda-graph", "--disable-overlap-schedule",
     "--grammar-backend", "none",
@@ -37,6 +41,8 @@ class ServerConfig:
     device: Literal["cpu", "cuda"] = "cuda"  #: cpu is for tests: plain torch in the place of the server's kernels
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  #: auto: the checkpoint's own
     tp: int = 1  #: GPUs over which the model is cut
+    gpus: tuple[int, ...] = ()  #: which ones; those that are visible if empty
+    colocated: bool = False  #: cuda: it can give its memory to a trainer beside it and take it back
     python: Path = Path(ENVIRONMENT) / "bin" / "python"  #: the interpreter that SGLang is installed for
     max_running_requests: int = 32  #: responses generated together
     max_total_tokens: int | None = None  #: room in the cache of keys and values; None lets the server use what memory there is (cuda)
@@ -113,12 +119,14 @@ class SglangServer:
         self.stop()
         config = self.config
         environment = os.environ | {"SGLANG_VLM_CACHE_SIZE_MB": "0", "SGLANG_RETURN_ORIGINAL_LOGPROB": "1", "HF_HUB_OFFLINE": "1"}
-        environment.pop("PYTHONPATH", None)  # its environment is another
+        environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "cord_models"  # in external/, which process/serve.py puts on the path
+        for name in [name for name in environment if name.startswith(_TRAINERS)]:
+            del environment[name]
         if self._key:
             environment[_KEY_VARIABLE] = self._key
-        arguments = ["--model-path", str(config.checkpoint), "--host", config.host, "--port", str(self._port), "--dtype", config.dtype,
+        arguments = ["--model-path", str(config.checkpoint), "--host", config.host, "--port", str(self._port), "--dtype", _dtype(config),
                      "--device", config.device, "--tp-size", str(config.tp), "--max-running-requests", str(config.max_running_requests),
-                     "--skip-server-warmup"]  # fmt: skip
+                     "--skip-server-warmup", "--nccl-port", str(free_port("127.0.0.1"))]  # fmt: skip
         if config.device == "cpu":
             environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
             arguments += [*_CPU, "--mem-fraction-static", str(config.memory_fraction or 0.3)]
@@ -127,6 +135,9 @@ class SglangServer:
             arguments += [] if config.memory_fraction is None else ["--mem-fraction-static", str(config.memory_fraction)]
             arguments += [] if config.max_total_tokens is None else ["--max-total-tokens", str(config.max_total_tokens)]
             arguments += ["--enable-deterministic-inference"] if config.seeded else []
+            arguments += ["--enable-memory-saver"] if config.colocated else []
+            if config.gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, config.gpus))
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -143,7 +154,7 @@ class SglangServer:
         deadline = time.monotonic() + self.config.start_timeout
         while not self.endpoint.is_healthy(2.0):
             if not self.running:
-                raise CordError(f"the server {self.url} ended while it started: {self._last_line()}; see {self.log}")
+                raise CordError(f"the server {self.url} ended while it started: {self.last_line()}; see {self.log}")
             if time.monotonic() > deadline:
                 self.stop()
                 raise CordError(f"the server {self.url} did not answer within {self.config.start_timeout:g} s; see {self.log}")
@@ -167,10 +178,23 @@ class SglangServer:
         if process.stdin is not None:
             process.stdin.close()
 
-    def _last_line(self) -> str:
+    def last_line(self) -> str:
+        """Of its log: the last error if there is one."""
+        if not self.log.exists():
+            return "no output"
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         told = [line for line in lines if re.match(r"\w*(Error|Exception)\b", line)]
         return (told or lines or ["no output"])[-1][:300]
+
+
+def _dtype(config: ServerConfig) -> str:
+    """In which precision it loads; SGLang's own auto would load float32 as 16 bits."""
+    if config.dtype != "auto":
+        return config.dtype
+    nbytes = Counter[str]()
+    for tensor in stored_tensors(config.checkpoint):
+        nbytes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return nbytes.most_common(1)[0][0]
 
 
 def free_port(host: str) -> int:

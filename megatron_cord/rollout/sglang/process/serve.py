@@ -1,7 +1,8 @@
 """The process of one SGLang server: run as a file by the interpreter of ``.venv-sglang``, with SGLang's own arguments.
 
-Apart from starting SGLang it does three things. The API key comes from the environment, as arguments can be read by anyone on the machine,
+Apart from starting SGLang it does four things. The API key comes from the environment, as arguments can be read by anyone on the machine,
 and is taken out of the log, where SGLang prints all its settings. Without CUDA, stand-ins take the place of the compiled kernels.
+Our own models (`external`) take the place of those that compute something else than the trainer.
 And it ends when its standard input does, that is when whoever started it is gone, however that came.
 
 SGLang's processes import this file again, so everything outside the last block happens in each of them. It must not import the project.
@@ -60,6 +61,7 @@ def end_with_starter() -> None:
 _key = os.environ.get(KEY_VARIABLE, "")
 if _key:
     hide_key(_key)
+sys.path.insert(0, str(Path(__file__).parents[1] / "external"))  # where SGLANG_EXTERNAL_MODEL_PACKAGE is
 _kept = stand_in_for_kernels() if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" else None
 
 if __name__ == "__main__":

@@ -1,0 +1,171 @@
+"""How fast weights reach a rollout server, each way, beside a plain transfer of the same bytes and beside sending tensor by tensor.
+
+    python -m benchmarks.exchange [--rounds 5] [--output benchmarks/results/exchange.json]
+
+A real SGLang server (.venv-sglang) runs on this machine's CPU with a random Qwen2-Audio, of two kinds one after the other: `many` has
+Qwen2-Audio-7B's number of tensors, narrow; `large` has few, whose size is the 7B model's (19 MB on average). One exchange is all that training does for one: all of its questions and answers, every tensor, the server's own loading
+included. A plain transfer (benchmarks/exchange_plain.py) ends when the bytes are in the other process. Tensor by tensor is the same exchange
+with a bucket for each tensor. The three take turns; medians of the rounds are compared; the first exchange of a way, which also makes its group
+and its buffers, is given apart. float32, one trainer process with one thread.
+"""
+
+from __future__ import annotations
+
+import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
+
+import json
+import os
+import statistics
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.exchange_plain import plain_seconds
+from benchmarks.train import processor
+from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
+from megatron_cord.cli import Parser, run
+from megatron_cord.convert import read_into
+from megatron_cord.errors import CordError
+from megatron_cord.model.families import load_architecture
+from megatron_cord.model.lalm import LALM
+from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
+from megatron_cord.rollout.exchange import Endpoint, ExchangeConfig, ExchangeReport, ModelWeights
+from megatron_cord.rollout.exchange.bucket import BucketPlan, plan_buckets
+from megatron_cord.rollout.exchange.exchange import WeightExchange, build_exchange
+from megatron_cord.rollout.exchange.process_group import ProcessGroupWay
+from megatron_cord.rollout.exchange.served import served_specs
+from megatron_cord.rollout.exchange.shared_memory import SharedMemoryWay
+from megatron_cord.rollout.exchange.source import WeightSource
+from megatron_cord.rollout.exchange.way import Way
+from megatron_cord.rollout.sglang.server import ENVIRONMENT, ServerConfig, SglangServer, check_version
+
+ROOT = Path(__file__).parents[1]
+WAYS = ("process_group", "shared_memory", "disk")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model."""
+
+    layers: int  #: of each tower
+    hidden_size: int
+    ffn_size: int
+    vocabulary: int
+    heads: int = 8
+
+
+MODELS = {"many": Sizes(32, 256, 688, 39_000), "large": Sizes(2, 1536, 4128, 20_000)}
+
+
+class TensorByTensor(WeightExchange):
+    """The same exchange with a bucket for each tensor."""
+
+    def _plan(self, source: WeightSource, full: bool) -> list[BucketPlan]:
+        return [alone for plan in super()._plan(source, full) for spec in plan.specs for alone in plan_buckets([spec], 1)]
+
+
+def write_model(directory: Path, sizes: Sizes) -> None:
+    """A random checkpoint."""
+    config = TinyModelConfig(
+        encoder_hidden_size=sizes.hidden_size, encoder_layers=sizes.layers, encoder_heads=sizes.heads, encoder_ffn_size=4 * sizes.hidden_size,
+        hidden_size=sizes.hidden_size, layers=sizes.layers, heads=sizes.heads, kv_heads=sizes.heads, ffn_size=sizes.ffn_size,
+    )  # fmt: skip
+    create_checkpoint(directory, config, [f"w{i}" for i in range(sizes.vocabulary)], seed=0)
+
+
+def measure(way: str, source: ModelWeights, checkpoint: Path, server: Endpoint, rounds: int, bucket_bytes: int) -> dict[str, Any]:
+    """One way: the exchange, the plain transfer and tensor by tensor in turns."""
+    config = ExchangeConfig(way=way, bucket_bytes=bucket_bytes)  # type: ignore[arg-type]
+    exchange = build_exchange(config, checkpoint, torch.float32)
+    again: Way = ProcessGroupWay(None, config.timeout_seconds) if way == "process_group" else SharedMemoryWay(config.timeout_seconds)
+    alone = TensorByTensor(config, again, served_specs(checkpoint, torch.float32))
+    ours, single, plain = [], [], []
+    try:
+        first = done(exchange.update(source, 0, [server], full=True))
+        if way != "disk":
+            done(alone.update(source, 0, [server], full=True))
+        for number in range(1, rounds + 1):
+            ours.append(done(exchange.update(source, number, [server], full=True)).seconds)
+            plain += plain_seconds(way, first.nbytes, 1)
+            if way != "disk":
+                single.append(done(alone.update(source, number, [server], full=True)).seconds)
+    finally:
+        exchange.close()
+        alone.close()
+    seconds = statistics.median(ours)
+    result = {
+        "seconds": seconds, "gigabytes_per_second": first.nbytes / seconds / 1e9, "plain_seconds": statistics.median(plain),
+        "share_of_plain": statistics.median(plain) / seconds, "seconds_of_rounds": ours, "plain_seconds_of_rounds": plain,
+        "first_seconds": first.seconds, "megabytes": first.nbytes / 1e6, "tensors": first.tensors, "buckets": first.buckets,
+    }  # fmt: skip
+    if single:
+        result |= {"tensor_by_tensor_seconds": statistics.median(single), "times_faster": statistics.median(single) / seconds}
+    return {name: rounded(value) for name, value in result.items()}
+
+
+def measure_model(sizes: Sizes, layout: Layout, python: Path, rounds: int, bucket_bytes: int) -> dict[str, Any]:
+    """All ways with one model and its own server."""
+    with tempfile.TemporaryDirectory() as name:
+        checkpoint = Path(name) / "checkpoint"
+        write_model(checkpoint, sizes)
+        config = ServerConfig(checkpoint=checkpoint, device="cpu", dtype="float32", python=python, max_total_tokens=1024)
+        server = SglangServer(config, "", Path(name) / "server.log")
+        server.start()
+        try:
+            model = LALM(load_architecture(checkpoint), layout, torch.float32)
+            read_into(model, checkpoint)
+            server.wait()
+            ways = {way: measure(way, ModelWeights(model), checkpoint, server.endpoint, rounds, bucket_bytes) for way in WAYS}
+            return {**ways, "load_average": round(os.getloadavg()[0], 1)}
+        finally:
+            server.stop()
+
+
+def done(report: ExchangeReport) -> ExchangeReport:
+    """The report of an exchange that worked."""
+    if report.failed:
+        raise CordError(f"the server did not take the weights: {'; '.join(report.failed.values())}")
+    return report
+
+
+def rounded(value: Any) -> Any:
+    """Figures to three digits behind the point."""
+    return [round(v, 3) for v in value] if isinstance(value, list) else round(value, 3) if isinstance(value, float) else value
+
+
+def main() -> None:
+    """Entry point."""
+    parser = Parser(description="Measures the exchange of weights with a real server on this CPU.", allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=5, help="of each way (default: 5)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which (default: all)")
+    parser.add_argument("--bucket-megabytes", type=int, default=64, help="of a bucket (default: 64)")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="where the figures go, as JSON")
+    arguments = parser.parse_args()
+    python = ROOT / ENVIRONMENT / "bin" / "python"
+    sglang = check_version(python)
+    torch.set_num_threads(1)
+    layout = initialize(ParallelConfig(), seed=0)
+    models = {kind: MODELS[kind] for kind in arguments.models}
+    figures = {
+        kind: measure_model(sizes, layout, python, arguments.rounds, arguments.bucket_megabytes << 20) for kind, sizes in models.items()
+    }
+    finalize()
+    result = {
+        "models": figures,
+        "sizes": {kind: asdict(sizes) for kind, sizes in models.items()},
+        "bucket_megabytes": arguments.bucket_megabytes,
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": 1},
+        "versions": {name: version(name) for name in ("torch", "megatron-core")} | {"sglang": str(sglang)},
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

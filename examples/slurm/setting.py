@@ -1,0 +1,30 @@
+"""Prints one value of a run's configuration: ``python -m examples.slurm.setting model.checkpoint --config FILE [a.b=value …]``, for scripts."""
+
+from __future__ import annotations
+
+import sys
+from functools import reduce
+
+from megatron_cord import cli
+from megatron_cord.config import load_config, to_dict
+from megatron_cord.errors import CordError
+
+
+def main() -> None:
+    """Entry point."""
+    from megatron_cord.trainer.config import RunConfig
+
+    key, *rest = sys.argv[1:]
+    arguments = cli.parse_args("Prints one value of a run's configuration.", arguments=rest)
+    try:
+        print(
+            reduce(
+                lambda section, name: section[name], key.split("."), to_dict(load_config(RunConfig, arguments.config, arguments.overrides))
+            )
+        )
+    except (KeyError, TypeError):
+        raise CordError(f"{key} is no key of a run's configuration") from None
+
+
+if __name__ == "__main__":
+    cli.run(main)

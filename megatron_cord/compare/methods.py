@@ -1,0 +1,80 @@
+"""The methods that CORD is compared with: each is a configuration of the same trainer, nothing else.
+
+They set what CORD's objective (trainer/objective.py) and its rivals differ in: whose responses are scored, by which divergence, with which
+weights, and whether the policy gradient is added. All other settings, the budget among them, are the run's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_cord.errors import CordError
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Attributes:
+        title: as tables name it.
+        settings: ``a.b=value``, on top of the run's configuration.
+        ablates: what it has of CORD's parts, as the ablation's table says it; None for a method that is no part of CORD.
+    """
+
+    title: str
+    settings: tuple[str, ...]
+    ablates: str | None = None
+
+
+def _method(
+    title: str, responses: str, divergence: str, *, weights: str = "uniform", policy: bool = False, ablates: str | None = None
+) -> Method:
+    settings = (
+        f"objective.responses={responses}",
+        f"objective.divergence={divergence}",
+        f"objective.token_weights={weights}",
+        f"objective.policy_gradient={str(policy).lower()}",
+    )
+    return Method(title, settings, ablates)
+
+
+#: By the name that configuration uses. The first seven are the comparison, the last two complete the ablation.
+METHODS: dict[str, Method] = {
+    "sft": _method("SFT on the teacher's answers", "teacher", "nll"),
+    "off_policy_kl": _method("off-policy forward KL", "teacher", "forward_kl"),
+    "grpo": _method("GRPO alone", "student", "none", policy=True, ablates="L_seq alone"),
+    "reverse_kl": _method("reverse KL, unweighted", "student", "reverse_kl", ablates="L_tok without weights"),
+    "sampled": _method("sampled-token policy gradient", "student", "sampled"),
+    "jsd": _method("JSD", "student", "jsd"),
+    "cord": _method("CORD", "student", "reverse_kl", weights="cord", policy=True, ablates="L_tok with weights + L_seq: CORD"),
+    "weighted_kl": _method("reverse KL, weighted", "student", "reverse_kl", weights="cord", ablates="L_tok with weights"),
+    "grpo_reverse_kl": _method(
+        "GRPO + reverse KL, unweighted", "student", "reverse_kl", policy=True, ablates="L_tok without weights + L_seq"
+    ),
+}
+COMPARED = tuple(METHODS)[:7]
+
+
+def methods_named(names: Sequence[str], own: Mapping[str, Sequence[str]]) -> dict[str, Method]:
+    """The methods by name; ``own`` are the user's: settings on top of CORD's.
+
+    Raises:
+        CordError: an unknown name, a name that comes twice, or one of the user's that is taken.
+    """
+    taken = own.keys() & METHODS.keys()
+    if taken:
+        raise CordError(f"own.{min(taken)}: this name is one of the project's methods; choose another")
+    known = METHODS | {name: Method(name.replace("_", " "), (*METHODS["cord"].settings, *settings)) for name, settings in own.items()}
+    if len(set(names)) != len(names):
+        raise CordError(f"methods: {next(n for n in names if names.count(n) > 1)} comes twice")
+    for name in names:
+        if name not in known:
+            raise CordError(f"methods: {name!r} is unknown; choose from {', '.join(known)}")
+    return {name: known[name] for name in names}
+
+
+def ablation(names: Sequence[str]) -> list[str]:
+    """Those of the methods that are parts of CORD, from the smallest part to the whole."""
+    order = ("grpo", "reverse_kl", "weighted_kl", "grpo_reverse_kl", "cord")
+    return [name for name in order if name in names]

@@ -1,0 +1,135 @@
+"""A comparison's configuration, and the runs that it asks for."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_cord.compare.methods import COMPARED, Method, methods_named
+from megatron_cord.config import load_config
+from megatron_cord.errors import CordError
+from megatron_cord.trainer.config import RunConfig
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Which methods, on which seeds, with what. ``{seed}`` in a text is replaced by the run's seed."""
+
+    train: str  #: the configuration of megatron_cord.train that all runs share: model, data, budget
+    output_dir: str  #: runs go to METHOD/seed-S in it
+    results: str = ""  #: where the outcome goes, a path to which .json and .md are added; empty: comparison in output_dir
+    chart: str = ""  #: where its drawing goes, a path to which .svg and .png are added; empty: beside the results
+    page: str = ""  #: a Markdown file in which the tables replace what stands between <!-- NAME --> and <!-- /NAME -->, NAME being that of `results`
+    title: str = "Comparison"  #: of the results
+    methods: tuple[str, ...] = COMPARED  #: names of compare/methods.py or of `own`, in the order in which they run and are shown
+    own: dict[str, tuple[str, ...]] = field(default_factory=dict)  #: methods of yours: name → settings on top of CORD's
+    seeds: tuple[int, ...] = (0, 1, 2)  #: of data order, sampling and everything else that is drawn
+    reference: str = "cord"  #: the method whose differences from the others are given
+    settings: tuple[str, ...] = ()  #: a.b=value for all runs, on top of `train`
+    adjust: dict[str, tuple[str, ...]] = field(default_factory=dict)  #: method → more settings of its own, such as a learning rate
+    prepare: tuple[str, ...] = ()  #: command that makes what a seed's runs need, such as data and checkpoint; `python` is this one
+    ranks: int = 0  #: a run's; 0: as few as its layout needs
+    jobs: int = 1  #: runs at a time
+
+    def __post_init__(self) -> None:
+        if not self.methods or not self.seeds:
+            raise CordError("methods and seeds must name at least one each")
+        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise CordError("seeds must be different and not negative")
+        if self.ranks < 0 or self.jobs < 1:
+            raise CordError("ranks cannot be negative, and jobs must be at least 1")
+        methods_named(self.methods, self.own)
+        for name in self.adjust.keys() - set(self.methods):
+            raise CordError(f"adjust names {name!r}, which is none of the methods; choose one of {', '.join(self.methods)}")
+        if self.reference not in self.methods:
+            raise CordError(f"reference is {self.reference!r}, which is none of the methods; choose one of {', '.join(self.methods)}")
+
+    @property
+    def results_path(self) -> Path:
+        """`results`, or its default."""
+        return Path(self.results or f"{self.output_dir}/comparison")
+
+    @property
+    def chart_path(self) -> Path:
+        """`chart`, or its default."""
+        return Path(self.chart) if self.chart else self.results_path
+
+    @property
+    def chosen(self) -> dict[str, Method]:
+        """The methods by name."""
+        return methods_named(self.methods, self.own)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training.
+
+    Attributes:
+        method, seed: which.
+        directory: its output.
+        overrides: of the shared configuration, complete.
+        config: what results.
+        ranks: processes.
+    """
+
+    method: str
+    seed: int
+    directory: Path
+    overrides: tuple[str, ...]
+    config: RunConfig
+    ranks: int
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.method}, seed {self.seed}"
+
+
+def plan_runs(config: CompareConfig) -> list[PlannedRun]:
+    """All runs, seed by seed, so that a comparison which is stopped early has as many seeds of each method as may be.
+
+    Raises:
+        CordError: settings that the trainer refuses, of whichever run.
+    """
+    return [_planned(config, name, method, seed) for seed in config.seeds for name, method in config.chosen.items()]
+
+
+def prepare_command(config: CompareConfig, seed: int) -> list[str]:
+    """The command that makes what a seed's runs need; empty if none is configured."""
+    return [sys.executable if word == "python" and i == 0 else _filled(word, seed) for i, word in enumerate(config.prepare)]
+
+
+def is_complete(run: PlannedRun) -> bool:
+    """Whether the run has been made, with these very settings.
+
+    Raises:
+        CordError: the directory holds a run with others.
+    """
+    kept = run.directory / "config.yaml"
+    if kept.is_file():
+        try:
+            found: RunConfig | None = load_config(RunConfig, kept)  # settings that did not exist then have their defaults
+        except CordError:
+            found = None
+        if found != run.config:
+            raise CordError(f"{run.directory} holds a run with other settings; remove it or choose another output_dir")
+    return kept.is_file() and (run.directory / "summary.json").is_file()
+
+
+def _planned(config: CompareConfig, name: str, method: Method, seed: int) -> PlannedRun:
+    directory = Path(config.output_dir) / name / f"seed-{seed}"
+    settings = (*config.settings, *method.settings, *config.adjust.get(name, ()))
+    overrides = tuple(_filled(s, seed) for s in settings) + (f"seed={seed}", f"output_dir={directory}")
+    try:
+        run = load_config(RunConfig, config.train, overrides)
+    except CordError as error:
+        raise CordError(f"{name}, seed {seed}: {error}") from None
+    layout = run.parallel.tp * run.parallel.pp * run.parallel.cp
+    if config.ranks % layout:
+        raise CordError(f"ranks={config.ranks} is no multiple of the layout's {layout} (tp × pp × cp); set 0 for as few as it needs")
+    return PlannedRun(name, seed, directory, overrides, run, config.ranks or layout)
+
+
+def _filled(text: str, seed: int) -> str:
+    return text.replace("{seed}", str(seed))

@@ -1,0 +1,135 @@
+"""Reads a comparison's runs, and puts what came out into one JSON object, from which tables and charts are drawn.
+
+    {"title", "reference", "train", "settings", "budget", "machine", "before": {text_accuracy, audio_accuracy: Mean},
+     "methods": {NAME: {"title", "ablates", "settings", "responses", "runs": {SEED: summary or {"failure"}},
+                        "text_accuracy", "audio_accuracy", "gap", "gap_closed", "seconds": Mean, "difference": Mean, "questions": SignTest}}}
+
+A Mean is {mean, low, high, n} over the seeds (compare/statistics.py), and null where no run has the value. A difference is the reference's audio
+accuracy minus the method's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from megatron_cord.compare.methods import Method
+from megatron_cord.compare.plan import CompareConfig, PlannedRun
+from megatron_cord.compare.running import Outcome, read_summary
+from megatron_cord.compare.statistics import Mean, mean_of, paired_difference, sign_test
+from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.evaluation import evaluation_file
+
+Runs = dict[int, dict[str, Any]]  # of one method, by seed
+
+
+def gather(config: CompareConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The comparison as far as it got, see the top of this file."""
+    summaries: dict[str, Runs] = {name: {} for name in config.chosen}
+    answers: dict[str, dict[int, dict[str, bool]]] = {name: {} for name in config.chosen}
+    failures: dict[str, dict[int, str]] = {name: {} for name in config.chosen}
+    runs: dict[str, PlannedRun] = {}
+    for outcome in sorted(outcomes, key=lambda o: o.run.seed):
+        run = outcome.run
+        runs[run.method] = run
+        if outcome.failure is None:
+            summaries[run.method][run.seed] = read_summary(run)
+            answers[run.method][run.seed] = _right_answers(run)
+        else:
+            failures[run.method][run.seed] = outcome.failure
+    first = {seed: summary for by_seed in summaries.values() for seed, summary in by_seed.items()}  # before training all methods are one
+    methods = {}
+    for name, method in config.chosen.items():
+        methods[name] = _method(
+            replace(method, settings=method.settings + config.adjust.get(name, ())), runs.get(name), summaries[name], failures[name]
+        )
+        if name != config.reference:
+            ours, theirs = (_column(summaries[n], "audio_accuracy_after") for n in (config.reference, name))
+            difference = paired_difference(ours, theirs)
+            methods[name]["difference"] = None if difference is None else asdict(difference)
+            methods[name]["questions"] = _questions(answers[config.reference], answers[name])
+    return {
+        "title": config.title,
+        "reference": config.reference,
+        "train": config.train,
+        "settings": list(config.settings),
+        "budget": _budget(next(iter(runs.values())).config) if runs else {},
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()},
+        "before": {name: _mean(list(_column(first, column).values())) for name, column in _BEFORE.items()},
+        "methods": methods,
+    }
+
+
+_BEFORE = {"text_accuracy": "text_accuracy", "audio_accuracy": "audio_accuracy_before"}
+_AFTER = {
+    "text_accuracy": "text_accuracy_after",
+    "audio_accuracy": "audio_accuracy_after",
+    "gap": "gap_after",
+    "gap_closed": "gap_closed",
+    "seconds": "seconds",
+}
+
+
+def _method(method: Method, run: PlannedRun | None, summaries: Runs, failures: dict[int, str]) -> dict[str, Any]:
+    return {
+        "title": method.title,
+        "ablates": method.ablates,
+        "settings": list(method.settings),
+        "responses": None if run is None else responses(run.config),
+        "runs": {str(seed): summary for seed, summary in summaries.items()} | {str(s): {"failure": why} for s, why in failures.items()},
+        **{name: _mean(list(_column(summaries, column).values())) for name, column in _AFTER.items()},
+    }
+
+
+def responses(config: RunConfig) -> dict[str, int]:
+    """How many responses a step trains on, and how many of them the student samples for it."""
+    objective, rollout = config.objective, config.rollout
+    policy = rollout.policy_prompts_per_step * rollout.policy_rollouts if objective.policy_gradient else 0
+    alone = 0 if objective.divergence == "none" or (rollout.share and policy) else rollout.prompts_per_step
+    return {"trained": alone + policy, "sampled": policy + (0 if objective.responses == "teacher" else alone)}
+
+
+def _budget(config: RunConfig) -> dict[str, int]:
+    return {"steps": config.train.steps, "prompts": config.rollout.prompts_per_step, "max_new_tokens": config.rollout.max_new_tokens}
+
+
+def _column(summaries: Runs, name: str) -> dict[int, float]:
+    """One value by seed, where there is one: without a gap none is closed."""
+    return {seed: summary[name] for seed, summary in summaries.items() if summary[name] is not None}
+
+
+def _mean(values: Sequence[float]) -> dict[str, Any] | None:
+    mean: Mean | None = mean_of(values) if values else None
+    return None if mean is None else asdict(mean)
+
+
+def _right_answers(run: PlannedRun) -> dict[str, bool]:
+    """Which spoken questions the trained model answers rightly, by id."""
+    path = evaluation_file(run.directory, run.config.train.steps)
+    return {row["id"]: row["audio_correct"] for row in json.loads(path.read_text())["answers"]}
+
+
+def _questions(first: dict[int, dict[str, bool]], second: dict[int, dict[str, bool]]) -> dict[str, Any] | None:
+    pairs = [
+        (right, second[seed][question])
+        for seed, by_question in first.items()
+        for question, right in by_question.items()
+        if question in second.get(seed, {})
+    ]
+    return asdict(sign_test(pairs)) if pairs else None
+
+
+def _processor() -> str:
+    """The model's name where the system says it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

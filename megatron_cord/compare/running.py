@@ -1,0 +1,202 @@
+"""Runs a comparison's trainings: a few at a time, taking up what is there, and going on when one fails.
+
+Each run is `megatron_cord.train` in a process of its own, with a log beside its results. The log's file is locked as long as the run lives, so that no
+second comparison starts the same run, not even after this one was killed and its runs were not. Asked to stop, it asks its runs, which save
+a checkpoint; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any, Self
+
+from megatron_cord.cli import STOP_SIGNALS, STOPPED
+from megatron_cord.compare.plan import CompareConfig, PlannedRun, is_complete, prepare_command
+from megatron_cord.errors import CordError
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        run: which.
+        failure: why there is no result, in one line; None if there is one.
+        found: it was there already.
+    """
+
+    run: PlannedRun
+    failure: str | None = None
+    found: bool = False
+
+
+class Listener:
+    """What a terminal may want to show; does nothing by itself."""
+
+    def prepares(self, seed: int) -> None:
+        """A seed's inputs are being made."""
+
+    def started(self, run: PlannedRun) -> None:
+        """A run begins, or goes on."""
+
+    def stepped(self, run: PlannedRun, steps: int) -> None:
+        """So many steps of it are done."""
+
+    def ended(self, outcome: Outcome) -> None:
+        """A run is over, or was found."""
+
+
+class Runner:
+    """Makes all runs that are not there; a context manager of the main thread, which ends what it started.
+
+    Args:
+        config: the comparison.
+        runs: planned for it.
+        listener: hears what happens.
+    """
+
+    def __init__(self, config: CompareConfig, runs: Sequence[PlannedRun], listener: Listener) -> None:
+        self.config, self.listener = config, listener
+        self.stopped = False  #: whether it was asked to stop
+        self.outcomes: list[Outcome] = []
+        self._waiting = deque(runs)
+        self._active: list[_Process] = []
+        self._prepared: dict[int, str | None] = {}  # seed → why its inputs could not be made
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._handlers = {number: signal.signal(number, self._stop) for number in (*STOP_SIGNALS, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for process in self._active:
+            process.ask_to_stop()
+        for process in self._active:
+            process.wait()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def run(self) -> list[Outcome]:
+        """All runs' outcomes, in the order in which they ended; fewer than planned where it was asked to stop.
+
+        Raises:
+            CordError: a directory holds a run with other settings, or one that still goes on.
+        """
+        complete = {run.name for run in self._waiting if is_complete(run)}  # what is refused is refused before anything starts
+        while self._active or (self._waiting and not self.stopped):
+            while self._waiting and not self.stopped and len(self._active) < self.config.jobs:
+                run = self._waiting.popleft()
+                if run.name in complete:
+                    self._end(Outcome(run, found=True))
+                elif (problem := self._prepare(run.seed)) is not None:
+                    self._end(Outcome(run, problem))
+                elif not self.stopped:
+                    self._active.append(_Process(self.config.train, run))
+                    self.listener.started(run)
+            for process in list(self._active):
+                self.listener.stepped(process.run, process.steps())
+                if (status := process.poll()) is not None:
+                    self._active.remove(process)
+                    self._ended(process, status)
+            if self._active:
+                time.sleep(_POLL_SECONDS)
+        return self.outcomes
+
+    def _ended(self, process: _Process, status: int) -> None:
+        run = process.run
+        if status == 0 and is_complete(run):
+            self._end(Outcome(run))
+        elif not (self.stopped and status in (STOPPED, -signal.SIGTERM, 128 + signal.SIGTERM)):
+            self._end(Outcome(run, f"{_reason(process.log, status)} (see {process.log})"))
+
+    def _end(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        self.listener.ended(outcome)
+
+    def _prepare(self, seed: int) -> str | None:
+        """Makes a seed's inputs before its first run; says what went wrong."""
+        command = prepare_command(self.config, seed)
+        if seed not in self._prepared and command:
+            self.listener.prepares(seed)
+            log = Path(self.config.output_dir) / f"prepare-seed-{seed}.log"
+            with _locked(log) as file:
+                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            try:
+                while process.poll() is None and not self.stopped:
+                    time.sleep(_POLL_SECONDS)
+            finally:
+                process.terminate()
+                status = process.wait()
+            self._prepared[seed] = None if status == 0 or self.stopped else f"prepare: {_reason(log, status)} (see {log})"
+        return self._prepared.get(seed)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = True
+        for process in self._active:
+            process.ask_to_stop()
+
+
+class _Process:
+    """A run that goes on."""
+
+    def __init__(self, train: str, run: PlannedRun) -> None:
+        self.run, self.log = run, run.directory / "log.txt"
+        launcher = ["megatron_cord.launch", "--standalone", "--nproc-per-node", str(run.ranks), "-m"] if run.ranks > 1 else []
+        command = [sys.executable, "-m", *launcher, "megatron_cord.train", "--config", train, *run.overrides]
+        with _locked(self.log) as file:
+            self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        self.poll: Callable[[], int | None] = self._process.poll
+        self.wait: Callable[[], int] = self._process.wait
+
+    def ask_to_stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def steps(self) -> int:
+        """Done, as its metrics say."""
+        try:
+            return (self.run.directory / "metrics.jsonl").read_bytes().count(b"\n")
+        except FileNotFoundError:
+            return 0
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """A log, empty and locked until all processes that have it open are gone.
+
+    Raises:
+        CordError: one of them is still at work.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise CordError(f"{path.parent}: a process of an earlier comparison is still at work here; wait for it, or end it") from None
+    os.truncate(path, 0)
+    return file
+
+
+def _reason(log: Path, status: int) -> str:
+    """The last line that a failed process wrote, if it is an error that it names; else its status and that line."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    said = next((line for line in reversed(lines) if line.startswith("error: ")), None)
+    return said.removeprefix("error: ") if said else f"it ended with status {status}: {lines[-1].strip() if lines else 'no word'}"
+
+
+def read_summary(run: PlannedRun) -> dict[str, Any]:
+    """What the trainer says of a complete run."""
+    return json.loads((run.directory / "summary.json").read_text())

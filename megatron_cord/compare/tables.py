@@ -1,0 +1,145 @@
+"""A comparison as Markdown: the paper's table, its ablation, and what was compared."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from megatron_cord.compare.methods import ablation
+from megatron_cord.errors import CordError
+
+
+def page(result: dict[str, Any]) -> str:
+    """All of it, from what ``results.gather`` gives."""
+    parts = [f"# {result['title']}", section(result)]
+    parts.append(
+        "Means over the seeds; in brackets 95 % intervals (Student's t over seeds). The difference is paired by seed. Of the questions of all "
+        "seeds, so many were answered rightly by one of the two models alone; p is the exact sign test's."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def section(result: dict[str, Any]) -> str:
+    """The budget, the tables, and the runs that failed."""
+    parts = [budget(result), main_table(result)]
+    if table := ablation_table(result):
+        parts.append("What each part of CORD contributes:\n\n" + table)
+    if failed := failures(result):
+        parts.append("\n".join(failed))
+    return "\n\n".join(parts)
+
+
+def around(text: str, name: str) -> tuple[str, str]:
+    """What stands before and after the place for tables in a page, its marks ``<!-- name -->`` and ``<!-- /name -->`` included.
+
+    Raises:
+        CordError: the text does not have these marks, once and in this order.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise CordError(f"page: it needs the lines {begin} and {end}, once each and in this order, to put the tables between them")
+    return text.partition(begin)[0] + begin, end + text.partition(end)[2]
+
+
+def insert(text: str, name: str, result: dict[str, Any], chart: str) -> str:
+    """A page's text with the section of this result in its place, and the drawing under it.
+
+    Args:
+        text: of the page.
+        name: of the place.
+        result: what ``results.gather`` gives.
+        chart: the drawing's path as the page links it.
+
+    Raises:
+        CordError: as ``around``.
+    """
+    before, after = around(text, name)
+    return f"{before}\n\n{section(result)}\n\n![{result['title']}: the share of the gap that each method closed]({chart})\n\n{after}"
+
+
+def budget(result: dict[str, Any]) -> str:
+    """What every run was given, in a sentence."""
+    given, seeds = result["budget"], sorted({int(seed) for method in result["methods"].values() for seed in method["runs"]})
+    if not given:
+        return "Nothing has run yet."
+    return (
+        f"{given['steps']} steps of {given['prompts']} prompts, answers of at most {given['max_new_tokens']} tokens, "
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}, on {result['machine']['cores']} cores of {result['machine']['processor']}."
+    )
+
+
+def main_table(result: dict[str, Any]) -> str:
+    """Markdown: accuracy reading and hearing, the gap and how much of it was closed, by method."""
+    reference = result["methods"][result["reference"]]["title"]
+    head = ["", "text", "audio", "by seed", "gap closed", f"{reference} minus this, points", f"only {reference} / only this right (p)"]
+    head += ["responses a step: trained (sampled)", "s"]
+    before = result["before"]
+    rows = [["before training", _share(before["text_accuracy"]), _share(before["audio_accuracy"]), *[""] * 6]]
+    for method in result["methods"].values():
+        runs = dict(sorted(method["runs"].items(), key=lambda item: int(item[0])))
+        rows.append([
+            method["title"],
+            _share(method["text_accuracy"], interval=False),
+            _share(method["audio_accuracy"]),
+            ", ".join("failed" if "failure" in run else f"{100 * run['audio_accuracy_after']:.1f}" for run in runs.values()),
+            _share(method["gap_closed"], digits=0),
+            _points(method.get("difference")),
+            _split(method.get("questions")),
+            "" if method["responses"] is None else "{trained} ({sampled})".format(**method["responses"]),
+            "" if method["seconds"] is None else f"{method['seconds']['mean']:.0f}",
+        ])  # fmt: skip
+    return _markdown(head, rows)
+
+
+def ablation_table(result: dict[str, Any]) -> str:
+    """Markdown: what CORD is without its parts; empty if there is nothing to set beside CORD."""
+    methods = result["methods"]
+    names = ablation(list(methods))
+    if len(names) < 2:
+        return ""
+    rows = [
+        [methods[n]["ablates"], _share(methods[n]["audio_accuracy"]), _share(methods[n]["gap_closed"], digits=0), _points(methods[n].get("difference"))]
+        for n in names
+    ]  # fmt: skip
+    return _markdown(["trained with", "audio", "gap closed", f"{methods[result['reference']]['title']} minus this, points"], rows)
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """A line for each run that has no result."""
+    return [
+        f"- {method['title']}, seed {seed}, failed: {run['failure']}"
+        for method in result["methods"].values()
+        for seed, run in method["runs"].items()
+        if "failure" in run
+    ]
+
+
+def _share(mean: dict[str, Any] | None, *, digits: int = 1, interval: bool = True) -> str:
+    """ "84.0 % (78.1 to 89.9)" for a share."""
+    if mean is None:
+        return "–"
+    middle = f"{100 * mean['mean']:.{digits}f} %"
+    return middle if mean["low"] is None or not interval else f"{middle} ({_range(mean, digits)})"
+
+
+def _points(mean: dict[str, Any] | None) -> str:
+    if mean is None:
+        return ""
+    middle = f"{100 * mean['mean']:+.1f}"
+    return middle if mean["low"] is None else f"{middle} ({_range(mean, 1)})"
+
+
+def _range(mean: dict[str, Any], digits: int) -> str:
+    return f"{100 * mean['low']:.{digits}f} to {100 * mean['high']:.{digits}f}"
+
+
+def _split(test: dict[str, Any] | None) -> str:
+    if test is None:
+        return ""
+    p = "p < 0.001" if test["p"] < 0.001 else f"p = {test['p']:.2g}" if test["p"] < 0.1 else f"p = {test['p']:.2f}"
+    return f"{test['first']} / {test['second']} ({p})"
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(re.sub(r"  +", " ", f"| {' | '.join(cells)} |") for cells in lines)

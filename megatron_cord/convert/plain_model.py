@@ -1,0 +1,91 @@
+"""A checkpoint as a model of one process that is not Megatron's: transformers' own class, or ours where transformers has none.
+
+It generates for the local engine, and it is what `convert_hf.py check` compares with. No code of the checkpoint is run.
+Legend: B sequences, S tokens, H hidden, V vocabulary, C clips.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from megatron_cord.convert.checkpoint_files import stored_tensors
+from megatron_cord.errors import CordError
+from megatron_cord.model.families import family_of, load_architecture
+
+
+class PlainModel:
+    """The model in evaluation mode.
+
+    Args:
+        checkpoint_dir: of Hugging Face files.
+        dtype: of parameters and activations; None for the files'.
+        device: where it shall be.
+
+    Attributes:
+        device: where it is.
+        parameters: its tensors under the names of the checkpoint's own files.
+
+    Raises:
+        CordError: the checkpoint cannot be loaded, or has a tensor that the model has no place for.
+    """
+
+    def __init__(self, checkpoint_dir: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> None:
+        directory = Path(checkpoint_dir)
+        arch, stored = load_architecture(directory), stored_tensors(directory)
+        module, name = family_of(arch).plain_class.rsplit(".", 1)
+        kind = getattr(importlib.import_module(module), name)
+        try:
+            model: Any = kind.from_pretrained(directory, dtype=dtype or "auto")
+        except (OSError, ValueError, RuntimeError) as error:
+            why = str(error).splitlines()[0]
+            raise CordError(f"{directory}: the weights cannot be loaded ({why}); download the checkpoint again") from error
+        if arch.language.tied_embeddings:  # not every class does so by itself
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        self._model = model.to(device).eval()
+        self.device = next(model.parameters()).device
+        self.parameters = _by_published_name(model, [tensor.name for tensor in stored], directory)
+        # transformers' models keep all but the output layer in one module; ours says by a method what that would do.
+        self._hidden = model.hidden if hasattr(model, "hidden") else model.model
+        forward = self._hidden.forward if isinstance(self._hidden, torch.nn.Module) else self._hidden
+        self._masks_frames = "feature_attention_mask" in inspect.signature(forward).parameters
+
+    def hidden(self, input_ids: Tensor, features: Tensor | None, num_frames: Tensor | None, **settings: Any) -> Any:
+        """The final hidden states as `last_hidden_state` [B, S, H], and `past_key_values`.
+
+        Args:
+            input_ids: int64 [B, S], with one placeholder for each token of a clip.
+            features: float32 [C, mels, frames] of all clips in the batch's order; None without audio.
+            num_frames: int64 [C], valid frames of each clip; None without audio.
+            settings: attention_mask, position_ids, past_key_values, use_cache.
+        """
+        if features is not None and num_frames is not None:
+            settings["input_features"] = features
+            if self._masks_frames:
+                frames = torch.arange(features.shape[-1], device=num_frames.device)
+                settings["feature_attention_mask"] = (frames[None] < num_frames[:, None]).long()
+        return self._hidden(input_ids=input_ids, **settings)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [..., V] of hidden states [..., H]."""
+        return self._model.get_output_embeddings()(hidden).float()
+
+
+def _by_published_name(model: Any, names: list[str], directory: Path) -> dict[str, Tensor]:
+    """The model's tensors under the names of the checkpoint's files, which need not be the module's own."""
+    modules = model.state_dict()
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    parameters: dict[str, Tensor] = {}
+    for name in names:
+        module_name, _ = rename_source_key(name, renamings, [], model.base_model_prefix, modules)
+        if module_name not in modules:
+            raise CordError(f"{directory}: tensor {name} has no place in the model that generates; weights could not be exchanged")
+        parameters[name] = modules[module_name]
+    return parameters

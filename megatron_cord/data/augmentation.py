@@ -1,0 +1,113 @@
+"""Training audio made harder: noise, another speed, a narrower band. Each effect is drawn from (seed, step, sample) alone.
+
+So neither the number of ranks or workers nor a restart changes what a step hears, and a sample sounds otherwise each time it comes. Everything
+is off by default; evaluation and the teacher, which reads, never hear any of it.
+
+What it simplifies: noise is white or pink, not recorded; the speed changes the pitch with it, as a tape's does; the band has no slope but
+that of a Fourier transform's edge, smoothed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_cord.data.resample import resample
+from megatron_cord.data.samples import Sample
+from megatron_cord.errors import CordError
+
+_SPEED_GRID = 100  # speeds are hundredths, so that resampling has few filters
+_EDGE = 100.0  # Hz over which a band fades out
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Each effect's probability, and the range in which its strength is drawn evenly."""
+
+    noise: float = 0.0  #: probability of added noise
+    noise_snr: tuple[float, float] = (10.0, 30.0)  #: power of the speech over that of the noise, dB
+    speed: float = 0.0  #: probability of another speed
+    speed_range: tuple[float, float] = (0.9, 1.1)  #: 1 is the recording's own
+    band: float = 0.0  #: probability of a narrower band
+    band_range: tuple[float, float] = (3000.0, 7000.0)  #: its upper end, Hz; a telephone's is 3400
+
+    def __post_init__(self) -> None:
+        for name in ("noise", "speed", "band"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise CordError(f"data.augmentation.{name} is a probability between 0 and 1, not {getattr(self, name)}")
+        limits = {"noise_snr": (-10.0, 100.0), "speed_range": (0.5, 2.0), "band_range": (500.0, 8000.0)}
+        for name, (least, most) in limits.items():
+            low, high = getattr(self, name)
+            if not least <= low <= high <= most:
+                raise CordError(
+                    f"data.augmentation.{name} is {low} to {high}; write the smaller one first, both from {least:g} to {most:g}"
+                )
+
+    @property
+    def changes(self) -> bool:
+        """Whether any effect can occur."""
+        return max(self.noise, self.speed, self.band) > 0.0
+
+
+def augment(sample: Sample, config: AugmentationConfig, *, seed: int, step: int, longest: int | None = None) -> Sample:
+    """The sample as it sounds at one step.
+
+    Args:
+        sample: its waveform is float32 [samples], not changed in place.
+        config: what may happen to it.
+        seed: of the run.
+        step: counted from 0.
+        longest: samples of audio that a clip may have; a slower speed that would exceed it is left out.
+
+    Returns:
+        The same sample with float32 [samples] in [-1, 1]; the very same object if nothing happens to it.
+    """
+    if not config.changes:
+        return sample
+    digest = hashlib.sha256(f"{seed}\x1f{step}\x1f{sample.id}".encode()).digest()
+    draws = np.random.PCG64(np.random.SeedSequence(list(digest)))  # its raw stream never changes with numpy's version
+    happens, strength = draws.random_raw(6).reshape(2, 3) / 2.0**64
+    audio = sample.waveform
+    if happens[0] < config.speed:
+        audio = _at_speed(audio, _between(config.speed_range, strength[0]), longest)
+    if happens[1] < config.band:
+        audio = _band_limited(audio, _between(config.band_range, strength[1]), sample.sampling_rate)
+    if happens[2] < config.noise:
+        audio = _noisy(audio, _between(config.noise_snr, strength[2]), draws)
+    if audio is sample.waveform:
+        return sample
+    peak = float(np.abs(audio).max(initial=0.0))
+    audio = (audio if peak <= 1.0 else audio / peak).astype(np.float32)
+    return replace(sample, waveform=audio)
+
+
+def _between(bounds: tuple[float, float], draw: float) -> float:
+    return bounds[0] + draw * (bounds[1] - bounds[0])
+
+
+def _at_speed(audio: np.ndarray, speed: float, longest: int | None) -> np.ndarray:
+    hundredths = round(speed * _SPEED_GRID)
+    slowed = resample(audio, hundredths, _SPEED_GRID)  # fewer samples at the same rate: faster
+    return audio if longest is not None and len(slowed) > max(longest, len(audio)) else slowed
+
+
+def _band_limited(audio: np.ndarray, highest: float, rate: int) -> np.ndarray:
+    spectrum = np.fft.rfft(audio.astype(np.float64))
+    frequencies = np.fft.rfftfreq(len(audio), 1.0 / rate)
+    return np.fft.irfft(spectrum * np.clip((highest - frequencies) / _EDGE + 1.0, 0.0, 1.0), n=len(audio))
+
+
+def _noisy(audio: np.ndarray, snr: float, draws: np.random.PCG64) -> np.ndarray:
+    """White or pink noise of the given power below the speech's."""
+    raw = draws.random_raw(2 * len(audio) + 1) / 2.0**64
+    pink, uniform = raw[0], raw[1:].reshape(2, -1)
+    noise = np.sqrt(-2.0 * np.log1p(-uniform[0])) * np.cos(2.0 * np.pi * uniform[1])  # Box and Muller: normal, from the raw stream
+    if pink < 0.5:
+        spectrum = np.fft.rfft(noise)
+        noise = np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(len(spectrum)), 1.0)), n=len(noise))
+    power, noise_power = float(np.mean(np.square(audio, dtype=np.float64))), float(np.mean(noise**2))
+    if noise_power == 0.0:
+        return audio
+    return audio + noise * np.sqrt(power / noise_power / 10.0 ** (snr / 10.0))

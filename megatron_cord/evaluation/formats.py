@@ -1,0 +1,236 @@
+"""Question sets as their makers publish them, and the plain form of our own, as `Question`s.
+
+| format | a row has |
+|---|---|
+| shards | what shards have; the recording speaks the question |
+| plain | question, audio, choices, answer, instruction, group, id; all but the answer and one of question and audio may be missing |
+| voicebench | prompt, reference (a letter), audio: OpenBookQA and MMSU of VoiceBench |
+| gsm8k | question, answer (a solution that ends in "#### 72", or the number), audio |
+| mmau | audio_id, question, choices, answer (one choice's text), task: a sound, and a question that is read beside it |
+| big_bench_audio | file_name or audio, official_answer, category, transcript |
+
+Rows come from .jsonl, .json, .parquet or .arrow. A recording is a path (from the file's folder, or from `audio_root`), or bytes in the row as
+Parquet files of spoken sets have them; it is read when its question is asked. What it simplifies: the rows, bytes included, are in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_cord.data.audio_files import decode_audio
+from megatron_cord.data.question_files import LETTERS, Reject, lettered, read_rows
+from megatron_cord.data.shards import ShardDataset
+from megatron_cord.errors import CordError
+from megatron_cord.evaluation.questions import Question
+
+Format = Literal["shards", "plain", "voicebench", "gsm8k", "mmau", "big_bench_audio"]
+_OPTION = re.compile(r"(?:^|\s)\(?([A-J])[.):]\s+(.+?)(?=\s+\(?[A-J][.):]\s|\s*$)", re.DOTALL)
+_BIG_BENCH_CHOICES = {"formal_fallacies": ("valid", "invalid"), "navigate": ("Yes", "No"), "web_of_lies": ("Yes", "No")}
+
+
+@dataclass(frozen=True)
+class SetConfig:
+    """One set of questions."""
+
+    path: str  #: a file, or a directory of shards, of Parquet or of Arrow files
+    format: Format = "plain"  #: how its rows are laid out
+    audio_root: str | None = None  #: the folder that paths of recordings start from; null: the file's own
+    samples: int = 0  #: how many questions, from the beginning; 0 takes all
+
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise CordError(f"samples cannot be negative, got {self.samples}")
+
+
+class _Unusable(ValueError):
+    """Why a row is no question."""
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """A row's parts, whatever they were called."""
+
+    text: str | None
+    audio: Any
+    answer: Any
+    choices: Any = None
+    instruction: str | None = None
+    group: Any = None
+
+
+def load_set(config: SetConfig) -> tuple[list[Question], list[Reject]]:
+    """The questions of a set in its order, and what cannot be asked.
+
+    Raises:
+        CordError: no such file, one damaged as a whole, or none of its rows is a question.
+    """
+    questions, rejects = _from_shards(config) if config.format == "shards" else _from_rows(config)
+    if not questions:
+        first = f"; {rejects[0].id}: {rejects[0].reason}" if rejects else ""
+        raise CordError(f"{config.path} has no question that can be asked{first}; is its format {config.format}?")
+    return questions, rejects
+
+
+def _from_shards(config: SetConfig) -> tuple[list[Question], list[Reject]]:
+    shards = ShardDataset(config.path)
+    questions, rejects = [], []
+    for index in range(min(config.samples or len(shards), len(shards))):
+        texts = shards.texts(index)
+        if texts.get("answer") is None:
+            rejects.append(Reject(texts["id"], "it has no answer"))
+            continue
+        questions.append(
+            Question(
+                id=texts["id"],
+                answer=texts["answer"],
+                text=texts["question"],
+                audio=partial(_waveform, shards, index),
+                choices=tuple(texts.get("choices") or ()),
+                group=texts.get("voice"),
+            )
+        )
+    return questions, rejects
+
+
+def _waveform(shards: ShardDataset, index: int) -> np.ndarray:
+    return shards[index].waveform
+
+
+def _from_rows(config: SetConfig) -> tuple[list[Question], list[Reject]]:
+    path = Path(config.path)
+    root = Path(config.audio_root) if config.audio_root else (path if path.is_dir() else path.parent)
+    questions: list[Question] = []
+    rejects: list[Reject] = []
+    seen: set[str] = set()
+    for place, row in read_rows(path):
+        if config.samples and len(questions) == config.samples:
+            break
+        if isinstance(row, Reject):
+            rejects.append(row)
+            continue
+        given = row.get("id")
+        name = place.replace(" ", "-") if given is None else str(given)[:120]
+        try:
+            if name in seen:
+                raise _Unusable("its id comes twice")
+            questions.append(_question(name, _ADAPTERS[config.format](row), root))
+            seen.add(name)
+        except _Unusable as error:
+            rejects.append(Reject(name, str(error)))
+    return questions, rejects
+
+
+def _question(name: str, fields: _Fields, root: Path) -> Question:
+    for what, value in (("question", fields.text), ("instruction", fields.instruction)):
+        if not isinstance(value, (str, type(None))):
+            raise _Unusable(f"its {what} is no text")
+    if fields.answer is None or fields.answer == "":
+        raise _Unusable("it has no answer")
+    if isinstance(fields.answer, bool) or not isinstance(fields.answer, (str, int, float)):
+        raise _Unusable("its answer is no text")
+    answer = str(fields.answer).strip()
+    choices = _choices(fields.choices)
+    if choices:
+        letters = LETTERS[: len(choices)]
+        if answer not in letters or answer in choices:
+            same = [i for i, choice in enumerate(choices) if choice and choice.strip().casefold() == answer.casefold()]
+            if not same:
+                raise _Unusable(f"its answer {answer[:40]!r} is none of its choices, nor a letter up to {letters[-1]}")
+            answer = letters[same[0]]
+    text = fields.text.strip() if fields.text and fields.text.strip() else None
+    audio = None if fields.audio is None else _recording(fields.audio, root, name)
+    if text is None and audio is None:
+        raise _Unusable("it has neither text nor recording")
+    return Question(name, answer, text, audio, choices, fields.instruction, None if fields.group is None else str(fields.group))
+
+
+def _choices(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= len(LETTERS) or not all(isinstance(v, str) for v in value):
+        raise _Unusable(f"its choices are not 2 to {len(LETTERS)} texts")
+    return tuple(value)
+
+
+def _recording(value: Any, root: Path, name: str) -> Callable[[], np.ndarray]:
+    """A function that reads a recording from a path, or from a row's {"bytes": …, "path": …}."""
+    content, path = None, value
+    if isinstance(value, dict):
+        content, path = value.get("bytes"), value.get("path")
+    if content is not None:
+        if not isinstance(content, bytes):
+            raise _Unusable("its recording is no bytes")
+        return lambda: decode_audio(content, f"recording of {name}")
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise _Unusable("its recording is neither a path nor bytes")
+    file = root / path
+
+    def read() -> np.ndarray:
+        try:
+            return decode_audio(file.read_bytes(), str(file))
+        except OSError as error:
+            raise CordError(f"{file}: cannot be read ({error.strerror}); is evaluation.sets.….audio_root right?") from None
+
+    return read
+
+
+def _plain(row: dict[str, Any]) -> _Fields:
+    text, choices = row.get("question"), row.get("choices")
+    instruction = row.get("instruction")
+    if isinstance(text, str) and choices and instruction is None:
+        text = f"{text.strip()} {lettered(_choices(choices))}"
+    elif isinstance(instruction, str) and choices:
+        instruction = f"{instruction.strip()} {lettered(_choices(choices))}"
+    return _Fields(text, row.get("audio"), row.get("answer"), choices, instruction, row.get("group"))
+
+
+def _voicebench(row: dict[str, Any]) -> _Fields:
+    prompt, reference = row.get("prompt"), row.get("reference")
+    if not isinstance(prompt, str):
+        raise _Unusable(f"it has no text in 'prompt' (its fields: {', '.join(sorted(map(str, row)))[:200]})")
+    options = dict(_OPTION.findall(prompt))
+    letters = LETTERS[: max(4, len(options))]
+    choices = [options.get(letter, "").strip().rstrip(".") for letter in letters]
+    return _Fields(prompt, row.get("audio"), reference, choices, group=row.get("domain"))
+
+
+def _gsm8k(row: dict[str, Any]) -> _Fields:
+    answer = row.get("answer")
+    if isinstance(answer, str) and "####" in answer:
+        answer = answer.rsplit("####", 1)[1].strip().replace(",", "")
+    return _Fields(row.get("question"), row.get("audio", row.get("question_audio")), answer)
+
+
+def _mmau(row: dict[str, Any]) -> _Fields:
+    question, choices = row.get("question"), row.get("choices")
+    if not isinstance(question, str) or choices is None:
+        raise _Unusable(f"it has no 'question' with 'choices' (its fields: {', '.join(sorted(map(str, row)))[:200]})")
+    instruction = f"{question.strip()} {lettered(_choices(choices))}"
+    return _Fields(None, row.get("audio_id", row.get("audio")), row.get("answer"), choices, instruction, row.get("task"))
+
+
+def _big_bench_audio(row: dict[str, Any]) -> _Fields:
+    category = row.get("category")
+    return _Fields(
+        text=row.get("transcript"),
+        audio=row.get("audio", row.get("file_name")),
+        answer=row.get("official_answer"),
+        choices=_BIG_BENCH_CHOICES.get(str(category)),
+        group=category,
+    )
+
+
+_ADAPTERS: dict[str, Callable[[dict[str, Any]], _Fields]] = {
+    "plain": _plain,
+    "voicebench": _voicebench,
+    "gsm8k": _gsm8k,
+    "mmau": _mmau,
+    "big_bench_audio": _big_bench_audio,
+}

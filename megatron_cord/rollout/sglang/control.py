@@ -1,0 +1,99 @@
+"""What is said to the servers beside requests and weights: found, checked, paused. Rank 0 speaks, the others keep silent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_cord.errors import CordError
+from megatron_cord.rollout.exchange import Endpoint, ServerError
+from megatron_cord.rollout.exchange.endpoint import ask_each, without
+from megatron_cord.rollout.sglang.addresses import KEY_VARIABLE, Addresses
+from megatron_cord.rollout.sglang.handshake import shake_hands, take_base_weights
+from megatron_cord.rollout.sglang.pool import Pool, say
+
+_ANSWER_SECONDS = 10.0  #: for an answer that takes no work
+_CONTROL_SECONDS = 120.0  #: for pausing, or giving memory back
+_BARRED = (401, 403)  #: HTTP's answers to a wrong key
+_LOOK_SECONDS = 1.0  #: between two looks for servers
+
+
+class Control:
+    """Knows where servers are.
+
+    Args:
+        addresses: where to look for them.
+        model_type: that they must serve.
+        patience: seconds for which too few servers are waited for.
+    """
+
+    def __init__(self, addresses: Addresses, model_type: str, patience: float) -> None:
+        self._addresses, self._model_type, self._patience = addresses, model_type, patience
+        self._known: dict[str, int] = {}  # tokens that fit, of servers that were checked
+
+    def meet(self, count: int) -> tuple[list[Endpoint], int]:
+        """At least so many servers, with the weights that they were started with, and how many tokens they all take.
+
+        Raises:
+            CordError: too few answer in time, or one is not fit to be trained from.
+        """
+        deadline = time.monotonic() + self._patience
+        while True:
+            found = self.answering(deadline, count)
+            _, failures = ask_each(found, take_base_weights)
+            servers = without(found, failures)
+            if len(servers) >= count:
+                break
+            why = "; ".join(str(error) for error in failures.values())
+            if time.monotonic() > deadline:
+                raise CordError(f"rollout servers do not take the checkpoint's weights again: {why}; start them anew")
+            time.sleep(_LOOK_SECONDS)
+        return servers, min(self._known[server.url] for server in servers)
+
+    def answering(self, deadline: float, count: int = 1) -> list[Endpoint]:
+        """The servers that answer now; waits until they are so many.
+
+        Raises:
+            CordError: it is too late, or one is not fit to be trained from.
+        """
+        told = False
+        while True:
+            servers = self._addresses.find()
+            good, lost = ask_each(servers, self._hello)
+            if barred := [server.url for server, error in lost.items() if error.status in _BARRED]:
+                raise CordError(f"{', '.join(barred)} refuses the API key; set rollout.api_key_file or {KEY_VARIABLE} to the servers' key")
+            if len(good) >= max(1, count):
+                return [server for server in servers if server in good]
+            if not told:
+                say(f"waiting for {count} server{'s' * (count > 1)} ({self._addresses.described}), {len(good)} of {len(servers)} answer")
+                told = True
+            if time.monotonic() > deadline:
+                why = "; ".join(str(error) for error in lost.values()) or "no address is known"
+                raise CordError(
+                    f"{len(good)} rollout servers answer, {count} are needed, after {self._patience:g} s (rollout.sglang.start_seconds): {why}; "
+                    "start them with tools/serve_rollout.py and look at their logs"
+                )
+            time.sleep(_LOOK_SECONDS)
+
+    def endpoints(self, urls: Iterable[str]) -> list[Endpoint]:
+        """The servers with these addresses, on any rank."""
+        return [Endpoint(url, self._addresses.key) for url in urls]
+
+    def each(self, path: str, body: dict[str, Any], pool: Pool) -> None:
+        """Tells all servers that are not lost; those that do not follow are lost. Nothing on other ranks than 0."""
+        if dist.get_rank():
+            return
+        told = {server.endpoint: server for server in pool.servers.values() if server.state != "lost"}
+        _, failures = ask_each(list(told), lambda endpoint: endpoint.command(path, body, _CONTROL_SECONDS))
+        for endpoint, error in failures.items():
+            told[endpoint].lose(str(error))
+
+    def _hello(self, server: Endpoint) -> None:
+        server.weight_version(_ANSWER_SECONDS)
+        if server.url not in self._known:
+            if not server.is_healthy(_ANSWER_SECONDS):
+                raise ServerError(f"{server.url} is not healthy yet")
+            self._known[server.url] = shake_hands(server, self._model_type)

@@ -1,0 +1,207 @@
+"""The engine on SGLang servers: each rank has its share of the requests answered, the main rank brings weights to all servers.
+
+Weights and the list of good servers change only where all ranks are together: at the start, in `update_weights` and in `recover`. In between
+each rank notices by itself which servers fail. If all do, `generate` leaves what is not made as "abort", and `recover`, which
+`CollectiveEngine` and `Schedule` call, waits for the supervisor to have started some again, and exchanges anew.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.errors import CordError
+from megatron_cord.model.families import load_architecture
+from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.rollout.exchange import ExchangeConfig, WeightExchange, WeightSource, build_exchange
+from megatron_cord.rollout.exchange.source import GivenWeights
+from megatron_cord.rollout.sglang.addresses import Addresses
+from megatron_cord.rollout.sglang.batch import Batch
+from megatron_cord.rollout.sglang.config import SGLangConfig
+from megatron_cord.rollout.sglang.control import Control
+from megatron_cord.rollout.sglang.draft import Draft, aborted
+from megatron_cord.rollout.sglang.handshake import BASE
+from megatron_cord.rollout.sglang.pool import Pool, say
+from megatron_cord.rollout.sglang.wire import PromptWire
+from megatron_cord.rollout.types import GenerationRequest, Rollout
+
+_RETRY_SECONDS = 1.0  #: between two exchanges that no server took
+_FAMILIES = ("qwen2_audio", "qwen2", "llama")  #: whose prompts servers take as `wire` writes them
+
+
+class SGLangEngine:
+    """A ``RolloutEngine`` that is Pausable, Abortable, Releasable and Recoverable. All ranks make one, together.
+
+    Args:
+        checkpoint_dir: that the servers were started with.
+        addresses: of the servers.
+        config: of requests.
+        exchange: of weights.
+        min_servers: so many must answer before it is ready.
+
+    Attributes:
+        weight_version: of the last exchange; 0 are the checkpoint's.
+        prompts: the checkpoint's prompt builder.
+
+    Raises:
+        CordError: too few servers answer in time, or one is not fit to be trained from.
+    """
+
+    def __init__(
+        self, checkpoint_dir: str | Path, addresses: Addresses, config: SGLangConfig, exchange: ExchangeConfig, min_servers: int = 1
+    ) -> None:
+        self.prompts = PromptBuilder(checkpoint_dir)
+        self.weight_version, self.paused = 0, False
+        self._checkpoint, self._config = checkpoint_dir, config
+        self._names = {BASE: 0}
+        self._pool = Pool(dist.get_rank())
+        self._source: WeightSource | None = None
+        model_type = load_architecture(checkpoint_dir).model_type
+        if model_type not in _FAMILIES:
+            raise CordError(
+                f"{checkpoint_dir}: rollout.engine=sglang generates with {', '.join(_FAMILIES)} alone, not {model_type}; docs/rollout.md says what "
+                "is missing"
+            )
+        self._control = Control(addresses, model_type, config.start_seconds)
+        self._exchange: WeightExchange = build_exchange(exchange, checkpoint_dir)
+        self._all_tensors = False  # the next exchange sends frozen ones, too: servers have lost them
+        self._batches: set[Batch] = set()
+        self._lock = threading.Lock()
+        self._longest = self._meet(min_servers)
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Rollout]:
+        """One rollout a request, in the requests' order; "abort" for those that `abort` ended, or that no server was left for.
+
+        Raises:
+            CordError: a request that servers cannot take, refuse, or fail time and again.
+        """
+        wire = PromptWire(self.prompts, self._longest)
+        for request in requests:
+            wire.check(request)
+        in_flight = max(1, self._config.max_in_flight // dist.get_world_size())
+        batch = Batch([Draft(request, wire) for request in requests], self._pool, self._config, in_flight, self)
+        with self._lock:
+            self._batches.add(batch)
+        try:
+            made = batch.run()
+        finally:
+            with self._lock:
+                self._batches.discard(batch)
+        return [made[i] if i in made else aborted(request) for i, request in enumerate(requests)]
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Brings tensors to all servers that answer. All ranks together; `ModelWeights` comes straight from their shards, anything else that is
+        iterable is first gathered in rank 0's memory, and completed from the checkpoint where a server needs all tensors.
+
+        Servers that fail are left out until the next call. If all do, they are waited for.
+
+        Raises:
+            CordError: the tensors do not fit the servers' model, or no server comes back in time.
+        """
+        self._source = tensors if isinstance(tensors, WeightSource) else GivenWeights(tensors, self._checkpoint)
+        self._send(version)
+
+    def recover(self) -> None:
+        """Waits for servers and brings them the weights of the last `update_weights`. All ranks together.
+
+        Raises:
+            CordError: none comes back in time.
+        """
+        if self._source is None:
+            self._longest = self._meet(1)
+        else:
+            self._send(self.weight_version)
+
+    def pause(self) -> None:
+        """Unfinished responses stay with the servers, which make no further token."""
+        self.paused = True
+        self._control.each("/pause_generation", {"mode": self._config.pause}, self._pool)
+
+    def resume(self) -> None:
+        """They go on."""
+        self._control.each("/continue_generation", {}, self._pool)
+        self.paused = False
+
+    def abort(self) -> None:
+        """Ends what other threads wait for in `generate`."""
+        with self._lock:
+            for batch in self._batches:
+                batch.abort()
+
+    def release_memory(self) -> None:
+        """Servers that were started with --colocated free their GPU's memory."""
+        self._control.each("/pause_generation", {"mode": "abort"}, self._pool)  # SGLang dies of being asked while it works
+        self._control.each("/release_memory_occupation", {}, self._pool)
+
+    def restore_memory(self) -> None:
+        """They take it back; the next exchange brings all tensors."""
+        self._control.each("/resume_memory_occupation", {}, self._pool)
+        self._control.each("/continue_generation", {}, self._pool)
+        self._all_tensors = True
+
+    def close(self) -> None:
+        """Ends what is being generated and leaves the servers as they are; safe to call twice."""
+        self.abort()
+        self._exchange.close()
+
+    def version_of(self, name: str) -> int | None:
+        """What a server's name for its weights means; None for weights of no exchange of this run."""
+        return self._names.get(name)
+
+    def _meet(self, count: int) -> int:
+        """Makes sure of the servers, with the checkpoint's weights. Returns how many tokens of prompt and response they take."""
+        met: list[object] = [None, 0, []]
+        if dist.get_rank() == 0:
+            try:
+                servers, longest = self._control.meet(count)
+                met = [None, longest, [server.url for server in servers]]
+            except CordError as error:
+                met[0] = str(error)
+        problem, longest, urls = broadcast_json(met)
+        if problem:
+            raise CordError(problem)
+        self._pool.set(self._control.endpoints(urls))
+        return int(longest)
+
+    def _send(self, version: int) -> None:
+        """One exchange, or as many as it takes until a server has the weights."""
+        assert self._source is not None
+        deadline = time.monotonic() + self._config.start_seconds
+        main = dist.get_rank() == 0
+        refused = ""
+        while True:
+            found: list[object] = [None, []]
+            if main:
+                try:
+                    if refused:
+                        if time.monotonic() > deadline:
+                            raise CordError(
+                                f"no rollout server takes the weights of version {version}: {refused}; look at the servers' logs"
+                            )
+                        time.sleep(_RETRY_SECONDS)
+                    found[1] = [server.url for server in self._control.answering(deadline)]
+                except CordError as error:
+                    found[0] = str(error)
+            problem, urls = broadcast_json(found)
+            if problem:
+                raise CordError(problem)
+            report = self._exchange.update(
+                self._source, version, self._control.endpoints(urls),
+                full=self._all_tensors, flush_cache=not (self.paused and self._config.pause == "in_place"),
+            )  # fmt: skip
+            if main:
+                for url, reason in report.failed.items():
+                    say(f"{url} did not get the weights of version {version}, and is left out until it has: {reason}")
+            if report.current:
+                break
+            refused = "; ".join(report.failed.values())
+        self._all_tensors = False
+        self.weight_version = version
+        self._names[str(version)] = version
+        self._pool.set(self._control.endpoints(report.current))

@@ -1,0 +1,99 @@
+"""Methods are nothing but settings: each reaches the loss and the responses that it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_cord.compare.methods import COMPARED, METHODS, methods_named
+from megatron_cord.compare.plan import CompareConfig, plan_runs
+from megatron_cord.compare.results import responses
+from megatron_cord.config import load_config
+from megatron_cord.data.samples import Prompt, Sample
+from megatron_cord.errors import CordError
+from megatron_cord.rollout.types import GenerationRequest, Rollout
+from megatron_cord.trainer.collection import Collector
+from megatron_cord.trainer.config import RunConfig
+from tests.tiny_run import make_samples
+from tests.trainer.test_objective import assert_as_expected
+
+REQUIRED = ("output_dir=x", "model.checkpoint=x", "data.train=x", "data.evaluation=x")
+#: what each method asks an engine for, of 4 prompts of which 2 give groups of 3: answers at temperature 1, and at 1.5
+SAMPLED = {
+    "sft": (0, 0), "off_policy_kl": (0, 0), "grpo": (0, 6), "reverse_kl": (4, 0), "sampled": (4, 0), "jsd": (4, 0), "cord": (4, 6),
+    "weighted_kl": (4, 0), "grpo_reverse_kl": (4, 6),
+}  # fmt: skip
+
+
+def run_config(method: str, *more: str) -> RunConfig:
+    """A run's configuration from the method's settings and nothing else."""
+    rollout = ("rollout.prompts_per_step=4", "rollout.policy_prompts_per_step=2", "rollout.policy_rollouts=3")
+    return load_config(RunConfig, None, [*REQUIRED, *rollout, *METHODS[method].settings, *more])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_reaches_the_loss(method: str) -> None:
+    """Catches a setting that the loss does not obey: its value and gradients are those of a loop over tokens in float64."""
+    assert_as_expected(run_config(method, "objective.top_k=2").objective)
+
+
+def test_no_two_are_the_same() -> None:
+    """Catches a copy with another title."""
+    assert len({run_config(method).objective for method in METHODS}) == len(METHODS)
+    assert len(COMPARED) == 7 and run_config("cord").objective == load_config(RunConfig, None, REQUIRED).objective
+
+
+class _Prompts:
+    """Prompts without a model."""
+
+    def audio_prompt(self, sample: Sample) -> Prompt:
+        return Prompt(sample.id, (1,))
+
+    text_prompt = audio_prompt
+
+
+class _Answers:
+    """A frozen teacher that has answered."""
+
+    def requests(self, samples: list[Sample]) -> list[GenerationRequest]:
+        return []
+
+    def rollouts(self, samples: list[Sample], generated: list[Rollout]) -> list[Rollout]:
+        return [Rollout(s.id, (7, 8), (0.0, 0.0), "stop", (), "the answer is 1") for s in samples]
+
+
+class _Rewards:
+    """Never asked here."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_trains_on_the_responses_it_says(method: str) -> None:
+    """Catches an off-policy method that generates, and a table whose counts of responses are not those of the run."""
+    config = run_config(method)
+    collector = Collector(config.rollout, config.objective, _Prompts(), _Answers(), _Rewards(), 0)  # type: ignore[arg-type]
+    requests = collector.requests(make_samples(4), 0)
+    alone, groups = (sum(r.temperature == t for r in requests) for t in (1.0, 1.5))
+    assert (alone, groups) == SAMPLED[method] and len(requests) == alone + groups == responses(config)["sampled"]
+    off_policy = method in ("sft", "off_policy_kl")
+    assert responses(config)["trained"] == (4 if off_policy else len(requests))
+    if off_policy:
+        made = collector.sequences(collector.collect(make_samples(4), [], 0))
+        assert [s.rollout.token_ids for s in made] == [(7, 8)] * 4 and all(s.scored for s in made)
+        assert all((s.teacher is not None) == (method == "off_policy_kl") for s in made)
+
+
+def test_methods_of_the_users_own(tmp_path: Path) -> None:
+    """Catches a user's method that starts from something else than CORD, that a shared setting overrules, or that takes a known name."""
+    shared = ("objective.top_k=7", *REQUIRED[1:])
+    config = CompareConfig(
+        "/dev/null", str(tmp_path), methods=("cord", "steeper"), own={"steeper": ("objective.top_k=9",)}, seeds=(3,), settings=shared
+    )
+    cord, steeper = (run.config for run in plan_runs(config))
+    assert (cord.objective.top_k, steeper.objective.top_k) == (7, 9) and steeper.objective.token_weights == "cord"
+    with pytest.raises(CordError, match="own.sft: this name is one of the project's"):
+        methods_named(["sft"], {"sft": ()})
+    with pytest.raises(CordError, match="'dpo' is unknown; choose from sft, .*, mine"):
+        methods_named(["dpo"], {"mine": ()})
+    with pytest.raises(CordError, match="sft comes twice"):
+        methods_named(["sft", "cord", "sft"], {})

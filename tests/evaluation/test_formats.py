@@ -1,0 +1,201 @@
+"""Question sets in each published layout, made here with the fields that their makers document, and what is wrong with rows."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_cord.data.audio_files import decode_audio
+from megatron_cord.errors import CordError
+from megatron_cord.evaluation.formats import Format, SetConfig, load_set
+from megatron_cord.evaluation.questions import Question
+from tests.tiny_run import make_samples, write_shards
+
+
+def recording(seconds: float = 0.5, rate: int = 24000, channels: int = 1, kind: str = "WAV") -> bytes:
+    tone = 0.4 * np.sin(2 * np.pi * 300 * np.arange(round(seconds * rate)) / rate)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.repeat(tone[:, None], channels, axis=1), rate, format=kind)
+    return buffer.getvalue()
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def load(path: Path, format: Format = "plain", **more: Any) -> tuple[list[Question], dict[str, str]]:
+    questions, rejects = load_set(SetConfig(str(path), format, **more))
+    return questions, {reject.id: reject.reason for reject in rejects}
+
+
+@pytest.mark.parametrize(
+    ("rate", "channels", "kind"), [(24000, 1, "WAV"), (44100, 2, "WAV"), (48000, 2, "FLAC"), (24000, 1, "MP3"), (16000, 1, "OGG")]
+)
+def test_recordings_of_any_kind(rate: int, channels: int, kind: str) -> None:
+    """Catches stereo read as twice the length, another rate kept as it is, and formats that benchmarks come in."""
+    audio = decode_audio(recording(0.5, rate, channels, kind), "x")
+    assert audio.dtype == np.float32 and abs(len(audio) - 8000) < 1500 and np.abs(audio).max() <= 1.0
+    spectrum = np.abs(np.fft.rfft(audio))
+    assert abs(np.argmax(spectrum) * 16000 / len(audio) - 300) < 5
+
+
+def test_bad_recordings_are_named() -> None:
+    """Catches a crash on what is no audio, a recording of no length, and one of hours."""
+    for content, fault in [
+        (b"no audio", "not a recording"),
+        (recording()[:30], "not a recording"),
+        (recording(0.0), "no samples"),
+        (b"", "not a rec"),
+    ]:
+        with pytest.raises(CordError, match=f"^clip: .*{fault}"):
+            decode_audio(content, "clip")
+
+
+def test_plain(tmp_path: Path) -> None:
+    """Catches choices that are not read out, a gold text that is not found among them, and paths from another folder."""
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.wav").write_bytes(recording())
+    rows: list[dict[str, Any]] = [
+        {"id": "a", "question": "Which is a metal?", "choices": ["iron", "wood"], "answer": "wood", "audio": "clips/a.wav", "group": "x"},
+        {"id": "b", "audio": "clips/a.wav", "instruction": "What do you hear?", "choices": ["a dog", "a tone"], "answer": "B"},
+        {"question": "2 + 2?", "answer": 4},
+        {"id": "c", "question": "Which?", "choices": ["iron", "wood"], "answer": "glass"},
+        {"id": "d", "question": "Which?"},
+        {"id": "a", "question": "Again?", "answer": "1"},
+        {"id": "e", "answer": "1"},
+        {"id": "f", "question": "Which?", "choices": "iron", "answer": "iron"},
+        {"id": "g", "audio": 5, "answer": "1"},
+        {"id": "h", "audio": "gone.wav", "answer": "1"},
+    ]
+    questions, rejects = load(write_rows(tmp_path / "set.jsonl", rows))
+    a, b, sum_, h = questions
+    assert (a.text, a.answer, a.group, a.choices) == ("Which is a metal? A. iron. B. wood.", "B", "x", ("iron", "wood"))
+    assert (b.text, b.instruction, b.answer) == (None, "What do you hear? A. a dog. B. a tone.", "B")
+    assert (sum_.id, sum_.answer, sum_.audio) == ("line-3", "4", None)
+    assert len(a.spoken().waveform) == 8000 and b.spoken().instruction == b.instruction
+    with pytest.raises(CordError, match=r"gone\.wav: cannot be read"):
+        h.spoken()
+    assert "none of its choices" in rejects["c"] and rejects["d"] == "it has no answer"
+    assert rejects["a"] == "its id comes twice" and "neither text nor recording" in rejects["e"]
+    assert "not 2 to 10 texts" in rejects["f"] and "neither a path nor bytes" in rejects["g"]
+    (moved := tmp_path / "elsewhere").mkdir()
+    moved_set = write_rows(moved / "set.json", rows[:1])
+    assert load(moved_set, audio_root=str(tmp_path))[0][0].spoken().waveform.any()
+
+
+def test_voicebench(tmp_path: Path) -> None:
+    """Catches letters without texts, and audio that lies in the row."""
+    prompt = "Which of these is a metal? A. iron B. dry wood C. water D. air"
+    rows: list[dict[str, Any]] = [
+        {"prompt": prompt, "reference": "A", "audio": {"bytes": recording(), "path": "0.wav"}},
+        {"prompt": "Without options that can be told", "reference": "D", "audio": {"bytes": recording(), "path": "1.wav"}},
+        {"prompt": prompt, "reference": "E", "audio": {"bytes": recording(), "path": "2.wav"}},
+    ]
+    questions, rejects = load(write_rows(tmp_path / "obqa.parquet", rows), "voicebench")
+    assert questions[0].choices == ("iron", "dry wood", "water", "air") and questions[0].text == prompt and questions[0].answer == "A"
+    assert questions[1].choices == ("", "", "", "") and questions[1].answer == "D"
+    assert len(questions[0].spoken().waveform) == 8000
+    assert "none of its choices, nor a letter up to D" in rejects["row-3"]
+
+
+def test_gsm8k(tmp_path: Path) -> None:
+    """Catches a whole solution taken for the answer, and thousands with commas."""
+    rows: list[dict[str, Any]] = [
+        {"question": "How many?", "answer": "She has 40 + 2.\n#### 1,042", "audio": {"bytes": recording(), "path": None}},
+        {"question": "How many?", "answer": "7"},
+    ]
+    questions, _ = load(write_rows(tmp_path / "gsm8k.parquet", rows), "gsm8k")
+    assert [q.answer for q in questions] == ["1042", "7"] and questions[0].audio is not None and questions[1].audio is None
+
+
+def test_mmau(tmp_path: Path) -> None:
+    """Catches a question that is taken for the text of the recording: there is nothing to read in its place."""
+    (tmp_path / "test-mini-audios").mkdir()
+    (tmp_path / "test-mini-audios" / "x.wav").write_bytes(recording(rate=48000, channels=2))
+    row = {"id": "x", "audio_id": "./test-mini-audios/x.wav", "question": "What is it?", "choices": ["Man", "Bell"], "answer": "Bell",
+           "task": "sound", "split": "test-mini", "category": "Reasoning", "sub-category": "s", "difficulty": "medium"}  # fmt: skip
+    (question,), _ = load(write_rows(tmp_path / "mmau-test-mini.json", [row]), "mmau")
+    assert (question.text, question.answer, question.group) == (None, "B", "sound")
+    assert question.instruction == "What is it? A. Man. B. Bell." and len(question.spoken().waveform) == 8000
+
+
+def test_big_bench_audio(tmp_path: Path) -> None:
+    """Catches "valid" that is found in "invalid", and numbers that are taken for choices."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "question_0.mp3").write_bytes(recording(kind="MP3"))
+    common: dict[str, Any] = {"file_name": "data/question_0.mp3"}
+    rows: list[dict[str, Any]] = [
+        common | {"id": 0, "category": "formal_fallacies", "official_answer": "invalid", "transcript": "Is this valid?"},
+        common | {"id": 1, "category": "object_counting", "official_answer": "8"},
+        common | {"id": 2, "category": "navigate", "official_answer": "No"},
+    ]
+    questions, _ = load(write_rows(tmp_path / "metadata.jsonl", rows), "big_bench_audio")
+    assert [(q.id, q.answer, q.choices, q.text) for q in questions] == [
+        ("0", "B", ("valid", "invalid"), "Is this valid?"), ("1", "8", (), None), ("2", "B", ("Yes", "No"), None),
+    ]  # fmt: skip
+    assert questions[2].spoken().waveform.any()
+
+
+def test_shards(tmp_path: Path) -> None:
+    """Catches answers of other samples than the recordings, and a set that is read into memory."""
+    samples = make_samples(7)
+    write_shards(tmp_path / "set", samples)
+    questions, _ = load(tmp_path / "set", "shards", samples=5)
+    assert [(q.id, q.answer, q.text, q.group) for q in questions] == [(s.id, s.answer, s.question, s.voice) for s in samples[:5]]
+    assert np.allclose(questions[3].spoken().waveform, samples[3].waveform, atol=1e-4)
+
+
+def test_sets_of_nothing_are_named(tmp_path: Path) -> None:
+    """Catches an evaluation of no question that ends well."""
+    path = write_rows(tmp_path / "x.jsonl", [{"prompt": "?"}])
+    with pytest.raises(CordError, match="has no question that can be asked; line-1: it has neither|it has no answer"):
+        load(path)
+    with pytest.raises(CordError, match="no such file"):
+        load(tmp_path / "gone.jsonl")
+    (tmp_path / "bad.json").write_bytes(b"[1, 2")
+    with pytest.raises(CordError, match=r"bad\.json is not JSON"):
+        load(tmp_path / "bad.json")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=4), v, max_size=3),
+    max_leaves=6,
+)
+NAMES = ["question", "audio", "choices", "answer", "instruction", "group", "id", "prompt", "reference", "audio_id", "task", "category",
+         "official_answer", "file_name", "transcript"]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=3000)
+@given(
+    rows=st.lists(st.dictionaries(st.sampled_from(NAMES), JSON, max_size=6), min_size=1, max_size=4),
+    format=st.sampled_from(["plain", "voicebench", "gsm8k", "mmau", "big_bench_audio"]),
+)
+def test_any_row_is_a_question_or_a_reject(rows: list[dict[str, Any]], format: Format, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Catches a row of odd types that ends an evaluation in a traceback."""
+    path = write_rows(tmp_path_factory.getbasetemp() / "fuzzed.jsonl", rows)
+    try:
+        questions, rejects = load_set(SetConfig(str(path), format))
+    except CordError:
+        return
+    assert len(questions) + len(rejects) == len(rows)
+    for question in questions:
+        if question.audio is not None:
+            with pytest.raises(CordError):
+                question.spoken()

@@ -1,0 +1,93 @@
+"""Scores: responses as models write them, in their usual and unusual forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_cord.evaluation.scoring import chosen, is_correct, score_responses
+from megatron_cord.reward.comparison import Comparison, Verdict
+
+METALS = ("iron", "wood", "natural gas", "gas")
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        ("A", "A"),
+        ("B.", "B"),
+        ("(C) natural gas", "C"),
+        ("**B** because wood burns", None),
+        ("B) wood", "B"),
+        ("The answer is D.", "D"),
+        ("The answer is wood.", "B"),
+        ("Let us see. The correct answer is (A), as iron is a metal.", "A"),
+        (r"So \boxed{C}", "C"),
+        ("I would go for option B, wood.", "B"),
+        ("It is natural gas.", "C"),
+        ("It is wood or iron.", None),
+        ("A metal is hard, so it is iron", "A"),
+        ("I think B is right", "B"),
+        ("I do not know.", None),
+        ("", None),
+        ("The answer is unknown", None),
+        ("Not (A). Definitely (B)", "B"),
+        ("The answer is F", None),
+    ],
+)
+def test_choices(response: str, letter: str | None) -> None:
+    """Catches the article "A" and the word "I" taken for choices, a text inside another text, and a letter that was not offered."""
+    expected = "B" if response.startswith("**B**") else letter
+    assert chosen(response, METALS) == expected
+
+
+def test_choices_whose_texts_are_not_known() -> None:
+    """Catches an empty text, which is in every response."""
+    assert chosen("It must be the second one", ("", "", "", "")) is None and chosen("D", ("", "", "", "")) == "D"
+
+
+@pytest.mark.parametrize(
+    ("gold", "response", "right"),
+    [
+        ("72", "She has 48 + 24 = 72 clips. #### 72", True),
+        ("72", "The answer is seventy two.", True),
+        ("72", "The answer is 73.", False),
+        ("Paris", "It is Paris.", True),
+        ("Paris", "The answer is London, not Paris.", False),
+        ("Paris", "Parish churches", False),
+        ("Yes", "yes", True),
+        ("0.5", r"\boxed{\frac{1}{2}}", True),
+        ("72", "", False),
+    ],
+)
+def test_free_answers(gold: str, response: str, right: bool) -> None:
+    """Catches a gold word that counts inside another word, or although the response states another answer."""
+    assert is_correct(gold, (), response) is right
+
+
+class _Judge:
+    def __init__(self) -> None:
+        self.asked: list[Comparison] = []
+
+    def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        self.asked += comparisons
+        return [Verdict(c.response == "so be it", False, "fallback" if c.response == "away" else "judge") for c in comparisons]
+
+
+def test_a_judge_decides_on_free_answers_alone() -> None:
+    """Catches choices that are sent to a judge, verdicts that go to another response, and a judge's silence that counts as wrong."""
+    judge = _Judge()
+    scores = score_responses(["A", "4", "4", "away"], [METALS, (), (), ()], ["A", "so be it", "4", "away"], ["q1", "q2", "q3", "q4"], judge)
+    assert [score.correct for score in scores] == [True, True, False, True]
+    assert [(c.question, c.reference, c.bare) for c in judge.asked] == [("q2", "4", True), ("q3", "4", True), ("q4", "away", True)]
+
+
+@settings(max_examples=300, deadline=3000)
+@given(response=st.text(max_size=400) | st.text("AB().:\\boxed{}# answeris\n", max_size=200), gold=st.text(min_size=1, max_size=20))
+def test_any_text_has_a_score(response: str, gold: str) -> None:
+    """Catches an exception or a hang on what a model may babble."""
+    assert chosen(response, METALS) in {None, "A", "B", "C", "D"}
+    assert is_correct(gold, (), response) in {True, False}

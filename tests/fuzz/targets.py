@@ -1,0 +1,107 @@
+"""What is fuzzed: each target takes bytes as a user's file would bring them, and may raise nothing but CordError."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from megatron_cord.config import load_config
+from megatron_cord.data.audio_files import decode_audio
+from megatron_cord.data.manifest import Manifest
+from megatron_cord.data.question_files import read_questions
+from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.spoken_text import Unspeakable, spoken
+from megatron_cord.data.wav import decode_wav
+from megatron_cord.errors import CordError
+from megatron_cord.evaluation.formats import SetConfig, load_set
+from megatron_cord.evaluation.scoring import chosen, is_correct
+from megatron_cord.reward import answers_agree, extract_answer
+from megatron_cord.trainer.config import RunConfig
+
+
+@cache
+def _folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="megatron_cord-fuzz-"))
+
+
+def _file(name: str, content: bytes) -> Path:
+    path = _folder() / name
+    path.write_bytes(content)
+    return path
+
+
+def shard(content: bytes) -> None:
+    """A tar that claims to be a shard."""
+    dataset = ShardDataset(_file("x.tar", content), max_skipped=0.99)
+    for index in range(len(dataset)):
+        dataset[index]
+
+
+def manifest(content: bytes) -> None:
+    """A directory's manifest."""
+    _file("manifest.json", content)
+    Manifest.read(_folder())
+
+
+def wav(content: bytes) -> None:
+    """A recording in a shard."""
+    decode_wav(content, "x")
+
+
+def recording(content: bytes) -> None:
+    """A recording of a benchmark, of any format."""
+    decode_audio(content, "x")
+
+
+def jsonl(content: bytes) -> None:
+    """Written questions."""
+    read_questions(_file("x.jsonl", content))
+
+
+def json_array(content: bytes) -> None:
+    """A benchmark's rows in one array."""
+    load_set(SetConfig(str(_file("x.json", content)), "mmau"))
+
+
+def config(content: bytes) -> None:
+    """A run's configuration."""
+    load_config(RunConfig, _file("x.yaml", content))
+
+
+def override(content: bytes) -> None:
+    """A setting on the command line."""
+    load_config(RunConfig, None, ["output_dir=o", "model.checkpoint=c", content.decode("utf-8", errors="surrogateescape")])
+
+
+def text(content: bytes) -> None:
+    """A question to be spoken."""
+    try:
+        said = spoken(content.decode("utf-8", errors="replace"))
+    except Unspeakable:
+        return
+    assert not any(character.isdigit() for character in said if character.isascii()), said
+
+
+def answers(content: bytes) -> None:
+    """What a model says, and what it is compared with."""
+    first, _, second = content.decode("utf-8", errors="replace").partition("|")
+    extract_answer(first)
+    chosen(first, ("iron", "wood", second))
+    is_correct(second or "x", (), first)
+    answers_agree(first[:100], second[:100])
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    target.__name__: target for target in (shard, manifest, wav, recording, jsonl, json_array, config, override, text, answers)
+}
+
+
+def attempt(name: str, content: bytes) -> None:
+    """Runs a target; a CordError is how a user hears of it."""
+    try:
+        TARGETS[name](content)
+    except CordError as error:
+        # A setting's own name may have lines in it.
+        assert str(error) and (name == "override" or "\n" not in str(error).strip()), f"{error!r} is no single line"

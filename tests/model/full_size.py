@@ -1,0 +1,66 @@
+"""Checkpoints with the shapes of the published models and no weights: a true header, and a file that is one hole of the right length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+from examples.quickstart.checkpoint import published_name
+from megatron_cord.convert.hf_directory import Shard, plan_shards
+from megatron_cord.model.families.step_audio_2 import StepAudio2Config
+from megatron_cord.model.families.step_audio_2_model import StepAudio2
+
+ENCODER = {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "num_mel_bins": 128}
+QWEN2 = {
+    "model_type": "qwen2", "vocab_size": 156032, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 8192,
+}  # fmt: skip
+STEP_ENCODER = {
+    "n_mels": 128, "n_audio_ctx": 1500, "n_audio_state": 1280, "n_audio_head": 20, "n_audio_layer": 32, "llm_dim": 3584, "kernel_size": 3,
+    "adapter_stride": 2,
+}  # fmt: skip
+STEP_TEXT = {
+    "vocab_size": 158720, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "max_position_embeddings": 16384, "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}  # fmt: skip
+
+
+def full_size_config(family: str) -> Any:
+    """Sizes of Qwen2-Audio-7B or Step-Audio 2 mini, as published."""
+    if family == "qwen2_audio":
+        return Qwen2AudioConfig(audio_config=ENCODER, text_config=QWEN2, audio_token_index=151646)  # type: ignore[call-arg]
+    return StepAudio2Config(audio_encoder_config=STEP_ENCODER, text_config=STEP_TEXT)
+
+
+def full_size_shapes(family: str) -> dict[str, tuple[int, ...]]:
+    """Of every tensor by its published name, from a model without memory."""
+    kind = Qwen2AudioForConditionalGeneration if family == "qwen2_audio" else StepAudio2
+    with torch.device("meta"):
+        model = kind(full_size_config(family))
+    name_of = published_name if family == "qwen2_audio" else str
+    return {name_of(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def write_full_size(directory: Path, family: str, max_bytes: int = 10**12) -> dict[str, tuple[int, ...]]:
+    """Configuration and sparse bfloat16 files of at most max_bytes each; returns the shapes."""
+    shapes = full_size_shapes(family)
+    if family == "qwen2_audio":
+        full_size_config(family).save_pretrained(directory)
+    else:
+        config = {"model_type": family, "audio_encoder_config": STEP_ENCODER, "text_config": STEP_TEXT}
+        (directory / "config.json").write_text(json.dumps(config))
+    shards: list[Shard] = plan_shards(shapes, torch.bfloat16, max_bytes)
+    for shard in shards:
+        header = shard.header(torch.bfloat16)
+        with (directory / shard.file).open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + shard.nbytes(torch.bfloat16))
+    if len(shards) > 1:
+        index = {"metadata": {}, "weight_map": {name: shard.file for shard in shards for name in shard.shapes}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return shapes
