@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import pickle
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,12 +172,23 @@ class Checkpoints(CheckpointDirectory):
         model.load_state_dict(restored["model"])
         if average is not None:
             average.load_state_dict(restored["teacher"])
+        # Megatron-Core 0.19 tells groups apart by their learning rates, too; those of the configuration need not be the checkpoint's.
         configured = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in optimizer.param_groups]
+        for group in [*optimizer.param_groups, *_param_groups(restored["optimizer"])]:
+            for key in ("max_lr", "min_lr"):
+                group.pop(key, None)
         optimizer.load_state_dict(restored["optimizer"])
         for group, settings in zip(optimizer.param_groups, configured, strict=True):
             group.update(settings)
         scheduler.step(increment=progress.step)
         return progress
+
+
+def _param_groups(state: Any) -> Iterator[dict[str, Any]]:
+    """All groups in an optimizer's state, wherever its wrappers put them."""
+    if isinstance(state, dict):
+        for key, value in state.items():
+            yield from value if key == "param_groups" else _param_groups(value)
 
 
 def load_weights(path: Path, model: LALM) -> int:

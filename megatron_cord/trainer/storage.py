@@ -11,7 +11,7 @@ from megatron_cord.errors import CordError
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR)
 #: what torch's writers say when the system refuses a write
-_TORCH_WRITERS = ("PytorchStreamWriter failed", "iostream error", "inline_container")
+_TORCH_WRITERS = ("PytorchStreamWriter failed", "iostream error", "inline_container", "error: <class 'OSError'>")
 #: what Megatron says when the process that writes has told nothing
 _WRITER_GONE = "results_queue should not be empty"
 _ERRNO = re.compile(r"\[Errno (\d+)\]")

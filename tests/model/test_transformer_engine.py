@@ -9,6 +9,7 @@ import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -56,7 +57,10 @@ def fused_layer() -> tuple[ModuleSpec, type]:
     spec, norm = transformer._torch_layer(ARCHITECTURE_CONFIG)
     inner = spec.submodules
     attention = replace(inner.self_attention, submodules=replace(inner.self_attention.submodules, linear_qkv=NormAndColumn))
-    mlp = replace(inner.mlp, submodules=replace(inner.mlp.submodules, linear_fc1=NormAndColumn))
+    if isinstance(inner.mlp, partial):  # Megatron-Core 0.19
+        mlp: Any = partial(inner.mlp, submodules=replace(inner.mlp.keywords["submodules"], linear_fc1=NormAndColumn))
+    else:
+        mlp = replace(inner.mlp, submodules=replace(inner.mlp.submodules, linear_fc1=NormAndColumn))
     submodules = replace(inner, self_attention=attention, mlp=mlp, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp)
     return replace(spec, submodules=replace(submodules, sharded_state_dict_keys_map={})), norm
 

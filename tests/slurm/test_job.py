@@ -78,9 +78,9 @@ def run_cut(cluster: Cluster, inputs: Path, output: Path, *more: str, **variable
     log = (output / "job.log").read_text()
     assert "the time limit is near" in log and "ended with status 75" in log and "queueing again, to resume from" in log, log
     assert 3 <= steps_done(output) < (SERVED_STEPS if variables else STEPS)
-    # SLURM lets a job wait two minutes before it starts again; not this one.
+    # SLURM lets a job wait two minutes before it starts again; this one a moment, as its credential is revoked in the second in which it is queued.
     cluster.wait(lambda: cluster.job(job)["JobState"] == "PENDING", 60, "the nodes to be clean")
-    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=01:00:00", "StartTime=now")
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=01:00:00", "StartTime=now+5")
     cluster.wait(lambda: has_ended(cluster, job), 1800, "the resumed run")
     log = (output / "job.log").read_text()
     assert cluster.job(job)["JobState"] == "COMPLETED" and "resuming after step" in log, log
