@@ -68,7 +68,7 @@ test-browser: $(STAMP) ## the report and the live page in Chromium, which Debian
 	$(BIN)/python -m pytest -rs tests/report
 
 docs: $(STAMP) ## the documentation as a site in site/, any broken link or page being an error
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(STAMP) ## measure the loss against its rivals; some minutes, writes benchmarks/results/ and docs/loss.svg
 	$(BIN)/python -m benchmarks.loss all

@@ -63,7 +63,12 @@ setup(
     description="Cross-modal on-policy distillation of large audio language models on Megatron-Core",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_cord", "megatron_cord.*"]),
-    package_data={"megatron_cord.report": ["assets/*"], "megatron_cord.evaluation": ["assets/*"]},
+    package_data={
+        "megatron_cord.report": ["assets/*"],
+        "megatron_cord.evaluation": ["assets/*"],
+        "megatron_cord.losses": ["*.cpp"],
+        "megatron_cord.rollout.sglang": ["process/*.py", "external/cord_models/*.py"],  # run and imported by the server's interpreter
+    },
     python_requires=">=3.11",
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -47,9 +47,12 @@ def from_hidden() -> dict[str, Candidate]:
     compiled = rivals.plain(torch.compile(rivals.plain_loss_from_hidden, dynamic=True))
     exact = rivals.plain(torch.compile(rivals.exact_loss_from_hidden, dynamic=True))
     candidates = {f"ours, {name}": rivals.ours(name, KERNELS) for name in ("late", "fused", "recompute")}
-    candidates |= {"ours, late, eager": rivals.ours("late", "eager"), "torch": rivals.plain(rivals.plain_loss_from_hidden)}
-    candidates |= {"torch, compiled": compiled, "torch, compiled, fp32 logits": exact}
-    others = {"Liger chunked JSD, compiled": rivals.liger_chunked(), "Liger fused_linear_jsd": rivals.liger_fused()}
+    candidates |= {"torch": rivals.plain(rivals.plain_loss_from_hidden), "torch, compiled": compiled, "torch, compiled, fp32 logits": exact}
+    others = {
+        "Liger chunked JSD, compiled": rivals.liger_chunked(),
+        "Liger chunked JSD, compiled, fp32 logits": rivals.liger_chunked(exact=True),
+        "Liger fused_linear_jsd": rivals.liger_fused(),
+    }
     return candidates | {name: candidate for name, candidate in others.items() if candidate is not None}
 
 
@@ -61,7 +64,7 @@ def from_logits() -> dict[str, Candidate]:
 
 
 def take_turns(candidates: dict[str, Candidate], inputs: Inputs, turns: int) -> dict[str, dict[str, float]]:
-    """Median and spread of each candidate's seconds, after a first run that compiles."""
+    """Median and spread of each candidate's seconds, after a first run that compiles, and how many times ours each is."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(turns + 1):
         for name, candidate in candidates.items():
@@ -71,7 +74,13 @@ def take_turns(candidates: dict[str, Candidate], inputs: Inputs, turns: int) -> 
             if turn > 0:
                 seconds[name].append(taken)
     quartiles = {name: statistics.quantiles(times, n=4) for name, times in seconds.items()}
-    return {name: {"seconds": q[1], "spread": q[2] - q[0], "turns": turns} for name, q in quartiles.items()}
+    return with_ratios({name: {"seconds": q[1], "spread": q[2] - q[0], "turns": turns} for name, q in quartiles.items()}, "seconds")
+
+
+def with_ratios(entries: dict[str, dict[str, float]], key: str) -> dict[str, dict[str, float]]:
+    """The entries, each with how many times more it takes than ours."""
+    reference = entries[REFERENCE if REFERENCE in entries else "ours"][key]
+    return {name: {**entry, "ratio": entry[key] / reference} for name, entry in entries.items()}
 
 
 def timed(candidate: Candidate, inputs: Inputs) -> float:
@@ -174,7 +183,7 @@ def print_table(part: str, entries: dict[str, dict[str, float]], key: str) -> No
     print(f"\n{part}: N, V, H = {SIZES[part]}")
     for name, entry in entries.items():
         value = f"{entry['seconds'] * 1e3:8.1f} ms ± {entry['spread'] * 1e3:5.1f}" if key == "seconds" else f"{entry[key] / 2**20:8.1f} MiB"
-        print(f"  {name:32s} {value}   {entry[key] / entries[reference][key]:6.2f} × {reference}")
+        print(f"  {name:40s} {value}   {entry['ratio']:6.2f} × {reference}", flush=True)
 
 
 def main() -> None:
@@ -184,7 +193,7 @@ def main() -> None:
     )
     parser.add_argument("part", choices=["all", "loss", "layer", "ranks", "memory", "sweep", "plot", "peak", "rank"])
     parser.add_argument("rest", nargs="*", help="of peak: sizes and candidates, as JSON")
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--turns", type=int, default=7, help="of each candidate; half as many in the sweep")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64
@@ -201,34 +210,36 @@ def main() -> None:
         dist.destroy_process_group()
         return
     if arguments.part != "plot":
-        run_parts(["loss", "layer", "ranks", "memory", "sweep"] if arguments.part == "all" else [arguments.part], arguments.turns)
+        whole = arguments.part == "all"
+        kept = {} if whole or not RESULTS.exists() else json.loads(RESULTS.read_text())
+        run_parts(["loss", "layer", "memory", "ranks", "sweep"] if whole else [arguments.part], arguments.turns, kept)
     if arguments.part in ("all", "sweep", "plot"):
         from benchmarks.loss_plot import plot
 
         plot(json.loads(RESULTS.read_text())["sweep"], ROOT / "docs" / "loss.svg")
 
 
-def run_parts(parts: list[str], turns: int) -> None:
-    """Measures, prints and writes."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+def run_parts(parts: list[str], turns: int, results: dict[str, Any]) -> None:
+    """Measures, prints, and writes each part beside ``results`` when it is done."""
     results["machine"] = machine()
     for part in parts:
+        key = "peak_bytes" if part == "memory" else "seconds"
         if part == "sweep":
-            results[part] = sweep(turns)
-            continue
-        entries: dict[str, Any]
-        if part == "memory":
-            (peaks,) = peaks_in_own_process([SIZES[part]], list(from_hidden()))
-            entries = {name: {"peak_bytes": peak} for name, peak in peaks.items()}
-        elif part == "ranks":
-            entries = ranks_in_own_processes(turns)
+            results[part] = sweep(turns // 2)
         else:
-            candidates = from_logits() if part == "loss" else from_hidden()
-            entries = take_turns(candidates, make_inputs(*SIZES[part], DEVICE, with_logits=part == "loss"), turns)
-        print_table(part, entries, "peak_bytes" if part == "memory" else "seconds")
-        results[part] = {"sizes": SIZES[part], "candidates": entries}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+            entries: dict[str, Any]
+            if part == "memory":
+                (peaks,) = peaks_in_own_process([SIZES[part]], list(from_hidden()))
+                entries = with_ratios({name: {key: peak} for name, peak in peaks.items()}, key)
+            elif part == "ranks":
+                entries = ranks_in_own_processes(turns)
+            else:
+                candidates = from_logits() if part == "loss" else from_hidden()
+                entries = take_turns(candidates, make_inputs(*SIZES[part], DEVICE, with_logits=part == "loss"), turns)
+            print_table(part, entries, key)
+            results[part] = {"sizes": SIZES[part], "candidates": entries}
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

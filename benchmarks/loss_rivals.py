@@ -136,17 +136,23 @@ def plain(function: Callable[..., tuple[Tensor, ...]]) -> Candidate:
     )[0].backward()
 
 
-def liger_chunked(chunk_size: int = 1024) -> Candidate | None:
-    """Liger's chunked JSD at β = 1, the reverse KL, compiled; None where it is not installed. No token weights, no metrics."""
+def liger_chunked(chunk_size: int = 1024, *, exact: bool = False) -> Candidate | None:
+    """Liger's chunked JSD at β = 1, the reverse KL, compiled; None where it is not installed. No token weights, no metrics.
+
+    Its logits have the hidden states' type; ``exact`` gives it hidden states and weights in fp32, so that its logits are as exact as ours.
+    """
     try:
         from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
     except ImportError:
         return None
 
     def run(inputs: Inputs) -> None:
-        arguments: list[Any] = [inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids]
+        tensors: list[Any] = [inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight]
+        if exact:
+            tensors = [tensor.float() for tensor in tensors]
         # No biases, no hard loss, soft loss only, β = 1, no ignored target, temperature 1, compiled.
-        LigerFusedLinearJSDFunction.apply(*arguments, None, None, 0.0, 1.0, 1.0, -100, 1.0, True, chunk_size).backward()
+        options = (None, None, 0.0, 1.0, 1.0, -100, 1.0, True, chunk_size)
+        LigerFusedLinearJSDFunction.apply(*tensors, inputs.target_ids, *options).backward()
 
     return run
 

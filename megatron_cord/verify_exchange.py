@@ -27,11 +27,13 @@ from megatron_cord.convert.hf_directory import HFDirectoryWriter, plan_shards
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
+from megatron_cord.parallel import portability
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.rollout.exchange import Endpoint, ExchangeConfig, ExchangeReport, ModelWeights, ServerError, build_exchange
 from megatron_cord.rollout.exchange.sessions import differing
-from megatron_cord.rollout.exchange.trial import Outputs, StartedServer, outputs_of
+from megatron_cord.rollout.exchange.trial import Outputs, outputs_of
+from megatron_cord.rollout.sglang.server import ENVIRONMENT, ServerConfig, SglangServer, check_version
 
 _SHARD_BYTES = 5_000_000_000
 
@@ -43,11 +45,9 @@ class VerifyExchangeConfig:
     checkpoint: str  #: Hugging Face directory of the model
     servers: tuple[str, ...] = ()  #: running servers of that checkpoint, http://host:port; one is started if there are none
 
-    #: How a server is started; {checkpoint}, {port} and {dtype} are filled in.
-    command: str = (
-        ".venv-sglang/bin/python -m sglang.launch_server --model-path {checkpoint} --host 127.0.0.1 --port {port} --dtype {dtype}"
-    )
     api_key: str = field(default="", metadata={"secret": True})  #: of the running servers
+    server_device: Literal["auto", "cpu", "cuda"] = "auto"  #: of the servers that are started; auto: cuda where there is one
+    python: Path = Path(ENVIRONMENT) / "bin" / "python"  #: the interpreter that SGLang is installed for
     start_seconds: float = 600.0  #: how long a server may take to start
     ways: tuple[Literal["process_group", "shared_memory", "disk"], ...] = ("process_group", "shared_memory", "disk")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  #: of the trainer's weights and the servers'
@@ -105,13 +105,14 @@ def run_checks(config: VerifyExchangeConfig, layout: Layout, work: Path) -> list
         problem = None
         if layout.is_main:
             try:
-                started = [StartedServer(config.command, export, config.dtype, work / "fresh.log")]
-                stack.enter_context(started[0])
+                check_version(config.python)
+                started = [_start(config, export, work / "fresh.log", stack)]
                 if not config.servers:
-                    started.append(StartedServer(config.command, Path(config.checkpoint), config.dtype, work / "server.log"))
-                    stack.enter_context(started[1])
-                fresh, *own = [server.wait(config.start_seconds) for server in started]
-                servers = own or [Endpoint(url, config.api_key) for url in config.servers]
+                    started.append(_start(config, Path(config.checkpoint), work / "server.log", stack))
+                for server in started:
+                    server.wait()
+                fresh = started[0].endpoint
+                servers = [server.endpoint for server in started[1:]] or [Endpoint(url, config.api_key) for url in config.servers]
             except CordError as error:
                 problem = str(error)
         if problem := broadcast_json(problem):
@@ -119,6 +120,20 @@ def run_checks(config: VerifyExchangeConfig, layout: Layout, work: Path) -> list
         for number, way in enumerate(config.ways, start=1):
             checks += _check(config, way, number, source, servers, fresh, dtype)
     return checks
+
+
+def _start(config: VerifyExchangeConfig, checkpoint: Path, log: Path, stack: ExitStack) -> SglangServer:
+    """A server on this machine, ended with the stack."""
+    device: Literal["cpu", "cuda"] = "cuda" if portability.has_cuda() else "cpu"
+    if config.server_device != "auto":
+        device = config.server_device
+    settings = ServerConfig(
+        checkpoint.resolve(), device=device, dtype=config.dtype, python=config.python, start_timeout=config.start_seconds, seeded=False
+    )
+    server = SglangServer(settings, "", log)
+    stack.callback(server.stop)
+    server.start()
+    return server
 
 
 def _check(

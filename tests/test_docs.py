@@ -19,6 +19,7 @@ from types import ModuleType
 
 import pytest
 
+from megatron_cord.compare.plan import CompareConfig
 from megatron_cord.config import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.trainer.config import RunConfig
@@ -40,8 +41,12 @@ QUICKSTART = ROOT / "examples" / "quickstart" / "quickstart.yaml"
 #: programs whose settings are a run's
 TRAINING = ("megatron_cord.train", "megatron_cord.evaluate", "examples.quickstart.run", "tools/plan.py")
 #: those of `megatron_cord.verify`, by subject
-CHECKS = {"loss": VerifyLossConfig, "layout": VerifyLayoutConfig, "exchange": VerifyExchangeConfig}
-KEYS = {key.name for section in sections() for key in section.keys} | {section.name for section in sections() if section.name}
+CHECKS: dict[str, type] = {"loss": VerifyLossConfig, "layout": VerifyLayoutConfig, "exchange": VerifyExchangeConfig}
+#: of a run's configuration, and the sections around them; NAME is the user's choice
+KEYS = {
+    ".".join(parts[:depth]) for s in sections() for key in s.keys for parts in [key.name.split(".")] for depth in range(1, len(parts) + 1)
+}
+KEY = re.compile("|".join(re.escape(key).replace("NAME", r"\w+") for key in KEYS))
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,8 @@ def programs(line: str) -> list[Program]:
     """The project's programs that a line of code starts with Python, in their order."""
     words = re.sub(r"(?<!\S)\[([^\]]*)\](?!\S)", r"\1", line).split()  # [what may be left out]
     found: list[list[str]] = []
-    if not words or not re.fullmatch(r"(?:\S*/)?(?:python3?|torchrun)", words[0]):
-        return []
+    if not words or not re.fullmatch(r"(?:\S*/)?(?:python3?|torchrun)", words[0]) or words[1:3] == ["-m", "pytest"]:
+        return []  # what pytest is given are files, whose names are looked at like others
     for before, word in pairwise(words):
         if before == "-m" or SCRIPT.fullmatch(word):
             found.append([word])
@@ -170,11 +175,13 @@ def check_program(program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     options = {word.partition("=")[0] for word in program.arguments if word.startswith("-")}
     assert options <= set(re.findall(r"(?<![\w-])--?[\w-]+", said))
     settings = [word for word in program.arguments if SETTING.fullmatch(word) and word not in EXAMPLES]
+    other: type | None = CompareConfig if program.name == "tools/compare.py" else None
+    if program.name == "megatron_cord.verify":
+        other = CHECKS.get(program.arguments[0])
     if program.name in TRAINING:
         load_config(RunConfig, QUICKSTART, settings)
-    elif program.name == "megatron_cord.verify" and program.arguments[0] in CHECKS:
-        required = [f"{field.name}=x" for field in dataclasses.fields(CHECKS[program.arguments[0]]) if is_required(field)]
-        load_config(CHECKS[program.arguments[0]], None, required + settings)
+    elif other is not None:
+        load_config(other, None, [f"{field.name}=x" for field in dataclasses.fields(other) if is_required(field)] + settings)
 
 
 def is_required(field: dataclasses.Field[object]) -> bool:
@@ -186,7 +193,7 @@ def check_keys(line: str) -> None:
         section, _, rest = word.partition(".")
         # Some sections bear the names of rooms, whose modules and functions may be named without the package.
         if section in {field.name for field in dataclasses.fields(RunConfig)} and not is_member(f"megatron_cord.{section}", rest):
-            assert word in KEYS or word.endswith((".py", ".jsonl", ".json", ".yaml", ".md")), word
+            assert KEY.fullmatch(word) or word.endswith((".py", ".jsonl", ".json", ".yaml", ".md")), word
 
 
 def is_member(package: str, rest: str) -> bool:
@@ -245,7 +252,7 @@ def test_wrong_names_are_caught(line: str) -> None:
         "python -m megatron_cord.train --config CONFIG.yaml train.step=4", "python -m megatron_cord.train --config CONFIG.yaml seeds=1",
         "python -m megatron_cord.evaluate --config CONFIG.yaml model.freeze=[encoder]", "python tools/plan.py --config CONFIG.yaml [paralel.tp=2]",
         "python -m megatron_cord.launch --nproc-per-nod 2 -m megatron_cord.verify loss", "python -m megatron_cord.verify layout train.pack=packed",
-        "python -m megatron_cord.verify layouts",
+        "python -m megatron_cord.verify layouts", "python tools/compare.py train=CONFIG.yaml job=2",
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_caught(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -298,6 +298,14 @@ def test_losses_that_are_no_numbers_stop_the_run(inputs: Path, tmp_path: Path, c
     assert (tmp_path / "run" / "rollouts" / "step_000002.parquet").is_file()
 
 
+def test_a_step_that_trains_on_nothing_measures_nothing(inputs: Path, tmp_path: Path) -> None:
+    """Catches an entropy or a length of zero, which would look like a collapse, where no group had a signal."""
+    run = alone(inputs, tmp_path / "run", "objective.divergence=none", "reward.terms.agreement=0", "reward.terms.format=1", "train.steps=1")
+    (line,) = metrics(run)
+    assert line["groups_without_signal"] == line["groups"], "the test's own data must give no group a signal"
+    assert line["entropy"] is line["kl"] is line["response_tokens"] is None and line["repetition"] == 0 and not line["skipped"]
+
+
 def test_an_update_that_is_too_large_is_survived(inputs: Path, tmp_path: Path) -> None:
     """Catches checkpoints of weights without a finite loss that push out the last good one."""
     good = alone(inputs, tmp_path / "run", "train.steps=2", "checkpoint.interval=1")

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from megatron_cord import verify_loss
-from megatron_cord.verify_loss import Check, print_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,20 +17,44 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
 
 
-def test_two_ranks_pass() -> None:
-    """Catches a check that cannot pass where the tests do: bfloat16, two ranks, a vocabulary that needs padding."""
-    done = run("megatron_cord.launch", "--nproc-per-node", "2", "-m", "megatron_cord.verify", "loss", "tp=2", "dtype=bfloat16", "tokens=24")
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_pass(ranks: int) -> None:
+    """Catches a check that cannot pass where the tests do: bfloat16, several ranks, a vocabulary that needs padding."""
+    options = (f"tp={ranks}", "dtype=bfloat16", "tokens=24")
+    done = run("megatron_cord.launch", "--nproc-per-node", str(ranks), "-m", "megatron_cord.verify", "loss", *options)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "bfloat16, TP=2" in done.stdout and "all 16 checks passed" in done.stdout
+    assert f"bfloat16, TP={ranks}" in done.stdout and "all 16 checks passed" in done.stdout
 
 
-def test_a_wrong_loss_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a check that passes whatever it sees: the limits made impossible, the status must be 1."""
+def test_ranks_that_do_not_fit_are_refused() -> None:
+    """Catches a layout of ranks that were not started, and limits so wide that nothing could fail."""
     done = run("megatron_cord.verify", "loss", "tp=2")
     assert done.returncode == 2 and "1 ranks cannot be laid out" in done.stderr
-    for dtype in verify_loss.TOLERANCES:
-        value, gradient = verify_loss.TOLERANCES[dtype]
+    for value, gradient in verify_loss.TOLERANCES.values():
         assert 0 < value < 1e-2 and 0 < gradient <= 1e-2
-    print_table([Check("one", 1e-9, 1e-9, 1e-9, True), Check("other", 1e-9, 0.5, 1e-9, False)], "loss")
-    printed = capsys.readouterr().out
-    assert "FAIL" in printed and "1 of 2 checks failed" in printed
+
+
+#: The command, with hidden gradients of one kind that are two percent too large.
+WRONG = """
+import sys
+from megatron_cord import cli, verify, verify_loss
+right = verify_loss.divergence_from_hidden
+def wrong(hidden, *arguments, **options):
+    if options["kind"] == "forward_kl":
+        hidden.register_hook(lambda gradient: 1.02 * gradient)
+    return right(hidden, *arguments, **options)
+verify_loss.divergence_from_hidden = wrong
+sys.argv[0] = "verify"
+cli.run(verify.main)
+"""
+
+
+def test_a_wrong_loss_fails() -> None:
+    """Catches a check that passes whatever it sees: a wrong gradient must be found, printed, and make the status 1."""
+    options = ("tokens=8", "hidden=32", "vocabulary=300", "dtype=float64")
+    command = [sys.executable, "-c", WRONG, "loss", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "3 of 16 checks failed" in done.stdout
+    failed = [line.split(",")[0] for line in done.stdout.splitlines() if "FAIL" in line]
+    assert failed == ["forward_kl"] * 3

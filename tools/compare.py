@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,22 @@ def _told(outcome: Outcome, seconds: float) -> str:
     return f"audio accuracy {before:.1%} → {after:.1%}, {gap}, {'was there' if outcome.found else f'{seconds:.0f} s'}"
 
 
-def write(result: dict[str, Any], path: Path, chart: Path) -> None:
-    """The outcome as JSON, Markdown and drawings; each text is complete or as it was."""
+def write(result: dict[str, Any], config: CompareConfig) -> None:
+    """The outcome as JSON, Markdown and drawings, and in a page of the user's; each text is complete or as it was."""
+    path, chart = config.results_path, config.chart_path
+    texts = {
+        path.with_name(f"{path.name}.json"): json.dumps(result, indent=1) + "\n",
+        path.with_name(f"{path.name}.md"): tables.page(result),
+    }
+    if config.page:
+        page = Path(config.page)
+        link = Path(os.path.relpath(f"{chart}.svg", page.parent)).as_posix()
+        texts[page] = tables.insert(page.read_text(encoding="utf-8"), path.name, result, link)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".json", json.dumps(result, indent=1) + "\n"), (".md", tables.page(result))):
-        partial = path.with_name(f".{path.name}{suffix}.partial")
+    for target, text in texts.items():
+        partial = target.with_name(f".{target.name}.partial")
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path.with_name(path.name + suffix))
+        os.replace(partial, target)
     draw(result, [chart.with_name(chart.name + suffix) for suffix in (".svg", ".png")])
 
 
@@ -82,12 +92,18 @@ def main() -> int:
     arguments = cli.parse_args(__doc__.splitlines()[0], config_required=False)
     config = load_config(CompareConfig, arguments.config, arguments.overrides)
     runs = plan_runs(config)
+    if config.page:
+        tables.around(
+            Path(config.page).read_text(encoding="utf-8"), config.results_path.name
+        )  # refuse now what would be refused at the end
     console = Console()
     listener = Terminal(console, len(runs))
     with listener.bar, Runner(config, runs, listener) as runner:
         outcomes = runner.run()
+    if runner.stopped:  # half a comparison does not replace a whole one
+        config = replace(config, results="", chart="", page="")
     result = gather(config, outcomes)
-    write(result, config.results_path, config.chart_path)
+    write(result, config)
     print(tables.page(result))
     print(f"written: {config.results_path}.json and .md, {config.chart_path}.svg and .png")
     if runner.stopped:

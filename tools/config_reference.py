@@ -54,7 +54,8 @@ def sections(cls: type = RunConfig, name: str = "") -> Iterator[Section]:
         path, hint = f"{name}.{field.name}".lstrip("."), hints[field.name]
         nested = next((member for member in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(member)), None)
         if nested is not None:
-            inner.append((typing.cast(type, nested), path))
+            # A map of sections has names that the user chooses.
+            inner.append((typing.cast(type, nested), f"{path}.NAME" if typing.get_origin(hint) is dict else path))
         else:
             keys.append(Key(path, describe_type(hint), _default(field), texts.get(field.name, "")))
     yield Section(name, (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " "), keys)

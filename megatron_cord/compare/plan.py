@@ -20,7 +20,8 @@ class CompareConfig:
     output_dir: str  #: runs go to METHOD/seed-S in it
     results: str = ""  #: where the outcome goes, a path to which .json and .md are added; empty: comparison in output_dir
     chart: str = ""  #: where its drawing goes, a path to which .svg and .png are added; empty: beside the results
-    title: str = "Comparison"  #: of the page
+    page: str = ""  #: a Markdown file in which the tables replace what stands between <!-- NAME --> and <!-- /NAME -->, NAME being that of `results`
+    title: str = "Comparison"  #: of the results
     methods: tuple[str, ...] = COMPARED  #: names of compare/methods.py or of `own`, in the order in which they run and are shown
     own: dict[str, tuple[str, ...]] = field(default_factory=dict)  #: methods of yours: name → settings on top of CORD's
     seeds: tuple[int, ...] = (0, 1, 2)  #: of data order, sampling and everything else that is drawn

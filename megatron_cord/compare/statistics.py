@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import comb, sqrt
+from math import sqrt
 from statistics import fmean, stdev
+
+import numpy as np
+
+from megatron_cord.evaluation.statistics import mcnemar
 
 # Two-sided 95 % quantiles of Student's t for 1 to 9 degrees of freedom; beyond, the expansion below is good to 1e-3.
 _QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
@@ -54,12 +58,9 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
 
 
 def sign_test(pairs: Sequence[tuple[bool, bool]]) -> SignTest:
-    """Exact, over pairs (first is right, second is right); equal pairs count for nothing."""
-    first = sum(a and not b for a, b in pairs)
-    second = sum(b and not a for a, b in pairs)
-    n = first + second
-    tail = sum(comb(n, k) for k in range(min(first, second) + 1))
-    return SignTest(first, second, min(1.0, 2 * tail / 2**n))
+    """Over pairs (first is right, second is right); equal pairs count for nothing."""
+    first, second = np.array(pairs, dtype=bool).reshape(-1, 2).T
+    return SignTest(int(np.sum(first & ~second)), int(np.sum(second & ~first)), mcnemar(first, second))
 
 
 def student_quantile(degrees: int) -> float:

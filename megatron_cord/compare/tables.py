@@ -2,23 +2,59 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from megatron_cord.compare.methods import ablation
+from megatron_cord.errors import CordError
 
 
 def page(result: dict[str, Any]) -> str:
     """All of it, from what ``results.gather`` gives."""
-    parts = [f"# {result['title']}", budget(result), main_table(result)]
-    if table := ablation_table(result):
-        parts.append("What each part of CORD contributes:\n\n" + table)
-    if failed := failures(result):
-        parts.append("\n".join(failed))
+    parts = [f"# {result['title']}", section(result)]
     parts.append(
         "Means over the seeds; in brackets 95 % intervals (Student's t over seeds). The difference is paired by seed. Of the questions of all "
         "seeds, so many were answered rightly by one of the two models alone; p is the exact sign test's."
     )
     return "\n\n".join(parts) + "\n"
+
+
+def section(result: dict[str, Any]) -> str:
+    """The budget, the tables, and the runs that failed."""
+    parts = [budget(result), main_table(result)]
+    if table := ablation_table(result):
+        parts.append("What each part of CORD contributes:\n\n" + table)
+    if failed := failures(result):
+        parts.append("\n".join(failed))
+    return "\n\n".join(parts)
+
+
+def around(text: str, name: str) -> tuple[str, str]:
+    """What stands before and after the place for tables in a page, its marks ``<!-- name -->`` and ``<!-- /name -->`` included.
+
+    Raises:
+        CordError: the text does not have these marks, once and in this order.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise CordError(f"page: it needs the lines {begin} and {end}, once each and in this order, to put the tables between them")
+    return text.partition(begin)[0] + begin, end + text.partition(end)[2]
+
+
+def insert(text: str, name: str, result: dict[str, Any], chart: str) -> str:
+    """A page's text with the section of this result in its place, and the drawing under it.
+
+    Args:
+        text: of the page.
+        name: of the place.
+        result: what ``results.gather`` gives.
+        chart: the drawing's path as the page links it.
+
+    Raises:
+        CordError: as ``around``.
+    """
+    before, after = around(text, name)
+    return f"{before}\n\n{section(result)}\n\n![{result['title']}: the share of the gap that each method closed]({chart})\n\n{after}"
 
 
 def budget(result: dict[str, Any]) -> str:
@@ -27,8 +63,8 @@ def budget(result: dict[str, Any]) -> str:
     if not given:
         return "Nothing has run yet."
     return (
-        f"{given['steps']} steps of {given['prompts']} prompts, answers of at most {given['max_new_tokens']} tokens, seeds "
-        f"{', '.join(map(str, seeds))}, on {result['machine']['cores']} cores of {result['machine']['processor']}."
+        f"{given['steps']} steps of {given['prompts']} prompts, answers of at most {given['max_new_tokens']} tokens, "
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}, on {result['machine']['cores']} cores of {result['machine']['processor']}."
     )
 
 
@@ -106,4 +142,4 @@ def _split(test: dict[str, Any] | None) -> str:
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines)
+    return "\n".join(re.sub(r"  +", " ", f"| {' | '.join(cells)} |") for cells in lines)

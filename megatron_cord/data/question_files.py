@@ -15,6 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+
 from megatron_cord.errors import CordError
 
 _ID = re.compile(r"[A-Za-z0-9_+-]{1,120}")
@@ -167,12 +171,6 @@ def _json_array(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
 
 
 def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError:
-        raise CordError(f"{path} needs the package pyarrow; pip install megatron_cord[speech]") from None
     files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in {".parquet", ".arrow"})
     if not files:
         raise CordError(f"{path} holds no .parquet or .arrow file; give the directory of one split")

@@ -7,13 +7,11 @@ Shapes: N tokens, C tokens of a chunk, V vocabulary, H hidden, TP ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_cord.losses.products import LOW_PRECISION, add_product, operand_dtype
+from megatron_cord.losses.products import LOW_PRECISION, add_product, operand_dtype, write_product
 from megatron_cord.losses.shard import VocabularyShard
 
 
@@ -64,26 +62,32 @@ class WeightGradient:
 
     Megatron's DistributedDataParallel gives a parameter an fp32 ``main_grad``. Where there is one the sum goes straight into it, as
     Megatron's own fused layers do: ``grad_added_to_main_grad`` says so, and autograd gets zeros without memory, to which a tied embedding's
-    gradient may be added. With ``span_by_span`` the caller adds each span once, with ``add_span``, and the whole is in the weight's type.
+    gradient may be added. A caller that has all tokens of a span at once says how many rows he will ``write`` so, each once; then the sum is
+    inside the product, and no memory but the result's is needed.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, *, span_by_span: bool = False) -> None:
-        self._weight, self._dtype = weight, dtype
+    def __init__(self, weight: Tensor, dtype: torch.dtype, *, written: int | None = None) -> None:
+        self._weight = weight
         main_grad = getattr(weight, "main_grad", None)
         self._in_place = main_grad is not None and main_grad.dtype == dtype and hasattr(weight, "grad_added_to_main_grad")
-        own = weight.dtype if span_by_span else dtype
-        self.total: Tensor = main_grad if self._in_place else torch.zeros(weight.shape, dtype=own, device=weight.device)  # type: ignore[assignment]
+        if self._in_place:
+            self.total: Tensor = main_grad  # type: ignore[assignment]
+        elif written is None:
+            self.total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        else:
+            self.total = torch.empty_like(weight)
+            self.total[written:] = 0.0  # padding
 
     def add(self, span: slice, logits_gradient: Tensor, hidden: Tensor) -> None:
         """Adds logits_gradient [C, columns]ᵀ · hidden [C, H] to the rows of the span."""
         add_product(self.total[span], logits_gradient.T, hidden)
 
-    def add_span(self, span: slice, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Adds all tokens' part of the span's rows, given as pairs as in ``add``: the sum is in fp32, and no more than the span is."""
-        sum_of_parts = torch.zeros(span.stop - span.start, self.total.shape[1], dtype=self._dtype, device=self.total.device)
-        for logits_gradient, hidden in parts:
-            add_product(sum_of_parts, logits_gradient.T, hidden)
-        self.total[span] += sum_of_parts
+    def write(self, span: slice, logits_gradient: Tensor, hidden: Tensor) -> None:
+        """The span's rows from all tokens, logits_gradient [N, columns]ᵀ · hidden [N, H]; beside what ``main_grad`` has already."""
+        if self._in_place:
+            self.add(span, logits_gradient, hidden)
+        else:
+            write_product(self.total[span], logits_gradient.T, hidden)
 
     def add_scaled(self, total: Tensor, scale: Tensor) -> None:
         """Adds a finished sum [V/TP, H] times a scalar."""

@@ -23,9 +23,8 @@ from megatron_cord.losses.backends import weights_of
 from megatron_cord.losses.chunks import totals_in_turn
 from megatron_cord.losses.gradients import HiddenGradient, WeightGradient, fresh_gradient_dtype, gradient_dtype
 from megatron_cord.losses.output_layer import OutputLayers
-from megatron_cord.losses.products import operand_dtype
 from megatron_cord.losses.recompute import joined
-from megatron_cord.losses.shard import BLOCK_COLUMNS, VocabularyShard
+from megatron_cord.losses.shard import VocabularyShard
 from megatron_cord.losses.statistics import Totals
 from megatron_cord.losses.two_pass_kinds import NO_TEACHER
 
@@ -45,45 +44,49 @@ class Late(torch.autograd.Function):
         chunks: list[slice],
     ) -> tuple[Tensor, ...]:
         layers = OutputLayers(student_hidden, student_weight, teacher_hidden, teacher_weight, shard.dtype)
-        unweighted = torch.empty(
-            len(target_ids), shard.columns, dtype=gradient_dtype(student_hidden, shard.dtype), device=student_hidden.device
-        )
+        spans, dtype = shard.blocks(layers.block_columns), gradient_dtype(student_hidden, shard.dtype)
+        # By blocks of columns, each with all tokens: one product a block makes the weight's gradient.
+        unweighted = [student_hidden.new_empty(len(target_ids), span.stop - span.start, dtype=dtype) for span in spans]
         parts = []
         for rows, logits, totals in totals_in_turn(shard, layers, target_ids, chunks, keep=True):
             unit = totals.divergence.isfinite().to(shard.dtype)  # an infinite divergence has no gradient to keep
-            shard.gradient(logits, target_ids[rows], totals, (unit, None, None), unweighted[rows])
+            for span, kept in zip(spans, unweighted, strict=True):
+                shard.block_gradient(span, *logits.block(span), target_ids[rows], totals, (unit, None, None), kept[rows])
             parts.append(totals)
         totals = joined(parts)
         ctx.shard, ctx.chunks = shard, chunks
-        ctx.save_for_backward(student_hidden, student_weight, target_ids, unweighted, *totals)
+        ctx.save_for_backward(student_hidden, student_weight, target_ids, *totals, *unweighted)
         return declare_outputs(ctx, totals)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        student_hidden, student_weight, target_ids, unweighted, *saved = ctx.saved_tensors
+        student_hidden, student_weight, target_ids, *saved = ctx.saved_tensors
         shard: VocabularyShard = ctx.shard
-        totals = Totals(*saved)
+        fields = len(Totals._fields)
+        totals, unweighted = Totals(*saved[:fields]), saved[fields:]
         weights = arrived(output_gradients)
         hidden_gradient = HiddenGradient(student_hidden, shard) if ctx.needs_input_grad[0] else None
         by_divergence = torch.zeros_like(totals.divergence) if weights[0] is None else weights[0]
         # Never a silent 0 for an infinite divergence.
         by_divergence = torch.where(totals.divergence.isfinite() | (by_divergence == 0), by_divergence, torch.nan)
         alone = weights[1] is None and weights[2] is None
-        weight_gradient = WeightGradient(student_weight, shard.dtype, span_by_span=alone) if ctx.needs_input_grad[1] else None
+        written = shard.columns if alone else None
+        weight_gradient = WeightGradient(student_weight, shard.dtype, written=written) if ctx.needs_input_grad[1] else None
+        layers = OutputLayers(student_hidden, student_weight, None, None, shard.dtype)
+        spans = shard.blocks(layers.block_columns)
         if alone:
-            _multiply(shard, ctx.chunks, student_hidden, student_weight, unweighted, by_divergence, hidden_gradient, weight_gradient)
+            _multiply(shard, ctx.chunks, spans, student_hidden, student_weight, unweighted, by_divergence, hidden_gradient, weight_gradient)
         else:
             others = replace(shard, kind=NO_TEACHER)
-            layers = OutputLayers(student_hidden, student_weight, None, None, shard.dtype)
             dtype = fresh_gradient_dtype(student_hidden, shard.dtype)
             for rows in ctx.chunks:
                 logits, hidden = layers.chunk(rows), student_hidden[rows]
-                for span in shard.blocks(logits.block_columns):
+                for span, kept in zip(spans, unweighted, strict=True):
                     terms = layers.scratch.take("gradient", len(hidden), span.stop - span.start, shard.dtype, hidden.device)
                     chunk_totals, chunk_weights = Totals(*rows_of(totals, rows)), weights_of((None, *weights[1:]), rows)
                     others.block_gradient(span, *logits.block(span), target_ids[rows], chunk_totals, chunk_weights, terms)
-                    gradient = terms.addcmul_(unweighted[rows, span].to(shard.dtype), by_divergence[rows, None]).to(dtype)
+                    gradient = terms.addcmul_(kept[rows].to(shard.dtype), by_divergence[rows, None]).to(dtype)
                     if hidden_gradient is not None:
                         hidden_gradient.add(rows, gradient, student_weight[span])
                     if weight_gradient is not None:
@@ -100,9 +103,10 @@ class Late(torch.autograd.Function):
 def _multiply(
     shard: VocabularyShard,
     chunks: list[slice],
+    spans: list[slice],
     student_hidden: Tensor,
     student_weight: Tensor,
-    unweighted: Tensor,
+    unweighted: list[Tensor],
     by_divergence: Tensor,
     hidden_gradient: HiddenGradient | None,
     weight_gradient: WeightGradient | None,
@@ -110,12 +114,11 @@ def _multiply(
     """dH = diag(w)(g W), of which the sum over ranks goes on while dW = gᵀ (diag(w) h) is formed."""
     if hidden_gradient is not None:
         for rows in chunks:
-            for span in shard.blocks(BLOCK_COLUMNS):
-                hidden_gradient.add(rows, unweighted[rows, span], student_weight[span])
+            for span, kept in zip(spans, unweighted, strict=True):
+                hidden_gradient.add(rows, kept[rows], student_weight[span])
             hidden_gradient.total[rows] *= by_divergence[rows, None]
             hidden_gradient.reduce(rows)
     if weight_gradient is not None:
-        dtype = operand_dtype(unweighted.dtype, unweighted.device)
-        weighted = [(student_hidden[rows] * by_divergence[rows, None]).to(dtype) for rows in chunks]
-        for span in shard.blocks(BLOCK_COLUMNS):
-            weight_gradient.add_span(span, ((unweighted[rows, span], hidden) for rows, hidden in zip(chunks, weighted, strict=True)))
+        weighted = (student_hidden * by_divergence[:, None]).to(fresh_gradient_dtype(student_hidden, shard.dtype))
+        for span, kept in zip(spans, unweighted, strict=True):
+            weight_gradient.write(span, kept, weighted)

@@ -45,6 +45,11 @@ class OutputLayers:
         return HiddenLogits(self, rows)
 
     @property
+    def block_columns(self) -> int:
+        """Columns to form at a time."""
+        return shards.BLOCK_COLUMNS.get(self.student_hidden.device.type, shards.BLOCK_COLUMNS["cpu"])
+
+    @property
     def one_weight(self) -> bool:
         """Whether student and teacher share their output weight, so that one product serves both."""
         student, teacher = self.student_weight, self.teacher_weight
@@ -64,7 +69,7 @@ class HiddenLogits:
 
     @property
     def block_columns(self) -> int:
-        return shards.BLOCK_COLUMNS
+        return self._layers.block_columns
 
     def block(self, span: slice, keep_as: Hashable = None) -> tuple[Tensor, Tensor]:
         """Args: keep_as: names the block, which then lives until one of the same name is asked for."""

@@ -3,8 +3,7 @@
 Logits rounded to bfloat16 spoil small divergences, so ``product`` never rounds below fp32. There are three ways to that:
 
 - *native*, on CUDA: the GEMM itself writes its fp32 sums.
-- *split*, on a CPU that multiplies bfloat16 in hardware but whose library rounds the result: two such products, the second one of what the
-  first one's rounding lost, hi = bf16(h Wᵀ), lo = bf16(h Wᵀ − hi), z = hi + lo. The sum inside is fp32, so z is good to 2⁻¹⁷ of the largest logit.
+- *brgemm*, bfloat16 on a CPU that multiplies it in hardware: the same, where a C++ compiler is at hand to reach it.
 - *upcast*, anywhere else: operands become fp32, a block at a time. On a CPU without bfloat16 in hardware its products are slower than fp32's.
 
 ``add_product`` is for gradients, whose operands may be rounded: every sum over many rounded terms averages the rounding out.
@@ -18,6 +17,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from megatron_cord.losses.brgemm import bfloat16_product
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -37,16 +38,9 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None 
     if left.dtype in LOW_PRECISION and dtype == torch.float32:
         if left.is_cuda:
             return torch.mm(left, right.T, out_dtype=torch.float32, out=out)
-        if left.dtype == torch.bfloat16 and multiplies_bfloat16():
-            return split_product(left, right, out)
+        if left.dtype == torch.bfloat16 and multiplies_bfloat16() and left.shape[1] % 2 == 0 and (way := bfloat16_product()):
+            return way(left.contiguous(), right.contiguous(), out)
     return torch.mm(left.to(dtype), right.to(dtype).T, out=out)
-
-
-def split_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """``product`` of bfloat16 operands in two bfloat16 products, into ``out`` [C, K] of fp32."""
-    high = left @ right.T
-    out.copy_(high)
-    return out.add_(torch.addmm(high, left, right.T, beta=-1))
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -59,6 +53,18 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += torch.mm(left, right, out_dtype=total.dtype)
     else:
         total += left @ right
+
+
+def write_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out = left · right, summed in fp32 at least and rounded once to ``out``'s type; operands as in ``add_product``."""
+    kind = operand_dtype(left.dtype, left.device)
+    left, right = left.to(kind), right.to(kind)
+    if kind == out.dtype:
+        torch.mm(left, right, out=out)
+    elif left.is_cuda and kind in LOW_PRECISION:
+        out.copy_(torch.mm(left, right, out_dtype=torch.float32))
+    else:
+        out.copy_(left @ right)
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -25,8 +25,9 @@ from megatron_cord.losses.statistics import (
     totals_from_statistics,
 )
 
-#: Columns of a block. Where logits are a product, a block bounds what exists at a time; where they exist already, few blocks mean few calls.
-BLOCK_COLUMNS = 2**13
+#: Columns of a block. Where logits are a product, a block bounds what exists at a time (on a CPU it should stay in the cache, on CUDA fill the
+#: device); where they exist already, few blocks mean few calls.
+BLOCK_COLUMNS = {"cpu": 2**12, "cuda": 2**13}
 STORED_BLOCK_COLUMNS = 2**15
 
 

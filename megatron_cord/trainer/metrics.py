@@ -111,7 +111,8 @@ class MetricsLog:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         self._track(step, {k: v for k, v in row.items() if k != "step" and v is not None and not isinstance(v, bool)})
-        note = f"loss {metrics['loss']:.4f}  kl {metrics['kl']:.4f}" + (f"  reward {metrics['reward']:.2f}" if "reward" in metrics else "")
+        digits = {"loss": 4, "kl": 4, "reward": 2}
+        note = "  ".join(f"{name} {metrics[name]:.{n}f}" for name, n in digits.items() if name in metrics and not math.isnan(metrics[name]))
         self._bar.update(self._task, completed=step, note=note)
         if not self._console.is_terminal:
             self._line(step, note)

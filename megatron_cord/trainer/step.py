@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -218,11 +219,12 @@ class TrainStep:
         dist.all_reduce(sums)
         token, sequence, entropy_sum, tokens = sums.tolist()
         kl = [value for record in records if record.kl is not None for value in record.kl]
+        unknown = math.nan  # where nothing was trained on, there is no mean: a zero would look like a collapse
         return {
             "loss": token + sequence,
             "loss_token": token,
             "loss_sequence": sequence,
-            "entropy": entropy_sum / max(tokens, 1),
-            "kl": sum(kl) / max(len(kl), 1),
-            "response_tokens": sum(len(s.rollout.token_ids) for s in sequences) / max(len(sequences), 1),
+            "entropy": entropy_sum / tokens if tokens else unknown,
+            "kl": sum(kl) / len(kl) if kl else unknown,
+            "response_tokens": sum(len(s.rollout.token_ids) for s in sequences) / len(sequences) if sequences else unknown,
         }

@@ -36,5 +36,5 @@ def test_differences_are_paired_by_seed() -> None:
 def test_sign_test() -> None:
     """Catches a one-sided p, and agreement that counts: 8 against 1 of 9 is 2 · 10 / 512, a tie is 1."""
     pairs = [(True, False)] * 8 + [(False, True)] + [(True, True)] * 50 + [(False, False)] * 3
-    assert sign_test(pairs) == SignTest(8, 1, 20 / 512)
+    assert sign_test(pairs) == SignTest(8, 1, pytest.approx(20 / 512))  # type: ignore[arg-type]
     assert sign_test([(True, False), (False, True)]).p == 1.0 and sign_test([]) == SignTest(0, 0, 1.0)

@@ -14,7 +14,8 @@ from megatron_cord.compare.chart import draw
 from megatron_cord.compare.plan import CompareConfig, PlannedRun, plan_runs
 from megatron_cord.compare.results import gather
 from megatron_cord.compare.running import Outcome
-from megatron_cord.config import dump_config
+from megatron_cord.config import dump_config, load_config
+from megatron_cord.errors import CordError
 from megatron_cord.trainer.evaluation import summarize
 
 ROOT = Path(__file__).parents[2]
@@ -91,11 +92,34 @@ def test_the_chart(result: dict[str, Any], tmp_path: Path) -> None:
     assert all(result["methods"][name]["title"] in words for name in AFTER)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("compare-*.json")), ids=lambda path: path.stem)
-def test_the_documentation_shows_the_committed_results(path: Path) -> None:
+def test_tables_go_into_a_page(result: dict[str, Any]) -> None:
+    """Catches tables that swallow what stands around them, that pile up, or that go nowhere without a word."""
+    page = "# Mine\n\n<!-- made-up -->\nold\n<!-- /made-up -->\n\nThe end.\n"
+    once = tables.insert(page, "made-up", result, "images/x.svg")
+    assert once.startswith("# Mine\n\n<!-- made-up -->\n\n5 steps of") and once.endswith("<!-- /made-up -->\n\nThe end.\n")
+    assert (
+        tables.main_table(result) in once
+        and "old" not in once
+        and "(images/x.svg)" in once
+        and tables.insert(once, "made-up", result, "images/x.svg") == once
+    )
+    for broken in ("", "<!-- made-up -->", "<!-- /made-up --> <!-- made-up -->", page + page):
+        with pytest.raises(CordError, match="needs the lines <!-- made-up --> and <!-- /made-up -->"):
+            tables.insert(broken, "made-up", result, "images/x.svg")
+
+
+@pytest.mark.parametrize("example", ["quickstart", "chains"])
+def test_the_documentation_shows_the_committed_results(example: str) -> None:
     """Catches figures in docs/results.md that no longer are those of the last comparison."""
-    result, docs = json.loads(path.read_text()), (ROOT / "docs" / "results.md").read_text()
-    for part in (tables.main_table(result), tables.ablation_table(result), tables.budget(result)):
-        assert part in docs, f"paste it into docs/results.md from {path.with_suffix('.md')}"
-    assert path.with_suffix(".md").read_text() == tables.page(result)
-    assert f"images/{path.stem}.svg" in docs and (ROOT / "docs" / "images" / f"{path.stem}.svg").is_file()
+    config = load_config(CompareConfig, ROOT / "examples" / example / "compare.yaml")
+    page = (ROOT / config.page).read_text(encoding="utf-8")
+    path = ROOT / f"{config.results}.json"
+    if path.is_file():
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert tables.insert(page, path.stem, result, f"images/{path.stem}.svg") == page, (
+            f"run tools/compare.py --config examples/{example}/compare.yaml again"
+        )
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == tables.page(result)
+        assert (ROOT / f"{config.chart}.svg").is_file()
+    else:
+        assert f"<!-- {path.stem} -->" in page and f"<!-- /{path.stem} -->" in page

@@ -1,11 +1,7 @@
-"""What is fuzzed: each target takes bytes as a user's file would bring them, and may raise nothing but CordError.
-
-`python tests/fuzz/targets.py NAME SECONDS` fuzzes one of them with atheris, guided by coverage (pip install atheris; it is no dependency).
-"""
+"""What is fuzzed: each target takes bytes as a user's file would bring them, and may raise nothing but CordError."""
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -109,18 +105,3 @@ def attempt(name: str, content: bytes) -> None:
     except CordError as error:
         # A setting's own name may have lines in it.
         assert str(error) and (name == "override" or "\n" not in str(error).strip()), f"{error!r} is no single line"
-
-
-def main() -> None:
-    """Fuzzes for so many seconds; libFuzzer prints what breaks it, and leaves with a status other than 0."""
-    import atheris
-
-    name, seconds = sys.argv[1], sys.argv[2]
-    atheris.instrument_all()
-    options = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=4096", "-max_len=4096", "-verbosity=0", "-print_final_stats=1"]
-    atheris.Setup([sys.argv[0], *options, *sys.argv[3:]], lambda content: attempt(name, content))
-    atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()

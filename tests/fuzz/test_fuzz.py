@@ -96,7 +96,7 @@ def test_guided_by_coverage(name: str, tmp_path: Path) -> None:
         pytest.skip("atheris is not installed")
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "seed").write_bytes(SEEDS[name])
-    command = [sys.executable, "tests/fuzz/targets.py", name, "20", f"-artifact_prefix={tmp_path}/", str(tmp_path / "corpus")]
+    command = [sys.executable, "tests/fuzz/guided.py", name, "20", f"-artifact_prefix={tmp_path}/", str(tmp_path / "corpus")]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600, check=False
     )

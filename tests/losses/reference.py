@@ -71,7 +71,8 @@ def reference_stats(
     elif kind == "forward_kl":
         divergence = _sum_of(log_q, log_q, log_p)
     elif kind == "jsd":
-        log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+        nowhere = (log_p == -torch.inf) & (log_q == -torch.inf)  # where autograd of the logarithm of a sum of zeros is NaN
+        log_m = torch.logaddexp(log_q.masked_fill(nowhere, 0.0) + math.log(beta), log_p.masked_fill(nowhere, 0.0) + math.log1p(-beta))
         divergence = beta * _sum_of(log_q, log_q, log_m) + (1 - beta) * _sum_of(log_p, log_p, log_m)
     else:
         divergence = _top_k(log_p, log_q, min(k, log_q.shape[1]))
@@ -112,7 +113,7 @@ def _top_k(log_p: Tensor, log_q: Tensor, k: int) -> Tensor:
     inside = log_q >= log_q.topk(k, dim=1).values[:, -1:]
     tail_p, tail_q = ((log_x.exp() * ~inside).sum(1) for log_x in (log_p, log_q))
     tail = torch.where(tail_p > 0, tail_p * (tail_p.log() - tail_q.log()), 0.0)
-    return (log_p.exp() * (log_p - log_q) * inside).sum(1) + tail
+    return _sum_of(log_p.masked_fill(~inside, -torch.inf), log_p, log_q) + tail
 
 
 def _sum_of(log_weight: Tensor, first: Tensor, second: Tensor) -> Tensor:

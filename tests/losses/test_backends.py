@@ -13,6 +13,9 @@ import torch
 
 from megatron_cord.errors import CordError
 from megatron_cord.losses import divergence_from_logits
+from megatron_cord.losses.backends import EagerBackend
+from megatron_cord.losses.shard import StoredLogits, VocabularyShard
+from megatron_cord.losses.two_pass_kinds import kind_named
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +37,20 @@ def test_triton_kernels_in_the_interpreter() -> None:
 def test_compiled_functions() -> None:
     """Catches a compiled function that differs from the eager one, and compilation that stays off where the process has disabled it."""
     run_check("compile", TORCHDYNAMO_DISABLE="1")
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd", "topk"])
+def test_a_gradient_may_overwrite_its_logits(kind: str) -> None:
+    """Catches a gradient that reads logits which it has already written over."""
+    student, teacher = torch.randn(2, 300, 200, generator=torch.Generator().manual_seed(0)).unbind(0)
+    rule, backend, target = kind_named(kind, beta=0.3, k=5), EagerBackend(), torch.arange(300) % 200
+    shard = VocabularyShard(rule, 0.7, 0, 200, torch.float32, None, backend)
+    totals = shard.totals(StoredLogits(student, teacher), target)
+    divergence, entropy, logprob = torch.randn(3, 300, generator=torch.Generator().manual_seed(1)).unbind(0)
+    outcomes = torch.empty_like(student), student.clone()
+    for out, logits in ((outcomes[0], student), (outcomes[1], outcomes[1])):
+        backend.gradient(logits, teacher, target, totals, rule, 0.7, (divergence, entropy, logprob), out)
+    assert torch.equal(*outcomes)
 
 
 def test_backends_that_cannot_run_are_named() -> None:

@@ -36,6 +36,7 @@ class Case:
     implementation: str = "recompute"
     only_kl: bool = False  #: the loss does not use entropy and log-probability
     sequence_parallel: bool = False
+    distance: float = 1.0  #: of the teacher; the divergence grows with its square
 
 
 KINDS = ("reverse_kl", "forward_kl", "jsd", "topk")
@@ -62,6 +63,8 @@ CASES = {
         for entry in ("logits", "hidden")
         for kind in ("reverse_kl", "forward_kl")
     },
+    # A true KL of 4e-4, where rounded logits would spoil the gradients.
+    **{f"hidden-{name}-bf16-small": Case("hidden", dtype=torch.bfloat16, implementation=name, distance=0.013) for name in IMPLEMENTATIONS},
     "logits-empty": Case("logits", num_tokens=0),
     "hidden-empty": Case("hidden", num_tokens=0),
 }
@@ -92,7 +95,8 @@ class Collectives(TorchDispatchMode):
 
 
 def case_inputs(case: Case) -> Inputs:
-    inputs = make_inputs(num_tokens=case.num_tokens, hidden=8, columns=COLUMNS, vocab_size=case.vocab_size, dtype=case.dtype)
+    sizes = {"num_tokens": case.num_tokens, "hidden": 8, "columns": COLUMNS, "vocab_size": case.vocab_size}
+    inputs = make_inputs(**sizes, dtype=case.dtype, distance=case.distance)
     if case.tied:
         inputs = replace(inputs, teacher_weight=inputs.student_weight)
     if case.only_kl:
@@ -157,7 +161,7 @@ def refusals(group: dist.ProcessGroup) -> list[str]:
 
 def all_cases(rank: int) -> dict[Any, Any]:
     """On each rank: {(case's name, TP): outcome}, and the refusals."""
-    shard.BLOCK_COLUMNS = shard.STORED_BLOCK_COLUMNS = 4  # several blocks, the last one narrower, even in the smallest shard
+    shard.BLOCK_COLUMNS, shard.STORED_BLOCK_COLUMNS = {"cpu": 4}, 4  # several blocks, the last one narrower, even in the smallest shard
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     groups = {1: None, 2: pairs[rank // 2], 4: dist.group.WORLD}
     results: dict[Any, Any] = {(name, size): run_case(case, group) for name, case in CASES.items() for size, group in groups.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cord.trainer.record import record_file
+from megatron_cord.rollout.record_file import read_rollouts, record_file
 from tests.sglang.conftest import Servers
 from tests.tiny_run import finish, make_samples, metrics, overrides, start, write_shards
 
@@ -45,6 +44,6 @@ def test_training_goes_on_without_a_server(schedule: str, servers: Servers, tmp_
     assert servers.supervisor.urls[0] in errors, "the loss of a server must be said"
     assert all(line["staleness_max"] <= (schedule == "async") for line in lines)
     for step in range(1, 7):
-        made = [json.loads(line) for line in record_file(output / "rollouts", step).read_text().splitlines()]
+        made = read_rollouts(record_file(output / "rollouts", step), ("role", "token_ids", "engine_logprobs")).to_pylist()
         assert Counter(row["role"] for row in made) == {"distill": 4, "policy": 6}, "each response once"
         assert all(1 <= len(row["token_ids"]) == len(row["engine_logprobs"]) <= 6 for row in made)
