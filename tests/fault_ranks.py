@@ -104,11 +104,11 @@ def _rank(rank: int, world: int, port: int, settings: list[str], log: str, stuck
     cli.run(lambda: train(load_config(RunConfig, None, settings)))
 
 
-def _never_answer(self: Collector, samples: Sequence[Any], step: int) -> None:
+def _never_answer(self: Collector, samples: Sequence[Any], rollouts: Sequence[Any], step: int) -> None:
     """A rollout that never comes back."""
     time.sleep(3600)
 
 
-def _never_let_go(self: Collector, samples: Sequence[Any], step: int) -> None:
+def _never_let_go(self: Collector, samples: Sequence[Any], rollouts: Sequence[Any], step: int) -> None:
     """The same, in a call of C that keeps the interpreter's lock, so that no other thread of this process runs."""
     ctypes.PyDLL(None).sleep(3600)

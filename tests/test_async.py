@@ -8,11 +8,13 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
 
 from megatron_cord.config import load_config
 from megatron_cord.errors import CordError
+from megatron_cord.rollout.record_file import record_files
 from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
 from tests.gloo import run_ranks
@@ -35,8 +37,8 @@ def one(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def versions(run: Path) -> list[set[int]]:
     """Which versions made the tokens of each step."""
-    files = sorted((run / "rollouts").iterdir())
-    return [{span[2] for line in file.read_text().splitlines() for span in json.loads(line)["versions"]} for file in files]
+    files = record_files(run / "rollouts").values()
+    return [{span["version"] for spans in pq.read_table(file)["versions"].to_pylist() for span in spans} for file in files]
 
 
 def test_no_staleness_is_the_synchronous_run(inputs: Path, one: Path, tmp_path: Path) -> None:

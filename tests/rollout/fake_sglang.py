@@ -35,6 +35,7 @@ class FakeServer:
         calls: (path, body) of everything else.
         most: requests in flight at once, at most.
         info: what /server_info and /model_info tell.
+        loads: whether it takes weights from files.
     """
 
     def __init__(self, manner: str | Callable[[Reply], Reply] = "good", key: str = "", port: int = 0) -> None:
@@ -43,7 +44,7 @@ class FakeServer:
         self.calls: list[tuple[str, Reply]] = []
         self.most, self._now, self._lock = 0, 0, threading.Lock()
         self.leave, self.seconds = threading.Event(), 0.0
-        self.version = "default"
+        self.version, self.loads = "default", True
         self.info: Reply = {
             "version": "0.5.21",
             "tp_size": 1,
@@ -94,7 +95,8 @@ class FakeServer:
             return
         if path == "/update_weight_version":
             self.version = body["new_version"]
-        self.send(handler, 200, {"success": True} | self.info | {"weight_version": self.version})
+        success = self.loads or path != "/update_weights_from_disk"
+        self.send(handler, 200, {"success": success} | self.info | {"weight_version": self.version})
 
     def _generate(self, handler: BaseHTTPRequestHandler, body: Reply, probe: bool) -> None:
         if probe:

@@ -303,7 +303,7 @@ def test_weights_that_nobody_takes(checkpoint: Path, stack: ExitStack) -> None:
     """Catches endless repetition of an exchange with servers that answer but cannot load."""
     server = FakeServer()
     engine = connect(checkpoint, [server], stack, start_seconds=1.0)
-    server.info["success"] = False
+    server.loads = False
     with pytest.raises(CordError, match=r"no rollout server takes the weights of version 2: .*update_weights_from_disk failed"):
         engine.update_weights([(HEAD, load_file(checkpoint / "model.safetensors")[HEAD])], 2)
 
