@@ -21,8 +21,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "2"  # before torch is imported; set_num_threads says how many are used
-
 import numpy as np
 import torch
 import transformers
