@@ -1,7 +1,8 @@
 """``python -m benchmarks.loss``: time and peak memory of the divergence, ours and its rivals', forward and backward.
 
-Parts: ``loss`` (logits given), ``layer`` (output layer included), ``ranks`` (vocabulary over two ranks), ``memory`` (in a process of
-its own), ``sweep`` (against V and N, for the plot). Within a part the candidates take turns, so that a change of the machine's speed meets
+Parts: ``loss`` (logits given), ``layer`` (output layer included), ``loss-kept`` and ``layer-kept`` (the same on a CPU in a process that keeps
+freed memory for the next pass, as torch does on CUDA: without the page faults that new memory costs every pass), ``ranks`` (vocabulary over two
+ranks), ``memory`` (in a process of its own), ``sweep`` (against V and N, for the plot). Within a part the candidates take turns, so that a change of the machine's speed meets
 all of them; the median of the turns counts, and the spread is the distance between the quartiles. Results go to benchmarks/results/, as JSON
 with machine and versions; ``plot`` draws docs/loss.svg from them. With CUDA the same script takes the sizes of a real model.
 """
@@ -34,8 +35,10 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 RESULTS = ROOT / "benchmarks" / "results" / f"loss-{DEVICE.type}.json"
 #: N, V, H
 SIZES = {"loss": (512, 32768, 256), "layer": (512, 32768, 256), "ranks": (256, 32768, 256), "memory": (512, 65536, 256)}
+SIZES |= {"loss-kept": SIZES["loss"], "layer-kept": SIZES["layer"]}
 if CUDA:
     SIZES = dict.fromkeys(SIZES, (8192, 151936, 3584))
+PARTS = ("loss", "layer", "loss-kept", "layer-kept", "memory", "ranks", "sweep")
 SWEEP_V = [(256, v, 256) for v in (4096, 8192, 16384, 32768, 65536)]
 SWEEP_N = [(n, 16384, 256) for n in (64, 128, 256, 512, 1024)]
 KERNELS = "triton" if CUDA else "compile"
@@ -75,6 +78,20 @@ def take_turns(candidates: dict[str, Candidate], inputs: Inputs, turns: int) -> 
                 seconds[name].append(taken)
     quartiles = {name: statistics.quantiles(times, n=4) for name, times in seconds.items()}
     return with_ratios({name: {"seconds": q[1], "spread": q[2] - q[0], "turns": turns} for name, q in quartiles.items()}, "seconds")
+
+
+def with_kept_memory(part: str, turns: int) -> dict[str, dict[str, float]]:
+    """``take_turns`` in a process of its own whose freed memory stays with it."""
+    environment = {**os.environ, "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+    command = [sys.executable, "-m", "benchmarks.loss", "turns", part, "--turns", str(turns)]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def take_turns_at(part: str, turns: int) -> dict[str, dict[str, float]]:
+    """``take_turns`` of the part's candidates and sizes."""
+    alone = part.startswith("loss")
+    return take_turns(from_logits() if alone else from_hidden(), make_inputs(*SIZES[part], DEVICE, with_logits=alone), turns)
 
 
 def with_ratios(entries: dict[str, dict[str, float]], key: str) -> dict[str, dict[str, float]]:
@@ -191,8 +208,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["all", "loss", "layer", "ranks", "memory", "sweep", "plot", "peak", "rank"])
-    parser.add_argument("rest", nargs="*", help="of peak: sizes and candidates, as JSON")
+    parser.add_argument("part", choices=["all", *PARTS, "plot", "peak", "rank", "turns"])
+    parser.add_argument("rest", nargs="*", help="of peak: sizes and candidates, as JSON; of turns: the part")
     parser.add_argument("--turns", type=int, default=7, help="of each candidate; half as many in the sweep")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -203,6 +220,9 @@ def main() -> None:
         every_inputs = (make_inputs(n, v, h, DEVICE, with_logits=False) for n, v, h in every_size)
         print(json.dumps([{name: peak_of(candidate, inputs) for name, candidate in candidates.items()} for inputs in every_inputs]))
         return
+    if arguments.part == "turns":
+        print(json.dumps(take_turns_at(arguments.rest[0], arguments.turns)))
+        return
     if arguments.part == "rank":
         dist.init_process_group("nccl" if CUDA else "gloo")
         if (result := on_ranks(arguments.turns)) is not None:
@@ -212,7 +232,8 @@ def main() -> None:
     if arguments.part != "plot":
         whole = arguments.part == "all"
         kept = {} if whole or not RESULTS.exists() else json.loads(RESULTS.read_text())
-        run_parts(["loss", "layer", "memory", "ranks", "sweep"] if whole else [arguments.part], arguments.turns, kept)
+        parts = [part for part in PARTS if not (CUDA and part.endswith("-kept"))] if whole else [arguments.part]
+        run_parts(parts, arguments.turns, kept)
     if arguments.part in ("all", "sweep", "plot"):
         from benchmarks.loss_plot import plot
 
@@ -234,8 +255,7 @@ def run_parts(parts: list[str], turns: int, results: dict[str, Any]) -> None:
             elif part == "ranks":
                 entries = ranks_in_own_processes(turns)
             else:
-                candidates = from_logits() if part == "loss" else from_hidden()
-                entries = take_turns(candidates, make_inputs(*SIZES[part], DEVICE, with_logits=part == "loss"), turns)
+                entries = with_kept_memory(part, turns) if part.endswith("-kept") else take_turns_at(part, turns)
             print_table(part, entries, key)
             results[part] = {"sizes": SIZES[part], "candidates": entries}
         RESULTS.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_cord.losses.backends import Weights
+from megatron_cord.losses.memory import fresh
 from megatron_cord.losses.shard import StoredLogits, VocabularyShard
 from megatron_cord.losses.statistics import Totals
 
@@ -34,7 +35,7 @@ class DivergenceFromLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         student_logits, teacher_logits, target_ids, *saved = ctx.saved_tensors
-        gradient = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+        gradient = fresh(*student_logits.shape, dtype=student_logits.dtype, device=student_logits.device)
         logits = StoredLogits(student_logits, teacher_logits)
         ctx.shard.gradient(logits, target_ids, Totals(*saved), arrived(output_gradients), gradient)
         return gradient, None, None, None

@@ -17,11 +17,41 @@ void brgemm(int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t ld_b, int64_t
 void brgemm_release(bool is_vnni);
 }  // namespace at::native::cpublas
 
+constexpr int64_t kColumns = 64, kRows = 64, kWords = 16;
+
+// As many words as the widest registers hold.
+typedef uint32_t Words __attribute__((vector_size(4 * kWords), aligned(4)));
+
+// One of log2(16) steps that transpose 16 rows of 16 words: blocks of `size` words right above the diagonal change place with those below it.
+template <int size>
+static inline void exchange(Words (&rows)[kWords]) {
+  Words upper, lower;
+  for (int lane = 0; lane < kWords; ++lane) {
+    upper[lane] = lane & size ? kWords + lane - size : lane;
+    lower[lane] = lane & size ? kWords + lane : lane + size;
+  }
+  for (int row = 0; row < kWords; ++row) {
+    if (row & size) continue;
+    const Words first = rows[row], second = rows[row + size];
+    rows[row] = __builtin_shuffle(first, second, upper);
+    rows[row + size] = __builtin_shuffle(first, second, lower);
+  }
+}
+
+static inline void transpose(const uint32_t* from, int64_t stride, uint32_t* panel) {
+  Words rows[kWords];
+  for (int row = 0; row < kWords; ++row) rows[row] = *reinterpret_cast<const Words*>(from + row * stride);
+  exchange<8>(rows);
+  exchange<4>(rows);
+  exchange<2>(rows);
+  exchange<1>(rows);
+  for (int row = 0; row < kWords; ++row) *reinterpret_cast<Words*>(panel + row * kColumns) = rows[row];
+}
+
 // Shapes: left [rows, words], right [columns, words], out [rows, columns]; strides are of rows, in elements of the pointer's type.
 // Returns 0, or 1 where this processor has no such product.
 extern "C" int bfloat16_product(const uint32_t* left, const uint32_t* right, float* out, int64_t rows, int64_t columns, int64_t words,
                                 int64_t left_stride, int64_t right_stride, int64_t out_stride, int threads) {
-  constexpr int64_t kColumns = 64, kRows = 64;
   const int64_t panels = (columns + kColumns - 1) / kColumns;
   int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
@@ -30,7 +60,11 @@ extern "C" int bfloat16_product(const uint32_t* left, const uint32_t* right, flo
 #pragma omp for
     for (int64_t number = 0; number < panels; ++number) {
       const int64_t first = number * kColumns, width = columns - first < kColumns ? columns - first : kColumns;
-      for (int64_t word = 0; word < words; ++word)
+      const int64_t transposed = width == kColumns ? words / kWords * kWords : 0;
+      for (int64_t column = 0; column < kColumns; column += kWords)
+        for (int64_t word = 0; word < transposed; word += kWords)
+          transpose(right + (first + column) * right_stride + word, right_stride, panel.data() + word * kColumns + column);
+      for (int64_t word = transposed; word < words; ++word)
         for (int64_t column = 0; column < width; ++column)
           panel[word * kColumns + column] = right[(first + column) * right_stride + word];
       for (int64_t row = 0; row < rows && !failed; row += kRows) {

@@ -56,7 +56,7 @@ def _load() -> Callable[..., int]:
     libraries = Path(torch.__file__).parent / "lib"
     with tempfile.TemporaryDirectory() as directory:
         target = Path(directory) / "brgemm.so"
-        compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC"]
+        compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
         source = Path(__file__).with_suffix(".cpp")
         subprocess.run([*compiler, source, "-o", target, f"-L{libraries}", "-ltorch_cpu", "-lc10"], check=True, capture_output=True)
         function = ctypes.CDLL(str(target), mode=os.RTLD_NOW).bfloat16_product

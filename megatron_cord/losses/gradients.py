@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_cord.losses.memory import fresh
 from megatron_cord.losses.products import LOW_PRECISION, add_product, operand_dtype, write_product
 from megatron_cord.losses.shard import VocabularyShard
 
@@ -75,7 +76,7 @@ class WeightGradient:
         elif written is None:
             self.total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         else:
-            self.total = torch.empty_like(weight)
+            self.total = fresh(*weight.shape, dtype=weight.dtype, device=weight.device)
             self.total[written:] = 0.0  # padding
 
     def add(self, span: slice, logits_gradient: Tensor, hidden: Tensor) -> None:

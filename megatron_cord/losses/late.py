@@ -22,6 +22,7 @@ from megatron_cord.losses.autograd import arrived, declare_outputs, rows_of
 from megatron_cord.losses.backends import weights_of
 from megatron_cord.losses.chunks import totals_in_turn
 from megatron_cord.losses.gradients import HiddenGradient, WeightGradient, fresh_gradient_dtype, gradient_dtype
+from megatron_cord.losses.memory import fresh
 from megatron_cord.losses.output_layer import OutputLayers
 from megatron_cord.losses.recompute import joined
 from megatron_cord.losses.shard import VocabularyShard
@@ -46,7 +47,10 @@ class Late(torch.autograd.Function):
         layers = OutputLayers(student_hidden, student_weight, teacher_hidden, teacher_weight, shard.dtype)
         spans, dtype = shard.blocks(layers.block_columns), gradient_dtype(student_hidden, shard.dtype)
         # By blocks of columns, each with all tokens: one product a block makes the weight's gradient.
-        unweighted = [student_hidden.new_empty(len(target_ids), span.stop - span.start, dtype=dtype) for span in spans]
+        num_tokens = len(target_ids)
+        memory = fresh(num_tokens * shard.columns, dtype=dtype, device=student_hidden.device)
+        pieces = memory.split([num_tokens * (span.stop - span.start) for span in spans])
+        unweighted = [piece.view(num_tokens, span.stop - span.start) for piece, span in zip(pieces, spans, strict=True)]
         parts = []
         for rows, logits, totals in totals_in_turn(shard, layers, target_ids, chunks, keep=True):
             unit = totals.divergence.isfinite().to(shard.dtype)  # an infinite divergence has no gradient to keep
@@ -113,7 +117,7 @@ def _multiply(
 ) -> None:
     """dH = diag(w)(g W), of which the sum over ranks goes on while dW = gᵀ (diag(w) h) is formed."""
     if hidden_gradient is not None:
-        for rows in chunks:
+        for rows in chunks if shard.num_ranks > 1 else [slice(0, len(student_hidden))]:
             for span, kept in zip(spans, unweighted, strict=True):
                 hidden_gradient.add(rows, kept[rows], student_weight[span])
             hidden_gradient.total[rows] *= by_divergence[rows, None]
