@@ -1,12 +1,13 @@
 """How fast checkpoints are converted, in GB/s, beside a plain copy of the same files in the same run.
 
-    python -m benchmarks.convert [--megabytes 400] [--turns 5] [--output benchmarks/results/convert.json]
+    python -m benchmarks.convert [--megabytes 1200] [--turns 5] [--output benchmarks/results/convert.json]
     python -m benchmarks.convert --full-size [--output benchmarks/results/convert_full_size.json]
 
 A random checkpoint of about that size is written first, so its files are in the page cache for everybody. Then, turn by turn: the files are
 copied (shutil.copytree), imported (HF files to a distributed checkpoint) and exported (that checkpoint to HF files). All three end when what they
-wrote is on the disk (fsync), and all begin with nothing left to write. `write` does the least that an export could: it writes bytes that are in
-memory already. Medians of the turns are compared. One process, float32.
+wrote is on the disk (fsync), and all begin with nothing left to write and with free memory that was in use a moment ago: on a virtual machine,
+memory that has lain idle costs several times the copy itself to get back. `write` does the least that an export could: it writes bytes that are
+in memory already. Medians of the turns are compared. One process, float32.
 
 `--full-size` converts files with all shapes of Qwen2-Audio-7B, 17 GB in bfloat16, there and back in one process, and says how much memory that
 took at most. The files are holes, which read as zeros without a disk, so their speed is not compared with a copy. Needs 36 GB of disk.
@@ -58,6 +59,15 @@ def flush(directory: Path) -> None:
                 os.fsync(file.fileno())
 
 
+def use_free_memory(path: Path, nbytes: int) -> None:
+    """Fills so much of the page cache, and frees it again before anything is written to the disk."""
+    zeros = bytes(1 << 24)
+    with path.open("wb", buffering=0) as file:
+        while file.tell() < nbytes:
+            file.write(zeros)
+    path.unlink()
+
+
 def measure(work: Path, megabytes: int, turns: int) -> dict[str, float]:
     """Writes, copies, imports and exports one checkpoint under `work`."""
     layers = max(1, round(megabytes / LAYER_MEGABYTES))
@@ -98,6 +108,7 @@ def measure(work: Path, megabytes: int, turns: int) -> dict[str, float]:
     for _ in range(turns):
         for name, action in actions.items():
             os.sync()
+            use_free_memory(work / "used", round(1.2e9 * gigabytes))
             seconds[name].append(timed(action))
         for name in actions:
             shutil.rmtree(work / name) if (work / name).is_dir() else (work / name).unlink()
@@ -155,7 +166,7 @@ def _memory(key: str) -> float:
 def main() -> None:
     """Entry point."""
     parser = Parser(description="Measures import and export of checkpoints beside a plain copy.", allow_abbrev=False)
-    parser.add_argument("--megabytes", type=int, default=400, help="size of the checkpoint")
+    parser.add_argument("--megabytes", type=int, default=1200, help="size of the checkpoint")
     parser.add_argument("--turns", type=int, default=5, help="how often each is measured")
     parser.add_argument("--full-size", action="store_true", help="convert the shapes of a 7B model instead")
     parser.add_argument("--output", type=Path, help="where the figures go")
