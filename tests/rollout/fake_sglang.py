@@ -36,6 +36,7 @@ class FakeServer:
         most: requests in flight at once, at most.
         info: what /server_info and /model_info tell.
         loads: whether it takes weights from files.
+        paused: whether it is; it then does not say that it is healthy, and, as SGLang, flushes its cache at once or never.
     """
 
     def __init__(self, manner: str | Callable[[Reply], Reply] = "good", key: str = "", port: int = 0) -> None:
@@ -44,7 +45,7 @@ class FakeServer:
         self.calls: list[tuple[str, Reply]] = []
         self.most, self._now, self._lock = 0, 0, threading.Lock()
         self.leave, self.seconds = threading.Event(), 0.0
-        self.version, self.loads = "default", True
+        self.version, self.loads, self.paused = "default", True, False
         self.info: Reply = {
             "version": "0.5.21",
             "tp_size": 1,
@@ -65,7 +66,8 @@ class FakeServer:
                 if owner.key and self.headers.get("Authorization") != f"Bearer {owner.key}":
                     owner.send(self, 401, {"error": "Unauthorized"})
                     return
-                owner.handle(self, self.path.split("?")[0], json.loads(content or b"{}"))
+                path, _, query = self.path.partition("?")
+                owner.handle(self, path, json.loads(content or b"{}"), query)
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -74,7 +76,7 @@ class FakeServer:
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
-    def handle(self, handler: BaseHTTPRequestHandler, path: str, body: Reply) -> None:
+    def handle(self, handler: BaseHTTPRequestHandler, path: str, body: Reply, query: str = "") -> None:
         """Answers one request."""
         if path == "/generate":
             probe = body.get("token_ids_logprob") is not None
@@ -92,6 +94,14 @@ class FakeServer:
         self.calls.append((path, body))
         if path == "/health" and self.manner == "hang":
             self.leave.wait(30)
+            return
+        if path in ("/pause_generation", "/continue_generation"):
+            self.paused = path == "/pause_generation"
+        if self.paused and path == "/health":
+            self.send(handler, 503, {})
+            return
+        if self.paused and path == "/flush_cache" and query != "timeout=0":
+            self.send(handler, 400, {"message": "Timed out waiting for idle state."})
             return
         if path == "/update_weight_version":
             self.version = body["new_version"]

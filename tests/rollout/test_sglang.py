@@ -299,6 +299,30 @@ def test_a_run_begins_with_the_checkpoints_weights(checkpoint: Path, stack: Exit
     assert server.version == "default" and paths.index("/continue_generation") < paths.index("/update_weights_from_disk")
 
 
+def test_a_run_begins_with_servers_that_an_earlier_one_left_paused(checkpoint: Path, stack: ExitStack) -> None:
+    """Catches waiting for a paused server to say that it is healthy before it is told to go on."""
+    server = FakeServer()
+    server.paused = True
+    connect(checkpoint, [server], stack)
+    assert not server.paused
+
+
+def test_all_servers_go_on_after_a_pause(checkpoint: Path, stack: ExitStack) -> None:
+    """Catches a cache that is not flushed since responses wait, and a server that fails an exchange and is paused for ever."""
+    good, bad = FakeServer(), FakeServer()
+    engine = connect(checkpoint, [good, bad], stack)
+    own = engine.engine
+    assert isinstance(own, SGLangEngine)
+    tensors = [(HEAD, load_file(checkpoint / "model.safetensors")[HEAD])]
+    own.pause()
+    assert good.paused and bad.paused
+    bad.loads = False
+    engine.update_weights(tensors, 1)
+    assert good.version == "1" and bad.version == "default"
+    own.resume()
+    assert not good.paused and not bad.paused
+
+
 def test_weights_that_nobody_takes(checkpoint: Path, stack: ExitStack) -> None:
     """Catches endless repetition of an exchange with servers that answer but cannot load."""
     server = FakeServer()

@@ -108,12 +108,18 @@ class Endpoint:
             raise ServerError(f"{self.url}/weights_checker answered in another form than SGLang 0.5.21's", 200) from None
 
     def flush_cache(self, timeout: float) -> None:
-        """Drops what it computed for prompts with earlier weights.
+        """Drops what it computed for prompts with earlier weights. Responses that a pause has taken back may wait meanwhile.
 
         Raises:
             ServerError: as `post`; it is still generating.
         """
-        self._exchange("POST", f"/flush_cache?timeout={_FLUSH_SECONDS:g}", b"", timeout)
+        try:
+            self._exchange("POST", "/flush_cache?timeout=0", b"", timeout)
+        except ServerError as error:
+            if error.status != http.client.BAD_REQUEST:
+                raise
+            # It generates yet. SGLang lets responses wait, but only where it is not asked to wait itself.
+            self._exchange("POST", f"/flush_cache?timeout={_FLUSH_SECONDS:g}", b"", timeout)
 
     def _request(self, method: str, path: str, body: bytes | None, timeout: float) -> dict[str, Any]:
         content = self._exchange(method, path, body, timeout)

@@ -91,9 +91,18 @@ class Control:
         for endpoint, error in failures.items():
             told[endpoint].lose(str(error))
 
+    def resume(self, pool: Pool) -> None:
+        """Lets all servers go on, those too that an exchange left out while they were paused. Nothing on other ranks than 0."""
+        self.each("/continue_generation", {}, pool)
+        if dist.get_rank() == 0:
+            others = [server for server in self._addresses.find() if server.url not in pool.servers]
+            ask_each(others, lambda server: server.command("/continue_generation", {}, _ANSWER_SECONDS))  # some may be gone
+
     def _hello(self, server: Endpoint) -> None:
         server.weight_version(_ANSWER_SECONDS)
         if server.url not in self._known:
+            # One that an earlier run left paused does not say that it is healthy.
+            server.command("/continue_generation", {}, _ANSWER_SECONDS)
             if not server.is_healthy(_ANSWER_SECONDS):
                 raise ServerError(f"{server.url} is not healthy yet")
             self._known[server.url] = shake_hands(server, self._model_type)

@@ -125,7 +125,7 @@ class SGLangEngine:
 
     def resume(self) -> None:
         """They go on."""
-        self._control.each("/continue_generation", {}, self._pool)
+        self._control.resume(self._pool)
         self.paused = False
 
     def abort(self) -> None:
@@ -142,7 +142,7 @@ class SGLangEngine:
     def restore_memory(self) -> None:
         """They take it back; the next exchange brings all tensors."""
         self._control.each("/resume_memory_occupation", {}, self._pool)
-        self._control.each("/continue_generation", {}, self._pool)
+        self._control.resume(self._pool)
         self._all_tensors = True
 
     def close(self) -> None:

@@ -57,7 +57,6 @@ def take_base_weights(server: Endpoint) -> None:
     """
     # Not model_path, which after an exchange over the disk is where those weights were.
     path = str(server.get("/model_info", _PATIENCE).get("tokenizer_path"))
-    server.command("/continue_generation", {}, _PATIENCE)
     with suppress(ServerError):  # none is open, which is what is wanted
         server.post("/end_weight_update", {}, _PATIENCE)
     server.post("/update_weights_from_disk", {"model_path": path, "flush_cache": True}, _LOAD_SECONDS)
