@@ -59,7 +59,7 @@ def rivals(pool: ThreadPoolExecutor) -> dict[str, tuple[int, Extract]]:
         "transformers, two threads of Python": (1, lambda batch: list(pool.map(one, batch))),
         "torch": (1, halves),
     }
-    if importlib.util.find_spec("nvidia.dali"):
+    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
         from megatron_cord.data.dali_features import DaliFeatures
 
         dali = DaliFeatures(CONFIG, device="cpu")
