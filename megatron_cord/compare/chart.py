@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -45,6 +45,7 @@ def draw(result: dict[str, Any], paths: list[Path]) -> None:
         axes.set_xlim(min([0.0, *values]) - 0.08, max([1.0, *values]) + 0.02)
         axes.set_yticks(range(len(drawn)), [method["title"] for _, method in drawn])
         axes.invert_yaxis()
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("share of the gap between reading and hearing that was closed")
         axes.set_title(result["title"], loc="left", fontsize=10)

@@ -72,7 +72,7 @@ def test_damaged_files_are_named(copy: Path, model: LALM) -> None:
     """Catches a traceback, or wrong weights, where a file is cut short, overwritten or gone."""
     (data,) = copy.glob("*.distcp")
     content = data.read_bytes()
-    data.write_bytes(content[:-100])
+    data.write_bytes(content[: len(content) // 2])
     assert f"{data} is damaged" in error(copy, model)
     data.write_bytes(bytes(len(content)))
     assert f"{data} is damaged" in error(copy, model)
