@@ -109,11 +109,11 @@ def test_the_ablation_goes_from_part_to_whole() -> None:
     assert ablation(["sft", "cord", "jsd", "reverse_kl", "grpo"]) == ["grpo", "reverse_kl", "cord"]
 
 
-@pytest.mark.parametrize("example", ["quickstart", "chains"])
+@pytest.mark.parametrize("example", ["quickstart/compare", "chains/compare", "chains/compare-long"])
 def test_the_examples_comparisons(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a committed comparison that no longer loads, and GRPO with fewer responses than the others."""
     monkeypatch.chdir(ROOT)
-    config = load_config(CompareConfig, f"examples/{example}/compare.yaml")
+    config = load_config(CompareConfig, f"examples/{example}.yaml")
     runs = plan_runs(config)
     assert len(runs) == len(config.methods) * 3 and all(isinstance(r.config, RunConfig) and r.ranks == 1 for r in runs)
     rollout = runs[0].config.rollout

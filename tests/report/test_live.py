@@ -242,9 +242,13 @@ def test_a_damaged_file_is_named(run_copy: Path) -> None:
 def test_tool(finished_run: Path) -> None:
     """Catches a command that prints no address, serves nothing, or does not end at Ctrl-C; and a taken port without a word on what to do."""
     command = [sys.executable, str(ROOT / "tools" / "report.py"), "--serve", str(finished_run), "--port"]
-    with subprocess.Popen(
-        [*command, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)}
-    ) as server:
+    # A shell that runs the tests in the background has Ctrl-C ignored, which children inherit.
+    heeded = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        server = subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)})
+    finally:
+        signal.signal(signal.SIGINT, heeded)
+    try:
         assert server.stdout is not None
         address = server.stdout.readline().strip()
         port = int(address.removeprefix("http://127.0.0.1:").removesuffix("/"))
@@ -256,3 +260,6 @@ def test_tool(finished_run: Path) -> None:
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=60) == 130
         assert server.stderr is not None and "Traceback" not in server.stderr.read()
+    finally:
+        server.kill()
+        server.communicate()
