@@ -8,10 +8,12 @@ published models expect.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
@@ -49,6 +51,7 @@ class AudioEncoder(MegatronModule):
         self.layer_norm = torch.nn.LayerNorm(hidden, eps=config.layernorm_epsilon, dtype=dtype, device=layout.device)
         for layer in self.block.layers:
             _keep_key_bias_zero(layer.self_attention.linear_qkv.bias, hidden // arch.num_heads)
+            layer.mlp.__class__ = WholeMLP
 
     def forward(self, features: Tensor, num_frames: Tensor) -> Tensor:
         """Encodes clips.
@@ -98,6 +101,17 @@ def _zero_from(start: Tensor | None, x: Tensor) -> Tensor:
     if start is None:
         return x
     return x * (torch.arange(x.shape[-1], device=x.device)[None] < start[:, None])[:, None, :]
+
+
+class WholeMLP(MLP):
+    """Megatron's MLP, once it is built, but that it adds its last bias itself instead of handing the parameter on beside its output.
+
+    A parameter that leaves a recomputed part takes the part for its origin, and the backward pass goes round for ever.
+    """
+
+    def forward(self, *arguments: Any, **named: Any) -> tuple[Tensor, None]:
+        output, bias = super().forward(*arguments, **named)
+        return output + bias, None
 
 
 def _keep_key_bias_zero(bias: torch.nn.Parameter, head_dim: int) -> None:
