@@ -117,6 +117,7 @@ def _multiply(
 ) -> None:
     """dH = diag(w)(g W), of which the sum over ranks goes on while dW = gᵀ (diag(w) h) is formed."""
     if hidden_gradient is not None:
+        # By chunks only where the sum of one goes on while the next is formed: one large product takes less time.
         for rows in chunks if shard.num_ranks > 1 else [slice(0, len(student_hidden))]:
             for span, kept in zip(spans, unweighted, strict=True):
                 hidden_gradient.add(rows, kept[rows], student_weight[span])

@@ -30,7 +30,7 @@ def in_bfloat16(checkpoint: Path) -> Path:
 
 
 def test_logprobs_agree_in_bfloat16(tmp_path: Path) -> None:
-    """Catches a server that computes in fewer bits than it says, or rounds where transformers does not: text and audio, all 1200 tokens."""
+    """Catches a server that computes in fewer bits than it says, or rounds where transformers does not, for text or for audio."""
     checkpoint = in_bfloat16(write_checkpoint(tmp_path / "checkpoint"))
     server = SglangServer(ServerConfig(checkpoint=checkpoint, device="cpu", python=PYTHON), "", tmp_path / "server.log")
     initialize(ParallelConfig(), seed=0)
