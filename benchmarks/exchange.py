@@ -34,12 +34,11 @@ from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.rollout.exchange import Endpoint, ExchangeConfig, ExchangeReport, ModelWeights
-from megatron_cord.rollout.exchange.bucket import BucketPlan, plan_buckets
+from megatron_cord.rollout.exchange.bucket import BucketPlan, TensorSpec, plan_buckets
 from megatron_cord.rollout.exchange.exchange import WeightExchange, build_exchange
 from megatron_cord.rollout.exchange.process_group import ProcessGroupWay
 from megatron_cord.rollout.exchange.served import served_specs
 from megatron_cord.rollout.exchange.shared_memory import SharedMemoryWay
-from megatron_cord.rollout.exchange.source import WeightSource
 from megatron_cord.rollout.exchange.way import Way
 from megatron_cord.rollout.sglang.server import ENVIRONMENT, ServerConfig, SglangServer, check_version
 
@@ -52,27 +51,29 @@ class Sizes:
     """Of a model."""
 
     layers: int  #: of each tower
-    hidden_size: int
+    hidden_size: int  #: of the language model
     ffn_size: int
+    heads: int
+    encoder_hidden_size: int  #: a fourth of its feed-forward layer
+    encoder_heads: int
     vocabulary: int
-    heads: int = 8
 
 
-MODELS = {"many": Sizes(32, 256, 688, 39_000), "large": Sizes(2, 1536, 4128, 20_000)}
+MODELS = {"many": Sizes(32, 256, 688, 8, 256, 8, 39_000), "large": Sizes(5, 4096, 11008, 32, 1280, 20, 20_000)}
 
 
 class TensorByTensor(WeightExchange):
-    """The same exchange with a bucket for each tensor."""
+    """The same exchange with a bucket, and a request, for each tensor."""
 
-    def _plan(self, source: WeightSource, full: bool) -> list[BucketPlan]:
-        return [alone for plan in super()._plan(source, full) for spec in plan.specs for alone in plan_buckets([spec], 1)]
+    def _cut(self, specs: list[TensorSpec], bucket_bytes: int) -> list[BucketPlan]:
+        return plan_buckets(specs, 1)
 
 
 def write_model(directory: Path, sizes: Sizes) -> None:
     """A random checkpoint."""
     config = TinyModelConfig(
-        encoder_hidden_size=sizes.hidden_size, encoder_layers=sizes.layers, encoder_heads=sizes.heads, encoder_ffn_size=4 * sizes.hidden_size,
-        hidden_size=sizes.hidden_size, layers=sizes.layers, heads=sizes.heads, kv_heads=sizes.heads, ffn_size=sizes.ffn_size,
+        encoder_hidden_size=sizes.encoder_hidden_size, encoder_layers=sizes.layers, encoder_heads=sizes.encoder_heads,
+        encoder_ffn_size=4 * sizes.encoder_hidden_size, hidden_size=sizes.hidden_size, layers=sizes.layers, heads=sizes.heads, kv_heads=sizes.heads, ffn_size=sizes.ffn_size,
     )  # fmt: skip
     create_checkpoint(directory, config, [f"w{i}" for i in range(sizes.vocabulary)], seed=0)
 
@@ -81,7 +82,9 @@ def measure(way: str, source: ModelWeights, checkpoint: Path, server: Endpoint, 
     """One way: the exchange, the plain transfer and tensor by tensor in turns."""
     config = ExchangeConfig(way=way, bucket_bytes=bucket_bytes)  # type: ignore[arg-type]
     exchange = build_exchange(config, checkpoint, torch.float32)
-    again: Way = ProcessGroupWay(None, config.timeout_seconds) if way == "process_group" else SharedMemoryWay(config.timeout_seconds)
+    again: Way = (
+        ProcessGroupWay(None, config.timeout_seconds, stream=False) if way == "process_group" else SharedMemoryWay(config.timeout_seconds)
+    )
     alone = TensorByTensor(config, again, served_specs(checkpoint, torch.float32))
     ours, single, plain = [], [], []
     try:

@@ -24,6 +24,7 @@ from megatron_cord.config import load_config
 from megatron_cord.convert import read_into
 from megatron_cord.convert.companions import read_companions, with_dtype
 from megatron_cord.convert.hf_directory import HFDirectoryWriter, plan_shards
+from megatron_cord.convert.stream import export_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
@@ -97,7 +98,7 @@ def run_checks(config: VerifyExchangeConfig, layout: Layout, work: Path) -> list
     model = changed_model(config.checkpoint, layout, dtype)
     source = ModelWeights(model)
     export = work / "export"
-    _write(source, Path(config.checkpoint), export, dtype, layout.is_main)
+    _write(model, source, Path(config.checkpoint), export, dtype)
     checks: list[Check] = []
     with ExitStack() as stack:
         servers: list[Endpoint] = []
@@ -187,11 +188,11 @@ def changed_model(checkpoint: str, layout: Layout, dtype: torch.dtype) -> LALM:
     return model
 
 
-def _write(source: ModelWeights, checkpoint: Path, target: Path, dtype: torch.dtype, main: bool) -> None:
+def _write(model: LALM, source: ModelWeights, checkpoint: Path, target: Path, dtype: torch.dtype) -> None:
     """A complete Hugging Face directory of the weights, written by rank 0. Collective."""
     if source.participates:
-        specs, tensors = source.specs(full=True), source.tensors(full=True)
-        if main:
+        specs, tensors = source.specs(full=True), export_tensors(model)
+        if model.layout.is_main:
             writer = HFDirectoryWriter(target, plan_shards({s.name: s.shape for s in specs}, dtype, _SHARD_BYTES), dtype)
             writer.begin()
             writer.write(tensors)

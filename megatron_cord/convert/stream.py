@@ -51,7 +51,9 @@ def rename_to_global(model: LALM, name: str) -> str:
 
 
 @torch.no_grad()
-def export_tensors(model: LALM, select: Callable[[torch.nn.Parameter], bool] | None = None) -> Iterator[tuple[str, Tensor]]:
+def export_tensors(
+    model: LALM, select: Callable[[torch.nn.Parameter], bool] | None = None, *, in_pieces: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Full tensors under their published Hugging Face names, gathered over tensor-parallel ranks and pipeline stages.
 
     Collective: every rank of the model's tensor and pipeline groups must consume the whole iterator, and each gets every tensor.
@@ -60,6 +62,8 @@ def export_tensors(model: LALM, select: Callable[[torch.nn.Parameter], bool] | N
         model: any rank's part.
         select: which of this rank's parameters to export, e.g. those that are trained; all if None. Ranks that hold
             shards of one tensor must agree.
+        in_pieces: spare a copy of what is part of a fused tensor and does not lie in one piece: it comes as a view with a dimension more,
+            [pieces, rows of a piece, ...].
 
     Yields:
         (name, tensor) in the order of the family's table, on the model's device; the tensor may be a view of the parameter.
@@ -73,9 +77,10 @@ def export_tensors(model: LALM, select: Callable[[torch.nn.Parameter], bool] | N
         full = None if parameter is None else _gather(parameter.detach(), rule, layout)
         full = _from_owner(full, layout)
         if full is not None:
-            for name, tensor in zip(rule.hf, rule.layout.part(full, layout.config.tp), strict=True):
+            parts = (rule.layout.views if in_pieces else rule.layout.part)(full, layout.config.tp)
+            for name, tensor in zip(rule.hf, parts, strict=True):
                 if name is not None:
-                    yield name, tensor.contiguous()
+                    yield name, tensor if tensor.dim() > full.dim() else tensor.contiguous()
 
 
 def _gather(shard: Tensor, rule: TensorRule, layout: Layout) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_cord.losses.backends import Weights
-from megatron_cord.losses.memory import fresh
 from megatron_cord.losses.shard import StoredLogits, VocabularyShard
 from megatron_cord.losses.statistics import Totals
+from megatron_cord.memory import fresh
 
 
 class DivergenceFromLogits(torch.autograd.Function):

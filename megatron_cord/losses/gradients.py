@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_cord.losses.memory import fresh
 from megatron_cord.losses.products import LOW_PRECISION, add_product, operand_dtype, write_product
 from megatron_cord.losses.shard import VocabularyShard
+from megatron_cord.memory import fresh
 
 
 class HiddenGradient:

@@ -22,12 +22,12 @@ from megatron_cord.losses.autograd import arrived, declare_outputs, rows_of
 from megatron_cord.losses.backends import weights_of
 from megatron_cord.losses.chunks import totals_in_turn
 from megatron_cord.losses.gradients import HiddenGradient, WeightGradient, fresh_gradient_dtype, gradient_dtype
-from megatron_cord.losses.memory import fresh
 from megatron_cord.losses.output_layer import OutputLayers
 from megatron_cord.losses.recompute import joined
 from megatron_cord.losses.shard import VocabularyShard
 from megatron_cord.losses.statistics import Totals
 from megatron_cord.losses.two_pass_kinds import NO_TEACHER
+from megatron_cord.memory import fresh
 
 
 class Late(torch.autograd.Function):

@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from megatron_cord.memory import fresh
+
 
 class Piece(NamedTuple):
     """Rows start..stop of one Hugging Face tensor; part is its place in the rule, None for rows of zeros."""
@@ -39,6 +41,10 @@ class Layout(Protocol):
         """The full Megatron tensor to Hugging Face tensors, in the rule's order."""
         ...
 
+    def views(self, full: Tensor, tp: int) -> list[Tensor]:
+        """As `part`, without copying: a tensor that does not lie in one piece has a dimension more, [pieces, rows of a piece, ...]."""
+        ...
+
     def pieces(self, rows: int) -> list[Piece]:
         """What the rows of the tensor that a single rank would hold consist of, in their order; rows counts them, padding included."""
         ...
@@ -54,7 +60,24 @@ def _only(tensors: Sequence[Tensor | None]) -> Tensor:
     return tensor
 
 
-class _Cut:
+class _Parted:
+    """What `part` is for all."""
+
+    def views(self, full: Tensor, tp: int) -> list[Tensor]:
+        raise NotImplementedError
+
+    def part(self, full: Tensor, tp: int) -> list[Tensor]:
+        return [view if view.dim() == full.dim() else _joined(view) for view in self.views(full, tp)]
+
+
+def _joined(pieces: Tensor) -> Tensor:
+    """[pieces, rows of a piece, ...] → [rows, ...]."""
+    if not pieces.is_contiguous():
+        pieces = fresh(*pieces.shape, dtype=pieces.dtype, device=pieces.device).copy_(pieces)
+    return pieces.flatten(0, 1)
+
+
+class _Cut(_Parted):
     """Shards are neighbouring rows, or all of them."""
 
     shard_dim: int | None
@@ -74,7 +97,7 @@ class _Single(_Cut):
     def join(self, tensors: Sequence[Tensor | None], tp: int, rows: int) -> Tensor:
         return _only(tensors)
 
-    def part(self, full: Tensor, tp: int) -> list[Tensor]:
+    def views(self, full: Tensor, tp: int) -> list[Tensor]:
         return [full]
 
 
@@ -110,7 +133,7 @@ class Vocabulary(_Cut):
         tensor = _only(tensors)
         return torch.nn.functional.pad(tensor, (0, 0, 0, rows - tensor.shape[0]))
 
-    def part(self, full: Tensor, tp: int) -> list[Tensor]:
+    def views(self, full: Tensor, tp: int) -> list[Tensor]:
         return [full[: self.vocab_size]]
 
     def pieces(self, rows: int) -> list[Piece]:
@@ -142,10 +165,10 @@ class Qkv(_Cut):
             grouped.append(present.new_zeros(shape) if tensor is None else tensor.reshape(shape))
         return torch.cat(grouped, dim=1).reshape(-1, *rest)
 
-    def part(self, full: Tensor, tp: int) -> list[Tensor]:
+    def views(self, full: Tensor, tp: int) -> list[Tensor]:
         rest = full.shape[1:]
         grouped = full.reshape(self.num_groups, sum(self._split), self.head_dim, *rest)
-        return [piece.reshape(-1, *rest) for piece in grouped.split(self._split, dim=1)]
+        return [piece.flatten(1, 2) for piece in grouped.split(self._split, dim=1)]
 
     def pieces(self, rows: int) -> list[Piece]:
         sizes = [heads * self.head_dim for heads in self._split]
@@ -153,7 +176,7 @@ class Qkv(_Cut):
 
 
 @dataclass(frozen=True)
-class GateUp:
+class GateUp(_Parted):
     """SwiGLU's fused first layer [2F, H]: each rank holds its rows of the gate, then its rows of the up projection."""
 
     shard_dim: int | None = 0
@@ -163,9 +186,9 @@ class GateUp:
         joined = torch.cat(pieces, dim=1)
         return joined.reshape(-1, *joined.shape[2:])
 
-    def part(self, full: Tensor, tp: int) -> list[Tensor]:
+    def views(self, full: Tensor, tp: int) -> list[Tensor]:
         by_rank = full.reshape(tp, 2, -1, *full.shape[1:])
-        return [by_rank[:, i].reshape(-1, *full.shape[1:]) for i in range(2)]
+        return [by_rank[:, i] for i in range(2)]
 
     def pieces(self, rows: int) -> list[Piece]:
         return [Piece(0, 0, rows // 2), Piece(1, 0, rows // 2)]

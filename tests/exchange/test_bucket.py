@@ -65,6 +65,28 @@ def test_sent_in_the_planned_dtype() -> None:
     assert torch.equal(plan.views(buffer)["a"], value.bfloat16())
 
 
+def test_borrowed_memory() -> None:
+    """Catches a lone tensor that is copied although it could be sent from where it lies, and one that is sent so in another dtype or order."""
+    for given, borrowed in ((torch.randn(4, 6), True), (torch.randn(6, 4).T, False), (torch.randn(4, 6).double(), False)):
+        (plan,) = plan_buckets([TensorSpec("a", (4, 6), torch.float32)], 100)
+        buffer = torch.zeros(plan.nbytes, dtype=torch.uint8)
+        flat = fill(plan, iter([("a", given)]), buffer, borrow=True)
+        assert torch.equal(plan.views(flat)["a"], given.float())
+        assert (flat.data_ptr() == given.data_ptr()) == borrowed and (flat.data_ptr() == buffer.data_ptr()) != borrowed
+        assert fill(plan, iter([("a", given)]), buffer).data_ptr() == buffer.data_ptr()
+
+
+def test_a_tensor_in_pieces() -> None:
+    """Catches rows of a fused tensor's part that come in another order, and pieces of another tensor."""
+    fused = torch.arange(24.0).view(2, 3, 2, 2)  # 2 groups of query, key and value, each of 2 rows
+    (plan,) = plan_buckets([TensorSpec("key", (4, 2), torch.float32)], 100)
+    buffer = torch.zeros(plan.nbytes, dtype=torch.uint8)
+    fill(plan, iter([("key", fused[:, 1])]), buffer, borrow=True)
+    assert torch.equal(plan.views(buffer)["key"], torch.cat([fused[0, 1], fused[1, 1]]))
+    with pytest.raises(CordError, match="was planned but"):
+        fill(plan, iter([("key", fused[:, 1, :1])]), buffer)
+
+
 @pytest.mark.parametrize(("name", "shape"), [("x", (3, 5)), ("a", (5, 3)), (None, ())])
 def test_another_stream(name: str | None, shape: tuple[int, ...]) -> None:
     """Catches bytes that would be sent under another tensor's name, and a stream that ends early."""
@@ -116,10 +138,10 @@ def test_address_holds_no_bytes_and_no_code_of_ours() -> None:
 
     opened = Listing(io.BytesIO(packed)).load()
     assert named <= {
-        *("torch.multiprocessing.reductions.rebuild_tensor", "torch.multiprocessing.reductions.rebuild_storage_filename"),
+        *(f"torch.multiprocessing.reductions.rebuild_{kind}" for kind in ("tensor", "typed_storage", "storage_filename")),
         *(
             "torch.Tensor",
-            "torch.storage.TypedStorage",
+            "torch.storage.UntypedStorage",
             "torch.Size",
             "torch.uint8",
             "torch.float32",

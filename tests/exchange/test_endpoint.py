@@ -88,7 +88,7 @@ def test_a_dead_server() -> None:
 def test_answers_of_another_form(endpoint: Endpoint) -> None:
     """Catches replicas that would get no weights, and checksums that are none."""
     with pytest.raises(ServerError, match="runs with dp_size=4"):
-        endpoint.tensor_parallel_size(1)
+        endpoint.abilities(1)
     with pytest.raises(ServerError, match="in another form"):
         endpoint.checksums(1)
 

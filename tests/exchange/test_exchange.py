@@ -38,7 +38,10 @@ def plans_of_rank(rank: int, checkpoint: str) -> list[bool]:
         for full in (True, False):
             if weights.participates:
                 specs = weights.specs(full)
-                streamed = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in weights.tensors(full)]
+                streamed = []
+                for spec, (name, tensor) in zip(specs, weights.tensors(full), strict=True):
+                    whole = tensor if tensor.dim() == len(spec.shape) else tensor.flatten(0, 1)
+                    streamed.append(TensorSpec(name, tuple(whole.shape), tensor.dtype))
                 agree.append(specs == streamed and any(s.name.startswith("audio_tower.layers") for s in specs) == full)
         parallel_state.destroy_model_parallel()
     return agree
@@ -75,7 +78,7 @@ class Source:
 class Recording:
     """A way that notes what it is asked to do."""
 
-    in_session = False
+    in_session, borrows = False, False
 
     def __init__(self, source: Source) -> None:
         self.source, self.buffers = source, [torch.empty(MIB, dtype=torch.uint8) for _ in range(2)]
@@ -85,20 +88,24 @@ class Recording:
         self.overlapped: list[bool] = []
         self.abandoned = 0
 
-    def open(self, servers: Sequence[Endpoint], nbytes: int) -> None:
+    def open(self, servers: Sequence[Endpoint], bucket_bytes: int) -> int:
         self.sent = []
+        return bucket_bytes
+
+    def start(self, plans: Sequence[BucketPlan]) -> None:
+        self.planned = len(plans)
 
     def buffer(self, index: int) -> Tensor:
         return self.buffers[index % 2]
 
-    def send(self, plan: BucketPlan, buffer: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
+    def send(self, plan: BucketPlan, flat: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
         index = int(plan.specs[0].name)
         if index + 1 < self.source.count:
             self.overlapped.append(self.source.given[index + 1].wait(5 if self.expects_overlap else 0.2))
         if index == self.fails_at and self.error is not None:
             self.fails_at = None
             raise self.error
-        self.sent.append((index, float(plan.views(buffer)[str(index)][0])))
+        self.sent.append((index, float(plan.views(flat)[str(index)][0])))
         return {}
 
     expects_overlap = True

@@ -77,17 +77,40 @@ def plan_buckets(specs: Sequence[TensorSpec], max_bytes: int) -> list[BucketPlan
 
 
 @torch.no_grad()
-def fill(plan: BucketPlan, tensors: Iterator[tuple[str, Tensor]], buffer: Tensor) -> None:
+def fill(plan: BucketPlan, tensors: Iterator[tuple[str, Tensor]], buffer: Tensor, *, borrow: bool = False) -> Tensor:
     """Takes the bucket's tensors from the stream into the buffer, uint8 [≥ nbytes], each brought to the dtype that is sent.
+
+    Args:
+        plan: what is wanted.
+        tensors: the stream.
+        buffer: where they go.
+        borrow: a bucket's only tensor need not be copied.
+
+    Returns:
+        uint8 [nbytes]: the buffer's part, or the tensor's own memory.
 
     Raises:
         CordError: the stream brings something else than was planned.
     """
-    for name, view in plan.views(buffer).items():
+    views = plan.views(buffer)
+    for name, view in views.items():
         given = next(tensors, None)
-        if given is None or given[0] != name or given[1].shape != view.shape:
+        if given is None or given[0] != name or not _fits(given[1], view):
             found = "nothing" if given is None else f"{given[0]} {list(given[1].shape)}"
             raise CordError(
                 f"weight exchange: {name} {list(view.shape)} was planned but {found} came; the model changed since it was planned"
             )
-        view.copy_(given[1])
+        alike = given[1].dtype == view.dtype and given[1].device == view.device
+        if borrow and len(views) == 1 and alike and given[1].is_contiguous():
+            return given[1].detach().reshape(-1).view(torch.uint8)
+        view.view(given[1].shape).copy_(given[1])
+    return buffer[: plan.nbytes]
+
+
+def _fits(given: Tensor, planned: Tensor) -> bool:
+    """Whether the shapes are the same, or would be without a cut into pieces."""
+    return (
+        given.shape == planned.shape
+        or given.dim() == planned.dim() + 1
+        and (given.shape[0] * given.shape[1], *given.shape[2:]) == planned.shape
+    )

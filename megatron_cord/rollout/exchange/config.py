@@ -16,6 +16,8 @@ class ExchangeConfig:
     #: process_group: NCCL, gloo on CPU, across machines; shared_memory: servers on the trainer's machine; disk: a common file system
     way: Literal["process_group", "shared_memory", "disk"] = "process_group"
     bucket_bytes: int = 512 << 20  #: sent at once; two such buffers live on the main rank. A larger tensor has a bucket of its own
+    #: process_group: one request announces all buckets, which are smaller then, where every server can take that; false sends one for each
+    stream: bool = True
     overlap: bool = True  #: gather the next bucket while one is sent, which takes a second buffer
     timeout_seconds: float = 300.0  #: for each bucket, and for joining the group; a server that takes longer counts as dead
     address: str | None = None  #: of the main rank, as servers reach it; found out if unset (process_group)

@@ -31,6 +31,7 @@ class DiskWay:
     """
 
     in_session = False
+    borrows = True
 
     def __init__(self, directory: Path | None, timeout: float) -> None:
         self._parent = directory or Path(tempfile.gettempdir())
@@ -40,7 +41,7 @@ class DiskWay:
         self._partial: Path | None = None
         self._files = 0
 
-    def open(self, servers: Sequence[Endpoint], nbytes: int) -> None:
+    def open(self, servers: Sequence[Endpoint], bucket_bytes: int) -> int:
         """Makes a directory for this exchange."""
         self._servers, self._files = list(servers), 0
         try:
@@ -49,6 +50,11 @@ class DiskWay:
             self._partial.chmod(0o755)  # servers may run as another user
         except OSError as error:
             raise CordError(f"rollout.exchange.directory {self._parent} is not writable: {error.strerror}; choose another") from None
+        return bucket_bytes
+
+    def start(self, plans: Sequence[BucketPlan]) -> None:
+        """Makes the buffers."""
+        nbytes = max(plan.nbytes for plan in plans)
         if not self._buffers or self._buffers[0].numel() < nbytes:
             self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=portability.device()) for _ in range(2)]
 
@@ -56,14 +62,14 @@ class DiskWay:
         """One of two, uint8 [nbytes]."""
         return self._buffers[index % 2]
 
-    def send(self, plan: BucketPlan, buffer: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
+    def send(self, plan: BucketPlan, flat: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
         """Writes one file."""
         assert self._partial is not None
         ready.synchronize()
         self._files += 1
         file = self._partial / f"model-{self._files:05d}.safetensors"
         try:
-            save_file({name: view.cpu() for name, view in plan.views(buffer).items()}, file, {"format": "pt"})
+            save_file({name: view.cpu() for name, view in plan.views(flat).items()}, file, {"format": "pt"})
         except OSError as error:
             raise CordError(f"{file}: cannot write the weights: {error.strerror}; free some space") from None
         return {}

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from megatron_cord.errors import CordError
+from megatron_cord.rollout.sglang.process.weights import ABILITY
 
 Result = TypeVar("Result")
 _FLUSH_SECONDS = 5.0  # for which a server may wait until it is idle
@@ -28,6 +29,19 @@ class ServerError(Exception):
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """How a server can take weights.
+
+    Attributes:
+        ranks: processes over which its model is sharded.
+        streams: it takes all buckets behind one request, as those do that this project starts.
+    """
+
+    ranks: int
+    streams: bool
 
 
 @dataclass(frozen=True)
@@ -83,8 +97,8 @@ class Endpoint:
             return error.status is not None and error.status < 500
         return True
 
-    def tensor_parallel_size(self, timeout: float) -> int:
-        """Over how many processes its model is sharded.
+    def abilities(self, timeout: float) -> Abilities:
+        """How it can take weights.
 
         Raises:
             ServerError: as `post`; it runs several pipeline stages or replicas, which this project does not feed.
@@ -93,7 +107,7 @@ class Endpoint:
         for name in ("pp_size", "dp_size"):
             if info.get(name, 1) != 1:
                 raise ServerError(f"{self.url} runs with {name}={info[name]}; start it with 1, and more servers instead", 200)
-        return int(info.get("tp_size", 1))
+        return Abilities(int(info.get("tp_size", 1)), info.get(ABILITY) is True)
 
     def weight_version(self, timeout: float) -> str:
         """The version that it says its weights have."""

@@ -100,15 +100,16 @@ class WeightExchange:
             if behind and self._version is not None:
                 self._way.abandon()  # a server may be a new process at its old address, which knows nothing of our group
             full = full or behind
-        plans: list[BucketPlan] = []
+        specs: list[TensorSpec] = []
+        buckets = 0
         while (order := broadcast_json({"full": full} if alive else None)) is not None:
             full = bool(order["full"])
-            plans = self._plan(source, full)
+            specs = self._plan(source, full)
             lost = {}
             problem = None
             if main:
                 try:
-                    lost, done = self._attempt(source.tensors(full), plans, alive)
+                    lost, buckets, done = self._attempt(source.tensors(full), specs, alive)
                 except CordError as error:
                     problem, done = str(error), True
                 else:
@@ -124,9 +125,9 @@ class WeightExchange:
             if outcome[1]:
                 break
         self._version = version
-        nbytes, tensors = sum(plan.nbytes for plan in plans), sum(len(plan.specs) for plan in plans)
+        nbytes = sum(spec.nbytes for spec in specs)
         current = tuple(server.url for server in alive)
-        report = ExchangeReport(version, current, failed, full, tensors, nbytes, len(plans), time.perf_counter() - start)
+        report = ExchangeReport(version, current, failed, full, len(specs), nbytes, buckets, time.perf_counter() - start)
         plain = broadcast_json(asdict(report))
         return ExchangeReport(**plain | {"current": tuple(plain["current"])})
 
@@ -134,32 +135,37 @@ class WeightExchange:
         """Frees buffers and leaves groups; safe to call twice."""
         self._way.close()
 
-    def _plan(self, source: WeightSource, full: bool) -> list[BucketPlan]:
-        """What goes in which bucket, on rank 0; raises on all ranks if it does not fit."""
-        plans: list[BucketPlan] = []
+    def _plan(self, source: WeightSource, full: bool) -> list[TensorSpec]:
+        """What is sent, on rank 0; raises on all ranks if it does not fit."""
         problem = None
         specs = source.specs(full) if source.participates else []
         if dist.get_rank() == 0:
             try:
                 check_fits_server(specs, self._served, full)
-                plans = plan_buckets(wire_specs(specs, self._served), self._config.bucket_bytes)
+                specs = wire_specs(specs, self._served)
             except CordError as error:
                 problem = str(error)
         problem = broadcast_json(problem)
         if problem:
             raise CordError(problem)
-        return plans
+        return specs
+
+    def _cut(self, specs: list[TensorSpec], bucket_bytes: int) -> list[BucketPlan]:
+        """What goes in which bucket."""
+        return plan_buckets(specs, bucket_bytes)
 
     def _attempt(
-        self, tensors: Iterator[tuple[str, Tensor]], plans: list[BucketPlan], servers: list[Endpoint]
-    ) -> tuple[dict[Endpoint, ServerError], bool]:
-        """Sends all buckets once. Returns the servers that failed, and whether the others have the weights now."""
+        self, tensors: Iterator[tuple[str, Tensor]], specs: list[TensorSpec], servers: list[Endpoint]
+    ) -> tuple[dict[Endpoint, ServerError], int, bool]:
+        """Sends everything once. Returns the servers that failed, the number of buckets, and whether the others have the weights now."""
+        plans: list[BucketPlan] = []
         sessions = Sessions(self._config.timeout_seconds)
         failures = sessions.begin(servers) if self._way.in_session else {}
         done = False
         try:
             if remaining := without(servers, failures):
-                self._way.open(remaining, max(plan.nbytes for plan in plans))
+                plans = self._cut(specs, self._way.open(remaining, self._config.bucket_bytes))
+                self._way.start(plans)
                 failures |= self._send(tensors, plans)
                 failures |= self._way.finish()
                 done = True
@@ -173,7 +179,7 @@ class WeightExchange:
             if not done:
                 self._way.abandon()
         failures |= sessions.end(without(servers, failures))
-        return failures, done or not without(servers, failures)
+        return failures, len(plans), done or not without(servers, failures)
 
     def _publish(self, servers: list[Endpoint], version: int, flush_cache: bool) -> dict[Endpoint, ServerError]:
         """Lets servers that have all tensors say so. Returns the failures."""
@@ -192,11 +198,10 @@ class WeightExchange:
             for index, plan in enumerate(plans):
                 while len(under_way) > int(self._config.overlap):  # bucket index − 2 used this buffer
                     failures |= under_way.popleft().result()
-                buffer = self._way.buffer(index)
-                fill(plan, tensors, buffer)
+                flat = fill(plan, tensors, self._way.buffer(index), borrow=self._way.borrows)
                 ready = torch.cuda.Event()
                 ready.record()
-                under_way.append(sender.submit(self._way.send, plan, buffer, ready))
+                under_way.append(sender.submit(self._way.send, plan, flat, ready))
             for future in under_way:
                 failures |= future.result()
         return failures
@@ -212,7 +217,7 @@ def build_exchange(config: ExchangeConfig, checkpoint_dir: str | Path, served_dt
     """
     way: Way
     if config.way == "process_group":
-        way = ProcessGroupWay(config.address, config.timeout_seconds)
+        way = ProcessGroupWay(config.address, config.timeout_seconds, config.stream)
     elif config.way == "shared_memory":
         way = SharedMemoryWay(config.timeout_seconds)
     else:

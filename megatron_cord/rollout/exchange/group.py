@@ -6,11 +6,15 @@ store of its own. SGLang makes its side with the same calls (``/init_weights_upd
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
-from collections.abc import Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,46 +46,60 @@ class ServerGroup:
         self._name = f"cord-{secrets.token_hex(8)}"  # a name of its own: that of a dead trainer's group stays taken
         address = address or _address_towards(self.servers[0])
         world = 1 + sum(ranks.values())
-        self._pool = ThreadPoolExecutor(2 * len(ranks) + 2)
+        self._replies: dict[Future[object], Endpoint] = {}
         self._group: dist.ProcessGroup | None = None
+        self._first: dict[Endpoint, ServerError] = {}  # the refusal that broke the group
+        self._failed: AttemptFailed | None = None
+        self._broken: Future[None] = Future()
+        self._dying: dist.ProcessGroup | None = None  # broken, but held
+        self._over: Future[None] = Future()  # the last broadcast
+        self._over.set_result(None)
+        self._lock = threading.Lock()
         try:
             self._store = dist.TCPStore(address, 0, world, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
             raise CordError(
                 f"rollout.exchange.address {address} is not an address of this machine ({error}); set the one servers reach"
             ) from None
-        joins: dict[Future[object], Endpoint] = {}
         offset = 1
         for server, size in ranks.items():
             body = {"master_address": address, "master_port": self._store.port, "rank_offset": offset, "world_size": world}
             body |= {"group_name": self._name, "backend": portability.backend()}
-            joins[self._pool.submit(server.post, "/init_weights_update_group", body, timeout)] = server
+            self._replies[_beside(partial(server.post, "/init_weights_update_group", body, timeout))] = server
             offset += size
-        own: Future[object] = self._pool.submit(self._join, world)
-        self._settle(joins, own)
+        self._settle(_beside(partial(self._join, world)), *self._replies)
 
-    def broadcast(self, flat: Tensor, ready: torch.cuda.Event, path: str, body: dict[str, object]) -> None:
-        """Sends uint8 [nbytes] to all servers, which are told by a request what comes. Every reply is read before rank 0 can block for good.
+    def announce(self, path: str, body: dict[str, object], timeout: float) -> None:
+        """Tells all servers by a request what broadcasts come next; they answer within so many seconds, when they have loaded them all."""
+        body = body | {"group_name": self._name}
+        self._replies = {_beside(partial(server.post, path, body, timeout)): server for server in self.servers}
+        for reply in self._replies:
+            reply.add_done_callback(self._hear)
+
+    def broadcast(self, flat: Tensor, ready: torch.cuda.Event) -> None:
+        """Sends uint8 [nbytes] to all servers. A refusal ends it at once, so that rank 0 does not wait for those that take no part.
 
         Raises:
             AttemptFailed: a server refused, died or hung, or the broadcast failed; the group cannot be used again.
         """
-        body = body | {"group_name": self._name}
-        replies: dict[Future[object], Endpoint] = {
-            self._pool.submit(server.post, path, body, self._timeout): server for server in self.servers
-        }
-        self._settle(replies, self._pool.submit(self._broadcast, flat, ready))
+        try:
+            self._broadcast(flat, ready)
+            return
+        except (RuntimeError, ValueError):  # torch's, of a group that is broken or gone
+            pass  # what the exception still holds must be gone, or the group's connections stay open
+        raise self._failure()
 
-    def close(self, *, broken: bool = False) -> None:
+    def answers(self) -> None:
+        """Waits for the answers to what was announced last. Raises as `broadcast`."""
+        self._settle(*self._replies)
+
+    def close(self) -> None:
         """Leaves the group; the servers are told to, too, as far as they listen. Safe to call twice."""
-        group, self._group = self._group, None
+        with self._lock:
+            group, self._group = self._group, None
         if group is not None:
-            if broken:
-                _abort(group)
-            else:
-                dist.destroy_process_group(group)
-            ask_each(self.servers, lambda s: s.post("/destroy_weights_update_group", {"group_name": self._name}, _SETTLE_SECONDS))
-        self._pool.shutdown(wait=False)
+            dist.destroy_process_group(group)
+            wait(self._tell_to_leave(), _SETTLE_SECONDS)
 
     def _join(self, world: int) -> None:
         # Private in torch, but the only door to a group across jobs; SGLang's side and its peers' use the same.
@@ -98,48 +116,101 @@ class ServerGroup:
         self._group = group
 
     def _broadcast(self, flat: Tensor, ready: torch.cuda.Event) -> None:
+        group = self._group
+        if group is None:
+            raise RuntimeError("a server refused")
         if portability.has_cuda():
             torch.cuda.set_device(flat.device)  # a thread starts on device 0
         with torch.cuda.stream(torch.cuda.Stream()):
             ready.wait()
-            work = dist.broadcast(flat, 0, group=self._group, async_op=True)
+            work = dist.broadcast(flat, 0, group=group, async_op=True)
             assert work is not None
-            work.wait(timedelta(seconds=self._timeout))
+            over = self._over = Future[None]()
+            work.get_future().add_done_callback(lambda _: over.set_result(None))
+            # gloo's own wait does not notice that the group is broken.
+            done, _ = wait([over, self._broken], self._timeout, FIRST_COMPLETED)
+            if over not in done:
+                raise RuntimeError("a server refused, or takes too long")
+            work.wait()
             torch.cuda.current_stream().synchronize()
 
-    def _settle(self, replies: Mapping[Future[object], Endpoint], own: Future[object]) -> None:
-        """Waits for rank 0's own part and all replies; at the first failure breaks the group, so that no part waits for the dead."""
-        pending = {own, *replies}
-        while pending:
-            done, pending = wait(pending, self._timeout, FIRST_COMPLETED)
-            refused = {replies[f]: e for f in done if f in replies and isinstance(e := f.exception(), ServerError)}
-            if refused or own in done and own.exception() is not None or not done:
-                self.close(broken=True)
-                late, _ = wait(pending, _SETTLE_SECONDS)
-                raise AttemptFailed(refused or self._culprits(replies, late, own))
-            for future in done:
-                future.result()  # anything else than a server's failure is ours
+    def _hear(self, reply: Future[object]) -> None:
+        """In the thread of a reply: a refusal breaks the group, whatever rank 0 is waiting for. Those that follow from that do not count."""
+        if (error := reply.exception()) is not None:
+            with self._lock:
+                if self._group is not None and isinstance(error, ServerError) and not self._first:
+                    self._first = {self._replies[reply]: error}
+            self._break()
 
-    def _culprits(
-        self, replies: Mapping[Future[object], Endpoint], done: set[Future[object]], own: Future[object]
-    ) -> dict[Endpoint, ServerError]:
-        """Who broke the group when rank 0 noticed first: servers that are gone, or do not answer any more."""
-        found: dict[Endpoint, ServerError] = {}
-        for future, server in replies.items():
-            error = future.exception() if future in done or future.done() else None
-            if isinstance(error, ServerError) and error.status is None:
-                found[server] = error
-            elif not server.is_healthy(_SETTLE_SECONDS):
-                found[server] = ServerError(f"{server.url} left the process group and does not answer")
-        return found
+    def _break(self) -> None:
+        """Ends what is under way, as far as NCCL lets it end; once."""
+        with self._lock:
+            group, self._group = self._group, None
+            if group is None:
+                return
+            self._dying = group
+        with contextlib.suppress(RuntimeError):  # broken beyond that
+            distributed_c10d._abort_process_group(group)
+        self._broken.set_result(None)
+
+    def _tell_to_leave(self) -> list[Future[object]]:
+        body = {"group_name": self._name}
+        return [_beside(partial(server.post, "/destroy_weights_update_group", body, _SETTLE_SECONDS)) for server in self.servers]
+
+    def _settle(self, *parts: Future[Any]) -> None:
+        """Waits for all parts, at most until the first that fails."""
+        done, pending = wait(parts, self._timeout, FIRST_EXCEPTION)
+        if pending or any(part.exception() is not None for part in done):
+            raise self._failure()
+
+    def _failure(self) -> AttemptFailed:
+        """Breaks the group, so that no part waits for the dead, and says who did it; the same when asked again."""
+        if self._failed is not None:
+            return self._failed
+        first = self._first or self._refused()
+        self._break()
+        # gloo cannot end a broadcast that some rank does not join, and others wait for its next one. The rank that refused leaves when it is
+        # told to, which ends ours; our connections close when nobody holds the group any more, which frees the others.
+        leaving = self._tell_to_leave()
+        wait([self._over], _SETTLE_SECONDS)
+        dying, self._dying = [self._dying], None
+        _beside(dying.clear)  # it would wait for a broadcast that is not over
+        wait(self._replies, _SETTLE_SECONDS)
+        wait(leaving, _SETTLE_SECONDS)
+        gone = {server: error for server, error in self._refused().items() if error.status is None}
+        self._failed = AttemptFailed(gone or first or self._silent())
+        return self._failed
+
+    def _refused(self) -> dict[Endpoint, ServerError]:
+        """The servers that have answered with an error by now. Anything else than a server's failure is ours, and raised."""
+        refused = {}
+        for reply, server in self._replies.items():
+            error = reply.exception() if reply.done() else None
+            if isinstance(error, ServerError):
+                refused[server] = error
+            elif error is not None:
+                raise error
+        return refused
+
+    def _silent(self) -> dict[Endpoint, ServerError]:
+        """The servers that do not answer any more, or not what they were asked."""
+        waiting = {server for reply, server in self._replies.items() if not reply.done()}
+        _, lost = ask_each(self.servers, lambda server: server.weight_version(_SETTLE_SECONDS))
+        return {server: ServerError(f"{server.url} left the process group and does not answer") for server in waiting | lost.keys()}
 
 
-def _abort(group: dist.ProcessGroup) -> None:
-    """Ends a group with operations in flight; a plain destroy would wait for them."""
-    try:
-        distributed_c10d._abort_process_group(group)
-    except RuntimeError:
-        pass  # already broken beyond that
+def _beside(call: Callable[[], object]) -> Future[object]:
+    """Its result, from a thread that nobody waits for at the end: a server that hangs may keep it for long."""
+    future: Future[object] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def _address_towards(server: Endpoint) -> str:

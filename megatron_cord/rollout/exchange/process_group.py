@@ -1,6 +1,9 @@
 """The way over a process group: NCCL between GPUs, gloo between CPUs. The fastest between machines.
 
 The group is made at the first exchange and kept. When a server fails, everyone in the group loses it, and it is made anew with the others.
+
+Servers that this project starts take a stream: one request announces all tensors, and buckets of some MiB, or of one large tensor where it
+lies, follow one another. If any of the servers is another one, each bucket has a request of its own, and should be large.
 """
 
 from __future__ import annotations
@@ -15,6 +18,10 @@ from megatron_cord.rollout.exchange.bucket import BucketPlan
 from megatron_cord.rollout.exchange.endpoint import Endpoint, ServerError, ask_each
 from megatron_cord.rollout.exchange.group import ServerGroup
 from megatron_cord.rollout.exchange.way import AttemptFailed
+from megatron_cord.rollout.sglang.process.weights import STREAMED
+
+_STREAM_BYTES = 32 << 20  #: of a bucket in a stream; larger tensors need not be copied together
+_UPDATE = "/update_weights_from_distributed"
 
 
 class ProcessGroupWay:
@@ -23,59 +30,79 @@ class ProcessGroupWay:
     Args:
         address: of the trainer's main rank, as servers reach it; found out if None.
         timeout: seconds for joining the group and for each bucket.
+        stream: use streams where all servers take them.
     """
 
     in_session = True
+    borrows = True
 
-    def __init__(self, address: str | None, timeout: float) -> None:
-        self._address, self._timeout = address, timeout
+    def __init__(self, address: str | None, timeout: float, stream: bool = True) -> None:
+        self._address, self._timeout, self._wanted = address, timeout, stream
         self._group: ServerGroup | None = None
+        self._streams = False
         self._buffers: list[Tensor] = []
 
-    def open(self, servers: Sequence[Endpoint], nbytes: int) -> None:
+    def open(self, servers: Sequence[Endpoint], bucket_bytes: int) -> int:
         """Joins the servers, unless just these are joined already."""
         if self._group is not None and self._group.servers != tuple(servers):
             self._leave()
         if self._group is None:
-            sizes, failures = ask_each(servers, lambda server: server.tensor_parallel_size(self._timeout))
+            abilities, failures = ask_each(servers, lambda server: server.abilities(self._timeout))
             if failures:
                 raise AttemptFailed(failures)
-            self._group = ServerGroup(sizes, self._address, self._timeout)
+            self._streams = self._wanted and all(found.streams for found in abilities.values())
+            self._group = ServerGroup({server: found.ranks for server, found in abilities.items()}, self._address, self._timeout)
+        return min(bucket_bytes, _STREAM_BYTES) if self._streams else bucket_bytes
+
+    def start(self, plans: Sequence[BucketPlan]) -> None:
+        """Makes the buffers, and announces a stream."""
+        nbytes = max(plan.nbytes for plan in plans)
         if not self._buffers or self._buffers[0].numel() < nbytes:
             self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=portability.device()) for _ in range(2)]
+        if self._streams:
+            self._announce(plans, STREAMED + ",".join(str(len(plan.specs)) for plan in plans))
 
     def buffer(self, index: int) -> Tensor:
         """One of two, uint8 [nbytes]."""
         return self._buffers[index % 2]
 
-    def send(self, plan: BucketPlan, buffer: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
-        """Broadcasts one bucket; returns when all servers have loaded it."""
+    def send(self, plan: BucketPlan, flat: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
+        """Broadcasts one bucket; returns when all servers have received it."""
         assert self._group is not None
-        body: dict[str, object] = {
-            "names": [spec.name for spec in plan.specs],
-            "dtypes": [str(spec.dtype).removeprefix("torch.") for spec in plan.specs],
-            "shapes": [list(spec.shape) for spec in plan.specs],
-            "load_format": "flattened_bucket",
-            "flush_cache": False,
-        }
-        self._group.broadcast(buffer[: plan.nbytes], ready, "/update_weights_from_distributed", body)
+        if not self._streams:
+            self._announce([plan], "flattened_bucket")
+        self._group.broadcast(flat, ready)
+        if not self._streams:
+            self._group.answers()
         return {}
 
     def finish(self) -> dict[Endpoint, ServerError]:
-        """Nothing is left to do; the group stays."""
+        """Waits until all servers have loaded everything; the group stays."""
+        assert self._group is not None
+        self._group.answers()
         return {}
 
     def abandon(self) -> None:
-        """Breaks the group, and takes new buffers: an operation that was aborted may still read the old ones."""
-        if self._group is not None:
-            self._group.close(broken=True)
-            self._group = None
+        """Leaves the group, and takes new buffers: an operation that was aborted may still read the old ones."""
+        self._leave()
         self._buffers = []
 
     def close(self) -> None:
         """Leaves the group and frees the buffers."""
         self._leave()
         self._buffers = []
+
+    def _announce(self, plans: Sequence[BucketPlan], load_format: str) -> None:
+        assert self._group is not None
+        specs = [spec for plan in plans for spec in plan.specs]
+        body: dict[str, object] = {
+            "names": [spec.name for spec in specs],
+            "dtypes": [str(spec.dtype).removeprefix("torch.") for spec in specs],
+            "shapes": [list(spec.shape) for spec in specs],
+            "load_format": load_format,
+            "flush_cache": False,
+        }
+        self._group.announce(_UPDATE, body, self._timeout * len(plans))
 
     def _leave(self) -> None:
         if self._group is not None:

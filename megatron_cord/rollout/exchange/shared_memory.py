@@ -38,6 +38,7 @@ class SharedMemoryWay:
     """
 
     in_session = True
+    borrows = False
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
@@ -46,15 +47,22 @@ class SharedMemoryWay:
         self._nbytes = 0
         self._buffers: list[Tensor] = []
 
-    def open(self, servers: Sequence[Endpoint], nbytes: int) -> None:
-        """Asks servers for their tensor-parallel sizes, and makes the buffers."""
+    def open(self, servers: Sequence[Endpoint], bucket_bytes: int) -> int:
+        """Asks servers for their tensor-parallel sizes."""
         away = {
             s: ServerError(f"{s.url} is not on this machine; set rollout.exchange.way=process_group") for s in servers if not s.is_local
         }
-        sizes, failures = ask_each(without(servers, away), lambda server: server.tensor_parallel_size(self._timeout))
+        unknown = [server for server in without(servers, away) if server not in self._ranks]
+        abilities, failures = ask_each(unknown, lambda server: server.abilities(self._timeout))
         if away or failures:
             raise AttemptFailed(away | failures)
-        self._servers, self._ranks = list(servers), sizes
+        self._ranks |= {server: found.ranks for server, found in abilities.items()}
+        self._servers = list(servers)
+        return bucket_bytes
+
+    def start(self, plans: Sequence[BucketPlan]) -> None:
+        """Makes the buffers."""
+        nbytes = max(plan.nbytes for plan in plans)
         if not self._buffers or nbytes > self._nbytes:
             self._nbytes = nbytes
             self._buffers = [self._new_buffer() for _ in range(2)]
@@ -66,10 +74,9 @@ class SharedMemoryWay:
             torch.cuda.ipc_collect()
         return self._buffers[index % 2]
 
-    def send(self, plan: BucketPlan, buffer: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
+    def send(self, plan: BucketPlan, flat: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
         """Tells each server where the bucket is, and waits until all have copied it."""
         ready.synchronize()
-        flat = buffer[: plan.nbytes]
 
         def copy(server: Endpoint) -> None:
             # A payload can be opened once: it counts the processes that hold the memory. So each rank of a server gets its own.
@@ -86,8 +93,8 @@ class SharedMemoryWay:
         return {}
 
     def abandon(self) -> None:
-        """A server that hangs may map the buffers yet; they are not used again."""
-        self._buffers = []
+        """A server that hangs may map the buffers yet; they are not used again. Nor is what servers said of themselves: some may be new."""
+        self._buffers, self._ranks = [], {}
 
     def close(self) -> None:
         """Frees the buffers."""
@@ -149,9 +156,19 @@ class _Storage:
     """The named shared memory of a tensor, uint8; another process may map it once."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._storage = tensor._typed_storage()
+        self._memory = _Memory(tensor)
+
+    def __reduce__(self) -> Any:
+        return reductions.rebuild_typed_storage, (self._memory, torch.uint8)
+
+
+class _Memory:
+    """The same without a dtype. torch recognises one that is mapped already only in this form."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._storage = tensor.untyped_storage()
 
     def __reduce__(self) -> Any:
         manager, handle, size = self._storage._share_filename_cpu_()
         self._storage._shared_incref()  # the receiver takes it off again
-        return reductions.rebuild_storage_filename, (torch.TypedStorage, manager, handle, size, torch.uint8)
+        return reductions.rebuild_storage_filename, (torch.UntypedStorage, manager, handle, size)

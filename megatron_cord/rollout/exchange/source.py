@@ -32,7 +32,10 @@ class WeightSource(Protocol):
         ...
 
     def tensors(self, full: bool) -> Iterator[tuple[str, Tensor]]:
-        """Every participating rank consumes the whole iterator; rank 0 uses what it yields."""
+        """Every participating rank consumes the whole iterator; rank 0 uses what it yields.
+
+        A tensor may have a dimension more than planned, [pieces, rows of a piece, ...], its rows being those of all pieces.
+        """
         ...
 
 
@@ -69,10 +72,10 @@ class ModelWeights:
 
     def tensors(self, full: bool) -> Iterator[tuple[str, Tensor]]:
         """Full tensors, gathered one by one over the replica's ranks."""
-        return export_tensors(self._model, _selection(full))
+        return export_tensors(self._model, _selection(full), in_pieces=True)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return self.tensors(full=False)
+        return export_tensors(self._model, _selection(full=False))
 
 
 class GivenWeights:

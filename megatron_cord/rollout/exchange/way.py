@@ -29,28 +29,34 @@ class Way(Protocol):
 
     Attributes:
         in_session: whether servers want begin_weight_update and end_weight_update around it.
+        borrows: whether a bucket may lie outside its buffer, in its only tensor's own memory.
     """
 
     in_session: bool
+    borrows: bool
 
-    def open(self, servers: Sequence[Endpoint], nbytes: int) -> None:
-        """Gets ready to send these servers buckets of at most nbytes.
+    def open(self, servers: Sequence[Endpoint], bucket_bytes: int) -> int:
+        """Gets ready to send to these servers. Returns what a bucket should have at most: bucket_bytes, or less where small ones cost nothing.
 
         Raises:
             AttemptFailed: some servers cannot be reached this way.
         """
         ...
 
+    def start(self, plans: Sequence[BucketPlan]) -> None:
+        """Gets ready for these buckets, which are sent next in their order."""
+        ...
+
     def buffer(self, index: int) -> Tensor:
         """Where bucket number `index` is put together: uint8 [≥ nbytes]; the one of bucket index − 2 may be used again."""
         ...
 
-    def send(self, plan: BucketPlan, buffer: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
-        """Returns when the buffer may be used again; the servers that failed get nothing more.
+    def send(self, plan: BucketPlan, flat: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
+        """Returns when the bucket's memory may be used again; the servers that failed get nothing more.
 
         Args:
             plan: what lies where.
-            buffer: as filled on the default stream.
+            flat: uint8 [nbytes], as filled on the default stream.
             ready: recorded there after filling.
 
         Raises:

@@ -36,7 +36,7 @@ def shake_hands(server: Endpoint, model_type: str) -> int:
         raise CordError(
             f"{server.url} runs SGLang {info.get('version')}; {OLDEST} or later is needed, as older ones cannot take weights safely"
         )
-    server.tensor_parallel_size(_PATIENCE)
+    server.abilities(_PATIENCE)
     model = server.get("/model_info", _PATIENCE)
     if model.get("model_type") != model_type:
         raise CordError(

@@ -27,7 +27,7 @@ _KEY_VARIABLE = "MEGATRON_CORD_SERVER_KEY"  # as in process/serve.py, which runs
 _TRAINERS = ("PYTHONPATH", "RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "TORCHDYNAMO_DISABLE")
 _CPU = [
     "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--disable-cuda-graph", "--disable-overlap-schedule",
-    "--grammar-backend", "none",
+    "--grammar-backend", "none", "--sleep-on-idle",
 ]  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """The process of one SGLang server: run as a file by the interpreter of ``.venv-sglang``, with SGLang's own arguments.
 
-Apart from starting SGLang it does four things. The API key comes from the environment, as arguments can be read by anyone on the machine,
+Apart from starting SGLang it does five things. The API key comes from the environment, as arguments can be read by anyone on the machine,
 and is taken out of the log, where SGLang prints all its settings. Without CUDA, stand-ins take the place of the compiled kernels.
-Our own models (`external`) take the place of those that compute something else than the trainer.
+Our own models (`external`) take the place of those that compute something else than the trainer. Weights are taken as ``weights.py`` says.
 And it ends when its standard input does, that is when whoever started it is gone, however that came.
 
 SGLang's processes import this file again, so everything outside the last block happens in each of them. It must not import the project.
@@ -62,6 +62,15 @@ def end_with_starter() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def run_scheduler(*arguments: Any, **settings: Any) -> None:
+    """The process that holds the model, or one tensor-parallel part of it."""
+    import weights
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    weights.install()
+    run_scheduler_process(*arguments, **settings)
+
+
 _key = os.environ.get(KEY_VARIABLE, "")
 if _key:
     hide_key(_key)
@@ -73,4 +82,5 @@ if __name__ == "__main__":
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.server_args import prepare_server_args
 
-    launch_server(prepare_server_args([*sys.argv[1:], *(["--api-key", _key] if _key else [])]))
+    settings = prepare_server_args([*sys.argv[1:], *(["--api-key", _key] if _key else [])])
+    launch_server(settings, run_scheduler_process_func=run_scheduler)
