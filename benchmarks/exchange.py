@@ -1,12 +1,13 @@
 """How fast weights reach a rollout server, each way, beside a plain transfer of the same bytes and beside sending tensor by tensor.
 
-    python -m benchmarks.exchange [--rounds 5] [--output benchmarks/results/exchange.json]
+    python -m benchmarks.exchange [--rounds 7] [--output benchmarks/results/exchange.json]
 
-A real SGLang server (.venv-sglang) runs on this machine's CPU with a random Qwen2-Audio, of two kinds one after the other: `many` has
-Qwen2-Audio-7B's number of tensors, narrow; `large` has few, whose size is the 7B model's (19 MB on average). One exchange is all that training does for one: all of its questions and answers, every tensor, the server's own loading
-included. A plain transfer (benchmarks/exchange_plain.py) ends when the bytes are in the other process. Tensor by tensor is the same exchange
-with a bucket for each tensor. The three take turns; medians of the rounds are compared; the first exchange of a way, which also makes its group
-and its buffers, is given apart. float32, one trainer process with one thread.
+A real SGLang server (.venv-sglang) runs on this machine's CPU with a random Qwen2-Audio, of two kinds one after the other: `large` has the 7B
+model's tensors in 5 of its 32 layers, and a smaller vocabulary (17 MB a tensor, as the 7B model's); `many` has the 7B model's number of tensors,
+narrow. One exchange is all that training does for one: all of its questions and answers, every tensor, the server's own loading included. A
+plain transfer (benchmarks/exchange_plain.py) ends when the bytes are in the other process. Tensor by tensor is the same exchange with a bucket
+and a request for each tensor. The three take turns; medians of the rounds are compared; the first exchange of a way, which also makes its group
+and its buffers, is given apart. bfloat16, one trainer process with one thread.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Sizes:
     vocabulary: int
 
 
-MODELS = {"many": Sizes(32, 256, 688, 8, 256, 8, 39_000), "large": Sizes(5, 4096, 11008, 32, 1280, 20, 20_000)}
+MODELS = {"large": Sizes(5, 4096, 11008, 32, 1280, 20, 20_000), "many": Sizes(32, 256, 688, 8, 256, 8, 39_000)}
+DTYPE = torch.bfloat16
 
 
 class TensorByTensor(WeightExchange):
@@ -81,11 +83,9 @@ def write_model(directory: Path, sizes: Sizes) -> None:
 def measure(way: str, source: ModelWeights, checkpoint: Path, server: Endpoint, rounds: int, bucket_bytes: int) -> dict[str, Any]:
     """One way: the exchange, the plain transfer and tensor by tensor in turns."""
     config = ExchangeConfig(way=way, bucket_bytes=bucket_bytes)  # type: ignore[arg-type]
-    exchange = build_exchange(config, checkpoint, torch.float32)
-    again: Way = (
-        ProcessGroupWay(None, config.timeout_seconds, stream=False) if way == "process_group" else SharedMemoryWay(config.timeout_seconds)
-    )
-    alone = TensorByTensor(config, again, served_specs(checkpoint, torch.float32))
+    exchange, patience = build_exchange(config, checkpoint, DTYPE), config.timeout_seconds
+    again: Way = ProcessGroupWay(None, patience, stream=False) if way == "process_group" else SharedMemoryWay(patience)
+    alone = TensorByTensor(config, again, served_specs(checkpoint, DTYPE))
     ours, single, plain = [], [], []
     try:
         first = done(exchange.update(source, 0, [server], full=True))
@@ -116,12 +116,12 @@ def measure_model(sizes: Sizes, layout: Layout, python: Path, rounds: int, bucke
         checkpoint = Path(name) / "checkpoint"
         write_model(checkpoint, sizes)
         config = ServerConfig(
-            checkpoint=checkpoint, device="cpu", dtype="float32", python=python, max_total_tokens=1024, memory_fraction=0.6
+            checkpoint=checkpoint, device="cpu", dtype="bfloat16", python=python, max_total_tokens=1024, memory_fraction=0.6
         )
         server = SglangServer(config, "", Path(name) / "server.log")
         server.start()
         try:
-            model = LALM(load_architecture(checkpoint), layout, torch.float32)
+            model = LALM(load_architecture(checkpoint), layout, DTYPE)
             read_into(model, checkpoint)
             server.wait()
             ways = {way: measure(way, ModelWeights(model), checkpoint, server.endpoint, rounds, bucket_bytes) for way in WAYS}
@@ -145,9 +145,9 @@ def rounded(value: Any) -> Any:
 def main() -> None:
     """Entry point."""
     parser = Parser(description="Measures the exchange of weights with a real server on this CPU.", allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=5, help="of each way (default: 5)")
+    parser.add_argument("--rounds", type=int, default=7, help="of each way (default: 7)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which (default: all)")
-    parser.add_argument("--bucket-megabytes", type=int, default=64, help="of a bucket (default: 64)")
+    parser.add_argument("--bucket-megabytes", type=int, default=128, help="of a bucket, where each has a request (default: 128)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="where the figures go, as JSON")
     arguments = parser.parse_args()
     python = ROOT / ENVIRONMENT / "bin" / "python"
@@ -163,6 +163,7 @@ def main() -> None:
         "models": figures,
         "sizes": {kind: asdict(sizes) for kind, sizes in models.items()},
         "bucket_megabytes": arguments.bucket_megabytes,
+        "dtype": str(DTYPE).removeprefix("torch."),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": 1},
         "versions": {name: version(name) for name in ("torch", "megatron-core")} | {"sglang": str(sglang)},
     }

@@ -18,6 +18,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from megatron_cord.convert.checkpoint_files import stored_tensors
 from megatron_cord.errors import CordError
+from megatron_cord.losses.products import product
 from megatron_cord.model.families import family_of, load_architecture
 
 
@@ -74,8 +75,9 @@ class PlainModel:
         return self._hidden(input_ids=input_ids, **settings)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits float32 [..., V] of hidden states [..., H]."""
-        return self._model.get_output_embeddings()(hidden).float()
+        """Logits float32 [..., V] of hidden states [..., H], not rounded to the model's dtype: the trainer does not round them either."""
+        weight = self._model.get_output_embeddings().weight
+        return product(hidden.flatten(0, -2), weight, torch.float32).view(*hidden.shape[:-1], -1)
 
 
 def _by_published_name(model: Any, names: list[str], directory: Path) -> dict[str, Tensor]:

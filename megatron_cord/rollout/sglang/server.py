@@ -126,7 +126,7 @@ class SglangServer:
             environment[_KEY_VARIABLE] = self._key
         arguments = ["--model-path", str(config.checkpoint), "--host", config.host, "--port", str(self._port), "--dtype", _dtype(config),
                      "--device", config.device, "--tp-size", str(config.tp), "--max-running-requests", str(config.max_running_requests),
-                     "--skip-server-warmup", "--nccl-port", str(free_port("127.0.0.1"))]  # fmt: skip
+                     "--skip-server-warmup", "--enable-fp32-lm-head", "--nccl-port", str(free_port("127.0.0.1"))]  # fmt: skip
         if config.device == "cpu":
             # Huge pages: SGLang takes new memory for every bucket of weights, whose first use otherwise takes longer than its transfer.
             environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
