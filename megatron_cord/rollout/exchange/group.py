@@ -10,8 +10,9 @@ import contextlib
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from megatron_cord.parallel import portability
 from megatron_cord.rollout.exchange.endpoint import Endpoint, ServerError, ask_each
 from megatron_cord.rollout.exchange.way import AttemptFailed
 
+_POLL_SECONDS = 5e-5  #: between two looks at a broadcast
 _SETTLE_SECONDS = 5.0  #: how long after one failure others are waited for, to tell who caused it
 
 
@@ -50,10 +52,9 @@ class ServerGroup:
         self._group: dist.ProcessGroup | None = None
         self._first: dict[Endpoint, ServerError] = {}  # the refusal that broke the group
         self._failed: AttemptFailed | None = None
-        self._broken: Future[None] = Future()
+        self._broken = threading.Event()
         self._dying: dist.ProcessGroup | None = None  # broken, but held
-        self._over: Future[None] = Future()  # the last broadcast
-        self._over.set_result(None)
+        self._work: dist.Work | None = None  # the last broadcast
         self._lock = threading.Lock()
         try:
             self._store = dist.TCPStore(address, 0, world, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
@@ -113,7 +114,11 @@ class ServerGroup:
             timeout=timedelta(seconds=self._timeout),
         )
         distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
-        self._group = group
+        with self._lock:
+            late = self._failed is not None
+            self._group = None if late else group
+        if late:
+            dist.destroy_process_group(group)
 
     def _broadcast(self, flat: Tensor, ready: torch.cuda.Event) -> None:
         group = self._group
@@ -123,16 +128,14 @@ class ServerGroup:
             torch.cuda.set_device(flat.device)  # a thread starts on device 0
         with torch.cuda.stream(torch.cuda.Stream()):
             ready.wait()
-            work = dist.broadcast(flat, 0, group=group, async_op=True)
+            work = self._work = dist.broadcast(flat, 0, group=group, async_op=True)
             assert work is not None
-            over = self._over = Future[None]()
-            work.get_future().add_done_callback(lambda _: over.set_result(None))
-            # gloo's own wait does not notice that the group is broken.
-            done, _ = wait([over, self._broken], self._timeout, FIRST_COMPLETED)
-            if over not in done:
-                raise RuntimeError("a server refused, or takes too long")
+            # A plain wait notices neither that the group is broken (gloo), nor that a server hangs (NCCL, which waits on the device).
+            deadline = time.monotonic() + self._timeout
+            while not work.is_completed():
+                if self._broken.wait(_POLL_SECONDS) or time.monotonic() > deadline:
+                    raise RuntimeError("a server refused, or takes too long")
             work.wait()
-            torch.cuda.current_stream().synchronize()
 
     def _hear(self, reply: Future[object]) -> None:
         """In the thread of a reply: a refusal breaks the group, whatever rank 0 is waiting for. Those that follow from that do not count."""
@@ -151,7 +154,7 @@ class ServerGroup:
             self._dying = group
         with contextlib.suppress(RuntimeError):  # broken beyond that
             distributed_c10d._abort_process_group(group)
-        self._broken.set_result(None)
+        self._broken.set()
 
     def _tell_to_leave(self) -> list[Future[object]]:
         body = {"group_name": self._name}
@@ -172,9 +175,11 @@ class ServerGroup:
         # gloo cannot end a broadcast that some rank does not join, and others wait for its next one. The rank that refused leaves when it is
         # told to, which ends ours; our connections close when nobody holds the group any more, which frees the others.
         leaving = self._tell_to_leave()
-        wait([self._over], _SETTLE_SECONDS)
-        dying, self._dying = [self._dying], None
-        _beside(dying.clear)  # it would wait for a broadcast that is not over
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while self._work is not None and not self._work.is_completed() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        held, self._dying, self._work = [self._dying, self._work], None, None
+        _beside(held.clear)  # it would wait for a broadcast that is not over
         wait(self._replies, _SETTLE_SECONDS)
         wait(leaving, _SETTLE_SECONDS)
         gone = {server: error for server, error in self._refused().items() if error.status is None}
