@@ -71,12 +71,12 @@ def test_streams_where_all_take_them(manners: tuple[str, str]) -> None:
 def test_one_fails_and_the_other_gets_everything(manner: str) -> None:
     """Catches a rank that waits for the dead, the wrong server blamed, and a survivor that keeps half of the weights."""
     source = Source()
-    exchange = exchange_of(source, timeout=4.0 if manner == "hangs" else 60.0)
+    exchange = exchange_of(source, timeout=15.0 if manner == "hangs" else 600.0)
     begun = time.monotonic()
     with GroupServer() as good, GroupServer(manner) as bad:
         report = exchange.update(source, 1, [good.endpoint, bad.endpoint])
         assert report.current == (good.endpoint.url,) and list(report.failed) == [bad.endpoint.url]
         assert WORDS.get(manner, "") in report.failed[bad.endpoint.url]
         assert good.loaded == source.ends | {"requests": [2]}
-        assert time.monotonic() - begun < 40
+        assert time.monotonic() - begun < 300, "waited for the dead"
         exchange.close()

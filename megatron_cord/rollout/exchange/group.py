@@ -55,7 +55,7 @@ class ServerGroup:
         self._broken = threading.Event()
         self._dying: dist.ProcessGroup | None = None  # broken, but held
         self._work: dist.Work | None = None  # the last broadcast
-        self._lock = threading.Lock()
+        self._lock, self._left = threading.Lock(), False
         try:
             self._store = dist.TCPStore(address, 0, world, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
@@ -101,6 +101,23 @@ class ServerGroup:
         if group is not None:
             dist.destroy_process_group(group)
             wait(self._tell_to_leave(), _SETTLE_SECONDS)
+
+    def abandon(self) -> None:
+        """Leaves whatever is under way, and has the servers leave it, as far as they listen. Safe to call twice."""
+        if self._left:
+            return
+        self._left = True
+        self._break()
+        # gloo cannot end a broadcast that some rank does not join, and others wait for its next one. The rank that refused leaves when it is
+        # told to, which ends ours; our connections close when nobody holds the group any more, which frees the others.
+        leaving = self._tell_to_leave()
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while self._work is not None and not self._work.is_completed() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        held, self._dying, self._work = [self._dying, self._work], None, None
+        _beside(held.clear)  # it would wait for a broadcast that is not over
+        wait(self._replies, _SETTLE_SECONDS)
+        wait(leaving, _SETTLE_SECONDS)
 
     def _join(self, world: int) -> None:
         # Private in torch, but the only door to a group across jobs; SGLang's side and its peers' use the same.
@@ -168,22 +185,11 @@ class ServerGroup:
 
     def _failure(self) -> AttemptFailed:
         """Breaks the group, so that no part waits for the dead, and says who did it; the same when asked again."""
-        if self._failed is not None:
-            return self._failed
-        first = self._first or self._refused()
-        self._break()
-        # gloo cannot end a broadcast that some rank does not join, and others wait for its next one. The rank that refused leaves when it is
-        # told to, which ends ours; our connections close when nobody holds the group any more, which frees the others.
-        leaving = self._tell_to_leave()
-        deadline = time.monotonic() + _SETTLE_SECONDS
-        while self._work is not None and not self._work.is_completed() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        held, self._dying, self._work = [self._dying, self._work], None, None
-        _beside(held.clear)  # it would wait for a broadcast that is not over
-        wait(self._replies, _SETTLE_SECONDS)
-        wait(leaving, _SETTLE_SECONDS)
-        gone = {server: error for server, error in self._refused().items() if error.status is None}
-        self._failed = AttemptFailed(gone or first or self._silent())
+        if self._failed is None:
+            first = self._first or self._refused()
+            self.abandon()
+            gone = {server: error for server, error in self._refused().items() if error.status is None}
+            self._failed = AttemptFailed(gone or first or self._silent())
         return self._failed
 
     def _refused(self) -> dict[Endpoint, ServerError]:

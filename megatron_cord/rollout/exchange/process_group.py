@@ -83,8 +83,10 @@ class ProcessGroupWay:
         return {}
 
     def abandon(self) -> None:
-        """Leaves the group, and takes new buffers: an operation that was aborted may still read the old ones."""
-        self._leave()
+        """Breaks the group, and takes new buffers: an operation that was aborted may still read the old ones."""
+        if self._group is not None:
+            self._group.abandon()
+            self._group = None
         self._buffers = []
 
     def close(self) -> None:
