@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -56,12 +57,18 @@ def _serve(manner: str, ready: Any) -> None:
     torch.set_num_threads(1)
     state: dict[str, Any] = {"version": "default", "groups": {}, "loaded": {}, "requests": 0}
 
+    one_at_a_time = threading.Lock()  # SGLang's process that holds the model does one thing after the other
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             info = {"tp_size": 1, "weight_version": state["version"]} | ({} if manner == "old" else {ABILITY: True})
             self._answer(200, {"/loaded": state["loaded"] | {"requests": [state["requests"]]}}.get(self.path, info))
 
         def do_POST(self) -> None:
+            with one_at_a_time:
+                self._take()
+
+        def _take(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
             if self.path == "/init_weights_update_group":
                 state["groups"][body["group_name"]] = _join(body)
@@ -109,7 +116,7 @@ def _received(body: dict[str, Any], group: dist.ProcessGroup, manner: str) -> It
     specs = [Spec(n, getattr(torch, d), s) for n, d, s in zip(body["names"], body["dtypes"], body["shapes"], strict=True)]
     load_format = body["load_format"]
     streamed = load_format.startswith(STREAMED)
-    if streamed == (manner == "old"):
+    if streamed and manner == "old":
         raise RuntimeError(f"asked for {load_format}")
     if manner == "refuses":
         raise RuntimeError(WORDS[manner])

@@ -38,7 +38,8 @@ def test_round_trip(max_bytes: int) -> None:
     found: dict[str, Tensor] = {}
     stream = iter(given.items())
     for plan in plans:
-        fill(plan, stream, buffer)
+        flat = fill(plan, stream, lambda: buffer)
+        assert flat.data_ptr() == buffer.data_ptr()
         found |= {name: view.clone() for name, view in plan.views(buffer).items()}
         assert plan.nbytes <= max_bytes or len(plan.specs) == 1
         assert all(start % spec.dtype.itemsize == 0 for spec, start in zip(plan.specs, plan.starts, strict=True))
@@ -61,19 +62,19 @@ def test_sent_in_the_planned_dtype() -> None:
     (plan,) = plan_buckets([TensorSpec("a", (4,), torch.bfloat16)], 100)
     buffer = torch.zeros(plan.nbytes, dtype=torch.uint8)
     value = torch.tensor([1.0, 2.001, -3.7, 1e-3])
-    fill(plan, iter([("a", value)]), buffer)
+    fill(plan, iter([("a", value)]), lambda: buffer)
     assert torch.equal(plan.views(buffer)["a"], value.bfloat16())
 
 
 def test_borrowed_memory() -> None:
     """Catches a lone tensor that is copied although it could be sent from where it lies, and one that is sent so in another dtype or order."""
+    (plan,) = plan_buckets([TensorSpec("a", (4, 6), torch.float32)], 100)
+    buffer = torch.zeros(plan.nbytes, dtype=torch.uint8)
     for given, borrowed in ((torch.randn(4, 6), True), (torch.randn(6, 4).T, False), (torch.randn(4, 6).double(), False)):
-        (plan,) = plan_buckets([TensorSpec("a", (4, 6), torch.float32)], 100)
-        buffer = torch.zeros(plan.nbytes, dtype=torch.uint8)
-        flat = fill(plan, iter([("a", given)]), buffer, borrow=True)
+        flat = fill(plan, iter([("a", given)]), lambda: buffer, borrow=True)
         assert torch.equal(plan.views(flat)["a"], given.float())
         assert (flat.data_ptr() == given.data_ptr()) == borrowed and (flat.data_ptr() == buffer.data_ptr()) != borrowed
-        assert fill(plan, iter([("a", given)]), buffer).data_ptr() == buffer.data_ptr()
+        assert fill(plan, iter([("a", given)]), lambda: buffer).data_ptr() == buffer.data_ptr()
 
 
 def test_a_tensor_in_pieces() -> None:
@@ -81,10 +82,14 @@ def test_a_tensor_in_pieces() -> None:
     fused = torch.arange(24.0).view(2, 3, 2, 2)  # 2 groups of query, key and value, each of 2 rows
     (plan,) = plan_buckets([TensorSpec("key", (4, 2), torch.float32)], 100)
     buffer = torch.zeros(plan.nbytes, dtype=torch.uint8)
-    fill(plan, iter([("key", fused[:, 1])]), buffer, borrow=True)
+    fill(plan, iter([("key", fused[:, 1])]), lambda: buffer, borrow=True)
     assert torch.equal(plan.views(buffer)["key"], torch.cat([fused[0, 1], fused[1, 1]]))
+    for other in (fused[:, 1, :1], torch.zeros(4)):
+        with pytest.raises(CordError, match="was planned but"):
+            fill(plan, iter([("key", other)]), lambda: buffer)
+    (scalar,) = plan_buckets([TensorSpec("key", (), torch.float32)], 100)
     with pytest.raises(CordError, match="was planned but"):
-        fill(plan, iter([("key", fused[:, 1, :1])]), buffer)
+        fill(scalar, iter([("key", torch.zeros(1))]), lambda: buffer)
 
 
 @pytest.mark.parametrize(("name", "shape"), [("x", (3, 5)), ("a", (5, 3)), (None, ())])
@@ -93,11 +98,13 @@ def test_another_stream(name: str | None, shape: tuple[int, ...]) -> None:
     (plan,) = plan_buckets(SPECS[:1], 100)
     stream = iter([] if name is None else [(name, torch.zeros(shape))])
     with pytest.raises(CordError, match=r"a \[3, 5\] was planned but"):
-        fill(plan, stream, torch.zeros(plan.nbytes, dtype=torch.uint8))
+        fill(plan, stream, lambda: torch.zeros(plan.nbytes, dtype=torch.uint8))
 
 
-def test_memory_is_two_buckets() -> None:
-    """Catches a stream that is read ahead or kept: of 64 tensors of 1 MiB, more than one alive beside the buffers."""
+@pytest.mark.parametrize("borrow", [False, True])
+def test_memory_is_two_buckets(borrow: bool) -> None:
+    """Catches a stream that is read ahead or kept: of 64 tensors of 1 MiB, more than one alive beside the buffers; and a buffer that is made
+    although no tensor must be copied."""
     count, alive, most = 64, [0], [0]
     specs = [TensorSpec(str(i), (1 << 18,), torch.float32) for i in range(count)]
 
@@ -111,12 +118,17 @@ def test_memory_is_two_buckets() -> None:
             most[0] = max(most[0], alive[0])
             yield spec.name, torch.ones(spec.shape).as_subclass(Counted)
 
-    plans = plan_buckets(specs, 4 << 20)
-    tensors = stream()
-    buffer = torch.zeros(4 << 20, dtype=torch.uint8)
+    plans = plan_buckets(specs, 1 << 20 if borrow else 4 << 20)
+    tensors, made = stream(), []
+
+    def buffer() -> Tensor:
+        made.append(torch.zeros(4 << 20, dtype=torch.uint8))
+        return made[-1]
+
     for plan in plans:
-        fill(plan, tensors, buffer)
-    assert len(plans) == count // 4 and most[0] <= 2  # the one that is copied, and the one that is made
+        fill(plan, tensors, buffer, borrow=borrow)
+    assert len(plans) == (count if borrow else count // 4) and len(made) == (0 if borrow else len(plans))
+    assert most[0] <= 2  # the one that is copied or borrowed, and the one that is made
 
 
 def test_address_holds_no_bytes_and_no_code_of_ours() -> None:
@@ -126,7 +138,7 @@ def test_address_holds_no_bytes_and_no_code_of_ours() -> None:
     specs = [TensorSpec("a", (1 << 16,), torch.float32), TensorSpec("b", (3,), torch.bfloat16)]
     (plan,) = plan_buckets(specs, 1 << 20)
     buffer = torch.empty(0, dtype=torch.uint8).set_(UntypedStorage._new_using_filename_cpu(plan.nbytes))
-    fill(plan, iter(tensors_of(specs).items()), buffer)
+    fill(plan, iter(tensors_of(specs).items()), lambda: buffer)
     packed = packed_address(plan, buffer)
     assert len(packed) < 2000
     named: set[str] = set()

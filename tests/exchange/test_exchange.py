@@ -95,7 +95,7 @@ class Recording:
     def start(self, plans: Sequence[BucketPlan]) -> None:
         self.planned = len(plans)
 
-    def buffer(self, index: int) -> Tensor:
+    def buffer(self, index: int, nbytes: int) -> Tensor:
         return self.buffers[index % 2]
 
     def send(self, plan: BucketPlan, flat: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:

@@ -29,6 +29,7 @@ def test_all_ways_bring_the_same(servers: Servers) -> None:
     servers unable to take the next."""
     servers.wait_until_ready()
     endpoints = [Endpoint(url) for url in servers.supervisor.urls]
+    assert all(endpoint.abilities(60).streams for endpoint in endpoints)
     base = load_file(servers.checkpoint / "model.safetensors")
     found: list[list[dict[str, str]]] = []
     ways = [

@@ -1,11 +1,12 @@
 """Many tensors in one flat buffer: what is sent at once. Sending tensor by tensor costs a request and a reply for each.
 
-A bucket's plan is known before any tensor is gathered, so two buffers of the largest bucket's size are all the memory an exchange needs.
+Beside the model an exchange needs two buffers of a bucket, and what gathering the tensors takes: a tensor that has a bucket of its own may be
+sent from where it lies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_cord.errors import CordError
+from megatron_cord.parallel import portability
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,13 @@ def plan_buckets(specs: Sequence[TensorSpec], max_bytes: int) -> list[BucketPlan
 
 
 @torch.no_grad()
-def fill(plan: BucketPlan, tensors: Iterator[tuple[str, Tensor]], buffer: Tensor, *, borrow: bool = False) -> Tensor:
-    """Takes the bucket's tensors from the stream into the buffer, uint8 [≥ nbytes], each brought to the dtype that is sent.
+def fill(plan: BucketPlan, tensors: Iterator[tuple[str, Tensor]], buffer: Callable[[], Tensor], *, borrow: bool = False) -> Tensor:
+    """Takes the bucket's tensors from the stream into a buffer, each brought to the dtype that is sent.
 
     Args:
         plan: what is wanted.
         tensors: the stream.
-        buffer: where they go.
+        buffer: gives where they go, uint8 [≥ nbytes].
         borrow: a bucket's only tensor need not be copied.
 
     Returns:
@@ -92,25 +94,38 @@ def fill(plan: BucketPlan, tensors: Iterator[tuple[str, Tensor]], buffer: Tensor
     Raises:
         CordError: the stream brings something else than was planned.
     """
-    views = plan.views(buffer)
-    for name, view in views.items():
+    flat, views = None, {}
+    for spec in plan.specs:
         given = next(tensors, None)
-        if given is None or given[0] != name or not _fits(given[1], view):
+        if given is None or given[0] != spec.name or not _fits(given[1], spec.shape):
             found = "nothing" if given is None else f"{given[0]} {list(given[1].shape)}"
             raise CordError(
-                f"weight exchange: {name} {list(view.shape)} was planned but {found} came; the model changed since it was planned"
+                f"weight exchange: {spec.name} {list(spec.shape)} was planned but {found} came; the model changed since it was planned"
             )
-        alike = given[1].dtype == view.dtype and given[1].device == view.device
-        if borrow and len(views) == 1 and alike and given[1].is_contiguous():
+        if borrow and len(plan.specs) == 1 and given[1].dtype == spec.dtype and given[1].is_contiguous():
             return given[1].detach().reshape(-1).view(torch.uint8)
-        view.view(given[1].shape).copy_(given[1])
-    return buffer[: plan.nbytes]
+        if flat is None:
+            flat = buffer()[: plan.nbytes]
+            views = plan.views(flat)
+        views[spec.name].view(given[1].shape).copy_(given[1])
+    assert flat is not None, "a bucket has tensors"
+    return flat
 
 
-def _fits(given: Tensor, planned: Tensor) -> bool:
+def _fits(given: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether the shapes are the same, or would be without a cut into pieces."""
-    return (
-        given.shape == planned.shape
-        or given.dim() == planned.dim() + 1
-        and (given.shape[0] * given.shape[1], *given.shape[2:]) == planned.shape
-    )
+    cut = len(shape) > 0 and given.dim() == len(shape) + 1
+    return given.shape == shape or cut and (given.shape[0] * given.shape[1], *given.shape[2:]) == shape
+
+
+class TwoBuffers:
+    """Memory on this process's device for the bucket that is sent and the one that is put together."""
+
+    def __init__(self) -> None:
+        self._pair = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
+
+    def get(self, index: int, nbytes: int) -> Tensor:
+        """uint8 [≥ nbytes] for bucket number `index`; that of bucket index − 2, unless it is too small."""
+        if self._pair[index % 2].numel() < nbytes:
+            self._pair[index % 2] = torch.empty(nbytes, dtype=torch.uint8, device=portability.device())
+        return self._pair[index % 2]

@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_cord.errors import CordError
-from megatron_cord.parallel import portability
-from megatron_cord.rollout.exchange.bucket import BucketPlan
+from megatron_cord.rollout.exchange.bucket import BucketPlan, TwoBuffers
 from megatron_cord.rollout.exchange.endpoint import Endpoint, ServerError, ask_each
 
 
@@ -37,7 +36,7 @@ class DiskWay:
         self._parent = directory or Path(tempfile.gettempdir())
         self._timeout = timeout
         self._servers: list[Endpoint] = []
-        self._buffers: list[Tensor] = []
+        self._buffers = TwoBuffers()
         self._partial: Path | None = None
         self._files = 0
 
@@ -53,14 +52,11 @@ class DiskWay:
         return bucket_bytes
 
     def start(self, plans: Sequence[BucketPlan]) -> None:
-        """Makes the buffers."""
-        nbytes = max(plan.nbytes for plan in plans)
-        if not self._buffers or self._buffers[0].numel() < nbytes:
-            self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=portability.device()) for _ in range(2)]
+        """Nothing is to be done yet."""
 
-    def buffer(self, index: int) -> Tensor:
-        """One of two, uint8 [nbytes]."""
-        return self._buffers[index % 2]
+    def buffer(self, index: int, nbytes: int) -> Tensor:
+        """One of two, uint8 [≥ nbytes]."""
+        return self._buffers.get(index, nbytes)
 
     def send(self, plan: BucketPlan, flat: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
         """Writes one file."""
@@ -96,4 +92,4 @@ class DiskWay:
     def close(self) -> None:
         """Frees the buffers."""
         self.abandon()
-        self._buffers = []
+        self._buffers = TwoBuffers()

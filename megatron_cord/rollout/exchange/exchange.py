@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -172,7 +173,7 @@ class WeightExchange:
         except AttemptFailed as failure:
             failures |= failure.culprits
             if not failure.culprits:  # nobody to blame, so nothing would be better the next time
-                unknown = ServerError("the process group broke, and all servers answer; look at their logs")
+                unknown = ServerError(f"the process group broke ({failure.why}), and all servers answer; look at their logs")
                 failures |= {server: unknown for server in without(servers, failures)}
         finally:
             deque(tensors, maxlen=0)  # the other ranks are gathering
@@ -198,7 +199,7 @@ class WeightExchange:
             for index, plan in enumerate(plans):
                 while len(under_way) > int(self._config.overlap):  # bucket index − 2 used this buffer
                     failures |= under_way.popleft().result()
-                flat = fill(plan, tensors, self._way.buffer(index), borrow=self._way.borrows)
+                flat = fill(plan, tensors, partial(self._way.buffer, index, plan.nbytes), borrow=self._way.borrows)
                 ready = torch.cuda.Event()
                 ready.record()
                 under_way.append(sender.submit(self._way.send, plan, flat, ready))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from megatron_cord.parallel import portability
 from megatron_cord.rollout.exchange.endpoint import Endpoint, ServerError, ask_each
 from megatron_cord.rollout.exchange.way import AttemptFailed
 
-_POLL_SECONDS = 5e-5  #: between two looks at a broadcast
+_GRACE_SECONDS = 2.0  #: torch's own timeout, which may end the process (NCCL), comes so much later than ours
 _SETTLE_SECONDS = 5.0  #: how long after one failure others are waited for, to tell who caused it
 
 
@@ -51,24 +51,39 @@ class ServerGroup:
         self._replies: dict[Future[object], Endpoint] = {}
         self._group: dist.ProcessGroup | None = None
         self._first: dict[Endpoint, ServerError] = {}  # the refusal that broke the group
-        self._failed: AttemptFailed | None = None
+        self._culprits: dict[Endpoint, ServerError] | None = None
         self._broken = threading.Event()
         self._dying: dist.ProcessGroup | None = None  # broken, but held
         self._work: dist.Work | None = None  # the last broadcast
         self._lock, self._left = threading.Lock(), False
         try:
-            self._store = dist.TCPStore(address, 0, world, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+            self._store: dist.TCPStore | None = dist.TCPStore(
+                address, 0, world, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+            )
         except (RuntimeError, ValueError) as error:
             raise CordError(
                 f"rollout.exchange.address {address} is not an address of this machine ({error}); set the one servers reach"
             ) from None
         offset = 1
         for server, size in ranks.items():
-            body = {"master_address": address, "master_port": self._store.port, "rank_offset": offset, "world_size": world}
+            body = {
+                "master_address": address,
+                "master_port": self._store.port if self._store else 0,
+                "rank_offset": offset,
+                "world_size": world,
+            }
             body |= {"group_name": self._name, "backend": portability.backend()}
             self._replies[_beside(partial(server.post, "/init_weights_update_group", body, timeout))] = server
             offset += size
-        self._settle(_beside(partial(self._join, world)), *self._replies)
+        own = _beside(partial(self._join, world, self._store))
+        begun = time.monotonic()
+        done, pending = wait([own, *self._replies], timeout, FIRST_EXCEPTION)
+        problem = own.exception() if own in done else None
+        if problem is not None and not self._refused() and time.monotonic() - begun < timeout / 2:
+            self.abandon()
+            raise CordError(f"the trainer cannot make a process group with the servers: {problem}") from None
+        if pending or any(part.exception() is not None for part in done):
+            raise self._failure("")
 
     def announce(self, path: str, body: dict[str, object], timeout: float) -> None:
         """Tells all servers by a request what broadcasts come next; they answer within so many seconds, when they have loaded them all."""
@@ -86,28 +101,34 @@ class ServerGroup:
         try:
             self._broadcast(flat, ready)
             return
-        except (RuntimeError, ValueError):  # torch's, of a group that is broken or gone
-            pass  # what the exception still holds must be gone, or the group's connections stay open
-        raise self._failure()
+        except (RuntimeError, ValueError) as error:  # torch's
+            why = str(error)  # no more of it: what the exception holds must be gone, or the group's connections stay open
+        raise self._failure(why)
 
     def answers(self) -> None:
         """Waits for the answers to what was announced last. Raises as `broadcast`."""
-        self._settle(*self._replies)
+        done, pending = wait(self._replies, self._timeout, FIRST_EXCEPTION)
+        if pending or any(reply.exception() is not None for reply in done):
+            raise self._failure("")
 
     def close(self) -> None:
         """Leaves the group; the servers are told to, too, as far as they listen. Safe to call twice."""
         with self._lock:
             group, self._group = self._group, None
         if group is not None:
+            leaving = self._tell_to_leave()
+            self._work = None
             dist.destroy_process_group(group)
-            wait(self._tell_to_leave(), _SETTLE_SECONDS)
+            wait(leaving, _SETTLE_SECONDS)
 
     def abandon(self) -> None:
         """Leaves whatever is under way, and has the servers leave it, as far as they listen. Safe to call twice."""
-        if self._left:
+        with self._lock:
+            left, self._left = self._left, True
+        if left:
             return
-        self._left = True
         self._break()
+        self._store = None  # frees servers that wait for others to join
         # gloo cannot end a broadcast that some rank does not join, and others wait for its next one. The rank that refused leaves when it is
         # told to, which ends ours; our connections close when nobody holds the group any more, which frees the others.
         leaving = self._tell_to_leave()
@@ -119,20 +140,20 @@ class ServerGroup:
         wait(self._replies, _SETTLE_SECONDS)
         wait(leaving, _SETTLE_SECONDS)
 
-    def _join(self, world: int) -> None:
+    def _join(self, world: int, store: dist.Store) -> None:
         # Private in torch, but the only door to a group across jobs; SGLang's side and its peers' use the same.
         group, _ = distributed_c10d._new_process_group_helper(
             world,
             0,
             [],
             dist.Backend(portability.backend()),
-            dist.PrefixStore(self._name, self._store),
+            dist.PrefixStore(self._name, store),
             group_name=self._name,  # type: ignore[arg-type]
-            timeout=timedelta(seconds=self._timeout),
+            timeout=timedelta(seconds=self._timeout + _GRACE_SECONDS),
         )
         distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
         with self._lock:
-            late = self._failed is not None
+            late = self._left
             self._group = None if late else group
         if late:
             dist.destroy_process_group(group)
@@ -141,18 +162,23 @@ class ServerGroup:
         group = self._group
         if group is None:
             raise RuntimeError("a server refused")
-        if portability.has_cuda():
-            torch.cuda.set_device(flat.device)  # a thread starts on device 0
-        with torch.cuda.stream(torch.cuda.Stream()):
-            ready.wait()
-            work = self._work = dist.broadcast(flat, 0, group=group, async_op=True)
-            assert work is not None
-            # A plain wait notices neither that the group is broken (gloo), nor that a server hangs (NCCL, which waits on the device).
-            deadline = time.monotonic() + self._timeout
-            while not work.is_completed():
-                if self._broken.wait(_POLL_SECONDS) or time.monotonic() > deadline:
-                    raise RuntimeError("a server refused, or takes too long")
-            work.wait()
+        begun = time.monotonic()
+        start = partial(_start_broadcast, group, flat, ready)
+        if self._work is None:  # NCCL makes the group's communicator first, and waits for all ranks without an end
+            starting = _beside(start)
+            self._look_until(starting.done, begun)
+            self._work = cast(dist.Work, starting.result())
+        else:
+            self._work = start()
+        self._look_until(self._work.is_completed, begun)
+        self._work.wait()
+
+    def _look_until(self, done: Callable[[], bool], begun: float) -> None:
+        """Waits as torch does not: it is noticed that the group is broken (which gloo misses), and that a server hangs (which NCCL misses)."""
+        while not done():
+            passed = time.monotonic() - begun
+            if self._broken.wait(min(max(passed / 50, 5e-5), 5e-3)) or passed > self._timeout:
+                raise RuntimeError("a server refused, or takes too long")
 
     def _hear(self, reply: Future[object]) -> None:
         """In the thread of a reply: a refusal breaks the group, whatever rank 0 is waiting for. Those that follow from that do not count."""
@@ -177,20 +203,14 @@ class ServerGroup:
         body = {"group_name": self._name}
         return [_beside(partial(server.post, "/destroy_weights_update_group", body, _SETTLE_SECONDS)) for server in self.servers]
 
-    def _settle(self, *parts: Future[Any]) -> None:
-        """Waits for all parts, at most until the first that fails."""
-        done, pending = wait(parts, self._timeout, FIRST_EXCEPTION)
-        if pending or any(part.exception() is not None for part in done):
-            raise self._failure()
-
-    def _failure(self) -> AttemptFailed:
+    def _failure(self, why: str) -> AttemptFailed:
         """Breaks the group, so that no part waits for the dead, and says who did it; the same when asked again."""
-        if self._failed is None:
+        if self._culprits is None:
             first = self._first or self._refused()
             self.abandon()
             gone = {server: error for server, error in self._refused().items() if error.status is None}
-            self._failed = AttemptFailed(gone or first or self._silent())
-        return self._failed
+            self._culprits = gone or first or self._silent()
+        return AttemptFailed(self._culprits, why)
 
     def _refused(self) -> dict[Endpoint, ServerError]:
         """The servers that have answered with an error by now. Anything else than a server's failure is ours, and raised."""
@@ -206,8 +226,18 @@ class ServerGroup:
     def _silent(self) -> dict[Endpoint, ServerError]:
         """The servers that do not answer any more, or not what they were asked."""
         waiting = {server for reply, server in self._replies.items() if not reply.done()}
-        _, lost = ask_each(self.servers, lambda server: server.weight_version(_SETTLE_SECONDS))
+        _, lost = ask_each(self.servers, lambda server: server.abilities(_SETTLE_SECONDS))  # by the process that holds the model
         return {server: ServerError(f"{server.url} left the process group and does not answer") for server in waiting | lost.keys()}
+
+
+def _start_broadcast(group: dist.ProcessGroup, flat: Tensor, ready: torch.cuda.Event) -> dist.Work:
+    if portability.has_cuda():
+        torch.cuda.set_device(flat.device)  # a thread starts on device 0
+    with torch.cuda.stream(torch.cuda.Stream()):
+        ready.wait()
+        work = dist.broadcast(flat, 0, group=group, async_op=True)
+        assert work is not None
+        return work
 
 
 def _beside(call: Callable[[], object]) -> Future[object]:

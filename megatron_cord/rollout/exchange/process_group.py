@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_cord.parallel import portability
-from megatron_cord.rollout.exchange.bucket import BucketPlan
+from megatron_cord.rollout.exchange.bucket import BucketPlan, TwoBuffers
 from megatron_cord.rollout.exchange.endpoint import Endpoint, ServerError, ask_each
 from megatron_cord.rollout.exchange.group import ServerGroup
 from megatron_cord.rollout.exchange.way import AttemptFailed
@@ -40,7 +39,7 @@ class ProcessGroupWay:
         self._address, self._timeout, self._wanted = address, timeout, stream
         self._group: ServerGroup | None = None
         self._streams = False
-        self._buffers: list[Tensor] = []
+        self._buffers = TwoBuffers()
 
     def open(self, servers: Sequence[Endpoint], bucket_bytes: int) -> int:
         """Joins the servers, unless just these are joined already."""
@@ -55,16 +54,13 @@ class ProcessGroupWay:
         return min(bucket_bytes, _STREAM_BYTES) if self._streams else bucket_bytes
 
     def start(self, plans: Sequence[BucketPlan]) -> None:
-        """Makes the buffers, and announces a stream."""
-        nbytes = max(plan.nbytes for plan in plans)
-        if not self._buffers or self._buffers[0].numel() < nbytes:
-            self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=portability.device()) for _ in range(2)]
+        """Announces a stream."""
         if self._streams:
             self._announce(plans, STREAMED + ",".join(str(len(plan.specs)) for plan in plans))
 
-    def buffer(self, index: int) -> Tensor:
-        """One of two, uint8 [nbytes]."""
-        return self._buffers[index % 2]
+    def buffer(self, index: int, nbytes: int) -> Tensor:
+        """One of two, uint8 [≥ nbytes]."""
+        return self._buffers.get(index, nbytes)
 
     def send(self, plan: BucketPlan, flat: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
         """Broadcasts one bucket; returns when all servers have received it."""
@@ -77,7 +73,7 @@ class ProcessGroupWay:
         return {}
 
     def finish(self) -> dict[Endpoint, ServerError]:
-        """Waits until all servers have loaded everything; the group stays."""
+        """Waits until all servers say that they have loaded everything, or on CUDA will have when the device comes to it; the group stays."""
         assert self._group is not None
         self._group.answers()
         return {}
@@ -87,12 +83,12 @@ class ProcessGroupWay:
         if self._group is not None:
             self._group.abandon()
             self._group = None
-        self._buffers = []
+        self._buffers = TwoBuffers()
 
     def close(self) -> None:
         """Leaves the group and frees the buffers."""
         self._leave()
-        self._buffers = []
+        self._buffers = TwoBuffers()
 
     def _announce(self, plans: Sequence[BucketPlan], load_format: str) -> None:
         assert self._group is not None

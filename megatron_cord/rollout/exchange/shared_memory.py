@@ -67,8 +67,8 @@ class SharedMemoryWay:
             self._nbytes = nbytes
             self._buffers = [self._new_buffer() for _ in range(2)]
 
-    def buffer(self, index: int) -> Tensor:
-        """One of two, uint8 [nbytes]; on CUDA the one that is replaced lives on until servers have released it."""
+    def buffer(self, index: int, nbytes: int) -> Tensor:
+        """One of two, uint8 [≥ nbytes]; on CUDA the one that is replaced lives on until servers have released it."""
         if portability.has_cuda():
             self._buffers[index % 2] = self._new_buffer()
             torch.cuda.ipc_collect()
@@ -97,7 +97,7 @@ class SharedMemoryWay:
         self._buffers, self._ranks = [], {}
 
     def close(self) -> None:
-        """Frees the buffers."""
+        """Frees the buffers here; servers of this project keep them mapped until an exchange that uses others."""
         self._buffers = []
 
     def _new_buffer(self) -> Tensor:

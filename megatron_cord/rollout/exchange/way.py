@@ -17,11 +17,12 @@ class AttemptFailed(Exception):
 
     Attributes:
         culprits: the servers that broke it, with what they did.
+        why: what broke here.
     """
 
-    def __init__(self, culprits: Mapping[Endpoint, ServerError]) -> None:
+    def __init__(self, culprits: Mapping[Endpoint, ServerError], why: str = "") -> None:
         super().__init__("; ".join(str(error) for error in culprits.values()))
-        self.culprits = dict(culprits)
+        self.culprits, self.why = dict(culprits), why
 
 
 class Way(Protocol):
@@ -47,7 +48,7 @@ class Way(Protocol):
         """Gets ready for these buckets, which are sent next in their order."""
         ...
 
-    def buffer(self, index: int) -> Tensor:
+    def buffer(self, index: int, nbytes: int) -> Tensor:
         """Where bucket number `index` is put together: uint8 [≥ nbytes]; the one of bucket index − 2 may be used again."""
         ...
 

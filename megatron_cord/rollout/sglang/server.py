@@ -128,7 +128,7 @@ class SglangServer:
                      "--device", config.device, "--tp-size", str(config.tp), "--max-running-requests", str(config.max_running_requests),
                      "--skip-server-warmup", "--enable-fp32-lm-head", "--nccl-port", str(free_port("127.0.0.1"))]  # fmt: skip
         if config.device == "cpu":
-            # Huge pages: SGLang takes new memory for every bucket of weights, whose first use otherwise takes longer than its transfer.
+            # Huge pages: where each bucket has a request, SGLang takes new memory for it, whose first use takes longer than its transfer.
             environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
             arguments += [*_CPU, "--mem-fraction-static", str(config.memory_fraction or 0.3)]
             arguments += ["--max-total-tokens", str(config.max_total_tokens or 8192)]

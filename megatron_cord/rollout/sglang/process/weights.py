@@ -5,7 +5,9 @@ buffer before it receives. Here one request announces all tensors, the buckets f
 from memory that is used again. Trainers see in ``/server_info`` that a server can do this; others are sent one bucket a request.
 
 Shared memory. SGLang maps a buffer for each bucket and unmaps it, though a trainer has but two of them. Here they stay mapped until a session
-that uses others.
+that uses others, or the server's end.
+
+A group that is left on a GPU is aborted, so that a server survives a trainer, or another server, that is gone in the middle of a broadcast.
 
 It runs in the server's interpreter and must not import the project; the trainer takes the two names from here.
 """
@@ -112,17 +114,17 @@ class Buffers:
 
 
 def install() -> None:
-    """Puts both in the place of SGLang's ways, in a process that has not made its model yet."""
+    """Puts all this in the place of SGLang's ways, in a process that has not made its model yet."""
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
     receive_each, load, end_session = (
         WeightUpdater.receive_weights_from_distributed, WeightUpdater.update_weights_from_tensor, WeightUpdater.end_weight_update,
     )  # fmt: skip
-    tell = Scheduler.get_init_info
+    destroy, tell = WeightUpdater.destroy_weights_update_group, Scheduler.get_init_info
     mapped: dict[int, Tensor] = {}  # by address; torch finds a buffer that is mapped already, as long as one tensor is left in it
     used: set[int] = set()  # in this session
-    buffers = Buffers("cuda" if torch.cuda.is_available() else "cpu")
+    buffers: dict[str, Buffers] = {}  # by device
 
     def receive(
         self: Any, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group_name: str, load_format: str | None = None
@@ -132,7 +134,12 @@ def install() -> None:
         group = self._model_update_group[group_name]
         counts = [int(count) for count in load_format.removeprefix(STREAMED).split(",")]
         specs = [Spec(name, getattr(torch, dtype), shape) for name, dtype, shape in zip(names, dtypes, shapes, strict=True)]
-        return Stream(specs, counts, lambda flat: torch.distributed.broadcast(flat, 0, group=group, async_op=True), buffers)
+        return Stream(
+            specs,
+            counts,
+            lambda flat: torch.distributed.broadcast(flat, 0, group=group, async_op=True),
+            buffers.setdefault(self.device, Buffers(self.device)),
+        )
 
     def keep_and_load(self: Any, named_tensors: Any, load_format: str | None = None) -> Any:
         if load_format == "flattened_bucket" and (flat := named_tensors["flattened_tensor"]).device.type == "cpu":
@@ -147,9 +154,18 @@ def install() -> None:
         end_session(self, **settings)
 
     def told(self: Any) -> dict[str, Any]:
-        return tell(self) | {ABILITY: True}  # type: ignore[no-any-return]
+        return tell(self) | {ABILITY: self.draft_worker is None}  # type: ignore[no-any-return]
+
+    def leave(self: Any, group_name: str) -> tuple[bool, str]:
+        # NCCL's plain farewell waits for what is under way, and a broadcast whose sender is gone never ends.
+        group = self._model_update_group.get(group_name)
+        if group is None or torch.distributed.get_backend(group) != "nccl":
+            return destroy(self, group_name)  # type: ignore[no-any-return]
+        torch.distributed.distributed_c10d._abort_process_group(self._model_update_group.pop(group_name))
+        return True, "left"
 
     WeightUpdater.receive_weights_from_distributed = receive
+    WeightUpdater.destroy_weights_update_group = leave
     WeightUpdater.update_weights_from_tensor = keep_and_load
     WeightUpdater.end_weight_update = release_and_end
     Scheduler.get_init_info = told
