@@ -1,13 +1,15 @@
 """What every entry point shares: arguments, one line for a user's error, and an exit that never hangs.
 
 Several ranks often fail together, with the same error or with "connection closed by peer" after another rank has left. On each
-node the first one to create a small file in the temporary directory speaks; the others leave in silence with the same status.
+node the first one to create a small file in the temporary directory speaks; the others leave in silence with the same status, once it has
+spoken: a launcher that sees one rank leave ends the others at once.
 It simplifies: a node's ranks are recognised by their common parent (torchrun's agent, or the SLURM step).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import os
@@ -15,6 +17,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +36,7 @@ HUNG = 124  #: exit status of a rank that made no progress for too long (see ``m
 #: what asks a run to stop: SIGTERM, and SIGUSR1 as SLURM's notice before the time limit
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
+_VOICE_SECONDS = 10.0  #: for which a rank waits until another one has printed their error
 _PEER_GONE = re.compile(
     r"connection (was )?(closed|reset|refused)( by)?( peer)?|broken pipe|socket closed|remote process exited"
     r"|timed out after \d+ seconds waiting for clients|wait timeout after \d+ms",  # it never came
@@ -82,8 +86,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
                 raise
             traceback.print_exc()
             _leave(1)
-        if claim_voice():
-            print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        _say_once(f"error: {' '.join(message.split())}")
         _leave(PEER_GONE if _lost_peer(error) else USER_ERROR)
     sys.exit(status)
 
@@ -116,20 +119,24 @@ def port_in_use(port: int | None) -> str:
     return f"{name} is in use on this machine; give another with --master-port (MASTER_PORT), or end the run that holds it"
 
 
-def claim_voice() -> bool:
-    """Whether this process is the one of its node that may print the error: the only one, or the first to ask."""
+def _say_once(line: str) -> None:
+    """Prints the line, if this is the only process of its node that may, or the first that wants to; else waits until that one has."""
     if not _has_peers():
-        return True
-    parent = os.getppid()
+        print(line, file=sys.stderr)
+        return
     about = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")]
-    run_name = hashlib.sha256("\n".join(about).encode()).hexdigest()[:12]
-    try:
-        os.close(os.open(f"{_claim_prefix(parent)}{run_name}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    except FileExistsError:
-        return False
-    except OSError:  # a full or read-only temporary directory: better said twice than not at all
-        return True
-    return True
+    claim = Path(f"{_claim_prefix(os.getppid())}{hashlib.sha256(chr(10).join(about).encode()).hexdigest()[:12]}")
+    with contextlib.suppress(OSError):  # a full or read-only temporary directory: better said twice than not at all
+        try:
+            claim.touch(0o600, exist_ok=False)
+        except FileExistsError:
+            deadline = time.monotonic() + _VOICE_SECONDS
+            while claim.exists() and not claim.stat().st_mode & 0o100 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return
+    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        claim.chmod(0o700)  # said; a full disk takes no byte, but this
 
 
 def release_claims() -> None:

@@ -5,13 +5,29 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
 
 from megatron_cord.cli import run
 from megatron_cord.errors import CordError
+
+
+class Slow:
+    """A terminal that takes a second for whatever is printed."""
+
+    def __init__(self, terminal: TextIO) -> None:
+        self._terminal = terminal
+
+    def write(self, text: str) -> int:
+        time.sleep(1.0)
+        return self._terminal.write(text)
+
+    def flush(self) -> None:
+        self._terminal.flush()
 
 
 def main() -> int | None:
@@ -21,7 +37,9 @@ def main() -> int | None:
         return 7
     dist.init_process_group("gloo")
     first = dist.get_rank() == 0
-    if how == "all":
+    if how == "slow":
+        sys.stderr = Slow(sys.stderr)  # type: ignore[assignment]
+    if how in ("all", "slow"):
         raise CordError(f"shard {dist.get_rank()} is\n  truncated")
     if how == "full":
         Path("/dev/full").write_text("x")

@@ -41,6 +41,7 @@ class ServerGroup:
 
     Raises:
         AttemptFailed: not all servers joined.
+        CordError: this machine has no such address, or cannot make a group at all.
     """
 
     def __init__(self, ranks: Mapping[Endpoint, int], address: str | None, timeout: float) -> None:
@@ -57,33 +58,28 @@ class ServerGroup:
         self._work: dist.Work | None = None  # the last broadcast
         self._lock, self._left = threading.Lock(), False
         try:
-            self._store: dist.TCPStore | None = dist.TCPStore(
-                address, 0, world, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
-            )
+            store = dist.TCPStore(address, 0, world, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
             raise CordError(
                 f"rollout.exchange.address {address} is not an address of this machine ({error}); set the one servers reach"
             ) from None
+        self._store: dist.TCPStore | None = store
         offset = 1
         for server, size in ranks.items():
-            body = {
-                "master_address": address,
-                "master_port": self._store.port if self._store else 0,
-                "rank_offset": offset,
-                "world_size": world,
-            }
+            body = {"master_address": address, "master_port": store.port, "rank_offset": offset, "world_size": world}
             body |= {"group_name": self._name, "backend": portability.backend()}
             self._replies[_beside(partial(server.post, "/init_weights_update_group", body, timeout))] = server
             offset += size
-        own = _beside(partial(self._join, world, self._store))
+        own = _beside(partial(self._join, world, store))
         begun = time.monotonic()
+        del store  # `abandon` lets go of it
         done, pending = wait([own, *self._replies], timeout, FIRST_EXCEPTION)
         problem = own.exception() if own in done else None
         if problem is not None and not self._refused() and time.monotonic() - begun < timeout / 2:
             self.abandon()
             raise CordError(f"the trainer cannot make a process group with the servers: {problem}") from None
         if pending or any(part.exception() is not None for part in done):
-            raise self._failure("")
+            raise self._failure("not all joined")
 
     def announce(self, path: str, body: dict[str, object], timeout: float) -> None:
         """Tells all servers by a request what broadcasts come next; they answer within so many seconds, when they have loaded them all."""
@@ -109,7 +105,7 @@ class ServerGroup:
         """Waits for the answers to what was announced last. Raises as `broadcast`."""
         done, pending = wait(self._replies, self._timeout, FIRST_EXCEPTION)
         if pending or any(reply.exception() is not None for reply in done):
-            raise self._failure("")
+            raise self._failure("no answer")
 
     def close(self) -> None:
         """Leaves the group; the servers are told to, too, as far as they listen. Safe to call twice."""
