@@ -148,6 +148,7 @@ def sampling(
     parameters: dict[str, Any] = {
         "temperature": request.temperature, "max_new_tokens": limit, "stop_token_ids": list(stop), "sampling_seed": seed,
         "skip_special_tokens": False,
+        "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,  # the model's own distribution, whatever the server prefers
     }  # fmt: skip
     if masked:
         parameters["logit_bias"] = {str(token): _NO_PROBABILITY for token in masked}

@@ -1,0 +1,74 @@
+"""The quickstart on SGLang servers beside the same on the local engine: accuracies as training goes on, and the final answers question by question.
+
+    python -m benchmarks.quickstart_engines LOCAL_RUN SGLANG_RUN [LOCAL_RUN SGLANG_RUN …] [--output FILE]
+
+Each pair has started from one checkpoint. It only reads what the runs have left in their directories.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.train import processor
+from megatron_cord.cli import Parser, run
+from megatron_cord.evaluation.statistics import mcnemar
+
+
+def evaluations(directory: Path) -> list[dict[str, Any]]:
+    """Of a run, in their order."""
+    return [json.loads(file.read_text()) for file in sorted((directory / "evaluations").glob("step_*.json"))]
+
+
+def right(evaluation: dict[str, Any]) -> dict[str, bool]:
+    """Which spoken questions were answered rightly."""
+    return {answer["id"]: answer["audio_correct"] for answer in evaluation["answers"]}
+
+
+def compare(pairs: list[tuple[Path, Path]]) -> dict[str, Any]:
+    """All pairs, and McNemar's test of their final answers together."""
+    found: list[dict[str, Any]] = []
+    outcomes: list[tuple[bool, bool]] = []
+    for local, sglang in pairs:
+        runs = {"local": evaluations(local), "sglang": evaluations(sglang)}
+        ours, theirs = (right(run[-1]) for run in runs.values())
+        outcomes += [(ours[question], theirs[question]) for question in ours]
+        lines = [json.loads(line) for line in (sglang / "metrics.jsonl").read_text().splitlines()]
+        found.append(
+            {
+                "audio_accuracy": {name: {str(e["step"]): e["audio_accuracy"] for e in run} for name, run in runs.items()},
+                "lowest_text_accuracy": min(e["text_accuracy"] for run in runs.values() for e in run),
+                "gap_closed": {name: 1 - run[-1]["gap"] / run[0]["gap"] for name, run in runs.items()},
+                "right_only_local": sum(ours[q] and not theirs[q] for q in ours),
+                "right_only_sglang": sum(theirs[q] and not ours[q] for q in ours),
+                "largest_engine_logprob_difference": max(line.get("engine_logprob_difference_max") or 0.0 for line in lines),
+            }
+        )
+    both = np.array(outcomes)
+    after_warm_up = [step for step in found[0]["audio_accuracy"]["local"] if int(step) >= 100]
+    means = {name: float(np.mean([p["audio_accuracy"][name][s] for p in found for s in after_warm_up])) for name in ("local", "sglang")}
+    return {"pairs": found, "mean_audio_accuracy_from_step_100": means, "p_of_final_answers": float(mcnemar(both[:, 0], both[:, 1]))}
+
+
+def main() -> None:
+    """Entry point."""
+    parser = Parser(description="Compares quickstarts on SGLang servers with those on the local engine.", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directories: local, sglang, local, sglang …")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="where the figures go, as JSON")
+    arguments = parser.parse_args()
+    if len(arguments.runs) % 2:
+        parser.error("runs come in pairs: local, sglang")
+    result = compare(list(zip(arguments.runs[::2], arguments.runs[1::2], strict=True)))
+    result |= {"machine": {"processor": processor(), "cores": os.cpu_count()}}
+    text = json.dumps(result, indent=1)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
