@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
 
-import json
 import os
 import statistics
 import tempfile
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.exchange_plain import plain_seconds
-from benchmarks.train import processor
+from benchmarks.figures import processor, publish
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.cli import Parser, run
 from megatron_cord.convert import read_into
@@ -167,10 +166,7 @@ def main() -> None:
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": 1},
         "versions": {name: version(name) for name in ("torch", "megatron-core")} | {"sglang": str(sglang)},
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
+    publish(result, arguments.output)
 
 
 if __name__ == "__main__":

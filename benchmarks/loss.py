@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import loss_rivals as rivals
+from benchmarks.figures import processor
 from benchmarks.loss_rivals import Candidate, Inputs, make_inputs
 from megatron_cord.losses.products import multiplies_bfloat16
 
@@ -179,10 +180,8 @@ def sweep(turns: int) -> list[dict[str, Any]]:
 
 def machine() -> dict[str, str]:
     """What the numbers belong to."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     found = {
-        "device": torch.cuda.get_device_name() if CUDA else model,
+        "device": torch.cuda.get_device_name() if CUDA else processor(),
         "threads": str(torch.get_num_threads()),
         "multiplies bfloat16": "yes" if CUDA or multiplies_bfloat16() else "no",
         "python": platform.python_version(),

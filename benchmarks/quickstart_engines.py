@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.train import processor
+from benchmarks.figures import processor, publish
 from megatron_cord.cli import Parser, run
 from megatron_cord.evaluation.statistics import mcnemar
 
@@ -64,10 +64,7 @@ def main() -> None:
         parser.error("runs come in pairs: local, sglang")
     result = compare(list(zip(arguments.runs[::2], arguments.runs[1::2], strict=True)))
     result |= {"machine": {"processor": processor(), "cores": os.cpu_count()}}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
+    publish(result, arguments.output)
 
 
 if __name__ == "__main__":

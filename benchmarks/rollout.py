@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2AudioForConditionalGeneration
 
-from benchmarks.train import processor
+from benchmarks.figures import processor, publish
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.cli import Parser, run
 from megatron_cord.data.prompts import PromptBuilder
@@ -206,10 +206,7 @@ def main() -> None:
         "machine": {"processor": processor(), "cores": os.cpu_count(), "device": arguments.device, "load_average": round(os.getloadavg()[0], 1)},
         "versions": {name: version(name) for name in ("torch", "transformers", "megatron-core")} | {"python": platform.python_version()},
     }  # fmt: skip
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
+    publish(result, arguments.output)
 
 
 if __name__ == "__main__":

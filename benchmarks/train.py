@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.figures import processor, publish
 from benchmarks.train_setting import Setting
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.cli import Parser, run
@@ -112,16 +113,8 @@ def main() -> None:
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": 1, "load_average": round(os.getloadavg()[0], 1)},
         "versions": {name: version(name) for name in ("torch", "transformers", "megatron-core")} | {"python": platform.python_version()},
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
+    publish(result, arguments.output)
     print(f"{statistics.median(result['ratio_of_rounds']):.2f} × TRL's tokens a second", file=sys.stderr)  # type: ignore[type-var]
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -125,7 +125,8 @@ def _say_once(line: str) -> None:
         print(line, file=sys.stderr)
         return
     about = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")]
-    claim = Path(f"{_claim_prefix(os.getppid())}{hashlib.sha256(chr(10).join(about).encode()).hexdigest()[:12]}")
+    run_name = hashlib.sha256("\n".join(about).encode()).hexdigest()[:12]
+    claim = Path(f"{_claim_prefix(os.getppid())}{run_name}")
     with contextlib.suppress(OSError):  # a full or read-only temporary directory: better said twice than not at all
         try:
             claim.touch(0o600, exist_ok=False)

@@ -8,6 +8,20 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """This process as the only rank of a trainer."""
+    # Not above: most tests do without Megatron-Core, whose import takes seconds.
+    from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
+
+    initialize(ParallelConfig(), seed=0)
+    yield
+    finalize()

@@ -15,14 +15,14 @@ from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
-from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize, parallel_state
+from megatron_cord.parallel.layout import ParallelConfig, initialize, parallel_state
 from megatron_cord.rollout.exchange import Endpoint, ExchangeConfig, ModelWeights, ServerError, WeightExchange, build_exchange
 from megatron_cord.rollout.exchange import exchange as module
 from megatron_cord.rollout.exchange.bucket import BucketPlan, TensorSpec
 from megatron_cord.rollout.exchange.way import AttemptFailed
 from tests.gloo import run_ranks
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
+pytestmark = [pytest.mark.filterwarnings("ignore:::megatron"), pytest.mark.usefixtures("one_rank")]
 MIB = 1 << 20
 
 
@@ -118,13 +118,6 @@ class Recording:
 
     def close(self) -> None:
         pass
-
-
-@pytest.fixture(autouse=True)
-def one_rank() -> Iterator[None]:
-    initialize(ParallelConfig(), seed=0)
-    yield
-    finalize()
 
 
 @pytest.fixture

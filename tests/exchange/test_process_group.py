@@ -9,20 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.exchange import ExchangeConfig, WeightExchange
 from megatron_cord.rollout.exchange.bucket import TensorSpec
 from megatron_cord.rollout.exchange.process_group import ProcessGroupWay
 from tests.exchange.group_server import WORDS, GroupServer
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 MIB = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def one_rank() -> Iterator[None]:
-    initialize(ParallelConfig(), seed=0)
-    yield
-    finalize()
 
 
 class Source:

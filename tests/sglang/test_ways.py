@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from safetensors.torch import load_file
 
-from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.exchange import Endpoint, ExchangeConfig, build_exchange
 from megatron_cord.rollout.exchange.sessions import differing
 from megatron_cord.rollout.exchange.source import GivenWeights
 from tests.sglang.conftest import Servers
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
 MIB = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def one_rank() -> Iterator[None]:
-    initialize(ParallelConfig(), seed=0)
-    yield
-    finalize()
 
 
 def test_all_ways_bring_the_same(servers: Servers) -> None:
