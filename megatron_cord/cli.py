@@ -27,6 +27,7 @@ from typing import NoReturn
 import psutil
 
 from megatron_cord.errors import CordError
+from megatron_cord.stderr import say
 
 USER_ERROR = 2  #: exit status after a one-line error; a bug exits with 1 and keeps its traceback
 INTERRUPTED = 130  #: exit status after Ctrl-C, as shells have it
@@ -122,7 +123,7 @@ def port_in_use(port: int | None) -> str:
 def _say_once(line: str) -> None:
     """Prints the line, if this is the only process of its node that may, or the first that wants to; else waits until that one has."""
     if not _has_peers():
-        print(line, file=sys.stderr)
+        say(line)
         return
     about = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")]
     run_name = hashlib.sha256("\n".join(about).encode()).hexdigest()[:12]
@@ -135,7 +136,7 @@ def _say_once(line: str) -> None:
             while claim.exists() and not claim.stat().st_mode & 0o100 and time.monotonic() < deadline:
                 time.sleep(0.01)
             return
-    print(line, file=sys.stderr, flush=True)
+    say(line)
     with contextlib.suppress(OSError):
         claim.chmod(0o700)  # said; a full disk takes no byte, but this
 

@@ -29,6 +29,9 @@ class Slow:
     def flush(self) -> None:
         self._terminal.flush()
 
+    def isatty(self) -> bool:
+        return self._terminal.isatty()
+
 
 def main() -> int | None:
     """Meets the other ranks, then ends as the first argument says."""

@@ -322,8 +322,9 @@ def test_two_ranks_stop_with_one_line(inputs: Path, tmp_path: Path) -> None:
     """Catches a line from each rank, a traceback, another status than 2, and a rank that waits for one that has left."""
     settings = overrides(broken_inputs(inputs, tmp_path / "inputs"), tmp_path / "run", TP2, "train.max_skipped_in_a_row=1")
     status, errors = finish(start(settings))
-    assert (status, spoken(errors)) == (2, [spoken(errors)[0]]) and "1 steps in a row had no finite loss" in errors
-    assert "Traceback" not in errors
+    assert status == 2 and "Traceback" not in errors
+    (line,) = spoken(errors)
+    assert "1 steps in a row had no finite loss" in line
 
 
 def spoken(errors: str) -> list[str]:

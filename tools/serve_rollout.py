@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -21,6 +20,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.rollout.sglang.addresses import make_key, read_key, write_servers_file
 from megatron_cord.rollout.sglang.server import ServerConfig, check_version
 from megatron_cord.rollout.sglang.supervisor import Supervisor, SupervisorConfig
+from megatron_cord.stderr import say
 
 
 def _parser() -> cli.Parser:
@@ -84,7 +84,7 @@ def main() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    with Supervisor(config, server, key, lambda text: print(text, file=sys.stderr, flush=True)) as supervisor:
+    with Supervisor(config, server, key, say) as supervisor:
         write_servers_file(given.servers_file, server.checkpoint, str(version), supervisor.urls)
         try:
             supervisor.run(stop)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import random
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from megatron_cord.reward.comparison import Comparison, Verdict, answers_match
 from megatron_cord.reward.judge_cache import JudgeCache
 from megatron_cord.reward.judge_client import NoAnswerError, RefusedError, chat
 from megatron_cord.reward.judge_prompt import ANSWER_SCHEMA, messages, parse_answer
+from megatron_cord.stderr import say
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,7 @@ class Judge:
                 found = pool.map(lambda key: self._ask(key, payloads[key]), unknown)
                 problems = [problem for problem in found if problem is not None]
         if problems:
-            print(
-                f"the judge gave no answer to {len(problems)} of {len(unknown)} questions ({problems[0]}); answers are matched instead",
-                file=sys.stderr,
-            )
+            say(f"the judge gave no answer to {len(problems)} of {len(unknown)} questions ({problems[0]}); answers are matched instead")
         return [self._verdict(comparison) for comparison in comparisons]
 
     def _verdict(self, comparison: Comparison) -> Verdict:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.stderr import say
 from megatron_cord.trainer.manifest import find_damage
 
 _VISIBLE = re.compile(r"step_(\d+)")
@@ -94,7 +94,7 @@ class CheckpointDirectory:
             aside = self.directory / f"damaged_{name}"
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(self.directory / name, aside)
-            print(f"warning: {self.directory / name} is damaged ({damage}); using {used}, and keeping it as {aside.name}", file=sys.stderr)
+            say(f"warning: {self.directory / name} is damaged ({damage}); using {used}, and keeping it as {aside.name}")
 
 
 def check_whole(checkpoint: Path) -> Path:

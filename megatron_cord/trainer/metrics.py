@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.progress import Task as RichTask
 from rich.text import Text
 
+from megatron_cord.stderr import say
 from megatron_cord.trainer.alerts import AlertConfig, find_alerts
 from megatron_cord.trainer.tracking import MetricsConfig, open_trackers
 
@@ -156,11 +156,7 @@ class MetricsLog:
             self._last_line = now
             rate = (step - self._first) / (now - self._begun)
             left = (self._steps - step) / rate
-            print(
-                f"step {step}/{self._steps}  {rate:.2f} steps/s  {int(left // 60)}:{int(left % 60):02d} left  {note}",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"step {step}/{self._steps}  {rate:.2f} steps/s  {int(left // 60)}:{int(left % 60):02d} left  {note}")
 
 
 class Stopwatch:

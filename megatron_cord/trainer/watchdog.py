@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from megatron_cord.cli import HUNG
+from megatron_cord.stderr import say
 
 _LOCKED_SECONDS = 30.0  #: how much later the timer goes off that needs no lock
 _PEERS_SECONDS = 3.0  #: between dump and exit: ranks that wait write their stacks too, before they notice that this one has left
@@ -90,6 +91,6 @@ class Watchdog:
         self._file.flush()
         faulthandler.dump_traceback(self._file, all_threads=True)
         os.fsync(self._file.fileno())
-        print(line, file=sys.stderr, flush=True)
+        say(line)
         self._ended.wait(_PEERS_SECONDS)
         os._exit(HUNG)

@@ -6,12 +6,12 @@ or fails again and again, is lost until an exchange of weights brings it back: i
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_cord import stderr
 from megatron_cord.rollout.exchange import Endpoint
 
 _PROBES = 3  #: failed ones that make a server lost
@@ -115,4 +115,4 @@ class Pool:
 
 def say(text: str) -> None:
     """One line for whoever watches the run."""
-    print(f"rollout: {text}", file=sys.stderr, flush=True)
+    stderr.say(f"rollout: {text}")
