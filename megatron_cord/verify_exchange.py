@@ -61,6 +61,14 @@ class VerifyExchangeConfig:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What the fresh server says of its weights, and answers."""
+
+    checksums: list[dict[str, str]]  #: of its tensors by name, for each of its ranks
+    outputs: Outputs
+
+
+@dataclass(frozen=True)
 class Check:
     """One server after one way's exchange."""
 
@@ -102,7 +110,7 @@ def run_checks(config: VerifyExchangeConfig, layout: Layout, work: Path) -> list
     checks: list[Check] = []
     with ExitStack() as stack:
         servers: list[Endpoint] = []
-        fresh: Endpoint | None = None
+        wanted: Wanted | None = None
         problem = None
         if layout.is_main:
             try:
@@ -112,14 +120,16 @@ def run_checks(config: VerifyExchangeConfig, layout: Layout, work: Path) -> list
                     started.append(_start(config, Path(config.checkpoint), work / "server.log", stack))
                 for server in started:
                     server.wait()
-                fresh = started[0].endpoint
+                fresh, timeout = started[0].endpoint, config.exchange.timeout_seconds
+                # Once: what it answers again comes in part from its cache, and is rounded otherwise.
+                wanted = Wanted(fresh.checksums(timeout), outputs_of(fresh, config.checkpoint, timeout))
                 servers = [server.endpoint for server in started[1:]] or [Endpoint(url, config.api_key) for url in config.servers]
-            except CordError as error:
+            except (CordError, ServerError) as error:
                 problem = str(error)
         if problem := broadcast_json(problem):
             raise CordError(problem)
         for number, way in enumerate(config.ways, start=1):
-            checks += _check(config, way, number, source, servers, fresh, dtype)
+            checks += _check(config, way, number, source, servers, wanted, dtype)
     return checks
 
 
@@ -143,7 +153,7 @@ def _check(
     number: int,
     source: ModelWeights,
     servers: list[Endpoint],
-    fresh: Endpoint | None,
+    wanted: Wanted | None,
     dtype: torch.dtype,
 ) -> list[Check]:
     """One way, from servers with the checkpoint's own weights."""
@@ -156,22 +166,17 @@ def _check(
         report = exchange.update(source, number, servers, full=True)
     finally:
         exchange.close()
-    if fresh is None:
-        return []
-    wanted, outputs = fresh.checksums(timeout), outputs_of(fresh, config.checkpoint, timeout)
-    return [_compare(way, server, report, wanted, outputs, config) for server in servers]
+    return [] if wanted is None else [_compare(way, server, report, wanted, config) for server in servers]
 
 
-def _compare(
-    way: str, server: Endpoint, report: ExchangeReport, wanted: list[dict[str, str]], outputs: Outputs, config: VerifyExchangeConfig
-) -> Check:
+def _compare(way: str, server: Endpoint, report: ExchangeReport, wanted: Wanted, config: VerifyExchangeConfig) -> Check:
     timeout = config.exchange.timeout_seconds
     try:
         sums = server.checksums(timeout)
-        equal = outputs_of(server, config.checkpoint, timeout) == outputs
+        equal = outputs_of(server, config.checkpoint, timeout) == wanted.outputs
     except ServerError as error:
         return Check(way, server.url, report, 0, (str(error),), False)
-    return Check(way, server.url, report, sum(map(len, sums)), tuple(differing(sums, wanted)), equal)
+    return Check(way, server.url, report, sum(map(len, sums)), tuple(differing(sums, wanted.checksums)), equal)
 
 
 def _with_way(config: ExchangeConfig, way: str) -> ExchangeConfig:

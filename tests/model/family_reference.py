@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from examples.quickstart.checkpoint import CHAT_TEMPLATE, SPECIAL_TOKENS, published_name
-from megatron_cord.model.families.step_audio_2 import StepAudio2Config
+from megatron_cord.model.families.step_audio_2_hearing import StepAudio2Config
 from megatron_cord.model.families.step_audio_2_model import StepAudio2
 from tests.model.ranks import AUDIO_ID, MELS, VOCAB_SIZE, WINDOW, Batch, make_batches
 from tests.model.reference import Expected, one_step, randomise
@@ -107,7 +107,12 @@ def save(directory: Path, family: str, tied: bool) -> None:
     model = build(family, tied)
     save_file({published(family, name): p.detach().clone() for name, p in model.named_parameters()}, directory / "model.safetensors")
     if family == "step_audio_2":
-        config = {"model_type": family, "audio_token_id": AUDIO_ID, "audio_encoder_config": STEP_ENCODER, "text_config": DECODER}
+        config = {
+            "model_type": family, "architectures": ["StepAudio2ForCausalLM"], "audio_token_id": AUDIO_ID,
+            "audio_encoder_config": STEP_ENCODER, "text_config": DECODER,
+            # As published; neither we nor the rollout server run it.
+            "auto_map": {"AutoConfig": "configuration_step_audio_2.StepAudio2Config"},
+        }  # fmt: skip
         (directory / "config.json").write_text(json.dumps(config))
     else:
         model.config.save_pretrained(directory)

@@ -11,7 +11,7 @@ from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from examples.quickstart.checkpoint import published_name
 from megatron_cord.convert.hf_directory import Shard, plan_shards
-from megatron_cord.model.families.step_audio_2 import StepAudio2Config
+from megatron_cord.model.families.step_audio_2_hearing import StepAudio2Config
 from megatron_cord.model.families.step_audio_2_model import StepAudio2
 
 ENCODER = {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "num_mel_bins": 128}

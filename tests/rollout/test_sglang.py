@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
@@ -26,9 +27,11 @@ from megatron_cord.rollout.engines import EngineConfig, build_engine
 from megatron_cord.rollout.exchange import ExchangeConfig
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.engine import SGLangEngine
+from megatron_cord.rollout.sglang.wire import MOST_CLIPS, PromptWire
 from megatron_cord.rollout.types import GenerationRequest, VersionSpan
+from tests.model.family_reference import save_whole
 from tests.rollout.fake_sglang import FakeServer, Reply, answer_to
-from tests.tiny_run import make_samples, write_checkpoint
+from tests.tiny_run import WORDS, make_samples, write_checkpoint
 
 QUICK: dict[str, Any] = {"request_seconds": 20.0, "reissue_seconds": None, "start_seconds": 20.0}
 HEAD = "language_model.lm_head.weight"
@@ -232,11 +235,22 @@ def test_audio_goes_as_text_with_one_placeholder(checkpoint: Path, stack: ExitSt
     (rollout,) = engine.generate([GenerationRequest(prompt, 1.0, 8)])
     body = server.asked[0]
     assert rollout.token_ids == (7, 3) and body["text"].count("<|audio_bos|><|AUDIO|><|audio_eos|>") == 1 and "input_ids" not in body
-    data = base64.b64decode(body["audio_data"].removeprefix("data:audio/wav;base64,"))
+    data = base64.b64decode(body["audio_data"][0].removeprefix("data:audio/wav;base64,"))
     assert data[44:] == sample.waveform.astype("<f4").tobytes()
     server.manner = lambda body: server.good(body | {"prompt": ids}, [7, 3]) | {"prompt_token_ids": [*ids[:-1], 9]}
     with pytest.raises(CordError, match="another tokenizer, chat template or feature extractor"):
         engine.generate([GenerationRequest(prompt, 1.0, 8)])
+
+
+def test_several_clips_go_with_their_prompt(tmp_path: Path) -> None:
+    """Catches a clip that is left out or sent in another order, where the model may have several."""
+    checkpoint = save_whole(tmp_path / "checkpoint", "step_audio_2", WORDS)
+    sample = make_samples(1)[0]
+    prompt = PromptBuilder(checkpoint, long_audio="cut").audio_prompt(sample)
+    body = PromptWire(PromptBuilder(checkpoint), 512, MOST_CLIPS["step_audio_2"]).body(prompt)
+    assert body is not None and len(prompt.clips) == body["text"].count("<|AUDIO|>") == len(body["audio_data"]) > 1
+    sent = b"".join(base64.b64decode(data.removeprefix("data:audio/wav;base64,"))[44:] for data in body["audio_data"])
+    assert sent == sample.waveform.astype("<f4").tobytes()
 
 
 def test_nothing_is_sent_that_would_kill_a_server(checkpoint: Path, stack: ExitStack) -> None:
@@ -250,7 +264,7 @@ def test_nothing_is_sent_that_would_kill_a_server(checkpoint: Path, stack: ExitS
     wrong = [
         (Prompt("x", (2, 24)), 8, "ids outside 0..23"), (Prompt("x", ()), 8, "is empty"), (Prompt("x", (2,)), 0, "at least 1"),
         (Prompt("x", (2,)), 128, "the servers take 128 in all"), (Prompt("x", (2, 5)), 8, "1 audio placeholders for 0"),
-        (two, 8, "one clip a prompt"),
+        (two, 8, "1 clip a prompt"),
     ]  # fmt: skip
     for prompt, limit, message in wrong:
         with pytest.raises(CordError, match=message):

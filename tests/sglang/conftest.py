@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.rollout.sglang.addresses import write_servers_file
 from megatron_cord.rollout.sglang.server import ENVIRONMENT, ServerConfig
 from megatron_cord.rollout.sglang.supervisor import Supervisor, SupervisorConfig
+from tests.model.family_reference import save_whole
 from tests.tiny_run import ROOT, WORDS
 
 PYTHON = ROOT / ENVIRONMENT / "bin" / "python"
@@ -27,12 +29,28 @@ HEAD = "language_model.lm_head.weight"
 def write_talking_checkpoint(directory: Path) -> Path:
     """A random checkpoint of the quickstart's size (four buckets of an exchange) that hardly ever says a special token."""
     create_checkpoint(directory, TinyModelConfig(window_seconds=1), WORDS, seed=0)
+    return make_talk(directory, HEAD)
+
+
+def write_talking_step_audio_2(directory: Path) -> Path:
+    """The same of Step-Audio 2, smaller."""
+    save_whole(directory, "step_audio_2", WORDS)
+    config = json.loads((directory / "config.json").read_text())
+    text = config["text_config"]
+    text["max_position_embeddings"] = 512  # recordings of several clips
+    text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]  # as published
+    (directory / "config.json").write_text(json.dumps(config))
+    return make_talk(directory, "lm_head.weight")
+
+
+def make_talk(directory: Path, head: str) -> Path:
+    """The checkpoint, with an output layer of this name that hardly ever says a special token."""
     tensors = load_file(directory / "model.safetensors")
     prompts = PromptBuilder(directory)
     scale = torch.full((prompts.vocab_size, 1), 3.0)
     scale[list(prompts.special_ids)] = 0.0
     scale[list(prompts.eos_ids)] = 1.0  # and seldom ends
-    tensors[HEAD] = tensors[HEAD] * scale
+    tensors[head] = tensors[head] * scale
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
 

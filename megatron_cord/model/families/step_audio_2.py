@@ -7,19 +7,12 @@ into the last token of some lengths.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
-from transformers import AutoConfig, PretrainedConfig, Qwen2Config
+from transformers import PretrainedConfig
 
 from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
 from megatron_cord.model.families.parts import decoder_architecture, decoder_rules, encoder_rules, pair
+from megatron_cord.model.families.step_audio_2_hearing import ADAPTER_HIDDEN_SIZE, TAIL_FRAMES
 from megatron_cord.model.tensor_map import TensorMap
-
-_AUDIO_TOKEN_ID = 151690  # <audio_patch> in the published vocabulary; the configuration has no field for it
-_ADAPTER_HIDDEN_SIZE = 2048  # nor for the width of the adapter's MLP
-_TAIL_FRAMES = 2  # of silence that end a clip: convolutions see them, attention does not
-_CLIP_FRAMES = 2500  # the published processing cuts audio into 25 s
 
 #: What the published processing writes for a conversation.
 CHAT_TEMPLATE = (
@@ -46,22 +39,6 @@ _SPELLING = {
 }
 
 
-class StepAudio2Config(PretrainedConfig):
-    """What config.json says, so that transformers can read it without remote code."""
-
-    model_type = "step_audio_2"
-
-    def __init__(
-        self, audio_encoder_config: dict[str, Any] | None = None, text_config: dict[str, Any] | None = None, **fields: Any
-    ) -> None:
-        self.audio_encoder_config = audio_encoder_config or {}
-        self.text_config = Qwen2Config(**{key: value for key, value in (text_config or {}).items() if key != "model_type"})
-        super().__init__(**fields)
-
-
-AutoConfig.register(StepAudio2Config.model_type, StepAudio2Config)
-
-
 def architecture(config: PretrainedConfig) -> Architecture:
     """Sizes of a Step-Audio 2 checkpoint from its configuration.
 
@@ -69,7 +46,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
         CordError: a setting under which the model would compute something else.
         AttributeError: a size is missing.
     """
-    audio = SimpleNamespace(**config.audio_encoder_config)
+    audio = config.audio
     encoder = EncoderArchitecture(
         num_mels=audio.n_mels,
         hidden_size=audio.n_audio_state,
@@ -77,17 +54,17 @@ def architecture(config: PretrainedConfig) -> Architecture:
         num_heads=audio.n_audio_head,
         ffn_hidden_size=4 * audio.n_audio_state,
         max_positions=audio.n_audio_ctx,
-        tail_frames=_TAIL_FRAMES,
-        clip_frames=min(_CLIP_FRAMES, 2 * audio.n_audio_ctx - _TAIL_FRAMES),
+        tail_frames=TAIL_FRAMES,
+        clip_frames=config.clip_frames,
     )
     adapter = AdapterArchitecture(
-        "convolution", _ADAPTER_HIDDEN_SIZE, stride=audio.adapter_stride, kernel_size=audio.kernel_size, activation="relu"
+        "convolution", ADAPTER_HIDDEN_SIZE, stride=audio.adapter_stride, kernel_size=audio.kernel_size, activation="relu"
     )
     return Architecture(
         model_type="step_audio_2",
         encoder=encoder,
         language=decoder_architecture(config.text_config, qkv_bias=True, where="text_config."),
-        audio_token_id=getattr(config, "audio_token_id", _AUDIO_TOKEN_ID),
+        audio_token_id=config.placeholder,
         adapter=adapter,
     )
 

@@ -28,11 +28,10 @@ from megatron_cord.rollout.sglang.control import Control
 from megatron_cord.rollout.sglang.draft import Draft, aborted
 from megatron_cord.rollout.sglang.handshake import BASE
 from megatron_cord.rollout.sglang.pool import Pool, say
-from megatron_cord.rollout.sglang.wire import PromptWire
+from megatron_cord.rollout.sglang.wire import MOST_CLIPS, PromptWire
 from megatron_cord.rollout.types import GenerationRequest, Rollout
 
 _RETRY_SECONDS = 1.0  #: between two exchanges that no server took
-_FAMILIES = ("qwen2_audio", "qwen2", "llama")  #: whose prompts servers take as `wire` writes them
 
 
 class SGLangEngine:
@@ -62,10 +61,10 @@ class SGLangEngine:
         self._names = {BASE: 0}
         self._pool = Pool(dist.get_rank())
         self._source: WeightSource | None = None
-        model_type = load_architecture(checkpoint_dir).model_type
-        if model_type not in _FAMILIES:
+        self._model_type = model_type = load_architecture(checkpoint_dir).model_type
+        if model_type not in MOST_CLIPS:
             raise CordError(
-                f"{checkpoint_dir}: rollout.engine=sglang generates with {', '.join(_FAMILIES)} alone, not {model_type}; docs/rollout.md says what "
+                f"{checkpoint_dir}: rollout.engine=sglang generates with {', '.join(MOST_CLIPS)} alone, not {model_type}; docs/rollout.md says what "
                 "is missing"
             )
         self._control = Control(addresses, model_type, config.start_seconds)
@@ -81,7 +80,7 @@ class SGLangEngine:
         Raises:
             CordError: a request that servers cannot take, refuse, or fail time and again.
         """
-        wire = PromptWire(self.prompts, self._longest)
+        wire = PromptWire(self.prompts, self._longest, MOST_CLIPS[self._model_type])
         for request in requests:
             wire.check(request)
         in_flight = max(1, self._config.max_in_flight // dist.get_world_size())

@@ -14,6 +14,8 @@ from megatron_cord.data.wav import encode_float_wav
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.types import GenerationRequest
 
+#: Families whose prompts servers take as this module writes them, and how many clips one may have.
+MOST_CLIPS: dict[str, float] = {"qwen2_audio": 1, "step_audio_2": math.inf, "qwen2": 0, "llama": 0}
 _NO_PROBABILITY = -1e9  #: added to a logit
 
 
@@ -49,11 +51,13 @@ class PromptWire:
     Attributes:
         prompts: of the checkpoint.
         longest_prompt: tokens that servers take.
+        most_clips: that they take in one prompt.
     """
 
     prompts: PromptBuilder
     longest_prompt: int
-    _audio: dict[int, tuple[Prompt, str]] = field(default_factory=dict)
+    most_clips: float
+    _audio: dict[int, tuple[Prompt, list[str]]] = field(default_factory=dict)
 
     def check(self, request: GenerationRequest) -> None:
         """Refuses what would kill a server or be answered in another way than asked.
@@ -69,8 +73,10 @@ class PromptWire:
         marks, features = prompt.token_ids.count(self.prompts.audio_token_id), sum(clip.num_tokens for clip in prompt.clips)
         if marks != features:
             raise CordError(f"{where}: {marks} audio placeholders for {features} audio features; rebuild the prompt")
-        if len(prompt.clips) > 1:
-            raise CordError(f"{where}: SGLang takes one clip a prompt, not {len(prompt.clips)}; set data.long_audio=error and shorten it")
+        if len(prompt.clips) > self.most_clips:
+            raise CordError(
+                f"{where}: SGLang takes {self.most_clips} clip a prompt of this model, not {len(prompt.clips)}; set data.long_audio to error or skip"
+            )
         total = len(prompt.token_ids) + request.max_new_tokens
         if total > self.longest_prompt:
             raise CordError(
@@ -86,8 +92,8 @@ class PromptWire:
         if text is None:
             return None
         if id(prompt) not in self._audio:  # the prompt is kept, too, so that its id stays its own
-            wav = encode_float_wav(prompt.clips[0].waveform)
-            self._audio[id(prompt)] = prompt, "data:audio/wav;base64," + base64.b64encode(wav).decode()
+            wavs = [base64.b64encode(encode_float_wav(clip.waveform)).decode() for clip in prompt.clips]
+            self._audio[id(prompt)] = prompt, [f"data:audio/wav;base64,{wav}" for wav in wavs]
         return {"text": text, "audio_data": self._audio[id(prompt)][1], "return_prompt_token_ids": True}
 
 

@@ -2,7 +2,7 @@
 
 Apart from starting SGLang it does five things. The API key comes from the environment, as arguments can be read by anyone on the machine,
 and is taken out of the log, where SGLang prints all its settings. Without CUDA, stand-ins take the place of the compiled kernels.
-Our own models (`external`) take the place of those that compute something else than the trainer. Weights are taken as ``weights.py`` says.
+Our own models (`external`) take the place of those that are missing or compute something else than the trainer. Weights are taken as ``weights.py`` says.
 And it ends when its standard input does, that is when whoever started it is gone, however that came.
 
 SGLang's processes import this file again, so everything outside the last block happens in each of them. It must not import the project.
@@ -10,6 +10,7 @@ SGLang's processes import this file again, so everything outside the last block 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -76,6 +77,9 @@ if _key:
     hide_key(_key)
 sys.path.insert(0, str(Path(__file__).parents[1] / "external"))  # where SGLANG_EXTERNAL_MODEL_PACKAGE is
 _kept = stand_in_for_kernels() if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" else None
+importlib.import_module(
+    "cord_models"
+)  # makes known the configurations that transformers lacks, which SGLang reads before it looks for models
 
 if __name__ == "__main__":
     end_with_starter()
