@@ -69,12 +69,16 @@ def test_it_learns_to_read_and_to_hear(checkpoint: Path, tmp_path: Path, caplog:
 
 
 def test_same_inputs_same_weights_and_no_second_run(checkpoint: Path, tmp_path: Path) -> None:
-    """Catches an order drawn from a global generator, and a warm-up that starts over each time the quickstart runs."""
+    """Catches an order drawn from a global generator, sums that depend on the number of threads, and a warm-up that starts over each time the
+    quickstart runs."""
     config = replace(SHORT, text_steps=2, mixed_steps=2)
     torch.manual_seed(1)
     warm_up(checkpoint, tmp_path / "a", config, questions(), spoken())
     torch.manual_seed(2)
+    torch.set_num_threads(2)
     warm_up(checkpoint, tmp_path / "b", config, questions(), spoken())
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
     warm_up(checkpoint, tmp_path / "c", replace(config, seed=1), questions(), spoken())
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
     assert weights[0] == weights[1] != weights[2]

@@ -16,6 +16,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -72,6 +73,18 @@ class _Example:
     transcript: tuple[int, ...] = ()
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums depend on how many threads share them; the weights must not depend on the machine's cores, or on who calls."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def warm_up(
     checkpoint_dir: str | Path, output_dir: str | Path, config: WarmUpConfig, questions: Sequence[Question], spoken: Sequence[Sample]
 ) -> None:
