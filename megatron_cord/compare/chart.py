@@ -44,7 +44,7 @@ def draw(result: dict[str, Any], paths: list[Path]) -> None:
         values = [run["gap_closed"] for _, m in drawn for run in m["runs"].values() if run.get("gap_closed") is not None]
         axes.set_xlim(min([0.0, *values]) - 0.08, max([1.0, *values]) + 0.02)
         axes.set_yticks(range(len(drawn)), [method["title"] for _, method in drawn])
-        axes.invert_yaxis()
+        axes.set_ylim(max(len(drawn), 1) - 0.5, -0.5)  # the first on top, and room for the bars of the first and the last
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("share of the gap between reading and hearing that was closed")

@@ -109,12 +109,14 @@ def test_the_ablation_goes_from_part_to_whole() -> None:
     assert ablation(["sft", "cord", "jsd", "reverse_kl", "grpo"]) == ["grpo", "reverse_kl", "cord"]
 
 
-@pytest.mark.parametrize("example", ["quickstart/compare", "chains/compare", "chains/compare-long"])
-def test_the_examples_comparisons(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("example", "ranks"), [("quickstart/compare", 1), ("quickstart/compare-whole", 2), ("chains/compare", 1), ("chains/compare-long", 1)]
+)
+def test_the_examples_comparisons(example: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a committed comparison that no longer loads, and GRPO with fewer responses than the others."""
     monkeypatch.chdir(ROOT)
     config = load_config(CompareConfig, f"examples/{example}.yaml")
     runs = plan_runs(config)
-    assert len(runs) == len(config.methods) * 3 and all(isinstance(r.config, RunConfig) and r.ranks == 1 for r in runs)
+    assert len(runs) == len(config.methods) * 3 and all(isinstance(r.config, RunConfig) and r.ranks == ranks for r in runs)
     rollout = runs[0].config.rollout
-    assert rollout.policy_prompts_per_step * rollout.policy_rollouts == rollout.prompts_per_step
+    assert "grpo" not in config.methods or rollout.policy_prompts_per_step * rollout.policy_rollouts == rollout.prompts_per_step

@@ -108,9 +108,9 @@ def test_tables_go_into_a_page(result: dict[str, Any]) -> None:
             tables.insert(broken, "made-up", result, "images/x.svg")
 
 
-@pytest.mark.parametrize("example", ["quickstart/compare", "chains/compare", "chains/compare-long"])
+@pytest.mark.parametrize("example", ["quickstart/compare", "quickstart/compare-whole", "chains/compare", "chains/compare-long"])
 def test_the_documentation_shows_the_committed_results(example: str) -> None:
-    """Catches figures in docs/results.md that no longer are those of the last comparison."""
+    """Catches figures in the documentation that no longer are those of the last comparison."""
     config = load_config(CompareConfig, ROOT / f"examples/{example}.yaml")
     page = (ROOT / config.page).read_text(encoding="utf-8")
     path = ROOT / f"{config.results}.json"
