@@ -76,9 +76,11 @@ def test_same_inputs_same_weights_and_no_second_run(checkpoint: Path, tmp_path: 
     warm_up(checkpoint, tmp_path / "a", config, questions(), spoken())
     torch.manual_seed(2)
     torch.set_num_threads(2)
-    warm_up(checkpoint, tmp_path / "b", config, questions(), spoken())
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(1)
+    try:
+        warm_up(checkpoint, tmp_path / "b", config, questions(), spoken())
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
     warm_up(checkpoint, tmp_path / "c", replace(config, seed=1), questions(), spoken())
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
     assert weights[0] == weights[1] != weights[2]

@@ -253,6 +253,19 @@ def test_several_clips_go_with_their_prompt(tmp_path: Path) -> None:
     assert sent == sample.waveform.astype("<f4").tobytes()
 
 
+def test_a_prompt_that_is_no_text_is_named(checkpoint: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a template that the tokenizer reads in another way, noticed only by answers to another question."""
+    server = FakeServer()
+    engine = connect(checkpoint, [server], stack)
+    own = engine.engine
+    assert isinstance(own, SGLangEngine)
+    prompt = own.prompts.audio_prompt(make_samples(1)[0])
+    monkeypatch.setattr(PromptBuilder, "text_of", lambda self, ids: None)
+    with pytest.raises(CordError, match=f"sample {prompt.sample_id}: no text tokenizes to its prompt"):
+        engine.generate([GenerationRequest(prompt, 1.0, 8)])
+    assert server.asked == []
+
+
 def test_nothing_is_sent_that_would_kill_a_server(checkpoint: Path, stack: ExitStack) -> None:
     """Catches ids outside the vocabulary, of which SGLang dies, lengths that do not fit, and two clips in one prompt."""
     server = FakeServer()

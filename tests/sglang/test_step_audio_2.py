@@ -71,16 +71,21 @@ def test_answers_and_weights_are_the_trainers(server: SglangServer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "clips", "said"),
-    [("<|audio_bos|><|AUDIO|><|audio_eos|>", [0.1, 0.1], "1 placeholders for 2"), ("<|AUDIO|>", [2.0], "at most 0.46 s")],
+    ("text", "seconds", "more", "said"),
+    [
+        ("<|audio_bos|><|AUDIO|><|audio_eos|>", [0.1, 0.1], {}, "1 placeholders for 2"),
+        ("<|AUDIO|>", [2.0], {}, "at most 0.46 s"),
+        ("<|AUDIO|>", [0.01], {}, "at least one token"),
+        ("<|AUDIO|>", [0.1], {"image_data": "picture.png"}, "takes no images"),
+    ],
 )
-def test_what_cannot_be_heard_is_refused(text: str, clips: list[float], said: str, server: SglangServer) -> None:
+def test_what_cannot_be_heard_is_refused(text: str, seconds: list[float], more: dict[str, str], said: str, server: SglangServer) -> None:
     """Catches recordings left out or cut off in silence, and a server that dies of them."""
-    wavs = [encode_float_wav(np.zeros(int(seconds * 16000), np.float32)) for seconds in clips]
+    wavs = [encode_float_wav(np.zeros(int(length * 16000), np.float32)) for length in seconds]
     data = ["data:audio/wav;base64," + base64.b64encode(wav).decode() for wav in wavs]
-    with pytest.raises(ServerError, match=said):
-        Endpoint(server.url).post("/generate", {"text": text, "audio_data": data, "sampling_params": {"max_new_tokens": 1}}, 60.0)
-    assert server.endpoint.is_healthy(10.0)
+    with pytest.raises(ServerError, match=said) as refused:
+        Endpoint(server.url).post("/generate", {"text": text, "audio_data": data, "sampling_params": {"max_new_tokens": 1}} | more, 60.0)
+    assert refused.value.status == 400 and server.endpoint.is_healthy(10.0)
 
 
 def test_it_is_trained(server: SglangServer, tmp_path: Path) -> None:

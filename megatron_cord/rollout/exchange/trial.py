@@ -19,15 +19,18 @@ Outputs = list[tuple[list[int], list[float]]]
 
 
 def outputs_of(server: Endpoint, checkpoint: str | Path, timeout: float) -> Outputs:
-    """Greedy answers to a few fixed prompts: some of plain ids and, where the model hears, a second of sound."""
+    """Greedy answers to a few fixed prompts: some of plain ids and, where the model hears, a second of sound.
+
+    Raises:
+        CordError: as ``PromptBuilder`` and ``PromptWire.question``.
+        ServerError: the server does not answer.
+    """
     bodies: list[dict[str, Any]] = [{"input_ids": list(range(first, first + 6))} for first in (1, 4, 7)]
     most_clips = MOST_CLIPS.get(load_architecture(checkpoint).model_type, 0)
     if most_clips:
         prompts = PromptBuilder(checkpoint)
         sound = Sample("two tones", "", _tones()[: prompts.longest_clip])
-        body = PromptWire(prompts, 0, most_clips).body(prompts.audio_prompt(sound))
-        assert body is not None, "a prompt without a response is a text"
-        bodies.append(body)
+        bodies.append(PromptWire(prompts, 0, most_clips).question(prompts.audio_prompt(sound)))
     return [_greedy(server, body, timeout) for body in bodies]
 
 

@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-from megatron_cord.errors import CordError
 from megatron_cord.rollout.sglang.wire import BadReplyError, Piece, PromptWire, read_piece, sampling
 from megatron_cord.rollout.types import GenerationRequest, Rollout, spans_of
 
@@ -46,12 +45,7 @@ class Draft:
         prompt = self._wire.body(self.request.prompt, self._ids)
         if prompt is None:
             self._begin_masked()
-            prompt = self._wire.body(self.request.prompt)
-            if prompt is None:
-                raise CordError(
-                    f"sample {self.request.prompt.sample_id}: no text tokenizes to its prompt, and SGLang takes audio with text alone; "
-                    "the checkpoint's chat template does not fit its tokenizer"
-                )
+            prompt = self._wire.question(self.request.prompt)
         limit = 1 if self._likeliest else self.request.max_new_tokens - len(self._ids)
         forbidden = self._prompts.special_ids
         stop = self._prompts.eos_ids if self._masked else (*self._prompts.eos_ids, *forbidden)

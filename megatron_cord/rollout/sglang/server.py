@@ -119,9 +119,8 @@ class SglangServer:
         self.stop()
         config = self.config
         environment = os.environ | {"SGLANG_VLM_CACHE_SIZE_MB": "0", "SGLANG_RETURN_ORIGINAL_LOGPROB": "1", "HF_HUB_OFFLINE": "1"}
-        # In external/, which process/serve.py puts on the path; with an architecture that SGLang would else take for one that only reads.
+        # In external/, which process/serve.py puts on the path.
         environment |= {"SGLANG_EXTERNAL_MODEL_PACKAGE": "cord_models", "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": "cord_models"}
-        environment["SGLANG_EXTERNAL_MM_MODEL_ARCH"] = "StepAudio2ForCausalLM"
         for name in [name for name in environment if name.startswith(_TRAINERS)]:
             del environment[name]
         if self._key:

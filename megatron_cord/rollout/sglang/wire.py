@@ -84,6 +84,20 @@ class PromptWire:
                 "in all; lower rollout.max_new_tokens, or give the servers more room (--context-length, --max-total-tokens)"
             )
 
+    def question(self, prompt: Prompt) -> dict[str, Any]:
+        """`body` of the prompt alone.
+
+        Raises:
+            CordError: no text tokenizes to it.
+        """
+        body = self.body(prompt)
+        if body is None:
+            raise CordError(
+                f"sample {prompt.sample_id}: no text tokenizes to its prompt, and SGLang takes audio with text alone; "
+                "the checkpoint's chat template does not fit its tokenizer"
+            )
+        return body
+
     def body(self, prompt: Prompt, more: Sequence[int] = ()) -> dict[str, Any] | None:
         """The prompt's part of a request; None if no text tokenizes to prompt and ``more``, tokens of the response that shall go on."""
         if not prompt.clips:
