@@ -13,7 +13,7 @@ import time
 import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from megatron_cord.data.spoken_set import SpokenSetConfig, speak_questions
 from megatron_cord.data.synthesizers import SynthesizerConfig
 from megatron_cord.data.transcription import Transcriber, word_error_rate
 from megatron_cord.errors import CordError
+from tests.rollout.fake_sglang import BusyHTTPServer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -186,7 +187,7 @@ class _Speech(BaseHTTPRequestHandler):
 
 @contextmanager
 def speech_server(heard: str = "", lasts: int = 0) -> Iterator[Any]:
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Speech)
+    server: Any = BusyHTTPServer(("127.0.0.1", 0), _Speech)
     server.keys, server.requests, server.heard, server.lasts = set(), 0, heard, lasts
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

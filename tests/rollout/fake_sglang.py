@@ -23,6 +23,13 @@ def answer_to(prompt: Sequence[int]) -> list[int]:
     return [7 + code // 10**digit % 10 for digit in range(3)] + [3]
 
 
+class BusyHTTPServer(ThreadingHTTPServer):
+    """One to which many connect at once: beyond the five that wait for it by default, the system resets connections when the machine is busy."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+
 class FakeServer:
     """A context manager.
 
@@ -72,8 +79,7 @@ class FakeServer:
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self._server.daemon_threads = True
+        self._server = BusyHTTPServer(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def handle(self, handler: BaseHTTPRequestHandler, path: str, body: Reply, query: str = "") -> None:
