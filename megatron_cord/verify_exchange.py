@@ -33,8 +33,8 @@ from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, init
 from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.rollout.exchange import Endpoint, ExchangeConfig, ExchangeReport, ModelWeights, ServerError, build_exchange
 from megatron_cord.rollout.exchange.sessions import differing
-from megatron_cord.rollout.exchange.trial import Outputs, outputs_of
 from megatron_cord.rollout.sglang.server import ENVIRONMENT, ServerConfig, SglangServer, check_version
+from megatron_cord.rollout.sglang.trial import Outputs, outputs_of
 
 _SHARD_BYTES = 5_000_000_000
 

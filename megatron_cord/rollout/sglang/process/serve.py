@@ -77,9 +77,8 @@ if _key:
     hide_key(_key)
 sys.path.insert(0, str(Path(__file__).parents[1] / "external"))  # where SGLANG_EXTERNAL_MODEL_PACKAGE is
 _kept = stand_in_for_kernels() if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" else None
-importlib.import_module(
-    "cord_models"
-)  # makes known the configurations that transformers lacks, which SGLang reads before it looks for models
+# SGLang reads a checkpoint's configuration before it looks for models; this makes those known that transformers lacks.
+importlib.import_module("cord_models")
 
 if __name__ == "__main__":
     end_with_starter()
