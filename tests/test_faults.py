@@ -19,7 +19,7 @@ import torch
 from megatron_cord import cli
 from tests.fault_ranks import Ranks
 from tests.test_train import saved
-from tests.tiny_run import finish, free_port, losses, overrides, start, write_inputs
+from tests.tiny_run import finish, free_port, losses, overrides, small_file_system, start, write_inputs
 
 STEPS = 8
 TP2 = "parallel.tp=2"
@@ -220,13 +220,8 @@ def test_a_shard_that_vanishes(inputs: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip("mounting a small file system needs root")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with small_file_system(tmp_path / "disk", "4m") as place:
+        yield place
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import resource
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,18 @@ from safetensors.torch import load_file, save_file
 
 from megatron_cord.errors import CordError
 from tests.test_train import TP2, alone, stop_after
-from tests.tiny_run import finish, losses, make_samples, metrics, overrides, start, write_checkpoint, write_inputs, write_shards
+from tests.tiny_run import (
+    finish,
+    losses,
+    make_samples,
+    metrics,
+    overrides,
+    small_file_system,
+    start,
+    write_checkpoint,
+    write_inputs,
+    write_shards,
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +89,8 @@ def spoken(errors: str) -> list[str]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for one checkpoint of a tiny run and a half."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(disk)], capture_output=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip("mounting a small file system needs root; the limit on file sizes is tested everywhere")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with small_file_system(tmp_path / "disk", "1200k") as disk:  # the limit on file sizes is tested without root, too
+        yield disk
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(inputs: Path, small_disk: Path) -> None:

@@ -7,11 +7,13 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.data.samples import Sample
@@ -101,6 +103,17 @@ def start(settings: Sequence[str], *, ranks: int = 2, launcher: Sequence[str] = 
     )
     return subprocess.Popen([sys.executable, *under, *train], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
                             env=environment, start_new_session=True, **options)  # fmt: skip
+
+
+@contextmanager
+def small_file_system(place: Path, size: str) -> Iterator[Path]:
+    """A file system of this size (as mount has it) at a new directory; skips the test where mounting is not allowed."""
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.wav import encode_float_wav
-from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.engines import EngineConfig, build_engine
 from megatron_cord.rollout.exchange import Endpoint, ExchangeConfig, ServerError
 from megatron_cord.rollout.local import LocalEngine
@@ -48,26 +47,23 @@ def questions(checkpoint: Path) -> list[GenerationRequest]:
     return [GenerationRequest(prompt, 0.0, 12, i) for i, prompt in enumerate(made)]
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_answers_and_weights_are_the_trainers(server: SglangServer) -> None:
     """Catches an encoder, adapter, template or features other than the trainer's, clips in another order, and an exchange, whichever way, that leaves
     out a tensor."""
     checkpoint = server.config.checkpoint
     local, asked = LocalEngine(checkpoint), questions(checkpoint)
-    initialize(ParallelConfig(), seed=0)
-    try:
-        for version, way in enumerate([None, "process_group", "shared_memory", "disk"]):
-            exchange = ExchangeConfig(way=way or "disk", bucket_bytes=1 << 20)  # type: ignore[arg-type]
-            engine = build_engine(EngineConfig(engine="sglang", servers=(server.url,), exchange=exchange), checkpoint, torch.device("cpu"))
-            if way is not None:
-                changed = {name: t * (1 + version / 50) for name, t in load_file(checkpoint / "model.safetensors").items()}
-                engine.update_weights(changed.items(), version)
-                local.update_weights(changed.items(), version)
-            share, largest = compare(engine.generate(asked), local.generate(asked))
-            print(f"{way or 'checkpoint'}: {share:.2%} of tokens equal, log-probabilities within {largest:.2g}")
-            assert share >= 0.99 and largest < 1e-3
-            engine.close()
-    finally:
-        finalize()
+    for version, way in enumerate([None, "process_group", "shared_memory", "disk"]):
+        exchange = ExchangeConfig(way=way or "disk", bucket_bytes=1 << 20)  # type: ignore[arg-type]
+        engine = build_engine(EngineConfig(engine="sglang", servers=(server.url,), exchange=exchange), checkpoint, torch.device("cpu"))
+        if way is not None:
+            changed = {name: t * (1 + version / 50) for name, t in load_file(checkpoint / "model.safetensors").items()}
+            engine.update_weights(changed.items(), version)
+            local.update_weights(changed.items(), version)
+        share, largest = compare(engine.generate(asked), local.generate(asked))
+        print(f"{way or 'checkpoint'}: {share:.2%} of tokens equal, log-probabilities within {largest:.2g}")
+        assert share >= 0.99 and largest < 1e-3
+        engine.close()
 
 
 @pytest.mark.parametrize(
