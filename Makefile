@@ -37,7 +37,7 @@ $(SGLANG)/.installed: setup.py tools/install.py tools/install_sglang.py
 	@touch $@
 
 test-sglang: $(STAMP) $(SGLANG)/.installed ## the tests that start the real server; minutes
-	$(BIN)/python -m pytest tests/sglang
+	$(BIN)/python -m pytest tests/integration/sglang
 
 quickstart: $(STAMP) ## train a small model on this machine until it answers spoken questions; ends with a report
 	$(BIN)/python -m examples.quickstart.run
@@ -50,8 +50,7 @@ test-full: lint typecheck ## all tests, slow ones included, but those of test-sl
 
 test-next: $(NEXT)/.installed ## the tests of everything that Megatron-Core computes, with 0.19.2 in the place of 0.16.1; Python 3.12 has 0.19.2 anyway
 	$(NEXT)/bin/python -c 'from importlib.metadata import version as v; print("Megatron-Core", v("megatron-core")); assert v("megatron-core") == "0.19.2"'
-	$(NEXT)/bin/python -m pytest -m 'not slow and not slurm' tests/model tests/parallel tests/convert tests/trainer tests/test_verify_layout.py \
-		tests/test_train.py tests/test_train_ends.py tests/test_faults.py
+	$(NEXT)/bin/python -m pytest -m 'not slow and not slurm' tests/model tests/parallel tests/convert tests/trainer tests/verify/test_layout.py
 
 # All of .venv behind one package of its own. Megatron-Core 0.19.2 asks for Python 3.12 in its metadata; what is used here runs on 3.11.
 $(NEXT)/.installed: $(STAMP)
@@ -61,11 +60,11 @@ $(NEXT)/.installed: $(STAMP)
 	@touch $@
 
 test-slurm: $(STAMP) ## as root: the batch script on a real SLURM of two virtual nodes (installed by apt if it is missing), torchrun over two networks
-	$(BIN)/python -m pytest -m slurm tests/slurm
+	$(BIN)/python -m pytest -m slurm tests/integration/slurm
 
 test-browser: $(STAMP) ## the report and the live page in Chromium, which Debian's package brings if it is missing (as root); make test skips these without one
 	@command -v chromium chromium-browser google-chrome >/dev/null || apt-get install -y --no-install-recommends chromium
-	$(BIN)/python -m pytest -rs tests/report
+	$(BIN)/python -m pytest -rs tests/integration/browser
 
 docs: $(STAMP) ## the documentation as a site in site/, any broken link or page being an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -48,7 +48,13 @@ EXTRAS = {
     # Kokoro, the paper's synthesiser, on the CPU; its phonemizer is GPL, hence optional.
     "kokoro": ["kokoro-onnx==0.6.1"],
     # Tests and checks, pinned so that a new rule or type stub does not fail an unchanged tree. Triton's kernels run in its interpreter there.
-    "dev": ["pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "mypy==2.4.1", 'triton==3.9.0; platform_system == "Linux"'],
+    "dev": [
+        "pytest==9.2.0",
+        "hypothesis==6.170.15",
+        "ruff==0.17.6",
+        "mypy==2.4.1",
+        'triton==3.9.0; platform_system == "Linux"',
+    ],
     # The rivals in benchmarks/: the trainer beside ours in benchmarks/train.py, and the losses in benchmarks/loss.py.
     "bench": ["trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "liger-kernel==0.8.5"],
     # Metrics to Weights & Biases as well (metrics.wandb).
@@ -67,7 +73,10 @@ setup(
         "megatron_cord.report": ["assets/*"],
         "megatron_cord.evaluation": ["assets/*"],
         "megatron_cord.losses": ["*.cpp"],
-        "megatron_cord.rollout.sglang": ["process/*.py", "external/cord_models/*.py"],  # run and imported by the server's interpreter
+        "megatron_cord.rollout.sglang": [
+            "plugin/*.py",
+            "plugin/external/cord_models/*.py",
+        ],  # run and imported by the server's interpreter
     },
     python_requires=">=3.11",
     install_requires=REQUIRED,

@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
-from megatron_cord.cli import Parser, run
 from megatron_cord.convert.checkpoint_files import stored_tensors
 from megatron_cord.convert.hf_directory import HFDirectoryWriter, plan_shards
 from megatron_cord.convert.inventory import inventory, paper_model
@@ -38,7 +37,8 @@ from megatron_cord.convert.weights_checkpoint import save_weights
 from megatron_cord.model.families import load_architecture
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.plan.parameters import published
-from megatron_cord.trainer.progress import Progress, write_progress
+from megatron_cord.runtime.entry import Parser, run
+from megatron_cord.trainer.checkpoint.progress import Progress, write_progress
 
 HIDDEN = 1024
 LAYER_MEGABYTES = 4 * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN + 3 * HIDDEN * 4 * HIDDEN) / 1e6
@@ -89,7 +89,9 @@ def measure(work: Path, megabytes: int, turns: int) -> dict[str, float]:
 
     def export() -> None:
         saved = SavedWeights(work / "import", paper_model(arch, layout))
-        writer = HFDirectoryWriter(work / "export", plan_shards(saved.shapes, torch.float32, 100_000_000), torch.float32)
+        writer = HFDirectoryWriter(
+            work / "export", plan_shards(saved.shapes, torch.float32, 100_000_000), torch.float32
+        )
         writer.begin()
         writer.write_files(saved.blocks, writer.shards, lambda portion: None)
         writer.publish({})
@@ -174,7 +176,11 @@ def main() -> None:
     name = "convert_full_size.json" if arguments.full_size else "convert.json"
     output: Path = arguments.output or Path("benchmarks/results") / name
     with tempfile.TemporaryDirectory() as work:
-        figures = measure_full_size(Path(work)) if arguments.full_size else measure(Path(work), arguments.megabytes, arguments.turns)
+        figures = (
+            measure_full_size(Path(work))
+            if arguments.full_size
+            else measure(Path(work), arguments.megabytes, arguments.turns)
+        )
     figures["load_average"] = os.getloadavg()[0]
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({name: round(value, 3) for name, value in figures.items()}, indent=1) + "\n")

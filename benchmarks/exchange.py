@@ -27,20 +27,20 @@ import torch
 from benchmarks.exchange_plain import plain_seconds
 from benchmarks.figures import processor, publish
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
-from megatron_cord.cli import Parser, run
 from megatron_cord.convert import read_into
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
-from megatron_cord.rollout.exchange import Endpoint, ExchangeConfig, ExchangeReport, ModelWeights
-from megatron_cord.rollout.exchange.bucket import BucketPlan, TensorSpec, plan_buckets
-from megatron_cord.rollout.exchange.exchange import WeightExchange, build_exchange
-from megatron_cord.rollout.exchange.process_group import ProcessGroupWay
-from megatron_cord.rollout.exchange.served import served_specs
-from megatron_cord.rollout.exchange.shared_memory import SharedMemoryWay
-from megatron_cord.rollout.exchange.way import Way
-from megatron_cord.rollout.sglang.server import ENVIRONMENT, ServerConfig, SglangServer, check_version
+from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfig, SglangServer, check_version
+from megatron_cord.rollout.sglang.weight_sync import Endpoint, ExchangeConfig, ExchangeReport, ModelWeights
+from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, TensorSpec, plan_buckets
+from megatron_cord.rollout.sglang.weight_sync.process_group import ProcessGroupWay
+from megatron_cord.rollout.sglang.weight_sync.served import served_specs
+from megatron_cord.rollout.sglang.weight_sync.shared_memory import SharedMemoryWay
+from megatron_cord.rollout.sglang.weight_sync.transport import Way
+from megatron_cord.rollout.sglang.weight_sync.weight_sync import WeightExchange, build_exchange
+from megatron_cord.runtime.entry import Parser, run
 
 ROOT = Path(__file__).parents[1]
 WAYS = ("process_group", "shared_memory", "disk")
@@ -79,7 +79,9 @@ def write_model(directory: Path, sizes: Sizes) -> None:
     create_checkpoint(directory, config, [f"w{i}" for i in range(sizes.vocabulary)], seed=0)
 
 
-def measure(way: str, source: ModelWeights, checkpoint: Path, server: Endpoint, rounds: int, bucket_bytes: int) -> dict[str, Any]:
+def measure(
+    way: str, source: ModelWeights, checkpoint: Path, server: Endpoint, rounds: int, bucket_bytes: int
+) -> dict[str, Any]:
     """One way: the exchange, the plain transfer and tensor by tensor in turns."""
     config = ExchangeConfig(way=way, bucket_bytes=bucket_bytes)  # type: ignore[arg-type]
     exchange, patience = build_exchange(config, checkpoint, DTYPE), config.timeout_seconds
@@ -105,7 +107,10 @@ def measure(way: str, source: ModelWeights, checkpoint: Path, server: Endpoint, 
         "first_seconds": first.seconds, "megabytes": first.nbytes / 1e6, "tensors": first.tensors, "buckets": first.buckets,
     }  # fmt: skip
     if single:
-        result |= {"tensor_by_tensor_seconds": statistics.median(single), "times_faster": statistics.median(single) / seconds}
+        result |= {
+            "tensor_by_tensor_seconds": statistics.median(single),
+            "times_faster": statistics.median(single) / seconds,
+        }
     return {name: rounded(value) for name, value in result.items()}
 
 
@@ -115,7 +120,12 @@ def measure_model(sizes: Sizes, layout: Layout, python: Path, rounds: int, bucke
         checkpoint = Path(name) / "checkpoint"
         write_model(checkpoint, sizes)
         config = ServerConfig(
-            checkpoint=checkpoint, device="cpu", dtype="bfloat16", python=python, max_total_tokens=1024, memory_fraction=0.6
+            checkpoint=checkpoint,
+            device="cpu",
+            dtype="bfloat16",
+            python=python,
+            max_total_tokens=1024,
+            memory_fraction=0.6,
         )
         server = SglangServer(config, "", Path(name) / "server.log")
         server.start()
@@ -123,7 +133,10 @@ def measure_model(sizes: Sizes, layout: Layout, python: Path, rounds: int, bucke
             model = LALM(load_architecture(checkpoint), layout, DTYPE)
             read_into(model, checkpoint)
             server.wait()
-            ways = {way: measure(way, ModelWeights(model), checkpoint, server.endpoint, rounds, bucket_bytes) for way in WAYS}
+            ways = {
+                way: measure(way, ModelWeights(model), checkpoint, server.endpoint, rounds, bucket_bytes)
+                for way in WAYS
+            }
             return {**ways, "load_average": round(os.getloadavg()[0], 1)}
         finally:
             server.stop()
@@ -138,7 +151,13 @@ def done(report: ExchangeReport) -> ExchangeReport:
 
 def rounded(value: Any) -> Any:
     """Figures to three digits behind the point."""
-    return [round(v, 3) for v in value] if isinstance(value, list) else round(value, 3) if isinstance(value, float) else value
+    return (
+        [round(v, 3) for v in value]
+        if isinstance(value, list)
+        else round(value, 3)
+        if isinstance(value, float)
+        else value
+    )
 
 
 def main() -> None:
@@ -146,7 +165,9 @@ def main() -> None:
     parser = Parser(description="Measures the exchange of weights with a real server on this CPU.", allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=7, help="of each way (default: 7)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which (default: all)")
-    parser.add_argument("--bucket-megabytes", type=int, default=128, help="of a bucket, where each has a request (default: 128)")
+    parser.add_argument(
+        "--bucket-megabytes", type=int, default=128, help="of a bucket, where each has a request (default: 128)"
+    )
     parser.add_argument("--output", metavar="FILE", type=Path, help="where the figures go, as JSON")
     arguments = parser.parse_args()
     python = ROOT / ENVIRONMENT / "bin" / "python"
@@ -155,7 +176,8 @@ def main() -> None:
     layout = initialize(ParallelConfig(), seed=0)
     models = {kind: MODELS[kind] for kind in arguments.models}
     figures = {
-        kind: measure_model(sizes, layout, python, arguments.rounds, arguments.bucket_megabytes << 20) for kind, sizes in models.items()
+        kind: measure_model(sizes, layout, python, arguments.rounds, arguments.bucket_megabytes << 20)
+        for kind, sizes in models.items()
     }
     finalize()
     result = {

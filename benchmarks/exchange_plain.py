@@ -26,7 +26,9 @@ def plain_seconds(way: str, nbytes: int, rounds: int) -> list[float]:
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as directory:
-        processes = [context.Process(target=_rank, args=(rank, way, nbytes, rounds, directory, results)) for rank in range(2)]
+        processes = [
+            context.Process(target=_rank, args=(rank, way, nbytes, rounds, directory, results)) for rank in range(2)
+        ]
         for process in processes:
             process.start()
         seconds: list[float] = results.get(timeout=300)

@@ -26,8 +26,8 @@ import torch
 import transformers
 from transformers import WhisperFeatureExtractor
 
-from megatron_cord.cli import Parser, run
 from megatron_cord.data.features import FeatureConfig, TorchFeatures
+from megatron_cord.runtime.entry import Parser, run
 
 RATE = 16000
 CONFIG = FeatureConfig(n_mels=128)
@@ -50,7 +50,8 @@ def rivals(pool: ThreadPoolExecutor) -> dict[str, tuple[int, Extract]]:
 
     def halves(batch: Sequence[np.ndarray]) -> Sequence[object]:
         parts = pool.map(
-            lambda part: ours(part, [""] * len(part), [RATE] * len(part)), (batch[: len(batch) // 2], batch[len(batch) // 2 :])
+            lambda part: ours(part, [""] * len(part), [RATE] * len(part)),
+            (batch[: len(batch) // 2], batch[len(batch) // 2 :]),
         )
         return [features.log_mel for part in parts for features in part]
 
@@ -63,7 +64,10 @@ def rivals(pool: ThreadPoolExecutor) -> dict[str, tuple[int, Extract]]:
         from megatron_cord.data.dali_features import DaliFeatures
 
         dali = DaliFeatures(CONFIG, device="cpu")
-        made["DALI on the CPU"] = 1, lambda batch: [f.log_mel for f in dali(batch, [""] * len(batch), [RATE] * len(batch))]
+        made["DALI on the CPU"] = (
+            1,
+            lambda batch: [f.log_mel for f in dali(batch, [""] * len(batch), [RATE] * len(batch))],
+        )
     return made
 
 
@@ -88,13 +92,18 @@ def measure(seconds: float, turns: int) -> dict[str, dict[str, float]]:
             results[kind] = {name: round(statistics.median(some), 1) for name, some in rates.items()}
             best = max(value for name, value in results[kind].items() if name.startswith("transformers"))
             results[kind] |= {
-                f"{name} / transformers": round(results[kind][name] / best, 2) for name in contestants if "transf" not in name
+                f"{name} / transformers": round(results[kind][name] / best, 2)
+                for name in contestants
+                if "transf" not in name
             }
             expected = contestants["transformers, two threads of torch"][1](batch)
             for name in contestants:
                 if "transf" not in name:
                     found = contestants[name][1](batch)
-                    worst = max(float((torch.as_tensor(a) - torch.as_tensor(b)).abs().max()) for a, b in zip(found, expected, strict=True))
+                    worst = max(
+                        float((torch.as_tensor(a) - torch.as_tensor(b)).abs().max())
+                        for a, b in zip(found, expected, strict=True)
+                    )
                     results[kind][f"{name}: largest difference"] = worst
             print(kind, results[kind], flush=True)
     return results

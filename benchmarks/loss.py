@@ -52,7 +52,11 @@ def from_hidden() -> dict[str, Candidate]:
     compiled = rivals.plain(torch.compile(rivals.plain_loss_from_hidden, dynamic=True))
     exact = rivals.plain(torch.compile(rivals.exact_loss_from_hidden, dynamic=True))
     candidates = {f"ours, {name}": rivals.ours(name, KERNELS) for name in ("late", "fused", "recompute")}
-    candidates |= {"torch": rivals.plain(rivals.plain_loss_from_hidden), "torch, compiled": compiled, "torch, compiled, fp32 logits": exact}
+    candidates |= {
+        "torch": rivals.plain(rivals.plain_loss_from_hidden),
+        "torch, compiled": compiled,
+        "torch, compiled, fp32 logits": exact,
+    }
     others = {
         "Liger chunked JSD, compiled": rivals.liger_chunked(),
         "Liger chunked JSD, compiled, fp32 logits": rivals.liger_chunked(exact=True),
@@ -79,7 +83,9 @@ def take_turns(candidates: dict[str, Candidate], inputs: Inputs, turns: int) -> 
             if turn > 0:
                 seconds[name].append(taken)
     quartiles = {name: statistics.quantiles(times, n=4) for name, times in seconds.items()}
-    return with_ratios({name: {"seconds": q[1], "spread": q[2] - q[0], "turns": turns} for name, q in quartiles.items()}, "seconds")
+    return with_ratios(
+        {name: {"seconds": q[1], "spread": q[2] - q[0], "turns": turns} for name, q in quartiles.items()}, "seconds"
+    )
 
 
 def with_kept_memory(part: str, turns: int) -> dict[str, dict[str, float]]:
@@ -93,7 +99,9 @@ def with_kept_memory(part: str, turns: int) -> dict[str, dict[str, float]]:
 def take_turns_at(part: str, turns: int) -> dict[str, dict[str, float]]:
     """``take_turns`` of the part's candidates and sizes."""
     alone = part.startswith("loss")
-    return take_turns(from_logits() if alone else from_hidden(), make_inputs(*SIZES[part], DEVICE, with_logits=alone), turns)
+    return take_turns(
+        from_logits() if alone else from_hidden(), make_inputs(*SIZES[part], DEVICE, with_logits=alone), turns
+    )
 
 
 def with_ratios(entries: dict[str, dict[str, float]], key: str) -> dict[str, dict[str, float]]:
@@ -160,8 +168,19 @@ def on_ranks(turns: int) -> dict[str, dict[str, float]] | None:
 
 def ranks_in_own_processes(turns: int) -> dict[str, dict[str, float]]:
     """``on_ranks`` under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "benchmarks.loss"]
-    done = subprocess.run([*command, "rank", "--turns", str(turns)], cwd=ROOT, check=True, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "benchmarks.loss",
+    ]
+    done = subprocess.run(
+        [*command, "rank", "--turns", str(turns)], cwd=ROOT, check=True, capture_output=True, text=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -174,7 +193,10 @@ def sweep(turns: int) -> list[dict[str, Any]]:
     candidates = {name: candidate for name, candidate in from_hidden().items() if name in chosen}
     for (axis, sizes), peak in zip(axes, peaks, strict=True):
         times = take_turns(candidates, make_inputs(*sizes, DEVICE, with_logits=False), turns)
-        points += [{"axis": axis, "sizes": sizes, "name": name, "peak_bytes": peak[name], **numbers} for name, numbers in times.items()]
+        points += [
+            {"axis": axis, "sizes": sizes, "name": name, "peak_bytes": peak[name], **numbers}
+            for name, numbers in times.items()
+        ]
     return points
 
 
@@ -199,7 +221,11 @@ def print_table(part: str, entries: dict[str, dict[str, float]], key: str) -> No
     reference = REFERENCE if REFERENCE in entries else "ours"
     print(f"\n{part}: N, V, H = {SIZES[part]}")
     for name, entry in entries.items():
-        value = f"{entry['seconds'] * 1e3:8.1f} ms ± {entry['spread'] * 1e3:5.1f}" if key == "seconds" else f"{entry[key] / 2**20:8.1f} MiB"
+        value = (
+            f"{entry['seconds'] * 1e3:8.1f} ms ± {entry['spread'] * 1e3:5.1f}"
+            if key == "seconds"
+            else f"{entry[key] / 2**20:8.1f} MiB"
+        )
         print(f"  {name:40s} {value}   {entry['ratio']:6.2f} × {reference}", flush=True)
 
 
@@ -218,7 +244,14 @@ def main() -> None:
         every_size, names = map(json.loads, arguments.rest)
         candidates = {name: candidate for name, candidate in from_hidden().items() if name in names}
         every_inputs = (make_inputs(n, v, h, DEVICE, with_logits=False) for n, v, h in every_size)
-        print(json.dumps([{name: peak_of(candidate, inputs) for name, candidate in candidates.items()} for inputs in every_inputs]))
+        print(
+            json.dumps(
+                [
+                    {name: peak_of(candidate, inputs) for name, candidate in candidates.items()}
+                    for inputs in every_inputs
+                ]
+            )
+        )
         return
     if arguments.part == "turns":
         print(json.dumps(take_turns_at(arguments.rest[0], arguments.turns)))

@@ -23,8 +23,17 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
             panel = panels[row][column]
             for name in names:
                 mine = [point for point in points if point["name"] == name and point["axis"] == axis]
-                style = {"marker": "o", "linewidth": 2.5} if name.startswith("ours") else {"marker": "s", "linewidth": 1, "linestyle": "--"}
-                panel.plot([point["sizes"][position] for point in mine], [point[key] * scale for point in mine], label=name, **style)
+                style = (
+                    {"marker": "o", "linewidth": 2.5}
+                    if name.startswith("ours")
+                    else {"marker": "s", "linewidth": 1, "linestyle": "--"}
+                )
+                panel.plot(
+                    [point["sizes"][position] for point in mine],
+                    [point[key] * scale for point in mine],
+                    label=name,
+                    **style,
+                )
             panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=label if column == 0 else "")
             ticks = sorted({point["sizes"][position] for point in points if point["axis"] == axis})
             panel.set_xticks(ticks, [str(tick) for tick in ticks])

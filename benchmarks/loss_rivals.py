@@ -45,7 +45,14 @@ Candidate = Callable[[Inputs], None]
 
 
 def make_inputs(
-    num_tokens: int, vocabulary: int, hidden: int, device: torch.device, *, with_logits: bool, ranks: int = 1, rank: int = 0
+    num_tokens: int,
+    vocabulary: int,
+    hidden: int,
+    device: torch.device,
+    *,
+    with_logits: bool,
+    ranks: int = 1,
+    rank: int = 0,
 ) -> Inputs:
     """Random inputs; with ``ranks`` this rank's shard of the weights."""
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +68,9 @@ def make_inputs(
     weight = weight[shard].contiguous()
     target = torch.randint(0, vocabulary, (num_tokens,), generator=generator).to(device)
     weights = (1.0 + torch.rand(num_tokens, generator=generator)).to(device)
-    inputs = Inputs(student_hidden.requires_grad_(), weight.requires_grad_(), teacher_hidden, teacher_weight, target, weights)
+    inputs = Inputs(
+        student_hidden.requires_grad_(), weight.requires_grad_(), teacher_hidden, teacher_weight, target, weights
+    )
     if with_logits:
         inputs.logits = (inputs.hidden.detach() @ inputs.weight.detach().T).requires_grad_()
         inputs.teacher_logits = teacher_hidden @ teacher_weight.T
@@ -126,13 +135,20 @@ def exact_loss_from_hidden(
 
 def plain_from_logits(function: Callable[..., tuple[Tensor, ...]]) -> Candidate:
     """``plain_loss``, or that compiled."""
-    return lambda inputs: function(inputs.logits, inputs.teacher_logits, inputs.target_ids, inputs.token_weights)[0].backward()
+    return lambda inputs: function(inputs.logits, inputs.teacher_logits, inputs.target_ids, inputs.token_weights)[
+        0
+    ].backward()
 
 
 def plain(function: Callable[..., tuple[Tensor, ...]]) -> Candidate:
     """``plain_loss_from_hidden``, or that compiled."""
     return lambda inputs: function(
-        inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids, inputs.token_weights
+        inputs.hidden,
+        inputs.weight,
+        inputs.teacher_hidden,
+        inputs.teacher_weight,
+        inputs.target_ids,
+        inputs.token_weights,
     )[0].backward()
 
 

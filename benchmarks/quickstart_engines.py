@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.figures import processor, publish
-from megatron_cord.cli import Parser, run
 from megatron_cord.evaluation.statistics import mcnemar
+from megatron_cord.runtime.entry import Parser, run
 
 
 def evaluations(directory: Path) -> list[dict[str, Any]]:
@@ -40,23 +40,36 @@ def compare(pairs: list[tuple[Path, Path]]) -> dict[str, Any]:
         lines = [json.loads(line) for line in (sglang / "metrics.jsonl").read_text().splitlines()]
         found.append(
             {
-                "audio_accuracy": {name: {str(e["step"]): e["audio_accuracy"] for e in run} for name, run in runs.items()},
+                "audio_accuracy": {
+                    name: {str(e["step"]): e["audio_accuracy"] for e in run} for name, run in runs.items()
+                },
                 "lowest_text_accuracy": min(e["text_accuracy"] for run in runs.values() for e in run),
                 "gap_closed": {name: 1 - run[-1]["gap"] / run[0]["gap"] for name, run in runs.items()},
                 "right_only_local": sum(ours[q] and not theirs[q] for q in ours),
                 "right_only_sglang": sum(theirs[q] and not ours[q] for q in ours),
-                "largest_engine_logprob_difference": max(line.get("engine_logprob_difference_max") or 0.0 for line in lines),
+                "largest_engine_logprob_difference": max(
+                    line.get("engine_logprob_difference_max") or 0.0 for line in lines
+                ),
             }
         )
     both = np.array(outcomes)
     after_warm_up = [step for step in found[0]["audio_accuracy"]["local"] if int(step) >= 100]
-    means = {name: float(np.mean([p["audio_accuracy"][name][s] for p in found for s in after_warm_up])) for name in ("local", "sglang")}
-    return {"pairs": found, "mean_audio_accuracy_from_step_100": means, "p_of_final_answers": float(mcnemar(both[:, 0], both[:, 1]))}
+    means = {
+        name: float(np.mean([p["audio_accuracy"][name][s] for p in found for s in after_warm_up]))
+        for name in ("local", "sglang")
+    }
+    return {
+        "pairs": found,
+        "mean_audio_accuracy_from_step_100": means,
+        "p_of_final_answers": float(mcnemar(both[:, 0], both[:, 1])),
+    }
 
 
 def main() -> None:
     """Entry point."""
-    parser = Parser(description="Compares quickstarts on SGLang servers with those on the local engine.", allow_abbrev=False)
+    parser = Parser(
+        description="Compares quickstarts on SGLang servers with those on the local engine.", allow_abbrev=False
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directories: local, sglang, local, sglang …")
     parser.add_argument("--output", metavar="FILE", type=Path, help="where the figures go, as JSON")
     arguments = parser.parse_args()

@@ -34,17 +34,17 @@ from transformers import Qwen2AudioForConditionalGeneration
 
 from benchmarks.figures import processor, publish
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
-from megatron_cord.cli import Parser, run
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.data.shard_writer import ShardWriter
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
-from megatron_cord.rollout.decoding import collate, collate_clips
 from megatron_cord.rollout.engines import EngineConfig, build_engine
+from megatron_cord.rollout.local.decoding import collate, collate_clips
 from megatron_cord.rollout.sglang.config import SGLangConfig
-from megatron_cord.rollout.sglang.server import ServerConfig, SglangServer
+from megatron_cord.rollout.sglang.server.process import ServerConfig, SglangServer
 from megatron_cord.rollout.types import GenerationRequest, RolloutEngine
+from megatron_cord.runtime.entry import Parser, run
 
 ROOT = Path(__file__).parents[1]
 WORDS = [f"w{i}" for i in range(64)]
@@ -172,7 +172,9 @@ def measure_schedule(work: Path, url: str, schedule: str) -> dict[str, float]:
     command = [sys.executable, "-m", "megatron_cord.train", "--config", os.devnull, *settings]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1800)
     if done.returncode:
-        raise CordError(f"training with rollout.schedule={schedule} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        raise CordError(
+            f"training with rollout.schedule={schedule} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+        )
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][SKIPPED:]
     return {name: round(statistics.median(line[name] for line in lines), 3) for name in PHASES if name in lines[0]}
 
@@ -180,17 +182,22 @@ def measure_schedule(work: Path, url: str, schedule: str) -> dict[str, float]:
 def main() -> None:
     """Entry point."""
     parser = Parser(
-        description="Measures rollouts with SGLang beside transformers, and asynchronous beside synchronous training.", allow_abbrev=False
+        description="Measures rollouts with SGLang beside transformers, and asynchronous beside synchronous training.",
+        allow_abbrev=False,
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of server and model")
-    parser.add_argument("--python", type=Path, default=ServerConfig(Path()).python, help="interpreter that SGLang is installed for")
+    parser.add_argument(
+        "--python", type=Path, default=ServerConfig(Path()).python, help="interpreter that SGLang is installed for"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of each way of generating")
     parser.add_argument("--output", metavar="FILE", type=Path, help="where the figures go, as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         write_inputs(work)
-        server = SglangServer(ServerConfig(work / "checkpoint", device=arguments.device, python=arguments.python), "", work / "server.log")
+        server = SglangServer(
+            ServerConfig(work / "checkpoint", device=arguments.device, python=arguments.python), "", work / "server.log"
+        )
         server.start()
         try:
             server.wait()

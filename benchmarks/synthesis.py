@@ -15,9 +15,9 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_cord.cli import Parser, run
-from megatron_cord.data.projection import project
-from megatron_cord.data.spoken_set import SpokenSetConfig
+from megatron_cord.runtime.entry import Parser, run
+from megatron_cord.speech.projection import project
+from megatron_cord.speech.spoken_set import SpokenSetConfig
 
 COUNT = 80_000
 TEMPLATES = (
@@ -70,7 +70,13 @@ def main() -> None:
         plan = project(SpokenSetConfig(str(path), slowest=0.9, fastest=1.2), arguments.tried, workers=arguments.workers)
     print(plan.describe())
     machine = f"{os.cpu_count()} cores, {platform.machine()}, no GPU"
-    made = {"machine": machine, "backend": "espeak", "words": round(words, 1), "description": plan.describe(), **asdict(plan)}
+    made = {
+        "machine": machine,
+        "backend": "espeak",
+        "words": round(words, 1),
+        "description": plan.describe(),
+        **asdict(plan),
+    }
     arguments.output.write_text(json.dumps(made, indent=1) + "\n")
 
 

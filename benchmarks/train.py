@@ -31,8 +31,8 @@ import numpy as np
 from benchmarks.figures import processor, publish
 from benchmarks.train_setting import Setting
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
-from megatron_cord.cli import Parser, run
 from megatron_cord.errors import CordError
+from megatron_cord.runtime.entry import Parser, run
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,12 +63,19 @@ def write_prompts(path: Path, setting: Setting, sizes: Sizes) -> None:
     rng = np.random.default_rng(0)
     count = setting.prompts * (setting.skipped_steps + setting.steps)
     lengths = rng.integers(setting.shortest, setting.longest + 1, size=count)
-    path.write_text("".join(" ".join(f"w{i}" for i in rng.integers(0, sizes.vocabulary - 9, size=n)) + "\n" for n in lengths))
+    path.write_text(
+        "".join(" ".join(f"w{i}" for i in rng.integers(0, sizes.vocabulary - 9, size=n)) + "\n" for n in lengths)
+    )
 
 
 def measure(module: str, python: str, work: Path, setting: Setting) -> dict[str, Any]:
     """One round of one trainer in a process of its own: what it prints as its last line."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     command = [python, "-m", module, str(work), json.dumps(asdict(setting))]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1800)
     if done.returncode != 0:
@@ -86,7 +93,9 @@ def median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     parser = Parser(description="Measures training throughput beside TRL's GKD trainer.", allow_abbrev=False)
-    parser.add_argument("--trl-python", metavar="PATH", default=sys.executable, help="interpreter with TRL (default: this one)")
+    parser.add_argument(
+        "--trl-python", metavar="PATH", default=sys.executable, help="interpreter with TRL (default: this one)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of each trainer (default: 3)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="where the figures go, as JSON")
     arguments = parser.parse_args()
@@ -110,8 +119,14 @@ def main() -> None:
         "trl_gkd": theirs,
         "setting": asdict(setting),
         "model": asdict(sizes),
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": 1, "load_average": round(os.getloadavg()[0], 1)},
-        "versions": {name: version(name) for name in ("torch", "transformers", "megatron-core")} | {"python": platform.python_version()},
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads": 1,
+            "load_average": round(os.getloadavg()[0], 1),
+        },
+        "versions": {name: version(name) for name in ("torch", "transformers", "megatron-core")}
+        | {"python": platform.python_version()},
     }
     publish(result, arguments.output)
     print(f"{statistics.median(result['ratio_of_rounds']):.2f} × TRL's tokens a second", file=sys.stderr)  # type: ignore[type-var]

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-import megatron_cord.trainer.step as step_module
+import megatron_cord.trainer.step.step as step_module
 from benchmarks.train_setting import Clock, Setting
-from megatron_cord.config import load_config
+from megatron_cord.config.loading import load_config
 from megatron_cord.convert import export_tensors
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Sample
@@ -28,14 +28,14 @@ from megatron_cord.parallel.layout import finalize, initialize
 from megatron_cord.plan.devices import peak_of
 from megatron_cord.plan.speed import train_flops
 from megatron_cord.plan.work import Work
-from megatron_cord.rollout.local import LocalEngine, LocalEngineConfig
+from megatron_cord.rollout.local.engine import LocalEngine, LocalEngineConfig
 from megatron_cord.rollout.types import GenerationRequest
-from megatron_cord.trainer.batches import TrainingSequence
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.model_setup import build_student
-from megatron_cord.trainer.optimizer import build_optimizer, wrap_model
-from megatron_cord.trainer.step import TrainStep
-from megatron_cord.trainer.teacher import Teacher
+from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.optimizer import build_optimizer, wrap_model
+from megatron_cord.trainer.step.step import TrainStep
+from megatron_cord.trainer.step.teacher import Teacher
 
 
 def configuration(work: Path, setting: Setting) -> RunConfig:
@@ -86,11 +86,18 @@ def main() -> None:
             responses = read = 0
         with clock.phase("prompts"):
             mine = questions[step * setting.prompts : (step + 1) * setting.prompts]
-            asked = [prompts.text_prompt(Sample(f"q{step}-{i}", text, np.zeros(1, np.float32))) for i, text in enumerate(mine)]
+            asked = [
+                prompts.text_prompt(Sample(f"q{step}-{i}", text, np.zeros(1, np.float32)))
+                for i, text in enumerate(mine)
+            ]
         with clock.phase("rollout"):
-            requests = [GenerationRequest(p, 1.0, setting.new_tokens, step * setting.prompts + i) for i, p in enumerate(asked)]
+            requests = [
+                GenerationRequest(p, 1.0, setting.new_tokens, step * setting.prompts + i) for i, p in enumerate(asked)
+            ]
             rollouts = engine.generate(requests)
-        sequences = [TrainingSequence(p, p, r, True, 0.0, i) for i, (p, r) in enumerate(zip(asked, rollouts, strict=True))]
+        sequences = [
+            TrainingSequence(p, p, r, True, 0.0, i) for i, (p, r) in enumerate(zip(asked, rollouts, strict=True))
+        ]
         with clock.phase("student"):
             result = train(sequences, [])
         with clock.phase("exchange"):
@@ -101,12 +108,19 @@ def main() -> None:
         read += sum(len(p.token_ids) for p in asked)
     seconds = clock.seconds()
     clock.phases["student"] -= sum(clock.phases[name] for name in ("teacher", "loss", "optimizer"))
-    print(json.dumps(report(config, setting, clock, seconds, responses, read) | {"first_divergence_per_token": round(divergence, 4)}))
+    print(
+        json.dumps(
+            report(config, setting, clock, seconds, responses, read)
+            | {"first_divergence_per_token": round(divergence, 4)}
+        )
+    )
     engine.close()
     finalize()
 
 
-def report(config: RunConfig, setting: Setting, clock: Clock, seconds: float, responses: int, read: int) -> dict[str, Any]:
+def report(
+    config: RunConfig, setting: Setting, clock: Clock, seconds: float, responses: int, read: int
+) -> dict[str, Any]:
     """Figures of the timed steps; model FLOP utilisation where the device's peak is known."""
     sequences = setting.prompts * setting.steps
     length = (responses + read) // sequences

@@ -27,9 +27,15 @@ def language_model(checkpoint: Path) -> Qwen2ForCausalLM:
     config = Qwen2Config(**json.loads((checkpoint / "config.json").read_text())["text_config"])
     model = Qwen2ForCausalLM(config)
     prefix = "language_model."
-    weights = {name.removeprefix(prefix): t for name, t in load_file(checkpoint / "model.safetensors").items() if name.startswith(prefix)}
+    weights = {
+        name.removeprefix(prefix): t
+        for name, t in load_file(checkpoint / "model.safetensors").items()
+        if name.startswith(prefix)
+    }
     model.load_state_dict(weights)
-    model.generation_config.eos_token_id = json.loads((checkpoint / "generation_config.json").read_text())["eos_token_id"]
+    model.generation_config.eos_token_id = json.loads((checkpoint / "generation_config.json").read_text())[
+        "eos_token_id"
+    ]
     return model
 
 
@@ -50,13 +56,17 @@ class TimedTrainer(GKDTrainer):
         self.read += int(mask.sum()) - counted
         return ids, mask, labels
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Timed; the divergence is by token, whatever it is divided by afterwards."""
         with self.clock.phase("student"):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.first_divergence is None:
             tokens = int((inputs["labels"][:, 1:] != -100).sum())
-            self.first_divergence = float(loss) * (1.0 if num_items_in_batch is None else float(num_items_in_batch) / tokens)
+            self.first_divergence = float(loss) * (
+                1.0 if num_items_in_batch is None else float(num_items_in_batch) / tokens
+            )
         return loss
 
 

@@ -4,5 +4,5 @@
 class CordError(Exception):
     """What is wrong, in which file, field or sample, and what to do about it, in one line.
 
-    Entry points print the message without a traceback and exit with status 2 (see ``megatron_cord.cli``).
+    Entry points print the message without a traceback and exit with status 2 (see ``megatron_cord.runtime.entry``).
     """

@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_cord import cli
-from megatron_cord.config import load_config
+from megatron_cord.config.loading import load_config
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.pages import tables
@@ -30,9 +29,10 @@ from megatron_cord.evaluation.suite import Suite
 from megatron_cord.parallel.layout import Layout, finalize, initialize
 from megatron_cord.reward import Judge
 from megatron_cord.rollout.engines import build_engine
-from megatron_cord.rollout.exchange import ModelWeights
+from megatron_cord.rollout.sglang.weight_sync import ModelWeights
 from megatron_cord.rollout.types import RolloutEngine
-from megatron_cord.trainer.checkpoint import Checkpoints, load_weights
+from megatron_cord.runtime import entry
+from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints, load_weights
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.evaluation import Evaluator, write_evaluation
 from megatron_cord.trainer.model_setup import build_student
@@ -70,7 +70,9 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         result = result | {"suite": suite.finish(label, _baseline(config, label))}
         for table in suite_tables(result["suite"]):
             console.print(table)
-        console.print(f"written to {suite.directory(label) / 'results.html'}, and .md and .json", highlight=False, soft_wrap=True)
+        console.print(
+            f"written to {suite.directory(label) / 'results.html'}, and .md and .json", highlight=False, soft_wrap=True
+        )
     engine.close()
     finalize()
     return result
@@ -104,7 +106,9 @@ def _load(config: RunConfig, layout: Layout, engine: RolloutEngine) -> tuple[str
     checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.checkpoint)
     path = checkpoints.newest() if named == "latest" else Path(named)
     if path is None:
-        raise CordError(f"{checkpoints.directory} holds no checkpoint; train first, or evaluate the start with evaluation.checkpoint=base")
+        raise CordError(
+            f"{checkpoints.directory} holds no checkpoint; train first, or evaluate the start with evaluation.checkpoint=base"
+        )
     model = build_student(replace(config.model, freeze=()), layout)  # all weights: the checkpoint may be of another run
     step = load_weights(path, model)
     engine.update_weights(ModelWeights(model), step)
@@ -114,7 +118,9 @@ def _load(config: RunConfig, layout: Layout, engine: RolloutEngine) -> tuple[str
 def _fingerprint(checkpoint: Path) -> str:
     """16 hexadecimal digits for the weights: names and sizes of a checkpoint's files, and of each the first and the last megabyte."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in checkpoint.iterdir() if p.suffix in {".safetensors", ".distcp", ".json", ".metadata"}):
+    for path in sorted(
+        p for p in checkpoint.iterdir() if p.suffix in {".safetensors", ".distcp", ".json", ".metadata"}
+    ):
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:
@@ -163,9 +169,9 @@ def suite_tables(result: dict[str, Any]) -> Iterator[Table]:
 
 def main() -> None:
     """Entry point."""
-    arguments = cli.parse_args(__doc__.splitlines()[0])
+    arguments = entry.parse_args(__doc__.splitlines()[0])
     evaluate(load_config(RunConfig, arguments.config, arguments.overrides))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -26,13 +26,13 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api as launcher
 
-from megatron_cord import cli
 from megatron_cord.errors import CordError
+from megatron_cord.runtime import entry
 
 #: how ranks end that a restart would end again in the same way
-FINAL = (cli.USER_ERROR, cli.STOPPED, cli.INTERRUPTED)
+FINAL = (entry.USER_ERROR, entry.STOPPED, entry.INTERRUPTED)
 #: how ranks end that have said what there is to say, or that were ended for the sake of one that has
-EXPECTED = (*FINAL, cli.PEER_GONE, cli.HUNG, -signal.SIGTERM)
+EXPECTED = (*FINAL, entry.PEER_GONE, entry.HUNG, -signal.SIGTERM)
 
 
 class Agent(LocalElasticAgent):
@@ -40,7 +40,7 @@ class Agent(LocalElasticAgent):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        for number in cli.STOP_SIGNALS:
+        for number in entry.STOP_SIGNALS:
             signal.signal(number, self._pass_on)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
@@ -65,14 +65,16 @@ def main() -> int:
     """Runs the ranks and returns 0, or the status of a rank that crashed, else of the first that failed. Raises CordError when the port is taken."""
     arguments = torchrun.parse_args(sys.argv[1:])
     if not torch.cuda.is_available():
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores collapse; torchrun would set it with a banner
+        os.environ.setdefault(
+            "OMP_NUM_THREADS", "1"
+        )  # more threads than cores collapse; torchrun would set it with a banner
     _check_port(arguments)
     if arguments.max_restarts and arguments.rdzv_backend == "static":
         _leave_static_rendezvous(arguments)
     for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).addFilter(_is_news)
     # torchrun would end ranks 30 seconds after a signal that it handles itself.
-    names = {number.name for number in cli.STOP_SIGNALS}
+    names = {number.name for number in entry.STOP_SIGNALS}
     arguments.signals_to_handle = ",".join(name for name in arguments.signals_to_handle.split(",") if name not in names)
     launcher.LocalElasticAgent = Agent  # type: ignore[misc]
     try:
@@ -83,25 +85,31 @@ def main() -> int:
         if crashes:
             print(error, file=sys.stderr)
         # "Another rank is gone" says less than how that one went.
-        telling = crashes or [status for status in statuses if status in FINAL] or [error.get_first_failure()[1].exitcode]
+        telling = (
+            crashes or [status for status in statuses if status in FINAL] or [error.get_first_failure()[1].exitcode]
+        )
         return telling[0] if telling[0] > 0 else 128 - telling[0]
     except SignalException as error:
         return 128 + error.sigval
     finally:
-        cli.release_claims()
+        entry.release_claims()
     return 0
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     """False for the log lines about a rank that failed as EXPECTED, and about ending its peers."""
     message = record.getMessage()
-    return not (message.startswith("Sending process") or any(f"failed (exitcode: {status})" in message for status in EXPECTED))
+    return not (
+        message.startswith("Sending process") or any(f"failed (exitcode: {status})" in message for status in EXPECTED)
+    )
 
 
 def _leave_static_rendezvous(arguments: argparse.Namespace) -> None:
-    """torchrun's static rendezvous keeps its store over restarts: ranks that start again look for the ones before, and fail."""
+    """Torchrun's static rendezvous keeps its store over restarts: ranks that start again look for the ones before, and fail."""
     if torchrun.parse_min_max_nnodes(arguments.nnodes)[1] > 1:
-        raise CordError("--max-restarts on several nodes needs --rdzv-backend c10d --rdzv-endpoint HOST:PORT in place of --master-addr")
+        raise CordError(
+            "--max-restarts on several nodes needs --rdzv-backend c10d --rdzv-endpoint HOST:PORT in place of --master-addr"
+        )
     arguments.rdzv_backend, arguments.rdzv_id = "c10d", f"launch-{os.getpid()}"
     arguments.rdzv_endpoint = f"127.0.0.1:{arguments.master_port}"
     arguments.local_addr = arguments.local_addr or "127.0.0.1"
@@ -116,15 +124,17 @@ def _check_port(arguments: argparse.Namespace) -> None:
     if not hosts_rendezvous or not str(port).isdigit() or int(port) == 0:
         return
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store does: a port that lingers after a run is free
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as the store does: a port that lingers after a run is free
         try:
             probe.bind(("", int(port)))
             probe.listen(1)
         except OverflowError:
             raise CordError(f"port {port} does not exist; give one below 65536 with --master-port") from None
         except OSError:
-            raise CordError(cli.port_in_use(int(port))) from None
+            raise CordError(entry.port_in_use(int(port))) from None
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

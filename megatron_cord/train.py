@@ -6,22 +6,24 @@ reading the same questions, scores the student's tokens; one update; the new wei
 
 from __future__ import annotations
 
-from megatron_cord import cli
-from megatron_cord.config import load_config
+from megatron_cord.config.loading import load_config
 from megatron_cord.parallel.layout import finalize, initialize
+from megatron_cord.runtime import entry
 from megatron_cord.trainer.config import RunConfig
-from megatron_cord.trainer.metrics import Stopwatch
+from megatron_cord.trainer.observability.metrics import Stopwatch
 from megatron_cord.trainer.run import Run
 
 
 def train(config: RunConfig) -> int:
-    """Runs all remaining steps on this rank and returns the exit status: 0, or `cli.STOPPED` when the run was asked to stop before the last."""
+    """Runs all remaining steps on this rank and returns the exit status: 0, or `entry.STOPPED` when the run was asked to stop before the last."""
     layout = initialize(config.parallel, config.seed)
     with Run(config, layout) as run:
         for step in run.steps():
             watch = Stopwatch()
             samples = run.batch(step)  # 1. data
-            collected = run.collect(samples, step)  # 2. rollouts (asynchronous: the next step's are started too), 3. rewards
+            collected = run.collect(
+                samples, step
+            )  # 2. rollouts (asynchronous: the next step's are started too), 3. rewards
             watch.lap("rollout")
             result = run.train(collected)  # 4. teacher forward, student forward and backward, update
             watch.lap("update")
@@ -34,9 +36,9 @@ def train(config: RunConfig) -> int:
 
 def main() -> int:
     """Entry point."""
-    arguments = cli.parse_args(__doc__.splitlines()[0])
+    arguments = entry.parse_args(__doc__.splitlines()[0])
     return train(load_config(RunConfig, arguments.config, arguments.overrides))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -93,13 +93,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(settings: Sequence[str], *, ranks: int = 2, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
+def start(
+    settings: Sequence[str], *, ranks: int = 2, launcher: Sequence[str] = (), **options: Any
+) -> subprocess.Popen[str]:
     """Starts `megatron_cord.train` in a process group of its own, under the launcher (with these options) if there are several ranks."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "MASTER_PORT")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "MASTER_PORT")
+    }
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     train = ["-m", "megatron_cord.train", "--config", os.devnull, *settings]
     under = (
-        ["-m", "megatron_cord.launch", "--nproc-per-node", str(ranks), "--master-port", str(free_port()), *launcher] if ranks > 1 else []
+        ["-m", "megatron_cord.launch", "--nproc-per-node", str(ranks), "--master-port", str(free_port()), *launcher]
+        if ranks > 1
+        else []
     )
     return subprocess.Popen([sys.executable, *under, *train], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
                             env=environment, start_new_session=True, **options)  # fmt: skip
@@ -109,7 +115,9 @@ def start(settings: Sequence[str], *, ranks: int = 2, launcher: Sequence[str] = 
 def small_file_system(place: Path, size: str) -> Iterator[Path]:
     """A file system of this size (as mount has it) at a new directory; skips the test where mounting is not allowed."""
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, check=False
+    )
     if mounted.returncode != 0:
         pytest.skip("mounting a small file system needs root")
     yield place

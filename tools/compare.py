@@ -19,13 +19,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from megatron_cord import cli
 from megatron_cord.compare import tables
 from megatron_cord.compare.chart import draw
 from megatron_cord.compare.plan import CompareConfig, PlannedRun, plan_runs
 from megatron_cord.compare.results import gather
 from megatron_cord.compare.running import Listener, Outcome, Runner, read_summary
-from megatron_cord.config import load_config
+from megatron_cord.config.loading import load_config
+from megatron_cord.runtime import entry
 
 
 class Terminal(Listener):
@@ -89,7 +89,7 @@ def write(result: dict[str, Any], config: CompareConfig) -> None:
 
 def main() -> int:
     """Entry point."""
-    arguments = cli.parse_args(__doc__.splitlines()[0], config_required=False)
+    arguments = entry.parse_args(__doc__.splitlines()[0], config_required=False)
     config = load_config(CompareConfig, arguments.config, arguments.overrides)
     runs = plan_runs(config)
     if config.page:
@@ -108,9 +108,9 @@ def main() -> int:
     print(f"written: {config.results_path}.json and .md, {config.chart_path}.svg and .png")
     if runner.stopped:
         print(f"asked to stop with {len(outcomes)} of {len(runs)} runs done; the same command goes on")
-        return cli.STOPPED
-    return cli.USER_ERROR if any(outcome.failure for outcome in outcomes) else 0
+        return entry.STOPPED
+    return entry.USER_ERROR if any(outcome.failure for outcome in outcomes) else 0
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

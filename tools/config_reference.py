@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_cord import cli
-from megatron_cord.config import describe_type
+from megatron_cord.config.loading import describe_type
 from megatron_cord.errors import CordError
+from megatron_cord.runtime import entry
 from megatron_cord.trainer.config import RunConfig
 
 REQUIRED = "required"
@@ -127,7 +127,9 @@ def markdown(only: str = "") -> str:
     """
     known = list(sections())
     if only and only not in {section.name for section in known}:
-        raise CordError(f"there is no section {only}; choose one of {', '.join(section.name for section in known if section.name)}")
+        raise CordError(
+            f"there is no section {only}; choose one of {', '.join(section.name for section in known if section.name)}"
+        )
     lines = []
     for section in known:
         if section.keys and only in ("", section.name):
@@ -152,10 +154,12 @@ def _cell(text: str) -> str:
 
 def main() -> None:
     """Entry point."""
-    parser = cli.Parser(description="Prints the reference of a run's configuration as Markdown.", allow_abbrev=False)
-    parser.add_argument("section", metavar="SECTION", nargs="?", default="", help="one section alone, such as rollout or metrics.wandb")
+    parser = entry.Parser(description="Prints the reference of a run's configuration as Markdown.", allow_abbrev=False)
+    parser.add_argument(
+        "section", metavar="SECTION", nargs="?", default="", help="one section alone, such as rollout or metrics.wandb"
+    )
     print(markdown(parser.parse_args().section))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

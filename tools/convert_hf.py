@@ -24,10 +24,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # under a launcher, too, the project need not be installed
 
-from megatron_cord.cli import Parser, run
 from megatron_cord.convert import comparison
+from megatron_cord.convert.auxiliary_files import read_companions, with_dtype
 from megatron_cord.convert.checkpoint_files import stored_tensors
-from megatron_cord.convert.companions import read_companions, with_dtype
 from megatron_cord.convert.hf_directory import HFDirectoryWriter, check_vacant, plan_shards
 from megatron_cord.convert.inventory import Entry, common_dtype, inventory, paper_model
 from megatron_cord.convert.loading import find_sources
@@ -43,10 +42,11 @@ from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.parallel.objects import all_gather_json
-from megatron_cord.rollout.quiet import no_progress_bars
-from megatron_cord.trainer import progress as run_progress
-from megatron_cord.trainer.checkpoint import check_weights, load_weights
-from megatron_cord.trainer.storage import storage_problem
+from megatron_cord.rollout.local.quiet import no_progress_bars
+from megatron_cord.runtime.entry import Parser, run
+from megatron_cord.trainer.checkpoint import progress as run_progress
+from megatron_cord.trainer.checkpoint.checkpoints import check_weights, load_weights
+from megatron_cord.trainer.checkpoint.storage import storage_problem
 
 #: where a converted checkpoint keeps configuration, tokenizer and processor
 _COMPANIONS = "huggingface"
@@ -109,7 +109,10 @@ def export_checkpoint(arguments: Namespace, console: Console) -> int:
     mine = shards[layout.rank :: layout.world_size]
     writer = HFDirectoryWriter(target, shards, dtype)
     total = sum(shard.nbytes(dtype) for shard in mine)
-    with _disk(target, "free some space and export again; what is finished is kept"), _progress(total, layout, console) as advance:
+    with (
+        _disk(target, "free some space and export again; what is finished is kept"),
+        _progress(total, layout, console) as advance,
+    ):
         if layout.is_main:
             writer.begin(_fingerprint(checkpoint), resume=arguments.resume == "auto")
         torch.distributed.barrier()
@@ -127,7 +130,9 @@ def check_checkpoint(arguments: Namespace, console: Console) -> int:
     hf_dir, checkpoint = arguments.source, arguments.target
     arch = load_architecture(hf_dir)
     layout = _layout(arguments, arch)
-    inputs = [_model_input(prompt, layout) for prompt in _prompts(arguments, hf_dir, has_audio=arch.encoder is not None)]
+    inputs = [
+        _model_input(prompt, layout) for prompt in _prompts(arguments, hf_dir, has_audio=arch.encoder is not None)
+    ]
     model = LALM(arch, layout, torch.float32)
     load_weights(checkpoint, model)
     reference = None
@@ -142,7 +147,11 @@ def check_checkpoint(arguments: Namespace, console: Console) -> int:
             f"same first choice at {each.agreement:.1%}",
         )  # fmt: skip
     within = largest <= arguments.tolerance  # False for nan
-    _say(layout, console, f"largest difference {largest:.2e}: {'within' if within else 'ABOVE'} the tolerance of {arguments.tolerance:g}")
+    _say(
+        layout,
+        console,
+        f"largest difference {largest:.2e}: {'within' if within else 'ABOVE'} the tolerance of {arguments.tolerance:g}",
+    )
     return 0 if within else 1
 
 
@@ -151,7 +160,9 @@ COMMANDS = {"import": import_checkpoint, "export": export_checkpoint, "check": c
 
 def _layout(arguments: Namespace, arch: Any) -> Layout:
     arch.check_divisible(arguments.tp, arguments.pp)
-    return initialize(ParallelConfig() if arguments.dry_run else ParallelConfig(tp=arguments.tp, pp=arguments.pp), seed=0)
+    return initialize(
+        ParallelConfig() if arguments.dry_run else ParallelConfig(tp=arguments.tp, pp=arguments.pp), seed=0
+    )
 
 
 def _companions_of(checkpoint: Path) -> Path:
@@ -177,7 +188,9 @@ def _prompts(arguments: Namespace, hf_dir: Path, *, has_audio: bool) -> list[Pro
     if not has_audio:
         ids = load_tokenizer(hf_dir).encode(arguments.text)
         if not ids:
-            raise CordError(f"{hf_dir}: its tokenizer makes nothing of {arguments.text!r}; give words that it knows with --text")
+            raise CordError(
+                f"{hf_dir}: its tokenizer makes nothing of {arguments.text!r}; give words that it knows with --text"
+            )
         return [Prompt(sample_id="text", token_ids=tuple(ids))]
     builder = PromptBuilder(hf_dir, long_audio="cut")
     if arguments.data is not None:
@@ -197,7 +210,9 @@ def _read_wav(path: Path) -> np.ndarray:
     try:
         return decode_wav(path.read_bytes(), str(path))
     except OSError as error:
-        raise CordError(f"{path} cannot be read ({error.strerror}); give a WAV file of 16 kHz, 16 bits, one channel") from None
+        raise CordError(
+            f"{path} cannot be read ({error.strerror}); give a WAV file of 16 kHz, 16 bits, one channel"
+        ) from None
 
 
 def _voice() -> np.ndarray:
@@ -212,7 +227,9 @@ def _model_input(prompt: Prompt, layout: Layout) -> ModelInput:
     return ModelInput(
         token_ids=torch.tensor([prompt.token_ids], device=layout.device),
         features=torch.stack([clip.features for clip in prompt.clips]).to(layout.device) if prompt.clips else None,
-        num_frames=torch.tensor([clip.num_frames for clip in prompt.clips], device=layout.device) if prompt.clips else None,
+        num_frames=torch.tensor([clip.num_frames for clip in prompt.clips], device=layout.device)
+        if prompt.clips
+        else None,
         sample_ids=(prompt.sample_id,),
     )
 
@@ -229,7 +246,9 @@ def _print_inventory(entries: list[Entry], dtype: torch.dtype, console: Console)
         part = entry.megatron.split(".")[0]
         parts[part] = parts.get(part, 0) + entry.elements
     for part, count in {**parts, "total": sum(parts.values())}.items():
-        console.print(f"{part}: {count:,} parameters, {count * dtype.itemsize / 1e9:.3f} GB in {_name(dtype)}", highlight=False)
+        console.print(
+            f"{part}: {count:,} parameters, {count * dtype.itemsize / 1e9:.3f} GB in {_name(dtype)}", highlight=False
+        )
     console.print(f"{len(entries)} tensors", highlight=False)
 
 
@@ -276,7 +295,9 @@ def _bytes(text: str) -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> Namespace:
     """The command line, or what is given in its place. Raises CordError for what it does not know."""
-    parser = Parser(description="Converts between Hugging Face checkpoints and Megatron's distributed ones.", allow_abbrev=False)
+    parser = Parser(
+        description="Converts between Hugging Face checkpoints and Megatron's distributed ones.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|check")
     for name, source, target, help_text in (
         ("import", "HF_DIR", "CHECKPOINT_DIR", "weights into a checkpoint that any layout loads"),
@@ -291,17 +312,33 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
         if name == "check":
             command.set_defaults(dry_run=False)
             command.add_argument("--text", default="What is the capital of France?", help="what is asked in writing")
-            command.add_argument("--audio", metavar="FILE", type=Path, help="a WAV file of 16 kHz; else a tone like a voice")
-            command.add_argument("--data", metavar="DIR", type=Path, help="shards: their first two samples, read and heard, instead")
-            command.add_argument("--tolerance", type=float, default=1e-3, help="largest absolute difference of two logits in float32")
+            command.add_argument(
+                "--audio", metavar="FILE", type=Path, help="a WAV file of 16 kHz; else a tone like a voice"
+            )
+            command.add_argument(
+                "--data", metavar="DIR", type=Path, help="shards: their first two samples, read and heard, instead"
+            )
+            command.add_argument(
+                "--tolerance", type=float, default=1e-3, help="largest absolute difference of two logits in float32"
+            )
             continue
         dtypes = ("auto", "float32", "bfloat16", "float16")
-        command.add_argument("--dtype", choices=dtypes, default="auto", help="precision of the result; auto: the source's")
-        command.add_argument("--dry-run", action="store_true", help="print names, shapes, sizes and totals; read no weights, write nothing")
+        command.add_argument(
+            "--dtype", choices=dtypes, default="auto", help="precision of the result; auto: the source's"
+        )
+        command.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print names, shapes, sizes and totals; read no weights, write nothing",
+        )
         if name == "export":
             command.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of one file")
-            command.add_argument("--hf", metavar="HF_DIR", type=Path, help="where configuration, tokenizer and processor come from")
-            command.add_argument("--resume", choices=("auto", "never"), default="auto", help="keep what an interrupted export finished")
+            command.add_argument(
+                "--hf", metavar="HF_DIR", type=Path, help="where configuration, tokenizer and processor come from"
+            )
+            command.add_argument(
+                "--resume", choices=("auto", "never"), default="auto", help="keep what an interrupted export finished"
+            )
     return parser.parse_args(arguments)
 
 

@@ -29,7 +29,9 @@ EXTRAS = "dev,docs,speech,wandb"
 def main() -> None:
     """Installs everything, or ends with one line on what to set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch", default="", help="requirement, path or address to install as torch; default: the CPU build")
+    parser.add_argument(
+        "--torch", default="", help="requirement, path or address to install as torch; default: the CPU build"
+    )
     parser.add_argument("--pip-args", default="", help="options for every pip install, in one text")
     given = parser.parse_args()
     options = shlex.split(given.pip_args)
@@ -42,7 +44,11 @@ def main() -> None:
     if not pip([*options, "-e", f".[{EXTRAS}]"]):
         sys.exit("error: installing the project failed; pip's own message is above")
     pulled = sorted(
-        {name for dist in importlib.metadata.distributions() if CUDA_PACKAGE.match(name := (dist.metadata["Name"] or "").lower())}
+        {
+            name
+            for dist in importlib.metadata.distributions()
+            if CUDA_PACKAGE.match(name := (dist.metadata["Name"] or "").lower())
+        }
     )
     if pulled:
         sys.exit(f"error: CUDA packages were installed: {', '.join(pulled)}; run make clean and {ADVICE}")

@@ -31,7 +31,9 @@ def main() -> None:
     """Installs everything, or ends with one line on what failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--torch", default="", help="requirement, path or address to install as torch; default: the CPU build (cpu)")
+    parser.add_argument(
+        "--torch", default="", help="requirement, path or address to install as torch; default: the CPU build (cpu)"
+    )
     parser.add_argument("--pip-args", default="", help="options for every pip install, in one text")
     given = parser.parse_args()
     options = shlex.split(given.pip_args)
@@ -47,7 +49,9 @@ def main() -> None:
     finish(pip([*options, "--no-deps", sglang, *_ALONE]), sglang)
     finish(pip([*options, f"torch=={torch}", *_SERVER]), "the server's requirements")
     for library in importlib.metadata.distribution("torchaudio").files or []:
-        if library.suffix == ".so":  # built for CUDA, so they do not load; the part in Python is all that the server needs
+        if (
+            library.suffix == ".so"
+        ):  # built for CUDA, so they do not load; the part in Python is all that the server needs
             Path(str(library.locate())).unlink(missing_ok=True)
 
 

@@ -14,25 +14,31 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cord import cli
-from megatron_cord.config import load_config
+from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.families import load_architecture
 from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, part_counts, published, speed
 from megatron_cord.plan.page import layouts_table
 from megatron_cord.plan.report import Report
+from megatron_cord.runtime import entry
 from megatron_cord.trainer.config import RunConfig
 
 
 def parse() -> Namespace:
     """The command line."""
-    parser = cli.Parser(description="Says before a run starts whether it fits and about how fast it will be.", allow_abbrev=False)
+    parser = entry.Parser(
+        description="Says before a run starts whether it fits and about how fast it will be.", allow_abbrev=False
+    )
     parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="YAML configuration of the run")
     parser.add_argument("--gpus", type=int, default=8, help="that train (default: 8)")
-    parser.add_argument("--rollout-gpus", type=int, default=0, help="that run rollout servers (default: 0, the trainer's own)")
+    parser.add_argument(
+        "--rollout-gpus", type=int, default=0, help="that run rollout servers (default: 0, the trainer's own)"
+    )
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="which (default: h100)")
-    parser.add_argument("--model", choices=sorted(PUBLISHED), help="a published model, if its checkpoint is not at hand")
+    parser.add_argument(
+        "--model", choices=sorted(PUBLISHED), help="a published model, if its checkpoint is not at hand"
+    )
     parser.add_argument("--audio-seconds", type=float, default=10.0, help="of a question (default: 10)")
     parser.add_argument("--text-tokens", type=int, default=60, help="of a question's text (default: 60)")
     parser.add_argument("--layouts", action="store_true", help="a Markdown table of common layouts instead")
@@ -91,4 +97,4 @@ def _print(report: Report, suggestion: list[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

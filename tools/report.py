@@ -5,21 +5,25 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_cord import cli
-from megatron_cord.report.page import render
-from megatron_cord.report.server import HOST, make_server
+from megatron_cord.report.live.server import HOST, make_server
+from megatron_cord.report.page.page import render
+from megatron_cord.runtime import entry
 
 
 def main() -> None:
     """Entry point."""
-    parser = cli.Parser(
+    parser = entry.Parser(
         description="Draws a run, finished or not, as one HTML page that needs nothing else; or serves a live page of it to this machine.",
         allow_abbrev=False,
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's output directory")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="the page (default: report.html in the run's directory)")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="the page (default: report.html in the run's directory)"
+    )
     parser.add_argument("--serve", action="store_true", help="serve a live page on 127.0.0.1 until Ctrl-C instead")
-    parser.add_argument("--port", metavar="N", type=int, default=8877, help="of --serve (default: 8877; 0 takes a free one)")
+    parser.add_argument(
+        "--port", metavar="N", type=int, default=8877, help="of --serve (default: 8877; 0 takes a free one)"
+    )
     arguments = parser.parse_args()
     if not arguments.serve:
         print(render(arguments.run_dir, arguments.output))
@@ -31,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

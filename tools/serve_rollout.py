@@ -15,41 +15,75 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-from megatron_cord import cli
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.sglang.addresses import make_key, read_key, write_servers_file
-from megatron_cord.rollout.sglang.server import ServerConfig, check_version
-from megatron_cord.rollout.sglang.supervisor import Supervisor, SupervisorConfig
-from megatron_cord.stderr import say
+from megatron_cord.rollout.sglang.client.addresses import make_key, read_key, write_servers_file
+from megatron_cord.rollout.sglang.server.process import ServerConfig, check_version
+from megatron_cord.rollout.sglang.server.supervisor import Supervisor, SupervisorConfig
+from megatron_cord.runtime import entry
+from megatron_cord.runtime.log import say
 
 
-def _parser() -> cli.Parser:
+def _parser() -> entry.Parser:
     server, all_ = ServerConfig(Path()), SupervisorConfig()
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="Hugging Face checkpoint, the one that is trained")
-    parser.add_argument("--servers-file", metavar="FILE", type=Path, required=True, help="gets their addresses; for rollout.servers_file")
+    parser = entry.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="Hugging Face checkpoint, the one that is trained"
+    )
+    parser.add_argument(
+        "--servers-file",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="gets their addresses; for rollout.servers_file",
+    )
     parser.add_argument("--count", metavar="N", type=int, default=all_.count, help="servers")
-    parser.add_argument("--host", default=server.host, help="address they listen on; 0.0.0.0 for trainers on other machines")
-    parser.add_argument("--port", type=int, default=all_.port, help="of the first one, the others have the next; 0 takes free ones")
+    parser.add_argument(
+        "--host", default=server.host, help="address they listen on; 0.0.0.0 for trainers on other machines"
+    )
+    parser.add_argument(
+        "--port", type=int, default=all_.port, help="of the first one, the others have the next; 0 takes free ones"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default=server.device, help="cpu is for tests")
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default=server.dtype, help="auto: the checkpoint's own"
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default=server.dtype,
+        help="auto: the checkpoint's own",
     )
     parser.add_argument("--tp", type=int, default=server.tp, help="GPUs of each server")
     parser.add_argument("--gpus", metavar="I,J,…", default="", help="GPUs to use; default 0, 1, 2 …")
-    parser.add_argument("--colocated", action="store_true", help="lets the trainer have their GPU memory meanwhile (rollout.colocated)")
+    parser.add_argument(
+        "--colocated", action="store_true", help="lets the trainer have their GPU memory meanwhile (rollout.colocated)"
+    )
     parser.add_argument("--memory-fraction", type=float, help="of each GPU, for weights and cache")
     parser.add_argument(
-        "--max-running-requests", type=int, default=server.max_running_requests, help="responses generated together by each"
+        "--max-running-requests",
+        type=int,
+        default=server.max_running_requests,
+        help="responses generated together by each",
     )
     parser.add_argument("--max-total-tokens", type=int, help="room in the cache of keys and values of each")
-    parser.add_argument("--unseeded", action="store_true", help="cuda: faster, but responses do not repeat from their seeds")
-    parser.add_argument("--api-key-file", metavar="FILE", type=Path, help="of the API key; made, for you alone, if it is missing")
+    parser.add_argument(
+        "--unseeded", action="store_true", help="cuda: faster, but responses do not repeat from their seeds"
+    )
+    parser.add_argument(
+        "--api-key-file", metavar="FILE", type=Path, help="of the API key; made, for you alone, if it is missing"
+    )
     parser.add_argument("--log-dir", metavar="DIR", type=Path, default=all_.log_dir, help="for what servers print")
     parser.add_argument("--python", type=Path, default=server.python, help="interpreter that SGLang is installed for")
-    parser.add_argument("--start-timeout", metavar="SECONDS", type=float, default=server.start_timeout, help="until a server must answer")
     parser.add_argument(
-        "--hang-seconds", metavar="SECONDS", type=float, default=all_.hang_seconds, help="not healthy for so long: started again"
+        "--start-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=server.start_timeout,
+        help="until a server must answer",
+    )
+    parser.add_argument(
+        "--hang-seconds",
+        metavar="SECONDS",
+        type=float,
+        default=all_.hang_seconds,
+        help="not healthy for so long: started again",
     )
     parser.add_argument("more", metavar="-- ARGUMENTS", nargs="*", help="SGLang's own; they win")
     return parser
@@ -75,7 +109,11 @@ def main() -> None:
         seeded=not given.unseeded, colocated=given.colocated, start_timeout=given.start_timeout, more=tuple(given.more),
     )  # fmt: skip
     config = SupervisorConfig(
-        count=given.count, gpus=_numbers(given.gpus), port=given.port, hang_seconds=given.hang_seconds, log_dir=given.log_dir
+        count=given.count,
+        gpus=_numbers(given.gpus),
+        port=given.port,
+        hang_seconds=given.hang_seconds,
+        log_dir=given.log_dir,
     )
     stop = threading.Event()
 
@@ -93,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

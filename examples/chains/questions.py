@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_cord.data.questions import Operation, Question, QuestionSource, number_in_words
+from examples.quickstart.questions import Operation, Question, QuestionSource, number_in_words
 
 STEPS = 4
 LARGEST_OPERAND, LARGEST_RESULT = 9, 20
@@ -59,7 +59,12 @@ class Chain:
         return (self.number * 2654435761 >> 7) % _HELD_OUT == 0
 
     def __str__(self) -> str:
-        return " ".join([number_in_words(self.start), *(f"{operation} {number_in_words(operand)}" for operation, operand in self.steps)])
+        return " ".join(
+            [
+                number_in_words(self.start),
+                *(f"{operation} {number_in_words(operand)}" for operation, operand in self.steps),
+            ]
+        )
 
 
 def apply(value: int, operation: Operation, operand: int) -> int:
@@ -109,7 +114,11 @@ def vocabulary() -> list[str]:
     """Every word of every question and answer, sorted."""
     numbers = range(LARGEST_RESULT + 1)
     words = {word for phrasing in _PHRASINGS for word in phrasing.format(chain="").split()}
-    words |= {*_OPERATIONS, "is", ".", "no", "the", "answer"} | {number_in_words(n) for n in numbers} | {str(n) for n in numbers}
+    words |= (
+        {*_OPERATIONS, "is", ".", "no", "the", "answer"}
+        | {number_in_words(n) for n in numbers}
+        | {str(n) for n in numbers}
+    )
     return sorted(words)
 
 
@@ -127,7 +136,9 @@ def _step(value: int, operation: Operation, operand: int, result: int) -> str:
 
 def _wrong_step(value: int, operation: Operation, operand: int, draw: np.random.Generator) -> list[str]:
     """Another operand, rightly computed, or another result."""
-    operands = [o for o in range(1, LARGEST_OPERAND + 1) if o != operand and 0 <= apply(value, operation, o) <= LARGEST_RESULT]
+    operands = [
+        o for o in range(1, LARGEST_OPERAND + 1) if o != operand and 0 <= apply(value, operation, o) <= LARGEST_RESULT
+    ]
     right = apply(value, operation, operand)
     if operands and draw.random() < 0.5:
         heard = operands[int(draw.integers(len(operands)))]

@@ -11,7 +11,7 @@ from examples.chains.questions import CHAINS, draw_questions, vocabulary
 from examples.quickstart.checkpoint import TinyModelConfig
 from examples.quickstart.run import Example, run
 from examples.quickstart.warmup import WarmUpConfig
-from megatron_cord import cli
+from megatron_cord.runtime import entry
 
 CHAINS_EXAMPLE = Example(
     name="chains",
@@ -32,4 +32,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

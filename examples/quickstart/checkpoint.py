@@ -63,7 +63,9 @@ class TinyModelConfig:
     kv_heads: int = 2  # fewer than heads: grouped-query attention
     ffn_size: int = 384
     max_positions: int = 512  # prompt and response together
-    vocabulary_multiple: int = 8  # rows of the embedding are rounded up to it, so that tensor-parallel ranks share them evenly
+    vocabulary_multiple: int = (
+        8  # rows of the embedding are rounded up to it, so that tensor-parallel ranks share them evenly
+    )
     sinusoid_scale: float = 0.3  # amplitude of the encoder's position embeddings
 
 
@@ -81,7 +83,10 @@ def create_checkpoint(directory: str | Path, config: TinyModelConfig, vocabulary
     """
     tokenizer = build_tokenizer(vocabulary)
     extractor = WhisperFeatureExtractor(
-        feature_size=config.mel_bins, hop_length=config.hop_length, chunk_length=config.window_seconds, return_attention_mask=True
+        feature_size=config.mel_bins,
+        hop_length=config.hop_length,
+        chunk_length=config.window_seconds,
+        return_attention_mask=True,
     )
     processor = Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
     with torch.random.fork_rng(devices=[]):
@@ -93,7 +98,9 @@ def create_checkpoint(directory: str | Path, config: TinyModelConfig, vocabulary
     save_checkpoint(directory, model, processor)
 
 
-def save_checkpoint(directory: str | Path, model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor) -> None:
+def save_checkpoint(
+    directory: str | Path, model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor
+) -> None:
     """Writes model and processor under the tensor names of the published Qwen2-Audio files.
 
     For a model that was not loaded from a file, ``save_pretrained`` of transformers 5.12 writes ``language_model.model.model.*``,

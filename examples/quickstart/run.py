@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
+from examples.quickstart.questions import SUMS, Question, QuestionSource, all_problems, questions_about, vocabulary
+from examples.quickstart.spoken_sums import Split, SynthesisConfig, synthesize
 from examples.quickstart.warmup import WarmUpConfig, warm_up
-from megatron_cord import cli
-from megatron_cord.config import load_config
-from megatron_cord.data.questions import SUMS, Question, QuestionSource, all_problems, questions_about, vocabulary
+from megatron_cord.config.loading import load_config
 from megatron_cord.data.shards import ShardDataset
-from megatron_cord.data.synthesis import Split, SynthesisConfig, synthesize
-from megatron_cord.report.page import render
+from megatron_cord.report.page.page import render
 from megatron_cord.report.terminal import evaluation_table
+from megatron_cord.runtime import entry
 from megatron_cord.trainer.config import RunConfig
 
 
@@ -80,7 +80,11 @@ QUICKSTART = Example(
 def prepare(example: Example, root: Path, config: RunConfig, console: Console) -> None:
     """Makes the spoken data and the warmed-up checkpoint that the configuration names, where they are not there yet."""
     columns = (TextColumn("speaking {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    data = {"train": Path(config.data.train), "heldout": Path(config.data.evaluation), "warmup": root / "data" / "warmup"}
+    data = {
+        "train": Path(config.data.train),
+        "heldout": Path(config.data.evaluation),
+        "warmup": root / "data" / "warmup",
+    }
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         for split, count in example.utterances.items():
             task = bar.add_task(split, total=count)
@@ -102,7 +106,16 @@ def prepare(example: Example, root: Path, config: RunConfig, console: Console) -
 def train(example: Example, overrides: list[str], config: RunConfig) -> int:
     """Runs the trainer on as many local ranks as the layout needs; returns its exit status."""
     ranks = config.parallel.tp * config.parallel.pp
-    command = [sys.executable, "-m", "megatron_cord.launch", "--standalone", "--nproc-per-node", str(ranks), "-m", "megatron_cord.train"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_cord.launch",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "megatron_cord.train",
+    ]
     return subprocess.run([*command, "--config", str(example.config), *overrides], check=False).returncode
 
 
@@ -120,13 +133,22 @@ def finish(directory: Path, console: Console) -> None:
 
 def run(example: Example, description: str) -> int:
     """An example's whole command: parses the command line, and returns the exit status."""
-    parser = cli.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of data, weights and sampling; other seeds than 0 get directories of their own"
+    parser = entry.Parser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--root", metavar="DIR", type=Path, help="of data, checkpoint and run (default: runs/NAME, with the seed)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of data, weights and sampling; other seeds than 0 get directories of their own",
+    )
+    parser.add_argument(
+        "--root", metavar="DIR", type=Path, help="of data, checkpoint and run (default: runs/NAME, with the seed)"
+    )
     parser.add_argument("--prepare", action="store_true", help="make data and checkpoint, and train nothing")
-    parser.add_argument("overrides", metavar="a.b=value", nargs="*", help="sets one value of the training's configuration")
+    parser.add_argument(
+        "overrides", metavar="a.b=value", nargs="*", help="sets one value of the training's configuration"
+    )
     arguments = parser.parse_intermixed_args()
     root = arguments.root or example.root(arguments.seed)
     overrides = [f"seed={arguments.seed}", f"output_dir={root}", f"model.checkpoint={root}/checkpoint", f"data.train={root}/data/train",
@@ -154,4 +176,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -30,12 +30,12 @@ from torch.nn.functional import cross_entropy, ctc_loss
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from examples.quickstart.checkpoint import save_checkpoint
+from examples.quickstart.questions import Question
 from megatron_cord.data.order import permutation
 from megatron_cord.data.prompts import PromptBuilder
-from megatron_cord.data.questions import Question
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.quiet import no_progress_bars
+from megatron_cord.rollout.local.quiet import no_progress_bars
 
 _RECORD = "warmup.json"
 _IGNORED = -100
@@ -86,7 +86,11 @@ def _one_thread() -> Iterator[None]:
 
 @_one_thread()
 def warm_up(
-    checkpoint_dir: str | Path, output_dir: str | Path, config: WarmUpConfig, questions: Sequence[Question], spoken: Sequence[Sample]
+    checkpoint_dir: str | Path,
+    output_dir: str | Path,
+    config: WarmUpConfig,
+    questions: Sequence[Question],
+    spoken: Sequence[Sample],
 ) -> None:
     """Trains the checkpoint and writes it anew; does nothing if ``output_dir`` already holds the outcome of the same inputs.
 
@@ -102,13 +106,20 @@ def warm_up(
     """
     output = Path(output_dir)
     if not questions or not spoken:
-        raise CordError(f"{output}: the warm-up needs written and spoken questions; got {len(questions)} and {len(spoken)}")
-    written = [Sample(question.id, question.text, np.zeros(0, np.float32), solution=question.solution) for question in questions]
+        raise CordError(
+            f"{output}: the warm-up needs written and spoken questions; got {len(questions)} and {len(spoken)}"
+        )
+    written = [
+        Sample(question.id, question.text, np.zeros(0, np.float32), solution=question.solution)
+        for question in questions
+    ]
     record = _record(Path(checkpoint_dir), config, written, spoken)
     if output.exists():
         if (output / _RECORD).is_file() and json.loads((output / _RECORD).read_text(encoding="utf-8")) == record:
             return
-        raise CordError(f"{output}: holds another checkpoint than this warm-up would write; remove it or choose another directory")
+        raise CordError(
+            f"{output}: holds another checkpoint than this warm-up would write; remove it or choose another directory"
+        )
     builder = PromptBuilder(checkpoint_dir)
     texts = [_example(builder, sample, builder.text_prompt(sample)) for sample in written]
     recited = [_without_question(builder, sample, text) for sample, text in zip(written, texts, strict=True)]
@@ -157,7 +168,9 @@ def _train(
             else:
                 share = config.mixed_text / (config.mixed_text + config.mixed_audio)
                 text_loss = _text_loss(model, builder.pad_id, read(config.mixed_text))
-                audio_loss, spelling_loss = _audio_losses(model, speller, builder.pad_id, list(islice(audio_order, config.mixed_audio)))
+                audio_loss, spelling_loss = _audio_losses(
+                    model, speller, builder.pad_id, list(islice(audio_order, config.mixed_audio))
+                )
                 loss = share * text_loss + (1 - share) * audio_loss + config.ctc_weight * spelling_loss
             optimizer.zero_grad()
             loss.backward()
@@ -184,7 +197,9 @@ def _endlessly(examples: Sequence[_Example], seed: int, stream: int) -> Iterator
 def _text_loss(model: Any, pad_id: int, batch: Sequence[_Example]) -> Tensor:
     """Mean cross-entropy of the response tokens of written questions."""
     ids, targets, mask = _collate(batch, pad_id)
-    return _cross_entropy(model, model.model.language_model(input_ids=ids, attention_mask=mask).last_hidden_state, targets)
+    return _cross_entropy(
+        model, model.model.language_model(input_ids=ids, attention_mask=mask).last_hidden_state, targets
+    )
 
 
 def _audio_losses(model: Any, speller: nn.Linear, pad_id: int, batch: Sequence[_Example]) -> tuple[Tensor, Tensor]:
@@ -194,10 +209,14 @@ def _audio_losses(model: Any, speller: nn.Linear, pad_id: int, batch: Sequence[_
     features = torch.stack([clip.features for clip in clips])
     frames = torch.tensor([clip.num_frames for clip in clips])
     heard: list[Tensor] = []  # the adapter's output [B, A, H], which the model does not return
-    hook = model.model.multi_modal_projector.register_forward_hook(lambda _module, _inputs, output: heard.append(output))
+    hook = model.model.multi_modal_projector.register_forward_hook(
+        lambda _module, _inputs, output: heard.append(output)
+    )
     try:
         frame_mask = (torch.arange(features.shape[-1])[None, :] < frames[:, None]).long()
-        output = model.model(input_ids=ids, attention_mask=mask, input_features=features, feature_attention_mask=frame_mask)
+        output = model.model(
+            input_ids=ids, attention_mask=mask, input_features=features, feature_attention_mask=frame_mask
+        )
     finally:
         hook.remove()
     spelling = ctc_loss(
@@ -247,11 +266,15 @@ def _without_question(builder: PromptBuilder, sample: Sample, example: _Example)
     ids, question = example.prompt.token_ids, builder.encode(sample.question)
     start = next((i for i in range(len(ids)) if ids[i : i + len(question)] == question), None)
     if start is None:
-        raise CordError(f"sample {sample.id}: its question is not in its prompt word for word; use a chat template that leaves it as it is")
+        raise CordError(
+            f"sample {sample.id}: its question is not in its prompt word for word; use a chat template that leaves it as it is"
+        )
     return _Example(Prompt(sample.id, ids[:start] + ids[start + len(question) :]), example.response)
 
 
-def _record(checkpoint: Path, config: WarmUpConfig, written: Sequence[Sample], spoken: Sequence[Sample]) -> dict[str, Any]:
+def _record(
+    checkpoint: Path, config: WarmUpConfig, written: Sequence[Sample], spoken: Sequence[Sample]
+) -> dict[str, Any]:
     """All that the outcome depends on."""
     digest = hashlib.sha256((checkpoint / "model.safetensors").read_bytes())
     for sample in (*written, *spoken):

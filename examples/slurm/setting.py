@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from functools import reduce
 
-from megatron_cord import cli
-from megatron_cord.config import load_config, to_dict
+from megatron_cord.config.loading import load_config, to_dict
 from megatron_cord.errors import CordError
+from megatron_cord.runtime import entry
 
 
 def main() -> None:
@@ -15,11 +15,13 @@ def main() -> None:
     from megatron_cord.trainer.config import RunConfig
 
     key, *rest = sys.argv[1:]
-    arguments = cli.parse_args("Prints one value of a run's configuration.", arguments=rest)
+    arguments = entry.parse_args("Prints one value of a run's configuration.", arguments=rest)
     try:
         print(
             reduce(
-                lambda section, name: section[name], key.split("."), to_dict(load_config(RunConfig, arguments.config, arguments.overrides))
+                lambda section, name: section[name],
+                key.split("."),
+                to_dict(load_config(RunConfig, arguments.config, arguments.overrides)),
             )
         )
     except (KeyError, TypeError):
@@ -27,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

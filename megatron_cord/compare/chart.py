@@ -37,14 +37,25 @@ def draw(result: dict[str, Any], paths: list[Path]) -> None:
         for row, (name, method) in enumerate(drawn):
             colour, mean = _REFERENCE if name == result["reference"] else _RIVAL, method["gap_closed"]
             if mean["low"] is not None:
-                axes.plot([mean["low"], mean["high"]], [row, row], color=colour, linewidth=5, alpha=0.25, solid_capstyle="butt")
+                axes.plot(
+                    [mean["low"], mean["high"]],
+                    [row, row],
+                    color=colour,
+                    linewidth=5,
+                    alpha=0.25,
+                    solid_capstyle="butt",
+                )
             seeds = [run["gap_closed"] for run in method["runs"].values() if run.get("gap_closed") is not None]
             axes.plot(seeds, [row] * len(seeds), "o", color=_SEED, markersize=3.5)
             axes.plot(mean["mean"], row, "|", color=colour, markersize=14, markeredgewidth=2.5)
-        values = [run["gap_closed"] for _, m in drawn for run in m["runs"].values() if run.get("gap_closed") is not None]
+        values = [
+            run["gap_closed"] for _, m in drawn for run in m["runs"].values() if run.get("gap_closed") is not None
+        ]
         axes.set_xlim(min([0.0, *values]) - 0.08, max([1.0, *values]) + 0.02)
         axes.set_yticks(range(len(drawn)), [method["title"] for _, method in drawn])
-        axes.set_ylim(max(len(drawn), 1) - 0.5, -0.5)  # the first on top, and room for the bars of the first and the last
+        axes.set_ylim(
+            max(len(drawn), 1) - 0.5, -0.5
+        )  # the first on top, and room for the bars of the first and the last
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("share of the gap between reading and hearing that was closed")

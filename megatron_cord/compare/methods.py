@@ -28,7 +28,13 @@ class Method:
 
 
 def _method(
-    title: str, responses: str, divergence: str, *, weights: str = "uniform", policy: bool = False, ablates: str | None = None
+    title: str,
+    responses: str,
+    divergence: str,
+    *,
+    weights: str = "uniform",
+    policy: bool = False,
+    ablates: str | None = None,
 ) -> Method:
     settings = (
         f"objective.responses={responses}",
@@ -47,8 +53,12 @@ METHODS: dict[str, Method] = {
     "reverse_kl": _method("reverse KL, unweighted", "student", "reverse_kl", ablates="L_tok without weights"),
     "sampled": _method("sampled-token policy gradient", "student", "sampled"),
     "jsd": _method("JSD", "student", "jsd"),
-    "cord": _method("CORD", "student", "reverse_kl", weights="cord", policy=True, ablates="L_tok with weights + L_seq: CORD"),
-    "weighted_kl": _method("reverse KL, weighted", "student", "reverse_kl", weights="cord", ablates="L_tok with weights"),
+    "cord": _method(
+        "CORD", "student", "reverse_kl", weights="cord", policy=True, ablates="L_tok with weights + L_seq: CORD"
+    ),
+    "weighted_kl": _method(
+        "reverse KL, weighted", "student", "reverse_kl", weights="cord", ablates="L_tok with weights"
+    ),
     "grpo_reverse_kl": _method(
         "GRPO + reverse KL, unweighted", "student", "reverse_kl", policy=True, ablates="L_tok without weights + L_seq"
     ),
@@ -65,7 +75,9 @@ def methods_named(names: Sequence[str], own: Mapping[str, Sequence[str]]) -> dic
     taken = own.keys() & METHODS.keys()
     if taken:
         raise CordError(f"own.{min(taken)}: this name is one of the project's methods; choose another")
-    known = METHODS | {name: Method(name.replace("_", " "), (*METHODS["cord"].settings, *settings)) for name, settings in own.items()}
+    known = METHODS | {
+        name: Method(name.replace("_", " "), (*METHODS["cord"].settings, *settings)) for name, settings in own.items()
+    }
     if len(set(names)) != len(names):
         raise CordError(f"methods: {next(n for n in names if names.count(n) > 1)} comes twice")
     for name in names:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_cord.compare.methods import COMPARED, Method, methods_named
-from megatron_cord.config import load_config
+from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.trainer.config import RunConfig
 
@@ -18,17 +18,25 @@ class CompareConfig:
 
     train: str  #: the configuration of megatron_cord.train that all runs share: model, data, budget
     output_dir: str  #: runs go to METHOD/seed-S in it
-    results: str = ""  #: where the outcome goes, a path to which .json and .md are added; empty: comparison in output_dir
+    results: str = (
+        ""  #: where the outcome goes, a path to which .json and .md are added; empty: comparison in output_dir
+    )
     chart: str = ""  #: where its drawing goes, a path to which .svg and .png are added; empty: beside the results
     page: str = ""  #: a Markdown file in which the tables replace what stands between <!-- NAME --> and <!-- /NAME -->, NAME being that of `results`
     title: str = "Comparison"  #: of the results
-    methods: tuple[str, ...] = COMPARED  #: names of compare/methods.py or of `own`, in the order in which they run and are shown
+    methods: tuple[str, ...] = (
+        COMPARED  #: names of compare/methods.py or of `own`, in the order in which they run and are shown
+    )
     own: dict[str, tuple[str, ...]] = field(default_factory=dict)  #: methods of yours: name → settings on top of CORD's
     seeds: tuple[int, ...] = (0, 1, 2)  #: of data order, sampling and everything else that is drawn
     reference: str = "cord"  #: the method whose differences from the others are given
     settings: tuple[str, ...] = ()  #: a.b=value for all runs, on top of `train`
-    adjust: dict[str, tuple[str, ...]] = field(default_factory=dict)  #: method → more settings of its own, such as a learning rate
-    prepare: tuple[str, ...] = ()  #: command that makes what a seed's runs need, such as data and checkpoint; `python` is this one
+    adjust: dict[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  #: method → more settings of its own, such as a learning rate
+    prepare: tuple[
+        str, ...
+    ] = ()  #: command that makes what a seed's runs need, such as data and checkpoint; `python` is this one
     ranks: int = 0  #: a run's; 0: as few as its layout needs
     jobs: int = 1  #: runs at a time
 
@@ -41,9 +49,13 @@ class CompareConfig:
             raise CordError("ranks cannot be negative, and jobs must be at least 1")
         methods_named(self.methods, self.own)
         for name in self.adjust.keys() - set(self.methods):
-            raise CordError(f"adjust names {name!r}, which is none of the methods; choose one of {', '.join(self.methods)}")
+            raise CordError(
+                f"adjust names {name!r}, which is none of the methods; choose one of {', '.join(self.methods)}"
+            )
         if self.reference not in self.methods:
-            raise CordError(f"reference is {self.reference!r}, which is none of the methods; choose one of {', '.join(self.methods)}")
+            raise CordError(
+                f"reference is {self.reference!r}, which is none of the methods; choose one of {', '.join(self.methods)}"
+            )
 
     @property
     def results_path(self) -> Path:
@@ -97,7 +109,9 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
 
 def prepare_command(config: CompareConfig, seed: int) -> list[str]:
     """The command that makes what a seed's runs need; empty if none is configured."""
-    return [sys.executable if word == "python" and i == 0 else _filled(word, seed) for i, word in enumerate(config.prepare)]
+    return [
+        sys.executable if word == "python" and i == 0 else _filled(word, seed) for i, word in enumerate(config.prepare)
+    ]
 
 
 def is_complete(run: PlannedRun) -> bool:
@@ -109,7 +123,9 @@ def is_complete(run: PlannedRun) -> bool:
     kept = run.directory / "config.yaml"
     if kept.is_file():
         try:
-            found: RunConfig | None = load_config(RunConfig, kept)  # settings that did not exist then have their defaults
+            found: RunConfig | None = load_config(
+                RunConfig, kept
+            )  # settings that did not exist then have their defaults
         except CordError:
             found = None
         if found != run.config:
@@ -127,7 +143,9 @@ def _planned(config: CompareConfig, name: str, method: Method, seed: int) -> Pla
         raise CordError(f"{name}, seed {seed}: {error}") from None
     layout = run.parallel.tp * run.parallel.pp * run.parallel.cp
     if config.ranks % layout:
-        raise CordError(f"ranks={config.ranks} is no multiple of the layout's {layout} (tp × pp × cp); set 0 for as few as it needs")
+        raise CordError(
+            f"ranks={config.ranks} is no multiple of the layout's {layout} (tp × pp × cp); set 0 for as few as it needs"
+        )
     return PlannedRun(name, seed, directory, overrides, run, config.ranks or layout)
 
 

@@ -43,11 +43,16 @@ def gather(config: CompareConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]
             answers[run.method][run.seed] = _right_answers(run)
         else:
             failures[run.method][run.seed] = outcome.failure
-    first = {seed: summary for by_seed in summaries.values() for seed, summary in by_seed.items()}  # before training all methods are one
+    first = {
+        seed: summary for by_seed in summaries.values() for seed, summary in by_seed.items()
+    }  # before training all methods are one
     methods = {}
     for name, method in config.chosen.items():
         methods[name] = _method(
-            replace(method, settings=method.settings + config.adjust.get(name, ())), runs.get(name), summaries[name], failures[name]
+            replace(method, settings=method.settings + config.adjust.get(name, ())),
+            runs.get(name),
+            summaries[name],
+            failures[name],
         )
         if name != config.reference:
             ours, theirs = (_column(summaries[n], "audio_accuracy_after") for n in (config.reference, name))
@@ -60,7 +65,12 @@ def gather(config: CompareConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]
         "train": config.train,
         "settings": list(config.settings),
         "budget": _budget(next(iter(runs.values())).config) if runs else {},
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "before": {name: _mean(list(_column(first, column).values())) for name, column in _BEFORE.items()},
         "methods": methods,
     }
@@ -82,7 +92,8 @@ def _method(method: Method, run: PlannedRun | None, summaries: Runs, failures: d
         "ablates": method.ablates,
         "settings": list(method.settings),
         "responses": None if run is None else responses(run.config),
-        "runs": {str(seed): summary for seed, summary in summaries.items()} | {str(s): {"failure": why} for s, why in failures.items()},
+        "runs": {str(seed): summary for seed, summary in summaries.items()}
+        | {str(s): {"failure": why} for s, why in failures.items()},
         **{name: _mean(list(_column(summaries, column).values())) for name, column in _AFTER.items()},
     }
 
@@ -96,7 +107,11 @@ def responses(config: RunConfig) -> dict[str, int]:
 
 
 def _budget(config: RunConfig) -> dict[str, int]:
-    return {"steps": config.train.steps, "prompts": config.rollout.prompts_per_step, "max_new_tokens": config.rollout.max_new_tokens}
+    return {
+        "steps": config.train.steps,
+        "prompts": config.rollout.prompts_per_step,
+        "max_new_tokens": config.rollout.max_new_tokens,
+    }
 
 
 def _column(summaries: Runs, name: str) -> dict[int, float]:

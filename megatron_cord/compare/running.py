@@ -21,9 +21,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, Self
 
-from megatron_cord.cli import STOP_SIGNALS, STOPPED
 from megatron_cord.compare.plan import CompareConfig, PlannedRun, is_complete, prepare_command
 from megatron_cord.errors import CordError
+from megatron_cord.runtime.entry import STOP_SIGNALS, STOPPED
 
 _POLL_SECONDS = 0.2
 
@@ -81,7 +81,9 @@ class Runner:
         self._handlers = {number: signal.signal(number, self._stop) for number in (*STOP_SIGNALS, signal.SIGINT)}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for process in self._active:
             process.ask_to_stop()
         for process in self._active:
@@ -95,7 +97,9 @@ class Runner:
         Raises:
             CordError: a directory holds a run with other settings, or one that still goes on.
         """
-        complete = {run.name for run in self._waiting if is_complete(run)}  # what is refused is refused before anything starts
+        complete = {
+            run.name for run in self._waiting if is_complete(run)
+        }  # what is refused is refused before anything starts
         while self._active or (self._waiting and not self.stopped):
             while self._waiting and not self.stopped and len(self._active) < self.config.jobs:
                 run = self._waiting.popleft()
@@ -140,7 +144,9 @@ class Runner:
             finally:
                 process.terminate()
                 status = process.wait()
-            self._prepared[seed] = None if status == 0 or self.stopped else f"prepare: {_reason(log, status)} (see {log})"
+            self._prepared[seed] = (
+                None if status == 0 or self.stopped else f"prepare: {_reason(log, status)} (see {log})"
+            )
         return self._prepared.get(seed)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -154,7 +160,9 @@ class _Process:
 
     def __init__(self, train: str, run: PlannedRun) -> None:
         self.run, self.log = run, run.directory / "log.txt"
-        launcher = ["megatron_cord.launch", "--standalone", "--nproc-per-node", str(run.ranks), "-m"] if run.ranks > 1 else []
+        launcher = (
+            ["megatron_cord.launch", "--standalone", "--nproc-per-node", str(run.ranks), "-m"] if run.ranks > 1 else []
+        )
         command = [sys.executable, "-m", *launcher, "megatron_cord.train", "--config", train, *run.overrides]
         with _locked(self.log) as file:
             self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
@@ -185,7 +193,9 @@ def _locked(path: Path) -> IO[bytes]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise CordError(f"{path.parent}: a process of an earlier comparison is still at work here; wait for it, or end it") from None
+        raise CordError(
+            f"{path.parent}: a process of an earlier comparison is still at work here; wait for it, or end it"
+        ) from None
     os.truncate(path, 0)
     return file
 
@@ -194,7 +204,11 @@ def _reason(log: Path, status: int) -> str:
     """The last line that a failed process wrote, if it is an error that it names; else its status and that line."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if line.startswith("error: ")), None)
-    return said.removeprefix("error: ") if said else f"it ended with status {status}: {lines[-1].strip() if lines else 'no word'}"
+    return (
+        said.removeprefix("error: ")
+        if said
+        else f"it ended with status {status}: {lines[-1].strip() if lines else 'no word'}"
+    )
 
 
 def read_summary(run: PlannedRun) -> dict[str, Any]:

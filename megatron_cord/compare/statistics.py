@@ -64,7 +64,7 @@ def sign_test(pairs: Sequence[tuple[bool, bool]]) -> SignTest:
 
 
 def student_quantile(degrees: int) -> float:
-    """t with 2.5 % of Student's distribution above it (Cornish-Fisher expansion from 10 degrees of freedom on)."""
+    """T with 2.5 % of Student's distribution above it (Cornish-Fisher expansion from 10 degrees of freedom on)."""
     if degrees <= len(_QUANTILES):
         return _QUANTILES[degrees - 1]
     z = _NORMAL_QUANTILE

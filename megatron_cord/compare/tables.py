@@ -37,7 +37,9 @@ def around(text: str, name: str) -> tuple[str, str]:
     """
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise CordError(f"page: it needs the lines {begin} and {end}, once each and in this order, to put the tables between them")
+        raise CordError(
+            f"page: it needs the lines {begin} and {end}, once each and in this order, to put the tables between them"
+        )
     return text.partition(begin)[0] + begin, end + text.partition(end)[2]
 
 
@@ -59,7 +61,10 @@ def insert(text: str, name: str, result: dict[str, Any], chart: str) -> str:
 
 def budget(result: dict[str, Any]) -> str:
     """What every run was given, in a sentence."""
-    given, seeds = result["budget"], sorted({int(seed) for method in result["methods"].values() for seed in method["runs"]})
+    given, seeds = (
+        result["budget"],
+        sorted({int(seed) for method in result["methods"].values() for seed in method["runs"]}),
+    )
     if not given:
         return "Nothing has run yet."
     return (
@@ -71,7 +76,15 @@ def budget(result: dict[str, Any]) -> str:
 def main_table(result: dict[str, Any]) -> str:
     """Markdown: accuracy reading and hearing, the gap and how much of it was closed, by method."""
     reference = result["methods"][result["reference"]]["title"]
-    head = ["", "text", "audio", "by seed", "gap closed", f"{reference} minus this, points", f"only {reference} / only this right (p)"]
+    head = [
+        "",
+        "text",
+        "audio",
+        "by seed",
+        "gap closed",
+        f"{reference} minus this, points",
+        f"only {reference} / only this right (p)",
+    ]
     head += ["responses a step: trained (sampled)", "s"]
     before = result["before"]
     rows = [["before training", _share(before["text_accuracy"]), _share(before["audio_accuracy"]), *[""] * 6]]
@@ -101,7 +114,9 @@ def ablation_table(result: dict[str, Any]) -> str:
         [methods[n]["ablates"], _share(methods[n]["audio_accuracy"]), _share(methods[n]["gap_closed"], digits=0), _points(methods[n].get("difference"))]
         for n in names
     ]  # fmt: skip
-    return _markdown(["trained with", "audio", "gap closed", f"{methods[result['reference']]['title']} minus this, points"], rows)
+    return _markdown(
+        ["trained with", "audio", "gap closed", f"{methods[result['reference']]['title']} minus this, points"], rows
+    )
 
 
 def failures(result: dict[str, Any]) -> list[str]:

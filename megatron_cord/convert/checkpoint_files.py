@@ -107,7 +107,9 @@ def safetensors_files(checkpoint_dir: str | Path) -> list[Path]:
             raise CordError(f"{index} is damaged ({type(error).__name__}: {error}); download it again") from None
         missing = [str(f) for f in files if not f.is_file()]
         if missing:
-            raise CordError(f"{index} names files that are not there: {', '.join(missing)}; download the checkpoint again")
+            raise CordError(
+                f"{index} names files that are not there: {', '.join(missing)}; download the checkpoint again"
+            )
         return files
     files = sorted(root.glob("*.safetensors"))
     if not files:
@@ -166,5 +168,9 @@ def _header(path: Path) -> list[StoredTensor]:
             raise CordError(
                 f"{path}: tensor {name} is of type {entry['dtype']}; quantised weights cannot be trained, use the original ones"
             )
-        tensors.append(StoredTensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, 8 + length + entry["data_offsets"][0]))
+        tensors.append(
+            StoredTensor(
+                name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, 8 + length + entry["data_offsets"][0]
+            )
+        )
     return tensors

@@ -36,7 +36,9 @@ class Difference:
     agreement: float
 
 
-def compare(model: LALM, reference: Callable[[ModelInput], Tensor] | None, inputs: list[ModelInput]) -> list[Difference]:
+def compare(
+    model: LALM, reference: Callable[[ModelInput], Tensor] | None, inputs: list[ModelInput]
+) -> list[Difference]:
     """Compares the models on inputs of one sample each. Collective over all ranks; each gets all differences.
 
     Args:
@@ -67,7 +69,9 @@ def _megatron_logits(model: LALM, given: ModelInput) -> Tensor | None:
     def forward_step(batches: Iterator[ModelInput], module: Any) -> Any:
         def keep(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             shard = hidden @ model.output_weight.t()
-            found.append(gather_from_tensor_model_parallel_region(shard, group=tp_group).transpose(0, 1)[..., :vocabulary])
+            found.append(
+                gather_from_tensor_model_parallel_region(shard, group=tp_group).transpose(0, 1)[..., :vocabulary]
+            )
             return hidden.new_zeros(()), torch.tensor(1), {}
 
         return module(next(batches)), keep

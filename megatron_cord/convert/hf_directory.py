@@ -93,14 +93,20 @@ class HFDirectoryWriter:
             CordError: the directory exists and holds something.
         """
         check_vacant(self.directory)
-        job = {"source": source, "dtype": _CODES[self.dtype], "shards": [[shard.file, list(shard.shapes)] for shard in self.shards]}
+        job = {
+            "source": source,
+            "dtype": _CODES[self.dtype],
+            "shards": [[shard.file, list(shard.shapes)] for shard in self.shards],
+        }
         text, note = json.dumps(job), self.partial / _JOB
         if self.partial.exists() and not (resume and note.is_file() and note.read_text() == text):
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
         _replace(note, text)
 
-    def write_files(self, read: Callable[[str], Iterable[Tensor]], shards: Sequence[Shard], advance: Callable[[int], None]) -> int:
+    def write_files(
+        self, read: Callable[[str], Iterable[Tensor]], shards: Sequence[Shard], advance: Callable[[int], None]
+    ) -> int:
         """Writes some of the shards, but those that an earlier attempt finished and whose bytes are still what was written.
 
         Args:
@@ -135,7 +141,9 @@ class HFDirectoryWriter:
         for shard in self.shards:
             self._write(shard, lambda name, shape: (_expect(next(stream, None), name, shape),), lambda portion: None)
         if (extra := next(stream, None)) is not None:
-            raise CordError(f"{self.directory}: tensor {extra[0]} is not in the plan; the checkpoint is of another architecture")
+            raise CordError(
+                f"{self.directory}: tensor {extra[0]} is not in the plan; the checkpoint is of another architecture"
+            )
 
     def publish(self, companions: dict[str, bytes]) -> None:
         """Adds the index and the files that go with the weights, and gives the directory its name."""
@@ -161,7 +169,9 @@ class HFDirectoryWriter:
         except (OSError, ValueError):
             return False
 
-    def _write(self, shard: Shard, read: Callable[[str, tuple[int, ...]], Iterable[Tensor]], advance: Callable[[int], None]) -> None:
+    def _write(
+        self, shard: Shard, read: Callable[[str, tuple[int, ...]], Iterable[Tensor]], advance: Callable[[int], None]
+    ) -> None:
         target = self.partial / shard.file
         unfinished = target.with_suffix(".writing")
         header = shard.header(self.dtype)
@@ -180,7 +190,9 @@ class HFDirectoryWriter:
                     rows += len(tensor) if shape else 1
                     advance(len(raw))
                 if rows != (shape[0] if shape else 1):
-                    raise CordError(f"{self.directory}: tensor {name} {list(shape)} was planned but {rows} rows came; export it again")
+                    raise CordError(
+                        f"{self.directory}: tensor {name} {list(shape)} was planned but {rows} rows came; export it again"
+                    )
             os.fsync(file.fileno())
         os.replace(unfinished, target)
         _replace(self._note(shard), json.dumps(checksum))
@@ -195,7 +207,9 @@ def check_vacant(directory: Path) -> None:
 def _expect(given: tuple[str, Tensor] | None, name: str, shape: tuple[int, ...]) -> Tensor:
     if given is None or given[0] != name or tuple(given[1].shape) != shape:
         found = "nothing" if given is None else f"{given[0]} {list(given[1].shape)}"
-        raise CordError(f"tensor {name} {list(shape)} was planned but {found} came; the checkpoint is of another architecture")
+        raise CordError(
+            f"tensor {name} {list(shape)} was planned but {found} came; the checkpoint is of another architecture"
+        )
     return given[1]
 
 

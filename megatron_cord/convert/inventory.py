@@ -68,11 +68,17 @@ def inventory(model: LALM) -> list[Entry]:
     mine: dict[str, list[int]] = {}
     for rule in table.rules:
         if rule.megatron in parameters:
-            mine |= {name: list(shape) for name, shape in hf_shapes(parameters[rule.megatron], rule, model.layout).items()}
+            mine |= {
+                name: list(shape) for name, shape in hf_shapes(parameters[rule.megatron], rule, model.layout).items()
+            }
     shapes: dict[str, list[int]] = {}
     for share in all_gather_json(mine):
         shapes |= share
-    return [Entry(name, tuple(shapes[name]), rule.megatron, type(rule.layout).__name__) for rule in table.rules for name in rule.hf_names]
+    return [
+        Entry(name, tuple(shapes[name]), rule.megatron, type(rule.layout).__name__)
+        for rule in table.rules
+        for name in rule.hf_names
+    ]
 
 
 def common_dtype(tensors: Sequence[StoredTensor]) -> torch.dtype:

@@ -38,7 +38,9 @@ class PlainModel:
         CordError: the checkpoint cannot be loaded, or has a tensor that the model has no place for.
     """
 
-    def __init__(self, checkpoint_dir: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, checkpoint_dir: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    ) -> None:
         directory = Path(checkpoint_dir)
         arch, stored = load_architecture(directory), stored_tensors(directory)
         module, name = family_of(arch).plain_class.rsplit(".", 1)
@@ -47,7 +49,9 @@ class PlainModel:
             model: Any = kind.from_pretrained(directory, dtype=dtype or "auto")
         except (OSError, ValueError, RuntimeError) as error:
             why = str(error).splitlines()[0]
-            raise CordError(f"{directory}: the weights cannot be loaded ({why}); download the checkpoint again") from error
+            raise CordError(
+                f"{directory}: the weights cannot be loaded ({why}); download the checkpoint again"
+            ) from error
         if arch.language.tied_embeddings:  # not every class does so by itself
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
         self._model = model.to(device).eval()
@@ -88,6 +92,8 @@ def _by_published_name(model: Any, names: list[str], directory: Path) -> dict[st
     for name in names:
         module_name, _ = rename_source_key(name, renamings, [], model.base_model_prefix, modules)
         if module_name not in modules:
-            raise CordError(f"{directory}: tensor {name} has no place in the model that generates; weights could not be exchanged")
+            raise CordError(
+                f"{directory}: tensor {name} has no place in the model that generates; weights could not be exchanged"
+            )
         parameters[name] = modules[module_name]
     return parameters

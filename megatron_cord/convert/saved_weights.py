@@ -66,12 +66,16 @@ class SavedWeights:
         try:
             self._metadata = FileSystemReader(checkpoint).read_metadata()
         except (CheckpointException, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise CordError(f"{checkpoint} is not a whole checkpoint ({type(error).__name__}); give the directory of one") from None
+            raise CordError(
+                f"{checkpoint} is not a whole checkpoint ({type(error).__name__}); give the directory of one"
+            ) from None
         self._saved: dict[str, TensorStorageMetadata] = {}
         for key in {place.key for place in self._places.values()}:
             saved = self._metadata.state_dict_metadata.get(key)
             if not isinstance(saved, TensorStorageMetadata):
-                raise CordError(f"{checkpoint} is damaged (it has no tensor {key}); import it again, or take another checkpoint")
+                raise CordError(
+                    f"{checkpoint} is damaged (it has no tensor {key}); import it again, or take another checkpoint"
+                )
             self._saved[key] = saved
 
     def common_dtype(self) -> torch.dtype:
@@ -139,7 +143,9 @@ def _places(model: LALM) -> dict[str, _Place]:
         apply_factories(holder)
         for shard in nested_values(holder):
             if isinstance(shard, ShardedTensor):  # beside them are objects of Megatron's own
-                places[rename_to_global(model, name)] = _Place(shard.key, tuple(shard.global_offset[: shard.prepend_axis_num]))
+                places[rename_to_global(model, name)] = _Place(
+                    shard.key, tuple(shard.global_offset[: shard.prepend_axis_num])
+                )
     return places
 
 
@@ -170,7 +176,12 @@ def _payload(path: Path, info: Any, sizes: torch.Size, dtype: torch.dtype) -> in
             archive: Any = _Slice(file, info.offset, info.length)
             # On the meta device torch reads the archive's index alone, and says where the elements are.
             tensor = torch.load(archive, map_location="meta", weights_only=True)
-            if tensor.shape == sizes and tensor.dtype == dtype and tensor.is_contiguous() and tensor.storage_offset() == 0:
+            if (
+                tensor.shape == sizes
+                and tensor.dtype == dtype
+                and tensor.is_contiguous()
+                and tensor.storage_offset() == 0
+            ):
                 return tensor.untyped_storage()._checkpoint_offset
         problem = "it holds another tensor than its metadata say"
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:

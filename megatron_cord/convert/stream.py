@@ -33,7 +33,10 @@ def global_parameters(model: LALM) -> dict[str, torch.nn.Parameter]:
 
 
 #: A norm that is part of the matrix behind it, as transformer-engine's layers have them, and the norm that stands alone in the tables.
-_FUSED_NORMS = {".self_attention.linear_qkv.layer_norm_": ".input_layernorm.", ".mlp.linear_fc1.layer_norm_": ".pre_mlp_layernorm."}
+_FUSED_NORMS = {
+    ".self_attention.linear_qkv.layer_norm_": ".input_layernorm.",
+    ".mlp.linear_fc1.layer_norm_": ".pre_mlp_layernorm.",
+}
 
 
 def rename_to_global(model: LALM, name: str) -> str:
@@ -163,7 +166,9 @@ class Audit:
         rule = self._table.by_hf_name.get(name)
         if rule is None:
             nearest = self._nearest(name)
-            self._problems.append(f"unexpected tensor {spelled}" + (f" (nearest expected: {nearest})" if nearest else ""))
+            self._problems.append(
+                f"unexpected tensor {spelled}" + (f" (nearest expected: {nearest})" if nearest else "")
+            )
             return None
         if name in self._seen:
             self._problems.append(f"tensor {spelled} occurs twice")
@@ -179,7 +184,8 @@ class Audit:
 
     def _nearest(self, name: str) -> str | None:
         """The most similar expected name. All of them are compared only if none ends alike and none is of the same layer: names by the
-        thousand, as in a checkpoint under another prefix, would take minutes otherwise."""
+        thousand, as in a checkpoint under another prefix, would take minutes otherwise.
+        """
         if not self._kin:
             for expected in self._table.by_hf_name:
                 for trait in (_ending(expected), _numbers(expected)):
@@ -190,7 +196,10 @@ class Audit:
 
     def problems(self) -> list[str]:
         """What does not fit, when all tensors have been admitted."""
-        return [*self._problems, *(f"missing tensor {name}" for name in self._table.by_hf_name if name not in self._seen)]
+        return [
+            *self._problems,
+            *(f"missing tensor {name}" for name in self._table.by_hf_name if name not in self._seen),
+        ]
 
 
 def _ending(name: str) -> tuple[str, ...]:
@@ -205,7 +214,9 @@ def check_problems(problems: Iterable[str]) -> None:
     """Raises CordError with all problems of one or several audits, each once, if there are any."""
     once = list(dict.fromkeys(problems))
     if once:
-        raise CordError(f"the checkpoint does not fit the model's architecture ({len(once)} problems): " + "; ".join(once))
+        raise CordError(
+            f"the checkpoint does not fit the model's architecture ({len(once)} problems): " + "; ".join(once)
+        )
 
 
 def hf_shapes(parameter: Tensor, rule: TensorRule, layout: Layout) -> dict[str, torch.Size]:

@@ -123,7 +123,9 @@ class _Planner(dcp.DefaultSavePlanner):
             for shard in shards:
                 offsets = torch.Size(shard.global_offset)
                 sizes = torch.Size((*(1,) * shard.prepend_axis_num, *shard.local_shape))
-                data = TensorWriteData(ChunkStorageMetadata(offsets, sizes), TensorProperties(shard.dtype), torch.Size(shard.global_shape))
+                data = TensorWriteData(
+                    ChunkStorageMetadata(offsets, sizes), TensorProperties(shard.dtype), torch.Size(shard.global_shape)
+                )
                 items.append(WriteItem(MetadataIndex(key, offsets), WriteItemType.SHARD, tensor_data=data))
         self.plan = SavePlan(items)
         return self.plan

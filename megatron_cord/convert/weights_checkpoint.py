@@ -17,7 +17,11 @@ from megatron_cord.model.lalm import LALM
 
 
 def save_weights(
-    directory: Path, model: LALM, sources: dict[str, Source], complete: Callable[[Path], None], advance: Callable[[int], None]
+    directory: Path,
+    model: LALM,
+    sources: dict[str, Source],
+    complete: Callable[[Path], None],
+    advance: Callable[[int], None],
 ) -> None:
     """Writes a model's weights from the files that they are in. Collective over all ranks.
 

@@ -35,7 +35,9 @@ def decode_audio(content: bytes, where: str) -> np.ndarray:
     try:
         import soundfile
     except ImportError:
-        raise CordError(f"{where}: reading recordings needs the package soundfile; pip install megatron_cord[speech]") from None
+        raise CordError(
+            f"{where}: reading recordings needs the package soundfile; pip install megatron_cord[speech]"
+        ) from None
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             rate = file.samplerate

@@ -103,7 +103,9 @@ def _noisy(audio: np.ndarray, snr: float, draws: np.random.PCG64) -> np.ndarray:
     """White or pink noise of the given power below the speech's."""
     raw = draws.random_raw(2 * len(audio) + 1) / 2.0**64
     pink, uniform = raw[0], raw[1:].reshape(2, -1)
-    noise = np.sqrt(-2.0 * np.log1p(-uniform[0])) * np.cos(2.0 * np.pi * uniform[1])  # Box and Muller: normal, from the raw stream
+    noise = np.sqrt(-2.0 * np.log1p(-uniform[0])) * np.cos(
+        2.0 * np.pi * uniform[1]
+    )  # Box and Muller: normal, from the raw stream
     if pink < 0.5:
         spectrum = np.fft.rfft(noise)
         noise = np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(len(spectrum)), 1.0)), n=len(noise))

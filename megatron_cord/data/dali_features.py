@@ -37,14 +37,18 @@ class DaliFeatures:
         try:
             import nvidia.dali  # noqa: F401
         except ImportError:
-            raise CordError("data.features=dali needs NVIDIA DALI; pip install megatron_cord[dali], or use data.features=torch") from None
+            raise CordError(
+                "data.features=dali needs NVIDIA DALI; pip install megatron_cord[dali], or use data.features=torch"
+            ) from None
         if device == "gpu" and not torch.cuda.is_available():
             raise CordError("data.features=dali_gpu needs a CUDA device; use dali or torch on this machine")
         self._config, self._device = config, device
         self._lock = threading.Lock()
         self._pipeline = self._build()
 
-    def __call__(self, waveforms: Sequence[np.ndarray], names: Sequence[str], sampling_rates: Sequence[int]) -> list[Features]:
+    def __call__(
+        self, waveforms: Sequence[np.ndarray], names: Sequence[str], sampling_rates: Sequence[int]
+    ) -> list[Features]:
         """See ``FeatureExtractor``."""
         for waveform, name, rate in zip(waveforms, names, sampling_rates, strict=True):
             check_waveform(torch.as_tensor(waveform), self._config, sampling_rate=rate, name=name)

@@ -108,7 +108,9 @@ class FeatureConfig:
             sampling_rate=rate,
         )
         if config.n_samples < max(config.hop_length, config.n_fft):
-            raise CordError(f"{path}: the window of {config.n_samples} samples is shorter than one frame; increase n_samples")
+            raise CordError(
+                f"{path}: the window of {config.n_samples} samples is shorter than one frame; increase n_samples"
+            )
         return config
 
 
@@ -125,7 +127,9 @@ class Features:
     num_frames: int
 
 
-def log_mel(waveform: np.ndarray | Tensor, config: FeatureConfig, *, sampling_rate: int, name: str = "audio") -> Features:
+def log_mel(
+    waveform: np.ndarray | Tensor, config: FeatureConfig, *, sampling_rate: int, name: str = "audio"
+) -> Features:
     """Whisper's log-mel spectrogram of one clip, padded with silence to the encoder's window.
 
     Args:
@@ -162,14 +166,20 @@ def log_mel(waveform: np.ndarray | Tensor, config: FeatureConfig, *, sampling_ra
 def check_waveform(audio: Tensor, config: FeatureConfig, *, sampling_rate: int, name: str) -> None:
     """Raises CordError as `log_mel` says."""
     if sampling_rate != config.sampling_rate:
-        raise CordError(f"sample {name}: audio at {sampling_rate} Hz, the encoder hears {config.sampling_rate} Hz; resample it")
+        raise CordError(
+            f"sample {name}: audio at {sampling_rate} Hz, the encoder hears {config.sampling_rate} Hz; resample it"
+        )
     if audio.ndim != 1:
-        raise CordError(f"sample {name}: audio of shape {tuple(audio.shape)} is not mono; mix its channels down to [samples]")
+        raise CordError(
+            f"sample {name}: audio of shape {tuple(audio.shape)} is not mono; mix its channels down to [samples]"
+        )
     if len(audio) == 0:
         raise CordError(f"sample {name}: audio has no samples; remove it or record it again")
     if len(audio) > config.n_samples:
         seconds = len(audio) / config.sampling_rate
-        raise CordError(f"sample {name}: {seconds:.2f} s of audio, the encoder's window is {config.max_seconds:.2f} s; shorten or split it")
+        raise CordError(
+            f"sample {name}: {seconds:.2f} s of audio, the encoder's window is {config.max_seconds:.2f} s; shorten or split it"
+        )
     if not audio.is_floating_point():
         raise CordError(f"sample {name}: audio is {audio.dtype}; convert it to float32 in [-1, 1]")
     # The sum of all shows at once whether to look closer: it is not finite either, but may also overflow.
@@ -193,7 +203,9 @@ def normalize(sounding: Tensor, config: FeatureConfig, samples: int) -> Features
 class FeatureExtractor(Protocol):
     """Makes features of several clips at once; threads may share it."""
 
-    def __call__(self, waveforms: Sequence[np.ndarray], names: Sequence[str], sampling_rates: Sequence[int]) -> list[Features]:
+    def __call__(
+        self, waveforms: Sequence[np.ndarray], names: Sequence[str], sampling_rates: Sequence[int]
+    ) -> list[Features]:
         """One clip's features each, as `log_mel` makes them, in the same order."""
         ...
 
@@ -208,7 +220,9 @@ class TorchFeatures:
     def __init__(self, config: FeatureConfig) -> None:
         self._config = config
 
-    def __call__(self, waveforms: Sequence[np.ndarray], names: Sequence[str], sampling_rates: Sequence[int]) -> list[Features]:
+    def __call__(
+        self, waveforms: Sequence[np.ndarray], names: Sequence[str], sampling_rates: Sequence[int]
+    ) -> list[Features]:
         """See ``FeatureExtractor``."""
         clips = zip(waveforms, names, sampling_rates, strict=True)
         return [log_mel(waveform, self._config, sampling_rate=rate, name=name) for waveform, name, rate in clips]

@@ -35,17 +35,23 @@ class DataConfig:
 
     #: Audio longer than the encoder's window: stop with an error, cut it into several clips, or skip the sample, within max_skipped.
     long_audio: Literal["error", "cut", "skip"] = "error"
-    max_skipped: float = 0.0  #: the largest share of a set's samples that may be left out because they are damaged; 0 stops at the first
+    max_skipped: float = (
+        0.0  #: the largest share of a set's samples that may be left out because they are damaged; 0 stops at the first
+    )
     verify: bool = False  #: compare the shards' checksums with their manifest at the start, which reads all of them
     workers: int = 1  #: threads of each rank that read, and make features of, the next step's samples; 0 does it when they are needed
-    features: Literal["torch", "dali", "dali_gpu"] = "torch"  #: what computes them: torch, or NVIDIA DALI on the CPU or on each rank's GPU
+    features: Literal["torch", "dali", "dali_gpu"] = (
+        "torch"  #: what computes them: torch, or NVIDIA DALI on the CPU or on each rank's GPU
+    )
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)  #: of the audio that is trained on
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.max_skipped < 1.0:
             raise CordError(f"data.max_skipped is a share from 0 to below 1, not {self.max_skipped}")
         if self.long_audio == "skip" and not self.max_skipped:
-            raise CordError("data.long_audio=skip leaves samples out; say how many it may be with data.max_skipped, such as 0.01")
+            raise CordError(
+                "data.long_audio=skip leaves samples out; say how many it may be with data.max_skipped, such as 0.01"
+            )
         if self.workers < 0:
             raise CordError(f"data.workers cannot be negative, got {self.workers}")
 
@@ -61,7 +67,9 @@ class DataConfig:
         """
         path = getattr(self, which)
         if not path:
-            raise CordError(f"data.{which} is required: set it in the configuration or as data.{which}=…, to a directory of shards")
+            raise CordError(
+                f"data.{which} is required: set it in the configuration or as data.{which}=…, to a directory of shards"
+            )
         limit = longest if self.long_audio == "skip" else None
         return ShardDataset(path, max_skipped=self.max_skipped, longest=limit, verify=self.verify)
 
@@ -158,7 +166,9 @@ class SampleLoader:
         """A stretch of the step's samples for each worker."""
         indices = self.indices(step)
         share = -(-len(indices) // self._workers)
-        return [pool.submit(self._read, indices[start : start + share], step) for start in range(0, len(indices), share)]
+        return [
+            pool.submit(self._read, indices[start : start + share], step) for start in range(0, len(indices), share)
+        ]
 
     def _read(self, indices: Sequence[int], step: int) -> list[Sample]:
         samples = [self._source[index] for index in indices]

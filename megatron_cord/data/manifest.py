@@ -72,7 +72,9 @@ class Manifest:
         """
         path = directory / MANIFEST_NAME
         if not path.is_file():
-            raise CordError(f"{directory} has no {MANIFEST_NAME}: the shards are incomplete or absent; make them with tools/synthesize.py")
+            raise CordError(
+                f"{directory} has no {MANIFEST_NAME}: the shards are incomplete or absent; make them with tools/synthesize.py"
+            )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != _FORMAT:
@@ -88,4 +90,6 @@ class Manifest:
             )
         except (ValueError, KeyError, TypeError) as error:
             reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            raise CordError(f"{path} is not a manifest of shards ({reason}); delete the directory and make the shards again") from error
+            raise CordError(
+                f"{path} is not a manifest of shards ({reason}); delete the directory and make the shards again"
+            ) from error

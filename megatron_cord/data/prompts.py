@@ -49,7 +49,9 @@ class PromptBuilder:
         CordError: a directory without a tokenizer, or a chat template without one placeholder for a clip.
     """
 
-    def __init__(self, checkpoint_dir: str | Path, *, long_audio: LongAudio = "error", features: FeatureBackend = "torch") -> None:
+    def __init__(
+        self, checkpoint_dir: str | Path, *, long_audio: LongAudio = "error", features: FeatureBackend = "torch"
+    ) -> None:
         directory = Path(checkpoint_dir)
         self._directory, self._long_audio = directory, long_audio
         self._tokenizer = load_tokenizer(directory)
@@ -63,7 +65,9 @@ class PromptBuilder:
         self.special_ids = tuple(sorted({*self._tokenizer.special_ids, *tokenless} - set(self.eos_ids)))
         self._template: str | None = None
         self._features: FeatureConfig | None = None
-        self._heard: WeakKeyDictionary[Sample, Prompt] = WeakKeyDictionary()  # each sample's features are made once, as long as it is held
+        self._heard: WeakKeyDictionary[Sample, Prompt] = (
+            WeakKeyDictionary()
+        )  # each sample's features are made once, as long as it is held
         self._hearing = threading.Lock()
         if self._arch.encoder is not None:
             self._features = self._find_features(directory)
@@ -101,7 +105,9 @@ class PromptBuilder:
         if not samples:
             return []
         if self._features is None:
-            raise CordError(f"sample {samples[0].id}: a {self._arch.model_type} model takes no audio; choose a checkpoint that hears")
+            raise CordError(
+                f"sample {samples[0].id}: a {self._arch.model_type} model takes no audio; choose a checkpoint that hears"
+            )
         windows = [(sample, waveform) for sample in samples for waveform in self._windows(sample, self._features)]
         rates = [sample.sampling_rate for sample, _ in windows]
         features = self._extract([waveform for _, waveform in windows], [sample.id for sample, _ in windows], rates)
@@ -110,13 +116,19 @@ class PromptBuilder:
             tokens = self._arch.num_audio_tokens(heard.num_frames)
             if tokens < _FEWEST_AUDIO_TOKENS:
                 seconds = len(waveform) / sample.sampling_rate
-                raise CordError(f"sample {sample.id}: audio of {seconds:.2f} s is too short for the encoder; drop the sample")
-            clips[id(sample)].append(AudioClip(waveform=waveform, features=heard.log_mel, num_frames=heard.num_frames, num_tokens=tokens))
+                raise CordError(
+                    f"sample {sample.id}: audio of {seconds:.2f} s is too short for the encoder; drop the sample"
+                )
+            clips[id(sample)].append(
+                AudioClip(waveform=waveform, features=heard.log_mel, num_frames=heard.num_frames, num_tokens=tokens)
+            )
         return [self._prompt_of_clips(sample, clips[id(sample)]) for sample in samples]
 
     def _prompt_of_clips(self, sample: Sample, clips: Sequence[AudioClip]) -> Prompt:
         first, *others = self._around_audio(len(clips), sample.instruction)
-        self._refuse_unknown_words(sample, sample.instruction or "", [*first, *(index for after in others for index in after)])
+        self._refuse_unknown_words(
+            sample, sample.instruction or "", [*first, *(index for after in others for index in after)]
+        )
         ids = [*first]
         for clip, after in zip(clips, others, strict=True):
             ids += [self._arch.audio_token_id or 0] * clip.num_tokens + after
@@ -136,7 +148,9 @@ class PromptBuilder:
             )
         starts = list(range(0, len(audio), longest))
         enough = next(frames for frames in count(1) if self._arch.num_audio_tokens(frames) >= _FEWEST_AUDIO_TOKENS)
-        starts[-1] = min(starts[-1], len(audio) - enough * features.hop_length)  # a rest too short to hear takes from its neighbour
+        starts[-1] = min(
+            starts[-1], len(audio) - enough * features.hop_length
+        )  # a rest too short to hear takes from its neighbour
         return [audio[start:end] for start, end in zip(starts, [*starts[1:], len(audio)], strict=True)]
 
     def _longest(self, features: FeatureConfig) -> int:
@@ -159,7 +173,9 @@ class PromptBuilder:
         unknown = self._tokenizer.unknown_id
         if unknown is not None and unknown in ids:
             words = [word for word in text.split() if unknown in self._tokenizer.encode(word)]
-            raise CordError(f"sample {sample.id}: words outside the model's vocabulary: {', '.join(words[:8])}; rephrase the question")
+            raise CordError(
+                f"sample {sample.id}: words outside the model's vocabulary: {', '.join(words[:8])}; rephrase the question"
+            )
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text, without any special token added."""
@@ -167,7 +183,11 @@ class PromptBuilder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
-        known = [index for index in ids if index < self._tokens and index not in self.special_ids and index not in self.eos_ids]
+        known = [
+            index
+            for index in ids
+            if index < self._tokens and index not in self.special_ids and index not in self.eos_ids
+        ]
         return self._tokenizer.decode(known)
 
     def text_of(self, ids: Sequence[int]) -> str | None:
@@ -230,7 +250,9 @@ class PromptBuilder:
         if isinstance(self._tokenizer, HuggingFaceTokenizer) and self._tokenizer.hears:
             features = FeatureConfig.from_checkpoint(directory)
         else:
-            features = FeatureConfig(n_mels=encoder.num_mels, n_samples=encoder.window_frames * FeatureConfig.hop_length)
+            features = FeatureConfig(
+                n_mels=encoder.num_mels, n_samples=encoder.window_frames * FeatureConfig.hop_length
+            )
         if (features.n_mels, features.max_frames) != (encoder.num_mels, encoder.window_frames):
             raise CordError(
                 f"{directory}: the feature extractor makes {features.n_mels} mel bands and {features.max_frames} frames, the encoder "
@@ -243,7 +265,9 @@ class PromptBuilder:
         if (directory / "generation_config.json").exists():
             eos = GenerationConfig.from_pretrained(directory).eos_token_id or eos
         if eos is None:
-            raise CordError(f"{directory}: neither tokenizer nor generation_config.json says what ends a response; set eos_token_id there")
+            raise CordError(
+                f"{directory}: neither tokenizer nor generation_config.json says what ends a response; set eos_token_id there"
+            )
         return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
 
 

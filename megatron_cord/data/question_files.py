@@ -57,7 +57,9 @@ class Reject:
     reason: str
 
 
-def read_questions(path: str | Path, *, question: str = "question", answer: str = "answer") -> tuple[list[WrittenQuestion], list[Reject]]:
+def read_questions(
+    path: str | Path, *, question: str = "question", answer: str = "answer"
+) -> tuple[list[WrittenQuestion], list[Reject]]:
     """All questions of a file, in its order, and what is wrong with the others.
 
     Args:
@@ -83,7 +85,9 @@ def read_questions(path: str | Path, *, question: str = "question", answer: str 
         questions.append(result)
     if not questions:
         first = f"; {rejects[0].id}: {rejects[0].reason}" if rejects else ": it is empty"
-        raise CordError(f"{path} has no usable question{first}; write one JSON object a line, with a field {question!r}")
+        raise CordError(
+            f"{path} has no usable question{first}; write one JSON object a line, with a field {question!r}"
+        )
     return questions, rejects
 
 
@@ -91,7 +95,9 @@ def _question(place: str, row: dict[str, Any], question: str, answer: str) -> Wr
     name = row.get("id")
     name = place.replace(" ", "-") if name is None else str(name)
     if not _ID.fullmatch(name):
-        return Reject(place, f"its id {name[:40]!r} has other characters than letters, digits, '_', '+' and '-', or too many")
+        return Reject(
+            place, f"its id {name[:40]!r} has other characters than letters, digits, '_', '+' and '-', or too many"
+        )
     text = row.get(question)
     if not isinstance(text, str) or not text.strip():
         fields = ", ".join(sorted(row)) or "none"
@@ -109,8 +115,14 @@ def _question(place: str, row: dict[str, Any], question: str, answer: str) -> Wr
     return _with_choices(name, text.strip(), gold, solution, choices)
 
 
-def _with_choices(name: str, text: str, gold: str | None, solution: str | None, choices: Any) -> WrittenQuestion | Reject:
-    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS) or not all(isinstance(c, str) and c.strip() for c in choices):
+def _with_choices(
+    name: str, text: str, gold: str | None, solution: str | None, choices: Any
+) -> WrittenQuestion | Reject:
+    if (
+        not isinstance(choices, list)
+        or not 2 <= len(choices) <= len(LETTERS)
+        or not all(isinstance(c, str) and c.strip() for c in choices)
+    ):
         return Reject(name, f"its choices are not 2 to {len(LETTERS)} texts")
     letters = LETTERS[: len(choices)]
     if gold is not None and gold not in letters:
@@ -122,7 +134,9 @@ def _with_choices(name: str, text: str, gold: str | None, solution: str | None, 
 
 def lettered(choices: Sequence[str]) -> str:
     """Choices as they are read out: "A. iron. B. wood."."""
-    return " ".join(f"{letter}. {choice.strip().rstrip('.')}." for letter, choice in zip(LETTERS, choices, strict=False))
+    return " ".join(
+        f"{letter}. {choice.strip().rstrip('.')}." for letter, choice in zip(LETTERS, choices, strict=False)
+    )
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
@@ -140,7 +154,9 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
     elif path.suffix == ".parquet" or path.is_dir():
         yield from _table_rows(path)
     else:
-        raise CordError(f"{path}: unknown kind of file; give .jsonl, .parquet, or a directory of .parquet or .arrow files")
+        raise CordError(
+            f"{path}: unknown kind of file; give .jsonl, .parquet, or a directory of .parquet or .arrow files"
+        )
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:

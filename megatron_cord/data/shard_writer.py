@@ -35,12 +35,16 @@ class ShardWriter:
         source: the arguments that the samples are made with, kept in the manifest.
     """
 
-    def __init__(self, directory: str | Path, *, shard_size: int = 512, source: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, directory: str | Path, *, shard_size: int = 512, source: Mapping[str, Any] | None = None
+    ) -> None:
         if shard_size < 1:
             raise CordError(f"shard_size is {shard_size}; a shard holds at least one sample")
         self._directory = Path(directory)
         if (self._directory / MANIFEST_NAME).exists():
-            raise CordError(f"{directory} holds a complete set of shards already; delete it or choose another directory")
+            raise CordError(
+                f"{directory} holds a complete set of shards already; delete it or choose another directory"
+            )
         self._shard_size = shard_size
         self._source = dict(source or {})
         self._pending: list[dict[str, Any]] = []
@@ -71,7 +75,9 @@ class ShardWriter:
             self._flush()
         if not self._shards:
             raise CordError(f"{self._directory}: no samples to write; ask for at least one")
-        manifest = Manifest(tuple(self._shards), dict(sorted(self._voices.items())), round(self._seconds, 3), self._source)
+        manifest = Manifest(
+            tuple(self._shards), dict(sorted(self._voices.items())), round(self._seconds, 3), self._source
+        )
         with disk_errors(self._directory):
             for path in self._directory.glob("shard-*.tar"):
                 if path.name not in {shard.name for shard in self._shards}:
@@ -119,7 +125,9 @@ def write_shard(path: Path, samples: Sequence[Mapping[str, Any]]) -> ShardEntry:
     Raises:
         CordError: the disk is full or may not be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # an orphan of a killed run may still be writing its own
+    temporary = path.with_name(
+        f".{path.name}.{os.getpid()}.partial"
+    )  # an orphan of a killed run may still be writing its own
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

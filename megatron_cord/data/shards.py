@@ -79,7 +79,9 @@ class ShardDataset:
             samples at all.
     """
 
-    def __init__(self, path: str | Path, *, max_skipped: float = 0.0, longest: int | None = None, verify: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, *, max_skipped: float = 0.0, longest: int | None = None, verify: bool = False
+    ) -> None:
         self._entries: list[_Entry] = []
         self.skipped: list[Skipped] = []
         seen: dict[str, Path] = {}
@@ -90,7 +92,9 @@ class ShardDataset:
                 continue
             for found, item in enumerate(_index(shard, longest)):
                 if isinstance(item, _Entry) and item.id in seen:
-                    item = Skipped(item.where, f"{item.where} is in {seen[item.id]} too; ids must be unique: remove one of them")
+                    item = Skipped(
+                        item.where, f"{item.where} is in {seen[item.id]} too; ids must be unique: remove one of them"
+                    )
                 if isinstance(item, Skipped):
                     if item.place == str(shard) and listed:  # the rest of a shard that ends too early
                         item = replace(item, samples=max(1, listed.samples - found))
@@ -134,7 +138,9 @@ class ShardDataset:
                 file.seek(entry.wav_offset)
                 waveform = decode_wav(file.read(entry.wav_size), entry.where)
         except OSError as error:
-            raise CordError(f"{entry.where}: cannot be read ({error.strerror}); the shard must stay in place during a run") from error
+            raise CordError(
+                f"{entry.where}: cannot be read ({error.strerror}); the shard must stay in place during a run"
+            ) from error
         return Sample(
             id=entry.id,
             question=texts["question"],
@@ -204,7 +210,9 @@ def _index(shard: Path, longest: int | None) -> Iterator[_Entry | Skipped]:
         yield Skipped(str(shard), f"{shard} {problem}")
 
 
-def _checked(file: BinaryIO, shard: Path, key: str, members: dict[str, tarfile.TarInfo], longest: int | None) -> _Entry | Skipped:
+def _checked(
+    file: BinaryIO, shard: Path, key: str, members: dict[str, tarfile.TarInfo], longest: int | None
+) -> _Entry | Skipped:
     where = f"{shard}: sample {key}"
     if "json" not in members:
         return Skipped(where, f"{where} has no text ({key}.json is missing); add it or remove the sample")
@@ -220,7 +228,8 @@ def _checked(file: BinaryIO, shard: Path, key: str, members: dict[str, tarfile.T
         return Skipped(where, str(error))
     if longest is not None and samples > longest:
         return Skipped(
-            where, f"{where} has {samples / SAMPLING_RATE:.2f} s of audio, the longest allowed are {longest / SAMPLING_RATE:.2f} s"
+            where,
+            f"{where} has {samples / SAMPLING_RATE:.2f} s of audio, the longest allowed are {longest / SAMPLING_RATE:.2f} s",
         )
     return entry
 
@@ -234,7 +243,12 @@ def _members(file: BinaryIO, shard: Path) -> tuple[list[tarfile.TarInfo], str | 
                 end = member.offset_data + (-(-member.size // _BLOCK) * _BLOCK if member.isreg() else 0)
                 if member.isreg() and member.offset_data + member.size <= size:
                     members.append(member)
-    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:  # the last three: numbers in a damaged header
+    except (
+        tarfile.TarError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+    ) as error:  # the last three: numbers in a damaged header
         return members, f"is truncated or not a tar file ({error}); restore it or make the shards again"
     # tarfile takes a damaged header for the end; a real end is two blocks of zeros.
     file.seek(end)

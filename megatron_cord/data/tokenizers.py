@@ -95,7 +95,9 @@ class HuggingFaceTokenizer:
     def render(self, turns: Turns, template: str | None = None) -> str:
         """See `Tokenizer`."""
         if template is not None:
-            return self._tokenizer.apply_chat_template(turns, chat_template=template, add_generation_prompt=True, tokenize=False)
+            return self._tokenizer.apply_chat_template(
+                turns, chat_template=template, add_generation_prompt=True, tokenize=False
+            )
         # Some processors, such as Voxtral's, do not see the template that their tokenizer has.
         owner = next((part for part in (self._processor, self._tokenizer) if part.chat_template), None)
         if owner is None:
@@ -129,7 +131,9 @@ class SentencePieceTokenizer:
         try:
             self._model.Load(str(path))
         except (OSError, RuntimeError) as error:
-            raise CordError(f"{path} is not a sentencepiece model ({' '.join(str(error).split())}); download it again") from None
+            raise CordError(
+                f"{path} is not a sentencepiece model ({' '.join(str(error).split())}); download it again"
+            ) from None
         self.special_ids = frozenset(index for index in range(len(self)) if self._is_mark(index))
         self.eos_id = _present(self._model.eos_id())
         self.pad_id = _present(self._model.pad_id())
@@ -176,11 +180,13 @@ def load_tokenizer(directory: str | Path) -> HuggingFaceTokenizer | SentencePiec
         return HuggingFaceTokenizer(AutoProcessor.from_pretrained(path), path)
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]
-        raise CordError(f"{path}: no processor or configuration to load ({first_line}); give a checkpoint directory") from error
+        raise CordError(
+            f"{path}: no processor or configuration to load ({first_line}); give a checkpoint directory"
+        ) from error
 
 
 def _present(index: int) -> int | None:
-    """sentencepiece says -1 for a token that the model lacks."""
+    """Sentencepiece says -1 for a token that the model lacks."""
     return None if index < 0 else index
 
 

@@ -93,7 +93,11 @@ def _check_length(samples: int, size: int, where: str) -> None:
 def _open_wav(file: BinaryIO, where: str) -> wave.Wave_read:
     try:
         recording = wave.Wave_read(file)
-    except (wave.Error, EOFError, RuntimeError) as error:  # the module raises a bare RuntimeError for some damaged headers
+    except (
+        wave.Error,
+        EOFError,
+        RuntimeError,
+    ) as error:  # the module raises a bare RuntimeError for some damaged headers
         raise CordError(f"{where}: not a PCM WAV file ({str(error) or 'it ends too early'}); {_ADVICE}") from error
     if recording.getsampwidth() != 2:
         raise CordError(f"{where}: audio has {8 * recording.getsampwidth()} bits a sample; {_ADVICE}")

@@ -95,7 +95,9 @@ class Answers:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise CordError(f"{self.path}: cannot be written ({error.strerror}); make room, and call again: answers are kept") from None
+            raise CordError(
+                f"{self.path}: cannot be written ({error.strerror}); make room, and call again: answers are kept"
+            ) from None
 
     def _read(self) -> None:
         content = self.path.read_bytes()
@@ -110,14 +112,20 @@ class Answers:
         try:
             begun = json.loads(header)
             changed = sorted(
-                name for name in self._header if begun[name] != self._header[name] and not (name == "model" and self._any_model)
+                name
+                for name in self._header
+                if begun[name] != self._header[name] and not (name == "model" and self._any_model)
             )
             answers = [json.loads(line) for line in lines]
-            self.done = {a["id"]: Answered(**a | {"tokens": tuple(a["tokens"]), "cut": tuple(a["cut"])}) for a in answers}
+            self.done = {
+                a["id"]: Answered(**a | {"tokens": tuple(a["tokens"]), "cut": tuple(a["cut"])}) for a in answers
+            }
         except (ValueError, KeyError, TypeError) as error:
             raise CordError(f"{self.path} is damaged ({error}); delete it, and its questions are asked again") from None
         if changed:
-            raise CordError(f"{self.path} holds answers for other {' and '.join(changed)}; delete it, or choose another output_dir")
+            raise CordError(
+                f"{self.path} holds answers for other {' and '.join(changed)}; delete it, or choose another output_dir"
+            )
 
 
 def answer_set(
@@ -147,7 +155,9 @@ def answer_set(
         progress(len(made))
 
 
-def _ask(questions: Sequence[Question], max_new_tokens: int, prompts: PromptBuilder, engine: RolloutEngine) -> Iterator[Answered]:
+def _ask(
+    questions: Sequence[Question], max_new_tokens: int, prompts: PromptBuilder, engine: RolloutEngine
+) -> Iterator[Answered]:
     requests: list[GenerationRequest] = []
     rejects: dict[str, str] = {}
     for question in questions:

@@ -148,13 +148,19 @@ def _question(name: str, fields: _Fields, root: Path) -> Question:
     audio = None if fields.audio is None else _recording(fields.audio, root, name)
     if text is None and audio is None:
         raise _Unusable("it has neither text nor recording")
-    return Question(name, answer, text, audio, choices, fields.instruction, None if fields.group is None else str(fields.group))
+    return Question(
+        name, answer, text, audio, choices, fields.instruction, None if fields.group is None else str(fields.group)
+    )
 
 
 def _choices(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= len(LETTERS) or not all(isinstance(v, str) for v in value):
+    if (
+        not isinstance(value, (list, tuple))
+        or not 2 <= len(value) <= len(LETTERS)
+        or not all(isinstance(v, str) for v in value)
+    ):
         raise _Unusable(f"its choices are not 2 to {len(LETTERS)} texts")
     return tuple(value)
 
@@ -176,7 +182,9 @@ def _recording(value: Any, root: Path, name: str) -> Callable[[], np.ndarray]:
         try:
             return decode_audio(file.read_bytes(), str(file))
         except OSError as error:
-            raise CordError(f"{file}: cannot be read ({error.strerror}); is evaluation.sets.….audio_root right?") from None
+            raise CordError(
+                f"{file}: cannot be read ({error.strerror}); is evaluation.sets.….audio_root right?"
+            ) from None
 
     return read
 
@@ -213,7 +221,9 @@ def _mmau(row: dict[str, Any]) -> _Fields:
     if not isinstance(question, str) or choices is None:
         raise _Unusable(f"it has no 'question' with 'choices' (its fields: {', '.join(sorted(map(str, row)))[:200]})")
     instruction = f"{question.strip()} {lettered(_choices(choices))}"
-    return _Fields(None, row.get("audio_id", row.get("audio")), row.get("answer"), choices, instruction, row.get("task"))
+    return _Fields(
+        None, row.get("audio_id", row.get("audio")), row.get("answer"), choices, instruction, row.get("task")
+    )
 
 
 def _big_bench_audio(row: dict[str, Any]) -> _Fields:

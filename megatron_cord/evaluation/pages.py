@@ -42,7 +42,9 @@ def write_pages(directory: Path, result: Mapping[str, Any], rows: Mapping[str, S
 def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, head and lines of each table that the result has something for."""
     sets = result["sets"]
-    made = [("Accuracy", ["set", "questions", "text", "audio", "gap", "p"], [_accuracy_line(n, r) for n, r in sets.items()])]
+    made = [
+        ("Accuracy", ["set", "questions", "text", "audio", "gap", "p"], [_accuracy_line(n, r) for n, r in sets.items()])
+    ]
     total = result["overall"]
     if len(total.get("sets", ())) > 1:
         made[0][2].append(["mean", "", percent(total["text"]), percent(total["audio"]), points(total["gap"]), ""])
@@ -51,7 +53,15 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[st
         lines = [_gap_line(name, change) for name, change in changes.items()]
         if len(changes) > 1 and "change" in total:
             lines.append(_gap_line("mean", total["change"]))
-        head = ["set", "gap before", "gap after", "gap closed", "audio: right now, not before", "audio: right before, not now", "p"]
+        head = [
+            "set",
+            "gap before",
+            "gap after",
+            "gap closed",
+            "audio: right now, not before",
+            "audio: right before, not now",
+            "p",
+        ]
         made.append((f"The gap since {result['baseline']}, to its text accuracy", head, lines))
     if result["forgetting"]:
         lines = [
@@ -78,14 +88,20 @@ def markdown(result: Mapping[str, Any]) -> str:
     parts = [f"# Evaluation of {result['model']}", ""]
     for title, head, lines in tables(result):
         parts += [f"## {title}", "", _row(head), _row(["---"] * len(head)), *map(_row, lines), ""]
-    return "\n".join([*parts, "Intervals: 95 %, paired bootstrap over questions. p: McNemar's exact test, two-sided.", ""])
+    return "\n".join(
+        [*parts, "Intervals: 95 %, paired bootstrap over questions. p: McNemar's exact test, two-sided.", ""]
+    )
 
 
 def html(result: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> str:
     """The page. What models said is untrusted text: the template escapes it."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     examples = {name: _examples(some) for name, some in rows.items()}
-    return environment.get_template("results.html").render(result=result, tables=tables(result), examples=examples, ways=WAYS)
+    return environment.get_template("results.html").render(
+        result=result, tables=tables(result), examples=examples, ways=WAYS
+    )
 
 
 def percent(value: float) -> str:
@@ -126,8 +142,16 @@ def _accuracy_line(name: str, result: Mapping[str, Any]) -> list[str]:
 
 def _gap_line(name: str, change: Mapping[str, Any]) -> list[str]:
     audio = change.get("audio")
-    gaps = [interval(change["gap_before"], points), interval(change["gap_after"], points), interval(change["gap_closed"])]
-    return [name, *gaps, *([str(audio["gained"]), str(audio["lost_answers"]), p_value(audio["p"])] if audio else ["", "", ""])]
+    gaps = [
+        interval(change["gap_before"], points),
+        interval(change["gap_after"], points),
+        interval(change["gap_closed"]),
+    ]
+    return [
+        name,
+        *gaps,
+        *([str(audio["gained"]), str(audio["lost_answers"]), p_value(audio["p"])] if audio else ["", "", ""]),
+    ]
 
 
 def _examples(rows: Sequence[Row]) -> list[Row]:

@@ -41,5 +41,11 @@ class Question:
         """For the audio prompt; reads the recording."""
         assert self.audio is not None
         return Sample(
-            self.id, self.text or "", self.audio(), SAMPLING_RATE, self.answer, choices=self.choices, instruction=self.instruction
+            self.id,
+            self.text or "",
+            self.audio(),
+            SAMPLING_RATE,
+            self.answer,
+            choices=self.choices,
+            instruction=self.instruction,
         )

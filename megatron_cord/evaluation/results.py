@@ -60,7 +60,9 @@ def score_set(answers: Answers, comparer: Comparer | None) -> tuple[list[Row], l
     return rows, rejects
 
 
-def set_result(rows: Sequence[Row], rejects: Sequence[Reject], before: Sequence[Row] | None = None, seed: int = 0) -> dict[str, Any]:
+def set_result(
+    rows: Sequence[Row], rejects: Sequence[Reject], before: Sequence[Row] | None = None, seed: int = 0
+) -> dict[str, Any]:
     """One set's result.
 
     Args:
@@ -98,7 +100,9 @@ def set_result(rows: Sequence[Row], rejects: Sequence[Reject], before: Sequence[
 
 
 def overall(
-    results: Mapping[str, Mapping[str, Any]], rows: Mapping[str, Sequence[Row]], before: Mapping[str, Sequence[Row]] | None
+    results: Mapping[str, Mapping[str, Any]],
+    rows: Mapping[str, Sequence[Row]],
+    before: Mapping[str, Sequence[Row]] | None,
 ) -> dict[str, Any]:
     """Means over the sets that are both read and heard, each set counting alike: of the accuracies, the gap, and the gap closed since `before`."""
     names = [name for name, result in results.items() if "gap" in result]
@@ -137,7 +141,9 @@ def _change(before: Sequence[Row], after: Sequence[Row], seed: int) -> dict[str,
     earlier = {row["id"]: row for row in before}
     for way in WAYS:
         key = f"{way}_correct"
-        pairs = [(earlier[row["id"]][key], row[key]) for row in after if key in row and key in earlier.get(row["id"], {})]
+        pairs = [
+            (earlier[row["id"]][key], row[key]) for row in after if key in row and key in earlier.get(row["id"], {})
+        ]
         if pairs:
             was, now = np.array(pairs).T
             draws = paired_draws(np.array(pairs), seed)
@@ -168,11 +174,17 @@ def _gap_change(text: float, audio: float, audio_after: float, draws: np.ndarray
 
 
 def _paired(before: Sequence[Row], after: Sequence[Row]) -> np.ndarray:
-    """bool [questions, 4]: text before and after, audio before and after, of what both evaluations asked in both ways."""
+    """Bool [questions, 4]: text before and after, audio before and after, of what both evaluations asked in both ways."""
     earlier = {row["id"]: row for row in before}
     keys = ("text_correct", "audio_correct")
     pairs = [(earlier[row["id"]], row) for row in after if row["id"] in earlier]
-    return np.array([[side[key] for key in keys for side in pair] for pair in pairs if all(key in side for key in keys for side in pair)])
+    return np.array(
+        [
+            [side[key] for key in keys for side in pair]
+            for pair in pairs
+            if all(key in side for key in keys for side in pair)
+        ]
+    )
 
 
 def _groups(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:

@@ -30,7 +30,11 @@ class Score:
 
 
 def score_responses(
-    gold: Sequence[str], choices: Sequence[Sequence[str]], responses: Sequence[str], questions: Sequence[str], comparer: Comparer | None
+    gold: Sequence[str],
+    choices: Sequence[Sequence[str]],
+    responses: Sequence[str],
+    questions: Sequence[str],
+    comparer: Comparer | None,
 ) -> list[Score]:
     """One score each, in the same order.
 

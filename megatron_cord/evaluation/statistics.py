@@ -47,7 +47,9 @@ def paired_draws(outcomes: np.ndarray, seed: int = 0) -> np.ndarray:
         float64 [RESAMPLES, K].
     """
     kinds, counts = np.unique(outcomes, axis=0, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(outcomes), counts / len(outcomes), size=RESAMPLES) / len(outcomes)
+    drawn = np.random.default_rng(seed).multinomial(len(outcomes), counts / len(outcomes), size=RESAMPLES) / len(
+        outcomes
+    )
     return drawn @ kinds
 
 
@@ -74,5 +76,8 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     differing = gained + lost
     if differing == 0:
         return 1.0
-    logs = [math.lgamma(differing + 1) - math.lgamma(k + 1) - math.lgamma(differing - k + 1) for k in range(min(gained, lost) + 1)]
+    logs = [
+        math.lgamma(differing + 1) - math.lgamma(k + 1) - math.lgamma(differing - k + 1)
+        for k in range(min(gained, lost) + 1)
+    ]
     return min(1.0, 2.0 * sum(math.exp(value - differing * math.log(2.0)) for value in logs))

@@ -48,9 +48,19 @@ class Suite:
         CordError: a set that cannot be read.
     """
 
-    def __init__(self, config: SuiteConfig, prompts: PromptBuilder, directory: Path, *, comparer: Comparer | None, writes: bool) -> None:
-        self._config, self._prompts, self._root, self._comparer, self._writes = config, prompts, directory, comparer, writes
-        self._sets: dict[str, tuple[list[Question], list[Reject]]] = {name: load_set(given) for name, given in config.sets.items()}
+    def __init__(
+        self, config: SuiteConfig, prompts: PromptBuilder, directory: Path, *, comparer: Comparer | None, writes: bool
+    ) -> None:
+        self._config, self._prompts, self._root, self._comparer, self._writes = (
+            config,
+            prompts,
+            directory,
+            comparer,
+            writes,
+        )
+        self._sets: dict[str, tuple[list[Question], list[Reject]]] = {
+            name: load_set(given) for name, given in config.sets.items()
+        }
         self._answers: dict[str, dict[str, Answers]] = {}
 
     def directory(self, label: str) -> Path:
@@ -147,7 +157,9 @@ class Suite:
             raise CordError(f"evaluation.baseline: {path} does not exist; evaluate that model on the same sets first")
         earlier = Answers(path, "", questions, self._config.max_new_tokens, any_model=True)
         if earlier.missing:
-            raise CordError(f"evaluation.baseline: {path} lacks {len(earlier.missing)} answers; finish that evaluation first")
+            raise CordError(
+                f"evaluation.baseline: {path} lacks {len(earlier.missing)} answers; finish that evaluation first"
+            )
         return score_set(earlier, self._comparer)[0]
 
     def _bound(self, name: str, rejects: Sequence[Reject], total: int, directory: Path) -> None:

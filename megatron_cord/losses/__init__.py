@@ -5,9 +5,19 @@ collective), then the shortest way from hidden states to gradients, ``recompute`
 ``backends`` and ``products`` are about speed alone, ``choice`` and ``checks`` about arguments. ``token_weights`` and ``policy_gradient`` stand by themselves.
 """
 
-from megatron_cord.losses.divergence import TokenStats, divergence_from_hidden, divergence_from_logits, token_logprobs_from_hidden
+from megatron_cord.losses.divergence import (
+    TokenStats,
+    divergence_from_hidden,
+    divergence_from_logits,
+    token_logprobs_from_hidden,
+)
 from megatron_cord.losses.fused import LossWeights
-from megatron_cord.losses.policy_gradient import group_advantages, has_signal, policy_gradient_loss, truncated_importance_weights
+from megatron_cord.losses.policy_gradient import (
+    group_advantages,
+    has_signal,
+    policy_gradient_loss,
+    truncated_importance_weights,
+)
 from megatron_cord.losses.token_weights import TOKEN_WEIGHTS, TokenWeightsConfig, cord_token_weights, token_weights
 
 __all__ = [

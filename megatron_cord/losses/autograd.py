@@ -18,14 +18,16 @@ from torch.autograd.function import once_differentiable
 from megatron_cord.losses.backends import Weights
 from megatron_cord.losses.shard import StoredLogits, VocabularyShard
 from megatron_cord.losses.statistics import Totals
-from megatron_cord.memory import fresh
+from megatron_cord.parallel.memory import fresh
 
 
 class DivergenceFromLogits(torch.autograd.Function):
     """apply(student_logits [N, V/TP], teacher_logits [N, V/TP], target_ids [N], shard) → Totals as a tuple."""
 
     @staticmethod
-    def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor, target_ids: Tensor, shard: VocabularyShard) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, student_logits: Tensor, teacher_logits: Tensor, target_ids: Tensor, shard: VocabularyShard
+    ) -> tuple[Tensor, ...]:
         totals = shard.totals(StoredLogits(student_logits, teacher_logits), target_ids)
         ctx.shard = shard
         ctx.save_for_backward(student_logits, teacher_logits, target_ids, *totals)

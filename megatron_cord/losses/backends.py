@@ -80,12 +80,17 @@ class EagerBackend:
     def statistics(
         self, student: Tensor, teacher: Tensor, target: Tensor, kind: Kind, temperature: float, dtype: torch.dtype
     ) -> Statistics:
-        parts = [self._statistics(student[rows], teacher[rows], target[rows], kind, temperature, dtype) for rows in self._tiles(student)]
+        parts = [
+            self._statistics(student[rows], teacher[rows], target[rows], kind, temperature, dtype)
+            for rows in self._tiles(student)
+        ]
         return parts[0] if len(parts) == 1 else Statistics(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
     def second_sums(self, student: Tensor, teacher: Tensor, totals: Totals, kind: Kind, temperature: float) -> Tensor:
         tiles = self._tiles(student)
-        parts = [self._second_sums(student[rows], teacher[rows], _rows(totals, rows), kind, temperature) for rows in tiles]
+        parts = [
+            self._second_sums(student[rows], teacher[rows], _rows(totals, rows), kind, temperature) for rows in tiles
+        ]
         return torch.cat(parts, dim=1)
 
     def gradient(
@@ -101,7 +106,9 @@ class EagerBackend:
     ) -> None:
         for rows in self._tiles(student):
             mine = weights_of(weights, rows)
-            self._gradient(student[rows], teacher[rows], target[rows], _rows(totals, rows), kind, temperature, mine, out[rows])
+            self._gradient(
+                student[rows], teacher[rows], target[rows], _rows(totals, rows), kind, temperature, mine, out[rows]
+            )
 
     def _tiles(self, block: Tensor) -> Iterator[slice]:
         num_tokens, columns = block.shape
@@ -131,7 +138,9 @@ def backend_named(name: str, device: torch.device, elements: int = 0) -> Backend
         _announce(name)
     if name == "triton":
         if not _triton_is_installed():
-            raise CordError("backend triton needs the package triton, which is not installed here; choose eager or compile")
+            raise CordError(
+                "backend triton needs the package triton, which is not installed here; choose eager or compile"
+            )
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise CordError(f"backend triton needs CUDA tensors, but these are on {device}; choose eager or compile")
         return _triton()
@@ -148,7 +157,9 @@ def _rows(totals: Totals, rows: slice) -> Totals:
     return Totals(*(field[rows] for field in totals))
 
 
-def _upcast_statistics(student: Tensor, teacher: Tensor, target: Tensor, kind: Kind, temperature: float, dtype: torch.dtype) -> Statistics:
+def _upcast_statistics(
+    student: Tensor, teacher: Tensor, target: Tensor, kind: Kind, temperature: float, dtype: torch.dtype
+) -> Statistics:
     return block_statistics(student.to(dtype), teacher.to(dtype), target, kind, temperature)
 
 

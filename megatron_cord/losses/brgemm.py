@@ -27,7 +27,7 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @cache
 def bfloat16_product() -> Product | None:
-    """left [C, H] · right [K, H]ᵀ into out [C, K] of fp32, rows of each contiguous and H even; None where there is no way to it."""
+    """Left [C, H] · right [K, H]ᵀ into out [C, K] of fp32, rows of each contiguous and H even; None where there is no way to it."""
     try:
         function = _load()
     except (OSError, subprocess.CalledProcessError) as error:
@@ -58,7 +58,9 @@ def _load() -> Callable[..., int]:
         target = Path(directory) / "brgemm.so"
         compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
         source = Path(__file__).with_suffix(".cpp")
-        subprocess.run([*compiler, source, "-o", target, f"-L{libraries}", "-ltorch_cpu", "-lc10"], check=True, capture_output=True)
+        subprocess.run(
+            [*compiler, source, "-o", target, f"-L{libraries}", "-ltorch_cpu", "-lc10"], check=True, capture_output=True
+        )
         function = ctypes.CDLL(str(target), mode=os.RTLD_NOW).bfloat16_product
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [pointer] * 3 + [size] * 6 + [ctypes.c_int]

@@ -27,7 +27,9 @@ def check_targets(target_ids: Tensor, num_tokens: int, vocab_size: int) -> None:
     if target_ids.dtype != torch.int64:
         raise CordError(f"target_ids must be int64, but is {target_ids.dtype}")
     if tuple(target_ids.shape) != (num_tokens,):
-        raise CordError(f"target_ids must have shape [{num_tokens}], one for each token, but has {list(target_ids.shape)}")
+        raise CordError(
+            f"target_ids must have shape [{num_tokens}], one for each token, but has {list(target_ids.shape)}"
+        )
     outside = (target_ids < 0) | (target_ids >= vocab_size)
     if outside.any():
         index = first_index(outside)
@@ -59,7 +61,9 @@ def check_distributions(totals: Totals) -> None:
         if broken.any():
             index = first_index(broken)
             problem = "−inf everywhere" if maximum[index] == -torch.inf else "NaN or +inf"
-            raise CordError(f"the {who}'s logits of token {index} are {problem}; look at its hidden states and output weights")
+            raise CordError(
+                f"the {who}'s logits of token {index} are {problem}; look at its hidden states and output weights"
+            )
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
@@ -69,7 +73,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
             f"cu_seqlens must be integers of shape [sequences + 1], but is {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
         )
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != num_tokens or bool((cu_seqlens.diff() < 0).any()):
-        raise CordError(f"cu_seqlens must rise from 0 to {num_tokens}, the number of tokens, but is {cu_seqlens.tolist()[:20]}")
+        raise CordError(
+            f"cu_seqlens must rise from 0 to {num_tokens}, the number of tokens, but is {cu_seqlens.tolist()[:20]}"
+        )
 
 
 def first_index(mask: Tensor) -> int:

@@ -44,7 +44,9 @@ def chosen_implementation(
     if implementation not in IMPLEMENTATIONS:
         raise CordError(f"implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "fused" and not has_loss_weights:
-        raise CordError("implementation fused needs loss_weights, the function that turns token scalars into the loss's weights")
+        raise CordError(
+            "implementation fused needs loss_weights, the function that turns token scalars into the loss's weights"
+        )
     needs_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
     if not needs_gradient:
         return "recompute"

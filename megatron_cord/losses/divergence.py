@@ -160,13 +160,17 @@ def divergence_from_hidden(
             f"student_weight has {student_weight.shape[0]} rows, but teacher_weight {teacher_weight.shape[0]}; they must share one vocabulary"
         )
     if student_hidden.shape[0] != teacher_hidden.shape[0]:
-        raise CordError(f"student_hidden has {student_hidden.shape[0]} tokens, but teacher_hidden {teacher_hidden.shape[0]}")
+        raise CordError(
+            f"student_hidden has {student_hidden.shape[0]} tokens, but teacher_hidden {teacher_hidden.shape[0]}"
+        )
     if sequence_parallel:
         student_hidden = gather_tokens(student_hidden, tp_group)
         teacher_hidden = gather_tokens(teacher_hidden.detach(), tp_group)
     rule, dtypes = kind_named(kind, beta=beta, k=k), {student_hidden.dtype, teacher_hidden.dtype}
     num_tokens, columns = student_hidden.shape[0], student_weight.shape[0]
-    shard = _shard(rule, temperature, vocab_size, tp_group, target_ids, num_tokens, columns, dtypes, backend, sequence_parallel)
+    shard = _shard(
+        rule, temperature, vocab_size, tp_group, target_ids, num_tokens, columns, dtypes, backend, sequence_parallel
+    )
     chunks = _chunks(target_ids, student_weight, chunk_tokens, cu_seqlens, shard.num_ranks)
     chosen = chosen_implementation(
         implementation,
@@ -175,7 +179,15 @@ def divergence_from_hidden(
         has_loss_weights=loss_weights is not None,
         buffer_itemsize=gradient_dtype(student_hidden, shard.dtype).itemsize,
     )
-    arguments = (student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(), target_ids, shard, chunks)
+    arguments = (
+        student_hidden,
+        student_weight,
+        teacher_hidden.detach(),
+        teacher_weight.detach(),
+        target_ids,
+        shard,
+        chunks,
+    )
     if chosen == "fused" and loss_weights is not None:
         promise = loss_weights
         outputs = Fused.apply(*arguments, lambda totals, rows: promise(_token_stats(totals, check_finite), rows))
@@ -212,7 +224,16 @@ def token_logprobs_from_hidden(
         hidden = gather_tokens(hidden, tp_group)
     num_tokens, columns = hidden.shape[0], weight.shape[0]
     shard = _shard(
-        NO_TEACHER, temperature, vocab_size, tp_group, target_ids, num_tokens, columns, {hidden.dtype}, backend, sequence_parallel
+        NO_TEACHER,
+        temperature,
+        vocab_size,
+        tp_group,
+        target_ids,
+        num_tokens,
+        columns,
+        {hidden.dtype},
+        backend,
+        sequence_parallel,
     )
     chunks = _chunks(target_ids, weight, chunk_tokens, None, shard.num_ranks)
     totals = Totals(*Recompute.apply(hidden, weight, None, None, target_ids, shard, chunks))
@@ -223,12 +244,16 @@ def _check_layer(who: str, hidden: Tensor, weight: Tensor, device: torch.device)
     check_matrix(f"{who}_hidden", hidden, device)
     check_matrix(f"{who}_weight", weight, device)
     if hidden.shape[1] != weight.shape[1]:
-        raise CordError(f"{who}_hidden has width {hidden.shape[1]}, but {who}_weight {weight.shape[1]}; they must be equal")
+        raise CordError(
+            f"{who}_hidden has width {hidden.shape[1]}, but {who}_weight {weight.shape[1]}; they must be equal"
+        )
     if hidden.dtype != weight.dtype:
         raise CordError(f"{who}_hidden is {hidden.dtype}, but {who}_weight {weight.dtype}; they must be of one type")
 
 
-def _chunks(target_ids: Tensor, weight: Tensor, chunk_tokens: int | None, cu_seqlens: Tensor | None, num_ranks: int) -> list[slice]:
+def _chunks(
+    target_ids: Tensor, weight: Tensor, chunk_tokens: int | None, cu_seqlens: Tensor | None, num_ranks: int
+) -> list[slice]:
     if chunk_tokens is not None and chunk_tokens < 1:
         raise CordError(f"chunk_tokens must be at least 1, but is {chunk_tokens}")
     num_tokens = target_ids.shape[0]

@@ -65,13 +65,19 @@ class Fused(torch.autograd.Function):
         parts, promised = [], []
         for rows, logits, totals in totals_in_turn(shard, layers, target_ids, chunks, keep=True):
             weights = _checked(weigh(totals, rows), totals)
-            add_gradients(shard, layers, rows, target_ids[rows], totals, weights, hidden_gradient, weight_gradient, logits)
+            add_gradients(
+                shard, layers, rows, target_ids[rows], totals, weights, hidden_gradient, weight_gradient, logits
+            )
             parts.append(totals)
             promised.append(_stacked(weights, totals))
         totals = joined(parts)
         ctx.shard, ctx.chunks, ctx.hidden_gradient = shard, chunks, hidden_gradient
         ctx.save_for_backward(
-            student_hidden, student_weight, None if weight_gradient is None else weight_gradient.total, torch.cat(promised, 1), *totals
+            student_hidden,
+            student_weight,
+            None if weight_gradient is None else weight_gradient.total,
+            torch.cat(promised, 1),
+            *totals,
         )
         return declare_outputs(ctx, totals)
 
@@ -97,7 +103,9 @@ class Fused(torch.autograd.Function):
 def _checked(weights: LossWeights, totals: Totals) -> Weights:
     for name, weight in zip(LossWeights._fields, weights, strict=True):
         if weight is not None and weight.shape != totals.entropy.shape:
-            raise CordError(f"loss_weights gave {name} weights of shape {list(weight.shape)} for {len(totals.entropy)} tokens")
+            raise CordError(
+                f"loss_weights gave {name} weights of shape {list(weight.shape)} for {len(totals.entropy)} tokens"
+            )
     kl, entropy, logprob = (None if weight is None else weight.detach().to(totals.entropy.dtype) for weight in weights)
     return kl, entropy, logprob
 

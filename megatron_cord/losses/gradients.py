@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_cord.losses.products import LOW_PRECISION, add_product, operand_dtype, write_product
 from megatron_cord.losses.shard import VocabularyShard
-from megatron_cord.memory import fresh
+from megatron_cord.parallel.memory import fresh
 
 
 class HiddenGradient:
@@ -70,7 +70,9 @@ class WeightGradient:
     def __init__(self, weight: Tensor, dtype: torch.dtype, *, written: int | None = None) -> None:
         self._weight = weight
         main_grad = getattr(weight, "main_grad", None)
-        self._in_place = main_grad is not None and main_grad.dtype == dtype and hasattr(weight, "grad_added_to_main_grad")
+        self._in_place = (
+            main_grad is not None and main_grad.dtype == dtype and hasattr(weight, "grad_added_to_main_grad")
+        )
         if self._in_place:
             self.total: Tensor = main_grad  # type: ignore[assignment]
         elif written is None:

@@ -46,7 +46,9 @@ class Kind(Protocol):
         """A over the columns of a block, [N]."""
         ...
 
-    def merged_sum(self, parts: Statistics, shift_s: Tensor, scale_s: Tensor, shift_t: Tensor, scale_t: Tensor) -> Tensor:
+    def merged_sum(
+        self, parts: Statistics, shift_s: Tensor, scale_s: Tensor, shift_t: Tensor, scale_t: Tensor
+    ) -> Tensor:
         """Each part's A relative to the common maxima, [K, N]; shift = m − M and scale = exp(shift)."""
         ...
 
@@ -63,7 +65,7 @@ class Kind(Protocol):
         ...
 
     def gradient(self, block: Block, totals: Totals, weight: Tensor) -> Tensor:
-        """weight · ∂divergence/∂s, [N, columns], with s the student's logits over the temperature."""
+        """Weight · ∂divergence/∂s, [N, columns], with s the student's logits over the temperature."""
         ...
 
 
@@ -87,7 +89,9 @@ class ReverseKL(OnePass):
     def block_sum(self, s: Tensor, exp_s: Tensor, t: Tensor, exp_t: Tensor) -> Tensor:
         return _weighted_difference(exp_s, s, t)
 
-    def merged_sum(self, parts: Statistics, shift_s: Tensor, scale_s: Tensor, shift_t: Tensor, scale_t: Tensor) -> Tensor:
+    def merged_sum(
+        self, parts: Statistics, shift_s: Tensor, scale_s: Tensor, shift_t: Tensor, scale_t: Tensor
+    ) -> Tensor:
         merged = scale_s * (parts.divergence_sum + parts.student_sum * (shift_s - shift_t))
         return torch.where(parts.divergence_sum == torch.inf, torch.inf, merged)  # 0 · inf, when the scale underflows
 
@@ -106,7 +110,9 @@ class ForwardKL(OnePass):
     def block_sum(self, s: Tensor, exp_s: Tensor, t: Tensor, exp_t: Tensor) -> Tensor:
         return _weighted_difference(exp_t, t, s)
 
-    def merged_sum(self, parts: Statistics, shift_s: Tensor, scale_s: Tensor, shift_t: Tensor, scale_t: Tensor) -> Tensor:
+    def merged_sum(
+        self, parts: Statistics, shift_s: Tensor, scale_s: Tensor, shift_t: Tensor, scale_t: Tensor
+    ) -> Tensor:
         merged = scale_t * (parts.divergence_sum + parts.teacher_sum * (shift_t - shift_s))
         return torch.where(parts.divergence_sum == torch.inf, torch.inf, merged)
 
@@ -125,7 +131,9 @@ class NoTeacher(OnePass):
     def block_sum(self, s: Tensor, exp_s: Tensor, t: Tensor, exp_t: Tensor) -> Tensor:
         return torch.zeros_like(s[:, 0])
 
-    def merged_sum(self, parts: Statistics, shift_s: Tensor, scale_s: Tensor, shift_t: Tensor, scale_t: Tensor) -> Tensor:
+    def merged_sum(
+        self, parts: Statistics, shift_s: Tensor, scale_s: Tensor, shift_t: Tensor, scale_t: Tensor
+    ) -> Tensor:
         return parts.divergence_sum
 
     def value(self, whole: Statistics, log_sum_s: Tensor, log_sum_t: Tensor) -> Tensor:

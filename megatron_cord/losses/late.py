@@ -27,7 +27,7 @@ from megatron_cord.losses.recompute import joined
 from megatron_cord.losses.shard import VocabularyShard
 from megatron_cord.losses.statistics import Totals
 from megatron_cord.losses.two_pass_kinds import NO_TEACHER
-from megatron_cord.memory import fresh
+from megatron_cord.parallel.memory import fresh
 
 
 class Late(torch.autograd.Function):
@@ -55,7 +55,9 @@ class Late(torch.autograd.Function):
         for rows, logits, totals in totals_in_turn(shard, layers, target_ids, chunks, keep=True):
             unit = totals.divergence.isfinite().to(shard.dtype)  # an infinite divergence has no gradient to keep
             for span, kept in zip(spans, unweighted, strict=True):
-                shard.block_gradient(span, *logits.block(span), target_ids[rows], totals, (unit, None, None), kept[rows])
+                shard.block_gradient(
+                    span, *logits.block(span), target_ids[rows], totals, (unit, None, None), kept[rows]
+                )
             parts.append(totals)
         totals = joined(parts)
         ctx.shard, ctx.chunks = shard, chunks
@@ -76,20 +78,36 @@ class Late(torch.autograd.Function):
         by_divergence = torch.where(totals.divergence.isfinite() | (by_divergence == 0), by_divergence, torch.nan)
         alone = weights[1] is None and weights[2] is None
         written = shard.columns if alone else None
-        weight_gradient = WeightGradient(student_weight, shard.dtype, written=written) if ctx.needs_input_grad[1] else None
+        weight_gradient = (
+            WeightGradient(student_weight, shard.dtype, written=written) if ctx.needs_input_grad[1] else None
+        )
         layers = OutputLayers(student_hidden, student_weight, None, None, shard.dtype)
         spans = shard.blocks(layers.block_columns)
         if alone:
-            _multiply(shard, ctx.chunks, spans, student_hidden, student_weight, unweighted, by_divergence, hidden_gradient, weight_gradient)
+            _multiply(
+                shard,
+                ctx.chunks,
+                spans,
+                student_hidden,
+                student_weight,
+                unweighted,
+                by_divergence,
+                hidden_gradient,
+                weight_gradient,
+            )
         else:
             others = replace(shard, kind=NO_TEACHER)
             dtype = fresh_gradient_dtype(student_hidden, shard.dtype)
             for rows in ctx.chunks:
                 logits, hidden = layers.chunk(rows), student_hidden[rows]
                 for span, kept in zip(spans, unweighted, strict=True):
-                    terms = layers.scratch.take("gradient", len(hidden), span.stop - span.start, shard.dtype, hidden.device)
+                    terms = layers.scratch.take(
+                        "gradient", len(hidden), span.stop - span.start, shard.dtype, hidden.device
+                    )
                     chunk_totals, chunk_weights = Totals(*rows_of(totals, rows)), weights_of((None, *weights[1:]), rows)
-                    others.block_gradient(span, *logits.block(span), target_ids[rows], chunk_totals, chunk_weights, terms)
+                    others.block_gradient(
+                        span, *logits.block(span), target_ids[rows], chunk_totals, chunk_weights, terms
+                    )
                     gradient = terms.addcmul_(kept[rows].to(shard.dtype), by_divergence[rows, None]).to(dtype)
                     if hidden_gradient is not None:
                         hidden_gradient.add(rows, gradient, student_weight[span])
@@ -115,7 +133,7 @@ def _multiply(
     hidden_gradient: HiddenGradient | None,
     weight_gradient: WeightGradient | None,
 ) -> None:
-    """dH = diag(w)(g W), of which the sum over ranks goes on while dW = gᵀ (diag(w) h) is formed."""
+    """DH = diag(w)(g W), of which the sum over ranks goes on while dW = gᵀ (diag(w) h) is formed."""
     if hidden_gradient is not None:
         # By chunks only where the sum of one goes on while the next is formed: one large product takes less time.
         for rows in chunks if shard.num_ranks > 1 else [slice(0, len(student_hidden))]:

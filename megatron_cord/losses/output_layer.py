@@ -55,7 +55,11 @@ class OutputLayers:
         student, teacher = self.student_weight, self.teacher_weight
         if teacher is None or self.teacher_hidden is None:
             return False
-        same = student.data_ptr() == teacher.data_ptr() and student.stride() == teacher.stride() and student.shape == teacher.shape
+        same = (
+            student.data_ptr() == teacher.data_ptr()
+            and student.stride() == teacher.stride()
+            and student.shape == teacher.shape
+        )
         return same and student.dtype == teacher.dtype
 
 

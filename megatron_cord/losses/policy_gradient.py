@@ -81,7 +81,9 @@ def truncated_importance_weights(
         CordError: shapes that differ, cap ≤ 0, an unknown level, or an engine log-probability that is NaN.
     """
     if engine_logprob.shape != student_logprob.shape:
-        raise CordError(f"engine_logprob has shape {list(engine_logprob.shape)}, but student_logprob {list(student_logprob.shape)}")
+        raise CordError(
+            f"engine_logprob has shape {list(engine_logprob.shape)}, but student_logprob {list(student_logprob.shape)}"
+        )
     if engine_logprob.isnan().any():
         raise CordError(
             f"engine_logprob[{first_index(engine_logprob.isnan())}] is NaN; the engine must return a log-probability for every token"
@@ -115,7 +117,9 @@ def policy_gradient_loss(
         CordError: shapes that do not fit.
     """
     if advantages.shape != (len(cu_seqlens) - 1,):
-        raise CordError(f"advantages must have shape [{len(cu_seqlens) - 1}], one for each sequence, but has {list(advantages.shape)}")
+        raise CordError(
+            f"advantages must have shape [{len(cu_seqlens) - 1}], one for each sequence, but has {list(advantages.shape)}"
+        )
     sequence = _sequence_of_token(student_logprob, cu_seqlens)
     terms = student_logprob
     if importance_weights is not None:

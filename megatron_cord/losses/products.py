@@ -27,7 +27,7 @@ BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """left [C, H] · right [K, H]ᵀ in ``dtype``, [C, K]; the operands are of one type, at most as precise.
+    """Left [C, H] · right [K, H]ᵀ in ``dtype``, [C, K]; the operands are of one type, at most as precise.
 
     Args:
         out: [C, K] of ``dtype``, written to and returned; None: a new tensor.
@@ -38,13 +38,18 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None 
     if left.dtype in LOW_PRECISION and dtype == torch.float32:
         if left.is_cuda:
             return torch.mm(left, right.T, out_dtype=torch.float32, out=out)
-        if left.dtype == torch.bfloat16 and multiplies_bfloat16() and left.shape[1] % 2 == 0 and (way := bfloat16_product()):
+        if (
+            left.dtype == torch.bfloat16
+            and multiplies_bfloat16()
+            and left.shape[1] % 2 == 0
+            and (way := bfloat16_product())
+        ):
             return way(left.contiguous(), right.contiguous(), out)
     return torch.mm(left.to(dtype), right.to(dtype).T, out=out)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left · right, the sum in ``total``'s type; left is a gradient of logits (or its transpose), right hidden states or weights."""
+    """Total += left · right, the sum in ``total``'s type; left is a gradient of logits (or its transpose), right hidden states or weights."""
     kind = operand_dtype(left.dtype, left.device)
     left, right = left.to(kind), right.to(kind)
     if kind == total.dtype:
@@ -56,7 +61,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def write_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out = left · right, summed in fp32 at least and rounded once to ``out``'s type; operands as in ``add_product``."""
+    """Out = left · right, summed in fp32 at least and rounded once to ``out``'s type; operands as in ``add_product``."""
     kind = operand_dtype(left.dtype, left.device)
     left, right = left.to(kind), right.to(kind)
     if kind == out.dtype:

@@ -56,7 +56,14 @@ class Recompute(torch.autograd.Function):
         for rows in ctx.chunks:
             chunk_totals = Totals(*rows_of(totals, rows))
             add_gradients(
-                ctx.shard, layers, rows, target_ids[rows], chunk_totals, weights_of(weights, rows), hidden_gradient, weight_gradient
+                ctx.shard,
+                layers,
+                rows,
+                target_ids[rows],
+                chunk_totals,
+                weights_of(weights, rows),
+                hidden_gradient,
+                weight_gradient,
             )
             if hidden_gradient is not None:
                 hidden_gradient.reduce(rows)

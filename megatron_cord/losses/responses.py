@@ -72,7 +72,9 @@ def whole_responses(
     return _from_all_ranks(kl, entropy, borders, positions.to(kl.device), cp_group)
 
 
-def _from_all_ranks(kl: Tensor, entropy: Tensor | None, borders: Tensor, positions: Tensor, group: dist.ProcessGroup) -> Responses:
+def _from_all_ranks(
+    kl: Tensor, entropy: Tensor | None, borders: Tensor, positions: Tensor, group: dist.ProcessGroup
+) -> Responses:
     ranks, me = dist.get_world_size(group), dist.get_rank(group)
     all_borders = _gather(borders, ranks, group)  # [CP, B + 1]
     counts = all_borders[:, -1].tolist()

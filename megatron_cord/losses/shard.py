@@ -69,7 +69,9 @@ class VocabularyShard:
     dtype: torch.dtype  #: of the statistics: float64 if an input is, else float32
     group: dist.ProcessGroup | None  #: the ranks that share the vocabulary; None means this one alone
     backend: Backend
-    sequence_parallel: bool = False  #: whether a rank needs the hidden states' gradient for its own part of the tokens only
+    sequence_parallel: bool = (
+        False  #: whether a rank needs the hidden states' gradient for its own part of the tokens only
+    )
 
     def totals(self, logits: Logits, target_ids: Tensor) -> Totals:
         """``begin_totals``, waited for."""
@@ -102,7 +104,14 @@ class VocabularyShard:
         out[:, self.columns :] = 0.0
 
     def block_gradient(
-        self, span: slice, student: Tensor, teacher: Tensor, target_ids: Tensor, totals: Totals, weights: Weights, out: Tensor
+        self,
+        span: slice,
+        student: Tensor,
+        teacher: Tensor,
+        target_ids: Tensor,
+        totals: Totals,
+        weights: Weights,
+        out: Tensor,
     ) -> None:
         """The same for one block of columns, ``out`` [N, columns of the span]."""
         target = target_ids - self.start - span.start

@@ -74,7 +74,9 @@ def block_statistics(student: Tensor, teacher: Tensor, target: Tensor, kind: Kin
     entropy_sum = (student_exp * _finite(s)).sum(1)
     if not kind.has_teacher:
         none = torch.zeros_like(student_sum)
-        return Statistics(student_max, student_sum, entropy_sum, none, student_max, student_sum, student_target, student_target)
+        return Statistics(
+            student_max, student_sum, entropy_sum, none, student_max, student_sum, student_target, student_target
+        )
     teacher_max = teacher.amax(1)
     t = _relative(teacher, teacher_max[:, None], temperature)
     teacher_exp = exponential(t)
@@ -114,7 +116,9 @@ def stack_statistics(parts: list[Statistics]) -> Statistics:
     return Statistics(*(torch.stack(field) for field in zip(*parts, strict=True)))
 
 
-def totals_from_statistics(whole: Statistics, kind: Kind, temperature: float, threshold: Tensor | None = None) -> Totals:
+def totals_from_statistics(
+    whole: Statistics, kind: Kind, temperature: float, threshold: Tensor | None = None
+) -> Totals:
     """Divergence, entropy and log-probabilities from the statistics of the whole vocabulary, and the k-th largest teacher logit [N] if asked.
 
     A two-pass kind's divergence is still 0; ``complete_totals`` puts it in. The divergence is not clamped: rounding may leave it near −1e-7 in float32 where the two distributions agree.

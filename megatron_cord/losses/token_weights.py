@@ -33,7 +33,9 @@ class TokenWeightsConfig:
     def __post_init__(self) -> None:
         unknown = [name for name in self.names if name not in TOKEN_WEIGHTS]
         if unknown:
-            raise CordError(f"token weights {unknown[0]!r} are unknown; choose from cord, {', '.join(TOKEN_WEIGHTS)}, joined by *")
+            raise CordError(
+                f"token weights {unknown[0]!r} are unknown; choose from cord, {', '.join(TOKEN_WEIGHTS)}, joined by *"
+            )
         if self.top_k < 0:
             raise CordError(f"top_k must be at least 0, but is {self.top_k}")
         if not (self.alpha > 0 and self.beta > 0):

@@ -69,7 +69,9 @@ class TritonBackend:
         student, teacher = _rows_together(student), _rows_together(teacher)
         scalars = torch.stack([field.to(torch.float32) for field in totals])
         present = [weight is not None for weight in weights]
-        given = torch.stack([torch.zeros_like(totals.entropy) if weight is None else weight.to(torch.float32) for weight in weights])
+        given = torch.stack(
+            [torch.zeros_like(totals.entropy) if weight is None else weight.to(torch.float32) for weight in weights]
+        )
         tile = _tile(columns)
         target_out = out if out.stride(1) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
         beta = kind.beta if isinstance(kind, JensenShannon) else 0.5
@@ -98,7 +100,7 @@ def _safe(maximum):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _difference(a, b):  # type: ignore[no-untyped-def]
-    """a − b where a has mass and 0 elsewhere; +inf where b has none."""
+    """A − b where a has mass and 0 elsewhere; +inf where b has none."""
     return tl.where(a == float("-inf"), 0.0, tl.where(b == float("-inf"), float("inf"), a - b))
 
 
@@ -113,7 +115,7 @@ def _weighted(exp_a, a, b):  # type: ignore[no-untyped-def]
 def _statistics_kernel(
     student, teacher, target, out, num_tokens, columns, student_stride, teacher_stride, scale, KIND: tl.constexpr, TILE: tl.constexpr
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """out [8, N], the fields of ``Statistics``. m: maxima; l: Σ e^s; b: Σ e^s s; a: the divergence's sum."""
+    """Out [8, N], the fields of ``Statistics``. m: maxima; l: Σ e^s; b: Σ e^s s; a: the divergence's sum."""
     row = tl.program_id(0).to(tl.int64)
     infinity = float("inf")
     m_s, m_t = -infinity, -infinity
@@ -133,9 +135,13 @@ def _statistics_kernel(
             shift_t = tl.where(m_t == -infinity, 0.0, (m_t - _safe(new_t)) * scale)
             exp_t, factor_t = tl.exp(t), tl.exp(shift_t)
             if KIND == 1:
-                a = tl.where(a == infinity, infinity, factor_s * (a + l_s * (shift_s - shift_t))) + tl.sum(_weighted(exp_s, s, t), 0)
+                a = tl.where(a == infinity, infinity, factor_s * (a + l_s * (shift_s - shift_t))) + tl.sum(
+                    _weighted(exp_s, s, t), 0
+                )
             if KIND == 2:
-                a = tl.where(a == infinity, infinity, factor_t * (a + l_t * (shift_t - shift_s))) + tl.sum(_weighted(exp_t, t, s), 0)
+                a = tl.where(a == infinity, infinity, factor_t * (a + l_t * (shift_t - shift_s))) + tl.sum(
+                    _weighted(exp_t, t, s), 0
+                )
             l_t = factor_t * l_t + tl.sum(exp_t, 0)
             m_t = new_t
         b = factor_s * (b + l_s * shift_s) + tl.sum(exp_s * tl.where(s == -infinity, 0.0, s), 0)
@@ -164,7 +170,7 @@ def _gradient_kernel(
     student, teacher, target, totals, weights, out, num_tokens, columns, student_stride, teacher_stride, out_stride, scale, beta,
     KIND: tl.constexpr, ENTROPY: tl.constexpr, LOGPROB: tl.constexpr, TILE: tl.constexpr
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """out [N, columns], ``gradient_block``; totals [10, N] are the fields of ``Totals``, weights [3, N]."""
+    """Out [N, columns], ``gradient_block``; totals [10, N] are the fields of ``Totals``, weights [3, N]."""
     row = tl.program_id(0).to(tl.int64)
     infinity = float("inf")
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)

@@ -55,7 +55,9 @@ class TwoPass:
     def block_sum(self, s: Tensor, exp_s: Tensor, t: Tensor, exp_t: Tensor) -> Tensor:
         return torch.zeros_like(s[:, 0])
 
-    def merged_sum(self, parts: Statistics, shift_s: Tensor, scale_s: Tensor, shift_t: Tensor, scale_t: Tensor) -> Tensor:
+    def merged_sum(
+        self, parts: Statistics, shift_s: Tensor, scale_s: Tensor, shift_t: Tensor, scale_t: Tensor
+    ) -> Tensor:
         return parts.divergence_sum
 
     def value(self, whole: Statistics, log_sum_s: Tensor, log_sum_t: Tensor) -> Tensor:
@@ -75,7 +77,9 @@ class JensenShannon(TwoPass):
 
     def second_sums(self, block: Block, threshold: Tensor) -> Tensor:
         share, delta = self._student_share(block)
-        log_teacher = torch.logaddexp(delta + math.log1p(-self.beta), torch.full_like(delta, math.log(self.beta)))  # log(m/q)
+        log_teacher = torch.logaddexp(
+            delta + math.log1p(-self.beta), torch.full_like(delta, math.log(self.beta))
+        )  # log(m/q)
         q = exponential(block.log_q)
         teacher_terms = (-self.beta * q * log_teacher).masked_fill(block.log_q == -torch.inf, 0.0)
         return torch.stack([(block.p * share).sum(1), teacher_terms.sum(1)])
@@ -91,7 +95,9 @@ class JensenShannon(TwoPass):
         """u, 0 where the student has no mass, and δ, 0 where neither has."""
         nowhere = block.log_p == -torch.inf
         delta = (block.log_p - block.log_q).masked_fill(nowhere & (block.log_q == -torch.inf), 0.0)
-        u = -(1.0 - self.beta) * torch.logaddexp(math.log(self.beta) - delta, torch.full_like(delta, math.log1p(-self.beta)))
+        u = -(1.0 - self.beta) * torch.logaddexp(
+            math.log(self.beta) - delta, torch.full_like(delta, math.log1p(-self.beta))
+        )
         return u.masked_fill(nowhere, 0.0), delta
 
 
@@ -115,7 +121,11 @@ class TopK(TwoPass):
         terms = (block.p * (block.log_p - block.log_q)).masked_fill(block.log_q == -torch.inf, torch.inf)
         terms = terms.masked_fill((block.log_p == -torch.inf) | ~inside, 0.0)
         return torch.stack(
-            [terms.sum(1), block.p.masked_fill(inside, 0.0).sum(1), exponential(block.log_q).masked_fill(inside, 0.0).sum(1)]
+            [
+                terms.sum(1),
+                block.p.masked_fill(inside, 0.0).sum(1),
+                exponential(block.log_q).masked_fill(inside, 0.0).sum(1),
+            ]
         )
 
     def second_value(self, sums: Tensor) -> tuple[Tensor, Tensor]:

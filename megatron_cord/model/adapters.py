@@ -15,13 +15,18 @@ from torch import Tensor
 
 from megatron_cord.model.architecture import AdapterArchitecture
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.nn.functional.relu, "gelu": torch.nn.functional.gelu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.nn.functional.relu,
+    "gelu": torch.nn.functional.gelu,
+}
 
 
 class LinearAdapter(MegatronModule):
     """One projection (Qwen2-Audio)."""
 
-    def __init__(self, arch: AdapterArchitecture, sizes: tuple[int, int], config: TransformerConfig, device: torch.device) -> None:
+    def __init__(
+        self, arch: AdapterArchitecture, sizes: tuple[int, int], config: TransformerConfig, device: torch.device
+    ) -> None:
         super().__init__(config)
         self.linear = torch.nn.Linear(*sizes, bias=arch.bias, dtype=config.params_dtype, device=device)
 
@@ -33,7 +38,9 @@ class LinearAdapter(MegatronModule):
 class ConvolutionAdapter(MegatronModule):
     """A strided convolution with GELU, then an MLP (Step-Audio 2)."""
 
-    def __init__(self, arch: AdapterArchitecture, sizes: tuple[int, int], config: TransformerConfig, device: torch.device) -> None:
+    def __init__(
+        self, arch: AdapterArchitecture, sizes: tuple[int, int], config: TransformerConfig, device: torch.device
+    ) -> None:
         super().__init__(config)
         audio, out = sizes
         kind = {"dtype": config.params_dtype, "device": device}
@@ -51,11 +58,15 @@ class ConvolutionAdapter(MegatronModule):
 class StackingAdapter(MegatronModule):
     """Neighbouring features side by side, then an MLP (Voxtral). Features that do not fill a stack are left out."""
 
-    def __init__(self, arch: AdapterArchitecture, sizes: tuple[int, int], config: TransformerConfig, device: torch.device) -> None:
+    def __init__(
+        self, arch: AdapterArchitecture, sizes: tuple[int, int], config: TransformerConfig, device: torch.device
+    ) -> None:
         super().__init__(config)
         audio, out = sizes
         self.stride = arch.stride
-        self.linear1 = torch.nn.Linear(audio * arch.stride, arch.hidden_size, bias=arch.bias, dtype=config.params_dtype, device=device)
+        self.linear1 = torch.nn.Linear(
+            audio * arch.stride, arch.hidden_size, bias=arch.bias, dtype=config.params_dtype, device=device
+        )
         self.linear2 = torch.nn.Linear(arch.hidden_size, out, bias=arch.bias, dtype=config.params_dtype, device=device)
         self.activation = _ACTIVATIONS[arch.activation]
 
@@ -67,10 +78,16 @@ class StackingAdapter(MegatronModule):
 
 
 Adapter = LinearAdapter | ConvolutionAdapter | StackingAdapter
-_KINDS: dict[str, type[Adapter]] = {"linear": LinearAdapter, "convolution": ConvolutionAdapter, "stacking": StackingAdapter}
+_KINDS: dict[str, type[Adapter]] = {
+    "linear": LinearAdapter,
+    "convolution": ConvolutionAdapter,
+    "stacking": StackingAdapter,
+}
 
 
-def build_adapter(arch: AdapterArchitecture, sizes: tuple[int, int], config: TransformerConfig, device: torch.device) -> Adapter:
+def build_adapter(
+    arch: AdapterArchitecture, sizes: tuple[int, int], config: TransformerConfig, device: torch.device
+) -> Adapter:
     """The adapter of this architecture.
 
     Args:

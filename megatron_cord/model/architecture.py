@@ -26,7 +26,9 @@ class EncoderArchitecture:
     ffn_hidden_size: int
     max_positions: int  #: frames after the convolutions, which is half of the window's log-mel frames
     pooling: int = 2  #: neighbouring positions that are averaged into one feature; 1 for none
-    hears_padding: bool = False  #: no mask: the silence after a clip is encoded too, and every clip makes as many features as the window
+    hears_padding: bool = (
+        False  #: no mask: the silence after a clip is encoded too, and every clip makes as many features as the window
+    )
     #: Frames after a clip's own that convolutions see but attention does not; what follows them is zero everywhere. None: convolutions
     #: see the padding as it is.
     tail_frames: int | None = None

@@ -91,7 +91,9 @@ class SdpaAttention(MegatronModule):
         if attention_bias is not None:
             raise ValueError("SdpaAttention takes no attention bias")
         if packed_seq_params is not None:
-            return self._causal(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), packed_seq_params.borders).squeeze(1)
+            return self._causal(
+                query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), packed_seq_params.borders
+            ).squeeze(1)
         if self.is_causal:
             ranks = 1 if self.cp_group is None else self.cp_group.size()
             return self._causal(query, key, value, (0, query.shape[0] * ranks))
@@ -111,7 +113,9 @@ class SdpaAttention(MegatronModule):
             mine = zigzag_rows((0, end - start), ranks, rank)
             seen = (torch.arange(end - start)[None] <= mine[:, None]).to(query.device)
             here = query[start // ranks : end // ranks]
-            pieces.append(_attend(here, both[start:end, ..., :size], both[start:end, ..., size:], seen, is_causal=False))
+            pieces.append(
+                _attend(here, both[start:end, ..., :size], both[start:end, ..., size:], seen, is_causal=False)
+            )
         return torch.cat(pieces)
 
 

@@ -39,7 +39,9 @@ class AudioEncoder(MegatronModule):
         self.arch = arch
         hidden = arch.hidden_size
         self.conv1 = torch.nn.Conv1d(arch.num_mels, hidden, kernel_size=3, padding=1, dtype=dtype, device=layout.device)
-        self.conv2 = torch.nn.Conv1d(hidden, hidden, kernel_size=3, stride=2, padding=1, dtype=dtype, device=layout.device)
+        self.conv2 = torch.nn.Conv1d(
+            hidden, hidden, kernel_size=3, stride=2, padding=1, dtype=dtype, device=layout.device
+        )
         positions = torch.empty(arch.max_positions, hidden, dtype=dtype, device=layout.device)
         self.embed_positions = torch.nn.Parameter(positions, requires_grad=False)  # sinusoids, stored in the checkpoint
         groups = copy.copy(layout.groups)
@@ -47,7 +49,9 @@ class AudioEncoder(MegatronModule):
         self._tp_group = layout.tp_group
         self._padding = -arch.max_positions % layout.config.tp if config.sequence_parallel else 0
         mask = AttnMaskType.no_mask if arch.hears_padding and not self._padding else AttnMaskType.padding
-        self.block = TransformerBlock(config, block_spec(config, mask, layers), post_layer_norm=False, pg_collection=groups)
+        self.block = TransformerBlock(
+            config, block_spec(config, mask, layers), post_layer_norm=False, pg_collection=groups
+        )
         self.layer_norm = torch.nn.LayerNorm(hidden, eps=config.layernorm_epsilon, dtype=dtype, device=layout.device)
         for layer in self.block.layers:
             _keep_key_bias_zero(layer.self_attention.linear_qkv.bias, hidden // arch.num_heads)
@@ -82,7 +86,9 @@ class AudioEncoder(MegatronModule):
         x = self.block(x.contiguous(), attention_mask=self._padding_mask(num_frames, positions))
         if self.config.sequence_parallel:
             # What follows is computed on every rank alike, so that each has the whole gradient already.
-            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self._tp_group)[:positions]
+            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self._tp_group)[
+                :positions
+            ]
         return x
 
     def _padding_mask(self, num_frames: Tensor, positions: int) -> Tensor | None:
@@ -93,11 +99,13 @@ class AudioEncoder(MegatronModule):
             valid = torch.full_like(num_frames, positions)
         else:
             return None
-        return (torch.arange(positions + self._padding, device=num_frames.device)[None] >= valid[:, None])[:, None, None, :]
+        return (torch.arange(positions + self._padding, device=num_frames.device)[None] >= valid[:, None])[
+            :, None, None, :
+        ]
 
 
 def _zero_from(start: Tensor | None, x: Tensor) -> Tensor:
-    """x [C, channels, T] with zeros from each clip's start [C] on, so that a clip does not depend on its padding."""
+    """X [C, channels, T] with zeros from each clip's start [C] on, so that a clip does not depend on its padding."""
     if start is None:
         return x
     return x * (torch.arange(x.shape[-1], device=x.device)[None] < start[:, None])[:, None, :]

@@ -69,7 +69,9 @@ class LALM(MegatronModule):
         layers: how the layers are computed; the defaults if None.
     """
 
-    def __init__(self, arch: Architecture, layout: Layout, dtype: torch.dtype, layers: LayerConfig | None = None) -> None:
+    def __init__(
+        self, arch: Architecture, layout: Layout, dtype: torch.dtype, layers: LayerConfig | None = None
+    ) -> None:
         layers = layers or LayerConfig()
         arch.check_divisible(layout.config.tp, layout.config.pp)
         config = language_config(arch.language, layout.config, dtype, layers)
@@ -107,7 +109,11 @@ class LALM(MegatronModule):
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The weight whose gradient the first and the last stage share, if embeddings are tied (asked for by Megatron)."""
-        return self.language_model.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return (
+            self.language_model.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else None
+        )
 
     @property
     def output_weight(self) -> Tensor:
@@ -137,7 +143,9 @@ class LALM(MegatronModule):
         hidden = self.language_model(batch.token_ids, None, None, decoder_input=decoder_input, packed_seq_params=packed)
         if self.post_process and self.config.sequence_parallel:
             # The loss sums the hidden states' gradient over the tensor-parallel ranks itself.
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.layout.tp_group)
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.layout.tp_group
+            )
         return hidden
 
     def _embed(self, batch: ModelInput) -> Tensor:
@@ -147,14 +155,23 @@ class LALM(MegatronModule):
         if self.arch.encoder is None or self.arch.audio_token_id is None:
             if batch.features is not None:
                 names = ", ".join(batch.sample_ids)
-                raise CordError(f"samples {names}: audio for a {self.arch.model_type} model, which only reads; give it text prompts")
+                raise CordError(
+                    f"samples {names}: audio for a {self.arch.model_type} model, which only reads; give it text prompts"
+                )
             return embedded
         tokens = None if batch.num_frames is None else self.arch.num_audio_tokens(batch.num_frames)  # [C]
         is_placeholder = torch.eq(batch.token_ids, self.arch.audio_token_id)  # [B, S]
-        _check_placeholders(_per_sample(is_placeholder, batch.borders), [] if tokens is None else tokens.tolist(), batch.sample_ids)
+        _check_placeholders(
+            _per_sample(is_placeholder, batch.borders), [] if tokens is None else tokens.tolist(), batch.sample_ids
+        )
         if batch.features is None:
             return embedded
-        assert self.audio_encoder is not None and self.adapter is not None and batch.num_frames is not None and tokens is not None
+        assert (
+            self.audio_encoder is not None
+            and self.adapter is not None
+            and batch.num_frames is not None
+            and tokens is not None
+        )
         audio = self.adapter(self.audio_encoder(batch.features, batch.num_frames))  # [C, T, H]
         is_feature = torch.arange(audio.shape[1], device=audio.device)[None] < tokens[:, None]
         sequence, size, hidden = embedded.shape
@@ -191,7 +208,9 @@ def _check_placeholders(placeholders: list[int], features: list[int], sample_ids
         if found != wanted:
             raise CordError(f"sample {name}: {wanted} audio placeholder tokens but {found} audio features; {cure}")
     if left := sum(clips):
-        raise CordError(f"samples {', '.join(sample_ids)}: {left} more audio features than audio placeholder tokens; {cure}")
+        raise CordError(
+            f"samples {', '.join(sample_ids)}: {left} more audio features than audio placeholder tokens; {cure}"
+        )
 
 
 def _mark_sharded_weights(model: torch.nn.Module) -> None:
@@ -200,7 +219,10 @@ def _mark_sharded_weights(model: torch.nn.Module) -> None:
     Unmarked, a shard counts as a copy that every tensor-parallel rank has, and the gradient norm misses all of them but one rank's.
     """
     for module in model.modules():
-        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear) and module.weight is not None:
+        if (
+            isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear)
+            and module.weight is not None
+        ):
             module.weight.tensor_model_parallel = True
             module.weight.partition_dim = int(isinstance(module, RowParallelLinear))
             module.weight.partition_stride = 1

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megatron_cord.memory import fresh
+from megatron_cord.parallel.memory import fresh
 
 
 class Piece(NamedTuple):
@@ -172,7 +172,11 @@ class Qkv(_Cut):
 
     def pieces(self, rows: int) -> list[Piece]:
         sizes = [heads * self.head_dim for heads in self._split]
-        return [Piece(i, group * size, (group + 1) * size) for group in range(self.num_groups) for i, size in enumerate(sizes)]
+        return [
+            Piece(i, group * size, (group + 1) * size)
+            for group in range(self.num_groups)
+            for i, size in enumerate(sizes)
+        ]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -80,7 +83,9 @@ def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, object]:
     }
 
 
-def encoder_config(arch: EncoderArchitecture, parallel: ParallelConfig, dtype: torch.dtype, layers: LayerConfig) -> TransformerConfig:
+def encoder_config(
+    arch: EncoderArchitecture, parallel: ParallelConfig, dtype: torch.dtype, layers: LayerConfig
+) -> TransformerConfig:
     """Whisper's layers: pre-LayerNorm, biases, exact GELU; never cut over stages or context-parallel ranks."""
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -96,7 +101,9 @@ def encoder_config(arch: EncoderArchitecture, parallel: ParallelConfig, dtype: t
     )
 
 
-def language_config(arch: LanguageArchitecture, parallel: ParallelConfig, dtype: torch.dtype, layers: LayerConfig) -> TransformerConfig:
+def language_config(
+    arch: LanguageArchitecture, parallel: ParallelConfig, dtype: torch.dtype, layers: LayerConfig
+) -> TransformerConfig:
     """A Llama-like decoder: RMSNorm, SwiGLU, grouped-query attention, optional biases on the fused qkv."""
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -137,7 +144,9 @@ class Norm:
         return norm
 
 
-def block_spec(config: TransformerConfig, mask: AttnMaskType, layers: LayerConfig, *, pp_rank: int = 0) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, mask: AttnMaskType, layers: LayerConfig, *, pp_rank: int = 0
+) -> TransformerBlockSubmodules:
     """This stage's layers: Megatron's own tensor-parallel ones with our core attention and norm, or transformer-engine's.
 
     Args:
@@ -149,7 +158,9 @@ def block_spec(config: TransformerConfig, mask: AttnMaskType, layers: LayerConfi
     layer, norm = _transformer_engine_layer() if layers.uses_transformer_engine else _torch_layer(config)
     attention = replace(layer.submodules.self_attention, params={"attn_mask_type": mask})
     layer = replace(layer, submodules=replace(layer.submodules, self_attention=attention))
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, pp_rank=pp_rank), layer_norm=norm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, pp_rank=pp_rank), layer_norm=norm
+    )
 
 
 def _torch_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
@@ -157,7 +168,10 @@ def _torch_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
     attention = spec.submodules.self_attention
     attention = replace(attention, submodules=replace(attention.submodules, core_attention=SdpaAttention))
-    return replace(spec, submodules=replace(spec.submodules, self_attention=attention, input_layernorm=Norm, pre_mlp_layernorm=Norm)), Norm
+    return replace(
+        spec,
+        submodules=replace(spec.submodules, self_attention=attention, input_layernorm=Norm, pre_mlp_layernorm=Norm),
+    ), Norm
 
 
 def _transformer_engine_layer() -> tuple[ModuleSpec, type]:

@@ -26,15 +26,21 @@ class ParallelConfig:
     """Sizes of the layout; data parallelism takes the ranks that remain."""
 
     tp: int = 1  #: tensor parallel size
-    pp: int = 1  #: pipeline parallel size (1F1B); the audio encoder and adapter live on the first stage, the loss on the last
+    pp: int = (
+        1  #: pipeline parallel size (1F1B); the audio encoder and adapter live on the first stage, the loss on the last
+    )
     cp: int = 1  #: context parallel size: the language model's sequences are cut over so many ranks, for long contexts
     virtual_pp: int = 1  #: interleaved pipeline stages a rank; only 1: see docs/layouts.md
-    sequence_parallel: bool = False  #: shard activations between tensor-parallel regions of both towers along the sequence
+    sequence_parallel: bool = (
+        False  #: shard activations between tensor-parallel regions of both towers along the sequence
+    )
     timeout_minutes: float = 10.0  #: how long a collective may take before the run is taken for dead
 
     def __post_init__(self) -> None:
         if min(self.tp, self.pp, self.cp) < 1:
-            raise CordError(f"parallel.tp, parallel.pp and parallel.cp are at least 1, got tp={self.tp} pp={self.pp} cp={self.cp}")
+            raise CordError(
+                f"parallel.tp, parallel.pp and parallel.cp are at least 1, got tp={self.tp} pp={self.pp} cp={self.cp}"
+            )
         if self.virtual_pp != 1:
             raise CordError(
                 f"parallel.virtual_pp={self.virtual_pp}: interleaved pipeline stages are not built; Megatron-Core 0.16.1 gives wrong "
@@ -147,15 +153,21 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
             store, rank, world = meet(timeout)
             dist.init_process_group(portability.backend(), store=store, rank=rank, world_size=world, timeout=timeout)
         else:
-            dist.init_process_group(portability.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(
+                portability.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=config.tp, pipeline_model_parallel_size=config.pp, context_parallel_size=config.cp
+            tensor_model_parallel_size=config.tp,
+            pipeline_model_parallel_size=config.pp,
+            context_parallel_size=config.cp,
         )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     present = tuple(group.size() for group in (groups.tp, groups.pp, groups.cp))
     if present != sizes:
-        raise RuntimeError("the ranks are laid out as tp={} pp={} cp={} already; call finalize() first".format(*present))
+        raise RuntimeError(
+            "the ranks are laid out as tp={} pp={} cp={} already; call finalize() first".format(*present)
+        )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     solo = dist.new_group([dist.get_rank()], use_local_synchronization=True)

@@ -87,7 +87,9 @@ def install() -> None:
         _provide_fused_adam()
         return
     if "megatron.core" in sys.modules:
-        raise RuntimeError("megatron.core was imported before megatron_cord.parallel; import megatron_cord.parallel first")
+        raise RuntimeError(
+            "megatron.core was imported before megatron_cord.parallel; import megatron_cord.parallel first"
+        )
     # Megatron's jit_fuser is torch.compile, which wants a compiler for every small function; eager is right and starts at once.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _patch_devices()

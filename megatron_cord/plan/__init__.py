@@ -1,7 +1,7 @@
 """What a run will need before it is started: parameters, memory a GPU and time a step, from an architecture, a configuration and a GPU.
 
 Nothing here touches a device or reads weights. Figures are estimates with their assumptions stated beside them; parameters, gradients and
-optimizer states are exact (see tests/test_plan.py, which counts those of a built model).
+optimizer states are exact (see tests/plan/test_plan.py, which counts those of a built model).
 """
 
 from megatron_cord.plan.devices import GPUS, Gpu

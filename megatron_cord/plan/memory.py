@@ -79,12 +79,20 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
     counts = rank_counts(arch, tp, pp, stage)
     trained = counts.trained(config.model.freeze)
     last, lm = stage == pp - 1, arch.language
-    has_copy = config.teacher.mode != "live" and "language_model" not in config.model.freeze and config.objective.distils
-    hidden = -(-work.scored // work.dp) * work.response_tokens * lm.hidden_size * item if last and not config.teacher.offload else 0
+    has_copy = (
+        config.teacher.mode != "live" and "language_model" not in config.model.freeze and config.objective.distils
+    )
+    hidden = (
+        -(-work.scored // work.dp) * work.response_tokens * lm.hidden_size * item
+        if last and not config.teacher.offload
+        else 0
+    )
     loss = 0.0
     if last:
         rows = work.micro_batch * work.response_tokens
-        kept = rows * lm.padded_vocab_size(tp) / tp * min(item, 4) if config.objective.implementation != "recompute" else 0
+        kept = (
+            rows * lm.padded_vocab_size(tp) / tp * min(item, 4) if config.objective.implementation != "recompute" else 0
+        )
         loss = kept + 2 * min(_CHUNK, rows * lm.padded_vocab_size(tp) / tp * 4)
     used = {
         "weights": counts.total * item,
@@ -109,8 +117,12 @@ def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: i
     language = 0.0
     if needs_language:
         whole, selective = (language_layer_width(arch, tp, cut, selective=selective) for selective in (False, True))
-        language = tokens * _kept(config.model, "language_model", lm.num_layers // pp, whole, selective, lm.hidden_size / cut)
-        language += tokens * lm.hidden_size * (3 if stage == pp - 1 else 1)  # the embedding, or the final norm's input and output
+        language = tokens * _kept(
+            config.model, "language_model", lm.num_layers // pp, whole, selective, lm.hidden_size / cut
+        )
+        language += (
+            tokens * lm.hidden_size * (3 if stage == pp - 1 else 1)
+        )  # the embedding, or the final norm's input and output
     audio = 0.0
     if stage == 0 and arch.encoder is not None and "audio_encoder" not in config.model.freeze:
         enc = arch.encoder
@@ -125,7 +137,8 @@ def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: i
 
 def _kept(model: ModelConfig, tower: Tower, layers: int, whole: float, selective: float, inputs: float) -> float:
     """Elements of a token that the layers of a tower keep: all, what selective recomputation keeps, or their inputs; one layer is whole again
-    while it is computed a second time."""
+    while it is computed a second time.
+    """
     if tower not in model.recompute:
         return layers * whole
     kept = selective if model.recompute_granularity == "selective" else inputs
@@ -135,7 +148,8 @@ def _kept(model: ModelConfig, tower: Tower, layers: int, whole: float, selective
 def language_layer_width(arch: Architecture, tp: int, cut: int = 1, *, selective: bool = False) -> float:
     """Elements that one layer keeps of a token: inputs and outputs of both norms; queries, keys and values for every head, the attention's
     output twice; both halves of fc1, the activated one, and their product. With selective recomputation the fused projection, rotated queries and
-    keys, the output once, and nothing of the MLP. cut: ranks that share a token under sequence parallelism."""
+    keys, the output once, and nothing of the MLP. cut: ranks that share a token under sequence parallelism.
+    """
     lm = arch.language
     if selective:
         return 4 * lm.hidden_size / cut + 3 * (lm.num_heads + lm.num_kv_heads) * lm.head_dim / tp
@@ -151,5 +165,13 @@ def encoder_layer_width(enc: EncoderArchitecture, tp: int, cut: int = 1, *, sele
 
 def _engine(arch: Architecture, work: Work, item: int) -> float:
     lm = arch.language
-    cache = 2 * lm.num_layers * lm.num_kv_heads * lm.head_dim * item * min(_ENGINE_BATCH, work.sequences) * work.student_tokens
+    cache = (
+        2
+        * lm.num_layers
+        * lm.num_kv_heads
+        * lm.head_dim
+        * item
+        * min(_ENGINE_BATCH, work.sequences)
+        * work.student_tokens
+    )
     return part_counts(arch).total * item + cache

@@ -47,7 +47,10 @@ def _row(
         model=replace(config.model, recompute=recompute),
     )
     work = make_work(changed, arch, gpus, **lengths)  # type: ignore[arg-type]
-    used, fast = memory(changed, arch, work, local_engine=not rollout_gpus), speed(changed, arch, work, gpu, gpus, rollout_gpus)
+    used, fast = (
+        memory(changed, arch, work, local_engine=not rollout_gpus),
+        speed(changed, arch, work, gpu, gpus, rollout_gpus),
+    )
     cells = [
         *(gpus, rollout_gpus or "–", tp, pp, work.dp, "language model" if recompute else "–"),
         *(f"{value / 1e9:.1f}" for value in (used.weights + used.gradients, used.optimizer, used.teacher, used.engine)),

@@ -9,7 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_cord.errors import CordError
-from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture, LanguageArchitecture
+from megatron_cord.model.architecture import (
+    AdapterArchitecture,
+    Architecture,
+    EncoderArchitecture,
+    LanguageArchitecture,
+)
 
 _QWEN2_AUDIO_ENCODER = EncoderArchitecture(
     num_mels=128, hidden_size=1280, num_layers=32, num_heads=20, ffn_hidden_size=5120, max_positions=1500
@@ -45,7 +50,9 @@ PUBLISHED = {
 def published(name: str) -> Architecture:
     """A published model's architecture. Raises CordError for an unknown name."""
     if name not in PUBLISHED:
-        raise CordError(f"no sizes of {name!r} are known here; known: {', '.join(PUBLISHED)}; or give a checkpoint's directory")
+        raise CordError(
+            f"no sizes of {name!r} are known here; known: {', '.join(PUBLISHED)}; or give a checkpoint's directory"
+        )
     return PUBLISHED[name]
 
 
@@ -89,7 +96,9 @@ def rank_counts(arch: Architecture, tp: int, pp: int, stage: int) -> PartCounts:
     language = lm.num_layers // pp * _language_layer(lm, tp) + tables * table + (lm.hidden_size if last else 0)
     if not first or arch.encoder is None:
         return PartCounts(0, 0, language)
-    return PartCounts(_encoder(arch.encoder, tp), _adapter(arch), language, arch.encoder.max_positions * arch.encoder.hidden_size)
+    return PartCounts(
+        _encoder(arch.encoder, tp), _adapter(arch), language, arch.encoder.max_positions * arch.encoder.hidden_size
+    )
 
 
 def _language_layer(lm: LanguageArchitecture, tp: int) -> int:

@@ -15,7 +15,9 @@ from megatron_cord.plan.work import make_work
 from megatron_cord.trainer.config import RunConfig
 
 
-def fitting(config: RunConfig, arch: Architecture, gpu: Gpu, gpus: int, rollout_gpus: int = 0, **lengths: float) -> list[str] | None:
+def fitting(
+    config: RunConfig, arch: Architecture, gpu: Gpu, gpus: int, rollout_gpus: int = 0, **lengths: float
+) -> list[str] | None:
     """The settings `a.b=value` under which the run fits and is fastest; None if none was found.
 
     Args:
@@ -29,7 +31,9 @@ def fitting(config: RunConfig, arch: Architecture, gpu: Gpu, gpus: int, rollout_
     for tp, pp, recompute, micro in choices:
         if gpus % (tp * pp):
             continue
-        parallel = replace(config.parallel, tp=tp, pp=pp, sequence_parallel=config.parallel.sequence_parallel and tp > 1)
+        parallel = replace(
+            config.parallel, tp=tp, pp=pp, sequence_parallel=config.parallel.sequence_parallel and tp > 1
+        )
         changed = replace(
             config,
             parallel=parallel,

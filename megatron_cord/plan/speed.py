@@ -16,7 +16,10 @@ from megatron_cord.trainer.config import RunConfig
 
 MFU = (0.25, 0.45)  #: of the peak, that training reaches
 BANDWIDTH = (0.4, 0.7)  #: of the memory's, that decoding reaches
-EAGER_STEP = (0.06, 0.03)  #: seconds that transformers takes for a token's layers at least, whatever the GPU (local engine)
+EAGER_STEP = (
+    0.06,
+    0.03,
+)  #: seconds that transformers takes for a token's layers at least, whatever the GPU (local engine)
 RUNNING = 64  #: responses that an engine decodes together
 SERVER_GPUS = 1  #: that share one server's weights
 
@@ -62,7 +65,9 @@ def speed(config: RunConfig, arch: Architecture, work: Work, gpu: Gpu, gpus: int
     if not rollout_gpus:
         token = [max(pair) for pair in zip(token, EAGER_STEP, strict=True)]
     prefill = 2 * part_counts(arch).language_model * work.student_tokens * batch
-    rollout = _pair([rounds * (work.response_tokens * t + prefill / (gpu.peak * m)) for t, m in zip(token, MFU, strict=True)])
+    rollout = _pair(
+        [rounds * (work.response_tokens * t + prefill / (gpu.peak * m)) for t, m in zip(token, MFU, strict=True)]
+    )
     whole = [a + b for a, b in zip(rollout, train, strict=True)]
     return Speed(
         flops=useful,
@@ -81,7 +86,10 @@ def train_flops(config: RunConfig, arch: Architecture, work: Work) -> tuple[floa
     """
     lm = arch.language
     matrices = part_counts(arch).language_model - (1 if lm.tied_embeddings else 2) * lm.vocab_size * lm.hidden_size
-    student, teacher = work.sequences * work.student_tokens, work.scored * work.teacher_tokens if config.objective.distils else 0
+    student, teacher = (
+        work.sequences * work.student_tokens,
+        work.scored * work.teacher_tokens if config.objective.distils else 0,
+    )
     forward = _forward(matrices, arch, student, work.student_tokens)
     trains_language, trains_audio = (
         "language_model" not in config.model.freeze,
@@ -97,7 +105,10 @@ def train_flops(config: RunConfig, arch: Architecture, work: Work) -> tuple[floa
     if arch.encoder is not None:
         enc = arch.encoder
         frames = work.sequences * work.clips * enc.max_positions
-        audio = 2 * part_counts(arch).audio_encoder * frames + 4 * enc.hidden_size * enc.max_positions * enc.num_layers * frames
+        audio = (
+            2 * part_counts(arch).audio_encoder * frames
+            + 4 * enc.hidden_size * enc.max_positions * enc.num_layers * frames
+        )
         trains_encoder = "audio_encoder" not in config.model.freeze
         total += audio * (3 if trains_encoder else 1)
         if trains_encoder and "audio_encoder" in config.model.recompute:

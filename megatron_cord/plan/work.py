@@ -38,7 +38,9 @@ class Work:
     micro_batch: int
 
 
-def make_work(config: RunConfig, arch: Architecture, gpus: int, *, audio_seconds: float = 10.0, text_tokens: int = 60) -> Work:
+def make_work(
+    config: RunConfig, arch: Architecture, gpus: int, *, audio_seconds: float = 10.0, text_tokens: int = 60
+) -> Work:
     """The work of a step of this configuration.
 
     Args:
@@ -54,7 +56,9 @@ def make_work(config: RunConfig, arch: Architecture, gpus: int, *, audio_seconds
     parallel, rollout = config.parallel, config.rollout
     arch.check_divisible(parallel.tp, parallel.pp)
     if gpus % (parallel.tp * parallel.pp):
-        raise CordError(f"{gpus} GPUs cannot be laid out with parallel.tp={parallel.tp} × parallel.pp={parallel.pp}; give a multiple of it")
+        raise CordError(
+            f"{gpus} GPUs cannot be laid out with parallel.tp={parallel.tp} × parallel.pp={parallel.pp}; give a multiple of it"
+        )
     dp = gpus // (parallel.tp * parallel.pp)
     policy = rollout.policy_prompts_per_step * rollout.policy_rollouts if config.objective.policy_gradient else 0
     scored = policy if rollout.share else rollout.prompts_per_step

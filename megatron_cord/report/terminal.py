@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_cord.evaluation.statistics import gap_closed
-from megatron_cord.report.gap import standard_error
+from megatron_cord.report.run.gap import standard_error
 
 
 def evaluation_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:

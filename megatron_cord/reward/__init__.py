@@ -2,7 +2,7 @@
 
 from megatron_cord.reward.answers import answers_agree, extract_answer, states_answer
 from megatron_cord.reward.comparison import AnswerMatcher, Comparison, Verdict
-from megatron_cord.reward.judge import Judge, JudgeConfig
+from megatron_cord.reward.judge.judge import Judge, JudgeConfig
 from megatron_cord.reward.rewards import Answered, CollectiveRewards, RewardConfig, Rewards, Score, build_rewards
 
 __all__ = [

@@ -21,7 +21,22 @@ _CHOICE_IN_TEXT = re.compile(r"\(([A-J])\)|\b(?:option|choice)\s+([A-J])\b")
 _CHOICE = re.compile(r"\(?([A-Ja-j])\)?[.:]?|\(?([A-J])(?:\)|[.:])\s+\S.*")
 
 # What sympy may be asked about. Towers of powers, factorials and the like end in one huge multiplication that nothing interrupts.
-_COMMANDS = {"frac", "dfrac", "tfrac", "sqrt", "pi", "left", "right", "cdot", "times", "pm", "infty", "text", "cup", "in"}
+_COMMANDS = {
+    "frac",
+    "dfrac",
+    "tfrac",
+    "sqrt",
+    "pi",
+    "left",
+    "right",
+    "cdot",
+    "times",
+    "pm",
+    "infty",
+    "text",
+    "cup",
+    "in",
+}
 _LONG_POWER = re.compile(r"(?:\^|\*\*)[^\d]{0,3}\d{4,}")
 
 
@@ -73,7 +88,11 @@ def _stated(text: str) -> str | None:
         return boxed
     if "####" in text and (marked := text.rsplit("####", 1)[1].strip().split("\n")[0].strip()):
         return marked[:_LONGEST_ANSWER]
-    phrases = [phrase for match in _PHRASE.finditer(text) if (phrase := _SENTENCE_END.split(match[1], maxsplit=1)[0].strip(" *"))]
+    phrases = [
+        phrase
+        for match in _PHRASE.finditer(text)
+        if (phrase := _SENTENCE_END.split(match[1], maxsplit=1)[0].strip(" *"))
+    ]
     return phrases[-1][:_LONGEST_ANSWER] if phrases else None
 
 

@@ -15,10 +15,13 @@ _NUMBER_WORDS = {*UNITS, *TENS, *SCALES, "hundred"}
 _SIGN_WORDS = {"minus", "negative"}
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
-_WORDS = rf"\b(?:(?:minus|negative)\s+)?(?:{'|'.join(_NUMBER_WORDS)})(?:[\s-]+(?:and\s+)?(?:{'|'.join(_NUMBER_WORDS)}))*\b"
+_WORDS = (
+    rf"\b(?:(?:minus|negative)\s+)?(?:{'|'.join(_NUMBER_WORDS)})(?:[\s-]+(?:and\s+)?(?:{'|'.join(_NUMBER_WORDS)}))*\b"
+)
 #: A number somewhere in a text: a LaTeX fraction, digits with an optional denominator or per cent sign, or words.
 NUMBER_IN_TEXT = re.compile(
-    rf"-?\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|(?:(?<![\w.)])-\s?)?\$?(?:{_DIGITS})(?:\s*/\s*\d+)?(?:\s*\\?%)?|{_WORDS}", re.IGNORECASE
+    rf"-?\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|(?:(?<![\w.)])-\s?)?\$?(?:{_DIGITS})(?:\s*/\s*\d+)?(?:\s*\\?%)?|{_WORDS}",
+    re.IGNORECASE,
 )
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
 _MIXED = re.compile(r"(-?)(\d+) (\d+)/(\d+)")
@@ -49,7 +52,9 @@ def parse_quantity(text: str) -> Quantity | None:
     text = " ".join(_CLUTTER.sub(" ", text).replace("\\%", "%").lower().split())
     if mixed := _MIXED.fullmatch(text):
         sign, whole, above, below = mixed.groups()
-        return None if int(below) == 0 else Quantity((-1 if sign else 1) * (int(whole) + Fraction(int(above), int(below))))
+        return (
+            None if int(below) == 0 else Quantity((-1 if sign else 1) * (int(whole) + Fraction(int(above), int(below))))
+        )
     if match := _VALUE.match(text):
         sign, digits, below = match.groups()
         if below is not None and int(below) == 0:

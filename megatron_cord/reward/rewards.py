@@ -19,7 +19,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.reward.answers import states_answer
 from megatron_cord.reward.comparison import AnswerMatcher, Comparer, Comparison, Verdict
-from megatron_cord.reward.judge import Judge, JudgeConfig
+from megatron_cord.reward.judge.judge import Judge, JudgeConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class RewardConfig:
     """How a rollout is judged."""
 
     terms: TermWeights = field(default_factory=TermWeights)
-    comparer: Literal["match", "judge"] = "match"  #: who compares answers: rules, or a language model behind an endpoint
+    comparer: Literal["match", "judge"] = (
+        "match"  #: who compares answers: rules, or a language model behind an endpoint
+    )
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self) -> None:
@@ -161,11 +163,17 @@ class CollectiveRewards:
 
 def build_rewards(config: RewardConfig, directory: Path) -> CollectiveRewards:
     """What the configuration asks for; a judge keeps its answers in the run's directory."""
-    comparer = Judge(config.judge, directory / "judge_cache", writer=dist.get_rank()) if config.comparer == "judge" else AnswerMatcher()
+    comparer = (
+        Judge(config.judge, directory / "judge_cache", writer=dist.get_rank())
+        if config.comparer == "judge"
+        else AnswerMatcher()
+    )
     return CollectiveRewards(Rewards(config.terms, comparer))
 
 
 def _gold(answered: Answered) -> str:
     if answered.gold is None:
-        raise CordError(f"sample {answered.sample_id} has no answer, and reward.terms.gold needs one; set it to 0 or mend the data")
+        raise CordError(
+            f"sample {answered.sample_id} has no answer, and reward.terms.gold needs one; set it to 0 or mend the data"
+        )
     return answered.gold

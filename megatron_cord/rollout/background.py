@@ -42,7 +42,7 @@ class Background:
             job, future = item
             try:
                 job()
-            except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            except BaseException as error:
                 future.set_exception(error)
             else:
                 future.set_result(None)

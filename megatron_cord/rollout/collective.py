@@ -61,7 +61,9 @@ class CollectiveEngine:
         """
         if not isinstance(self.engine, Recoverable):
             if len(made) < len(share):
-                raise CordError(f"the engine cut off {len(share) - len(made)} responses that nobody aborted; look at its log")
+                raise CordError(
+                    f"the engine cut off {len(share) - len(made)} responses that nobody aborted; look at its log"
+                )
             return
         in_vain, before = 0, -1
         while missing := sum(all_gather_json(len(share) - len(made))):

@@ -10,11 +10,11 @@ import torch
 
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.collective import CollectiveEngine
-from megatron_cord.rollout.exchange import ExchangeConfig
-from megatron_cord.rollout.local import LocalEngine, LocalEngineConfig
-from megatron_cord.rollout.sglang.addresses import Addresses
+from megatron_cord.rollout.local.engine import LocalEngine, LocalEngineConfig
+from megatron_cord.rollout.sglang.client.addresses import Addresses
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.engine import SGLangEngine
+from megatron_cord.rollout.sglang.weight_sync import ExchangeConfig
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class EngineConfig:
 
     engine: Literal["local", "sglang"] = "local"  #: local: transformers in the trainer's processes; sglang: servers
     servers: tuple[str, ...] = ()  #: of sglang: http://host:port of each
-    servers_file: Path | None = None  #: instead: what tools/serve_rollout.py writes, or a directory of such files, one a node
+    servers_file: Path | None = (
+        None  #: instead: what tools/serve_rollout.py writes, or a directory of such files, one a node
+    )
     min_servers: int = 1  #: so many must answer before the run starts
     api_key_file: Path | None = (
         None  #: of the servers; unset, the environment variable MEGATRON_CORD_SERVER_KEY holds the key, if there is one
@@ -59,4 +61,6 @@ def build_engine(config: EngineConfig, checkpoint_dir: str | Path, device: torch
     """
     if config.engine == "local":
         return CollectiveEngine(LocalEngine(checkpoint_dir, LocalEngineConfig(device=str(device))))
-    return CollectiveEngine(SGLangEngine(checkpoint_dir, config.addresses, config.sglang, config.exchange, config.min_servers))
+    return CollectiveEngine(
+        SGLangEngine(checkpoint_dir, config.addresses, config.sglang, config.exchange, config.min_servers)
+    )

@@ -27,17 +27,23 @@ from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngin
 class ScheduleConfig:
     """When responses are generated, and what an exchange of weights does to unfinished ones."""
 
-    schedule: Literal["sync", "async"] = "sync"  #: async: the next step's responses are generated while this one's train
+    schedule: Literal["sync", "async"] = (
+        "sync"  #: async: the next step's responses are generated while this one's train
+    )
     max_staleness: int = 1  #: of async: no token comes from weights that are more steps old; 0 is the same run as sync
     on_exchange: Literal["finish", "continue", "restart"] = "finish"
     #: of async, for responses that are unfinished when new weights are there: wait for them, go on with the new weights, or begin again
-    colocated: bool = False  #: the engine's memory is released while the trainer works, for an engine on the trainer's own devices
+    colocated: bool = (
+        False  #: the engine's memory is released while the trainer works, for an engine on the trainer's own devices
+    )
 
     def __post_init__(self) -> None:
         if self.max_staleness < 0:
             raise CordError("rollout.max_staleness cannot be negative")
         if self.colocated and self.ahead:
-            raise CordError("rollout.colocated needs rollout.schedule=sync: the engine cannot generate while its memory is released")
+            raise CordError(
+                "rollout.colocated needs rollout.schedule=sync: the engine cannot generate while its memory is released"
+            )
 
     @property
     def ahead(self) -> int:
@@ -85,7 +91,11 @@ class Schedule:
     """
 
     def __init__(
-        self, config: ScheduleConfig, engine: CollectiveEngine, requests: Callable[[int], list[GenerationRequest]], steps: int
+        self,
+        config: ScheduleConfig,
+        engine: CollectiveEngine,
+        requests: Callable[[int], list[GenerationRequest]],
+        steps: int,
     ) -> None:
         self.config, self._engine, self._requests, self._steps = config, engine, requests, steps
         self._shares: dict[int, _Share] = {}
@@ -214,5 +224,9 @@ def staleness(rollouts: Sequence[Rollout], step: int, bound: int | None) -> dict
                     f"sample {rollout.prompt_id}: the engine generated with weights of version {span.version} at step {step}, where "
                     f"{max(0, step - bound)} to {step} are allowed; an exchange did not reach it: look at its log and start the run again"
                 )
-            tokens, total, largest = tokens + span.end - span.start, total + age * (span.end - span.start), max(largest, age)
+            tokens, total, largest = (
+                tokens + span.end - span.start,
+                total + age * (span.end - span.start),
+                max(largest, age),
+            )
     return {"staleness": total / max(tokens, 1), "staleness_max": float(largest)}

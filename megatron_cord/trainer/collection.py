@@ -20,9 +20,9 @@ from megatron_cord.reward.rewards import Answered, Score, Scorer
 from megatron_cord.rollout.engines import EngineConfig
 from megatron_cord.rollout.schedule import ScheduleConfig
 from megatron_cord.rollout.types import GenerationRequest, Rollout
-from megatron_cord.trainer.answers import TeacherAnswers
-from megatron_cord.trainer.batches import TrainingSequence
-from megatron_cord.trainer.objective import ObjectiveConfig
+from megatron_cord.trainer.reference_answers import TeacherAnswers
+from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.objective import ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,9 @@ class Collector:
             return [Collected(sample, "distill", rollout) for sample, rollout in zip(samples, answers, strict=True)]
         alone, policy = self._parts(samples)
         groups = len(alone) + len(policy) * self.config.policy_rollouts
-        distilled = [Collected(s, "distill", r, seed=self._seed(step, s, 0)) for s, r in zip(alone, rollouts, strict=False)]
+        distilled = [
+            Collected(s, "distill", r, seed=self._seed(step, s, 0)) for s, r in zip(alone, rollouts, strict=False)
+        ]
         if not policy:
             return distilled
         references = self.answers.rollouts(policy, rollouts[groups:])
@@ -172,7 +174,11 @@ class Collector:
         step: int,
     ) -> list[Collected]:
         """Rewards and advantages; rollouts come group by group."""
-        owners = [(s, reference.text) for s, reference in zip(samples, references, strict=True) for _ in range(self.config.policy_rollouts)]
+        owners = [
+            (s, reference.text)
+            for s, reference in zip(samples, references, strict=True)
+            for _ in range(self.config.policy_rollouts)
+        ]
         scores = self.rewards.score(
             [
                 Answered(s.id, s.question, r.text, r.finish_reason == "stop", reference, s.answer)
@@ -186,7 +192,9 @@ class Collector:
         seeds = [self._seed(step, s, 1 + i % self.config.policy_rollouts) for i, (s, _) in enumerate(owners)]
         return [
             Collected(s, role, r, reference, score.total, advantage, differs, score, seed)
-            for (s, reference), r, score, advantage, differs, seed in zip(owners, rollouts, scores, advantages, signal, seeds, strict=True)
+            for (s, reference), r, score, advantage, differs, seed in zip(
+                owners, rollouts, scores, advantages, signal, seeds, strict=True
+            )
         ]
 
 

@@ -12,16 +12,16 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.transformer import LayerConfig
 from megatron_cord.parallel.layout import ParallelConfig
 from megatron_cord.reward import RewardConfig
-from megatron_cord.trainer.alerts import AlertConfig
-from megatron_cord.trainer.batches import BatchConfig
-from megatron_cord.trainer.checkpoint import CheckpointConfig
+from megatron_cord.trainer.checkpoint.checkpoints import CheckpointConfig
 from megatron_cord.trainer.collection import RolloutConfig
 from megatron_cord.trainer.evaluation import EvaluationConfig
-from megatron_cord.trainer.objective import ObjectiveConfig
-from megatron_cord.trainer.optimizer import OptimizerConfig
-from megatron_cord.trainer.record import RecordConfig
-from megatron_cord.trainer.teacher import TeacherConfig
-from megatron_cord.trainer.tracking import MetricsConfig
+from megatron_cord.trainer.observability.alerts import AlertConfig
+from megatron_cord.trainer.observability.rollout_dump import RecordConfig
+from megatron_cord.trainer.observability.trackers import MetricsConfig
+from megatron_cord.trainer.step.batches import BatchConfig
+from megatron_cord.trainer.step.objective import ObjectiveConfig
+from megatron_cord.trainer.step.optimizer import OptimizerConfig
+from megatron_cord.trainer.step.teacher import TeacherConfig
 
 PARTS = ("audio_encoder", "adapter", "language_model")
 
@@ -31,8 +31,12 @@ class ModelConfig:
     """Which model, in which precision, and what of it is trained."""
 
     checkpoint: str  #: Hugging Face checkpoint directory: the student's start and the frozen teacher
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  #: of parameters and activations; gradients and optimizer states are fp32
-    freeze: tuple[Literal["audio_encoder", "adapter", "language_model"], ...] = ()  #: parts that are not trained, nor exchanged again
+    dtype: Literal["float32", "bfloat16"] = (
+        "bfloat16"  #: of parameters and activations; gradients and optimizer states are fp32
+    )
+    freeze: tuple[
+        Literal["audio_encoder", "adapter", "language_model"], ...
+    ] = ()  #: parts that are not trained, nor exchanged again
 
     #: Towers whose layers are computed again in the backward pass: memory for time.
     recompute: tuple[Literal["audio_encoder", "language_model"], ...] = ()
@@ -62,7 +66,9 @@ class LoopConfig(BatchConfig):
 
     steps: int = 3000  #: optimizer steps; the paper's value
     max_skipped_in_a_row: int = 5  #: so many steps without a finite loss stop the run
-    watchdog_seconds: float = 480.0  #: a longer phase of a step is taken for a hang: the rank writes its stacks and ends; 0 waits on
+    watchdog_seconds: float = (
+        480.0  #: a longer phase of a step is taken for a hang: the rank writes its stacks and ends; 0 waits on
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,4 +113,6 @@ class RunConfig:
                 f"{self.train.watchdog_seconds:g}: else ranks that wait for servers are taken for stuck"
             )
         if self.teacher.mode == "ema" and self.objective.responses == "teacher":
-            raise CordError("objective.responses=teacher needs answers that teacher.mode=ema cannot generate; use frozen or live")
+            raise CordError(
+                "objective.responses=teacher needs answers that teacher.mode=ema cannot generate; use frozen or live"
+            )

@@ -20,10 +20,10 @@ from megatron_cord.evaluation.formats import SetConfig
 from megatron_cord.evaluation.scoring import is_correct
 from megatron_cord.evaluation.statistics import gap_closed
 from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine
-from megatron_cord.trainer.agreement import agreement_metrics
-from megatron_cord.trainer.batches import TrainingSequence
-from megatron_cord.trainer.metrics import json_floats
-from megatron_cord.trainer.step import TokenRecord
+from megatron_cord.trainer.observability.logprob_mismatch import agreement_metrics
+from megatron_cord.trainer.observability.metrics import json_floats
+from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.step import TokenRecord
 
 Scorer = Callable[[list[TrainingSequence]], list[TokenRecord]]
 
@@ -36,8 +36,12 @@ class EvaluationConfig:
     samples: int = 0  #: of data.evaluation, from its beginning; 0 takes all
     max_new_tokens: int = 200  #: answers are cut there
     scored: int = 48  #: answers whose divergence from the teacher is computed token by token, for the report
-    checkpoint: str = "latest"  #: for `evaluate`: latest (of output_dir), base (model.checkpoint), or a checkpoint's directory
-    sets: dict[str, SetConfig] = field(default_factory=dict)  #: for `evaluate`: question sets by name, beside data.evaluation
+    checkpoint: str = (
+        "latest"  #: for `evaluate`: latest (of output_dir), base (model.checkpoint), or a checkpoint's directory
+    )
+    sets: dict[str, SetConfig] = field(
+        default_factory=dict
+    )  #: for `evaluate`: question sets by name, beside data.evaluation
     baseline: str | None = (
         None  #: what those results are compared with: base, which is then evaluated too, or the directory of another evaluation
     )
@@ -49,10 +53,14 @@ class EvaluationConfig:
         if min(self.interval, self.samples, self.scored) < 0:
             raise CordError("evaluation.interval, evaluation.samples and evaluation.scored cannot be negative")
         if self.chunk < 1 or self.max_new_tokens < 1 or not 0.0 <= self.max_rejects <= 1.0:
-            raise CordError("evaluation.chunk and max_new_tokens must be at least 1, and max_rejects a share between 0 and 1")
+            raise CordError(
+                "evaluation.chunk and max_new_tokens must be at least 1, and max_rejects a share between 0 and 1"
+            )
         for name in self.sets:
             if not re.fullmatch(r"[A-Za-z0-9_+-]{1,60}", name):
-                raise CordError(f"evaluation.sets: {name!r} becomes a file's name; use letters, digits, '_', '+' and '-'")
+                raise CordError(
+                    f"evaluation.sets: {name!r} becomes a file's name; use letters, digits, '_', '+' and '-'"
+                )
 
 
 class Evaluator:
@@ -68,7 +76,9 @@ class Evaluator:
         CordError: a sample without a gold answer.
     """
 
-    def __init__(self, config: EvaluationConfig, samples: Sequence[Sample], prompts: PromptBuilder, engine: RolloutEngine) -> None:
+    def __init__(
+        self, config: EvaluationConfig, samples: Sequence[Sample], prompts: PromptBuilder, engine: RolloutEngine
+    ) -> None:
         self.config, self.engine, self.prompts = config, engine, prompts
         self.samples = list(samples)
         for sample in self.samples:
@@ -95,7 +105,9 @@ class Evaluator:
         agreement: dict[str, float] = {}
         if score is not None:
             count = min(self.config.scored, len(rows))
-            sequences = [TrainingSequence(self._spoken[i], self._written[i], audio[i], True, 0.0, i) for i in range(count)]
+            sequences = [
+                TrainingSequence(self._spoken[i], self._written[i], audio[i], True, 0.0, i) for i in range(count)
+            ]
             tokens = score(sequences)
             agreement = agreement_metrics(tokens, audio, step)
             for token in tokens:

@@ -12,8 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from megatron_cord.cli import STOPPED
-from megatron_cord.config import dump_config, to_dict
+from megatron_cord.config.loading import dump_config, to_dict
 from megatron_cord.data.augmentation import augment
 from megatron_cord.data.loader import SampleLoader
 from megatron_cord.data.prompts import PromptBuilder
@@ -24,27 +23,28 @@ from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.reward import build_rewards
 from megatron_cord.rollout.engines import build_engine
-from megatron_cord.rollout.exchange import ModelWeights
 from megatron_cord.rollout.schedule import Schedule
-from megatron_cord.trainer.agreement import agreement_metrics, check_agreement, importance_metrics
-from megatron_cord.trainer.answers import TeacherAnswers
-from megatron_cord.trainer.checkpoint import Checkpoints
-from megatron_cord.trainer.checkpoint_directory import check_whole
+from megatron_cord.rollout.sglang.weight_sync import ModelWeights
+from megatron_cord.runtime.entry import STOPPED
+from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
+from megatron_cord.trainer.checkpoint.directory import check_whole
+from megatron_cord.trainer.checkpoint.progress import Progress
+from megatron_cord.trainer.checkpoint.storage import make_writable
 from megatron_cord.trainer.collection import Collected, Collector, collection_metrics
 from megatron_cord.trainer.config import RunConfig
-from megatron_cord.trainer.data_record import FILE_NAME as DATA_RECORD
-from megatron_cord.trainer.data_record import keep_data_record
+from megatron_cord.trainer.data_fingerprint import FILE_NAME as DATA_RECORD
+from megatron_cord.trainer.data_fingerprint import keep_data_record
 from megatron_cord.trainer.evaluation import Evaluator, evaluation_file, past_evaluations, summarize, write_evaluation
-from megatron_cord.trainer.metrics import MetricsLog
 from megatron_cord.trainer.model_setup import build_student
-from megatron_cord.trainer.optimizer import build_optimizer, release, wrap_model
-from megatron_cord.trainer.progress import Progress
-from megatron_cord.trainer.record import RolloutRecord, read_record
+from megatron_cord.trainer.observability.logprob_mismatch import agreement_metrics, check_agreement, importance_metrics
+from megatron_cord.trainer.observability.metrics import MetricsLog
+from megatron_cord.trainer.observability.rollout_dump import RolloutRecord, read_record
+from megatron_cord.trainer.observability.watchdog import Watchdog
+from megatron_cord.trainer.reference_answers import TeacherAnswers
 from megatron_cord.trainer.signals import StopRequest
-from megatron_cord.trainer.step import StepResult, TrainStep
-from megatron_cord.trainer.storage import make_writable
-from megatron_cord.trainer.teacher import Teacher
-from megatron_cord.trainer.watchdog import Watchdog
+from megatron_cord.trainer.step.optimizer import build_optimizer, release, wrap_model
+from megatron_cord.trainer.step.step import StepResult, TrainStep
+from megatron_cord.trainer.step.teacher import Teacher
 
 
 class Run:
@@ -61,7 +61,9 @@ class Run:
         make_writable(self.directory)
         self.checkpoints = Checkpoints(self.directory / "checkpoints", config.checkpoint)
         resume_from = self._resume_from()
-        self.prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features)
+        self.prompts = PromptBuilder(
+            config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features
+        )
         self._questions = config.data.open("train", self.prompts.longest_clip)
         self.loader = SampleLoader(
             self._questions,
@@ -81,7 +83,9 @@ class Run:
         self.optimizer, self.scheduler = build_optimizer(config.optimizer, self.model, config.train.steps)
         self.progress = Progress(0, 0.0, 0, config.seed)
         if resume_from is not None:
-            self.progress = self.checkpoints.load(resume_from, self.model, self.optimizer, self.scheduler, teacher.average)
+            self.progress = self.checkpoints.load(
+                resume_from, self.model, self.optimizer, self.scheduler, teacher.average
+            )
             if self.progress.seed != config.seed:
                 raise CordError(
                     f"{resume_from} belongs to a run with seed={self.progress.seed}; resume with that seed or choose another output_dir"
@@ -99,12 +103,19 @@ class Run:
         )
         rewards = build_rewards(config.reward, self.directory)
         self.collector = Collector(config.rollout, config.objective, self.prompts, answers, rewards, config.seed)
-        self.batch = lru_cache(maxsize=config.rollout.ahead + 1)(self.loader.batch)  #: samples of a step; those asked for ahead are kept
+        self.batch = lru_cache(maxsize=config.rollout.ahead + 1)(
+            self.loader.batch
+        )  #: samples of a step; those asked for ahead are kept
         self.schedule = Schedule(
-            config.rollout, self.engine, lambda step: self.collector.requests(self.batch(step), step), config.train.steps
+            config.rollout,
+            self.engine,
+            lambda step: self.collector.requests(self.batch(step), step),
+            config.train.steps,
         )
         self._times: dict[str, float] = {}
-        self.evaluator = Evaluator(config.evaluation, self._first(held_out, config.evaluation.samples), self.prompts, self.engine)
+        self.evaluator = Evaluator(
+            config.evaluation, self._first(held_out, config.evaluation.samples), self.prompts, self.engine
+        )
         self.train_step = TrainStep(
             self.model, teacher, self.optimizer, self.scheduler, config.objective, config.train, self.prompts.pad_id
         )
@@ -137,7 +148,9 @@ class Run:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.checkpoints.wait()
         self._watchdog.__exit__(kind, error, trace)
@@ -155,14 +168,18 @@ class Run:
         if step:
             self.log.say(f"resuming after step {step}")
         if skipped := sum(item.samples for item in self._questions.skipped):
-            self.log.say(f"{skipped} samples of data.train cannot be used and are skipped; see {self.directory / DATA_RECORD}")
+            self.log.say(
+                f"{skipped} samples of data.train cannot be used and are skipped; see {self.directory / DATA_RECORD}"
+            )
         if self.config.replay is None:
             self._prepare_answers()  # before the engine gets trained weights
         if step:
             self._update_engine()
             self.schedule.restore(self.progress.ahead, step)
         # A run that was stopped between a checkpoint and its evaluation makes up for it.
-        if not step or (self._evaluation_is_due(step) and not broadcast_json(evaluation_file(self.directory, step).is_file())):
+        if not step or (
+            self._evaluation_is_due(step) and not broadcast_json(evaluation_file(self.directory, step).is_file())
+        ):
             self.evaluate(step)
 
     def steps(self) -> Iterator[int]:
@@ -200,11 +217,15 @@ class Run:
         """One optimizer step."""
         self._watchdog.phase("update", self.progress.step + 1)
         with self.schedule.training():
-            result = self.train_step(self.collector.sequences(collected), [c.rollout for c in collected if c.reward is not None])
+            result = self.train_step(
+                self.collector.sequences(collected), [c.rollout for c in collected if c.reward is not None]
+            )
         skipped = self.progress.skipped_in_a_row + 1 if result.skipped else 0
         self.progress = Progress(self.progress.step + 1, self.progress.seconds, skipped, self.config.seed)
         if result.skipped:
-            self.log.say(f"step {self.progress.step}: the loss or a gradient is not finite; the update is skipped ({skipped} in a row)")
+            self.log.say(
+                f"step {self.progress.step}: the loss or a gradient is not finite; the update is skipped ({skipped} in a row)"
+            )
         return result
 
     def exchange(self) -> None:
@@ -223,7 +244,9 @@ class Run:
         step = self.progress.step
         self._watchdog.phase("record", step)
         self.progress = replace(self.progress, seconds=self.progress.seconds + times["seconds"])
-        metrics: dict[str, Any] = result.metrics | collection_metrics(collected, self.config.rollout.policy_rollouts) | self._times | times
+        metrics: dict[str, Any] = (
+            result.metrics | collection_metrics(collected, self.config.rollout.policy_rollouts) | self._times | times
+        )
         metrics |= self._compare_with_engine(collected, result, step - 1)
         self.log.step(step, metrics | {"skipped": result.skipped})
         self.record.write(step, collected, result.tokens)
@@ -280,7 +303,11 @@ class Run:
             before = evaluation_file(self.directory, 0)
             if step == self.config.train.steps and before.is_file():
                 summary = summarize(
-                    json.loads(before.read_text()), result, seconds=round(self.progress.seconds, 1), tp=self.layout.config.tp, steps=step
+                    json.loads(before.read_text()),
+                    result,
+                    seconds=round(self.progress.seconds, 1),
+                    tp=self.layout.config.tp,
+                    steps=step,
                 )
                 (self.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
@@ -295,7 +322,9 @@ class Run:
             per_step = config.rollout.prompts_per_step
         if per_step:
             needed = {i for step in range(config.train.steps) for i in self.loader.indices(step)[:per_step]}
-            self._answers.prepare([self._questions[i] for i in sorted(needed)], resumed=self.progress.step > 0, say=self.log.say)
+            self._answers.prepare(
+                [self._questions[i] for i in sorted(needed)], resumed=self.progress.step > 0, say=self.log.say
+            )
 
     def _resume_from(self) -> Path | None:
         if self.config.resume == "auto":
@@ -304,7 +333,9 @@ class Run:
             return check_whole(Path(self.config.resume))
         newest = self.checkpoints.newest()
         if newest is not None:
-            raise CordError(f"{newest} exists and resume=never was given; choose another output_dir, or resume=auto to continue that run")
+            raise CordError(
+                f"{newest} exists and resume=never was given; choose another output_dir, or resume=auto to continue that run"
+            )
         return None
 
     @staticmethod

@@ -9,14 +9,14 @@ import pytest
 from megatron_cord.compare.methods import COMPARED, METHODS, methods_named
 from megatron_cord.compare.plan import CompareConfig, plan_runs
 from megatron_cord.compare.results import responses
-from megatron_cord.config import load_config
+from megatron_cord.config.loading import load_config
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.types import GenerationRequest, Rollout
 from megatron_cord.trainer.collection import Collector
 from megatron_cord.trainer.config import RunConfig
 from tests.tiny_run import make_samples
-from tests.trainer.test_objective import assert_as_expected
+from tests.trainer.step.test_objective import assert_as_expected
 
 REQUIRED = ("output_dir=x", "model.checkpoint=x", "data.train=x", "data.evaluation=x")
 #: what each method asks an engine for, of 4 prompts of which 2 give groups of 3: answers at temperature 1, and at 1.5
@@ -87,7 +87,12 @@ def test_methods_of_the_users_own(tmp_path: Path) -> None:
     """Catches a user's method that starts from something else than CORD, that a shared setting overrules, or that takes a known name."""
     shared = ("objective.top_k=7", *REQUIRED[1:])
     config = CompareConfig(
-        "/dev/null", str(tmp_path), methods=("cord", "steeper"), own={"steeper": ("objective.top_k=9",)}, seeds=(3,), settings=shared
+        "/dev/null",
+        str(tmp_path),
+        methods=("cord", "steeper"),
+        own={"steeper": ("objective.top_k=9",)},
+        seeds=(3,),
+        settings=shared,
     )
     cord, steeper = (run.config for run in plan_runs(config))
     assert (cord.objective.top_k, steeper.objective.top_k) == (7, 9) and steeper.objective.token_weights == "cord"

@@ -10,17 +10,23 @@ import pytest
 
 from megatron_cord.compare.methods import ablation
 from megatron_cord.compare.plan import CompareConfig, PlannedRun, is_complete, plan_runs, prepare_command
-from megatron_cord.config import dump_config, load_config
+from megatron_cord.config.loading import dump_config, load_config
 from megatron_cord.errors import CordError
 from megatron_cord.trainer.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = ("model.checkpoint=made/{seed}/checkpoint", "data.train=made/{seed}/train", "data.evaluation=made/{seed}/heldout")
+SETTINGS = (
+    "model.checkpoint=made/{seed}/checkpoint",
+    "data.train=made/{seed}/train",
+    "data.evaluation=made/{seed}/heldout",
+)
 
 
 def planned(output: Path, *overrides: str, more: tuple[str, ...] = ()) -> list[PlannedRun]:
     settings = "settings=" + json.dumps([*SETTINGS, *more])
-    return plan_runs(load_config(CompareConfig, None, ["train=/dev/null", f"output_dir={output}", settings, *overrides]))
+    return plan_runs(
+        load_config(CompareConfig, None, ["train=/dev/null", f"output_dir={output}", settings, *overrides])
+    )
 
 
 def make(run: PlannedRun, *, complete: bool) -> None:
@@ -110,13 +116,19 @@ def test_the_ablation_goes_from_part_to_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("example", "ranks"), [("quickstart/compare", 1), ("quickstart/compare-whole", 2), ("chains/compare", 1), ("chains/compare-long", 1)]
+    ("example", "ranks"),
+    [("quickstart/compare", 1), ("quickstart/compare-whole", 2), ("chains/compare", 1), ("chains/compare-long", 1)],
 )
 def test_the_examples_comparisons(example: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a committed comparison that no longer loads, and GRPO with fewer responses than the others."""
     monkeypatch.chdir(ROOT)
     config = load_config(CompareConfig, f"examples/{example}.yaml")
     runs = plan_runs(config)
-    assert len(runs) == len(config.methods) * 3 and all(isinstance(r.config, RunConfig) and r.ranks == ranks for r in runs)
+    assert len(runs) == len(config.methods) * 3 and all(
+        isinstance(r.config, RunConfig) and r.ranks == ranks for r in runs
+    )
     rollout = runs[0].config.rollout
-    assert "grpo" not in config.methods or rollout.policy_prompts_per_step * rollout.policy_rollouts == rollout.prompts_per_step
+    assert (
+        "grpo" not in config.methods
+        or rollout.policy_prompts_per_step * rollout.policy_rollouts == rollout.prompts_per_step
+    )

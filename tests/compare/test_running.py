@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cord.cli import USER_ERROR
 from megatron_cord.compare import running
 from megatron_cord.compare.plan import CompareConfig, PlannedRun, plan_runs
 from megatron_cord.compare.running import Listener, Outcome, Runner
-from megatron_cord.config import dump_config
+from megatron_cord.config.loading import dump_config
 from megatron_cord.errors import CordError
+from megatron_cord.runtime.entry import USER_ERROR
 from tests.tiny_run import ROOT, overrides, write_inputs
 
 SETTINGS = ("model.checkpoint=x", "data.train=x", "data.evaluation=x")
@@ -39,7 +39,9 @@ echo "{}" > "$directory/summary.json"
 
 
 @pytest.fixture
-def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[CompareConfig, list[PlannedRun]]]:
+def comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[CompareConfig, list[PlannedRun]]]:
     """Makes a comparison of these methods on one seed, whose trainer is SCRIPT."""
     script = tmp_path / "python"
     script.write_text(SCRIPT)
@@ -112,9 +114,15 @@ def test_so_many_at_a_time(comparison: Callable[..., tuple[CompareConfig, list[P
         assert diary.together == jobs and diary.steps >= 3
 
 
-def test_inputs_are_made_once_a_seed(comparison: Callable[..., tuple[CompareConfig, list[PlannedRun]]], tmp_path: Path) -> None:
+def test_inputs_are_made_once_a_seed(
+    comparison: Callable[..., tuple[CompareConfig, list[PlannedRun]]], tmp_path: Path
+) -> None:
     """Catches a warm-up for each method, one for a seed whose runs are all there, and runs without their inputs."""
-    prepare = ("/bin/sh", "-c", f"echo {{seed}} >> {tmp_path}/made; test {{seed}} != 1 || (echo 'error: no voice'; exit 2)")
+    prepare = (
+        "/bin/sh",
+        "-c",
+        f"echo {{seed}} >> {tmp_path}/made; test {{seed}} != 1 || (echo 'error: no voice'; exit 2)",
+    )
     config, runs = comparison("sft", "cord", seeds=(0, 1), prepare=prepare)
     with Runner(config, runs, Diary()) as runner:
         outcomes = runner.run()
@@ -145,7 +153,9 @@ def test_asked_to_stop_it_asks_its_runs(comparison: Callable[..., tuple[CompareC
     assert signal.getsignal(signal.SIGTERM) == before and starts(runs[1]) == 0
 
 
-def test_a_run_that_still_goes_on_is_not_started_twice(comparison: Callable[..., tuple[CompareConfig, list[PlannedRun]]]) -> None:
+def test_a_run_that_still_goes_on_is_not_started_twice(
+    comparison: Callable[..., tuple[CompareConfig, list[PlannedRun]]],
+) -> None:
     """Catches two trainings in one directory after a comparison was killed and its run was not."""
     config, runs = comparison("cord")
     with running._locked(runs[0].directory / "log.txt") as file:
@@ -180,7 +190,11 @@ def test_the_command_for_real(inputs: Path, tmp_path: Path) -> None:
 
     first = call()
     assert first.returncode == USER_ERROR, first.stderr
-    assert "sft, seed 0: failed: " in first.stdout and "later" in first.stdout and "cord, seed 0: audio accuracy" in first.stdout
+    assert (
+        "sft, seed 0: failed: " in first.stdout
+        and "later" in first.stdout
+        and "cord, seed 0: audio accuracy" in first.stdout
+    )
     (tmp_path / "later").symlink_to(inputs / "train")
     second = call()
     assert second.returncode == 0, second.stdout + second.stderr
@@ -191,6 +205,12 @@ def test_the_command_for_real(inputs: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "comparison.md").read_text() in second.stdout
     assert all((tmp_path / "out" / f"comparison.{suffix}").stat().st_size > 1000 for suffix in ("svg", "png"))
     losses = {
-        name: json.loads((tmp_path / "out" / name / "seed-0" / "metrics.jsonl").read_text().splitlines()[0]) for name in ("sft", "cord")
+        name: json.loads((tmp_path / "out" / name / "seed-0" / "metrics.jsonl").read_text().splitlines()[0])
+        for name in ("sft", "cord")
     }
-    assert losses["sft"]["kl"] is None and losses["cord"]["kl"] > 0 and "reward" in losses["cord"] and "reward" not in losses["sft"]
+    assert (
+        losses["sft"]["kl"] is None
+        and losses["cord"]["kl"] > 0
+        and "reward" in losses["cord"]
+        and "reward" not in losses["sft"]
+    )

@@ -8,7 +8,8 @@ from megatron_cord.compare.statistics import Mean, SignTest, mean_of, paired_dif
 
 
 @pytest.mark.parametrize(
-    ("degrees", "quantile"), [(1, 12.706), (2, 4.303), (9, 2.262), (10, 2.228), (15, 2.131), (30, 2.042), (120, 1.980), (10**6, 1.960)]
+    ("degrees", "quantile"),
+    [(1, 12.706), (2, 4.303), (9, 2.262), (10, 2.228), (15, 2.131), (30, 2.042), (120, 1.980), (10**6, 1.960)],
 )
 def test_students_quantiles(degrees: int, quantile: float) -> None:
     """Catches a table shifted by one, and an expansion with a wrong term (values of printed tables)."""
@@ -19,7 +20,9 @@ def test_a_mean_and_its_interval() -> None:
     """Catches the population's deviation in the sample's place: 1, 2, 3 have mean 2 ± 4.303 · 1 / √3."""
     got = mean_of([1.0, 2.0, 3.0])
     assert (
-        (got.mean, got.n) == (2.0, 3) and got.low == pytest.approx(2 - 2.4841, abs=1e-3) and got.high == pytest.approx(2 + 2.4841, abs=1e-3)
+        (got.mean, got.n) == (2.0, 3)
+        and got.low == pytest.approx(2 - 2.4841, abs=1e-3)
+        and got.high == pytest.approx(2 + 2.4841, abs=1e-3)
     )
     assert mean_of([0.5]) == Mean(0.5, None, None, 1)
     with pytest.raises(ValueError, match="no values"):

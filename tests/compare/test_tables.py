@@ -14,7 +14,7 @@ from megatron_cord.compare.chart import draw
 from megatron_cord.compare.plan import CompareConfig, PlannedRun, plan_runs
 from megatron_cord.compare.results import gather
 from megatron_cord.compare.running import Outcome
-from megatron_cord.config import dump_config, load_config
+from megatron_cord.config.loading import dump_config, load_config
 from megatron_cord.errors import CordError
 from megatron_cord.trainer.evaluation import summarize
 
@@ -26,7 +26,9 @@ AFTER = {"sft": (0.8, 0.4), "grpo": (0.2, 0.2), "reverse_kl": (0.4, 0.4), "cord"
 
 def write_run(run: PlannedRun, right: int) -> None:
     """A run whose trained model answers the first so many of ten questions rightly."""
-    before, after = ({"text_accuracy": 1.0, "audio_accuracy": accuracy, "samples": 10} for accuracy in (0.2, right / 10))
+    before, after = (
+        {"text_accuracy": 1.0, "audio_accuracy": accuracy, "samples": 10} for accuracy in (0.2, right / 10)
+    )
     dump_config(run.config, run.directory / "config.yaml")
     (run.directory / "summary.json").write_text(json.dumps(summarize(before, after, seconds=30.0, tp=1, steps=5)))
     (run.directory / "evaluations").mkdir()
@@ -36,7 +38,9 @@ def write_run(run: PlannedRun, right: int) -> None:
 
 @pytest.fixture
 def result(tmp_path: Path) -> dict[str, Any]:
-    config = CompareConfig("/dev/null", str(tmp_path), methods=tuple(AFTER), seeds=(0, 1), settings=SETTINGS, title="Made up")
+    config = CompareConfig(
+        "/dev/null", str(tmp_path), methods=tuple(AFTER), seeds=(0, 1), settings=SETTINGS, title="Made up"
+    )
     outcomes = []
     for run in plan_runs(config):
         failed = (run.method, run.seed) == ("grpo", 1)
@@ -96,7 +100,9 @@ def test_tables_go_into_a_page(result: dict[str, Any]) -> None:
     """Catches tables that swallow what stands around them, that pile up, or that go nowhere without a word."""
     page = "# Mine\n\n<!-- made-up -->\nold\n<!-- /made-up -->\n\nThe end.\n"
     once = tables.insert(page, "made-up", result, "images/x.svg")
-    assert once.startswith("# Mine\n\n<!-- made-up -->\n\n5 steps of") and once.endswith("<!-- /made-up -->\n\nThe end.\n")
+    assert once.startswith("# Mine\n\n<!-- made-up -->\n\n5 steps of") and once.endswith(
+        "<!-- /made-up -->\n\nThe end.\n"
+    )
     assert (
         tables.main_table(result) in once
         and "old" not in once
@@ -108,7 +114,9 @@ def test_tables_go_into_a_page(result: dict[str, Any]) -> None:
             tables.insert(broken, "made-up", result, "images/x.svg")
 
 
-@pytest.mark.parametrize("example", ["quickstart/compare", "quickstart/compare-whole", "chains/compare", "chains/compare-long"])
+@pytest.mark.parametrize(
+    "example", ["quickstart/compare", "quickstart/compare-whole", "chains/compare", "chains/compare-long"]
+)
 def test_the_documentation_shows_the_committed_results(example: str) -> None:
     """Catches figures in the documentation that no longer are those of the last comparison."""
     config = load_config(CompareConfig, ROOT / f"examples/{example}.yaml")

@@ -69,7 +69,11 @@ def test_nothing_there(tmp_path: Path) -> None:
 def test_missing_shards_are_named(tmp_path: Path) -> None:
     """Catches a download that lost a shard and is reported as missing tensors, or not at all."""
     (sharded(tmp_path) / SECOND).unlink()
-    assert "names files that are not there" in error(tmp_path) and SECOND in error(tmp_path) and FIRST not in error(tmp_path)
+    assert (
+        "names files that are not there" in error(tmp_path)
+        and SECOND in error(tmp_path)
+        and FIRST not in error(tmp_path)
+    )
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "\xff"])

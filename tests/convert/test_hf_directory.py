@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_cord.convert import read_tensors
-from megatron_cord.convert.companions import read_companions, with_dtype
+from megatron_cord.convert.auxiliary_files import read_companions, with_dtype
 from megatron_cord.convert.hf_directory import HFDirectoryWriter, Shard, plan_shards
 from megatron_cord.errors import CordError
 from tests.tiny_run import ROOT
@@ -68,9 +68,13 @@ def write_until_killed(directory: str) -> None:
 @pytest.fixture
 def killed(tmp_path: Path) -> Path:
     """Where a directory would be, had its writer not been killed."""
-    command = "import sys; from tests.convert.test_hf_directory import write_until_killed; write_until_killed(sys.argv[1])"
+    command = (
+        "import sys; from tests.convert.test_hf_directory import write_until_killed; write_until_killed(sys.argv[1])"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    status = subprocess.run([sys.executable, "-c", command, str(tmp_path / "out")], env=environment, check=False).returncode
+    status = subprocess.run(
+        [sys.executable, "-c", command, str(tmp_path / "out")], env=environment, check=False
+    ).returncode
     assert status == -signal.SIGKILL
     return tmp_path / "out"
 
@@ -108,7 +112,10 @@ def test_a_killed_run_is_invisible_and_finished_by_the_next(killed: Path) -> Non
     assert sum(advanced) == sum(shard.nbytes(torch.float32) for shard in SHARDS)
     assert first.stat().st_mtime_ns == before
     second.publish({})
-    assert whole(killed) and sorted(os.listdir(killed)) == [*(shard.file for shard in SHARDS), "model.safetensors.index.json"]
+    assert whole(killed) and sorted(os.listdir(killed)) == [
+        *(shard.file for shard in SHARDS),
+        "model.safetensors.index.json",
+    ]
 
 
 @pytest.mark.parametrize("damage", ["bit", "end", "note", "gone"])
@@ -132,7 +139,9 @@ def test_leftovers_are_verified(killed: Path, damage: str) -> None:
 @pytest.mark.parametrize("other", ["source", "resume"])
 def test_leftovers_of_other_weights_are_discarded(killed: Path, other: str) -> None:
     """Catches files of two checkpoints in one directory, and a refusal to start over."""
-    begun = writer(killed, source="another run") if other == "source" else HFDirectoryWriter(killed, SHARDS, torch.float32)
+    begun = (
+        writer(killed, source="another run") if other == "source" else HFDirectoryWriter(killed, SHARDS, torch.float32)
+    )
     if other == "resume":
         begun.begin("run", resume=False)
     assert write_files(begun) == 0

@@ -29,7 +29,8 @@ SLACK = 24e6  #: bytes of the interpreter's and the allocator's own that come wi
 
 def peaks_of(directory: str) -> dict[str, float]:
     """Bytes above what the process had before: the peaks of import, of export from the checkpoint, and of loading the model and exporting
-    that; the model's own, and the checkpoint's largest tensor."""
+    that; the model's own, and the checkpoint's largest tensor.
+    """
     layout = initialize(ParallelConfig(), seed=0)
     root = Path(directory)
     arch, stored = load_architecture(root / "source"), stored_tensors(root / "source")
@@ -63,7 +64,14 @@ def peaks_of(directory: str) -> dict[str, float]:
     gathered = _status("VmHWM") - before
     shard, largest = sum(parameter.nbytes for parameter in model.parameters()), max(tensor.nbytes for tensor in stored)
     finalize()
-    return {"imported": imported, "exported": exported, "gathered": gathered, "shard": shard, "largest": largest, "files": len(shards)}
+    return {
+        "imported": imported,
+        "exported": exported,
+        "gathered": gathered,
+        "shard": shard,
+        "largest": largest,
+        "files": len(shards),
+    }
 
 
 def _reset() -> float:
@@ -77,13 +85,19 @@ def _status(key: str) -> float:
     return 1024.0 * int(line.split()[1])
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel does not let a process reset its peak")
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel does not let a process reset its peak"
+)
 def test_import_and_export_take_two_tensors_and_a_loaded_model_its_shard_besides(tmp_path: Path) -> None:
     """Catches files that are mapped or read whole, a stream that is collected, and a tensor that is copied once too often."""
     write_checkpoint(tmp_path / "source", **SIZES)
-    command = "import json, sys; from tests.convert.test_memory import peaks_of; print(json.dumps(peaks_of(sys.argv[1])))"
+    command = (
+        "import json, sys; from tests.convert.test_memory import peaks_of; print(json.dumps(peaks_of(sys.argv[1])))"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", command, str(tmp_path)], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", command, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
     assert measured["files"] > 20

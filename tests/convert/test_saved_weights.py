@@ -1,4 +1,4 @@
-"""Weights read from a Megatron checkpoint where they lie; whole checkpoints of all layouts are read in tests/test_convert_hf.py."""
+"""Weights read from a Megatron checkpoint where they lie; whole checkpoints of all layouts are read in tests/cli/test_convert.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from tests.model.reference import build, published_tensors, save
 from tests.model.test_architecture import ARCHITECTURE
 
-pytestmark = [pytest.mark.filterwarnings("ignore:::megatron"), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::megatron"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 HEAD = "language_model.lm_head.weight"
 
 
@@ -39,7 +42,13 @@ def model() -> Iterator[LALM]:
 def checkpoint(model: LALM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("saved")
     save(root / "source", build(tied=False))
-    save_weights(root / "checkpoint", model, find_sources(model, stored_tensors(root / "source")), lambda at: None, lambda portion: None)
+    save_weights(
+        root / "checkpoint",
+        model,
+        find_sources(model, stored_tensors(root / "source")),
+        lambda at: None,
+        lambda portion: None,
+    )
     return root / "checkpoint"
 
 

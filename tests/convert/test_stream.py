@@ -41,7 +41,9 @@ def tensors() -> dict[str, Tensor]:
 
 
 def same(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
-    return given.keys() == wanted.keys() and all(given[n].dtype == t.dtype and torch.equal(given[n], t) for n, t in wanted.items())
+    return given.keys() == wanted.keys() and all(
+        given[n].dtype == t.dtype and torch.equal(given[n], t) for n, t in wanted.items()
+    )
 
 
 @pytest.mark.parametrize("name", list(FOUR_RANKS))
@@ -99,7 +101,9 @@ def test_all_problems_at_once(model: LALM, tensors: dict[str, Tensor]) -> None:
     given |= {gate: tensors[gate][:-2], up: torch.cat([tensors[up], tensors[up][:2]])}  # as many rows together
     given |= {key: tensors[key].reshape(48, 12)}
     extra = [(f"{layer}.input_layernorm.weights", torch.zeros(48)), ("something.else", torch.zeros(1))]
-    twice = [(f"{layer.replace('.model.', '.model.model.')}.mlp.down_proj.weight", tensors[f"{layer}.mlp.down_proj.weight"])]
+    twice = [
+        (f"{layer.replace('.model.', '.model.model.')}.mlp.down_proj.weight", tensors[f"{layer}.mlp.down_proj.weight"])
+    ]
     with pytest.raises(CordError) as caught:
         import_tensors(model, [*given.items(), *extra, *twice])
     message = str(caught.value)

@@ -41,9 +41,15 @@ def test_the_noise_has_its_power() -> None:
         assert ratio == pytest.approx(20.0, abs=0.01) and item.waveform.dtype == np.float32
         assert (item.id, item.question, item.answer, item.solution, item.voice) == ("q", "what", "4", "s", "v")
     assert not np.array_equal(heard[0].waveform, heard[1].waveform)
-    assert len({abs(loudness(h.waveform - LOW_AND_HIGH, 50) / loudness(h.waveform - LOW_AND_HIGH, 7000)) > 3 for h in heard}) == 2, (
-        "white and pink"
-    )
+    assert (
+        len(
+            {
+                abs(loudness(h.waveform - LOW_AND_HIGH, 50) / loudness(h.waveform - LOW_AND_HIGH, 7000)) > 3
+                for h in heard
+            }
+        )
+        == 2
+    ), "white and pink"
 
 
 def test_the_speed_changes_length_and_pitch() -> None:
@@ -58,7 +64,9 @@ def test_the_speed_changes_length_and_pitch() -> None:
 def test_the_band_ends() -> None:
     """Would catch a filter that lets the high part through, or takes the low one."""
     narrow = augment(sample(), AugmentationConfig(band=1.0, band_range=(3400.0, 3400.0)), seed=0, step=0).waveform
-    assert loudness(narrow, 6000) < 1.0 and loudness(narrow, 440) == pytest.approx(loudness(LOW_AND_HIGH, 440), rel=1e-3)
+    assert loudness(narrow, 6000) < 1.0 and loudness(narrow, 440) == pytest.approx(
+        loudness(LOW_AND_HIGH, 440), rel=1e-3
+    )
 
 
 def test_it_depends_on_seed_step_and_sample_alone() -> None:
@@ -66,7 +74,9 @@ def test_it_depends_on_seed_step_and_sample_alone() -> None:
     loud = [sample(f"q{i}", np.full(4000, 0.9, np.float32)) for i in range(12)]
 
     def batches(workers: int, steps: range) -> list[np.ndarray]:
-        loader = SampleLoader(loud, batch_size=4, seed=5, workers=workers, change=lambda s, step: augment(s, ALL, seed=5, step=step))
+        loader = SampleLoader(
+            loud, batch_size=4, seed=5, workers=workers, change=lambda s, step: augment(s, ALL, seed=5, step=step)
+        )
         heard = [item.waveform for step in steps for item in loader.batch(step)]
         loader.close()
         return heard
@@ -82,12 +92,15 @@ def test_it_depends_on_seed_step_and_sample_alone() -> None:
 
 def test_silence_stays_silence() -> None:
     """Would catch a division by the power of nothing."""
-    quiet = augment(sample(waveform=np.zeros(1000, np.float32)), AugmentationConfig(noise=1.0, band=1.0), seed=0, step=0)
+    quiet = augment(
+        sample(waveform=np.zeros(1000, np.float32)), AugmentationConfig(noise=1.0, band=1.0), seed=0, step=0
+    )
     assert np.array_equal(quiet.waveform, np.zeros(1000, np.float32))
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("noise", 1.5), ("noise_snr", (30.0, 10.0)), ("speed_range", (0.0, 1.0)), ("band_range", (1.0, 9e9))]
+    ("name", "value"),
+    [("noise", 1.5), ("noise_snr", (30.0, 10.0)), ("speed_range", (0.0, 1.0)), ("band_range", (1.0, 9e9))],
 )
 def test_impossible_settings_are_named(name: str, value: object) -> None:
     """Would catch a probability above one or a range the wrong way round."""

@@ -24,7 +24,11 @@ CONFIGS = {
 
 def extractor(config: FeatureConfig) -> WhisperFeatureExtractor:
     reference = WhisperFeatureExtractor(
-        feature_size=config.n_mels, hop_length=config.hop_length, n_fft=config.n_fft, sampling_rate=config.sampling_rate, chunk_length=30
+        feature_size=config.n_mels,
+        hop_length=config.hop_length,
+        n_fft=config.n_fft,
+        sampling_rate=config.sampling_rate,
+        chunk_length=30,
     )
     reference.n_samples = config.n_samples
     reference.nb_max_frames = config.max_frames
@@ -161,4 +165,6 @@ def test_dali_on_the_gpu_is_equal_too() -> None:
         waveforms, DaliFeatures(CONFIGS["whisper"], device="gpu")(waveforms, ["a", "b"], [16000] * 2), strict=True
     ):
         assert features.log_mel.is_cuda
-        assert (features.log_mel.cpu() - log_mel(waveform, CONFIGS["whisper"], sampling_rate=16000).log_mel).abs().max() < 1e-4
+        assert (
+            features.log_mel.cpu() - log_mel(waveform, CONFIGS["whisper"], sampling_rate=16000).log_mel
+        ).abs().max() < 1e-4

@@ -98,7 +98,12 @@ def test_killed_and_resumed_with_other_workers(tmp_path: Path) -> None:
     writer.close()
 
     def start(name: str, first: int, last: int, workers: int, rank: int = 0, world: int = 1) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "tests/data/read_steps.py", str(tmp_path / "shards"), *map(str, (first, last, workers, rank, world))]
+        command = [
+            sys.executable,
+            "tests/data/read_steps.py",
+            str(tmp_path / "shards"),
+            *map(str, (first, last, workers, rank, world)),
+        ]
         return subprocess.Popen([*command, str(tmp_path / name)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
     def lines(name: str) -> list[str]:
@@ -112,7 +117,9 @@ def test_killed_and_resumed_with_other_workers(tmp_path: Path) -> None:
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL and whole.wait() == 0
     expected = lines("whole")
-    done = min(len(lines("killed")) // 4, 10)  # steps that the killed one had finished; a checkpoint of step 10 at the latest
+    done = min(
+        len(lines("killed")) // 4, 10
+    )  # steps that the killed one had finished; a checkpoint of step 10 at the latest
     assert lines("killed")[: 4 * done] == expected[: 4 * done] and done >= 5
     shares = [start(f"share{rank}", done, 20, workers, rank, 2) for rank, workers in ((0, 1), (1, 2))]
     assert [process.wait() for process in shares] == [0, 0]
@@ -141,7 +148,9 @@ def test_workers_read_ahead_and_each_sample_once() -> None:
     """Would catch workers that read nothing ahead, or what nobody asked for, and work on a sample that is done in the caller's thread."""
     source = _Slow()
     prepared: list[str] = []
-    ahead = SampleLoader(source, batch_size=4, seed=1, workers=2, prepare=lambda samples: prepared.extend(s.id for s in samples))
+    ahead = SampleLoader(
+        source, batch_size=4, seed=1, workers=2, prepare=lambda samples: prepared.extend(s.id for s in samples)
+    )
     assert [[int(s.id) for s in ahead.batch(step)] for step in (3, 4)] == [loader().indices(3), loader().indices(4)]
     ahead.close()
     asked = loader().indices(3) + loader().indices(4) + loader().indices(5)

@@ -58,7 +58,18 @@ def test_prompts_differ_only_where_audio_stands_for_text(builder: PromptBuilder)
     """Catches a teacher that reads another instruction than the student hears."""
     heard, read = builder.audio_prompt(sample()), builder.text_prompt(sample())
     words = builder.token_strings(read.token_ids)
-    assert words == ["<|im_start|>", "user", "what", "is", "one", "plus", "two", "<|im_end|>", "<|im_start|>", "assistant"]
+    assert words == [
+        "<|im_start|>",
+        "user",
+        "what",
+        "is",
+        "one",
+        "plus",
+        "two",
+        "<|im_end|>",
+        "<|im_start|>",
+        "assistant",
+    ]
     spoken = ["<|audio_bos|>", *["<|AUDIO|>"] * heard.clips[0].num_tokens, "<|audio_eos|>"]
     assert builder.token_strings(heard.token_ids) == words[:2] + spoken + words[7:]
     assert read.clips == () and heard.sample_id == read.sample_id == "s7"
@@ -71,8 +82,12 @@ def test_the_published_template_works_too(tmp_path: Path) -> None:
     processor = Qwen2AudioProcessor(WhisperFeatureExtractor(64, hop_length=320, chunk_length=3), build_tokenizer(words))
     processor.save_pretrained(tmp_path)
     builder = PromptBuilder(tmp_path)
-    heard, read = (builder.token_strings(make(sample()).token_ids) for make in (builder.audio_prompt, builder.text_prompt))
-    assert "".join(heard).replace("<|AUDIO|>", "") == "".join(read).replace("whatisoneplustwo", "Audio1:<|audio_bos|><|audio_eos|>")
+    heard, read = (
+        builder.token_strings(make(sample()).token_ids) for make in (builder.audio_prompt, builder.text_prompt)
+    )
+    assert "".join(heard).replace("<|AUDIO|>", "") == "".join(read).replace(
+        "whatisoneplustwo", "Audio1:<|audio_bos|><|audio_eos|>"
+    )
     assert read[:8] == ["<|im_start|>", "system", "You", "are", "a", "helpful", "assistant.", "<|im_end|>"]
 
 
@@ -124,9 +139,16 @@ def test_step_audio_2_is_prompted_as_published(tmp_path: Path) -> None:
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="."))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     marks = [AddedToken(word, special=True, normalized=False) for word in words[:7] if word[0] == "<"]
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|EOT|>", additional_special_tokens=marks).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|EOT|>", additional_special_tokens=marks
+    ).save_pretrained(tmp_path)
     encoder = STEP_ENCODER | {"n_audio_ctx": 1500}
-    config = {"model_type": "step_audio_2", "audio_token_id": 5, "audio_encoder_config": encoder, "text_config": DECODER}
+    config = {
+        "model_type": "step_audio_2",
+        "audio_token_id": 5,
+        "audio_encoder_config": encoder,
+        "text_config": DECODER,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     builder = PromptBuilder(tmp_path, long_audio="cut")
     heard, read = builder.audio_prompt(sample(16000)), builder.text_prompt(sample())
@@ -142,7 +164,10 @@ def test_step_audio_2_is_prompted_as_published(tmp_path: Path) -> None:
     spoken = ["<audio_start>", *patches, "<audio_end>"]
     assert builder.token_strings(heard.token_ids) == ["<|BOT|>", "human", *spoken, "<|EOT|>", "<|BOT|>", "assistant"]
     long = builder.audio_prompt(sample(26 * 16000))
-    assert [clip.num_frames for clip in long.clips] == [2500, 100] and [clip.num_tokens for clip in long.clips] == [313, 13]
+    assert [clip.num_frames for clip in long.clips] == [2500, 100] and [clip.num_tokens for clip in long.clips] == [
+        313,
+        13,
+    ]
 
 
 def test_bad_samples_are_named(builder: PromptBuilder) -> None:
@@ -165,7 +190,9 @@ def test_bad_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CordError, match="no processor or configuration to load"):
         PromptBuilder(tmp_path / "nowhere")
     shutil.copytree(checkpoint, tmp_path / "deaf")
-    (tmp_path / "deaf" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] }}{% endfor %}", encoding="utf-8")
+    (tmp_path / "deaf" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }}{% endfor %}", encoding="utf-8"
+    )
     with pytest.raises(CordError, match="writes 0 placeholders for a clip; it must be one"):
         PromptBuilder(tmp_path / "deaf")
     shutil.copytree(checkpoint, tmp_path / "other")
@@ -173,7 +200,10 @@ def test_bad_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["audio_config"]["num_mel_bins"] = 80
     path.write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(CordError, match="makes 64 mel bands and 150 frames, the encoder takes 80 and 150; copy preprocessor_config.json"):
+    with pytest.raises(
+        CordError,
+        match="makes 64 mel bands and 150 frames, the encoder takes 80 and 150; copy preprocessor_config.json",
+    ):
         PromptBuilder(tmp_path / "other")
 
 
@@ -181,6 +211,8 @@ def test_several_ends_of_sequence(checkpoint: Path, tmp_path: Path) -> None:
     """Catches a builder that knows one end where the generation settings list two, as Qwen2-Audio's do."""
     shutil.copytree(checkpoint, tmp_path / "two")
     path = tmp_path / "two" / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"eos_token_id": [3, 0]}), encoding="utf-8")
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"eos_token_id": [3, 0]}), encoding="utf-8"
+    )
     builder = PromptBuilder(tmp_path / "two")
     assert builder.eos_ids == (3, 0) and not {0, 3} & set(builder.special_ids)

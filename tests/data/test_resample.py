@@ -57,5 +57,9 @@ def test_samples_do_not_depend_on_threads_and_processor() -> None:
             "OPENBLAS_NUM_THREADS": threads,
             "PYTHONPATH": str(Path(module.__file__).parents[2]),
         }
-        made.add(subprocess.run([sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True).stdout)
+        made.add(
+            subprocess.run(
+                [sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True
+            ).stdout
+        )
     assert len(made) == 1 and made != {""}

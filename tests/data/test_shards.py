@@ -113,7 +113,12 @@ def test_patterns_and_single_files(tmp_path: Path) -> None:
     write(tmp_path)
     assert len(ShardDataset(str(tmp_path / "shard-*.tar"))) == 5
     assert [ShardDataset(tmp_path / "shard-000001.tar")[index].id for index in range(2)] == ["s-2", "s-3"]
-    assert ShardDataset(tar(tmp_path / "x.tar", ("a/b/k.wav", wav()), ("a/b/k.json", text()), ("a/b/k.txt", b"ignored")))[0].id == "a/b/k"
+    assert (
+        ShardDataset(tar(tmp_path / "x.tar", ("a/b/k.wav", wav()), ("a/b/k.json", text()), ("a/b/k.txt", b"ignored")))[
+            0
+        ].id
+        == "a/b/k"
+    )
 
 
 def test_incomplete_directories_are_invisible(tmp_path: Path) -> None:
@@ -175,7 +180,10 @@ def cut(directory: Path) -> None:
     [
         (remove, r"shard-000001\.tar is missing"),
         (cut, r"shard-000001\.tar has 3000 of \d+ bytes"),
-        (lambda directory: (directory / "manifest.json").write_text('{"format": 1}'), r"manifest\.json .*no field 'shards'"),
+        (
+            lambda directory: (directory / "manifest.json").write_text('{"format": 1}'),
+            r"manifest\.json .*no field 'shards'",
+        ),
         (lambda directory: (directory / "manifest.json").write_text("{"), r"manifest\.json is not a manifest"),
         (lambda directory: (directory / "manifest.json").write_text("[]"), r"manifest\.json is not a manifest"),
         (lambda directory: (directory / "manifest.json").write_text('{"format": 9}'), "format 9"),
@@ -211,7 +219,10 @@ def test_damaged_directories_are_named(tmp_path: Path, damage: Callable[[Path], 
         ((("k.wav", wav(frames=0)), ("k.json", text())), "sample k: audio has no samples"),
         ((("k.wav", b"fLaC" * 20), ("k.json", text())), "sample k: not a PCM WAV"),
         ((("k.wav", b""), ("k.json", text())), "sample k: not a PCM WAV"),
-        ((("k.wav", wav().replace(b"\x01\x00\x01\x00", b"\x03\x00\x01\x00", 1)), ("k.json", text())), "sample k: not a PCM WAV"),
+        (
+            (("k.wav", wav().replace(b"\x01\x00\x01\x00", b"\x03\x00\x01\x00", 1)), ("k.json", text())),
+            "sample k: not a PCM WAV",
+        ),
         ((("k.wav", wav()), ("k.json", text()), ("k.json", text())), "sample k comes twice"),
         ((), "no samples"),
     ],
@@ -313,10 +324,18 @@ def test_damage_is_skipped_counted_and_bounded(tmp_path: Path) -> None:
     assert [dataset[i].id for i in range(len(dataset))] == ["a", "s-8", "s-4", "s-5", "s-9", "s-10", "s-11"]
     found = {item.message.removeprefix(f"{directory}/"): item.samples for item in dataset.skipped}
     assert sum(found.values()) == 5 and len(found) == 4
-    for expected in ("sample b: audio has 2 channels", "sample c has no text", "shard-000001.tar is truncated", "sample s-8 is in"):
+    for expected in (
+        "sample b: audio has 2 channels",
+        "sample c has no text",
+        "shard-000001.tar is truncated",
+        "sample s-8 is in",
+    ):
         assert any(expected in message for message in found), expected
     assert next(count for message, count in found.items() if "truncated" in message) == 2
-    with pytest.raises(CordError, match=r"5 of 12 samples cannot be used, more than max_skipped=0\.4 allows; the first: .*sample b: audio"):
+    with pytest.raises(
+        CordError,
+        match=r"5 of 12 samples cannot be used, more than max_skipped=0\.4 allows; the first: .*sample b: audio",
+    ):
         ShardDataset(directory, max_skipped=0.4)
 
 
@@ -353,13 +372,18 @@ def test_clips_of_ten_minutes_are_left_out(tmp_path: Path) -> None:
     writer.write(sample(1, waveform=np.zeros(600 * 16000, np.float32)))
     writer.close()
     dataset = ShardDataset(tmp_path, max_skipped=0.5, longest=30 * 16000)
-    assert len(dataset) == 1 and "sample s-1 has 600.00 s of audio, the longest allowed are 30.00 s" in dataset.skipped[0].message
+    assert (
+        len(dataset) == 1
+        and "sample s-1 has 600.00 s of audio, the longest allowed are 30.00 s" in dataset.skipped[0].message
+    )
     assert len(ShardDataset(tmp_path)) == 2
 
 
 @settings(max_examples=60, deadline=2000)
 @given(data=st.data())
-def test_a_damaged_shard_never_crashes_the_reader(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_damaged_shard_never_crashes_the_reader(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Would catch any exception but CordError, or a hang, on a shard with bytes changed, cut off or put in."""
     path = tmp_path_factory.getbasetemp() / "fuzzed.tar"
     tar(path, ("a.json", text()), ("a.wav", wav(frames=20)), ("b.json", text(answer="4")), ("b.wav", wav(frames=20)))

@@ -25,7 +25,9 @@ def piece_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tokenizer.model and chat_template.jinja, nothing else."""
     directory = tmp_path_factory.mktemp("sentencepiece")
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(["user what is one plus two", "assistant three", "four is two plus two", "what is five"] * 5),
+        sentence_iterator=iter(
+            ["user what is one plus two", "assistant three", "four is two plus two", "what is five"] * 5
+        ),
         model_prefix=str(directory / "tokenizer"),
         vocab_size=50,
         model_type="bpe",

@@ -45,7 +45,8 @@ def load(path: Path, format: Format = "plain", **more: Any) -> tuple[list[Questi
 
 
 @pytest.mark.parametrize(
-    ("rate", "channels", "kind"), [(24000, 1, "WAV"), (44100, 2, "WAV"), (48000, 2, "FLAC"), (24000, 1, "MP3"), (16000, 1, "OGG")]
+    ("rate", "channels", "kind"),
+    [(24000, 1, "WAV"), (44100, 2, "WAV"), (48000, 2, "FLAC"), (24000, 1, "MP3"), (16000, 1, "OGG")],
 )
 def test_recordings_of_any_kind(rate: int, channels: int, kind: str) -> None:
     """Catches stereo read as twice the length, another rate kept as it is, and formats that benchmarks come in."""
@@ -72,8 +73,21 @@ def test_plain(tmp_path: Path) -> None:
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "a.wav").write_bytes(recording())
     rows: list[dict[str, Any]] = [
-        {"id": "a", "question": "Which is a metal?", "choices": ["iron", "wood"], "answer": "wood", "audio": "clips/a.wav", "group": "x"},
-        {"id": "b", "audio": "clips/a.wav", "instruction": "What do you hear?", "choices": ["a dog", "a tone"], "answer": "B"},
+        {
+            "id": "a",
+            "question": "Which is a metal?",
+            "choices": ["iron", "wood"],
+            "answer": "wood",
+            "audio": "clips/a.wav",
+            "group": "x",
+        },
+        {
+            "id": "b",
+            "audio": "clips/a.wav",
+            "instruction": "What do you hear?",
+            "choices": ["a dog", "a tone"],
+            "answer": "B",
+        },
         {"question": "2 + 2?", "answer": 4},
         {"id": "c", "question": "Which?", "choices": ["iron", "wood"], "answer": "glass"},
         {"id": "d", "question": "Which?"},
@@ -104,11 +118,19 @@ def test_voicebench(tmp_path: Path) -> None:
     prompt = "Which of these is a metal? A. iron B. dry wood C. water D. air"
     rows: list[dict[str, Any]] = [
         {"prompt": prompt, "reference": "A", "audio": {"bytes": recording(), "path": "0.wav"}},
-        {"prompt": "Without options that can be told", "reference": "D", "audio": {"bytes": recording(), "path": "1.wav"}},
+        {
+            "prompt": "Without options that can be told",
+            "reference": "D",
+            "audio": {"bytes": recording(), "path": "1.wav"},
+        },
         {"prompt": prompt, "reference": "E", "audio": {"bytes": recording(), "path": "2.wav"}},
     ]
     questions, rejects = load(write_rows(tmp_path / "obqa.parquet", rows), "voicebench")
-    assert questions[0].choices == ("iron", "dry wood", "water", "air") and questions[0].text == prompt and questions[0].answer == "A"
+    assert (
+        questions[0].choices == ("iron", "dry wood", "water", "air")
+        and questions[0].text == prompt
+        and questions[0].answer == "A"
+    )
     assert questions[1].choices == ("", "", "", "") and questions[1].answer == "D"
     assert len(questions[0].spoken().waveform) == 8000
     assert "none of its choices, nor a letter up to D" in rejects["row-3"]
@@ -117,11 +139,17 @@ def test_voicebench(tmp_path: Path) -> None:
 def test_gsm8k(tmp_path: Path) -> None:
     """Catches a whole solution taken for the answer, and thousands with commas."""
     rows: list[dict[str, Any]] = [
-        {"question": "How many?", "answer": "She has 40 + 2.\n#### 1,042", "audio": {"bytes": recording(), "path": None}},
+        {
+            "question": "How many?",
+            "answer": "She has 40 + 2.\n#### 1,042",
+            "audio": {"bytes": recording(), "path": None},
+        },
         {"question": "How many?", "answer": "7"},
     ]
     questions, _ = load(write_rows(tmp_path / "gsm8k.parquet", rows), "gsm8k")
-    assert [q.answer for q in questions] == ["1042", "7"] and questions[0].audio is not None and questions[1].audio is None
+    assert (
+        [q.answer for q in questions] == ["1042", "7"] and questions[0].audio is not None and questions[1].audio is None
+    )
 
 
 def test_mmau(tmp_path: Path) -> None:
@@ -141,7 +169,8 @@ def test_big_bench_audio(tmp_path: Path) -> None:
     (tmp_path / "data" / "question_0.mp3").write_bytes(recording(kind="MP3"))
     common: dict[str, Any] = {"file_name": "data/question_0.mp3"}
     rows: list[dict[str, Any]] = [
-        common | {"id": 0, "category": "formal_fallacies", "official_answer": "invalid", "transcript": "Is this valid?"},
+        common
+        | {"id": 0, "category": "formal_fallacies", "official_answer": "invalid", "transcript": "Is this valid?"},
         common | {"id": 1, "category": "object_counting", "official_answer": "8"},
         common | {"id": 2, "category": "navigate", "official_answer": "No"},
     ]
@@ -157,7 +186,9 @@ def test_shards(tmp_path: Path) -> None:
     samples = make_samples(7)
     write_shards(tmp_path / "set", samples)
     questions, _ = load(tmp_path / "set", "shards", samples=5)
-    assert [(q.id, q.answer, q.text, q.group) for q in questions] == [(s.id, s.answer, s.question, s.voice) for s in samples[:5]]
+    assert [(q.id, q.answer, q.text, q.group) for q in questions] == [
+        (s.id, s.answer, s.question, s.voice) for s in samples[:5]
+    ]
     assert np.allclose(questions[3].spoken().waveform, samples[3].waveform, atol=1e-4)
 
 
@@ -187,7 +218,9 @@ NAMES = ["question", "audio", "choices", "answer", "instruction", "group", "id",
     rows=st.lists(st.dictionaries(st.sampled_from(NAMES), JSON, max_size=6), min_size=1, max_size=4),
     format=st.sampled_from(["plain", "voicebench", "gsm8k", "mmau", "big_bench_audio"]),
 )
-def test_any_row_is_a_question_or_a_reject(rows: list[dict[str, Any]], format: Format, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_row_is_a_question_or_a_reject(
+    rows: list[dict[str, Any]], format: Format, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Catches a row of odd types that ends an evaluation in a traceback."""
     path = write_rows(tmp_path_factory.getbasetemp() / "fuzzed.jsonl", rows)
     try:

@@ -74,19 +74,31 @@ class _Judge:
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         self.asked += comparisons
-        return [Verdict(c.response == "so be it", False, "fallback" if c.response == "away" else "judge") for c in comparisons]
+        return [
+            Verdict(c.response == "so be it", False, "fallback" if c.response == "away" else "judge")
+            for c in comparisons
+        ]
 
 
 def test_a_judge_decides_on_free_answers_alone() -> None:
     """Catches choices that are sent to a judge, verdicts that go to another response, and a judge's silence that counts as wrong."""
     judge = _Judge()
-    scores = score_responses(["A", "4", "4", "away"], [METALS, (), (), ()], ["A", "so be it", "4", "away"], ["q1", "q2", "q3", "q4"], judge)
+    scores = score_responses(
+        ["A", "4", "4", "away"], [METALS, (), (), ()], ["A", "so be it", "4", "away"], ["q1", "q2", "q3", "q4"], judge
+    )
     assert [score.correct for score in scores] == [True, True, False, True]
-    assert [(c.question, c.reference, c.bare) for c in judge.asked] == [("q2", "4", True), ("q3", "4", True), ("q4", "away", True)]
+    assert [(c.question, c.reference, c.bare) for c in judge.asked] == [
+        ("q2", "4", True),
+        ("q3", "4", True),
+        ("q4", "away", True),
+    ]
 
 
 @settings(max_examples=300, deadline=3000)
-@given(response=st.text(max_size=400) | st.text("AB().:\\boxed{}# answeris\n", max_size=200), gold=st.text(min_size=1, max_size=20))
+@given(
+    response=st.text(max_size=400) | st.text("AB().:\\boxed{}# answeris\n", max_size=200),
+    gold=st.text(min_size=1, max_size=20),
+)
 def test_any_text_has_a_score(response: str, gold: str) -> None:
     """Catches an exception or a hang on what a model may babble."""
     assert chosen(response, METALS) in {None, "A", "B", "C", "D"}

@@ -17,7 +17,9 @@ def test_mcnemar_is_a_binomial_test(gained: int, lost: int) -> None:
     second = np.array([True] * gained + [False] * lost + [True, False] * 20)
     n, k = gained + lost, min(gained, lost)
     exact = min(1.0, 2 * sum(comb(n, i) for i in range(k + 1)) / 2**n) if n else 1.0
-    assert mcnemar(first, second) == pytest.approx(exact, rel=1e-9) and mcnemar(second, first) == pytest.approx(exact, rel=1e-9)
+    assert mcnemar(first, second) == pytest.approx(exact, rel=1e-9) and mcnemar(second, first) == pytest.approx(
+        exact, rel=1e-9
+    )
 
 
 def test_draws_keep_pairs_together() -> None:

@@ -65,14 +65,21 @@ def nothing(name: str, done: int, total: int) -> None:
 
 
 def run(
-    sets: dict[str, SetConfig], prompts: PromptBuilder, root: Path, label: str, right: tuple[int, int], baseline: Path | None = None
+    sets: dict[str, SetConfig],
+    prompts: PromptBuilder,
+    root: Path,
+    label: str,
+    right: tuple[int, int],
+    baseline: Path | None = None,
 ) -> dict[str, Any]:
     made = suite(sets, prompts, root)
     made.answer(label, label, ScriptedEngine(prompts, script(*right)), nothing)
     return made.finish(label, baseline)
 
 
-def test_results_and_changes_counted_by_hand(sets: dict[str, SetConfig], prompts: PromptBuilder, tmp_path: Path) -> None:
+def test_results_and_changes_counted_by_hand(
+    sets: dict[str, SetConfig], prompts: PromptBuilder, tmp_path: Path
+) -> None:
     """Catches accuracies of the wrong way, a gap closed by forgetting to read, and a loss that is not noticed."""
     before = run(sets, prompts, tmp_path, "base", (36, 12))
     sums = before["sets"]["sums"]
@@ -84,16 +91,33 @@ def test_results_and_changes_counted_by_hand(sets: dict[str, SetConfig], prompts
     after = run(sets, prompts, tmp_path, "step_000005", (4, 24), tmp_path / "base")
     change = after["sets"]["sums"]["change"]
     assert (change["gap_before"]["value"], change["gap_after"]["value"]) == (pytest.approx(0.6), pytest.approx(0.3))
-    assert change["gap_closed"]["value"] == pytest.approx(0.5) and change["gap_closed"]["low"] < 0.5 < change["gap_closed"]["high"]
-    assert (change["audio"]["gained"], change["audio"]["lost_answers"], change["audio"]["p"]) == (12, 0, pytest.approx(2 / 2**12))
+    assert (
+        change["gap_closed"]["value"] == pytest.approx(0.5)
+        and change["gap_closed"]["low"] < 0.5 < change["gap_closed"]["high"]
+    )
+    assert (change["audio"]["gained"], change["audio"]["lost_answers"], change["audio"]["p"]) == (
+        12,
+        0,
+        pytest.approx(2 / 2**12),
+    )
     checks = {(c["set"], c["way"]): c for c in after["forgetting"]}
     assert checks.keys() == {("sums", "text"), ("read", "text")}
     assert checks["sums", "text"]["lost"] and checks["sums", "text"]["value"] == pytest.approx(-0.8)
-    assert not checks["read", "text"]["lost"] and checks["read", "text"]["value"] == pytest.approx(-0.2)  # one of five: may be chance
+    assert not checks["read", "text"]["lost"] and checks["read", "text"]["value"] == pytest.approx(
+        -0.2
+    )  # one of five: may be chance
     page = (tmp_path / "step_000005" / "results.html").read_text()
-    assert "50.0 %" in page and "lost" in page and SAMPLES[3].question in page and "<script" not in page and "://" not in page
+    assert (
+        "50.0 %" in page
+        and "lost" in page
+        and SAMPLES[3].question in page
+        and "<script" not in page
+        and "://" not in page
+    )
     table = (tmp_path / "step_000005" / "results.md").read_text()
-    assert "| sums | 40 | 10.0 % [" in table and "## Forgetting" in table and "| sums | text | 90.0 % | 10.0 % |" in table
+    assert (
+        "| sums | 40 | 10.0 % [" in table and "## Forgetting" in table and "| sums | text | 90.0 % | 10.0 % |" in table
+    )
     assert json.loads((tmp_path / "step_000005" / "results.json").read_text()) == after
 
 
@@ -126,7 +150,9 @@ def test_a_killed_evaluation_goes_on(sets: dict[str, SetConfig], prompts: Prompt
     assert kept.read_text() == (tmp_path / "whole" / "base" / "sums.jsonl").read_text()
 
 
-def test_answers_of_another_model_are_not_mixed_in(sets: dict[str, SetConfig], prompts: PromptBuilder, tmp_path: Path) -> None:
+def test_answers_of_another_model_are_not_mixed_in(
+    sets: dict[str, SetConfig], prompts: PromptBuilder, tmp_path: Path
+) -> None:
     """Catches results of two models, or of two question sets, under one name."""
     run(sets, prompts, tmp_path, "base", (36, 12))
     with pytest.raises(CordError, match=r"sums\.jsonl holds answers for other model;"):
@@ -142,7 +168,9 @@ def test_answers_of_another_model_are_not_mixed_in(sets: dict[str, SetConfig], p
         run(sets, prompts, tmp_path, "after", (1, 1), tmp_path / "base")
 
 
-def test_what_cannot_be_asked_is_counted_and_bounded(sets: dict[str, SetConfig], prompts: PromptBuilder, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_is_counted_and_bounded(
+    sets: dict[str, SetConfig], prompts: PromptBuilder, tmp_path: Path
+) -> None:
     """Catches one bad recording that ends an evaluation, or that counts as a wrong answer, and a set that is mostly bad and counts all the same."""
     rows: list[dict[str, Any]] = [{"id": s.id, "question": s.question, "answer": s.answer} for s in SAMPLES[:8]]
     rows[0]["audio"], rows[1]["question"] = "gone.wav", "what about hippopotamuses"
@@ -156,5 +184,8 @@ def test_what_cannot_be_asked_is_counted_and_bounded(sets: dict[str, SetConfig],
     assert "gone.wav" in rejects and "hippopotamuses" in rejects and "not JSON" in rejects
     strict = suite(mixed, prompts, tmp_path)
     strict.answer("base", "base", ScriptedEngine(prompts, script(8, 8)), nothing)
-    with pytest.raises(CordError, match=r"evaluation set mixed: 3 of 9 questions cannot be asked, more than evaluation\.max_rejects=0\.02"):
+    with pytest.raises(
+        CordError,
+        match=r"evaluation set mixed: 3 of 9 questions cannot be asked, more than evaluation\.max_rejects=0\.02",
+    ):
         strict.finish("base", None)

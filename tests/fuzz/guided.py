@@ -6,14 +6,22 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["megatron_cord.data", "megatron_cord.evaluation", "megatron_cord.reward", "megatron_cord.config"]):
+with atheris.instrument_imports(
+    include=["megatron_cord.data", "megatron_cord.evaluation", "megatron_cord.reward", "megatron_cord.config.loading"]
+):
     from tests.fuzz.targets import attempt
 
 
 def main() -> None:
     """Ends after so many seconds; libFuzzer prints what breaks a target, and leaves with a status other than 0."""
     name, seconds = sys.argv[1], sys.argv[2]
-    options = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=4096", "-max_len=4096", "-print_final_stats=1"]
+    options = [
+        f"-max_total_time={seconds}",
+        "-timeout=20",
+        "-rss_limit_mb=4096",
+        "-max_len=4096",
+        "-print_final_stats=1",
+    ]
     atheris.Setup([sys.argv[0], *options, *sys.argv[3:]], lambda content: attempt(name, content))
     atheris.Fuzz()
 

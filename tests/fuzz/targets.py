@@ -7,17 +7,17 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from megatron_cord.config import load_config
+from megatron_cord.config.loading import load_config
 from megatron_cord.data.audio_files import decode_audio
 from megatron_cord.data.manifest import Manifest
 from megatron_cord.data.question_files import read_questions
 from megatron_cord.data.shards import ShardDataset
-from megatron_cord.data.spoken_text import Unspeakable, spoken
 from megatron_cord.data.wav import decode_wav
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.formats import SetConfig, load_set
 from megatron_cord.evaluation.scoring import chosen, is_correct
 from megatron_cord.reward import answers_agree, extract_answer
+from megatron_cord.speech.spoken_text import Unspeakable, spoken
 from megatron_cord.trainer.config import RunConfig
 
 
@@ -72,7 +72,9 @@ def config(content: bytes) -> None:
 
 def override(content: bytes) -> None:
     """A setting on the command line."""
-    load_config(RunConfig, None, ["output_dir=o", "model.checkpoint=c", content.decode("utf-8", errors="surrogateescape")])
+    load_config(
+        RunConfig, None, ["output_dir=o", "model.checkpoint=c", content.decode("utf-8", errors="surrogateescape")]
+    )
 
 
 def text(content: bytes) -> None:
@@ -94,7 +96,8 @@ def answers(content: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (shard, manifest, wav, recording, jsonl, json_array, config, override, text, answers)
+    target.__name__: target
+    for target in (shard, manifest, wav, recording, jsonl, json_array, config, override, text, answers)
 }
 
 

@@ -41,12 +41,25 @@ def _tar() -> bytes:
     return buffer.getvalue()
 
 
-ROW = {"id": "q", "question": r"What is $\frac{1}{2}$ of 10?", "choices": ["5", "6"], "answer": "A", "audio_id": "x.wav", "task": "sound"}
+ROW = {
+    "id": "q",
+    "question": r"What is $\frac{1}{2}$ of 10?",
+    "choices": ["5", "6"],
+    "answer": "A",
+    "audio_id": "x.wav",
+    "task": "sound",
+}
 #: A good input of each target, from which the broken ones are made.
 SEEDS: dict[str, bytes] = {
     "shard": _tar(),
     "manifest": json.dumps(
-        {"format": 1, "shards": [{"name": "x.tar", "samples": 1, "bytes": 2, "sha256": "00"}], "voices": {}, "seconds": 1.0, "source": {}}
+        {
+            "format": 1,
+            "shards": [{"name": "x.tar", "samples": 1, "bytes": 2, "sha256": "00"}],
+            "voices": {},
+            "seconds": 1.0,
+            "source": {},
+        }
     ).encode(),
     "wav": _wav(),
     "recording": _wav(),
@@ -64,7 +77,11 @@ PIECES = st.binary(max_size=6) | st.sampled_from(
 
 @pytest.mark.parametrize("name", TARGETS)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 8), PIECES), max_size=6), end=st.floats(0, 1), whole=st.booleans())
+@given(
+    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 8), PIECES), max_size=6),
+    end=st.floats(0, 1),
+    whole=st.booleans(),
+)
 def test_broken_files(name: str, edits: list[tuple[float, int, bytes]], end: float, whole: bool) -> None:
     """Catches any exception but CordError, and a message of several lines, on a file with bytes changed, put in, or cut off."""
     content = bytearray(SEEDS[name])
@@ -96,8 +113,21 @@ def test_guided_by_coverage(name: str, tmp_path: Path) -> None:
         pytest.skip("atheris is not installed")
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "seed").write_bytes(SEEDS[name])
-    command = [sys.executable, "tests/fuzz/guided.py", name, "20", f"-artifact_prefix={tmp_path}/", str(tmp_path / "corpus")]
+    command = [
+        sys.executable,
+        "tests/fuzz/guided.py",
+        name,
+        "20",
+        f"-artifact_prefix={tmp_path}/",
+        str(tmp_path / "corpus"),
+    ]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

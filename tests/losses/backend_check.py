@@ -13,7 +13,10 @@ from megatron_cord.losses.kinds import Kind
 from megatron_cord.losses.shard import StoredLogits, VocabularyShard
 from megatron_cord.losses.two_pass_kinds import NO_TEACHER, kind_named
 
-KINDS: list[Kind] = [NO_TEACHER, *(kind_named(name, beta=0.3, k=5) for name in ("reverse_kl", "forward_kl", "jsd", "topk"))]
+KINDS: list[Kind] = [
+    NO_TEACHER,
+    *(kind_named(name, beta=0.3, k=5) for name in ("reverse_kl", "forward_kl", "jsd", "topk")),
+]
 
 
 def main(name: str) -> None:

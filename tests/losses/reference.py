@@ -27,7 +27,14 @@ class Inputs:
 
 
 def make_inputs(
-    *, num_tokens: int, hidden: int, columns: int, vocab_size: int, dtype: torch.dtype, distance: float = 1.0, seed: int = 0
+    *,
+    num_tokens: int,
+    hidden: int,
+    columns: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    distance: float = 1.0,
+    seed: int = 0,
 ) -> Inputs:
     """Random inputs whose targets spread evenly over the vocabulary, first and last token included.
 
@@ -71,8 +78,12 @@ def reference_stats(
     elif kind == "forward_kl":
         divergence = _sum_of(log_q, log_q, log_p)
     elif kind == "jsd":
-        nowhere = (log_p == -torch.inf) & (log_q == -torch.inf)  # where autograd of the logarithm of a sum of zeros is NaN
-        log_m = torch.logaddexp(log_q.masked_fill(nowhere, 0.0) + math.log(beta), log_p.masked_fill(nowhere, 0.0) + math.log1p(-beta))
+        nowhere = (log_p == -torch.inf) & (
+            log_q == -torch.inf
+        )  # where autograd of the logarithm of a sum of zeros is NaN
+        log_m = torch.logaddexp(
+            log_q.masked_fill(nowhere, 0.0) + math.log(beta), log_p.masked_fill(nowhere, 0.0) + math.log1p(-beta)
+        )
         divergence = beta * _sum_of(log_q, log_q, log_m) + (1 - beta) * _sum_of(log_p, log_p, log_m)
     else:
         divergence = _top_k(log_p, log_q, min(k, log_q.shape[1]))
@@ -99,7 +110,9 @@ def reference_hidden_gradients(inputs: Inputs, **options: Any) -> tuple[tuple[Te
     """(stats, ∂student_hidden [N, H], ∂student_weight [V', H]) of the same loss, logits in float64 from the rounded inputs."""
     hidden, weight = inputs.student_hidden.double(), inputs.student_weight.double()
     teacher = inputs.teacher_hidden.double() @ inputs.teacher_weight.double().T
-    stats, gradient = reference_logits_gradient(hidden @ weight.T, teacher, inputs.target_ids, inputs.weights, **options)
+    stats, gradient = reference_logits_gradient(
+        hidden @ weight.T, teacher, inputs.target_ids, inputs.weights, **options
+    )
     return stats, gradient @ weight, gradient.T @ hidden
 
 

@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[2]
 def run_check(backend: str, **environment: str) -> None:
     """Compares in a process of its own: Triton and torch.compile read their switches once, when they are first imported."""
     command = [sys.executable, "-m", "tests.losses.backend_check", backend]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -60,4 +62,6 @@ def test_backends_that_cannot_run_are_named() -> None:
         divergence_from_logits(logits, logits, target, backend="cuda")
     with pytest.raises(CordError, match="backend triton needs"):
         divergence_from_logits(logits, logits, target, backend="triton")
-    assert math.isclose(float(divergence_from_logits(logits, logits, target, backend="auto").entropy), math.log(4), rel_tol=1e-6)
+    assert math.isclose(
+        float(divergence_from_logits(logits, logits, target, backend="auto").entropy), math.log(4), rel_tol=1e-6
+    )

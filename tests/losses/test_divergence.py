@@ -13,11 +13,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_cord.losses import LossWeights, TokenStats, divergence_from_hidden, divergence_from_logits, token_logprobs_from_hidden
+from megatron_cord.losses import (
+    LossWeights,
+    TokenStats,
+    divergence_from_hidden,
+    divergence_from_logits,
+    token_logprobs_from_hidden,
+)
 from tests.losses.reference import make_inputs, reference_hidden_gradients, reference_logits_gradient, relative_error
 
 KINDS = ["reverse_kl", "forward_kl"]
-ALL_KINDS: list[dict[str, Any]] = [{"kind": kind} for kind in KINDS] + [{"kind": "jsd", "beta": 0.3}, {"kind": "topk", "k": 3}]
+ALL_KINDS: list[dict[str, Any]] = [{"kind": kind} for kind in KINDS] + [
+    {"kind": "jsd", "beta": 0.3},
+    {"kind": "topk", "k": 3},
+]
 IMPLEMENTATIONS = ["recompute", "late", "fused"]
 INFINITY = math.inf
 
@@ -36,7 +45,9 @@ def check_against_reference(student: Tensor, teacher: Tensor, *, tolerance: floa
     stats = divergence_from_logits(leaf, teacher, target_ids, **options)
     weighted(stats, weights).backward()
     expected, gradient = reference_logits_gradient(student, teacher, target_ids, weights, **options)
-    for actual, value in zip((stats.kl, stats.entropy, stats.student_logprob, stats.teacher_logprob), expected, strict=True):
+    for actual, value in zip(
+        (stats.kl, stats.entropy, stats.student_logprob, stats.teacher_logprob), expected, strict=True
+    ):
         torch.testing.assert_close(actual.detach().double(), value, rtol=tolerance, atol=tolerance)
     assert leaf.grad is not None
     assert relative_error(leaf.grad, gradient) < tolerance
@@ -60,7 +71,9 @@ def test_gradcheck_of_all_outputs_together(kind: dict[str, Any], vocab_size: int
         return stats.kl, stats.entropy, stats.student_logprob
 
     torch.autograd.gradcheck(from_logits, inputs.logits()[0].requires_grad_())
-    torch.autograd.gradcheck(from_hidden, (inputs.student_hidden.clone().requires_grad_(), inputs.student_weight.clone().requires_grad_()))
+    torch.autograd.gradcheck(
+        from_hidden, (inputs.student_hidden.clone().requires_grad_(), inputs.student_weight.clone().requires_grad_())
+    )
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS, ids=lambda kind: kind["kind"])
@@ -153,7 +166,9 @@ def test_infinite_divergence(kind: str, student_logit: float) -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_small_divergence_from_bfloat16_hidden_states(implementation: str) -> None:
     """Catches logits rounded to bfloat16 on the way: at a true KL of 4e-4 they spoil the hidden gradient by tens of percent, fp32 logits do not."""
-    inputs = make_inputs(num_tokens=32, hidden=256, columns=4096, vocab_size=4096, dtype=torch.bfloat16, distance=0.0125)
+    inputs = make_inputs(
+        num_tokens=32, hidden=256, columns=4096, vocab_size=4096, dtype=torch.bfloat16, distance=0.0125
+    )
     only_divergence = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)[:, None].expand(3, 32)
     (true_kl, *_), hidden_gradient, weight_gradient = reference_hidden_gradients(
         dataclasses.replace(inputs, weights=only_divergence), kind="reverse_kl"
@@ -174,7 +189,9 @@ def test_small_divergence_from_bfloat16_hidden_states(implementation: str) -> No
     logits = (inputs.student_hidden @ inputs.student_weight.T).requires_grad_()
     divergence_from_logits(logits, inputs.logits()[1], inputs.target_ids).kl.sum().backward()
     assert logits.grad is not None
-    assert relative_error(logits.grad @ inputs.student_weight, hidden_gradient) > 1e-1  # the test can tell the two apart
+    assert (
+        relative_error(logits.grad @ inputs.student_weight, hidden_gradient) > 1e-1
+    )  # the test can tell the two apart
 
 
 class LargestTensor(TorchDispatchMode):
@@ -199,7 +216,9 @@ def test_logits_exist_for_a_chunk_at_a_time(implementation: str) -> None:
     with LargestTensor() as largest:
         arguments = (hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids)
         promise = LossWeights(torch.ones(8))
-        stats = divergence_from_hidden(*arguments, chunk_tokens=8, implementation=implementation, loss_weights=lambda *_: promise)
+        stats = divergence_from_hidden(
+            *arguments, chunk_tokens=8, implementation=implementation, loss_weights=lambda *_: promise
+        )
         stats.kl.sum().backward()
     assert largest.elements == 8 * 100
 
@@ -236,7 +255,9 @@ def test_gradient_reaches_the_student_alone() -> None:
     stats.kl.sum().backward()
     assert student.grad is not None and teacher.grad is None
 
-    hidden, teacher_hidden, weight = (tensor.clone() for tensor in (inputs.student_hidden, inputs.teacher_hidden, inputs.student_weight))
+    hidden, teacher_hidden, weight = (
+        tensor.clone() for tensor in (inputs.student_hidden, inputs.teacher_hidden, inputs.student_weight)
+    )
     hidden.requires_grad_()
     teacher_hidden.requires_grad_()
     divergence_from_hidden(hidden, weight, teacher_hidden, weight, inputs.target_ids).kl.sum().backward()
@@ -246,7 +267,9 @@ def test_gradient_reaches_the_student_alone() -> None:
 def test_logits_that_are_views() -> None:
     """Catches an assumption that inputs are contiguous or do not overlap: transposed student, expanded teacher."""
     student = torch.randn(20, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).T
-    check_against_reference(student, torch.arange(20.0, dtype=torch.float64).expand(5, 20), kind="reverse_kl", tolerance=1e-10)
+    check_against_reference(
+        student, torch.arange(20.0, dtype=torch.float64).expand(5, 20), kind="reverse_kl", tolerance=1e-10
+    )
 
 
 def test_logits_of_different_types() -> None:
@@ -267,7 +290,9 @@ def test_logprobs_without_a_teacher(vocab_size: int | None) -> None:
     inputs = make_inputs(num_tokens=7, hidden=4, columns=20, vocab_size=17, dtype=torch.float64)
     weights = inputs.weights * torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)[:, None]
     options: dict[str, Any] = {"temperature": 0.7, "vocab_size": vocab_size}
-    expected, *gradients = reference_hidden_gradients(dataclasses.replace(inputs, weights=weights), kind="reverse_kl", **options)
+    expected, *gradients = reference_hidden_gradients(
+        dataclasses.replace(inputs, weights=weights), kind="reverse_kl", **options
+    )
     hidden, weight = inputs.student_hidden.clone().requires_grad_(), inputs.student_weight.clone().requires_grad_()
     with Products() as products:
         stats = token_logprobs_from_hidden(hidden, weight, inputs.target_ids, chunk_tokens=100, **options)

@@ -30,7 +30,10 @@ def arguments() -> dict[str, Any]:
         ({"teacher_hidden": torch.ones(4, 2)}, "student_hidden has 3 tokens, but teacher_hidden 4"),
         ({"teacher_weight": torch.ones(9, 2)}, "student_weight has 8 rows, but teacher_weight 9"),
         ({"student_weight": torch.ones(8, 5)}, "student_hidden has width 4, but student_weight 5"),
-        ({"teacher_weight": torch.ones(8, 2).bfloat16()}, "teacher_hidden is torch.float32, but teacher_weight torch.bfloat16"),
+        (
+            {"teacher_weight": torch.ones(8, 2).bfloat16()},
+            "teacher_hidden is torch.float32, but teacher_weight torch.bfloat16",
+        ),
         ({"student_weight": torch.ones(8, 4).int()}, "student_weight must be floating point, but is torch.int32"),
         ({"teacher_hidden": torch.ones(3, 2, device="meta")}, "teacher_hidden is on meta, but target_ids is on cpu"),
         ({"target_ids": torch.tensor([0, 1])}, r"target_ids must have shape \[3\].* has \[2\]"),
@@ -44,8 +47,14 @@ def arguments() -> dict[str, Any]:
         ({"kind": "reverse"}, "kind 'reverse' is unknown; choose one of reverse_kl, forward_kl, jsd, topk"),
         ({"implementation": "fast"}, "implementation 'fast' is unknown; choose one of auto, late, fused, recompute"),
         ({"chunk_tokens": 0}, "chunk_tokens must be at least 1"),
-        ({"student_hidden": torch.tensor([[1.0] * 4, [1.0] * 4, [math.nan] * 4])}, "the student's logits of token 2 are NaN or"),
-        ({"teacher_hidden": torch.tensor([[1.0] * 2, [math.inf] * 2, [1.0] * 2])}, "the teacher's logits of token 1 are NaN or"),
+        (
+            {"student_hidden": torch.tensor([[1.0] * 4, [1.0] * 4, [math.nan] * 4])},
+            "the student's logits of token 2 are NaN or",
+        ),
+        (
+            {"teacher_hidden": torch.tensor([[1.0] * 2, [math.inf] * 2, [1.0] * 2])},
+            "the teacher's logits of token 1 are NaN or",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
@@ -58,7 +67,9 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
 def test_bad_logits_are_named() -> None:
     """Catches logits of two shapes, and a row that is no distribution."""
     logits = torch.zeros(2, 6)
-    with pytest.raises(CordError, match=r"student_logits \[2, 6\] and teacher_logits \[2, 5\] must have the same shape"):
+    with pytest.raises(
+        CordError, match=r"student_logits \[2, 6\] and teacher_logits \[2, 5\] must have the same shape"
+    ):
         divergence_from_logits(logits, logits[:, :5], torch.tensor([0, 1]))
     empty = logits.clone()
     empty[1] = -math.inf

@@ -18,7 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_cord.errors import CordError
 from megatron_cord.losses import LossWeights, TokenStats, divergence_from_hidden, divergence_from_logits, shard
 from tests.gloo import run_ranks
-from tests.losses.reference import Inputs, make_inputs, reference_hidden_gradients, reference_logits_gradient, relative_error
+from tests.losses.reference import (
+    Inputs,
+    make_inputs,
+    reference_hidden_gradients,
+    reference_logits_gradient,
+    relative_error,
+)
 
 WORLD_SIZE = 4
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -53,10 +59,16 @@ CASES = {
     **{f"hidden-{name}-bf16": Case("hidden", dtype=torch.bfloat16, implementation=name) for name in ("late", "fused")},
     **{f"hidden-{name}-all-padding": Case("hidden", vocab_size=5, implementation=name) for name in ("late", "fused")},
     **{f"hidden-{name}-empty": Case("hidden", num_tokens=0, implementation=name) for name in ("late", "fused")},
-    **{f"hidden-late-{kind}-only-kl": Case("hidden", kind, implementation="late", only_kl=True, tied=True) for kind in KINDS},
+    **{
+        f"hidden-late-{kind}-only-kl": Case("hidden", kind, implementation="late", only_kl=True, tied=True)
+        for kind in KINDS
+    },
     **{f"{entry}-{kind}": Case(entry, kind) for entry in ("logits", "hidden") for kind in ("jsd", "topk")},
     **{f"logits-{kind}-all-padding": Case("logits", kind, vocab_size=5) for kind in ("jsd", "topk")},
-    **{f"hidden-{name}-scattered": Case("hidden", num_tokens=12, implementation=name, sequence_parallel=True) for name in IMPLEMENTATIONS},
+    **{
+        f"hidden-{name}-scattered": Case("hidden", num_tokens=12, implementation=name, sequence_parallel=True)
+        for name in IMPLEMENTATIONS
+    },
     # 5 of 24 columns are tokens: at TP=4 three ranks are all padding, at TP=2 one is.
     **{
         f"{entry}-{kind}-all-padding": Case(entry, kind, vocab_size=5)
@@ -64,7 +76,10 @@ CASES = {
         for kind in ("reverse_kl", "forward_kl")
     },
     # A true KL of 4e-4, where rounded logits would spoil the gradients.
-    **{f"hidden-{name}-bf16-small": Case("hidden", dtype=torch.bfloat16, implementation=name, distance=0.013) for name in IMPLEMENTATIONS},
+    **{
+        f"hidden-{name}-bf16-small": Case("hidden", dtype=torch.bfloat16, implementation=name, distance=0.013)
+        for name in IMPLEMENTATIONS
+    },
     "logits-empty": Case("logits", num_tokens=0),
     "hidden-empty": Case("hidden", num_tokens=0),
 }
@@ -128,7 +143,11 @@ def run_case(case: Case, group: dist.ProcessGroup | None) -> Outcome:
         here = slice(rank * part, (rank + 1) * part) if case.sequence_parallel else slice(None)
         leaves = (inputs.student_hidden[here].clone().requires_grad_(), student_weight)
         arguments = (*leaves, inputs.teacher_hidden[here], teacher_weight, inputs.target_ids)
-        options |= {"implementation": case.implementation, "sequence_parallel": case.sequence_parallel, "chunk_tokens": CHUNK_TOKENS}
+        options |= {
+            "implementation": case.implementation,
+            "sequence_parallel": case.sequence_parallel,
+            "chunk_tokens": CHUNK_TOKENS,
+        }
         options["loss_weights"] = lambda _, rows: LossWeights(*inputs.weights[:, rows])
         with forward:
             stats = divergence_from_hidden(*arguments, **options)
@@ -161,10 +180,15 @@ def refusals(group: dist.ProcessGroup) -> list[str]:
 
 def all_cases(rank: int) -> dict[Any, Any]:
     """On each rank: {(case's name, TP): outcome}, and the refusals."""
-    shard.BLOCK_COLUMNS, shard.STORED_BLOCK_COLUMNS = {"cpu": 4}, 4  # several blocks, the last one narrower, even in the smallest shard
+    shard.BLOCK_COLUMNS, shard.STORED_BLOCK_COLUMNS = (
+        {"cpu": 4},
+        4,
+    )  # several blocks, the last one narrower, even in the smallest shard
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     groups = {1: None, 2: pairs[rank // 2], 4: dist.group.WORLD}
-    results: dict[Any, Any] = {(name, size): run_case(case, group) for name, case in CASES.items() for size, group in groups.items()}
+    results: dict[Any, Any] = {
+        (name, size): run_case(case, group) for name, case in CASES.items() for size, group in groups.items()
+    }
     results["refusals"] = refusals(pairs[rank // 2])
     return results
 
@@ -181,7 +205,9 @@ def test_values_and_gradients_equal_the_reference(name: str, size: int, results:
     case, inputs = CASES[name], case_inputs(CASES[name])
     options: dict[str, Any] = {**kind_options(case)}
     if case.entry == "logits":
-        expected, *expected_gradients = reference_logits_gradient(*inputs.logits(), inputs.target_ids, inputs.weights, **options)
+        expected, *expected_gradients = reference_logits_gradient(
+            *inputs.logits(), inputs.target_ids, inputs.weights, **options
+        )
     else:
         expected, *expected_gradients = reference_hidden_gradients(inputs, **options)
     for first in range(0, WORLD_SIZE, size):

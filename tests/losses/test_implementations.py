@@ -57,7 +57,9 @@ def test_main_grad_takes_the_weights_gradient(implementation: str) -> None:
 def test_an_unused_infinite_row_poisons_nothing(implementation: str) -> None:
     """Catches 0 · NaN: one token's divergence is infinite, its weight is zero, and the gradients are those without it."""
     weight, teacher_weight = torch.randn(2, 6, 2, generator=torch.Generator().manual_seed(0)).unbind(0)
-    teacher_weight[5] = torch.tensor([0.0, -math.inf])  # the teacher's logit of token 5: −inf for the second row, NaN-free for the first
+    teacher_weight[5] = torch.tensor(
+        [0.0, -math.inf]
+    )  # the teacher's logit of token 5: −inf for the second row, NaN-free for the first
     teacher_hidden = torch.tensor([[1.0, 1e-30], [1.0, 1.0]])
     hidden = torch.randn(2, 2, generator=torch.Generator().manual_seed(1)).requires_grad_()
     layer = weight.clone().requires_grad_()
@@ -67,7 +69,13 @@ def test_an_unused_infinite_row_poisons_nothing(implementation: str) -> None:
         return LossWeights(used[rows], None, torch.ones_like(stats.kl))
 
     stats = divergence_from_hidden(
-        hidden, layer, teacher_hidden, teacher_weight, torch.tensor([0, 1]), implementation=implementation, loss_weights=promise
+        hidden,
+        layer,
+        teacher_hidden,
+        teacher_weight,
+        torch.tensor([0, 1]),
+        implementation=implementation,
+        loss_weights=promise,
     )
     assert stats.kl.isinf().all()
     (torch.where(used == 0, 0.0, stats.kl).sum() + stats.student_logprob.sum()).backward()
@@ -106,7 +114,10 @@ def test_a_promise_of_the_wrong_shape_is_refused() -> None:
     """Catches weights of all tokens given for one chunk."""
     with pytest.raises(CordError, match=r"loss_weights gave kl weights of shape \[7\] for 3 tokens"):
         divergence_from_hidden(
-            *arguments(make()), implementation="fused", chunk_tokens=3, loss_weights=lambda *_: LossWeights(torch.ones(7))
+            *arguments(make()),
+            implementation="fused",
+            chunk_tokens=3,
+            loss_weights=lambda *_: LossWeights(torch.ones(7)),
         )
     with pytest.raises(CordError, match="implementation fused needs loss_weights"):
         divergence_from_hidden(*arguments(make()), implementation="fused")
@@ -121,7 +132,9 @@ def test_a_promise_sees_whole_sequences() -> None:
         return ones(stats, rows)
 
     borders = torch.tensor([0, 2, 3, 3, 6, 7])
-    divergence_from_hidden(*arguments(make()), implementation="fused", chunk_tokens=3, cu_seqlens=borders, loss_weights=promise)
+    divergence_from_hidden(
+        *arguments(make()), implementation="fused", chunk_tokens=3, cu_seqlens=borders, loss_weights=promise
+    )
     assert seen == [(0, 3), (3, 6), (6, 7)]
 
 

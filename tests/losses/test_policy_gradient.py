@@ -47,7 +47,12 @@ def test_equal_rewards_have_exactly_no_advantage() -> None:
 
 def test_integer_rewards() -> None:
     """Catches integer division of the mean."""
-    assert group_advantages(torch.tensor([1, 0, 0, 0]), torch.zeros(4, dtype=torch.int64)).tolist() == [0.75, -0.25, -0.25, -0.25]
+    assert group_advantages(torch.tensor([1, 0, 0, 0]), torch.zeros(4, dtype=torch.int64)).tolist() == [
+        0.75,
+        -0.25,
+        -0.25,
+        -0.25,
+    ]
 
 
 def test_bad_rewards_are_refused() -> None:
@@ -70,7 +75,8 @@ def test_loss_and_gradient_equal_the_loop(weighted: bool) -> None:
     factors = weights.detach() if weighted else torch.ones(7, dtype=torch.float64)
     terms = factors * logprob.detach()
     torch.testing.assert_close(
-        loss.detach(), torch.stack([-0.75 * terms[:3].sum(), torch.zeros((), dtype=torch.float64), -0.5 * terms[3:].sum()])
+        loss.detach(),
+        torch.stack([-0.75 * terms[:3].sum(), torch.zeros((), dtype=torch.float64), -0.5 * terms[3:].sum()]),
     )
     loss.sum().backward()
     assert logprob.grad is not None and weights.grad is None and advantages.grad is None
@@ -83,7 +89,9 @@ def test_importance_weights_equal_the_loop(level: Literal["token", "sequence"]) 
     student = torch.tensor([-1.0, -2.0, -0.5, -3.0], dtype=torch.float64).requires_grad_()
     engine = torch.tensor([-1.5, -1.0, -0.7, -5000.0], dtype=torch.float64)
     weights = truncated_importance_weights(student, engine, torch.tensor([0, 2, 3, 4]), cap=1.5, level=level)
-    expected = [1.5, math.exp(-1.0), math.exp(0.2), 1.5] if level == "token" else [math.exp(-0.5)] * 2 + [math.exp(0.2), 1.5]
+    expected = (
+        [1.5, math.exp(-1.0), math.exp(0.2), 1.5] if level == "token" else [math.exp(-0.5)] * 2 + [math.exp(0.2), 1.5]
+    )
     assert not weights.requires_grad
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
 

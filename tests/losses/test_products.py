@@ -34,7 +34,9 @@ def test_bfloat16_products_with_fp32_results(rows: int, columns: int, hidden: in
     way = brgemm.bfloat16_product()
     assert way is not None, "it can be compiled where a compiler is"
     generator = torch.Generator().manual_seed(0)
-    left = torch.randn(rows, 2 * hidden, generator=generator).bfloat16()[:, :hidden]  # rows that do not follow each other
+    left = torch.randn(rows, 2 * hidden, generator=generator).bfloat16()[
+        :, :hidden
+    ]  # rows that do not follow each other
     right = torch.randn(2 * columns, hidden, generator=generator).bfloat16()[::2]
     out = torch.full((rows, columns + 3), 7.0)
     way(left, right, out[:, :columns])
@@ -45,10 +47,14 @@ def test_bfloat16_products_with_fp32_results(rows: int, columns: int, hidden: in
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_products_without_a_compiler(compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_products_without_a_compiler(
+    compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Catches a machine without a compiler, or with one that fails, where the loss then cannot be computed, or not exactly."""
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(products, "bfloat16_product", brgemm.bfloat16_product.__wrapped__)  # not what the process compiled before
+    monkeypatch.setattr(
+        products, "bfloat16_product", brgemm.bfloat16_product.__wrapped__
+    )  # not what the process compiled before
     monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
     left, right = operands(torch.bfloat16)
     with caplog.at_level(logging.INFO, logger=brgemm.__name__):
@@ -71,7 +77,8 @@ def test_products_are_not_rounded(dtype: torch.dtype, native: bool, monkeypatch:
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize(
-    ("gradient", "hidden"), [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float32, torch.float32)]
+    ("gradient", "hidden"),
+    [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float32, torch.float32)],
 )
 def test_gradients_are_added_in_the_sums_type(
     gradient: torch.dtype, hidden: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
@@ -86,7 +93,9 @@ def test_gradients_are_added_in_the_sums_type(
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_products_are_written_in_the_results_type(dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_written_in_the_results_type(
+    dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a sum in the result's type: adding 1e-3 to 8 changes nothing in 16 bits, and 4000 times nothing is nothing."""
     monkeypatch.setattr(products, "multiplies_bfloat16", lambda: native)
     left, right = torch.full((2, 4001), 1e-3, dtype=torch.bfloat16), torch.ones(4001, 3, dtype=dtype)

@@ -45,19 +45,25 @@ def cuts(draw: st.DrawFn, columns: int) -> list[slice]:
     return draw(st.permutations([slice(first, last) for first, last in itertools.pairwise(edges)]))
 
 
-def totals_of(student: Tensor, teacher: Tensor, target: int, kind: str, temperature: float, blocks: list[slice]) -> Totals:
+def totals_of(
+    student: Tensor, teacher: Tensor, target: int, kind: str, temperature: float, blocks: list[slice]
+) -> Totals:
     """Merges one block after another, beginning with nothing."""
     rule = kind_named(kind)
     whole = empty_statistics(1, dtype=torch.float64, device=student.device)
     for span in blocks:
-        part = block_statistics(student[:, span], teacher[:, span], torch.tensor([target - span.start]), rule, temperature)
+        part = block_statistics(
+            student[:, span], teacher[:, span], torch.tensor([target - span.start]), rule, temperature
+        )
         whole = merge_statistics(stack_statistics([whole, part]), rule, temperature)
     return totals_from_statistics(whole, rule, temperature)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data(), rows=two_rows(), temperature=st.sampled_from([0.1, 0.5, 1.0, 4.0]))
-def test_any_cut_in_any_order_gives_the_reference(kind: str, data: st.DataObject, rows: tuple[Tensor, Tensor], temperature: float) -> None:
+def test_any_cut_in_any_order_gives_the_reference(
+    kind: str, data: st.DataObject, rows: tuple[Tensor, Tensor], temperature: float
+) -> None:
     """Catches a merge that depends on the order, a block without mass that poisons the rest, and −inf handled in one place only."""
     columns = rows[0].shape[1]
     target = data.draw(st.integers(0, columns - 1))
@@ -70,10 +76,14 @@ def test_any_cut_in_any_order_gives_the_reference(kind: str, data: st.DataObject
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data(), rows=two_rows())
-def test_the_gradient_sums_to_zero_over_the_vocabulary(kind: str, data: st.DataObject, rows: tuple[Tensor, Tensor]) -> None:
+def test_the_gradient_sums_to_zero_over_the_vocabulary(
+    kind: str, data: st.DataObject, rows: tuple[Tensor, Tensor]
+) -> None:
     """Catches a term that is not invariant to a constant added to all logits, whatever blocks the gradient is formed in."""
     student, teacher = rows
-    teacher = torch.where(student == -torch.inf, -torch.inf, teacher.masked_fill(teacher == -torch.inf, 0.0))  # finite divergence
+    teacher = torch.where(
+        student == -torch.inf, -torch.inf, teacher.masked_fill(teacher == -torch.inf, 0.0)
+    )  # finite divergence
     columns = student.shape[1]
     target = data.draw(st.sampled_from([i for i in range(columns) if student[0, i] > -torch.inf]))
     blocks = data.draw(cuts(columns))
@@ -81,7 +91,13 @@ def test_the_gradient_sums_to_zero_over_the_vocabulary(kind: str, data: st.DataO
     weights = tuple(torch.tensor([data.draw(st.floats(-2.0, 2.0))], dtype=torch.float64) for _ in range(3))
     gradient = sum(
         gradient_block(
-            student[:, span], teacher[:, span], torch.tensor([target - span.start]), totals, kind_named(kind), 0.5, *weights
+            student[:, span],
+            teacher[:, span],
+            torch.tensor([target - span.start]),
+            totals,
+            kind_named(kind),
+            0.5,
+            *weights,
         ).sum()
         for span in blocks
     )
@@ -105,7 +121,9 @@ def test_the_empty_part_is_neutral() -> None:
     empty = empty_statistics(3, dtype=torch.float64, device=part.student_max.device)
     for rule in map(kind_named, KINDS):
         for order in ([part, empty], [empty, part], [empty, part, empty]):
-            torch.testing.assert_close(tuple(merge_statistics(stack_statistics(order), rule, 1.0)), tuple(part), rtol=0, atol=0)
+            torch.testing.assert_close(
+                tuple(merge_statistics(stack_statistics(order), rule, 1.0)), tuple(part), rtol=0, atol=0
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)

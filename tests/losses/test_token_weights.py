@@ -90,7 +90,9 @@ def test_a_fraction_of_each_response_is_kept() -> None:
     assert everything("top_fraction", kl, entropy, keep=0.5).tolist() == [0, 1, 0, 1, 1, 0, 1]
     assert everything("entropy", kl, entropy, keep=0.5).tolist() == [1, 0, 1, 0, 1, 1, 0]
     assert everything("entropy", kl, entropy, keep=1.0).tolist() == [1] * 7
-    assert everything("top_fraction", [[float(i) for i in range(10)]], [[0.0] * 10], keep=0.2).sum() == 2  # not 3: 0.2 · 10 is 2
+    assert (
+        everything("top_fraction", [[float(i) for i in range(10)]], [[0.0] * 10], keep=0.2).sum() == 2
+    )  # not 3: 0.2 · 10 is 2
 
 
 def test_tip_keeps_what_is_large_in_either() -> None:
@@ -169,9 +171,14 @@ def spread(rank: int) -> list[Any]:
     mine = (owner == rank).nonzero().squeeze(1)
     sequence = torch.repeat_interleave(torch.arange(len(borders) - 1), borders.diff())
     position = torch.arange(len(kl)) - borders[sequence]
-    local = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(sequence[mine], minlength=len(borders) - 1).cumsum(0)])
+    local = torch.cat(
+        [torch.zeros(1, dtype=torch.int64), torch.bincount(sequence[mine], minlength=len(borders) - 1).cumsum(0)]
+    )
     options: dict[str, Any] = {"entropy": entropy[mine], "positions": position[mine], "cp_group": dist.group.WORLD}
-    weights = [token_weights(kl[mine], local, TokenWeightsConfig(name, top_k=2), **options) for name in ("cord", *TOKEN_WEIGHTS)]
+    weights = [
+        token_weights(kl[mine], local, TokenWeightsConfig(name, top_k=2), **options)
+        for name in ("cord", *TOKEN_WEIGHTS)
+    ]
     messages = []
     for change in ({"positions": position[mine] + 1}, {"positions": None}):
         try:
@@ -185,7 +192,12 @@ def spread_inputs() -> tuple[torch.Tensor, ...]:
     """kl, entropy, cu_seqlens and the rank of each token: the zigzag of context parallelism, a sequence on one rank alone, an empty one."""
     generator = torch.Generator().manual_seed(0)
     owner = torch.tensor([0, 0, 1, 1, 1, 1, 0, 0] + [1, 1, 1] + [0, 1])
-    return torch.rand(13, generator=generator), torch.rand(13, generator=generator), torch.tensor([0, 8, 11, 11, 13]), owner
+    return (
+        torch.rand(13, generator=generator),
+        torch.rand(13, generator=generator),
+        torch.tensor([0, 8, 11, 11, 13]),
+        owner,
+    )
 
 
 def test_context_parallel_ranks_get_the_weights_of_whole_responses() -> None:

@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from examples.quickstart.checkpoint import CHAT_TEMPLATE, SPECIAL_TOKENS, published_name
-from megatron_cord.model.families.step_audio_2_hearing import StepAudio2Config
-from megatron_cord.model.families.step_audio_2_model import StepAudio2
+from megatron_cord.model.families.step_audio_2.audio import StepAudio2Config
+from megatron_cord.model.families.step_audio_2.plain_model import StepAudio2
 from tests.model.ranks import AUDIO_ID, MELS, VOCAB_SIZE, WINDOW, Batch, make_batches
 from tests.model.reference import Expected, one_step, randomise
 
@@ -78,9 +78,13 @@ def build(family: str, tied: bool) -> Any:
             max_source_positions=WINDOW // 2,
         )
         text = LlamaConfig(**DECODER, head_dim=10, tie_word_embeddings=False)  # type: ignore[call-arg]
-        model = VoxtralForConditionalGeneration(VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_ID))
+        model = VoxtralForConditionalGeneration(
+            VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_ID)
+        )
     else:
-        model = StepAudio2(StepAudio2Config(audio_encoder_config=STEP_ENCODER, text_config=DECODER, audio_token_id=AUDIO_ID))
+        model = StepAudio2(
+            StepAudio2Config(audio_encoder_config=STEP_ENCODER, text_config=DECODER, audio_token_id=AUDIO_ID)
+        )
     randomise(model)
     return model
 
@@ -105,7 +109,10 @@ def published(family: str, name: str) -> str:
 def save(directory: Path, family: str, tied: bool) -> None:
     """Writes configuration and weights as published checkpoints have them."""
     model = build(family, tied)
-    save_file({published(family, name): p.detach().clone() for name, p in model.named_parameters()}, directory / "model.safetensors")
+    save_file(
+        {published(family, name): p.detach().clone() for name, p in model.named_parameters()},
+        directory / "model.safetensors",
+    )
     if family == "step_audio_2":
         config = {
             "model_type": family, "architectures": ["StepAudio2ForCausalLM"], "audio_token_id": AUDIO_ID,
@@ -127,7 +134,11 @@ def save_whole(directory: Path, family: str, words: Sequence[str], *, tied: bool
     directory.mkdir(parents=True)
     save(directory, family, tied)
     spelt = family == "qwen2"  # transformers makes Qwen2's own class of its tokenizer, which spells by bytes
-    known = [*SPECIAL_TOKENS[:5], SPECIAL_TOKENS[6], *(sorted(set("Ġ" + "".join(words))) if spelt else ["user", "assistant", *words])]
+    known = [
+        *SPECIAL_TOKENS[:5],
+        SPECIAL_TOKENS[6],
+        *(sorted(set("Ġ" + "".join(words))) if spelt else ["user", "assistant", *words]),
+    ]
     known += [f"filler{i}" for i in range(AUDIO_ID - len(known))] + [SPECIAL_TOKENS[5]]
     ids = {word: index for index, word in enumerate(known)}
     core = Tokenizer(models.BPE(ids, []) if spelt else models.WordLevel(ids, unk_token=SPECIAL_TOKENS[1]))

@@ -11,10 +11,16 @@ from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from examples.quickstart.checkpoint import published_name
 from megatron_cord.convert.hf_directory import Shard, plan_shards
-from megatron_cord.model.families.step_audio_2_hearing import StepAudio2Config
-from megatron_cord.model.families.step_audio_2_model import StepAudio2
+from megatron_cord.model.families.step_audio_2.audio import StepAudio2Config
+from megatron_cord.model.families.step_audio_2.plain_model import StepAudio2
 
-ENCODER = {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "num_mel_bins": 128}
+ENCODER = {
+    "d_model": 1280,
+    "encoder_layers": 32,
+    "encoder_attention_heads": 20,
+    "encoder_ffn_dim": 5120,
+    "num_mel_bins": 128,
+}
 QWEN2 = {
     "model_type": "qwen2", "vocab_size": 156032, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 8192,

@@ -23,7 +23,7 @@ from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.model.transformer import LayerConfig, Tower
 from megatron_cord.parallel.layout import ParallelConfig, initialize
-from megatron_cord.trainer.optimizer import OptimizerConfig, build_optimizer, wrap_model
+from megatron_cord.trainer.step.optimizer import OptimizerConfig, build_optimizer, wrap_model
 
 VOCAB_SIZE, AUDIO_ID = 101, 100  # no tensor-parallel size divides the vocabulary
 MELS, WINDOW = 8, 48
@@ -69,7 +69,9 @@ class Outcome:
 
     changed_by_round_trip: list[str]
     logits: dict[int, Tensor] = field(default_factory=dict)  #: of each batch [B, S, V]
-    gradients: dict[str, Tensor] = field(default_factory=dict)  #: empty with the distributed optimizer, which cuts them over ranks
+    gradients: dict[str, Tensor] = field(
+        default_factory=dict
+    )  #: empty with the distributed optimizer, which cuts them over ranks
     gradient_norm: float = 0.0
     key_bias: float = 0.0  #: largest in the encoder after the step
     updated: dict[str, Tensor] = field(default_factory=dict)
@@ -87,14 +89,20 @@ def make_batches(family: str = "qwen2_audio") -> list[Batch]:
         [[("text", 5)], [("text", 9)], [("text", 2)]],
         [[("text", 2), ("clip", longest), ("text", 4)]],
         [[("text", 3), ("clip", 33), ("text", 7)], [("clip", 17), ("text", 2)]],
-        [[("clip", 3), ("text", 1), ("clip", 40), ("clip", 21)], [("text", 6)], [("text", 1), ("clip", 26), ("text", 3)]],
+        [
+            [("clip", 3), ("text", 1), ("clip", 40), ("clip", 21)],
+            [("text", 6)],
+            [("text", 1), ("clip", 26), ("text", 3)],
+        ],
     ]
     if family not in TOKENS:
         samples = [[[("text", size) for _, size in sample] for sample in batch] for batch in samples]
     return [_batch(generator, TOKENS.get(family), batch) for batch in samples]
 
 
-def _batch(generator: torch.Generator, tokens: Callable[[int], int] | None, samples: list[list[tuple[str, int]]]) -> Batch:
+def _batch(
+    generator: torch.Generator, tokens: Callable[[int], int] | None, samples: list[list[tuple[str, int]]]
+) -> Batch:
     rows, frames = [], []
     for sample in samples:
         row: list[int] = []
@@ -139,7 +147,9 @@ def run_case(case: Case, checkpoint: str) -> Outcome:
     optimizer, _ = build_optimizer(config, wrapped, steps=10)
     wrapped.zero_grad_buffer()
     optimizer.zero_grad()
-    share = list(enumerate(make_batches(case.family)))[dist.get_rank(layout.dp_group) :: dist.get_world_size(layout.dp_group)]
+    share = list(enumerate(make_batches(case.family)))[
+        dist.get_rank(layout.dp_group) :: dist.get_world_size(layout.dp_group)
+    ]
     outcome.logits = _forward_backward(wrapped, share, train=True)
     if not case.distributed_optimizer:
         outcome.gradients = _gradients(model)
@@ -197,5 +207,9 @@ def _gradients(model: LALM) -> dict[str, Tensor]:
 def _differences(expected: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
     """Names that only one has, and names whose tensors are not the same bits."""
     common = expected.keys() & given.keys()
-    unequal = [name for name in common if expected[name].dtype != given[name].dtype or not torch.equal(expected[name], given[name])]
+    unequal = [
+        name
+        for name in common
+        if expected[name].dtype != given[name].dtype or not torch.equal(expected[name], given[name])
+    ]
     return sorted([*(expected.keys() ^ given.keys()), *unequal])

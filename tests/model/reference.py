@@ -20,7 +20,18 @@ from transformers import Qwen2AudioConfig, Qwen2AudioEncoderConfig, Qwen2AudioFo
 from examples.quickstart.checkpoint import published_name
 from megatron_cord.parallel.layout import ParallelConfig
 from tests.gloo import run_ranks
-from tests.model.ranks import AUDIO_ID, MELS, OPTIMIZER, VOCAB_SIZE, WINDOW, Batch, Case, Outcome, make_batches, run_cases
+from tests.model.ranks import (
+    AUDIO_ID,
+    MELS,
+    OPTIMIZER,
+    VOCAB_SIZE,
+    WINDOW,
+    Batch,
+    Case,
+    Outcome,
+    make_batches,
+    run_cases,
+)
 
 FOUR_RANKS = {
     "dp4": Case(ParallelConfig()),
@@ -118,7 +129,9 @@ def expected(tied: bool) -> Expected:
     return one_step(build(tied), make_batches(), logits_of, published_name)
 
 
-def one_step(model: Any, batches: list[Batch], logits_of: Callable[[Any, Batch], Tensor], published_name: Callable[[str], str]) -> Expected:
+def one_step(
+    model: Any, batches: list[Batch], logits_of: Callable[[Any, Batch], Tensor], published_name: Callable[[str], str]
+) -> Expected:
     """One step of a reference model with torch's AdamW; its parameters' names are published under other ones."""
     logits = [logits_of(model, batch) for batch in batches]
     sum(batch.loss(values) for batch, values in zip(batches, logits, strict=True)).backward()  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ ADAPTERS = {
 
 
 def by_hand(arch: AdapterArchitecture, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    """x [T, H_audio] to [tokens, H], token by token."""
+    """X [T, H_audio] to [tokens, H], token by token."""
 
     def linear(name: str, v: Tensor) -> Tensor:
         return weights[f"{name}.weight"] @ v + weights.get(f"{name}.bias", torch.zeros(1, dtype=v.dtype))
@@ -33,7 +33,9 @@ def by_hand(arch: AdapterArchitecture, weights: dict[str, Tensor], x: Tensor) ->
     activation = torch.relu if arch.activation == "relu" else torch.nn.functional.gelu
     rows = []
     if arch.kind == "stacking":
-        rows = [torch.cat([*x[start : start + arch.stride]]) for start in range(0, len(x) - arch.stride + 1, arch.stride)]
+        rows = [
+            torch.cat([*x[start : start + arch.stride]]) for start in range(0, len(x) - arch.stride + 1, arch.stride)
+        ]
     else:
         padded = torch.nn.functional.pad(x, (0, 0, 1, 1))
         for start in range(0, len(padded) - arch.kernel_size + 1, arch.stride):

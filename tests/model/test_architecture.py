@@ -13,11 +13,18 @@ from transformers import Qwen2AudioEncoderConfig
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
 from megatron_cord.errors import CordError
-from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture, LanguageArchitecture
+from megatron_cord.model.architecture import (
+    AdapterArchitecture,
+    Architecture,
+    EncoderArchitecture,
+    LanguageArchitecture,
+)
 from megatron_cord.model.families import load_architecture
 from tests.model.reference import build
 
-ENCODER = EncoderArchitecture(num_mels=8, hidden_size=24, num_layers=2, num_heads=2, ffn_hidden_size=20, max_positions=24)
+ENCODER = EncoderArchitecture(
+    num_mels=8, hidden_size=24, num_layers=2, num_heads=2, ffn_hidden_size=20, max_positions=24
+)
 LANGUAGE = LanguageArchitecture(
     hidden_size=48,
     num_layers=2,
@@ -49,10 +56,14 @@ def test_sizes_are_read(tmp_path: Path, tied: bool) -> None:
 
 def test_tokens_are_counted_as_in_transformers() -> None:
     """Catches a rounding of odd lengths that differs, for single clips and for tensors of them."""
-    encoder = Qwen2AudioEncoder(Qwen2AudioEncoderConfig(d_model=4, encoder_layers=0, encoder_attention_heads=1, num_mel_bins=2))
+    encoder = Qwen2AudioEncoder(
+        Qwen2AudioEncoderConfig(d_model=4, encoder_layers=0, encoder_attention_heads=1, num_mel_bins=2)
+    )
     frames = torch.arange(1, 3001)
     positions, tokens = encoder._get_feat_extract_output_lengths(frames)  # type: ignore[arg-type]
-    assert torch.equal(ENCODER.frames_after_convolutions(frames), positions) and torch.equal(ARCHITECTURE.num_audio_tokens(frames), tokens)
+    assert torch.equal(ENCODER.frames_after_convolutions(frames), positions) and torch.equal(
+        ARCHITECTURE.num_audio_tokens(frames), tokens
+    )
     assert [ARCHITECTURE.num_audio_tokens(int(n)) for n in frames] == tokens.tolist()
 
 
@@ -65,12 +76,32 @@ def test_vocabulary_is_padded_for_all_ranks() -> None:
 @pytest.mark.parametrize(
     ("arch", "tp", "pp", "words"),
     [
-        (ARCHITECTURE, 4, 1, "parallel.tp=4 does not divide the language model's attention heads (6); choose a tp that does, e.g. 3"),
+        (
+            ARCHITECTURE,
+            4,
+            1,
+            "parallel.tp=4 does not divide the language model's attention heads (6); choose a tp that does, e.g. 3",
+        ),
         (ARCHITECTURE, 3, 1, "the language model's key-value heads (2); choose a tp that does, e.g. 2"),
-        (replace(ARCHITECTURE, language=replace(LANGUAGE, ffn_hidden_size=41)), 2, 1, "the language model's ffn size (41)"),
+        (
+            replace(ARCHITECTURE, language=replace(LANGUAGE, ffn_hidden_size=41)),
+            2,
+            1,
+            "the language model's ffn size (41)",
+        ),
         (replace(ARCHITECTURE, encoder=replace(ENCODER, num_heads=3)), 2, 1, "the audio encoder's attention heads (3)"),
-        (replace(ARCHITECTURE, encoder=replace(ENCODER, ffn_hidden_size=21)), 2, 1, "the audio encoder's ffn size (21)"),
-        (ARCHITECTURE, 1, 3, "parallel.pp=3 does not divide the language model's layers (2); choose a pp that does, e.g. 2"),
+        (
+            replace(ARCHITECTURE, encoder=replace(ENCODER, ffn_hidden_size=21)),
+            2,
+            1,
+            "the audio encoder's ffn size (21)",
+        ),
+        (
+            ARCHITECTURE,
+            1,
+            3,
+            "parallel.pp=3 does not divide the language model's layers (2); choose a pp that does, e.g. 2",
+        ),
     ],
 )
 def test_layouts_that_do_not_divide(arch: Architecture, tp: int, pp: int, words: str) -> None:

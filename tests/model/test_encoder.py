@@ -29,7 +29,8 @@ CASES = {
 
 def differences(_rank: int) -> dict[str, tuple[float, float, list[tuple[int, ...]]]]:
     """Of each case: the largest difference of features and of gradients between the encoder with and without sequence parallelism at TP = 2,
-    and the shapes that its layers saw."""
+    and the shapes that its layers saw.
+    """
     found = {}
     for name, arch in CASES.items():
         results = []
@@ -40,12 +41,18 @@ def differences(_rank: int) -> dict[str, tuple[float, float, list[tuple[int, ...
             torch.manual_seed(dist.get_rank())
             for parameter in encoder.parameters():
                 parameter.data.normal_(std=0.2)
-                if not getattr(parameter, "tensor_model_parallel", False) and parameter.dim() == 1 or parameter.dim() == 3:
+                if (
+                    not getattr(parameter, "tensor_model_parallel", False) and parameter.dim() == 1
+                ) or parameter.dim() == 3:
                     dist.broadcast(parameter.data, 0)  # held by both ranks
             dist.broadcast(encoder.embed_positions.data, 0)
-            encoder.block.layers[0].pre_mlp_layernorm.register_forward_hook(lambda _, given, out, seen=seen: seen.append(tuple(out.shape)))
+            encoder.block.layers[0].pre_mlp_layernorm.register_forward_hook(
+                lambda _, given, out, seen=seen: seen.append(tuple(out.shape))
+            )
             generator = torch.Generator().manual_seed(1)
-            clips = torch.randn(len(FRAMES), arch.num_mels, arch.window_frames, generator=generator, dtype=torch.float64)
+            clips = torch.randn(
+                len(FRAMES), arch.num_mels, arch.window_frames, generator=generator, dtype=torch.float64
+            )
             features = encoder(clips, torch.tensor(FRAMES))
             weights = torch.randn(features.shape, generator=generator, dtype=torch.float64)
             (features * weights).sum().backward()
@@ -74,7 +81,8 @@ def _gradients(encoder: AudioEncoder) -> dict[str, Tensor]:
 @pytest.mark.filterwarnings("ignore:::megatron")
 def test_sequence_parallelism_changes_nothing() -> None:
     """Catches positions that are lost or attended to where ranks do not divide the window, a gradient that is counted twice or for a slice
-    only, and layers that are not cut at all."""
+    only, and layers that are not cut at all.
+    """
     for outcome in run_ranks(differences, 2):
         for name, (features, gradients, seen) in outcome.items():
             assert features < 1e-12 and gradients < 1e-11, (name, features, gradients)

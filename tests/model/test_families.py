@@ -78,7 +78,9 @@ def test_gradients_equal_the_references(name: str) -> None:
     """Catches a part that is cut off from the loss, a gradient lost between ranks, and recomputed layers that give another one."""
     case, outcome = CASES[name], outcomes()[name][0]
     wanted = expected(case.family, case.tied)
-    errors = {n: float((outcome.gradients[n] - tensor).norm() / tensor.norm()) for n, tensor in wanted.gradients.items()}
+    errors = {
+        n: float((outcome.gradients[n] - tensor).norm() / tensor.norm()) for n, tensor in wanted.gradients.items()
+    }
     assert max(errors.values()) < 1e-4, {n: error for n, error in errors.items() if error >= 1e-4}
     assert outcome.gradient_norm == pytest.approx(wanted.gradient_norm, rel=1e-5)
 
@@ -133,13 +135,19 @@ def test_a_text_model_refuses_audio(tmp_path: Path) -> None:
     ("family", "setting", "words"),
     [
         ("llama", {"attention_bias": True}, "attention_bias is True"),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters.rope_type is 'linear'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_parameters.rope_type is 'linear'",
+        ),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("voxtral", {"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
         ("step_audio_2", {"audio_encoder_config": {"n_mels": 8}}, "is damaged"),
     ],
 )
-def test_settings_that_would_compute_something_else(family: str, setting: dict[str, object], words: str, tmp_path: Path) -> None:
+def test_settings_that_would_compute_something_else(
+    family: str, setting: dict[str, object], words: str, tmp_path: Path
+) -> None:
     """Catches a checkpoint that loads and silently gives other logits."""
     save(tmp_path, family, tied=False)
     path = tmp_path / "config.json"

@@ -58,10 +58,13 @@ def test_logits_equal_transformers(case: tuple[Case, list[Outcome]]) -> None:
     assert largest_difference([outcome.logits for outcome in outcomes], expected(setup.tied).logits) < 1e-5
 
 
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case.distributed_optimizer], indirect=True)
+@pytest.mark.parametrize(
+    "case", [name for name, case in CASES.items() if not case.distributed_optimizer], indirect=True
+)
 def test_gradients_equal_transformers(case: tuple[Case, list[Outcome]]) -> None:
     """Catches a gradient that is not summed over tensor, sequence, pipeline or data-parallel ranks, or is summed twice (the distributed optimizer
-    cuts gradients over ranks: there the norm and the updated weights are compared)."""
+    cuts gradients over ranks: there the norm and the updated weights are compared).
+    """
     setup, outcomes = case
     errors = relative_errors(outcomes[0].gradients, expected(setup.tied).gradients)
     assert max(errors.values()) < 1e-4, {name: error for name, error in errors.items() if error >= 1e-4}
@@ -78,7 +81,9 @@ def test_a_step_equals_adamw(case: tuple[Case, list[Outcome]]) -> None:
     """Catches weights that the optimizer forgets, and copies of a tied embedding that drift apart (the logits come from the last stage's)."""
     setup, outcomes = case
     wanted = expected(setup.tied)
-    differences = {name: float((outcomes[0].updated[name] - tensor).abs().max()) for name, tensor in wanted.updated.items()}
+    differences = {
+        name: float((outcomes[0].updated[name] - tensor).abs().max()) for name, tensor in wanted.updated.items()
+    }
     assert max(differences.values()) < 2e-6, {name: value for name, value in differences.items() if value >= 2e-6}
     assert largest_difference([outcome.updated_logits for outcome in outcomes], wanted.updated_logits) < 1e-4
 

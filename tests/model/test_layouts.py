@@ -26,7 +26,10 @@ def test_qkv(tp: int, groups_per_rank: int, ratio: int, head_dim: int, columns: 
     groups = tp * groups_per_rank
     rest = (columns,) if columns else ()
     layout = Qkv(groups * ratio, groups, head_dim)
-    tensors = [numbered(heads * head_dim, *rest, start=1000 * i) for i, heads in enumerate((groups * ratio, groups, groups), start=1)]
+    tensors = [
+        numbered(heads * head_dim, *rest, start=1000 * i)
+        for i, heads in enumerate((groups * ratio, groups, groups), start=1)
+    ]
     full = layout.join(tensors, tp, 0)
     query, key, value = (tensor.reshape(-1, head_dim, *rest) for tensor in tensors)
     for rank, shard in enumerate(full.chunk(tp)):

@@ -35,7 +35,11 @@ def batch(placeholders: list[int], features: list[int]) -> ModelInput:
     [
         ([3, 2], [3, 1], "sample b: 2 audio placeholder tokens but 1 audio features"),
         ([3, 2], [3], "sample b: 2 audio placeholder tokens but 0 audio features"),
-        ([3, 2, 4], [2, 3, 4], "sample a: 3 audio placeholder tokens but 5 audio features"),  # right in sum, wrong in each
+        (
+            [3, 2, 4],
+            [2, 3, 4],
+            "sample a: 3 audio placeholder tokens but 5 audio features",
+        ),  # right in sum, wrong in each
         ([0, 4, 4], [4, 2, 3], "sample c: 4 audio placeholder tokens but 5 audio features"),
         ([3, 0], [3, 2], "samples a, b: 2 more audio features than audio placeholder tokens"),
         ([0, 3], [], "sample b: 3 audio placeholder tokens but 0 audio features"),

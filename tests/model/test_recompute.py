@@ -32,7 +32,8 @@ def test_chosen_towers_are_computed_twice(layout: Layout, towers: tuple[Tower, .
 
 def test_selective_recomputation(layout: Layout) -> None:
     """Catches selective recomputation that computes whole layers again, or nothing: core attention and MLP are, projections are not. And a
-    backward pass that goes round for ever, in the encoder, whose MLPs end with a bias."""
+    backward pass that goes round for ever, in the encoder, whose MLPs end with a bias.
+    """
     towers: tuple[Tower, ...] = ("audio_encoder", "language_model")
     for chosen in towers:
         model = LALM(ARCHITECTURE, layout, torch.float32, LayerConfig(recompute=(chosen,), granularity="selective"))
@@ -43,7 +44,9 @@ def test_selective_recomputation(layout: Layout) -> None:
 def calls_of(model: LALM, part: str) -> Counter[str]:
     """How often the first layer's part is called in one pass forward and backward, by tower."""
     calls: Counter[str] = Counter()
-    for name, block in {"audio_encoder": model.audio_encoder.block, "language_model": model.language_model.decoder}.items():  # type: ignore[union-attr]
+    assert model.audio_encoder is not None
+    towers = {"audio_encoder": model.audio_encoder.block, "language_model": model.language_model.decoder}
+    for name, block in towers.items():
         block.layers[0].get_submodule(part).register_forward_hook(lambda *_, name=name: calls.update([name]))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

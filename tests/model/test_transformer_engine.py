@@ -48,7 +48,9 @@ class NormAndColumn(ColumnParallelLinear):
         if self.kind is torch.nn.RMSNorm:
             normed = torch.nn.functional.rms_norm(input_, shape, self.layer_norm_weight, self.epsilon)
         else:
-            normed = torch.nn.functional.layer_norm(input_, shape, self.layer_norm_weight, self.layer_norm_bias, self.epsilon)
+            normed = torch.nn.functional.layer_norm(
+                input_, shape, self.layer_norm_weight, self.layer_norm_bias, self.epsilon
+            )
         return super().forward(normed, *arguments, **options)
 
 
@@ -56,12 +58,16 @@ def fused_layer() -> tuple[ModuleSpec, type]:
     """As `_transformer_engine_layer` gives it, of plain parts."""
     spec, norm = transformer._torch_layer(ARCHITECTURE_CONFIG)
     inner = spec.submodules
-    attention = replace(inner.self_attention, submodules=replace(inner.self_attention.submodules, linear_qkv=NormAndColumn))
+    attention = replace(
+        inner.self_attention, submodules=replace(inner.self_attention.submodules, linear_qkv=NormAndColumn)
+    )
     if isinstance(inner.mlp, partial):  # Megatron-Core 0.19
         mlp: Any = partial(inner.mlp, submodules=replace(inner.mlp.keywords["submodules"], linear_fc1=NormAndColumn))
     else:
         mlp = replace(inner.mlp, submodules=replace(inner.mlp.submodules, linear_fc1=NormAndColumn))
-    submodules = replace(inner, self_attention=attention, mlp=mlp, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp)
+    submodules = replace(
+        inner, self_attention=attention, mlp=mlp, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp
+    )
     return replace(spec, submodules=replace(submodules, sharded_state_dict_keys_map={})), norm
 
 
@@ -76,7 +82,8 @@ def layout() -> Iterator[Layout]:
 
 def test_norms_inside_matrices(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a norm that is lost, doubled or misnamed on the way from or to published tensors, checkpoints of another shape, and a choice
-    that is not followed."""
+    that is not followed.
+    """
     plain = LALM(ARCHITECTURE, layout, torch.float32, LayerConfig("torch"))
     generator = torch.Generator().manual_seed(0)
     for parameter in plain.parameters():
@@ -94,7 +101,11 @@ def test_norms_inside_matrices(layout: Layout, monkeypatch: pytest.MonkeyPatch) 
     assert torch.allclose(fused(batch), plain(batch), atol=1e-6)
 
     def keys(model: LALM) -> set[str]:
-        return {getattr(value, "key", name) for name, value in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
+        return {
+            getattr(value, "key", name)
+            for name, value in model.sharded_state_dict().items()
+            if not name.endswith("_extra_state")
+        }
 
     assert keys(fused) == keys(plain)
 
@@ -106,7 +117,9 @@ def test_masks(layout: Layout) -> None:
     assert model.audio_encoder.block.layers[0].self_attention.attn_mask_type == AttnMaskType.padding
     assert model.language_model.decoder.layers[0].self_attention.attn_mask_type == AttnMaskType.causal
     assert ARCHITECTURE.encoder is not None
-    silent = LALM(replace(ARCHITECTURE, encoder=replace(ARCHITECTURE.encoder, hears_padding=True)), layout, torch.float32)
+    silent = LALM(
+        replace(ARCHITECTURE, encoder=replace(ARCHITECTURE.encoder, hears_padding=True)), layout, torch.float32
+    )
     assert silent.audio_encoder is not None
     assert silent.audio_encoder.block.layers[0].self_attention.attn_mask_type == AttnMaskType.no_mask
 

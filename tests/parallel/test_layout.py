@@ -33,7 +33,8 @@ def test_ranks_that_do_not_fit_are_refused_before_they_meet(monkeypatch: pytest.
     """Catches a rendezvous that hangs or a traceback of Megatron where the number of ranks is wrong."""
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(
-        CordError, match=r"3 ranks cannot be laid out with parallel.tp=2 × parallel.pp=1 × parallel.cp=1; start a multiple of 2 ranks"
+        CordError,
+        match=r"3 ranks cannot be laid out with parallel.tp=2 × parallel.pp=1 × parallel.cp=1; start a multiple of 2 ranks",
     ):
         initialize(ParallelConfig(tp=2), seed=0)
     assert not dist.is_initialized()

@@ -55,7 +55,10 @@ def test_other_devices_stay() -> None:
     """Catches a mapping that sends every device to the CPU."""
     assert {make(device="meta").device.type for make in FACTORIES.values()} == {"meta"}
     assert {make(device=None).device.type for make in FACTORIES.values()} == {"cpu"}
-    assert torch.ones(2).to("meta").device.type == "meta" and torch.nn.Linear(1, 1).to(device="meta").weight.device.type == "meta"
+    assert (
+        torch.ones(2).to("meta").device.type == "meta"
+        and torch.nn.Linear(1, 1).to(device="meta").weight.device.type == "meta"
+    )
     assert torch.empty(2, pin_memory=True).tolist() is not None  # pinning needs CUDA
 
 
@@ -74,7 +77,10 @@ def test_moves_streams_and_generators() -> None:
     """Catches calls that Megatron makes with CUDA's names and that do nothing useful, or fail, without it."""
     tensor, module = torch.ones(2), torch.nn.Linear(1, 1)
     assert tensor.cuda() is tensor and tensor.pin_memory() is tensor and module.cuda() is module
-    assert tensor.to("cuda", torch.float64).dtype == torch.float64 and tensor.to(device=torch.device("cuda")).device.type == "cpu"
+    assert (
+        tensor.to("cuda", torch.float64).dtype == torch.float64
+        and tensor.to(device=torch.device("cuda")).device.type == "cpu"
+    )
     assert module.to("cuda:0") is module and module.to(device="cuda").weight.device.type == "cpu"
     assert torch.cuda.current_device() == torch.device("cpu") and not torch.cuda.is_available()
     stream, event = torch.cuda.Stream(), torch.cuda.Event(enable_timing=False)
@@ -93,7 +99,10 @@ def test_moves_streams_and_generators() -> None:
 @without_cuda
 def test_tensor_types_have_the_names_that_megatron_compares() -> None:
     """Catches a mixed-precision optimizer that does not know its own parameters, and conversions that no longer convert."""
-    names = {dtype: torch.ones(1, dtype=dtype).type() for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64)}
+    names = {
+        dtype: torch.ones(1, dtype=dtype).type()
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64)
+    }
     assert names == {
         torch.float32: "torch.cuda.FloatTensor",
         torch.bfloat16: "torch.cuda.BFloat16Tensor",
@@ -154,5 +163,7 @@ def test_the_order_of_imports_and_machines_with_cuda() -> None:
     The device is only said to be there: the test proves that nothing of torch is patched, not that CUDA works.
     """
     root = str(Path(portability.__file__).parents[2])
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -41,7 +41,14 @@ class EchoEngine:
 
     def _rollout(self, name: str, seed: int) -> Rollout:
         spans = (VersionSpan(0, 1, self.version), VersionSpan(1, 2, self.version + 1))
-        return Rollout(name, (seed, 2 * seed), (-0.1 - 0.2 * seed, -math.inf), "stop" if seed % 2 else "length", spans, f"« {seed} »\n")
+        return Rollout(
+            name,
+            (seed, 2 * seed),
+            (-0.1 - 0.2 * seed, -math.inf),
+            "stop" if seed % 2 else "length",
+            spans,
+            f"« {seed} »\n",
+        )
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Takes the version alone."""
@@ -74,7 +81,9 @@ class Seen:
 
 def values(rank: int) -> Any:
     """Of very different lengths; with what JSON spells in other ways."""
-    return [None, {"größe": [0.1 + 0.2, -math.inf, math.nan], "lines": 'a\n"b"\\ ✓'}, ["x" * 100_000, 2**60, True, ""]][rank]
+    return [None, {"größe": [0.1 + 0.2, -math.inf, math.nan], "lines": 'a\n"b"\\ ✓'}, ["x" * 100_000, 2**60, True, ""]][
+        rank
+    ]
 
 
 def run_all(rank: int) -> Seen:
@@ -94,7 +103,9 @@ def run_all(rank: int) -> Seen:
         name: getattr(layout, name)
         for name in ("rank", "world_size", "pp_rank", "is_first_stage", "is_last_stage", "is_main", "last_stage_rank")
     }
-    place["sizes"] = [dist.get_world_size(group) for group in (layout.tp_group, layout.pp_group, layout.dp_group, layout.solo)]
+    place["sizes"] = [
+        dist.get_world_size(group) for group in (layout.tp_group, layout.pp_group, layout.dp_group, layout.solo)
+    ]
 
     pair, single = dist.new_group([0, 1]), dist.new_group([2])
     try:
@@ -111,7 +122,17 @@ def run_all(rank: int) -> Seen:
     together.update_weights([("name", Tensor())], 4)
     rollouts = {count: together.generate(requests(count)) for count in REQUEST_COUNTS}
     together.close()
-    return Seen(refused, place, gathered, gathered_in_group, received, not_json, rollouts, engine.asked, (engine.version, engine.closed))
+    return Seen(
+        refused,
+        place,
+        gathered,
+        gathered_in_group,
+        received,
+        not_json,
+        rollouts,
+        engine.asked,
+        (engine.version, engine.closed),
+    )
 
 
 @cache

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.shard_writer import ShardWriter
-from megatron_cord.rollout.record_file import read_rollouts, record_file, write_rollouts
+from megatron_cord.rollout.rollout_file import read_rollouts, record_file, write_rollouts
 
 STEPS = 100
 SAMPLES = 60
@@ -77,7 +77,9 @@ def _sample(number: int, rng: np.random.Generator) -> Sample:
     waveform = 0.4 * np.sin(2 * np.pi * (150 + 20 * number + 200 * time) * time) * np.hanning(16000)
     solution = f"{_WORDS[a]} plus {_WORDS[b]} is {_WORDS[a + b]} . the answer is {a + b}"
     question = f"what is {_WORDS[a]} plus {_WORDS[b]}" if number % 2 else f"add {_WORDS[a]} and {_WORDS[b]}"
-    return Sample(f"plus-{a}-{b}-{number}", question, waveform.astype(np.float32), 16000, str(a + b), solution, VOICES[number % 4])
+    return Sample(
+        f"plus-{a}-{b}-{number}", question, waveform.astype(np.float32), 16000, str(a + b), solution, VOICES[number % 4]
+    )
 
 
 def _skill(step: int) -> float:
@@ -138,7 +140,9 @@ def _evaluation(step: int, samples: list[Sample], ease: np.ndarray, rng: np.rand
 
 def _accuracies(answers: list[dict[str, Any]]) -> dict[str, Any]:
     count = len(answers)
-    return {"samples": count} | {f"{way}_accuracy": sum(a[f"{way}_correct"] for a in answers) / count for way in ("text", "audio")}
+    return {"samples": count} | {
+        f"{way}_accuracy": sum(a[f"{way}_correct"] for a in answers) / count for way in ("text", "audio")
+    }
 
 
 def _misheard(sample: Sample, rng: np.random.Generator) -> str:

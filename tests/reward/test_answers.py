@@ -162,7 +162,16 @@ def assert_ended(threads: set[threading.Thread]) -> None:
 
 
 ALPHABET = st.sampled_from(
-    [*"0123456789.,-+/*^(){}[]%$\\=! abx\n", "\\frac{", "\\sqrt{", "\\boxed{", "#### ", "twenty ", "and ", "the answer is "]
+    [
+        *"0123456789.,-+/*^(){}[]%$\\=! abx\n",
+        "\\frac{",
+        "\\sqrt{",
+        "\\boxed{",
+        "#### ",
+        "twenty ",
+        "and ",
+        "the answer is ",
+    ]
 )
 
 
@@ -187,9 +196,7 @@ def test_numbers_agree_with_their_words_and_commas(number: int) -> None:
 
 def spell(number: int) -> str:
     """English words for 0 ≤ number < 10^9."""
-    small = (
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-    )
+    small = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
     tens = "twenty thirty forty fifty sixty seventy eighty ninety"
     for size, name in ((10**6, "million"), (10**3, "thousand"), (100, "hundred")):
         if number >= size:

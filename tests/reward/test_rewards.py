@@ -19,7 +19,12 @@ def test_terms_are_weighted() -> None:
     """Catches a term under another's weight, gold answers in place of the teacher's, and a format without an end."""
     rewards = Rewards(TermWeights(agreement=1.0, gold=0.5, format=0.25))
     scores = rewards.score(
-        [answered("the answer is 11"), answered("the answer is 12"), answered("12"), answered("the answer is 12", ended=False)]
+        [
+            answered("the answer is 11"),
+            answered("the answer is 12"),
+            answered("12"),
+            answered("the answer is 12", ended=False),
+        ]
     )
     assert [s.terms for s in scores] == [
         {"agreement": a, "gold": g, "format": f} for a, g, f in [(1, 0, 1), (0, 1, 1), (0, 1, 0), (0, 1, 0)]

@@ -60,7 +60,9 @@ def requests(step: int) -> list[GenerationRequest]:
 
 
 def make(engine: Any, steps: int = 5, **config: Any) -> Schedule:
-    return Schedule(ScheduleConfig(schedule=config.pop("schedule", "async"), **config), CollectiveEngine(engine), requests, steps)
+    return Schedule(
+        ScheduleConfig(schedule=config.pop("schedule", "async"), **config), CollectiveEngine(engine), requests, steps
+    )
 
 
 def exchange(schedule: Schedule, engine: SteppedEngine, version: int) -> None:
@@ -137,7 +139,9 @@ class LosingEngine(SteppedEngine):
         if not self.lost:
             return rollouts
         asked = zip(requests, rollouts, strict=True)
-        return [replace(r, token_ids=(), logprobs=(), finish_reason="abort", versions=()) if q.seed else r for q, r in asked]
+        return [
+            replace(r, token_ids=(), logprobs=(), finish_reason="abort", versions=()) if q.seed else r for q, r in asked
+        ]
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         super().update_weights(tensors, version)
@@ -179,7 +183,9 @@ def test_an_engine_that_cannot_recover_stops_the_run() -> None:
     """Catches endless repetition, and responses that were cut off in silence."""
     engine = LosingEngine(lost=True)
     engine.recover = lambda: None  # type: ignore[method-assign]
-    with pytest.raises(CordError, match=r"1 responses are still missing .* 3 times in a row, on this rank of samples 0"):
+    with pytest.raises(
+        CordError, match=r"1 responses are still missing .* 3 times in a row, on this rank of samples 0"
+    ):
         make(engine, schedule="sync").rollouts(0)
 
 
@@ -193,7 +199,9 @@ def test_failures_and_old_weights_are_reported() -> None:
             pass  # never reaches the engine
         if step == 1:
             schedule.rollouts(1)
-    with pytest.raises(CordError, match="sample 2: the engine generated with weights of version 0 at step 2, where 1 to 2 are allowed"):
+    with pytest.raises(
+        CordError, match="sample 2: the engine generated with weights of version 0 at step 2, where 1 to 2 are allowed"
+    ):
         schedule.rollouts(2)
     schedule.close()
     for config, message in (({"on_exchange": "continue"}, "on_exchange=continue needs an engine that is Pausable"),

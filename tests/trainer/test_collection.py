@@ -12,9 +12,16 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
 from megatron_cord.reward import Rewards
 from megatron_cord.rollout.types import GenerationRequest
-from megatron_cord.trainer.answers import TeacherAnswers
-from megatron_cord.trainer.collection import Collected, Collector, RolloutConfig, collection_metrics, draw_seed, repetition
-from megatron_cord.trainer.objective import ObjectiveConfig
+from megatron_cord.trainer.collection import (
+    Collected,
+    Collector,
+    RolloutConfig,
+    collection_metrics,
+    draw_seed,
+    repetition,
+)
+from megatron_cord.trainer.reference_answers import TeacherAnswers
+from megatron_cord.trainer.step.objective import ObjectiveConfig
 from tests.tiny_run import NUMBERS, make_samples
 from tests.trainer.scripted_engine import ScriptedEngine
 
@@ -29,7 +36,9 @@ def says(request: GenerationRequest) -> str:
     return f"answer is {NUMBERS[request.seed % 2 if request.prompt.sample_id == SAMPLES[0].id else 1]}"
 
 
-def make_collector(prompts: PromptBuilder, path: Path, seed: int = 0, rollout: RolloutConfig = ROLLOUT, **objective: Any) -> Collector:
+def make_collector(
+    prompts: PromptBuilder, path: Path, seed: int = 0, rollout: RolloutConfig = ROLLOUT, **objective: Any
+) -> Collector:
     engine = ScriptedEngine(prompts, says)
     answers = TeacherAnswers("live", engine, prompts, 8, path / "answers.jsonl")
     return Collector(rollout, ObjectiveConfig(**objective), prompts, answers, Rewards(), seed)
@@ -100,7 +109,9 @@ def test_seeds_are_those_that_were_asked_with(prompts: PromptBuilder, tmp_path: 
 def test_temperatures_and_numbers(prompts: PromptBuilder, tmp_path: Path) -> None:
     """Catches swapped temperatures, a group of the wrong size, and draws that are shared between rollouts."""
     seeds = drawn(make_collector(prompts, tmp_path), step=0)
-    assert {key: len(value) for key, value in seeds.items()} == {(s.id, 1.0): 1 for s in SAMPLES} | {(s.id, 1.5): 3 for s in SAMPLES[:2]}
+    assert {key: len(value) for key, value in seeds.items()} == {(s.id, 1.0): 1 for s in SAMPLES} | {
+        (s.id, 1.5): 3 for s in SAMPLES[:2]
+    }
     assert max(Counter(seed for group in seeds.values() for seed in group).values()) == 1
 
 
@@ -111,7 +122,10 @@ def test_draws_depend_on_seed_step_and_sample_only(prompts: PromptBuilder, tmp_p
     drawn(collector, step=6)
     assert drawn(collector, step=5) == before == drawn(make_collector(prompts, tmp_path), step=5)
     alone = drawn(collector, step=5, samples=SAMPLES[1:2])
-    assert alone[SAMPLES[1].id, 1.0] == before[SAMPLES[1].id, 1.0] and alone[SAMPLES[1].id, 1.5] == before[SAMPLES[1].id, 1.5]
+    assert (
+        alone[SAMPLES[1].id, 1.0] == before[SAMPLES[1].id, 1.0]
+        and alone[SAMPLES[1].id, 1.5] == before[SAMPLES[1].id, 1.5]
+    )
     for other in (drawn(collector, step=6), drawn(make_collector(prompts, tmp_path, seed=1), step=5)):
         assert not {s for group in other.values() for s in group} & {s for group in before.values() for s in group}
     assert draw_seed(1, 23) != draw_seed(12, 3) and 0 <= draw_seed("x") < 2**48
@@ -119,7 +133,9 @@ def test_draws_depend_on_seed_step_and_sample_only(prompts: PromptBuilder, tmp_p
 
 def test_shared_responses(prompts: PromptBuilder, tmp_path: Path) -> None:
     """Catches share=true that still samples for L_tok, or leaves responses without signal out of it."""
-    rollout = RolloutConfig(prompts_per_step=4, policy_prompts_per_step=2, policy_rollouts=3, max_new_tokens=8, share=True)
+    rollout = RolloutConfig(
+        prompts_per_step=4, policy_prompts_per_step=2, policy_rollouts=3, max_new_tokens=8, share=True
+    )
     collector = make_collector(prompts, tmp_path, rollout=rollout)
     collected = collect(collector, SAMPLES, step=3)
     assert [c.role for c in collected] == ["shared"] * 6
@@ -140,8 +156,12 @@ def test_off_policy_takes_the_teachers_answers(prompts: PromptBuilder, tmp_path:
 
 def test_switches_that_need_fewer_rollouts(prompts: PromptBuilder, tmp_path: Path) -> None:
     """Catches rollouts that nobody uses: of L_seq without a policy gradient, of L_tok without a divergence."""
-    assert set(drawn(make_collector(prompts, tmp_path, policy_gradient=False), step=0)) == {(s.id, 1.0) for s in SAMPLES}
-    assert set(drawn(make_collector(prompts, tmp_path, divergence="none"), step=0)) == {(s.id, 1.5) for s in SAMPLES[:2]}
+    assert set(drawn(make_collector(prompts, tmp_path, policy_gradient=False), step=0)) == {
+        (s.id, 1.0) for s in SAMPLES
+    }
+    assert set(drawn(make_collector(prompts, tmp_path, divergence="none"), step=0)) == {
+        (s.id, 1.5) for s in SAMPLES[:2]
+    }
 
 
 def test_numbers_that_cannot_be() -> None:

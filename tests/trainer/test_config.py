@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cord.config import dump_config, load_config
+from megatron_cord.config.loading import dump_config, load_config
 from megatron_cord.errors import CordError
 from megatron_cord.trainer.config import RunConfig
 
@@ -80,7 +80,11 @@ def test_what_is_required() -> None:
 
 def test_question_sets_are_named_maps() -> None:
     """Catches sets that the command line cannot name, an unknown format, and a name that leaves the results' directory."""
-    config = load("evaluation.sets.obqa.path=x.parquet", "evaluation.sets.obqa.format=voicebench", "evaluation.sets.mine.path=y.jsonl")
+    config = load(
+        "evaluation.sets.obqa.path=x.parquet",
+        "evaluation.sets.obqa.format=voicebench",
+        "evaluation.sets.mine.path=y.jsonl",
+    )
     assert {name: (s.path, s.format) for name, s in config.evaluation.sets.items()} == {
         "obqa": ("x.parquet", "voicebench"),
         "mine": ("y.jsonl", "plain"),
@@ -88,7 +92,10 @@ def test_question_sets_are_named_maps() -> None:
     for override, message in [
         ("evaluation.sets={'../x': {path: y}}", "becomes a file's name"),
         ("evaluation.sets.x.format=voicebench", r"evaluation\.sets\.x\.path is required"),
-        ("evaluation.sets={x: {path: y, format: other}}", r"evaluation\.sets\.x\.format: expected one of shards, plain"),
+        (
+            "evaluation.sets={x: {path: y, format: other}}",
+            r"evaluation\.sets\.x\.format: expected one of shards, plain",
+        ),
         ("evaluation.max_rejects=2", "a share between 0 and 1"),
     ]:
         with pytest.raises(CordError, match=message):

@@ -12,9 +12,9 @@ import pytest
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.types import GenerationRequest
-from megatron_cord.trainer.batches import TrainingSequence
 from megatron_cord.trainer.evaluation import EvaluationConfig, Evaluator, evaluation_file, summarize, write_evaluation
-from megatron_cord.trainer.step import TokenRecord
+from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.step import TokenRecord
 from tests.tiny_run import NUMBERS, make_samples
 from tests.trainer.scripted_engine import ScriptedEngine
 
@@ -37,8 +37,17 @@ def test_accuracies_and_voices(prompts: PromptBuilder) -> None:
     """Catches reading taken for hearing, accuracies over other samples than the voice's, and sampled answers."""
     evaluator = make_evaluator(prompts)
     result = evaluator.run(7)
-    assert (result["step"], result["samples"], result["text_accuracy"], result["audio_accuracy"], result["gap"]) == (7, 4, 1.0, 0.25, 0.75)
-    assert [(v["samples"], v["text_accuracy"], v["audio_accuracy"]) for v in result["voices"].values()] == [(2, 1.0, 0.5), (2, 1.0, 0.0)]
+    assert (result["step"], result["samples"], result["text_accuracy"], result["audio_accuracy"], result["gap"]) == (
+        7,
+        4,
+        1.0,
+        0.25,
+        0.75,
+    )
+    assert [(v["samples"], v["text_accuracy"], v["audio_accuracy"]) for v in result["voices"].values()] == [
+        (2, 1.0, 0.5),
+        (2, 1.0, 0.0),
+    ]
     assert list(result["voices"]) == ["voice0", "voice1"]
     assert [a["audio_correct"] for a in result["answers"]] == [True, False, False, False]
     assert [a["id"] for a in result["answers"]] == [s.id for s in SAMPLES]
@@ -52,7 +61,10 @@ def test_some_answers_are_scored(prompts: PromptBuilder) -> None:
 
     def score(sequences: list[TrainingSequence]) -> list[TokenRecord]:
         asked.extend(sequences)
-        return [TokenRecord(s.index, [float(s.index), math.nan], None, [p - 0.25 for p in s.rollout.logprobs]) for s in reversed(sequences)]
+        return [
+            TokenRecord(s.index, [float(s.index), math.nan], None, [p - 0.25 for p in s.rollout.logprobs])
+            for s in reversed(sequences)
+        ]
 
     result = make_evaluator(prompts, scored=2).run(0, score)
     assert [a["token_kl"] for a in result["answers"]] == [[0.0, None], [1.0, None], None, None]
@@ -65,17 +77,28 @@ def test_some_answers_are_scored(prompts: PromptBuilder) -> None:
 def test_the_file_is_whole(prompts: PromptBuilder, tmp_path: Path) -> None:
     """Catches a leftover beside the file, or another name than readers look for."""
     result = make_evaluator(prompts).run(12)
-    assert write_evaluation(tmp_path, result) == evaluation_file(tmp_path, 12) == tmp_path / "evaluations" / "step_000012.json"
+    assert (
+        write_evaluation(tmp_path, result)
+        == evaluation_file(tmp_path, 12)
+        == tmp_path / "evaluations" / "step_000012.json"
+    )
     assert json.loads(evaluation_file(tmp_path, 12).read_text()) == result
     assert len(list((tmp_path / "evaluations").iterdir())) == 1
 
 
 def test_the_gap_is_measured_from_the_text_before() -> None:
     """Catches a gap that closes because reading got worse."""
-    before, after = {"text_accuracy": 0.96, "audio_accuracy": 0.56}, {"text_accuracy": 0.90, "audio_accuracy": 0.86, "samples": 50}
+    before, after = (
+        {"text_accuracy": 0.96, "audio_accuracy": 0.56},
+        {"text_accuracy": 0.90, "audio_accuracy": 0.86, "samples": 50},
+    )
     summary = summarize(before, after, seconds=1.5, tp=2, steps=9)
     assert summary["gap_before"] == pytest.approx(0.4) and summary["gap_after"] == pytest.approx(0.1)
-    assert summary["gap_closed"] == pytest.approx(0.75) and summary["text_accuracy"] == 0.96 and summary["text_accuracy_after"] == 0.90
+    assert (
+        summary["gap_closed"] == pytest.approx(0.75)
+        and summary["text_accuracy"] == 0.96
+        and summary["text_accuracy_after"] == 0.90
+    )
     assert {"audio_accuracy_before", "audio_accuracy_after", "seconds", "tp", "steps"} <= summary.keys()
     assert summarize(before | {"audio_accuracy": 0.96}, after, seconds=0, tp=1, steps=1)["gap_closed"] is None
 

@@ -16,7 +16,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
-from megatron_cord.model.families import qwen2_audio, step_audio_2, text, voxtral
+from megatron_cord.model.families import qwen2_audio, text, voxtral
+from megatron_cord.model.families.step_audio_2 import family as step_audio_2
 from megatron_cord.model.tensor_map import TensorMap
 
 
@@ -43,16 +44,21 @@ FAMILIES = {
     "llama": Family(text.architecture, text.tensor_map, text.canonical_name, "transformers.LlamaForCausalLM"),
     "qwen2": Family(text.architecture, text.tensor_map, text.canonical_name, "transformers.Qwen2ForCausalLM"),
     "qwen2_audio": Family(
-        qwen2_audio.architecture, qwen2_audio.tensor_map, qwen2_audio.canonical_name, "transformers.Qwen2AudioForConditionalGeneration"
+        qwen2_audio.architecture,
+        qwen2_audio.tensor_map,
+        qwen2_audio.canonical_name,
+        "transformers.Qwen2AudioForConditionalGeneration",
     ),
     "step_audio_2": Family(
         step_audio_2.architecture,
         step_audio_2.tensor_map,
         step_audio_2.canonical_name,
-        "megatron_cord.model.families.step_audio_2_model.StepAudio2",
+        "megatron_cord.model.families.step_audio_2.plain_model.StepAudio2",
         step_audio_2.CHAT_TEMPLATE,
     ),
-    "voxtral": Family(voxtral.architecture, voxtral.tensor_map, voxtral.canonical_name, "transformers.VoxtralForConditionalGeneration"),
+    "voxtral": Family(
+        voxtral.architecture, voxtral.tensor_map, voxtral.canonical_name, "transformers.VoxtralForConditionalGeneration"
+    ),
 }
 
 

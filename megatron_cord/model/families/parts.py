@@ -95,7 +95,9 @@ def encoder_rules(enc: EncoderArchitecture, tower: str, spelling: Mapping[str, s
         hf, mg = f"{tower}.{say['layers']}.{i}", f"{mega}.block.layers.{i}"
         query, key, value, out = (f"{hf}.{say[part]}" for part in ("query", "key", "value", "out"))
         rules += [
-            TensorRule(f"{mg}.self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in (query, key, value)), qkv),
+            TensorRule(
+                f"{mg}.self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in (query, key, value)), qkv
+            ),
             # Whisper's keys have no bias; in the fused tensor it stays zero (see AudioEncoder).
             TensorRule(f"{mg}.self_attention.linear_qkv.bias", (f"{query}.bias", None, f"{value}.bias"), qkv),
             TensorRule(f"{mg}.self_attention.linear_proj.weight", (f"{out}.weight",), Row()),
@@ -112,7 +114,10 @@ def encoder_rules(enc: EncoderArchitecture, tower: str, spelling: Mapping[str, s
 
 def pair(megatron: str, hf: str, *, bias: bool = True) -> list[TensorRule]:
     """A weight and its bias that every rank holds whole."""
-    return [TensorRule(f"{megatron}.{part}", (f"{hf}.{part}",), Replicated()) for part in (("weight", "bias") if bias else ("weight",))]
+    return [
+        TensorRule(f"{megatron}.{part}", (f"{hf}.{part}",), Replicated())
+        for part in (("weight", "bias") if bias else ("weight",))
+    ]
 
 
 def decoder_rules(lm: LanguageArchitecture, root: str, head: str) -> list[TensorRule]:
@@ -130,14 +135,22 @@ def decoder_rules(lm: LanguageArchitecture, root: str, head: str) -> list[Tensor
         hf, mg = f"{root}.layers.{i}", f"{mega}.decoder.layers.{i}"
         rules += [
             TensorRule(f"{mg}.input_layernorm.weight", (f"{hf}.input_layernorm.weight",), Replicated()),
-            TensorRule(f"{mg}.self_attention.linear_qkv.weight", tuple(f"{hf}.self_attn.{p}_proj.weight" for p in "qkv"), qkv),
+            TensorRule(
+                f"{mg}.self_attention.linear_qkv.weight", tuple(f"{hf}.self_attn.{p}_proj.weight" for p in "qkv"), qkv
+            ),
             TensorRule(f"{mg}.self_attention.linear_proj.weight", (f"{hf}.self_attn.o_proj.weight",), Row()),
             TensorRule(f"{mg}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",), Replicated()),
-            TensorRule(f"{mg}.mlp.linear_fc1.weight", (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"), GateUp()),
+            TensorRule(
+                f"{mg}.mlp.linear_fc1.weight", (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"), GateUp()
+            ),
             TensorRule(f"{mg}.mlp.linear_fc2.weight", (f"{hf}.mlp.down_proj.weight",), Row()),
         ]
         if lm.qkv_bias:
-            rules.append(TensorRule(f"{mg}.self_attention.linear_qkv.bias", tuple(f"{hf}.self_attn.{p}_proj.bias" for p in "qkv"), qkv))
+            rules.append(
+                TensorRule(
+                    f"{mg}.self_attention.linear_qkv.bias", tuple(f"{hf}.self_attn.{p}_proj.bias" for p in "qkv"), qkv
+                )
+            )
     rules.append(TensorRule(f"{mega}.decoder.final_layernorm.weight", (f"{root}.norm.weight",), Replicated()))
     if not lm.tied_embeddings:
         rules.append(TensorRule(f"{mega}.output_layer.weight", (head,), vocabulary))

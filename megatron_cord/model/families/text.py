@@ -16,7 +16,9 @@ def architecture(config: PretrainedConfig) -> Architecture:
         CordError: a setting under which the model would compute something else.
     """
     language = decoder_architecture(config, qkv_bias=config.model_type == "qwen2")
-    return Architecture(model_type=config.model_type, encoder=None, language=language, audio_token_id=None, adapter=None)
+    return Architecture(
+        model_type=config.model_type, encoder=None, language=language, audio_token_id=None, adapter=None
+    )
 
 
 def canonical_name(name: str) -> str:

@@ -24,7 +24,10 @@ def architecture(config: PretrainedConfig) -> Architecture:
             "audio_config.activation_function": (audio.activation_function, "gelu"),
             "projector_hidden_act": (config.projector_hidden_act, "gelu"),
             "the remainder of audio_config.intermediate_size by hidden_size": (rest, 0),
-            "the remainder of audio_config.max_source_positions by the frames of a stack": (audio.max_source_positions % stride, 0),
+            "the remainder of audio_config.max_source_positions by the frames of a stack": (
+                audio.max_source_positions % stride,
+                0,
+            ),
         }
     )
     return Architecture(
@@ -56,7 +59,11 @@ def tensor_map(arch: Architecture) -> TensorMap:
     return TensorMap(
         [
             *encoder_rules(arch.encoder, "audio_tower"),
-            *(rule for i in (1, 2) for rule in pair(f"adapter.linear{i}", f"multi_modal_projector.linear_{i}", bias=False)),
+            *(
+                rule
+                for i in (1, 2)
+                for rule in pair(f"adapter.linear{i}", f"multi_modal_projector.linear_{i}", bias=False)
+            ),
             *decoder_rules(arch.language, "language_model.model", "language_model.lm_head.weight"),
         ]
     )

@@ -27,5 +27,9 @@ class SGLangConfig:
     def __post_init__(self) -> None:
         if self.max_in_flight < 1 or self.tries < 1:
             raise CordError("rollout.sglang.max_in_flight and rollout.sglang.tries must be at least 1")
-        if self.request_seconds <= 0 or self.start_seconds <= 0 or (self.reissue_seconds is not None and self.reissue_seconds <= 0):
+        if (
+            self.request_seconds <= 0
+            or self.start_seconds <= 0
+            or (self.reissue_seconds is not None and self.reissue_seconds <= 0)
+        ):
             raise CordError("rollout.sglang: request_seconds, start_seconds and reissue_seconds must be positive")

@@ -9,11 +9,11 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.exchange import Endpoint, ServerError
-from megatron_cord.rollout.exchange.endpoint import ask_each, without
-from megatron_cord.rollout.sglang.addresses import KEY_VARIABLE, Addresses
-from megatron_cord.rollout.sglang.handshake import shake_hands, take_base_weights
-from megatron_cord.rollout.sglang.pool import Pool, say
+from megatron_cord.rollout.sglang.client.addresses import KEY_VARIABLE, Addresses
+from megatron_cord.rollout.sglang.client.endpoint import ask_each, without
+from megatron_cord.rollout.sglang.client.pool import Pool, say
+from megatron_cord.rollout.sglang.client.preflight import shake_hands, take_base_weights
+from megatron_cord.rollout.sglang.weight_sync import Endpoint, ServerError
 
 _ANSWER_SECONDS = 10.0  #: for an answer that takes no work
 _CONTROL_SECONDS = 120.0  #: for pausing, or giving memory back
@@ -64,11 +64,15 @@ class Control:
             servers = self._addresses.find()
             good, lost = ask_each(servers, self._hello)
             if barred := [server.url for server, error in lost.items() if error.status in _BARRED]:
-                raise CordError(f"{', '.join(barred)} refuses the API key; set rollout.api_key_file or {KEY_VARIABLE} to the servers' key")
+                raise CordError(
+                    f"{', '.join(barred)} refuses the API key; set rollout.api_key_file or {KEY_VARIABLE} to the servers' key"
+                )
             if len(good) >= max(1, count):
                 return [server for server in servers if server in good]
             if not told:
-                say(f"waiting for {count} server{'s' * (count > 1)} ({self._addresses.described}), {len(good)} of {len(servers)} answer")
+                say(
+                    f"waiting for {count} server{'s' * (count > 1)} ({self._addresses.described}), {len(good)} of {len(servers)} answer"
+                )
                 told = True
             if time.monotonic() > deadline:
                 why = "; ".join(str(error) for error in lost.values()) or "no address is known"
@@ -96,7 +100,9 @@ class Control:
         self.each("/continue_generation", {}, pool)
         if dist.get_rank() == 0:
             others = [server for server in self._addresses.find() if server.url not in pool.servers]
-            ask_each(others, lambda server: server.command("/continue_generation", {}, _ANSWER_SECONDS))  # some may be gone
+            ask_each(
+                others, lambda server: server.command("/continue_generation", {}, _ANSWER_SECONDS)
+            )  # some may be gone
 
     def _hello(self, server: Endpoint) -> None:
         server.weight_version(_ANSWER_SECONDS)

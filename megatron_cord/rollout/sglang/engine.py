@@ -19,16 +19,16 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.parallel.objects import broadcast_json
-from megatron_cord.rollout.exchange import ExchangeConfig, WeightExchange, WeightSource, build_exchange
-from megatron_cord.rollout.exchange.source import GivenWeights
-from megatron_cord.rollout.sglang.addresses import Addresses
-from megatron_cord.rollout.sglang.batch import Batch
+from megatron_cord.rollout.sglang.client.addresses import Addresses
+from megatron_cord.rollout.sglang.client.batch import Batch
+from megatron_cord.rollout.sglang.client.partial_response import Draft, aborted
+from megatron_cord.rollout.sglang.client.pool import Pool, say
+from megatron_cord.rollout.sglang.client.preflight import BASE
+from megatron_cord.rollout.sglang.client.protocol import MOST_CLIPS, PromptWire
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.control import Control
-from megatron_cord.rollout.sglang.draft import Draft, aborted
-from megatron_cord.rollout.sglang.handshake import BASE
-from megatron_cord.rollout.sglang.pool import Pool, say
-from megatron_cord.rollout.sglang.wire import MOST_CLIPS, PromptWire
+from megatron_cord.rollout.sglang.weight_sync import ExchangeConfig, WeightExchange, WeightSource, build_exchange
+from megatron_cord.rollout.sglang.weight_sync.source import GivenWeights
 from megatron_cord.rollout.types import GenerationRequest, Rollout
 
 _RETRY_SECONDS = 1.0  #: between two exchanges that no server took
@@ -53,7 +53,12 @@ class SGLangEngine:
     """
 
     def __init__(
-        self, checkpoint_dir: str | Path, addresses: Addresses, config: SGLangConfig, exchange: ExchangeConfig, min_servers: int = 1
+        self,
+        checkpoint_dir: str | Path,
+        addresses: Addresses,
+        config: SGLangConfig,
+        exchange: ExchangeConfig,
+        min_servers: int = 1,
     ) -> None:
         self.prompts = PromptBuilder(checkpoint_dir)
         self.weight_version, self.paused = 0, False
@@ -135,7 +140,9 @@ class SGLangEngine:
 
     def release_memory(self) -> None:
         """Servers that were started with --colocated free their GPU's memory."""
-        self._control.each("/pause_generation", {"mode": "abort"}, self._pool)  # SGLang dies of being asked while it works
+        self._control.each(
+            "/pause_generation", {"mode": "abort"}, self._pool
+        )  # SGLang dies of being asked while it works
         self._control.each("/release_memory_occupation", {}, self._pool)
 
     def restore_memory(self) -> None:

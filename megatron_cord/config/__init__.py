@@ -1,0 +1,1 @@
+"""YAML and overrides into the dataclasses of the components."""

@@ -1,0 +1,44 @@
+"""What lies beside the weights in a Hugging Face directory: configuration, tokenizer, processor, chat template, generation settings, code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_cord.errors import CordError
+
+#: weights in any format, and their indices: never carried over
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+
+
+def read_companions(hf_dir: Path) -> dict[str, bytes]:
+    """All files but weights and hidden ones, by name; folders are left out.
+
+    Raises:
+        CordError: there is no config.json.
+    """
+    if not (hf_dir / "config.json").is_file():
+        raise CordError(f"{hf_dir / 'config.json'} does not exist; give a Hugging Face checkpoint directory")
+    files = sorted(path for path in hf_dir.iterdir() if path.is_file() and not path.name.startswith("."))
+    return {path.name: path.read_bytes() for path in files if not path.name.endswith(_WEIGHTS)}
+
+
+def with_dtype(companions: dict[str, bytes], dtype: torch.dtype) -> dict[str, bytes]:
+    """The same files with the weights' precision in config.json, wherever it names one."""
+    config = json.loads(companions["config.json"])
+    changed = _renamed(config, str(dtype).removeprefix("torch."))
+    if changed == config:
+        return companions
+    return companions | {"config.json": (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()}
+
+
+def _renamed(node: Any, dtype: str) -> Any:
+    if not isinstance(node, dict):
+        return node
+    return {
+        key: dtype if key in ("dtype", "torch_dtype") and isinstance(value, str) else _renamed(value, dtype)
+        for key, value in node.items()
+    }

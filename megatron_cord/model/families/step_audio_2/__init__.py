@@ -1,0 +1,1 @@
+"""Step-Audio 2: names and architecture, its audio modules, a plain model, and the class that SGLang loads."""

@@ -1,0 +1,67 @@
+"""Step-Audio 2 as a plain torch model under its published names, for generation and comparison: transformers has no class for it.
+
+Legend: C clips, B sequences, S tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Qwen2Model
+
+from megatron_cord.model.families.step_audio_2.audio import Adapter, Encoder, StepAudio2Config
+
+
+class StepAudio2(PreTrainedModel):
+    """Encoder, adapter and Qwen2 with its head.
+
+    Args:
+        config: of the checkpoint.
+    """
+
+    config_class = StepAudio2Config
+    _supports_sdpa = True
+
+    def __init__(self, config: StepAudio2Config) -> None:
+        super().__init__(config)
+        self.encoder, self.adapter = Encoder(config), Adapter(config)
+        self.model = Qwen2Model(config.text_config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The word embedding."""
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer."""
+        return self.lm_head
+
+    def hear(self, features: Tensor, num_frames: int) -> Tensor:
+        """One clip [mels, at least num_frames + 2] to tokens [tokens, H]."""
+        return self.adapter(self.encoder(features, num_frames))[: self.config.num_tokens(num_frames)]
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        input_features: Tensor | None = None,
+        feature_attention_mask: Tensor | None = None,
+        **settings: Any,
+    ) -> Any:
+        """Hidden states of a batch, as transformers' models return them.
+
+        Args:
+            input_ids: int64 [B, S], with one placeholder for each token of a clip.
+            input_features: [C, mels, frames] of all clips in the batch's order; None without audio.
+            feature_attention_mask: int64 [C, frames], 1 where a frame is a clip's own.
+            settings: attention_mask, position_ids, past_key_values and use_cache of Qwen2.
+        """
+        embedded = self.get_input_embeddings()(input_ids)
+        if input_features is not None and feature_attention_mask is not None:
+            lengths = feature_attention_mask.sum(1).tolist()
+            heard = torch.cat([self.hear(clip, frames) for clip, frames in zip(input_features, lengths, strict=True)])
+            is_placeholder = torch.eq(input_ids, self.config.placeholder)
+            embedded = embedded.masked_scatter(is_placeholder[..., None], heard.to(embedded.dtype))
+        return self.model(inputs_embeds=embedded, **settings)

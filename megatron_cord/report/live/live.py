@@ -1,0 +1,235 @@
+"""The live page's views of a run that may still go on: overview, rollouts, and two evaluations side by side.
+
+Every view is drawn on the server and reads without its script, which only looks for news. The run is read again when something in its
+directory has changed, at most every two seconds; charts are drawn again only then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+
+from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.wav import encode_wav
+from megatron_cord.errors import CordError
+from megatron_cord.report.live.search import ORDERS, PAGE, Query, mean_divergence, search
+from megatron_cord.report.page.examples import kind_of
+from megatron_cord.report.page.overview import facts, missing, overview
+from megatron_cord.report.page.templates import templates
+from megatron_cord.report.run.reading import read_run
+from megatron_cord.report.run.record import Answer, Evaluation, RunRecord
+
+_AT_MOST_EVERY = 2.0  # seconds
+SETS = ("train", "evaluation")  # whose recordings can be heard: data.train, data.evaluation
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One held-out question at two steps: what became of it, and both answers."""
+
+    kind: str
+    first: Answer
+    second: Answer
+
+
+class LiveRun:
+    """A run's directory, looked at again and again. Its methods may be called from several threads.
+
+    Args:
+        directory: of the run.
+
+    Raises:
+        CordError: it is none.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._lock = threading.RLock()
+        self._looked = 0.0
+        self._version = ""
+        self._record = read_run(directory)
+        self._pages: dict[str, str] = {}
+        self._audio = {name: _Recordings(self._record.setting(f"data.{name}")) for name in SETS}
+
+    def version(self) -> str:
+        """Changes when the run has news."""
+        with self._lock:
+            self._look()
+            return self._version
+
+    def overview(self) -> str:
+        """Alerts, the result so far, the gap, all curves, and where the time went."""
+        with self._lock:  # one drawing at a time: matplotlib's settings are the process's
+            self._look()
+            if "overview" not in self._pages:
+                self._pages["overview"] = self._draw(
+                    "live_overview.html", overview(self._record) | {"config": self._record.config_text}
+                )
+            return self._pages["overview"]
+
+    def rollouts(self, values: Mapping[str, str]) -> str:
+        """Rollouts that match a query. Raises CordError for a query that makes no sense."""
+        record = self._now()
+        query = Query.parse(values)
+        found = search(record.rollout_files, query)
+        skip = max(int(query.skip or 0), 0)
+        given = {name: value for name, value in values.items() if value and name not in ("skip", "step_to")}
+        within = given | ({"step_to": values["step_to"]} if values.get("step_to") else {})
+        return self._draw(
+            "live_rollouts.html",
+            {
+                "query": query,
+                "values": values,
+                "orders": list(ORDERS),
+                "found": found,
+                "cards": [(rollout, mean_divergence(rollout)) for rollout in found.rollouts],
+                "first": skip + 1,
+                "more": urlencode(within | {"skip": str(skip + PAGE)}) if found.count > skip + PAGE else None,
+                "earlier": urlencode(given | {"step_to": str(found.earlier)}) if found.earlier is not None else None,
+            },
+        )
+
+    def compare(self, values: Mapping[str, str]) -> str:
+        """The answers of two evaluations. Raises CordError for a step without one."""
+        record = self._now()
+        by_step = {evaluation.step: evaluation for evaluation in record.evaluations}
+        steps = list(by_step)
+        content: dict[str, Any] = {"steps": steps, "pairs": [], "values": values}
+        if steps:
+            first, second = (
+                _chosen(by_step, values.get(name), default) for name, default in (("a", steps[0]), ("b", steps[-1]))
+            )
+            earlier = {answer.id: answer for answer in first.answers}
+            pairs = [Pair(kind_of(earlier[a.id], a), earlier[a.id], a) for a in second.answers if a.id in earlier]
+            counts = Counter(pair.kind for pair in pairs)
+            needle, kind = values.get("text", "").strip().casefold(), values.get("kind", "")
+            pairs = [pair for pair in pairs if kind in ("", pair.kind) and needle in _haystack(pair)]
+            # What changed comes first, and answers whose tokens were scored.
+            order = {"broken": 0, "fixed": 1, "still wrong": 2, "always right": 3}
+            pairs.sort(key=lambda pair: (order[pair.kind], pair.second.token_kl is None))
+            skip = _whole(values.get("skip"))
+            more = {name: value for name, value in values.items() if value} | {"skip": str(skip + PAGE)}
+            content |= {
+                "first": first,
+                "second": second,
+                "pairs": pairs[skip : skip + PAGE],
+                "count": len(pairs),
+                "skip": skip,
+                "kinds": [(name, counts[name]) for name in order if counts[name]],
+                "more": urlencode(more) if len(pairs) > skip + PAGE else None,
+            }
+        return self._draw("live_compare.html", content)
+
+    def clip(self, name: str, sample_id: str) -> bytes | None:
+        """The recording of a sample as a WAV file; None if there is none. Raises CordError where the shards cannot be read."""
+        recordings = self._audio.get(name)
+        return None if recordings is None else recordings.wav(sample_id)
+
+    def failed(self, message: str) -> str:
+        """A page that says what is wrong."""
+        return (
+            templates()
+            .get_template("live_error.html")
+            .render(name=self.directory.resolve().name, message=message, view="")
+        )
+
+    def _draw(self, template: str, content: Mapping[str, Any]) -> str:
+        record = self._record
+        heads = overview_heads(record) | {
+            "version": self._version,
+            "view": template.removeprefix("live_").removesuffix(".html"),
+        }
+        return templates().get_template(template).render(heads | dict(content))
+
+    def _now(self) -> RunRecord:
+        with self._lock:
+            self._look()
+            return self._record
+
+    def _look(self) -> None:
+        if time.monotonic() - self._looked < _AT_MOST_EVERY and self._version:
+            return
+        self._looked = time.monotonic()
+        version = _fingerprint(self.directory, self._record)
+        if version != self._version:
+            self._record = read_run(self.directory)
+            self._pages.clear()
+            self._version = version
+
+
+def overview_heads(record: RunRecord) -> dict[str, Any]:
+    """What stands above every view."""
+    return {
+        "name": record.path.resolve().name,
+        "facts": facts(record),
+        "notices": missing(record),
+        "alerts": record.alerts,
+    }
+
+
+class _Recordings:
+    """The recordings of a data set, found when the first is asked for."""
+
+    def __init__(self, data: object) -> None:
+        self._data = data
+        self._lock = threading.Lock()
+
+    @cached_property
+    def _found(self) -> tuple[ShardDataset, dict[str, int]]:
+        if not isinstance(self._data, str):
+            raise CordError("the configuration names no data")
+        dataset = ShardDataset(self._data)
+        return dataset, {sample_id: index for index, sample_id in enumerate(dataset.ids)}
+
+    def wav(self, sample_id: str) -> bytes | None:
+        with self._lock:
+            dataset, places = self._found
+        place = places.get(sample_id)
+        return None if place is None else encode_wav(np.clip(dataset[place].waveform, -1.0, 1.0))
+
+
+def _fingerprint(directory: Path, record: RunRecord) -> str:
+    """Of what a page shows: sizes and times of the run's files."""
+    rollouts = record.setting("record.rollouts")
+    watched = [
+        directory / name for name in ("config.yaml", "metrics.jsonl", "alerts.jsonl", "summary.json", "evaluations")
+    ]
+    watched.append(directory / (rollouts if isinstance(rollouts, str) else "rollouts"))
+    stats = [(path.name, stat.st_mtime_ns, stat.st_size) for path in watched if path.exists() and (stat := path.stat())]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+def _chosen(evaluations: Mapping[int, Evaluation], given: str | None, default: int) -> Evaluation:
+    step = _whole(given, default)
+    if step not in evaluations:
+        raise CordError(f"there is no evaluation of step {step}; there are those of {', '.join(map(str, evaluations))}")
+    return evaluations[step]
+
+
+def _whole(given: str | None, default: int = 0) -> int:
+    if not given:
+        return default
+    if not (given.isascii() and given.isdigit() and len(given) < 12):
+        raise CordError(f"{given[:40]!r} is no step or number")
+    return int(given)
+
+
+def _haystack(pair: Pair) -> str:
+    texts = (
+        pair.second.id,
+        pair.second.question,
+        pair.second.gold or "",
+        pair.first.audio_response,
+        pair.second.audio_response,
+    )
+    return "\n".join(texts).casefold()

@@ -1,0 +1,126 @@
+"""Serves the live page of one run to this machine alone.
+
+It listens on the loopback address, answers GET and HEAD, and knows a fixed set of paths: no part of an address ever becomes a file's name.
+A page that was lured here under another name (DNS rebinding) is refused by its Host header. The policy that goes with each answer lets the page
+ask this server and nobody else, and run no script but its own. Everybody with an account on the machine can open the page; it has no password.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+from megatron_cord.errors import CordError
+from megatron_cord.report.live.live import LiveRun
+from megatron_cord.report.page.templates import asset
+
+HOST = "127.0.0.1"
+_NAMES = ("127.0.0.1", "localhost", "[::1]")  # under which a browser on this machine, or a tunnel to it, asks
+_FILES = {
+    "/style.css": "text/css",
+    "/live.css": "text/css",
+    "/script.js": "text/javascript",
+    "/live.js": "text/javascript",
+}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; style-src-attr 'unsafe-inline'; img-src data:; "
+    "media-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+def make_server(directory: Path, port: int) -> ThreadingHTTPServer:
+    """A server of the run's page, listening but not yet answering; 0 takes a free port.
+
+    Raises:
+        CordError: not a run directory, or the port is taken or not permitted.
+    """
+    run = LiveRun(directory)
+    handler = type("Handler", (_Handler,), {"run": run})
+    try:
+        return ThreadingHTTPServer((HOST, port), handler)
+    except (OSError, OverflowError) as error:
+        raise CordError(
+            f"cannot listen on port {port} ({getattr(error, 'strerror', None) or error}); give another with --port"
+        ) from None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    run: LiveRun
+    server_version, sys_version = "megatron_cord", ""
+    timeout = 30  # seconds for a request to arrive
+
+    def do_GET(self) -> None:
+        """Answers one request."""
+        host = self.headers.get("Host", "")
+        name = host if host.endswith("]") else host.rpartition(":")[0] or host
+        if name not in _NAMES:
+            return self._send(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", b"this server answers to localhost alone\n")
+        try:
+            address = urlsplit(self.path)
+            values = dict(parse_qsl(address.query, max_num_fields=40))
+        except ValueError:
+            return self._send(HTTPStatus.BAD_REQUEST, "text/plain", b"not an address\n")
+        if address.path in _FILES:
+            return self._send(HTTPStatus.OK, _FILES[address.path], asset(address.path[1:]).encode())
+        if address.path == "/version":
+            return self._send(HTTPStatus.OK, "application/json", json.dumps(self.run.version()).encode())
+        if address.path == "/audio":
+            return self._audio(values)
+        views: Mapping[str, Callable[[], str]] = {
+            "/": self.run.overview,
+            "/rollouts": lambda: self.run.rollouts(values),
+            "/compare": lambda: self.run.compare(values),
+        }
+        if address.path not in views:
+            return self._send(HTTPStatus.NOT_FOUND, "text/plain", b"there is no such page\n")
+        try:
+            return self._page(HTTPStatus.OK, views[address.path]())
+        except CordError as error:
+            return self._page(HTTPStatus.BAD_REQUEST, self.run.failed(str(error)))
+
+    do_HEAD = do_GET
+
+    def _audio(self, values: Mapping[str, str]) -> None:
+        try:
+            wav = self.run.clip(values.get("set", ""), values.get("id", ""))
+        except CordError as error:
+            return self._send(HTTPStatus.NOT_FOUND, "text/plain", f"{error}\n".encode())
+        if wav is None:
+            return self._send(HTTPStatus.NOT_FOUND, "text/plain", b"no such recording\n")
+        # A browser goes back in a recording only where it can ask for a part of it.
+        part = re.fullmatch(r"bytes=(\d{1,12})-(\d{0,12})", self.headers.get("Range", ""))
+        start, end = (int(part[1]), min(int(part[2] or len(wav)), len(wav) - 1)) if part else (0, len(wav) - 1)
+        if not part or start > end:
+            return self._send(HTTPStatus.OK, "audio/wav", wav, {"Accept-Ranges": "bytes"})
+        headers = {"Accept-Ranges": "bytes", "Content-Range": f"bytes {start}-{end}/{len(wav)}"}
+        return self._send(HTTPStatus.PARTIAL_CONTENT, "audio/wav", wav[start : end + 1], headers)
+
+    def _page(self, status: HTTPStatus, page: str) -> None:
+        self._send(status, "text/html", page.encode())
+
+    def _send(self, status: HTTPStatus, kind: str, body: bytes, more: Mapping[str, str] | None = None) -> None:
+        self.send_response(status)
+        text = kind.startswith(("text/", "application/"))
+        headers = (
+            _HEADERS
+            | {"Content-Type": f"{kind}; charset=utf-8" if text else kind, "Content-Length": str(len(body))}
+            | dict(more or {})
+        )
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing: the terminal may be that of the run."""

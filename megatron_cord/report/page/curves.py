@@ -1,0 +1,195 @@
+"""Which charts a run gets: accuracy over the evaluations, the metrics over the steps, the divergence over the response's positions.
+
+A metric that the run does not have gets no chart. Curves of the position compare the first tenth of the recorded steps with the last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_cord.report.page.charts import Chart, Series, line_chart
+from megatron_cord.report.run.gap import standard_error
+from megatron_cord.report.run.reading import read_rollouts
+from megatron_cord.report.run.record import RunRecord
+
+Row = Mapping[str, float | None]
+
+_MOST_FILES = 20  # on each side: enough for a mean, and bounded for long runs
+_FEWEST_ROLLOUTS = 5  # at a position, for its mean to be drawn
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """One chart over the steps: label -> the metric's key, or a function of the row."""
+
+    key: str
+    title: str
+    unit: str
+    lines: Mapping[str, str | Callable[[Row], float | None]]
+    from_zero: bool = True
+    smooth: bool = True
+
+
+def _silent_share(row: Row) -> float | None:
+    groups, silent = row.get("groups"), row.get("groups_without_signal")
+    return None if not groups or silent is None else silent / groups
+
+
+_METRICS = (
+    _Metric("kl", "Divergence", "nats a token", {"student from teacher": "kl"}),
+    _Metric("reward", "Reward", "share", {"mean reward": "reward", "groups without signal": _silent_share}),
+    _Metric(
+        "loss",
+        "Loss",
+        "loss",
+        {"total": "loss", "token term": "loss_token", "sequence term": "loss_sequence"},
+        from_zero=False,
+    ),
+    _Metric("grad", "Gradient norm", "norm", {"before clipping": "grad_norm"}),
+    _Metric("length", "Response length", "tokens", {"mean": "response_tokens"}),
+    _Metric("endings", "Responses", "share", {"cut at the limit": "truncated", "repeated phrases": "repetition"}),
+    _Metric("entropy", "Entropy of the student", "nats a token", {"mean": "entropy"}),
+    _Metric(
+        "engine",
+        "Log-probs, engine against trainer",
+        "nats a token",
+        {
+            "mean difference": "engine_logprob_difference",
+            "largest": "engine_logprob_difference_max",
+            "KL divergence": "engine_kl",
+            "mean, older weights": "stale_logprob_difference",
+        },
+    ),
+    _Metric(
+        "staleness",
+        "Age of the weights that sampled",
+        "steps",
+        {"mean": "staleness", "largest": "staleness_max"},
+        smooth=False,
+    ),
+    _Metric(
+        "judge", "Judge", "share", {"disagrees with matching": "judge_disagreement", "no answer": "judge_fallbacks"}
+    ),
+    _Metric(
+        "seconds",
+        "Time of a step",
+        "seconds",
+        {
+            "rollout": "seconds_rollout",
+            "teacher": "seconds_teacher",
+            "train": "seconds_train",
+            "exchange": "seconds_exchange",
+        },
+    ),
+    _Metric("rate", "Learning rate", "rate", {"learning rate": "learning_rate"}, smooth=False),
+)
+
+
+def accuracy_chart(record: RunRecord) -> Chart | None:
+    """Text and audio accuracy over the steps, the gap shaded, bands of one standard error; None before the first evaluation."""
+    if not record.evaluations:
+        return None
+    steps = [evaluation.step for evaluation in record.evaluations]
+    series = []
+    for label, attribute in (("reading (text)", "text_accuracy"), ("hearing (audio)", "audio_accuracy")):
+        values = [getattr(evaluation, attribute) for evaluation in record.evaluations]
+        errors = [
+            standard_error(value, evaluation.samples)
+            for value, evaluation in zip(values, record.evaluations, strict=True)
+        ]
+        series.append(Series(label, steps, values, errors))
+    return line_chart(
+        "accuracy",
+        "Accuracy",
+        "training step",
+        "accuracy",
+        series,
+        wide=True,
+        percent=True,
+        markers=True,
+        fill_between=True,
+    )
+
+
+def gap_chart(record: RunRecord) -> Chart | None:
+    """The gap over the steps: text accuracy before training minus audio accuracy; None before the second evaluation."""
+    if len(record.evaluations) < 2:
+        return None
+    text = record.evaluations[0].text_accuracy
+    values = [text - evaluation.audio_accuracy for evaluation in record.evaluations]
+    errors = [standard_error(evaluation.audio_accuracy, evaluation.samples) for evaluation in record.evaluations]
+    steps = [evaluation.step for evaluation in record.evaluations]
+    series = [Series("text before training − audio", steps, [100 * v for v in values], [100 * e for e in errors])]
+    return line_chart(
+        "gap",
+        "Gap",
+        "training step",
+        "points",
+        series,
+        wide=True,
+        from_zero=min(values) >= 0,
+        markers=True,
+        smooth=False,
+    )
+
+
+def metric_charts(record: RunRecord) -> list[Chart]:
+    """One chart for each metric that was measured."""
+    charts = []
+    for metric in _METRICS:
+        lines = [(label, _points(record.metrics, source)) for label, source in metric.lines.items()]
+        series = [Series(label, *zip(*points, strict=True)) for label, points in lines if points]
+        if series:
+            options = {"from_zero": metric.from_zero, "smooth": metric.smooth}
+            charts.append(line_chart(metric.key, metric.title, "training step", metric.unit, series, **options))
+    return charts
+
+
+def position_chart(record: RunRecord) -> Chart | None:
+    """Mean divergence at each position of the distilled responses, early against late; None without recorded divergences."""
+    files = list(record.rollout_files.items())
+    tenth = min(max(len(files) // 10, 1), _MOST_FILES)
+    parts = [files[:tenth]] if len(files) < 2 else [files[:tenth], files[-tenth:]]
+    series = [line for part in parts if (line := _by_position(part)) is not None]
+    if not series:
+        return None
+    return line_chart(
+        "position", "Divergence by position", "token of the response", "nats", series, wide=True, from_zero=True
+    )
+
+
+def _by_position(files: Sequence[tuple[int, Path]]) -> Series | None:
+    if not files:
+        return None
+    rows = [rollout.token_kl for _, path in files for rollout in read_rollouts(path) if rollout.token_kl]
+    columns = [
+        [row[position] for row in rows if position < len(row)] for position in range(max(map(len, rows), default=0))
+    ]
+    measured = [np.array([value for value in column if math.isfinite(value)]) for column in columns]
+    # Few responses are long: without a floor, the curve would end in the noise of one or two of them.
+    floor = min(_FEWEST_ROLLOUTS, len(rows))
+    kept = [(position, values) for position, values in enumerate(measured, start=1) if len(values) >= max(floor, 1)]
+    if not kept:
+        return None
+    first, last = files[0][0], files[-1][0]
+    return Series(
+        f"step {first}" if first == last else f"steps {first} to {last}",
+        [position for position, _ in kept],
+        [float(values.mean()) for _, values in kept],
+        [float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0 for _, values in kept],
+    )
+
+
+def _points(rows: Sequence[Row], source: str | Callable[[Row], float | None]) -> list[tuple[float, float]]:
+    points = []
+    for row in rows:
+        value = row.get(source) if isinstance(source, str) else source(row)
+        step = row["step"]
+        if value is not None and step is not None:
+            points.append((step, value))
+    return points

@@ -1,0 +1,126 @@
+"""What a page says of a run at a glance: facts, what is missing, the result, voices, and where the time went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_cord.report.page.curves import accuracy_chart, gap_chart, metric_charts, position_chart
+from megatron_cord.report.run.gap import measure_gap, standard_error
+from megatron_cord.report.run.record import Evaluation, RunRecord
+
+_PHASES = ("rollout", "teacher", "train", "exchange")  # disjoint; other times in the metrics may contain these
+
+
+@dataclass(frozen=True)
+class VoiceRow:
+    """Accuracies of one voice, shares; the standard error is that of ``audio_after``. Without a second look, before equals after."""
+
+    voice: str
+    samples: int
+    text: float
+    audio_before: float
+    audio_after: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Where the time went: seconds, and their share of the total."""
+
+    name: str
+    seconds: float
+    share: float
+
+
+def overview(record: RunRecord) -> dict[str, object]:
+    """What the templates hero.html, voices.html and training.html need, and the heads of the pages."""
+    evaluations = record.evaluations
+    before = evaluations[0] if len(evaluations) > 1 else None
+    after = evaluations[-1] if evaluations else None
+    return {
+        "name": record.path.resolve().name,
+        "facts": facts(record),
+        "alerts": record.alerts,
+        "gap": measure_gap(before, after) if before and after else None,
+        "latest": after,
+        "accuracy": accuracy_chart(record),
+        "gap_curve": gap_chart(record),
+        "metrics": metric_charts(record),
+        "skipped": sum(1 for row in record.metrics if row.get("skipped")),
+        "position": position_chart(record),
+        "voices": _voices(before, after) if after else [],
+        "phases": _phases(record),
+    }
+
+
+def missing(record: RunRecord) -> list[str]:
+    """What a reader would look for in vain, and why."""
+    notices = []
+    if not record.summary:
+        notices.append("The run has not finished (there is no summary.json): the numbers are those so far.")
+    if not record.evaluations:
+        notices.append("No evaluation yet: accuracies, the gap and the answers appear with the first one.")
+    elif len(record.evaluations) == 1:
+        notices.append("One evaluation so far: before and after can be compared when there is a second one.")
+    if not record.metrics:
+        notices.append("No metrics yet: the curves appear with the first training step.")
+    if not record.rollout_files:
+        notices.append(
+            "No rollouts were recorded: no divergence by position and no training rollouts (record.rollouts is the setting)."
+        )
+    return notices
+
+
+def facts(record: RunRecord) -> list[str]:
+    """How far the run is, on which layout, with which teacher and seed, and how long it took."""
+    total = record.setting("train.steps")
+    known = [
+        f"{record.last_step} of {total} steps"
+        if isinstance(total, int) and total > record.last_step
+        else f"{record.last_step} steps"
+    ]
+    tp, seconds, teacher = record.setting("parallel.tp"), record.summary.get("seconds"), record.setting("teacher.mode")
+    if isinstance(tp, int):
+        known.append(f"TP = {tp}")
+    if isinstance(teacher, str):
+        known.append(f"{teacher} teacher")
+    if record.setting("seed") is not None:
+        known.append(f"seed {record.setting('seed')}")
+    if isinstance(seconds, (int, float)):
+        known.append(format_duration(seconds))
+    return known
+
+
+def _voices(before: Evaluation | None, after: Evaluation) -> list[VoiceRow]:
+    rows = []
+    for voice, accuracy in sorted(after.voices.items()):
+        earlier = before.voices.get(voice) if before else None
+        audio, error = accuracy.audio_accuracy, standard_error(accuracy.audio_accuracy, accuracy.samples)
+        rows.append(
+            VoiceRow(
+                voice,
+                accuracy.samples,
+                accuracy.text_accuracy,
+                earlier.audio_accuracy if earlier else audio,
+                audio,
+                error,
+            )
+        )
+    return rows
+
+
+def _phases(record: RunRecord) -> list[Phase]:
+    """The steps' seconds by phase, what no phase claims, and the evaluations between the steps."""
+    seconds = {name: sum(row.get(f"seconds_{name}") or 0.0 for row in record.metrics) for name in _PHASES}
+    seconds["other"] = max(sum(row.get("seconds") or 0.0 for row in record.metrics) - sum(seconds.values()), 0.0)
+    seconds["evaluation"] = sum(evaluation.seconds or 0.0 for evaluation in record.evaluations)
+    total = sum(seconds.values())
+    return [Phase(name, value, value / total) for name, value in seconds.items() if value > 0]
+
+
+def format_duration(seconds: float) -> str:
+    """42.3 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,84 @@
+"""Draws a run as one HTML page that needs nothing else: styles, script, charts and audio are inside, and nothing is loaded.
+
+The page's policy (a Content-Security-Policy in its head) forbids every request and every script but the one whose hash it names. What models
+answered is untrusted text: the template escapes it. It simplifies: the page is drawn whole each time.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from markupsafe import Markup
+
+from megatron_cord.errors import CordError
+from megatron_cord.report.page.examples import AUDIO_BUDGET, QUOTAS, choose_examples, load_clips, training_groups
+from megatron_cord.report.page.overview import missing, overview
+from megatron_cord.report.page.templates import asset, templates
+from megatron_cord.report.run.reading import read_run
+from megatron_cord.report.run.record import RunRecord
+
+
+def render(run_dir: str | Path, output: str | Path | None = None) -> Path:
+    """Writes the report of a run, finished or not, and returns where it is.
+
+    Args:
+        run_dir: the run's output directory.
+        output: the page's file; ``report.html`` in the run's directory if None. It is complete or unchanged.
+
+    Raises:
+        CordError: not a run directory, a damaged file in it (named with the line), or an output that cannot be written.
+    """
+    record = read_run(run_dir)
+    page = templates().get_template("page.html").render(_content(record))
+    target = record.path / "report.html" if output is None else Path(output)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CordError(
+            f"{target}: cannot write the report: {error.strerror}; give another file with --output"
+        ) from None
+    return target
+
+
+def _content(record: RunRecord) -> dict[str, object]:
+    evaluations = record.evaluations
+    before = evaluations[0] if len(evaluations) > 1 else None
+    after = evaluations[-1] if evaluations else None
+    examples = choose_examples(before, after) if after else []
+    notices = missing(record)
+    clips: Mapping[str, str] = {}
+    try:
+        clips = (
+            load_clips(record.setting("data.evaluation"), [example.after.id for example in examples])
+            if examples
+            else {}
+        )
+    except CordError as error:
+        notices.append(f"No audio: {error}. A relative path counts from where the report is made.")
+    if clips and len(clips) < len(examples):
+        notices.append(
+            f"Audio of {len(clips)} of {len(examples)} questions: the others are not in the shards, or beyond {AUDIO_BUDGET / 1e6:g} MB."
+        )
+    script = asset("script.js")
+    return overview(record) | {
+        "notices": notices,
+        "examples": examples,
+        "kinds": [
+            (kind, sum(example.kind == kind for example in examples))
+            for kind in QUOTAS
+            if any(e.kind == kind for e in examples)
+        ],
+        "clips": clips,
+        "groups": training_groups(record),
+        "config": record.config_text,
+        "style": Markup(asset("style.css")),
+        "script": Markup(script),
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }

@@ -1,0 +1,35 @@
+"""The templates and other assets that the pages are made of."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import jinja2
+
+from megatron_cord.report.page.charts import format_number, format_percent
+from megatron_cord.report.page.overview import format_duration
+from megatron_cord.report.page.tokens import LEVELS, WEIGHT_LEVELS, annotate
+
+_ASSETS = Path(__file__).parents[1] / "assets"
+
+
+@cache
+def templates() -> jinja2.Environment:
+    """The templates, which escape every text that they are given."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_ASSETS),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": format_percent, "number": format_number, "duration": format_duration}
+    environment.globals |= {"annotate": annotate, "levels": LEVELS, "weight_levels": WEIGHT_LEVELS}
+    return environment
+
+
+@cache
+def asset(name: str) -> str:
+    """A file of the package's own, by its name."""
+    return (_ASSETS / name).read_text(encoding="utf-8")

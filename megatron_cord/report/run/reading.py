@@ -1,0 +1,167 @@
+"""Reads what a run leaves in its directory: configuration, metrics, evaluations, rollouts, summary.
+
+The run may still be going on: whatever is not there yet is empty here, and a half-written last line is left out. What is
+there must be sound: a damaged line is an error that names it. It simplifies: files are read whole, except the rollouts (Parquet, see
+``rollout.record_file``), of which a reader opens only the steps it wants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from megatron_cord.config.source import read_tree
+from megatron_cord.errors import CordError
+from megatron_cord.report.run.fields import Fields
+from megatron_cord.report.run.record import Answer, Evaluation, RaisedAlert, RunRecord, TrainingRollout, VoiceAccuracy
+from megatron_cord.rollout import rollout_file as record_file
+
+ROLLOUTS = "rollouts"  # where the record is, unless record.rollouts says otherwise
+
+
+def read_run(path: str | Path) -> RunRecord:
+    """Reads a run directory.
+
+    Raises:
+        CordError: it is none, or a file in it is damaged (named with the line).
+    """
+    directory = Path(path)
+    config = directory / "config.yaml"
+    if not config.is_file():
+        raise CordError(f"{path} is not a run directory (it has no config.yaml); give the output_dir of a training run")
+    values = read_tree(config, ()).values
+    record = values.get("record")
+    rollouts = record.get("rollouts", ROLLOUTS) if isinstance(record, dict) else ROLLOUTS
+    summary = directory / "summary.json"
+    return RunRecord(
+        path=directory,
+        config=values,
+        config_text=_read_text(config),
+        metrics=_read_metrics(directory / "metrics.jsonl"),
+        alerts=_read_alerts(directory / "alerts.jsonl"),
+        evaluations=tuple(_evaluation(file) for file in _steps(directory / "evaluations", ".json").values()),
+        rollout_files=record_file.record_files(directory / str(rollouts)) if rollouts else {},
+        summary=_read_object(summary) if summary.is_file() else {},
+    )
+
+
+def read_rollouts(path: Path) -> list[TrainingRollout]:
+    """The rollouts of one step. Raises CordError naming the file, and the column or row that is damaged."""
+    columns = [field.name for field in dataclasses.fields(TrainingRollout)]
+    return [TrainingRollout(**row) for row in record_file.read_rollouts(path, columns).to_pylist()]
+
+
+def _read_metrics(path: Path) -> tuple[Mapping[str, float | None], ...]:
+    if not path.is_file():
+        return ()
+    by_step: dict[int, dict[str, float | None]] = {}
+    for line, values in _read_lines(path):
+        step = Fields(values, f"{path}:{line}").integer("step")
+        # Unknown keys that are no numbers are somebody else's. A step done again after a resumption counts as done last.
+        by_step[step] = {
+            key: _measured(value) for key, value in values.items() if value is None or isinstance(value, (int, float))
+        }
+    return tuple(by_step[step] for step in sorted(by_step))
+
+
+def _read_alerts(path: Path) -> tuple[RaisedAlert, ...]:
+    if not path.is_file():
+        return ()
+    rows = [Fields(values, f"{path}:{line}") for line, values in _read_lines(path)]
+    return tuple(RaisedAlert(row.integer("step"), row.text("kind"), row.text("words")) for row in rows)
+
+
+def _measured(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _evaluation(path: Path) -> Evaluation:
+    stat = path.stat()
+    return _read_evaluation(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=512)  # a live page reads the run again and again, and these files are large and written once
+def _read_evaluation(path: Path, changed: int, size: int) -> Evaluation:
+    fields = Fields(_read_object(path), str(path))
+    answers = []
+    for number, item in enumerate(fields.items("answers")):
+        answer = Fields(item, f"{path}: answers[{number}]")
+        answers.append(
+            Answer(
+                id=answer.text("id"),
+                question=answer.text("question"),
+                gold=answer.optional_text("answer"),
+                voice=answer.optional_text("voice"),
+                text_response=answer.text("text_response"),
+                text_correct=answer.flag("text_correct"),
+                audio_response=answer.text("audio_response"),
+                audio_correct=answer.flag("audio_correct"),
+                tokens=answer.texts("tokens"),
+                token_kl=answer.numbers("token_kl"),
+            )
+        )
+    voices = {}
+    for voice, values in fields.optional_object("voices").items():
+        accuracy = Fields(values if isinstance(values, dict) else {}, f"{path}: voices[{voice!r}]")
+        voices[voice] = VoiceAccuracy(
+            accuracy.integer("samples"), accuracy.number("text_accuracy"), accuracy.number("audio_accuracy")
+        )
+    return Evaluation(
+        step=fields.integer("step"),
+        text_accuracy=fields.number("text_accuracy"),
+        audio_accuracy=fields.number("audio_accuracy"),
+        samples=fields.integer("samples"),
+        seconds=fields.optional_number("seconds"),
+        voices=voices,
+        answers=tuple(answers),
+    )
+
+
+def _steps(directory: Path, extension: str) -> dict[int, Path]:
+    """The files ``step_000250.json`` and the like, ascending; others, half-written temporary ones for example, are left out."""
+    steps = {}
+    for path in directory.glob(f"step_*{extension}"):
+        number = path.name.removeprefix("step_").removesuffix(extension)
+        if number.isascii() and number.isdigit():
+            steps[int(number)] = path
+    return dict(sorted(steps.items()))
+
+
+def _read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Every object of a JSON Lines file with the number of its line; a last line without its end is still being written."""
+    whole, _, _ = _read_text(path).rpartition("\n")
+    lines = []
+    for number, line in enumerate(whole.split("\n"), start=1):
+        if line.strip():
+            lines.append((number, _parse(line, f"{path}:{number}")))
+    return lines
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    return _parse(_read_text(path), str(path))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CordError(f"{path}: not UTF-8 text at byte {error.start}; restore the file or remove it") from None
+    except OSError as error:
+        raise CordError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CordError(f"{where}: not valid JSON ({error}); restore the file or remove what is damaged") from None
+    if not isinstance(values, dict):
+        raise CordError(
+            f"{where}: expected a JSON object, got {type(values).__name__}; restore the file or remove what is damaged"
+        )
+    return values

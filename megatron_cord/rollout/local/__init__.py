@@ -1,0 +1,1 @@
+"""The local engine: transformers in the process of the trainer."""

@@ -1,0 +1,144 @@
+"""Batched sampling from a plain model with a key–value cache: the inner loop of the local engine.
+
+Shapes: B responses, L prompt tokens with left padding, V vocabulary.
+
+A response is drawn by the Gumbel-max trick: argmax(z/τ + g), with g from a generator of the response's own, is an exact sample of
+softmax(z/τ). So the batch around a response changes it only where rounding tips two equal candidates. Simplification: a finished
+row is computed along until the last one ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_cord.convert.plain_model import PlainModel
+from megatron_cord.data.samples import Prompt
+from megatron_cord.rollout.local.key_value_cache import key_value_cache
+from megatron_cord.rollout.types import GenerationRequest
+
+
+@dataclass(frozen=True)
+class TokenRules:
+    """What the tokenizer says about ids.
+
+    Attributes:
+        eos_ids: they end a response.
+        forbidden_ids: never sampled; a sampled audio placeholder would ask the next forward pass for audio that is not there.
+        pad_id: fills the left of short prompts.
+    """
+
+    eos_ids: tuple[int, ...]
+    forbidden_ids: tuple[int, ...]
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """Token ids with their log-probabilities from raw logits (temperature 1, nothing masked)."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: Literal["stop", "length", "abort"]
+
+
+@torch.inference_mode()
+def sample_batch(
+    model: PlainModel,
+    requests: Sequence[GenerationRequest],
+    rules: TokenRules,
+    between_tokens: Callable[[], bool] = lambda: True,
+) -> list[Response]:
+    """Answers requests in one batch; all of them with audio, or none.
+
+    Args:
+        model: of the checkpoint that the prompts are for.
+        requests: each with at least one new token to generate.
+        rules: of the model's tokenizer.
+        between_tokens: called between two passes through the model; the weights may change meanwhile. False ends the batch at once, and what
+            is unfinished has finish_reason "abort".
+    """
+    device = model.device
+    ids_in, mask, positions = collate([request.prompt for request in requests], rules.pad_id, device)
+    limits = torch.tensor([request.max_new_tokens for request in requests], device=device)
+    eos = torch.tensor(rules.eos_ids, device=device)
+    noise = _Gumbel(requests, device)
+    features, frames = collate_clips([request.prompt for request in requests], device)
+    settings = {"past_key_values": key_value_cache(mask.shape[1] + int(limits.max())), "use_cache": True}
+    output = model.hidden(ids_in, features, frames, attention_mask=mask, position_ids=positions, **settings)
+    positions = positions[:, -1:]
+    done = torch.zeros(len(requests), dtype=torch.bool, device=device)
+    lengths = torch.zeros_like(limits)
+    ids, logprobs, stopped = [], [], torch.zeros_like(done)
+    while True:
+        logits = model.head(output.last_hidden_state[:, -1])
+        token = noise.choose(logits, rules.forbidden_ids)
+        ids.append(token)
+        logprobs.append(logits.log_softmax(-1).gather(1, token[:, None])[:, 0])
+        lengths += ~done
+        stopped |= ~done & torch.isin(token, eos)
+        done |= stopped | (lengths >= limits)
+        if done.all() or not between_tokens():
+            break
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        positions = positions + 1
+        output = model.hidden(token[:, None], None, None, attention_mask=mask, position_ids=positions, **settings)
+    table, scores = torch.stack(ids, 1).tolist(), torch.stack(logprobs, 1).tolist()
+    return [
+        Response(
+            tuple(table[row][:length]), tuple(scores[row][:length]), "stop" if stop else "length" if ended else "abort"
+        )
+        for row, (length, stop, ended) in enumerate(zip(lengths.tolist(), stopped.tolist(), done.tolist(), strict=True))
+    ]
+
+
+class _Gumbel:
+    """Noise [B, V] of each response's own generator, seeded from its prompt's name and its seed."""
+
+    def __init__(self, requests: Sequence[GenerationRequest], device: torch.device) -> None:
+        self._temperatures = torch.tensor(
+            [request.temperature for request in requests], dtype=torch.float64, device=device
+        )[:, None]
+        self._generators = [
+            torch.Generator().manual_seed(_seed(request)) if request.temperature > 0 else None for request in requests
+        ]  # on the CPU, so that every device draws the same
+
+    def choose(self, logits: Tensor, forbidden: tuple[int, ...]) -> Tensor:
+        """Exact samples int64 [B] of softmax(logits/τ) without the forbidden ids; argmax where τ = 0."""
+        uniform = torch.full(logits.shape, 0.5, dtype=torch.float64)
+        for row, generator in zip(uniform, self._generators, strict=True):
+            if generator is not None:
+                row.uniform_(generator=generator)
+        # As torch's exponential_ would draw them, three times as fast over all rows at once; never zero.
+        exponential = uniform.neg_().log1p_().neg_().clamp_min_(torch.finfo(torch.float64).eps / 2)
+        scores = logits.double() - self._temperatures * exponential.to(logits.device).log_()
+        scores[:, list(forbidden)] = -torch.inf
+        return scores.argmax(-1)
+
+
+def _seed(request: GenerationRequest) -> int:
+    digest = hashlib.blake2b(f"{request.seed}\n{request.prompt.sample_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def collate(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Left-padded token ids int64 [B, L], the attention mask of the same shape, and positions that do not count padding."""
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    ids = torch.tensor([[pad_id] * (longest - len(prompt.token_ids)) + list(prompt.token_ids) for prompt in prompts])
+    pads = torch.tensor([longest - len(prompt.token_ids) for prompt in prompts])[:, None]
+    steps = torch.arange(longest)[None, :]
+    return ids.to(device), (steps >= pads).long().to(device), (steps - pads).clamp(min=0).to(device)
+
+
+def collate_clips(prompts: Sequence[Prompt], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """All clips' features float32 [C, mels, frames] and their lengths int64 [C]; nothing without audio."""
+    clips = [clip for prompt in prompts for clip in prompt.clips]
+    if not clips:
+        return None, None
+    features = torch.stack([clip.features for clip in clips])
+    return features.to(device), torch.tensor([clip.num_frames for clip in clips], device=device)

@@ -1,0 +1,176 @@
+"""The local engine: the plain model of the same checkpoint in this process, transformers' own where it has the class.
+
+It takes weights through the same stream of named tensors as a server would, so that conversion and exchange are exercised at every
+step even on a laptop. Simplification: requests are answered batch by batch, not continuously.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_cord.convert.plain_model import PlainModel
+from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.errors import CordError
+from megatron_cord.rollout.local.decoding import Response, TokenRules, sample_batch
+from megatron_cord.rollout.local.gate import Gate
+from megatron_cord.rollout.local.quiet import no_progress_bars
+from megatron_cord.rollout.types import GenerationRequest, Rollout, spans_of
+
+
+@dataclass(frozen=True)
+class LocalEngineConfig:
+    """How the local engine runs."""
+
+    max_batch_size: int = 64  # responses generated together
+    device: str = "cpu"  # a torch device
+
+    def __post_init__(self) -> None:
+        if self.max_batch_size < 1:
+            raise CordError(f"max_batch_size is {self.max_batch_size}; it must be at least 1")
+
+
+class LocalEngine:
+    """A ``RolloutEngine`` on the checkpoint's `PlainModel`.
+
+    Attributes:
+        weight_version: of the weights it generates with; 0 are the checkpoint's.
+        prompts: the checkpoint's prompt builder.
+
+    Raises:
+        CordError: a directory without a whole checkpoint of a known family.
+    """
+
+    def __init__(self, checkpoint_dir: str | Path, config: LocalEngineConfig | None = None) -> None:
+        self._config = config or LocalEngineConfig()
+        self.prompts = PromptBuilder(checkpoint_dir)
+        self._rules = TokenRules(self.prompts.eos_ids, self.prompts.special_ids, self.prompts.pad_id)
+        with no_progress_bars():
+            self._model: PlainModel | None = PlainModel(checkpoint_dir, device=self._config.device)
+        self.weight_version = 0
+        self._gate = Gate()
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Rollout]:
+        """One rollout a request, in the requests' order; depends on the request and the weights, not on its neighbours.
+
+        Raises:
+            CordError: a prompt with ids outside the vocabulary, or placeholders that do not match its clips.
+        """
+        for request in requests:
+            self._check(request)
+        aborts = self._gate.aborts
+        # Audio apart from text, as it takes the encoder; of like length together, as padding costs time.
+        order = sorted(
+            range(len(requests)), key=lambda i: (bool(requests[i].prompt.clips), len(requests[i].prompt.token_ids))
+        )
+        rollouts: dict[int, Rollout] = {}
+        for has_audio in (False, True):
+            group = [i for i in order if bool(requests[i].prompt.clips) == has_audio]
+            for start in range(0, len(group), self._config.max_batch_size):
+                batch = group[start : start + self._config.max_batch_size]
+                responses, versions = self._sample([requests[i] for i in batch], aborts)
+                rollouts.update(
+                    {
+                        i: self._rollout(requests[i], response, versions)
+                        for i, response in zip(batch, responses, strict=True)
+                    }
+                )
+        return [rollouts[i] for i in range(len(requests))]
+
+    def _sample(self, requests: list[GenerationRequest], aborts: int) -> tuple[list[Response], list[int]]:
+        """One batch, and for each pass through the model the version of the weights that it took."""
+        versions: list[int] = []
+
+        def between_tokens() -> bool:
+            self._gate.pass_through()
+            versions.append(self.weight_version)
+            return self._gate.aborts == aborts
+
+        with self._gate:
+            versions.append(self.weight_version)
+            if self._gate.aborts != aborts:
+                return [Response((), (), "abort") for _ in requests], versions
+            return sample_batch(self._loaded(), requests, self._rules, between_tokens), versions
+
+    def pause(self) -> None:
+        """Stops generation of other threads between two tokens, and returns when none is going on; ``resume`` lets it go on in place.
+
+        Keys and values of earlier tokens stay those of the weights that made them.
+        """
+        self._gate.close()
+
+    def resume(self) -> None:
+        """Ends a pause."""
+        self._gate.open()
+
+    def abort(self) -> None:
+        """Calls of ``generate`` in other threads return after the token that they are at; what is unfinished has finish_reason "abort"."""
+        self._gate.abort()
+
+    @torch.no_grad()
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copies tensors in place, under the names of the checkpoint's own files; the rest keeps its values.
+
+        Raises:
+            CordError: an unknown name or another shape. Earlier tensors of the stream are then already in place, and the version is
+                the old one: update again or discard the engine.
+        """
+        parameters = self._loaded().parameters
+        for name, tensor in tensors:
+            parameter = parameters.get(name)
+            if parameter is None:
+                nearest = ", ".join(difflib.get_close_matches(name, parameters, n=3)) or "none"
+                raise CordError(f"weight update: the model has no tensor {name!r}; nearest: {nearest}")
+            if parameter.shape != tensor.shape:
+                raise CordError(
+                    f"weight update: {name} has shape {list(tensor.shape)}, the model wants {list(parameter.shape)}"
+                )
+            parameter.copy_(tensor)
+        self.weight_version = version
+
+    def close(self) -> None:
+        """Frees the model; safe to call twice."""
+        self._model = None
+
+    def _loaded(self) -> PlainModel:
+        if self._model is None:
+            raise RuntimeError("the engine is closed")
+        return self._model
+
+    def _check(self, request: GenerationRequest) -> None:
+        prompt = request.prompt
+        if request.max_new_tokens < 1:
+            raise CordError(
+                f"sample {prompt.sample_id}: max_new_tokens is {request.max_new_tokens}; ask for at least one token"
+            )
+        if request.temperature < 0:
+            raise CordError(
+                f"sample {prompt.sample_id}: the temperature is {request.temperature}; it must not be negative"
+            )
+        if not prompt.token_ids or not all(0 <= token < self.prompts.vocab_size for token in prompt.token_ids):
+            raise CordError(
+                f"sample {prompt.sample_id}: the prompt is empty or has ids outside 0..{self.prompts.vocab_size - 1}"
+            )
+        placeholders, features = (
+            prompt.token_ids.count(self.prompts.audio_token_id),
+            sum(clip.num_tokens for clip in prompt.clips),
+        )
+        if placeholders != features:
+            raise CordError(
+                f"sample {prompt.sample_id}: {placeholders} audio placeholders for {features} audio features; rebuild the prompt"
+            )
+
+    def _rollout(self, request: GenerationRequest, response: Response, versions: Sequence[int]) -> Rollout:
+        return Rollout(
+            prompt_id=request.prompt.sample_id,
+            token_ids=response.token_ids,
+            logprobs=response.logprobs,
+            finish_reason=response.finish_reason,
+            versions=spans_of(versions[: len(response.token_ids)]),
+            text=self.prompts.decode(response.token_ids),
+        )

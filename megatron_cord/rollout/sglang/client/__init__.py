@@ -1,0 +1,1 @@
+"""Requests to SGLang servers over HTTP."""

@@ -1,0 +1,120 @@
+"""The servers as one rank sees them: who is asked next, who is under suspicion, who is lost.
+
+A server that fails a request gets no new ones until it has proved that it generates, with the weights that it should have. One that cannot,
+or fails again and again, is lost until an exchange of weights brings it back: its process may be a new one, with the checkpoint's weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_cord.rollout.sglang.weight_sync import Endpoint
+from megatron_cord.runtime import log
+
+_PROBES = 3  #: failed ones that make a server lost
+_RELAPSES = 3  #: suspicions since the last exchange that do
+
+
+@dataclass(eq=False)
+class Server:
+    """One server.
+
+    Attributes:
+        endpoint: where it is.
+        state: "good" gets requests, "suspect" is probed, "lost" waits for an exchange.
+        in_flight: requests of this rank.
+        probe_at: when to probe a suspect, on the monotonic clock.
+    """
+
+    endpoint: Endpoint
+    state: Literal["good", "suspect", "lost"] = "good"
+    in_flight: int = 0
+    probe_at: float = 0.0
+    _failed_probes: int = 0
+    _relapses: int = 0
+
+    def reset(self) -> None:
+        """It has the weights that it should have."""
+        self.state, self._failed_probes, self._relapses = "good", 0, 0
+
+    def leave(self) -> None:
+        """A request of this rank is over."""
+        self.in_flight -= 1
+
+    def fail(self, reason: str, *, slow: bool = False) -> None:
+        """A request failed, or only takes long. Many fail together, which counts once."""
+        if self.state != "good":
+            return
+        self._relapses += not slow
+        self._failed_probes = 0
+        self.state = "lost" if self._relapses > _RELAPSES else "suspect"
+        self.probe_at = time.monotonic()
+        say(
+            f"{self.endpoint.url} gets no requests {'until the next exchange of weights' if self.state == 'lost' else 'for now'}: {reason}"
+        )
+
+    def probed(self, problem: str | None) -> None:
+        """The outcome of a probe; None if there is no problem."""
+        if self.state != "suspect":
+            return
+        if problem is None:
+            self.state = "good"
+            say(f"{self.endpoint.url} generates again")
+            return
+        self._failed_probes += 1
+        self.probe_at = time.monotonic() + 2 ** (self._failed_probes - 1)
+        if self._failed_probes >= _PROBES:
+            self.lose(problem)
+
+    def lose(self, reason: str) -> None:
+        """It gets nothing until the next exchange."""
+        if self.state != "lost":
+            say(f"{self.endpoint.url} is left out until an exchange has brought it the weights: {reason}")
+        self.state = "lost"
+
+
+@dataclass
+class Pool:
+    """The servers that the last exchange found good, and what became of them since.
+
+    Attributes:
+        rank: of this process, so that ranks begin with different servers.
+        servers: by address.
+    """
+
+    rank: int = 0
+    servers: dict[str, Server] = field(default_factory=dict)
+
+    def set(self, current: Iterable[Endpoint]) -> None:
+        """After an exchange: these have the weights, no others have."""
+        wanted = list(current)
+        turn = self.rank % len(wanted) if wanted else 0
+        servers = {}
+        for endpoint in wanted[turn:] + wanted[:turn]:
+            server = self.servers.get(endpoint.url) or Server(endpoint)
+            server.reset()
+            servers[endpoint.url] = server
+        self.servers = servers
+
+    def choose(self, tried: Collection[Server]) -> Server | None:
+        """The good server with the fewest requests of this rank, rather one that was not tried yet; None if there is no good one."""
+        good = [server for server in self.servers.values() if server.state == "good"]
+        return min(good, key=lambda server: (server in tried, server.in_flight), default=None)
+
+    @property
+    def all_lost(self) -> bool:
+        """Whether nobody is left to be asked before the next exchange."""
+        return all(server.state == "lost" for server in self.servers.values())
+
+    def suspects(self) -> list[Server]:
+        """Those whose probe is due."""
+        now = time.monotonic()
+        return [server for server in self.servers.values() if server.state == "suspect" and server.probe_at <= now]
+
+
+def say(text: str) -> None:
+    """One line for whoever watches the run."""
+    log.say(f"rollout: {text}")

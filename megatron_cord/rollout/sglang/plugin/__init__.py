@@ -1,0 +1,1 @@
+"""What runs in the interpreter of a server; imports nothing of the project."""

@@ -1,0 +1,37 @@
+"""SGLang's Qwen2-Audio, but the encoder does not attend to padding.
+
+A clip fills the encoder's window with padding. transformers and the trainer mask it; SGLang 0.5.21 lets the encoder attend to it, and its
+answers and log-probabilities are another model's, the more so the shorter the clip.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.models.qwen2_audio import Qwen2AudioForConditionalGeneration as Served
+from transformers.masking_utils import create_bidirectional_mask
+
+
+class Qwen2AudioForConditionalGeneration(Served):  # type: ignore[misc]
+    """Found by this name, which is the architecture's in the checkpoint."""
+
+    def get_audio_feature(self, items: list[Any]) -> torch.Tensor:
+        """Audio features [tokens of all clips, H], as transformers computes them."""
+        tower = self.audio_tower
+        features = torch.cat([item.feature for item in items]).to(tower.conv1.weight)  # [clips, mels, frames]
+        frames = (
+            torch.cat([item.feature_attention_mask.reshape(-1, features.shape[-1]) for item in items])
+            .to(features.device)
+            .sum(-1)
+        )
+        positions, tokens = tower._get_feat_extract_output_lengths(frames)
+        heard = torch.arange(tower.config.max_source_positions, device=features.device) < positions[:, None]
+        mask = create_bidirectional_mask(
+            config=tower.config, inputs_embeds=features.new_zeros(*heard.shape, 1), attention_mask=heard.long()
+        )
+        embedded = self.multi_modal_projector(tower(features, attention_mask=mask).last_hidden_state)
+        return torch.cat([clip[:length] for clip, length in zip(embedded, tokens.tolist(), strict=True)])
+
+
+EntryClass = Qwen2AudioForConditionalGeneration

@@ -1,0 +1,1 @@
+"""SGLang servers as child processes: start, health, end."""

@@ -1,0 +1,42 @@
+"""How weights are exchanged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_cord.errors import CordError
+
+
+@dataclass(frozen=True)
+class ExchangeConfig:
+    """How the trainer's weights reach the servers."""
+
+    #: process_group: NCCL, gloo on CPU, across machines; shared_memory: servers on the trainer's machine; disk: a common file system
+    way: Literal["process_group", "shared_memory", "disk"] = "process_group"
+    bucket_bytes: int = (
+        512 << 20
+    )  #: sent at once; two such buffers live on the main rank. A larger tensor has a bucket of its own
+    #: process_group: one request announces all buckets, which are smaller then, where every server can take that; false sends one for each
+    stream: bool = True
+    overlap: bool = True  #: gather the next bucket while one is sent, which takes a second buffer
+    timeout_seconds: float = (
+        300.0  #: for each bucket, and for joining the group; a server that takes longer counts as dead
+    )
+    address: str | None = None  #: of the main rank, as servers reach it; found out if unset (process_group)
+    directory: Path | None = (
+        None  #: that trainer and servers see under the same path; the system's temporary one if unset (disk)
+    )
+    compare_checksums: bool = (
+        False  #: after each exchange all servers hash their weights, and must agree; takes seconds for a large model
+    )
+
+    def __post_init__(self) -> None:
+        if self.bucket_bytes < 1 << 20:
+            # Tiny buckets cost a round trip each, and have garbled outputs: sglang issue 14178.
+            raise CordError(
+                f"bucket_bytes is {self.bucket_bytes}; it must be at least {1 << 20}, and some hundred MiB are best"
+            )
+        if self.timeout_seconds <= 0:
+            raise CordError(f"timeout_seconds is {self.timeout_seconds}; it must be positive")

@@ -1,0 +1,99 @@
+"""The way over a file system that trainer and servers share: slow, but with the fewest conditions.
+
+Each bucket is one safetensors file; the directory gets its name when all are written, so servers see it whole or not at all. It is removed
+once every server has read it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_cord.errors import CordError
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, ask_each
+from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, TwoBuffers
+
+
+class DiskWay:
+    """Writes the weights and tells the servers where they are.
+
+    Args:
+        directory: on a file system that the servers see under the same path; the system's temporary one if None.
+        timeout: seconds for a server to read everything.
+    """
+
+    in_session = False
+    borrows = True
+
+    def __init__(self, directory: Path | None, timeout: float) -> None:
+        self._parent = directory or Path(tempfile.gettempdir())
+        self._timeout = timeout
+        self._servers: list[Endpoint] = []
+        self._buffers = TwoBuffers()
+        self._partial: Path | None = None
+        self._files = 0
+
+    def open(self, servers: Sequence[Endpoint], bucket_bytes: int) -> int:
+        """Makes a directory for this exchange."""
+        self._servers, self._files = list(servers), 0
+        try:
+            self._parent.mkdir(parents=True, exist_ok=True)
+            self._partial = Path(tempfile.mkdtemp(prefix=".weights-", dir=self._parent))
+            self._partial.chmod(0o755)  # servers may run as another user
+        except OSError as error:
+            raise CordError(
+                f"rollout.exchange.directory {self._parent} is not writable: {error.strerror}; choose another"
+            ) from None
+        return bucket_bytes
+
+    def start(self, plans: Sequence[BucketPlan]) -> None:
+        """Nothing is to be done yet."""
+
+    def buffer(self, index: int, nbytes: int) -> Tensor:
+        """One of two, uint8 [≥ nbytes]."""
+        return self._buffers.get(index, nbytes)
+
+    def send(self, plan: BucketPlan, flat: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
+        """Writes one file."""
+        assert self._partial is not None
+        ready.synchronize()
+        self._files += 1
+        file = self._partial / f"model-{self._files:05d}.safetensors"
+        try:
+            save_file({name: view.cpu() for name, view in plan.views(flat).items()}, file, {"format": "pt"})
+        except OSError as error:
+            raise CordError(f"{file}: cannot write the weights: {error.strerror}; free some space") from None
+        return {}
+
+    def finish(self) -> dict[Endpoint, ServerError]:
+        """Gives the directory its name, lets all servers read it, and removes it."""
+        assert self._partial is not None
+        final = self._partial.with_name(self._partial.name.removeprefix("."))
+        os.replace(self._partial, final)
+        self._partial = final
+        body = {"model_path": str(final), "load_format": "safetensors", "flush_cache": False}
+        try:
+            _, failures = ask_each(
+                self._servers, lambda server: server.post("/update_weights_from_disk", body, self._timeout)
+            )
+        finally:
+            self.abandon()
+        return failures
+
+    def abandon(self) -> None:
+        """Removes what was written."""
+        if self._partial is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial = None
+
+    def close(self) -> None:
+        """Frees the buffers."""
+        self.abandon()
+        self._buffers = TwoBuffers()

@@ -1,0 +1,238 @@
+"""The exchange of weights: all that is the same whichever way the bytes go.
+
+One exchange: ask servers which version they have; plan what is sent, and check it against their model; open a session on each; gather bucket
+k+1 from the trainer's ranks while bucket k is sent; close the sessions; name the version, and read it back. A server that fails anywhere is
+left out and reported; its weights are of no version. Trained tensors alone are sent, unless a server does not have the last version: then all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cord.errors import CordError
+from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, ask_each, without
+from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, TensorSpec, fill, plan_buckets
+from megatron_cord.rollout.sglang.weight_sync.config import ExchangeConfig
+from megatron_cord.rollout.sglang.weight_sync.disk import DiskWay
+from megatron_cord.rollout.sglang.weight_sync.process_group import ProcessGroupWay
+from megatron_cord.rollout.sglang.weight_sync.served import check_fits_server, served_specs, wire_specs
+from megatron_cord.rollout.sglang.weight_sync.sessions import Sessions, compare_checksums, name_version
+from megatron_cord.rollout.sglang.weight_sync.shared_memory import SharedMemoryWay
+from megatron_cord.rollout.sglang.weight_sync.source import WeightSource
+from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailed, Way
+
+
+@dataclass(frozen=True)
+class ExchangeReport:
+    """What came of an exchange; the same on all ranks.
+
+    Attributes:
+        version: of the weights.
+        current: the addresses of servers that have it now.
+        failed: of those that do not, with the reason. Their weights may be half of one version and half of another: discard or restart them.
+        full: whether frozen tensors were sent, too.
+        tensors: how many were sent to each server.
+        nbytes: of them.
+        buckets: that they were sent in.
+        seconds: from the first question to the last answer.
+    """
+
+    version: int
+    current: tuple[str, ...]
+    failed: dict[str, str]
+    full: bool
+    tensors: int
+    nbytes: int
+    buckets: int
+    seconds: float
+
+
+class WeightExchange:
+    """Brings weights to servers. All ranks of the trainer hold one and call it together; rank 0 speaks with the servers.
+
+    Args:
+        config: how.
+        way: what sends the buckets.
+        served: the servers' model, by tensor name.
+    """
+
+    def __init__(self, config: ExchangeConfig, way: Way, served: Mapping[str, TensorSpec]) -> None:
+        self._config, self._way, self._served = config, way, served
+        self._version: int | None = None
+
+    def update(
+        self,
+        source: WeightSource,
+        version: int,
+        servers: Sequence[Endpoint] = (),
+        *,
+        full: bool = False,
+        flush_cache: bool = True,
+    ) -> ExchangeReport:
+        """Gives the weights to the servers. Collective over all ranks.
+
+        Servers should be paused: those that generate meanwhile mix versions.
+
+        Args:
+            source: the weights.
+            version: the name of these weights.
+            servers: who gets them; only rank 0's argument matters.
+            full: send frozen tensors, too, as happens by itself when a server does not have the last version.
+            flush_cache: servers drop what they computed for prompts with earlier weights; they must be idle for that, so requests that
+                shall go on after a pause in place need False.
+
+        Raises:
+            CordError: the weights do not fit the servers' model, or they cannot be written to disk. No server failure is raised.
+        """
+        start = time.perf_counter()
+        main = dist.get_rank() == 0
+        failed: dict[str, str] = {}
+        alive: list[Endpoint] = []
+        if main:
+            versions, lost = ask_each(servers, lambda server: server.weight_version(self._config.timeout_seconds))
+            failed = {server.url: str(error) for server, error in lost.items()}
+            alive = without(servers, lost)
+            behind = any(found != str(self._version) for found in versions.values())
+            if behind and self._version is not None:
+                self._way.abandon()  # a server may be a new process at its old address, which knows nothing of our group
+            full = full or behind
+        specs: list[TensorSpec] = []
+        buckets = 0
+        while (order := broadcast_json({"full": full} if alive else None)) is not None:
+            full = bool(order["full"])
+            specs = self._plan(source, full)
+            lost = {}
+            problem = None
+            if main:
+                try:
+                    lost, buckets, done = self._attempt(source.tensors(full), specs, alive)
+                except CordError as error:
+                    problem, done = str(error), True
+                else:
+                    if done and without(alive, lost):
+                        lost |= self._publish(without(alive, lost), version, flush_cache)
+                alive = without(alive, lost)
+                failed |= {server.url: str(error) for server, error in lost.items()}
+            elif source.participates:
+                deque(source.tensors(full), maxlen=0)
+            outcome = broadcast_json([problem, done] if main else None)
+            if outcome[0]:
+                raise CordError(outcome[0])
+            if outcome[1]:
+                break
+        self._version = version
+        nbytes = sum(spec.nbytes for spec in specs)
+        current = tuple(server.url for server in alive)
+        report = ExchangeReport(
+            version, current, failed, full, len(specs), nbytes, buckets, time.perf_counter() - start
+        )
+        plain = broadcast_json(asdict(report))
+        return ExchangeReport(**plain | {"current": tuple(plain["current"])})
+
+    def close(self) -> None:
+        """Frees buffers and leaves groups; safe to call twice."""
+        self._way.close()
+
+    def _plan(self, source: WeightSource, full: bool) -> list[TensorSpec]:
+        """What is sent, on rank 0; raises on all ranks if it does not fit."""
+        problem = None
+        specs = source.specs(full) if source.participates else []
+        if dist.get_rank() == 0:
+            try:
+                check_fits_server(specs, self._served, full)
+                specs = wire_specs(specs, self._served)
+            except CordError as error:
+                problem = str(error)
+        problem = broadcast_json(problem)
+        if problem:
+            raise CordError(problem)
+        return specs
+
+    def _cut(self, specs: list[TensorSpec], bucket_bytes: int) -> list[BucketPlan]:
+        """What goes in which bucket."""
+        return plan_buckets(specs, bucket_bytes)
+
+    def _attempt(
+        self, tensors: Iterator[tuple[str, Tensor]], specs: list[TensorSpec], servers: list[Endpoint]
+    ) -> tuple[dict[Endpoint, ServerError], int, bool]:
+        """Sends everything once. Returns the servers that failed, the number of buckets, and whether the others have the weights now."""
+        plans: list[BucketPlan] = []
+        sessions = Sessions(self._config.timeout_seconds)
+        failures = sessions.begin(servers) if self._way.in_session else {}
+        done = False
+        try:
+            if remaining := without(servers, failures):
+                plans = self._cut(specs, self._way.open(remaining, self._config.bucket_bytes))
+                self._way.start(plans)
+                failures |= self._send(tensors, plans)
+                failures |= self._way.finish()
+                done = True
+        except AttemptFailed as failure:
+            failures |= failure.culprits
+            if not failure.culprits:  # nobody to blame, so nothing would be better the next time
+                unknown = ServerError(
+                    f"the process group broke ({failure.why}), and all servers answer; look at their logs"
+                )
+                failures |= {server: unknown for server in without(servers, failures)}
+        finally:
+            deque(tensors, maxlen=0)  # the other ranks are gathering
+            if not done:
+                self._way.abandon()
+        failures |= sessions.end(without(servers, failures))
+        return failures, len(plans), done or not without(servers, failures)
+
+    def _publish(self, servers: list[Endpoint], version: int, flush_cache: bool) -> dict[Endpoint, ServerError]:
+        """Lets servers that have all tensors say so. Returns the failures."""
+        timeout = self._config.timeout_seconds
+        failures = ask_each(servers, lambda server: server.flush_cache(timeout))[1] if flush_cache else {}
+        failures |= name_version(without(servers, failures), str(version), timeout)
+        if self._config.compare_checksums:
+            failures |= compare_checksums(without(servers, failures), timeout)
+        return failures
+
+    def _send(self, tensors: Iterator[tuple[str, Tensor]], plans: list[BucketPlan]) -> dict[Endpoint, ServerError]:
+        """Fills one bucket while the one before is under way."""
+        failures: dict[Endpoint, ServerError] = {}
+        under_way: deque[Future[dict[Endpoint, ServerError]]] = deque()
+        with ThreadPoolExecutor(1) as sender:
+            for index, plan in enumerate(plans):
+                while len(under_way) > int(self._config.overlap):  # bucket index − 2 used this buffer
+                    failures |= under_way.popleft().result()
+                flat = fill(plan, tensors, partial(self._way.buffer, index, plan.nbytes), borrow=self._way.borrows)
+                ready = torch.cuda.Event()
+                ready.record()
+                under_way.append(sender.submit(self._way.send, plan, flat, ready))
+            for future in under_way:
+                failures |= future.result()
+        return failures
+
+
+def build_exchange(
+    config: ExchangeConfig, checkpoint_dir: str | Path, served_dtype: torch.dtype | None = None
+) -> WeightExchange:
+    """The exchange with servers that run this checkpoint.
+
+    Args:
+        config: how.
+        checkpoint_dir: that the servers were started with, as rank 0 sees it.
+        served_dtype: that they load it in; the checkpoint's own if None.
+    """
+    way: Way
+    if config.way == "process_group":
+        way = ProcessGroupWay(config.address, config.timeout_seconds, config.stream)
+    elif config.way == "shared_memory":
+        way = SharedMemoryWay(config.timeout_seconds)
+    else:
+        way = DiskWay(config.directory, config.timeout_seconds)
+    return WeightExchange(config, way, served_specs(checkpoint_dir, served_dtype))

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: what is saved, how, and what came back."""

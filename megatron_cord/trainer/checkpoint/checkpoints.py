@@ -1,0 +1,246 @@
+"""Checkpoints: Megatron's dist_checkpointing for weights and optimizer, one JSON file for everything else; complete or invisible.
+
+A checkpoint is written under a hidden name, with a list of checksums last, and renamed when every rank is done: a directory `step_000100` is
+always whole when it appears, and damage that comes later is noticed. Its weights and optimizer states load on any layout.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_cord.errors import CordError
+from megatron_cord.model.architecture import Architecture
+from megatron_cord.model.lalm import LALM
+from megatron_cord.parallel.objects import all_gather_json, broadcast_json
+from megatron_cord.trainer.checkpoint import manifest
+from megatron_cord.trainer.checkpoint.directory import CheckpointDirectory, check_whole
+from megatron_cord.trainer.checkpoint.progress import Progress, read_progress, write_progress
+from megatron_cord.trainer.checkpoint.storage import storage_problem
+from megatron_cord.trainer.checkpoint.writer import Writing
+from megatron_cord.trainer.step.moving_average import MovingAverage
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    interval: int = 100  #: steps between checkpoints; the last step is always saved; 0 saves only that one
+    keep: int = 2  #: newest checkpoints kept; 0 keeps all
+    asynchronous: bool = True  #: train on while the disk writes; false waits for it
+
+    def __post_init__(self) -> None:
+        if self.interval < 0 or self.keep < 0:
+            raise CordError("checkpoint.interval and checkpoint.keep cannot be negative")
+
+
+# The sharding of the distributed optimizer's states that any other layout can read.
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+# Its writers log their errors, in lines of their own, beside raising them.
+logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written: its tensors, its hidden and its final place, and how it is completed."""
+
+    writing: Writing
+    partial: Path
+    final: Path
+    complete: Callable[[], None]
+
+
+class Checkpoints(CheckpointDirectory):
+    """The checkpoints of one run.
+
+    Args:
+        directory: they are its subdirectories.
+        config: retention.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
+        super().__init__(directory)
+        self.config = config
+        self._pending: _Pending | None = None
+
+    def save(
+        self,
+        progress: Progress,
+        model: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        average: MovingAverage | None = None,
+    ) -> None:
+        """Writes the checkpoint of progress.step; an asynchronous one appears later, in `poll` or `wait`. Collective.
+
+        Raises:
+            CordError: the disk is full or not writable; earlier checkpoints are untouched.
+        """
+        self.wait()
+        final = self.place(progress.step)
+        # A name of its own: the writers of a run that was killed may live a moment longer.
+        partial = self.directory / f".{final.name}.partial-{broadcast_json(secrets.token_hex(4))}"
+        self._on_main(final, lambda: self.make_room(partial))
+        arch: Architecture = model.module.arch
+        try:
+            writing = Writing(_state_dict(model, optimizer, average, is_loading=False), partial)
+        except Exception as error:
+            # This rank alone failed. The others wait for it, and notice that it has left.
+            reason = storage_problem(error)
+            if reason is None:
+                raise
+            raise self._failure(final, reason) from error
+        self._pending = _Pending(writing, partial, final, lambda: write_progress(partial, progress, arch))
+        if not self.config.asynchronous:
+            self.wait()
+
+    def poll(self) -> None:
+        """Makes the checkpoint visible whose files are written by now, if any. Collective. Raises CordError as `save` does."""
+        self._finish(wait=False)
+
+    def wait(self) -> None:
+        """The same, waiting for the files."""
+        self._finish(wait=True)
+
+    def _finish(self, *, wait: bool) -> None:
+        pending = self._pending
+        if pending is None:
+            return
+        try:
+            if not pending.writing.is_done(wait=wait):
+                return
+        except CheckpointException as error:  # a rank's writer failed, every rank is told so, and the first one why
+            self._pending = None
+            reason = broadcast_json(storage_problem(error))
+            if reason is None:
+                raise
+            raise self._failure(pending.final, reason) from error
+        self._pending = None
+        digests = {
+            name: checksum for part in all_gather_json(pending.writing.digests) for name, checksum in part.items()
+        }
+        self._on_main(pending.final, lambda: self._publish(pending, digests))
+
+    def _publish(self, pending: _Pending, digests: dict[str, str]) -> None:
+        pending.complete()
+        manifest.write_manifest(pending.partial, digests)
+        self.publish(pending.partial, pending.final, self.config.keep)
+
+    def _on_main(self, final: Path, action: Callable[[], None]) -> None:
+        """Rank 0 acts, and all ranks fail together if it could not."""
+        reason = None
+        if dist.get_rank() == 0:
+            try:
+                action()
+            except OSError as error:
+                reason = storage_problem(error) or str(error)
+        reason = broadcast_json(reason)
+        if reason is not None:
+            raise self._failure(final, reason)
+
+    def _failure(self, final: Path, reason: str) -> CordError:
+        if dist.get_rank() == 0:
+            self.sweep()
+        return CordError(
+            f"{final}: the checkpoint could not be written ({reason}); earlier ones are whole: mend that and start the run again"
+        )
+
+    def load(
+        self,
+        path: Path,
+        model: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        average: MovingAverage | None = None,
+    ) -> Progress:
+        """Restores everything from a checkpoint of any layout; learning rates and the like are those of the configuration. Collective.
+
+        Raises:
+            CordError: not a whole checkpoint, a damaged one, one of another architecture, or one without the averages that are asked for.
+        """
+        progress = read_progress(path, model.module.arch)
+        if average is not None and not average.is_in(dist_checkpointing.load_tensors_metadata(str(path))):
+            raise CordError(
+                f"{path} holds no moving average; resume with the run's own teacher.mode, or choose another output_dir"
+            )
+        restored = _load(path, _state_dict(model, optimizer, average, is_loading=True))
+        model.load_state_dict(restored["model"])
+        if average is not None:
+            average.load_state_dict(restored["teacher"])
+        # Megatron-Core 0.19 tells groups apart by their learning rates, too; those of the configuration need not be the checkpoint's.
+        configured = [
+            {key: value for key, value in group.items() if key not in ("params", "step")}
+            for group in optimizer.param_groups
+        ]
+        for group in [*optimizer.param_groups, *_param_groups(restored["optimizer"])]:
+            for key in ("max_lr", "min_lr"):
+                group.pop(key, None)
+        optimizer.load_state_dict(restored["optimizer"])
+        for group, settings in zip(optimizer.param_groups, configured, strict=True):
+            group.update(settings)
+        scheduler.step(increment=progress.step)
+        return progress
+
+
+def _param_groups(state: Any) -> Iterator[dict[str, Any]]:
+    """All groups in an optimizer's state, wherever its wrappers put them."""
+    if isinstance(state, dict):
+        for key, value in state.items():
+            yield from value if key == "param_groups" else _param_groups(value)
+
+
+def load_weights(path: Path, model: LALM) -> int:
+    """Restores only the weights, for evaluation and export; returns the checkpoint's step. Collective.
+
+    Raises:
+        CordError: as `Checkpoints.load`.
+    """
+    step = check_weights(path, model.arch)
+    restored = _load(path, {"model": model.sharded_state_dict()})
+    model.load_state_dict(restored["model"])
+    return step
+
+
+def check_weights(path: Path, arch: Architecture) -> int:
+    """The step of a checkpoint whose weights can be read. Collective.
+
+    Raises:
+        CordError: its files are not as they were written, or it holds another architecture.
+    """
+    if (path / manifest.NAME).is_file():  # a checkpoint that was imported has none
+        check_whole(path)
+    return read_progress(path, arch).step
+
+
+def _state_dict(
+    model: DistributedDataParallel, optimizer: MegatronOptimizer, average: MovingAverage | None, *, is_loading: bool
+) -> dict[str, Any]:
+    weights = model.module.sharded_state_dict()
+    state = {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_SHARDING)),
+    }
+    return state if average is None else state | {"teacher": average.sharded_state_dict()}
+
+
+def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(wanted, str(path))
+    except (CheckpointException, CheckpointingException, OSError, EOFError, pickle.UnpicklingError) as error:
+        # Only the readers' own complaints. CheckpointException is no Exception, and would pass through every other handler.
+        raise CordError(
+            f"{path} is damaged ({type(error).__name__}); delete it to use the one before, or choose another with resume=PATH"
+        ) from error

@@ -1,0 +1,118 @@
+"""Writes the tensors of a checkpoint in a process of its own, forked from this rank, while the rank may go on.
+
+The child has the tensors as they were at the fork (on a GPU: the copies that Megatron made in host memory before), writes them, computes
+checksums and ends. It ends with its rank too: no file is written, and no connection kept open, on behalf of a rank that is gone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import os
+import pickle
+import queue
+import signal
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+from megatron_cord.trainer.checkpoint.manifest import digest
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_libc = ctypes.CDLL(None)
+
+
+class Writing:
+    """One checkpoint on its way to the disk.
+
+    Args:
+        state: sharded, of all ranks.
+        directory: an empty one. Collective, like all methods.
+    """
+
+    def __init__(self, state: dict[str, Any], directory: Path) -> None:
+        self._results = _Results()
+        filesystem_async._results_queue = self._results
+        options = (
+            {"async_strategy": "mcore"}
+            if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+            else {}
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on its own deprecated internals
+            request = dist_checkpointing.save(
+                state,
+                str(directory),
+                async_sharded_save=True,
+                # What is not sharded is the optimizer's groups, and pipeline stages may have different ones: nothing to compare.
+                preprocess_common_before_consistancy_check=lambda common: {},
+                **options,
+            )
+            assert request is not None
+            if request.async_fn is not None:
+                request = request._replace(async_fn=partial(_write, request.async_fn))
+            self._calls = AsyncCallsQueue()
+            self._calls.schedule_async_request(request)
+
+    def is_done(self, *, wait: bool) -> bool:
+        """Whether all ranks' files are written; if wait says so, not before they are.
+
+        Raises:
+            CheckpointException: a rank could not write.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._calls.maybe_finalize_async_calls(blocking=wait)
+        return self._calls.get_num_unfinalized_calls() == 0
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Checksums of this rank's files, by name; once it is done."""
+        return self._results.digests
+
+
+class _Results:
+    """What the child tells: a queue for one item, in memory that both processes have. Nobody else can write there, so unpickling it is safe."""
+
+    def __init__(self) -> None:
+        self._file = os.fdopen(os.memfd_create("checkpoint-results"), "w+b")
+        self.digests: dict[str, str] = {}
+
+    def put(self, results: Any, digests: dict[str, str]) -> None:
+        pickle.dump((results, digests), self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """Megatron asks for the results alone."""
+        self._file.seek(0)
+        try:
+            results, self.digests = pickle.load(self._file)
+        except EOFError:
+            raise queue.Empty from None
+        finally:
+            self._file.close()
+        return results
+
+
+def _write(write: Callable[..., None], rank: int, buckets: list[Any], results: _Results) -> None:
+    """In the child: writes the buckets and tells results and checksums."""
+    os.register_at_fork(after_in_child=_end_with_parent)  # Megatron's function has children of its own
+    _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the rank decides
+    inner: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    write(rank, buckets, inner)
+    written = inner.get()
+    results.put(
+        written,
+        {} if isinstance(written, Exception) else {Path(bucket[0]).name: digest(Path(bucket[0])) for bucket in buckets},
+    )
+
+
+def _end_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,188 @@
+"""Warnings in words when a run looks wrong, from the history of its metrics alone. They never stop a run.
+
+Each check compares the mean of the last `window` measured steps with that of the first, or with the best one in between, and asks for more than
+noise could do. It simplifies: thresholds are shares that fit tasks of all kinds, not tests of significance for one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_cord.errors import CordError
+
+Kind = Literal["collapse", "length explosion", "reward saturated", "entropy falling", "agreement drifting"]
+Row = Mapping[str, Any]
+_SIGMAS = 4.0  # so many standard errors are no noise, also between the best of many windows and one of many last ones
+
+
+@dataclass(frozen=True)
+class AlertConfig:
+    """When a run says that something looks wrong; null silences a check."""
+
+    window: int = 20  #: steps of a mean; nothing is said of steps before twice as many were measured
+    reward_fall: float | None = 0.3  #: collapse: the reward lost this share of its best mean
+    accuracy_fall: float | None = (
+        0.1  #: collapse: reading or hearing lost this share of the questions since its best evaluation
+    )
+    repetition: float | None = (
+        0.3  #: collapse: this share of a response's 4-grams is repeated, and twice as many as at first
+    )
+    length_growth: float | None = 2.0  #: length explosion: responses are so many times as long as at first
+    truncated: float | None = (
+        0.25  #: length explosion: this much more of the responses than at first are cut at rollout.max_new_tokens
+    )
+    silent_groups: float | None = 0.9  #: reward saturated: in this share of the groups all rewards are equal
+    entropy_fall: float | None = 0.9  #: entropy falling: the student's entropy lost this share of what it was at first
+    agreement_growth: float | None = (
+        3.0  #: agreement drifting: engine and trainer differ so many times as much as at first
+    )
+    agreement_floor: float = 0.01  #: agreement drifting: differences below this, nats a token, are rounding
+
+    def __post_init__(self) -> None:
+        if self.window < 2:
+            raise CordError(f"alerts.window must be at least 2, got {self.window}")
+        for name in ("reward_fall", "accuracy_fall", "repetition", "truncated", "silent_groups", "entropy_fall"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise CordError(f"alerts.{name} is a share between 0 and 1, got {value:g}; null silences the check")
+        for name in ("length_growth", "agreement_growth"):
+            value = getattr(self, name)
+            if value is not None and value <= 1:
+                raise CordError(f"alerts.{name} is a factor above 1, got {value:g}; null silences the check")
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One warning: what it is about, and the words for it."""
+
+    kind: Kind
+    words: str
+
+
+def find_alerts(rows: Sequence[Row], evaluations: Sequence[Row], config: AlertConfig) -> list[Alert]:
+    """What holds after the last of these steps; empty for a run that looks well.
+
+    Args:
+        rows: metrics, ascending by step (`metrics.jsonl`); what a row lacks, or has as None or NaN, was not measured.
+        evaluations: ascending by step, each with `step`, `samples`, `text_accuracy` and `audio_accuracy`.
+        config: thresholds.
+    """
+    checks = (
+        _collapse(rows, evaluations, config),
+        _length(rows, config),
+        _saturation(rows, config),
+        _entropy(rows, config),
+        _agreement(rows, config),
+    )
+    return [alert for check in checks for alert in check]
+
+
+def _collapse(rows: Sequence[Row], evaluations: Sequence[Row], config: AlertConfig) -> Iterator[Alert]:
+    """Answers that got worse, or that are loops; what else speaks for a collapse is added to the words."""
+    signs = [*_reward_falls(rows, config), *_accuracy_falls(evaluations, config)]
+    repeated = _Means.of(rows, "repetition", config.window)
+    if config.repetition is not None and repeated and repeated.recent > max(config.repetition, 2 * repeated.first):
+        signs.append(f"{repeated.recent:.0%} of a response's phrases are repetitions (at first {repeated.first:.0%})")
+    if signs:
+        entropy = _Means.of(rows, "entropy", config.window)
+        if entropy and entropy.recent < 0.5 * entropy.first:
+            signs.append(f"the student's entropy fell from {entropy.first:.3g} to {entropy.recent:.3g} nats a token")
+        yield Alert("collapse", "; ".join(signs))
+
+
+def _reward_falls(rows: Sequence[Row], config: AlertConfig) -> Iterator[str]:
+    reward = _Means.of(rows, "reward", config.window)
+    if config.reward_fall is None or not reward:
+        return
+    fall = reward.best - reward.recent
+    if fall > config.reward_fall * abs(reward.best) and fall > _SIGMAS * reward.error:
+        yield f"the reward fell from {reward.best:.2f} to {reward.recent:.2f}"
+
+
+def _accuracy_falls(evaluations: Sequence[Row], config: AlertConfig) -> Iterator[str]:
+    if config.accuracy_fall is None or len(evaluations) < 2:
+        return
+    *earlier, last = evaluations
+    for name, way in (("text_accuracy", "reading"), ("audio_accuracy", "hearing")):
+        best = max(earlier, key=lambda row: row[name])
+        fall = best[name] - last[name]
+        error = math.hypot(*(math.sqrt(row[name] * (1 - row[name]) / max(row["samples"], 1)) for row in (best, last)))
+        if fall > config.accuracy_fall and fall > 2 * error:
+            yield f"accuracy {way} fell from {best[name]:.0%} (step {best['step']}) to {last[name]:.0%}"
+
+
+def _length(rows: Sequence[Row], config: AlertConfig) -> Iterator[Alert]:
+    length, cut = _Means.of(rows, "response_tokens", config.window), _Means.of(rows, "truncated", config.window)
+    signs = []
+    if config.length_growth is not None and length and length.recent > config.length_growth * length.first:
+        signs.append(f"responses have {length.recent:.0f} tokens, at first {length.first:.0f}")
+    if config.truncated is not None and cut and cut.recent - cut.first > config.truncated:
+        signs.append(f"{cut.recent:.0%} of them are cut at rollout.max_new_tokens, at first {cut.first:.0%}")
+    if signs:
+        yield Alert("length explosion", "; ".join(signs))
+
+
+def _saturation(rows: Sequence[Row], config: AlertConfig) -> Iterator[Alert]:
+    shares = [
+        {"silent": row["groups_without_signal"] / row["groups"], "reward": row.get("reward")}
+        for row in rows
+        if row.get("groups") and row.get("groups_without_signal") is not None
+    ]
+    silent, reward = _Means.of(shares, "silent", config.window), _Means.of(shares, "reward", config.window)
+    if config.silent_groups is not None and silent and silent.recent >= config.silent_groups:
+        mean = f" (mean reward {reward.recent:.2f})" if reward else ""
+        yield Alert(
+            "reward saturated",
+            f"all rewards are equal in {silent.recent:.0%} of the groups{mean}: L_seq has little to learn from",
+        )
+
+
+def _entropy(rows: Sequence[Row], config: AlertConfig) -> Iterator[Alert]:
+    entropy = _Means.of(rows, "entropy", config.window)
+    if config.entropy_fall is not None and entropy and entropy.recent < (1 - config.entropy_fall) * entropy.first:
+        yield Alert(
+            "entropy falling",
+            f"the student's entropy fell from {entropy.first:.3g} to {entropy.recent:.3g} nats a token",
+        )
+
+
+def _agreement(rows: Sequence[Row], config: AlertConfig) -> Iterator[Alert]:
+    difference = _Means.of(rows, "engine_logprob_difference", config.window)
+    if config.agreement_growth is None or not difference:
+        return
+    if difference.recent > max(config.agreement_growth * difference.first, config.agreement_floor):
+        yield Alert(
+            "agreement drifting",
+            f"engine and trainer differ by {difference.recent:.3g} nats a token, at first by {difference.first:.3g}: "
+            "does the engine get every update?",
+        )
+
+
+@dataclass(frozen=True)
+class _Means:
+    """Of one metric: the mean of the first window, of the last, the best of those before it, and the standard error of best minus last."""
+
+    first: float
+    recent: float
+    best: float
+    error: float
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], name: str, window: int) -> _Means | None:
+        """None before two windows were measured."""
+        values = np.array(
+            [row[name] for row in rows if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])],
+            dtype=float,
+        )
+        if len(values) < 2 * window:
+            return None
+        windows = np.lib.stride_tricks.sliding_window_view(values, window)
+        earlier, last = windows[: len(values) - 2 * window + 1], windows[-1]
+        # The best window was chosen for its mean, and its own variance with it: all windows' is the fair one.
+        error = math.sqrt(2 * windows.var(axis=1, ddof=1).mean() / window)
+        return cls(float(windows[0].mean()), float(last.mean()), float(earlier.mean(axis=1).max()), error)

@@ -1,0 +1,226 @@
+"""Metrics of a run: a progress bar or lines on the terminal, `metrics.jsonl`, trackers, and alerts in words. One rank writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Task as RichTask
+from rich.text import Text
+
+from megatron_cord.runtime.log import say
+from megatron_cord.trainer.observability.alerts import AlertConfig, find_alerts
+from megatron_cord.trainer.observability.trackers import MetricsConfig, open_trackers
+
+
+class _Rate(ProgressColumn):
+    """Steps a second of this process."""
+
+    def render(self, task: RichTask) -> Text:
+        return Text("" if not task.speed else f"{task.speed:.2f} steps/s", style="dim")
+
+
+class MetricsLog:
+    """Writes each step's metrics, and says when they look wrong (`alerts.jsonl`, the terminal); a context manager.
+
+    Args:
+        directory: of the run.
+        steps: of the whole run, for the progress bar.
+        first_step: steps already made; lines of later ones, left by a run that was stopped, are dropped.
+        config: where else metrics go.
+        alerts: when something looks wrong.
+        evaluations: those already made, ascending, as `find_alerts` takes them.
+        settings: the run's configuration as plain maps, without secrets, for trackers that keep it.
+        enabled: False on ranks that do not speak.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        steps: int,
+        first_step: int,
+        config: MetricsConfig | None = None,
+        alerts: AlertConfig | None = None,
+        *,
+        evaluations: Sequence[Mapping[str, Any]] = (),
+        settings: Mapping[str, Any] | None = None,
+        enabled: bool,
+    ) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
+        self.path, self._alerts_path = directory / "metrics.jsonl", directory / "alerts.jsonl"
+        self._rows, self._evaluations, self._alerts = (
+            _keep_until(self.path, first_step),
+            list(evaluations),
+            alerts or AlertConfig(),
+        )
+        _keep_until(self._alerts_path, first_step)
+        self._holding = {alert.kind for alert in find_alerts(self._rows, self._evaluations, self._alerts)}
+        self._file = self.path.open("a")
+        self._trackers = open_trackers(config or MetricsConfig(), directory, first_step, settings or {})
+        self._console = Console(stderr=True)
+        columns = [
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        ]
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("training", total=steps, completed=first_step, note="")
+        self._steps, self._first, self._begun = steps, first_step, time.perf_counter()
+        self._last_line = -math.inf
+
+    def __enter__(self) -> Self:
+        self._excepthook = threading.excepthook
+        if self._enabled:
+            self._bar.start()
+            threading.excepthook = self._thread_failed
+        return self
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread passes a full disk on to whoever writes next; its own traceback would run into the line that says so."""
+        if not isinstance(failure.exc_value, OSError):
+            self._excepthook(failure)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        threading.excepthook = self._excepthook
+        if self._enabled:
+            self._bar.stop()
+            self._file.close()
+            for tracker in self._trackers:
+                tracker.close()
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Writes the metrics of the step numbered from 1."""
+        if not self._enabled:
+            return
+        row = {"step": step} | {k: json_float(v) for k, v in metrics.items()}
+        self._rows.append(row)
+        row["alerts"] = self._watch(step)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self._track(step, {k: v for k, v in row.items() if k != "step" and v is not None and not isinstance(v, bool)})
+        digits = {"loss": 4, "kl": 4, "reward": 2}
+        note = "  ".join(
+            f"{name} {metrics[name]:.{n}f}"
+            for name, n in digits.items()
+            if name in metrics and not math.isnan(metrics[name])
+        )
+        self._bar.update(self._task, completed=step, note=note)
+        if not self._console.is_terminal:
+            self._line(step, note)
+
+    def evaluation(self, result: Mapping[str, Any]) -> None:
+        """Writes an evaluation's accuracies (`step`, `samples`, `text_accuracy`, `audio_accuracy` of it) to the trackers and the terminal."""
+        if not self._enabled:
+            return
+        step, accuracies = result["step"], {name: result[name] for name in ("text_accuracy", "audio_accuracy")}
+        self._track(step, {f"evaluation/{name}": value for name, value in accuracies.items()})
+        self.say(
+            f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in accuracies.items())
+        )
+        self._evaluations = [e for e in self._evaluations if e["step"] < step] + [
+            {"step": step, "samples": result["samples"], **accuracies}
+        ]
+        self._watch(step)
+
+    def say(self, message: str) -> None:
+        """A line that scrolls above the progress bar."""
+        if self._enabled:
+            self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def _track(self, step: int, scalars: Mapping[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.log(step, scalars)
+
+    def _watch(self, step: int) -> int:
+        """Says what has begun to look wrong, once until it looks right again; returns how many alerts hold."""
+        found = find_alerts(self._rows, self._evaluations, self._alerts)
+        for alert in found:
+            if alert.kind not in self._holding:
+                with self._alerts_path.open("a") as file:
+                    file.write(json.dumps({"step": step} | asdict(alert)) + "\n")
+                self.say(f"alert at step {step}: {alert.kind}: {alert.words}")
+        self._holding = {alert.kind for alert in found}
+        return len(found)
+
+    def _line(self, step: int, note: str) -> None:
+        """Where no bar can be drawn (a log file), a line every ten seconds and at the end."""
+        now = time.perf_counter()
+        if now - self._last_line >= 10 or step == self._steps:
+            self._last_line = now
+            rate = (step - self._first) / (now - self._begun)
+            left = (self._steps - step) / rate
+            say(f"step {step}/{self._steps}  {rate:.2f} steps/s  {int(left // 60)}:{int(left % 60):02d} left  {note}")
+
+
+class Stopwatch:
+    """Seconds of a step by phase."""
+
+    def __init__(self) -> None:
+        self._begun = self._last = time.perf_counter()
+        self.times: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """Ends a phase."""
+        now = time.perf_counter()
+        self.times[f"seconds_{phase}"] = now - self._last
+        self._last = now
+
+    def total(self) -> dict[str, float]:
+        """All phases, and the sum as `seconds`."""
+        return self.times | {"seconds": time.perf_counter() - self._begun}
+
+
+def json_float(value: Any) -> Any:
+    """JSON has no NaN or infinity; null says that nothing was measured."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_floats(values: Sequence[float]) -> list[float | None]:
+    """The same for each of several."""
+    return [json_float(value) for value in values]
+
+
+def _keep_until(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Keeps the lines of steps up to last_step, and returns what they say; a half-written last line goes too."""
+    if not path.exists():
+        return []
+    kept, rows = [], []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+            if row["step"] <= last_step:
+                kept.append(line + "\n")
+                rows.append(row)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+    return rows

@@ -1,0 +1,113 @@
+"""Megatron's DDP and distributed optimizer around the model, with a warm-up and cosine schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_cord.errors import CordError
+from megatron_cord.model.lalm import LALM
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 3e-5  #: at the end of the warm-up; the paper's value
+    final_learning_rate_fraction: float = 0.1  #: of learning_rate, reached at the last step by a cosine
+    warmup_steps: int = 0  #: linear from zero
+    weight_decay: float = 0.0  #: decoupled; never on biases and norms
+    beta1: float = 0.9  #: decay of the first moment
+    beta2: float = 0.95  #: decay of the second moment
+    epsilon: float = 1e-8  #: in Adam's denominator
+    clip_norm: float = 1.0  #: global gradient norm; 0 turns clipping off
+    distributed: bool = True  #: Megatron's distributed optimizer: states are cut over data-parallel ranks
+    overlap_communication: bool = False  #: reduce gradients while the backward pass runs
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise CordError(f"optimizer.learning_rate must be positive, got {self.learning_rate}")
+        if self.warmup_steps < 0:
+            raise CordError(f"optimizer.warmup_steps cannot be negative, got {self.warmup_steps}")
+
+
+def wrap_model(config: OptimizerConfig, model: LALM) -> DistributedDataParallel:
+    """Megatron's DDP: gradients in fp32 buffers, summed over data-parallel ranks (the loss is already divided by global counts)."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.distributed,
+        overlap_grad_reduce=config.overlap_communication,
+    )
+    return DistributedDataParallel(model.config, ddp_config, model, pg_collection=model.layout.groups)
+
+
+def build_optimizer(
+    config: OptimizerConfig, model: DistributedDataParallel, steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """The optimizer over whatever is not frozen, and its schedule over `steps` steps. Also tells the pipeline schedule how to finish a step."""
+    lalm: LALM = model.module
+    dtype = lalm.config.params_dtype
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.learning_rate,
+            min_lr=config.learning_rate * config.final_learning_rate_fraction,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.epsilon,
+            clip_grad=config.clip_norm,
+            bf16=dtype == torch.bfloat16,
+            fp16=False,
+            params_dtype=dtype,
+            use_distributed_optimizer=config.distributed,
+        ),
+        [model],
+    )
+    warmup = min(config.warmup_steps, steps - 1)
+    scheduler = OptimizerParamScheduler(
+        # The first step is not wasted on a learning rate of zero.
+        optimizer,
+        init_lr=config.learning_rate / (warmup + 1),
+        max_lr=config.learning_rate,
+        min_lr=config.learning_rate * config.final_learning_rate_fraction,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=steps,
+        lr_decay_style="cosine",
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    lalm.config.grad_scale_func = optimizer.scale_loss
+    lalm.config.no_sync_func = model.no_sync if config.overlap_communication else None
+    # The losses carry their global denominators already, so the gradients are only summed.
+    lalm.config.finalize_model_grads_func = lambda models, _tokens, **kwargs: finalize_model_grads(
+        models, None, **kwargs
+    )
+    return optimizer, scheduler
+
+
+def release(model: DistributedDataParallel) -> None:
+    """Lets go of a model that is done with: else hooks inside autograd, DDP and optimizer keep each other, with weights, groups and threads."""
+    model.grad_accs.clear()
+    model.module.config.grad_scale_func = None
+
+
+def join_reduction(model: DistributedDataParallel) -> None:
+    """On a rank without a microbatch: starts the overlapped reductions of gradients, which elsewhere the backward pass starts."""
+    if model.ddp_config.overlap_grad_reduce:
+        for group in [*model.bucket_groups, *model.expert_parallel_bucket_groups]:
+            if not group.is_first_batch:  # in the first step they only start when they are to be finished, everywhere
+                group.start_grad_sync()
+
+
+def gradients_are_finite(model: DistributedDataParallel) -> bool:
+    """Whether every gradient of this rank, summed over data-parallel ranks as it is, is a number. One value is read from the device."""
+    sums = [buffer.grad_data.sum() for buffer in [*model.buffers, *model.expert_parallel_buffers]]
+    return not sums or bool(torch.isfinite(torch.stack(sums)).all())

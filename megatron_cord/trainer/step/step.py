@@ -1,0 +1,250 @@
+"""One optimizer step: teacher forward, student forward and backward through the pipeline, update; or a skipped update with its reason."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_cord.model.lalm import LALM
+from megatron_cord.parallel.objects import all_gather_json
+from megatron_cord.rollout.types import Rollout
+from megatron_cord.trainer.step.batches import BatchConfig, Microbatch, TrainingSequence, make_microbatches
+from megatron_cord.trainer.step.objective import GlobalCounts, MicrobatchLoss, ObjectiveConfig, microbatch_loss
+from megatron_cord.trainer.step.optimizer import gradients_are_finite, join_reduction
+from megatron_cord.trainer.step.packing import balance
+from megatron_cord.trainer.step.teacher import Teacher, whole_tokens
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """What the record keeps of one trained sequence.
+
+    Attributes:
+        index: the sequence's place in the step.
+        kl: divergence of each token; None if no teacher was asked.
+        weights: w_t of each token; None outside L_tok.
+        logprobs: the trainer's, of each token.
+        teacher_logprobs: the teacher's; None if it was not asked.
+    """
+
+    index: int
+    kl: list[float] | None
+    weights: list[float] | None
+    logprobs: list[float]
+    teacher_logprobs: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Equal on all ranks.
+
+    Attributes:
+        metrics: scalars by name.
+        tokens: of every sequence of the step, in index order.
+        skipped: the update was left out because the loss or a gradient was not finite.
+    """
+
+    metrics: dict[str, float]
+    tokens: list[TokenRecord]
+    skipped: bool
+
+
+class TrainStep:
+    """Holds what a step needs.
+
+    Args:
+        model: the wrapped student.
+        teacher: the teacher.
+        optimizer, scheduler: of the student.
+        objective: what is minimised.
+        batches: how sequences are put into microbatches.
+        pad_id: fills padding.
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        teacher: Teacher,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        objective: ObjectiveConfig,
+        batches: BatchConfig,
+        pad_id: int,
+    ) -> None:
+        self.model, self.teacher, self.optimizer, self.scheduler = model, teacher, optimizer, scheduler
+        self.objective, self.batches, self.pad_id = objective, batches, pad_id
+        self.lalm: LALM = model.module
+        self.layout = self.lalm.layout
+
+    def __call__(self, sequences: list[TrainingSequence], policy_rollouts: list[Rollout]) -> StepResult:
+        """Trains on the step's sequences. Collective over all ranks, which pass the same sequences.
+
+        Args:
+            sequences: of all data-parallel ranks; this one takes its share.
+            policy_rollouts: all that were sampled for L_seq, those left out for want of a signal included.
+        """
+        started = time.perf_counter()
+        counts = GlobalCounts(self._count([s.rollout for s in sequences if s.scored]), self._count(policy_rollouts))
+        microbatches = self._microbatches(sequences)
+        teacher_hidden = self.teacher.hidden_states(microbatches)
+        teacher_done = time.perf_counter()
+        losses = self._forward_backward(microbatches, teacher_hidden, counts)
+        records = self._gather_records(microbatches, losses)
+        finite = self._everywhere(
+            all(bool(torch.isfinite(loss.token + loss.sequence)) for loss in losses)
+            and gradients_are_finite(self.model)
+        )
+        learning_rate = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
+        grad_norm = float("nan")
+        if finite:
+            _, grad_norm, _ = self.optimizer.step()
+            self.teacher.follow()
+        self.scheduler.step(increment=1)
+        metrics = self._metrics(losses, sequences, records) | {
+            "grad_norm": float(grad_norm or 0.0),
+            "learning_rate": learning_rate,
+            "seconds_teacher": teacher_done - started,
+            "seconds_train": time.perf_counter() - teacher_done,
+        }
+        return StepResult(metrics, records, skipped=not finite)
+
+    def score(self, sequences: list[TrainingSequence]) -> list[TokenRecord]:
+        """Divergences and log-probabilities of sequences without training on them. Collective like a step."""
+        microbatches = self._microbatches(sequences)
+        teacher_hidden = self.teacher.hidden_states(microbatches)
+        losses = self._forward_backward(microbatches, teacher_hidden, GlobalCounts(1, 1), train=False)
+        return self._gather_records(microbatches, losses)
+
+    def _count(self, rollouts: list[Rollout]) -> int:
+        """What a loss over these responses is divided by; at least 1."""
+        by_token = self.objective.normalization == "token"
+        return max(1, sum(len(r.token_ids) for r in rollouts) if by_token else len(rollouts))
+
+    def _microbatches(self, sequences: list[TrainingSequence]) -> list[Microbatch]:
+        rank, world = dist.get_rank(self.layout.dp_group), dist.get_world_size(self.layout.dp_group)
+        share = balance([s.student_tokens + s.teacher_tokens for s in sequences], world)[rank]
+        return make_microbatches(
+            [sequences[i] for i in share], self.batches, self.pad_id, self.layout.cut, self.layout.device
+        )
+
+    def _forward_backward(
+        self,
+        microbatches: list[Microbatch],
+        teacher_hidden: list[Tensor | None],
+        counts: GlobalCounts,
+        *,
+        train: bool = True,
+    ) -> list[MicrobatchLoss]:
+        """Runs the pipeline schedule; returns the microbatches' losses on the last stage and nothing elsewhere."""
+        losses: list[MicrobatchLoss] = []
+
+        def forward_step(batches: Any, model: Any) -> Any:
+            batch, teacher = next(batches)
+
+            def loss_func(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.student_rows.rows)
+                teacher_weight = None if teacher is None else self.teacher.output_weight
+                loss = microbatch_loss(
+                    self.objective,
+                    counts,
+                    batch,
+                    rows,
+                    self.lalm.output_weight,
+                    teacher,
+                    teacher_weight,
+                    self.lalm.arch.language.vocab_size,
+                    self.layout.tp_group,
+                    self.layout.cp_group,
+                )
+                losses.append(loss)
+                return loss.token + loss.sequence, torch.tensor(1, device=hidden.device), {}
+
+            return model(batch.student), loss_func
+
+        if train:
+            self.model.zero_grad_buffer()
+            self.optimizer.zero_grad()
+        if microbatches:
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(zip(microbatches, teacher_hidden, strict=True)),
+                model=[self.model],
+                num_microbatches=len(microbatches),
+                seq_length=max(m.student.token_ids.shape[1] for m in microbatches),
+                micro_batch_size=max(len(m.sequences) for m in microbatches),
+                forward_only=not train,
+            )
+        elif train:
+            join_reduction(self.model)
+            self.lalm.config.finalize_model_grads_func(
+                [self.model], None, pg_collection=self.layout.groups
+            )  # the others wait in it
+        return losses
+
+    def _gather_records(self, microbatches: list[Microbatch], losses: list[MicrobatchLoss]) -> list[TokenRecord]:
+        mine = []
+        if losses and dist.get_rank(self.layout.tp_group) == 0:
+            for batch, loss in zip(microbatches, losses, strict=True):
+                fields, stats, taught = [], loss.stats, batch.teacher is not None
+                kl, teacher_logprob = (stats.kl, stats.teacher_logprob) if taught else (None, None)
+                for values in (kl, loss.weights, stats.student_logprob, teacher_logprob):
+                    whole = (
+                        None
+                        if values is None
+                        else whole_tokens(values, batch.student_rows, batch.num_tokens, self.layout.cp_group)
+                    )
+                    fields.append(None if whole is None else whole.float().tolist())
+                borders = accumulate((len(s.rollout.token_ids) for s in batch.sequences), initial=0)
+                for sequence, (start, end) in zip(batch.sequences, pairwise(borders), strict=True):
+                    mine.append([sequence.index, *(None if f is None else f[start:end] for f in fields)])
+        if dist.get_rank(self.layout.cp_group) > 0:
+            mine = []  # the first of them says the same
+        return sorted(
+            (TokenRecord(*record) for part in all_gather_json(mine) for record in part), key=lambda r: r.index
+        )
+
+    def _everywhere(self, good: bool) -> bool:
+        flag = torch.tensor(float(good), device=self.layout.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag)
+
+    def _metrics(
+        self, losses: list[MicrobatchLoss], sequences: list[TrainingSequence], records: list[TokenRecord]
+    ) -> dict[str, float]:
+        sums = torch.zeros(4, dtype=torch.float64, device=self.layout.device)
+        if losses and dist.get_rank(self.layout.tp_group) == 0:
+            for loss in losses:
+                entropy = loss.stats.entropy.detach()
+                sums += torch.stack(
+                    [
+                        loss.token.detach().double(),
+                        loss.sequence.detach().double(),
+                        entropy.double().sum(),
+                        torch.tensor(float(entropy.numel()), dtype=torch.float64, device=entropy.device),
+                    ]
+                )
+        dist.all_reduce(sums)
+        token, sequence, entropy_sum, tokens = sums.tolist()
+        kl = [value for record in records if record.kl is not None for value in record.kl]
+        unknown = math.nan  # where nothing was trained on, there is no mean: a zero would look like a collapse
+        return {
+            "loss": token + sequence,
+            "loss_token": token,
+            "loss_sequence": sequence,
+            "entropy": entropy_sum / tokens if tokens else unknown,
+            "kl": sum(kl) / len(kl) if kl else unknown,
+            "response_tokens": sum(len(s.rollout.token_ids) for s in sequences) / len(sequences)
+            if sequences
+            else unknown,
+        }

@@ -1,0 +1,121 @@
+"""The teacher: the same model, reading the text. It leaves the hidden states of the response's tokens, never logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_cord.convert import read_into
+from megatron_cord.errors import CordError
+from megatron_cord.model.lalm import LALM
+from megatron_cord.trainer.step.batches import Microbatch, Rows
+from megatron_cord.trainer.step.moving_average import MovingAverage
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Which weights teach."""
+
+    #: frozen: the initial weights; live: the student's current ones under stop-gradient; ema: their exponential moving average
+    mode: Literal["frozen", "live", "ema"] = "frozen"
+    ema_decay: float = 0.999  #: of mode ema: how much of the average an update leaves
+    offload: bool = (
+        False  #: keep its hidden states, and float32 averages of a bfloat16 model, in host memory until they are needed
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise CordError(f"teacher.ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+
+
+class Teacher:
+    """Runs the teacher's forward pass through the pipeline.
+
+    Args:
+        config: which weights.
+        student: the model that is trained; it lends its weights where they are the teacher's anyway.
+        checkpoint_dir: the initial weights.
+    """
+
+    def __init__(self, config: TeacherConfig, student: LALM, checkpoint_dir: str) -> None:
+        self.offload = config.offload
+        self.average: MovingAverage | None = None  #: of mode ema, where there is anything to follow
+        reads_text_only = all(not p.requires_grad for p in student.language_model.parameters())
+        frozen_everywhere = torch.tensor(float(reads_text_only), device=student.layout.device)
+        dist.all_reduce(frozen_everywhere, op=dist.ReduceOp.MIN, group=student.layout.pp_group)
+        if config.mode == "live" or bool(frozen_everywhere):
+            self.model = student  # a frozen language model is its own frozen teacher
+        else:
+            self.model = LALM(student.arch, student.layout, student.config.params_dtype, student.layers)
+            read_into(self.model, checkpoint_dir)
+            self.model.requires_grad_(False)
+            if config.mode == "ema":
+                self.average = MovingAverage(config.ema_decay, student, self.model, offload=config.offload)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V_padded / TP, H], on the last stage."""
+        return self.model.output_weight.detach()
+
+    def follow(self) -> None:
+        """Takes note of an update of the student."""
+        if self.average is not None:
+            self.average.update()
+
+    @torch.no_grad()
+    def hidden_states(self, microbatches: list[Microbatch]) -> list[Tensor | None]:
+        """Forward pass over the microbatches that ask a teacher.
+
+        Returns:
+            for each microbatch [n, H] on the last stage, of the tokens that this rank's student scores, in host memory if ``offload`` says
+            so; None on other stages and where no teacher is asked.
+        """
+        asked = [m for m in microbatches if m.teacher is not None]
+        if not asked:
+            return [None] * len(microbatches)
+
+        def forward_step(batches: Any, model: Any) -> Any:
+            batch: Microbatch = next(batches)
+
+            def collect(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                assert batch.teacher_rows is not None
+                rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.teacher_rows.rows)
+                if batch.student_rows.tokens is not None:
+                    # Prompts differ in length, so the tokens are cut over the ranks differently than the student's.
+                    whole = whole_tokens(rows, batch.teacher_rows, batch.num_tokens, self.model.layout.cp_group)
+                    rows = whole.index_select(0, batch.student_rows.tokens)
+                return hidden.new_zeros(()), torch.tensor(0), {"hidden": _on_host(rows) if self.offload else rows}
+
+            return model(batch.teacher), collect
+
+        collected = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(asked),
+            model=[self.model],
+            num_microbatches=len(asked),
+            seq_length=max(m.teacher.token_ids.shape[1] for m in asked if m.teacher is not None),
+            micro_batch_size=max(len(m.sequences) for m in asked),
+            forward_only=True,
+        )
+        hidden = iter([entry["hidden"] for entry in collected])
+        return [next(hidden, None) if m.teacher is not None else None for m in microbatches]
+
+
+def whole_tokens(values: Tensor, rows: Rows, num_tokens: int, cp_group: dist.ProcessGroup) -> Tensor:
+    """[N, …] of what each context-parallel rank has [n, …], without gradient; the same on all of them. Collective over the group."""
+    if rows.tokens is None:
+        return values.detach()
+    whole = values.new_zeros(num_tokens, *values.shape[1:]).index_copy(0, rows.tokens, values.detach())
+    dist.all_reduce(whole, group=cp_group)
+    return whole
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned host memory, made while the device goes on; whoever copies it back on the same stream comes after it."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)

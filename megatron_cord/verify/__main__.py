@@ -1,0 +1,83 @@
+"""``python -m megatron_cord.verify SUBJECT [a.b=value …]``: checks of an installation that print what they found.
+
+Each subject is a function from overrides to an exit status; the table below is all there is to adding one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_cord.errors import CordError
+from megatron_cord.runtime import entry
+from megatron_cord.verify.environment import INSTALL, survey
+
+STYLES = {"in use": "green", "available": "cyan", "missing": "yellow", "broken": "red"}
+
+
+def environment(overrides: Sequence[str]) -> int:
+    """Prints the parts of this machine; 1 when a required one is missing or broken, else 0."""
+    if overrides:
+        raise CordError(f"verify environment takes no settings, got '{overrides[0]}'")
+    parts = survey(Path.cwd())
+    table = Table(
+        "part", "version", "state", "used for, or missed without it", box=None, header_style="bold", pad_edge=False
+    )
+    for part in parts:
+        table.add_row(part.name, part.version or "–", f"[{STYLES[part.state]}]{part.state}[/]", escape(part.note))
+    Console().print(table)
+    failing = [part.name for part in parts if part.fails]
+    if failing:
+        print(f"error: {', '.join(failing)}: required, and missing or broken; install with: {INSTALL}", file=sys.stderr)
+    return 1 if failing else 0
+
+
+def loss(overrides: Sequence[str]) -> int:
+    """The divergence and its gradients against float64; ranks are those that torchrun started."""
+    from megatron_cord.verify.loss import (
+        verify_loss,
+    )  # needs torch, whose absence ``environment`` must be able to report
+
+    return verify_loss(overrides)
+
+
+def layout(overrides: Sequence[str]) -> int:
+    """One training step under a layout against one rank; ranks are those that torchrun started."""
+    from megatron_cord.verify.layout import verify_layout
+
+    return verify_layout(overrides)
+
+
+def exchange(overrides: Sequence[str]) -> int:
+    """Weights through every way of exchange, against a server that was started from them; ranks are those that torchrun started."""
+    from megatron_cord.verify.weight_sync import verify_exchange
+
+    return verify_exchange(overrides)
+
+
+SUBJECTS: dict[str, Callable[[Sequence[str]], int]] = {
+    "environment": environment,
+    "loss": loss,
+    "layout": layout,
+    "exchange": exchange,
+}
+
+
+def main() -> int:
+    """Runs the subject that the command line names."""
+    parser = entry.Parser(
+        prog="python -m megatron_cord.verify", description="Checks an installation.", allow_abbrev=False
+    )
+    parser.add_argument("subject", choices=SUBJECTS, help="what to check")
+    parser.add_argument("overrides", metavar="a.b=value", nargs="*", help="sets one value of the check's configuration")
+    arguments = parser.parse_args()
+    return SUBJECTS[arguments.subject](arguments.overrides)
+
+
+if __name__ == "__main__":
+    entry.run(main)

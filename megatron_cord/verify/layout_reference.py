@@ -1,0 +1,212 @@
+"""What ``verify layout`` compares with: a small model from transformers and one training step of it in float64, with the loss written out.
+
+Nothing of the trainer's arithmetic is used here. Legend: T response tokens, V vocabulary, C clips.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Qwen2AudioConfig, Qwen2AudioEncoderConfig, Qwen2AudioForConditionalGeneration, Qwen2Config
+
+from megatron_cord.data.samples import AudioClip, Prompt
+from megatron_cord.errors import CordError
+from megatron_cord.rollout.types import Rollout
+from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.objective import ObjectiveConfig
+from megatron_cord.trainer.step.optimizer import OptimizerConfig
+
+MELS, WINDOW = 8, 48
+PARTS = {"audio_encoder": "audio_tower", "adapter": "multi_modal_projector", "language_model": "language_model"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the small model; heads, key-value heads and layers limit the layouts that fit."""
+
+    layers: int = 4  #: of the language model; parallel.pp divides them
+    heads: int = 8  #: of the language model
+    kv_heads: int = 4  #: of the language model; parallel.tp divides them
+    hidden: int = 32  #: of the language model
+    encoder_layers: int = 2  #: of the audio encoder
+    encoder_heads: int = 4  #: parallel.tp divides them
+    vocabulary: int = 61  #: no tensor-parallel size divides it
+    sequences: int = 6  #: responses of the step, two thirds of them scored token by token
+    longest: int = 24  #: tokens of the longest response
+
+    def __post_init__(self) -> None:
+        if (
+            min(self.layers, self.heads, self.kv_heads, self.encoder_layers, self.encoder_heads) < 1
+            or self.longest < 2
+            or self.sequences < 3
+        ):
+            raise CordError("sizes must be at least 1; sizes.longest at least 2, sizes.sequences at least 3")
+        if self.heads % self.kv_heads or self.hidden % 8 or self.vocabulary < 16:
+            raise CordError(
+                "sizes.kv_heads must divide sizes.heads, 8 sizes.hidden, and sizes.vocabulary must be at least 16"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """One step; tensors by published name."""
+
+    loss: float
+    gradients: dict[str, Tensor]  #: of what is trained, before clipping
+    weights: dict[str, Tensor]  #: after the step
+
+
+def make_checkpoint(directory: Path, sizes: Sizes, seed: int) -> Qwen2AudioForConditionalGeneration:
+    """A Qwen2-Audio checkpoint without tokenizer, and its model; every tensor random, biases and norms too. A seed gives the same file always."""
+    text = Qwen2Config(  # type: ignore[call-arg]
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=2 * sizes.hidden,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        head_dim=8,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
+    audio = Qwen2AudioEncoderConfig(
+        num_mel_bins=MELS,
+        d_model=8 * sizes.encoder_heads,
+        encoder_layers=sizes.encoder_layers,
+        encoder_attention_heads=sizes.encoder_heads,
+        encoder_ffn_dim=16 * sizes.encoder_heads,
+        max_source_positions=WINDOW // 2,
+        dtype="float32",
+    )
+    config = Qwen2AudioConfig(
+        audio_config=audio, text_config=text, audio_token_index=sizes.vocabulary - 1, dtype="float32"
+    )
+    config._attn_implementation = "eager"
+    generator = torch.Generator().manual_seed(seed)
+    model = Qwen2AudioForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+            else:
+                parameter.add_(0.1 * noise)
+    model.config.save_pretrained(directory)
+    save_file(
+        {_published(name): parameter.detach().clone() for name, parameter in model.named_parameters()},
+        directory / "model.safetensors",
+    )
+    return model
+
+
+def make_sequences(sizes: Sizes, seed: int) -> list[TrainingSequence]:
+    """Prompts with one or two clips and responses, all of different lengths; a third has no part in L_tok and no teacher."""
+    rng = np.random.default_rng(seed)
+
+    def words(count: int) -> tuple[int, ...]:
+        return tuple(int(token) for token in rng.integers(0, sizes.vocabulary - 1, size=count))
+
+    made = []
+    for index in range(sizes.sequences):
+        heard: tuple[int, ...] = words(2 + index % 3)
+        clips = []
+        for _ in range(1 + index % 2):
+            frames = int(rng.integers(5, WINDOW + 1))
+            features = torch.from_numpy(rng.normal(size=(MELS, WINDOW)).astype(np.float32))
+            tokens = (frames + 1) // 2 // 2
+            clips.append(AudioClip(np.zeros(0, dtype=np.float32), features, frames, tokens))
+            heard += (sizes.vocabulary - 1,) * tokens + words(1 + index % 4)
+        response = words(max(2, sizes.longest * (index + 1) // sizes.sequences))
+        # As if the engine had found the tokens likelier or less likely than the trainer will.
+        logprobs = tuple(float(value) for value in rng.uniform(-8, -2, size=len(response)))
+        scored = index % 3 != 2
+        name = f"sample{index}"
+        made.append(
+            TrainingSequence(
+                student=Prompt(name, heard, tuple(clips)),
+                teacher=Prompt(name, words(4 + 3 * (index % 2))) if scored else None,
+                rollout=Rollout(name, response, logprobs, "stop", (), ""),
+                scored=scored,
+                advantage=0.5 if index % 2 else -0.25,
+                index=index,
+            )
+        )
+    return made
+
+
+def reference_step(
+    model: Qwen2AudioForConditionalGeneration,
+    sequences: list[TrainingSequence],
+    objective: ObjectiveConfig,
+    optimizer: OptimizerConfig,
+    freeze: tuple[str, ...],
+) -> Outcome:
+    """One step in float64, one sequence after the other; a frozen teacher of the same weights."""
+    model = model.double().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(
+            "embed_positions" not in name and not any(PARTS[part] in name or _is_head(part, name) for part in freeze)
+        )
+    scored = sum(s.scored for s in sequences)
+    loss = torch.zeros((), dtype=torch.float64)
+    for sequence in sequences:
+        response = torch.tensor(sequence.rollout.token_ids)
+        log_p = _log_probabilities(model, sequence.student, sequence.rollout)  # [T, V]
+        log_p_t = log_p.gather(1, response[:, None])[:, 0]
+        if sequence.teacher is not None:
+            with torch.no_grad():
+                log_q = _log_probabilities(model, sequence.teacher, sequence.rollout)
+            divergence = (log_p.exp() * (log_p - log_q)).sum(1)
+            loss = loss + (_weights(divergence.detach(), objective) * divergence).sum() / scored
+        ratio = (
+            (log_p_t.detach() - torch.tensor(sequence.rollout.logprobs, dtype=torch.float64))
+            .exp()
+            .clamp(max=objective.importance_cap)
+        )
+        loss = loss - objective.policy_weight * sequence.advantage * (ratio * log_p_t).sum() / len(sequences)
+    loss.backward()
+    trained = {_published(n): p for n, p in model.named_parameters() if p.requires_grad}
+    gradients = {name: parameter.grad.clone() for name, parameter in trained.items() if parameter.grad is not None}
+    torch.nn.utils.clip_grad_norm_(trained.values(), optimizer.clip_norm)
+    betas = (optimizer.beta1, optimizer.beta2)
+    torch.optim.AdamW(
+        trained.values(), lr=optimizer.learning_rate, betas=betas, eps=optimizer.epsilon, weight_decay=0.0
+    ).step()
+    return Outcome(loss.item(), gradients, {_published(n): p.detach().clone() for n, p in model.named_parameters()})
+
+
+def _log_probabilities(model: Qwen2AudioForConditionalGeneration, prompt: Prompt, rollout: Rollout) -> Tensor:
+    """[T, V], at the positions that predict the response."""
+    inputs = {"input_ids": torch.tensor([prompt.token_ids + rollout.token_ids])}
+    if prompt.clips:
+        frames = torch.tensor([clip.num_frames for clip in prompt.clips])
+        inputs["input_features"] = torch.stack([clip.features for clip in prompt.clips]).double()
+        inputs["feature_attention_mask"] = (torch.arange(WINDOW)[None] < frames[:, None]).long()
+    return model(**inputs).logits[0, len(prompt.token_ids) - 1 : -1].log_softmax(-1)
+
+
+def _weights(divergence: Tensor, objective: ObjectiveConfig) -> Tensor:
+    """CORD's w_t (arXiv 2601.16547): α at the K largest divergences, times a weight that falls from β to 1 over the response."""
+    count = len(divergence)
+    weights = torch.ones(count, dtype=torch.float64)
+    weights[divergence.topk(min(objective.top_k, count)).indices] = objective.alpha
+    return weights * torch.linspace(objective.beta, 1.0, count, dtype=torch.float64)
+
+
+def _published(name: str) -> str:
+    """The name in published checkpoints; transformers renames some."""
+    name = name.removeprefix("model.")
+    if name.startswith("lm_head"):
+        return f"language_model.{name}"
+    return name.replace("language_model.", "language_model.model.", 1) if name.startswith("language_model.") else name
+
+
+def _is_head(part: str, name: str) -> bool:
+    return part == "language_model" and "lm_head" in name

@@ -1,0 +1,265 @@
+"""``verify exchange``: every way of exchanging weights, against a fresh server started from the exported checkpoint.
+
+The trainer's weights are the checkpoint's, changed in every element. They are exported; one server starts from the export, others from the
+checkpoint itself. After each way's exchange the others' checksums, tensor by tensor, and greedy outputs must be those of the first.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_cord.config.loading import load_config
+from megatron_cord.convert import read_into
+from megatron_cord.convert.auxiliary_files import read_companions, with_dtype
+from megatron_cord.convert.hf_directory import HFDirectoryWriter, plan_shards
+from megatron_cord.convert.stream import export_tensors
+from megatron_cord.errors import CordError
+from megatron_cord.model.families import load_architecture
+from megatron_cord.model.lalm import LALM
+from megatron_cord.parallel import portability
+from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
+from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.rollout.sglang.client.probe import Outputs, outputs_of
+from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfig, SglangServer, check_version
+from megatron_cord.rollout.sglang.weight_sync import (
+    Endpoint,
+    ExchangeConfig,
+    ExchangeReport,
+    ModelWeights,
+    ServerError,
+    build_exchange,
+)
+from megatron_cord.rollout.sglang.weight_sync.sessions import differing
+
+_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class VerifyExchangeConfig:
+    """What is checked."""
+
+    checkpoint: str  #: Hugging Face directory of the model
+    servers: tuple[
+        str, ...
+    ] = ()  #: running servers of that checkpoint, http://host:port; one is started if there are none
+
+    api_key: str = field(default="", metadata={"secret": True})  #: of the running servers
+    server_device: Literal["auto", "cpu", "cuda"] = (
+        "auto"  #: of the servers that are started; auto: cuda where there is one
+    )
+    python: Path = Path(ENVIRONMENT) / "bin" / "python"  #: the interpreter that SGLang is installed for
+    start_seconds: float = 600.0  #: how long a server may take to start
+    ways: tuple[Literal["process_group", "shared_memory", "disk"], ...] = ("process_group", "shared_memory", "disk")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  #: of the trainer's weights and the servers'
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)  #: all but the way
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        if not self.ways:
+            raise CordError("ways names nothing to check")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the fresh server says of its weights, and answers."""
+
+    checksums: list[dict[str, str]]  #: of its tensors by name, for each of its ranks
+    outputs: Outputs
+
+
+@dataclass(frozen=True)
+class Check:
+    """One server after one way's exchange."""
+
+    way: str
+    server: str
+    report: ExchangeReport
+    tensors: int  #: in the server's model
+    differing: tuple[str, ...]  #: those whose checksum is not the fresh server's
+    outputs_equal: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing differs."""
+        return self.server in self.report.current and not self.differing and self.outputs_equal
+
+
+def verify_exchange(overrides: Sequence[str]) -> int:
+    """Prints the table on the first rank; 1 if a server differs after any way, else 0. Under torchrun all ranks call it."""
+    config = load_config(VerifyExchangeConfig, None, overrides)
+    layout = initialize(config.parallel, seed=0)
+    try:
+        with tempfile.TemporaryDirectory(prefix="verify-exchange-") as work:
+            checks = run_checks(config, layout, Path(work))
+        passed = all(check.passed for check in checks)
+        if layout.is_main:
+            print_table(checks)
+        return 0 if broadcast_json(passed) else 1
+    finally:
+        finalize()
+
+
+def run_checks(config: VerifyExchangeConfig, layout: Layout, work: Path) -> list[Check]:
+    """All ways; the list is rank 0's, other ranks get an empty one."""
+    dtype = getattr(torch, config.dtype)
+    model = changed_model(config.checkpoint, layout, dtype)
+    source = ModelWeights(model)
+    export = work / "export"
+    _write(model, source, Path(config.checkpoint), export, dtype)
+    checks: list[Check] = []
+    with ExitStack() as stack:
+        servers: list[Endpoint] = []
+        wanted: Wanted | None = None
+        problem = None
+        if layout.is_main:
+            try:
+                check_version(config.python)
+                started = [_start(config, export, work / "fresh.log", stack)]
+                if not config.servers:
+                    started.append(_start(config, Path(config.checkpoint), work / "server.log", stack))
+                for server in started:
+                    server.wait()
+                fresh, timeout = started[0].endpoint, config.exchange.timeout_seconds
+                # Once: what it answers again comes in part from its cache, and is rounded otherwise.
+                wanted = Wanted(fresh.checksums(timeout), outputs_of(fresh, config.checkpoint, timeout))
+                servers = [server.endpoint for server in started[1:]] or [
+                    Endpoint(url, config.api_key) for url in config.servers
+                ]
+            except (CordError, ServerError) as error:
+                problem = str(error)
+        if problem := broadcast_json(problem):
+            raise CordError(problem)
+        for number, way in enumerate(config.ways, start=1):
+            checks += _check(config, way, number, source, servers, wanted, dtype)
+    return checks
+
+
+def _start(config: VerifyExchangeConfig, checkpoint: Path, log: Path, stack: ExitStack) -> SglangServer:
+    """A server on this machine, ended with the stack."""
+    device: Literal["cpu", "cuda"] = "cuda" if portability.has_cuda() else "cpu"
+    if config.server_device != "auto":
+        device = config.server_device
+    settings = ServerConfig(
+        checkpoint.resolve(),
+        device=device,
+        dtype=config.dtype,
+        python=config.python,
+        start_timeout=config.start_seconds,
+        seeded=False,
+    )
+    server = SglangServer(settings, "", log)
+    stack.callback(server.stop)
+    server.start()
+    return server
+
+
+def _check(
+    config: VerifyExchangeConfig,
+    way: str,
+    number: int,
+    source: ModelWeights,
+    servers: list[Endpoint],
+    wanted: Wanted | None,
+    dtype: torch.dtype,
+) -> list[Check]:
+    """One way, from servers with the checkpoint's own weights."""
+    timeout = config.exchange.timeout_seconds
+    for server in servers:
+        body = {"model_path": str(Path(config.checkpoint).resolve()), "load_format": "safetensors"}
+        server.post("/update_weights_from_disk", body, timeout)
+    exchange = build_exchange(_with_way(config.exchange, way), config.checkpoint, dtype)
+    try:
+        report = exchange.update(source, number, servers, full=True)
+    finally:
+        exchange.close()
+    return [] if wanted is None else [_compare(way, server, report, wanted, config) for server in servers]
+
+
+def _compare(way: str, server: Endpoint, report: ExchangeReport, wanted: Wanted, config: VerifyExchangeConfig) -> Check:
+    timeout = config.exchange.timeout_seconds
+    try:
+        sums = server.checksums(timeout)
+        equal = outputs_of(server, config.checkpoint, timeout) == wanted.outputs
+    except ServerError as error:
+        return Check(way, server.url, report, 0, (str(error),), False)
+    return Check(way, server.url, report, sum(map(len, sums)), tuple(differing(sums, wanted.checksums)), equal)
+
+
+def _with_way(config: ExchangeConfig, way: str) -> ExchangeConfig:
+    return ExchangeConfig(**{**vars(config), "way": way})
+
+
+@torch.no_grad()
+def changed_model(checkpoint: str, layout: Layout, dtype: torch.dtype) -> LALM:
+    """The checkpoint's model with every element changed, in the same way on all ranks."""
+    model = LALM(load_architecture(checkpoint), layout, dtype)
+    read_into(model, checkpoint)
+    for parameter in model.parameters():
+        parameter.mul_(1.25).add_(1 / 64)
+    return model
+
+
+def _write(model: LALM, source: ModelWeights, checkpoint: Path, target: Path, dtype: torch.dtype) -> None:
+    """A complete Hugging Face directory of the weights, written by rank 0. Collective."""
+    if source.participates:
+        specs, tensors = source.specs(full=True), export_tensors(model)
+        if model.layout.is_main:
+            writer = HFDirectoryWriter(
+                target, plan_shards({s.name: s.shape for s in specs}, dtype, _SHARD_BYTES), dtype
+            )
+            writer.begin()
+            writer.write(tensors)
+            writer.publish(with_dtype(read_companions(checkpoint), dtype))
+        else:
+            deque(tensors, maxlen=0)
+    dist.barrier()
+
+
+def print_table(checks: Sequence[Check]) -> None:
+    """One row a way and server; what differs below."""
+    table = Table(
+        "way",
+        "server",
+        "MB",
+        "buckets",
+        "seconds",
+        "tensors equal",
+        "outputs",
+        "",
+        box=None,
+        header_style="bold",
+        pad_edge=False,
+    )
+    for check in checks:
+        report = check.report
+        table.add_row(
+            check.way,
+            check.server,
+            f"{report.nbytes / 1e6:.1f}",
+            str(report.buckets),
+            f"{report.seconds:.2f}",
+            f"{check.tensors - len(check.differing)} of {check.tensors}",
+            "equal" if check.outputs_equal else "differ",
+            "[green]passed[/]" if check.passed else "[red]FAILED[/]",
+        )
+    console = Console()
+    console.print(table)
+    for check in checks:
+        if not check.passed:
+            reasons = [
+                check.report.failed.get(check.server, ""),
+                "differing: " + ", ".join(check.differing[:10]) if check.differing else "",
+            ]
+            console.print(f"{check.way}, {check.server}: {escape('; '.join(filter(None, reasons)))}", highlight=False)

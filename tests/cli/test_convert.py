@@ -1,0 +1,335 @@
+"""The command of conversion: there and back on real ranks, from a training run, and every slip in one line."""
+
+from __future__ import annotations
+
+import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
+
+import importlib.util
+import io
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from rich.console import Console
+from safetensors.torch import save_file
+from transformers import AutoProcessor
+
+from megatron_cord.convert import read_tensors
+from megatron_cord.data.wav import encode_wav
+from megatron_cord.errors import CordError
+from megatron_cord.parallel.layout import finalize
+from megatron_cord.speech.synthesizer import EspeakSynthesizer, Utterance, Voice
+from tests.gloo import run_ranks
+from tests.model.family_reference import save_whole
+from tests.model.full_size import write_full_size
+from tests.tiny_run import ROOT, finish, overrides, start, write_checkpoint, write_inputs
+
+pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
+
+QUESTION = ["--text", "what is one plus two"]
+
+
+def load_tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("convert_hf", ROOT / "tools" / "convert_hf.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_commands(_rank: int, commands: list[list[str]]) -> list[tuple[int, str]]:
+    """Runs commands in turn on the ranks of the default process group; returns status and output of each."""
+    tool, outcomes = load_tool(), []
+    for command in commands:
+        arguments = tool.parse(command)
+        said = io.StringIO()
+        console = Console(width=200, file=said)
+        status = tool.COMMANDS[arguments.command](arguments, console)
+        outcomes.append((status, said.getvalue()))
+        parallel_state.destroy_model_parallel()
+    return outcomes
+
+
+def alone(*command: Any) -> tuple[int, str]:
+    """One command in this process."""
+    try:
+        return run_commands(0, [[str(part) for part in command]])[0]
+    finally:
+        finalize()
+
+
+def error(*command: Any) -> str:
+    with pytest.raises(CordError) as caught:
+        alone(*command)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def same(directory: Path, other: Path) -> bool:
+    given, wanted = dict(read_tensors(directory)), dict(read_tensors(other))
+    return given.keys() == wanted.keys() and all(
+        t.dtype == given[n].dtype and torch.equal(given[n], t) for n, t in wanted.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four heads on two, a vocabulary that nothing divides."""
+    return write_checkpoint(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def imported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    target = tmp_path_factory.mktemp("imported") / "checkpoint"
+    alone("import", source, target)
+    yield target
+
+
+def test_there_and_back_on_two_ranks(source: Path, tmp_path: Path) -> None:
+    """Catches a tensor that a change of layout changes, logits that differ from transformers', and files that are not carried over."""
+    checkpoint, out = str(tmp_path / "checkpoint"), tmp_path / "out"
+    commands = [
+        ["import", str(source), checkpoint, "--tp", "2"],
+        ["check", str(source), checkpoint, "--pp", "2", "--tolerance", "1e-5", *QUESTION],
+        ["check", str(source), checkpoint, "--tp", "2", "--tolerance", "1e-5", *QUESTION],
+        ["export", checkpoint, str(out), "--pp", "2", "--max-shard-size", "20KB"],
+    ]
+    outcomes = run_ranks(run_commands, 2, commands)
+    assert [[status for status, _ in outcome] for outcome in outcomes] == [[0] * 4] * 2
+    assert "check as audio" in outcomes[0][1][1] and "check as text" in outcomes[0][1][1]
+    assert same(out, source) and len(list(out.glob("*.safetensors"))) > 2
+    assert {path.name for path in source.iterdir()} - {"model.safetensors"} <= {path.name for path in out.iterdir()}
+    AutoProcessor.from_pretrained(out)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "out"]
+
+
+def test_other_weights_are_told_apart(imported: Path, tmp_path: Path) -> None:
+    """Catches a comparison that compares a model with itself."""
+    status, said = alone("check", write_checkpoint(tmp_path, seed=1), imported, *QUESTION)
+    assert status == 1 and "ABOVE the tolerance" in said
+
+
+def test_dry_run_writes_nothing(source: Path, imported: Path, tmp_path: Path) -> None:
+    """Catches a dry run that leaves something behind, leaves a tensor out, or needs weights."""
+    shutil.copy(source / "config.json", tmp_path)
+    for command in (("import", source), ("export", imported), ("import", tmp_path)):
+        status, said = alone(*command, tmp_path / "out", "--dry-run", "--tp", "2")
+        assert (
+            status == 0
+            and all(name in said for name, _ in read_tensors(source))
+            and f"{len(list(read_tensors(source)))} tensors" in said
+        )
+    assert "no weights to compare with" in said and os.listdir(tmp_path) == ["config.json"]
+
+
+def test_precision_is_chosen(source: Path, tmp_path: Path) -> None:
+    """Catches weights of another precision than asked for, or than config.json says."""
+    alone("import", source, tmp_path / "checkpoint", "--dtype", "bfloat16")
+    alone("export", tmp_path / "checkpoint", tmp_path / "out")
+    given = dict(read_tensors(tmp_path / "out"))
+    assert all(torch.equal(given[name], tensor.bfloat16()) for name, tensor in read_tensors(source))
+    assert '"float32"' not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_a_training_run_is_exported(tmp_path: Path) -> None:
+    """Catches a checkpoint of the trainer that cannot leave, or that leaves without what training changed."""
+    inputs = write_inputs(tmp_path)
+    status, errors = finish(start(overrides(inputs, tmp_path / "run", "train.steps=1"), ranks=1))
+    assert status == 0, errors
+    alone("export", tmp_path / "run" / "checkpoints" / "step_000001", tmp_path / "out")
+    assert {name for name, _ in read_tensors(tmp_path / "out")} == {
+        name for name, _ in read_tensors(inputs / "checkpoint")
+    }
+    assert not same(tmp_path / "out", inputs / "checkpoint")
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_full_disk_is_one_line(source: Path, imported: Path, tmp_path: Path, command: str) -> None:
+    """Catches a traceback, and a target that looks whole, where the system refuses to write."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+    begin = source if command == "import" else imported
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, str(ROOT / "tools" / "convert_hf.py"), command, str(begin), str(tmp_path / "out")]
+    done = subprocess.run(arguments, env=environment, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{tmp_path / 'out'} could not be written (" in line and "free some space" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_slips(source: Path, imported: Path, tmp_path: Path) -> None:
+    """Catches a traceback, or a message without a cure, for what a user may get wrong."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
+    out = tmp_path / "out"
+    assert "model_type 'bert' is not supported" in error("import", tmp_path / "other", out)
+    assert "does not divide the language model's attention heads (4)" in error(
+        "import", source, out, "--tp", "3", "--dry-run"
+    )
+    assert "exists already and is not overwritten" in error("import", source, imported)
+    assert "exists already and is not overwritten" in error("export", imported, source)
+    assert "--hf HF_DIR" in error("export", tmp_path / "nowhere", out)
+    assert "is not a whole checkpoint" in error("export", tmp_path / "nowhere", out, "--hf", source)
+    assert "write it as 5GB" in error("export", imported, out, "--max-shard-size", "five")
+    assert "cannot be read" in error("check", source, imported, *QUESTION, "--audio", tmp_path / "none.wav")
+    wider = write_checkpoint(tmp_path / "wider", ffn_size=64)
+    assert "holds another architecture (it differs in language.ffn_hidden_size)" in error(
+        "check", wider, imported, *QUESTION
+    )
+    assert not out.exists()
+
+
+FAMILIES = {"llama": False, "qwen2": True, "step_audio_2": False, "voxtral": False}
+
+
+def test_every_family_there_and_back_on_four_ranks(tmp_path: Path) -> None:
+    """Catches a family whose tensors the command loses or changes at two by two ranks, one layout that reads what another wrote wrongly, and
+    logits that differ on a spoken question, which is longer than the encoder's window here and becomes several clips.
+    """
+    speech = tmp_path / "speech.wav"
+    speech.write_bytes(encode_wav(EspeakSynthesizer().speak([Utterance("what is one plus two", Voice("en-us"))])[0]))
+    commands = []
+    for family, tied in FAMILIES.items():
+        begin = str(save_whole(tmp_path / family, family, ["what", "is", "one", "plus", "two"], tied=tied))
+        checkpoint, layout = str(tmp_path / f"{family}-checkpoint"), ["--tp", "2", "--pp", "2"]
+        commands += [
+            ["import", begin, checkpoint, *layout],
+            ["export", checkpoint, str(tmp_path / f"{family}-out"), *layout, "--max-shard-size", "40KB"],
+            ["check", begin, checkpoint, *layout, "--tolerance", "1e-5", *QUESTION, "--audio", str(speech)],
+        ]
+    outcomes = run_ranks(run_commands, 4, commands)
+    assert [[status for status, _ in outcome] for outcome in outcomes] == [[0] * len(commands)] * 4
+    said = "".join(text for _, text in outcomes[0])
+    assert said.count("check as audio: ") == 2 and said.count("check as text: ") == 2
+    for family in FAMILIES:
+        assert same(tmp_path / f"{family}-out", tmp_path / family), family
+
+
+def problems_on_ranks(_rank: int, command: list[str]) -> str:
+    """What a command that must fail says on each rank."""
+    try:
+        run_commands(0, [command])
+    except CordError as error:
+        return str(error)
+    return ""
+
+
+def test_problems_of_all_stages_are_one_list(source: Path, tmp_path: Path) -> None:
+    """Catches ranks that each know of their own stage's misshapen tensors, of which only the first to speak is heard."""
+    begin = tmp_path / "begin"
+    shutil.copytree(source, begin)
+    tensors = dict(read_tensors(source))
+    embedding, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+    save_file(
+        tensors | {name: tensors[name][:-1].contiguous() for name in (embedding, head)}, begin / "model.safetensors"
+    )
+    said = run_ranks(problems_on_ranks, 2, ["import", str(begin), str(tmp_path / "checkpoint"), "--pp", "2"])
+    assert (
+        said[0] == said[1]
+        and "(2 problems)" in said[0]
+        and f"tensor {embedding} has shape" in said[0]
+        and f"tensor {head} has" in said[0]
+    )
+
+
+PUBLISHED_COUNTS = {"qwen2_audio": 8_397_094_912, "step_audio_2": 8_315_179_264}
+
+
+@pytest.mark.parametrize("family", list(PUBLISHED_COUNTS))
+def test_dry_run_of_a_full_size_checkpoint(family: str, tmp_path: Path) -> None:
+    """Catches a tensor of the full-size model that is not accounted for, or memory that is taken for its weights: the file is all holes, but its
+    header and its length are those of a real one. Qwen2-Audio's count is the published one, of Step-Audio 2 mini only "8B" is published.
+    """
+    shapes = write_full_size(tmp_path, family)
+    status, said = alone("import", tmp_path, tmp_path / "out", "--dry-run")
+    assert status == 0 and "the weights' headers fit" in said
+    listed = {line.split("\t")[0] for line in said.splitlines() if "\t" in line} - {"name"}
+    assert listed == shapes.keys()
+    assert f"total: {PUBLISHED_COUNTS[family]:,} parameters" in said and f"{len(shapes)} tensors" in said
+    assert sum(prod(shape) for shape in shapes.values()) == PUBLISHED_COUNTS[family]
+
+
+def test_a_killed_import_leaves_nothing_that_looks_whole(source: Path, tmp_path: Path) -> None:
+    """Catches half a checkpoint under the final name, and a leftover that stops or spoils the next import."""
+    target = tmp_path / "checkpoint"
+    program = (
+        "import os, signal, sys; from megatron_cord.convert import checkpoint_files; from tests.cli.test_convert import run_commands\n"
+        "from megatron_cord.parallel.layout import initialize, ParallelConfig\n"
+        "read, count = checkpoint_files.StoredTensor.read_block, iter(range(10))\n"
+        "def dying(*given):\n"
+        "    next(count, None) is None and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return read(*given)\n"
+        "checkpoint_files.StoredTensor.read_block = dying\n"
+        "run_commands(0, [sys.argv[1:]])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, "import", str(source), str(target)]
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -signal.SIGKILL
+    (leftover,) = os.listdir(tmp_path)
+    assert leftover == ".checkpoint.partial" and any((tmp_path / leftover).glob("*.distcp"))
+    alone("import", source, target)
+    alone("export", target, tmp_path / "out")
+    assert same(tmp_path / "out", source) and sorted(os.listdir(tmp_path)) == ["checkpoint", "out"]
+
+
+def test_a_killed_export_is_finished_by_the_same_command(imported: Path, source: Path, tmp_path: Path) -> None:
+    """Catches half an export under the final name, and files that are written again though they are whole."""
+    target = tmp_path / "out"
+    program = (
+        "import os, signal, sys; from megatron_cord.convert import saved_weights; from tests.cli.test_convert import run_commands\n"
+        "from megatron_cord.parallel.layout import initialize, ParallelConfig\n"
+        "blocks, count = saved_weights.SavedWeights.blocks, iter(range(40))\n"
+        "def dying(*given):\n"
+        "    next(count, None) is None and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return blocks(*given)\n"
+        "saved_weights.SavedWeights.blocks = dying\n"
+        "run_commands(0, [sys.argv[1:]])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["export", str(imported), str(target), "--max-shard-size", "20KB"]
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program, *command], env=environment, capture_output=True, check=False
+        ).returncode
+        == -9
+    )
+    (leftover,) = os.listdir(tmp_path)
+    assert leftover == ".out.partial"
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / leftover).glob("*.safetensors")}
+    assert finished
+    status, said = alone(*command)
+    assert status == 0 and f"{len(finished)} of them finished earlier" in said
+    assert all((target / path.name).stat().st_mtime_ns == time for path, time in finished.items())
+    assert same(target, source) and not [
+        path for path in target.iterdir() if path.name.startswith(".") or path.suffix == ".writing"
+    ]
+
+
+def test_damaged_files_are_found_before_anything_is_written(source: Path, tmp_path: Path) -> None:
+    """Catches an import that ends halfway through, or names the first of two truncated files alone."""
+    begin = tmp_path / "begin"
+    shutil.copytree(source, begin)
+    tensors = list(read_tensors(source))
+    (begin / "model.safetensors").unlink()
+    names = ["model-1.safetensors", "model-2.safetensors", "model-3.safetensors"]
+    for i, name in enumerate(names):
+        save_file(dict(tensors[i::3]), begin / name)
+        if i:
+            (begin / name).write_bytes((begin / name).read_bytes()[:-8])
+    said = error("import", begin, tmp_path / "checkpoint")
+    assert names[0] not in said and names[1] in said and names[2] in said and "download" in said
+    assert os.listdir(tmp_path) == ["begin"]

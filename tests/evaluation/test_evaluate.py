@@ -1,0 +1,109 @@
+"""The command that evaluates: a plain checkpoint, a run's checkpoint beside it, and what a user may get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_cord.config.loading import load_config
+from megatron_cord.errors import CordError
+from megatron_cord.evaluate import evaluate
+from megatron_cord.parallel.layout import finalize
+from megatron_cord.train import train
+from megatron_cord.trainer.config import RunConfig
+from tests.tiny_run import ROOT, free_port, overrides, write_inputs
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def sets(inputs: Path) -> list[str]:
+    (inputs / "read.jsonl").write_text('{"question": "what is one plus two", "answer": "three"}\n' * 3)
+    return [
+        f"evaluation.sets.heard.path={inputs / 'train'}", "evaluation.sets.heard.format=shards", "evaluation.chunk=4",
+        f"evaluation.sets.read.path={inputs / 'read.jsonl'}", "evaluation.max_new_tokens=4",
+    ]  # fmt: skip
+
+
+def run(*settings: str) -> dict[str, object]:
+    try:
+        return evaluate(load_config(RunConfig, None, settings))
+    finally:
+        finalize()
+
+
+def test_a_plain_checkpoint(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an evaluation that needs a training run, its data or its directory, and one that is not resumed."""
+    plain = [
+        f"output_dir={tmp_path}",
+        f"model.checkpoint={inputs / 'checkpoint'}",
+        "evaluation.checkpoint=base",
+        *sets(inputs),
+    ]
+    result = run(*plain)
+    assert set(result) == {"suite"} and "results.html" in capsys.readouterr().out.replace("\n", "")
+    directory = tmp_path / "evaluations" / "base"
+    found = json.loads((directory / "results.json").read_text())
+    assert (
+        found["sets"]["heard"]["samples"] == 10 and found["sets"]["read"]["samples"] == 3 and found["model"] == "base"
+    )
+    before = (directory / "heard.jsonl").stat().st_mtime_ns
+    assert run(*plain) == result and (directory / "heard.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_run_beside_its_start(inputs: Path, tmp_path: Path) -> None:
+    """Catches trained weights that are not loaded, a baseline that is the trained model, and a lost evaluation for the run's report."""
+    run_dir = tmp_path / "run"
+    settings = overrides(inputs, run_dir, "train.steps=2", "optimizer.learning_rate=0.05")
+    try:
+        train(load_config(RunConfig, None, settings))
+    finally:
+        finalize()
+    result = run(*settings, *sets(inputs), "evaluation.baseline=base")
+    suite = result["suite"]
+    assert isinstance(suite, dict) and (suite["model"], suite["baseline"]) == ("step_000002", "base")
+    evaluations = run_dir / "evaluations"
+    base, trained = (
+        (evaluations / label / "heard.jsonl").read_text().splitlines() for label in ("base", "step_000002")
+    )
+    assert len(base) == len(trained) == 11 and base[0] != trained[0], "the models' fingerprints differ"
+    assert [json.loads(line)["audio_response"] for line in base[1:]] != [
+        json.loads(line)["audio_response"] for line in trained[1:]
+    ]
+    assert {check["set"] for check in suite["forgetting"]} == {"heard", "read"}
+    step = json.loads((evaluations / "step_000002.json").read_text())
+    assert step["samples"] == 4 and step["audio_accuracy"] == result["audio_accuracy"]
+
+
+def test_what_a_user_may_get_wrong(inputs: Path, tmp_path: Path) -> None:
+    """Catches a traceback, or an evaluation of nothing."""
+    plain = [f"output_dir={tmp_path}", f"model.checkpoint={inputs / 'checkpoint'}", "evaluation.checkpoint=base"]
+    with pytest.raises(CordError, match="there is nothing to ask"):
+        run(*plain)
+    with pytest.raises(CordError, match="holds no checkpoint"):
+        run(*plain[:2], *sets(inputs))
+    with pytest.raises(CordError, match=r"needs reward\.judge\.base_url"):
+        run(*plain, *sets(inputs), "evaluation.comparer=judge")
+
+
+@pytest.mark.slow
+def test_two_ranks_get_the_same(inputs: Path, tmp_path: Path) -> None:
+    """Catches answers that depend on the ranks that shared them, a file written twice, and ranks that disagree on what is missing."""
+    plain = [f"model.checkpoint={inputs / 'checkpoint'}", "evaluation.checkpoint=base", *sets(inputs)]
+    one = run(f"output_dir={tmp_path / 'one'}", *plain)
+    command = [sys.executable, "-m", "megatron_cord.launch", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    command += ["-m", "megatron_cord.evaluate", "--config", os.devnull, f"output_dir={tmp_path / 'two'}", *plain]
+    path = tmp_path / "two" / "evaluations" / "base" / "heard.jsonl"
+    for _ in range(2):
+        subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=600)
+        assert json.loads((path.parent / "results.json").read_text()) == one["suite"]
+        assert path.read_text() == (tmp_path / "one" / "evaluations" / "base" / "heard.jsonl").read_text()
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) * 2 // 3])

@@ -1,0 +1,94 @@
+"""Two real servers of one checkpoint under the supervisor, on this machine's CPU, for all tests of the engine."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
+from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.rollout.sglang.client.addresses import write_servers_file
+from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfig
+from megatron_cord.rollout.sglang.server.supervisor import Supervisor, SupervisorConfig
+from tests.model.family_reference import save_whole
+from tests.tiny_run import ROOT, WORDS
+
+PYTHON = ROOT / ENVIRONMENT / "bin" / "python"
+HEAD = "language_model.lm_head.weight"
+
+
+def write_talking_checkpoint(directory: Path) -> Path:
+    """A random checkpoint of the quickstart's size (four buckets of an exchange) that hardly ever says a special token."""
+    create_checkpoint(directory, TinyModelConfig(window_seconds=1), WORDS, seed=0)
+    return make_talk(directory, HEAD)
+
+
+def write_talking_step_audio_2(directory: Path) -> Path:
+    """The same of Step-Audio 2, smaller."""
+    save_whole(directory, "step_audio_2", WORDS)
+    config = json.loads((directory / "config.json").read_text())
+    text = config["text_config"]
+    text["max_position_embeddings"] = 512  # recordings of several clips
+    text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]  # as published
+    (directory / "config.json").write_text(json.dumps(config))
+    return make_talk(directory, "lm_head.weight")
+
+
+def make_talk(directory: Path, head: str) -> Path:
+    """The checkpoint, with an output layer of this name that hardly ever says a special token."""
+    tensors = load_file(directory / "model.safetensors")
+    prompts = PromptBuilder(directory)
+    scale = torch.full((prompts.vocab_size, 1), 3.0)
+    scale[list(prompts.special_ids)] = 0.0
+    scale[list(prompts.eos_ids)] = 1.0  # and seldom ends
+    tensors[head] = tensors[head] * scale
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+@dataclass
+class Servers:
+    """What tests need of the two servers."""
+
+    checkpoint: Path
+    file: Path
+    supervisor: Supervisor
+    said: list[str]
+
+    def wait_until_ready(self, patience: float = 600.0) -> None:
+        """Until all answer."""
+        deadline = time.monotonic() + patience
+        while not all(server.ready for server in self.supervisor.watched):
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.5)
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Two float32 servers with a supervisor that starts them again."""
+    if not PYTHON.exists():
+        pytest.skip("the server is not installed; make sglang-env")
+    work = tmp_path_factory.mktemp("servers")
+    checkpoint = write_talking_checkpoint(work / "checkpoint")
+    said: list[str] = []
+    config: dict[str, Any] = {"checkpoint": checkpoint, "device": "cpu", "python": PYTHON, "max_total_tokens": 4096}
+    supervisor = Supervisor(SupervisorConfig(count=2, log_dir=work / "log"), ServerConfig(**config), "", said.append)
+    stop = threading.Event()
+    with supervisor:
+        write_servers_file(work / "servers.json", checkpoint, "0.5.21", supervisor.urls)
+        thread = threading.Thread(target=supervisor.run, args=(stop,), daemon=True)
+        thread.start()
+        found = Servers(checkpoint, work / "servers.json", supervisor, said)
+        found.wait_until_ready()
+        yield found
+        stop.set()
+        thread.join()

@@ -1,0 +1,52 @@
+"""An evaluation whose answers come from the real SGLang server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_cord.config.loading import load_config
+from megatron_cord.evaluate import evaluate
+from megatron_cord.parallel.layout import finalize
+from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfig, SglangServer
+from megatron_cord.trainer.config import RunConfig
+from tests.tiny_run import ROOT, write_inputs
+
+PYTHON = ROOT / ENVIRONMENT / "bin" / "python"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHON.exists(), reason="the server is not installed; make sglang-env")
+def test_a_server_gives_the_local_engines_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an evaluation that only the local engine can make, and a server that is asked other questions."""
+    inputs = write_inputs(tmp_path)
+    settings = [
+        f"model.checkpoint={inputs / 'checkpoint'}", "model.dtype=float32", "evaluation.checkpoint=base", "evaluation.max_new_tokens=4",
+        f"evaluation.sets.heard.path={inputs / 'train'}", "evaluation.sets.heard.format=shards",
+    ]  # fmt: skip
+
+    def answers(name: str, *more: str) -> list[list[str]]:
+        try:
+            evaluate(load_config(RunConfig, None, [f"output_dir={tmp_path / name}", *settings, *more]))
+        finally:
+            finalize()
+        lines = (tmp_path / name / "evaluations" / "base" / "heard.jsonl").read_text().splitlines()[1:]
+        return [[row["text_response"], row["audio_response"]] for row in map(json.loads, lines)]
+
+    monkeypatch.setenv("MEGATRON_CORD_SERVER_KEY", "a-key")
+    server = SglangServer(
+        ServerConfig(checkpoint=inputs / "checkpoint", device="cpu", python=PYTHON),
+        "a-key",
+        tmp_path / "log" / "server.log",
+    )
+    server.start()
+    try:
+        server.wait()
+        served = answers("served", "rollout.engine=sglang", f"rollout.servers=[{server.url}]")
+    finally:
+        server.stop()
+    local = answers("local")
+    equal = sum(a == b for one, other in zip(served, local, strict=True) for a, b in zip(one, other, strict=True))
+    assert len(served) == 10 and equal >= 19, (served, local)  # rounding may decide one of the twenty

@@ -1,0 +1,29 @@
+"""`verify exchange`, with real servers and two tensor-parallel ranks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.integration.sglang.conftest import PYTHON, write_talking_checkpoint, write_talking_step_audio_2
+from tests.tiny_run import ROOT, free_port
+
+
+@pytest.mark.parametrize(("write", "tensors"), [(write_talking_checkpoint, 63), (write_talking_step_audio_2, 60)])
+def test_all_three_ways(write: Callable[[Path], Path], tensors: int, tmp_path: Path) -> None:
+    """Catches a way that leaves a tensor, an audio tower's among them, or an answer other than a fresh server's, and a check that ends badly."""
+    if not PYTHON.exists():
+        pytest.skip("needs SGLang's environment: make sglang-env")
+    checkpoint = write(tmp_path / "checkpoint")
+    command = [
+        sys.executable, "-m", "megatron_cord.launch", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m",
+        "megatron_cord.verify", "exchange", f"checkpoint={checkpoint}", "parallel.tp=2", "dtype=float32", f"python={PYTHON}",
+        "exchange.bucket_bytes=1048576",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("passed") == 3 and done.stdout.count(f"{tensors} of {tensors}") == 3, done.stdout

@@ -1,0 +1,239 @@
+"""Plans against what models, optimizers and autograd really hold, and the page of estimates against the tool.
+
+The model that is measured is small; its sizes are odd, so that a wrong formula does not come out right by chance.
+"""
+
+from __future__ import annotations
+
+import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
+from megatron_cord.config.loading import load_config
+from megatron_cord.model.architecture import AdapterArchitecture, Architecture
+from megatron_cord.model.families import load_architecture
+from megatron_cord.model.lalm import LALM, ModelInput
+from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
+from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, part_counts, speed
+from megatron_cord.plan.memory import activation_bytes, encoder_layer_width, language_layer_width, optimizer_bytes
+from megatron_cord.plan.page import layouts_table
+from megatron_cord.plan.parameters import rank_counts
+from megatron_cord.plan.speed import train_flops
+from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.step.optimizer import OptimizerConfig, build_optimizer, wrap_model
+from tests.gloo import run_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
+ROOT = Path(__file__).parents[2]
+SIZES = TinyModelConfig(
+    mel_bins=16, window_seconds=1, encoder_hidden_size=48, encoder_layers=3, encoder_heads=4, encoder_ffn_size=80, hidden_size=64, layers=4,
+    heads=8, kv_heads=2, ffn_size=112, max_positions=128,
+)  # fmt: skip
+PARTS = ("audio_encoder", "adapter", "language_model")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2-Audio of these sizes."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    create_checkpoint(path, SIZES, [f"word{i}" for i in range(83)], seed=0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def layout() -> Iterator[Layout]:
+    """One rank."""
+    yield initialize(ParallelConfig(), seed=0)
+    finalize()
+
+
+def configured(checkpoint: Path | str, *more: str) -> RunConfig:
+    """A run on it."""
+    return load_config(
+        RunConfig, None, ["output_dir=x", f"model.checkpoint={checkpoint}", "data.train=x", "data.evaluation=x", *more]
+    )
+
+
+def counts_of(model: LALM) -> list[int]:
+    """Parameters of each part that is on this rank."""
+    return [
+        0 if (part := getattr(model, name)) is None else sum(p.numel() for p in part.parameters()) for name in PARTS
+    ]
+
+
+def build_on_rank(rank: int, archs: list[Architecture]) -> list[list[int]]:
+    """Parameters by part of a rank of TP 2 × PP 2, for each architecture."""
+    layout = initialize(ParallelConfig(tp=2, pp=2), seed=0)
+    return [counts_of(LALM(arch, layout, torch.float32)) for arch in archs]
+
+
+def test_parameters_of_published_models() -> None:
+    """Catches a size or a formula that is off: what the published files hold, known to the last parameter for Qwen2-Audio."""
+    assert part_counts(PUBLISHED["qwen2_audio_7b"]).total == 8_397_094_912
+    assert round(part_counts(PUBLISHED["step_audio2_mini"]).total / 1e9, 1) == 8.3
+
+
+@pytest.mark.slow
+def test_parameters_of_each_rank(checkpoint: Path) -> None:
+    """Catches a tensor that is counted as cut and is whole, or the other way round, and a part on the wrong stage."""
+    arch = load_architecture(checkpoint)
+    archs = [replace(arch, language=replace(arch.language, tied_embeddings=tied)) for tied in (False, True)]
+    for rank, built in enumerate(run_ranks(build_on_rank, 4, archs)):
+        for this, counts in zip(archs, built, strict=True):
+            planned = rank_counts(this, 2, 2, stage=rank // 2)
+            assert [planned.audio_encoder, planned.adapter, planned.language_model] == counts
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "stacking"])
+def test_parameters_of_each_adapter(layout: Layout, checkpoint: Path, kind: Any) -> None:
+    """Catches a formula that only knows Qwen2-Audio's projection."""
+    arch = replace(
+        load_architecture(checkpoint),
+        adapter=AdapterArchitecture(kind, hidden_size=36, stride=2, kernel_size=3, bias=True),
+    )
+    assert rank_counts(arch, 1, 1, 0).adapter == counts_of(LALM(arch, layout, torch.float32))[1]
+
+
+@pytest.mark.parametrize(("dtype", "distributed"), [("float32", True), ("bfloat16", True), ("bfloat16", False)])
+def test_bytes_of_training_state(layout: Layout, checkpoint: Path, dtype: Any, distributed: bool) -> None:
+    """Catches gradients in another precision than planned, a main copy that is forgotten or counted twice, and frozen parts with states."""
+    config = configured(checkpoint, f"model.dtype={dtype}", "model.freeze=[adapter]")
+    arch = load_architecture(checkpoint)
+    model = LALM(arch, layout, config.model.torch_dtype)
+    model.adapter.requires_grad_(False)  # type: ignore[union-attr]
+    ddp = wrap_model(OptimizerConfig(distributed=distributed), model)
+    optimizer, _ = build_optimizer(OptimizerConfig(distributed=distributed), ddp, 2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.main_grad.fill_(0.1)  # type: ignore[attr-defined]
+    optimizer.step()
+    counts = rank_counts(arch, 1, 1, 0)
+    trained = counts.trained(("adapter",))
+    item = config.model.torch_dtype.itemsize
+    assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(p.numel() * p.element_size() for p in model.parameters()) == counts.total * item
+    assert sum(p.main_grad.nbytes for p in model.parameters() if p.requires_grad) == 4 * trained  # type: ignore[attr-defined]
+    inner = getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer
+    states = [
+        value for state in inner.state.values() for value in state.values() if torch.is_tensor(value) and value.dim()
+    ]
+    mains = [p for group in inner.param_groups for p in group["params"]] if item < 4 else []
+    assert sum(t.nbytes for t in [*states, *mains]) == optimizer_bytes(trained, item, 1, distributed=distributed)
+    assert (
+        optimizer_bytes(trained, item, 4, distributed=True) == optimizer_bytes(trained, item, 1, distributed=False) / 4
+    )
+
+
+RECOMPUTED = "model.recompute=[audio_encoder,language_model]"
+SELECTIVE = "model.recompute_granularity=selective"
+
+
+@pytest.mark.parametrize(
+    "settings", [(), ("model.freeze=[audio_encoder,adapter]",), (RECOMPUTED,), (RECOMPUTED, SELECTIVE)]
+)
+def test_bytes_of_activations(layout: Layout, checkpoint: Path, settings: tuple[str, ...]) -> None:
+    """Catches a layer's tensor that is forgotten, and recomputation or freezing that the plan does not know: within a fifth of what autograd keeps."""
+    config = configured(
+        checkpoint, "model.dtype=float32", "train.micro_batch_size=4", "rollout.max_new_tokens=40", *settings
+    )
+    arch = load_architecture(checkpoint)
+    work = make_work(config, arch, 1, audio_seconds=0.48, text_tokens=20)
+    model = LALM(arch, layout, torch.float32, config.model.layer_config)
+    for name in config.model.freeze:
+        getattr(model, name).requires_grad_(False)
+    frames = torch.full((4,), 48)
+    tokens = torch.full((4, work.student_tokens), 8)
+    tokens[:, : int(arch.num_audio_tokens(48))] = arch.audio_token_id  # type: ignore[arg-type, assignment]
+    assert arch.encoder is not None
+    batch = ModelInput(
+        tokens, torch.randn(4, arch.encoder.num_mels, arch.encoder.window_frames), frames, ("a", "b", "c", "d")
+    )
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model(batch)
+    measured, planned = sum(kept.values()), activation_bytes(config, arch, work, stage=0)
+    if config.model.recompute:  # the plan has room for the layer that is being computed again, which is not kept
+        language, audio = language_layer_width(arch, 1), encoder_layer_width(arch.encoder, 1)
+        if SELECTIVE in settings:
+            language -= language_layer_width(arch, 1, selective=True)
+            audio -= encoder_layer_width(arch.encoder, 1, selective=True)
+        planned -= 4 * 4 * (work.student_tokens * language + arch.encoder.max_positions * audio)
+    assert hidden.requires_grad and planned == pytest.approx(measured, rel=0.2)
+
+
+def test_operations_are_those_of_the_products(checkpoint: Path) -> None:
+    """Catches a factor that is off: six operations a parameter and token for training all of a text model, two for the teacher, plus attention."""
+    arch = replace(PUBLISHED["qwen2_audio_7b"], encoder=None, adapter=None)
+    config = configured(
+        checkpoint, "rollout.max_new_tokens=100", "objective.policy_gradient=false", "rollout.prompts_per_step=8"
+    )
+    work = make_work(config, arch, 8, text_tokens=100)
+    flops, again = train_flops(config, arch, work)
+    lm = arch.language
+    layers = part_counts(arch).language_model - 2 * lm.vocab_size * lm.hidden_size
+    student, teacher, output = 8 * 150, 8 * 200, lm.vocab_size * lm.hidden_size * 8 * 100
+    attention = lm.num_layers * lm.hidden_size * (2 * 3 * student * 150 + 2 * teacher * 200)
+    assert again == 0 and flops == pytest.approx(
+        6 * layers * student + 2 * layers * teacher + attention + (6 + 2) * output, rel=1e-3
+    )
+
+
+def test_a_run_that_does_not_fit_is_told_what_would(checkpoint: Path) -> None:
+    """Catches advice that does not fit either, and a layout that fits but is called too large."""
+    arch, gpu = PUBLISHED["qwen2_audio_7b"], GPUS["h100"]
+    config = configured(checkpoint)
+    assert memory(config, arch, make_work(config, arch, 8)).total > gpu.memory
+    settings = fitting(config, arch, gpu, 8)
+    assert settings is not None
+    advised = configured(checkpoint, *settings)
+    work = make_work(advised, arch, 8)
+    assert memory(advised, arch, work).total <= gpu.memory
+    slow, fast = speed(advised, arch, work, gpu, 8).tokens_per_second
+    assert 0 < slow < fast
+    assert fitting(config, arch, gpu, 1) is None
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_the_page_is_what_the_tool_says(name: str) -> None:
+    """Catches a table that was not made again after the formulas or the examples' configuration changed."""
+    config = load_config(RunConfig, ROOT / "examples" / name / "config.yaml")
+    table = layouts_table(config, PUBLISHED[name], GPUS["h100"], {})
+    assert table in (ROOT / "docs" / "plan.md").read_text(), f"make docs/plan.md's table again:\n{table}"
+
+
+def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs the tool on the 7B's example."""
+    command = [sys.executable, "tools/plan.py", "--config", "examples/qwen2_audio_7b/config.yaml", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_the_tool_answers_and_refuses() -> None:
+    """Catches JSON that says something else than the exit status, advice that is missing, and tracebacks."""
+    done = plan("--model", "qwen2_audio_7b", "--json", "parallel.tp=1", "parallel.sequence_parallel=false")
+    assert done.returncode == 1 and json.loads(done.stdout)["fits"] is False and json.loads(done.stdout)["suggestion"]
+    done = plan("--model", "qwen2_audio_7b", "--gpus", "6")
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: 6 GPUs cannot be laid out")
+        and done.stderr.count("\n") == 1
+    )

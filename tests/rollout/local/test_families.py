@@ -1,0 +1,84 @@
+"""The local engine on every family: what it generates is what the Megatron model of the same checkpoint thinks likely."""
+
+from __future__ import annotations
+
+import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_cord.convert import export_tensors, read_into
+from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.data.samples import Prompt, Sample
+from megatron_cord.model.families import load_architecture
+from megatron_cord.model.lalm import LALM, ModelInput
+from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
+from megatron_cord.rollout.local.engine import LocalEngine, LocalEngineConfig
+from megatron_cord.rollout.types import GenerationRequest
+from tests.model.family_reference import save_whole
+
+pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
+
+WORDS = ["what", "is", "one", "plus", "two", "three"]
+FAMILIES = {"llama": False, "qwen2": True, "step_audio_2": False, "voxtral": False}
+
+
+@pytest.fixture(scope="module")
+def layout() -> Iterator[Layout]:
+    yield initialize(ParallelConfig(), seed=0)
+    finalize()
+
+
+def prompts(builder: PromptBuilder, *, hears: bool) -> list[Prompt]:
+    """Written questions of several lengths, and recordings of one, two and three clips."""
+    rng = np.random.default_rng(0)
+    made = []
+    for i, (question, length) in enumerate(
+        [("what is one plus two", 3000), ("what", 9000), ("one plus two is three", 20000)]
+    ):
+        sample = Sample(id=f"s{i}", question=question, waveform=(0.1 * rng.normal(size=length)).astype(np.float32))
+        made.append(builder.text_prompt(sample))
+        if hears:
+            made.append(builder.audio_prompt(sample))
+    return made
+
+
+@torch.no_grad()
+def megatron_logits(model: LALM, prompt: Prompt, response: tuple[int, ...]) -> Tensor:
+    """[response, V] of one sequence."""
+    features = torch.stack([clip.features for clip in prompt.clips]) if prompt.clips else None
+    frames = torch.tensor([clip.num_frames for clip in prompt.clips]) if prompt.clips else None
+    hidden = model(ModelInput(torch.tensor([prompt.token_ids + response]), features, frames, (prompt.sample_id,)))
+    logits = (hidden @ model.output_weight.t())[:, 0, : model.arch.language.vocab_size]
+    return logits[len(prompt.token_ids) - 1 : -1]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_megatron_agrees_with_what_is_generated(family: str, layout: Layout, tmp_path: Path) -> None:
+    """Catches an engine that hears other audio, reads other positions behind padding, or keeps a stale cache; one that takes updates under other
+    names than training sends them; and a tied head that is not tied. Greedy answers must be the likeliest tokens of the Megatron model.
+    """
+    directory = save_whole(tmp_path / family, family, WORDS, tied=FAMILIES[family])
+    model = LALM(load_architecture(directory), layout, torch.float32)
+    read_into(model, directory)
+    engine = LocalEngine(directory, LocalEngineConfig(max_batch_size=4))
+    builder = PromptBuilder(directory, long_audio="cut")
+    asked = prompts(builder, hears=model.arch.encoder is not None)
+    for version in (0, 1):
+        requests = [GenerationRequest(prompt, temperature, 5, seed=3) for prompt in asked for temperature in (0.0, 1.5)]
+        for request, rollout in zip(requests, engine.generate(requests), strict=True):
+            logits = megatron_logits(model, request.prompt, rollout.token_ids)
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, rtol=0, atol=1e-4)
+            assert rollout.versions[0].version == version
+            if request.temperature == 0:
+                logits[:, list(builder.special_ids)] = -torch.inf
+                assert logits.argmax(-1).tolist() == list(rollout.token_ids)
+        for parameter in model.parameters():
+            parameter.data.mul_(1.1)
+        engine.update_weights(export_tensors(model), version=1)

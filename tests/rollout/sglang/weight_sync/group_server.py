@@ -1,0 +1,140 @@
+"""A server that takes weights over a process group as SGLang does, without a model; rightly or wrongly as it is told.
+
+A process of its own, as each side of a group is. Streams are taken by the very code that real servers run.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from megatron_cord.rollout.sglang.plugin.weights import ABILITY, STREAMED, Buffers, Spec, Stream
+from megatron_cord.rollout.sglang.weight_sync import Endpoint
+
+WORDS = {"refuses": "no room", "refuses late": "too late"}
+
+
+class GroupServer:
+    """A context manager.
+
+    Args:
+        manner: "good"; "old": takes no streams; "refuses" at once, "refuses late", "dies" or "hangs", each after the first bucket but for the first.
+    """
+
+    def __init__(self, manner: str = "good") -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(manner, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.endpoint = Endpoint(f"http://127.0.0.1:{ours.recv()}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+
+    @property
+    def loaded(self) -> dict[str, list[float]]:
+        """First and last element of each tensor that came."""
+        return self.endpoint.get("/loaded", 10)
+
+
+def _serve(manner: str, ready: Any) -> None:
+    torch.set_num_threads(1)
+    state: dict[str, Any] = {"version": "default", "groups": {}, "loaded": {}, "requests": 0}
+
+    one_at_a_time = threading.Lock()  # SGLang's process that holds the model does one thing after the other
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            info = {"tp_size": 1, "weight_version": state["version"]} | ({} if manner == "old" else {ABILITY: True})
+            self._answer(200, {"/loaded": state["loaded"] | {"requests": [state["requests"]]}}.get(self.path, info))
+
+        def do_POST(self) -> None:
+            with one_at_a_time:
+                self._take()
+
+        def _take(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+            if self.path == "/init_weights_update_group":
+                state["groups"][body["group_name"]] = _join(body)
+            elif self.path == "/destroy_weights_update_group":
+                dist.destroy_process_group(state["groups"].pop(body["group_name"]))  # told once
+            elif self.path == "/update_weight_version":
+                state["version"] = body["new_version"]
+            elif self.path == "/update_weights_from_distributed":
+                state["requests"] += 1
+                try:
+                    for name, tensor in _received(body, state["groups"][body["group_name"]], manner):
+                        state["loaded"][name] = [float(tensor.flatten()[0]), float(tensor.flatten()[-1])]
+                except Exception as error:
+                    return self._answer(400, {"success": False, "message": str(error)})
+            return self._answer(200, {"success": True})
+
+        def _answer(self, status: int, reply: dict[str, Any]) -> None:
+            content = json.dumps(reply).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    ready.send(server.server_port)
+    server.serve_forever()
+
+
+def _join(body: dict[str, Any]) -> dist.ProcessGroup:
+    world, name = body["world_size"], body["group_name"]
+    store = dist.TCPStore(body["master_address"], body["master_port"], world, is_master=False)
+    group, _ = distributed_c10d._new_process_group_helper(
+        world, body["rank_offset"], [], dist.Backend(body["backend"]), dist.PrefixStore(name, store), group_name=name,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
+    return group
+
+
+def _received(body: dict[str, Any], group: dist.ProcessGroup, manner: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """What SGLang's model is given to load."""
+    specs = [
+        Spec(n, getattr(torch, d), s) for n, d, s in zip(body["names"], body["dtypes"], body["shapes"], strict=True)
+    ]
+    load_format = body["load_format"]
+    streamed = load_format.startswith(STREAMED)
+    if streamed and manner == "old":
+        raise RuntimeError(f"asked for {load_format}")
+    if manner == "refuses":
+        raise RuntimeError(WORDS[manner])
+    counts = [int(count) for count in load_format.removeprefix(STREAMED).split(",")] if streamed else [len(specs)]
+    buckets = 0
+
+    def receive(flat: torch.Tensor) -> Any:
+        nonlocal buckets
+        buckets += 1
+        if buckets > 1 and manner != "good":
+            if manner == "refuses late":
+                raise RuntimeError(WORDS[manner])
+            if manner == "dies":
+                os._exit(1)
+            if manner == "hangs":
+                time.sleep(1000)
+        return dist.broadcast(flat, 0, group=group, async_op=True)
+
+    yield from Stream(specs, counts, receive, Buffers("cpu"))

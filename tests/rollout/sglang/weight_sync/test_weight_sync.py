@@ -1,0 +1,237 @@
+"""The exchange around the bytes: plan and stream agree in every layout, gathering overlaps sending, and no failure leaves a rank waiting."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
+from megatron_cord.errors import CordError
+from megatron_cord.model.families import load_architecture
+from megatron_cord.model.lalm import LALM
+from megatron_cord.parallel.layout import ParallelConfig, initialize, parallel_state
+from megatron_cord.rollout.sglang.weight_sync import (
+    Endpoint,
+    ExchangeConfig,
+    ModelWeights,
+    ServerError,
+    WeightExchange,
+    build_exchange,
+)
+from megatron_cord.rollout.sglang.weight_sync import weight_sync as module
+from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, TensorSpec
+from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailed
+from tests.gloo import run_ranks
+
+pytestmark = [pytest.mark.filterwarnings("ignore:::megatron"), pytest.mark.usefixtures("one_rank")]
+MIB = 1 << 20
+
+
+def plans_of_rank(rank: int, checkpoint: str) -> list[bool]:
+    """For every layout: whether plan and stream agree, of all tensors and of those that are trained."""
+    agree = []
+    for tp, pp in ((2, 2), (4, 1), (1, 2)):
+        layout = initialize(ParallelConfig(tp=tp, pp=pp), seed=0)
+        model = LALM(load_architecture(checkpoint), layout, torch.bfloat16)
+        if model.audio_encoder is not None:
+            model.audio_encoder.requires_grad_(False)
+        weights = ModelWeights(model)
+        for full in (True, False):
+            if weights.participates:
+                specs = weights.specs(full)
+                streamed = []
+                for spec, (name, tensor) in zip(specs, weights.tensors(full), strict=True):
+                    whole = tensor if tensor.dim() == len(spec.shape) else tensor.flatten(0, 1)
+                    streamed.append(TensorSpec(name, tuple(whole.shape), tensor.dtype))
+                agree.append(specs == streamed and any(s.name.startswith("audio_tower.layers") for s in specs) == full)
+        parallel_state.destroy_model_parallel()
+    return agree
+
+
+def test_plan_and_stream_agree_on_four_ranks(tmp_path: Path) -> None:
+    """Catches a bucket planned for other tensors than come, a frozen tensor that is sent, and ranks of another replica that gather."""
+    create_checkpoint(tmp_path, TinyModelConfig(layers=4, kv_heads=4), ["one", "two"], seed=0)
+    first, *others = run_ranks(plans_of_rank, 4, str(tmp_path))
+    assert first == [True] * 6
+    # Of pp=2 there are two replicas, {0, 2} and {1, 3}: the second one's ranks do not take part.
+    assert others == [[True] * 4, [True] * 6, [True] * 4], (first, others)
+
+
+class Source:
+    """Tensors of 1 MiB each."""
+
+    participates = True
+
+    def __init__(self, count: int, shape: tuple[int, ...] = (1 << 18,)) -> None:
+        self.shape, self.count, self.drained = shape, count, False
+        self.given = [threading.Event() for _ in range(count)]
+
+    def specs(self, full: bool) -> list[TensorSpec]:
+        return [TensorSpec(str(i), self.shape, torch.float32) for i in range(self.count)]
+
+    def tensors(self, full: bool) -> Iterator[tuple[str, Tensor]]:
+        for i in range(self.count):
+            self.given[i].set()
+            yield str(i), torch.full(self.shape, float(i))
+        self.drained = True
+
+
+class Recording:
+    """A way that notes what it is asked to do."""
+
+    in_session, borrows = False, False
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.buffers = source, [torch.empty(MIB, dtype=torch.uint8) for _ in range(2)]
+        self.sent: list[tuple[int, float]] = []
+        self.fails_at: int | None = None
+        self.error: Exception | None = None
+        self.overlapped: list[bool] = []
+        self.abandoned = 0
+
+    def open(self, servers: Sequence[Endpoint], bucket_bytes: int) -> int:
+        self.sent = []
+        return bucket_bytes
+
+    def start(self, plans: Sequence[BucketPlan]) -> None:
+        self.planned = len(plans)
+
+    def buffer(self, index: int, nbytes: int) -> Tensor:
+        return self.buffers[index % 2]
+
+    def send(self, plan: BucketPlan, flat: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
+        index = int(plan.specs[0].name)
+        if index + 1 < self.source.count:
+            self.overlapped.append(self.source.given[index + 1].wait(5 if self.expects_overlap else 0.2))
+        if index == self.fails_at and self.error is not None:
+            self.fails_at = None
+            raise self.error
+        self.sent.append((index, float(plan.views(flat)[str(index)][0])))
+        return {}
+
+    expects_overlap = True
+
+    def finish(self) -> dict[Endpoint, ServerError]:
+        return {}
+
+    def abandon(self) -> None:
+        self.abandoned += 1
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The servers that were told a version, exchange by exchange; they answer nothing else here."""
+    told: list[list[str]] = []
+    monkeypatch.setattr(Endpoint, "weight_version", lambda self, timeout: "default")
+    monkeypatch.setattr(Endpoint, "flush_cache", lambda self, timeout: None)
+
+    def name_version(servers: Sequence[Endpoint], version: str, timeout: float) -> dict[Endpoint, ServerError]:
+        told.append([server.url for server in servers])
+        return {}
+
+    monkeypatch.setattr(module, "name_version", name_version)
+    return told
+
+
+ONE, TWO = Endpoint("http://127.0.0.1:1"), Endpoint("http://127.0.0.1:2")
+
+
+def exchange_of(way: Any, source: Source, **settings: Any) -> WeightExchange:
+    served = {spec.name: spec for spec in source.specs(True)}
+    return WeightExchange(ExchangeConfig(bucket_bytes=MIB, **settings), way, served)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_gathering_overlaps_sending(overlap: bool, published: list[list[str]]) -> None:
+    """Catches a bucket that is gathered only after the one before was sent, one that is sent with the next one's bytes, and the reverse with
+    overlap=false.
+    """
+    source = Source(5)
+    way = Recording(source)
+    way.expects_overlap = overlap
+    report = exchange_of(way, source, overlap=overlap).update(source, 1, [ONE])
+    assert way.sent == [(i, float(i)) for i in range(5)]
+    assert way.overlapped == [overlap] * 4
+    assert (report.buckets, report.nbytes, report.current) == (5, 5 * MIB, (ONE.url,)) and published == [[ONE.url]]
+
+
+def test_a_server_that_was_started_again_is_met_anew(
+    published: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a broadcast in a group of which a new process at an old address knows nothing."""
+    source = Source(2)
+    way = Recording(source)
+    exchange = exchange_of(way, source)
+    exchange.update(source, 1, [ONE])
+    assert way.abandoned == 0
+    monkeypatch.setattr(Endpoint, "weight_version", lambda self, timeout: "1")
+    assert not exchange.update(source, 2, [ONE]).full and way.abandoned == 0
+    monkeypatch.setattr(Endpoint, "weight_version", lambda self, timeout: "default")
+    assert exchange.update(source, 3, [ONE]).full and way.abandoned == 1
+
+
+def test_a_broken_attempt_is_repeated_with_the_others(published: list[list[str]]) -> None:
+    """Catches a survivor left with half of the weights, and a stream that is not drained, in which the trainer's other ranks would wait."""
+    source = Source(4)
+    way = Recording(source)
+    way.fails_at, way.error = 1, AttemptFailed({TWO: ServerError("killed")})
+    report = exchange_of(way, source).update(source, 7, [ONE, TWO])
+    assert way.abandoned == 1 and source.drained
+    assert [index for index, _ in way.sent] == [0, 1, 2, 3]
+    assert report.current == (ONE.url,) and report.failed == {TWO.url: "killed"} and published == [[ONE.url]]
+
+
+def test_nobody_left(published: list[list[str]]) -> None:
+    """Catches an endless repetition when no server lives, or none is to blame."""
+    for culprits in ({ONE: ServerError("killed")}, {}):
+        source = Source(3)
+        way = Recording(source)
+        way.fails_at, way.error = 0, AttemptFailed(culprits)
+        report = exchange_of(way, source).update(source, 1, [ONE])
+        assert report.current == () and list(report.failed) == [ONE.url] and source.drained
+    assert published == []
+
+
+def test_an_error_of_ours_reaches_all(published: list[list[str]]) -> None:
+    """Catches a full disk that is taken for a server's failure."""
+    source = Source(3)
+    way = Recording(source)
+    way.fails_at, way.error = 1, CordError("the disk is full")
+    with pytest.raises(CordError, match="the disk is full"):
+        exchange_of(way, source).update(source, 1, [ONE])
+    assert source.drained and published == []
+
+
+def test_nothing_is_sent_that_does_not_fit(published: list[list[str]]) -> None:
+    """Catches a check after the first byte."""
+    source = Source(3)
+    way = Recording(source)
+    exchange = exchange_of(way, source)
+    source.shape = (1 << 17,)
+    with pytest.raises(CordError, match="does not fit the servers' checkpoint"):
+        exchange.update(source, 1, [ONE])
+    assert way.sent == [] and not source.given[0].is_set()
+
+
+def test_dead_servers_do_not_raise(checkpoint: Path) -> None:
+    """Catches a trainer that stops with its last server, instead of reporting it."""
+    with_nobody = build_exchange(ExchangeConfig(timeout_seconds=1), checkpoint)
+    report = with_nobody.update(Source(1), 1, [ONE])
+    assert report.current == () and "unreachable" in report.failed[ONE.url]
+    with_nobody.close()
+
+
+@pytest.mark.parametrize(("field", "value"), [("bucket_bytes", 1000), ("timeout_seconds", 0.0)])
+def test_configuration(field: str, value: Any) -> None:
+    """Catches settings that garble outputs or fail at once."""
+    with pytest.raises(CordError, match=field):
+        ExchangeConfig(**{field: value})

@@ -1,0 +1,141 @@
+"""How entry points end: one line on one rank's voice, the right status, nothing that hangs, and bugs that stay visible."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from megatron_cord.errors import CordError
+from megatron_cord.runtime import entry
+
+SCRIPT = str(Path(__file__).with_name("failing_ranks.py"))
+
+
+def launched(*arguments: str) -> tuple[int, str, str]:
+    """Status, standard output and standard error of the launcher with two ranks, without what the test's own environment sets."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "WORLD_SIZE", "RANK")
+    }
+    environment["PYTHONPATH"] = str(Path(entry.__file__).parents[2])
+    command = [sys.executable, "-m", "megatron_cord.launch", "--nproc-per-node", "2", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def claims() -> set[str]:
+    return {path.name for path in Path(tempfile.gettempdir()).glob("megatron_cord-error-*")}
+
+
+@pytest.mark.parametrize(
+    ("how", "lines"),
+    [
+        ("all", ["error: shard 0 is truncated", "error: shard 1 is truncated"]),
+        ("slow", ["error: shard 0 is truncated", "error: shard 1 is truncated"]),
+        ("one", ["error: shard 0 is truncated"]),
+        ("full", ["error: a file being written: the disk is full; free some space or write to another disk"]),
+    ],
+)
+def test_failing_ranks_speak_with_one_voice(how: str, lines: list[str]) -> None:
+    """Catches a line from each rank, or from none, as a launcher ends the one that speaks when the silent one has left; the traceback of a rank whose
+    peer has left, torchrun's report, a hang, and leftovers in /tmp.
+    """
+    before = claims()
+    status, printed, errors = launched(SCRIPT, how)
+    assert status == 2 and printed == "" and errors.rstrip("\n") in lines
+    assert claims() <= before
+
+
+def test_success_is_silent_and_single_threaded() -> None:
+    """Catches torchrun's banner about OMP_NUM_THREADS, and ranks that fight over the cores."""
+    assert launched(SCRIPT, "meet") == (0, "threads 1\n", "")
+
+
+def test_interrupt_needs_no_words() -> None:
+    """Catches a traceback or torchrun's report after Ctrl-C, or a status that says success."""
+    status, _, errors = launched(SCRIPT, "interrupt")
+    assert status == 130 and "Traceback" not in errors and "FAILED" not in errors
+
+
+@pytest.mark.parametrize(("how", "status", "shown"), [("bug", 1, "KeyError: 'bug'"), ("killed", 137, "SIGKILL")])
+def test_real_crashes_stay_visible(how: str, status: int, shown: str) -> None:
+    """Catches a launcher that hides a bug's traceback or the signal that killed a rank."""
+    ended, _, errors = launched(SCRIPT, how)
+    assert ended == status and shown in errors and "failing_ranks.py FAILED" in errors
+
+
+def test_a_port_in_use_is_named() -> None:
+    """Catches a rendezvous that hangs or ends in tracebacks because another process holds the port."""
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen(1)
+        port = holder.getsockname()[1]
+        message = f"error: port {port} is in use on this machine; give another with --master-port (MASTER_PORT), or end the run that holds it\n"
+        assert launched("--master-port", str(port), SCRIPT, "meet") == (2, "", message)
+        environment = os.environ | {
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+        }
+        environment["PYTHONPATH"] = str(Path(entry.__file__).parents[2])
+        alone = subprocess.run(
+            [sys.executable, SCRIPT, "meet"], capture_output=True, text=True, timeout=120, env=environment, check=False
+        )
+    assert (alone.returncode, alone.stderr.splitlines()[-1] + "\n") == (2, message)
+
+
+def test_statuses_of_one_process(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a wrong exit status, a message over several lines, or a bug that loses its traceback."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def fails(error: BaseException) -> int:
+        raise error
+
+    for main, status in [
+        (lambda: None, 0),
+        (lambda: 7, 7),
+        (lambda: fails(CordError("a\nb")), 2),
+        (lambda: fails(KeyboardInterrupt()), 130),
+    ]:  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            entry.run(main)
+        assert ended.value.code == status
+    assert capsys.readouterr().err == "error: a b\n"
+    with pytest.raises(KeyError):
+        entry.run(lambda: fails(KeyError("bug")))
+
+
+def test_a_full_disk_is_found_behind_other_errors() -> None:
+    """Catches a full disk that a library has wrapped in an exception of its own, and other I/O errors taken for it."""
+    try:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/checkpoint.bin")
+        except OSError as full:
+            raise RuntimeError("writing failed") from full
+    except RuntimeError as wrapped:
+        assert (entry.explain(wrapped) or "").startswith("/data/checkpoint.bin: the disk is full")
+    assert entry.explain(OSError(errno.EIO, "input/output error")) is None
+
+
+def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches overrides lost on either side of --config, abbreviations, and argparse's usage page in place of one line."""
+    assert entry.parse_args("d", arguments=["a.b=1", "--config", "x.yaml", "c=[1, 2]"]) == entry.Arguments(
+        Path("x.yaml"), ("a.b=1", "c=[1, 2]")
+    )
+    assert entry.parse_args("d", config_required=False, arguments=[]) == entry.Arguments(None, ())
+    with pytest.raises(CordError, match="required: --config"):
+        entry.parse_args("d", arguments=["a=1"])
+    with pytest.raises(
+        CordError, match="unrecognized arguments: --train.steps=3; overrides are written a.b=value, without dashes"
+    ):
+        entry.parse_args("d", arguments=["--config", "x", "--train.steps=3"])
+    with pytest.raises(CordError):
+        entry.parse_args("d", arguments=["--conf", "x"])
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,105 @@
+"""espeak-ng: real voices, the same recording every time, and errors that name what is wrong."""
+
+from __future__ import annotations
+
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from examples.quickstart.questions import all_problems, questions_about
+from megatron_cord.errors import CordError
+from megatron_cord.speech.synthesizer import (
+    HELD_OUT_VOICES,
+    SAMPLING_RATE,
+    TRAINING_VOICES,
+    EspeakSynthesizer,
+    Utterance,
+    Voice,
+)
+
+TEXT = "take three from nine"
+
+
+@pytest.fixture(scope="module")
+def synthesizer() -> EspeakSynthesizer:
+    return EspeakSynthesizer()
+
+
+def test_every_voice_speaks(synthesizer: EspeakSynthesizer) -> None:
+    """Would catch a voice that this version lacks, voices that sound alike, leftover silence, and clipping."""
+    voices = TRAINING_VOICES + HELD_OUT_VOICES
+    recordings = synthesizer.speak([Utterance(TEXT, Voice(name)) for name in voices])
+    for recording in recordings:
+        assert recording.dtype == np.float32 and recording.ndim == 1
+        assert 0.8 < len(recording) / SAMPLING_RATE < 2.0
+        assert np.abs(recording).max() == pytest.approx(0.9, abs=1e-6)
+        loud = np.flatnonzero(np.abs(recording) > 0.02)
+        assert max(loud[0], len(recording) - loud[-1]) <= 800
+    assert len({recording.tobytes() for recording in recordings}) == len(voices)
+    assert not set(TRAINING_VOICES) & set(HELD_OUT_VOICES)
+
+
+def test_recordings_do_not_depend_on_the_past(synthesizer: EspeakSynthesizer) -> None:
+    """Would catch state that leaks from call to call, or noise seeded with the clock's seconds: shards could not be made again bit for bit."""
+    utterances = [Utterance(TEXT, Voice(name)) for name in TRAINING_VOICES + HELD_OUT_VOICES]
+    first = synthesizer.speak(utterances)
+    synthesizer.speak([Utterance("something else entirely", Voice("en-gb-x-rp", speed=1.5, pitch=1.4))])
+    time.sleep(1.1)
+    again = EspeakSynthesizer().speak(utterances)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_threads_take_turns(synthesizer: EspeakSynthesizer) -> None:
+    """Would catch two threads in the library at once, which mixes their recordings."""
+    calls = [[Utterance(TEXT, Voice(name))] for name in TRAINING_VOICES] * 2
+    alone = [synthesizer.speak(call)[0] for call in calls]
+    with ThreadPoolExecutor(4) as pool:
+        together = [result[0] for result in pool.map(synthesizer.speak, calls)]
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_speed_and_pitch(synthesizer: EspeakSynthesizer) -> None:
+    """Would catch parameters that are ignored."""
+    normal, fast, high = synthesizer.speak(
+        [Utterance(TEXT, Voice("en-us", speed, pitch)) for speed, pitch in ((1, 1), (1.5, 1), (1, 1.6))]
+    )
+    assert len(fast) < 0.8 * len(normal)
+    assert abs(len(high) - len(normal)) < 0.1 * len(normal) and not np.array_equal(high[:1000], normal[:1000])
+
+
+def test_the_longest_question_fits_the_quickstarts_window(synthesizer: EspeakSynthesizer) -> None:
+    """Would catch a phrasing or a voice that the tiny encoder (2.56 s) cannot hear to its end."""
+    texts = sorted((question.text for question in questions_about(all_problems())), key=len)[-6:]
+    recordings = synthesizer.speak(
+        [Utterance(text, Voice(name)) for text in texts for name in TRAINING_VOICES + HELD_OUT_VOICES]
+    )
+    assert max(map(len, recordings)) / SAMPLING_RATE <= 2.56
+
+
+@pytest.mark.parametrize(
+    ("utterance", "message"),
+    [
+        (Utterance(TEXT, Voice("xx-yy")), "no voice 'xx-yy'"),
+        (Utterance(TEXT, Voice("en-us+zzz")), "no variant 'zzz'"),
+        (Utterance(TEXT, Voice("en-us+../../lang/de")), "no variant"),
+        (Utterance(TEXT, Voice("en-us", speed=9)), "speed 9"),
+        (Utterance(TEXT, Voice("en-us", pitch=-1)), "pitch -1"),
+        (Utterance("  . ", Voice("en-us")), "nothing to say"),
+        (Utterance("", Voice("en-us")), "nothing to say"),
+    ],
+)
+def test_bad_input_is_named(synthesizer: EspeakSynthesizer, utterance: Utterance, message: str) -> None:
+    """Would catch espeak-ng's own habit of speaking with another voice, or of returning silence, without a word."""
+    with pytest.raises(CordError, match=message) as caught:
+        synthesizer.speak([utterance])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch an ImportError's traceback where the extra is not installed."""
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    with pytest.raises(CordError, match=r"pip install megatron_cord\[speech\]"):
+        EspeakSynthesizer()

@@ -1,0 +1,144 @@
+"""Alerts on synthetic histories: each kind is raised where it should be, and silent where a healthy run looks similar."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_cord.errors import CordError
+from megatron_cord.trainer.observability.alerts import AlertConfig, find_alerts
+
+STEPS = 200
+Curve = Callable[[float], float]
+
+
+def history(curves: Mapping[str, Curve] | None = None, steps: int = STEPS) -> list[dict[str, Any]]:
+    """A healthy run of `steps`, noise included, in which the named metrics follow these curves of the run's progress in [0, 1] instead."""
+    rng = np.random.default_rng(0)
+    healthy: dict[str, Curve] = {
+        "reward": lambda t: 0.4 + 0.5 * t,
+        "entropy": lambda t: 0.2 + 0.6 * math.exp(-3 * t),
+        "response_tokens": lambda t: 12 + 4 * t,
+        "truncated": lambda t: 0.02,
+        "repetition": lambda t: 0.05,
+        "groups_without_signal": lambda t: 3 + 2 * t,
+        "engine_logprob_difference": lambda t: 1e-3,
+    }
+    rows = []
+    for step in range(1, steps + 1):
+        values = {
+            name: max(curve(step / steps) * (1 + 0.15 * float(rng.normal())), 0.0)
+            for name, curve in (healthy | dict(curves or {})).items()
+        }
+        rows.append({"step": step, "groups": 8, "skipped": False} | values)
+    return rows
+
+
+def evaluations(*audio: float, text: float = 0.95, samples: int = 500) -> list[dict[str, Any]]:
+    return [
+        {"step": 50 * i, "samples": samples, "text_accuracy": text, "audio_accuracy": value}
+        for i, value in enumerate(audio)
+    ]
+
+
+def kinds(rows: list[dict[str, Any]], seen: list[dict[str, Any]] | None = None, **settings: Any) -> list[str]:
+    return [alert.kind for alert in find_alerts(rows, seen or [], AlertConfig(**settings))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "curves", "words"),
+    [
+        ("collapse", "reward_fall", {"reward": lambda t: 0.8 if t < 0.7 else 0.3}, "the reward fell from 0.8"),
+        ("collapse", "repetition", {"repetition": lambda t: 0.05 if t < 0.6 else 0.7}, r"% of a response's phrases are repetitions \(at first 5%\)"),
+        ("length explosion", "length_growth", {"response_tokens": lambda t: 12 * math.exp(2 * t)}, r"responses have \d+ tokens, at first 1\d"),
+        ("length explosion", "truncated", {"truncated": lambda t: 0.02 if t < 0.8 else 0.5}, "are cut at rollout.max_new_tokens, at first 2%"),
+        ("reward saturated", "silent_groups", {"groups_without_signal": lambda t: 4 if t < 0.5 else 8}, "of the groups .mean reward 0.8"),
+        ("entropy falling", "entropy_fall", {"entropy": lambda t: math.exp(-6 * t)}, "entropy fell from .* to 0.00"),
+        ("agreement drifting", "agreement_growth", {"engine_logprob_difference": lambda t: 1e-3 + 0.2 * t}, "differ by 0.1.* nats a token"),
+    ],
+)  # fmt: skip
+def test_each_is_raised_and_can_be_silenced(kind: str, setting: str, curves: dict[str, Curve], words: str) -> None:
+    """Catches a run that goes wrong without a word (a false negative), words without figures, and a setting that nobody reads."""
+    rows = history(curves)
+    (alert,) = find_alerts(rows, [], AlertConfig())
+    assert alert.kind == kind
+    assert re.search(words, alert.words), alert.words
+    assert kinds(rows, **{setting: None}) == []
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [
+        {},
+        {"reward": lambda t: 0.8 - 0.1 * t},  # a slow, small fall
+        {"reward": lambda t: 0.8 if t > 0.4 else 0.2},  # it has recovered
+        {"repetition": lambda t: 0.4},  # the task itself repeats: no change since the start
+        {"response_tokens": lambda t: 12 + 10 * t},  # longer, not twice as long
+        {"truncated": lambda t: 0.5},  # as at first
+        {"groups_without_signal": lambda t: 6 + t},  # most groups, not all
+        {"entropy": lambda t: 0.1 + 0.9 * math.exp(-6 * t)},  # a student that learns to be as sure as its teacher
+        {"engine_logprob_difference": lambda t: 1e-6 + 1e-3 * t},  # many times as much, but rounding
+        {"engine_logprob_difference": lambda t: 0.05},  # bf16: large from the start
+        {"reward": lambda t: -0.5 + 0.2 * t},  # a reward may be negative
+    ],
+)
+def test_a_healthy_run_is_left_alone(curves: dict[str, Curve]) -> None:
+    """Catches an alert at any moment of a run that only looks similar (a false positive)."""
+    rows = history(curves)
+    for step in range(0, STEPS + 1, 5):
+        assert find_alerts(rows[:step], [], AlertConfig()) == []
+
+
+def test_noise_alone_raises_nothing() -> None:
+    """Catches thresholds within the noise of few rewards: runs of 24 coin flips a step that never change, looked at every five steps."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        rows = [{"step": step, "reward": rng.binomial(24, 0.3) / 24} for step in range(1, 201)]
+        assert [kinds(rows[:step], reward_fall=0.05) for step in range(40, 201, 5)] == [[]] * 33
+
+
+def test_accuracy() -> None:
+    """Catches forgetting (text) that is missed, a fall within the error of few questions that alarms, and a first evaluation compared with itself."""
+    (alert,) = find_alerts([], evaluations(0.4, 0.8, 0.6), AlertConfig())
+    assert (alert.kind, alert.words) == ("collapse", "accuracy hearing fell from 80% (step 50) to 60%")
+    forgotten = evaluations(0.4, 0.8)
+    forgotten[-1]["text_accuracy"] = 0.7
+    assert "accuracy reading fell from 95% (step 0) to 70%" in find_alerts([], forgotten, AlertConfig())[0].words
+    for fine in ((), (0.4,), (0.4, 0.8, 0.75), (0.4, 0.8, 0.6, 0.85)):
+        assert kinds([], evaluations(*fine)) == []
+    assert kinds([], evaluations(0.8, 0.6, samples=10)) == []
+    assert kinds([], evaluations(0.8, 0.6), accuracy_fall=None) == []
+
+
+def test_a_collapse_says_all_that_speaks_for_it() -> None:
+    """Catches an entropy that fell together with the reward left unsaid: it is what tells a collapse from a bad judge."""
+    rows = history({"reward": lambda t: 0.8 if t < 0.7 else 0.1, "entropy": lambda t: 0.8 if t < 0.7 else 0.2})
+    (alert,) = find_alerts(rows, evaluations(0.8, 0.3), AlertConfig())
+    assert all(part in alert.words for part in ("the reward fell", "accuracy hearing fell", "entropy fell from 0."))
+
+
+def test_little_or_broken_history() -> None:
+    """Catches an alert before there is anything to compare with, and a division by nothing that was measured."""
+    rows = history({"reward": lambda t: 1.0 - t}, steps=39)
+    assert kinds(rows) == [] and kinds(rows, window=4) == ["collapse"]
+    broken = [
+        {"step": i, "reward": None, "entropy": math.nan, "groups": 0, "groups_without_signal": 0} for i in range(100)
+    ]
+    assert kinds(broken) == []
+    holes = [
+        row if row["step"] % 3 else {"step": row["step"]}
+        for row in history({"reward": lambda t: 0.8 if t < 0.6 else 0.2})
+    ]
+    assert kinds(holes) == ["collapse"]
+
+
+@pytest.mark.parametrize("wrong", [{"window": 1}, {"reward_fall": 0.0}, {"silent_groups": 1.5}, {"length_growth": 1.0}])
+def test_thresholds_that_cannot_be(wrong: dict[str, Any]) -> None:
+    """Catches a threshold that always or never holds."""
+    with pytest.raises(CordError, match=f"alerts.{next(iter(wrong))}"):
+        AlertConfig(**wrong)

@@ -1,0 +1,125 @@
+"""The objective's choices that reach the loss: every divergence, every implementation, composed token weights, hidden states on the host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_cord.data.samples import Prompt
+from megatron_cord.errors import CordError
+from megatron_cord.losses import LossWeights, divergence, divergence_from_hidden, token_weights
+from megatron_cord.model.lalm import ModelInput
+from megatron_cord.rollout.types import Rollout
+from megatron_cord.trainer.step import objective, teacher
+from megatron_cord.trainer.step.batches import Microbatch, Rows, TrainingSequence
+from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig, microbatch_loss
+
+
+def batch_of(lengths: list[int]) -> Microbatch:
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(lengths)
+    nothing = ModelInput(torch.zeros(1, 1, dtype=torch.int64), None, None, ())
+    rollout = Rollout("s", (), (), "stop", (), "")
+    return Microbatch(
+        student=nothing,
+        student_rows=Rows(torch.arange(tokens), None),
+        teacher=nothing,
+        teacher_rows=Rows(torch.arange(tokens), None),
+        target_ids=torch.randint(0, 11, (tokens,), generator=generator),
+        positions=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        engine_logprobs=torch.zeros(tokens),
+        advantages=torch.zeros(len(lengths)),
+        sequences=tuple(TrainingSequence(Prompt("s", ()), None, rollout, True, 0.0, i) for i in range(len(lengths))),
+    )
+
+
+@pytest.mark.parametrize("implementation", ["auto", "late", "fused", "recompute"])
+@pytest.mark.parametrize(
+    "options", [{"divergence": "jsd", "jsd_beta": 0.3}, {"divergence": "topk", "vocabulary_top_k": 3}]
+)
+def test_divergence_and_weights_reach_the_loss(options: dict[str, Any], implementation: Any) -> None:
+    """Catches a constant of the configuration that the loss never sees."""
+    batch = batch_of([4, 2])
+    hidden, weight, other = torch.randn(3, 16, 6, generator=torch.Generator().manual_seed(1)).unbind(0)
+    config = ObjectiveConfig(
+        **options,
+        token_weights="remaining*position",
+        gamma=0.7,
+        beta=1.5,
+        policy_gradient=False,
+        implementation=implementation,
+    )
+    leaf = hidden[:6].clone().requires_grad_()
+    loss = microbatch_loss(config, GlobalCounts(2, 1), batch, leaf, weight, other[:6], weight, 11, None)
+    kind = {"kind": options["divergence"], "beta": 0.3, "k": 3}
+    stats = divergence_from_hidden(hidden[:6], weight, other[:6], weight, batch.target_ids, vocab_size=11, **kind)
+    weights = token_weights(stats.kl, batch.cu_seqlens, config.weighting)
+    torch.testing.assert_close(loss.token.detach(), (weights * stats.kl).sum() / 2)
+    assert config.weighting.gamma == 0.7 and config.weighting.names == ("remaining", "position")
+    loss.token.backward()
+    assert leaf.grad is not None and leaf.grad.abs().sum() > 0
+
+
+def test_gradients_do_not_depend_on_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a promise that is not what the loss asks: CORD's weights and the policy gradient, chunk by chunk, with an empty response."""
+    monkeypatch.setattr(
+        divergence, "CHUNK_ELEMENTS", {"cpu": 3 * 16}
+    )  # chunks of at most 3 tokens, or of one longer response
+    batch = replace(batch_of([4, 0, 2, 1]), advantages=torch.tensor([0.5, 0.0, -1.0, 0.5]))
+    hidden, weight, other = torch.randn(3, 16, 6, generator=torch.Generator().manual_seed(1)).unbind(0)
+    calls, promised = [], objective._promised
+
+    def noted(*arguments: Any) -> LossWeights:
+        calls.append(arguments[-1])
+        return promised(*arguments)
+
+    monkeypatch.setattr(objective, "_promised", noted)
+    gradients = {}
+    for implementation in ("late", "recompute", "fused", "auto"):
+        config = ObjectiveConfig(implementation=implementation)  # type: ignore[arg-type]
+        leaves = hidden[:7].clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = microbatch_loss(config, GlobalCounts(4, 3), batch, leaves[0], leaves[1], other[:7], other, 11, None)
+        (8.0 * (loss.token + loss.sequence)).backward()  # scaled, as the pipeline schedule does
+        gradients[implementation] = [leaf.grad for leaf in leaves]
+        assert len(calls) == {"late": 0, "recompute": 0, "fused": 2, "auto": 4}[implementation]
+    assert [part.advantages.tolist() for part in calls[:2]] == [[0.5, 0.0], [0.0, -1.0, 0.5]]
+    for others in gradients.values():
+        for gradient, reference in zip(others, gradients["late"], strict=True):
+            assert gradient is not None and reference is not None and reference.abs().sum() > 0
+            torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_the_backend_reaches_the_loss() -> None:
+    """Catches a configuration key that nothing reads."""
+    hidden = torch.zeros(6, 6)
+    for with_teacher in (hidden, None):
+        with pytest.raises(CordError, match="backend triton"):
+            config = ObjectiveConfig(backend="triton")
+            microbatch_loss(
+                config,
+                GlobalCounts(2, 1),
+                batch_of([4, 2]),
+                hidden,
+                torch.zeros(16, 6),
+                with_teacher,
+                torch.zeros(16, 6),
+                11,
+                None,
+            )
+
+
+def test_unknown_token_weights_are_refused() -> None:
+    """Catches a misspelt factor that only fails when the first step is trained."""
+    with pytest.raises(CordError, match="token weights 'entropie' are unknown"):
+        ObjectiveConfig(token_weights="cord*entropie")
+
+
+def test_hidden_states_survive_the_way_to_the_host() -> None:
+    """Catches a copy of another type or order."""
+    rows = torch.randn(5, 3, dtype=torch.float64).to(torch.bfloat16).T
+    copied = teacher._on_host(rows)
+    assert torch.equal(copied, rows) and copied.device.type == "cpu" and copied.dtype == torch.bfloat16

@@ -1,0 +1,123 @@
+"""Whole asynchronous runs: what is the same as synchronously, on more ranks, and after a stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch.distributed as dist
+
+from megatron_cord.config.loading import load_config
+from megatron_cord.errors import CordError
+from megatron_cord.rollout.rollout_file import record_files
+from megatron_cord.train import train
+from megatron_cord.trainer.config import RunConfig
+from tests.gloo import run_ranks
+from tests.tiny_run import finish, losses, metrics, overrides, start, write_inputs
+from tests.trainer.test_train import alone, join, stop_after
+
+ASYNC = "rollout.schedule=async"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def one(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An asynchronous run on one rank."""
+    return alone(inputs, tmp_path_factory.mktemp("one") / "run", ASYNC, "checkpoint.keep=0")
+
+
+def versions(run: Path) -> list[set[int]]:
+    """Which versions made the tokens of each step."""
+    files = record_files(run / "rollouts").values()
+    return [
+        {span["version"] for spans in pq.read_table(file)["versions"].to_pylist() for span in spans} for file in files
+    ]
+
+
+def test_no_staleness_is_the_synchronous_run(inputs: Path, one: Path, tmp_path: Path) -> None:
+    """Catches a schedule that changes what is drawn or trained, and one that is never ahead."""
+    fresh = alone(inputs, tmp_path / "fresh", ASYNC, "rollout.max_staleness=0", "checkpoint.interval=0")
+    assert losses(fresh) == losses(alone(inputs, tmp_path / "sync", "checkpoint.interval=0"))
+    assert (
+        versions(one) == [{0}, {0}, {1}, {2}, {3}]
+        and losses(one)[0] == losses(fresh)[0]
+        and losses(one)[1] != losses(fresh)[1]
+    )
+    assert [line["staleness"] for line in metrics(one)] == [0, 1, 1, 1, 1]
+    assert "engine_logprob_difference" in metrics(one)[0] and "engine_logprob_difference" not in metrics(one)[1]
+    evaluation = json.loads((one / "evaluations" / "step_000005.json").read_text())
+    assert evaluation["engine_logprob_difference_max"] < 1e-4
+
+
+def test_a_resumed_run_is_the_same(inputs: Path, one: Path, tmp_path: Path) -> None:
+    """Catches responses ahead that are generated again with newer weights, and a resumed synchronous run that takes them up."""
+    assert losses(alone(inputs, stop_after(2, one, tmp_path / "again"), ASYNC)) == losses(one)
+    changed = alone(inputs, stop_after(2, one, tmp_path / "changed"))
+    assert versions(changed)[2:] == [{2}, {3}, {4}]
+
+
+@pytest.mark.parametrize("on_exchange", ["continue", "restart"])
+def test_unfinished_responses(inputs: Path, tmp_path: Path, on_exchange: str) -> None:
+    """Catches deadlocks between generation and exchange, and tokens that are older than allowed."""
+    run = alone(
+        inputs,
+        tmp_path / "run",
+        ASYNC,
+        f"rollout.on_exchange={on_exchange}",
+        "rollout.max_new_tokens=40",
+        "checkpoint.interval=2",
+    )
+    assert len(losses(run)) == 5
+    assert all(step - 1 <= version <= step for step, made in enumerate(versions(run)) for version in made if step)
+
+
+def two_ranks(rank: int, inputs: str, output: str) -> None:
+    dist.destroy_process_group()
+    join(rank, Path(output).with_suffix(".store"))
+    train(load_config(RunConfig, None, overrides(Path(inputs), Path(output), ASYNC)))
+    join(rank, Path(output).with_suffix(".after"))
+
+
+def test_two_data_parallel_ranks_are_the_same_run(inputs: Path, one: Path, tmp_path: Path) -> None:
+    """Catches collectives from the thread that generates, and shares that are mixed up."""
+    run_ranks(two_ranks, 2, str(inputs), str(tmp_path / "run"))
+    assert versions(tmp_path / "run") == versions(one)
+    for got, wanted in zip(losses(tmp_path / "run"), losses(one), strict=True):
+        assert got == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_killed_run_ends_like_one_that_was_not(inputs: Path, one: Path, tmp_path: Path) -> None:
+    """Catches checkpoints without what was generated ahead."""
+    output = tmp_path / "run"
+    settings = overrides(inputs, output, ASYNC, "checkpoint.interval=1", "checkpoint.keep=3", "train.steps=5")
+    process = start(settings, ranks=1)
+    deadline = time.monotonic() + 120
+    try:
+        while (
+            not (output / "checkpoints" / "step_000002").exists()
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+    finish(process)
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    status, errors = finish(start(settings, ranks=1))
+    assert status == 0 and "resuming after step" in errors
+    assert losses(output) == losses(one)
+
+
+def test_an_engine_that_disagrees_stops_the_run(inputs: Path, tmp_path: Path) -> None:
+    """Catches a limit that is never checked."""
+    with pytest.raises(CordError, match=r"evaluation of step 0: trainer and engine differ .*agreement_limit is 1e-12"):
+        alone(inputs, tmp_path / "run", "rollout.agreement_limit=1e-12")

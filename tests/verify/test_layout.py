@@ -1,0 +1,183 @@
+"""Layouts on real gloo ranks against one rank in float64, by the check that users run; and the check itself."""
+
+from __future__ import annotations
+
+import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
+
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_cord.config.loading import load_config
+from megatron_cord.errors import CordError
+from megatron_cord.parallel.layout import finalize, initialize
+from megatron_cord.trainer.model_setup import build_student
+from megatron_cord.trainer.step.optimizer import build_optimizer, release, wrap_model
+from megatron_cord.verify import layout as verify_layout
+from megatron_cord.verify.layout import Row, VerifyLayoutConfig, compare, run_step
+from megatron_cord.verify.layout_reference import make_checkpoint
+from tests.gloo import run_ranks
+
+ROOT = Path(__file__).parents[2]
+PACKED, SP = "train.packing=packed", "parallel.sequence_parallel=true"
+TWO_RANKS = {
+    "tp2 sp": ["parallel.tp=2", SP],
+    "pp2": ["parallel.pp=2"],
+    "cp2": ["parallel.cp=2"],
+    "dp2 packed": [PACKED],
+    "tp2 sp packed, frozen encoder": ["parallel.tp=2", SP, PACKED, "model.freeze=[audio_encoder]"],
+    "cp2 packed, recomputed": ["parallel.cp=2", PACKED, "model.recompute=[audio_encoder, language_model]"],
+}
+MORE_ON_TWO_RANKS = {
+    "tp2": ["parallel.tp=2"],
+    "dp2": [],
+    "dp2, ordinary optimizer": ["optimizer.distributed=false"],
+    "dp2, overlapped": ["optimizer.overlap_communication=true"],
+    "pp2 packed, frozen language model": ["parallel.pp=2", PACKED, "model.freeze=[language_model]"],
+    "cp2, only the adapter": ["parallel.cp=2", "model.freeze=[audio_encoder, language_model]"],
+    "cp2 packed, one long microbatch": ["parallel.cp=2", PACKED, "train.tokens_per_microbatch=4096"],
+    "tp2, recomputed": ["parallel.tp=2", "model.recompute=[audio_encoder, language_model]"],
+    "tp2, recomputed selectively": [
+        "parallel.tp=2",
+        "model.recompute=[audio_encoder, language_model]",
+        "model.recompute_granularity=selective",
+    ],
+    "tp2 in bfloat16": ["parallel.tp=2", "model.dtype=bfloat16"],
+    "dp2 in bfloat16": ["model.dtype=bfloat16"],
+}
+FOUR_RANKS = {
+    "tp4 sp packed": ["parallel.tp=4", SP, PACKED],
+    "tp4": ["parallel.tp=4"],
+    "pp4": ["parallel.pp=4"],
+    "pp4 packed": ["parallel.pp=4", PACKED],
+    "cp4 packed": ["parallel.cp=4", PACKED],
+    "dp4, ranks without sequences": ["sizes.sequences=3"],
+    "dp4, ranks without sequences, overlapped": ["sizes.sequences=3", "optimizer.overlap_communication=true"],
+    "tp2 pp2": ["parallel.tp=2", "parallel.pp=2"],
+    "tp2 pp2 sp packed, overlapped": [
+        "parallel.tp=2",
+        "parallel.pp=2",
+        SP,
+        PACKED,
+        "optimizer.overlap_communication=true",
+    ],
+    "tp2 cp2": ["parallel.tp=2", "parallel.cp=2"],
+    "tp2 cp2 sp packed": ["parallel.tp=2", "parallel.cp=2", SP, PACKED],
+    "pp2 cp2 packed": ["parallel.pp=2", "parallel.cp=2", PACKED],
+    "cp2 dp2 packed, overlapped": ["parallel.cp=2", PACKED, "optimizer.overlap_communication=true"],
+    "tp2 dp2, frozen encoder": ["parallel.tp=2", "model.freeze=[audio_encoder]"],
+}
+
+
+def run_cases(_rank: int, cases: dict[str, list[str]]) -> dict[str, list[Row]]:
+    """What the check finds of each case."""
+    found = {}
+    for name, overrides in cases.items():
+        config = load_config(VerifyLayoutConfig, None, overrides)
+        layout = initialize(config.parallel, config.seed)
+        found[name] = compare(*run_step(config, layout), config.model.dtype)
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def check(rows: list[Row]) -> None:
+    assert sum(row.name.startswith("gradient") for row in rows) > 1
+    assert sum(row.name.startswith("weight") for row in rows) > 80
+    assert not [row for row in rows if not row.passed]
+
+
+@cache
+def on_ranks(ranks: int, slow: bool) -> dict[str, list[Row]]:
+    cases = FOUR_RANKS if ranks == 4 else MORE_ON_TWO_RANKS if slow else TWO_RANKS
+    return run_ranks(run_cases, ranks, cases)[0]
+
+
+@pytest.mark.parametrize("case", TWO_RANKS)
+def test_two_ranks(case: str) -> None:
+    """Catches a loss, a gradient or a weight after the step that is another one under this layout."""
+    check(on_ranks(2, slow=False)[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_ON_TWO_RANKS)
+def test_more_on_two_ranks(case: str) -> None:
+    """Catches the same for precision, frozen parts, recomputation and the ways to reduce gradients."""
+    check(on_ranks(2, slow=True)[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FOUR_RANKS)
+def test_four_ranks(case: str) -> None:
+    """Catches the same where two kinds of parallelism meet, and on ranks that have nothing to train on."""
+    check(on_ranks(4, slow=True)[case])
+
+
+def test_as_a_user_starts_it() -> None:
+    """Catches a command that does not start, or checks another layout than the one asked for."""
+    arguments = ["-m", "megatron_cord.launch", "--nproc-per-node", "2", "-m", "megatron_cord.verify", "layout"]
+    command = [sys.executable, *arguments, "parallel.tp=2", "sizes.layers=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "TP=2 PP=1 CP=1 DP=1" in done.stdout and "agree with one rank in float64" in done.stdout
+
+
+def test_a_wrong_gradient_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a check that passes whatever it sees: half of a gradient, and a step that is left out, must each give status 1."""
+    small = ["sizes.layers=1", "sizes.encoder_layers=1", "sizes.sequences=3"]
+    whole = verify_layout.whole_gradients
+    monkeypatch.setattr(
+        verify_layout,
+        "whole_gradients",
+        lambda model: {n: g * (0.5 if "conv1" in n else 1.0) for n, g in whole(model).items()},
+    )
+    assert verify_layout.verify_layout(small) == 1
+    printed = capsys.readouterr().out
+    assert "2 of" in printed and "FAIL" in printed and "gradient of audio_tower.conv1.weight" in printed
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        "megatron_cord.trainer.step.step.gradients_are_finite", lambda _model: False
+    )  # the update is skipped
+    assert verify_layout.verify_layout(small) == 1
+    assert "weight of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wrong"),
+    [
+        (["parallel.virtual_pp=2", "parallel.pp=2"], "interleaved"),
+        (["parallel.cp=0"], "at least 1"),
+        (["model.checkpoint=x"], "its own small model"),
+    ],
+)
+def test_refusals(overrides: list[str], wrong: str) -> None:
+    """Catches a setting that is not built, or makes no sense, and is silently dropped."""
+    with pytest.raises(CordError, match=wrong):
+        load_config(VerifyLayoutConfig, None, overrides)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_frozen_parts_cost_nothing(dtype: str, tmp_path: Path) -> None:
+    """Catches a frozen tensor in a gradient buffer or with optimizer state, and gradients that are summed in less than fp32."""
+    config = load_config(VerifyLayoutConfig, None, [f"model.dtype={dtype}", "model.freeze=[audio_encoder]"])
+    layout = initialize(config.parallel, config.seed)
+    try:
+        make_checkpoint(tmp_path, config.sizes, config.seed)
+        model = build_student(replace(config.model, checkpoint=str(tmp_path)), layout)
+        wrapped = wrap_model(config.optimizer, model)
+        optimizer, _ = build_optimizer(config.optimizer, wrapped, steps=2)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        reduced = [p for buffer in wrapped.buffers for p in buffer.params]
+        assert 0 < trained < sum(p.numel() for p in model.parameters())
+        assert sum(p.numel() for p in reduced) == trained and all(p.requires_grad for p in reduced)
+        assert {buffer.grad_data.dtype for buffer in wrapped.buffers} == {torch.float32}
+        updated = [p for group in optimizer.param_groups for p in group["params"]]
+        assert sum(p.numel() for p in updated) == trained and {p.dtype for p in updated} == {torch.float32}
+        release(wrapped)
+    finally:
+        finalize()
