@@ -1,0 +1,67 @@
+"""Files that are whole or absent, and digests of what they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path | str, *, sync: bool = False) -> Iterator[IO[bytes]]:
+    """Open a hidden file beside `path` that takes its name when the block ends, and is removed when the block raises.
+
+    Readers see the old content or the new one, whole. Directories that lack are made.
+
+    Args:
+        path: the file to write or replace.
+        sync: force the content to the disk before it takes the name, for what must survive a loss of power.
+
+    Raises:
+        OSError: the directory cannot be made or written to.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_atomic(path: Path | str, content: str | bytes, *, sync: bool = False) -> None:
+    """Write `content`, text in UTF-8, as `atomic_file` does."""
+    with atomic_file(path, sync=sync) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def write_json(path: Path | str, value: Any, *, sync: bool = False) -> None:
+    """Write `value` as indented JSON in UTF-8, as `atomic_file` does."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", sync=sync)
+
+
+def file_digest(path: Path | str) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(parts: Iterable[str | int]) -> str:
+    """Return 16 hexadecimal digits that stand for these parts in their order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = str(part).encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    return digest.hexdigest()[:16]
