@@ -15,8 +15,8 @@ import megatron_cord
 PACKAGE = Path(megatron_cord.__file__).parent
 #: The rooms, top to bottom, as docs/architecture.md draws them: a room imports those below it alone.
 ROOMS = (
-    "cli", "train", "evaluate", "launch", "verify", "compare", "report", "plan", "trainer", "evaluation", "rollout", "reward", "speech", "data",
-    "convert", "model", "losses", "parallel", "config", "runtime", "errors",
+    "cli", "train", "evaluate", "launch", "verify", "compare", "report", "plan", "trainer", "evaluation", "rollout",
+    "reward", "speech", "data", "convert", "model", "losses", "parallel", "config", "runtime", "errors",
 )  # fmt: skip
 
 Graph = Mapping[str, Iterable[str]]
@@ -41,12 +41,22 @@ def find_circle(graph: Graph) -> list[str] | None:
 
 
 @functools.cache
-def imports() -> dict[str, set[str]]:
-    """Return for each module of the package the modules of it that its source names in an import, at any depth of the file."""
-    sources = {
+def _sources() -> dict[str, Path]:
+    return {
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
         for path in PACKAGE.rglob("*.py")
     }
+
+
+def source_of(module: str) -> Path:
+    """Return the file of a module."""
+    return _sources()[module]
+
+
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """Return for each module of the package those that its source names in an import, at any depth of the file."""
+    sources = _sources()
     found: dict[str, set[str]] = {name: set() for name in sources}
     for name, path in sources.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -96,7 +106,7 @@ def test_rooms_import_only_what_is_below_them() -> None:
 
 @pytest.mark.parametrize("package", packages())
 def test_no_circle_inside_a_room(package: str) -> None:
-    """Catches two files, or two sub-rooms, that import each other, directly or through others, for types alone included."""
+    """Catches two files, or two sub-rooms, that import each other, directly or not, for types alone too."""
     assert (circle := find_circle(collapsed(package))) is None, " → ".join(circle or ())
 
 

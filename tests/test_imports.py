@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import pkgutil
@@ -9,14 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import megatron_cord
+from tests.test_architecture import imports, source_of
 
 #: What the interpreter of a server imports, which has SGLang and lacks the project.
 OF_SERVERS = ("megatron_cord.rollout.sglang.plugin.", "megatron_cord.model.families.step_audio_2.sglang_model")
-# Forks after the slow packages are imported, which know nothing of the project, and before Megatron-Core is, whose place in the order matters.
+# Forks after the slow packages are imported, which know nothing of the project, and before Megatron-Core is, whose
+# place in the order matters.
 IMPORT_EACH = """
 import importlib, json, os, sys, traceback
-import einops, math_verify, matplotlib.pyplot, psutil, rich.progress, torch._dynamo, torch._inductor.utils, torch.distributed.checkpoint
+import einops, math_verify, matplotlib.pyplot, psutil, rich.progress, torch._dynamo, torch._inductor.utils
+import torch.distributed.checkpoint
 import torch.distributed.tensor.experimental, torch.utils.cpp_extension, torch.utils.tensorboard
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 assert not any(name.startswith("megatron") for name in sys.modules)
@@ -39,14 +45,88 @@ print(json.dumps(problems))
 """
 
 
-def test_each_module_can_be_the_first() -> None:
-    """Catches imports that only work in the entry points' order: cycles, and megatron.core before what makes it usable without CUDA."""
+def modules() -> list[str]:
+    """Return the names of all modules that the trainer's interpreter can import."""
     found = [module.name for module in pkgutil.walk_packages(megatron_cord.__path__, "megatron_cord.")]
-    names = [name for name in found if not name.startswith(OF_SERVERS)]
-    assert "megatron_cord.trainer.step.step" in names and "megatron_cord.rollout" in names
+    return [name for name in found if not name.startswith(OF_SERVERS)]
+
+
+def problems_of(names: list[str]) -> dict[str, str]:
+    """Import each of these modules in a fresh process; return the tracebacks by name."""
     environment = os.environ | {"PYTHONPATH": str(Path(megatron_cord.__file__).parents[1])}
     command = [sys.executable, "-W", "ignore", "-c", IMPORT_EACH, *names]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    problems = json.loads(done.stdout)
+    problems: dict[str, str] = json.loads(done.stdout)
+    return problems
+
+
+@pytest.mark.slow
+def test_each_module_can_be_the_first() -> None:
+    """Catches imports that only work in the entry points' order.
+
+    Without circles (`test_architecture.py`) such an order can only be that of megatron.core and what makes it usable
+    without CUDA, which `test_megatron_core_is_imported_after_the_portability_layer` finds in the source; this is the
+    proof by trying.
+    """
+    names = modules()
+    assert "megatron_cord.trainer.step.step" in names and "megatron_cord.rollout" in names
+    problems = problems_of(names)
     assert not problems, "\n".join(f"{name}:\n{problem}" for name, problem in problems.items())
+
+
+def test_pages_and_users_of_megatron_core_can_be_the_first() -> None:
+    """Catches a page or a room whose import fails in a fresh process; one module a room stands for it."""
+    names = [
+        "megatron_cord.train",
+        "megatron_cord.evaluate",
+        "megatron_cord.convert.comparison",
+        "megatron_cord.model.lalm",
+    ]
+    problems = problems_of(names)
+    assert not problems, "\n".join(f"{name}:\n{problem}" for name, problem in problems.items())
+
+
+def test_megatron_core_is_imported_after_the_portability_layer() -> None:
+    """Catches a module that imports megatron.core though no package around it imports megatron_cord.parallel first."""
+    graph = imports()
+
+    def runs(module: str) -> set[str]:
+        """Return what an import of the module runs: the packages around it, and what they and it name."""
+        done, waiting = set[str](), [module]
+        while waiting:
+            name = waiting.pop()
+            if name not in done:
+                done.add(name)
+                waiting += [*packages_around(name), *graph[name]]
+        return done
+
+    users = [(name, earlier) for name in graph if (earlier := imported_before_megatron(name)) is not None]
+    assert len(users) > 10
+    for name, earlier in users:
+        first = set[str]().union(*(runs(module) for module in [*packages_around(name), *earlier] if module in graph))
+        assert "megatron_cord.parallel" in first, (
+            f"{name} imports megatron.core before megatron_cord.parallel: import that in its package's __init__"
+        )
+
+
+def packages_around(module: str) -> list[str]:
+    """Return the packages that an import of the module runs before it."""
+    parts = module.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def imported_before_megatron(module: str) -> list[str] | None:
+    """Return what the file imports before its first import of megatron.core; None if it has none outside functions."""
+    before: list[str] = []
+    for node in ast.parse(source_of(module).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            named = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            named = [alias.name for alias in node.names]
+        else:
+            continue
+        if any(name == "megatron" or name.startswith("megatron.") for name in named):
+            return before
+        before += named
+    return None
