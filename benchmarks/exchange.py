@@ -33,13 +33,15 @@ from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfig, SglangServer, check_version
-from megatron_cord.rollout.sglang.weight_sync import Endpoint, ExchangeConfig, ExchangeReport, ModelWeights
-from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, TensorSpec, plan_buckets
+from megatron_cord.rollout.sglang.weight_sync import Endpoint, ExchangeConfig, ExchangeReport
+from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, plan_buckets
 from megatron_cord.rollout.sglang.weight_sync.process_group import ProcessGroupWay
 from megatron_cord.rollout.sglang.weight_sync.served import served_specs
 from megatron_cord.rollout.sglang.weight_sync.shared_memory import SharedMemoryWay
 from megatron_cord.rollout.sglang.weight_sync.transport import Way
 from megatron_cord.rollout.sglang.weight_sync.weight_sync import WeightExchange, build_exchange
+from megatron_cord.rollout.types import TensorSpec
+from megatron_cord.rollout.weights import ShardedModelWeights
 from megatron_cord.runtime.entry import Parser, run
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +82,7 @@ def write_model(directory: Path, sizes: Sizes) -> None:
 
 
 def measure(
-    way: str, source: ModelWeights, checkpoint: Path, server: Endpoint, rounds: int, bucket_bytes: int
+    way: str, source: ShardedModelWeights, checkpoint: Path, server: Endpoint, rounds: int, bucket_bytes: int
 ) -> dict[str, Any]:
     """One way: the exchange, the plain transfer and tensor by tensor in turns."""
     config = ExchangeConfig(way=way, bucket_bytes=bucket_bytes)  # type: ignore[arg-type]
@@ -134,7 +136,7 @@ def measure_model(sizes: Sizes, layout: Layout, python: Path, rounds: int, bucke
             read_into(model, checkpoint)
             server.wait()
             ways = {
-                way: measure(way, ModelWeights(model), checkpoint, server.endpoint, rounds, bucket_bytes)
+                way: measure(way, ShardedModelWeights(model), checkpoint, server.endpoint, rounds, bucket_bytes)
                 for way in WAYS
             }
             return {**ways, "load_average": round(os.getloadavg()[0], 1)}

@@ -19,7 +19,6 @@ import torch
 import megatron_cord.trainer.step.step as step_module
 from benchmarks.train_setting import Clock, Setting
 from megatron_cord.config.loading import load_config
-from megatron_cord.convert import export_tensors
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Sample
 from megatron_cord.model.families import load_architecture
@@ -30,6 +29,7 @@ from megatron_cord.plan.speed import train_flops
 from megatron_cord.plan.work import Work
 from megatron_cord.rollout.local.engine import LocalEngine, LocalEngineConfig
 from megatron_cord.rollout.types import GenerationRequest
+from megatron_cord.rollout.weights import ShardedModelWeights
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.step.batches import TrainingSequence
@@ -101,7 +101,7 @@ def main() -> None:
         with clock.phase("student"):
             result = train(sequences, [])
         with clock.phase("exchange"):
-            engine.update_weights(export_tensors(student, select=lambda parameter: parameter.requires_grad), step + 1)
+            engine.update_weights(ShardedModelWeights(student), step + 1)
         if step == 0:
             divergence = result.metrics["kl"]
         responses += sum(len(r.token_ids) for r in rollouts)

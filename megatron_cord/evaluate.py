@@ -29,8 +29,8 @@ from megatron_cord.evaluation.suite import Suite
 from megatron_cord.parallel.layout import Layout, finalize, initialize
 from megatron_cord.reward import Judge
 from megatron_cord.rollout.engines import build_engine
-from megatron_cord.rollout.sglang.weight_sync import ModelWeights
 from megatron_cord.rollout.types import RolloutEngine
+from megatron_cord.rollout.weights import ShardedModelWeights
 from megatron_cord.runtime import entry
 from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints, load_weights
 from megatron_cord.trainer.config import RunConfig
@@ -111,7 +111,7 @@ def _load(config: RunConfig, layout: Layout, engine: RolloutEngine) -> tuple[str
         )
     model = build_student(replace(config.model, freeze=()), layout)  # all weights: the checkpoint may be of another run
     step = load_weights(path, model)
-    engine.update_weights(ModelWeights(model), step)
+    engine.update_weights(ShardedModelWeights(model), step)
     return path.resolve().name, _fingerprint(path), step
 
 

@@ -5,16 +5,15 @@ Every rank holds the same engine weights, so the shares are cut over all ranks, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.rollout.capabilities import Recoverable
-from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine, rollout_from_json
+from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine, WeightSource, rollout_from_json
 
 _ROUNDS_IN_VAIN = 3  #: recoveries without a single response more
 
@@ -92,9 +91,9 @@ class CollectiveEngine:
         shares = all_gather_json([asdict(rollout) for rollout in mine])
         return [rollout_from_json(shares[i % world][i // world]) for i in range(count)]
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Every rank passes its own `ModelWeights`, or the full tensors."""
-        self.engine.update_weights(tensors, version)
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """Pass each rank's source on to its engine."""
+        self.engine.update_weights(source, version)
 
     def close(self) -> None:
         """Closes this rank's engine."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_cord.data.samples import Prompt
@@ -77,6 +79,51 @@ def rollout_from_json(plain: dict[str, Any]) -> Rollout:
     )
 
 
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and dtype of a tensor that is not there yet.
+
+    Attributes:
+        name: as published on Hugging Face.
+        shape: sizes of the whole tensor.
+        dtype: of its elements.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class WeightSource(Protocol):
+    """The trainer's weights as engines take them: whole tensors under their published names, first as specs, then as a stream.
+
+    ``full`` selects all tensors; otherwise those that training changes. Both methods are collective over the ranks of one
+    replica of the model, which all consume the same tensors in the same order.
+    """
+
+    @property
+    def in_main_replica(self) -> bool:
+        """Whether this rank belongs to the replica of rank 0, the only one that is read where rank 0 sends weights to servers."""
+        ...
+
+    def specs(self, *, full: bool) -> list[TensorSpec]:
+        """Return what `tensors` will yield, in its order."""
+        ...
+
+    def tensors(self, *, full: bool, in_pieces: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor); every rank of the replica must consume the whole iterator.
+
+        With ``in_pieces`` a tensor may have a dimension more than its spec, [pieces, rows of a piece, ...], its rows being
+        those of all pieces: a view where the whole tensor would be a copy.
+        """
+        ...
+
+
 class RolloutEngine(Protocol):
     """Generates from the weights it was last given."""
 
@@ -84,10 +131,10 @@ class RolloutEngine(Protocol):
         """One rollout a request, in the requests' order."""
         ...
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Takes tensors under their Hugging Face names; names that are left out keep their values.
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """Take the source's trained tensors; the others keep their values. All ranks together.
 
-        The weights count as ``version`` only once the whole iterable was consumed.
+        The weights count as ``version`` only once all tensors were taken.
         """
         ...
 

@@ -24,7 +24,7 @@ from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.reward import build_rewards
 from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.schedule import Schedule
-from megatron_cord.rollout.sglang.weight_sync import ModelWeights
+from megatron_cord.rollout.weights import ShardedModelWeights
 from megatron_cord.runtime.entry import STOPPED
 from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
 from megatron_cord.trainer.checkpoint.directory import check_whole
@@ -312,7 +312,7 @@ class Run:
                 (self.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
     def _update_engine(self) -> None:
-        self.engine.update_weights(ModelWeights(self.model.module), self.progress.step)
+        self.engine.update_weights(ShardedModelWeights(self.model.module), self.progress.step)
 
     def _prepare_answers(self) -> None:
         """A frozen teacher answers what the run will ask of it: the prompts of L_seq, or all of an off-policy run."""

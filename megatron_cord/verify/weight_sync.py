@@ -37,11 +37,11 @@ from megatron_cord.rollout.sglang.weight_sync import (
     Endpoint,
     ExchangeConfig,
     ExchangeReport,
-    ModelWeights,
     ServerError,
     build_exchange,
 )
 from megatron_cord.rollout.sglang.weight_sync.sessions import differing
+from megatron_cord.rollout.weights import ShardedModelWeights
 
 _SHARD_BYTES = 5_000_000_000
 
@@ -115,7 +115,7 @@ def run_checks(config: VerifyExchangeConfig, layout: Layout, work: Path) -> list
     """All ways; the list is rank 0's, other ranks get an empty one."""
     dtype = getattr(torch, config.dtype)
     model = changed_model(config.checkpoint, layout, dtype)
-    source = ModelWeights(model)
+    source = ShardedModelWeights(model)
     export = work / "export"
     _write(model, source, Path(config.checkpoint), export, dtype)
     checks: list[Check] = []
@@ -169,7 +169,7 @@ def _check(
     config: VerifyExchangeConfig,
     way: str,
     number: int,
-    source: ModelWeights,
+    source: ShardedModelWeights,
     servers: list[Endpoint],
     wanted: Wanted | None,
     dtype: torch.dtype,
@@ -211,9 +211,9 @@ def changed_model(checkpoint: str, layout: Layout, dtype: torch.dtype) -> LALM:
     return model
 
 
-def _write(model: LALM, source: ModelWeights, checkpoint: Path, target: Path, dtype: torch.dtype) -> None:
+def _write(model: LALM, source: ShardedModelWeights, checkpoint: Path, target: Path, dtype: torch.dtype) -> None:
     """A complete Hugging Face directory of the weights, written by rank 0. Collective."""
-    if source.participates:
+    if source.in_main_replica:
         specs, tensors = source.specs(full=True), export_tensors(model)
         if model.layout.is_main:
             writer = HFDirectoryWriter(

@@ -6,7 +6,7 @@ One start of the ranks serves all test modules that ask.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,7 +19,8 @@ from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import ParallelConfig, initialize
 from megatron_cord.parallel.objects import all_gather_json, broadcast_json
 from megatron_cord.rollout.collective import CollectiveEngine
-from megatron_cord.rollout.types import GenerationRequest, Rollout, VersionSpan
+from megatron_cord.rollout.types import GenerationRequest, Rollout, VersionSpan, WeightSource
+from megatron_cord.rollout.weights import PlainWeights
 from tests.gloo import run_ranks
 
 WORLD_SIZE = 3
@@ -50,9 +51,9 @@ class EchoEngine:
             f"« {seed} »\n",
         )
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, source: WeightSource, version: int) -> None:
         """Takes the version alone."""
-        self.version = version + len(list(tensors))
+        self.version = version + len(list(source.tensors(full=False)))
 
     def close(self) -> None:
         """Remembers it."""
@@ -119,7 +120,7 @@ def run_all(rank: int) -> Seen:
 
     engine = EchoEngine()
     together = CollectiveEngine(engine)
-    together.update_weights([("name", Tensor())], 4)
+    together.update_weights(PlainWeights({"name": Tensor()}), 4)
     rollouts = {count: together.generate(requests(count)) for count in REQUEST_COUNTS}
     together.close()
     return Seen(

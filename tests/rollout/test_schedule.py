@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from megatron_cord.data.samples import Prompt
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.schedule import Schedule, ScheduleConfig
-from megatron_cord.rollout.types import GenerationRequest, Rollout, VersionSpan
+from megatron_cord.rollout.types import GenerationRequest, Rollout, VersionSpan, WeightSource
+from megatron_cord.rollout.weights import PlainWeights
 
 
 class SteppedEngine:
@@ -37,7 +37,7 @@ class SteppedEngine:
                 return [Rollout(r.prompt.sample_id, (), (), "abort", (), "") for r in requests]
         return [Rollout(r.prompt.sample_id, (5,), (-0.5,), "stop", (VersionSpan(0, 1, version),), "") for r in requests]
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, source: WeightSource, version: int) -> None:
         self.version = version
 
     def abort(self) -> None:
@@ -67,7 +67,7 @@ def make(engine: Any, steps: int = 5, **config: Any) -> Schedule:
 
 def exchange(schedule: Schedule, engine: SteppedEngine, version: int) -> None:
     with schedule.exchanging():
-        engine.update_weights([], version)
+        engine.update_weights(PlainWeights({}), version)
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
@@ -143,8 +143,8 @@ class LosingEngine(SteppedEngine):
             replace(r, token_ids=(), logprobs=(), finish_reason="abort", versions=()) if q.seed else r for q, r in asked
         ]
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        super().update_weights(tensors, version)
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        super().update_weights(source, version)
         self.lost = False
 
     def recover(self) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-
-from torch import Tensor
+from collections.abc import Callable, Sequence
 
 from megatron_cord.data.prompts import PromptBuilder
-from megatron_cord.rollout.types import GenerationRequest, Rollout, VersionSpan
+from megatron_cord.rollout.types import GenerationRequest, Rollout, VersionSpan, WeightSource
 
 
 class ScriptedEngine:
@@ -27,7 +25,7 @@ class ScriptedEngine:
         self.requests += requests
         return [self._rollout(request) for request in requests]
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, source: WeightSource, version: int) -> None:
         """Has no weights."""
 
     def close(self) -> None:

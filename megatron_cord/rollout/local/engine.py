@@ -7,12 +7,11 @@ step even on a laptop. Simplification: requests are answered batch by batch, not
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatron_cord.convert.plain_model import PlainModel
 from megatron_cord.data.prompts import PromptBuilder
@@ -20,7 +19,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.rollout.local.decoding import Response, TokenRules, sample_batch
 from megatron_cord.rollout.local.gate import Gate
 from megatron_cord.rollout.local.quiet import no_progress_bars
-from megatron_cord.rollout.types import GenerationRequest, Rollout, spans_of
+from megatron_cord.rollout.types import GenerationRequest, Rollout, WeightSource, spans_of
 
 
 @dataclass(frozen=True)
@@ -113,15 +112,15 @@ class LocalEngine:
         self._gate.abort()
 
     @torch.no_grad()
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copies tensors in place, under the names of the checkpoint's own files; the rest keeps its values.
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """Copy the source's trained tensors in place, under the names of the checkpoint's own files; the rest keeps its values.
 
         Raises:
             CordError: an unknown name or another shape. Earlier tensors of the stream are then already in place, and the version is
                 the old one: update again or discard the engine.
         """
         parameters = self._loaded().parameters
-        for name, tensor in tensors:
+        for name, tensor in source.tensors(full=False):
             parameter = parameters.get(name)
             if parameter is None:
                 nearest = ", ".join(difflib.get_close_matches(name, parameters, n=3)) or "none"

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
@@ -27,9 +26,8 @@ from megatron_cord.rollout.sglang.client.preflight import BASE
 from megatron_cord.rollout.sglang.client.protocol import MOST_CLIPS, PromptWire
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.control import Control
-from megatron_cord.rollout.sglang.weight_sync import ExchangeConfig, WeightExchange, WeightSource, build_exchange
-from megatron_cord.rollout.sglang.weight_sync.source import GivenWeights
-from megatron_cord.rollout.types import GenerationRequest, Rollout
+from megatron_cord.rollout.sglang.weight_sync import ExchangeConfig, WeightExchange, build_exchange
+from megatron_cord.rollout.types import GenerationRequest, Rollout, WeightSource
 
 _RETRY_SECONDS = 1.0  #: between two exchanges that no server took
 
@@ -62,7 +60,7 @@ class SGLangEngine:
     ) -> None:
         self.prompts = PromptBuilder(checkpoint_dir)
         self.weight_version, self.paused = 0, False
-        self._checkpoint, self._config = checkpoint_dir, config
+        self._config = config
         self._names = {BASE: 0}
         self._pool = Pool(dist.get_rank())
         self._source: WeightSource | None = None
@@ -99,16 +97,15 @@ class SGLangEngine:
                 self._batches.discard(batch)
         return [made[i] if i in made else aborted(request) for i, request in enumerate(requests)]
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Brings tensors to all servers that answer. All ranks together; `ModelWeights` comes straight from their shards, anything else that is
-        iterable is first gathered in rank 0's memory, and completed from the checkpoint where a server needs all tensors.
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """Bring the source's trained tensors to all servers that answer, all tensors where a server needs them. All ranks together.
 
-        Servers that fail are left out until the next call. If all do, they are waited for.
+        Servers that fail are left out until the next call. If all do, they are waited for. The source is read again by `recover`.
 
         Raises:
             CordError: the tensors do not fit the servers' model, or no server comes back in time.
         """
-        self._source = tensors if isinstance(tensors, WeightSource) else GivenWeights(tensors, self._checkpoint)
+        self._source = source
         self._send(version)
 
     def recover(self) -> None:

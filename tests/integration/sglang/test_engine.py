@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +21,8 @@ from megatron_cord.rollout.local.engine import LocalEngine
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.engine import SGLangEngine
 from megatron_cord.rollout.sglang.weight_sync import Endpoint, ExchangeConfig
-from megatron_cord.rollout.sglang.weight_sync.source import GivenWeights
-from megatron_cord.rollout.types import GenerationRequest, Rollout
+from megatron_cord.rollout.types import GenerationRequest, Rollout, TensorSpec, WeightSource
+from megatron_cord.rollout.weights import PlainWeights
 from tests.integration.sglang.conftest import Servers
 from tests.tiny_run import make_samples
 
@@ -71,13 +70,11 @@ def compare(found: list[Rollout], wanted: list[Rollout]) -> tuple[float, float]:
     return equal / total, largest
 
 
-def changed(servers: Servers, factor: float) -> list[tuple[str, Tensor]]:
+def changed(servers: Servers, factor: float) -> PlainWeights:
     """Head, audio tower and projector, larger."""
-    return [
-        (n, t * factor)
-        for n, t in load_file(servers.checkpoint / "model.safetensors").items()
-        if "language_model.model" not in n
-    ]
+    stored = load_file(servers.checkpoint / "model.safetensors")
+    larger = {name: tensor * factor for name, tensor in stored.items() if "language_model.model" not in name}
+    return PlainWeights(larger, servers.checkpoint)
 
 
 def check_equal_to_local(
@@ -202,15 +199,20 @@ def test_kill_during_generation(servers: Servers) -> None:
     engine.close()
 
 
-class Killing(GivenWeights):
+class Killing:
     """Weights in whose middle a server is killed."""
 
-    def __init__(self, tensors: list[tuple[str, Tensor]], checkpoint: Path, pid: int) -> None:
-        super().__init__(tensors, checkpoint)
+    in_main_replica = True
+
+    def __init__(self, weights: WeightSource, pid: int) -> None:
+        self.weights = weights
         self.pid: int | None = pid
 
-    def tensors(self, full: bool) -> Iterator[tuple[str, Tensor]]:
-        for number, pair in enumerate(super().tensors(full)):
+    def specs(self, *, full: bool) -> list[TensorSpec]:
+        return self.weights.specs(full=full)
+
+    def tensors(self, *, full: bool, in_pieces: bool = False) -> Iterator[tuple[str, Tensor]]:
+        for number, pair in enumerate(self.weights.tensors(full=full, in_pieces=in_pieces)):
             if number == 20 and self.pid is not None:
                 os.killpg(self.pid, signal.SIGKILL)
                 self.pid = None
@@ -222,7 +224,7 @@ def test_kill_during_an_exchange(way: str, servers: Servers) -> None:
     """Catches a trainer that hangs in a broadcast, a survivor with half of the weights, and a server that comes back with old ones."""
     servers.wait_until_ready()
     engine, own = connect(servers, way)
-    source = Killing(changed(servers, 1.1), servers.checkpoint, servers.supervisor.pids[1] or 0)
+    source = Killing(changed(servers, 1.1), servers.supervisor.pids[1] or 0)
     engine.update_weights(source, 1)
     assert source.pid is None and list(own._pool.servers) == servers.supervisor.urls[:1]
     check_equal_to_local(servers, engine, 1.1, 1, 4)

@@ -18,6 +18,7 @@ from megatron_cord.rollout.local.engine import LocalEngine
 from megatron_cord.rollout.sglang.server.process import ServerConfig, SglangServer
 from megatron_cord.rollout.sglang.weight_sync import Endpoint, ExchangeConfig, ServerError
 from megatron_cord.rollout.types import GenerationRequest
+from megatron_cord.rollout.weights import PlainWeights
 from tests.integration.sglang.conftest import PYTHON, write_talking_step_audio_2
 from tests.integration.sglang.test_engine import compare
 from tests.tiny_run import finish, make_samples, metrics, overrides, start, write_shards
@@ -63,9 +64,10 @@ def test_answers_and_weights_are_the_trainers(server: SglangServer) -> None:
             EngineConfig(engine="sglang", servers=(server.url,), exchange=exchange), checkpoint, torch.device("cpu")
         )
         if way is not None:
-            changed = {name: t * (1 + version / 50) for name, t in load_file(checkpoint / "model.safetensors").items()}
-            engine.update_weights(changed.items(), version)
-            local.update_weights(changed.items(), version)
+            stored = load_file(checkpoint / "model.safetensors")
+            changed = PlainWeights({name: tensor * (1 + version / 50) for name, tensor in stored.items()})
+            engine.update_weights(changed, version)
+            local.update_weights(changed, version)
         share, largest = compare(engine.generate(asked), local.generate(asked))
         print(f"{way or 'checkpoint'}: {share:.2%} of tokens equal, log-probabilities within {largest:.2g}")
         assert share >= 0.99 and largest < 1e-3

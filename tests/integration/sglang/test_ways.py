@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from megatron_cord.rollout.sglang.weight_sync import Endpoint, ExchangeConfig, build_exchange
 from megatron_cord.rollout.sglang.weight_sync.sessions import differing
-from megatron_cord.rollout.sglang.weight_sync.source import GivenWeights
+from megatron_cord.rollout.weights import PlainWeights
 from tests.integration.sglang.conftest import Servers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]
@@ -30,7 +30,7 @@ def test_all_ways_bring_the_same(servers: Servers) -> None:
     for way, stream, bucket_bytes in ways:
         exchange = build_exchange(ExchangeConfig(way=way, stream=stream, bucket_bytes=bucket_bytes), servers.checkpoint)  # type: ignore[arg-type]
         for version, added in enumerate((2, 1)):
-            changed = GivenWeights(((name, tensor + added) for name, tensor in base.items()), servers.checkpoint)
+            changed = PlainWeights({name: tensor + added for name, tensor in base.items()}, servers.checkpoint)
             report = exchange.update(changed, version, endpoints, full=True)
             assert report.failed == {} and report.buckets > 1, (way, report)
             sums = [endpoint.checksums(60) for endpoint in endpoints]

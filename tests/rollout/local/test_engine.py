@@ -19,6 +19,7 @@ from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.local.engine import LocalEngine, LocalEngineConfig
 from megatron_cord.rollout.types import GenerationRequest, VersionSpan, spans_of
+from megatron_cord.rollout.weights import PlainWeights
 
 WORDS = [
     "what",
@@ -180,7 +181,7 @@ def test_a_full_update_makes_the_other_model(fresh: LocalEngine, tmp_path: Path)
     create_checkpoint(tmp_path, TinyModelConfig(), WORDS, seed=1)
     batch = requests(fresh, temperature=0.0)
     before = fresh.generate(batch)
-    fresh.update_weights(load_file(tmp_path / "model.safetensors").items(), version=3)
+    fresh.update_weights(PlainWeights(load_file(tmp_path / "model.safetensors")), version=3)
     after, other = fresh.generate(batch), LocalEngine(tmp_path).generate(batch)
     assert [rollout.token_ids for rollout in after] == [rollout.token_ids for rollout in other]
     assert [rollout.logprobs for rollout in after] == [rollout.logprobs for rollout in other]
@@ -193,27 +194,28 @@ def test_left_out_tensors_stay(fresh: LocalEngine, checkpoint: Path) -> None:
     batch = requests(fresh)
     before = fresh.generate(batch)
     saved = load_file(checkpoint / "model.safetensors")[HEAD]
-    fresh.update_weights([(HEAD, torch.zeros_like(saved))], version=1)
+    fresh.update_weights(PlainWeights({HEAD: torch.zeros_like(saved)}), version=1)
     assert fresh.generate(batch[:1])[0].logprobs[0] == pytest.approx(-np.log(fresh.prompts.vocab_size), abs=1e-5)
-    fresh.update_weights([(HEAD, saved)], version=2)
+    fresh.update_weights(PlainWeights({HEAD: saved}), version=2)
     assert [rollout.logprobs for rollout in fresh.generate(batch)] == [rollout.logprobs for rollout in before]
 
 
 def test_bad_updates_keep_the_version(fresh: LocalEngine) -> None:
     """Catches silent acceptance of a wrong name or shape, and a version that counts before the stream has ended."""
 
-    def broken() -> Iterator[tuple[str, Tensor]]:
-        yield "multi_modal_projector.linear.bias", torch.zeros(128)
-        raise ConnectionError
+    class Broken(PlainWeights):
+        def tensors(self, *, full: bool, in_pieces: bool = False) -> Iterator[tuple[str, Tensor]]:
+            yield "multi_modal_projector.linear.bias", torch.zeros(128)
+            raise ConnectionError
 
     with pytest.raises(
         CordError, match=r"no tensor 'language_model.lm_head.weigth'; nearest: language_model.lm_head.weight"
     ):
-        fresh.update_weights([("language_model.lm_head.weigth", torch.zeros(1))], version=1)
+        fresh.update_weights(PlainWeights({"language_model.lm_head.weigth": torch.zeros(1)}), version=1)
     with pytest.raises(CordError, match=r"linear.bias has shape \[64\], the model wants \[128\]"):
-        fresh.update_weights([("multi_modal_projector.linear.bias", torch.zeros(64))], version=1)
+        fresh.update_weights(PlainWeights({"multi_modal_projector.linear.bias": torch.zeros(64)}), version=1)
     with pytest.raises(ConnectionError):
-        fresh.update_weights(broken(), version=1)
+        fresh.update_weights(Broken({}), version=1)
     assert fresh.weight_version == 0
 
 
@@ -228,7 +230,7 @@ def test_names_are_those_of_the_checkpoints_files(checkpoint: Path, tmp_path: Pa
     assert "language_model.model.norm.weight" in published and "language_model.model.norm.weight" not in saved
     for directory, tensors in ((checkpoint, published), (tmp_path, saved)):
         engine = LocalEngine(directory)
-        engine.update_weights(((name, tensor) for name, tensor in tensors.items()), version=1)
+        engine.update_weights(PlainWeights(tensors), version=1)
         assert engine.weight_version == 1
 
 

@@ -2,16 +2,13 @@
 
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError
 from megatron_cord.rollout.sglang.weight_sync.config import ExchangeConfig
-from megatron_cord.rollout.sglang.weight_sync.source import ModelWeights, WeightSource
 from megatron_cord.rollout.sglang.weight_sync.weight_sync import ExchangeReport, WeightExchange, build_exchange
 
 __all__ = [
     "Endpoint",
     "ExchangeConfig",
     "ExchangeReport",
-    "ModelWeights",
     "ServerError",
     "WeightExchange",
-    "WeightSource",
     "build_exchange",
 ]

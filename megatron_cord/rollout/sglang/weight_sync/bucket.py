@@ -8,33 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
 from megatron_cord.errors import CordError
 from megatron_cord.parallel import portability
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor on paper.
-
-    Attributes:
-        name: as published.
-        shape: sizes.
-        dtype: of its elements.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its elements."""
-        return prod(self.shape) * self.dtype.itemsize
+from megatron_cord.rollout.types import TensorSpec
 
 
 @dataclass(frozen=True)

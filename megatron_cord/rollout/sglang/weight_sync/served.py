@@ -15,7 +15,7 @@ import torch
 from megatron_cord.convert.checkpoint_files import stored_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import family_of, load_architecture
-from megatron_cord.rollout.sglang.weight_sync.bucket import TensorSpec
+from megatron_cord.rollout.types import TensorSpec
 
 #: what weights are exchanged in; a model quantised to anything else must be loaded from a checkpoint
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)

@@ -22,15 +22,15 @@ from torch import Tensor
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, ask_each, without
-from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, TensorSpec, fill, plan_buckets
+from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, fill, plan_buckets
 from megatron_cord.rollout.sglang.weight_sync.config import ExchangeConfig
 from megatron_cord.rollout.sglang.weight_sync.disk import DiskWay
 from megatron_cord.rollout.sglang.weight_sync.process_group import ProcessGroupWay
 from megatron_cord.rollout.sglang.weight_sync.served import check_fits_server, served_specs, wire_specs
 from megatron_cord.rollout.sglang.weight_sync.sessions import Sessions, compare_checksums, name_version
 from megatron_cord.rollout.sglang.weight_sync.shared_memory import SharedMemoryWay
-from megatron_cord.rollout.sglang.weight_sync.source import WeightSource
 from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailed, Way
+from megatron_cord.rollout.types import TensorSpec, WeightSource
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class WeightExchange:
             problem = None
             if main:
                 try:
-                    lost, buckets, done = self._attempt(source.tensors(full), specs, alive)
+                    lost, buckets, done = self._attempt(source.tensors(full=full, in_pieces=True), specs, alive)
                 except CordError as error:
                     problem, done = str(error), True
                 else:
@@ -124,8 +124,8 @@ class WeightExchange:
                         lost |= self._publish(without(alive, lost), version, flush_cache)
                 alive = without(alive, lost)
                 failed |= {server.url: str(error) for server, error in lost.items()}
-            elif source.participates:
-                deque(source.tensors(full), maxlen=0)
+            elif source.in_main_replica:
+                deque(source.tensors(full=full, in_pieces=True), maxlen=0)
             outcome = broadcast_json([problem, done] if main else None)
             if outcome[0]:
                 raise CordError(outcome[0])
@@ -147,7 +147,7 @@ class WeightExchange:
     def _plan(self, source: WeightSource, full: bool) -> list[TensorSpec]:
         """What is sent, on rank 0; raises on all ranks if it does not fit."""
         problem = None
-        specs = source.specs(full) if source.participates else []
+        specs = source.specs(full=full) if source.in_main_replica else []
         if dist.get_rank() == 0:
             try:
                 check_fits_server(specs, self._served, full)

@@ -29,6 +29,7 @@ from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.engine import SGLangEngine
 from megatron_cord.rollout.sglang.weight_sync import ExchangeConfig
 from megatron_cord.rollout.types import GenerationRequest, VersionSpan
+from megatron_cord.rollout.weights import PlainWeights
 from tests.model.family_reference import save_whole
 from tests.rollout.sglang.fake_sglang import FakeServer, Reply, answer_to
 from tests.tiny_run import WORDS, make_samples, write_checkpoint
@@ -68,6 +69,11 @@ def connect(checkpoint: Path, servers: list[FakeServer], stack: ExitStack, **set
     engine = build_engine(config, checkpoint, torch.device("cpu"))
     stack.callback(engine.close)
     return engine
+
+
+def head_of(checkpoint: Path) -> PlainWeights:
+    """The checkpoint's output layer as the weights that were trained."""
+    return PlainWeights({HEAD: load_file(checkpoint / "model.safetensors")[HEAD]}, checkpoint)
 
 
 def requests(count: int, **more: Any) -> list[GenerationRequest]:
@@ -112,7 +118,7 @@ def test_a_server_that_fails_is_left_out(
     """Catches a rollout lost, doubled or believed that a failing server made, and a failure in silence."""
     good, bad = FakeServer(), FakeServer()
     engine = connect(checkpoint, [good, bad], stack)
-    engine.update_weights([(HEAD, load_file(checkpoint / "model.safetensors")[HEAD])], 4)
+    engine.update_weights(head_of(checkpoint), 4)
     assert good.version == bad.version == "4"
     if manner == "older":
         bad.version = "default"  # it was started again, with the checkpoint's weights
@@ -125,7 +131,7 @@ def test_a_server_that_fails_is_left_out(
     lines = [line for line in capsys.readouterr().err.splitlines() if bad.url in line]
     assert lines and lines[0].startswith(f"rollout: {bad.url} gets no requests"), lines
     bad.manner = "good"
-    engine.update_weights([(HEAD, load_file(checkpoint / "model.safetensors")[HEAD])], 5)
+    engine.update_weights(head_of(checkpoint), 5)
     before = len(bad.asked)
     check(engine, version=5)
     assert len(bad.asked) > before, "an exchange must bring a server back"
@@ -158,7 +164,7 @@ def test_a_request_that_always_fails_stops_the_run(checkpoint: Path, stack: Exit
     with pytest.raises(CordError, match=r"sample s0: 2 tries .* answered 500"):
         engine.generate(requests(1))
     server.manner = "good"
-    engine.update_weights([(HEAD, load_file(checkpoint / "model.safetensors")[HEAD])], 1)
+    engine.update_weights(head_of(checkpoint), 1)
     server.key = "another"
     with pytest.raises(CordError, match=r"refuses a request \(401\)"):
         engine.generate(requests(1))
@@ -170,7 +176,7 @@ def test_when_all_are_lost_they_are_waited_for(
     """Catches a run that ends with its last server, rollouts of the restarted server's old weights, and what was made before that is lost."""
     server = FakeServer()
     engine = connect(checkpoint, [server], stack)
-    engine.update_weights([(HEAD, load_file(checkpoint / "model.safetensors")[HEAD])], 3)
+    engine.update_weights(head_of(checkpoint), 3)
     check(engine, 5, version=3)
     port = int(server.url.rsplit(":", 1)[1])
     server.__exit__(None, None, None)
@@ -364,11 +370,11 @@ def test_all_servers_go_on_after_a_pause(checkpoint: Path, stack: ExitStack) -> 
     engine = connect(checkpoint, [good, bad], stack)
     own = engine.engine
     assert isinstance(own, SGLangEngine)
-    tensors = [(HEAD, load_file(checkpoint / "model.safetensors")[HEAD])]
+    source = head_of(checkpoint)
     own.pause()
     assert good.paused and bad.paused
     bad.loads = False
-    engine.update_weights(tensors, 1)
+    engine.update_weights(source, 1)
     assert good.version == "1" and bad.version == "default"
     own.resume()
     assert not good.paused and not bad.paused
@@ -382,7 +388,7 @@ def test_weights_that_nobody_takes(checkpoint: Path, stack: ExitStack) -> None:
     with pytest.raises(
         CordError, match=r"no rollout server takes the weights of version 2: .*update_weights_from_disk failed"
     ):
-        engine.update_weights([(HEAD, load_file(checkpoint / "model.safetensors")[HEAD])], 2)
+        engine.update_weights(head_of(checkpoint), 2)
 
 
 def test_a_wrong_key(checkpoint: Path, stack: ExitStack) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.sglang.weight_sync.bucket import TensorSpec, fill, plan_buckets
+from megatron_cord.rollout.sglang.weight_sync.bucket import fill, plan_buckets
 from megatron_cord.rollout.sglang.weight_sync.shared_memory import packed_address
+from megatron_cord.rollout.types import TensorSpec
 
 SPECS = [
     TensorSpec("a", (3, 5), torch.float32),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_cord.rollout.sglang.weight_sync import ExchangeConfig, WeightExchange
-from megatron_cord.rollout.sglang.weight_sync.bucket import TensorSpec
 from megatron_cord.rollout.sglang.weight_sync.process_group import ProcessGroupWay
+from megatron_cord.rollout.types import TensorSpec
 from tests.rollout.sglang.weight_sync.group_server import WORDS, GroupServer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -21,26 +21,26 @@ MIB = 1 << 20
 class Source:
     """Tensors of two dtypes, some of them larger than a bucket."""
 
-    participates = True
+    in_main_replica = True
     sizes = (3, MIB // 2, 7, 2 * MIB, 5, MIB // 8, 9)
 
-    def specs(self, full: bool) -> list[TensorSpec]:
+    def specs(self, *, full: bool) -> list[TensorSpec]:
         return [
             TensorSpec(str(i), (n,), torch.bfloat16 if i % 3 == 2 else torch.float32) for i, n in enumerate(self.sizes)
         ]
 
-    def tensors(self, full: bool) -> Iterator[tuple[str, Tensor]]:
-        for i, spec in enumerate(self.specs(full)):
+    def tensors(self, *, full: bool, in_pieces: bool = False) -> Iterator[tuple[str, Tensor]]:
+        for i, spec in enumerate(self.specs(full=full)):
             yield spec.name, torch.linspace(i, i + 0.5, spec.shape[0]).to(spec.dtype)
 
     @property
     def ends(self) -> dict[str, list[float]]:
-        return {name: [float(tensor[0]), float(tensor[-1])] for name, tensor in self.tensors(True)}
+        return {name: [float(tensor[0]), float(tensor[-1])] for name, tensor in self.tensors(full=True)}
 
 
 def exchange_of(source: Source, timeout: float = 60.0) -> WeightExchange:
     config = ExchangeConfig(bucket_bytes=MIB, timeout_seconds=timeout)
-    return WeightExchange(config, ProcessGroupWay(None, timeout), {spec.name: spec for spec in source.specs(True)})
+    return WeightExchange(config, ProcessGroupWay(None, timeout), {spec.name: spec for spec in source.specs(full=True)})
 
 
 @pytest.mark.parametrize("manners", [("good", "good"), ("good", "old"), ("old", "old")])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.sglang.weight_sync.bucket import TensorSpec
 from megatron_cord.rollout.sglang.weight_sync.served import check_fits_server, served_specs, wire_specs
+from megatron_cord.rollout.types import TensorSpec
 
 
 def test_everything_that_does_not_fit(checkpoint: Path) -> None:

@@ -19,14 +19,15 @@ from megatron_cord.parallel.layout import ParallelConfig, initialize, parallel_s
 from megatron_cord.rollout.sglang.weight_sync import (
     Endpoint,
     ExchangeConfig,
-    ModelWeights,
     ServerError,
     WeightExchange,
     build_exchange,
 )
 from megatron_cord.rollout.sglang.weight_sync import weight_sync as module
-from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, TensorSpec
+from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan
 from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailed
+from megatron_cord.rollout.types import TensorSpec
+from megatron_cord.rollout.weights import ShardedModelWeights
 from tests.gloo import run_ranks
 
 pytestmark = [pytest.mark.filterwarnings("ignore:::megatron"), pytest.mark.usefixtures("one_rank")]
@@ -41,12 +42,12 @@ def plans_of_rank(rank: int, checkpoint: str) -> list[bool]:
         model = LALM(load_architecture(checkpoint), layout, torch.bfloat16)
         if model.audio_encoder is not None:
             model.audio_encoder.requires_grad_(False)
-        weights = ModelWeights(model)
+        weights = ShardedModelWeights(model)
         for full in (True, False):
-            if weights.participates:
-                specs = weights.specs(full)
+            if weights.in_main_replica:
+                specs = weights.specs(full=full)
                 streamed = []
-                for spec, (name, tensor) in zip(specs, weights.tensors(full), strict=True):
+                for spec, (name, tensor) in zip(specs, weights.tensors(full=full, in_pieces=True), strict=True):
                     whole = tensor if tensor.dim() == len(spec.shape) else tensor.flatten(0, 1)
                     streamed.append(TensorSpec(name, tuple(whole.shape), tensor.dtype))
                 agree.append(specs == streamed and any(s.name.startswith("audio_tower.layers") for s in specs) == full)
@@ -66,16 +67,16 @@ def test_plan_and_stream_agree_on_four_ranks(tmp_path: Path) -> None:
 class Source:
     """Tensors of 1 MiB each."""
 
-    participates = True
+    in_main_replica = True
 
     def __init__(self, count: int, shape: tuple[int, ...] = (1 << 18,)) -> None:
         self.shape, self.count, self.drained = shape, count, False
         self.given = [threading.Event() for _ in range(count)]
 
-    def specs(self, full: bool) -> list[TensorSpec]:
+    def specs(self, *, full: bool) -> list[TensorSpec]:
         return [TensorSpec(str(i), self.shape, torch.float32) for i in range(self.count)]
 
-    def tensors(self, full: bool) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, *, full: bool, in_pieces: bool = False) -> Iterator[tuple[str, Tensor]]:
         for i in range(self.count):
             self.given[i].set()
             yield str(i), torch.full(self.shape, float(i))
@@ -146,7 +147,7 @@ ONE, TWO = Endpoint("http://127.0.0.1:1"), Endpoint("http://127.0.0.1:2")
 
 
 def exchange_of(way: Any, source: Source, **settings: Any) -> WeightExchange:
-    served = {spec.name: spec for spec in source.specs(True)}
+    served = {spec.name: spec for spec in source.specs(full=True)}
     return WeightExchange(ExchangeConfig(bucket_bytes=MIB, **settings), way, served)
 
 
