@@ -4,8 +4,8 @@ Parts: ``loss`` (logits given), ``layer`` (output layer included), ``loss-kept``
 freed memory for the next pass, as torch does on CUDA: without the page faults that new memory costs every pass), ``ranks`` (vocabulary over two
 ranks), ``memory`` (in a process of its own), ``sweep`` (against V and N, for the plot). Within a part the candidates take turns, so that a
 change of the machine's speed meets all of them; the median of the turns counts, and the spread is the distance between the quartiles. Results
-go to benchmarks/results/, as JSON with machine and versions; ``plot`` draws docs/loss.svg from them. With CUDA the same script takes the sizes
-of a real model.
+go to benchmarks/results/, as JSON with machine and versions; ``plot`` draws docs/images/loss.svg from them. With CUDA
+the same script takes the sizes of a real model.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def main() -> None:
     if arguments.part in ("all", "sweep", "plot"):
         from benchmarks.loss_plot import plot
 
-        plot(json.loads(RESULTS.read_text())["sweep"], ROOT / "docs" / "loss.svg")
+        plot(json.loads(RESULTS.read_text())["sweep"], ROOT / "docs" / "images" / "loss.svg")
 
 
 def run_parts(parts: list[str], turns: int, results: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from tests.report.fixture import write_run
 from tools.config_reference import sections
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OURS = "megatron_cord|examples|benchmarks|tools|tests"
 SCRIPT = re.compile(rf"(?:{OURS})/[\w/]+\.py")
 MODULE = re.compile(rf"(?<![\w./-])(?:{OURS})(?:\.[A-Za-z_]\w*)+")
