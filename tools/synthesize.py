@@ -1,8 +1,7 @@
-"""Speaks questions and writes them as webdataset shards: your own questions, or the templated ones of the quickstart.
+"""Speak written questions and write them as webdataset shards.
 
-python tools/synthesize.py --questions FILE --output DIR [--voices NAME …] [--workers N]     your own, JSONL or Parquet
-python tools/synthesize.py --questions FILE --plan 500 [--workers N]                         how long that takes, and how large it gets
-python tools/synthesize.py --split train|warmup|heldout --count N --output DIR               the quickstart's
+python tools/synthesize.py --questions FILE --output DIR [--voices NAME …] [--workers N]
+python tools/synthesize.py --questions FILE --plan 500 [--workers N]        how long that takes, and how large it gets
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from examples.quickstart.spoken_sums import SPLITS, SynthesisConfig, synthesize
 from megatron_cord.data.manifest import Manifest
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.entry import Parser, run
@@ -28,74 +26,60 @@ class RateColumn(ProgressColumn):
     """Utterances a second."""
 
     def render(self, task: Task) -> Text:
+        """Return the rate of a task."""
         return Text(f"{task.speed or 0.0:.0f}/s")
 
 
 def _parser() -> Parser:
-    own, voices, quality, templated = (
-        SpokenSetConfig("questions"),
-        SynthesizerConfig(),
-        QualityConfig(),
-        SynthesisConfig("train", 1),
-    )
-    parser = Parser(description="Speaks questions and writes them as webdataset shards (16 kHz).", allow_abbrev=False)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
+    defaults, voices, quality = SpokenSetConfig("questions"), SynthesizerConfig(), QualityConfig()
+    parser = Parser(description="Speak written questions and write them as shards (16 kHz).", allow_abbrev=False)
+    parser.add_argument(
         "--questions",
         metavar="FILE",
-        help="your questions: .jsonl, .parquet, or a directory of .parquet or .arrow files",
+        required=True,
+        help="questions: .jsonl, .parquet, or a directory of .parquet or .arrow files",
     )
-    what.add_argument("--split", choices=SPLITS, help="templated questions: which problems and voices")
     parser.add_argument("--output", metavar="DIR", type=Path, help="directory of the shards; created when missing")
-    parser.add_argument("--seed", metavar="S", type=int, default=own.seed, help="of voices, speeds and order")
+    parser.add_argument("--seed", metavar="S", type=int, default=defaults.seed, help="of voices and speeds")
     parser.add_argument(
-        "--shard-size",
-        metavar="K",
-        type=int,
-        help=f"questions a shard ({own.shard_size}; templated {templated.shard_size})",
+        "--shard-size", metavar="K", type=int, default=defaults.shard_size, help="questions a shard (%(default)s)"
     )
-    group = parser.add_argument_group("templated questions")
-    group.add_argument("--count", metavar="N", type=int, help="utterances")
-    group.add_argument(
-        "--split-seed", metavar="S", type=int, default=templated.split_seed, help="of the choice of held-out problems"
+    parser.add_argument("--question-field", metavar="NAME", default=defaults.question_field, help="the field that asks")
+    parser.add_argument(
+        "--answer-field", metavar="NAME", default=defaults.answer_field, help="the field with the gold answer"
     )
-    group = parser.add_argument_group("your questions")
-    group.add_argument("--question-field", metavar="NAME", default=own.question_field, help="the field that asks")
-    group.add_argument(
-        "--answer-field", metavar="NAME", default=own.answer_field, help="the field with the gold answer"
-    )
-    group.add_argument(
+    parser.add_argument(
         "--backend", choices=("espeak", "piper", "kokoro", "openai"), default=voices.backend, help="who speaks"
     )
-    group.add_argument(
+    parser.add_argument(
         "--voices", metavar="NAME", nargs="+", default=[], help="names of the backend's; for Piper, .onnx files"
     )
-    group.add_argument("--model-dir", metavar="DIR", help="Kokoro's model (.onnx) and voices (.bin)")
-    group.add_argument("--url", help="the speech endpoint, up to /v1 (backend openai)")
-    group.add_argument("--model", default=voices.model, help="that the endpoint is asked for")
-    group.add_argument(
+    parser.add_argument("--model-dir", metavar="DIR", help="Kokoro's model (.onnx) and voices (.bin)")
+    parser.add_argument("--url", help="the speech endpoint, up to /v1 (backend openai)")
+    parser.add_argument("--model", default=voices.model, help="that the endpoint is asked for")
+    parser.add_argument(
         "--speeds",
         metavar=("SLOWEST", "FASTEST"),
         type=float,
         nargs=2,
-        default=[own.slowest, own.fastest],
+        default=[defaults.slowest, defaults.fastest],
         help="1 is normal",
     )
-    group.add_argument("--max-seconds", type=float, default=quality.max_seconds, help="longer recordings are left out")
-    group.add_argument(
+    parser.add_argument("--max-seconds", type=float, default=quality.max_seconds, help="longer recordings are left out")
+    parser.add_argument(
         "--max-rejects",
         metavar="SHARE",
         type=float,
-        default=own.max_rejects,
+        default=defaults.max_rejects,
         help="largest share of questions left out",
     )
-    group.add_argument(
+    parser.add_argument(
         "--min-loudness", metavar="DB", type=float, default=quality.min_loudness, help="quieter recordings are left out"
     )
-    group.add_argument("--asr-url", help="an endpoint that transcribes every recording for a check")
-    group.add_argument("--max-word-error-rate", type=float, default=quality.max_word_error_rate, help="of that check")
-    group.add_argument("--workers", metavar="N", type=int, default=1, help="processes")
-    group.add_argument(
+    parser.add_argument("--asr-url", help="an endpoint that transcribes every recording for a check")
+    parser.add_argument("--max-word-error-rate", type=float, default=quality.max_word_error_rate, help="of that check")
+    parser.add_argument("--workers", metavar="N", type=int, default=1, help="processes")
+    parser.add_argument(
         "--plan",
         metavar="N",
         type=int,
@@ -104,23 +88,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _templated(arguments: Namespace, bar: Progress) -> str:
-    if arguments.count is None:
-        raise CordError("--split needs --count N too")
-    output = _output(arguments)
-    defaults = SynthesisConfig("train", 1)
-    config = SynthesisConfig(
-        split=arguments.split,
-        count=arguments.count,
-        seed=arguments.seed,
-        split_seed=arguments.split_seed,
-        shard_size=arguments.shard_size or defaults.shard_size,
-    )
-    task = bar.add_task("speaking", total=config.count)
-    return _describe(synthesize(config, output, progress=lambda done: bar.advance(task, done)))
-
-
-def _own(arguments: Namespace, bar: Progress) -> str:
+def _run(arguments: Namespace, bar: Progress) -> str:
     if arguments.workers < 1:
         raise CordError(f"--workers is {arguments.workers}; give at least 1")
     slowest, fastest = arguments.speeds
@@ -129,7 +97,7 @@ def _own(arguments: Namespace, bar: Progress) -> str:
         question_field=arguments.question_field,
         answer_field=arguments.answer_field,
         seed=arguments.seed,
-        shard_size=arguments.shard_size or SpokenSetConfig.shard_size,
+        shard_size=arguments.shard_size,
         slowest=slowest,
         fastest=fastest,
         max_rejects=arguments.max_rejects,
@@ -170,11 +138,12 @@ def _describe(manifest: Manifest) -> str:
 
 
 def main() -> None:
+    """Make the set, or the plan, of the command line."""
     arguments = _parser().parse_args()
     console = Console()
     columns = (TextColumn("speaking"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        told = _own(arguments, bar) if arguments.questions else _templated(arguments, bar)
+        told = _run(arguments, bar)
     console.print(f"{arguments.output or arguments.questions}: {told}", highlight=False, soft_wrap=True)
 
 

@@ -1,9 +1,11 @@
-"""Makes spoken data sets: questions, voices, and shards, from one seed.
+"""Make a spoken set of the quickstart: `python -m examples.quickstart.spoken_sums SPLIT --count N --output DIR`.
 
-Three splits: "train" and "warmup" speak training problems with training voices, "heldout" speaks held-out problems with held-out voices, so
-that neither problem nor voice of an evaluation was ever heard in training. A set depends on its configuration alone, bit for bit.
+Questions, voices and shards come from one seed. There are three splits: "train" and "warmup" speak training problems
+with training voices, "heldout" speaks held-out problems with held-out voices, so that neither a problem nor a voice of
+an evaluation occurs in training. A set depends on its configuration alone, bit for bit.
 
-What it simplifies: one process; each question is spoken at its voice's normal speed and pitch unless configured otherwise.
+What it simplifies: one process; each question is spoken at its voice's normal speed and pitch unless configured
+otherwise.
 """
 
 from __future__ import annotations
@@ -19,24 +21,21 @@ from megatron_cord.data.order import permutation
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.shard_writer import ShardWriter
 from megatron_cord.errors import CordError
-from megatron_cord.speech.synthesizer import (
-    HELD_OUT_VOICES,
-    SAMPLING_RATE,
-    TRAINING_VOICES,
-    EspeakSynthesizer,
-    SpeechSynthesizer,
-    Utterance,
-    Voice,
-)
+from megatron_cord.runtime.entry import Parser, run
+from megatron_cord.speech.synthesizer import SAMPLING_RATE, EspeakSynthesizer, SpeechSynthesizer, Utterance, Voice
+
+TRAINING_VOICES = ("en-us", "en-us+f2", "en-us+m3", "en-us+f4", "en-us+m1", "en-gb-x-rp")
+#: These speak in evaluations only.
+HELD_OUT_VOICES = ("en-us+f3", "en-us+m4", "en-gb-x-rp+f2", "en-us-nyc")
 
 Split = Literal["train", "warmup", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "warmup", "heldout")
-_BATCH = 50  # utterances a call of the synthesiser; part of what makes a set reproducible
+_BATCH = 50  # utterances a call of the synthesizer; part of what makes a set reproducible
 
 
 @dataclass(frozen=True)
 class SynthesisConfig:
-    """One spoken data set.
+    """One spoken set.
 
     Attributes:
         split: "train", "warmup" (fewer, other draws of the same problems and voices) or "heldout".
@@ -46,7 +45,7 @@ class SynthesisConfig:
         shard_size: utterances a shard.
         speed: of all voices, 1 being normal.
         pitch: of all voices, 1 being normal.
-        max_seconds: an utterance that is longer is an error; the quickstart's encoder hears 2.56 s.
+        max_seconds: a longer utterance is an error; the window of the quickstart's encoder is 2.56 s.
     """
 
     split: Split
@@ -67,33 +66,33 @@ def synthesize(
     synthesizer: SpeechSynthesizer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Manifest:
-    """Writes one set of shards, or finds it there already.
+    """Write one set of shards, unless the directory holds it already.
 
     Args:
-        config: what to say.
+        config: which questions and voices.
         output: a directory; one that an interrupted call left incomplete is begun anew.
-        questions: what is asked; sums when left out.
-        synthesizer: who speaks; espeak-ng when left out.
+        questions: the task; sums by default.
+        synthesizer: espeak-ng by default.
         progress: called with the number of utterances done since the last call.
 
     Raises:
-        CordError: when the directory holds a set of other arguments, the configuration is not possible, an utterance is too long, the
-            extra ``speech`` is missing, or the disk is full.
+        CordError: the directory holds a set of other arguments, the configuration is not possible, an utterance is too
+            long, the extra ``speech`` is missing, or the disk is full.
     """
     _check(config)
     output = Path(output)
     if (output / MANIFEST_NAME).exists():
         manifest = Manifest.read(output)
-        _same_arguments(_source(config, questions), manifest, output)
+        _check_same_arguments(_source(config, questions), manifest, output)
         if progress is not None:
             progress(manifest.samples)
         return manifest
-    speaker = synthesizer if synthesizer is not None else EspeakSynthesizer()
+    synthesizer = synthesizer if synthesizer is not None else EspeakSynthesizer()
     plan = _plan(config, questions)
     writer = ShardWriter(output, shard_size=config.shard_size, source=_source(config, questions))
     for start in range(0, len(plan), _BATCH):
         batch = plan[start : start + _BATCH]
-        recordings = speaker.speak([utterance for _, utterance in batch])
+        recordings = synthesizer.speak([utterance for _, utterance in batch])
         for number, ((question, utterance), waveform) in enumerate(zip(batch, recordings, strict=True), start):
             sample_id = f"{config.split}-{number:06d}"
             seconds = len(waveform) / SAMPLING_RATE
@@ -119,12 +118,12 @@ def synthesize(
 
 
 def _source(config: SynthesisConfig, questions: QuestionSource) -> dict[str, Any]:
-    """What decides about the set's content, as the manifest keeps it."""
+    """Return everything that decides about the set's content, for its manifest."""
     return {"task": questions.name} | asdict(config)
 
 
 def _plan(config: SynthesisConfig, source: QuestionSource) -> list[tuple[Question, Utterance]]:
-    """Every question with its voice. Voices take turns in a new order each time, so that each speaks equally often."""
+    """Give every question a voice. Voices take turns in a new order each time, so that each speaks equally often."""
     stream = SPLITS.index(config.split)
     voices: tuple[str, ...]
     if config.split == "heldout":
@@ -151,9 +150,31 @@ def _check(config: SynthesisConfig) -> None:
             raise CordError(f"{name} is {getattr(config, name)}; choose 0 or more")
 
 
-def _same_arguments(source: dict[str, Any], manifest: Manifest, output: Path) -> None:
+def _check_same_arguments(source: dict[str, Any], manifest: Manifest, output: Path) -> None:
     for name, value in source.items():
-        if manifest.source.get(name, "sums" if name == "task" else None) != value:  # once there were sums only
+        if manifest.source.get(name) != value:
             raise CordError(
-                f"{output} holds shards made with {name} = {manifest.source.get(name)!r}, not {value!r}; delete it or choose another directory"
+                f"{output} holds shards made with {name} = {manifest.source.get(name)!r}, not {value!r}; "
+                "delete it or choose another directory"
             )
+
+
+def main() -> None:
+    """Make one set from the command line."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("split", choices=SPLITS, help="which problems and voices")
+    parser.add_argument("--count", metavar="N", type=int, required=True, help="utterances")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="directory of the shards")
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of voices and order")
+    parser.add_argument("--split-seed", metavar="S", type=int, default=0, help="of the choice of held-out problems")
+    parser.add_argument("--shard-size", metavar="K", type=int, default=SynthesisConfig.shard_size)
+    arguments = parser.parse_args()
+    config = SynthesisConfig(
+        arguments.split, arguments.count, arguments.seed, arguments.split_seed, arguments.shard_size
+    )
+    manifest = synthesize(config, arguments.output)
+    print(f"{arguments.output}: {manifest.samples} utterances, {manifest.seconds:.0f} s of speech")
+
+
+if __name__ == "__main__":
+    run(main)

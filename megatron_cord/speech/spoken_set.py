@@ -28,7 +28,7 @@ from megatron_cord.data.question_files import Reject, WrittenQuestion, read_ques
 from megatron_cord.data.shard_writer import disk_errors
 from megatron_cord.errors import CordError
 from megatron_cord.speech.shard_speaker import QualityConfig, Receipt, SpeechJob, speak_shard
-from megatron_cord.speech.synthesizer import TRAINING_VOICES, Utterance, Voice
+from megatron_cord.speech.synthesizer import ESPEAK_VOICES, Utterance, Voice
 from megatron_cord.speech.synthesizers import SynthesizerConfig
 
 _PLAN_NAME = "plan.json"
@@ -169,7 +169,7 @@ def _claim(output: Path, source: dict[str, Any]) -> None:
 
 def _jobs(config: SpokenSetConfig, questions: Sequence[WrittenQuestion], output: Path) -> list[SpeechJob]:
     """Voices take turns in a new order each time, so that each speaks equally often."""
-    voices = config.synthesizer.voices or TRAINING_VOICES
+    voices = config.synthesizer.voices or ESPEAK_VOICES
     rounds = -(-len(questions) // len(voices))
     speakers = [voices[i] for turn in range(rounds) for i in permutation(len(voices), config.seed, turn)]
     draws = np.random.PCG64(np.random.SeedSequence((config.seed, 1))).random_raw(len(questions)) / 2.0**64

@@ -25,10 +25,8 @@ from megatron_cord.data.resample import resample
 from megatron_cord.errors import CordError
 
 SAMPLING_RATE = 16000
-#: The quickstart trains on these voices.
-TRAINING_VOICES = ("en-us", "en-us+f2", "en-us+m3", "en-us+f4", "en-us+m1", "en-gb-x-rp")
-#: These are heard in its evaluation only.
-HELD_OUT_VOICES = ("en-us+f3", "en-us+m4", "en-gb-x-rp+f2", "en-us-nyc")
+#: English voices of espeak-ng that differ well; they speak where no others are named.
+ESPEAK_VOICES = ("en-us", "en-us+f2", "en-us+m3", "en-us+f4", "en-us+m1", "en-gb-x-rp")
 
 _NORMAL_WORDS_A_MINUTE = 175
 _NORMAL_PITCH = 50  # of 0 to 99
@@ -173,7 +171,7 @@ def _say(library: Any, utterance: Utterance) -> np.ndarray:
     callback = _Callback(collect)  # must stay referenced while the library may call it
     library.espeak_SetSynthCallback(callback)
     if library.espeak_SetVoiceByName(voice.name.encode()) != 0:
-        raise CordError(f"espeak-ng has no voice {voice.name!r}; try for example {', '.join(TRAINING_VOICES)}")
+        raise CordError(f"espeak-ng has no voice {voice.name!r}; try for example {', '.join(ESPEAK_VOICES)}")
     library.espeak_SetParameter(_PARAMETER_RATE, round(voice.speed * _NORMAL_WORDS_A_MINUTE), 0)
     library.espeak_SetParameter(_PARAMETER_PITCH, round(voice.pitch * _NORMAL_PITCH), 0)
     data = text.encode() + b"\0"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -11,14 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from examples.quickstart.questions import questions_about, split_problems
-from examples.quickstart.spoken_sums import SPLITS, SynthesisConfig, synthesize
+from examples.quickstart.questions import all_problems, questions_about, split_problems
+from examples.quickstart.spoken_sums import HELD_OUT_VOICES, SPLITS, TRAINING_VOICES, SynthesisConfig, synthesize
 from megatron_cord.data.manifest import Manifest
 from megatron_cord.data.shards import ShardDataset
 from megatron_cord.errors import CordError
-from megatron_cord.speech.synthesizer import HELD_OUT_VOICES, TRAINING_VOICES
-
-ROOT = Path(__file__).resolve().parents[2]
+from megatron_cord.speech.synthesizer import SAMPLING_RATE, EspeakSynthesizer, Utterance, Voice
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +45,11 @@ def test_warmup_is_not_the_beginning_of_train(sets: dict[str, ShardDataset]) -> 
         for split in ("train", "warmup")
     )
     assert first != second
+
+
+def test_no_voice_is_in_training_and_evaluation() -> None:
+    """Would catch a voice in both lists."""
+    assert not set(TRAINING_VOICES) & set(HELD_OUT_VOICES)
 
 
 def test_made_again_bit_for_bit(tmp_path: Path) -> None:
@@ -99,17 +101,28 @@ def test_impossible_sets_are_refused(tmp_path: Path, config: SynthesisConfig, me
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_the_command(tmp_path: Path) -> None:
-    """Would catch a tool that does not start, or that shows tracebacks for a user's mistake."""
+def test_the_longest_question_fits_the_window() -> None:
+    """Would catch a phrasing or a voice beyond the tiny encoder's window of 2.56 s."""
+    texts = sorted((question.text for question in questions_about(all_problems())), key=len)[-6:]
+    recordings = EspeakSynthesizer().speak(
+        [Utterance(text, Voice(name)) for text in texts for name in TRAINING_VOICES + HELD_OUT_VOICES]
+    )
+    assert max(map(len, recordings)) / SAMPLING_RATE <= 2.56
 
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "tools" / "synthesize.py"), "--output", str(tmp_path / "set"), *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=120)
 
-    arguments = ("--split", "heldout", "--count", "8", "--seed", "1")
-    first, other = call(*arguments), call("--split", "train", "--count", "8")
-    assert first.returncode == 0 and "8 utterances" in first.stdout
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Would catch a command that does not start, or that shows tracebacks for a user's mistake."""
+
+    def call(*arguments: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["spoken_sums", "--output", str(tmp_path / "set"), *arguments])
+        monkeypatch.delitem(sys.modules, "examples.quickstart.spoken_sums", raising=False)
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_module("examples.quickstart.spoken_sums", run_name="__main__")
+        return exit_.value.code, *capsys.readouterr()
+
+    status, output, _ = call("heldout", "--count", "8", "--seed", "1")
+    assert status == 0 and "8 utterances" in output
     assert len(ShardDataset(tmp_path / "set")) == 8
-    assert other.returncode == 2 and other.stderr.startswith("error: ") and other.stderr.count("\n") == 1
-    assert "split = 'heldout', not 'train'" in other.stderr
+    status, _, errors = call("train", "--count", "8")
+    assert status == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+    assert "split = 'heldout', not 'train'" in errors

@@ -9,18 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from examples.quickstart.questions import all_problems, questions_about
 from megatron_cord.errors import CordError
-from megatron_cord.speech.synthesizer import (
-    HELD_OUT_VOICES,
-    SAMPLING_RATE,
-    TRAINING_VOICES,
-    EspeakSynthesizer,
-    Utterance,
-    Voice,
-)
+from megatron_cord.speech.synthesizer import ESPEAK_VOICES, SAMPLING_RATE, EspeakSynthesizer, Utterance, Voice
 
 TEXT = "take three from nine"
+VOICES = (*ESPEAK_VOICES, "en-us+f3", "en-us+m4", "en-gb-x-rp+f2", "en-us-nyc")
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +23,22 @@ def synthesizer() -> EspeakSynthesizer:
 
 def test_every_voice_speaks(synthesizer: EspeakSynthesizer) -> None:
     """Would catch a voice that this version lacks, voices that sound alike, leftover silence, and clipping."""
-    voices = TRAINING_VOICES + HELD_OUT_VOICES
-    recordings = synthesizer.speak([Utterance(TEXT, Voice(name)) for name in voices])
+    recordings = synthesizer.speak([Utterance(TEXT, Voice(name)) for name in VOICES])
     for recording in recordings:
         assert recording.dtype == np.float32 and recording.ndim == 1
         assert 0.8 < len(recording) / SAMPLING_RATE < 2.0
         assert np.abs(recording).max() == pytest.approx(0.9, abs=1e-6)
         loud = np.flatnonzero(np.abs(recording) > 0.02)
         assert max(loud[0], len(recording) - loud[-1]) <= 800
-    assert len({recording.tobytes() for recording in recordings}) == len(voices)
-    assert not set(TRAINING_VOICES) & set(HELD_OUT_VOICES)
+    assert len({recording.tobytes() for recording in recordings}) == len(VOICES)
 
 
 def test_recordings_do_not_depend_on_the_past(synthesizer: EspeakSynthesizer) -> None:
-    """Would catch state that leaks from call to call, or noise seeded with the clock's seconds: shards could not be made again bit for bit."""
-    utterances = [Utterance(TEXT, Voice(name)) for name in TRAINING_VOICES + HELD_OUT_VOICES]
+    """Would catch state that leaks from call to call, or noise seeded with the clock's seconds.
+
+    Shards could then not be made again bit for bit.
+    """
+    utterances = [Utterance(TEXT, Voice(name)) for name in VOICES]
     first = synthesizer.speak(utterances)
     synthesizer.speak([Utterance("something else entirely", Voice("en-gb-x-rp", speed=1.5, pitch=1.4))])
     time.sleep(1.1)
@@ -54,7 +48,7 @@ def test_recordings_do_not_depend_on_the_past(synthesizer: EspeakSynthesizer) ->
 
 def test_threads_take_turns(synthesizer: EspeakSynthesizer) -> None:
     """Would catch two threads in the library at once, which mixes their recordings."""
-    calls = [[Utterance(TEXT, Voice(name))] for name in TRAINING_VOICES] * 2
+    calls = [[Utterance(TEXT, Voice(name))] for name in ESPEAK_VOICES] * 2
     alone = [synthesizer.speak(call)[0] for call in calls]
     with ThreadPoolExecutor(4) as pool:
         together = [result[0] for result in pool.map(synthesizer.speak, calls)]
@@ -68,15 +62,6 @@ def test_speed_and_pitch(synthesizer: EspeakSynthesizer) -> None:
     )
     assert len(fast) < 0.8 * len(normal)
     assert abs(len(high) - len(normal)) < 0.1 * len(normal) and not np.array_equal(high[:1000], normal[:1000])
-
-
-def test_the_longest_question_fits_the_quickstarts_window(synthesizer: EspeakSynthesizer) -> None:
-    """Would catch a phrasing or a voice that the tiny encoder (2.56 s) cannot hear to its end."""
-    texts = sorted((question.text for question in questions_about(all_problems())), key=len)[-6:]
-    recordings = synthesizer.speak(
-        [Utterance(text, Voice(name)) for text in texts for name in TRAINING_VOICES + HELD_OUT_VOICES]
-    )
-    assert max(map(len, recordings)) / SAMPLING_RATE <= 2.56
 
 
 @pytest.mark.parametrize(
