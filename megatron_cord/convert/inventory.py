@@ -17,8 +17,8 @@ from megatron_cord.convert.checkpoint_files import StoredTensor
 from megatron_cord.convert.stream import global_parameters, hf_shapes, tensor_map_of
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
+from megatron_cord.model.config import LayerConfig
 from megatron_cord.model.lalm import LALM
-from megatron_cord.model.transformer import LayerConfig
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import all_gather_json
 

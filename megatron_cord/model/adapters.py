@@ -1,7 +1,7 @@
-"""Adapters: from the audio encoder's features to the language model's width. A small set; the architecture says which.
+"""Adapters: from the audio encoder's features to the language model's width. The architecture says which of them.
 
-They are small beside both towers, so every tensor-parallel rank holds all of them. Legend: C clips, T features a clip, H_audio and H the
-widths of encoder and language model.
+They are small beside both towers, so every tensor-parallel rank holds all of them.
+Legend: C clips, T features a clip, H_audio and H the widths of encoder and language model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LinearAdapter(MegatronModule):
         self.linear = torch.nn.Linear(*sizes, bias=arch.bias, dtype=config.params_dtype, device=device)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[C, T, H_audio] to [C, T, H]."""
+        """Map [C, T, H_audio] to [C, T, H]."""
         return self.linear(features)
 
 
@@ -50,7 +50,7 @@ class ConvolutionAdapter(MegatronModule):
         self.activation = _ACTIVATIONS[arch.activation]
 
     def forward(self, features: Tensor) -> Tensor:
-        """[C, T, H_audio] to [C, tokens, H]."""
+        """Map [C, T, H_audio] to [C, tokens, H]."""
         x = torch.nn.functional.gelu(self.conv(features.transpose(1, 2))).transpose(1, 2)
         return self.linear2(self.activation(self.linear1(x)))
 
@@ -71,7 +71,7 @@ class StackingAdapter(MegatronModule):
         self.activation = _ACTIVATIONS[arch.activation]
 
     def forward(self, features: Tensor) -> Tensor:
-        """[C, T, H_audio] to [C, T / stride, H]."""
+        """Map [C, T, H_audio] to [C, T / stride, H]."""
         clips, count, _ = features.shape
         whole = features[:, : count // self.stride * self.stride].reshape(clips, count // self.stride, -1)
         return self.linear2(self.activation(self.linear1(whole)))
@@ -88,12 +88,12 @@ _KINDS: dict[str, type[Adapter]] = {
 def build_adapter(
     arch: AdapterArchitecture, sizes: tuple[int, int], config: TransformerConfig, device: torch.device
 ) -> Adapter:
-    """The adapter of this architecture.
+    """Build the adapter of an architecture.
 
     Args:
-        arch: which one, and its own sizes.
+        arch: kind and sizes of the adapter.
         sizes: (H_audio, H).
-        config: gives the precision.
+        config: for the precision.
         device: where its parameters are.
     """
     return _KINDS[arch.kind](arch, sizes, config, device)

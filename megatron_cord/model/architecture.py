@@ -1,4 +1,4 @@
-"""What a model is, in numbers: the sizes that a family reads from a Hugging Face configuration, whatever the layout over ranks."""
+"""The sizes of a model, which a family reads from a Hugging Face configuration; they do not depend on the layout."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Count = TypeVar("Count", int, Tensor)
 
 @dataclass(frozen=True)
 class EncoderArchitecture:
-    """A Whisper-style audio encoder: two convolutions (the second halves the rate), sinusoids, pre-norm layers, pooling.
+    """A Whisper-style audio encoder: two convolutions, the second with stride 2, sinusoids, pre-norm layers, pooling.
 
-    Families differ in what they do with a clip that is shorter than the window: see `hears_padding` and `tail_frames`.
+    Families treat a clip that is shorter than the window in different ways: see `encodes_padding` and `tail_frames`.
     """
 
     num_mels: int
@@ -26,11 +26,10 @@ class EncoderArchitecture:
     ffn_hidden_size: int
     max_positions: int  #: frames after the convolutions, which is half of the window's log-mel frames
     pooling: int = 2  #: neighbouring positions that are averaged into one feature; 1 for none
-    hears_padding: bool = (
-        False  #: no mask: the silence after a clip is encoded too, and every clip makes as many features as the window
-    )
-    #: Frames after a clip's own that convolutions see but attention does not; what follows them is zero everywhere. None: convolutions
-    #: see the padding as it is.
+    #: no mask: the silence after a clip is encoded too, and every clip makes as many features as the window
+    encodes_padding: bool = False
+    #: frames after a clip's own that convolutions see but attention does not; what follows them is zero everywhere.
+    #: None: convolutions see the padding as it is
     tail_frames: int | None = None
     clip_frames: int | None = None  #: longest clip, if the family's own processing cuts clips shorter than the window
 
@@ -45,21 +44,22 @@ class EncoderArchitecture:
         return self.window_frames - (self.tail_frames or 0) if self.clip_frames is None else self.clip_frames
 
     def frames_after_convolutions(self, num_frames: Count) -> Count:
-        """How many of the encoder's positions carry audio when num_frames of its input do."""
+        """Return how many of the encoder's positions carry audio when num_frames of its input do."""
         return (num_frames - 1) // 2 + 1
 
     def num_features(self, num_frames: Count) -> Count:
-        """How many features the encoder makes of a clip."""
-        if self.hears_padding:
+        """Return how many features the encoder makes of a clip."""
+        if self.encodes_padding:
             return 0 * num_frames + self.max_positions // self.pooling
         return self.frames_after_convolutions(num_frames) // self.pooling
 
 
 @dataclass(frozen=True)
 class AdapterArchitecture:
-    """What takes the encoder's features into the language model's width, and how many tokens it makes of them."""
+    """The part that maps the encoder's features to the language model's width, and to a number of tokens."""
 
-    #: linear: one projection; convolution: a strided convolution, then an MLP; stacking: neighbours side by side, then an MLP.
+    #: linear: one projection; convolution: a strided convolution, then an MLP; stacking: neighbours side by side, then
+    #: an MLP
     kind: Literal["linear", "convolution", "stacking"]
     hidden_size: int = 0  #: of the MLP; linear has none
     stride: int = 1  #: features that become one token
@@ -68,7 +68,7 @@ class AdapterArchitecture:
     bias: bool = True  #: of the projections
 
     def num_tokens(self, num_features: Count) -> Count:
-        """How many tokens come of so many features."""
+        """Return how many tokens the adapter makes of so many features."""
         if self.kind == "convolution":
             return (num_features + 2 - self.kernel_size) // self.stride + 1
         return num_features // self.stride
@@ -92,7 +92,7 @@ class LanguageArchitecture:
     tied_embeddings: bool
 
     def padded_vocab_size(self, tp: int) -> int:
-        """Rows of the embedding and the output layer, [V_padded, H]: a multiple of 64 and of tp."""
+        """Return the rows of the embedding and the output layer, [V_padded, H]: a multiple of 64 and of tp."""
         multiple = 64 if 64 % tp == 0 else 64 * tp
         return -(-self.vocab_size // multiple) * multiple
 
@@ -116,17 +116,17 @@ class Architecture:
     adapter: AdapterArchitecture | None
 
     def num_audio_tokens(self, num_frames: Count) -> Count:
-        """How many placeholders a clip of num_frames log-mel frames takes; one number or a tensor of them.
+        """Return how many placeholders a clip of num_frames log-mel frames takes; one number or a tensor of them.
 
         Raises:
-            ValueError: a plain text model hears nothing.
+            ValueError: a plain text model takes no audio.
         """
         if self.encoder is None or self.adapter is None:
             raise ValueError(f"a {self.model_type} model takes no audio")
         return self.adapter.num_tokens(self.encoder.num_features(num_frames))
 
     def check_divisible(self, tp: int, pp: int) -> None:
-        """Raises CordError if this layout cannot hold the model, naming the size that does not divide."""
+        """Raise CordError if this layout cannot hold the model, naming the size that does not divide."""
         sizes = {
             "the language model's attention heads": self.language.num_heads,
             "the language model's key-value heads": self.language.num_kv_heads,
@@ -140,7 +140,8 @@ class Architecture:
         for what, size in sizes.items():
             if size % tp:
                 raise CordError(
-                    f"parallel.tp={tp} does not divide {what} ({size}); choose a tp that does, e.g. {_largest_divisor(size, tp)}"
+                    f"parallel.tp={tp} does not divide {what} ({size}); "
+                    f"choose a tp that does, e.g. {_largest_divisor(size, tp)}"
                 )
         if self.language.num_layers % pp:
             raise CordError(

@@ -1,9 +1,10 @@
 """Core attention on torch's scaled_dot_product_attention, for machines with and without CUDA.
 
-It stands where Megatron's layer specification puts DotProductAttention, which materialises the scores and knows neither packed sequences
-nor context parallelism. Padded batches are [S, B, heads, D] and rely on right padding: under the causal mask real tokens never see padding.
-Packed ones are [T, heads, D] with the sequences one after the other. Simplification: under context parallelism keys and values of all ranks
-are gathered before the scores are formed, and packed sequences take one kernel call each; transformer-engine does both better.
+It replaces DotProductAttention in Megatron's layer specification, which materialises the scores and supports neither
+packed sequences nor context parallelism. Padded batches are [S, B, heads, D] and rely on right padding: under the causal
+mask real tokens never attend to padding. Packed ones are [T, heads, D] with the sequences one after the other.
+Simplification: under context parallelism keys and values of all ranks are gathered before the scores are formed, and
+packed sequences take one kernel call each; transformer-engine does both better.
 
 Legend: S padded length, B sequences, T packed tokens, Q query heads, G key-value heads, D head size, CP ranks.
 """
@@ -28,23 +29,26 @@ from megatron_cord.parallel.context import natural_order, zigzag_rows
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of packed sequences, with the borders as numbers: reading them from the device would wait for it."""
+    """Megatron's description of packed sequences, with cu_seqlens as numbers too: a read from the device would block."""
 
-    borders: tuple[int, ...] = ()
+    cu_seqlens: tuple[int, ...] = ()
 
 
-def packed_sequences(borders: tuple[int, ...], device: torch.device) -> PackedSequences:
-    """Of sequences [borders[i], borders[i+1]), padding included: it stands behind the real tokens, which therefore do not see it."""
-    lengths = [end - start for start, end in pairwise(borders)]
-    cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
+def packed_sequences(cu_seqlens: tuple[int, ...], device: torch.device) -> PackedSequences:
+    """Describe the sequences [cu_seqlens[i], cu_seqlens[i+1]).
+
+    They include padding, which stands behind the real tokens, so that these do not attend to it.
+    """
+    lengths = [end - start for start, end in pairwise(cu_seqlens)]
+    on_device = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
     longest = max(lengths)
     return PackedSequences(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q=on_device,
+        cu_seqlens_kv=on_device,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        borders=borders,
+        cu_seqlens=cu_seqlens,
     )
 
 
@@ -77,12 +81,15 @@ class SdpaAttention(MegatronModule):
         packed_seq_params: PackedSequences | None = None,
         **_: Any,
     ) -> Tensor:
-        """Attends within each sequence.
+        """Attend within each sequence.
 
         Args:
             query: [S/CP, B, Q/TP, D], or [T/CP, Q/TP, D] packed.
-            key, value: the same with G/TP heads.
+            key: the same with G/TP heads.
+            value: as key.
             attention_mask: bool [B, 1, 1, S], True where a key is padding; only read by non-causal attention.
+            attn_mask_type: of Megatron's interface; the type given at construction holds.
+            attention_bias: of Megatron's interface; must be None.
             packed_seq_params: where the packed sequences begin and end; None for a padded batch.
 
         Returns:
@@ -91,25 +98,24 @@ class SdpaAttention(MegatronModule):
         if attention_bias is not None:
             raise ValueError("SdpaAttention takes no attention bias")
         if packed_seq_params is not None:
-            return self._causal(
-                query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), packed_seq_params.borders
-            ).squeeze(1)
+            query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+            return self._causal(query, key, value, packed_seq_params.cu_seqlens).squeeze(1)
         if self.is_causal:
             ranks = 1 if self.cp_group is None else self.cp_group.size()
             return self._causal(query, key, value, (0, query.shape[0] * ranks))
         return _attend(query, key, value, None if attention_mask is None else ~attention_mask, is_causal=False)
 
-    def _causal(self, query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ...]) -> Tensor:
-        """[T/CP, B, Q/TP · D] of sequences that stand one after the other along the first dimension."""
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: tuple[int, ...]) -> Tensor:
+        """Return [T/CP, B, Q/TP · D] of sequences that stand one after the other along the first dimension."""
         if self.cp_group is None:
-            pieces = [_attend(query[a:b], key[a:b], value[a:b], None, is_causal=True) for a, b in pairwise(borders)]
+            pieces = [_attend(query[a:b], key[a:b], value[a:b], None, is_causal=True) for a, b in pairwise(cu_seqlens)]
             return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         ranks, rank = self.cp_group.size(), self.cp_group.rank()
         size = key.shape[-1]
         both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.cp_group)
-        both = both.index_select(0, natural_order(borders, ranks).to(both.device))
+        both = both.index_select(0, natural_order(cu_seqlens, ranks).to(both.device))
         pieces = []
-        for start, end in pairwise(borders):
+        for start, end in pairwise(cu_seqlens):
             mine = zigzag_rows((0, end - start), ranks, rank)
             seen = (torch.arange(end - start)[None] <= mine[:, None]).to(query.device)
             here = query[start // ranks : end // ranks]
@@ -120,7 +126,7 @@ class SdpaAttention(MegatronModule):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
-    """[S, B, heads · D]; mask True where a key is seen, broadcast to [B, heads, S, S of the keys]."""
+    """Return [S, B, heads · D]; mask is True where a key is attended to, broadcast to [B, heads, S, S of the keys]."""
     sequence, batch, heads, _ = query.shape
     repeat = heads // key.shape[2]
     if repeat > 1:

@@ -1,8 +1,9 @@
 """The audio tower: a Whisper-style encoder on Megatron's tensor-parallel layers.
 
-Under sequence parallelism the positions of all clips are cut over the tensor-parallel ranks between the layers' matrices; a window that they
-do not divide gets positions at its end that nobody attends to. Simplification: clips are padded to the encoder's whole window, as the
-published models expect.
+Under sequence parallelism the positions of all clips are split over the tensor-parallel ranks between the layers'
+matrices; a window that they do not divide gets masked positions at its end. Simplification: clips are padded to the
+encoder's whole window, as the published models expect.
+Legend: C clips, T positions after the convolutions, H_audio the encoder's width.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_cord.model.architecture import EncoderArchitecture
-from megatron_cord.model.transformer import LayerConfig, block_spec, encoder_config
+from megatron_cord.model.config import LayerConfig
+from megatron_cord.model.transformer import block_spec, encoder_config
 from megatron_cord.parallel.layout import Layout
 
 
 class AudioEncoder(MegatronModule):
-    """Log-mel features to hidden vectors, one every 40 ms for Whisper's 10 ms hop and pooling by two. All of it is on the first stage.
+    """Encode log-mel features as hidden vectors, one every 40 ms for Whisper's 10 ms hop and pooling by two.
+
+    All of it is on the first pipeline stage.
 
     Args:
         arch: sizes.
@@ -45,10 +49,10 @@ class AudioEncoder(MegatronModule):
         positions = torch.empty(arch.max_positions, hidden, dtype=dtype, device=layout.device)
         self.embed_positions = torch.nn.Parameter(positions, requires_grad=False)  # sinusoids, stored in the checkpoint
         groups = copy.copy(layout.groups)
-        groups.pp = groups.cp = layout.solo  # this block is whole here, however the language model is cut
+        groups.pp = groups.cp = layout.solo  # this block is whole here, however the language model is split
         self._tp_group = layout.tp_group
         self._padding = -arch.max_positions % layout.config.tp if config.sequence_parallel else 0
-        mask = AttnMaskType.no_mask if arch.hears_padding and not self._padding else AttnMaskType.padding
+        mask = AttnMaskType.no_mask if arch.encodes_padding and not self._padding else AttnMaskType.padding
         self.block = TransformerBlock(
             config, block_spec(config, mask, layers), post_layer_norm=False, pg_collection=groups
         )
@@ -58,27 +62,28 @@ class AudioEncoder(MegatronModule):
             layer.mlp.__class__ = WholeMLP
 
     def forward(self, features: Tensor, num_frames: Tensor) -> Tensor:
-        """Encodes clips.
+        """Encode clips.
 
         Args:
-            features: [C, mels, frames], C clips padded to the window.
+            features: [C, mels, frames], clips padded to the window.
             num_frames: [C] int64, the valid frames of each clip.
 
         Returns:
-            [C, frames / 2 / pooling, H_audio]; only the first `EncoderArchitecture.num_features` of each clip mean something.
+            [C, frames / 2 / pooling, H_audio]; only the first `EncoderArchitecture.num_features` of each clip are
+            meaningful.
         """
-        seen = None if self.arch.tail_frames is None else num_frames + self.arch.tail_frames
-        x = _zero_from(seen, features.to(self.conv1.weight.dtype))
-        x = _zero_from(seen, torch.nn.functional.gelu(self.conv1(x)))
-        x = torch.nn.functional.gelu(self.conv2(x))  # [C, H, T]
-        x = x.permute(2, 0, 1) + self.embed_positions[:, None]  # [T, C, H]
+        end = None if self.arch.tail_frames is None else num_frames + self.arch.tail_frames
+        x = _zero_from(end, features.to(self.conv1.weight.dtype))
+        x = _zero_from(end, torch.nn.functional.gelu(self.conv1(x)))
+        x = torch.nn.functional.gelu(self.conv2(x))  # [C, H_audio, T]
+        x = x.permute(2, 0, 1) + self.embed_positions[:, None]  # [T, C, H_audio]
         x = self._layers(x, num_frames)
-        x = torch.nn.functional.avg_pool1d(x.permute(1, 2, 0), kernel_size=self.arch.pooling)  # [C, H, T / pooling]
+        x = torch.nn.functional.avg_pool1d(x.permute(1, 2, 0), kernel_size=self.arch.pooling)  # [C, H_audio, T/pooling]
         x = self.layer_norm(x.transpose(1, 2))
-        return x if seen is None else _zero_from(self.arch.num_features(seen), x.transpose(1, 2)).transpose(1, 2)
+        return x if end is None else _zero_from(self.arch.num_features(end), x.transpose(1, 2)).transpose(1, 2)
 
     def _layers(self, x: Tensor, num_frames: Tensor) -> Tensor:
-        """The transformer's layers on x [T, C, H_audio], the same on all tensor-parallel ranks."""
+        """Run the transformer's layers on x [T, C, H_audio], which is the same on all tensor-parallel ranks."""
         positions = x.shape[0]
         if self.config.sequence_parallel:
             x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self._padding))
@@ -86,47 +91,49 @@ class AudioEncoder(MegatronModule):
         x = self.block(x.contiguous(), attention_mask=self._padding_mask(num_frames, positions))
         if self.config.sequence_parallel:
             # What follows is computed on every rank alike, so that each has the whole gradient already.
-            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self._tp_group)[
-                :positions
-            ]
+            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self._tp_group)
+            x = x[:positions]
         return x
 
     def _padding_mask(self, num_frames: Tensor, positions: int) -> Tensor | None:
-        """Bool [C, 1, 1, T + padding], True where a position is not to be attended to; None if there is none."""
-        if not self.arch.hears_padding:
+        """Return bool [C, 1, 1, T + padding], True where a position is masked; None if no position is."""
+        if not self.arch.encodes_padding:
             valid = self.arch.frames_after_convolutions(num_frames)
         elif self._padding:
             valid = torch.full_like(num_frames, positions)
         else:
             return None
-        return (torch.arange(positions + self._padding, device=num_frames.device)[None] >= valid[:, None])[
-            :, None, None, :
-        ]
+        numbers = torch.arange(positions + self._padding, device=num_frames.device)
+        return (numbers[None] >= valid[:, None])[:, None, None, :]
 
 
 def _zero_from(start: Tensor | None, x: Tensor) -> Tensor:
-    """X [C, channels, T] with zeros from each clip's start [C] on, so that a clip does not depend on its padding."""
+    """Return x [C, channels, T] with zeros from each clip's start [C] on: a clip does not depend on its padding."""
     if start is None:
         return x
     return x * (torch.arange(x.shape[-1], device=x.device)[None] < start[:, None])[:, None, :]
 
 
 class WholeMLP(MLP):
-    """Megatron's MLP, once it is built, but that it adds its last bias itself instead of handing the parameter on beside its output.
+    """Megatron's MLP, but it adds its last bias itself instead of returning the parameter beside its output.
 
-    A parameter that leaves a recomputed part takes the part for its origin, and the backward pass goes round for ever.
+    Autograd takes a parameter that leaves a recomputed part for a result of it, and the backward pass never ends.
     """
 
     def forward(self, *arguments: Any, **named: Any) -> tuple[Tensor, None]:
+        """Run the MLP; there is no bias left to add."""
         output, bias = super().forward(*arguments, **named)
         return output + bias, None
 
 
 def _keep_key_bias_zero(bias: torch.nn.Parameter, head_dim: int) -> None:
-    """Whisper's keys have no bias, Megatron's fused projection has one: its gradient is dropped, so that it stays the zero it was loaded as.
+    """Drop the gradient of the keys' bias, which Whisper lacks and Megatron's fused projection has: it stays zero.
 
-    A key bias does not change the attention, so its gradient is rounding noise, which Adam would scale up to whole steps.
-    bias: [3 · D · heads / TP], for each head its query, key and value part.
+    A key bias does not change the attention, so its gradient is rounding noise, which Adam would scale to whole steps.
+
+    Args:
+        bias: [3 · D · heads / TP], for each head its query, key and value part.
+        head_dim: D.
     """
     mask = torch.ones(3, head_dim, device=bias.device, dtype=bias.dtype)
     mask[1] = 0

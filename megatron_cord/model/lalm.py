@@ -28,8 +28,9 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.adapters import Adapter, build_adapter
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.attention import packed_sequences
+from megatron_cord.model.config import LayerConfig
 from megatron_cord.model.encoder import AudioEncoder
-from megatron_cord.model.transformer import LayerConfig, block_spec, language_config
+from megatron_cord.model.transformer import block_spec, language_config
 from megatron_cord.parallel.layout import Layout
 
 

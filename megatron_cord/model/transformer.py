@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -19,44 +18,24 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import EncoderArchitecture, LanguageArchitecture
 from megatron_cord.model.attention import SdpaAttention
+from megatron_cord.model.config import LayerConfig
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.layout import ParallelConfig
 
-Tower = Literal["audio_encoder", "language_model"]
 
+def uses_transformer_engine(layers: LayerConfig) -> bool:
+    """Return whether the layers are transformer-engine's.
 
-@dataclass(frozen=True)
-class LayerConfig:
-    """How the layers of both towers are computed; the numbers are the same up to rounding."""
-
-    #: torch: Megatron's own layers with torch's attention and norms; transformer_engine: its fused layers and attention, on GPUs; auto: those
-    #: where they are installed
-    implementation: Literal["auto", "torch", "transformer_engine"] = "auto"
-    recompute: Collection[Tower] = ()  #: towers whose layers are computed again in the backward pass: memory for time
-    #: full: a recomputed layer keeps its input alone; selective: its core attention's and its MLP's input, and all that lies between them
-    granularity: Literal["full", "selective"] = "full"
-
-    @property
-    def uses_transformer_engine(self) -> bool:
-        """Whether layers are transformer-engine's.
-
-        Raises:
-            CordError: they are asked for and cannot be used here.
-        """
-        present = portability.has_transformer_engine()
-        if self.implementation == "transformer_engine" and not present:
-            raise CordError(
-                "model.layers=transformer_engine: it is not installed here, or there is no GPU; install the extra 'gpu', or set auto or torch"
-            )
-        return present and self.implementation != "torch"
-
-    def recomputation(self, tower: Tower) -> dict[str, object]:
-        """Megatron's settings for one tower."""
-        if tower not in self.recompute:
-            return {}
-        if self.granularity == "selective":
-            return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    Raises:
+        CordError: the configuration demands them and they cannot be used here.
+    """
+    present = portability.has_transformer_engine()
+    if layers.implementation == "transformer_engine" and not present:
+        raise CordError(
+            "model.layers=transformer_engine: it is not installed here, or there is no GPU; "
+            "install the extra 'gpu', or set auto or torch"
+        )
+    return present and layers.implementation != "torch"
 
 
 def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, object]:
@@ -155,7 +134,7 @@ def block_spec(
         layers: which implementation.
         pp_rank: this stage.
     """
-    layer, norm = _transformer_engine_layer() if layers.uses_transformer_engine else _torch_layer(config)
+    layer, norm = _transformer_engine_layer() if uses_transformer_engine(layers) else _torch_layer(config)
     attention = replace(layer.submodules.self_attention, params={"attn_mask_type": mask})
     layer = replace(layer, submodules=replace(layer.submodules, self_attention=attention))
     return TransformerBlockSubmodules(

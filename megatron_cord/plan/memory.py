@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megatron_cord.model.architecture import Architecture, EncoderArchitecture
-from megatron_cord.model.transformer import Tower
+from megatron_cord.model.config import ModelConfig, Tower
 from megatron_cord.plan.parameters import part_counts, rank_counts
 from megatron_cord.plan.work import Work
-from megatron_cord.trainer.config import ModelConfig, RunConfig
+from megatron_cord.trainer.config import RunConfig
 
 OVERHEAD = 4e9  #: bytes: CUDA context, NCCL's buffers, workspaces
 FRAGMENTATION = 0.05  #: of all else: what the allocator cannot use

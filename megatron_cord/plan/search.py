@@ -7,7 +7,7 @@ from itertools import product
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
-from megatron_cord.model.transformer import Tower
+from megatron_cord.model.config import Tower
 from megatron_cord.plan.devices import Gpu
 from megatron_cord.plan.memory import memory
 from megatron_cord.plan.speed import speed

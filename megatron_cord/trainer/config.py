@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
-
-import torch
 
 from megatron_cord.data.loader import DataConfig
 from megatron_cord.errors import CordError
-from megatron_cord.model.transformer import LayerConfig
+from megatron_cord.model.config import ModelConfig
 from megatron_cord.parallel.layout import ParallelConfig
 from megatron_cord.reward import RewardConfig
 from megatron_cord.trainer.checkpoint.checkpoints import CheckpointConfig
@@ -22,42 +19,6 @@ from megatron_cord.trainer.step.batches import BatchConfig
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.step.optimizer import OptimizerConfig
 from megatron_cord.trainer.step.teacher import TeacherConfig
-
-PARTS = ("audio_encoder", "adapter", "language_model")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which model, in which precision, and what of it is trained."""
-
-    checkpoint: str  #: Hugging Face checkpoint directory: the student's start and the frozen teacher
-    dtype: Literal["float32", "bfloat16"] = (
-        "bfloat16"  #: of parameters and activations; gradients and optimizer states are fp32
-    )
-    freeze: tuple[
-        Literal["audio_encoder", "adapter", "language_model"], ...
-    ] = ()  #: parts that are not trained, nor exchanged again
-
-    #: Towers whose layers are computed again in the backward pass: memory for time.
-    recompute: tuple[Literal["audio_encoder", "language_model"], ...] = ()
-    #: full: a recomputed layer keeps its input alone; selective: also what lies around its core attention and its MLP
-    recompute_granularity: Literal["full", "selective"] = "full"
-    #: auto: transformer-engine's layers and attention where they are installed, else Megatron's own with torch's attention
-    layers: Literal["auto", "torch", "transformer_engine"] = "auto"
-
-    def __post_init__(self) -> None:
-        if set(self.freeze) == set(PARTS):
-            raise CordError("model.freeze names every part; nothing is left to train")
-
-    @property
-    def layer_config(self) -> LayerConfig:
-        """How the layers are computed."""
-        return LayerConfig(self.layers, self.recompute, self.recompute_granularity)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch's."""
-        return getattr(torch, self.dtype)
 
 
 @dataclass(frozen=True)

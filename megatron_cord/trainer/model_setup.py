@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from megatron_cord.convert import read_into
+from megatron_cord.model.config import ModelConfig
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import Layout
-from megatron_cord.trainer.config import ModelConfig
 
 
 def build_student(config: ModelConfig, layout: Layout) -> LALM:

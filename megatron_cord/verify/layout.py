@@ -26,8 +26,8 @@ from torch import Tensor
 from megatron_cord.config.loading import load_config
 from megatron_cord.convert import export_tensors
 from megatron_cord.errors import CordError
+from megatron_cord.model.config import ModelConfig
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
-from megatron_cord.trainer.config import ModelConfig
 from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.step.batches import BatchConfig
 from megatron_cord.trainer.step.objective import ObjectiveConfig

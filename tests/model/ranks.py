@@ -19,9 +19,9 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, 
 from torch import Tensor
 
 from megatron_cord.convert import export_tensors, read_into, read_tensors
+from megatron_cord.model.config import LayerConfig, Tower
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
-from megatron_cord.model.transformer import LayerConfig, Tower
 from megatron_cord.parallel.layout import ParallelConfig, initialize
 from megatron_cord.trainer.step.optimizer import OptimizerConfig, build_optimizer, wrap_model
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_cord.model.config import LayerConfig
 from megatron_cord.model.encoder import AudioEncoder
-from megatron_cord.model.transformer import LayerConfig
 from megatron_cord.parallel.layout import ParallelConfig, initialize
 from tests.gloo import run_ranks
 from tests.model.test_architecture import ENCODER
@@ -21,7 +21,7 @@ from tests.model.test_architecture import ENCODER
 POSITIONS, FRAMES = 23, (46, 31, 3)
 CASES = {
     "masked": replace(ENCODER, max_positions=POSITIONS),
-    "hears padding": replace(ENCODER, max_positions=POSITIONS, pooling=1, hears_padding=True),
+    "hears padding": replace(ENCODER, max_positions=POSITIONS, pooling=1, encodes_padding=True),
     "tail": replace(ENCODER, max_positions=POSITIONS, tail_frames=2),
     "divides": replace(ENCODER, max_positions=24),
 }

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from megatron_cord.model.config import LayerConfig, Tower
 from megatron_cord.model.lalm import LALM
-from megatron_cord.model.transformer import LayerConfig, Tower
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from tests.model.ranks import make_batches
 from tests.model.test_architecture import ARCHITECTURE

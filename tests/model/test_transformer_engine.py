@@ -23,8 +23,9 @@ from torch import Tensor
 from megatron_cord.convert import export_tensors, import_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.model import transformer
+from megatron_cord.model.config import LayerConfig
 from megatron_cord.model.lalm import LALM
-from megatron_cord.model.transformer import LayerConfig, Norm
+from megatron_cord.model.transformer import Norm, uses_transformer_engine
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from tests.model.ranks import make_batches
@@ -118,7 +119,7 @@ def test_masks(layout: Layout) -> None:
     assert model.language_model.decoder.layers[0].self_attention.attn_mask_type == AttnMaskType.causal
     assert ARCHITECTURE.encoder is not None
     silent = LALM(
-        replace(ARCHITECTURE, encoder=replace(ARCHITECTURE.encoder, hears_padding=True)), layout, torch.float32
+        replace(ARCHITECTURE, encoder=replace(ARCHITECTURE.encoder, encodes_padding=True)), layout, torch.float32
     )
     assert silent.audio_encoder is not None
     assert silent.audio_encoder.block.layers[0].self_attention.attn_mask_type == AttnMaskType.no_mask
@@ -128,5 +129,5 @@ def test_masks(layout: Layout) -> None:
 def test_it_is_refused_where_it_is_not() -> None:
     """Catches a run that silently trains with other layers than it was told to."""
     with pytest.raises(CordError, match="transformer_engine: it is not installed here"):
-        _ = LayerConfig("transformer_engine").uses_transformer_engine
-    assert not LayerConfig("auto").uses_transformer_engine
+        uses_transformer_engine(LayerConfig("transformer_engine"))
+    assert not uses_transformer_engine(LayerConfig("auto"))

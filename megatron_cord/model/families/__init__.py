@@ -1,72 +1,42 @@
-"""Model families by Hugging Face ``model_type``: how each one's configuration is read and how its tensors are named.
+"""Model families by Hugging Face ``model_type``: one file each, or one folder where a family needs modules of its own.
 
-Adding a family means one file here that offers ``architecture``, ``tensor_map`` and ``canonical_name``, and one line in the table below;
+Every module here with a tuple ``FAMILIES`` is found by itself, so that a new family is a new file and no line elsewhere;
 docs/adding-a-model.md shows how.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import pkgutil
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
-from megatron_cord.model.families import qwen2_audio, text, voxtral
-from megatron_cord.model.families.step_audio_2 import family as step_audio_2
-from megatron_cord.model.tensor_map import TensorMap
+from megatron_cord.model.families.base import Family
+
+__all__ = ["FAMILIES", "Family", "family_of", "load_architecture"]
 
 
-@dataclass(frozen=True)
-class Family:
-    """One family.
-
-    Attributes:
-        architecture: reads the sizes from the Hugging Face configuration.
-        tensor_map: names and layouts of all tensors of such an architecture.
-        canonical_name: the published spelling of a tensor's name, given any spelling that a transformers version wrote.
-        plain_class: where the same model stands that is not Megatron's, as module and name: it answers in the local engine.
-        chat_template: Jinja, for families whose published processing is code rather than a template.
-    """
-
-    architecture: Callable[[PretrainedConfig], Architecture]
-    tensor_map: Callable[[Architecture], TensorMap]
-    canonical_name: Callable[[str], str]
-    plain_class: str
-    chat_template: str | None = None
+def _find_families() -> dict[str, Family]:
+    """Return the families of all modules in this package, by model type."""
+    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    found: list[Family] = [family for module in modules for family in getattr(module, "FAMILIES", ())]
+    return {family.model_type: family for family in sorted(found, key=lambda family: family.model_type)}
 
 
-FAMILIES = {
-    "llama": Family(text.architecture, text.tensor_map, text.canonical_name, "transformers.LlamaForCausalLM"),
-    "qwen2": Family(text.architecture, text.tensor_map, text.canonical_name, "transformers.Qwen2ForCausalLM"),
-    "qwen2_audio": Family(
-        qwen2_audio.architecture,
-        qwen2_audio.tensor_map,
-        qwen2_audio.canonical_name,
-        "transformers.Qwen2AudioForConditionalGeneration",
-    ),
-    "step_audio_2": Family(
-        step_audio_2.architecture,
-        step_audio_2.tensor_map,
-        step_audio_2.canonical_name,
-        "megatron_cord.model.families.step_audio_2.plain_model.StepAudio2",
-        step_audio_2.CHAT_TEMPLATE,
-    ),
-    "voxtral": Family(
-        voxtral.architecture, voxtral.tensor_map, voxtral.canonical_name, "transformers.VoxtralForConditionalGeneration"
-    ),
-}
+FAMILIES = _find_families()
 
 
 def load_architecture(checkpoint_dir: str | Path) -> Architecture:
-    """Reads the architecture of a Hugging Face checkpoint directory.
+    """Read the architecture of a Hugging Face checkpoint directory.
 
     Raises:
-        CordError: no directory, no config.json or a damaged one, a model type without a family, or a setting that the family lacks.
+        CordError: no directory, no config.json or a damaged one, a model type without a family, or a setting that the
+            family lacks.
     """
     path = Path(checkpoint_dir) / "config.json"
     if not path.is_file():
@@ -76,7 +46,7 @@ def load_architecture(checkpoint_dir: str | Path) -> Architecture:
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise CordError(f"{path} is not a model configuration ({error}); download the checkpoint again") from None
     if str(model_type) not in FAMILIES:
-        raise CordError(f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+        raise CordError(f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     try:
         return FAMILIES[model_type].architecture(AutoConfig.from_pretrained(str(checkpoint_dir)))
     except CordError as error:
@@ -87,5 +57,5 @@ def load_architecture(checkpoint_dir: str | Path) -> Architecture:
 
 
 def family_of(architecture: Architecture) -> Family:
-    """The family that made this architecture."""
+    """Return the family that made this architecture."""
     return FAMILIES[architecture.model_type]

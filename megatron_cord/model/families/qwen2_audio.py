@@ -1,20 +1,17 @@
-"""Qwen2-Audio (Chu et al. 2024): Whisper's encoder, average pooling by two, one linear projection, a Qwen2 language model."""
+"""Qwen2-Audio (Chu et al. 2024): Whisper's encoder, average pooling by two, one linear projection, Qwen2."""
 
 from __future__ import annotations
 
 from transformers import PretrainedConfig
 
 from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
+from megatron_cord.model.families.base import Family, without_nested_model
 from megatron_cord.model.families.parts import decoder_architecture, decoder_rules, encoder_rules, pair, require
 from megatron_cord.model.tensor_map import TensorMap
 
 
 def architecture(config: PretrainedConfig) -> Architecture:
-    """Sizes of a Qwen2-Audio checkpoint from its Hugging Face configuration.
-
-    Raises:
-        CordError: a setting under which the model would compute something else.
-    """
+    """Return the sizes of a Qwen2-Audio checkpoint from its Hugging Face configuration."""
     audio, text = config.audio_config, config.text_config
     require({"text_config.model_type": (text.model_type, "qwen2")})
     language = decoder_architecture(text, qkv_bias=True, where="text_config.")
@@ -35,13 +32,8 @@ def architecture(config: PretrainedConfig) -> Architecture:
     )
 
 
-def canonical_name(name: str) -> str:
-    """The name as published; transformers 5 writes the language model one level deeper."""
-    return name.replace("language_model.model.model.", "language_model.model.", 1)
-
-
 def tensor_map(arch: Architecture) -> TensorMap:
-    """Hugging Face names against Megatron names and layouts, for the whole model."""
+    """Return Hugging Face names against Megatron names and layouts, for the whole model."""
     assert arch.encoder is not None
     return TensorMap(
         [
@@ -50,3 +42,15 @@ def tensor_map(arch: Architecture) -> TensorMap:
             *decoder_rules(arch.language, "language_model.model", "language_model.lm_head.weight"),
         ]
     )
+
+
+FAMILIES = (
+    Family(
+        "qwen2_audio",
+        architecture,
+        tensor_map,
+        plain_class="transformers.Qwen2AudioForConditionalGeneration",
+        canonical_name=without_nested_model,
+        sglang_max_clips=1,
+    ),
+)

@@ -1,20 +1,17 @@
-"""Voxtral (Liu et al. 2025): Whisper's encoder over whole windows, four frames stacked into one for an MLP, a Llama-like language model."""
+"""Voxtral (Liu et al. 2025): Whisper's encoder over whole windows, four frames stacked into one for an MLP, and Llama."""
 
 from __future__ import annotations
 
 from transformers import PretrainedConfig
 
 from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
+from megatron_cord.model.families.base import Family, without_nested_model
 from megatron_cord.model.families.parts import decoder_architecture, decoder_rules, encoder_rules, pair, require
 from megatron_cord.model.tensor_map import TensorMap
 
 
 def architecture(config: PretrainedConfig) -> Architecture:
-    """Sizes of a Voxtral checkpoint from its Hugging Face configuration.
-
-    Raises:
-        CordError: a setting under which the model would compute something else.
-    """
+    """Return the sizes of a Voxtral checkpoint from its Hugging Face configuration."""
     audio, text = config.audio_config, config.text_config
     language = decoder_architecture(text, qkv_bias=False, where="text_config.")
     stride, rest = divmod(audio.intermediate_size, audio.hidden_size)
@@ -40,7 +37,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
             ffn_hidden_size=audio.intermediate_size,
             max_positions=audio.max_source_positions,
             pooling=1,
-            hears_padding=True,
+            encodes_padding=True,
         ),
         language=language,
         audio_token_id=config.audio_token_id,
@@ -48,22 +45,25 @@ def architecture(config: PretrainedConfig) -> Architecture:
     )
 
 
-def canonical_name(name: str) -> str:
-    """The name as published; transformers 5 writes the language model one level deeper."""
-    return name.replace("language_model.model.model.", "language_model.model.", 1)
-
-
 def tensor_map(arch: Architecture) -> TensorMap:
-    """Hugging Face names against Megatron names and layouts, for the whole model."""
+    """Return Hugging Face names against Megatron names and layouts, for the whole model."""
     assert arch.encoder is not None
     return TensorMap(
         [
             *encoder_rules(arch.encoder, "audio_tower"),
-            *(
-                rule
-                for i in (1, 2)
-                for rule in pair(f"adapter.linear{i}", f"multi_modal_projector.linear_{i}", bias=False)
-            ),
+            *pair("adapter.linear1", "multi_modal_projector.linear_1", bias=False),
+            *pair("adapter.linear2", "multi_modal_projector.linear_2", bias=False),
             *decoder_rules(arch.language, "language_model.model", "language_model.lm_head.weight"),
         ]
     )
+
+
+FAMILIES = (
+    Family(
+        "voxtral",
+        architecture,
+        tensor_map,
+        plain_class="transformers.VoxtralForConditionalGeneration",
+        canonical_name=without_nested_model,
+    ),
+)

@@ -12,11 +12,11 @@ from transformers import Qwen2AudioForConditionalGeneration
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt
+from megatron_cord.model.config import ModelConfig
 from megatron_cord.model.lalm import ModelInput
 from megatron_cord.parallel.context import SequenceCut
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.rollout.types import Rollout
-from megatron_cord.trainer.config import ModelConfig
 from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.step.batches import BatchConfig, TrainingSequence, make_microbatches
 from tests.tiny_run import make_samples

@@ -88,9 +88,9 @@ class Encoder(nn.Module):
         clip = features[:, : num_frames + TAIL_FRAMES].to(self.conv1.weight)
         x = gelu(self.conv2(gelu(self.conv1(clip[None]))))[0].T
         x = x + self.positional_embedding.weight[: len(x)]
-        is_heard = torch.arange(len(x), device=x.device) < _positions(num_frames)
+        is_audio = torch.arange(len(x), device=x.device) < _positions(num_frames)
         for block in self.blocks:
-            x = block(x, is_heard)
+            x = block(x, is_audio)
         return self.after_norm(x[: len(x) // 2 * 2].unflatten(0, (-1, 2)).mean(1))
 
 
@@ -125,14 +125,14 @@ class _Block(nn.Module):
         self.attn_ln, self.mlp_ln = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, is_heard: Tensor) -> Tensor:
+    def forward(self, x: Tensor, is_audio: Tensor) -> Tensor:
         """[T, D] to the same; positions [T] that are not heard are attended to by none."""
         attn: Any = self.attn
         normed = self.attn_ln(x)
         q, k, v = (
             part(normed).unflatten(1, (self.heads, -1)).transpose(0, 1) for part in (attn.query, attn.key, attn.value)
         )
-        x = x + attn.out(scaled_dot_product_attention(q, k, v, is_heard.expand(len(x), -1)).transpose(0, 1).flatten(1))
+        x = x + attn.out(scaled_dot_product_attention(q, k, v, is_audio.expand(len(x), -1)).transpose(0, 1).flatten(1))
         return x + self.mlp(self.mlp_ln(x))
 
 

@@ -1,15 +1,18 @@
-"""Step-Audio 2 mini (Wu et al. 2025): Qwen2-Audio's encoder at 25 Hz, a strided convolution that halves the rate with an MLP, Qwen2.5-7B.
+"""Step-Audio 2 mini (Wu et al. 2025): Qwen2-Audio's encoder at 25 Hz, a strided convolution with an MLP, and Qwen2.5-7B.
 
-transformers has no class for it: its code is remote code, which this project does not run. Configuration and names are those of the
-published files. A clip is computed as if it were alone in its batch, whatever it is padded to; the published code lets the padding
-into the last token of some lengths.
+transformers has no class for it: its code is remote code, which this project does not run. Configuration and names are
+those of the published files. A clip is computed as if it were alone in its batch, whatever it is padded to; the published
+code lets the padding into the last token of some lengths.
 """
 
 from __future__ import annotations
 
+import math
+
 from transformers import PretrainedConfig
 
 from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
+from megatron_cord.model.families.base import Family
 from megatron_cord.model.families.parts import decoder_architecture, decoder_rules, encoder_rules, pair
 from megatron_cord.model.families.step_audio_2.audio import ADAPTER_HIDDEN_SIZE, TAIL_FRAMES
 from megatron_cord.model.tensor_map import TensorMap
@@ -40,12 +43,7 @@ _SPELLING = {
 
 
 def architecture(config: PretrainedConfig) -> Architecture:
-    """Sizes of a Step-Audio 2 checkpoint from its configuration.
-
-    Raises:
-        CordError: a setting under which the model would compute something else.
-        AttributeError: a size is missing.
-    """
+    """Return the sizes of a Step-Audio 2 checkpoint from its configuration."""
     audio = config.audio
     encoder = EncoderArchitecture(
         num_mels=audio.n_mels,
@@ -73,13 +71,8 @@ def architecture(config: PretrainedConfig) -> Architecture:
     )
 
 
-def canonical_name(name: str) -> str:
-    """The name as published; there is one spelling."""
-    return name
-
-
 def tensor_map(arch: Architecture) -> TensorMap:
-    """Published names against Megatron names and layouts, for the whole model."""
+    """Return published names against Megatron names and layouts, for the whole model."""
     assert arch.encoder is not None
     adapter = [rule for part in ("conv", "linear1", "linear2") for rule in pair(f"adapter.{part}", f"adapter.{part}")]
     return TensorMap(
@@ -89,3 +82,15 @@ def tensor_map(arch: Architecture) -> TensorMap:
             *decoder_rules(arch.language, "model", "lm_head.weight"),
         ]
     )
+
+
+FAMILIES = (
+    Family(
+        "step_audio_2",
+        architecture,
+        tensor_map,
+        plain_class="megatron_cord.model.families.step_audio_2.plain_model.StepAudio2",
+        chat_template=CHAT_TEMPLATE,
+        sglang_max_clips=math.inf,
+    ),
+)

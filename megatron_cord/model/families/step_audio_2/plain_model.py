@@ -39,7 +39,7 @@ class StepAudio2(PreTrainedModel):
         """The output layer."""
         return self.lm_head
 
-    def hear(self, features: Tensor, num_frames: int) -> Tensor:
+    def encode_audio(self, features: Tensor, num_frames: int) -> Tensor:
         """One clip [mels, at least num_frames + 2] to tokens [tokens, H]."""
         return self.adapter(self.encoder(features, num_frames))[: self.config.num_tokens(num_frames)]
 
@@ -61,7 +61,7 @@ class StepAudio2(PreTrainedModel):
         embedded = self.get_input_embeddings()(input_ids)
         if input_features is not None and feature_attention_mask is not None:
             lengths = feature_attention_mask.sum(1).tolist()
-            heard = torch.cat([self.hear(clip, frames) for clip, frames in zip(input_features, lengths, strict=True)])
+            audio = torch.cat([self.encode_audio(clip, frames) for clip, frames in zip(input_features, lengths, strict=True)])
             is_placeholder = torch.eq(input_ids, self.config.placeholder)
-            embedded = embedded.masked_scatter(is_placeholder[..., None], heard.to(embedded.dtype))
+            embedded = embedded.masked_scatter(is_placeholder[..., None], audio.to(embedded.dtype))
         return self.model(inputs_embeds=embedded, **settings)

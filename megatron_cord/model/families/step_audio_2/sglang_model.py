@@ -43,7 +43,7 @@ class StepAudio2ForCausalLM(nn.Module):
         """Ids in whose placeholders each clip has a mark of its own, by which SGLang knows prompts with the same beginning."""
         return self._pattern.pad_input_tokens(input_ids, mm_inputs)
 
-    def hear(self, items: list[MultimodalDataItem]) -> Tensor:
+    def encode_audio(self, items: list[MultimodalDataItem]) -> Tensor:
         """Audio features [T, H]."""
         return torch.cat([
             self.adapter(self.encoder(item.feature, item.num_frames))[: self.config.num_tokens(item.num_frames)] for item in items
@@ -53,7 +53,7 @@ class StepAudio2ForCausalLM(nn.Module):
         """What SGLang wants of a step: logits."""
         return general_mm_embed_routine(
             input_ids=input_ids, forward_batch=forward_batch, language_model=self.language_model,
-            data_embedding_funcs={Modality.AUDIO: self.hear}, positions=positions,
+            data_embedding_funcs={Modality.AUDIO: self.encode_audio}, positions=positions,
         )  # fmt: skip
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -100,9 +100,9 @@ class StepAudio2Processor(BaseMultimodalProcessor):  # type: ignore[misc]
             raise ValueError(
                 f"{written.count(placeholder)} placeholders for {len(recordings)} recordings; each needs one"
             )
-        heard = iter(
+        prepared = iter(
             await asyncio.gather(
-                *(asyncio.wrap_future(self.io_executor.submit(self._hear, data)) for data in recordings)
+                *(asyncio.wrap_future(self.io_executor.submit(self._features_of, data)) for data in recordings)
             )
         )
         ids: list[int] = []
@@ -111,7 +111,7 @@ class StepAudio2Processor(BaseMultimodalProcessor):  # type: ignore[misc]
             if token != placeholder:
                 ids.append(token)
                 continue
-            features, frames = next(heard)
+            features, frames = next(prepared)
             start = len(ids)
             ids += [placeholder] * self.hf_config.num_tokens(frames)
             items.append(
@@ -124,7 +124,7 @@ class StepAudio2Processor(BaseMultimodalProcessor):  # type: ignore[misc]
             )
         return MultimodalProcessorOutput(mm_items=items, input_ids=ids, audio_token_id=placeholder)
 
-    def _hear(self, recording: Any) -> tuple[Tensor, int]:
+    def _features_of(self, recording: Any) -> tuple[Tensor, int]:
         """Features [mels, frames + 2], and how many of the frames are the recording's own."""
         waveform = load_audio(recording, _RATE)
         frames = -(-len(waveform) // _HOP)

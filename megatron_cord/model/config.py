@@ -1,0 +1,70 @@
+"""Which model a run trains, and how its layers are computed. This module does not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from megatron_cord.errors import CordError
+
+if TYPE_CHECKING:
+    import torch
+
+Tower = Literal["audio_encoder", "language_model"]
+Part = Literal["audio_encoder", "adapter", "language_model"]
+PARTS: tuple[Part, ...] = ("audio_encoder", "adapter", "language_model")
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """How the layers of both towers are computed; the numbers are the same up to rounding."""
+
+    #: torch: Megatron's own layers with torch's attention and norms; transformer_engine: its fused layers and
+    #: attention, on GPUs; auto: those where they are installed
+    implementation: Literal["auto", "torch", "transformer_engine"] = "auto"
+    recompute: Collection[Tower] = ()  #: towers whose layers are computed again in the backward pass: memory for time
+    #: full: a recomputed layer keeps its input alone; selective: the input of its core attention and of its MLP, and
+    #: what lies between these parts
+    granularity: Literal["full", "selective"] = "full"
+
+    def recomputation(self, tower: Tower) -> dict[str, object]:
+        """Return Megatron's settings for one tower."""
+        if tower not in self.recompute:
+            return {}
+        if self.granularity == "selective":
+            return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, in which precision, and what of it is trained."""
+
+    checkpoint: str  #: Hugging Face checkpoint directory: the student's start and the frozen teacher
+    #: of parameters and activations; gradients and optimizer states are fp32
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    freeze: tuple[Part, ...] = ()  #: parts that are not trained, nor sent to the engine again
+    #: towers whose layers are computed again in the backward pass: memory for time
+    recompute: tuple[Tower, ...] = ()
+    #: full: a recomputed layer keeps its input alone; selective: also what lies around its core attention and its MLP
+    recompute_granularity: Literal["full", "selective"] = "full"
+    #: auto: transformer-engine's layers and attention where they are installed, else Megatron's own with torch's
+    #: attention
+    layers: Literal["auto", "torch", "transformer_engine"] = "auto"
+
+    def __post_init__(self) -> None:
+        if set(self.freeze) == set(PARTS):
+            raise CordError("model.freeze names every part; nothing is left to train")
+
+    @property
+    def layer_config(self) -> LayerConfig:
+        """How the layers are computed."""
+        return LayerConfig(self.layers, self.recompute, self.recompute_granularity)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's."""
+        import torch
+
+        return getattr(torch, self.dtype)
