@@ -54,10 +54,10 @@ PHASES = (
     "seconds",
     "seconds_rollout",
     "seconds_update",
-    "seconds_exchange",
+    "seconds_weight_sync",
     "seconds_generate",
     "seconds_wait_rollouts",
-    "seconds_wait_exchange",
+    "seconds_wait_weight_sync",
 )
 
 

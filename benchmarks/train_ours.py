@@ -100,7 +100,7 @@ def main() -> None:
         ]
         with clock.phase("student"):
             result = train(sequences, [])
-        with clock.phase("exchange"):
+        with clock.phase("weight_sync"):
             engine.update_weights(ShardedModelWeights(student), step + 1)
         if step == 0:
             divergence = result.metrics["kl"]

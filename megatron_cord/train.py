@@ -27,8 +27,8 @@ def train(config: RunConfig) -> int:
             watch.lap("rollout")
             result = run.train(collected)  # 4. teacher forward, student forward and backward, update
             watch.lap("update")
-            run.exchange()  # 5. new weights to the engine
-            watch.lap("exchange")
+            run.sync_weights()  # 5. new weights to the engine
+            watch.lap("weight_sync")
             run.finish_step(collected, result, watch.total())  # 6. metrics, record, checkpoint, evaluation
     finalize()
     return run.status

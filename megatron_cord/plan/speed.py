@@ -1,7 +1,7 @@
 """How long a step takes, by a roofline: products at a stated part of the peak, decoding at a stated part of the memory's bandwidth.
 
 A range, not a promise: the low and the high end of what systems of this kind report. What it leaves out: communication that is not hidden
-(part of the range), and the exchange of weights.
+(part of the range), and the weight sync.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Releasable(Protocol):
         ...
 
     def restore_memory(self) -> None:
-        """Takes the memory back; the weights may be anything until `update_weights` has brought all that are exchanged."""
+        """Takes the memory back; the weights may be anything until `update_weights` has brought all tensors."""
         ...
 
 

@@ -14,7 +14,7 @@ from megatron_cord.rollout.local.engine import LocalEngine, LocalEngineConfig
 from megatron_cord.rollout.sglang.client.addresses import Addresses
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.engine import SGLangEngine
-from megatron_cord.rollout.sglang.weight_sync import ExchangeConfig
+from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class EngineConfig:
         None  #: of the servers; unset, the environment variable MEGATRON_CORD_SERVER_KEY holds the key, if there is one
     )
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
-    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
 
     def __post_init__(self) -> None:
         if self.engine == "sglang" and bool(self.servers) == (self.servers_file is not None):
@@ -62,5 +62,5 @@ def build_engine(config: EngineConfig, checkpoint_dir: str | Path, device: torch
     if config.engine == "local":
         return CollectiveEngine(LocalEngine(checkpoint_dir, LocalEngineConfig(device=str(device))))
     return CollectiveEngine(
-        SGLangEngine(checkpoint_dir, config.addresses, config.sglang, config.exchange, config.min_servers)
+        SGLangEngine(checkpoint_dir, config.addresses, config.sglang, config.weight_sync, config.min_servers)
     )

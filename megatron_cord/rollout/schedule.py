@@ -1,6 +1,6 @@
 """When a step's responses are generated: at the step, or ahead of it while earlier batches train, with bounded staleness.
 
-The responses of step t are asked for as soon as the engine has the weights of version max(0, t - ahead). With on_exchange=finish they come
+The responses of step t are asked for as soon as the engine has the weights of version max(0, t - ahead). With on_weight_sync=finish they come
 from exactly these weights, whatever takes how long, so a run is as reproducible as a synchronous one; ahead = 0 is the synchronous one.
 
 Simplifications: the bound is in steps of the whole batch, and one thread a rank generates, one step's share after the other.
@@ -25,13 +25,13 @@ from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngin
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """When responses are generated, and what an exchange of weights does to unfinished ones."""
+    """When responses are generated, and what a weight sync does to unfinished ones."""
 
     schedule: Literal["sync", "async"] = (
         "sync"  #: async: the next step's responses are generated while this one's train
     )
     max_staleness: int = 1  #: of async: no token comes from weights that are more steps old; 0 is the same run as sync
-    on_exchange: Literal["finish", "continue", "restart"] = "finish"
+    on_weight_sync: Literal["finish", "continue", "restart"] = "finish"
     #: of async, for responses that are unfinished when new weights are there: wait for them, go on with the new weights, or begin again
     colocated: bool = (
         False  #: the engine's memory is released while the trainer works, for an engine on the trainer's own devices
@@ -105,11 +105,11 @@ class Schedule:
         self._pausable: Pausable | None = None
         self._abortable: Abortable | None = None
         self._releasable: Releasable | None = None
-        choose = "choose rollout.on_exchange=finish"
-        if config.ahead and config.on_exchange == "continue":
-            self._pausable = require(engine.engine, Pausable, "rollout.on_exchange=continue", choose)  # type: ignore[type-abstract]
-        if config.ahead and config.on_exchange == "restart":
-            self._abortable = require(engine.engine, Abortable, "rollout.on_exchange=restart", choose)  # type: ignore[type-abstract]
+        choose = "choose rollout.on_weight_sync=finish"
+        if config.ahead and config.on_weight_sync == "continue":
+            self._pausable = require(engine.engine, Pausable, "rollout.on_weight_sync=continue", choose)  # type: ignore[type-abstract]
+        if config.ahead and config.on_weight_sync == "restart":
+            self._abortable = require(engine.engine, Abortable, "rollout.on_weight_sync=restart", choose)  # type: ignore[type-abstract]
         if config.colocated:
             self._releasable = require(engine.engine, Releasable, "rollout.colocated", "set it to false")  # type: ignore[type-abstract]
 
@@ -127,7 +127,7 @@ class Schedule:
         metrics = {
             "seconds_generate": self._seconds.pop(step, 0.0),
             "seconds_wait_rollouts": time.perf_counter() - begun,
-            "seconds_wait_exchange": self._waited,
+            "seconds_wait_weight_sync": self._waited,
         }
         self._waited = 0.0
         return rollouts, metrics | staleness(rollouts, step, self.config.ahead)
@@ -142,8 +142,8 @@ class Schedule:
             self._releasable.restore_memory()
 
     @contextmanager
-    def exchanging(self) -> Iterator[None]:
-        """Around an exchange of weights: nothing is generated meanwhile."""
+    def syncing_weights(self) -> Iterator[None]:
+        """Keep the engine from generating during a weight sync."""
         begun = time.perf_counter()
         if self._pausable is not None:
             self._pausable.pause()
@@ -222,7 +222,7 @@ def staleness(rollouts: Sequence[Rollout], step: int, bound: int | None) -> dict
             if bound is not None and not 0 <= age <= bound:
                 raise CordError(
                     f"sample {rollout.prompt_id}: the engine generated with weights of version {span.version} at step {step}, where "
-                    f"{max(0, step - bound)} to {step} are allowed; an exchange did not reach it: look at its log and start the run again"
+                    f"{max(0, step - bound)} to {step} are allowed; a weight sync did not reach it: look at its log and start the run again"
                 )
             tokens, total, largest = (
                 tokens + span.end - span.start,

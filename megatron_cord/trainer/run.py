@@ -228,11 +228,11 @@ class Run:
             )
         return result
 
-    def exchange(self) -> None:
+    def sync_weights(self) -> None:
         """Gives the trained weights to the engine, as the version that the step's number names."""
-        self._watchdog.phase("exchange", self.progress.step)
+        self._watchdog.phase("weight_sync", self.progress.step)
         if self.config.replay is None:
-            with self.schedule.exchanging():
+            with self.schedule.syncing_weights():
                 self._update_engine()
 
     def finish_step(self, collected: list[Collected], result: StepResult, times: dict[str, float]) -> None:

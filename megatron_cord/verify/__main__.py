@@ -5,6 +5,7 @@ Each subject is a function from overrides to an exit status; the table below is 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,27 +54,34 @@ def layout(overrides: Sequence[str]) -> int:
     return verify_layout(overrides)
 
 
-def exchange(overrides: Sequence[str]) -> int:
-    """Weights through every way of exchange, against a server that was started from them; ranks are those that torchrun started."""
-    from megatron_cord.verify.weight_sync import verify_exchange
+def weight_sync(overrides: Sequence[str]) -> int:
+    """Compare servers after each transport of weights with a fresh one; ranks are those that torchrun started."""
+    from megatron_cord.verify.weight_sync import verify_weight_sync
 
-    return verify_exchange(overrides)
+    return verify_weight_sync(overrides)
 
 
 SUBJECTS: dict[str, Callable[[Sequence[str]], int]] = {
     "environment": environment,
     "loss": loss,
     "layout": layout,
-    "exchange": exchange,
+    "weight_sync": weight_sync,
 }
 
 
+def _subject(name: str) -> str:
+    """Refuse a former name with the present one."""
+    if name == "exchange":
+        raise argparse.ArgumentTypeError("'exchange' is now named 'weight_sync'")
+    return name
+
+
 def main() -> int:
-    """Runs the subject that the command line names."""
+    """Run the subject that the command line names."""
     parser = entry.Parser(
         prog="python -m megatron_cord.verify", description="Checks an installation.", allow_abbrev=False
     )
-    parser.add_argument("subject", choices=SUBJECTS, help="what to check")
+    parser.add_argument("subject", type=_subject, choices=SUBJECTS, help="what to check")
     parser.add_argument("overrides", metavar="a.b=value", nargs="*", help="sets one value of the check's configuration")
     arguments = parser.parse_args()
     return SUBJECTS[arguments.subject](arguments.overrides)

@@ -1,7 +1,7 @@
-"""``verify exchange``: every way of exchanging weights, against a fresh server started from the exported checkpoint.
+"""``verify weight_sync``: each transport of weights against a fresh server started from the exported checkpoint.
 
 The trainer's weights are the checkpoint's, changed in every element. They are exported; one server starts from the export, others from the
-checkpoint itself. After each way's exchange the others' checksums, tensor by tensor, and greedy outputs must be those of the first.
+checkpoint itself. After each transport's weight sync the others' checksums, tensor by tensor, and greedy outputs must be those of the first.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from megatron_cord.rollout.sglang.client.probe import Outputs, outputs_of
 from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfig, SglangServer, check_version
 from megatron_cord.rollout.sglang.weight_sync import (
     Endpoint,
-    ExchangeConfig,
-    ExchangeReport,
     ServerError,
-    build_exchange,
+    WeightSyncConfig,
+    WeightSyncReport,
+    build_weight_sync,
 )
 from megatron_cord.rollout.sglang.weight_sync.sessions import differing
 from megatron_cord.rollout.weights import ShardedModelWeights
@@ -47,7 +47,7 @@ _SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
-class VerifyExchangeConfig:
+class VerifyWeightSyncConfig:
     """What is checked."""
 
     checkpoint: str  #: Hugging Face directory of the model
@@ -61,14 +61,14 @@ class VerifyExchangeConfig:
     )
     python: Path = Path(ENVIRONMENT) / "bin" / "python"  #: the interpreter that SGLang is installed for
     start_seconds: float = 600.0  #: how long a server may take to start
-    ways: tuple[Literal["process_group", "shared_memory", "disk"], ...] = ("process_group", "shared_memory", "disk")
+    transports: tuple[Literal["process_group", "shared_memory", "disk"], ...] = ("process_group", "shared_memory", "disk")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  #: of the trainer's weights and the servers'
-    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)  #: all but the way
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)  #: all but the transport
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        if not self.ways:
-            raise CordError("ways names nothing to check")
+        if not self.transports:
+            raise CordError("transports names nothing to check")
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Check:
-    """One server after one way's exchange."""
+    """One server after one transport's weight sync."""
 
-    way: str
+    transport: str
     server: str
-    report: ExchangeReport
+    report: WeightSyncReport
     tensors: int  #: in the server's model
     differing: tuple[str, ...]  #: those whose checksum is not the fresh server's
     outputs_equal: bool
@@ -96,12 +96,12 @@ class Check:
         return self.server in self.report.current and not self.differing and self.outputs_equal
 
 
-def verify_exchange(overrides: Sequence[str]) -> int:
-    """Prints the table on the first rank; 1 if a server differs after any way, else 0. Under torchrun all ranks call it."""
-    config = load_config(VerifyExchangeConfig, None, overrides)
+def verify_weight_sync(overrides: Sequence[str]) -> int:
+    """Prints the table on the first rank; 1 if a server differs after any transport, else 0. Under torchrun all ranks call it."""
+    config = load_config(VerifyWeightSyncConfig, None, overrides)
     layout = initialize(config.parallel, seed=0)
     try:
-        with tempfile.TemporaryDirectory(prefix="verify-exchange-") as work:
+        with tempfile.TemporaryDirectory(prefix="verify-weight-sync-") as work:
             checks = run_checks(config, layout, Path(work))
         passed = all(check.passed for check in checks)
         if layout.is_main:
@@ -111,8 +111,8 @@ def verify_exchange(overrides: Sequence[str]) -> int:
         finalize()
 
 
-def run_checks(config: VerifyExchangeConfig, layout: Layout, work: Path) -> list[Check]:
-    """All ways; the list is rank 0's, other ranks get an empty one."""
+def run_checks(config: VerifyWeightSyncConfig, layout: Layout, work: Path) -> list[Check]:
+    """All transports; the list is rank 0's, other ranks get an empty one."""
     dtype = getattr(torch, config.dtype)
     model = changed_model(config.checkpoint, layout, dtype)
     source = ShardedModelWeights(model)
@@ -131,7 +131,7 @@ def run_checks(config: VerifyExchangeConfig, layout: Layout, work: Path) -> list
                     started.append(_start(config, Path(config.checkpoint), work / "server.log", stack))
                 for server in started:
                     server.wait()
-                fresh, timeout = started[0].endpoint, config.exchange.timeout_seconds
+                fresh, timeout = started[0].endpoint, config.weight_sync.timeout_seconds
                 # Once: what it answers again comes in part from its cache, and is rounded otherwise.
                 wanted = Wanted(fresh.checksums(timeout), outputs_of(fresh, config.checkpoint, timeout))
                 servers = [server.endpoint for server in started[1:]] or [
@@ -141,12 +141,12 @@ def run_checks(config: VerifyExchangeConfig, layout: Layout, work: Path) -> list
                 problem = str(error)
         if problem := broadcast_json(problem):
             raise CordError(problem)
-        for number, way in enumerate(config.ways, start=1):
-            checks += _check(config, way, number, source, servers, wanted, dtype)
+        for number, transport in enumerate(config.transports, start=1):
+            checks += _check(config, transport, number, source, servers, wanted, dtype)
     return checks
 
 
-def _start(config: VerifyExchangeConfig, checkpoint: Path, log: Path, stack: ExitStack) -> SglangServer:
+def _start(config: VerifyWeightSyncConfig, checkpoint: Path, log: Path, stack: ExitStack) -> SglangServer:
     """A server on this machine, ended with the stack."""
     device: Literal["cpu", "cuda"] = "cuda" if portability.has_cuda() else "cpu"
     if config.server_device != "auto":
@@ -166,44 +166,44 @@ def _start(config: VerifyExchangeConfig, checkpoint: Path, log: Path, stack: Exi
 
 
 def _check(
-    config: VerifyExchangeConfig,
-    way: str,
+    config: VerifyWeightSyncConfig,
+    transport: str,
     number: int,
     source: ShardedModelWeights,
     servers: list[Endpoint],
     wanted: Wanted | None,
     dtype: torch.dtype,
 ) -> list[Check]:
-    """One way, from servers with the checkpoint's own weights."""
-    timeout = config.exchange.timeout_seconds
+    """One transport, from servers with the checkpoint's own weights."""
+    timeout = config.weight_sync.timeout_seconds
     for server in servers:
         body = {"model_path": str(Path(config.checkpoint).resolve()), "load_format": "safetensors"}
         server.post("/update_weights_from_disk", body, timeout)
-    exchange = build_exchange(_with_way(config.exchange, way), config.checkpoint, dtype)
+    weight_sync = build_weight_sync(_with_transport(config.weight_sync, transport), config.checkpoint, dtype)
     try:
-        report = exchange.update(source, number, servers, full=True)
+        report = weight_sync.update(source, number, servers, full=True)
     finally:
-        exchange.close()
-    return [] if wanted is None else [_compare(way, server, report, wanted, config) for server in servers]
+        weight_sync.close()
+    return [] if wanted is None else [_compare(transport, server, report, wanted, config) for server in servers]
 
 
-def _compare(way: str, server: Endpoint, report: ExchangeReport, wanted: Wanted, config: VerifyExchangeConfig) -> Check:
-    timeout = config.exchange.timeout_seconds
+def _compare(transport: str, server: Endpoint, report: WeightSyncReport, wanted: Wanted, config: VerifyWeightSyncConfig) -> Check:
+    timeout = config.weight_sync.timeout_seconds
     try:
         sums = server.checksums(timeout)
         equal = outputs_of(server, config.checkpoint, timeout) == wanted.outputs
     except ServerError as error:
-        return Check(way, server.url, report, 0, (str(error),), False)
-    return Check(way, server.url, report, sum(map(len, sums)), tuple(differing(sums, wanted.checksums)), equal)
+        return Check(transport, server.url, report, 0, (str(error),), False)
+    return Check(transport, server.url, report, sum(map(len, sums)), tuple(differing(sums, wanted.checksums)), equal)
 
 
-def _with_way(config: ExchangeConfig, way: str) -> ExchangeConfig:
-    return ExchangeConfig(**{**vars(config), "way": way})
+def _with_transport(config: WeightSyncConfig, transport: str) -> WeightSyncConfig:
+    return WeightSyncConfig(**{**vars(config), "transport": transport})
 
 
 @torch.no_grad()
 def changed_model(checkpoint: str, layout: Layout, dtype: torch.dtype) -> LALM:
-    """The checkpoint's model with every element changed, in the same way on all ranks."""
+    """The checkpoint's model with every element changed, in the same transport on all ranks."""
     model = LALM(load_architecture(checkpoint), layout, dtype)
     read_into(model, checkpoint)
     for parameter in model.parameters():
@@ -228,9 +228,9 @@ def _write(model: LALM, source: ShardedModelWeights, checkpoint: Path, target: P
 
 
 def print_table(checks: Sequence[Check]) -> None:
-    """One row a way and server; what differs below."""
+    """One row a transport and server; what differs below."""
     table = Table(
-        "way",
+        "transport",
         "server",
         "MB",
         "buckets",
@@ -245,7 +245,7 @@ def print_table(checks: Sequence[Check]) -> None:
     for check in checks:
         report = check.report
         table.add_row(
-            check.way,
+            check.transport,
             check.server,
             f"{report.nbytes / 1e6:.1f}",
             str(report.buckets),
@@ -262,4 +262,4 @@ def print_table(checks: Sequence[Check]) -> None:
                 check.report.failed.get(check.server, ""),
                 "differing: " + ", ".join(check.differing[:10]) if check.differing else "",
             ]
-            console.print(f"{check.way}, {check.server}: {escape('; '.join(filter(None, reasons)))}", highlight=False)
+            console.print(f"{check.transport}, {check.server}: {escape('; '.join(filter(None, reasons)))}", highlight=False)

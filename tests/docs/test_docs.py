@@ -25,7 +25,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.verify.layout import VerifyLayoutConfig
 from megatron_cord.verify.loss import VerifyLossConfig
-from megatron_cord.verify.weight_sync import VerifyExchangeConfig
+from megatron_cord.verify.weight_sync import VerifyWeightSyncConfig
 from tests.report.fixture import write_run
 from tools.config_reference import sections
 
@@ -41,7 +41,7 @@ QUICKSTART = ROOT / "examples" / "quickstart" / "quickstart.yaml"
 #: programs whose settings are a run's
 TRAINING = ("megatron_cord.train", "megatron_cord.evaluate", "examples.quickstart.run", "tools/plan.py")
 #: those of `megatron_cord.verify`, by subject
-CHECKS: dict[str, type] = {"loss": VerifyLossConfig, "layout": VerifyLayoutConfig, "exchange": VerifyExchangeConfig}
+CHECKS: dict[str, type] = {"loss": VerifyLossConfig, "layout": VerifyLayoutConfig, "weight_sync": VerifyWeightSyncConfig}
 #: of a run's configuration, and the sections around them; NAME is the user's choice
 KEYS = {
     ".".join(parts[:depth])

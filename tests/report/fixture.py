@@ -114,7 +114,7 @@ def _metrics(step: int, rng: np.random.Generator) -> dict[str, Any]:
         "seconds_teacher": 0.02,
         "seconds_train": 0.1,
         "seconds_update": 0.13,  # teacher and train, and what lies between
-        "seconds_exchange": 0.01,
+        "seconds_weight_sync": 0.01,
         "of_another_version": "text",
     }
 

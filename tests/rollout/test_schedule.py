@@ -1,4 +1,4 @@
-"""When responses are generated: staleness, what an exchange does to unfinished ones, and what a resumed run takes up."""
+"""When responses are generated: staleness, what a weight sync does to unfinished ones, and what a resumed run takes up."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def make(engine: Any, steps: int = 5, **config: Any) -> Schedule:
     )
 
 
-def exchange(schedule: Schedule, engine: SteppedEngine, version: int) -> None:
-    with schedule.exchanging():
+def sync_weights(schedule: Schedule, engine: SteppedEngine, version: int) -> None:
+    with schedule.syncing_weights():
         engine.update_weights(PlainWeights({}), version)
 
 
@@ -80,19 +80,19 @@ def test_each_step_has_weights_of_the_promised_age(ahead: int) -> None:
         wanted = max(0, step - ahead)
         assert [(r.prompt_id, r.versions[0].version) for r in rollouts] == [(str(step), wanted)] * 2
         assert metrics["staleness"] == metrics["staleness_max"] == step - wanted
-        exchange(schedule, engine, step + 1)
+        sync_weights(schedule, engine, step + 1)
     assert engine.asked == [(step, max(0, step - ahead)) for step in range(5)]
     schedule.close()
 
 
-def test_an_exchange_waits_for_what_is_being_generated() -> None:
+def test_a_weight_sync_waits_for_what_is_being_generated() -> None:
     """Catches weights that change under a response."""
     engine = SteppedEngine(held=1)
     schedule = make(engine)
     schedule.rollouts(0)
     assert engine.entered.wait(30)
     threading.Timer(0.2, engine.released.set).start()
-    exchange(schedule, engine, 1)
+    sync_weights(schedule, engine, 1)
     assert [r.versions[0].version for r in schedule.rollouts(1)[0]] == [0, 0]
     schedule.close()
 
@@ -100,10 +100,10 @@ def test_an_exchange_waits_for_what_is_being_generated() -> None:
 def test_aborted_responses_begin_again_with_the_new_weights() -> None:
     """Catches an unfinished response that is trained on, lost, or waited for."""
     engine = SteppedEngine(held=1)
-    schedule = make(engine, on_exchange="restart")
+    schedule = make(engine, on_weight_sync="restart")
     schedule.rollouts(0)
     assert engine.entered.wait(30)
-    exchange(schedule, engine, 1)
+    sync_weights(schedule, engine, 1)
     assert [(r.finish_reason, r.versions[0].version) for r in schedule.rollouts(1)[0]] == [("stop", 1)] * 2
     assert engine.asked[:3] == [(0, 0), (1, 0), (1, 1)]
     schedule.close()
@@ -114,7 +114,7 @@ def test_what_was_generated_ahead_is_taken_up() -> None:
     engine = SteppedEngine()
     schedule = make(engine)
     schedule.rollouts(0)
-    exchange(schedule, engine, 1)
+    sync_weights(schedule, engine, 1)
     ahead = schedule.settle()
     assert list(ahead) == [1] and schedule.rollouts(1)[0] == ahead[1], "settling must not lose them"
     schedule.close()
@@ -162,7 +162,7 @@ def test_an_engine_that_is_lost_recovers_at_its_step() -> None:
         making.close()
 
 
-def test_an_exchange_brings_a_lost_engine_back() -> None:
+def test_a_weight_sync_brings_a_lost_engine_back() -> None:
     """Catches responses of a later step that wait for their engine although new weights have brought it back."""
     engine = LosingEngine(lost=False)
     schedule = make(engine, max_staleness=1)
@@ -173,7 +173,7 @@ def test_an_exchange_brings_a_lost_engine_back() -> None:
     schedule._submit(schedule._shares[1])  # step 1 again, by an engine that is lost
     schedule._wait()
     assert len(schedule._shares[1].made) == 1
-    exchange(schedule, engine, 1)
+    sync_weights(schedule, engine, 1)
     assert [r.versions[0].version for r in schedule.rollouts(1)[0]] == [0, 1]
     assert engine.recovered == 0
     schedule.close()
@@ -190,12 +190,12 @@ def test_an_engine_that_cannot_recover_stops_the_run() -> None:
 
 
 def test_failures_and_old_weights_are_reported() -> None:
-    """Catches an engine that missed an exchange unnoticed, an error that stays in its thread, and settings that an engine cannot follow."""
+    """Catches an engine that missed a weight sync unnoticed, an error that stays in its thread, and settings that an engine cannot follow."""
     engine = SteppedEngine()
     schedule = make(engine)
     schedule.rollouts(0)
     for step in (1, 2):
-        with schedule.exchanging():
+        with schedule.syncing_weights():
             pass  # never reaches the engine
         if step == 1:
             schedule.rollouts(1)
@@ -204,7 +204,7 @@ def test_failures_and_old_weights_are_reported() -> None:
     ):
         schedule.rollouts(2)
     schedule.close()
-    for config, message in (({"on_exchange": "continue"}, "on_exchange=continue needs an engine that is Pausable"),
+    for config, message in (({"on_weight_sync": "continue"}, "on_weight_sync=continue needs an engine that is Pausable"),
                             ({"schedule": "sync", "colocated": True}, "rollout.colocated needs an engine that is Releasable")):  # fmt: skip
         with pytest.raises(CordError, match=message):
             make(SteppedEngine(), **config)

@@ -65,14 +65,14 @@ def test_a_resumed_run_is_the_same(inputs: Path, one: Path, tmp_path: Path) -> N
     assert versions(changed)[2:] == [{2}, {3}, {4}]
 
 
-@pytest.mark.parametrize("on_exchange", ["continue", "restart"])
-def test_unfinished_responses(inputs: Path, tmp_path: Path, on_exchange: str) -> None:
-    """Catches deadlocks between generation and exchange, and tokens that are older than allowed."""
+@pytest.mark.parametrize("on_weight_sync", ["continue", "restart"])
+def test_unfinished_responses(inputs: Path, tmp_path: Path, on_weight_sync: str) -> None:
+    """Catches deadlocks between generation and weight sync, and tokens that are older than allowed."""
     run = alone(
         inputs,
         tmp_path / "run",
         ASYNC,
-        f"rollout.on_exchange={on_exchange}",
+        f"rollout.on_weight_sync={on_weight_sync}",
         "rollout.max_new_tokens=40",
         "checkpoint.interval=2",
     )

@@ -1,4 +1,4 @@
-"""Training of the families beside Qwen2-Audio, from rollouts of the local engine to the exchange of weights."""
+"""Training of the families beside Qwen2-Audio, from rollouts of the local engine to the weight sync."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ _METRICS = (
             "rollout": "seconds_rollout",
             "teacher": "seconds_teacher",
             "train": "seconds_train",
-            "exchange": "seconds_exchange",
+            "weight_sync": "seconds_weight_sync",
         },
     ),
     _Metric("rate", "Learning rate", "rate", {"learning rate": "learning_rate"}, smooth=False),

@@ -8,7 +8,7 @@ from megatron_cord.report.page.curves import accuracy_chart, gap_chart, metric_c
 from megatron_cord.report.run.gap import measure_gap, standard_error
 from megatron_cord.report.run.record import Evaluation, RunRecord
 
-_PHASES = ("rollout", "teacher", "train", "exchange")  # disjoint; other times in the metrics may contain these
+_PHASES = ("rollout", "teacher", "train", "weight_sync")  # disjoint; other times in the metrics may contain these
 
 
 @dataclass(frozen=True)

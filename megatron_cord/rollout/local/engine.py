@@ -1,6 +1,6 @@
 """The local engine: the plain model of the same checkpoint in this process, transformers' own where it has the class.
 
-It takes weights through the same stream of named tensors as a server would, so that conversion and exchange are exercised at every
+It takes weights through the same stream of named tensors as a server would, so that conversion and weight sync are exercised at every
 step even on a laptop. Simplification: requests are answered batch by batch, not continuously.
 """
 

@@ -12,7 +12,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.rollout.sglang.client.addresses import KEY_VARIABLE, Addresses
 from megatron_cord.rollout.sglang.client.endpoint import ask_each, without
 from megatron_cord.rollout.sglang.client.pool import Pool, say
-from megatron_cord.rollout.sglang.client.preflight import shake_hands, take_base_weights
+from megatron_cord.rollout.sglang.client.preflight import check_server, take_base_weights
 from megatron_cord.rollout.sglang.weight_sync import Endpoint, ServerError
 
 _ANSWER_SECONDS = 10.0  #: for an answer that takes no work
@@ -96,7 +96,7 @@ class Control:
             told[endpoint].lose(str(error))
 
     def resume(self, pool: Pool) -> None:
-        """Lets all servers go on, those too that an exchange left out while they were paused. Nothing on other ranks than 0."""
+        """Lets all servers go on, those too that a weight sync left out while they were paused. Nothing on other ranks than 0."""
         self.each("/continue_generation", {}, pool)
         if dist.get_rank() == 0:
             others = [server for server in self._addresses.find() if server.url not in pool.servers]
@@ -111,4 +111,4 @@ class Control:
             server.command("/continue_generation", {}, _ANSWER_SECONDS)
             if not server.is_healthy(_ANSWER_SECONDS):
                 raise ServerError(f"{server.url} is not healthy yet")
-            self._known[server.url] = shake_hands(server, self._model_type)
+            self._known[server.url] = check_server(server, self._model_type)

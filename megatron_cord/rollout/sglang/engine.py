@@ -2,7 +2,7 @@
 
 Weights and the list of good servers change only where all ranks are together: at the start, in `update_weights` and in `recover`. In between
 each rank notices by itself which servers fail. If all do, `generate` leaves what is not made as "abort", and `recover`, which
-`CollectiveEngine` and `Schedule` call, waits for the supervisor to have started some again, and exchanges anew.
+`CollectiveEngine` and `Schedule` call, waits for the supervisor to have started some again, and syncs anew.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from megatron_cord.model.families import load_architecture
 from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.rollout.sglang.client.addresses import Addresses
 from megatron_cord.rollout.sglang.client.batch import Batch
-from megatron_cord.rollout.sglang.client.partial_response import Draft, aborted
+from megatron_cord.rollout.sglang.client.partial_response import PartialResponse, aborted
 from megatron_cord.rollout.sglang.client.pool import Pool, say
 from megatron_cord.rollout.sglang.client.preflight import BASE
-from megatron_cord.rollout.sglang.client.protocol import MOST_CLIPS, PromptWire
+from megatron_cord.rollout.sglang.client.protocol import MOST_CLIPS, PromptEncoder
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.control import Control
-from megatron_cord.rollout.sglang.weight_sync import ExchangeConfig, WeightExchange, build_exchange
+from megatron_cord.rollout.sglang.weight_sync import WeightSync, WeightSyncConfig, build_weight_sync
 from megatron_cord.rollout.types import GenerationRequest, Rollout, WeightSource
 
-_RETRY_SECONDS = 1.0  #: between two exchanges that no server took
+_RETRY_SECONDS = 1.0  #: between two weight syncs that no server took
 
 
 class SGLangEngine:
@@ -39,11 +39,11 @@ class SGLangEngine:
         checkpoint_dir: that the servers were started with.
         addresses: of the servers.
         config: of requests.
-        exchange: of weights.
+        weight_sync: how weights reach the servers.
         min_servers: so many must answer before it is ready.
 
     Attributes:
-        weight_version: of the last exchange; 0 are the checkpoint's.
+        weight_version: of the last weight sync; 0 are the checkpoint's.
         prompts: the checkpoint's prompt builder.
 
     Raises:
@@ -55,7 +55,7 @@ class SGLangEngine:
         checkpoint_dir: str | Path,
         addresses: Addresses,
         config: SGLangConfig,
-        exchange: ExchangeConfig,
+        weight_sync: WeightSyncConfig,
         min_servers: int = 1,
     ) -> None:
         self.prompts = PromptBuilder(checkpoint_dir)
@@ -71,8 +71,8 @@ class SGLangEngine:
                 "is missing"
             )
         self._control = Control(addresses, model_type, config.start_seconds)
-        self._exchange: WeightExchange = build_exchange(exchange, checkpoint_dir)
-        self._all_tensors = False  # the next exchange sends frozen ones, too: servers have lost them
+        self._weight_sync: WeightSync = build_weight_sync(weight_sync, checkpoint_dir)
+        self._all_tensors = False  # the next weight sync sends frozen ones, too: servers have lost them
         self._batches: set[Batch] = set()
         self._lock = threading.Lock()
         self._longest = self._meet(min_servers)
@@ -83,11 +83,11 @@ class SGLangEngine:
         Raises:
             CordError: a request that servers cannot take, refuse, or fail time and again.
         """
-        wire = PromptWire(self.prompts, self._longest, MOST_CLIPS[self._model_type])
+        wire = PromptEncoder(self.prompts, self._longest, MOST_CLIPS[self._model_type])
         for request in requests:
             wire.check(request)
         in_flight = max(1, self._config.max_in_flight // dist.get_world_size())
-        batch = Batch([Draft(request, wire) for request in requests], self._pool, self._config, in_flight, self)
+        batch = Batch([PartialResponse(request, wire) for request in requests], self._pool, self._config, in_flight, self)
         with self._lock:
             self._batches.add(batch)
         try:
@@ -143,7 +143,7 @@ class SGLangEngine:
         self._control.each("/release_memory_occupation", {}, self._pool)
 
     def restore_memory(self) -> None:
-        """They take it back; the next exchange brings all tensors."""
+        """They take it back; the next weight sync brings all tensors."""
         self._control.each("/resume_memory_occupation", {}, self._pool)
         self._control.resume(self._pool)
         self._all_tensors = True
@@ -151,10 +151,10 @@ class SGLangEngine:
     def close(self) -> None:
         """Ends what is being generated and leaves the servers as they are; safe to call twice."""
         self.abort()
-        self._exchange.close()
+        self._weight_sync.close()
 
     def version_of(self, name: str) -> int | None:
-        """What a server's name for its weights means; None for weights of no exchange of this run."""
+        """What a server's name for its weights means; None for weights of no weight sync of this run."""
         return self._names.get(name)
 
     def _meet(self, count: int) -> int:
@@ -173,7 +173,7 @@ class SGLangEngine:
         return int(longest)
 
     def _send(self, version: int) -> None:
-        """One exchange, or as many as it takes until a server has the weights."""
+        """One weight sync, or as many as it takes until a server has the weights."""
         assert self._source is not None
         deadline = time.monotonic() + self._config.start_seconds
         main = dist.get_rank() == 0
@@ -194,7 +194,7 @@ class SGLangEngine:
             problem, urls = broadcast_json(found)
             if problem:
                 raise CordError(problem)
-            report = self._exchange.update(
+            report = self._weight_sync.update(
                 self._source, version, self._control.endpoints(urls),
                 full=self._all_tensors, flush_cache=not (self.paused and self._config.pause == "in_place"),
             )  # fmt: skip

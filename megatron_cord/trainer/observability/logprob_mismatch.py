@@ -79,7 +79,7 @@ def check_agreement(metrics: dict[str, float], limit: float | None, where: str) 
         raise CordError(
             f"{where}: trainer and engine differ by {mean:.3g} nats a token (largest {metrics['engine_logprob_difference_max']:.3g}) on tokens "
             f"that the engine made with the same weights; rollout.agreement_limit is {limit:g}. Likely causes: the engine has other weights (an "
-            "exchange that failed halfway, another checkpoint), other audio features or another prompt template, reuses audio embeddings or a "
+            "weight sync that failed halfway, another checkpoint), other audio features or another prompt template, reuses audio embeddings or a "
             "prefix cache of older weights, returns log-probabilities of another temperature, or computes in a much lower precision"
         )
 

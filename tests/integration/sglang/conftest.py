@@ -27,7 +27,7 @@ HEAD = "language_model.lm_head.weight"
 
 
 def write_talking_checkpoint(directory: Path) -> Path:
-    """A random checkpoint of the quickstart's size (four buckets of an exchange) that hardly ever says a special token."""
+    """A random checkpoint of the quickstart's size (four buckets of a weight sync) that hardly ever says a special token."""
     create_checkpoint(directory, TinyModelConfig(window_seconds=1), WORDS, seed=0)
     return make_talk(directory, HEAD)
 

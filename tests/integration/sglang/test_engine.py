@@ -20,7 +20,7 @@ from megatron_cord.rollout.engines import EngineConfig, build_engine
 from megatron_cord.rollout.local.engine import LocalEngine
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.engine import SGLangEngine
-from megatron_cord.rollout.sglang.weight_sync import Endpoint, ExchangeConfig
+from megatron_cord.rollout.sglang.weight_sync import Endpoint, WeightSyncConfig
 from megatron_cord.rollout.types import GenerationRequest, Rollout, TensorSpec, WeightSource
 from megatron_cord.rollout.weights import PlainWeights
 from tests.integration.sglang.conftest import Servers
@@ -37,11 +37,11 @@ def alone() -> Iterator[None]:
 
 
 def connect(
-    servers: Servers, way: str = "process_group", min_servers: int = 2, **settings: object
+    servers: Servers, transport: str = "process_group", min_servers: int = 2, **settings: object
 ) -> tuple[CollectiveEngine, SGLangEngine]:
     config = EngineConfig(
         engine="sglang", servers_file=servers.file, min_servers=min_servers, sglang=SGLangConfig(**settings),  # type: ignore[arg-type]
-        exchange=ExchangeConfig(way=way, bucket_bytes=1 << 20, timeout_seconds=120),  # type: ignore[arg-type]
+        weight_sync=WeightSyncConfig(transport=transport, bucket_bytes=1 << 20, timeout_seconds=120),  # type: ignore[arg-type]
     )  # fmt: skip
     engine = build_engine(config, servers.checkpoint, torch.device("cpu"))
     assert isinstance(engine.engine, SGLangEngine)
@@ -117,10 +117,10 @@ def test_greedy_answers_are_transformers(servers: Servers) -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("way", ["process_group", "shared_memory", "disk"])
-def test_new_weights_each_way(way: str, servers: Servers) -> None:
+@pytest.mark.parametrize("transport", ["process_group", "shared_memory", "disk"])
+def test_new_weights_by_each_transport(transport: str, servers: Servers) -> None:
     """Catches weights that reach one server only, or not the audio tower, and cached audio of older weights."""
-    engine, _ = connect(servers, way)
+    engine, _ = connect(servers, transport)
     check_equal_to_local(servers, engine, 1.0, 0, 4)
     engine.update_weights(changed(servers, 1.5), 3)
     check_equal_to_local(servers, engine, 1.5, 3)
@@ -219,11 +219,11 @@ class Killing:
             yield pair
 
 
-@pytest.mark.parametrize("way", ["process_group", "shared_memory"])
-def test_kill_during_an_exchange(way: str, servers: Servers) -> None:
+@pytest.mark.parametrize("transport", ["process_group", "shared_memory"])
+def test_kill_during_a_weight_sync(transport: str, servers: Servers) -> None:
     """Catches a trainer that hangs in a broadcast, a survivor with half of the weights, and a server that comes back with old ones."""
     servers.wait_until_ready()
-    engine, own = connect(servers, way)
+    engine, own = connect(servers, transport)
     source = Killing(changed(servers, 1.1), servers.supervisor.pids[1] or 0)
     engine.update_weights(source, 1)
     assert source.pid is None and list(own._pool.servers) == servers.supervisor.urls[:1]

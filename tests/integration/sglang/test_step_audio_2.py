@@ -16,7 +16,7 @@ from megatron_cord.data.wav import encode_float_wav
 from megatron_cord.rollout.engines import EngineConfig, build_engine
 from megatron_cord.rollout.local.engine import LocalEngine
 from megatron_cord.rollout.sglang.server.process import ServerConfig, SglangServer
-from megatron_cord.rollout.sglang.weight_sync import Endpoint, ExchangeConfig, ServerError
+from megatron_cord.rollout.sglang.weight_sync import Endpoint, ServerError, WeightSyncConfig
 from megatron_cord.rollout.types import GenerationRequest
 from megatron_cord.rollout.weights import PlainWeights
 from tests.integration.sglang.conftest import PYTHON, write_talking_step_audio_2
@@ -53,23 +53,23 @@ def questions(checkpoint: Path) -> list[GenerationRequest]:
 
 @pytest.mark.usefixtures("one_rank")
 def test_answers_and_weights_are_the_trainers(server: SglangServer) -> None:
-    """Catches an encoder, adapter, template or features other than the trainer's, clips in another order, and an exchange, whichever way, that leaves
+    """Catches an encoder, adapter, template or features other than the trainer's, clips in another order, and a weight sync, by any transport, that leaves
     out a tensor.
     """
     checkpoint = server.config.checkpoint
     local, asked = LocalEngine(checkpoint), questions(checkpoint)
-    for version, way in enumerate([None, "process_group", "shared_memory", "disk"]):
-        exchange = ExchangeConfig(way=way or "disk", bucket_bytes=1 << 20)  # type: ignore[arg-type]
+    for version, transport in enumerate([None, "process_group", "shared_memory", "disk"]):
+        weight_sync = WeightSyncConfig(transport=transport or "disk", bucket_bytes=1 << 20)  # type: ignore[arg-type]
         engine = build_engine(
-            EngineConfig(engine="sglang", servers=(server.url,), exchange=exchange), checkpoint, torch.device("cpu")
+            EngineConfig(engine="sglang", servers=(server.url,), weight_sync=weight_sync), checkpoint, torch.device("cpu")
         )
-        if way is not None:
+        if transport is not None:
             stored = load_file(checkpoint / "model.safetensors")
             changed = PlainWeights({name: tensor * (1 + version / 50) for name, tensor in stored.items()})
             engine.update_weights(changed, version)
             local.update_weights(changed, version)
         share, largest = compare(engine.generate(asked), local.generate(asked))
-        print(f"{way or 'checkpoint'}: {share:.2%} of tokens equal, log-probabilities within {largest:.2g}")
+        print(f"{transport or 'checkpoint'}: {share:.2%} of tokens equal, log-probabilities within {largest:.2g}")
         assert share >= 0.99 and largest < 1e-3
         engine.close()
 

@@ -28,7 +28,7 @@ def test_training_goes_on_without_a_server(schedule: str, servers: Servers, tmp_
     output = tmp_path / "run"
     process = start(overrides(
         tmp_path, output, f"model.checkpoint={servers.checkpoint}", "rollout.engine=sglang", f"rollout.servers_file={servers.file}",
-        "rollout.min_servers=2", "rollout.exchange.bucket_bytes=1048576", "rollout.exchange.timeout_seconds=120", f"rollout.schedule={schedule}",
+        "rollout.min_servers=2", "rollout.weight_sync.bucket_bytes=1048576", "rollout.weight_sync.timeout_seconds=120", f"rollout.schedule={schedule}",
         "rollout.agreement_limit=0.001", "record.rollouts=rollouts", "train.steps=6", "parallel.tp=2", "optimizer.learning_rate=1e-4",
     ))  # fmt: skip
     deadline = time.monotonic() + 300

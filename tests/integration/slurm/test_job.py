@@ -16,7 +16,7 @@ from tests.tiny_run import ROOT, losses, metrics, overrides, write_inputs
 
 pytestmark = pytest.mark.slurm
 STEPS = 120  # more than half a minute's, on a fast machine: SLURM looks at time limits twice a minute
-SERVED_STEPS = 80  # the same; an exchange at each makes them longer
+SERVED_STEPS = 80  # the same; a weight sync at each makes them longer
 SCRIPT = str(ROOT / "examples" / "slurm" / "train.sbatch")
 SGLANG = ROOT / ENVIRONMENT / "bin" / "python"
 

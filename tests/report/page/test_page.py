@@ -85,7 +85,7 @@ def test_nothing_is_loaded_and_nothing_else_runs(page: str) -> None:
 def test_time_adds_up(page: str) -> None:
     """Catches a phase that is counted twice, and time that no phase claims left out."""
     rows = re.findall(r'<th scope="row">(\w+)</th><td class="bar">.*?<td class="figure">([\d.]+) s</td>', page)
-    assert [name for name, _ in rows] == ["rollout", "teacher", "train", "exchange", "other", "evaluation"]
+    assert [name for name, _ in rows] == ["rollout", "teacher", "train", "weight_sync", "other", "evaluation"]
     assert sum(float(seconds) for _, seconds in rows) == pytest.approx(100 * 0.25 + 5 * 3.1, abs=0.5)
 
 

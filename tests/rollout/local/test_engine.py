@@ -1,4 +1,4 @@
-"""The local engine against transformers' own forward pass and generation, and its exchange of weights."""
+"""The local engine against transformers' own forward pass and generation, and its weight sync."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import httpx
 
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.sglang.client.partial_response import Draft
+from megatron_cord.rollout.sglang.client.partial_response import PartialResponse
 from megatron_cord.rollout.sglang.client.pool import Pool, Server
 from megatron_cord.rollout.sglang.client.protocol import BadReplyError
 from megatron_cord.rollout.sglang.config import SGLangConfig
@@ -38,11 +38,11 @@ class State(Protocol):
 
     @property
     def weight_version(self) -> int:
-        """Of the last exchange."""
+        """Of the last weight sync."""
         ...
 
     def version_of(self, name: str) -> int | None:
-        """What a server's name for its weights means; None if it is of no exchange."""
+        """What a server's name for its weights means; None if it is of no weight sync."""
         ...
 
 
@@ -65,7 +65,7 @@ class Batch:
         state: of the engine.
     """
 
-    def __init__(self, drafts: Sequence[Draft], pool: Pool, config: SGLangConfig, in_flight: int, state: State) -> None:
+    def __init__(self, drafts: Sequence[PartialResponse], pool: Pool, config: SGLangConfig, in_flight: int, state: State) -> None:
         self._drafts, self._pool, self._config, self._state = drafts, pool, config, state
         self._places = asyncio.Semaphore(in_flight)
         self._name, self._numbers = secrets.token_hex(6), itertools.count()
@@ -124,7 +124,7 @@ class Batch:
                     await asyncio.wait(self._farewells, timeout=5.0)
         return {i: draft.rollout() for i, draft in enumerate(self._drafts) if draft.finish_reason is not None}
 
-    async def _answer(self, draft: Draft) -> None:
+    async def _answer(self, draft: PartialResponse) -> None:
         """Until the response is whole."""
         async with self._places:
             whole, failures = False, 0

@@ -1,4 +1,4 @@
-"""One server over HTTP, as the exchange speaks with it: JSON in, JSON out, and every failure in one line."""
+"""One server over HTTP, as the weight sync speaks with it: JSON in, JSON out, and every failure in one line."""
 
 from __future__ import annotations
 

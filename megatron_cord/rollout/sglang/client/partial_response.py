@@ -12,24 +12,24 @@ import hashlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-from megatron_cord.rollout.sglang.client.protocol import BadReplyError, Piece, PromptWire, read_piece, sampling
+from megatron_cord.rollout.sglang.client.protocol import BadReplyError, Piece, PromptEncoder, read_piece, sampling
 from megatron_cord.rollout.types import GenerationRequest, Rollout, spans_of
 
 _GREEDY = 1e-6  #: below this temperature SGLang takes the likeliest token, so that another draw would bring the same
 
 
-class Draft:
+class PartialResponse:
     """One request's response.
 
     Args:
-        request: checked by `PromptWire.check`.
+        request: checked by `PromptEncoder.check`.
         wire: how prompts are sent.
 
     Attributes:
         finish_reason: None until it is whole.
     """
 
-    def __init__(self, request: GenerationRequest, wire: PromptWire) -> None:
+    def __init__(self, request: GenerationRequest, wire: PromptEncoder) -> None:
         self.request = request
         self._wire, self._prompts = wire, wire.prompts
         self._ids: list[int] = []

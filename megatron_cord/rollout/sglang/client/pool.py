@@ -1,7 +1,7 @@
 """The servers as one rank sees them: who is asked next, who is under suspicion, who is lost.
 
 A server that fails a request gets no new ones until it has proved that it generates, with the weights that it should have. One that cannot,
-or fails again and again, is lost until an exchange of weights brings it back: its process may be a new one, with the checkpoint's weights.
+or fails again and again, is lost until a weight sync brings it back: its process may be a new one, with the checkpoint's weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_cord.rollout.sglang.weight_sync import Endpoint
 from megatron_cord.runtime import log
 
 _PROBES = 3  #: failed ones that make a server lost
-_RELAPSES = 3  #: suspicions since the last exchange that do
+_RELAPSES = 3  #: suspicions since the last weight sync that do
 
 
 @dataclass(eq=False)
@@ -24,7 +24,7 @@ class Server:
 
     Attributes:
         endpoint: where it is.
-        state: "good" gets requests, "suspect" is probed, "lost" waits for an exchange.
+        state: "good" gets requests, "suspect" is probed, "lost" waits for a weight sync.
         in_flight: requests of this rank.
         probe_at: when to probe a suspect, on the monotonic clock.
     """
@@ -53,7 +53,7 @@ class Server:
         self.state = "lost" if self._relapses > _RELAPSES else "suspect"
         self.probe_at = time.monotonic()
         say(
-            f"{self.endpoint.url} gets no requests {'until the next exchange of weights' if self.state == 'lost' else 'for now'}: {reason}"
+            f"{self.endpoint.url} gets no requests {'until the next weight sync' if self.state == 'lost' else 'for now'}: {reason}"
         )
 
     def probed(self, problem: str | None) -> None:
@@ -70,15 +70,15 @@ class Server:
             self.lose(problem)
 
     def lose(self, reason: str) -> None:
-        """It gets nothing until the next exchange."""
+        """It gets nothing until the next weight sync."""
         if self.state != "lost":
-            say(f"{self.endpoint.url} is left out until an exchange has brought it the weights: {reason}")
+            say(f"{self.endpoint.url} is left out until a weight sync has brought it the weights: {reason}")
         self.state = "lost"
 
 
 @dataclass
 class Pool:
-    """The servers that the last exchange found good, and what became of them since.
+    """The servers that the last weight sync found good, and what became of them since.
 
     Attributes:
         rank: of this process, so that ranks begin with different servers.
@@ -89,7 +89,7 @@ class Pool:
     servers: dict[str, Server] = field(default_factory=dict)
 
     def set(self, current: Iterable[Endpoint]) -> None:
-        """After an exchange: these have the weights, no others have."""
+        """After a weight sync: these have the weights, no others have."""
         wanted = list(current)
         turn = self.rank % len(wanted) if wanted else 0
         servers = {}
@@ -106,7 +106,7 @@ class Pool:
 
     @property
     def all_lost(self) -> bool:
-        """Whether nobody is left to be asked before the next exchange."""
+        """Whether nobody is left to be asked before the next weight sync."""
         return all(server.state == "lost" for server in self.servers.values())
 
     def suspects(self) -> list[Server]:

@@ -19,7 +19,7 @@ _SPARE = (
 )
 
 
-def shake_hands(server: Endpoint, model_type: str) -> int:
+def check_server(server: Endpoint, model_type: str) -> int:
     """Checks one server.
 
     Returns:
@@ -57,7 +57,7 @@ def take_base_weights(server: Endpoint) -> None:
     Raises:
         ServerError: it does not.
     """
-    # Not model_path, which after an exchange over the disk is where those weights were.
+    # Not model_path, which after a weight sync over the disk is where those weights were.
     path = str(server.get("/model_info", _PATIENCE).get("tokenizer_path"))
     with suppress(ServerError):  # none is open, which is what is wanted
         server.post("/end_weight_update", {}, _PATIENCE)

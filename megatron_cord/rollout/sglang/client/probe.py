@@ -1,4 +1,4 @@
-"""Questions for trying an exchange: used by ``verify exchange``, not by training."""
+"""Questions for trying a weight sync: used by ``verify weight_sync``, not by training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Sample
 from megatron_cord.model.families import load_architecture
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint
-from megatron_cord.rollout.sglang.client.protocol import MOST_CLIPS, PromptWire
+from megatron_cord.rollout.sglang.client.protocol import MOST_CLIPS, PromptEncoder
 
 #: for each question: the ids, and their log-probabilities rounded to 1e-5
 Outputs = list[tuple[list[int], list[float]]]
@@ -22,7 +22,7 @@ def outputs_of(server: Endpoint, checkpoint: str | Path, timeout: float) -> Outp
     """Greedy answers to a few fixed prompts: some of plain ids and, where the model hears, a second of sound.
 
     Raises:
-        CordError: as ``PromptBuilder`` and ``PromptWire.question``.
+        CordError: as ``PromptBuilder`` and ``PromptEncoder.question``.
         ServerError: the server does not answer.
     """
     bodies: list[dict[str, Any]] = [{"input_ids": list(range(first, first + 6))} for first in (1, 4, 7)]
@@ -30,7 +30,7 @@ def outputs_of(server: Endpoint, checkpoint: str | Path, timeout: float) -> Outp
     if most_clips:
         prompts = PromptBuilder(checkpoint)
         sound = Sample("two tones", "", _tones()[: prompts.longest_clip])
-        bodies.append(PromptWire(prompts, 0, most_clips).question(prompts.audio_prompt(sound)))
+        bodies.append(PromptEncoder(prompts, 0, most_clips).question(prompts.audio_prompt(sound)))
     return [_greedy(server, body, timeout) for body in bodies]
 
 

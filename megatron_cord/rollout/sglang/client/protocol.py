@@ -43,7 +43,7 @@ class Piece:
 
 
 @dataclass
-class PromptWire:
+class PromptEncoder:
     """Prompts as servers take them. A text prompt goes as ids; audio as text with one placeholder a clip, and the samples beside it.
 
     SGLang tokenizes that text itself, so it is made sure here that the ids come out, and there (``prompt_token_ids``) that they did.

@@ -45,7 +45,7 @@ def stand_in_for_kernels() -> Any:
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]  # /weights_checker waits for a GPU that is not there
-    # Where a GPU's unused memory would be given back, SGLang has a CPU collect garbage instead, half a second an exchange of weights.
+    # Where a GPU's unused memory would be given back, SGLang has a CPU collect garbage instead, half a second a weight sync.
     from sglang.srt.platforms.cpu import CpuDeviceMixin
 
     CpuDeviceMixin.empty_cache = lambda self: None  # type: ignore[method-assign]

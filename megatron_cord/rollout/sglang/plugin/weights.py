@@ -89,7 +89,7 @@ def _arrived(bucket: list[Spec], flat: Tensor, arrival: Any) -> Iterator[tuple[s
 class Buffers:
     """Memory for one bucket after the other, used again once no tensor of an earlier bucket is left, wherever the model keeps it.
 
-    On a GPU torch does just that; on a CPU new memory costs as much as a bucket's transfer. Here as there it is kept for the next exchange.
+    On a GPU torch does just that; on a CPU new memory costs as much as a bucket's transfer. Here as there it is kept for the next weight sync.
 
     Args:
         device: of the memory.

@@ -74,7 +74,7 @@ def check_version(python: Path) -> Version:
     """The version of SGLang that this interpreter has.
 
     Raises:
-        CordError: none, or one without the endpoints that the exchange of weights needs.
+        CordError: none, or one without the endpoints that the weight sync needs.
     """
     if not python.exists():
         raise CordError(f"{python} does not exist; install the server with: make sglang-env")

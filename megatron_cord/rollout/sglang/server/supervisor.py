@@ -1,7 +1,7 @@
 """Several servers of one checkpoint on this machine: started, watched, started again when one dies or hangs.
 
 A server that was started again has the checkpoint's weights; the trainer notices by their name and brings the current ones with its next
-exchange. Simplification: it is watched from outside, by its health endpoint, which SGLang answers by generating a token.
+weight sync. Simplification: it is watched from outside, by its health endpoint, which SGLang answers by generating a token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SupervisorConfig:
     gpus: tuple[int, ...] = ()  #: they share these, tp for each server; empty: 0, 1, 2 … on cuda
     port: int = 0  #: of the first one; the others have the next; 0 takes free ones
     hang_seconds: float = (
-        180.0  #: a server that is not healthy for so long is started again; longer than it is paused for an exchange
+        180.0  #: a server that is not healthy for so long is started again; longer than it is paused for a weight sync
     )
     max_failed_starts: int = 3  #: in a row, before the supervisor gives up
     log_dir: Path = Path("runs/servers")  #: of what servers print

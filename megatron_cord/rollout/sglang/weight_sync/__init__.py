@@ -1,14 +1,14 @@
-"""The exchange of weights: the trainer's sharded model into the models of running SGLang servers."""
+"""The weight sync: the trainer's sharded model into the models of running SGLang servers."""
 
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError
-from megatron_cord.rollout.sglang.weight_sync.config import ExchangeConfig
-from megatron_cord.rollout.sglang.weight_sync.weight_sync import ExchangeReport, WeightExchange, build_exchange
+from megatron_cord.rollout.sglang.weight_sync.config import WeightSyncConfig
+from megatron_cord.rollout.sglang.weight_sync.weight_sync import WeightSync, WeightSyncReport, build_weight_sync
 
 __all__ = [
     "Endpoint",
-    "ExchangeConfig",
-    "ExchangeReport",
+    "WeightSyncConfig",
+    "WeightSyncReport",
     "ServerError",
-    "WeightExchange",
-    "build_exchange",
+    "WeightSync",
+    "build_weight_sync",
 ]

@@ -1,6 +1,6 @@
 """Many tensors in one flat buffer: what is sent at once. Sending tensor by tensor costs a request and a reply for each.
 
-Beside the model an exchange needs two buffers of a bucket, and what gathering the tensors takes: a tensor that has a bucket of its own may be
+Beside the model a weight sync needs two buffers of a bucket, and what gathering the tensors takes: a tensor that has a bucket of its own may be
 sent from where it lies.
 """
 
@@ -85,7 +85,7 @@ def fill(
         if given is None or given[0] != spec.name or not _fits(given[1], spec.shape):
             found = "nothing" if given is None else f"{given[0]} {list(given[1].shape)}"
             raise CordError(
-                f"weight exchange: {spec.name} {list(spec.shape)} was planned but {found} came; the model changed since it was planned"
+                f"weight sync: {spec.name} {list(spec.shape)} was planned but {found} came; the model changed since it was planned"
             )
         if borrow and len(plan.specs) == 1 and given[1].dtype == spec.dtype and given[1].is_contiguous():
             return given[1].detach().reshape(-1).view(torch.uint8)

@@ -10,11 +10,11 @@ from megatron_cord.errors import CordError
 
 
 @dataclass(frozen=True)
-class ExchangeConfig:
+class WeightSyncConfig:
     """How the trainer's weights reach the servers."""
 
     #: process_group: NCCL, gloo on CPU, across machines; shared_memory: servers on the trainer's machine; disk: a common file system
-    way: Literal["process_group", "shared_memory", "disk"] = "process_group"
+    transport: Literal["process_group", "shared_memory", "disk"] = "process_group"
     bucket_bytes: int = (
         512 << 20
     )  #: sent at once; two such buffers live on the main rank. A larger tensor has a bucket of its own
@@ -29,7 +29,7 @@ class ExchangeConfig:
         None  #: that trainer and servers see under the same path; the system's temporary one if unset (disk)
     )
     compare_checksums: bool = (
-        False  #: after each exchange all servers hash their weights, and must agree; takes seconds for a large model
+        False  #: after each weight sync all servers hash their weights, and must agree; takes seconds for a large model
     )
 
     def __post_init__(self) -> None:

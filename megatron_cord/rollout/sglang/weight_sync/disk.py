@@ -21,7 +21,7 @@ from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, 
 from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, TwoBuffers
 
 
-class DiskWay:
+class DiskTransport:
     """Writes the weights and tells the servers where they are.
 
     Args:
@@ -41,7 +41,7 @@ class DiskWay:
         self._files = 0
 
     def open(self, servers: Sequence[Endpoint], bucket_bytes: int) -> int:
-        """Makes a directory for this exchange."""
+        """Makes a directory for this weight sync."""
         self._servers, self._files = list(servers), 0
         try:
             self._parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ class DiskWay:
             self._partial.chmod(0o755)  # servers may run as another user
         except OSError as error:
             raise CordError(
-                f"rollout.exchange.directory {self._parent} is not writable: {error.strerror}; choose another"
+                f"rollout.weight_sync.directory {self._parent} is not writable: {error.strerror}; choose another"
             ) from None
         return bucket_bytes
 

@@ -63,7 +63,7 @@ class ServerGroup:
             )
         except (RuntimeError, ValueError) as error:
             raise CordError(
-                f"rollout.exchange.address {address} is not an address of this machine ({error}); set the one servers reach"
+                f"rollout.weight_sync.address {address} is not an address of this machine ({error}); set the one servers reach"
             ) from None
         self._store: dist.TCPStore | None = store
         offset = 1

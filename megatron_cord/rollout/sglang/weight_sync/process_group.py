@@ -1,6 +1,6 @@
 """The way over a process group: NCCL between GPUs, gloo between CPUs. The fastest between machines.
 
-The group is made at the first exchange and kept. When a server fails, everyone in the group loses it, and it is made anew with the others.
+The group is made at the first weight sync and kept. When a server fails, everyone in the group loses it, and it is made anew with the others.
 
 Servers that this project starts take a stream: one request announces all tensors, and buckets of some MiB, or of one large tensor where it
 lies, follow one another. If any of the servers is another one, each bucket has a request of its own, and should be large.
@@ -23,7 +23,7 @@ _STREAM_BYTES = 32 << 20  #: of a bucket in a stream; larger tensors need not be
 _UPDATE = "/update_weights_from_distributed"
 
 
-class ProcessGroupWay:
+class ProcessGroupTransport:
     """Broadcasts buckets from rank 0.
 
     Args:

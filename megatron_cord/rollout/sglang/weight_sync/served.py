@@ -56,13 +56,13 @@ def check_fits_server(specs: Sequence[TensorSpec], served: Mapping[str, TensorSp
         problems += [f"the server's {name} would not be sent" for name in served if name not in sent]
     if problems:
         raise CordError(
-            f"weight exchange: the trainer's model does not fit the servers' checkpoint ({len(problems)} problems): "
+            f"weight sync: the trainer's model does not fit the servers' checkpoint ({len(problems)} problems): "
             + "; ".join(problems[:20])
             + "; serve the checkpoint that is trained"
         )
 
 
-def wire_specs(specs: Iterable[TensorSpec], served: Mapping[str, TensorSpec]) -> list[TensorSpec]:
+def sent_specs(specs: Iterable[TensorSpec], served: Mapping[str, TensorSpec]) -> list[TensorSpec]:
     """The specs in the dtypes that are sent: the server's where it is narrower, as it would round to it anyway."""
     return [
         replace(spec, dtype=served[spec.name].dtype) if served[spec.name].dtype.itemsize < spec.dtype.itemsize else spec

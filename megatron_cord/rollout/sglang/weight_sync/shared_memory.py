@@ -30,7 +30,7 @@ from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailed
 _DEVICE = 6  #: the place of the device's number in what torch sends of a CUDA tensor
 
 
-class SharedMemoryWay:
+class SharedMemoryTransport:
     """Lets servers copy from the trainer's memory.
 
     Args:
@@ -50,7 +50,7 @@ class SharedMemoryWay:
     def open(self, servers: Sequence[Endpoint], bucket_bytes: int) -> int:
         """Asks servers for their tensor-parallel sizes."""
         away = {
-            s: ServerError(f"{s.url} is not on this machine; set rollout.exchange.way=process_group")
+            s: ServerError(f"{s.url} is not on this machine; set rollout.weight_sync.transport=process_group")
             for s in servers
             if not s.is_local
         }
@@ -99,7 +99,7 @@ class SharedMemoryWay:
         self._buffers, self._ranks = [], {}
 
     def close(self) -> None:
-        """Frees the buffers here; servers of this project keep them mapped until an exchange that uses others."""
+        """Frees the buffers here; servers of this project keep them mapped until a weight sync that uses others."""
         self._buffers = []
 
     def _new_buffer(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a way of sending must offer; the exchange around it is the same for all."""
+"""What a way of sending must offer; the weight sync around it is the same for all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan
 
 
 class AttemptFailed(Exception):
-    """The servers share what broke: none of them got this bucket for certain, and the exchange starts anew with those that live.
+    """The servers share what broke: none of them got this bucket for certain, and the weight sync starts anew with those that live.
 
     Attributes:
         culprits: the servers that broke it, with what they did.
@@ -25,7 +25,7 @@ class AttemptFailed(Exception):
         self.culprits, self.why = dict(culprits), why
 
 
-class Way(Protocol):
+class WeightTransport(Protocol):
     """Sends buckets to servers. Used by rank 0 alone; `send` runs in a thread of its own, one call at a time.
 
     Attributes:

@@ -1,6 +1,6 @@
-"""The exchange of weights: all that is the same whichever way the bytes go.
+"""The weight sync: all that is the same whichever way the bytes go.
 
-One exchange: ask servers which version they have; plan what is sent, and check it against their model; open a session on each; gather bucket
+One weight sync: ask servers which version they have; plan what is sent, and check it against their model; open a session on each; gather bucket
 k+1 from the trainer's ranks while bucket k is sent; close the sessions; name the version, and read it back. A server that fails anywhere is
 left out and reported; its weights are of no version. Trained tensors alone are sent, unless a server does not have the last version: then all.
 """
@@ -23,19 +23,19 @@ from megatron_cord.errors import CordError
 from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, ask_each, without
 from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, fill, plan_buckets
-from megatron_cord.rollout.sglang.weight_sync.config import ExchangeConfig
-from megatron_cord.rollout.sglang.weight_sync.disk import DiskWay
-from megatron_cord.rollout.sglang.weight_sync.process_group import ProcessGroupWay
-from megatron_cord.rollout.sglang.weight_sync.served import check_fits_server, served_specs, wire_specs
+from megatron_cord.rollout.sglang.weight_sync.config import WeightSyncConfig
+from megatron_cord.rollout.sglang.weight_sync.disk import DiskTransport
+from megatron_cord.rollout.sglang.weight_sync.process_group import ProcessGroupTransport
+from megatron_cord.rollout.sglang.weight_sync.served import check_fits_server, sent_specs, served_specs
 from megatron_cord.rollout.sglang.weight_sync.sessions import Sessions, compare_checksums, name_version
-from megatron_cord.rollout.sglang.weight_sync.shared_memory import SharedMemoryWay
-from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailed, Way
+from megatron_cord.rollout.sglang.weight_sync.shared_memory import SharedMemoryTransport
+from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailed, WeightTransport
 from megatron_cord.rollout.types import TensorSpec, WeightSource
 
 
 @dataclass(frozen=True)
-class ExchangeReport:
-    """What came of an exchange; the same on all ranks.
+class WeightSyncReport:
+    """What came of a weight sync; the same on all ranks.
 
     Attributes:
         version: of the weights.
@@ -58,17 +58,17 @@ class ExchangeReport:
     seconds: float
 
 
-class WeightExchange:
+class WeightSync:
     """Brings weights to servers. All ranks of the trainer hold one and call it together; rank 0 speaks with the servers.
 
     Args:
         config: how.
-        way: what sends the buckets.
+        transport: what sends the buckets.
         served: the servers' model, by tensor name.
     """
 
-    def __init__(self, config: ExchangeConfig, way: Way, served: Mapping[str, TensorSpec]) -> None:
-        self._config, self._way, self._served = config, way, served
+    def __init__(self, config: WeightSyncConfig, transport: WeightTransport, served: Mapping[str, TensorSpec]) -> None:
+        self._config, self._transport, self._served = config, transport, served
         self._version: int | None = None
 
     def update(
@@ -79,7 +79,7 @@ class WeightExchange:
         *,
         full: bool = False,
         flush_cache: bool = True,
-    ) -> ExchangeReport:
+    ) -> WeightSyncReport:
         """Gives the weights to the servers. Collective over all ranks.
 
         Servers should be paused: those that generate meanwhile mix versions.
@@ -105,7 +105,7 @@ class WeightExchange:
             alive = without(servers, lost)
             behind = any(found != str(self._version) for found in versions.values())
             if behind and self._version is not None:
-                self._way.abandon()  # a server may be a new process at its old address, which knows nothing of our group
+                self._transport.abandon()  # a server may be a new process at its old address, which knows nothing of our group
             full = full or behind
         specs: list[TensorSpec] = []
         buckets = 0
@@ -134,15 +134,15 @@ class WeightExchange:
         self._version = version
         nbytes = sum(spec.nbytes for spec in specs)
         current = tuple(server.url for server in alive)
-        report = ExchangeReport(
+        report = WeightSyncReport(
             version, current, failed, full, len(specs), nbytes, buckets, time.perf_counter() - start
         )
         plain = broadcast_json(asdict(report))
-        return ExchangeReport(**plain | {"current": tuple(plain["current"])})
+        return WeightSyncReport(**plain | {"current": tuple(plain["current"])})
 
     def close(self) -> None:
         """Frees buffers and leaves groups; safe to call twice."""
-        self._way.close()
+        self._transport.close()
 
     def _plan(self, source: WeightSource, full: bool) -> list[TensorSpec]:
         """What is sent, on rank 0; raises on all ranks if it does not fit."""
@@ -151,7 +151,7 @@ class WeightExchange:
         if dist.get_rank() == 0:
             try:
                 check_fits_server(specs, self._served, full)
-                specs = wire_specs(specs, self._served)
+                specs = sent_specs(specs, self._served)
             except CordError as error:
                 problem = str(error)
         problem = broadcast_json(problem)
@@ -169,14 +169,14 @@ class WeightExchange:
         """Sends everything once. Returns the servers that failed, the number of buckets, and whether the others have the weights now."""
         plans: list[BucketPlan] = []
         sessions = Sessions(self._config.timeout_seconds)
-        failures = sessions.begin(servers) if self._way.in_session else {}
+        failures = sessions.begin(servers) if self._transport.in_session else {}
         done = False
         try:
             if remaining := without(servers, failures):
-                plans = self._cut(specs, self._way.open(remaining, self._config.bucket_bytes))
-                self._way.start(plans)
+                plans = self._cut(specs, self._transport.open(remaining, self._config.bucket_bytes))
+                self._transport.start(plans)
                 failures |= self._send(tensors, plans)
-                failures |= self._way.finish()
+                failures |= self._transport.finish()
                 done = True
         except AttemptFailed as failure:
             failures |= failure.culprits
@@ -188,7 +188,7 @@ class WeightExchange:
         finally:
             deque(tensors, maxlen=0)  # the other ranks are gathering
             if not done:
-                self._way.abandon()
+                self._transport.abandon()
         failures |= sessions.end(without(servers, failures))
         return failures, len(plans), done or not without(servers, failures)
 
@@ -209,30 +209,30 @@ class WeightExchange:
             for index, plan in enumerate(plans):
                 while len(under_way) > int(self._config.overlap):  # bucket index − 2 used this buffer
                     failures |= under_way.popleft().result()
-                flat = fill(plan, tensors, partial(self._way.buffer, index, plan.nbytes), borrow=self._way.borrows)
+                flat = fill(plan, tensors, partial(self._transport.buffer, index, plan.nbytes), borrow=self._transport.borrows)
                 ready = torch.cuda.Event()
                 ready.record()
-                under_way.append(sender.submit(self._way.send, plan, flat, ready))
+                under_way.append(sender.submit(self._transport.send, plan, flat, ready))
             for future in under_way:
                 failures |= future.result()
         return failures
 
 
-def build_exchange(
-    config: ExchangeConfig, checkpoint_dir: str | Path, served_dtype: torch.dtype | None = None
-) -> WeightExchange:
-    """The exchange with servers that run this checkpoint.
+def build_weight_sync(
+    config: WeightSyncConfig, checkpoint_dir: str | Path, served_dtype: torch.dtype | None = None
+) -> WeightSync:
+    """The weight sync with servers that run this checkpoint.
 
     Args:
         config: how.
         checkpoint_dir: that the servers were started with, as rank 0 sees it.
         served_dtype: that they load it in; the checkpoint's own if None.
     """
-    way: Way
-    if config.way == "process_group":
-        way = ProcessGroupWay(config.address, config.timeout_seconds, config.stream)
-    elif config.way == "shared_memory":
-        way = SharedMemoryWay(config.timeout_seconds)
+    transport: WeightTransport
+    if config.transport == "process_group":
+        transport = ProcessGroupTransport(config.address, config.timeout_seconds, config.stream)
+    elif config.transport == "shared_memory":
+        transport = SharedMemoryTransport(config.timeout_seconds)
     else:
-        way = DiskWay(config.directory, config.timeout_seconds)
-    return WeightExchange(config, way, served_specs(checkpoint_dir, served_dtype))
+        transport = DiskTransport(config.directory, config.timeout_seconds)
+    return WeightSync(config, transport, served_specs(checkpoint_dir, served_dtype))

@@ -24,10 +24,10 @@ from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.engines import EngineConfig, build_engine
-from megatron_cord.rollout.sglang.client.protocol import MOST_CLIPS, PromptWire
+from megatron_cord.rollout.sglang.client.protocol import MOST_CLIPS, PromptEncoder
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.engine import SGLangEngine
-from megatron_cord.rollout.sglang.weight_sync import ExchangeConfig
+from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig
 from megatron_cord.rollout.types import GenerationRequest, VersionSpan
 from megatron_cord.rollout.weights import PlainWeights
 from tests.model.family_reference import save_whole
@@ -64,7 +64,7 @@ def connect(checkpoint: Path, servers: list[FakeServer], stack: ExitStack, **set
         engine="sglang",
         servers=tuple(s.url for s in servers),
         sglang=SGLangConfig(**QUICK | settings),
-        exchange=ExchangeConfig(way="disk"),
+        weight_sync=WeightSyncConfig(transport="disk"),
     )
     engine = build_engine(config, checkpoint, torch.device("cpu"))
     stack.callback(engine.close)
@@ -134,7 +134,7 @@ def test_a_server_that_fails_is_left_out(
     engine.update_weights(head_of(checkpoint), 5)
     before = len(bad.asked)
     check(engine, version=5)
-    assert len(bad.asked) > before, "an exchange must bring a server back"
+    assert len(bad.asked) > before, "a weight sync must bring a server back"
 
 
 def test_a_hanging_server(checkpoint: Path, stack: ExitStack, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,7 +275,7 @@ def test_several_clips_go_with_their_prompt(tmp_path: Path) -> None:
     checkpoint = save_whole(tmp_path / "checkpoint", "step_audio_2", WORDS)
     sample = make_samples(1)[0]
     prompt = PromptBuilder(checkpoint, long_audio="cut").audio_prompt(sample)
-    body = PromptWire(PromptBuilder(checkpoint), 512, MOST_CLIPS["step_audio_2"]).body(prompt)
+    body = PromptEncoder(PromptBuilder(checkpoint), 512, MOST_CLIPS["step_audio_2"]).body(prompt)
     assert body is not None and len(prompt.clips) == body["text"].count("<|AUDIO|>") == len(body["audio_data"]) > 1
     sent = b"".join(base64.b64decode(data.removeprefix("data:audio/wav;base64,"))[44:] for data in body["audio_data"])
     assert sent == sample.waveform.astype("<f4").tobytes()
@@ -365,7 +365,7 @@ def test_a_run_begins_with_servers_that_an_earlier_one_left_paused(checkpoint: P
 
 
 def test_all_servers_go_on_after_a_pause(checkpoint: Path, stack: ExitStack) -> None:
-    """Catches a cache that is not flushed since responses wait, and a server that fails an exchange and is paused for ever."""
+    """Catches a cache that is not flushed since responses wait, and a server that fails a weight sync and is paused for ever."""
     good, bad = FakeServer(), FakeServer()
     engine = connect(checkpoint, [good, bad], stack)
     own = engine.engine
@@ -381,7 +381,7 @@ def test_all_servers_go_on_after_a_pause(checkpoint: Path, stack: ExitStack) -> 
 
 
 def test_weights_that_nobody_takes(checkpoint: Path, stack: ExitStack) -> None:
-    """Catches endless repetition of an exchange with servers that answer but cannot load."""
+    """Catches endless repetition of a weight sync with servers that answer but cannot load."""
     server = FakeServer()
     engine = connect(checkpoint, [server], stack, start_seconds=1.0)
     server.loads = False

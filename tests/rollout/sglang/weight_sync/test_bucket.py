@@ -1,4 +1,4 @@
-"""Buckets: what lies where, what a stream must bring, and how much memory an exchange's buffers take."""
+"""Buckets: what lies where, what a stream must bring, and how much memory a weight sync's buffers take."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_the_key_is_sent_and_not_shown(endpoint: Endpoint) -> None:
 
 @pytest.mark.parametrize("url", ["127.0.0.1:30000", "https://127.0.0.1:1", "http://127.0.0.1", "http://:30000"])
 def test_addresses(url: str) -> None:
-    """Catches an address that would fail only at the first exchange."""
+    """Catches an address that would fail only at the first weight sync."""
     with pytest.raises(CordError, match="http://host:port"):
         Endpoint(url)
 

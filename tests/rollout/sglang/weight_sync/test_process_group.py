@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_cord.rollout.sglang.weight_sync import ExchangeConfig, WeightExchange
-from megatron_cord.rollout.sglang.weight_sync.process_group import ProcessGroupWay
+from megatron_cord.rollout.sglang.weight_sync import WeightSync, WeightSyncConfig
+from megatron_cord.rollout.sglang.weight_sync.process_group import ProcessGroupTransport
 from megatron_cord.rollout.types import TensorSpec
 from tests.rollout.sglang.weight_sync.group_server import WORDS, GroupServer
 
@@ -38,37 +38,37 @@ class Source:
         return {name: [float(tensor[0]), float(tensor[-1])] for name, tensor in self.tensors(full=True)}
 
 
-def exchange_of(source: Source, timeout: float = 60.0) -> WeightExchange:
-    config = ExchangeConfig(bucket_bytes=MIB, timeout_seconds=timeout)
-    return WeightExchange(config, ProcessGroupWay(None, timeout), {spec.name: spec for spec in source.specs(full=True)})
+def weight_sync_of(source: Source, timeout: float = 60.0) -> WeightSync:
+    config = WeightSyncConfig(bucket_bytes=MIB, timeout_seconds=timeout)
+    return WeightSync(config, ProcessGroupTransport(None, timeout), {spec.name: spec for spec in source.specs(full=True)})
 
 
 @pytest.mark.parametrize("manners", [("good", "good"), ("good", "old"), ("old", "old")])
 def test_streams_where_all_take_them(manners: tuple[str, str]) -> None:
     """Catches a stream to a server that waits for a request for each bucket, a request for each bucket of a stream, wrong bytes, and a second
-    exchange that finds the group in another state than the first.
+    weight sync that finds the group in another state than the first.
     """
     source = Source()
-    exchange = exchange_of(source)
+    weight_sync = weight_sync_of(source)
     with GroupServer(manners[0]) as one, GroupServer(manners[1]) as two:
         for version in (1, 2):
-            report = exchange.update(source, version, [one.endpoint, two.endpoint], full=True)
+            report = weight_sync.update(source, version, [one.endpoint, two.endpoint], full=True)
             assert len(report.current) == 2 and not report.failed
             requests = version * (report.buckets if "old" in manners else 1)
             assert one.loaded == two.loaded == source.ends | {"requests": [requests]}
-        exchange.close()
+        weight_sync.close()
 
 
 @pytest.mark.parametrize("manner", ["refuses", "refuses late", "dies", "hangs"])
 def test_one_fails_and_the_other_gets_everything(manner: str) -> None:
     """Catches a rank that waits for the dead, the wrong server blamed, and a survivor that keeps half of the weights."""
     source = Source()
-    exchange = exchange_of(source, timeout=15.0 if manner == "hangs" else 600.0)
+    weight_sync = weight_sync_of(source, timeout=15.0 if manner == "hangs" else 600.0)
     begun = time.monotonic()
     with GroupServer() as good, GroupServer(manner) as bad:
-        report = exchange.update(source, 1, [good.endpoint, bad.endpoint])
+        report = weight_sync.update(source, 1, [good.endpoint, bad.endpoint])
         assert report.current == (good.endpoint.url,) and list(report.failed) == [bad.endpoint.url]
         assert WORDS.get(manner, "") in report.failed[bad.endpoint.url]
         assert good.loaded == source.ends | {"requests": [2]}
         assert time.monotonic() - begun < 300, "waited for the dead"
-        exchange.close()
+        weight_sync.close()

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.sglang.weight_sync.served import check_fits_server, served_specs, wire_specs
+from megatron_cord.rollout.sglang.weight_sync.served import check_fits_server, sent_specs, served_specs
 from megatron_cord.rollout.types import TensorSpec
 
 
 def test_everything_that_does_not_fit(checkpoint: Path) -> None:
-    """Catches a name that one SGLang model ignores and another dies of, a shape, a dtype, and a tensor that a full exchange leaves out."""
+    """Catches a name that one SGLang model ignores and another dies of, a shape, a dtype, and a tensor that a full weight sync leaves out."""
     served = served_specs(checkpoint)
     good = list(served.values())
     check_fits_server(good, served, full=True)
@@ -41,7 +41,7 @@ def test_everything_that_does_not_fit(checkpoint: Path) -> None:
 
 
 def test_nothing_to_send(checkpoint: Path) -> None:
-    """Catches an exchange that names a new version without any new weights."""
+    """Catches a weight sync that names a new version without any new weights."""
     with pytest.raises(CordError, match="no tensor to send"):
         check_fits_server([], served_specs(checkpoint), full=False)
 
@@ -49,5 +49,5 @@ def test_nothing_to_send(checkpoint: Path) -> None:
 def test_sent_in_the_narrower_dtype() -> None:
     """Catches twice the bytes that a bf16 server needs, and bytes that a float32 server would read from bf16 ones."""
     half, whole = (TensorSpec("a", (2,), dtype) for dtype in (torch.bfloat16, torch.float32))
-    assert wire_specs([whole], {"a": half}) == [half]
-    assert wire_specs([half], {"a": whole}) == [half]  # the server widens by itself; the wire says bf16
+    assert sent_specs([whole], {"a": half}) == [half]
+    assert sent_specs([half], {"a": whole}) == [half]  # the server widens by itself; the wire says bf16

@@ -60,7 +60,7 @@ def test_tensors_survive(keeps: bool) -> None:
 
 
 def test_memory_is_used_again() -> None:
-    """Catches new memory for each bucket, or each exchange, though none of the old is in use."""
+    """Catches new memory for each bucket, or each weight sync, though none of the old is in use."""
     buffers = Buffers("cpu")
     seen: list[int] = []
     for _ in range(3):

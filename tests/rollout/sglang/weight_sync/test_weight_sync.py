@@ -1,4 +1,4 @@
-"""The exchange around the bytes: plan and stream agree in every layout, gathering overlaps sending, and no failure leaves a rank waiting."""
+"""The weight sync around the bytes: plan and stream agree in every layout, gathering overlaps sending, and no failure leaves a rank waiting."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import ParallelConfig, initialize, parallel_state
 from megatron_cord.rollout.sglang.weight_sync import (
     Endpoint,
-    ExchangeConfig,
     ServerError,
-    WeightExchange,
-    build_exchange,
+    WeightSync,
+    WeightSyncConfig,
+    build_weight_sync,
 )
 from megatron_cord.rollout.sglang.weight_sync import weight_sync as module
 from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan
@@ -84,7 +84,7 @@ class Source:
 
 
 class Recording:
-    """A way that notes what it is asked to do."""
+    """A transport that notes what it is asked to do."""
 
     in_session, borrows = False, False
 
@@ -130,7 +130,7 @@ class Recording:
 
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The servers that were told a version, exchange by exchange; they answer nothing else here."""
+    """The servers that were told a version, weight sync by weight sync; they answer nothing else here."""
     told: list[list[str]] = []
     monkeypatch.setattr(Endpoint, "weight_version", lambda self, timeout: "default")
     monkeypatch.setattr(Endpoint, "flush_cache", lambda self, timeout: None)
@@ -146,9 +146,9 @@ def published(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 ONE, TWO = Endpoint("http://127.0.0.1:1"), Endpoint("http://127.0.0.1:2")
 
 
-def exchange_of(way: Any, source: Source, **settings: Any) -> WeightExchange:
+def weight_sync_of(transport: Any, source: Source, **settings: Any) -> WeightSync:
     served = {spec.name: spec for spec in source.specs(full=True)}
-    return WeightExchange(ExchangeConfig(bucket_bytes=MIB, **settings), way, served)
+    return WeightSync(WeightSyncConfig(bucket_bytes=MIB, **settings), transport, served)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -157,11 +157,11 @@ def test_gathering_overlaps_sending(overlap: bool, published: list[list[str]]) -
     overlap=false.
     """
     source = Source(5)
-    way = Recording(source)
-    way.expects_overlap = overlap
-    report = exchange_of(way, source, overlap=overlap).update(source, 1, [ONE])
-    assert way.sent == [(i, float(i)) for i in range(5)]
-    assert way.overlapped == [overlap] * 4
+    transport = Recording(source)
+    transport.expects_overlap = overlap
+    report = weight_sync_of(transport, source, overlap=overlap).update(source, 1, [ONE])
+    assert transport.sent == [(i, float(i)) for i in range(5)]
+    assert transport.overlapped == [overlap] * 4
     assert (report.buckets, report.nbytes, report.current) == (5, 5 * MIB, (ONE.url,)) and published == [[ONE.url]]
 
 
@@ -170,24 +170,24 @@ def test_a_server_that_was_started_again_is_met_anew(
 ) -> None:
     """Catches a broadcast in a group of which a new process at an old address knows nothing."""
     source = Source(2)
-    way = Recording(source)
-    exchange = exchange_of(way, source)
-    exchange.update(source, 1, [ONE])
-    assert way.abandoned == 0
+    transport = Recording(source)
+    weight_sync = weight_sync_of(transport, source)
+    weight_sync.update(source, 1, [ONE])
+    assert transport.abandoned == 0
     monkeypatch.setattr(Endpoint, "weight_version", lambda self, timeout: "1")
-    assert not exchange.update(source, 2, [ONE]).full and way.abandoned == 0
+    assert not weight_sync.update(source, 2, [ONE]).full and transport.abandoned == 0
     monkeypatch.setattr(Endpoint, "weight_version", lambda self, timeout: "default")
-    assert exchange.update(source, 3, [ONE]).full and way.abandoned == 1
+    assert weight_sync.update(source, 3, [ONE]).full and transport.abandoned == 1
 
 
 def test_a_broken_attempt_is_repeated_with_the_others(published: list[list[str]]) -> None:
     """Catches a survivor left with half of the weights, and a stream that is not drained, in which the trainer's other ranks would wait."""
     source = Source(4)
-    way = Recording(source)
-    way.fails_at, way.error = 1, AttemptFailed({TWO: ServerError("killed")})
-    report = exchange_of(way, source).update(source, 7, [ONE, TWO])
-    assert way.abandoned == 1 and source.drained
-    assert [index for index, _ in way.sent] == [0, 1, 2, 3]
+    transport = Recording(source)
+    transport.fails_at, transport.error = 1, AttemptFailed({TWO: ServerError("killed")})
+    report = weight_sync_of(transport, source).update(source, 7, [ONE, TWO])
+    assert transport.abandoned == 1 and source.drained
+    assert [index for index, _ in transport.sent] == [0, 1, 2, 3]
     assert report.current == (ONE.url,) and report.failed == {TWO.url: "killed"} and published == [[ONE.url]]
 
 
@@ -195,9 +195,9 @@ def test_nobody_left(published: list[list[str]]) -> None:
     """Catches an endless repetition when no server lives, or none is to blame."""
     for culprits in ({ONE: ServerError("killed")}, {}):
         source = Source(3)
-        way = Recording(source)
-        way.fails_at, way.error = 0, AttemptFailed(culprits)
-        report = exchange_of(way, source).update(source, 1, [ONE])
+        transport = Recording(source)
+        transport.fails_at, transport.error = 0, AttemptFailed(culprits)
+        report = weight_sync_of(transport, source).update(source, 1, [ONE])
         assert report.current == () and list(report.failed) == [ONE.url] and source.drained
     assert published == []
 
@@ -205,27 +205,27 @@ def test_nobody_left(published: list[list[str]]) -> None:
 def test_an_error_of_ours_reaches_all(published: list[list[str]]) -> None:
     """Catches a full disk that is taken for a server's failure."""
     source = Source(3)
-    way = Recording(source)
-    way.fails_at, way.error = 1, CordError("the disk is full")
+    transport = Recording(source)
+    transport.fails_at, transport.error = 1, CordError("the disk is full")
     with pytest.raises(CordError, match="the disk is full"):
-        exchange_of(way, source).update(source, 1, [ONE])
+        weight_sync_of(transport, source).update(source, 1, [ONE])
     assert source.drained and published == []
 
 
 def test_nothing_is_sent_that_does_not_fit(published: list[list[str]]) -> None:
     """Catches a check after the first byte."""
     source = Source(3)
-    way = Recording(source)
-    exchange = exchange_of(way, source)
+    transport = Recording(source)
+    weight_sync = weight_sync_of(transport, source)
     source.shape = (1 << 17,)
     with pytest.raises(CordError, match="does not fit the servers' checkpoint"):
-        exchange.update(source, 1, [ONE])
-    assert way.sent == [] and not source.given[0].is_set()
+        weight_sync.update(source, 1, [ONE])
+    assert transport.sent == [] and not source.given[0].is_set()
 
 
 def test_dead_servers_do_not_raise(checkpoint: Path) -> None:
     """Catches a trainer that stops with its last server, instead of reporting it."""
-    with_nobody = build_exchange(ExchangeConfig(timeout_seconds=1), checkpoint)
+    with_nobody = build_weight_sync(WeightSyncConfig(timeout_seconds=1), checkpoint)
     report = with_nobody.update(Source(1), 1, [ONE])
     assert report.current == () and "unreachable" in report.failed[ONE.url]
     with_nobody.close()
@@ -235,4 +235,4 @@ def test_dead_servers_do_not_raise(checkpoint: Path) -> None:
 def test_configuration(field: str, value: Any) -> None:
     """Catches settings that garble outputs or fail at once."""
     with pytest.raises(CordError, match=field):
-        ExchangeConfig(**{field: value})
+        WeightSyncConfig(**{field: value})

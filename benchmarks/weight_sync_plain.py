@@ -1,4 +1,4 @@
-"""What `benchmarks.exchange` compares with: the same bytes taken from one process to another by the plainest means of each way.
+"""What `benchmarks.weight_sync` compares with: the same bytes taken from one process to another by the plainest means of each transport.
 
     process_group   one gloo broadcast of one tensor
     shared_memory   one process copies into shared memory, the other copies out of it
@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 
 
-def plain_seconds(way: str, nbytes: int, rounds: int) -> list[float]:
+def plain_seconds(transport: str, nbytes: int, rounds: int) -> list[float]:
     """Seconds of each round, in two processes of their own; one more round before them does not count."""
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as directory:
         processes = [
-            context.Process(target=_rank, args=(rank, way, nbytes, rounds, directory, results)) for rank in range(2)
+            context.Process(target=_rank, args=(rank, transport, nbytes, rounds, directory, results)) for rank in range(2)
         ]
         for process in processes:
             process.start()
@@ -37,12 +37,12 @@ def plain_seconds(way: str, nbytes: int, rounds: int) -> list[float]:
     return seconds
 
 
-def _rank(rank: int, way: str, nbytes: int, rounds: int, directory: str, results: Any) -> None:
+def _rank(rank: int, transport: str, nbytes: int, rounds: int, directory: str, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
     mine = torch.ones(nbytes, dtype=torch.uint8) if rank == 0 else torch.zeros(nbytes, dtype=torch.uint8)
     shared = None
-    if way == "shared_memory":
+    if transport == "shared_memory":
         if rank == 0:
             shared = SharedMemory("cord-benchmark", create=True, size=nbytes)
         dist.barrier()
@@ -53,18 +53,18 @@ def _rank(rank: int, way: str, nbytes: int, rounds: int, directory: str, results
         dist.barrier()
         begun = time.perf_counter()
         if rank == 0:
-            if way == "process_group":
+            if transport == "process_group":
                 dist.broadcast(mine, 0)
-            elif way == "disk":
+            elif transport == "disk":
                 mine.numpy().tofile(file)
             elif window is not None:
                 window.copy_(mine)
-            if way != "process_group":
+            if transport != "process_group":
                 dist.send(word, 1)  # the bytes are there
             dist.recv(word, 1)  # and the receiver has them
             seconds.append(time.perf_counter() - begun)
             continue
-        if way == "process_group":
+        if transport == "process_group":
             dist.broadcast(mine, 0)
         else:
             dist.recv(word, 0)

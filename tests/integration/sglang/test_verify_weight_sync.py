@@ -1,4 +1,4 @@
-"""`verify exchange`, with real servers and two tensor-parallel ranks."""
+"""`verify weight_sync`, with real servers and two tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def test_all_three_ways(write: Callable[[Path], Path], tensors: int, tmp_path: P
     checkpoint = write(tmp_path / "checkpoint")
     command = [
         sys.executable, "-m", "megatron_cord.launch", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m",
-        "megatron_cord.verify", "exchange", f"checkpoint={checkpoint}", "parallel.tp=2", "dtype=float32", f"python={PYTHON}",
-        "exchange.bucket_bytes=1048576",
+        "megatron_cord.verify", "weight_sync", f"checkpoint={checkpoint}", "parallel.tp=2", "dtype=float32", f"python={PYTHON}",
+        "weight_sync.bucket_bytes=1048576",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,12 +1,12 @@
-"""How fast weights reach a rollout server, each way, beside a plain transfer of the same bytes and beside sending tensor by tensor.
+"""How fast weights reach a rollout server, each transport, beside a plain transfer of the same bytes and beside sending tensor by tensor.
 
-    python -m benchmarks.exchange [--rounds 7] [--output benchmarks/results/exchange.json]
+    python -m benchmarks.weight_sync [--rounds 7] [--output benchmarks/results/weight_sync.json]
 
 A real SGLang server (.venv-sglang) runs on this machine's CPU with a random Qwen2-Audio, of two kinds one after the other: `large` has the 7B
 model's tensors in 5 of its 32 layers, and a smaller vocabulary (17 MB a tensor, as the 7B model's); `many` has the 7B model's number of tensors,
-narrow. One exchange is all that training does for one: all of its questions and answers, every tensor, the server's own loading included. A
-plain transfer (benchmarks/exchange_plain.py) ends when the bytes are in the other process. Tensor by tensor is the same exchange with a bucket
-and a request for each tensor. The three take turns; medians of the rounds are compared; the first exchange of a way, which also makes its group
+narrow. One weight sync is all that training does for one: all of its questions and answers, every tensor, the server's own loading included. A
+plain transfer (benchmarks/weight_sync_plain.py) ends when the bytes are in the other process. Tensor by tensor is the same weight sync with a bucket
+and a request for each tensor. The three take turns; medians of the rounds are compared; the first weight sync of a transport, which also makes its group
 and its buffers, is given apart. bfloat16, one trainer process with one thread.
 """
 
@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.exchange_plain import plain_seconds
 from benchmarks.figures import processor, publish
+from benchmarks.weight_sync_plain import plain_seconds
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.convert import read_into
 from megatron_cord.errors import CordError
@@ -33,19 +33,19 @@ from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfig, SglangServer, check_version
-from megatron_cord.rollout.sglang.weight_sync import Endpoint, ExchangeConfig, ExchangeReport
+from megatron_cord.rollout.sglang.weight_sync import Endpoint, WeightSyncConfig, WeightSyncReport
 from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, plan_buckets
-from megatron_cord.rollout.sglang.weight_sync.process_group import ProcessGroupWay
+from megatron_cord.rollout.sglang.weight_sync.process_group import ProcessGroupTransport
 from megatron_cord.rollout.sglang.weight_sync.served import served_specs
-from megatron_cord.rollout.sglang.weight_sync.shared_memory import SharedMemoryWay
-from megatron_cord.rollout.sglang.weight_sync.transport import Way
-from megatron_cord.rollout.sglang.weight_sync.weight_sync import WeightExchange, build_exchange
+from megatron_cord.rollout.sglang.weight_sync.shared_memory import SharedMemoryTransport
+from megatron_cord.rollout.sglang.weight_sync.transport import WeightTransport
+from megatron_cord.rollout.sglang.weight_sync.weight_sync import WeightSync, build_weight_sync
 from megatron_cord.rollout.types import TensorSpec
 from megatron_cord.rollout.weights import ShardedModelWeights
 from megatron_cord.runtime.entry import Parser, run
 
 ROOT = Path(__file__).parents[1]
-WAYS = ("process_group", "shared_memory", "disk")
+TRANSPORTS = ("process_group", "shared_memory", "disk")
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ MODELS = {"large": Sizes(5, 4096, 11008, 32, 1280, 20, 20_000), "many": Sizes(32
 DTYPE = torch.bfloat16
 
 
-class TensorByTensor(WeightExchange):
-    """The same exchange with a bucket, and a request, for each tensor."""
+class TensorByTensor(WeightSync):
+    """The same weight sync with a bucket, and a request, for each tensor."""
 
     def _cut(self, specs: list[TensorSpec], bucket_bytes: int) -> list[BucketPlan]:
         return plan_buckets(specs, 1)
@@ -82,25 +82,25 @@ def write_model(directory: Path, sizes: Sizes) -> None:
 
 
 def measure(
-    way: str, source: ShardedModelWeights, checkpoint: Path, server: Endpoint, rounds: int, bucket_bytes: int
+    transport: str, source: ShardedModelWeights, checkpoint: Path, server: Endpoint, rounds: int, bucket_bytes: int
 ) -> dict[str, Any]:
-    """One way: the exchange, the plain transfer and tensor by tensor in turns."""
-    config = ExchangeConfig(way=way, bucket_bytes=bucket_bytes)  # type: ignore[arg-type]
-    exchange, patience = build_exchange(config, checkpoint, DTYPE), config.timeout_seconds
-    again: Way = ProcessGroupWay(None, patience, stream=False) if way == "process_group" else SharedMemoryWay(patience)
+    """One transport: the weight sync, the plain transfer and tensor by tensor in turns."""
+    config = WeightSyncConfig(transport=transport, bucket_bytes=bucket_bytes)  # type: ignore[arg-type]
+    weight_sync, patience = build_weight_sync(config, checkpoint, DTYPE), config.timeout_seconds
+    again: WeightTransport = ProcessGroupTransport(None, patience, stream=False) if transport == "process_group" else SharedMemoryTransport(patience)
     alone = TensorByTensor(config, again, served_specs(checkpoint, DTYPE))
     ours, single, plain = [], [], []
     try:
-        first = done(exchange.update(source, 0, [server], full=True))
-        if way != "disk":
+        first = done(weight_sync.update(source, 0, [server], full=True))
+        if transport != "disk":
             done(alone.update(source, 0, [server], full=True))
         for number in range(1, rounds + 1):
-            ours.append(done(exchange.update(source, number, [server], full=True)).seconds)
-            plain += plain_seconds(way, first.nbytes, 1)
-            if way != "disk":
+            ours.append(done(weight_sync.update(source, number, [server], full=True)).seconds)
+            plain += plain_seconds(transport, first.nbytes, 1)
+            if transport != "disk":
                 single.append(done(alone.update(source, number, [server], full=True)).seconds)
     finally:
-        exchange.close()
+        weight_sync.close()
         alone.close()
     seconds = statistics.median(ours)
     result = {
@@ -117,7 +117,7 @@ def measure(
 
 
 def measure_model(sizes: Sizes, layout: Layout, python: Path, rounds: int, bucket_bytes: int) -> dict[str, Any]:
-    """All ways with one model and its own server."""
+    """All transports with one model and its own server."""
     with tempfile.TemporaryDirectory() as name:
         checkpoint = Path(name) / "checkpoint"
         write_model(checkpoint, sizes)
@@ -135,17 +135,17 @@ def measure_model(sizes: Sizes, layout: Layout, python: Path, rounds: int, bucke
             model = LALM(load_architecture(checkpoint), layout, DTYPE)
             read_into(model, checkpoint)
             server.wait()
-            ways = {
-                way: measure(way, ShardedModelWeights(model), checkpoint, server.endpoint, rounds, bucket_bytes)
-                for way in WAYS
+            transports = {
+                transport: measure(transport, ShardedModelWeights(model), checkpoint, server.endpoint, rounds, bucket_bytes)
+                for transport in TRANSPORTS
             }
-            return {**ways, "load_average": round(os.getloadavg()[0], 1)}
+            return {**transports, "load_average": round(os.getloadavg()[0], 1)}
         finally:
             server.stop()
 
 
-def done(report: ExchangeReport) -> ExchangeReport:
-    """The report of an exchange that worked."""
+def done(report: WeightSyncReport) -> WeightSyncReport:
+    """The report of a weight sync that worked."""
     if report.failed:
         raise CordError(f"the server did not take the weights: {'; '.join(report.failed.values())}")
     return report
@@ -164,8 +164,8 @@ def rounded(value: Any) -> Any:
 
 def main() -> None:
     """Entry point."""
-    parser = Parser(description="Measures the exchange of weights with a real server on this CPU.", allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=7, help="of each way (default: 7)")
+    parser = Parser(description="Measures the weight sync with a real server on this CPU.", allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=7, help="of each transport (default: 7)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which (default: all)")
     parser.add_argument(
         "--bucket-megabytes", type=int, default=128, help="of a bucket, where each has a request (default: 128)"
