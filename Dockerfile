@@ -47,9 +47,9 @@ RUN APEX_CPP_EXT=1 APEX_CUDA_EXT=1 MAX_JOBS="${MAX_JOBS}" TORCH_CUDA_ARCH_LIST="
 RUN NVTE_FRAMEWORK=pytorch MAX_JOBS="${MAX_JOBS}" \
     .venv/bin/pip install --no-build-isolation "transformer-engine[core_cu13,pytorch]==2.20.2"
 
-# Last, so that a change in the code rebuilds nothing above. setup.py is the one list of what the project needs.
+# Last, so that a change in the code rebuilds nothing above. pyproject.toml is the one list of what the project needs.
 COPY --chown=10001:10001 . .
-RUN .venv/bin/pip install -e ".[gpu,dali,speech]"
+RUN .venv/bin/pip install --constraint requirements.lock -e ".[gpu,dali,speech]"
 
 # The build ends here if a required part or apex does not import. A build sees no GPU, so `verify environment` says more in a container.
 RUN .venv/bin/python -m megatron_cord.verify environment \

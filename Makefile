@@ -16,22 +16,25 @@ CODE := setup.py megatron_cord tests tools examples $(if $(wildcard benchmarks/*
 # Two cores often run two ranks: one thread a process, or they fight for them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup sglang-env quickstart test test-full test-next test-sglang test-slurm test-browser docs bench lint format typecheck clean help
+.PHONY: setup lock sglang-env quickstart test test-full test-next test-sglang test-slurm test-browser docs bench lint format typecheck coverage clean help
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## create .venv and install everything into it; does nothing when that is done
 
-$(STAMP): setup.py pyproject.toml tools/install.py
+$(STAMP): pyproject.toml requirements.lock tools/install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed; set PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python tools/install.py --torch '$(TORCH)' --pip-args '$(PIP_INDEX_ARGS)'
 	@touch $@
 
+lock: ## write the exact versions of .venv to requirements.lock, which setup uses as constraints
+	$(BIN)/python -m tools.lock
+
 sglang-env: $(SGLANG)/.installed ## create .venv-sglang with the rollout server for this machine's CPU; SGLANG_DEVICE=cuda for its GPU
 
-$(SGLANG)/.installed: setup.py tools/install.py tools/install_sglang.py
+$(SGLANG)/.installed: pyproject.toml requirements.lock tools/install.py tools/install_sglang.py
 	$(PYTHON) -m venv $(SGLANG)
 	$(SGLANG)/bin/python -m tools.install_sglang --device '$(or $(SGLANG_DEVICE),cpu)' --torch '$(TORCH)' --pip-args '$(PIP_INDEX_ARGS)'
 	@touch $@
@@ -83,6 +86,9 @@ format: $(STAMP) ## repair what can be repaired
 typecheck: $(STAMP) ## static types
 	$(BIN)/mypy $(CODE)
 
+coverage: $(STAMP) ## the tests of `make test` once more, with the lines they run; slower, writes htmlcov/
+	$(BIN)/python -m pytest -m 'not slow and not slurm' --cov --cov-report=term --cov-report=html
+
 clean: ## remove the environment and the caches, not runs/
-	rm -rf $(VENV) $(SGLANG) $(NEXT) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist site
+	rm -rf $(VENV) $(SGLANG) $(NEXT) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov *.egg-info build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

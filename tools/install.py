@@ -1,7 +1,8 @@
-"""Fills the environment it runs in for a machine without CUDA: the CPU build of torch first, then the project with its tools.
+"""Fill the environment it runs in for a machine without CUDA: the CPU build of torch, then the project with its tools.
 
-``make setup`` calls it. PyPI's torch for Linux brings gigabytes of CUDA libraries; the CPU build has a version of its own (``+cpu``),
-which PyTorch's own index and many mirrors offer. This file needs the standard library alone.
+``make setup`` calls it; versions are those of requirements.lock. PyPI's torch for Linux brings gigabytes of CUDA
+libraries; the CPU build has a version of its own (``+cpu``), which PyTorch's own index and many mirrors offer.
+This file needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -14,20 +15,22 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import tomllib
 import urllib.request
 from pathlib import Path
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_PACKAGE = re.compile(r"^(nvidia|cuda)-")
 ADVICE = (
-    "set PIP_INDEX_ARGS='--extra-index-url ADDRESS' to an index with CPU builds, or TORCH to the path or address of a CPU wheel "
-    "(make setup TORCH=…)"
+    "set PIP_INDEX_ARGS='--extra-index-url ADDRESS' to an index with CPU builds, or TORCH to the path or address of a "
+    "CPU wheel (make setup TORCH=…)"
 )
 EXTRAS = "dev,docs,speech,wandb"
+LOCK = Path("requirements.lock")
 
 
 def main() -> None:
-    """Installs everything, or ends with one line on what to set."""
+    """Install everything, or end with one line on what to set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--torch", default="", help="requirement, path or address to install as torch; default: the CPU build"
@@ -35,13 +38,13 @@ def main() -> None:
     parser.add_argument("--pip-args", default="", help="options for every pip install, in one text")
     given = parser.parse_args()
     options = shlex.split(given.pip_args)
-    version = pinned_torch(Path("setup.py").read_text(encoding="utf-8"))
+    version = locked_version("torch")
     if not pip([*options, "--upgrade", "pip>=24.1"]):  # older ones download whole wheels to look at their metadata
         sys.exit("error: pip cannot reach a package index; see its message above, and PIP_INDEX_ARGS in the Makefile")
     if not torch_is_there(version):
         install_torch(given.torch, version, options)
     print("installing the project …", flush=True)
-    if not pip([*options, "-e", f".[{EXTRAS}]"]):
+    if not pip([*options, "-c", str(LOCK), "-e", f".[{EXTRAS}]"]):
         sys.exit("error: installing the project failed; pip's own message is above")
     pulled = sorted(
         {
@@ -54,16 +57,23 @@ def main() -> None:
         sys.exit(f"error: CUDA packages were installed: {', '.join(pulled)}; run make clean and {ADVICE}")
 
 
-def pinned_torch(setup: str) -> str:
-    """The version of torch that setup.py pins."""
-    match = re.search(r'"torch==([0-9.]+)"', setup)
+def locked_version(name: str) -> str:
+    """Return the version of a package in requirements.lock."""
+    match = re.search(rf"^{re.escape(name)}==([0-9.]+)$", LOCK.read_text(encoding="utf-8"), re.MULTILINE)
     if match is None:
-        sys.exit("error: setup.py pins no torch")
+        sys.exit(f"error: {LOCK} has no {name}; make it again with make lock")
     return match[1]
 
 
+def extra_requirements(extra: str) -> list[str]:
+    """Return the requirements of one extra in pyproject.toml."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements: list[str] = project["optional-dependencies"][extra]
+    return requirements
+
+
 def torch_is_there(version: str) -> bool:
-    """Whether a torch of this version is installed already, of any build."""
+    """Return whether a torch of this version is installed already, of any build."""
     try:
         return importlib.metadata.version("torch").partition("+")[0] == version
     except importlib.metadata.PackageNotFoundError:
@@ -71,13 +81,13 @@ def torch_is_there(version: str) -> bool:
 
 
 def install_torch(wanted: str, version: str, options: list[str]) -> None:
-    """Installs ``wanted``, else the CPU build of ``version``, else whatever pip offers under that version if it is free of CUDA."""
+    """Install ``wanted``, else the CPU build of ``version``, else what pip offers for it if that is free of CUDA."""
     if wanted:
         if not pip([*options, wanted]):
             sys.exit(f"error: pip cannot install {wanted}, which TORCH names")
         return
     print(f"installing the CPU build of torch {version} …", flush=True)
-    # The index is asked first, because pip tries an unreachable one again and again.
+    # The index is tried first, because pip tries an unreachable one again and again.
     index = ["--extra-index-url", CPU_INDEX] if sys.platform == "linux" and reachable(CPU_INDEX) else []
     if sys.platform == "linux" and pip([*options, *index, f"torch=={version}+cpu"]):
         return
@@ -91,7 +101,7 @@ def install_torch(wanted: str, version: str, options: list[str]) -> None:
 
 
 def reachable(address: str) -> bool:
-    """Whether the host answers within three seconds."""
+    """Return whether the host answers within three seconds."""
     try:
         with urllib.request.urlopen(f"{address}/torch/", timeout=3):
             return True
@@ -100,7 +110,7 @@ def reachable(address: str) -> bool:
 
 
 def would_install(requirement: str, options: list[str]) -> list[str]:
-    """The names of the packages that pip would install for a requirement; [] when it finds none."""
+    """Return the names of the packages that pip would install for a requirement; [] when it finds none."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         if not pip([*options, "--dry-run", "--report", str(report), requirement]):
@@ -109,7 +119,7 @@ def would_install(requirement: str, options: list[str]) -> list[str]:
 
 
 def pip(arguments: list[str]) -> bool:
-    """Runs ``pip install``, which prints errors alone; whether it succeeded."""
+    """Run ``pip install``, which prints errors alone; return whether it succeeded."""
     command = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *arguments]
     return subprocess.run(command, check=False).returncode == 0
 

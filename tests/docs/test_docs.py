@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -135,7 +136,8 @@ def check_names(line: str) -> None:
         started = words[2] if words[1] == "-m" else next((word for word in words[1:] if word.endswith(".py")), "")
         assert not started or (ROOT / started).is_file() or importlib.util.find_spec(started) is not None, started
     for extra in re.findall(r"megatron_cord\[(\w+)\]", line):
-        assert re.search(rf'^    "{extra}": \[', (ROOT / "setup.py").read_text(encoding="utf-8"), re.MULTILINE), extra
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert extra in project["optional-dependencies"], extra
     for word in words[1:]:
         if re.fullmatch(r"[\w-]+/[\w./-]+\.(?:ya?ml|py|sh|sbatch)", word) and not word.startswith(("runs/", "data/")):
             assert (ROOT / word).is_file(), word
