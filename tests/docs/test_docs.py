@@ -1,7 +1,8 @@
-"""What README.md and docs/ name exists: make targets, programs with their options and settings, configuration keys, modules, files, extras.
+"""Check that what the pages name exists: make targets, programs with their options, keys, modules, files, extras.
 
-Commands that take seconds are run as they stand, in `test_these_run`; those that take minutes, GPUs or a cluster are parsed, and run by other tests.
-It simplifies: only what stands as code counts, a command ends with its line, and placeholders (CAPITALS, …) are not looked at.
+Commands that take seconds are run as they stand, in `test_these_run`; those that take minutes, GPUs or a cluster are
+parsed here, and run by other tests. It simplifies: only what stands as code counts, a command ends with its line, and
+placeholders (CAPITALS, …) are skipped.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from tests.report.fixture import write_run
 from tools.config_reference import sections
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 OURS = "megatron_cord|examples|benchmarks|tools|tests"
 SCRIPT = re.compile(rf"(?:{OURS})/[\w/]+\.py")
 MODULE = re.compile(rf"(?<![\w./-])(?:{OURS})(?:\.[A-Za-z_]\w*)+")
@@ -39,11 +43,15 @@ FILE = re.compile(rf"(?<![\w./-])(?:{OURS}|docs)/[\w./-]*\w")
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=\S+")
 EXAMPLES = {"a.b=value", "a.b=c"}  # of the form of a setting
 QUICKSTART = ROOT / "examples" / "quickstart" / "quickstart.yaml"
-#: programs whose settings are a run's
+#: programs that take a run's settings
 TRAINING = ("megatron_cord.train", "megatron_cord.evaluate", "examples.quickstart.run", "tools/plan.py")
-#: those of `megatron_cord.verify`, by subject
-CHECKS: dict[str, type] = {"loss": VerifyLossConfig, "layout": VerifyLayoutConfig, "weight_sync": VerifyWeightSyncConfig}
-#: of a run's configuration, and the sections around them; NAME is the user's choice
+#: the settings of `megatron_cord.verify`, by subject
+CHECKS: dict[str, type] = {
+    "loss": VerifyLossConfig,
+    "layout": VerifyLayoutConfig,
+    "weight_sync": VerifyWeightSyncConfig,
+}
+#: the keys of a run's configuration, and the sections around them; NAME is the user's choice
 KEYS = {
     ".".join(parts[:depth])
     for s in sections()
@@ -58,12 +66,12 @@ KEY = re.compile("|".join(re.escape(key).replace("NAME", r"\w+") for key in KEYS
 class Program:
     """One program of a command; a launcher and what it launches are two."""
 
-    name: str  #: of a module, or the path of a script
+    name: str  #: a module's name, or a script's path
     arguments: tuple[str, ...]
 
 
 def code(page: Path) -> Iterator[str]:
-    """Lines of code blocks, fenced or indented, and spans within the text; comments and diagrams left out."""
+    """Yield the lines of code blocks, fenced or indented, and the spans within the text; skip comments and diagrams."""
     fence, after_blank = "", True
     for line in page.read_text(encoding="utf-8").splitlines():
         if line.lstrip().startswith("```"):
@@ -78,11 +86,11 @@ def code(page: Path) -> Iterator[str]:
 
 
 def programs(line: str) -> list[Program]:
-    """The project's programs that a line of code starts with Python, in their order."""
+    """Return the project's programs that a line of code starts with Python, in their order."""
     words = re.sub(r"(?<!\S)\[([^\]]*)\](?!\S)", r"\1", line).split()  # [what may be left out]
     found: list[list[str]] = []
     if not words or not re.fullmatch(r"(?:\S*/)?(?:python3?|torchrun)", words[0]) or words[1:3] == ["-m", "pytest"]:
-        return []  # what pytest is given are files, whose names are looked at like others
+        return []  # pytest's arguments are files, whose names are checked like others
     for before, word in pairwise(words):
         if before == "-m" or SCRIPT.fullmatch(word):
             found.append([word])
@@ -96,7 +104,7 @@ PROGRAMS = list(dict.fromkeys(program for line in LINES for program in programs(
 
 
 def loaded(name: str) -> ModuleType:
-    """A module by its name, or by the path of its script."""
+    """Return a module by its name, or by the path of its script."""
     if not SCRIPT.fullmatch(name):
         return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(name.removesuffix(".py").replace("/", "."), ROOT / name)
@@ -119,7 +127,7 @@ def test_pages_are_read() -> None:
 
 @pytest.mark.parametrize("line", LINES)
 def test_targets_modules_and_files_exist(line: str) -> None:
-    """Catches a make target or variable, a module or one of its members, a file, an extra or a configuration key that was renamed or never built."""
+    """Catches a make target or variable, a module, a member, a file, an extra or a key that does not exist."""
     check_names(line)
     check_keys(line)
 
@@ -196,6 +204,11 @@ def check_program(program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         )
 
 
+def check_programs(found: list[Program], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for program in found:
+        check_program(program, monkeypatch, capsys)
+
+
 def is_required(field: dataclasses.Field[object]) -> bool:
     return field.default is field.default_factory is dataclasses.MISSING
 
@@ -226,7 +239,7 @@ def has_member(module: str, member: str) -> bool:
 
 
 def configurations(page: Path) -> list[str]:
-    """Blocks of a page that are part of a run's configuration: those that begin with one of its sections."""
+    """Return a page's blocks of configuration: those that begin with one of a run's sections."""
     blocks = re.findall(r"^```(?:yaml)?\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     return [block for block in blocks if (begins := re.match(r"(\w+):(?=\s)", block)) and begins[1] in KEYS]
 
@@ -248,12 +261,18 @@ def check_configuration(block: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "make quickstrat", "make sglang-env SGLANG_DEVISE=cuda", "python tolls/report.py RUN_DIR", "python tools/raport.py RUN_DIR",
-        "python -m megatron_cord.trian --config CONFIG.yaml", "python -m megatron_cord.train --config exmaples/quickstart/quickstart.yaml",
-        "python -m megatron_cord.train --config examples/quickstart/other.yaml", "pip install megatron_cord[wandbs]",
-        "examples/qwen2_audio_7b/start.sh", "`megatron_cord.report.page.page.draw`",
+        "make quickstrat",
+        "make sglang-env SGLANG_DEVISE=cuda",
+        "python tolls/report.py RUN_DIR",
+        "python tools/raport.py RUN_DIR",
+        "python -m megatron_cord.trian --config CONFIG.yaml",
+        "python -m megatron_cord.train --config exmaples/quickstart/quickstart.yaml",
+        "python -m megatron_cord.train --config examples/quickstart/other.yaml",
+        "pip install megatron_cord[wandbs]",
+        "examples/qwen2_audio_7b/start.sh",
+        "`megatron_cord.report.page.page.draw`",
     ],
-)  # fmt: skip
+)
 def test_wrong_names_are_caught(line: str) -> None:
     """Catches checks above that let a misspelt target, variable, module, file or extra pass."""
     with pytest.raises((AssertionError, ModuleNotFoundError)):
@@ -263,20 +282,24 @@ def test_wrong_names_are_caught(line: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "python tools/report.py --serv RUN_DIR", "python tools/convert_hf.py imprt HF_DIR CHECKPOINT_DIR",
-        "python -m megatron_cord.train --config CONFIG.yaml train.step=4", "python -m megatron_cord.train --config CONFIG.yaml seeds=1",
-        "python -m megatron_cord.evaluate --config CONFIG.yaml model.freeze=[encoder]", "python tools/plan.py --config CONFIG.yaml [paralel.tp=2]",
-        "python -m megatron_cord.launch --nproc-per-nod 2 -m megatron_cord.verify loss", "python -m megatron_cord.verify layout train.pack=packed",
-        "python -m megatron_cord.verify layouts", "python tools/compare.py train=CONFIG.yaml job=2",
+        "python tools/report.py --serv RUN_DIR",
+        "python tools/convert_hf.py imprt HF_DIR CHECKPOINT_DIR",
+        "python -m megatron_cord.train --config CONFIG.yaml train.step=4",
+        "python -m megatron_cord.train --config CONFIG.yaml seeds=1",
+        "python -m megatron_cord.evaluate --config CONFIG.yaml model.freeze=[encoder]",
+        "python tools/plan.py --config CONFIG.yaml [paralel.tp=2]",
+        "python -m megatron_cord.launch --nproc-per-nod 2 -m megatron_cord.verify loss",
+        "python -m megatron_cord.verify layout train.pack=packed",
+        "python -m megatron_cord.verify layouts",
+        "python tools/compare.py train=CONFIG.yaml job=2",
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_are_caught(
     line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches checks above that let a misspelt option, subcommand, key or value pass."""
     with pytest.raises((AssertionError, CordError)):
-        for program in programs(line):
-            check_program(program, monkeypatch, capsys)
+        check_programs(programs(line), monkeypatch, capsys)
 
 
 def test_wrong_keys_are_caught(tmp_path: Path) -> None:
@@ -293,7 +316,7 @@ def test_wrong_keys_are_caught(tmp_path: Path) -> None:
         with pytest.raises(AssertionError):
             check_keys(wrong)
     check_configuration("reward:\n  comparer: match\n", tmp_path)
-    with pytest.raises(CordError, match="unknown key 'reward.compare'"):
+    with pytest.raises(CordError, match=r"unknown key 'reward\.compare'"):
         check_configuration("reward:\n  compare: match\n", tmp_path)
 
 
@@ -310,10 +333,8 @@ def test_wrong_keys_are_caught(tmp_path: Path) -> None:
 def test_these_run(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a command that is spelt rightly and fails all the same; each is run as a page has it."""
-    assert line in {str(known.values[0]) for known in LINES}, (
-        "no page has this command any more: take it out here, or put the new one in"
-    )
+    """Catches a command that is spelt rightly and fails all the same."""
+    assert line in {str(known.values[0]) for known in LINES}, "no page has this command: remove it here, or replace it"
     (program,) = programs(line)
     (tmp_path / "questions.jsonl").write_text(
         '{"id": "q1", "question": "What is two plus two?", "answer": "4"}\n', encoding="utf-8"

@@ -1,4 +1,4 @@
-"""The documentation as a site, and the configuration's reference in it."""
+"""Check the documentation as a site, and the configuration's reference in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built strictly."""
+    """Build the site; a warning is an error."""
     pytest.importorskip("mkdocs", reason="the extra docs is not installed")
     pytest.importorskip("material", reason="the extra docs is not installed")
     target = tmp_path_factory.mktemp("site")
@@ -30,7 +30,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_page_is_in_it(site: Path) -> None:
-    """Catches a page that the navigation forgets, a home page that is not the README, and a diagram that stands there as code."""
+    """Catches a page that the navigation lacks, a home page other than the README, and a diagram shown as code."""
     home = (site / "index.html").read_text(encoding="utf-8")
     assert "flowchart LR" not in home and "make quickstart" in home
     for page in set((ROOT / "docs").rglob("*.md")) - {ROOT / "docs" / "README.md"}:
@@ -47,7 +47,7 @@ def test_links_lead_somewhere(site: Path) -> None:
 
 
 def test_nothing_is_loaded(site: Path) -> None:
-    """Catches fonts, scripts or pictures from the network: links to read may lead there, the page itself needs nobody."""
+    """Catches fonts, scripts or pictures from the network; links to read may lead there."""
     for page in site.glob("*.html"):
         text = page.read_text(encoding="utf-8")
         loaded = re.findall(r'<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)="(https?:[^"]+|//[^"]+)"', text)
@@ -63,7 +63,7 @@ def test_the_reference_is_in_the_site(site: Path) -> None:
 
 
 def test_every_key_is_explained() -> None:
-    """Catches a key of the configuration whose dataclass says nothing of it."""
+    """Catches a key of the configuration without an explanation."""
     silent = [key.name for section in sections() for key in section.keys if not key.meaning]
     assert not silent, "write what it means beside the field, after #:"
     assert all(section.purpose for section in sections())
@@ -104,9 +104,15 @@ class Example(Base):
 def test_comments_belong_to_their_fields() -> None:
     """Catches a reference in which a text stands beside its neighbour."""
     assert comments(Example) == {
-        "described": "in the docstring, on two lines.", "inherited": "of the base", "beside": "on its line",
-        "above": "above it, on two lines", "next": "above that", "below": "below it", "inside": "within brackets", "silent": "",
-    }  # fmt: skip
+        "described": "in the docstring, on two lines.",
+        "inherited": "of the base",
+        "beside": "on its line",
+        "above": "above it, on two lines",
+        "next": "above that",
+        "below": "below it",
+        "inside": "within brackets",
+        "silent": "",
+    }
 
 
 def test_types_and_defaults() -> None:
