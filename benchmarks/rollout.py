@@ -164,7 +164,7 @@ def measure_schedule(work: Path, url: str, schedule: str) -> dict[str, float]:
     settings = [
         f"output_dir={output}", f"model.checkpoint={work / 'checkpoint'}", "model.dtype=float32", f"data.train={work / 'train'}",
         f"data.evaluation={work / 'heldout'}", "rollout.engine=sglang", f"rollout.servers=[{url}]", f"rollout.schedule={schedule}",
-        "rollout.prompts_per_step=32", "objective.policy_gradient=false", f"rollout.max_new_tokens={NEW_TOKENS}", f"train.steps={STEPS}",
+        "rollout.prompts_per_step=32", "objective.policy_gradient.enabled=false", f"rollout.max_new_tokens={NEW_TOKENS}", f"train.steps={STEPS}",
         "train.micro_batch_size=8", "checkpoint.interval=0", "evaluation.interval=0", "evaluation.max_new_tokens=4", "evaluation.scored=0",
         "optimizer.learning_rate=1e-6",
     ]  # fmt: skip

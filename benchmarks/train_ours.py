@@ -43,7 +43,7 @@ def configuration(work: Path, setting: Setting) -> RunConfig:
     return load_config(RunConfig, None, [
         f"output_dir={work}", f"model.checkpoint={work / 'student'}", "model.dtype=float32", "model.freeze=[audio_encoder,adapter]",
         "data.train=none", "data.evaluation=none", f"rollout.prompts_per_step={setting.prompts}", f"rollout.max_new_tokens={setting.new_tokens}",
-        "rollout.policy_prompts_per_step=0", "objective.policy_gradient=false", "objective.token_weights=uniform",
+        "rollout.policy_prompts_per_step=0", "objective.policy_gradient.enabled=false", "objective.token_weights.factors=uniform",
         "objective.normalization=token", f"optimizer.learning_rate={setting.learning_rate}", f"train.micro_batch_size={setting.prompts}",
         f"train.steps={setting.skipped_steps + setting.steps}",
     ])  # fmt: skip

@@ -70,7 +70,7 @@ def overrides(inputs: Path, output: Path, *more: str) -> list[str]:
     return [
         f"output_dir={output}", f"model.checkpoint={inputs / 'checkpoint'}", "model.dtype=float32", f"data.train={inputs / 'train'}",
         f"data.evaluation={inputs / 'heldout'}", "rollout.prompts_per_step=4", "rollout.policy_prompts_per_step=2",
-        "rollout.policy_rollouts=3", "rollout.max_new_tokens=6", "objective.top_k=2", "optimizer.learning_rate=1e-3", "train.steps=5",
+        "rollout.policy_rollouts=3", "rollout.max_new_tokens=6", "objective.token_weights.top_k=2", "optimizer.learning_rate=1e-3", "train.steps=5",
         "train.micro_batch_size=3", "checkpoint.interval=2", "evaluation.interval=0", "evaluation.max_new_tokens=4",
         "evaluation.scored=2", *more,
     ]  # fmt: skip

@@ -1,6 +1,6 @@
 """The methods that CORD is compared with: each is a configuration of the same trainer, nothing else.
 
-They set what CORD's objective (trainer/objective.py) and its rivals differ in: whose responses are scored, by which divergence, with which
+They set what CORD's objective (trainer/step/objective.py) and its baselines differ in: whose responses are scored, by which divergence, with which
 weights, and whether the policy gradient is added. All other settings, the budget among them, are the run's.
 """
 
@@ -38,9 +38,9 @@ def _method(
 ) -> Method:
     settings = (
         f"objective.responses={responses}",
-        f"objective.divergence={divergence}",
-        f"objective.token_weights={weights}",
-        f"objective.policy_gradient={str(policy).lower()}",
+        f"objective.divergence.kind={divergence}",
+        f"objective.token_weights.factors={weights}",
+        f"objective.policy_gradient.enabled={str(policy).lower()}",
     )
     return Method(title, settings, ablates)
 

@@ -101,8 +101,8 @@ def _method(method: Method, run: PlannedRun | None, summaries: Runs, failures: d
 def responses(config: RunConfig) -> dict[str, int]:
     """How many responses a step trains on, and how many of them the student samples for it."""
     objective, rollout = config.objective, config.rollout
-    policy = rollout.policy_prompts_per_step * rollout.policy_rollouts if objective.policy_gradient else 0
-    alone = 0 if objective.divergence == "none" or (rollout.share and policy) else rollout.prompts_per_step
+    policy = rollout.policy_prompts_per_step * rollout.policy_rollouts if objective.policy_gradient.enabled else 0
+    alone = 0 if objective.divergence.kind == "none" or (rollout.share and policy) else rollout.prompts_per_step
     return {"trained": alone + policy, "sampled": policy + (0 if objective.responses == "teacher" else alone)}
 
 

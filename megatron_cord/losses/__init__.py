@@ -13,23 +13,27 @@ from megatron_cord.losses.divergence import (
 )
 from megatron_cord.losses.fused import LossWeights
 from megatron_cord.losses.policy_gradient import (
+    PolicyGradientConfig,
     group_advantages,
-    has_signal,
+    has_reward_variance,
     policy_gradient_loss,
     truncated_importance_weights,
 )
 from megatron_cord.losses.token_weights import TOKEN_WEIGHTS, TokenWeightsConfig, cord_token_weights, token_weights
+from megatron_cord.losses.two_pass_kinds import DivergenceConfig
 
 __all__ = [
     "TOKEN_WEIGHTS",
+    "DivergenceConfig",
     "LossWeights",
+    "PolicyGradientConfig",
     "TokenStats",
     "TokenWeightsConfig",
     "cord_token_weights",
     "divergence_from_hidden",
     "divergence_from_logits",
     "group_advantages",
-    "has_signal",
+    "has_reward_variance",
     "policy_gradient_loss",
     "token_logprobs_from_hidden",
     "token_weights",

@@ -6,6 +6,7 @@ Shapes: N packed response tokens, B responses; ``cu_seqlens`` [B+1] as in ``toke
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,6 +14,20 @@ from torch import Tensor
 
 from megatron_cord.errors import CordError
 from megatron_cord.losses.checks import check_cu_seqlens, first_index
+
+
+@dataclass(frozen=True)
+class PolicyGradientConfig:
+    """L_seq, the second term of the objective."""
+
+    enabled: bool = True  #: whether L_seq is added to L_tok
+    weight: float = 1.0  #: factor of L_seq; the paper has none
+    importance_cap: float = 2.0  #: upper bound of the ratio of the trainer's to the engine's probability of a token
+    normalize_std: bool = False  #: divide advantages by the group's standard deviation (GRPO), which the paper does not
+
+    def __post_init__(self) -> None:
+        if not self.importance_cap > 0:
+            raise CordError(f"importance_cap must be positive, but is {self.importance_cap}")
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = False) -> Tensor:
@@ -33,16 +48,16 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool 
     zeros = rewards.new_zeros(num_groups)
     size = zeros.index_add(0, group, torch.ones_like(rewards))
     mean = zeros.index_add(0, group, rewards) / size
-    signal = _unequal(rewards, group, num_groups)[group]
-    advantages = torch.where(signal, rewards - mean[group], 0.0)
+    unequal = _unequal(rewards, group, num_groups)[group]
+    advantages = torch.where(unequal, rewards - mean[group], 0.0)
     if normalize_std:
         deviation = (zeros.index_add(0, group, advantages.square()) / size).sqrt()[group]
-        advantages = advantages / torch.where(signal, deviation, 1.0)
+        advantages = advantages / torch.where(unequal, deviation, 1.0)
     return advantages
 
 
-def has_signal(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """Which responses belong to a group whose rewards are not all equal; the others have no advantage and can be skipped.
+def has_reward_variance(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """Return which responses belong to a group whose rewards differ; those of a zero-variance group have advantage 0.
 
     Args, raises: as ``group_advantages``.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,28 @@ if TYPE_CHECKING:
 KINDS = ("reverse_kl", "forward_kl", "jsd", "topk")
 
 NO_TEACHER = NoTeacher()
+
+
+@dataclass(frozen=True)
+class DivergenceConfig:
+    """What L_tok sums at each token: D_t of the paper, or what takes its place."""
+
+    #: the divergences of losses/kinds.py; or sampled: the reverse KL as a policy gradient of the sampled tokens;
+    #: nll: fine-tuning on the responses; none: no L_tok
+    kind: Literal["reverse_kl", "forward_kl", "jsd", "topk", "sampled", "nll", "none"] = "reverse_kl"
+    beta: float = 0.5  #: of jsd: the teacher's share of the mixture; 0 is the forward, 1 the reverse KL
+    k: int = 64  #: of topk: so many of the teacher's likeliest tokens are compared, and all others as one
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.beta <= 1.0:
+            raise CordError(f"beta must lie in [0, 1], but is {self.beta}")
+        if self.k < 1:
+            raise CordError(f"k must be at least 1, but is {self.k}")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher's distributions are needed."""
+        return self.kind not in ("nll", "none")
 
 
 def kind_named(name: str, *, beta: float = 0.5, k: int = 64) -> Kind:

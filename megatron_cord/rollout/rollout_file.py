@@ -48,7 +48,7 @@ SCHEMA = pa.schema(
         pa.field("reward", pa.float64()),
         pa.field("reward_terms", pa.map_(pa.string(), pa.float64())),
         pa.field("advantage", pa.float64(), nullable=False),
-        pa.field("has_signal", pa.bool_(), nullable=False),  # whether the rewards of its group differ
+        pa.field("has_reward_variance", pa.bool_(), nullable=False),  # whether the rewards of its group differ
     ]
 )
 _PREFIX, _SUFFIX = "step_", ".parquet"

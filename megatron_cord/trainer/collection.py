@@ -15,7 +15,7 @@ import torch
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError
-from megatron_cord.losses import group_advantages, has_signal
+from megatron_cord.losses import group_advantages, has_reward_variance
 from megatron_cord.reward.rewards import Answered, Score, Scorer
 from megatron_cord.rollout.engines import EngineConfig
 from megatron_cord.rollout.schedule import ScheduleConfig
@@ -68,8 +68,8 @@ class Collected:
         reward: None likewise.
         score: what the reward is made of; None likewise, and in a replay.
         seed: that the response was sampled with; None for a teacher's, which is greedy.
-        advantage: 0 outside L_seq and in groups without signal.
-        has_signal: whether its group's rewards differ.
+        advantage: 0 outside L_seq and in zero-variance groups.
+        has_reward_variance: whether its group's rewards differ.
     """
 
     sample: Sample
@@ -78,7 +78,7 @@ class Collected:
     teacher_answer: str | None = None
     reward: float | None = None
     advantage: float = 0.0
-    has_signal: bool = False
+    has_reward_variance: bool = False
     score: Score | None = None
     seed: int | None = None
 
@@ -144,16 +144,16 @@ class Collector:
         """Samples that get a response for L_tok alone, and samples that get a group."""
         if self.objective.responses == "teacher":
             return [], []
-        policy = list(samples[: self.config.policy_prompts_per_step]) if self.objective.policy_gradient else []
+        policy = list(samples[: self.config.policy_prompts_per_step]) if self.objective.policy_gradient.enabled else []
         share = self.config.share and bool(policy)
-        return [] if share or self.objective.divergence == "none" else list(samples), policy
+        return [] if share or self.objective.divergence.kind == "none" else list(samples), policy
 
     def sequences(self, collected: Sequence[Collected]) -> list[TrainingSequence]:
-        """What is trained on: groups without signal are left out of L_seq."""
+        """What is trained on: zero-variance groups are left out of L_seq."""
         made = []
         for index, item in enumerate(collected):
             scored = item.role != "policy"
-            if scored or item.has_signal:
+            if scored or item.has_reward_variance:
                 teacher = self.prompts.text_prompt(item.sample) if scored and self.objective.distils else None
                 student = self.prompts.audio_prompt(item.sample)
                 made.append(TrainingSequence(student, teacher, item.rollout, scored, item.advantage, index))
@@ -187,13 +187,13 @@ class Collector:
         )
         rewards = torch.tensor([score.total for score in scores])
         group_ids = torch.arange(len(samples)).repeat_interleave(self.config.policy_rollouts)
-        advantages = group_advantages(rewards, group_ids, normalize_std=self.objective.normalize_std).tolist()
-        signal = has_signal(rewards, group_ids).tolist()
+        advantages = group_advantages(rewards, group_ids, normalize_std=self.objective.policy_gradient.normalize_std).tolist()
+        varied = has_reward_variance(rewards, group_ids).tolist()
         seeds = [self._seed(step, s, 1 + i % self.config.policy_rollouts) for i, (s, _) in enumerate(owners)]
         return [
             Collected(s, role, r, reference, score.total, advantage, differs, score, seed)
             for (s, reference), r, score, advantage, differs, seed in zip(
-                owners, rollouts, scores, advantages, signal, seeds, strict=True
+                owners, rollouts, scores, advantages, varied, seeds, strict=True
             )
         ]
 
@@ -216,7 +216,7 @@ def collection_metrics(collected: Sequence[Collected], policy_rollouts: int) -> 
     metrics |= {
         "reward": sum(c.reward for c in rewarded if c.reward is not None) / len(rewarded),
         "groups": len(rewarded) / policy_rollouts,
-        "groups_without_signal": sum(not c.has_signal for c in rewarded) / policy_rollouts,
+        "zero_variance_groups": sum(not c.has_reward_variance for c in rewarded) / policy_rollouts,
     }
     scores = [c.score for c in rewarded if c.score is not None]
     names = list(scores[0].terms) if scores else []

@@ -281,7 +281,7 @@ class Run:
             return {}
         trained = [c.advantage != 0 for c in collected]
         return agreement_metrics(result.tokens, rollouts, version) | importance_metrics(
-            result.tokens, rollouts, trained, objective.importance_cap
+            result.tokens, rollouts, trained, objective.policy_gradient.importance_cap
         )
 
     def _evaluation_is_due(self, step: int) -> bool:
@@ -317,7 +317,7 @@ class Run:
     def _prepare_answers(self) -> None:
         """A frozen teacher answers what the run will ask of it: the prompts of L_seq, or all of an off-policy run."""
         config = self.config
-        per_step = config.rollout.policy_prompts_per_step if config.objective.policy_gradient else 0
+        per_step = config.rollout.policy_prompts_per_step if config.objective.policy_gradient.enabled else 0
         if config.objective.responses == "teacher":
             per_step = config.rollout.prompts_per_step
         if per_step:

@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_cord.config.loading import load_config
 from megatron_cord.convert import export_tensors
 from megatron_cord.errors import CordError
+from megatron_cord.losses import TokenWeightsConfig
 from megatron_cord.model.config import ModelConfig
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.trainer.model_setup import build_student
@@ -38,7 +39,7 @@ from megatron_cord.verify.layout_reference import Outcome, Sizes, make_checkpoin
 
 #: Largest relative error of loss, gradients and weights after the step, by the type of the weights.
 TOLERANCES = {"float32": (1e-5, 1e-5, 1e-5), "bfloat16": (2e-2, 1e-1, 2e-2)}
-OBJECTIVE = ObjectiveConfig(top_k=3)
+OBJECTIVE = ObjectiveConfig(token_weights=TokenWeightsConfig(top_k=3))
 
 
 @dataclass(frozen=True)

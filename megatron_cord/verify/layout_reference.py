@@ -16,6 +16,7 @@ from transformers import Qwen2AudioConfig, Qwen2AudioEncoderConfig, Qwen2AudioFo
 
 from megatron_cord.data.samples import AudioClip, Prompt
 from megatron_cord.errors import CordError
+from megatron_cord.losses import TokenWeightsConfig
 from megatron_cord.rollout.types import Rollout
 from megatron_cord.trainer.step.batches import TrainingSequence
 from megatron_cord.trainer.step.objective import ObjectiveConfig
@@ -164,13 +165,13 @@ def reference_step(
             with torch.no_grad():
                 log_q = _log_probabilities(model, sequence.teacher, sequence.rollout)
             divergence = (log_p.exp() * (log_p - log_q)).sum(1)
-            loss = loss + (_weights(divergence.detach(), objective) * divergence).sum() / scored
+            loss = loss + (_weights(divergence.detach(), objective.token_weights) * divergence).sum() / scored
         ratio = (
             (log_p_t.detach() - torch.tensor(sequence.rollout.logprobs, dtype=torch.float64))
             .exp()
-            .clamp(max=objective.importance_cap)
+            .clamp(max=objective.policy_gradient.importance_cap)
         )
-        loss = loss - objective.policy_weight * sequence.advantage * (ratio * log_p_t).sum() / len(sequences)
+        loss = loss - objective.policy_gradient.weight * sequence.advantage * (ratio * log_p_t).sum() / len(sequences)
     loss.backward()
     trained = {_published(n): p for n, p in model.named_parameters() if p.requires_grad}
     gradients = {name: parameter.grad.clone() for name, parameter in trained.items() if parameter.grad is not None}
@@ -192,12 +193,12 @@ def _log_probabilities(model: Qwen2AudioForConditionalGeneration, prompt: Prompt
     return model(**inputs).logits[0, len(prompt.token_ids) - 1 : -1].log_softmax(-1)
 
 
-def _weights(divergence: Tensor, objective: ObjectiveConfig) -> Tensor:
+def _weights(divergence: Tensor, config: TokenWeightsConfig) -> Tensor:
     """CORD's w_t (arXiv 2601.16547): α at the K largest divergences, times a weight that falls from β to 1 over the response."""
     count = len(divergence)
     weights = torch.ones(count, dtype=torch.float64)
-    weights[divergence.topk(min(objective.top_k, count)).indices] = objective.alpha
-    return weights * torch.linspace(objective.beta, 1.0, count, dtype=torch.float64)
+    weights[divergence.topk(min(config.top_k, count)).indices] = config.alpha
+    return weights * torch.linspace(config.beta, 1.0, count, dtype=torch.float64)
 
 
 def _published(name: str) -> str:

@@ -12,6 +12,7 @@ from megatron_cord.compare.results import responses
 from megatron_cord.config.loading import load_config
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError
+from megatron_cord.losses import TokenWeightsConfig
 from megatron_cord.rollout.types import GenerationRequest, Rollout
 from megatron_cord.trainer.collection import Collector
 from megatron_cord.trainer.config import RunConfig
@@ -35,7 +36,7 @@ def run_config(method: str, *more: str) -> RunConfig:
 @pytest.mark.parametrize("method", METHODS)
 def test_each_reaches_the_loss(method: str) -> None:
     """Catches a setting that the loss does not obey: its value and gradients are those of a loop over tokens in float64."""
-    assert_as_expected(run_config(method, "objective.top_k=2").objective)
+    assert_as_expected(run_config(method, "objective.token_weights.top_k=2").objective)
 
 
 def test_no_two_are_the_same() -> None:
@@ -85,17 +86,17 @@ def test_each_trains_on_the_responses_it_says(method: str) -> None:
 
 def test_methods_of_the_users_own(tmp_path: Path) -> None:
     """Catches a user's method that starts from something else than CORD, that a shared setting overrules, or that takes a known name."""
-    shared = ("objective.top_k=7", *REQUIRED[1:])
+    shared = ("objective.token_weights.top_k=7", *REQUIRED[1:])
     config = CompareConfig(
         "/dev/null",
         str(tmp_path),
         methods=("cord", "steeper"),
-        own={"steeper": ("objective.top_k=9",)},
+        own={"steeper": ("objective.token_weights.top_k=9",)},
         seeds=(3,),
         settings=shared,
     )
     cord, steeper = (run.config for run in plan_runs(config))
-    assert (cord.objective.top_k, steeper.objective.top_k) == (7, 9) and steeper.objective.token_weights == "cord"
+    assert [c.objective.token_weights for c in (cord, steeper)] == [TokenWeightsConfig("cord", k) for k in (7, 9)]
     with pytest.raises(CordError, match="own.sft: this name is one of the project's"):
         methods_named(["sft"], {"sft": ()})
     with pytest.raises(CordError, match="'dpo' is unknown; choose from sft, .*, mine"):

@@ -11,7 +11,12 @@ import torch
 from hypothesis import given
 
 from megatron_cord.errors import CordError
-from megatron_cord.losses import group_advantages, has_signal, policy_gradient_loss, truncated_importance_weights
+from megatron_cord.losses import (
+    group_advantages,
+    has_reward_variance,
+    policy_gradient_loss,
+    truncated_importance_weights,
+)
 
 RESPONSES = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from([-7, 0, 3])), min_size=1, max_size=12)
 
@@ -34,7 +39,7 @@ def test_advantages_equal_the_loop(responses: list[tuple[float, int]], normalize
         rtol=1e-10,
         atol=1e-12,
     )
-    assert has_signal(rewards, group_ids).tolist() == signal
+    assert has_reward_variance(rewards, group_ids).tolist() == signal
 
 
 def test_equal_rewards_have_exactly_no_advantage() -> None:
@@ -60,7 +65,7 @@ def test_bad_rewards_are_refused() -> None:
     with pytest.raises(CordError, match=r"rewards\[1\] is nan"):
         group_advantages(torch.tensor([1.0, math.nan]), torch.tensor([0, 0]))
     with pytest.raises(CordError, match=r"same shape \[responses\], but have \[2\] and \[3\]"):
-        has_signal(torch.zeros(2), torch.zeros(3))
+        has_reward_variance(torch.zeros(2), torch.zeros(3))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -100,7 +105,7 @@ def test_no_responses() -> None:
     """Catches a failure on an empty microbatch."""
     none = torch.zeros(0)
     assert group_advantages(none, none.long()).shape == (0,)
-    assert has_signal(none, none.long()).shape == (0,)
+    assert has_reward_variance(none, none.long()).shape == (0,)
     assert policy_gradient_loss(none, torch.tensor([0]), none, importance_weights=none).shape == (0,)
     assert truncated_importance_weights(none, none, torch.tensor([0]), level="sequence").shape == (0,)
 

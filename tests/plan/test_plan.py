@@ -184,7 +184,7 @@ def test_operations_are_those_of_the_products(checkpoint: Path) -> None:
     """Catches a factor that is off: six operations a parameter and token for training all of a text model, two for the teacher, plus attention."""
     arch = replace(PUBLISHED["qwen2_audio_7b"], encoder=None, adapter=None)
     config = configured(
-        checkpoint, "rollout.max_new_tokens=100", "objective.policy_gradient=false", "rollout.prompts_per_step=8"
+        checkpoint, "rollout.max_new_tokens=100", "objective.policy_gradient.enabled=false", "rollout.prompts_per_step=8"
     )
     work = make_work(config, arch, 8, text_tokens=100)
     flops, again = train_flops(config, arch, work)

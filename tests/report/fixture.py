@@ -98,7 +98,7 @@ def _metrics(step: int, rng: np.random.Generator) -> dict[str, Any]:
         "entropy": (0.15 + 0.4 * decay) * noise[2],
         "reward": min(_skill(step) * noise[3], 1.0),
         "groups": 6,
-        "groups_without_signal": int(rng.binomial(6, 0.7 - 0.4 * decay)),
+        "zero_variance_groups": int(rng.binomial(6, 0.7 - 0.4 * decay)),
         "grad_norm": (0.8 + 3 * decay) * noise[4],
         "learning_rate": 2e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / STEPS))),
         "response_tokens": 12 + 0.5 * float(rng.normal()),
@@ -169,7 +169,7 @@ def _rollouts(step: int, samples: list[Sample], rng: np.random.Generator) -> lis
         rows.append({
             "step": step, "id": sample.id, "role": role, "question": sample.question, "voice": sample.voice, "response": " ".join(tokens[:-1]),
             "tokens": tokens, "token_ids": list(range(len(tokens))), "engine_logprobs": [-0.1] * len(tokens), "seed": 1000 * step + number,
-            "student_logprobs": None, "teacher_logprobs": None, "reward_terms": None, "has_signal": not distilled,
+            "student_logprobs": None, "teacher_logprobs": None, "reward_terms": None, "has_reward_variance": not distilled,
             "token_kl": kl if distilled else None,
             "token_weights": [(2.0 if k >= top else 1.0) * (2 - t / max(len(kl) - 1, 1)) for t, k in enumerate(kl)] if distilled else None,
             "teacher_answer": sample.answer, "reward": None if distilled else float(right), "advantage": 0.0,

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
+from megatron_cord.losses import DivergenceConfig, PolicyGradientConfig
 from megatron_cord.reward import Rewards
 from megatron_cord.rollout.types import GenerationRequest
 from megatron_cord.trainer.collection import (
@@ -68,7 +69,7 @@ def drawn(collector: Collector, step: int, samples: list[Any] = SAMPLES) -> dict
 
 
 def test_groups_and_advantages(prompts: PromptBuilder, tmp_path: Path) -> None:
-    """Catches rewards against another question's answer, advantages over the wrong group, and groups without signal that are trained on."""
+    """Catches rewards against another question's answer, advantages over the wrong group, and zero-variance groups that are trained on."""
     collector = make_collector(prompts, tmp_path)
     collected = collect(collector, SAMPLES, step=3)
     assert [(c.sample.id, c.role) for c in collected] == [(s.id, "distill") for s in SAMPLES] + [
@@ -76,10 +77,10 @@ def test_groups_and_advantages(prompts: PromptBuilder, tmp_path: Path) -> None:
     ]
     first, second = collected[4:7], collected[7:]
     rewards = [float("one" in c.rollout.text) for c in first]
-    assert len(set(rewards)) == 2, "the test's own seeds must give the first group a signal"
-    assert [c.reward for c in first] == rewards and all(c.has_signal for c in first)
+    assert len(set(rewards)) == 2, "the test's own seeds must give the first group different rewards"
+    assert [c.reward for c in first] == rewards and all(c.has_reward_variance for c in first)
     assert [c.advantage for c in first] == pytest.approx([r - sum(rewards) / 3 for r in rewards])
-    assert [(c.reward, c.advantage, c.has_signal) for c in second] == [(0.0, 0.0, False)] * 3
+    assert [(c.reward, c.advantage, c.has_reward_variance) for c in second] == [(0.0, 0.0, False)] * 3
     assert all(c.teacher_answer == "answer is one" for c in collected[4:])
     assert all(c.reward is None and c.teacher_answer is None and c.advantage == 0 for c in collected[:4])
     made = collector.sequences(collected)
@@ -87,7 +88,7 @@ def test_groups_and_advantages(prompts: PromptBuilder, tmp_path: Path) -> None:
     assert all((s.teacher is not None) == s.scored and s.student.clips for s in made)
     metrics, cut = collection_metrics(collected, 3), sum(c.rollout.finish_reason == "length" for c in collected)
     always = {"truncated": cut / 10, "repetition": 0.0}
-    assert metrics == always | {"reward": pytest.approx(sum(rewards) / 6), "groups": 2, "groups_without_signal": 1}
+    assert metrics == always | {"reward": pytest.approx(sum(rewards) / 6), "groups": 2, "zero_variance_groups": 1}
     assert set(collection_metrics(collected[:4], 3)) == set(always)
 
 
@@ -132,7 +133,7 @@ def test_draws_depend_on_seed_step_and_sample_only(prompts: PromptBuilder, tmp_p
 
 
 def test_shared_responses(prompts: PromptBuilder, tmp_path: Path) -> None:
-    """Catches share=true that still samples for L_tok, or leaves responses without signal out of it."""
+    """Catches share=true that still samples for L_tok, or leaves responses of zero-variance groups out of it."""
     rollout = RolloutConfig(
         prompts_per_step=4, policy_prompts_per_step=2, policy_rollouts=3, max_new_tokens=8, share=True
     )
@@ -146,7 +147,13 @@ def test_shared_responses(prompts: PromptBuilder, tmp_path: Path) -> None:
 
 def test_off_policy_takes_the_teachers_answers(prompts: PromptBuilder, tmp_path: Path) -> None:
     """Catches fine-tuning on the student's own responses, or on answers to what was heard."""
-    collector = make_collector(prompts, tmp_path, responses="teacher", policy_gradient=False, divergence="nll")
+    collector = make_collector(
+        prompts,
+        tmp_path,
+        responses="teacher",
+        policy_gradient=PolicyGradientConfig(enabled=False),
+        divergence=DivergenceConfig("nll"),
+    )
     collected = collect(collector, SAMPLES, step=0)
     assert [(c.role, c.rollout.text) for c in collected] == [("distill", "answer is one")] * 4
     assert drawn(collector, step=0) == {}
@@ -156,16 +163,16 @@ def test_off_policy_takes_the_teachers_answers(prompts: PromptBuilder, tmp_path:
 
 def test_switches_that_need_fewer_rollouts(prompts: PromptBuilder, tmp_path: Path) -> None:
     """Catches rollouts that nobody uses: of L_seq without a policy gradient, of L_tok without a divergence."""
-    assert set(drawn(make_collector(prompts, tmp_path, policy_gradient=False), step=0)) == {
-        (s.id, 1.0) for s in SAMPLES
-    }
-    assert set(drawn(make_collector(prompts, tmp_path, divergence="none"), step=0)) == {
+    assert set(
+        drawn(make_collector(prompts, tmp_path, policy_gradient=PolicyGradientConfig(enabled=False)), step=0)
+    ) == {(s.id, 1.0) for s in SAMPLES}
+    assert set(drawn(make_collector(prompts, tmp_path, divergence=DivergenceConfig("none")), step=0)) == {
         (s.id, 1.5) for s in SAMPLES[:2]
     }
 
 
 def test_numbers_that_cannot_be() -> None:
-    """Catches a group of one, which never has a signal, more groups than prompts, and a temperature of zero, which cannot be drawn from."""
+    """Catches a group of one, whose variance is always zero, more groups than prompts, and a temperature of zero, which cannot be drawn from."""
     for wrong in (
         {"policy_rollouts": 1},
         {"prompts_per_step": 0},

@@ -21,9 +21,10 @@ def test_defaults_are_the_papers() -> None:
     """Catches a default that drifts from CORD's training details (arXiv 2601.16547)."""
     config = load()
     objective, rollout = config.objective, config.rollout
-    assert (objective.top_k, objective.alpha, objective.beta) == (20, 2.0, 2.0)
-    assert (objective.responses, objective.divergence, objective.token_weights) == ("student", "reverse_kl", "cord")
-    assert objective.policy_gradient and objective.policy_weight == 1.0 and not objective.normalize_std
+    weights, policy = objective.token_weights, objective.policy_gradient
+    assert (weights.factors, weights.top_k, weights.alpha, weights.beta) == ("cord", 20, 2.0, 2.0)
+    assert (objective.responses, objective.divergence.kind) == ("student", "reverse_kl")
+    assert policy.enabled and policy.weight == 1.0 and not policy.normalize_std
     assert objective.normalization == "response"
     assert (rollout.temperature, rollout.policy_temperature, rollout.policy_rollouts) == (1.0, 1.5, 4)
     assert (rollout.prompts_per_step, rollout.policy_prompts_per_step, rollout.max_new_tokens) == (32, 8, 200)
@@ -56,7 +57,7 @@ def test_a_dump_reads_back(tmp_path: Path) -> None:
         ("parallel.sequence_parallel=true", "needs parallel.tp > 1"),
         ("model.freeze=[audio_encoder, adapter, language_model]", "nothing is left to train"),
         ("model.freeze=[decoder]", "model.freeze.0: expected"),
-        ("objective.divergence=kl", "objective.divergence: expected"),
+        ("objective.divergence.kind=kl", "objective.divergence.kind: expected"),
         ("optimizer.learning_rate=0", "optimizer.learning_rate must be positive"),
         ("checkpoint.interval=-1", "cannot be negative"),
         ("evaluation.samples=-1", "cannot be negative"),

@@ -55,9 +55,9 @@ SPECIAL = {
     "dp2 with one sequence": (
         "rollout.prompts_per_step=1",
         "rollout.policy_prompts_per_step=0",
-        "objective.policy_gradient=false",
+        "objective.policy_gradient.enabled=false",
     ),
-    "pp2 with the policy gradient alone": (PP2, "objective.divergence=none"),
+    "pp2 with the policy gradient alone": (PP2, "objective.divergence.kind=none"),
     "tp2 sharing a live teacher": (TP2, "rollout.share=true", "teacher.mode=live"),
 }
 RUNS |= {name: (None, settings) for name, settings in SPECIAL.items()}
@@ -144,7 +144,7 @@ def test_a_run_leaves_what_it_should(one: Path) -> None:
             "engine_logprob_difference",
         } <= line.keys()
         assert line["engine_logprob_difference_max"] < 1e-4 and not line["skipped"]
-    assert any(line["loss_sequence"] != 0 for line in metrics(one)), "the test's own data must give some group a signal"
+    assert any(line["loss_sequence"] != 0 for line in metrics(one)), "the test's own data must give some group different rewards"
     assert sorted(path.name for path in (one / "evaluations").iterdir()) == ["step_000000.json", "step_000005.json"]
     assert sorted(path.name for path in (one / "rollouts").iterdir()) == [
         f"step_{step:06d}.parquet" for step in range(1, 6)
@@ -307,17 +307,17 @@ def test_a_killed_run_ends_like_one_that_was_not(inputs: Path, runs: Path, tmp_p
 
 
 def test_a_step_that_trains_on_nothing_measures_nothing(inputs: Path, tmp_path: Path) -> None:
-    """Catches an entropy or a length of zero, which would look like a collapse, where no group had a signal."""
+    """Catches an entropy or a length of zero, which would look like a collapse, where every group had zero variance."""
     run = alone(
         inputs,
         tmp_path / "run",
-        "objective.divergence=none",
+        "objective.divergence.kind=none",
         "reward.terms.agreement=0",
         "reward.terms.format=1",
         "train.steps=1",
     )
     (line,) = metrics(run)
-    assert line["groups_without_signal"] == line["groups"], "the test's own data must give no group a signal"
+    assert line["zero_variance_groups"] == line["groups"], "the test's own data must give each group equal rewards"
     assert (
         line["entropy"] is line["kl"] is line["response_tokens"] is None
         and line["repetition"] == 0

@@ -35,14 +35,14 @@ class _Metric:
     smooth: bool = True
 
 
-def _silent_share(row: Row) -> float | None:
-    groups, silent = row.get("groups"), row.get("groups_without_signal")
-    return None if not groups or silent is None else silent / groups
+def _zero_variance_share(row: Row) -> float | None:
+    groups, zero_variance = row.get("groups"), row.get("zero_variance_groups")
+    return None if not groups or zero_variance is None else zero_variance / groups
 
 
 _METRICS = (
     _Metric("kl", "Divergence", "nats a token", {"student from teacher": "kl"}),
-    _Metric("reward", "Reward", "share", {"mean reward": "reward", "groups without signal": _silent_share}),
+    _Metric("reward", "Reward", "share", {"mean reward": "reward", "zero-variance groups": _zero_variance_share}),
     _Metric(
         "loss",
         "Loss",

@@ -80,7 +80,7 @@ class TrainingRollout:
     teacher_answer: str | None
     reward: float | None
     advantage: float
-    has_signal: bool
+    has_reward_variance: bool
 
 
 @dataclass(frozen=True)

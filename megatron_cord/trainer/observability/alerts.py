@@ -36,7 +36,7 @@ class AlertConfig:
     truncated: float | None = (
         0.25  #: length explosion: this much more of the responses than at first are cut at rollout.max_new_tokens
     )
-    silent_groups: float | None = 0.9  #: reward saturated: in this share of the groups all rewards are equal
+    zero_variance_groups: float | None = 0.9  #: reward saturated: in this share of the groups all rewards are equal
     entropy_fall: float | None = 0.9  #: entropy falling: the student's entropy lost this share of what it was at first
     agreement_growth: float | None = (
         3.0  #: agreement drifting: engine and trainer differ so many times as much as at first
@@ -46,7 +46,7 @@ class AlertConfig:
     def __post_init__(self) -> None:
         if self.window < 2:
             raise CordError(f"alerts.window must be at least 2, got {self.window}")
-        for name in ("reward_fall", "accuracy_fall", "repetition", "truncated", "silent_groups", "entropy_fall"):
+        for name in ("reward_fall", "accuracy_fall", "repetition", "truncated", "zero_variance_groups", "entropy_fall"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise CordError(f"alerts.{name} is a share between 0 and 1, got {value:g}; null silences the check")
@@ -129,16 +129,16 @@ def _length(rows: Sequence[Row], config: AlertConfig) -> Iterator[Alert]:
 
 def _saturation(rows: Sequence[Row], config: AlertConfig) -> Iterator[Alert]:
     shares = [
-        {"silent": row["groups_without_signal"] / row["groups"], "reward": row.get("reward")}
+        {"share": row["zero_variance_groups"] / row["groups"], "reward": row.get("reward")}
         for row in rows
-        if row.get("groups") and row.get("groups_without_signal") is not None
+        if row.get("groups") and row.get("zero_variance_groups") is not None
     ]
-    silent, reward = _Means.of(shares, "silent", config.window), _Means.of(shares, "reward", config.window)
-    if config.silent_groups is not None and silent and silent.recent >= config.silent_groups:
+    zero_variance, reward = _Means.of(shares, "share", config.window), _Means.of(shares, "reward", config.window)
+    if config.zero_variance_groups is not None and zero_variance and zero_variance.recent >= config.zero_variance_groups:
         mean = f" (mean reward {reward.recent:.2f})" if reward else ""
         yield Alert(
             "reward saturated",
-            f"all rewards are equal in {silent.recent:.0%} of the groups{mean}: L_seq has little to learn from",
+            f"all rewards are equal in {zero_variance.recent:.0%} of the groups{mean}: L_seq has little to learn from",
         )
 
 

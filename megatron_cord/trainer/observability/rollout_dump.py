@@ -21,7 +21,7 @@ from megatron_cord.trainer.step.step import TokenRecord
 #: what a replay takes from the record; the trainer computes the rest again
 _REPLAYED = (
     "id", "role", "seed", "response", "finish_reason", "versions", "token_ids", "engine_logprobs", "teacher_answer", "reward", "advantage",
-    "has_signal",
+    "has_reward_variance",
 )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ class RolloutRecord:
                     "reward": item.reward,
                     "reward_terms": item.score.terms if item.score else None,
                     "advantage": item.advantage,
-                    "has_signal": item.has_signal,
+                    "has_reward_variance": item.has_reward_variance,
                 }
             )
         write_rollouts(record_file(self.directory, step), rows)
@@ -118,6 +118,6 @@ def read_record(directory: Path, step: int, samples: Sequence[Sample]) -> list[C
             versions,
             row["response"],
         )
-        fields = {name: row[name] for name in ("role", "seed", "teacher_answer", "reward", "advantage", "has_signal")}
+        fields = {name: row[name] for name in ("role", "seed", "teacher_answer", "reward", "advantage", "has_reward_variance")}
         collected.append(Collected(by_id[row["id"]], rollout=rollout, **fields))
     return collected

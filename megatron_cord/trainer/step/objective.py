@@ -6,7 +6,7 @@ Dividing both by tokens instead of responses keeps their ratio where lengths are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from megatron_cord.errors import CordError
 from megatron_cord.losses import (
+    DivergenceConfig,
     LossWeights,
+    PolicyGradientConfig,
     TokenStats,
     TokenWeightsConfig,
     divergence_from_hidden,
@@ -29,63 +31,42 @@ from megatron_cord.trainer.step.batches import Microbatch
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is minimised. The defaults are the paper's."""
+    """What is minimized. The defaults are the paper's."""
 
-    responses: Literal["student", "teacher"] = (
-        "student"  #: whose responses are scored token by token: on-policy, or the teacher's (off-policy)
-    )
-    divergence: Literal["reverse_kl", "forward_kl", "jsd", "topk", "sampled", "nll", "none"] = "reverse_kl"
-    #: D_t, see losses/kinds.py; sampled is the reverse KL as a policy gradient of the sampled tokens; nll is fine-tuning on the responses;
-    #: none leaves L_seq
-    jsd_beta: float = 0.5  #: of divergence jsd: the teacher's share of the mixture, 0 is forward, 1 reverse KL
-    vocabulary_top_k: int = (
-        64  #: of divergence topk: the teacher's so many likeliest tokens are compared, and the rest as one
-    )
-    implementation: Literal["auto", "late", "fused", "recompute"] = (
-        "auto"  #: how the divergence is formed: docs/loss.md says when to use which
-    )
-    backend: Literal["auto", "eager", "compile", "triton"] = (
-        "auto"  #: who computes it; auto compiles on a CPU where calls are large
-    )
-    token_weights: str = "cord"  #: w_t: names of losses/token_weights.py joined by *; cord is top_k*position
-    top_k: int = 20  #: K, response positions of largest divergence that get alpha
-    alpha: float = 2.0  #: weight of those positions
-    beta: float = 2.0  #: weight of the first position; it falls linearly to 1 at the last
-    keep: float = 0.2  #: for token weights top_fraction, entropy and tip: part of a response's tokens that counts
-    gamma: float = 0.5  #: for token weights remaining: what the first token weighs above 1
-    normalization: Literal["response", "token"] = (
-        "response"  #: both losses are divided by the number of responses (the paper) or of their tokens
-    )
-    policy_gradient: bool = True  #: whether L_seq is added
-    policy_weight: float = 1.0  #: factor of L_seq; the paper has none
-    importance_cap: float = 2.0  #: truncates the ratio of trainer's to engine's probability in L_seq
-    normalize_std: bool = False  #: divide advantages by the group's standard deviation (GRPO), which the paper does not
+    #: whose responses L_tok scores: the student's (on-policy) or the teacher's (off-policy)
+    responses: Literal["student", "teacher"] = "student"
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    token_weights: TokenWeightsConfig = field(default_factory=TokenWeightsConfig)
+    policy_gradient: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)
+    #: both losses are divided by the number of responses (the paper) or of their tokens
+    normalization: Literal["response", "token"] = "response"
+    #: how the divergence's gradient is formed; docs/loss.md compares them
+    implementation: Literal["auto", "late", "fused", "recompute"] = "auto"
+    #: what computes the divergence; auto compiles on a CPU where calls are large
+    backend: Literal["auto", "eager", "compile", "triton"] = "auto"
 
     def __post_init__(self) -> None:
-        _ = self.weighting  # refuses what makes no sense
-        if self.divergence == "none" and not self.policy_gradient:
+        kind, policy = self.divergence.kind, self.policy_gradient.enabled
+        if kind == "none" and not policy:
             raise CordError(
-                "objective.divergence is none and objective.policy_gradient is false: nothing is left to train on"
+                "objective.divergence.kind is none and objective.policy_gradient.enabled is false: nothing is left to "
+                "train on"
             )
-        if self.responses == "teacher" and self.policy_gradient:
+        if self.responses == "teacher" and policy:
             raise CordError(
-                "objective.policy_gradient needs objective.responses=student: the policy gradient is for the student's own rollouts"
+                "objective.policy_gradient.enabled needs objective.responses=student: the policy gradient is for the "
+                "student's own rollouts"
             )
-
-        if self.divergence == "sampled" and self.responses == "teacher":
+        if kind == "sampled" and self.responses == "teacher":
             raise CordError(
-                "objective.divergence=sampled needs objective.responses=student: it is an estimate from tokens that the student sampled"
+                "objective.divergence.kind=sampled needs objective.responses=student: it is an estimate from tokens "
+                "that the student sampled"
             )
-
-    @property
-    def weighting(self) -> TokenWeightsConfig:
-        """The token weights' own configuration."""
-        return TokenWeightsConfig(self.token_weights, self.top_k, self.alpha, self.beta, self.keep, self.gamma)
 
     @property
     def distils(self) -> bool:
-        """Whether a teacher's distribution is compared."""
-        return self.divergence not in ("nll", "none")
+        """Whether a teacher's distributions are compared."""
+        return self.divergence.needs_teacher
 
 
 @dataclass(frozen=True)
@@ -93,7 +74,7 @@ class GlobalCounts:
     """What the sums are divided by, over all data-parallel ranks and microbatches of the step."""
 
     scored: int  #: responses of L_tok, or their tokens, as the objective's normalization says
-    policy: int  #: the same of L_seq, those of groups without signal included
+    policy: int  #: the same of L_seq, those of zero-variance groups included
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,9 +143,9 @@ def microbatch_loss(
             teacher_hidden.to(student_hidden.device, non_blocking=True),
             teacher_weight,
             batch.target_ids,
-            kind="reverse_kl" if config.divergence == "sampled" else config.divergence,
-            beta=config.jsd_beta,
-            k=config.vocabulary_top_k,
+            kind="reverse_kl" if config.divergence.kind == "sampled" else config.divergence.kind,
+            beta=config.divergence.beta,
+            k=config.divergence.k,
             vocab_size=vocab_size,
             tp_group=tp_group,
             implementation=config.implementation,
@@ -203,7 +184,7 @@ def _part(config: ObjectiveConfig, batch: Microbatch, rows: slice) -> _Part:
         batch.engine_logprobs[rows],
         batch.advantages[first:last],
         batch.scored,
-        config.policy_gradient and bool(batch.advantages.any()),
+        config.policy_gradient.enabled and bool(batch.advantages.any()),
     )
 
 
@@ -219,21 +200,21 @@ def _terms(
         weights = token_weights(
             divergence,
             part.cu_seqlens,
-            config.weighting,
+            config.token_weights,
             entropy=stats.entropy,
             positions=part.positions,
             cp_group=cp_group,
         )
-        if config.divergence == "sampled":
-            divergence = _sampled_reverse_kl(stats, part, config.importance_cap)
+        if config.divergence.kind == "sampled":
+            divergence = _sampled_reverse_kl(stats, part, config.policy_gradient.importance_cap)
         token = (weights * divergence).sum() / counts.scored
     if part.rewarded:
         engine = part.engine_logprobs
         ratio = truncated_importance_weights(
-            stats.student_logprob, engine.nan_to_num(), part.cu_seqlens, cap=config.importance_cap
+            stats.student_logprob, engine.nan_to_num(), part.cu_seqlens, cap=config.policy_gradient.importance_cap
         )
         terms = policy_gradient_loss(stats.student_logprob, part.cu_seqlens, part.advantages, importance_weights=ratio)
-        sequence = config.policy_weight * terms.sum() / counts.policy
+        sequence = config.policy_gradient.weight * terms.sum() / counts.policy
         if engine.isnan().any():  # the weights that it sampled with are broken: nothing to learn from
             sequence = sequence * torch.nan
     return token, sequence, weights

@@ -121,7 +121,7 @@ def test_one_node_trains_and_one_serves(cluster: Cluster, inputs: Path, tmp_path
     assert SGLANG.is_file(), f"{SGLANG} is missing; install the real server: make sglang-env"
     greedy = [
         "rollout.temperature=1e-7",
-        "objective.policy_gradient=false",
+        "objective.policy_gradient.enabled=false",
         "rollout.policy_prompts_per_step=0",
         "parallel.tp=2",
         f"train.steps={SERVED_STEPS}",

@@ -70,7 +70,7 @@ def test_metrics_that_are_missing_have_no_chart(run_copy: Path) -> None:
     """Catches an empty chart, or one that fails, where a run did not measure something."""
     assert [chart.title for chart in metric_charts(read_run(run_copy))][:3] == ["Divergence", "Reward", "Loss"]
     write_lines(
-        run_copy / "metrics.jsonl", [{"step": 1, "loss": 2.0, "groups": 0, "groups_without_signal": 0, "kl": None}]
+        run_copy / "metrics.jsonl", [{"step": 1, "loss": 2.0, "groups": 0, "zero_variance_groups": 0, "kl": None}]
     )
     charts = metric_charts(read_run(run_copy))
     assert [chart.title for chart in charts] == ["Loss"] and charts[0].header == ("training step", "total")

@@ -96,7 +96,7 @@ def test_no_shards(tmp_path: Path) -> None:
 
 
 def test_training_groups(finished_run: Path) -> None:
-    """Catches groups torn apart, and a group without signal shown where one with signal exists."""
+    """Catches groups torn apart, and a zero-variance group shown where another exists."""
     groups = examples.training_groups(read_run(finished_run))
     assert [(group.step, group.rollouts[0].role, len(group.rollouts)) for group in groups] == [
         (1, "distill", 1), (1, "policy", 4), (100, "distill", 1), (100, "policy", 4)

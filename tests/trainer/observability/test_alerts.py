@@ -26,7 +26,7 @@ def history(curves: Mapping[str, Curve] | None = None, steps: int = STEPS) -> li
         "response_tokens": lambda t: 12 + 4 * t,
         "truncated": lambda t: 0.02,
         "repetition": lambda t: 0.05,
-        "groups_without_signal": lambda t: 3 + 2 * t,
+        "zero_variance_groups": lambda t: 3 + 2 * t,
         "engine_logprob_difference": lambda t: 1e-3,
     }
     rows = []
@@ -57,7 +57,7 @@ def kinds(rows: list[dict[str, Any]], seen: list[dict[str, Any]] | None = None, 
         ("collapse", "repetition", {"repetition": lambda t: 0.05 if t < 0.6 else 0.7}, r"% of a response's phrases are repetitions \(at first 5%\)"),
         ("length explosion", "length_growth", {"response_tokens": lambda t: 12 * math.exp(2 * t)}, r"responses have \d+ tokens, at first 1\d"),
         ("length explosion", "truncated", {"truncated": lambda t: 0.02 if t < 0.8 else 0.5}, "are cut at rollout.max_new_tokens, at first 2%"),
-        ("reward saturated", "silent_groups", {"groups_without_signal": lambda t: 4 if t < 0.5 else 8}, "of the groups .mean reward 0.8"),
+        ("reward saturated", "zero_variance_groups", {"zero_variance_groups": lambda t: 4 if t < 0.5 else 8}, "of the groups .mean reward 0.8"),
         ("entropy falling", "entropy_fall", {"entropy": lambda t: math.exp(-6 * t)}, "entropy fell from .* to 0.00"),
         ("agreement drifting", "agreement_growth", {"engine_logprob_difference": lambda t: 1e-3 + 0.2 * t}, "differ by 0.1.* nats a token"),
     ],
@@ -80,7 +80,7 @@ def test_each_is_raised_and_can_be_silenced(kind: str, setting: str, curves: dic
         {"repetition": lambda t: 0.4},  # the task itself repeats: no change since the start
         {"response_tokens": lambda t: 12 + 10 * t},  # longer, not twice as long
         {"truncated": lambda t: 0.5},  # as at first
-        {"groups_without_signal": lambda t: 6 + t},  # most groups, not all
+        {"zero_variance_groups": lambda t: 6 + t},  # most groups, not all
         {"entropy": lambda t: 0.1 + 0.9 * math.exp(-6 * t)},  # a student that learns to be as sure as its teacher
         {"engine_logprob_difference": lambda t: 1e-6 + 1e-3 * t},  # many times as much, but rounding
         {"engine_logprob_difference": lambda t: 0.05},  # bf16: large from the start
@@ -127,7 +127,7 @@ def test_little_or_broken_history() -> None:
     rows = history({"reward": lambda t: 1.0 - t}, steps=39)
     assert kinds(rows) == [] and kinds(rows, window=4) == ["collapse"]
     broken = [
-        {"step": i, "reward": None, "entropy": math.nan, "groups": 0, "groups_without_signal": 0} for i in range(100)
+        {"step": i, "reward": None, "entropy": math.nan, "groups": 0, "zero_variance_groups": 0} for i in range(100)
     ]
     assert kinds(broken) == []
     holes = [
@@ -137,7 +137,7 @@ def test_little_or_broken_history() -> None:
     assert kinds(holes) == ["collapse"]
 
 
-@pytest.mark.parametrize("wrong", [{"window": 1}, {"reward_fall": 0.0}, {"silent_groups": 1.5}, {"length_growth": 1.0}])
+@pytest.mark.parametrize("wrong", [{"window": 1}, {"reward_fall": 0.0}, {"zero_variance_groups": 1.5}, {"length_growth": 1.0}])
 def test_thresholds_that_cannot_be(wrong: dict[str, Any]) -> None:
     """Catches a threshold that always or never holds."""
     with pytest.raises(CordError, match=f"alerts.{next(iter(wrong))}"):

@@ -46,7 +46,7 @@ def test_a_record_comes_back_as_it_was(prompts: PromptBuilder, tmp_path: Path) -
     RolloutRecord(tmp_path, prompts, enabled=True).write(7, collected(), tokens)
     for got, wanted in zip(read_record(tmp_path, 7, SAMPLES), collected(), strict=True):
         assert got.sample is wanted.sample and got.score is None
-        for name in ("role", "rollout", "teacher_answer", "reward", "advantage", "has_signal", "seed"):
+        for name in ("role", "rollout", "teacher_answer", "reward", "advantage", "has_reward_variance", "seed"):
             assert getattr(got, name) == getattr(wanted, name), name
     assert [path.name for path in tmp_path.iterdir()] == ["step_000007.parquet"]
     rows = pq.read_table(tmp_path / "step_000007.parquet").to_pylist()  # as any reader of Parquet sees it

@@ -10,7 +10,15 @@ import torch
 
 from megatron_cord.data.samples import Prompt
 from megatron_cord.errors import CordError
-from megatron_cord.losses import LossWeights, divergence, divergence_from_hidden, token_weights
+from megatron_cord.losses import (
+    DivergenceConfig,
+    LossWeights,
+    PolicyGradientConfig,
+    TokenWeightsConfig,
+    divergence,
+    divergence_from_hidden,
+    token_weights,
+)
 from megatron_cord.model.lalm import ModelInput
 from megatron_cord.rollout.types import Rollout
 from megatron_cord.trainer.step import objective, teacher
@@ -38,28 +46,23 @@ def batch_of(lengths: list[int]) -> Microbatch:
 
 
 @pytest.mark.parametrize("implementation", ["auto", "late", "fused", "recompute"])
-@pytest.mark.parametrize(
-    "options", [{"divergence": "jsd", "jsd_beta": 0.3}, {"divergence": "topk", "vocabulary_top_k": 3}]
-)
-def test_divergence_and_weights_reach_the_loss(options: dict[str, Any], implementation: Any) -> None:
+@pytest.mark.parametrize("options", [DivergenceConfig("jsd", beta=0.3), DivergenceConfig("topk", k=3)])
+def test_divergence_and_weights_reach_the_loss(options: DivergenceConfig, implementation: Any) -> None:
     """Catches a constant of the configuration that the loss never sees."""
     batch = batch_of([4, 2])
     hidden, weight, other = torch.randn(3, 16, 6, generator=torch.Generator().manual_seed(1)).unbind(0)
     config = ObjectiveConfig(
-        **options,
-        token_weights="remaining*position",
-        gamma=0.7,
-        beta=1.5,
-        policy_gradient=False,
+        divergence=options,
+        token_weights=TokenWeightsConfig("remaining*position", gamma=0.7, beta=1.5),
+        policy_gradient=PolicyGradientConfig(enabled=False),
         implementation=implementation,
     )
     leaf = hidden[:6].clone().requires_grad_()
     loss = microbatch_loss(config, GlobalCounts(2, 1), batch, leaf, weight, other[:6], weight, 11, None)
-    kind = {"kind": options["divergence"], "beta": 0.3, "k": 3}
+    kind: dict[str, Any] = {"kind": options.kind, "beta": 0.3, "k": 3}
     stats = divergence_from_hidden(hidden[:6], weight, other[:6], weight, batch.target_ids, vocab_size=11, **kind)
-    weights = token_weights(stats.kl, batch.cu_seqlens, config.weighting)
+    weights = token_weights(stats.kl, batch.cu_seqlens, config.token_weights)
     torch.testing.assert_close(loss.token.detach(), (weights * stats.kl).sum() / 2)
-    assert config.weighting.gamma == 0.7 and config.weighting.names == ("remaining", "position")
     loss.token.backward()
     assert leaf.grad is not None and leaf.grad.abs().sum() > 0
 
@@ -115,7 +118,7 @@ def test_the_backend_reaches_the_loss() -> None:
 def test_unknown_token_weights_are_refused() -> None:
     """Catches a misspelt factor that only fails when the first step is trained."""
     with pytest.raises(CordError, match="token weights 'entropie' are unknown"):
-        ObjectiveConfig(token_weights="cord*entropie")
+        TokenWeightsConfig("cord*entropie")
 
 
 def test_hidden_states_survive_the_way_to_the_host() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_cord.data.samples import Prompt
 from megatron_cord.errors import CordError
+from megatron_cord.losses import DivergenceConfig, PolicyGradientConfig, TokenWeightsConfig
 from megatron_cord.model.lalm import ModelInput
 from megatron_cord.rollout.types import Rollout
 from megatron_cord.trainer.step.batches import Microbatch, Rows, TrainingSequence
@@ -17,6 +18,7 @@ from megatron_cord.trainer.step.objective import GlobalCounts, MicrobatchLoss, O
 
 LENGTHS, HIDDEN, VOCABULARY, PADDED = [5, 1, 4], 6, 11, 16
 TOKENS = sum(LENGTHS)
+UNIFORM, OFF = TokenWeightsConfig("uniform"), PolicyGradientConfig(enabled=False)
 COUNTS = GlobalCounts(scored=7, policy=5)
 
 
@@ -70,27 +72,30 @@ def expected(config: ObjectiveConfig, batch: Microbatch, values: dict[str, Tenso
         divergences = []
         for n in range(start, start + length):
             chosen = log_p[n, int(batch.target_ids[n])]
-            middle = (config.jsd_beta * log_q[n].exp() + (1 - config.jsd_beta) * log_p[n].exp()).log()
+            middle = (config.divergence.beta * log_q[n].exp() + (1 - config.divergence.beta) * log_p[n].exp()).log()
             ratio = min(
-                float(chosen.detach().exp()) / float(batch.engine_logprobs[n].double().exp()), config.importance_cap
+                float(chosen.detach().exp()) / float(batch.engine_logprobs[n].double().exp()),
+                config.policy_gradient.importance_cap,
             )
             divergences.append({
                 "reverse_kl": (log_p[n].exp() * (log_p[n] - log_q[n])).sum(),
                 "forward_kl": (log_q[n].exp() * (log_q[n] - log_p[n])).sum(),
-                "jsd": config.jsd_beta * (log_q[n].exp() * (log_q[n] - middle)).sum()
-                + (1 - config.jsd_beta) * (log_p[n].exp() * (log_p[n] - middle)).sum(),
+                "jsd": config.divergence.beta * (log_q[n].exp() * (log_q[n] - middle)).sum()
+                + (1 - config.divergence.beta) * (log_p[n].exp() * (log_p[n] - middle)).sum(),
                 "sampled": ratio * float((chosen - log_q[n, int(batch.target_ids[n])]).detach()) * chosen,
                 "nll": -chosen,
                 "none": torch.zeros(()),
-            }[config.divergence])  # fmt: skip
-            if config.policy_gradient:
-                sequence_loss = sequence_loss - config.policy_weight * advantage * ratio * chosen / COUNTS.policy
-        largest = sorted(range(length), key=lambda t: -float(divergences[t]))[: config.top_k]
+            }[config.divergence.kind])  # fmt: skip
+            if config.policy_gradient.enabled:
+                sequence_loss = (
+                    sequence_loss - config.policy_gradient.weight * advantage * ratio * chosen / COUNTS.policy
+                )
+        largest = sorted(range(length), key=lambda t: -float(divergences[t]))[: config.token_weights.top_k]
         for t in range(length):
             weight = 1.0
-            if config.token_weights == "cord":
-                place = config.beta if length == 1 else config.beta - (config.beta - 1) * t / (length - 1)
-                weight = (config.alpha if t in largest else 1.0) * place
+            if config.token_weights.factors == "cord":
+                alpha, beta = config.token_weights.alpha, config.token_weights.beta
+                weight = (alpha if t in largest else 1.0) * (beta - (beta - 1) * t / max(length - 1, 1))
             token_loss = token_loss + weight * divergences[t] / COUNTS.scored
         start += length
     return token_loss, sequence_loss
@@ -101,8 +106,11 @@ def expected(config: ObjectiveConfig, batch: Microbatch, values: dict[str, Tenso
 @pytest.mark.parametrize("policy", [True, False])
 def test_both_losses_and_their_gradients(divergence: Any, token_weights: Any, policy: bool) -> None:
     """Catches a wrong formula behind any switch, a denominator that is not the step's, and gradients through weights or ratios."""
-    config = ObjectiveConfig(divergence=divergence, token_weights=token_weights, top_k=2, alpha=3.0, beta=1.5, policy_gradient=policy,
-                             policy_weight=0.7, importance_cap=1.3)  # fmt: skip
+    config = ObjectiveConfig(
+        divergence=DivergenceConfig(divergence),
+        token_weights=TokenWeightsConfig(token_weights, top_k=2, alpha=3.0, beta=1.5),
+        policy_gradient=PolicyGradientConfig(policy, weight=0.7, importance_cap=1.3),
+    )
     assert_as_expected(config)
 
 
@@ -111,7 +119,10 @@ def test_sampled_tokens_as_policy_gradient(implementation: Any) -> None:
     """Catches a gradient through the log-ratio, a forgotten truncated importance weight, and a promise to the fused loss that is not kept."""
     assert_as_expected(
         ObjectiveConfig(
-            divergence="sampled", token_weights="uniform", importance_cap=1.3, implementation=implementation
+            divergence=DivergenceConfig("sampled"),
+            token_weights=UNIFORM,
+            policy_gradient=PolicyGradientConfig(importance_cap=1.3),
+            implementation=implementation,
         )
     )
 
@@ -119,8 +130,9 @@ def test_sampled_tokens_as_policy_gradient(implementation: Any) -> None:
 def test_sampled_tokens_estimate_the_reverse_kl() -> None:
     """Catches a sign or a factor: over all tokens that could be sampled, the mean gradient is that of the whole reverse KL."""
     gradients = []
-    for divergence in ("sampled", "reverse_kl"):
-        config = ObjectiveConfig(divergence=divergence, token_weights="uniform", policy_gradient=False)  # type: ignore[arg-type]
+    kinds: tuple[Literal["sampled", "reverse_kl"], ...] = ("sampled", "reverse_kl")
+    for divergence in kinds:
+        config = ObjectiveConfig(divergence=DivergenceConfig(divergence), token_weights=UNIFORM, policy_gradient=OFF)
         values, batch = numbers(5), make_batch([0.0, 0.0, 0.0])
         student = values["student"].requires_grad_()
         log_p = (student @ values["student_weight"].T)[:, :VOCABULARY].log_softmax(-1).detach()
@@ -136,7 +148,7 @@ def test_sampled_tokens_estimate_the_reverse_kl() -> None:
 
 def assert_as_expected(config: ObjectiveConfig) -> None:
     """Both losses and the student's gradients against `expected`."""
-    batch, values = make_batch([0.5, 0.0, -1.0], scored=config.divergence != "none"), numbers(0)
+    batch, values = make_batch([0.5, 0.0, -1.0], scored=config.divergence.kind != "none"), numbers(0)
     gradients = []
     for fn in (computed, expected):
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in values.items()}
@@ -156,7 +168,7 @@ def assert_as_expected(config: ObjectiveConfig) -> None:
 
 def test_policy_gradient_alone() -> None:
     """Catches a token loss that appears where none is wanted, and a teacher that is needed although nothing is distilled."""
-    config = ObjectiveConfig(divergence="none")
+    config = ObjectiveConfig(divergence=DivergenceConfig("none"))
     batch, values = make_batch([0.5, 0.0, -1.0], scored=False), numbers(1)
     loss = computed(config, batch, values, teacher=False)
     assert float(loss.token) == 0 and loss.weights is None
@@ -184,15 +196,17 @@ def test_an_engine_without_logprobs_makes_a_broken_loss() -> None:
     loss = computed(ObjectiveConfig(), batch, numbers(4))
     assert torch.isfinite(loss.token) and torch.isnan(loss.sequence)
     assert torch.isnan(
-        computed(ObjectiveConfig(divergence="sampled", token_weights="uniform"), batch, numbers(4)).token
+        computed(
+            ObjectiveConfig(divergence=DivergenceConfig("sampled"), token_weights=UNIFORM), batch, numbers(4)
+        ).token
     )
 
 
 def test_settings_that_leave_nothing_to_train() -> None:
     """Catches a run that would train on nothing, or on a policy gradient of responses that the student did not sample."""
     with pytest.raises(CordError, match="nothing is left to train on"):
-        ObjectiveConfig(divergence="none", policy_gradient=False)
+        ObjectiveConfig(divergence=DivergenceConfig("none"), policy_gradient=OFF)
     with pytest.raises(CordError, match="needs objective.responses=student"):
         ObjectiveConfig(responses="teacher")
     with pytest.raises(CordError, match="an estimate from tokens that the student sampled"):
-        ObjectiveConfig(responses="teacher", policy_gradient=False, divergence="sampled")
+        ObjectiveConfig(responses="teacher", policy_gradient=OFF, divergence=DivergenceConfig("sampled"))
