@@ -1,9 +1,10 @@
-"""``python -m megatron_cord.launch [torchrun options] -m megatron_cord.train …``: torchrun, quiet where the ranks have said enough.
+"""Start ranks: ``python -m megatron_cord.launch [torchrun options] -m megatron_cord.train …``.
 
-All options are torchrun's. When a rank ends with a one-line error (status 2) or is interrupted, torchrun's report of failures is left
-out and the status is passed on; after a crash the report is printed. A port in use is found before any rank starts. SIGTERM and SIGUSR1
-are passed on to the ranks, which have all the time they need to save a checkpoint; ``--max-restarts`` starts the ranks again after a
-crash or a hang, but not when they were asked to stop or say that something must be mended first.
+All options are torchrun's. When a rank ends with a one-line error (status 2) or is interrupted, torchrun's report of
+failures is left out and the status is passed on; after a crash the report is printed. A port in use is found before any
+rank starts. SIGTERM and SIGUSR1 are passed on to the ranks, which have all the time they need to save a checkpoint;
+``--max-restarts`` starts the ranks again after a crash or a hang, but not when they were stopped by a signal or ended
+with an error that the user must mend first.
 """
 
 from __future__ import annotations
@@ -27,30 +28,31 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api as launcher
 
 from megatron_cord.errors import CordError
-from megatron_cord.runtime import entry
+from megatron_cord.runtime import entry, exit_status
+from megatron_cord.runtime.failures import port_in_use, release_claims
 
-#: how ranks end that a restart would end again in the same way
-FINAL = (entry.USER_ERROR, entry.STOPPED, entry.INTERRUPTED)
-#: how ranks end that have said what there is to say, or that were ended for the sake of one that has
-EXPECTED = (*FINAL, entry.PEER_GONE, entry.HUNG, -signal.SIGTERM)
+#: Statuses that a restart would lead to again.
+FINAL = (exit_status.USER_ERROR, exit_status.STOPPED, exit_status.INTERRUPTED)
+#: Statuses of ranks that have printed their error, or that were ended because another one did.
+EXPECTED = (*FINAL, exit_status.PEER_GONE, exit_status.HUNG, -signal.SIGTERM)
 
 
 class Agent(LocalElasticAgent):
-    """torchrun's agent, which passes requests to stop on to its ranks, and restarts them only where that can help."""
+    """torchrun's agent, passing signals to stop on to its ranks, and restarting them only where that can help."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        for number in entry.STOP_SIGNALS:
+        for number in exit_status.STOP_SIGNALS:
             signal.signal(number, self._pass_on)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._remaining_restarts = 0
-        told = 0
+        reached = 0
         for process in ({} if self._pcontext is None else self._pcontext.pids()).values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
-                told += 1
-        if not told:  # before they start, or between two attempts
+                reached += 1
+        if not reached:  # before they start, or between two attempts
             raise SignalException("a signal while no rank was running", signal.Signals(number))
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -62,19 +64,22 @@ class Agent(LocalElasticAgent):
 
 
 def main() -> int:
-    """Runs the ranks and returns 0, or the status of a rank that crashed, else of the first that failed. Raises CordError when the port is taken."""
+    """Run the ranks and return 0, or the status of a rank that crashed, else of the first that failed.
+
+    Raises:
+        CordError: the port is taken.
+    """
     arguments = torchrun.parse_args(sys.argv[1:])
     if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "OMP_NUM_THREADS", "1"
-        )  # more threads than cores collapse; torchrun would set it with a banner
+        # More threads than cores collapse; torchrun would set it with a banner.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     _check_port(arguments)
     if arguments.max_restarts and arguments.rdzv_backend == "static":
         _leave_static_rendezvous(arguments)
     for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).addFilter(_is_news)
     # torchrun would end ranks 30 seconds after a signal that it handles itself.
-    names = {number.name for number in entry.STOP_SIGNALS}
+    names = {number.name for number in exit_status.STOP_SIGNALS}
     arguments.signals_to_handle = ",".join(name for name in arguments.signals_to_handle.split(",") if name not in names)
     launcher.LocalElasticAgent = Agent  # type: ignore[misc]
     try:
@@ -84,7 +89,7 @@ def main() -> int:
         crashes = [status for status in statuses if status not in EXPECTED]
         if crashes:
             print(error, file=sys.stderr)
-        # "Another rank is gone" says less than how that one went.
+        # The status of a rank that lost a peer says less than that peer's own.
         telling = (
             crashes or [status for status in statuses if status in FINAL] or [error.get_first_failure()[1].exitcode]
         )
@@ -92,12 +97,12 @@ def main() -> int:
     except SignalException as error:
         return 128 + error.sigval
     finally:
-        entry.release_claims()
+        release_claims()
     return 0
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for the log lines about a rank that failed as EXPECTED, and about ending its peers."""
+    """Return False for the log lines about a rank that failed as EXPECTED, and about ending its peers."""
     message = record.getMessage()
     return not (
         message.startswith("Sending process") or any(f"failed (exitcode: {status})" in message for status in EXPECTED)
@@ -105,10 +110,14 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _leave_static_rendezvous(arguments: argparse.Namespace) -> None:
-    """Torchrun's static rendezvous keeps its store over restarts: ranks that start again look for the ones before, and fail."""
+    """Choose another rendezvous than torchrun's static one.
+
+    That one keeps its store over restarts: ranks that start again look for those before, and fail.
+    """
     if torchrun.parse_min_max_nnodes(arguments.nnodes)[1] > 1:
         raise CordError(
-            "--max-restarts on several nodes needs --rdzv-backend c10d --rdzv-endpoint HOST:PORT in place of --master-addr"
+            "--max-restarts on several nodes needs --rdzv-backend c10d --rdzv-endpoint HOST:PORT "
+            "in place of --master-addr"
         )
     arguments.rdzv_backend, arguments.rdzv_id = "c10d", f"launch-{os.getpid()}"
     arguments.rdzv_endpoint = f"127.0.0.1:{arguments.master_port}"
@@ -124,16 +133,15 @@ def _check_port(arguments: argparse.Namespace) -> None:
     if not hosts_rendezvous or not str(port).isdigit() or int(port) == 0:
         return
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as the store does: a port that lingers after a run is free
+        # As the store does: a port that lingers after a run is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", int(port)))
             probe.listen(1)
         except OverflowError:
             raise CordError(f"port {port} does not exist; give one below 65536 with --master-port") from None
         except OSError:
-            raise CordError(entry.port_in_use(int(port))) from None
+            raise CordError(port_in_use(int(port))) from None
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from megatron_cord.trainer.run import Run
 
 
 def train(config: RunConfig) -> int:
-    """Runs all remaining steps on this rank and returns the exit status: 0, or `entry.STOPPED` when the run was asked to stop before the last."""
+    """Runs all remaining steps on this rank and returns the exit status: 0, or `exit_status.STOPPED` when the run was asked to stop before the last."""
     layout = initialize(config.parallel, config.seed)
     with Run(config, layout) as run:
         for step in run.steps():

@@ -25,7 +25,7 @@ from megatron_cord.compare.plan import CompareConfig, PlannedRun, plan_runs
 from megatron_cord.compare.results import gather
 from megatron_cord.compare.running import Listener, Outcome, Runner, read_summary
 from megatron_cord.config.loading import load_config
-from megatron_cord.runtime import entry
+from megatron_cord.runtime import entry, exit_status
 
 
 class Terminal(Listener):
@@ -108,8 +108,8 @@ def main() -> int:
     print(f"written: {config.results_path}.json and .md, {config.chart_path}.svg and .png")
     if runner.stopped:
         print(f"asked to stop with {len(outcomes)} of {len(runs)} runs done; the same command goes on")
-        return entry.STOPPED
-    return entry.USER_ERROR if any(outcome.failure for outcome in outcomes) else 0
+        return exit_status.STOPPED
+    return exit_status.USER_ERROR if any(outcome.failure for outcome in outcomes) else 0
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import IO, Any, Self
 
 from megatron_cord.compare.plan import CompareConfig, PlannedRun, is_complete, prepare_command
 from megatron_cord.errors import CordError
-from megatron_cord.runtime.entry import STOP_SIGNALS, STOPPED
+from megatron_cord.runtime.exit_status import STOP_SIGNALS, STOPPED
 
 _POLL_SECONDS = 0.2
 

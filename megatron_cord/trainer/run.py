@@ -25,7 +25,7 @@ from megatron_cord.reward import build_rewards
 from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.schedule import Schedule
 from megatron_cord.rollout.weights import ShardedModelWeights
-from megatron_cord.runtime.entry import STOPPED
+from megatron_cord.runtime.exit_status import STOPPED
 from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
 from megatron_cord.trainer.checkpoint.directory import check_whole
 from megatron_cord.trainer.checkpoint.progress import Progress

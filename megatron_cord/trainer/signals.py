@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from megatron_cord.runtime.entry import STOP_SIGNALS
+from megatron_cord.runtime.exit_status import STOP_SIGNALS
 
 
 class StopRequest:

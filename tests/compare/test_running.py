@@ -20,7 +20,7 @@ from megatron_cord.compare.plan import CompareConfig, PlannedRun, plan_runs
 from megatron_cord.compare.running import Listener, Outcome, Runner
 from megatron_cord.config.loading import dump_config
 from megatron_cord.errors import CordError
-from megatron_cord.runtime.entry import USER_ERROR
+from megatron_cord.runtime.exit_status import USER_ERROR
 from tests.tiny_run import ROOT, overrides, write_inputs
 
 SETTINGS = ("model.checkpoint=x", "data.train=x", "data.evaluation=x")

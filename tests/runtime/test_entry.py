@@ -1,4 +1,4 @@
-"""How entry points end: one line on one rank's voice, the right status, nothing that hangs, and bugs that stay visible."""
+"""How entry points end: one line from one rank, the right status, nothing that hangs, and bugs that stay visible."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from megatron_cord.errors import CordError
-from megatron_cord.runtime import entry
+from megatron_cord.runtime import entry, failures
 
 SCRIPT = str(Path(__file__).with_name("failing_ranks.py"))
 
 
 def launched(*arguments: str) -> tuple[int, str, str]:
-    """Status, standard output and standard error of the launcher with two ranks, without what the test's own environment sets."""
+    """Return status, standard output and standard error of the launcher with two ranks, in an environment of its own."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "WORLD_SIZE", "RANK")
     }
@@ -42,9 +42,10 @@ def claims() -> set[str]:
         ("full", ["error: a file being written: the disk is full; free some space or write to another disk"]),
     ],
 )
-def test_failing_ranks_speak_with_one_voice(how: str, lines: list[str]) -> None:
-    """Catches a line from each rank, or from none, as a launcher ends the one that speaks when the silent one has left; the traceback of a rank whose
-    peer has left, torchrun's report, a hang, and leftovers in /tmp.
+def test_failing_ranks_report_once(how: str, lines: list[str]) -> None:
+    """Catches a line from each rank, or from none, as a launcher ends the one that reports when the other has left.
+
+    Also the traceback of a rank whose peer has left, torchrun's report, a hang, and leftovers in the temporary directory.
     """
     before = claims()
     status, printed, errors = launched(SCRIPT, how)
@@ -57,7 +58,7 @@ def test_success_is_silent_and_single_threaded() -> None:
     assert launched(SCRIPT, "meet") == (0, "threads 1\n", "")
 
 
-def test_interrupt_needs_no_words() -> None:
+def test_interrupt_prints_nothing() -> None:
     """Catches a traceback or torchrun's report after Ctrl-C, or a status that says success."""
     status, _, errors = launched(SCRIPT, "interrupt")
     assert status == 130 and "Traceback" not in errors and "FAILED" not in errors
@@ -76,7 +77,10 @@ def test_a_port_in_use_is_named() -> None:
         holder.bind(("", 0))
         holder.listen(1)
         port = holder.getsockname()[1]
-        message = f"error: port {port} is in use on this machine; give another with --master-port (MASTER_PORT), or end the run that holds it\n"
+        message = (
+            f"error: port {port} is in use on this machine; give another with --master-port (MASTER_PORT), "
+            "or end the run that holds it\n"
+        )
         assert launched("--master-port", str(port), SCRIPT, "meet") == (2, "", message)
         environment = os.environ | {
             "MASTER_ADDR": "localhost",
@@ -120,8 +124,8 @@ def test_a_full_disk_is_found_behind_other_errors() -> None:
         except OSError as full:
             raise RuntimeError("writing failed") from full
     except RuntimeError as wrapped:
-        assert (entry.explain(wrapped) or "").startswith("/data/checkpoint.bin: the disk is full")
-    assert entry.explain(OSError(errno.EIO, "input/output error")) is None
+        assert (failures.explain(wrapped) or "").startswith("/data/checkpoint.bin: the disk is full")
+    assert failures.explain(OSError(errno.EIO, "input/output error")) is None
 
 
 def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,4 +142,6 @@ def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
         entry.parse_args("d", arguments=["--config", "x", "--train.steps=3"])
     with pytest.raises(CordError):
         entry.parse_args("d", arguments=["--conf", "x"])
+    with pytest.raises(CordError, match="invalid choice: 'loud'"):
+        entry.parse_args("d", arguments=["--config", "x", "--log-level", "loud"])
     assert capsys.readouterr().err == ""

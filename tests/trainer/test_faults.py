@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_cord.runtime import entry
+from megatron_cord.runtime import exit_status
 from tests.tiny_run import finish, free_port, losses, overrides, small_file_system, start, write_inputs
 from tests.trainer.fault_ranks import Ranks
 from tests.trainer.test_train import saved
@@ -69,7 +69,7 @@ def test_a_request_to_stop(inputs: Path, undisturbed: Path, tmp_path: Path, numb
     wait_for(process, lambda: steps_made(output) >= 2)
     os.kill(process.pid if whom == "launcher" else ranks(process)[1].pid, number)
     status, errors = finish(process)
-    assert status == entry.STOPPED, errors
+    assert status == exit_status.STOPPED, errors
     (saved,) = os.listdir(output / "checkpoints")
     step = int(saved.removeprefix("step_"))
     assert (
@@ -133,7 +133,7 @@ def kill_at_random(inputs: Path, undisturbed: Path, directory: Path, kills: int,
             if statuses == [0, 0]:
                 seconds = min(seconds, time.monotonic() - ranks.begun)
                 break
-            assert set(statuses) <= {0, entry.PEER_GONE, -signal.SIGKILL, *([] if met else [-signal.SIGTERM])}, (
+            assert set(statuses) <= {0, exit_status.PEER_GONE, -signal.SIGKILL, *([] if met else [-signal.SIGTERM])}, (
                 statuses,
                 log,
             )
@@ -168,7 +168,7 @@ def test_a_rank_that_hangs(inputs: Path, tmp_path: Path) -> None:
         tmp_path / "log",
         stuck=1,
     )
-    assert ranks.statuses(300) == [entry.HUNG, entry.HUNG]
+    assert ranks.statuses(300) == [exit_status.HUNG, exit_status.HUNG]
     log = ranks.log.read_text()
     assert "error: rank 1 made no progress for" in log and "in step 1, phase rollout: it is in _never_answer" in log
     assert "error: rank 0 made no progress for" in log and "Traceback" not in log
@@ -182,7 +182,7 @@ def test_a_rank_that_hangs_in_a_library(inputs: Path, tmp_path: Path) -> None:
     """Catches a rank that hangs for ever because its own watchdog cannot run either."""
     asked = settings(inputs, tmp_path / "run", "train.watchdog_seconds=8", "parallel.timeout_minutes=2")
     ranks = Ranks(asked, tmp_path / "log", stuck=1, where="library")
-    assert ranks.statuses(300) == [entry.HUNG, 1]
+    assert ranks.statuses(300) == [exit_status.HUNG, 1]
     assert "_never_let_go" in (tmp_path / "run" / "stacks" / "rank00001.txt").read_text()
 
 
@@ -192,7 +192,7 @@ def test_a_rank_that_never_comes(inputs: Path, tmp_path: Path) -> None:
     ranks = Ranks(asked, tmp_path / "log", stuck=1, where="start")
     ranks.processes[0].join(300)
     ranks.processes[1].kill()
-    assert ranks.statuses(60) == [entry.PEER_GONE, -signal.SIGKILL]
+    assert ranks.statuses(60) == [exit_status.PEER_GONE, -signal.SIGKILL]
     log = ranks.log.read_text()
     assert log.startswith("error: another rank is gone (timed out after") and log.count("\n") == 1
 
@@ -214,7 +214,7 @@ def test_a_node_that_is_lost(inputs: Path, undisturbed: Path, tmp_path: Path) ->
     for process in [*psutil.Process(second.pid).children(recursive=True), psutil.Process(second.pid)]:
         process.kill()
     status, errors = finish(first)
-    assert status == entry.PEER_GONE and "another rank is gone" in errors and "Traceback" not in errors
+    assert status == exit_status.PEER_GONE and "another rank is gone" in errors and "Traceback" not in errors
     ends = [finish(process) for process in start_nodes()]
     assert [status for status, _ in ends] == [0, 0] and "resuming after step" in ends[0][1], ends
     assert losses(output) == losses(undisturbed)
@@ -229,7 +229,7 @@ def test_a_shard_that_vanishes(inputs: Path, tmp_path: Path) -> None:
     )
     assert ranks.wait_for(lambda: steps_made(output) >= 1, 300)
     (data / "shard-000001.tar").unlink()
-    assert ranks.statuses(120) == [entry.USER_ERROR, entry.USER_ERROR]
+    assert ranks.statuses(120) == [exit_status.USER_ERROR, exit_status.USER_ERROR]
     (line,) = [line for line in ranks.log.read_text().splitlines() if line.startswith("error: ")]
     assert "shard-000001.tar: sample" in line and "cannot be read (No such file or directory)" in line
 
@@ -254,7 +254,7 @@ def test_a_disk_that_fills_up(inputs: Path, undisturbed: Path, disk: Path, tmp_p
         assert (disk / "filler").exists()
     statuses = ranks.statuses(120)
     lines = [line for line in ranks.log.read_text().splitlines() if line.startswith("error: ")]
-    assert entry.USER_ERROR in statuses and set(statuses) <= {entry.USER_ERROR, entry.PEER_GONE}, ranks.log.read_text()
+    assert exit_status.USER_ERROR in statuses and set(statuses) <= {exit_status.USER_ERROR, exit_status.PEER_GONE}, ranks.log.read_text()
     # Which file is the first to be refused, and in whose words, depends on the moment.
     assert len(lines) == 1 and ("the checkpoint could not be written (" in lines[0] or "the disk is full" in lines[0])
     assert "Traceback" not in ranks.log.read_text()

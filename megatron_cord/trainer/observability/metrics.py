@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import threading
@@ -13,11 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -26,9 +25,11 @@ from rich.progress import (
 from rich.progress import Task as RichTask
 from rich.text import Text
 
-from megatron_cord.runtime.log import say
+from megatron_cord.runtime.progress import Bars
 from megatron_cord.trainer.observability.alerts import AlertConfig, find_alerts
 from megatron_cord.trainer.observability.trackers import MetricsConfig, open_trackers
+
+logger = logging.getLogger(__name__)
 
 
 class _Rate(ProgressColumn):
@@ -77,7 +78,6 @@ class MetricsLog:
         self._holding = {alert.kind for alert in find_alerts(self._rows, self._evaluations, self._alerts)}
         self._file = self.path.open("a")
         self._trackers = open_trackers(config or MetricsConfig(), directory, first_step, settings or {})
-        self._console = Console(stderr=True)
         columns = [
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -88,7 +88,7 @@ class MetricsLog:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         ]
-        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._bar = Bars(*columns)
         self._task = self._bar.add_task("training", total=steps, completed=first_step, note="")
         self._steps, self._first, self._begun = steps, first_step, time.perf_counter()
         self._last_line = -math.inf
@@ -132,7 +132,7 @@ class MetricsLog:
             if name in metrics and not math.isnan(metrics[name])
         )
         self._bar.update(self._task, completed=step, note=note)
-        if not self._console.is_terminal:
+        if self._bar.disable:
             self._line(step, note)
 
     def evaluation(self, result: Mapping[str, Any]) -> None:
@@ -152,7 +152,7 @@ class MetricsLog:
     def say(self, message: str) -> None:
         """A line that scrolls above the progress bar."""
         if self._enabled:
-            self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+            logger.info(message)
 
     def _track(self, step: int, scalars: Mapping[str, float]) -> None:
         for tracker in self._trackers:
@@ -165,7 +165,7 @@ class MetricsLog:
             if alert.kind not in self._holding:
                 with self._alerts_path.open("a") as file:
                     file.write(json.dumps({"step": step} | asdict(alert)) + "\n")
-                self.say(f"alert at step {step}: {alert.kind}: {alert.words}")
+                logger.warning("alert at step %d: %s: %s", step, alert.kind, alert.words)
         self._holding = {alert.kind for alert in found}
         return len(found)
 
@@ -176,7 +176,9 @@ class MetricsLog:
             self._last_line = now
             rate = (step - self._first) / (now - self._begun)
             left = (self._steps - step) / rate
-            say(f"step {step}/{self._steps}  {rate:.2f} steps/s  {int(left // 60)}:{int(left % 60):02d} left  {note}")
+            logger.info(
+                "step %d/%d  %.2f steps/s  %d:%02d left  %s", step, self._steps, rate, left // 60, left % 60, note
+            )
 
 
 class Stopwatch:

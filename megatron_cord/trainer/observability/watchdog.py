@@ -1,7 +1,7 @@
 """The watchdog: a rank that makes no progress says where it hangs, and ends, so that the launcher can start the ranks again.
 
 The loop names each phase as it begins. When a phase lasts too long, a thread writes the stacks of this rank to `stacks/rank00000.txt`,
-prints one line, and ends the process with `cli.HUNG`. Ranks that wait for the stuck one do the same; their lines show a collective, its
+prints one line, and ends the process with `exit_status.HUNG`. Ranks that wait for the stuck one do the same; their lines show a collective, its
 line shows the culprit. If even the thread cannot run, because some library keeps the interpreter's lock, a timer of the interpreter that
 needs no lock writes the stacks half a minute later and exits with status 1.
 
@@ -12,6 +12,7 @@ ranks that wait.
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import sys
 import threading
@@ -21,8 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from megatron_cord.runtime.entry import HUNG
-from megatron_cord.runtime.log import say
+from megatron_cord.runtime.exit_status import HUNG
+
+logger = logging.getLogger(__name__)
 
 _LOCKED_SECONDS = 30.0  #: how much later the timer goes off that needs no lock
 _PEERS_SECONDS = (
@@ -88,13 +90,13 @@ class Watchdog:
         assert self._file is not None
         frame = traceback.extract_stack(sys._current_frames()[self._watched])[-1]
         line = (
-            f"error: rank {self.rank} made no progress for {time.monotonic() - begun:.0f} s in step {step}, phase {name}: "
+            f"rank {self.rank} made no progress for {time.monotonic() - begun:.0f} s in step {step}, phase {name}: "
             f"it is in {frame.name} ({frame.filename}:{frame.lineno}); all stacks are in {self.path}"
         )
-        self._file.write(line + "\n")
+        self._file.write(f"error: {line}\n")
         self._file.flush()
         faulthandler.dump_traceback(self._file, all_threads=True)
         os.fsync(self._file.fileno())
-        say(line)
+        logger.error(line)
         self._ended.wait(_PEERS_SECONDS)
         os._exit(HUNG)

@@ -106,12 +106,12 @@ def log_length(directory: Path, steps: range, growth: float, first: int = 0) -> 
     return alerts, [json.loads(line)["alerts"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_alerts_are_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_alerts_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches an alert that is silent, one that is repeated at every step it holds, and metrics that do not know of it."""
     alerts, held = log_length(tmp_path, range(1, 21), growth=2.0)
     assert [(alert["step"], alert["kind"]) for alert in alerts] == [(11, "length explosion")]
     assert held == [0] * 10 + [1] * 10
-    said = [line for line in capfd.readouterr().err.splitlines() if "alert" in line]
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said == [f"alert at step 11: length explosion: {alerts[0]['words']}"] and "at first 14" in alerts[0]["words"]
 
 
@@ -123,7 +123,7 @@ def test_a_resumed_run_alerts_like_one_that_was_not_stopped(tmp_path: Path) -> N
         assert log_length(tmp_path / name, range(last + 1, 21), growth=2.0, first=last) == whole
 
 
-def test_evaluations_alert_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_evaluations_alert_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches a fall of the accuracy that only the next evaluation's reader sees, and one before the resumption that is forgotten."""
     results = [
         {"step": step, "samples": 1000, "text_accuracy": 0.9, "audio_accuracy": share}
@@ -133,4 +133,4 @@ def test_evaluations_alert_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         log.evaluation(results[1])  # made up for after a resumption: the same again
         assert not (tmp_path / "alerts.jsonl").exists()
         log.evaluation(results[2])
-    assert "alert at step 10: collapse: accuracy hearing fell from 80% (step 5) to 40%" in capfd.readouterr().err
+    assert "alert at step 10: collapse: accuracy hearing fell from 80% (step 5) to 40%" in caplog.text

@@ -1,6 +1,5 @@
-"""Step-Audio 2 as a plain torch model under its published names, for generation and comparison.
+"""Step-Audio 2 as a plain torch model under its published names, for generation and comparison: transformers has no class for it.
 
-transformers has no class for it.
 Legend: C clips, B sequences, S tokens, H hidden.
 """
 
@@ -16,7 +15,11 @@ from megatron_cord.model.families.step_audio_2.audio import Adapter, Encoder, St
 
 
 class StepAudio2(PreTrainedModel):
-    """Encoder, adapter and Qwen2 with its head, as the checkpoint's configuration describes them."""
+    """Encoder, adapter and Qwen2 with its head.
+
+    Args:
+        config: of the checkpoint.
+    """
 
     config_class = StepAudio2Config
     _supports_sdpa = True
@@ -29,15 +32,15 @@ class StepAudio2(PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the word embedding."""
+        """The word embedding."""
         return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
-        """Return the output layer."""
+        """The output layer."""
         return self.lm_head
 
     def encode_audio(self, features: Tensor, num_frames: int) -> Tensor:
-        """Map one clip [mels, at least num_frames + 2] to [tokens, H]."""
+        """One clip [mels, at least num_frames + 2] to tokens [tokens, H]."""
         return self.adapter(self.encoder(features, num_frames))[: self.config.num_tokens(num_frames)]
 
     def hidden(
@@ -47,7 +50,7 @@ class StepAudio2(PreTrainedModel):
         feature_attention_mask: Tensor | None = None,
         **settings: Any,
     ) -> Any:
-        """Return hidden states of a batch, as transformers' models return them.
+        """Hidden states of a batch, as transformers' models return them.
 
         Args:
             input_ids: int64 [B, S], with one placeholder for each token of a clip.
@@ -57,8 +60,8 @@ class StepAudio2(PreTrainedModel):
         """
         embedded = self.get_input_embeddings()(input_ids)
         if input_features is not None and feature_attention_mask is not None:
-            clips = zip(input_features, feature_attention_mask.sum(1).tolist(), strict=True)
-            audio = torch.cat([self.encode_audio(clip, frames) for clip, frames in clips])
+            lengths = feature_attention_mask.sum(1).tolist()
+            audio = torch.cat([self.encode_audio(clip, frames) for clip, frames in zip(input_features, lengths, strict=True)])
             is_placeholder = torch.eq(input_ids, self.config.placeholder)
             embedded = embedded.masked_scatter(is_placeholder[..., None], audio.to(embedded.dtype))
         return self.model(inputs_embeds=embedded, **settings)

@@ -1,7 +1,7 @@
-"""Step-Audio 2 for SGLang, which has no class for it: encoder and adapter of audio.py before SGLang's Qwen2.
+"""Step-Audio 2 for SGLang, which has no class for it: the trainer's own encoder and adapter before SGLang's Qwen2, and what a prompt becomes.
 
-A prompt has one ``<audio_patch>`` for each recording, in the same order. Recordings are at most 25 s long; longer ones
-are to be split before, as the trainer does.
+A prompt has one ``<audio_patch>`` for each recording, in the same order. Recordings are at most 25 s long; whoever has longer ones cuts them
+before, as the trainer does.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _RATE, _HOP = 16000, 160  # samples a second, and from frame to frame
 
 
 class StepAudio2ForCausalLM(nn.Module):
-    """The model of an SGLang server, which finds it by this name: the architecture's in the checkpoint.
+    """Found by this name, which is the architecture's in the checkpoint.
 
-    Each tensor-parallel rank holds the whole encoder. Legend: T tokens of all clips, H hidden.
+    Each tensor-parallel part holds the whole encoder. Legend: T tokens of all clips, H hidden.
     """
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
@@ -40,46 +40,42 @@ class StepAudio2ForCausalLM(nn.Module):
         self._pattern = MultiModalityDataPaddingPatternMultimodalTokens()
 
     def pad_input_ids(self, input_ids: Any, mm_inputs: Any) -> Any:
-        """Return ids with a mark of its own for each clip, by which SGLang compares the beginnings of prompts."""
+        """Ids in whose placeholders each clip has a mark of its own, by which SGLang knows prompts with the same beginning."""
         return self._pattern.pad_input_tokens(input_ids, mm_inputs)
 
     def encode_audio(self, items: list[MultimodalDataItem]) -> Tensor:
-        """Return audio features [T, H]."""
-        return torch.cat([self._encode_clip(item.feature, item.num_frames) for item in items])
-
-    def _encode_clip(self, features: Tensor, num_frames: int) -> Tensor:
-        return self.adapter(self.encoder(features, num_frames))[: self.config.num_tokens(num_frames)]
+        """Audio features [T, H]."""
+        return torch.cat([
+            self.adapter(self.encoder(item.feature, item.num_frames))[: self.config.num_tokens(item.num_frames)] for item in items
+        ])  # fmt: skip
 
     def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: Any, **_: Any) -> Any:
-        """Return the logits of a step, in SGLang's form."""
+        """What SGLang wants of a step: logits."""
         return general_mm_embed_routine(
-            input_ids=input_ids,
-            forward_batch=forward_batch,
-            language_model=self.language_model,
-            data_embedding_funcs={Modality.AUDIO: self.encode_audio},
-            positions=positions,
-        )
+            input_ids=input_ids, forward_batch=forward_batch, language_model=self.language_model,
+            data_embedding_funcs={Modality.AUDIO: self.encode_audio}, positions=positions,
+        )  # fmt: skip
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Load a stream of tensors under the published names.
+        """Takes tensors under the published names, each as it comes.
 
         Raises:
             KeyError: encoder and adapter have no such tensor.
         """
-        audio = {name: value for name, value in self.named_parameters() if not name.startswith("language_model.")}
+        own = {name: parameter for name, parameter in self.named_parameters() if not name.startswith("language_model.")}
 
-        def language_weights() -> Iterator[tuple[str, Tensor]]:
+        def of_language() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
                 if name.startswith(("encoder.", "adapter.")):
-                    default_weight_loader(audio[name], tensor)
+                    default_weight_loader(own[name], tensor)
                 else:
                     yield name, tensor
 
-        self.language_model.load_weights(language_weights())
+        self.language_model.load_weights(of_language())
 
 
 class StepAudio2Processor(BaseMultimodalProcessor):  # type: ignore[misc]
-    """The map from text with recordings to ids with one placeholder for each audio token, and Whisper's features."""
+    """Text with recordings to ids with one placeholder for each of their tokens, and Whisper's features."""
 
     models: ClassVar = [StepAudio2ForCausalLM]
 
@@ -92,7 +88,7 @@ class StepAudio2Processor(BaseMultimodalProcessor):  # type: ignore[misc]
     async def process_mm_data_async(
         self, image_data: Any = None, audio_data: Any = None, input_text: Any = "", **_: Any
     ) -> MultimodalProcessorOutput:
-        """Prepare a request that is not text alone; SGLang answers a ValueError with status 400."""
+        """Called by SGLang for each request that is not text alone; a ValueError is answered with 400."""
         if image_data:
             raise ValueError("Step-Audio 2 takes no images")
         recordings = audio_data or []
@@ -129,14 +125,13 @@ class StepAudio2Processor(BaseMultimodalProcessor):  # type: ignore[misc]
         return MultimodalProcessorOutput(mm_items=items, input_ids=ids, audio_token_id=placeholder)
 
     def _features_of(self, recording: Any) -> tuple[Tensor, int]:
-        """Return features [mels, frames + 2], and how many of the frames are the recording's own."""
+        """Features [mels, frames + 2], and how many of the frames are the recording's own."""
         waveform = load_audio(recording, _RATE)
         frames = -(-len(waveform) // _HOP)
         longest = self.hf_config.clip_frames
         if frames > longest or self.hf_config.num_tokens(frames) < 1:
             raise ValueError(
-                f"a recording of {len(waveform) / _RATE:.2f} s; "
-                f"at least one token and at most {longest * _HOP / _RATE:.2f} s"
+                f"a recording of {len(waveform) / _RATE:.2f} s; at least one token and at most {longest * _HOP / _RATE:.2f} s"
             )
         window = self.hf_config.window_frames * _HOP
         made = self._extractor(

@@ -1,0 +1,14 @@
+"""How entry points end: one number for each kind of end, which launchers and batch scripts act on."""
+
+from __future__ import annotations
+
+import signal
+
+USER_ERROR = 2  #: after a one-line error; a bug exits with 1 and keeps its traceback
+PEER_GONE = 3  #: a rank lost another one; starting again can help, unless that one's own status forbids it
+STOPPED = 75  #: a run was stopped by a signal and saved a checkpoint; the same command continues it
+HUNG = 124  #: a rank made no progress for too long (see ``megatron_cord.trainer.observability.watchdog``)
+INTERRUPTED = 130  #: after Ctrl-C, as shells have it
+
+#: Signals that stop a run after its current step: SIGTERM, and SIGUSR1 as SLURM's notice before the time limit.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
