@@ -32,8 +32,9 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint
 from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfig, SglangServer, check_version
-from megatron_cord.rollout.sglang.weight_sync import Endpoint, WeightSyncConfig, WeightSyncReport
+from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig, WeightSyncReport
 from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, plan_buckets
 from megatron_cord.rollout.sglang.weight_sync.process_group import ProcessGroupTransport
 from megatron_cord.rollout.sglang.weight_sync.served import served_specs
@@ -68,7 +69,7 @@ DTYPE = torch.bfloat16
 class TensorByTensor(WeightSync):
     """The same weight sync with a bucket, and a request, for each tensor."""
 
-    def _cut(self, specs: list[TensorSpec], bucket_bytes: int) -> list[BucketPlan]:
+    def _plan_buckets(self, specs: list[TensorSpec], bucket_bytes: int) -> list[BucketPlan]:
         return plan_buckets(specs, 1)
 
 

@@ -42,8 +42,8 @@ from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.parallel.objects import all_gather_json
-from megatron_cord.rollout.local.quiet import no_progress_bars
 from megatron_cord.runtime.entry import Parser, run
+from megatron_cord.runtime.quiet import no_progress_bars
 from megatron_cord.trainer.checkpoint import progress as run_progress
 from megatron_cord.trainer.checkpoint.checkpoints import check_weights, load_weights
 from megatron_cord.trainer.checkpoint.storage import storage_problem

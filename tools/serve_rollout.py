@@ -2,14 +2,15 @@
 
     python tools/serve_rollout.py CHECKPOINT --servers-file FILE [--count N] [-- further arguments of SGLang]
 
-It stays in the foreground. A server that dies or hangs is started again; the trainer then brings it the current weights. SIGTERM and Ctrl-C
-end all servers and remove FILE; the servers also end when this process is killed. The API key, which anything but loopback needs, is
-$MEGATRON_CORD_SERVER_KEY or what --api-key-file holds.
+It stays in the foreground. A server that dies or hangs is started again; the trainer then brings it the current
+weights. SIGTERM and Ctrl-C end all servers and remove FILE; the servers also end when this process is killed. The API
+key, which anything but loopback needs, is $MEGATRON_CORD_SERVER_KEY or what --api-key-file holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import threading
 from pathlib import Path
@@ -20,7 +21,6 @@ from megatron_cord.rollout.sglang.client.addresses import make_key, read_key, wr
 from megatron_cord.rollout.sglang.server.process import ServerConfig, check_version
 from megatron_cord.rollout.sglang.server.supervisor import Supervisor, SupervisorConfig
 from megatron_cord.runtime import entry
-from megatron_cord.runtime.log import say
 
 
 def _parser() -> entry.Parser:
@@ -120,9 +120,11 @@ def main() -> None:
     def end(_: int, __: FrameType | None) -> None:
         stop.set()
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("megatron_cord").setLevel(logging.INFO)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    with Supervisor(config, server, key, say) as supervisor:
+    with Supervisor(config, server, key) as supervisor:
         write_servers_file(given.servers_file, server.checkpoint, str(version), supervisor.urls)
         try:
             supervisor.run(stop)

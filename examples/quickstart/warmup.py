@@ -35,7 +35,7 @@ from megatron_cord.data.order import permutation
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.local.quiet import no_progress_bars
+from megatron_cord.runtime.quiet import no_progress_bars
 
 _RECORD = "warmup.json"
 _IGNORED = -100

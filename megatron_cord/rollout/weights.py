@@ -18,7 +18,7 @@ from megatron_cord.rollout.types import TensorSpec
 
 
 class ShardedModelWeights:
-    """A `WeightSource` of a model that is sharded over the trainer's ranks; read when it is consumed, not copied before.
+    """A `WeightSource` of a model that is sharded over the trainer's ranks, read when it is consumed, not before.
 
     Args:
         model: this rank's part.

@@ -1,7 +1,8 @@
 """``verify weight_sync``: each transport of weights against a fresh server started from the exported checkpoint.
 
-The trainer's weights are the checkpoint's, changed in every element. They are exported; one server starts from the export, others from the
-checkpoint itself. After each transport's weight sync the others' checksums, tensor by tensor, and greedy outputs must be those of the first.
+The trainer's weights are the checkpoint's, changed in every element. They are exported; one server starts from the
+export, others from the checkpoint itself. After the weight sync by each transport the others' checksums, tensor by
+tensor, and greedy outputs must be those of the first.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import tempfile
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,18 +32,15 @@ from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError
 from megatron_cord.rollout.sglang.client.probe import Outputs, outputs_of
 from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfig, SglangServer, check_version
-from megatron_cord.rollout.sglang.weight_sync import (
-    Endpoint,
-    ServerError,
-    WeightSyncConfig,
-    WeightSyncReport,
-    build_weight_sync,
-)
+from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig, WeightSyncReport, build_weight_sync
 from megatron_cord.rollout.sglang.weight_sync.sessions import differing
 from megatron_cord.rollout.weights import ShardedModelWeights
 
+Transport = Literal["process_group", "shared_memory", "disk"]
+TRANSPORTS: tuple[Transport, ...] = ("process_group", "shared_memory", "disk")
 _SHARD_BYTES = 5_000_000_000
 
 
@@ -53,17 +51,15 @@ class VerifyWeightSyncConfig:
     checkpoint: str  #: Hugging Face directory of the model
     servers: tuple[
         str, ...
-    ] = ()  #: running servers of that checkpoint, http://host:port; one is started if there are none
-
+    ] = ()  #: running ones of that checkpoint, http://host:port; one is started if there are none
     api_key: str = field(default="", metadata={"secret": True})  #: of the running servers
-    server_device: Literal["auto", "cpu", "cuda"] = (
-        "auto"  #: of the servers that are started; auto: cuda where there is one
-    )
+    #: of the servers that are started; auto: cuda where there is one
+    server_device: Literal["auto", "cpu", "cuda"] = "auto"
     python: Path = Path(ENVIRONMENT) / "bin" / "python"  #: the interpreter that SGLang is installed for
     start_seconds: float = 600.0  #: how long a server may take to start
-    transports: tuple[Literal["process_group", "shared_memory", "disk"], ...] = ("process_group", "shared_memory", "disk")
+    transports: tuple[Transport, ...] = TRANSPORTS  #: which to check
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  #: of the trainer's weights and the servers'
-    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)  #: all but the transport
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)  #: all but its transport
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
@@ -72,8 +68,8 @@ class VerifyWeightSyncConfig:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the fresh server says of its weights, and answers."""
+class Expected:
+    """The checksums and answers of the fresh server."""
 
     checksums: list[dict[str, str]]  #: of its tensors by name, for each of its ranks
     outputs: Outputs
@@ -81,7 +77,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Check:
-    """One server after one transport's weight sync."""
+    """One server after the weight sync by one transport."""
 
     transport: str
     server: str
@@ -97,7 +93,10 @@ class Check:
 
 
 def verify_weight_sync(overrides: Sequence[str]) -> int:
-    """Prints the table on the first rank; 1 if a server differs after any transport, else 0. Under torchrun all ranks call it."""
+    """Print the table on the first rank; return 1 if a server differs after any transport, else 0.
+
+    Under torchrun all ranks call it.
+    """
     config = load_config(VerifyWeightSyncConfig, None, overrides)
     layout = initialize(config.parallel, seed=0)
     try:
@@ -112,7 +111,7 @@ def verify_weight_sync(overrides: Sequence[str]) -> int:
 
 
 def run_checks(config: VerifyWeightSyncConfig, layout: Layout, work: Path) -> list[Check]:
-    """All transports; the list is rank 0's, other ranks get an empty one."""
+    """Check all transports; the list is rank 0's, other ranks get an empty one."""
     dtype = getattr(torch, config.dtype)
     model = changed_model(config.checkpoint, layout, dtype)
     source = ShardedModelWeights(model)
@@ -121,7 +120,7 @@ def run_checks(config: VerifyWeightSyncConfig, layout: Layout, work: Path) -> li
     checks: list[Check] = []
     with ExitStack() as stack:
         servers: list[Endpoint] = []
-        wanted: Wanted | None = None
+        expected: Expected | None = None
         problem = None
         if layout.is_main:
             try:
@@ -132,8 +131,8 @@ def run_checks(config: VerifyWeightSyncConfig, layout: Layout, work: Path) -> li
                 for server in started:
                     server.wait()
                 fresh, timeout = started[0].endpoint, config.weight_sync.timeout_seconds
-                # Once: what it answers again comes in part from its cache, and is rounded otherwise.
-                wanted = Wanted(fresh.checksums(timeout), outputs_of(fresh, config.checkpoint, timeout))
+                # Once: a second answer comes in part from its cache, and is rounded otherwise.
+                expected = Expected(fresh.checksums(timeout), outputs_of(fresh, config.checkpoint, timeout))
                 servers = [server.endpoint for server in started[1:]] or [
                     Endpoint(url, config.api_key) for url in config.servers
                 ]
@@ -142,12 +141,12 @@ def run_checks(config: VerifyWeightSyncConfig, layout: Layout, work: Path) -> li
         if problem := broadcast_json(problem):
             raise CordError(problem)
         for number, transport in enumerate(config.transports, start=1):
-            checks += _check(config, transport, number, source, servers, wanted, dtype)
+            checks += _check(config, transport, number, source, servers, expected, dtype)
     return checks
 
 
 def _start(config: VerifyWeightSyncConfig, checkpoint: Path, log: Path, stack: ExitStack) -> SglangServer:
-    """A server on this machine, ended with the stack."""
+    """Start a server on this machine, ended with the stack."""
     device: Literal["cpu", "cuda"] = "cuda" if portability.has_cuda() else "cpu"
     if config.server_device != "auto":
         device = config.server_device
@@ -167,43 +166,41 @@ def _start(config: VerifyWeightSyncConfig, checkpoint: Path, log: Path, stack: E
 
 def _check(
     config: VerifyWeightSyncConfig,
-    transport: str,
+    transport: Transport,
     number: int,
     source: ShardedModelWeights,
     servers: list[Endpoint],
-    wanted: Wanted | None,
+    expected: Expected | None,
     dtype: torch.dtype,
 ) -> list[Check]:
-    """One transport, from servers with the checkpoint's own weights."""
+    """Check one transport, from servers with the checkpoint's own weights."""
     timeout = config.weight_sync.timeout_seconds
     for server in servers:
         body = {"model_path": str(Path(config.checkpoint).resolve()), "load_format": "safetensors"}
         server.post("/update_weights_from_disk", body, timeout)
-    weight_sync = build_weight_sync(_with_transport(config.weight_sync, transport), config.checkpoint, dtype)
+    weight_sync = build_weight_sync(replace(config.weight_sync, transport=transport), config.checkpoint, dtype)
     try:
         report = weight_sync.update(source, number, servers, full=True)
     finally:
         weight_sync.close()
-    return [] if wanted is None else [_compare(transport, server, report, wanted, config) for server in servers]
+    return [] if expected is None else [_compare(transport, server, report, expected, config) for server in servers]
 
 
-def _compare(transport: str, server: Endpoint, report: WeightSyncReport, wanted: Wanted, config: VerifyWeightSyncConfig) -> Check:
+def _compare(
+    transport: str, server: Endpoint, report: WeightSyncReport, expected: Expected, config: VerifyWeightSyncConfig
+) -> Check:
     timeout = config.weight_sync.timeout_seconds
     try:
         sums = server.checksums(timeout)
-        equal = outputs_of(server, config.checkpoint, timeout) == wanted.outputs
+        equal = outputs_of(server, config.checkpoint, timeout) == expected.outputs
     except ServerError as error:
         return Check(transport, server.url, report, 0, (str(error),), False)
-    return Check(transport, server.url, report, sum(map(len, sums)), tuple(differing(sums, wanted.checksums)), equal)
-
-
-def _with_transport(config: WeightSyncConfig, transport: str) -> WeightSyncConfig:
-    return WeightSyncConfig(**{**vars(config), "transport": transport})
+    return Check(transport, server.url, report, sum(map(len, sums)), tuple(differing(sums, expected.checksums)), equal)
 
 
 @torch.no_grad()
 def changed_model(checkpoint: str, layout: Layout, dtype: torch.dtype) -> LALM:
-    """The checkpoint's model with every element changed, in the same transport on all ranks."""
+    """Return the checkpoint's model with every element changed, in the same way on all ranks."""
     model = LALM(load_architecture(checkpoint), layout, dtype)
     read_into(model, checkpoint)
     for parameter in model.parameters():
@@ -212,7 +209,7 @@ def changed_model(checkpoint: str, layout: Layout, dtype: torch.dtype) -> LALM:
 
 
 def _write(model: LALM, source: ShardedModelWeights, checkpoint: Path, target: Path, dtype: torch.dtype) -> None:
-    """A complete Hugging Face directory of the weights, written by rank 0. Collective."""
+    """Write a complete Hugging Face directory of the weights on rank 0. Collective."""
     if source.in_main_replica:
         specs, tensors = source.specs(full=True), export_tensors(model)
         if model.layout.is_main:
@@ -228,20 +225,9 @@ def _write(model: LALM, source: ShardedModelWeights, checkpoint: Path, target: P
 
 
 def print_table(checks: Sequence[Check]) -> None:
-    """One row a transport and server; what differs below."""
-    table = Table(
-        "transport",
-        "server",
-        "MB",
-        "buckets",
-        "seconds",
-        "tensors equal",
-        "outputs",
-        "",
-        box=None,
-        header_style="bold",
-        pad_edge=False,
-    )
+    """Print one row a transport and server; below, what differs."""
+    names = ("transport", "server", "MB", "buckets", "seconds", "tensors equal", "outputs", "")
+    table = Table(*names, box=None, header_style="bold", pad_edge=False)
     for check in checks:
         report = check.report
         table.add_row(
@@ -262,4 +248,6 @@ def print_table(checks: Sequence[Check]) -> None:
                 check.report.failed.get(check.server, ""),
                 "differing: " + ", ".join(check.differing[:10]) if check.differing else "",
             ]
-            console.print(f"{check.transport}, {check.server}: {escape('; '.join(filter(None, reasons)))}", highlight=False)
+            console.print(
+                f"{check.transport}, {check.server}: {escape('; '.join(filter(None, reasons)))}", highlight=False
+            )

@@ -1,10 +1,10 @@
 """Batched sampling from a plain model with a key–value cache: the inner loop of the local engine.
 
-Shapes: B responses, L prompt tokens with left padding, V vocabulary.
+Shapes: B responses, L prompt tokens with left padding, V vocabulary, C clips.
 
-A response is drawn by the Gumbel-max trick: argmax(z/τ + g), with g from a generator of the response's own, is an exact sample of
-softmax(z/τ). So the batch around a response changes it only where rounding tips two equal candidates. Simplification: a finished
-row is computed along until the last one ends.
+A response is drawn by the Gumbel-max trick: argmax(z/τ + g), with g from a generator of the response's own, is an exact
+sample of softmax(z/τ). So the batch around a response changes it only where rounding tips two equal candidates.
+Simplification: a finished row is computed along until the last one ends.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from megatron_cord.rollout.types import GenerationRequest
 
 @dataclass(frozen=True)
 class TokenRules:
-    """What the tokenizer says about ids.
+    """How the tokenizer's ids are treated.
 
     Attributes:
         eos_ids: they end a response.
-        forbidden_ids: never sampled; a sampled audio placeholder would ask the next forward pass for audio that is not there.
+        forbidden_ids: never sampled; a sampled audio placeholder would need audio that is not there in the next pass.
         pad_id: fills the left of short prompts.
     """
 
@@ -54,14 +54,14 @@ def sample_batch(
     rules: TokenRules,
     between_tokens: Callable[[], bool] = lambda: True,
 ) -> list[Response]:
-    """Answers requests in one batch; all of them with audio, or none.
+    """Answer requests in one batch; all of them with audio, or none.
 
     Args:
         model: of the checkpoint that the prompts are for.
         requests: each with at least one new token to generate.
         rules: of the model's tokenizer.
-        between_tokens: called between two passes through the model; the weights may change meanwhile. False ends the batch at once, and what
-            is unfinished has finish_reason "abort".
+        between_tokens: called between two passes through the model; the weights may change meanwhile. False ends the
+            batch at once, and what is unfinished has finish_reason "abort".
     """
     device = model.device
     ids_in, mask, positions = collate([request.prompt for request in requests], rules.pad_id, device)
@@ -109,7 +109,7 @@ class _Gumbel:
         ]  # on the CPU, so that every device draws the same
 
     def choose(self, logits: Tensor, forbidden: tuple[int, ...]) -> Tensor:
-        """Exact samples int64 [B] of softmax(logits/τ) without the forbidden ids; argmax where τ = 0."""
+        """Return exact samples int64 [B] of softmax(logits/τ) without the forbidden ids; argmax where τ = 0."""
         uniform = torch.full(logits.shape, 0.5, dtype=torch.float64)
         for row, generator in zip(uniform, self._generators, strict=True):
             if generator is not None:
@@ -127,7 +127,7 @@ def _seed(request: GenerationRequest) -> int:
 
 
 def collate(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Left-padded token ids int64 [B, L], the attention mask of the same shape, and positions that do not count padding."""
+    """Return left-padded ids int64 [B, L], the attention mask of that shape, and positions that skip padding."""
     longest = max(len(prompt.token_ids) for prompt in prompts)
     ids = torch.tensor([[pad_id] * (longest - len(prompt.token_ids)) + list(prompt.token_ids) for prompt in prompts])
     pads = torch.tensor([longest - len(prompt.token_ids) for prompt in prompts])[:, None]
@@ -136,7 +136,7 @@ def collate(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tup
 
 
 def collate_clips(prompts: Sequence[Prompt], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """All clips' features float32 [C, mels, frames] and their lengths int64 [C]; nothing without audio."""
+    """Return all clips' features float32 [C, mels, frames] and their lengths int64 [C]; None without audio."""
     clips = [clip for prompt in prompts for clip in prompt.clips]
     if not clips:
         return None, None

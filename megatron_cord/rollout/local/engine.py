@@ -1,7 +1,7 @@
 """The local engine: the plain model of the same checkpoint in this process, transformers' own where it has the class.
 
-It takes weights through the same stream of named tensors as a server would, so that conversion and weight sync are exercised at every
-step even on a laptop. Simplification: requests are answered batch by batch, not continuously.
+It takes weights as the same named tensors as a server would, so that conversion is exercised at every step even on a
+laptop. Simplification: requests are answered batch by batch, not continuously.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.local.decoding import Response, TokenRules, sample_batch
 from megatron_cord.rollout.local.gate import Gate
-from megatron_cord.rollout.local.quiet import no_progress_bars
 from megatron_cord.rollout.types import GenerationRequest, Rollout, WeightSource, spans_of
+from megatron_cord.runtime.quiet import no_progress_bars
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class LocalEngine:
         self._gate = Gate()
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Rollout]:
-        """One rollout a request, in the requests' order; depends on the request and the weights, not on its neighbours.
+        """Return one rollout a request, in their order; each depends on its request and the weights, not on the others.
 
         Raises:
             CordError: a prompt with ids outside the vocabulary, or placeholders that do not match its clips.
@@ -63,26 +63,20 @@ class LocalEngine:
         for request in requests:
             self._check(request)
         aborts = self._gate.aborts
-        # Audio apart from text, as it takes the encoder; of like length together, as padding costs time.
-        order = sorted(
-            range(len(requests)), key=lambda i: (bool(requests[i].prompt.clips), len(requests[i].prompt.token_ids))
-        )
+        # Audio apart from text, as it takes the encoder; similar lengths together, as padding costs time.
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
         rollouts: dict[int, Rollout] = {}
         for has_audio in (False, True):
             group = [i for i in order if bool(requests[i].prompt.clips) == has_audio]
             for start in range(0, len(group), self._config.max_batch_size):
                 batch = group[start : start + self._config.max_batch_size]
                 responses, versions = self._sample([requests[i] for i in batch], aborts)
-                rollouts.update(
-                    {
-                        i: self._rollout(requests[i], response, versions)
-                        for i, response in zip(batch, responses, strict=True)
-                    }
-                )
+                for i, response in zip(batch, responses, strict=True):
+                    rollouts[i] = self._rollout(requests[i], response, versions)
         return [rollouts[i] for i in range(len(requests))]
 
     def _sample(self, requests: list[GenerationRequest], aborts: int) -> tuple[list[Response], list[int]]:
-        """One batch, and for each pass through the model the version of the weights that it took."""
+        """Sample one batch; return also the version of the weights of each pass through the model."""
         versions: list[int] = []
 
         def between_tokens() -> bool:
@@ -97,26 +91,26 @@ class LocalEngine:
             return sample_batch(self._loaded(), requests, self._rules, between_tokens), versions
 
     def pause(self) -> None:
-        """Stops generation of other threads between two tokens, and returns when none is going on; ``resume`` lets it go on in place.
+        """Stop generation of other threads between two tokens; return when all have stopped.
 
-        Keys and values of earlier tokens stay those of the weights that made them.
+        ``resume`` lets them go on in place. Keys and values of earlier tokens stay those of the weights that made them.
         """
         self._gate.close()
 
     def resume(self) -> None:
-        """Ends a pause."""
+        """End a pause."""
         self._gate.open()
 
     def abort(self) -> None:
-        """Calls of ``generate`` in other threads return after the token that they are at; what is unfinished has finish_reason "abort"."""
+        """End calls of ``generate`` in other threads after their present token, unfinished ones with "abort"."""
         self._gate.abort()
 
     @torch.no_grad()
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """Copy the source's trained tensors in place, under the names of the checkpoint's own files; the rest keeps its values.
+        """Copy the source's trained tensors in place, by the names of the checkpoint's own files; the rest stays.
 
         Raises:
-            CordError: an unknown name or another shape. Earlier tensors of the stream are then already in place, and the version is
+            CordError: an unknown name or another shape. Earlier tensors are then already in place, and the version is
                 the old one: update again or discard the engine.
         """
         parameters = self._loaded().parameters
@@ -127,13 +121,13 @@ class LocalEngine:
                 raise CordError(f"weight update: the model has no tensor {name!r}; nearest: {nearest}")
             if parameter.shape != tensor.shape:
                 raise CordError(
-                    f"weight update: {name} has shape {list(tensor.shape)}, the model wants {list(parameter.shape)}"
+                    f"weight update: {name} has shape {list(tensor.shape)}, the model's has {list(parameter.shape)}"
                 )
             parameter.copy_(tensor)
         self.weight_version = version
 
     def close(self) -> None:
-        """Frees the model; safe to call twice."""
+        """Free the model; safe to call twice."""
         self._model = None
 
     def _loaded(self) -> PlainModel:
@@ -145,7 +139,7 @@ class LocalEngine:
         prompt = request.prompt
         if request.max_new_tokens < 1:
             raise CordError(
-                f"sample {prompt.sample_id}: max_new_tokens is {request.max_new_tokens}; ask for at least one token"
+                f"sample {prompt.sample_id}: max_new_tokens is {request.max_new_tokens}; request at least one token"
             )
         if request.temperature < 0:
             raise CordError(
@@ -155,13 +149,12 @@ class LocalEngine:
             raise CordError(
                 f"sample {prompt.sample_id}: the prompt is empty or has ids outside 0..{self.prompts.vocab_size - 1}"
             )
-        placeholders, features = (
-            prompt.token_ids.count(self.prompts.audio_token_id),
-            sum(clip.num_tokens for clip in prompt.clips),
-        )
+        placeholders = prompt.token_ids.count(self.prompts.audio_token_id)
+        features = sum(clip.num_tokens for clip in prompt.clips)
         if placeholders != features:
             raise CordError(
-                f"sample {prompt.sample_id}: {placeholders} audio placeholders for {features} audio features; rebuild the prompt"
+                f"sample {prompt.sample_id}: {placeholders} audio placeholders for {features} audio features; "
+                "rebuild the prompt"
             )
 
     def _rollout(self, request: GenerationRequest, response: Response, versions: Sequence[int]) -> Rollout:

@@ -1,4 +1,4 @@
-"""Stops threads that generate between two passes through the model, so that another thread may change the weights there."""
+"""A gate that stops generating threads between two tokens, so that another thread may change the weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from types import TracebackType
 
 
 class Gate:
-    """A context manager around one batch; ``pass_through`` stands between its tokens.
+    """A context manager around one batch, which calls ``pass_through`` between its tokens.
 
     Attributes:
-        aborts: how often ``abort`` was called; a batch that sees it grow ends.
+        aborts: how often ``abort`` was called; a batch ends when this number changes.
     """
 
     def __init__(self) -> None:
@@ -31,23 +31,23 @@ class Gate:
             self._condition.notify_all()
 
     def pass_through(self) -> None:
-        """Waits outside while the gate is closed."""
+        """Wait while the gate is closed."""
         if self._closed:
             self.__exit__(None, None, None)
             self.__enter__()
 
     def close(self) -> None:
-        """Lets nobody in, and returns when nobody is inside."""
+        """Let no batch go on; return when all wait or have ended."""
         with self._condition:
             self._closed = True
             self._condition.wait_for(lambda: self._inside == 0)
 
     def open(self) -> None:
-        """Lets everybody in again."""
+        """Let all batches go on."""
         with self._condition:
             self._closed = False
             self._condition.notify_all()
 
     def abort(self) -> None:
-        """Asks all that are inside to end."""
+        """Let all batches that are inside end."""
         self.aborts += 1

@@ -1,12 +1,14 @@
-"""The engine on SGLang servers: each rank has its share of the requests answered, the main rank brings weights to all servers.
+"""The engine on SGLang servers: each rank sends its share of the requests, the main rank brings weights to all servers.
 
-Weights and the list of good servers change only where all ranks are together: at the start, in `update_weights` and in `recover`. In between
-each rank notices by itself which servers fail. If all do, `generate` leaves what is not made as "abort", and `recover`, which
-`CollectiveEngine` and `Schedule` call, waits for the supervisor to have started some again, and syncs anew.
+Weights and the list of good servers change only where all ranks are together: at the start, in `update_weights` and in
+`recover`. In between each rank notices by itself which servers fail. If all do, `generate` leaves what is not made as
+"abort", and `recover`, which `CollectiveEngine` and `Schedule` call, waits for the supervisor to have started some
+again, and repeats the weight sync.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -16,18 +18,20 @@ import torch.distributed as dist
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
-from megatron_cord.model.families import load_architecture
+from megatron_cord.model.families import FAMILIES, load_architecture
 from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.rollout.sglang.client.addresses import Addresses
 from megatron_cord.rollout.sglang.client.batch import Batch
 from megatron_cord.rollout.sglang.client.partial_response import PartialResponse, aborted
-from megatron_cord.rollout.sglang.client.pool import Pool, say
+from megatron_cord.rollout.sglang.client.pool import Pool
 from megatron_cord.rollout.sglang.client.preflight import BASE
-from megatron_cord.rollout.sglang.client.protocol import MOST_CLIPS, PromptEncoder
+from megatron_cord.rollout.sglang.client.protocol import PromptEncoder
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.control import Control
 from megatron_cord.rollout.sglang.weight_sync import WeightSync, WeightSyncConfig, build_weight_sync
 from megatron_cord.rollout.types import GenerationRequest, Rollout, WeightSource
+
+logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 1.0  #: between two weight syncs that no server took
 
@@ -40,14 +44,14 @@ class SGLangEngine:
         addresses: of the servers.
         config: of requests.
         weight_sync: how weights reach the servers.
-        min_servers: so many must answer before it is ready.
+        min_servers: how many must answer before it is ready.
 
     Attributes:
         weight_version: of the last weight sync; 0 are the checkpoint's.
         prompts: the checkpoint's prompt builder.
 
     Raises:
-        CordError: too few servers answer in time, or one is not fit to be trained from.
+        CordError: too few servers answer in time, or one cannot be used for training.
     """
 
     def __init__(
@@ -64,30 +68,34 @@ class SGLangEngine:
         self._names = {BASE: 0}
         self._pool = Pool(dist.get_rank())
         self._source: WeightSource | None = None
-        self._model_type = model_type = load_architecture(checkpoint_dir).model_type
-        if model_type not in MOST_CLIPS:
+        model_type = load_architecture(checkpoint_dir).model_type
+        max_clips = FAMILIES[model_type].sglang_max_clips
+        if max_clips is None:
+            served = ", ".join(name for name, family in FAMILIES.items() if family.sglang_max_clips is not None)
             raise CordError(
-                f"{checkpoint_dir}: rollout.engine=sglang generates with {', '.join(MOST_CLIPS)} alone, not {model_type}; docs/rollout.md says what "
-                "is missing"
+                f"{checkpoint_dir}: rollout.engine=sglang generates with {served} alone, not {model_type}; "
+                "docs/rollout.md describes what is missing"
             )
+        self._max_clips = max_clips
         self._control = Control(addresses, model_type, config.start_seconds)
         self._weight_sync: WeightSync = build_weight_sync(weight_sync, checkpoint_dir)
         self._all_tensors = False  # the next weight sync sends frozen ones, too: servers have lost them
         self._batches: set[Batch] = set()
         self._lock = threading.Lock()
-        self._longest = self._meet(min_servers)
+        self._longest = self._connect(min_servers)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Rollout]:
-        """One rollout a request, in the requests' order; "abort" for those that `abort` ended, or that no server was left for.
+        """Return one rollout a request, in their order; "abort" where `abort` ended it or no server was left.
 
         Raises:
             CordError: a request that servers cannot take, refuse, or fail time and again.
         """
-        wire = PromptEncoder(self.prompts, self._longest, MOST_CLIPS[self._model_type])
+        encoder = PromptEncoder(self.prompts, self._longest, self._max_clips)
         for request in requests:
-            wire.check(request)
-        in_flight = max(1, self._config.max_in_flight // dist.get_world_size())
-        batch = Batch([PartialResponse(request, wire) for request in requests], self._pool, self._config, in_flight, self)
+            encoder.check(request)
+        max_in_flight = max(1, self._config.max_in_flight // dist.get_world_size())
+        responses = [PartialResponse(request, encoder) for request in requests]
+        batch = Batch(responses, self._pool, self._config, max_in_flight, self)
         with self._lock:
             self._batches.add(batch)
         try:
@@ -98,9 +106,10 @@ class SGLangEngine:
         return [made[i] if i in made else aborted(request) for i, request in enumerate(requests)]
 
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """Bring the source's trained tensors to all servers that answer, all tensors where a server needs them. All ranks together.
+        """Bring the source's trained tensors to all servers that answer; all tensors where a server lacks them.
 
-        Servers that fail are left out until the next call. If all do, they are waited for. The source is read again by `recover`.
+        All ranks call it together. Servers that fail are left out until the next call. If all do, they are waited for.
+        `recover` reads the source again.
 
         Raises:
             CordError: the tensors do not fit the servers' model, or no server comes back in time.
@@ -109,71 +118,70 @@ class SGLangEngine:
         self._send(version)
 
     def recover(self) -> None:
-        """Waits for servers and brings them the weights of the last `update_weights`. All ranks together.
+        """Wait for servers and bring them the weights of the last `update_weights`. All ranks together.
 
         Raises:
             CordError: none comes back in time.
         """
         if self._source is None:
-            self._longest = self._meet(1)
+            self._longest = self._connect(1)
         else:
             self._send(self.weight_version)
 
     def pause(self) -> None:
-        """Unfinished responses stay with the servers, which make no further token."""
+        """Stop generation; unfinished responses stay with the servers."""
         self.paused = True
         self._control.each("/pause_generation", {"mode": self._config.pause}, self._pool)
 
     def resume(self) -> None:
-        """They go on."""
+        """Go on with unfinished responses."""
         self._control.resume(self._pool)
         self.paused = False
 
     def abort(self) -> None:
-        """Ends what other threads wait for in `generate`."""
+        """End the calls of `generate` in other threads."""
         with self._lock:
             for batch in self._batches:
                 batch.abort()
 
     def release_memory(self) -> None:
-        """Servers that were started with --colocated free their GPU's memory."""
-        self._control.each(
-            "/pause_generation", {"mode": "abort"}, self._pool
-        )  # SGLang dies of being asked while it works
+        """Let servers that were started with --colocated free their GPU's memory."""
+        # Idle first: SGLang ends with an error when memory is released while it generates.
+        self._control.each("/pause_generation", {"mode": "abort"}, self._pool)
         self._control.each("/release_memory_occupation", {}, self._pool)
 
     def restore_memory(self) -> None:
-        """They take it back; the next weight sync brings all tensors."""
+        """Let servers take their memory back; the next weight sync brings all tensors."""
         self._control.each("/resume_memory_occupation", {}, self._pool)
         self._control.resume(self._pool)
         self._all_tensors = True
 
     def close(self) -> None:
-        """Ends what is being generated and leaves the servers as they are; safe to call twice."""
+        """End what is being generated and leave the servers as they are; safe to call twice."""
         self.abort()
         self._weight_sync.close()
 
     def version_of(self, name: str) -> int | None:
-        """What a server's name for its weights means; None for weights of no weight sync of this run."""
+        """Return what a server's name for its weights means; None for weights of no weight sync of this run."""
         return self._names.get(name)
 
-    def _meet(self, count: int) -> int:
-        """Makes sure of the servers, with the checkpoint's weights. Returns how many tokens of prompt and response they take."""
-        met: list[object] = [None, 0, []]
+    def _connect(self, count: int) -> int:
+        """Find `count` servers, with the checkpoint's weights; return how many tokens they take, response included."""
+        outcome: list[object] = [None, 0, []]
         if dist.get_rank() == 0:
             try:
-                servers, longest = self._control.meet(count)
-                met = [None, longest, [server.url for server in servers]]
+                servers, longest = self._control.connect(count)
+                outcome = [None, longest, [server.url for server in servers]]
             except CordError as error:
-                met[0] = str(error)
-        problem, longest, urls = broadcast_json(met)
+                outcome[0] = str(error)
+        problem, longest, urls = broadcast_json(outcome)
         if problem:
             raise CordError(problem)
         self._pool.set(self._control.endpoints(urls))
         return int(longest)
 
     def _send(self, version: int) -> None:
-        """One weight sync, or as many as it takes until a server has the weights."""
+        """Sync weights, as often as it takes until a server has them."""
         assert self._source is not None
         deadline = time.monotonic() + self._config.start_seconds
         main = dist.get_rank() == 0
@@ -185,7 +193,8 @@ class SGLangEngine:
                     if refused:
                         if time.monotonic() > deadline:
                             raise CordError(
-                                f"no rollout server takes the weights of version {version}: {refused}; look at the servers' logs"
+                                f"no rollout server takes the weights of version {version}: {refused}; look at the "
+                                "servers' logs"
                             )
                         time.sleep(_RETRY_SECONDS)
                     found[1] = [server.url for server in self._control.answering(deadline)]
@@ -195,12 +204,18 @@ class SGLangEngine:
             if problem:
                 raise CordError(problem)
             report = self._weight_sync.update(
-                self._source, version, self._control.endpoints(urls),
-                full=self._all_tensors, flush_cache=not (self.paused and self._config.pause == "in_place"),
-            )  # fmt: skip
+                self._source,
+                version,
+                self._control.endpoints(urls),
+                full=self._all_tensors,
+                flush_cache=not (self.paused and self._config.pause == "in_place"),
+            )
             if main:
                 for url, reason in report.failed.items():
-                    say(f"{url} did not get the weights of version {version}, and is left out until it has: {reason}")
+                    logger.warning(
+                        "rollout: %s did not get the weights of version %d, and is left out until it has: %s",
+                        url, version, reason,
+                    )  # fmt: skip
             if report.current:
                 break
             refused = "; ".join(report.failed.values())

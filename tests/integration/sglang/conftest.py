@@ -62,13 +62,12 @@ class Servers:
     checkpoint: Path
     file: Path
     supervisor: Supervisor
-    said: list[str]
 
-    def wait_until_ready(self, patience: float = 600.0) -> None:
-        """Until all answer."""
-        deadline = time.monotonic() + patience
+    def wait_until_ready(self, timeout: float = 600.0) -> None:
+        """Wait until all answer."""
+        deadline = time.monotonic() + timeout
         while not all(server.ready for server in self.supervisor.watched):
-            assert time.monotonic() < deadline, self.said
+            assert time.monotonic() < deadline, [server.server.last_line() for server in self.supervisor.watched]
             time.sleep(0.5)
 
 
@@ -79,15 +78,14 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         pytest.skip("the server is not installed; make sglang-env")
     work = tmp_path_factory.mktemp("servers")
     checkpoint = write_talking_checkpoint(work / "checkpoint")
-    said: list[str] = []
     config: dict[str, Any] = {"checkpoint": checkpoint, "device": "cpu", "python": PYTHON, "max_total_tokens": 4096}
-    supervisor = Supervisor(SupervisorConfig(count=2, log_dir=work / "log"), ServerConfig(**config), "", said.append)
+    supervisor = Supervisor(SupervisorConfig(count=2, log_dir=work / "log"), ServerConfig(**config), "")
     stop = threading.Event()
     with supervisor:
         write_servers_file(work / "servers.json", checkpoint, "0.5.21", supervisor.urls)
         thread = threading.Thread(target=supervisor.run, args=(stop,), daemon=True)
         thread.start()
-        found = Servers(checkpoint, work / "servers.json", supervisor, said)
+        found = Servers(checkpoint, work / "servers.json", supervisor)
         found.wait_until_ready()
         yield found
         stop.set()

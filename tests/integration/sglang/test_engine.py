@@ -18,9 +18,10 @@ from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.engines import EngineConfig, build_engine
 from megatron_cord.rollout.local.engine import LocalEngine
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.engine import SGLangEngine
-from megatron_cord.rollout.sglang.weight_sync import Endpoint, WeightSyncConfig
+from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig
 from megatron_cord.rollout.types import GenerationRequest, Rollout, TensorSpec, WeightSource
 from megatron_cord.rollout.weights import PlainWeights
 from tests.integration.sglang.conftest import Servers

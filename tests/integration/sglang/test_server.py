@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.sglang.client.endpoint import Endpoint
-from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, OLDEST, ServerConfig, SglangServer, check_version
-from megatron_cord.rollout.sglang.weight_sync import ServerError
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError
+from megatron_cord.rollout.sglang.client.protocol import OLDEST_SGLANG
+from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfig, SglangServer, check_version
 from tests.tiny_run import ROOT, write_checkpoint
 
 PYTHON = ROOT / ENVIRONMENT / "bin" / "python"
@@ -93,7 +93,7 @@ def test_ends_with_whoever_started_it(tmp_path: Path) -> None:
 @needs_server
 def test_version_is_found() -> None:
     """Would catch an environment with a server too old to take weights."""
-    assert check_version(PYTHON) >= OLDEST
+    assert check_version(PYTHON) >= OLDEST_SGLANG
 
 
 def test_an_environment_without_a_server_is_refused() -> None:

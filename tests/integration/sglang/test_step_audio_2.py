@@ -15,8 +15,9 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.wav import encode_float_wav
 from megatron_cord.rollout.engines import EngineConfig, build_engine
 from megatron_cord.rollout.local.engine import LocalEngine
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError
 from megatron_cord.rollout.sglang.server.process import ServerConfig, SglangServer
-from megatron_cord.rollout.sglang.weight_sync import Endpoint, ServerError, WeightSyncConfig
+from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig
 from megatron_cord.rollout.types import GenerationRequest
 from megatron_cord.rollout.weights import PlainWeights
 from tests.integration.sglang.conftest import PYTHON, write_talking_step_audio_2

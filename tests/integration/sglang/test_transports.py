@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import load_file
 
-from megatron_cord.rollout.sglang.weight_sync import Endpoint, WeightSyncConfig, build_weight_sync
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint
+from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig, build_weight_sync
 from megatron_cord.rollout.sglang.weight_sync.sessions import differing
 from megatron_cord.rollout.weights import PlainWeights
 from tests.integration.sglang.conftest import Servers

@@ -212,7 +212,7 @@ def test_bad_updates_keep_the_version(fresh: LocalEngine) -> None:
         CordError, match=r"no tensor 'language_model.lm_head.weigth'; nearest: language_model.lm_head.weight"
     ):
         fresh.update_weights(PlainWeights({"language_model.lm_head.weigth": torch.zeros(1)}), version=1)
-    with pytest.raises(CordError, match=r"linear.bias has shape \[64\], the model wants \[128\]"):
+    with pytest.raises(CordError, match=r"linear.bias has shape \[64\], the model's has \[128\]"):
         fresh.update_weights(PlainWeights({"multi_modal_projector.linear.bias": torch.zeros(64)}), version=1)
     with pytest.raises(ConnectionError):
         fresh.update_weights(Broken({}), version=1)

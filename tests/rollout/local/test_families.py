@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_cord.convert import read_into
+from megatron_cord.convert import export_tensors, read_into
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.model.families import load_architecture
@@ -20,7 +20,7 @@ from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.rollout.local.engine import LocalEngine, LocalEngineConfig
 from megatron_cord.rollout.types import GenerationRequest
-from megatron_cord.rollout.weights import ShardedModelWeights
+from megatron_cord.rollout.weights import PlainWeights
 from tests.model.family_reference import save_whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
@@ -82,4 +82,4 @@ def test_megatron_agrees_with_what_is_generated(family: str, layout: Layout, tmp
                 assert logits.argmax(-1).tolist() == list(rollout.token_ids)
         for parameter in model.parameters():
             parameter.data.mul_(1.1)
-        engine.update_weights(ShardedModelWeights(model), version=1)
+        engine.update_weights(PlainWeights(dict(export_tensors(model))), version=1)

@@ -1,9 +1,9 @@
-"""What Step-Audio 2 has of its own, in plain torch under the published names: configuration, encoder and adapter.
+"""The parts that Step-Audio 2 has to itself, in plain torch under the published names: configuration, encoder, adapter.
 
-Written from the published description and the names in the checkpoint's files; no code of the checkpoint is run. Each clip is heard alone,
-with the two frames of silence that end it and nothing behind them. SGLang's processes load this file, too
-(``rollout/sglang/external``), so it imports nothing of the project.
-Legend: T positions of one clip, D the encoder's width, H the language model's.
+Written from the published description and the names in the checkpoint's files; no code of the checkpoint is run. Each
+clip is encoded alone, with the two frames of silence that end it and nothing behind them. SGLang's processes load this
+file, too (``rollout/sglang/plugin/external``), so it imports nothing of the project. Legend: T positions of one clip, D
+the encoder's width, H the language model's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CLIP_FRAMES = 2500  #: the published processing cuts audio into 25 s
 
 
 class StepAudio2Config(PretrainedConfig):
-    """What config.json says, so that transformers can read it without remote code."""
+    """The fields of config.json, so that transformers can read it without remote code."""
 
     model_type = "step_audio_2"
 
@@ -60,7 +60,7 @@ class StepAudio2Config(PretrainedConfig):
         return int(getattr(self, "audio_token_id", AUDIO_TOKEN_ID))
 
     def num_tokens(self, num_frames: int) -> int:
-        """How many tokens a clip of so many log-mel frames becomes."""
+        """Return how many tokens a clip of so many log-mel frames becomes."""
         return (_positions(num_frames) // 2 + 2 - int(self.audio.kernel_size)) // int(self.audio.adapter_stride) + 1
 
 
@@ -84,7 +84,7 @@ class Encoder(nn.Module):
         self.after_norm = nn.LayerNorm(audio.n_audio_state)
 
     def forward(self, features: Tensor, num_frames: int) -> Tensor:
-        """One clip [mels, at least num_frames + 2] to [T / 2, D], what ends it included."""
+        """Encode one clip [mels, at least num_frames + 2] to [T / 2, D], what ends it included."""
         clip = features[:, : num_frames + TAIL_FRAMES].to(self.conv1.weight)
         x = gelu(self.conv2(gelu(self.conv1(clip[None]))))[0].T
         x = x + self.positional_embedding.weight[: len(x)]
@@ -111,7 +111,7 @@ class Adapter(nn.Module):
         self.linear2 = nn.Linear(ADAPTER_HIDDEN_SIZE, config.text_config.hidden_size)
 
     def forward(self, features: Tensor) -> Tensor:
-        """One clip [T / 2, D] to [T / 4, H]."""
+        """Map one clip [T / 2, D] to [T / 4, H]."""
         return self.linear2(self.linear1(gelu(self.conv(features.T[None]))[0].T).relu())
 
 
@@ -126,7 +126,7 @@ class _Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, is_audio: Tensor) -> Tensor:
-        """[T, D] to the same; positions [T] that are not heard are attended to by none."""
+        """Map [T, D] to the same; no position attends to those that is_audio [T] excludes."""
         attn: Any = self.attn
         normed = self.attn_ln(x)
         q, k, v = (
@@ -137,5 +137,5 @@ class _Block(nn.Module):
 
 
 def _positions(num_frames: int) -> int:
-    """The encoder's positions that carry audio when so many of its frames do."""
+    """Return how many of the encoder's positions carry audio when so many of its frames do."""
     return (num_frames - 1) // 2 + 1

@@ -1,8 +1,8 @@
-"""Step-Audio 2 mini (Wu et al. 2025): Qwen2-Audio's encoder at 25 Hz, a strided convolution with an MLP, and Qwen2.5-7B.
+"""Step-Audio 2 mini (Wu et al. 2025): Qwen2-Audio's encoder at 25 Hz, strided convolution and MLP, Qwen2.5-7B.
 
 transformers has no class for it: its code is remote code, which this project does not run. Configuration and names are
-those of the published files. A clip is computed as if it were alone in its batch, whatever it is padded to; the published
-code lets the padding into the last token of some lengths.
+those of the published files. A clip is computed as if it were alone in its batch, whatever it is padded to; the
+published code lets the padding into the last token of some lengths.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Step-Audio 2 as a plain torch model under its published names, for generation and comparison: transformers has no class for it.
+"""Step-Audio 2 in plain torch under its published names, for generation and comparison; transformers lacks it.
 
 Legend: C clips, B sequences, S tokens, H hidden.
 """
@@ -32,15 +32,15 @@ class StepAudio2(PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The word embedding."""
+        """Return the word embedding."""
         return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
-        """The output layer."""
+        """Return the output layer."""
         return self.lm_head
 
     def encode_audio(self, features: Tensor, num_frames: int) -> Tensor:
-        """One clip [mels, at least num_frames + 2] to tokens [tokens, H]."""
+        """Encode one clip [mels, at least num_frames + 2] to tokens [tokens, H]."""
         return self.adapter(self.encoder(features, num_frames))[: self.config.num_tokens(num_frames)]
 
     def hidden(
@@ -50,7 +50,7 @@ class StepAudio2(PreTrainedModel):
         feature_attention_mask: Tensor | None = None,
         **settings: Any,
     ) -> Any:
-        """Hidden states of a batch, as transformers' models return them.
+        """Return hidden states of a batch, as transformers' models do.
 
         Args:
             input_ids: int64 [B, S], with one placeholder for each token of a clip.
@@ -61,7 +61,9 @@ class StepAudio2(PreTrainedModel):
         embedded = self.get_input_embeddings()(input_ids)
         if input_features is not None and feature_attention_mask is not None:
             lengths = feature_attention_mask.sum(1).tolist()
-            audio = torch.cat([self.encode_audio(clip, frames) for clip, frames in zip(input_features, lengths, strict=True)])
+            audio = torch.cat(
+                [self.encode_audio(clip, frames) for clip, frames in zip(input_features, lengths, strict=True)]
+            )
             is_placeholder = torch.eq(input_ids, self.config.placeholder)
             embedded = embedded.masked_scatter(is_placeholder[..., None], audio.to(embedded.dtype))
         return self.model(inputs_embeds=embedded, **settings)

@@ -1,7 +1,7 @@
-"""Step-Audio 2 for SGLang, which has no class for it: the trainer's own encoder and adapter before SGLang's Qwen2, and what a prompt becomes.
+"""Step-Audio 2 for SGLang, which has no class for it: the trainer's own encoder and adapter before SGLang's Qwen2.
 
-A prompt has one ``<audio_patch>`` for each recording, in the same order. Recordings are at most 25 s long; whoever has longer ones cuts them
-before, as the trainer does.
+A prompt has one ``<audio_patch>`` for each recording, in the same order. Recordings are at most 25 s long; longer ones
+must be cut before, as the trainer does. It runs in SGLang's processes (``rollout/sglang/plugin/external``).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _RATE, _HOP = 16000, 160  # samples a second, and from frame to frame
 
 
 class StepAudio2ForCausalLM(nn.Module):
-    """Found by this name, which is the architecture's in the checkpoint.
+    """The model; SGLang finds it by this name, which is the architecture's in the checkpoint.
 
     Each tensor-parallel part holds the whole encoder. Legend: T tokens of all clips, H hidden.
     """
@@ -40,24 +40,27 @@ class StepAudio2ForCausalLM(nn.Module):
         self._pattern = MultiModalityDataPaddingPatternMultimodalTokens()
 
     def pad_input_ids(self, input_ids: Any, mm_inputs: Any) -> Any:
-        """Ids in whose placeholders each clip has a mark of its own, by which SGLang knows prompts with the same beginning."""
+        """Return ids with a mark of each clip in its placeholders, so that SGLang can tell equal prompts apart."""
         return self._pattern.pad_input_tokens(input_ids, mm_inputs)
 
     def encode_audio(self, items: list[MultimodalDataItem]) -> Tensor:
-        """Audio features [T, H]."""
-        return torch.cat([
-            self.adapter(self.encoder(item.feature, item.num_frames))[: self.config.num_tokens(item.num_frames)] for item in items
-        ])  # fmt: skip
+        """Return audio features [T, H]."""
+        encoded = [self.adapter(self.encoder(item.feature, item.num_frames)) for item in items]
+        counts = [self.config.num_tokens(item.num_frames) for item in items]
+        return torch.cat([clip[:count] for clip, count in zip(encoded, counts, strict=True)])
 
     def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: Any, **_: Any) -> Any:
-        """What SGLang wants of a step: logits."""
+        """Return logits, as SGLang calls it at each step."""
         return general_mm_embed_routine(
-            input_ids=input_ids, forward_batch=forward_batch, language_model=self.language_model,
-            data_embedding_funcs={Modality.AUDIO: self.encode_audio}, positions=positions,
-        )  # fmt: skip
+            input_ids=input_ids,
+            forward_batch=forward_batch,
+            language_model=self.language_model,
+            data_embedding_funcs={Modality.AUDIO: self.encode_audio},
+            positions=positions,
+        )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes tensors under the published names, each as it comes.
+        """Take tensors under the published names, each as it comes.
 
         Raises:
             KeyError: encoder and adapter have no such tensor.
@@ -88,7 +91,7 @@ class StepAudio2Processor(BaseMultimodalProcessor):  # type: ignore[misc]
     async def process_mm_data_async(
         self, image_data: Any = None, audio_data: Any = None, input_text: Any = "", **_: Any
     ) -> MultimodalProcessorOutput:
-        """Called by SGLang for each request that is not text alone; a ValueError is answered with 400."""
+        """Process a request that is not text alone; SGLang answers a ValueError with 400."""
         if image_data:
             raise ValueError("Step-Audio 2 takes no images")
         recordings = audio_data or []
@@ -125,13 +128,14 @@ class StepAudio2Processor(BaseMultimodalProcessor):  # type: ignore[misc]
         return MultimodalProcessorOutput(mm_items=items, input_ids=ids, audio_token_id=placeholder)
 
     def _features_of(self, recording: Any) -> tuple[Tensor, int]:
-        """Features [mels, frames + 2], and how many of the frames are the recording's own."""
+        """Return features [mels, frames + 2], and how many of the frames are the recording's own."""
         waveform = load_audio(recording, _RATE)
         frames = -(-len(waveform) // _HOP)
         longest = self.hf_config.clip_frames
         if frames > longest or self.hf_config.num_tokens(frames) < 1:
             raise ValueError(
-                f"a recording of {len(waveform) / _RATE:.2f} s; at least one token and at most {longest * _HOP / _RATE:.2f} s"
+                f"a recording of {len(waveform) / _RATE:.2f} s; "
+                f"at least one token and at most {longest * _HOP / _RATE:.2f} s"
             )
         window = self.hf_config.window_frames * _HOP
         made = self._extractor(

@@ -1,1 +1,1 @@
-"""Requests to SGLang servers over HTTP."""
+"""HTTP to SGLang servers: addresses, requests and replies, and the servers' state as one rank sees it."""

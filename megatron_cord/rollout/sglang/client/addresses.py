@@ -1,7 +1,8 @@
-"""Where the servers are, and the key that they want: the configuration's words, or files that ``tools/serve_rollout.py`` writes."""
+"""Where the servers are, and the key that they require: the configuration, or files that ``cord serve`` writes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.sglang.weight_sync import Endpoint
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint
+from megatron_cord.runtime.files import write_json
 
 KEY_VARIABLE = "MEGATRON_CORD_SERVER_KEY"  #: the environment variable that holds the servers' API key
 
@@ -30,10 +32,10 @@ class Addresses:
     api_key_file: Path | None = None
 
     def find(self) -> list[Endpoint]:
-        """The servers of now, each once; none while no file is there.
+        """Return the servers of now, each once; none while no file is there.
 
         Raises:
-            CordError: an address that is none, a file that is damaged, a missing key.
+            CordError: a malformed address, a damaged file, a missing key.
         """
         urls = list(self.servers)
         if self.servers_file is not None:
@@ -48,12 +50,12 @@ class Addresses:
 
     @property
     def described(self) -> str:
-        """For messages."""
+        """The setting that names the servers, for messages."""
         return "rollout.servers" if self.servers_file is None else f"rollout.servers_file {self.servers_file}"
 
 
 def read_servers_file(file: Path) -> list[str]:
-    """The addresses in a file that `write_servers_file` wrote; none if it is not there.
+    """Return the addresses in a file that `write_servers_file` wrote; none if it is not there.
 
     Raises:
         CordError: it holds something else.
@@ -70,18 +72,13 @@ def read_servers_file(file: Path) -> list[str]:
 
 
 def write_servers_file(file: Path, checkpoint: Path, version: str, urls: Sequence[str]) -> None:
-    """Writes the file, complete or not at all.
+    """Write the file, whole or not at all.
 
     Raises:
         CordError: it cannot be written.
     """
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(
-            json.dumps({"checkpoint": str(checkpoint), "sglang": version, "servers": list(urls)}, indent=1) + "\n"
-        )
-        os.replace(partial, file)
+        write_json(file, {"checkpoint": str(checkpoint), "sglang": version, "servers": list(urls)})
     except OSError as error:
         raise CordError(
             f"{file}: cannot write the servers' addresses: {error.strerror}; choose another place"
@@ -89,7 +86,7 @@ def write_servers_file(file: Path, checkpoint: Path, version: str, urls: Sequenc
 
 
 def read_key(file: Path | None) -> str:
-    """The API key, from the file or the environment; empty if there is none.
+    """Return the API key, from the file or the environment; empty if there is none.
 
     Raises:
         CordError: the file cannot be read, is empty, or can be read by others.
@@ -109,7 +106,7 @@ def read_key(file: Path | None) -> str:
 
 
 def make_key(file: Path) -> str:
-    """The key in the file, which is made, for its owner alone, if it is missing.
+    """Return the key in the file, which is made, readable for its owner alone, if it is missing.
 
     Raises:
         CordError: as `read_key`, or it cannot be written.
@@ -120,9 +117,8 @@ def make_key(file: Path) -> str:
         with os.fdopen(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as out:
             out.write(secrets.token_urlsafe(32) + "\n")
         try:
-            os.link(partial, file)  # of several nodes that start together, one makes the key
-        except FileExistsError:
-            pass
+            with contextlib.suppress(FileExistsError):  # of several nodes that start together, one makes the key
+                os.link(partial, file)
         finally:
             partial.unlink()
     except OSError as error:

@@ -1,12 +1,13 @@
-"""One call of ``generate``: all its requests, spread over the servers, until each is answered or nobody is left to ask.
+"""One call of ``generate``: all its requests, spread over the servers, until each is answered or no server is left.
 
-Requests run as coroutines of one event loop in the thread that called. Each is answered once: its answers are taken one by one, a copy that
-was sent to a second server is withdrawn when the other one is answered.
+Requests run as coroutines of one event loop in the calling thread. Each is answered once: its answers are taken one by
+one, a copy that was sent to a second server is withdrawn when the other one is answered.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import secrets
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ from typing import Any, Protocol
 import httpx
 
 from megatron_cord.errors import CordError
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint
 from megatron_cord.rollout.sglang.client.partial_response import PartialResponse
 from megatron_cord.rollout.sglang.client.pool import Pool, Server
 from megatron_cord.rollout.sglang.client.protocol import BadReplyError
 from megatron_cord.rollout.sglang.config import SGLangConfig
-from megatron_cord.rollout.sglang.weight_sync import Endpoint
 from megatron_cord.rollout.types import Rollout
 
 _PROBE_SECONDS = 20.0  #: for a probe's single token
@@ -29,7 +30,7 @@ _REFUSED = (400, 401, 403, 404, 413, 422)  #: the request is wrong, not the serv
 
 
 class State(Protocol):
-    """What the engine tells a running batch."""
+    """What a running batch reads of the engine."""
 
     @property
     def paused(self) -> bool:
@@ -42,7 +43,7 @@ class State(Protocol):
         ...
 
     def version_of(self, name: str) -> int | None:
-        """What a server's name for its weights means; None if it is of no weight sync."""
+        """Return what a server's name for its weights means; None if it is of no weight sync."""
         ...
 
 
@@ -50,32 +51,34 @@ class _AttemptError(Exception):
     """This server did not answer this request."""
 
 
-class _NobodyLeftError(Exception):
+class _AllLostError(Exception):
     """All servers are lost."""
 
 
 class Batch:
-    """Use once.
+    """The requests of one call; used once.
 
     Args:
-        drafts: of the requests.
+        responses: one for each request.
         pool: servers.
         config: limits.
-        in_flight: requests of this rank at once.
+        max_in_flight: requests of this rank at once.
         state: of the engine.
     """
 
-    def __init__(self, drafts: Sequence[PartialResponse], pool: Pool, config: SGLangConfig, in_flight: int, state: State) -> None:
-        self._drafts, self._pool, self._config, self._state = drafts, pool, config, state
-        self._places = asyncio.Semaphore(in_flight)
+    def __init__(
+        self, responses: Sequence[PartialResponse], pool: Pool, config: SGLangConfig, max_in_flight: int, state: State
+    ) -> None:
+        self._responses, self._pool, self._config, self._state = responses, pool, config, state
+        self._slots = asyncio.Semaphore(max_in_flight)
         self._name, self._numbers = secrets.token_hex(6), itertools.count()
-        self._farewells: set[asyncio.Task[None]] = set()
+        self._withdrawals: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._aborted = False
 
     def run(self) -> dict[int, Rollout]:
-        """The responses by the drafts' places; those that were aborted or that nobody was left for are missing.
+        """Return the rollouts by their responses' indices, without those that were aborted or had no server left.
 
         Raises:
             CordError: a request that servers refuse, or that fails time and again.
@@ -83,13 +86,11 @@ class Batch:
         return asyncio.run(self._run())
 
     def abort(self) -> None:
-        """From another thread: `run` returns soon."""
+        """Let `run` return soon; called from another thread."""
         self._aborted = True
         if self._loop is not None:
-            try:
+            with contextlib.suppress(RuntimeError):  # the loop has just ended
                 self._loop.call_soon_threadsafe(self._cancel)
-            except RuntimeError:
-                pass  # the loop has just ended
 
     def _cancel(self) -> None:
         for task in self._tasks:
@@ -100,7 +101,7 @@ class Batch:
         timeout = httpx.Timeout(None, connect=10.0)
         async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as client:
             self._client = client
-            self._tasks = [asyncio.create_task(self._answer(draft)) for draft in self._drafts]
+            self._tasks = [asyncio.create_task(self._complete(response)) for response in self._responses]
             self._loop = asyncio.get_running_loop()
             if self._aborted:
                 self._cancel()
@@ -109,54 +110,51 @@ class Batch:
                 pending = set(self._tasks)
                 while pending:
                     done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_EXCEPTION)
-                    for task in done:
-                        if (
-                            not task.cancelled()
-                            and (error := task.exception())
-                            and not isinstance(error, _NobodyLeftError)
-                        ):
+                    for error in (task.exception() for task in done if not task.cancelled()):
+                        if error is not None and not isinstance(error, _AllLostError):
                             raise error
             finally:
                 self._cancel()
                 watch.cancel()
                 await asyncio.gather(*self._tasks, watch, return_exceptions=True)
-                if self._farewells:
-                    await asyncio.wait(self._farewells, timeout=5.0)
-        return {i: draft.rollout() for i, draft in enumerate(self._drafts) if draft.finish_reason is not None}
+                if self._withdrawals:
+                    await asyncio.wait(self._withdrawals, timeout=5.0)
+        return {i: part.rollout() for i, part in enumerate(self._responses) if part.finish_reason is not None}
 
-    async def _answer(self, draft: PartialResponse) -> None:
-        """Until the response is whole."""
-        async with self._places:
+    async def _complete(self, response: PartialResponse) -> None:
+        """Send requests until the response is whole."""
+        async with self._slots:
             whole, failures = False, 0
             tried: list[Server] = []
             while not whole:
                 lowest = self._state.weight_version
                 try:
-                    reply, server = await self._race(draft.question(), tried)
+                    reply, server = await self._race(response.next_request(), tried)
                     try:
-                        whole = draft.take(reply, partial(self._version, lowest))
+                        whole = response.add(reply, partial(self._version, lowest))
                     except (BadReplyError, _AttemptError) as error:
                         server.fail(f"{error}")
                         raise _AttemptError(f"{server.endpoint.url}: {error}") from None
                 except _AttemptError as error:
                     failures += 1
                     if failures >= self._config.tries:
-                        sample = draft.request.prompt.sample_id
+                        sample = response.request.prompt.sample_id
                         raise CordError(
-                            f"sample {sample}: {failures} tries to generate a response failed (rollout.sglang.tries); the last one: {error}"
+                            f"sample {sample}: {failures} tries to generate a response failed (rollout.sglang.tries); "
+                            f"the last one: {error}"
                         ) from None
 
     async def _race(self, body: dict[str, Any], tried: list[Server]) -> tuple[Any, Server]:
-        """The first reply of one server, or of two where the first one takes long, and who gave it."""
+        """Return the first reply and its server: of one server, or of two where the first one takes long."""
         racers: dict[asyncio.Task[Any], Server] = {}
-        limit, again = self._config.request_seconds, self._config.reissue_seconds
+        limit, reissue = self._config.request_seconds, self._config.reissue_seconds
         spent = 0.0
         error: BaseException | None = None
         try:
             first = await self._server(tried)
             racers[self._start(first, body, tried)] = first
             while racers:
-                due = min(limit, again) if again is not None and len(racers) == 1 and error is None else limit
+                due = min(limit, reissue) if reissue is not None and len(racers) == 1 and error is None else limit
                 step = min(1.0, max(due - spent, 0.01))
                 done, _ = await asyncio.wait(racers, timeout=step, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
@@ -170,10 +168,11 @@ class Batch:
                     for server in racers.values():
                         server.fail(f"no response within {limit:g} s (rollout.sglang.request_seconds)")
                     raise _AttemptError(f"no response within {limit:g} s")
-                if again is not None and spent >= again and len(racers) == 1:
-                    again = None
+                if reissue is not None and spent >= reissue and len(racers) == 1:
+                    reissue = None
                     (slow,) = racers.values()
-                    slow.fail(f"a response takes more than {spent:g} s; another server is asked, too", slow=True)
+                    reason = f"a response takes more than {spent:g} s; it is requested from another server, too"
+                    slow.fail(reason, slow=True)
                     if (other := self._pool.choose([slow])) is not None:
                         racers[self._start(other, body, tried)] = other
         finally:
@@ -186,7 +185,7 @@ class Batch:
     def _start(self, server: Server, body: dict[str, Any], tried: list[Server]) -> asyncio.Task[Any]:
         tried.append(server)
         server.in_flight += 1
-        task = asyncio.create_task(self._ask(server, body | {"rid": f"{self._name}-{next(self._numbers)}"}))
+        task = asyncio.create_task(self._post(server, body | {"rid": f"{self._name}-{next(self._numbers)}"}))
         task.add_done_callback(lambda _: server.leave())
         return task
 
@@ -195,13 +194,13 @@ class Batch:
             if (server := self._pool.choose(tried)) is not None:
                 return server
             if self._pool.all_lost:
-                raise _NobodyLeftError
+                raise _AllLostError
             await asyncio.sleep(_TICK)
 
-    async def _ask(self, server: Server, body: dict[str, Any]) -> Any:
+    async def _post(self, server: Server, body: dict[str, Any]) -> Any:
         url = f"{server.endpoint.url}/generate"
         try:
-            response = await self._client.post(url, json=body, headers=_headers(server.endpoint))
+            response = await self._client.post(url, json=body, headers=server.endpoint.headers)
             text = " ".join(response.text[:300].split())
             if response.status_code in _REFUSED:
                 raise CordError(f"{url} refuses a request ({response.status_code}): {text}")
@@ -218,58 +217,47 @@ class Batch:
             server.fail(str(error))
             raise _AttemptError(f"{url} {error}") from None
         except asyncio.CancelledError:
-            farewell = asyncio.create_task(self._withdraw(server.endpoint, body["rid"]))
-            self._farewells.add(farewell)
+            self._withdrawals.add(asyncio.create_task(self._withdraw(server.endpoint, body["rid"])))
             raise
 
     async def _withdraw(self, endpoint: Endpoint, rid: str) -> None:
-        """Frees the server of a request whose answer nobody wants."""
-        try:
+        """Free the server of a request whose answer is not needed any more."""
+        with contextlib.suppress(httpx.HTTPError):  # the server is gone, and the request with it
             await self._client.post(
-                f"{endpoint.url}/abort_request", json={"rid": rid}, headers=_headers(endpoint), timeout=5.0
+                f"{endpoint.url}/abort_request", json={"rid": rid}, headers=endpoint.headers, timeout=5.0
             )
-        except httpx.HTTPError:
-            pass  # it is gone, and the request with it
 
     def _version(self, lowest: int, name: str) -> int:
         version = self._state.version_of(name)
         if version is None or not lowest <= version <= self._state.weight_version:
             raise _AttemptError(
-                f"generated with weights {name!r}, where version {self._state.weight_version} is wanted"
+                f"generated with weights {name!r}, where version {self._state.weight_version} is needed"
             )
         return version
 
     async def _watch(self) -> None:
-        """Probes servers under suspicion."""
+        """Probe servers under suspicion."""
         while True:
             if not self._state.paused:  # a paused server generates nothing
                 suspects = self._pool.suspects()
-                for server, problem in zip(
-                    suspects, await asyncio.gather(*(self._problem(s.endpoint) for s in suspects)), strict=True
-                ):
+                problems = await asyncio.gather(*(self._problem(server.endpoint) for server in suspects))
+                for server, problem in zip(suspects, problems, strict=True):
                     server.probed(problem)
             await asyncio.sleep(_TICK)
 
     async def _problem(self, endpoint: Endpoint) -> str | None:
-        """What keeps a server from being asked; None if it generates, with the weights of now."""
+        """Return why a server cannot be used; None if it generates, with the present weights."""
+        settings: Any = {"headers": endpoint.headers, "timeout": _PROBE_SECONDS}
         try:
-            health = await self._client.get(
-                f"{endpoint.url}/health", headers=_headers(endpoint), timeout=_PROBE_SECONDS
-            )
-            info = await self._client.get(
-                f"{endpoint.url}/model_info", headers=_headers(endpoint), timeout=_PROBE_SECONDS
-            )
+            health = await self._client.get(f"{endpoint.url}/health", **settings)
+            info = await self._client.get(f"{endpoint.url}/model_info", **settings)
             name = str(info.json()["weight_version"])
         except httpx.HTTPError as error:
             return f"{type(error).__name__} {error}".strip()
         except (ValueError, LookupError, TypeError):
             return "it answers no JSON map"
         if health.status_code != httpx.codes.OK:
-            return f"it says that it is not healthy ({health.status_code})"
+            return f"it is not healthy ({health.status_code})"
         if self._state.version_of(name) != self._state.weight_version:
             return f"it has weights {name!r}, not version {self._state.weight_version}"
         return None
-
-
-def _headers(endpoint: Endpoint) -> dict[str, str]:
-    return {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}

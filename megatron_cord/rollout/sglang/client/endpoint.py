@@ -1,8 +1,13 @@
-"""One server over HTTP, as the weight sync speaks with it: JSON in, JSON out, and every failure in one line."""
+"""One server over HTTP: JSON in, JSON out, and every failure in one line.
+
+These are the requests beside generation (`batch` sends those): control, weight sync, health. Each has a connection of
+    its
+own, so that a server that was started again is not met through an old one.
+"""
 
 from __future__ import annotations
 
-import http.client
+import functools
 import ipaddress
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -11,16 +16,18 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import httpx
+
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.sglang.plugin.weights import ABILITY
 
 Result = TypeVar("Result")
-_FLUSH_SECONDS = 5.0  # for which a server may wait until it is idle
-_MESSAGE_LIMIT = 300  # characters of a server's error that are worth a line
+_FLUSH_SECONDS = 5.0  #: for which a server may wait until it is idle
+_MESSAGE_LIMIT = 300  #: characters of a server's error that are worth a line
 
 
 class ServerError(Exception):
-    """A server did not do what it was asked.
+    """A server did not do what was requested.
 
     Attributes:
         status: its HTTP status; None if there was no answer at all: dead, hanging, or not speaking HTTP.
@@ -37,7 +44,7 @@ class Abilities:
 
     Attributes:
         ranks: processes over which its model is sharded.
-        streams: it takes all buckets behind one request, as those do that this project starts.
+        streams: whether it takes all buckets behind one request, as servers do that this project starts.
     """
 
     ranks: int
@@ -62,12 +69,13 @@ class Endpoint:
             raise CordError(f"server address {self.url!r} is not of the form http://host:port")
         if not self.api_key and not _is_loopback(parts.hostname):
             raise CordError(
-                f"server {self.url} is not on this machine and has no API key; anyone could change its weights: give it one"
+                f"server {self.url} is not on this machine and has no API key; anyone could change its weights: "
+                "give it one"
             )
 
     @property
     def host(self) -> str:
-        """Its host's name or address."""
+        """The host's name or address."""
         return urlsplit(self.url).hostname or ""
 
     @property
@@ -75,8 +83,13 @@ class Endpoint:
         """Whether it is reached over this machine's loopback."""
         return _is_loopback(self.host)
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What identifies the sender to the server."""
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
     def post(self, path: str, body: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """The reply to a JSON body.
+        """Send a JSON body and return the reply.
 
         Raises:
             ServerError: no reply within `timeout` seconds, one that is no JSON map, or a refusal.
@@ -84,26 +97,26 @@ class Endpoint:
         return self._request("POST", path, json.dumps(body).encode(), timeout)
 
     def get(self, path: str, timeout: float) -> dict[str, Any]:
-        """The reply; errors as with `post`."""
+        """Return the reply; errors as with `post`."""
         return self._request("GET", path, None, timeout)
 
     def command(self, path: str, body: dict[str, Any], timeout: float) -> None:
-        """As `post`, for endpoints whose reply says nothing beyond its status."""
-        self._exchange("POST", path, json.dumps(body).encode(), timeout)
+        """Post to an endpoint whose reply holds nothing beyond its status; errors as with `post`."""
+        self._send("POST", path, json.dumps(body).encode(), timeout)
 
     def is_healthy(self, timeout: float) -> bool:
-        """Whether it answers at all."""
+        """Return whether it answers at all."""
         try:
-            self._exchange("GET", "/health", None, timeout)
+            self._send("GET", "/health", None, timeout)
         except ServerError as error:
             return error.status is not None and error.status < 500
         return True
 
     def abilities(self, timeout: float) -> Abilities:
-        """How it can take weights.
+        """Return how it can take weights.
 
         Raises:
-            ServerError: as `post`; it runs several pipeline stages or replicas, which this project does not feed.
+            ServerError: as `post`; it runs several pipeline stages or replicas, which weight sync does not serve.
         """
         info = self.get("/server_info", timeout)
         for name in ("pp_size", "dp_size"):
@@ -114,11 +127,11 @@ class Endpoint:
         return Abilities(int(info.get("tp_size", 1)), info.get(ABILITY) is True)
 
     def weight_version(self, timeout: float) -> str:
-        """The version that it says its weights have."""
+        """Return the version that the server names for its weights."""
         return str(self.get("/model_info", timeout).get("weight_version"))
 
     def checksums(self, timeout: float) -> list[dict[str, str]]:
-        """Of each tensor of its model, by the server's own names, a map for each of its ranks."""
+        """Return for each of its ranks the checksums of the model's tensors, by the server's own names."""
         ranks = self.post("/weights_checker", {"action": "checksum"}, timeout).get("ranks")
         try:
             return [{str(name): str(value) for name, value in rank["checksums"].items()} for rank in ranks or []]
@@ -128,21 +141,23 @@ class Endpoint:
             ) from None
 
     def flush_cache(self, timeout: float) -> None:
-        """Drops what it computed for prompts with earlier weights. Responses that a pause has taken back may wait meanwhile.
+        """Drop what it computed for prompts with earlier weights.
+
+        Responses that a pause has taken back may wait meanwhile.
 
         Raises:
             ServerError: as `post`; it is still generating.
         """
         try:
-            self._exchange("POST", "/flush_cache?timeout=0", b"", timeout)
+            self._send("POST", "/flush_cache?timeout=0", b"", timeout)
         except ServerError as error:
-            if error.status != http.client.BAD_REQUEST:
+            if error.status != httpx.codes.BAD_REQUEST:
                 raise
-            # It generates yet. SGLang lets responses wait, but only where it is not asked to wait itself.
-            self._exchange("POST", f"/flush_cache?timeout={_FLUSH_SECONDS:g}", b"", timeout)
+            # It still generates. SGLang lets responses wait, but only with a timeout of 0: so it comes second.
+            self._send("POST", f"/flush_cache?timeout={_FLUSH_SECONDS:g}", b"", timeout)
 
     def _request(self, method: str, path: str, body: bytes | None, timeout: float) -> dict[str, Any]:
-        content = self._exchange(method, path, body, timeout)
+        content = self._send(method, path, body, timeout)
         try:
             reply = json.loads(content)
         except ValueError:
@@ -153,31 +168,36 @@ class Endpoint:
             raise ServerError(f"{self.url}{path} failed: {reply.get('message')}", 200)
         return reply
 
-    def _exchange(self, method: str, path: str, body: bytes | None, timeout: float) -> bytes:
-        parts = urlsplit(self.url)
-        headers = {"Content-Type": "application/json"} | (
-            {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        )
-        connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 0, timeout=timeout)
+    def _send(self, method: str, path: str, body: bytes | None, timeout: float) -> bytes:
+        headers = {"Content-Type": "application/json"} | self.headers
         try:
-            connection.request(method, path, body, headers)
-            response = connection.getresponse()
-            content = response.read()
-        except TimeoutError:
+            response = _client().request(method, f"{self.url}{path}", content=body, headers=headers, timeout=timeout)
+        except httpx.TimeoutException:
             raise ServerError(f"{self.url}{path} did not answer within {timeout:g} s") from None
-        except (OSError, http.client.HTTPException) as error:
+        except httpx.HTTPError as error:
             raise ServerError(f"{self.url}{path} is unreachable: {type(error).__name__}: {error}") from None
-        finally:
-            connection.close()
-        if response.status != http.client.OK:
-            raise ServerError(f"{self.url}{path} answered {response.status}: {_shown(content)}", response.status)
-        return content
+        if response.status_code != httpx.codes.OK:
+            raise ServerError(
+                f"{self.url}{path} answered {response.status_code}: {_shown(response.content)}", response.status_code
+            )
+        return response.content
+
+
+@functools.cache
+def _client() -> httpx.Client:
+    """Return the process's client for these requests.
+
+    Any number run at once, no connection is kept, and proxies of the environment are ignored. Addresses are all
+    http://, so certificates are not loaded.
+    """
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.Client(limits=limits, trust_env=False, verify=False)
 
 
 def ask_each(
     servers: Sequence[Endpoint], call: Callable[[Endpoint], Result]
 ) -> tuple[dict[Endpoint, Result], dict[Endpoint, ServerError]]:
-    """Asks all servers at once; their answers, and the failures of those that have none."""
+    """Call all servers at once; return their answers, and the failures of those that have none."""
     answers: dict[Endpoint, Result] = {}
     failures: dict[Endpoint, ServerError] = {}
     if servers:
@@ -191,7 +211,7 @@ def ask_each(
 
 
 def without(servers: Iterable[Endpoint], failures: Iterable[Endpoint]) -> list[Endpoint]:
-    """The servers that are not among the failures."""
+    """Return the servers that are not among the failures."""
     lost = set(failures)
     return [server for server in servers if server not in lost]
 

@@ -1,9 +1,10 @@
-"""A response in the making: what to ask a server for next, and what its answers make of it.
+"""A response in the making: the next request that it needs, and what the answers add to it.
 
-Some tokens must never be sampled (an audio placeholder would ask for audio that is not there). Masking them on the server would change the
-log-probabilities, which SGLang takes after masks. So they end the server's answer instead, are dropped, and the position is drawn again: a
-sampled response is then one of the masked distribution, with log-probabilities of the unmasked one; a greedy response takes the likeliest
-token that is allowed. A trained model hardly ever needs it.
+Some tokens must never be sampled (an audio placeholder would need audio that is not there). Masking them on the server
+would change the log-probabilities, which SGLang takes after masks. So they end the server's answer instead, are
+dropped, and the position is drawn again: a sampled response is then one of the masked distribution, with
+log-probabilities of the unmasked one; a greedy response takes the likeliest token that is allowed. A trained model
+hardly ever needs it.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ class PartialResponse:
 
     Args:
         request: checked by `PromptEncoder.check`.
-        wire: how prompts are sent.
+        encoder: writes prompts as servers take them.
 
     Attributes:
         finish_reason: None until it is whole.
     """
 
-    def __init__(self, request: GenerationRequest, wire: PromptEncoder) -> None:
+    def __init__(self, request: GenerationRequest, encoder: PromptEncoder) -> None:
         self.request = request
-        self._wire, self._prompts = wire, wire.prompts
+        self._encoder, self._prompts = encoder, encoder.prompts
         self._ids: list[int] = []
         self._logprobs: list[float] = []
         self._versions: list[int] = []
@@ -40,20 +41,20 @@ class PartialResponse:
         self._masked = False  # the server masks: no text can bring it to where a position is drawn again
         self.finish_reason: Literal["stop", "length"] | None = None
 
-    def question(self) -> dict[str, Any]:
-        """The body of the next request, but for its name."""
-        prompt = self._wire.body(self.request.prompt, self._ids)
+    def next_request(self) -> dict[str, Any]:
+        """Return the body of the next request, but for its name."""
+        prompt = self._encoder.try_encode(self.request.prompt, self._ids)
         if prompt is None:
             self._begin_masked()
-            prompt = self._wire.question(self.request.prompt)
+            prompt = self._encoder.encode(self.request.prompt)
         limit = 1 if self._likeliest else self.request.max_new_tokens - len(self._ids)
         forbidden = self._prompts.special_ids
         stop = self._prompts.eos_ids if self._masked else (*self._prompts.eos_ids, *forbidden)
         best = len(forbidden) + 1 if self._likeliest else 0
         return prompt | sampling(self.request, limit, self._seed(), stop, forbidden if self._masked else (), best)
 
-    def take(self, reply: Any, version_of: Callable[[str], int]) -> bool:
-        """Adds an answer to the last question; whether the response is whole now.
+    def add(self, reply: Any, version_of: Callable[[str], int]) -> bool:
+        """Add the answer to the last request; return whether the response is whole now.
 
         Args:
             reply: from JSON.
@@ -90,7 +91,7 @@ class PartialResponse:
         return self.finish_reason is not None
 
     def rollout(self) -> Rollout:
-        """The whole response."""
+        """Return the whole response."""
         assert self.finish_reason is not None
         ids = tuple(self._ids)
         return Rollout(
@@ -113,11 +114,11 @@ class PartialResponse:
         self._likeliest, self._masked = False, True
 
     def _seed(self) -> int:
-        """31 bits that depend on the request alone, and on how often a position was drawn again."""
+        """Return 31 bits that depend on the request alone, and on how often a position was drawn again."""
         name = f"{self.request.seed}\n{self.request.prompt.sample_id}\n{self._draws}"
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big") >> 1
 
 
 def aborted(request: GenerationRequest) -> Rollout:
-    """What stands for a response that was not made."""
+    """Return what stands for a response that was not made."""
     return Rollout(request.prompt.sample_id, (), (), "abort", (), "")

@@ -1,21 +1,24 @@
-"""The servers as one rank sees them: who is asked next, who is under suspicion, who is lost.
+"""The servers as one rank sees them: which gets the next request, which is under suspicion, which is lost.
 
-A server that fails a request gets no new ones until it has proved that it generates, with the weights that it should have. One that cannot,
-or fails again and again, is lost until a weight sync brings it back: its process may be a new one, with the checkpoint's weights.
+A server that fails a request gets no new ones until a probe shows that it generates, with the weights that it should
+have. One that cannot, or fails again and again, is lost until a weight sync brings it back: its process may be a new
+one, with the checkpoint's weights.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_cord.rollout.sglang.weight_sync import Endpoint
-from megatron_cord.runtime import log
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint
+
+logger = logging.getLogger(__name__)
 
 _PROBES = 3  #: failed ones that make a server lost
-_RELAPSES = 3  #: suspicions since the last weight sync that do
+_RELAPSES = 3  #: suspicions since the last weight sync that make a server lost
 
 
 @dataclass(eq=False)
@@ -37,32 +40,31 @@ class Server:
     _relapses: int = 0
 
     def reset(self) -> None:
-        """It has the weights that it should have."""
+        """Count it as good: it has the weights that it should have."""
         self.state, self._failed_probes, self._relapses = "good", 0, 0
 
     def leave(self) -> None:
-        """A request of this rank is over."""
+        """Count a request of this rank as over."""
         self.in_flight -= 1
 
     def fail(self, reason: str, *, slow: bool = False) -> None:
-        """A request failed, or only takes long. Many fail together, which counts once."""
+        """Count a request that failed, or that only takes long. Many fail together, which counts once."""
         if self.state != "good":
             return
         self._relapses += not slow
         self._failed_probes = 0
         self.state = "lost" if self._relapses > _RELAPSES else "suspect"
         self.probe_at = time.monotonic()
-        say(
-            f"{self.endpoint.url} gets no requests {'until the next weight sync' if self.state == 'lost' else 'for now'}: {reason}"
-        )
+        until = "until the next weight sync" if self.state == "lost" else "for now"
+        logger.warning("rollout: %s gets no requests %s: %s", self.endpoint.url, until, reason)
 
     def probed(self, problem: str | None) -> None:
-        """The outcome of a probe; None if there is no problem."""
+        """Take the outcome of a probe; None if there is no problem."""
         if self.state != "suspect":
             return
         if problem is None:
             self.state = "good"
-            say(f"{self.endpoint.url} generates again")
+            logger.warning("rollout: %s generates again", self.endpoint.url)
             return
         self._failed_probes += 1
         self.probe_at = time.monotonic() + 2 ** (self._failed_probes - 1)
@@ -70,9 +72,11 @@ class Server:
             self.lose(problem)
 
     def lose(self, reason: str) -> None:
-        """It gets nothing until the next weight sync."""
+        """Give it nothing until the next weight sync."""
         if self.state != "lost":
-            say(f"{self.endpoint.url} is left out until a weight sync has brought it the weights: {reason}")
+            logger.warning(
+                "rollout: %s is left out until a weight sync has brought it the weights: %s", self.endpoint.url, reason
+            )
         self.state = "lost"
 
 
@@ -89,7 +93,7 @@ class Pool:
     servers: dict[str, Server] = field(default_factory=dict)
 
     def set(self, current: Iterable[Endpoint]) -> None:
-        """After a weight sync: these have the weights, no others have."""
+        """Take the servers that have the weights after a weight sync; no others have."""
         wanted = list(current)
         turn = self.rank % len(wanted) if wanted else 0
         servers = {}
@@ -100,21 +104,16 @@ class Pool:
         self.servers = servers
 
     def choose(self, tried: Collection[Server]) -> Server | None:
-        """The good server with the fewest requests of this rank, rather one that was not tried yet; None if there is no good one."""
+        """Return the good server with the fewest requests of this rank, one that was not tried yet if there is any."""
         good = [server for server in self.servers.values() if server.state == "good"]
         return min(good, key=lambda server: (server in tried, server.in_flight), default=None)
 
     @property
     def all_lost(self) -> bool:
-        """Whether nobody is left to be asked before the next weight sync."""
+        """Whether no server is left before the next weight sync."""
         return all(server.state == "lost" for server in self.servers.values())
 
     def suspects(self) -> list[Server]:
-        """Those whose probe is due."""
+        """Return those whose probe is due."""
         now = time.monotonic()
         return [server for server in self.servers.values() if server.state == "suspect" and server.probe_at <= now]
-
-
-def say(text: str) -> None:
-    """One line for whoever watches the run."""
-    log.say(f"rollout: {text}")

@@ -1,4 +1,4 @@
-"""Questions for trying a weight sync: used by ``verify weight_sync``, not by training."""
+"""Greedy answers to fixed prompts, by which ``verify weight_sync`` compares servers; training does not use it."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import numpy as np
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Sample
-from megatron_cord.model.families import load_architecture
+from megatron_cord.model.families import family_of, load_architecture
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint
-from megatron_cord.rollout.sglang.client.protocol import MOST_CLIPS, PromptEncoder
+from megatron_cord.rollout.sglang.client.protocol import PromptEncoder
 
-#: for each question: the ids, and their log-probabilities rounded to 1e-5
+#: For each prompt: the ids, and their log-probabilities rounded to 1e-5.
 Outputs = list[tuple[list[int], list[float]]]
 
 
 def outputs_of(server: Endpoint, checkpoint: str | Path, timeout: float) -> Outputs:
-    """Greedy answers to a few fixed prompts: some of plain ids and, where the model hears, a second of sound.
+    """Return greedy answers to fixed prompts: some of plain ids and, where the model takes audio, a second of sound.
 
     Raises:
-        CordError: as ``PromptBuilder`` and ``PromptEncoder.question``.
+        CordError: as ``PromptBuilder`` and ``PromptEncoder.encode``.
         ServerError: the server does not answer.
     """
     bodies: list[dict[str, Any]] = [{"input_ids": list(range(first, first + 6))} for first in (1, 4, 7)]
-    most_clips = MOST_CLIPS.get(load_architecture(checkpoint).model_type, 0)
-    if most_clips:
+    max_clips = family_of(load_architecture(checkpoint)).sglang_max_clips
+    if max_clips:
         prompts = PromptBuilder(checkpoint)
         sound = Sample("two tones", "", _tones()[: prompts.longest_clip])
-        bodies.append(PromptEncoder(prompts, 0, most_clips).question(prompts.audio_prompt(sound)))
+        bodies.append(PromptEncoder(prompts, 0, max_clips).encode(prompts.audio_prompt(sound)))
     return [_greedy(server, body, timeout) for body in bodies]
 
 
@@ -42,6 +42,6 @@ def _greedy(server: Endpoint, body: dict[str, Any], timeout: float) -> tuple[lis
 
 
 def _tones() -> np.ndarray:
-    """A second of two tones at 16 kHz, one of which rises."""
+    """Return a second of two tones at 16 kHz, one of which rises."""
     t = np.arange(16000) / 16000
     return (0.25 * np.sin(2 * np.pi * 440 * t) + 0.12 * np.sin(2 * np.pi * (200 + 600 * t) * t)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Requests and replies as SGLang has them: what is sent for a prompt, and what is believed of an answer."""
+"""Requests and replies as SGLang has them: what is sent for a prompt, and what a reply must be to be accepted."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from packaging.version import Version
+
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt
 from megatron_cord.data.wav import encode_float_wav
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.types import GenerationRequest
 
-#: Families whose prompts servers take as this module writes them, and how many clips one may have.
-MOST_CLIPS: dict[str, float] = {"qwen2_audio": 1, "step_audio_2": math.inf, "qwen2": 0, "llama": 0}
+OLDEST_SGLANG = Version("0.5.21")  #: from here on servers have sessions for updates of their weights
 _NO_PROBABILITY = -1e9  #: added to a logit
 
 
@@ -32,7 +33,7 @@ class Piece:
         logprobs: of each, as `Rollout` has them.
         reason: "stop" (the last token ended it), "length" or "abort".
         spans: (first, end, the server's name for the weights).
-        best: the likeliest ids at the last position with their log-probabilities, if they were asked for.
+        best: the likeliest ids at the last position with their log-probabilities, if they were requested.
     """
 
     token_ids: tuple[int, ...]
@@ -44,23 +45,24 @@ class Piece:
 
 @dataclass
 class PromptEncoder:
-    """Prompts as servers take them. A text prompt goes as ids; audio as text with one placeholder a clip, and the samples beside it.
+    """Writes prompts as servers take them: text as ids; audio as text with one placeholder a clip, beside the samples.
 
-    SGLang tokenizes that text itself, so it is made sure here that the ids come out, and there (``prompt_token_ids``) that they did.
+    SGLang tokenizes that text itself, so the text is checked here to give the ids, and there (``prompt_token_ids``) to
+    have given them.
 
     Attributes:
         prompts: of the checkpoint.
         longest_prompt: tokens that servers take.
-        most_clips: that they take in one prompt.
+        max_clips: that they take in one prompt.
     """
 
     prompts: PromptBuilder
     longest_prompt: int
-    most_clips: float
+    max_clips: float
     _audio: dict[int, tuple[Prompt, list[str]]] = field(default_factory=dict)
 
     def check(self, request: GenerationRequest) -> None:
-        """Refuses what would kill a server or be answered in another way than asked.
+        """Refuse what would end a server or be answered otherwise than requested.
 
         Raises:
             CordError: names the sample.
@@ -70,30 +72,30 @@ class PromptEncoder:
             raise CordError(f"{where}: max_new_tokens must be at least 1 and the temperature not negative")
         if not prompt.token_ids or not all(0 <= token < self.prompts.vocab_size for token in prompt.token_ids):
             raise CordError(f"{where}: the prompt is empty or has ids outside 0..{self.prompts.vocab_size - 1}")
-        marks, features = (
-            prompt.token_ids.count(self.prompts.audio_token_id),
-            sum(clip.num_tokens for clip in prompt.clips),
-        )
+        marks = prompt.token_ids.count(self.prompts.audio_token_id)
+        features = sum(clip.num_tokens for clip in prompt.clips)
         if marks != features:
             raise CordError(f"{where}: {marks} audio placeholders for {features} audio features; rebuild the prompt")
-        if len(prompt.clips) > self.most_clips:
+        if len(prompt.clips) > self.max_clips:
             raise CordError(
-                f"{where}: SGLang takes {self.most_clips} clip a prompt of this model, not {len(prompt.clips)}; set data.long_audio to error or skip"
+                f"{where}: SGLang takes {self.max_clips} clip a prompt of this model, not {len(prompt.clips)}; "
+                "set data.long_audio to error or skip"
             )
         total = len(prompt.token_ids) + request.max_new_tokens
         if total > self.longest_prompt:
             raise CordError(
-                f"{where}: {len(prompt.token_ids)} prompt tokens and {request.max_new_tokens} new ones, the servers take {self.longest_prompt} "
-                "in all; lower rollout.max_new_tokens, or give the servers more room (--context-length, --max-total-tokens)"
+                f"{where}: {len(prompt.token_ids)} prompt tokens and {request.max_new_tokens} new ones, "
+                f"the servers take {self.longest_prompt} in all; lower rollout.max_new_tokens, or give the servers "
+                "more room (--context-length, --max-total-tokens)"
             )
 
-    def question(self, prompt: Prompt) -> dict[str, Any]:
-        """`body` of the prompt alone.
+    def encode(self, prompt: Prompt) -> dict[str, Any]:
+        """Return `try_encode` of the prompt alone.
 
         Raises:
             CordError: no text tokenizes to it.
         """
-        body = self.body(prompt)
+        body = self.try_encode(prompt)
         if body is None:
             raise CordError(
                 f"sample {prompt.sample_id}: no text tokenizes to its prompt, and SGLang takes audio with text alone; "
@@ -101,8 +103,8 @@ class PromptEncoder:
             )
         return body
 
-    def body(self, prompt: Prompt, more: Sequence[int] = ()) -> dict[str, Any] | None:
-        """The prompt's part of a request; None if no text tokenizes to prompt and ``more``, tokens of the response that shall go on."""
+    def try_encode(self, prompt: Prompt, more: Sequence[int] = ()) -> dict[str, Any] | None:
+        """Return the prompt's part of a request, with the response so far; None if no text tokenizes to them."""
         if not prompt.clips:
             return {"input_ids": [*prompt.token_ids, *more]}
         text = self.prompts.text_of((*prompt.token_ids, *more))
@@ -115,13 +117,13 @@ class PromptEncoder:
 
 
 def read_piece(reply: Any, sent: Prompt, more: Sequence[int], limit: int, vocab_size: int) -> Piece:
-    """A reply to one prompt.
+    """Read a reply to one prompt.
 
     Args:
         reply: from JSON.
         sent: the prompt, and
         more: the tokens behind it.
-        limit: at most so many new tokens were asked for.
+        limit: the most new tokens that were requested.
         vocab_size: ids are below it.
 
     Raises:
@@ -142,15 +144,16 @@ def read_piece(reply: Any, sent: Prompt, more: Sequence[int], limit: int, vocab_
     if reason not in ("stop", "length", "abort"):
         raise BadReplyError(f"finish reason {reason!r}")
     if ids != tuple(token for _, token in pairs) or len(ids) > limit or (not ids and reason != "abort"):
-        raise BadReplyError(f"{len(pairs)} log-probabilities for {len(ids)} tokens, of {limit} that were asked for")
+        raise BadReplyError(f"{len(pairs)} log-probabilities for {len(ids)} tokens, of {limit} that were requested")
     if not all(0 <= token < vocab_size for token in ids) or not all(math.isfinite(p) and p <= 1e-3 for p, _ in pairs):
         raise BadReplyError("tokens outside the vocabulary, or log-probabilities that are none")
     wanted = (*sent.token_ids, *more)
     given = reply.get("prompt_token_ids")
     if reason != "abort" and (read != len(wanted) or (given is not None and tuple(given) != wanted)):
         raise CordError(
-            f"sample {sent.sample_id}: the server read the prompt as {read} other tokens than the trainer's {len(wanted)}; it has another "
-            "tokenizer, chat template or feature extractor: serve the checkpoint that is trained"
+            f"sample {sent.sample_id}: the server read the prompt as {read} other tokens than the trainer's "
+            f"{len(wanted)}; it has another tokenizer, chat template or feature extractor: "
+            "serve the checkpoint that is trained"
         )
     return Piece(ids, tuple(min(p, 0.0) for p, _ in pairs), reason, spans, best)
 
@@ -158,28 +161,35 @@ def read_piece(reply: Any, sent: Prompt, more: Sequence[int], limit: int, vocab_
 def sampling(
     request: GenerationRequest, limit: int, seed: int, stop: Sequence[int], masked: Sequence[int] = (), best: int = 0
 ) -> dict[str, Any]:
-    """The sampling part of a request; log-probabilities come with every answer.
+    """Return the sampling part of a request; log-probabilities come with every answer.
 
     Args:
         request: its temperature.
-        limit: at most so many new tokens.
-        seed: of the server's noise, where it has noise that can be seeded.
+        limit: the most new tokens.
+        seed: of the server's noise, where that can be seeded.
         stop: ids that end the answer.
         masked: ids that cannot be sampled. Log-probabilities are then those of the others alone.
-        best: so many of the likeliest ids at each position are told, too.
+        best: how many of the likeliest ids at each position to return, too.
     """
     parameters: dict[str, Any] = {
-        "temperature": request.temperature, "max_new_tokens": limit, "stop_token_ids": list(stop), "sampling_seed": seed,
+        "temperature": request.temperature,
+        "max_new_tokens": limit,
+        "stop_token_ids": list(stop),
+        "sampling_seed": seed,
         "skip_special_tokens": False,
-        "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,  # the model's own distribution, whatever the server prefers
-    }  # fmt: skip
+        # The model's own distribution, whatever the server's defaults are.
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
     if masked:
         parameters["logit_bias"] = {str(token): _NO_PROBABILITY for token in masked}
     return {"sampling_params": parameters, "return_logprob": True} | ({"top_logprobs_num": best} if best else {})
 
 
 def _spans(meta: dict[str, Any], count: int) -> tuple[tuple[int, int, str], ...]:
-    """Which weights made which tokens; servers that tell one name for all of them are believed."""
+    """Return which weights made which tokens; a server may give one name for all of them."""
     spans = [(_whole(s["start"]), _whole(s["end"]), str(s["version"])) for s in meta.get("weight_versions") or []]
     spans = spans or [(0, count, str(meta["weight_version"]))]
     if not count:

@@ -1,1 +1,1 @@
-"""What runs in the interpreter of a server; imports nothing of the project."""
+"""What runs in a server's interpreter, which lacks the project's packages: nothing here imports the project."""

@@ -1,11 +1,13 @@
 """The process of one SGLang server: run as a file by the interpreter of ``.venv-sglang``, with SGLang's own arguments.
 
-Apart from starting SGLang it does five things. The API key comes from the environment, as arguments can be read by anyone on the machine,
-and is taken out of the log, where SGLang prints all its settings. Without CUDA, stand-ins take the place of the compiled kernels.
-Our own models (`external`) take the place of those that are missing or compute something else than the trainer. Weights are taken as ``weights.py`` says.
-And it ends when its standard input does, that is when whoever started it is gone, however that came.
+Apart from starting SGLang it does five things. The API key comes from the environment, as arguments can be read by all
+users of the machine, and is removed from the log, where SGLang prints all its settings. Without CUDA, stand-ins replace
+the compiled kernels. The project's models (`external`) replace those that are missing or compute something else than
+the trainer. Weights are received by ``weights.py``. And it ends when its standard input does, that is when the process
+that started it is gone.
 
-SGLang's processes import this file again, so everything outside the last block happens in each of them. It must not import the project.
+SGLang's processes import this file again, so everything outside the last block happens in each of them. It must not
+import the project.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ KEY_VARIABLE = "MEGATRON_CORD_SERVER_KEY"
 
 
 def hide_key(key: str) -> None:
-    """Replaces the key in whatever is logged from now on."""
+    """Replace the key in whatever is logged from now on."""
     make = logging.getLogRecordFactory()
 
     def without_key(*args: Any, **kwargs: Any) -> logging.LogRecord:
@@ -36,7 +38,7 @@ def hide_key(key: str) -> None:
 
 
 def stand_in_for_kernels() -> Any:
-    """Makes SGLang's imports work on a CPU. Returns what must be kept alive."""
+    """Make SGLang's imports work on a CPU. Returns what must be kept alive."""
     sys.path.insert(0, str(Path(__file__).parent / "cpu_standins"))
     import torch
 
@@ -45,7 +47,7 @@ def stand_in_for_kernels() -> Any:
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]  # /weights_checker waits for a GPU that is not there
-    # Where a GPU's unused memory would be given back, SGLang has a CPU collect garbage instead, half a second a weight sync.
+    # Where a GPU's unused memory would be freed, SGLang collects garbage on a CPU, half a second a weight sync.
     from sglang.srt.platforms.cpu import CpuDeviceMixin
 
     CpuDeviceMixin.empty_cache = lambda self: None  # type: ignore[method-assign]
@@ -53,7 +55,7 @@ def stand_in_for_kernels() -> Any:
 
 
 def end_with_starter() -> None:
-    """Ends this process and its children once standard input is closed."""
+    """End this process and its children once standard input is closed."""
 
     def watch() -> None:
         while os.read(0, 1024):  # not through sys.stdin, whose lock would be held at the interpreter's end
@@ -64,7 +66,7 @@ def end_with_starter() -> None:
 
 
 def run_scheduler(*arguments: Any, **settings: Any) -> None:
-    """The process that holds the model, or one tensor-parallel part of it."""
+    """Run the process that holds the model, or one tensor-parallel part of it."""
     import weights
     from sglang.srt.managers.scheduler import run_scheduler_process
 
@@ -77,7 +79,7 @@ if _key:
     hide_key(_key)
 sys.path.insert(0, str(Path(__file__).parent / "external"))  # where SGLANG_EXTERNAL_MODEL_PACKAGE is
 _kept = stand_in_for_kernels() if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" else None
-# SGLang reads a checkpoint's configuration before it looks for models; this makes those known that transformers lacks.
+# SGLang reads a checkpoint's configuration before it looks for models; this registers those that transformers lacks.
 importlib.import_module("cord_models")
 
 if __name__ == "__main__":

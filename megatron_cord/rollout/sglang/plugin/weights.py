@@ -1,13 +1,17 @@
-"""How a server of this project takes weights where SGLang's own way is slow; ``serve.py`` installs it in the processes that hold the model.
+"""How a server of this project takes weights where SGLang's own receiver is slow.
 
-A stream. SGLang 0.5.21 wants a request for each bucket of a broadcast, and for each it concatenates tensors that hold nothing into a second
-buffer before it receives. Here one request announces all tensors, the buckets follow one another, and each is loaded as soon as it is there,
-from memory that is used again. Trainers see in ``/server_info`` that a server can do this; others are sent one bucket a request.
+``serve.py`` installs it in the processes that hold the model.
 
-Shared memory. SGLang maps a buffer for each bucket and unmaps it, though a trainer has but two of them. Here they stay mapped until a session
-that uses others, or the server's end.
+A stream. SGLang 0.5.21 takes a request for each bucket of a broadcast, and for each it concatenates tensors that hold
+nothing into a second buffer before it receives. Here one request announces all tensors, the buckets follow one another,
+and each is loaded as soon as it is there, from memory that is used again. ``/server_info`` tells trainers that a server
+can do this; others are sent one bucket a request.
 
-A group that is left on a GPU is aborted, so that a server survives a trainer, or another server, that is gone in the middle of a broadcast.
+Shared memory. SGLang maps a buffer for each bucket and unmaps it, though a trainer has but two of them. Here they stay
+mapped until a session that uses others, or the server's end.
+
+A group that is left on a GPU is aborted, so that a server survives a trainer, or another server, that is gone in the
+middle of a broadcast.
 
 It runs in the server's interpreter and must not import the project; the trainer takes the two names from here.
 """
@@ -24,12 +28,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-STREAMED = "streamed:"  #: what the load_format of a stream begins with; the number of tensors in each bucket follows, joined by commas
-ABILITY = "cord_streamed_weights"  #: in /server_info: true where streams are understood
+#: What the load_format of a stream begins with; the number of tensors in each bucket follows, joined by commas.
+STREAMED = "streamed:"
+ABILITY = "cord_streamed_weights"  #: in /server_info: true where streams are taken
 
 
 class Spec(NamedTuple):
-    """A tensor on paper."""
+    """Name, dtype and shape of a tensor that is not there yet."""
 
     name: str
     dtype: torch.dtype
@@ -64,7 +69,8 @@ class Stream:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         if self._read:
             raise RuntimeError(
-                "streamed weights can be loaded only once, and this server has a second model, for drafts; start it without"
+                "streamed weights can be loaded only once, and this server has a second model, for drafts; "
+                "start it without"
             )
         self._read = True
         coming: deque[tuple[list[Spec], Tensor, Any]] = deque()
@@ -78,7 +84,7 @@ class Stream:
 
 
 def _arrived(bucket: list[Spec], flat: Tensor, arrival: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one bucket."""
+    """Yield the tensors of one bucket."""
     arrival.wait()
     start = 0
     for spec in bucket:
@@ -87,9 +93,10 @@ def _arrived(bucket: list[Spec], flat: Tensor, arrival: Any) -> Iterator[tuple[s
 
 
 class Buffers:
-    """Memory for one bucket after the other, used again once no tensor of an earlier bucket is left, wherever the model keeps it.
+    """Memory for one bucket after the other, used again once no tensor of an earlier bucket is left.
 
-    On a GPU torch does just that; on a CPU new memory costs as much as a bucket's transfer. Here as there it is kept for the next weight sync.
+    On a GPU torch does just that; on a CPU new memory costs as much as a bucket's transfer. Here as there it is kept
+    for the next weight sync.
 
     Args:
         device: of the memory.
@@ -100,7 +107,7 @@ class Buffers:
         self._pool: list[tuple[Any, weakref.ref[Any]]] = []  # numpy arrays, and the part that the last tensors lie in
 
     def take(self, nbytes: int) -> Tensor:
-        """uint8 [nbytes]."""
+        """Return uint8 [nbytes]."""
         if self._device != "cpu":
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         import numpy as np
@@ -118,17 +125,15 @@ class Buffers:
 
 
 def install() -> None:
-    """Puts all this in the place of SGLang's ways, in a process that has not made its model yet."""
+    """Replace SGLang's receivers, in a process that has not made its model yet."""
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
-    receive_each, load, end_session = (
-        WeightUpdater.receive_weights_from_distributed, WeightUpdater.update_weights_from_tensor, WeightUpdater.end_weight_update,
-    )  # fmt: skip
-    destroy, tell = WeightUpdater.destroy_weights_update_group, Scheduler.get_init_info
-    mapped: dict[
-        int, Tensor
-    ] = {}  # by address; torch finds a buffer that is mapped already, as long as one tensor is left in it
+    receive_each, load = WeightUpdater.receive_weights_from_distributed, WeightUpdater.update_weights_from_tensor
+    end_session, destroy = WeightUpdater.end_weight_update, WeightUpdater.destroy_weights_update_group
+    init_info = Scheduler.get_init_info
+    # By address; torch finds a buffer that is mapped already, as long as one tensor is left in it.
+    mapped: dict[int, Tensor] = {}
     used: set[int] = set()  # in this session
     buffers: dict[str, Buffers] = {}  # by device
 
@@ -169,11 +174,11 @@ def install() -> None:
         used.clear()
         end_session(self, **settings)
 
-    def told(self: Any) -> dict[str, Any]:
-        return tell(self) | {ABILITY: self.draft_worker is None}  # type: ignore[no-any-return]
+    def init_info_with_ability(self: Any) -> dict[str, Any]:
+        return init_info(self) | {ABILITY: self.draft_worker is None}  # type: ignore[no-any-return]
 
     def leave(self: Any, group_name: str) -> tuple[bool, str]:
-        # NCCL's plain farewell waits for what is under way, and a broadcast whose sender is gone never ends.
+        # NCCL's plain end waits for what is in flight, and a broadcast whose sender is gone never ends.
         group = self._model_update_group.get(group_name)
         if group is None or torch.distributed.get_backend(group) != "nccl":
             return destroy(self, group_name)  # type: ignore[no-any-return]
@@ -184,4 +189,4 @@ def install() -> None:
     WeightUpdater.destroy_weights_update_group = leave
     WeightUpdater.update_weights_from_tensor = keep_and_load
     WeightUpdater.end_weight_update = release_and_end
-    Scheduler.get_init_info = told
+    Scheduler.get_init_info = init_info_with_ability

@@ -1,1 +1,1 @@
-"""SGLang servers as child processes: start, health, end."""
+"""SGLang servers as child processes: start, health, end, and starting them again."""

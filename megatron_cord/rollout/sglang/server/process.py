@@ -17,13 +17,14 @@ from packaging.version import InvalidVersion, Version
 
 from megatron_cord.convert.checkpoint_files import stored_tensors
 from megatron_cord.errors import CordError
+from megatron_cord.rollout.sglang.client.addresses import KEY_VARIABLE
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint
+from megatron_cord.rollout.sglang.client.protocol import OLDEST_SGLANG
 
-OLDEST = Version("0.5.21")  #: from here on servers have sessions for updates of their weights
 ENVIRONMENT = ".venv-sglang"
 _PROCESS = Path(__file__).parents[1] / "plugin" / "serve.py"
-_KEY_VARIABLE = "MEGATRON_CORD_SERVER_KEY"  # as in plugin/serve.py, which runs without the project
-#: variables of the trainer's environment: another interpreter's, and those that would make a server take itself for one of torchrun's ranks
+#: Variables of the trainer's environment that a server must not have: another interpreter's, and those of torchrun's
+#: ranks.
 _TRAINERS = (
     "PYTHONPATH",
     "RANK",
@@ -36,8 +37,8 @@ _TRAINERS = (
     "TORCHDYNAMO_DISABLE",
 )
 _CPU = [
-    "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--disable-cuda-graph", "--disable-overlap-schedule",
-    "--grammar-backend", "none", "--sleep-on-idle",
+    "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--disable-cuda-graph",
+    "--disable-overlap-schedule", "--grammar-backend", "none", "--sleep-on-idle",
 ]  # fmt: skip
 
 
@@ -55,11 +56,12 @@ class ServerConfig:
     colocated: bool = False  #: cuda: it can give its memory to a trainer beside it and take it back
     python: Path = Path(ENVIRONMENT) / "bin" / "python"  #: the interpreter that SGLang is installed for
     max_running_requests: int = 32  #: responses generated together
-    max_total_tokens: int | None = (
-        None  #: room in the cache of keys and values; None lets the server use what memory there is (cuda)
-    )
+    #: room in the cache of keys and values; None lets the server use what memory there is (cuda)
+    max_total_tokens: int | None = None
     memory_fraction: float | None = None  #: of the GPU for weights and cache; None leaves it to SGLang
-    seeded: bool = True  #: cuda: responses repeat from their seeds, by SGLang's deterministic inference, which costs some speed; it has none on CPU
+    #: cuda: responses repeat from their seeds, by SGLang's deterministic inference, which costs some speed; it has none
+    #: on CPU
+    seeded: bool = True
     start_timeout: float = 600.0  #: seconds until it must answer
     more: tuple[str, ...] = ()  #: SGLang's own arguments, as they are; they win
 
@@ -71,10 +73,10 @@ class ServerConfig:
 
 
 def check_version(python: Path) -> Version:
-    """The version of SGLang that this interpreter has.
+    """Return the version of SGLang that this interpreter has.
 
     Raises:
-        CordError: none, or one without the endpoints that the weight sync needs.
+        CordError: none, or one without the endpoints that weight sync needs.
     """
     if not python.exists():
         raise CordError(f"{python} does not exist; install the server with: make sglang-env")
@@ -84,9 +86,10 @@ def check_version(python: Path) -> Version:
         version = Version(answer.stdout.strip())
     except InvalidVersion:
         raise CordError(f"{python} has no sglang; install it with: make sglang-env") from None
-    if version < OLDEST:
+    if version < OLDEST_SGLANG:
         raise CordError(
-            f"{python} has sglang {version}; {OLDEST} or later is needed, as older servers cannot take weights safely"
+            f"{python} has sglang {version}; {OLDEST_SGLANG} or later is needed, as older servers cannot take weights "
+            "safely"
         )
     return version
 
@@ -127,7 +130,7 @@ class SglangServer:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Starts the process and returns at once; a second call starts it again on the same port."""
+        """Start the process and return at once; a second call starts it again on the same port."""
         self.stop()
         config = self.config
         environment = os.environ | {
@@ -135,7 +138,7 @@ class SglangServer:
             "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        # In external/, which process/serve.py puts on the path.
+        # In external/, which plugin/serve.py puts on the path.
         environment |= {
             "SGLANG_EXTERNAL_MODEL_PACKAGE": "cord_models",
             "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": "cord_models",
@@ -143,12 +146,16 @@ class SglangServer:
         for name in [name for name in environment if name.startswith(_TRAINERS)]:
             del environment[name]
         if self._key:
-            environment[_KEY_VARIABLE] = self._key
-        arguments = ["--model-path", str(config.checkpoint), "--host", config.host, "--port", str(self._port), "--dtype", _dtype(config),
-                     "--device", config.device, "--tp-size", str(config.tp), "--max-running-requests", str(config.max_running_requests),
-                     "--skip-server-warmup", "--enable-fp32-lm-head", "--nccl-port", str(free_port("127.0.0.1"))]  # fmt: skip
+            environment[KEY_VARIABLE] = self._key
+        arguments = [
+            "--model-path", str(config.checkpoint), "--host", config.host, "--port", str(self._port),
+            "--dtype", _dtype(config), "--device", config.device, "--tp-size", str(config.tp),
+            "--max-running-requests", str(config.max_running_requests), "--skip-server-warmup", "--enable-fp32-lm-head",
+            "--nccl-port", str(free_port("127.0.0.1")),
+        ]  # fmt: skip
         if config.device == "cpu":
-            # Huge pages: where each bucket has a request, SGLang takes new memory for it, whose first use takes longer than its transfer.
+            # Huge pages: where each bucket has a request, SGLang takes new memory for it, whose first use takes longer
+            # than its transfer.
             environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
             arguments += [*_CPU, "--mem-fraction-static", str(config.memory_fraction or 0.3)]
             arguments += ["--max-total-tokens", str(config.max_total_tokens or 8192)]
@@ -169,7 +176,7 @@ class SglangServer:
             )  # fmt: skip
 
     def wait(self) -> None:
-        """Until it answers.
+        """Wait until it answers.
 
         Raises:
             CordError: it ended, or does not answer in time; with the last line of its log.
@@ -186,7 +193,7 @@ class SglangServer:
             time.sleep(0.5)
 
     def stop(self) -> None:
-        """Ends it with all its processes; safe to call twice."""
+        """End it with all its processes; safe to call twice."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -204,16 +211,16 @@ class SglangServer:
             process.stdin.close()
 
     def last_line(self) -> str:
-        """Of its log: the last error if there is one."""
+        """Return the last line of its log: the last error if there is one."""
         if not self.log.exists():
             return "no output"
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        told = [line for line in lines if re.match(r"\w*(Error|Exception)\b", line)]
-        return (told or lines or ["no output"])[-1][:300]
+        errors = [line for line in lines if re.match(r"\w*(Error|Exception)\b", line)]
+        return (errors or lines or ["no output"])[-1][:300]
 
 
 def _dtype(config: ServerConfig) -> str:
-    """In which precision it loads; SGLang's own auto would load float32 as 16 bits."""
+    """Return the precision in which it loads; SGLang's own auto would load float32 as 16 bits."""
     if config.dtype != "auto":
         return config.dtype
     nbytes = Counter[str]()
@@ -223,7 +230,7 @@ def _dtype(config: ServerConfig) -> str:
 
 
 def free_port(host: str) -> int:
-    """A port that nobody held a moment ago."""
+    """Return a port that was free a moment ago."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])

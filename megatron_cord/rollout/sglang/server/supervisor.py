@@ -1,15 +1,17 @@
 """Several servers of one checkpoint on this machine: started, watched, started again when one dies or hangs.
 
-A server that was started again has the checkpoint's weights; the trainer notices by their name and brings the current ones with its next
-weight sync. Simplification: it is watched from outside, by its health endpoint, which SGLang answers by generating a token.
+A server that was started again has the checkpoint's weights; the trainer notices by their name and brings the current
+ones with its next weight sync. Simplification: it is watched from outside, by its health endpoint, which SGLang answers
+by generating a token.
 """
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -18,21 +20,22 @@ from megatron_cord.errors import CordError
 from megatron_cord.rollout.sglang.client.endpoint import ask_each
 from megatron_cord.rollout.sglang.server.process import ServerConfig, SglangServer, free_port
 
+logger = logging.getLogger(__name__)
+
 _LOOK_SECONDS = 1.0  #: between two looks at the processes
-_HEALTH_SECONDS = 10.0  #: between two questions for their health
+_HEALTH_SECONDS = 10.0  #: between two requests for their health
 _ANSWER_SECONDS = 25.0  #: for an answer; SGLang itself gives up after 20
 
 
 @dataclass(frozen=True)
 class SupervisorConfig:
-    """How many servers, on what, and how patient."""
+    """How many servers, on what, and when they are started again."""
 
     count: int = 1  #: servers
     gpus: tuple[int, ...] = ()  #: they share these, tp for each server; empty: 0, 1, 2 … on cuda
     port: int = 0  #: of the first one; the others have the next; 0 takes free ones
-    hang_seconds: float = (
-        180.0  #: a server that is not healthy for so long is started again; longer than it is paused for a weight sync
-    )
+    #: a server that is not healthy for so long is started again; longer than it is paused for a weight sync
+    hang_seconds: float = 180.0
     max_failed_starts: int = 3  #: in a row, before the supervisor gives up
     log_dir: Path = Path("runs/servers")  #: of what servers print
 
@@ -43,6 +46,8 @@ class SupervisorConfig:
 
 @dataclass(eq=False)
 class Watched:
+    """One server and what is known of it."""
+
     server: SglangServer
     name: str
     since: float = 0.0  #: when it was started, or last found healthy
@@ -58,8 +63,7 @@ class Supervisor:
     Args:
         config: of all servers.
         server: of each, but for its port and GPUs.
-        api_key: that they want.
-        say: hears what happens to them.
+        api_key: that requests must bear.
 
     Raises:
         CordError: not enough GPUs are named, or servers would listen to other machines without a key.
@@ -68,9 +72,8 @@ class Supervisor:
     config: SupervisorConfig
     server: ServerConfig
     api_key: str
-    say: Callable[[str], None] = print
     watched: list[Watched] = field(default_factory=list, init=False)
-    _asked: float = field(default=0.0, init=False)
+    _checked: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         count = self.config.count
@@ -101,7 +104,7 @@ class Supervisor:
             thread.join()
 
     def run(self, stop: threading.Event) -> None:
-        """Watches until `stop` is set.
+        """Watch until `stop` is set.
 
         Raises:
             CordError: a server cannot be started; with the last line of its log.
@@ -110,26 +113,26 @@ class Supervisor:
             self.look()
 
     def look(self) -> None:
-        """Looks at all servers once, and starts again what is dead or hangs. Raises as `run`."""
+        """Look at all servers once, and start again what is dead or hangs. Raises as `run`."""
         now = time.monotonic()
         for watched in self.watched:
             if not watched.server.running:
                 self._restart(watched, f"ended: {watched.server.last_line()}")
         waiting = not all(watched.ready for watched in self.watched)
-        if now - self._asked < (_LOOK_SECONDS if waiting else _HEALTH_SECONDS):
+        if now - self._checked < (_LOOK_SECONDS if waiting else _HEALTH_SECONDS):
             return
-        self._asked = now
+        self._checked = now
         alive = {watched.server.endpoint: watched for watched in self.watched}
         healthy, _ = ask_each(list(alive), lambda endpoint: endpoint.is_healthy(_ANSWER_SECONDS))
         for endpoint, watched in alive.items():
             if healthy.get(endpoint):
                 if not watched.ready:
-                    self.say(f"{watched.name} {watched.server.url}: ready")
+                    logger.info("%s %s: ready", watched.name, watched.server.url)
                 watched.ready, watched.failed_starts, watched.since = True, 0, time.monotonic()
                 continue
-            patience = self.config.hang_seconds if watched.ready else self.server.start_timeout
-            if time.monotonic() - watched.since > patience:
-                self._restart(watched, f"not healthy for {patience:g} s")
+            limit = self.config.hang_seconds if watched.ready else self.server.start_timeout
+            if time.monotonic() - watched.since > limit:
+                self._restart(watched, f"not healthy for {limit:g} s")
 
     def _add(self, index: int, gpus: tuple[int, ...]) -> None:
         port = self.config.port + index if self.config.port else free_port(self.server.host)
@@ -141,20 +144,21 @@ class Supervisor:
         watched.ready, watched.since = False, time.monotonic()
         watched.starts += 1
         watched.server.start()
-        self.say(f"{watched.name} {watched.server.url}: starting, log {watched.server.log}")
+        logger.info("%s %s: starting, log %s", watched.name, watched.server.url, watched.server.log)
 
     def _restart(self, watched: Watched, why: str) -> None:
         watched.failed_starts += not watched.ready
-        self.say(f"{watched.name} {watched.server.url}: {why}")
+        logger.warning("%s %s: %s", watched.name, watched.server.url, why)
         if watched.failed_starts >= self.config.max_failed_starts:
             raise CordError(
-                f"{watched.name} failed to start {watched.failed_starts} times in a row ({why}); see {watched.server.log}"
+                f"{watched.name} failed to start {watched.failed_starts} times in a row ({why}); "
+                f"see {watched.server.log}"
             )
         self._start(watched)
 
 
 def share_gpus(gpus: Sequence[int], count: int, tp: int) -> list[tuple[int, ...]]:
-    """Each server's GPUs.
+    """Return each server's GPUs.
 
     Raises:
         CordError: there are not enough.

@@ -1,7 +1,8 @@
 """Many tensors in one flat buffer: what is sent at once. Sending tensor by tensor costs a request and a reply for each.
 
-Beside the model a weight sync needs two buffers of a bucket, and what gathering the tensors takes: a tensor that has a bucket of its own may be
-sent from where it lies.
+Beside the model a weight sync needs two buffers of a bucket, and what gathering the tensors takes: a tensor that has a
+    bucket
+of its own may be sent from where it lies.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ class BucketPlan:
     nbytes: int
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Each tensor as a view of the buffer, uint8 [≥ nbytes]."""
-        places = zip(self.specs, self.starts, strict=True)
+        """Return each tensor as a view of the buffer, uint8 [≥ nbytes]."""
         return {
             spec.name: buffer[start : start + spec.nbytes].view(spec.dtype).reshape(spec.shape)
-            for spec, start in places
+            for spec, start in zip(self.specs, self.starts, strict=True)
         }
 
 
 def plan_buckets(specs: Sequence[TensorSpec], max_bytes: int) -> list[BucketPlan]:
-    """Cuts the tensors, in their order, into buckets of at most max_bytes; a larger tensor has a bucket of its own.
+    """Divide the tensors, in their order, into buckets of at most max_bytes; a larger tensor has a bucket of its own.
 
-    A bucket also ends where the next tensor would start at a byte that its dtype cannot start at: servers lay tensors without gaps.
+    A bucket also ends where the next tensor would start at a byte that its dtype cannot start at: servers lay tensors
+    without gaps.
     """
     buckets: list[BucketPlan] = []
     group: list[TensorSpec] = []
@@ -65,12 +66,12 @@ def plan_buckets(specs: Sequence[TensorSpec], max_bytes: int) -> list[BucketPlan
 def fill(
     plan: BucketPlan, tensors: Iterator[tuple[str, Tensor]], buffer: Callable[[], Tensor], *, borrow: bool = False
 ) -> Tensor:
-    """Takes the bucket's tensors from the stream into a buffer, each brought to the dtype that is sent.
+    """Take the bucket's tensors from the stream into a buffer, each brought to the dtype that is sent.
 
     Args:
-        plan: what is wanted.
+        plan: which tensors.
         tensors: the stream.
-        buffer: gives where they go, uint8 [≥ nbytes].
+        buffer: returns where they go, uint8 [≥ nbytes].
         borrow: a bucket's only tensor need not be copied.
 
     Returns:
@@ -85,7 +86,8 @@ def fill(
         if given is None or given[0] != spec.name or not _fits(given[1], spec.shape):
             found = "nothing" if given is None else f"{given[0]} {list(given[1].shape)}"
             raise CordError(
-                f"weight sync: {spec.name} {list(spec.shape)} was planned but {found} came; the model changed since it was planned"
+                f"weight sync: {spec.name} {list(spec.shape)} was planned but {found} came; "
+                "the model changed since it was planned"
             )
         if borrow and len(plan.specs) == 1 and given[1].dtype == spec.dtype and given[1].is_contiguous():
             return given[1].detach().reshape(-1).view(torch.uint8)
@@ -98,9 +100,9 @@ def fill(
 
 
 def _fits(given: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether the shapes are the same, or would be without a cut into pieces."""
-    cut = len(shape) > 0 and given.dim() == len(shape) + 1
-    return given.shape == shape or (cut and (given.shape[0] * given.shape[1], *given.shape[2:]) == shape)
+    """Return whether the shapes are the same, or would be if the given tensor were not in pieces."""
+    in_pieces = len(shape) > 0 and given.dim() == len(shape) + 1
+    return given.shape == shape or (in_pieces and (given.shape[0] * given.shape[1], *given.shape[2:]) == shape)
 
 
 class TwoBuffers:
@@ -110,7 +112,7 @@ class TwoBuffers:
         self._pair = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
 
     def get(self, index: int, nbytes: int) -> Tensor:
-        """uint8 [≥ nbytes] for bucket number `index`; that of bucket index − 2, unless it is too small."""
+        """Return uint8 [≥ nbytes] for bucket number `index`; that of bucket index − 2, unless it is too small."""
         if self._pair[index % 2].numel() < nbytes:
             self._pair[index % 2] = torch.empty(nbytes, dtype=torch.uint8, device=portability.device())
         return self._pair[index % 2]

@@ -1,4 +1,4 @@
-"""How weights are exchanged."""
+"""How weight sync is configured."""
 
 from __future__ import annotations
 
@@ -13,24 +13,22 @@ from megatron_cord.errors import CordError
 class WeightSyncConfig:
     """How the trainer's weights reach the servers."""
 
-    #: process_group: NCCL, gloo on CPU, across machines; shared_memory: servers on the trainer's machine; disk: a common file system
+    #: process_group: NCCL, gloo on CPU, across machines; shared_memory: servers on the trainer's machine; disk: a
+    #: common file system
     transport: Literal["process_group", "shared_memory", "disk"] = "process_group"
-    bucket_bytes: int = (
-        512 << 20
-    )  #: sent at once; two such buffers live on the main rank. A larger tensor has a bucket of its own
-    #: process_group: one request announces all buckets, which are smaller then, where every server can take that; false sends one for each
+    #: sent at once; two such buffers live on the main rank. A larger tensor has a bucket of its own
+    bucket_bytes: int = 512 << 20
+    #: process_group: one request announces all buckets, which are smaller then, where every server can take that; false
+    #: sends one for each
     stream: bool = True
     overlap: bool = True  #: gather the next bucket while one is sent, which takes a second buffer
-    timeout_seconds: float = (
-        300.0  #: for each bucket, and for joining the group; a server that takes longer counts as dead
-    )
+    #: for each bucket, and for joining the group; a server that takes longer counts as dead
+    timeout_seconds: float = 300.0
     address: str | None = None  #: of the main rank, as servers reach it; found out if unset (process_group)
-    directory: Path | None = (
-        None  #: that trainer and servers see under the same path; the system's temporary one if unset (disk)
-    )
-    compare_checksums: bool = (
-        False  #: after each weight sync all servers hash their weights, and must agree; takes seconds for a large model
-    )
+    #: that trainer and servers see under the same path; the system's temporary one if unset (disk)
+    directory: Path | None = None
+    #: after each weight sync all servers hash their weights, and must agree; takes seconds for a large model
+    compare_checksums: bool = False
 
     def __post_init__(self) -> None:
         if self.bucket_bytes < 1 << 20:

@@ -1,12 +1,11 @@
-"""The way over a file system that trainer and servers share: slow, but with the fewest conditions.
+"""The transport over a file system that trainer and servers share: slow, but with the fewest conditions.
 
-Each bucket is one safetensors file; the directory gets its name when all are written, so servers see it whole or not at all. It is removed
-once every server has read it.
+Each bucket is one safetensors file; the directory gets its name when all are written, so servers see it whole or not at
+all. It is removed once every server has read it.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, TwoBuffe
 
 
 class DiskTransport:
-    """Writes the weights and tells the servers where they are.
+    """Writes the weights and lets the servers read them.
 
     Args:
         directory: on a file system that the servers see under the same path; the system's temporary one if None.
@@ -41,7 +40,7 @@ class DiskTransport:
         self._files = 0
 
     def open(self, servers: Sequence[Endpoint], bucket_bytes: int) -> int:
-        """Makes a directory for this weight sync."""
+        """Make a directory for this weight sync."""
         self._servers, self._files = list(servers), 0
         try:
             self._parent.mkdir(parents=True, exist_ok=True)
@@ -54,14 +53,14 @@ class DiskTransport:
         return bucket_bytes
 
     def start(self, plans: Sequence[BucketPlan]) -> None:
-        """Nothing is to be done yet."""
+        """Do nothing: servers read when all is written."""
 
     def buffer(self, index: int, nbytes: int) -> Tensor:
-        """One of two, uint8 [≥ nbytes]."""
+        """Return one of two, uint8 [≥ nbytes]."""
         return self._buffers.get(index, nbytes)
 
     def send(self, plan: BucketPlan, flat: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
-        """Writes one file."""
+        """Write one file."""
         assert self._partial is not None
         ready.synchronize()
         self._files += 1
@@ -73,11 +72,10 @@ class DiskTransport:
         return {}
 
     def finish(self) -> dict[Endpoint, ServerError]:
-        """Gives the directory its name, lets all servers read it, and removes it."""
+        """Give the directory its name, let all servers read it, and remove it."""
         assert self._partial is not None
         final = self._partial.with_name(self._partial.name.removeprefix("."))
-        os.replace(self._partial, final)
-        self._partial = final
+        self._partial = self._partial.replace(final)
         body = {"model_path": str(final), "load_format": "safetensors", "flush_cache": False}
         try:
             _, failures = ask_each(
@@ -88,12 +86,12 @@ class DiskTransport:
         return failures
 
     def abandon(self) -> None:
-        """Removes what was written."""
+        """Remove what was written."""
         if self._partial is not None:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial = None
 
     def close(self) -> None:
-        """Frees the buffers."""
+        """Free the buffers."""
         self.abandon()
         self._buffers = TwoBuffers()

@@ -1,7 +1,7 @@
 """A process group between rank 0 of the trainer and servers, which belong to no common job.
 
-torch.distributed's own init_process_group names one job's ranks; servers and a trainer meet in a group that each side makes apart, under a
-store of its own. SGLang makes its side with the same calls (``/init_weights_update_group``).
+torch.distributed's own init_process_group names one job's ranks; servers and a trainer meet in a group that each side
+makes apart, under a store of its own. SGLang makes its side with the same calls (``/init_weights_update_group``).
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from torch.distributed import distributed_c10d
 from megatron_cord.errors import CordError
 from megatron_cord.parallel import portability
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, ask_each
-from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailed
+from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailedError
 
-_GRACE_SECONDS = 2.0  #: torch's own timeout, which may end the process (NCCL), comes so much later than ours
-_SETTLE_SECONDS = 5.0  #: how long after one failure others are waited for, to tell who caused it
+_GRACE_SECONDS = 2.0  #: by which torch's own timeout, which may end the process (NCCL), comes later than ours
+_SETTLE_SECONDS = 5.0  #: for which further failures are waited for after the first, to find the server that caused it
 
 
 class ServerGroup:
-    """Rank 0 here, the servers' tensor-parallel ranks behind it.
+    """A group of rank 0 here and the servers' tensor-parallel ranks behind it.
 
     Args:
         ranks: the servers in their order, with how many ranks each has.
-        address: of this machine, as servers reach it; found by asking the system for the route to the first server if None.
+        address: of this machine, as servers reach it; that of the route to the first server if None.
         timeout: seconds for joining, and for each broadcast.
 
     Raises:
-        AttemptFailed: not all servers joined.
+        AttemptFailedError: not all servers joined.
         CordError: this machine has no such address, or cannot make a group at all.
     """
 
     def __init__(self, ranks: Mapping[Endpoint, int], address: str | None, timeout: float) -> None:
         self.servers, self._timeout = tuple(ranks), timeout
         self._name = f"cord-{secrets.token_hex(8)}"  # a name of its own: that of a dead trainer's group stays taken
-        address = address or _address_towards(self.servers[0])
+        address = address or _address_for(self.servers[0])
         world = 1 + sum(ranks.values())
         self._replies: dict[Future[object], Endpoint] = {}
         self._group: dist.ProcessGroup | None = None
@@ -63,16 +63,17 @@ class ServerGroup:
             )
         except (RuntimeError, ValueError) as error:
             raise CordError(
-                f"rollout.weight_sync.address {address} is not an address of this machine ({error}); set the one servers reach"
+                f"rollout.weight_sync.address {address} is not an address of this machine ({error}); set the one that "
+                "servers reach"
             ) from None
         self._store: dist.TCPStore | None = store
         offset = 1
         for server, size in ranks.items():
             body = {"master_address": address, "master_port": store.port, "rank_offset": offset, "world_size": world}
             body |= {"group_name": self._name, "backend": portability.backend()}
-            self._replies[_beside(partial(server.post, "/init_weights_update_group", body, timeout))] = server
+            self._replies[_in_thread(partial(server.post, "/init_weights_update_group", body, timeout))] = server
             offset += size
-        own = _beside(partial(self._join, world, store))
+        own = _in_thread(partial(self._join, world, store))
         begun = time.monotonic()
         del store  # `abandon` lets go of it
         done, pending = wait([own, *self._replies], timeout, FIRST_EXCEPTION)
@@ -84,64 +85,75 @@ class ServerGroup:
             raise self._failure("not all joined")
 
     def announce(self, path: str, body: dict[str, object], timeout: float) -> None:
-        """Tells all servers by a request what broadcasts come next; they answer within so many seconds, when they have loaded them all."""
+        """Send all servers a request that names the next broadcasts, answered when they have loaded them all.
+
+        Args:
+            path: of the request.
+            body: but for the group's name.
+            timeout: seconds for the answer.
+        """
         body = body | {"group_name": self._name}
-        self._replies = {_beside(partial(server.post, path, body, timeout)): server for server in self.servers}
+        self._replies = {_in_thread(partial(server.post, path, body, timeout)): server for server in self.servers}
         for reply in self._replies:
-            reply.add_done_callback(self._hear)
+            reply.add_done_callback(self._on_reply)
 
     def broadcast(self, flat: Tensor, ready: torch.cuda.Event) -> None:
-        """Sends uint8 [nbytes] to all servers. A refusal ends it at once, so that rank 0 does not wait for those that take no part.
+        """Send uint8 [nbytes] to all servers.
+
+        A refusal ends it at once, so that rank 0 does not wait for those that take no part.
 
         Raises:
-            AttemptFailed: a server refused, died or hung, or the broadcast failed; the group cannot be used again.
+            AttemptFailedError: a server refused, died or hung, or the broadcast failed; the group cannot be used again.
         """
         try:
             self._broadcast(flat, ready)
             return
         except (RuntimeError, ValueError) as error:  # torch's
-            why = str(
-                error
-            )  # no more of it: what the exception holds must be gone, or the group's connections stay open
+            # Its text alone: what the exception holds must be gone, or the group's connections stay open.
+            why = str(error)
         raise self._failure(why)
 
-    def answers(self) -> None:
-        """Waits for the answers to what was announced last. Raises as `broadcast`."""
+    def wait_for_answers(self) -> None:
+        """Wait for the answers to what was announced last. Raises as `broadcast`."""
         done, pending = wait(self._replies, self._timeout, FIRST_EXCEPTION)
         if pending or any(reply.exception() is not None for reply in done):
             raise self._failure("no answer")
 
     def close(self) -> None:
-        """Leaves the group; the servers are told to, too, as far as they listen. Safe to call twice."""
+        """Leave the group, and have the servers leave it, as far as they answer. Safe to call twice."""
         with self._lock:
             group, self._group = self._group, None
         if group is not None:
-            leaving = self._tell_to_leave()
+            leaving = self._request_leave()
             self._work = None
             dist.destroy_process_group(group)
             wait(leaving, _SETTLE_SECONDS)
 
     def abandon(self) -> None:
-        """Leaves whatever is under way, and has the servers leave it, as far as they listen. Safe to call twice."""
+        """Leave the group with whatever is in flight, and have the servers leave it, as far as they answer.
+
+        Safe to call twice.
+        """
         with self._lock:
             left, self._left = self._left, True
         if left:
             return
         self._break()
         self._store = None  # frees servers that wait for others to join
-        # gloo cannot end a broadcast that some rank does not join, and others wait for its next one. The rank that refused leaves when it is
-        # told to, which ends ours; our connections close when nobody holds the group any more, which frees the others.
-        leaving = self._tell_to_leave()
+        # gloo cannot end a broadcast that some rank does not join, and others wait for its next one. The rank that
+        # refused leaves on request, which ends ours; our connections close when nothing holds the group any more, which
+        # frees the others.
+        leaving = self._request_leave()
         deadline = time.monotonic() + _SETTLE_SECONDS
         while self._work is not None and not self._work.is_completed() and time.monotonic() < deadline:
             time.sleep(0.01)
         held, self._dying, self._work = [self._dying, self._work], None, None
-        _beside(held.clear)  # it would wait for a broadcast that is not over
+        _in_thread(held.clear)  # it would wait for a broadcast that is not over
         wait(self._replies, _SETTLE_SECONDS)
         wait(leaving, _SETTLE_SECONDS)
 
     def _join(self, world: int, store: dist.Store) -> None:
-        # Private in torch, but the only door to a group across jobs; SGLang's side and its peers' use the same.
+        # Private in torch, but the only way to a group across jobs; SGLang's side uses the same.
         group, _ = distributed_c10d._new_process_group_helper(
             world,
             0,
@@ -165,23 +177,23 @@ class ServerGroup:
         begun = time.monotonic()
         start = partial(_start_broadcast, group, flat, ready)
         if self._work is None:  # NCCL makes the group's communicator first, and waits for all ranks without an end
-            starting = _beside(start)
-            self._look_until(starting.done, begun)
+            starting = _in_thread(start)
+            self._wait_until(starting.done, begun)
             self._work = cast(dist.Work, starting.result())
         else:
             self._work = start()
-        self._look_until(self._work.is_completed, begun)
+        self._wait_until(self._work.is_completed, begun)
         self._work.wait()
 
-    def _look_until(self, done: Callable[[], bool], begun: float) -> None:
-        """Waits as torch does not: it is noticed that the group is broken (which gloo misses), and that a server hangs (which NCCL misses)."""
+    def _wait_until(self, done: Callable[[], bool], begun: float) -> None:
+        """Wait, and notice what torch does not: a broken group (gloo), a server that hangs (NCCL)."""
         while not done():
             passed = time.monotonic() - begun
             if self._broken.wait(min(max(passed / 50, 5e-5), 5e-3)) or passed > self._timeout:
                 raise RuntimeError("a server refused, or takes too long")
 
-    def _hear(self, reply: Future[object]) -> None:
-        """In the thread of a reply: a refusal breaks the group, whatever rank 0 is waiting for. Those that follow from that do not count."""
+    def _on_reply(self, reply: Future[object]) -> None:
+        """Break the group at a refusal, in the reply's thread. Refusals that follow from that do not count."""
         if (error := reply.exception()) is not None:
             with self._lock:
                 if self._group is not None and isinstance(error, ServerError) and not self._first:
@@ -189,7 +201,7 @@ class ServerGroup:
             self._break()
 
     def _break(self) -> None:
-        """Ends what is under way, as far as NCCL lets it end; once."""
+        """End what is in flight, as far as NCCL lets it end; once."""
         with self._lock:
             group, self._group = self._group, None
             if group is None:
@@ -199,24 +211,24 @@ class ServerGroup:
             distributed_c10d._abort_process_group(group)
         self._broken.set()
 
-    def _tell_to_leave(self) -> list[Future[object]]:
+    def _request_leave(self) -> list[Future[object]]:
         body = {"group_name": self._name}
         return [
-            _beside(partial(server.post, "/destroy_weights_update_group", body, _SETTLE_SECONDS))
+            _in_thread(partial(server.post, "/destroy_weights_update_group", body, _SETTLE_SECONDS))
             for server in self.servers
         ]
 
-    def _failure(self, why: str) -> AttemptFailed:
-        """Breaks the group, so that no part waits for the dead, and says who did it; the same when asked again."""
+    def _failure(self, why: str) -> AttemptFailedError:
+        """Break the group, so that no part waits for a dead one, and return the servers that caused it."""
         if self._culprits is None:
             first = self._first or self._refused()
             self.abandon()
             gone = {server: error for server, error in self._refused().items() if error.status is None}
             self._culprits = gone or first or self._silent()
-        return AttemptFailed(self._culprits, why)
+        return AttemptFailedError(self._culprits, why)
 
     def _refused(self) -> dict[Endpoint, ServerError]:
-        """The servers that have answered with an error by now. Anything else than a server's failure is ours, and raised."""
+        """Return the servers that have answered with an error by now; raise any other error, which arose here."""
         refused = {}
         for reply, server in self._replies.items():
             error = reply.exception() if reply.done() else None
@@ -227,11 +239,10 @@ class ServerGroup:
         return refused
 
     def _silent(self) -> dict[Endpoint, ServerError]:
-        """The servers that do not answer any more, or not what they were asked."""
+        """Return the servers that do not answer any more, or whose answer to the last request is missing."""
         waiting = {server for reply, server in self._replies.items() if not reply.done()}
-        _, lost = ask_each(
-            self.servers, lambda server: server.abilities(_SETTLE_SECONDS)
-        )  # by the process that holds the model
+        # Answered by the process that holds the model.
+        _, lost = ask_each(self.servers, lambda server: server.abilities(_SETTLE_SECONDS))
         return {
             server: ServerError(f"{server.url} left the process group and does not answer")
             for server in waiting | lost.keys()
@@ -248,8 +259,8 @@ def _start_broadcast(group: dist.ProcessGroup, flat: Tensor, ready: torch.cuda.E
         return work
 
 
-def _beside(call: Callable[[], object]) -> Future[object]:
-    """Its result, from a thread that nobody waits for at the end: a server that hangs may keep it for long."""
+def _in_thread(call: Callable[[], object]) -> Future[object]:
+    """Return the call's future result, from a daemon thread: a server that hangs may keep it for long."""
     future: Future[object] = Future()
 
     def work() -> None:
@@ -262,8 +273,8 @@ def _beside(call: Callable[[], object]) -> Future[object]:
     return future
 
 
-def _address_towards(server: Endpoint) -> str:
-    """This machine's address on the way to the server; no packet is sent."""
+def _address_for(server: Endpoint) -> str:
+    """Return this machine's address on the route to the server; no packet is sent."""
     family, _, _, _, target = socket.getaddrinfo(server.host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)

@@ -1,9 +1,12 @@
-"""The way over a process group: NCCL between GPUs, gloo between CPUs. The fastest between machines.
+"""The transport over a process group: NCCL between GPUs, gloo between CPUs. The fastest between machines.
 
-The group is made at the first weight sync and kept. When a server fails, everyone in the group loses it, and it is made anew with the others.
+The group is made at the first weight sync and kept. When a server fails, all members lose the group, and it is made
+anew with the others.
 
-Servers that this project starts take a stream: one request announces all tensors, and buckets of some MiB, or of one large tensor where it
-lies, follow one another. If any of the servers is another one, each bucket has a request of its own, and should be large.
+Servers that this project starts take a stream: one request announces all tensors, and buckets of some MiB, or of one
+    large
+tensor where it lies, follow one another. If any of the servers is another one, each bucket has a request of its own,
+and should be large.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, 
 from megatron_cord.rollout.sglang.plugin.weights import STREAMED
 from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, TwoBuffers
 from megatron_cord.rollout.sglang.weight_sync.group import ServerGroup
-from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailed
+from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailedError
 
 _STREAM_BYTES = 32 << 20  #: of a bucket in a stream; larger tensors need not be copied together
 _UPDATE = "/update_weights_from_distributed"
@@ -36,59 +39,58 @@ class ProcessGroupTransport:
     borrows = True
 
     def __init__(self, address: str | None, timeout: float, stream: bool = True) -> None:
-        self._address, self._timeout, self._wanted = address, timeout, stream
+        self._address, self._timeout, self._stream = address, timeout, stream
         self._group: ServerGroup | None = None
         self._streams = False
         self._buffers = TwoBuffers()
 
     def open(self, servers: Sequence[Endpoint], bucket_bytes: int) -> int:
-        """Joins the servers, unless just these are joined already."""
+        """Make a group with the servers, unless there is one of just these."""
         if self._group is not None and self._group.servers != tuple(servers):
             self._leave()
         if self._group is None:
             abilities, failures = ask_each(servers, lambda server: server.abilities(self._timeout))
             if failures:
-                raise AttemptFailed(failures)
-            self._streams = self._wanted and all(found.streams for found in abilities.values())
-            self._group = ServerGroup(
-                {server: found.ranks for server, found in abilities.items()}, self._address, self._timeout
-            )
+                raise AttemptFailedError(failures)
+            self._streams = self._stream and all(found.streams for found in abilities.values())
+            ranks = {server: found.ranks for server, found in abilities.items()}
+            self._group = ServerGroup(ranks, self._address, self._timeout)
         return min(bucket_bytes, _STREAM_BYTES) if self._streams else bucket_bytes
 
     def start(self, plans: Sequence[BucketPlan]) -> None:
-        """Announces a stream."""
+        """Announce a stream."""
         if self._streams:
             self._announce(plans, STREAMED + ",".join(str(len(plan.specs)) for plan in plans))
 
     def buffer(self, index: int, nbytes: int) -> Tensor:
-        """One of two, uint8 [≥ nbytes]."""
+        """Return one of two, uint8 [≥ nbytes]."""
         return self._buffers.get(index, nbytes)
 
     def send(self, plan: BucketPlan, flat: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
-        """Broadcasts one bucket; returns when all servers have received it."""
+        """Broadcast one bucket; return when all servers have received it."""
         assert self._group is not None
         if not self._streams:
             self._announce([plan], "flattened_bucket")
         self._group.broadcast(flat, ready)
         if not self._streams:
-            self._group.answers()
+            self._group.wait_for_answers()
         return {}
 
     def finish(self) -> dict[Endpoint, ServerError]:
-        """Waits until all servers say that they have loaded everything, or on CUDA will have when the device comes to it; the group stays."""
+        """Wait until all servers have loaded everything, on CUDA queued it on their device. The group stays."""
         assert self._group is not None
-        self._group.answers()
+        self._group.wait_for_answers()
         return {}
 
     def abandon(self) -> None:
-        """Breaks the group, and takes new buffers: an operation that was aborted may still read the old ones."""
+        """Break the group, and take new buffers: an operation that was aborted may still read the old ones."""
         if self._group is not None:
             self._group.abandon()
             self._group = None
         self._buffers = TwoBuffers()
 
     def close(self) -> None:
-        """Leaves the group and frees the buffers."""
+        """Leave the group and free the buffers."""
         self._leave()
         self._buffers = TwoBuffers()
 

@@ -1,6 +1,6 @@
-"""What a server's model takes, and whether it fits what the trainer would send: asked before the first byte.
+"""What a server's model takes, and whether what the trainer would send fits it: checked before the first byte.
 
-A server must not be asked with wrong names: of two models in SGLang 0.5.21 one answers 200 and ignores them, the other dies.
+A server must not get wrong names: of two models in SGLang 0.5.21 one answers 200 and ignores them, the other ends.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.families import family_of, load_architecture
 from megatron_cord.rollout.types import TensorSpec
 
-#: what weights are exchanged in; a model quantised to anything else must be loaded from a checkpoint
+#: What weights are sent in; a model that is quantised to anything else must be loaded from a checkpoint.
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def served_specs(checkpoint_dir: str | Path, dtype: torch.dtype | None = None) -> dict[str, TensorSpec]:
-    """The tensors of the checkpoint that servers run, by published name, from its headers.
+    """Return the tensors of the checkpoint that servers run, by published name, from its headers.
 
     Args:
         checkpoint_dir: a Hugging Face checkpoint.
@@ -34,10 +34,11 @@ def served_specs(checkpoint_dir: str | Path, dtype: torch.dtype | None = None) -
 
 
 def check_fits_server(specs: Sequence[TensorSpec], served: Mapping[str, TensorSpec], full: bool) -> None:
-    """Compares what would be sent with the server's model.
+    """Compare what would be sent with the server's model.
 
     Raises:
-        CordError: nothing to send, unknown or (full) missing names, other shapes, or dtypes that cannot be exchanged; all at once.
+        CordError: nothing to send, unknown or (full) missing names, other shapes, or dtypes that cannot be sent; all at
+            once.
     """
     problems: list[str] = [] if specs else ["there is no tensor to send"]
     for spec in specs:
@@ -49,21 +50,21 @@ def check_fits_server(specs: Sequence[TensorSpec], served: Mapping[str, TensorSp
             problems.append(f"{spec.name} has shape {list(spec.shape)}, the server's has {list(place.shape)}")
         elif spec.dtype not in _FLOATS or place.dtype not in _FLOATS:
             problems.append(
-                f"{spec.name} is {_name(spec.dtype)}, the server's is {_name(place.dtype)}; both must be floating-point of 16 or 32 bits"
+                f"{spec.name} is {_name(spec.dtype)}, the server's is {_name(place.dtype)}; "
+                "both must be floating-point of 16 or 32 bits"
             )
     if full:
         sent = {spec.name for spec in specs}
         problems += [f"the server's {name} would not be sent" for name in served if name not in sent]
     if problems:
         raise CordError(
-            f"weight sync: the trainer's model does not fit the servers' checkpoint ({len(problems)} problems): "
-            + "; ".join(problems[:20])
-            + "; serve the checkpoint that is trained"
+            "weight sync: the trainer's model does not fit the servers' checkpoint "
+            f"({len(problems)} problems): {'; '.join(problems[:20])}; serve the checkpoint that is trained"
         )
 
 
 def sent_specs(specs: Iterable[TensorSpec], served: Mapping[str, TensorSpec]) -> list[TensorSpec]:
-    """The specs in the dtypes that are sent: the server's where it is narrower, as it would round to it anyway."""
+    """Return the specs in the dtypes that are sent: the server's where it is narrower, as it would round anyway."""
     return [
         replace(spec, dtype=served[spec.name].dtype) if served[spec.name].dtype.itemsize < spec.dtype.itemsize else spec
         for spec in specs

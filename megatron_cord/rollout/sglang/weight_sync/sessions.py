@@ -1,12 +1,12 @@
-"""What surrounds the bytes on the servers' side: a session that is opened and closed, and the version that the weights get."""
+"""What surrounds the bytes on the servers' side: a session that is opened and closed, and the weights' version."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, ask_each
+import httpx
 
-_NOT_FOUND = 404
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, ask_each
 
 
 class Sessions:
@@ -21,7 +21,7 @@ class Sessions:
         self._open: set[Endpoint] = set()
 
     def begin(self, servers: Sequence[Endpoint]) -> dict[Endpoint, ServerError]:
-        """Opens a session on each; one that a dead trainer left open is closed first. Returns the failures."""
+        """Open a session on each; one that a dead trainer left open is closed first. Returns the failures."""
 
         def begin(server: Endpoint) -> bool:
             try:
@@ -33,7 +33,7 @@ class Sessions:
                     server.post("/end_weight_update", {}, self._timeout)
                     server.post("/begin_weight_update", {"selector": "all"}, self._timeout)
             except ServerError as error:
-                if error.status == _NOT_FOUND:
+                if error.status == httpx.codes.NOT_FOUND:
                     return False
                 raise
             return True
@@ -43,24 +43,27 @@ class Sessions:
         return failures
 
     def end(self, servers: Sequence[Endpoint]) -> dict[Endpoint, ServerError]:
-        """Closes those of the servers that are still wanted. Returns the failures."""
+        """Close the sessions of those servers that are still used. Returns the failures."""
         waiting = [server for server in servers if server in self._open]
         return ask_each(waiting, lambda server: server.post("/end_weight_update", {}, self._timeout))[1]
 
 
 def name_version(servers: Sequence[Endpoint], version: str, timeout: float) -> dict[Endpoint, ServerError]:
-    """Names the weights and reads the name back. Returns the failures."""
+    """Name the weights and read the name back. Returns the failures."""
 
     def name(server: Endpoint) -> None:
         server.post("/update_weight_version", {"new_version": version, "abort_all_requests": False}, timeout)
         if (found := server.weight_version(timeout)) != version:
-            raise ServerError(f"{server.url} says its weights are version {found}, after it was told {version}", 200)
+            raise ServerError(f"{server.url} names its weights version {found} after it was given {version}", 200)
 
     return ask_each(servers, name)[1]
 
 
 def compare_checksums(servers: Sequence[Endpoint], timeout: float) -> dict[Endpoint, ServerError]:
-    """All servers hash their weights; the ones that differ from the first, or cannot. Servers of other tensor-parallel sizes are not compared."""
+    """Let all servers hash their weights; return the ones that differ from the first, or cannot.
+
+    Servers of other tensor-parallel sizes are not compared.
+    """
     sums, failures = ask_each(servers, lambda server: server.checksums(timeout))
     first = next(iter(sums.values()), None)
     for server, ranks in sums.items():
@@ -70,7 +73,7 @@ def compare_checksums(servers: Sequence[Endpoint], timeout: float) -> dict[Endpo
 
 
 def differing(sums: Sequence[dict[str, str]], others: Sequence[dict[str, str]]) -> list[str]:
-    """The tensors whose checksums are not the same on some rank, or that one side does not have."""
+    """Return the tensors whose checksums are not the same on some rank, or that one side lacks."""
     return sorted(
         {
             name

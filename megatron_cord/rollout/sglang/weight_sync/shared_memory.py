@@ -1,10 +1,12 @@
-"""The way for servers on the trainer's own machine: they map the trainer's buffer, and only its address is sent.
+"""The transport for servers on the trainer's own machine: they map the trainer's buffer, and only its address is sent.
 
-On CPU the buffer is a named piece of shared memory; on CUDA it is device memory behind an IPC handle. The address travels in the form that
-SGLang reads, a pickle that is made here from our own values. Nothing that a server answers is ever unpickled.
+On CPU the buffer is a named piece of shared memory; on CUDA it is device memory behind an IPC handle. The address
+travels in the form that SGLang reads, a pickle that is made here from our own values. Nothing that a server answers is
+ever unpickled.
 
-A buffer is used again only when no server can still read it. On the CPU that is when all have answered. On CUDA a server may answer while
-its copy still runs: every bucket gets new memory, and torch keeps the old alive until the server's own release of it, which waits for the copy.
+A buffer is used again only when no server can still read it. On the CPU that is when all have answered. On CUDA a
+server may answer while its copy still runs: every bucket gets new memory, and torch keeps the old alive until the
+server's own release of it, which waits for the copy.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch.multiprocessing import reductions
 from megatron_cord.parallel import portability
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, ask_each, without
 from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan
-from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailed
+from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailedError
 
 _DEVICE = 6  #: the place of the device's number in what torch sends of a CUDA tensor
 
@@ -48,7 +50,7 @@ class SharedMemoryTransport:
         self._buffers: list[Tensor] = []
 
     def open(self, servers: Sequence[Endpoint], bucket_bytes: int) -> int:
-        """Asks servers for their tensor-parallel sizes."""
+        """Read the servers' tensor-parallel sizes."""
         away = {
             s: ServerError(f"{s.url} is not on this machine; set rollout.weight_sync.transport=process_group")
             for s in servers
@@ -57,31 +59,31 @@ class SharedMemoryTransport:
         unknown = [server for server in without(servers, away) if server not in self._ranks]
         abilities, failures = ask_each(unknown, lambda server: server.abilities(self._timeout))
         if away or failures:
-            raise AttemptFailed(away | failures)
+            raise AttemptFailedError(away | failures)
         self._ranks |= {server: found.ranks for server, found in abilities.items()}
         self._servers = list(servers)
         return bucket_bytes
 
     def start(self, plans: Sequence[BucketPlan]) -> None:
-        """Makes the buffers."""
+        """Make the buffers."""
         nbytes = max(plan.nbytes for plan in plans)
         if not self._buffers or nbytes > self._nbytes:
             self._nbytes = nbytes
             self._buffers = [self._new_buffer() for _ in range(2)]
 
     def buffer(self, index: int, nbytes: int) -> Tensor:
-        """One of two, uint8 [≥ nbytes]; on CUDA the one that is replaced lives on until servers have released it."""
+        """Return one of two, uint8 [≥ nbytes]; on CUDA a new one, while the old one lives until servers release it."""
         if portability.has_cuda():
             self._buffers[index % 2] = self._new_buffer()
             torch.cuda.ipc_collect()
         return self._buffers[index % 2]
 
     def send(self, plan: BucketPlan, flat: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
-        """Tells each server where the bucket is, and waits until all have copied it."""
+        """Send each server the bucket's address, and wait until all have copied it."""
         ready.synchronize()
 
         def copy(server: Endpoint) -> None:
-            # A payload can be opened once: it counts the processes that hold the memory. So each rank of a server gets its own.
+            # A payload can be opened once: it counts the processes that hold the memory. So each rank gets its own.
             payloads = [base64.b64encode(packed_address(plan, flat)).decode() for _ in range(self._ranks[server])]
             body = {"serialized_named_tensors": payloads, "load_format": "flattened_bucket", "flush_cache": False}
             server.post("/update_weights_from_tensor", body, self._timeout)
@@ -91,28 +93,28 @@ class SharedMemoryTransport:
         return failures
 
     def finish(self) -> dict[Endpoint, ServerError]:
-        """Nothing is left to do."""
+        """Do nothing: all buckets are copied."""
         return {}
 
     def abandon(self) -> None:
-        """A server that hangs may map the buffers yet; they are not used again. Nor is what servers said of themselves: some may be new."""
+        """Drop the buffers, which a server that hangs may still map, and the servers' sizes, as some may be new."""
         self._buffers, self._ranks = [], {}
 
     def close(self) -> None:
-        """Frees the buffers here; servers of this project keep them mapped until a weight sync that uses others."""
+        """Free the buffers here; servers of this project keep them mapped until a weight sync that uses others."""
         self._buffers = []
 
     def _new_buffer(self) -> Tensor:
         if portability.has_cuda():
             return torch.empty(self._nbytes, dtype=torch.uint8, device=portability.device())
-        with _stderr_kept():
+        with _stderr_withheld():
             storage = torch.UntypedStorage._new_using_filename_cpu(self._nbytes)
         return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 @contextlib.contextmanager
-def _stderr_kept() -> Iterator[None]:
-    """Keeps this process's stderr from torch_shm_manager, which torch starts with the first named memory.
+def _stderr_withheld() -> Iterator[None]:
+    """Withhold this process's stderr from torch_shm_manager, which torch starts with the first named memory.
 
     It lives as long as a server maps any, and a pipe behind our stderr (2>&1 | tee) would not end before.
     """
@@ -128,7 +130,7 @@ def _stderr_kept() -> Iterator[None]:
 
 
 def packed_address(plan: BucketPlan, flat: Tensor) -> bytes:
-    """A pickle of {"flattened_tensor": where the bytes are, "metadata": what lies where}, as SGLang's flattened_bucket wants it."""
+    """Return a pickle of the bytes' address and each tensor's place among them, as SGLang's flattened_bucket has it."""
     metadata = [
         SimpleNamespace(
             name=spec.name,
@@ -153,7 +155,7 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         if value.is_cuda:
             rebuild, arguments = reductions.reduce_tensor(value)
-            # Numbers of devices differ between processes that see different ones; SGLang understands the device's own name.
+            # Numbers of devices differ between processes that see different ones; SGLang reads the device's own name.
             name = str(torch.cuda.get_device_properties(value.device).uuid)
             return rebuild, (*arguments[:_DEVICE], name, *arguments[_DEVICE + 1 :])
         return reductions.rebuild_tensor, (
@@ -174,7 +176,7 @@ class _Storage:
 
 
 class _Memory:
-    """The same without a dtype. torch recognises one that is mapped already only in this form."""
+    """The same without a dtype. torch recognises memory that is mapped already only in this form."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._storage = tensor.untyped_storage()

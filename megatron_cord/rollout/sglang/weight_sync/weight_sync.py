@@ -1,8 +1,10 @@
-"""The weight sync: all that is the same whichever way the bytes go.
+"""Weight sync: all that is the same whatever the transport.
 
-One weight sync: ask servers which version they have; plan what is sent, and check it against their model; open a session on each; gather bucket
-k+1 from the trainer's ranks while bucket k is sent; close the sessions; name the version, and read it back. A server that fails anywhere is
-left out and reported; its weights are of no version. Trained tensors alone are sent, unless a server does not have the last version: then all.
+One weight sync: read servers' versions; plan what is sent, and check it against their model; open a session on each;
+    gather
+bucket k+1 from the trainer's ranks while bucket k is sent; close the sessions; name the version, and read it back. A
+server that fails anywhere is left out and reported; its weights are of no version. Trained tensors alone are sent,
+unless a server does not have the last version: then all.
 """
 
 from __future__ import annotations
@@ -29,23 +31,24 @@ from megatron_cord.rollout.sglang.weight_sync.process_group import ProcessGroupT
 from megatron_cord.rollout.sglang.weight_sync.served import check_fits_server, sent_specs, served_specs
 from megatron_cord.rollout.sglang.weight_sync.sessions import Sessions, compare_checksums, name_version
 from megatron_cord.rollout.sglang.weight_sync.shared_memory import SharedMemoryTransport
-from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailed, WeightTransport
+from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailedError, WeightTransport
 from megatron_cord.rollout.types import TensorSpec, WeightSource
 
 
 @dataclass(frozen=True)
 class WeightSyncReport:
-    """What came of a weight sync; the same on all ranks.
+    """The outcome of a weight sync; the same on all ranks.
 
     Attributes:
         version: of the weights.
         current: the addresses of servers that have it now.
-        failed: of those that do not, with the reason. Their weights may be half of one version and half of another: discard or restart them.
+        failed: of those that do not, with the reason. Their weights may be half of one version and half of another:
+            discard or restart them.
         full: whether frozen tensors were sent, too.
         tensors: how many were sent to each server.
         nbytes: of them.
         buckets: that they were sent in.
-        seconds: from the first question to the last answer.
+        seconds: from the first request to the last answer.
     """
 
     version: int
@@ -59,11 +62,11 @@ class WeightSyncReport:
 
 
 class WeightSync:
-    """Brings weights to servers. All ranks of the trainer hold one and call it together; rank 0 speaks with the servers.
+    """Brings weights to servers. All ranks of the trainer hold one and call it together; rank 0 sends to the servers.
 
     Args:
         config: how.
-        transport: what sends the buckets.
+        transport: sends the buckets.
         served: the servers' model, by tensor name.
     """
 
@@ -80,20 +83,21 @@ class WeightSync:
         full: bool = False,
         flush_cache: bool = True,
     ) -> WeightSyncReport:
-        """Gives the weights to the servers. Collective over all ranks.
+        """Give the weights to the servers. Collective over all ranks.
 
         Servers should be paused: those that generate meanwhile mix versions.
 
         Args:
             source: the weights.
             version: the name of these weights.
-            servers: who gets them; only rank 0's argument matters.
+            servers: that get them; only rank 0's argument matters.
             full: send frozen tensors, too, as happens by itself when a server does not have the last version.
-            flush_cache: servers drop what they computed for prompts with earlier weights; they must be idle for that, so requests that
-                shall go on after a pause in place need False.
+            flush_cache: servers drop what they computed for prompts with earlier weights; they must be idle for that,
+                so requests that go on after a pause in place need False.
 
         Raises:
-            CordError: the weights do not fit the servers' model, or they cannot be written to disk. No server failure is raised.
+            CordError: the weights do not fit the servers' model, or they cannot be written to disk. No server failure
+                is raised.
         """
         start = time.perf_counter()
         main = dist.get_rank() == 0
@@ -105,7 +109,8 @@ class WeightSync:
             alive = without(servers, lost)
             behind = any(found != str(self._version) for found in versions.values())
             if behind and self._version is not None:
-                self._transport.abandon()  # a server may be a new process at its old address, which knows nothing of our group
+                # A server may be a new process at its old address, which is not in our process group.
+                self._transport.abandon()
             full = full or behind
         specs: list[TensorSpec] = []
         buckets = 0
@@ -141,11 +146,11 @@ class WeightSync:
         return WeightSyncReport(**plain | {"current": tuple(plain["current"])})
 
     def close(self) -> None:
-        """Frees buffers and leaves groups; safe to call twice."""
+        """Free buffers and leave groups; safe to call twice."""
         self._transport.close()
 
     def _plan(self, source: WeightSource, full: bool) -> list[TensorSpec]:
-        """What is sent, on rank 0; raises on all ranks if it does not fit."""
+        """Return what is sent, on rank 0; raise on all ranks if it does not fit."""
         problem = None
         specs = source.specs(full=full) if source.in_main_replica else []
         if dist.get_rank() == 0:
@@ -159,28 +164,32 @@ class WeightSync:
             raise CordError(problem)
         return specs
 
-    def _cut(self, specs: list[TensorSpec], bucket_bytes: int) -> list[BucketPlan]:
-        """What goes in which bucket."""
+    def _plan_buckets(self, specs: list[TensorSpec], bucket_bytes: int) -> list[BucketPlan]:
+        """Return what goes in which bucket."""
         return plan_buckets(specs, bucket_bytes)
 
     def _attempt(
         self, tensors: Iterator[tuple[str, Tensor]], specs: list[TensorSpec], servers: list[Endpoint]
     ) -> tuple[dict[Endpoint, ServerError], int, bool]:
-        """Sends everything once. Returns the servers that failed, the number of buckets, and whether the others have the weights now."""
+        """Send everything once.
+
+        Returns:
+            the servers that failed, the number of buckets, and whether the others have the weights now.
+        """
         plans: list[BucketPlan] = []
         sessions = Sessions(self._config.timeout_seconds)
         failures = sessions.begin(servers) if self._transport.in_session else {}
         done = False
         try:
             if remaining := without(servers, failures):
-                plans = self._cut(specs, self._transport.open(remaining, self._config.bucket_bytes))
+                plans = self._plan_buckets(specs, self._transport.open(remaining, self._config.bucket_bytes))
                 self._transport.start(plans)
                 failures |= self._send(tensors, plans)
                 failures |= self._transport.finish()
                 done = True
-        except AttemptFailed as failure:
+        except AttemptFailedError as failure:
             failures |= failure.culprits
-            if not failure.culprits:  # nobody to blame, so nothing would be better the next time
+            if not failure.culprits:  # no server is at fault, so nothing would be better the next time
                 unknown = ServerError(
                     f"the process group broke ({failure.why}), and all servers answer; look at their logs"
                 )
@@ -193,7 +202,7 @@ class WeightSync:
         return failures, len(plans), done or not without(servers, failures)
 
     def _publish(self, servers: list[Endpoint], version: int, flush_cache: bool) -> dict[Endpoint, ServerError]:
-        """Lets servers that have all tensors say so. Returns the failures."""
+        """Name the version on servers that have all tensors. Returns the failures."""
         timeout = self._config.timeout_seconds
         failures = ask_each(servers, lambda server: server.flush_cache(timeout))[1] if flush_cache else {}
         failures |= name_version(without(servers, failures), str(version), timeout)
@@ -202,18 +211,19 @@ class WeightSync:
         return failures
 
     def _send(self, tensors: Iterator[tuple[str, Tensor]], plans: list[BucketPlan]) -> dict[Endpoint, ServerError]:
-        """Fills one bucket while the one before is under way."""
+        """Fill one bucket while the one before is in flight."""
         failures: dict[Endpoint, ServerError] = {}
-        under_way: deque[Future[dict[Endpoint, ServerError]]] = deque()
+        in_flight: deque[Future[dict[Endpoint, ServerError]]] = deque()
         with ThreadPoolExecutor(1) as sender:
             for index, plan in enumerate(plans):
-                while len(under_way) > int(self._config.overlap):  # bucket index − 2 used this buffer
-                    failures |= under_way.popleft().result()
-                flat = fill(plan, tensors, partial(self._transport.buffer, index, plan.nbytes), borrow=self._transport.borrows)
+                while len(in_flight) > int(self._config.overlap):  # bucket index − 2 used this buffer
+                    failures |= in_flight.popleft().result()
+                buffer = partial(self._transport.buffer, index, plan.nbytes)
+                flat = fill(plan, tensors, buffer, borrow=self._transport.borrows)
                 ready = torch.cuda.Event()
                 ready.record()
-                under_way.append(sender.submit(self._transport.send, plan, flat, ready))
-            for future in under_way:
+                in_flight.append(sender.submit(self._transport.send, plan, flat, ready))
+            for future in in_flight:
                 failures |= future.result()
         return failures
 
@@ -221,7 +231,7 @@ class WeightSync:
 def build_weight_sync(
     config: WeightSyncConfig, checkpoint_dir: str | Path, served_dtype: torch.dtype | None = None
 ) -> WeightSync:
-    """The weight sync with servers that run this checkpoint.
+    """Return the weight sync with servers that run this checkpoint.
 
     Args:
         config: how.

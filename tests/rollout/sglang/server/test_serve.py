@@ -22,8 +22,8 @@ from megatron_cord.rollout.sglang.client.addresses import (
     read_servers_file,
     write_servers_file,
 )
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint
 from megatron_cord.rollout.sglang.server.supervisor import SupervisorConfig, share_gpus
-from megatron_cord.rollout.sglang.weight_sync import Endpoint
 from tests.tiny_run import ROOT, write_checkpoint
 
 KEY = "a-key-that-must-stay-hidden"

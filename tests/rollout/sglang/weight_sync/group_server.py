@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint
 from megatron_cord.rollout.sglang.plugin.weights import ABILITY, STREAMED, Buffers, Spec, Stream
-from megatron_cord.rollout.sglang.weight_sync import Endpoint
 
 WORDS = {"refuses": "no room", "refuses late": "too late"}
 

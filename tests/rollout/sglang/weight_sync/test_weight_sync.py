@@ -16,16 +16,11 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import ParallelConfig, initialize, parallel_state
-from megatron_cord.rollout.sglang.weight_sync import (
-    Endpoint,
-    ServerError,
-    WeightSync,
-    WeightSyncConfig,
-    build_weight_sync,
-)
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError
+from megatron_cord.rollout.sglang.weight_sync import WeightSync, WeightSyncConfig, build_weight_sync
 from megatron_cord.rollout.sglang.weight_sync import weight_sync as module
 from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan
-from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailed
+from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailedError
 from megatron_cord.rollout.types import TensorSpec
 from megatron_cord.rollout.weights import ShardedModelWeights
 from tests.gloo import run_ranks
@@ -184,7 +179,7 @@ def test_a_broken_attempt_is_repeated_with_the_others(published: list[list[str]]
     """Catches a survivor left with half of the weights, and a stream that is not drained, in which the trainer's other ranks would wait."""
     source = Source(4)
     transport = Recording(source)
-    transport.fails_at, transport.error = 1, AttemptFailed({TWO: ServerError("killed")})
+    transport.fails_at, transport.error = 1, AttemptFailedError({TWO: ServerError("killed")})
     report = weight_sync_of(transport, source).update(source, 7, [ONE, TWO])
     assert transport.abandoned == 1 and source.drained
     assert [index for index, _ in transport.sent] == [0, 1, 2, 3]
@@ -196,7 +191,7 @@ def test_nobody_left(published: list[list[str]]) -> None:
     for culprits in ({ONE: ServerError("killed")}, {}):
         source = Source(3)
         transport = Recording(source)
-        transport.fails_at, transport.error = 0, AttemptFailed(culprits)
+        transport.fails_at, transport.error = 0, AttemptFailedError(culprits)
         report = weight_sync_of(transport, source).update(source, 1, [ONE])
         assert report.current == () and list(report.failed) == [ONE.url] and source.drained
     assert published == []

@@ -1,4 +1,5 @@
-"""What SGLang imports and a machine without CUDA does not have. It is for tests: on CUDA the server runs with its own kernels.
+"""What SGLang imports and a machine without CUDA lacks. For tests: on CUDA the server runs with its own kernels.
 
-The directory itself goes on the import path of the server's processes, so that `sgl_kernel` is found in it; the trainer imports nothing of it.
+This directory itself goes on the import path of the server's processes, so that `sgl_kernel` is found in it; the
+trainer imports nothing of it.
 """

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def assign_req_to_token_pool_cpu(req: Any, table: Any, start: Any, end: Any, loc: Any, pool_len: int) -> None:
-    """Notes in table [requests, tokens] which slots of the cache the new tokens of each request have."""
+    """Write into table [requests, tokens] which slots of the cache the new tokens of each request have."""
     offset = 0
     for row, first, last in zip(req.tolist(), start.tolist(), end.tolist(), strict=True):
         table[row, first:last] = loc[offset : offset + last - first]

@@ -1,6 +1,7 @@
-"""Models for SGLang's processes (``SGLANG_EXTERNAL_MODEL_PACKAGE``), where its own compute something else, or there are none.
+"""Models for SGLang's processes (``SGLANG_EXTERNAL_MODEL_PACKAGE``), where SGLang's own differ or are missing.
 
-This must not import the project, whose packages its interpreter lacks. Files of ``megatron_cord/model/families`` that import nothing else of
+SGLang looks for model classes and processors in the modules of this package. The package must not import the project,
+whose packages its interpreter lacks. A family's files in ``megatron_cord/model/families`` that import nothing else of
 the project are loaded by their path.
 """
 
@@ -15,13 +16,15 @@ _FAMILIES = Path(__file__).parents[5] / "model" / "families"
 
 
 def load_family_file(family: str, name: str) -> ModuleType:
-    """Load ``families/FAMILY/NAME.py`` as the module ``FAMILY_NAME``, by which other processes find its classes, too."""
+    """Load ``families/FAMILY/NAME.py`` as the module ``FAMILY_NAME``, where other processes find its classes, too."""
     module_name = f"{family}_{name}"
     spec = importlib.util.spec_from_file_location(module_name, _FAMILIES / family / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-load_family_file("step_audio_2", "audio")  # which also tells transformers of the configuration: before SGLang reads one
+# This also registers the family's configuration with transformers, before SGLang reads a checkpoint's.
+load_family_file("step_audio_2", "audio")

@@ -1,7 +1,7 @@
 """SGLang's Qwen2-Audio, but the encoder does not attend to padding.
 
-A clip fills the encoder's window with padding. transformers and the trainer mask it; SGLang 0.5.21 lets the encoder attend to it, and its
-answers and log-probabilities are another model's, the more so the shorter the clip.
+A clip fills the encoder's window with padding. transformers and the trainer mask it; SGLang 0.5.21 lets the encoder
+attend to it, and its answers and log-probabilities are another model's, the more so the shorter the clip.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Qwen2AudioForConditionalGeneration(Served):  # type: ignore[misc]
     """Found by this name, which is the architecture's in the checkpoint."""
 
     def get_audio_feature(self, items: list[Any]) -> torch.Tensor:
-        """Audio features [tokens of all clips, H], as transformers computes them."""
+        """Return audio features [tokens of all clips, H], as transformers computes them."""
         tower = self.audio_tower
         features = torch.cat([item.feature for item in items]).to(tower.conv1.weight)  # [clips, mels, frames]
         frames = (
@@ -26,9 +26,9 @@ class Qwen2AudioForConditionalGeneration(Served):  # type: ignore[misc]
             .sum(-1)
         )
         positions, tokens = tower._get_feat_extract_output_lengths(frames)
-        heard = torch.arange(tower.config.max_source_positions, device=features.device) < positions[:, None]
+        is_audio = torch.arange(tower.config.max_source_positions, device=features.device) < positions[:, None]
         mask = create_bidirectional_mask(
-            config=tower.config, inputs_embeds=features.new_zeros(*heard.shape, 1), attention_mask=heard.long()
+            config=tower.config, inputs_embeds=features.new_zeros(*is_audio.shape, 1), attention_mask=is_audio.long()
         )
         embedded = self.multi_modal_projector(tower(features, attention_mask=mask).last_hidden_state)
         return torch.cat([clip[:length] for clip, length in zip(embedded, tokens.tolist(), strict=True)])

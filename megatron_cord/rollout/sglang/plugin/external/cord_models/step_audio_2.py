@@ -1,4 +1,4 @@
-"""Step-Audio 2 for SGLang, which looks for model and processor in the modules of this package; the code is in the family's folder."""
+"""Step-Audio 2 for SGLang, which looks for model and processor in this package; the code is in the family's folder."""
 
 from __future__ import annotations
 
