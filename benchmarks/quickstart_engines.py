@@ -1,4 +1,4 @@
-"""The quickstart on SGLang servers beside the same on the local engine: accuracies as training goes on, and the final answers question by question.
+"""The quickstart on SGLang servers beside the same on the local engine: accuracies, and final answers one by one.
 
     python -m benchmarks.quickstart_engines LOCAL_RUN SGLANG_RUN [LOCAL_RUN SGLANG_RUN …] [--output FILE]
 

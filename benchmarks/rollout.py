@@ -1,13 +1,16 @@
-"""Rollouts on this machine: SGLang beside transformers.generate, and asynchronous beside synchronous training, by phase.
+"""SGLang beside transformers.generate, and asynchronous beside synchronous training, by phase.
 
     python -m benchmarks.rollout [--device cpu|cuda] [--output benchmarks/results/rollout.json]
 
-First part: the same sampled responses to spoken prompts, of a small random Qwen2-Audio that hardly ever ends one, from one SGLang server through the
-engine (log-probabilities, checks and HTTP included) and from `generate` of transformers, so many at a time. They take turns; the median of the rounds
-counts. Tokens are counted by the clock and by the CPU time of all processes that take part, which other programs on the machine do not disturb.
-On a CPU, SGLang runs with plain torch in the place of its kernels: this says what the engine costs, nothing about SGLang's speed on a GPU.
+First part: the same sampled responses to spoken prompts, of a small random Qwen2-Audio that hardly ever ends one, from
+    one SGLang server through the
+engine (log-probabilities, checks and HTTP included) and from `generate` of transformers, so many at a time. They take
+turns; the median of the rounds counts. Tokens are counted by the clock and by the CPU time of all processes that take
+part, which other programs on the machine do not disturb. On a CPU, SGLang runs with plain torch in the place of its
+kernels: this says what the engine costs, nothing about SGLang's speed on a GPU.
 
-Second part: `megatron_cord.train` for some steps with the same settings, rollout.schedule=sync and async, against that server. The median step.
+Second part: `megatron_cord.train` for some steps with the same settings, rollout.schedule=sync and async, against that
+    server. The median step.
 """
 
 from __future__ import annotations
@@ -99,7 +102,8 @@ def transformers_generate(model: Any, builder: PromptBuilder, prompts: list[Prom
         asked = prompts[start : start + together]
         ids, mask, _ = collate(asked, builder.pad_id, model.device)
         features, frames = collate_clips(asked, model.device)
-        assert features is not None and frames is not None
+        assert features is not None
+        assert frames is not None
         heard = (torch.arange(features.shape[-1], device=model.device)[None] < frames[:, None]).long()
         out = model.generate(
             input_ids=ids,
@@ -162,19 +166,31 @@ def measure_schedule(work: Path, url: str, schedule: str) -> dict[str, float]:
     """Seconds of the median step, by phase, of a run of its own."""
     output = work / schedule
     settings = [
-        f"output_dir={output}", f"model.checkpoint={work / 'checkpoint'}", "model.dtype=float32", f"data.train={work / 'train'}",
-        f"data.evaluation={work / 'heldout'}", "rollout.engine=sglang", f"rollout.servers=[{url}]", f"rollout.schedule={schedule}",
-        "rollout.prompts_per_step=32", "objective.policy_gradient.enabled=false", f"rollout.max_new_tokens={NEW_TOKENS}", f"train.steps={STEPS}",
-        "train.micro_batch_size=8", "checkpoint.interval=0", "evaluation.interval=0", "evaluation.max_new_tokens=4", "evaluation.scored=0",
+        f"output_dir={output}",
+        f"model.checkpoint={work / 'checkpoint'}",
+        "model.dtype=float32",
+        f"data.train={work / 'train'}",
+        f"data.evaluation={work / 'heldout'}",
+        "rollout.engine=sglang",
+        f"rollout.servers=[{url}]",
+        f"rollout.schedule={schedule}",
+        "rollout.prompts_per_step=32",
+        "objective.policy_gradient.enabled=false",
+        f"rollout.max_new_tokens={NEW_TOKENS}",
+        f"train.steps={STEPS}",
+        "train.micro_batch_size=8",
+        "checkpoint.interval=0",
+        "evaluation.interval=0",
+        "evaluation.max_new_tokens=4",
+        "evaluation.scored=0",
         "optimizer.learning_rate=1e-6",
-    ]  # fmt: skip
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "megatron_cord.train", "--config", os.devnull, *settings]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1800)
     if done.returncode:
-        raise CordError(
-            f"training with rollout.schedule={schedule} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-        )
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CordError(f"training with rollout.schedule={schedule} failed: {last}")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][SKIPPED:]
     return {name: round(statistics.median(line[name] for line in lines), 3) for name in PHASES if name in lines[0]}
 
@@ -209,10 +225,22 @@ def main() -> None:
         "responses_at_a_time": generation,
         "seconds_of_a_step": schedules,
         "async_speedup": round(schedules["sync"]["seconds"] / schedules["async"]["seconds"], 2),
-        "setting": {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, "rounds": arguments.rounds, "steps": STEPS, "skipped": SKIPPED},
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "device": arguments.device, "load_average": round(os.getloadavg()[0], 1)},
-        "versions": {name: version(name) for name in ("torch", "transformers", "megatron-core")} | {"python": platform.python_version()},
-    }  # fmt: skip
+        "setting": {
+            "prompts": PROMPTS,
+            "new_tokens": NEW_TOKENS,
+            "rounds": arguments.rounds,
+            "steps": STEPS,
+            "skipped": SKIPPED,
+        },
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "device": arguments.device,
+            "load_average": round(os.getloadavg()[0], 1),
+        },
+        "versions": {name: version(name) for name in ("torch", "transformers", "megatron-core")}
+        | {"python": platform.python_version()},
+    }
     publish(result, arguments.output)
 
 

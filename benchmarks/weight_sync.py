@@ -1,13 +1,15 @@
-"""How fast weights reach a rollout server, each transport, beside a plain transfer of the same bytes and beside sending tensor by tensor.
+"""How fast weights reach a server by each transport, beside a plain transfer and beside sending tensor by tensor.
 
     python -m benchmarks.weight_sync [--rounds 7] [--output benchmarks/results/weight_sync.json]
 
-A real SGLang server (.venv-sglang) runs on this machine's CPU with a random Qwen2-Audio, of two kinds one after the other: `large` has the 7B
-model's tensors in 5 of its 32 layers, and a smaller vocabulary (17 MB a tensor, as the 7B model's); `many` has the 7B model's number of tensors,
-narrow. One weight sync is all that training does for one: all of its questions and answers, every tensor, the server's own loading included. A
-plain transfer (benchmarks/weight_sync_plain.py) ends when the bytes are in the other process. Tensor by tensor is the same weight sync with a bucket
-and a request for each tensor. The three take turns; medians of the rounds are compared; the first weight sync of a transport, which also makes its group
-and its buffers, is given apart. bfloat16, one trainer process with one thread.
+A real SGLang server (.venv-sglang) runs on this machine's CPU with a random Qwen2-Audio, of two kinds one after the
+other: `large` has the 7B model's tensors in 5 of its 32 layers, and a smaller vocabulary (17 MB a tensor, as the 7B
+model's); `many` has the 7B model's number of tensors, narrow. One weight sync is all that training does for one: all of
+its questions and answers, every tensor, the server's own loading included. A plain transfer
+(benchmarks/weight_sync_plain.py) ends when the bytes are in the other process. Tensor by tensor is the same weight sync
+with a bucket and a request for each tensor. The three take turns; medians of the rounds are compared; the first weight
+sync of a transport, which also makes its group and its buffers, is given apart. bfloat16, one trainer process with one
+thread.
 """
 
 from __future__ import annotations
@@ -74,11 +76,18 @@ class TensorByTensor(WeightSync):
 
 
 def write_model(directory: Path, sizes: Sizes) -> None:
-    """A random checkpoint."""
+    """Write a random checkpoint."""
     config = TinyModelConfig(
-        encoder_hidden_size=sizes.encoder_hidden_size, encoder_layers=sizes.layers, encoder_heads=sizes.encoder_heads,
-        encoder_ffn_size=4 * sizes.encoder_hidden_size, hidden_size=sizes.hidden_size, layers=sizes.layers, heads=sizes.heads, kv_heads=sizes.heads, ffn_size=sizes.ffn_size,
-    )  # fmt: skip
+        encoder_hidden_size=sizes.encoder_hidden_size,
+        encoder_layers=sizes.layers,
+        encoder_heads=sizes.encoder_heads,
+        encoder_ffn_size=4 * sizes.encoder_hidden_size,
+        hidden_size=sizes.hidden_size,
+        layers=sizes.layers,
+        heads=sizes.heads,
+        kv_heads=sizes.heads,
+        ffn_size=sizes.ffn_size,
+    )
     create_checkpoint(directory, config, [f"w{i}" for i in range(sizes.vocabulary)], seed=0)
 
 
@@ -87,8 +96,10 @@ def measure(
 ) -> dict[str, Any]:
     """One transport: the weight sync, the plain transfer and tensor by tensor in turns."""
     config = WeightSyncConfig(transport=transport, bucket_bytes=bucket_bytes)  # type: ignore[arg-type]
-    weight_sync, patience = build_weight_sync(config, checkpoint, DTYPE), config.timeout_seconds
-    again: WeightTransport = ProcessGroupTransport(None, patience, stream=False) if transport == "process_group" else SharedMemoryTransport(patience)
+    weight_sync, timeout = build_weight_sync(config, checkpoint, DTYPE), config.timeout_seconds
+    again: WeightTransport = SharedMemoryTransport(timeout)
+    if transport == "process_group":
+        again = ProcessGroupTransport(None, timeout, stream=False)
     alone = TensorByTensor(config, again, served_specs(checkpoint, DTYPE))
     ours, single, plain = [], [], []
     try:
@@ -105,10 +116,17 @@ def measure(
         alone.close()
     seconds = statistics.median(ours)
     result = {
-        "seconds": seconds, "gigabytes_per_second": first.nbytes / seconds / 1e9, "plain_seconds": statistics.median(plain),
-        "share_of_plain": statistics.median(plain) / seconds, "seconds_of_rounds": ours, "plain_seconds_of_rounds": plain,
-        "first_seconds": first.seconds, "megabytes": first.nbytes / 1e6, "tensors": first.tensors, "buckets": first.buckets,
-    }  # fmt: skip
+        "seconds": seconds,
+        "gigabytes_per_second": first.nbytes / seconds / 1e9,
+        "plain_seconds": statistics.median(plain),
+        "share_of_plain": statistics.median(plain) / seconds,
+        "seconds_of_rounds": ours,
+        "plain_seconds_of_rounds": plain,
+        "first_seconds": first.seconds,
+        "megabytes": first.nbytes / 1e6,
+        "tensors": first.tensors,
+        "buckets": first.buckets,
+    }
     if single:
         result |= {
             "tensor_by_tensor_seconds": statistics.median(single),
@@ -137,7 +155,9 @@ def measure_model(sizes: Sizes, layout: Layout, python: Path, rounds: int, bucke
             read_into(model, checkpoint)
             server.wait()
             transports = {
-                transport: measure(transport, ShardedModelWeights(model), checkpoint, server.endpoint, rounds, bucket_bytes)
+                transport: measure(
+                    transport, ShardedModelWeights(model), checkpoint, server.endpoint, rounds, bucket_bytes
+                )
                 for transport in TRANSPORTS
             }
             return {**transports, "load_average": round(os.getloadavg()[0], 1)}
@@ -146,7 +166,7 @@ def measure_model(sizes: Sizes, layout: Layout, python: Path, rounds: int, bucke
 
 
 def done(report: WeightSyncReport) -> WeightSyncReport:
-    """The report of a weight sync that worked."""
+    """Return the report of a weight sync that worked."""
     if report.failed:
         raise CordError(f"the server did not take the weights: {'; '.join(report.failed.values())}")
     return report

@@ -1,4 +1,6 @@
-"""What `benchmarks.weight_sync` compares with: the same bytes taken from one process to another by the plainest means of each transport.
+"""What `benchmarks.weight_sync` compares with.
+
+The same bytes taken from one process to another by the plainest means of each transport.
 
     process_group   one gloo broadcast of one tensor
     shared_memory   one process copies into shared memory, the other copies out of it
@@ -27,7 +29,8 @@ def plain_seconds(transport: str, nbytes: int, rounds: int) -> list[float]:
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as directory:
         processes = [
-            context.Process(target=_rank, args=(rank, transport, nbytes, rounds, directory, results)) for rank in range(2)
+            context.Process(target=_rank, args=(rank, transport, nbytes, rounds, directory, results))
+            for rank in range(2)
         ]
         for process in processes:
             process.start()

@@ -104,10 +104,20 @@ def main() -> None:
     version = check_version(given.python)
     key = read_key(None) if given.api_key_file is None else make_key(given.api_key_file)
     server = ServerConfig(
-        checkpoint=given.checkpoint.resolve(), host=given.host, device=given.device, dtype=given.dtype, tp=given.tp, python=given.python,
-        max_running_requests=given.max_running_requests, max_total_tokens=given.max_total_tokens, memory_fraction=given.memory_fraction,
-        seeded=not given.unseeded, colocated=given.colocated, start_timeout=given.start_timeout, more=tuple(given.more),
-    )  # fmt: skip
+        checkpoint=given.checkpoint.resolve(),
+        host=given.host,
+        device=given.device,
+        dtype=given.dtype,
+        tp=given.tp,
+        python=given.python,
+        max_running_requests=given.max_running_requests,
+        max_total_tokens=given.max_total_tokens,
+        memory_fraction=given.memory_fraction,
+        seeded=not given.unseeded,
+        colocated=given.colocated,
+        start_timeout=given.start_timeout,
+        more=tuple(given.more),
+    )
     config = SupervisorConfig(
         count=given.count,
         gpus=_numbers(given.gpus),

@@ -27,13 +27,13 @@ HEAD = "language_model.lm_head.weight"
 
 
 def write_talking_checkpoint(directory: Path) -> Path:
-    """A random checkpoint of the quickstart's size (four buckets of a weight sync) that hardly ever says a special token."""
+    """Write a random checkpoint of the quickstart's size, four buckets, that hardly ever generates a special token."""
     create_checkpoint(directory, TinyModelConfig(window_seconds=1), WORDS, seed=0)
     return make_talk(directory, HEAD)
 
 
 def write_talking_step_audio_2(directory: Path) -> Path:
-    """The same of Step-Audio 2, smaller."""
+    """Write the same of Step-Audio 2, smaller."""
     save_whole(directory, "step_audio_2", WORDS)
     config = json.loads((directory / "config.json").read_text())
     text = config["text_config"]
@@ -44,7 +44,7 @@ def write_talking_step_audio_2(directory: Path) -> Path:
 
 
 def make_talk(directory: Path, head: str) -> Path:
-    """The checkpoint, with an output layer of this name that hardly ever says a special token."""
+    """Change a checkpoint's output layer of this name so that it hardly ever generates a special token."""
     tensors = load_file(directory / "model.safetensors")
     prompts = PromptBuilder(directory)
     scale = torch.full((prompts.vocab_size, 1), 3.0)
@@ -57,7 +57,7 @@ def make_talk(directory: Path, head: str) -> Path:
 
 @dataclass
 class Servers:
-    """What tests need of the two servers."""
+    """The two servers, as tests use them."""
 
     checkpoint: Path
     file: Path

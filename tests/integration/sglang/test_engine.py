@@ -41,9 +41,12 @@ def connect(
     servers: Servers, transport: str = "process_group", min_servers: int = 2, **settings: object
 ) -> tuple[CollectiveEngine, SGLangEngine]:
     config = EngineConfig(
-        engine="sglang", servers_file=servers.file, min_servers=min_servers, sglang=SGLangConfig(**settings),  # type: ignore[arg-type]
+        engine="sglang",
+        servers_file=servers.file,
+        min_servers=min_servers,
+        sglang=SGLangConfig(**settings),  # type: ignore[arg-type]
         weight_sync=WeightSyncConfig(transport=transport, bucket_bytes=1 << 20, timeout_seconds=120),  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
     engine = build_engine(config, servers.checkpoint, torch.device("cpu"))
     assert isinstance(engine.engine, SGLangEngine)
     return engine, engine.engine
@@ -81,7 +84,7 @@ def changed(servers: Servers, factor: float) -> PlainWeights:
 def check_equal_to_local(
     servers: Servers, engine: CollectiveEngine, factor: float, version: int, count: int = 10
 ) -> None:
-    """The servers answer as a local engine with these weights."""
+    """Check that the servers answer as a local engine with these weights."""
     local = LocalEngine(servers.checkpoint)
     local.update_weights(changed(servers, factor), version)
     asked = questions(local, count)
@@ -96,7 +99,7 @@ def checksums(servers: Servers) -> list[list[dict[str, str]]]:
 
 
 def test_greedy_answers_are_transformers(servers: Servers) -> None:
-    """Catches another model than the trainer's: padding that is attended to, 16 bits, another template, other features."""
+    """Catches another model than the trainer's, by attention to padding, 16 bits, another template or features."""
     engine, own = connect(servers)
     local = LocalEngine(servers.checkpoint)
     asked = questions(local, 100)
@@ -158,7 +161,10 @@ def test_responses_go_on_with_new_weights(mode: str, servers: Servers) -> None:
 
 
 def test_abort_and_memory(servers: Servers) -> None:
-    """Catches an abort that waits, a server that dies of giving its memory back while it works, and one that stays without it."""
+    """Catches an abort that waits, a server that dies of giving its memory back while it works.
+
+    Also one that stays without it.
+    """
     engine, own = connect(servers)
     asked = questions(own, 8, temperature=1.0, limit=80)
     made: list[Rollout] = []
@@ -222,7 +228,10 @@ class Killing:
 
 @pytest.mark.parametrize("transport", ["process_group", "shared_memory"])
 def test_kill_during_a_weight_sync(transport: str, servers: Servers) -> None:
-    """Catches a trainer that hangs in a broadcast, a survivor with half of the weights, and a server that comes back with old ones."""
+    """Catches a trainer that hangs in a broadcast, a survivor with half of the weights.
+
+    Also a server that comes back with old ones.
+    """
     servers.wait_until_ready()
     engine, own = connect(servers, transport)
     source = Killing(changed(servers, 1.1), servers.supervisor.pids[1] or 0)

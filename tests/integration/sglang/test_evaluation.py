@@ -23,9 +23,13 @@ def test_a_server_gives_the_local_engines_results(tmp_path: Path, monkeypatch: p
     """Catches an evaluation that only the local engine can make, and a server that is asked other questions."""
     inputs = write_inputs(tmp_path)
     settings = [
-        f"model.checkpoint={inputs / 'checkpoint'}", "model.dtype=float32", "evaluation.checkpoint=base", "evaluation.max_new_tokens=4",
-        f"evaluation.sets.heard.path={inputs / 'train'}", "evaluation.sets.heard.format=shards",
-    ]  # fmt: skip
+        f"model.checkpoint={inputs / 'checkpoint'}",
+        "model.dtype=float32",
+        "evaluation.checkpoint=base",
+        "evaluation.max_new_tokens=4",
+        f"evaluation.sets.heard.path={inputs / 'train'}",
+        "evaluation.sets.heard.format=shards",
+    ]
 
     def answers(name: str, *more: str) -> list[list[str]]:
         try:

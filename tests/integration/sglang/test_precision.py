@@ -28,7 +28,7 @@ pytestmark = [
 
 
 def in_bfloat16(checkpoint: Path) -> Path:
-    """The checkpoint, its tensors rounded."""
+    """Write the checkpoint with its tensors rounded."""
     tensors = load_file(checkpoint / "model.safetensors")
     save_file(
         {name: tensor.bfloat16() for name, tensor in tensors.items()},
@@ -52,7 +52,7 @@ def logprobs(model: PlainModel, prompt: Prompt, token_ids: Sequence[int]) -> Ten
 
 
 def test_logprobs_agree_in_bfloat16(tmp_path: Path) -> None:
-    """Catches a server that computes in fewer bits than it says, or rounds where transformers does not, for text or for audio."""
+    """Catches a server that computes in too few bits, or rounds where transformers does not, for text or for audio."""
     checkpoint = in_bfloat16(write_checkpoint(tmp_path / "checkpoint"))
     server = SglangServer(ServerConfig(checkpoint=checkpoint, device="cpu", python=PYTHON), "", tmp_path / "server.log")
     initialize(ParallelConfig(), seed=0)
@@ -78,11 +78,13 @@ def test_logprobs_agree_in_bfloat16(tmp_path: Path) -> None:
         errors = {"server": (server_s - exact).abs(), "transformers": (transformers_s - exact).abs()}
         share = (difference < 2e-2).float().mean()
         print(
-            f"bfloat16: {len(difference)} tokens, {share:.1%} of log-probs within 2e-2, all within {difference.max():.2g}; from float32:"
+            f"bfloat16: {len(difference)} tokens, {share:.1%} of log-probs within 2e-2, "
+            f"all within {difference.max():.2g}; from float32:"
         )
         for name, error in errors.items():
             print(
-                f"  {name}: {(error < 2e-2).float().mean():.1%} within 2e-2, all within {error.max():.2g}, {error.mean():.2g} on average"
+                f"  {name}: {(error < 2e-2).float().mean():.1%} within 2e-2, all within {error.max():.2g}, "
+                f"{error.mean():.2g} on average"
             )
         assert next(iter(local._loaded().parameters.values())).dtype == torch.bfloat16
         # 16 bits leave this model no more: transformers, too, is as far from its own float32 as from the server.

@@ -24,7 +24,7 @@ needs_server = pytest.mark.skipif(not PYTHON.exists(), reason="the server is not
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
-    """A server of a tiny checkpoint, with a key."""
+    """Start a server of a tiny checkpoint, with a key."""
     directory = tmp_path_factory.mktemp("served")
     config = ServerConfig(checkpoint=write_checkpoint(directory / "checkpoint"), device="cpu", python=PYTHON)
     started = SglangServer(config, KEY, directory / "log" / "server.log")
@@ -50,7 +50,7 @@ def _generate(endpoint: Endpoint, temperature: float) -> list[float]:
 @needs_server
 @pytest.mark.slow
 def test_logprobs_do_not_depend_on_the_temperature(server: SglangServer) -> None:
-    """Would catch a server that scales log-probs by the sampling temperature, as SGLang does unless it is told otherwise."""
+    """Would catch a server that scales log-probs by the sampling temperature, as SGLang does by default."""
     assert _generate(server.endpoint, 2.0) == pytest.approx(_generate(server.endpoint, 1.0), abs=1e-5)
 
 
@@ -68,18 +68,24 @@ def test_the_key_is_wanted_and_hidden(server: SglangServer) -> None:
 
 @needs_server
 @pytest.mark.slow
-def test_ends_with_whoever_started_it(tmp_path: Path) -> None:
+def test_ends_with_its_starter(tmp_path: Path) -> None:
     """Would catch servers that stay and hold memory and port when their starter is killed."""
     script = (
-        "import os, signal, sys, time; from pathlib import Path; from megatron_cord.rollout.sglang.server.process import *\n"
-        "s = SglangServer(ServerConfig(checkpoint=Path(sys.argv[1]), device='cpu', python=Path(sys.argv[2])), '', Path(sys.argv[3]))\n"
+        "import os, signal, sys, time; from pathlib import Path\n"
+        "from megatron_cord.rollout.sglang.server.process import *\n"
+        "checkpoint, python, log = map(Path, sys.argv[1:])\n"
+        "s = SglangServer(ServerConfig(checkpoint=checkpoint, device='cpu', python=python), '', log)\n"
         "s.start(); print(s.pid, flush=True); time.sleep(3); os.kill(os.getpid(), signal.SIGKILL)"
     )
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     starter = subprocess.run(
         [sys.executable, "-c", script, str(checkpoint), str(PYTHON), str(tmp_path / "log")],
-        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=120,
+        check=False,
+    )
     group, deadline = int(starter.stdout), time.monotonic() + 60
     while time.monotonic() < deadline:
         try:

@@ -45,7 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
 
 
 def questions(checkpoint: Path) -> list[GenerationRequest]:
-    """A hundred spoken ones, of several clips each, and as many written ones."""
+    """Return a hundred spoken ones, of several clips each, and as many written ones."""
     prompts, samples = PromptBuilder(checkpoint, long_audio="cut"), make_samples(100, seed=7)
     made = [prompts.audio_prompt(sample) for sample in samples] + [prompts.text_prompt(sample) for sample in samples]
     assert max(len(prompt.clips) for prompt in made) > 1
@@ -54,15 +54,18 @@ def questions(checkpoint: Path) -> list[GenerationRequest]:
 
 @pytest.mark.usefixtures("one_rank")
 def test_answers_and_weights_are_the_trainers(server: SglangServer) -> None:
-    """Catches an encoder, adapter, template or features other than the trainer's, clips in another order, and a weight sync, by any transport, that leaves
-    out a tensor.
+    """Catches an encoder, adapter, template or features other than the trainer's, clips in another order.
+
+    Also a weight sync, by any transport, that leaves out a tensor.
     """
     checkpoint = server.config.checkpoint
     local, asked = LocalEngine(checkpoint), questions(checkpoint)
     for version, transport in enumerate([None, "process_group", "shared_memory", "disk"]):
         weight_sync = WeightSyncConfig(transport=transport or "disk", bucket_bytes=1 << 20)  # type: ignore[arg-type]
         engine = build_engine(
-            EngineConfig(engine="sglang", servers=(server.url,), weight_sync=weight_sync), checkpoint, torch.device("cpu")
+            EngineConfig(engine="sglang", servers=(server.url,), weight_sync=weight_sync),
+            checkpoint,
+            torch.device("cpu"),
         )
         if transport is not None:
             stored = load_file(checkpoint / "model.safetensors")
@@ -98,14 +101,26 @@ def test_what_cannot_be_heard_is_refused(
 
 
 def test_it_is_trained(server: SglangServer, tmp_path: Path) -> None:
-    """Catches a run whose tensor-parallel shards do not come together on the server, or whose several clips reach trainer and server differently."""
+    """Catches shards that are lost on the server, and clips that reach trainer and server differently."""
     write_shards(tmp_path / "train", make_samples(6, seed=1))
     write_shards(tmp_path / "heldout", make_samples(3, seed=2))
     output = tmp_path / "run"
-    status, errors = finish(start(overrides(
-        tmp_path, output, f"model.checkpoint={server.config.checkpoint}", "rollout.engine=sglang", f"rollout.servers=[{server.url}]",
-        "rollout.agreement_limit=0.001", "train.steps=3", "parallel.tp=2", "parallel.sequence_parallel=true", "data.long_audio=cut",
-    )))  # fmt: skip
+    status, errors = finish(
+        start(
+            overrides(
+                tmp_path,
+                output,
+                f"model.checkpoint={server.config.checkpoint}",
+                "rollout.engine=sglang",
+                f"rollout.servers=[{server.url}]",
+                "rollout.agreement_limit=0.001",
+                "train.steps=3",
+                "parallel.tp=2",
+                "parallel.sequence_parallel=true",
+                "data.long_audio=cut",
+            )
+        )
+    )
     assert status == 0, errors
     lines = metrics(output)
     assert len(lines) == 3 and all(line["engine_logprob_difference"] < 1e-3 and line["grad_norm"] > 0 for line in lines)

@@ -19,18 +19,32 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("schedule", ["sync", "async"])
 def test_training_goes_on_without_a_server(schedule: str, servers: Servers, tmp_path: Path) -> None:
-    """Catches a run that stops with one of its servers, rollouts of other weights than allowed, trainer and servers that disagree, and ranks that
-    generate each other's share or lose their own.
+    """Catches a run that stops with one of its servers, rollouts of other weights than allowed.
+
+    Also trainer and servers that disagree, and ranks that generate each other's share or lose their own.
     """
     write_shards(tmp_path / "train", make_samples(10, seed=1))
     write_shards(tmp_path / "heldout", make_samples(4, seed=2))
     servers.wait_until_ready()
     output = tmp_path / "run"
-    process = start(overrides(
-        tmp_path, output, f"model.checkpoint={servers.checkpoint}", "rollout.engine=sglang", f"rollout.servers_file={servers.file}",
-        "rollout.min_servers=2", "rollout.weight_sync.bucket_bytes=1048576", "rollout.weight_sync.timeout_seconds=120", f"rollout.schedule={schedule}",
-        "rollout.agreement_limit=0.001", "record.rollouts=rollouts", "train.steps=6", "parallel.tp=2", "optimizer.learning_rate=1e-4",
-    ))  # fmt: skip
+    process = start(
+        overrides(
+            tmp_path,
+            output,
+            f"model.checkpoint={servers.checkpoint}",
+            "rollout.engine=sglang",
+            f"rollout.servers_file={servers.file}",
+            "rollout.min_servers=2",
+            "rollout.weight_sync.bucket_bytes=1048576",
+            "rollout.weight_sync.timeout_seconds=120",
+            f"rollout.schedule={schedule}",
+            "rollout.agreement_limit=0.001",
+            "record.rollouts=rollouts",
+            "train.steps=6",
+            "parallel.tp=2",
+            "optimizer.learning_rate=1e-4",
+        )
+    )
     deadline = time.monotonic() + 300
     while len(metrics(output) if (output / "metrics.jsonl").exists() else []) < 2 and process.poll() is None:
         assert time.monotonic() < deadline, "no step is done"

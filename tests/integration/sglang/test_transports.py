@@ -16,8 +16,9 @@ MIB = 1 << 20
 
 
 def test_all_ways_bring_the_same(servers: Servers) -> None:
-    """Catches a stream, a request for each bucket, a buffer that stays mapped, or files, that bring something else, and a transport that leaves the
-    servers unable to take the next.
+    """Catches a stream, a request for each bucket, a buffer that stays mapped, or files, that bring something else.
+
+    Also a transport that leaves the servers unable to take the next.
     """
     servers.wait_until_ready()
     endpoints = [Endpoint(url) for url in servers.supervisor.urls]
@@ -25,11 +26,16 @@ def test_all_ways_bring_the_same(servers: Servers) -> None:
     base = load_file(servers.checkpoint / "model.safetensors")
     found: list[list[dict[str, str]]] = []
     cases = [
-        ("process_group", True, MIB), ("process_group", False, MIB), ("shared_memory", True, MIB),
-        ("shared_memory", True, 2 * MIB), ("disk", True, MIB),
-    ]  # fmt: skip
+        ("process_group", True, MIB),
+        ("process_group", False, MIB),
+        ("shared_memory", True, MIB),
+        ("shared_memory", True, 2 * MIB),
+        ("disk", True, MIB),
+    ]
     for transport, stream, bucket_bytes in cases:
-        weight_sync = build_weight_sync(WeightSyncConfig(transport=transport, stream=stream, bucket_bytes=bucket_bytes), servers.checkpoint)  # type: ignore[arg-type]
+        weight_sync = build_weight_sync(
+            WeightSyncConfig(transport=transport, stream=stream, bucket_bytes=bucket_bytes), servers.checkpoint
+        )  # type: ignore[arg-type]
         for version, added in enumerate((2, 1)):
             changed = PlainWeights({name: tensor + added for name, tensor in base.items()}, servers.checkpoint)
             report = weight_sync.update(changed, version, endpoints, full=True)

@@ -15,15 +15,30 @@ from tests.tiny_run import ROOT, free_port
 
 @pytest.mark.parametrize(("write", "tensors"), [(write_talking_checkpoint, 63), (write_talking_step_audio_2, 60)])
 def test_all_three_ways(write: Callable[[Path], Path], tensors: int, tmp_path: Path) -> None:
-    """Catches a way that leaves a tensor, an audio tower's among them, or an answer other than a fresh server's, and a check that ends badly."""
+    """Catches a transport that leaves a tensor, an audio tower's among them, or an answer other than a fresh server's.
+
+    Also a check that ends badly.
+    """
     if not PYTHON.exists():
         pytest.skip("needs SGLang's environment: make sglang-env")
     checkpoint = write(tmp_path / "checkpoint")
     command = [
-        sys.executable, "-m", "megatron_cord.launch", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m",
-        "megatron_cord.verify", "weight_sync", f"checkpoint={checkpoint}", "parallel.tp=2", "dtype=float32", f"python={PYTHON}",
+        sys.executable,
+        "-m",
+        "megatron_cord.launch",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+        "-m",
+        "megatron_cord.verify",
+        "weight_sync",
+        f"checkpoint={checkpoint}",
+        "parallel.tp=2",
+        "dtype=float32",
+        f"python={PYTHON}",
         "weight_sync.bucket_bytes=1048576",
-    ]  # fmt: skip
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("passed") == 3 and done.stdout.count(f"{tensors} of {tensors}") == 3, done.stdout

@@ -98,7 +98,10 @@ def reference_logits(model: Any, prompt: Prompt, response: tuple[int, ...]) -> T
 
 
 def test_logprobs_are_those_of_a_plain_forward(engine: LocalEngine, checkpoint: Path) -> None:
-    """Catches wrong positions under padding, a stale cache, audio scattered to another row, and scores of masked or scaled logits."""
+    """Catches wrong positions under padding, a stale cache, audio scattered to another row.
+
+    Also scores of masked or scaled logits.
+    """
     model = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint).eval()
     batch = requests(engine, temperature=1.5)
     for request, rollout in zip(batch, engine.generate(batch), strict=True):
@@ -109,7 +112,10 @@ def test_logprobs_are_those_of_a_plain_forward(engine: LocalEngine, checkpoint: 
 
 
 def test_greedy_is_transformers_generation(engine: LocalEngine, checkpoint: Path) -> None:
-    """Catches a prompt that the checkpoint's own processor would not build, and decoding that leaves the greedy path."""
+    """Catches a prompt that the checkpoint's own processor would not build.
+
+    Also decoding that leaves the greedy path.
+    """
     model, processor = (
         Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint).eval(),
         AutoProcessor.from_pretrained(checkpoint),
@@ -144,7 +150,7 @@ def test_seeds_and_prompts_draw_their_own_noise(engine: LocalEngine) -> None:
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_samples_follow_the_softmax(engine: LocalEngine, checkpoint: Path, temperature: float) -> None:
-    """Catches noise that is not Gumbel's, temperature on the wrong side, and mass left on special tokens (chi-square, fixed seeds)."""
+    """Catches noise that is not Gumbel's, temperature on the wrong side, and mass on special tokens (chi-square)."""
     model = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint).eval()
     prompt, draws = engine.prompts.text_prompt(samples()[0]), 4000
     logits = reference_logits(model, prompt, (0,))[0].double() / temperature
@@ -162,7 +168,10 @@ def test_samples_follow_the_softmax(engine: LocalEngine, checkpoint: Path, tempe
 
 
 def test_endings(engine: LocalEngine) -> None:
-    """Catches tokens after the end of a sequence, limits taken from a neighbour, and specials sampled at a high temperature."""
+    """Catches tokens after the end of a sequence, limits taken from a neighbour.
+
+    Also specials sampled at a high temperature.
+    """
     prompts = [request.prompt for request in requests(engine)]
     batch = [GenerationRequest(prompt, 50.0, limit, limit) for limit in (1, 7, 60) for prompt in prompts]
     rollouts = engine.generate(batch)
@@ -220,7 +229,10 @@ def test_bad_updates_keep_the_version(fresh: LocalEngine) -> None:
 
 
 def test_names_are_those_of_the_checkpoints_files(checkpoint: Path, tmp_path: Path) -> None:
-    """Catches an engine that knows only one of the two namings: the published one, and that of transformers' ``save_pretrained``."""
+    """Catches an engine that takes only one of the two namings.
+
+    They are the published one, and that of transformers' ``save_pretrained``.
+    """
     fresh_model = Qwen2AudioForConditionalGeneration(
         AutoConfig.from_pretrained(checkpoint)
     )  # a loaded one would keep the file's names
@@ -263,6 +275,9 @@ def test_closing_twice_and_a_missing_checkpoint(fresh: LocalEngine, tmp_path: Pa
 
 
 def test_spans_of_versions() -> None:
-    """Would catch a crash for a response that was aborted before its first token, and a token with another's version."""
+    """Would catch a crash for a response that was aborted before its first token.
+
+    Also a token with another's version.
+    """
     assert spans_of([]) == ()
     assert spans_of([0, 0, 7]) == (VersionSpan(0, 2, 0), VersionSpan(2, 3, 7))

@@ -1,4 +1,4 @@
-"""The local engine on every family: what it generates is what the Megatron model of the same checkpoint thinks likely."""
+"""The local engine on every family: its tokens are likely ones of the Megatron model of the same checkpoint."""
 
 from __future__ import annotations
 
@@ -61,8 +61,10 @@ def megatron_logits(model: LALM, prompt: Prompt, response: tuple[int, ...]) -> T
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_megatron_agrees_with_what_is_generated(family: str, layout: Layout, tmp_path: Path) -> None:
-    """Catches an engine that hears other audio, reads other positions behind padding, or keeps a stale cache; one that takes updates under other
-    names than training sends them; and a tied head that is not tied. Greedy answers must be the likeliest tokens of the Megatron model.
+    """Catches an engine that hears other audio, reads other positions behind padding, or keeps a stale cache.
+
+    Also one that takes updates under other names than training sends them; and a tied head that is not tied. Greedy
+    answers must be the likeliest tokens of the Megatron model.
     """
     directory = save_whole(tmp_path / family, family, WORDS, tied=FAMILIES[family])
     model = LALM(load_architecture(directory), layout, torch.float32)

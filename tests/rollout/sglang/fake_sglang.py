@@ -24,7 +24,10 @@ def answer_to(prompt: Sequence[int]) -> list[int]:
 
 
 class BusyHTTPServer(ThreadingHTTPServer):
-    """One to which many connect at once: beyond the five that wait for it by default, the system resets connections when the machine is busy."""
+    """A server to which many connect at once.
+
+    Beyond the five that wait by default, the system resets connections when the machine is busy.
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -34,7 +37,8 @@ class FakeServer:
     """A context manager.
 
     Args:
-        manner: what it does with a request: "good", "hang", "500", "garbage", "break" the connection, or a function from body to reply.
+        manner: what it does with a request: "good", "hang", "500", "garbage", "break" the connection, or a function
+            from body to reply.
         key: that requests must bear.
 
     Attributes:
@@ -43,7 +47,8 @@ class FakeServer:
         most: requests in flight at once, at most.
         info: what /server_info and /model_info tell.
         loads: whether it takes weights from files.
-        paused: whether it is; it then does not say that it is healthy, and, as SGLang, flushes its cache at once or never.
+        paused: whether it is; it then does not answer as healthy, and, as SGLang, flushes its cache at once or
+            never.
     """
 
     def __init__(self, manner: str | Callable[[Reply], Reply] = "good", key: str = "", port: int = 0) -> None:
@@ -135,21 +140,23 @@ class FakeServer:
             self.send(handler, 200, manner(body) if callable(manner) else self.good(body))
 
     def good(self, body: Reply, ids: list[int] | None = None, reason: str = "stop") -> Reply:
-        """What SGLang would answer."""
+        """Return what SGLang would answer."""
         prompt = body.get("input_ids") or body["prompt"]
         limit = body["sampling_params"]["max_new_tokens"]
         ids = answer_to(prompt) if ids is None else ids
         if len(ids) > limit:
             ids, reason = ids[:limit], "length"
         meta = {
-            "finish_reason": {"type": reason}, "prompt_tokens": len(prompt), "weight_version": self.version,
+            "finish_reason": {"type": reason},
+            "prompt_tokens": len(prompt),
+            "weight_version": self.version,
             "output_token_logprobs": [[-0.5, token, None] for token in ids],
             "weight_versions": [{"version": self.version, "start": 0, "end": len(ids)}],
-        }  # fmt: skip
+        }
         return {"text": "", "output_ids": ids, "meta_info": meta}
 
     def send(self, handler: BaseHTTPRequestHandler, status: int, reply: Reply) -> None:
-        """Writes a reply; to nobody if the client has left."""
+        """Write a reply; unless the client has left."""
         content = json.dumps(reply).encode()
         try:
             handler.send_response(status)

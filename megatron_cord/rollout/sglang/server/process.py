@@ -197,13 +197,13 @@ class SglangServer:
         process, self._process = self._process, None
         if process is None:
             return
-        for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        for sign, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
             try:
                 os.killpg(process.pid, sign)
             except ProcessLookupError:
                 break
             try:
-                process.wait(patience)
+                process.wait(seconds)
             except subprocess.TimeoutExpired:
                 continue
         process.wait()

@@ -1,6 +1,6 @@
-"""The engine on servers that only speak SGLang's protocol: what it believes, whom it asks, and what it does when they fail.
+"""The engine on servers that only speak SGLang's protocol: what it accepts and what it does when they fail.
 
-The real server is in tests/sglang.
+The real server is in tests/integration/sglang.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 def connect(checkpoint: Path, servers: list[FakeServer], stack: ExitStack, **settings: Any) -> CollectiveEngine:
-    """The engine on these servers, once they run; weights go over the disk, which the servers take without looking."""
+    """Return the engine on these servers, started here; weights go over the disk, which they do not read."""
     for server in servers:
         stack.enter_context(server)
     config = EngineConfig(
@@ -73,7 +73,7 @@ def connect(checkpoint: Path, servers: list[FakeServer], stack: ExitStack, **set
 
 
 def head_of(checkpoint: Path) -> PlainWeights:
-    """The checkpoint's output layer as the weights that were trained."""
+    """Return the checkpoint's output layer as the weights that were trained."""
     return PlainWeights({HEAD: load_file(checkpoint / "model.safetensors")[HEAD]}, checkpoint)
 
 
@@ -124,8 +124,10 @@ def test_a_server_that_fails_is_left_out(
     if manner == "older":
         bad.version = "default"  # it was started again, with the checkpoint's weights
     manners: dict[str, str | Callable[[Reply], Reply]] = {
-        "older": "good", "foreign ids": lambda body: bad.good(body, [7, 24, 3]), "cut off": lambda body: bad.good(body, [7], "length"),
-    }  # fmt: skip
+        "older": "good",
+        "foreign ids": lambda body: bad.good(body, [7, 24, 3]),
+        "cut off": lambda body: bad.good(body, [7], "length"),
+    }
     bad.manner = manners.get(manner, manner)
     check(engine, version=4)
     assert 1 <= len(bad.asked) < 20
@@ -139,7 +141,10 @@ def test_a_server_that_fails_is_left_out(
 
 
 def test_a_hanging_server(checkpoint: Path, stack: ExitStack, caplog: pytest.LogCaptureFixture) -> None:
-    """Catches a run that waits for a server that accepts requests and never answers, and requests that are not withdrawn from it."""
+    """Catches a run that waits for a server that accepts requests and never answers.
+
+    Also requests that are not withdrawn from it.
+    """
     good, bad = FakeServer(), FakeServer()
     engine = connect(checkpoint, [good, bad], stack, reissue_seconds=2.0, request_seconds=300.0)
     bad.manner = "hang"
@@ -174,7 +179,10 @@ def test_a_request_that_always_fails_stops_the_run(checkpoint: Path, stack: Exit
 def test_when_all_are_lost_they_are_waited_for(
     checkpoint: Path, stack: ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a run that ends with its last server, rollouts of the restarted server's old weights, and what was made before that is lost."""
+    """Catches a run that ends with its last server, rollouts of the restarted server's old weights.
+
+    Also what was made before that is lost.
+    """
     server = FakeServer()
     engine = connect(checkpoint, [server], stack)
     engine.update_weights(head_of(checkpoint), 3)
@@ -248,7 +256,10 @@ def test_a_token_that_must_not_be_sampled_is_drawn_again(
 
 
 def test_audio_goes_as_text_with_one_placeholder(checkpoint: Path, stack: ExitStack) -> None:
-    """Catches expanded placeholders, which SGLang refuses, audio that is rounded, and a server that reads another prompt."""
+    """Catches expanded placeholders, which SGLang refuses, audio that is rounded.
+
+    Also a server that reads another prompt.
+    """
     server = FakeServer()
     engine = connect(checkpoint, [server], stack)
     own = engine.engine
@@ -296,7 +307,10 @@ def test_a_prompt_that_is_no_text_is_named(checkpoint: Path, stack: ExitStack, m
 
 
 def test_nothing_is_sent_that_would_kill_a_server(checkpoint: Path, stack: ExitStack) -> None:
-    """Catches ids outside the vocabulary, of which SGLang dies, lengths that do not fit, and two clips in one prompt."""
+    """Catches ids outside the vocabulary, of which SGLang dies, lengths that do not fit.
+
+    Also two clips in one prompt.
+    """
     server = FakeServer()
     engine = connect(checkpoint, [server], stack)
     own = engine.engine
@@ -304,10 +318,13 @@ def test_nothing_is_sent_that_would_kill_a_server(checkpoint: Path, stack: ExitS
     audio = own.prompts.audio_prompt(make_samples(1)[0])
     two = replace(audio, clips=audio.clips * 2, token_ids=audio.token_ids + (5,) * audio.clips[0].num_tokens)
     wrong = [
-        (Prompt("x", (2, 24)), 8, "ids outside 0..23"), (Prompt("x", ()), 8, "is empty"), (Prompt("x", (2,)), 0, "at least 1"),
-        (Prompt("x", (2,)), 128, "the servers take 128 in all"), (Prompt("x", (2, 5)), 8, "1 audio placeholders for 0"),
+        (Prompt("x", (2, 24)), 8, "ids outside 0..23"),
+        (Prompt("x", ()), 8, "is empty"),
+        (Prompt("x", (2,)), 0, "at least 1"),
+        (Prompt("x", (2,)), 128, "the servers take 128 in all"),
+        (Prompt("x", (2, 5)), 8, "1 audio placeholders for 0"),
         (two, 8, "1 clip a prompt"),
-    ]  # fmt: skip
+    ]
     for prompt, limit, message in wrong:
         with pytest.raises(CordError, match=message):
             engine.generate([GenerationRequest(prompt, 1.0, limit)])
@@ -323,7 +340,10 @@ def test_nothing_is_sent_that_would_kill_a_server(checkpoint: Path, stack: ExitS
     ],
 )
 def test_servers_that_cannot_be_trained_from(told: Reply, message: str, checkpoint: Path, stack: ExitStack) -> None:
-    """Catches an older server, which would take weights without a session, and another model, noticed only by wrong answers."""
+    """Catches an older server, which would take weights without a session.
+
+    Also another model, noticed only by wrong answers.
+    """
     server = FakeServer()
     server.info |= told
     with pytest.raises(CordError, match=message):
@@ -366,7 +386,10 @@ def test_a_run_begins_with_servers_that_an_earlier_one_left_paused(checkpoint: P
 
 
 def test_all_servers_go_on_after_a_pause(checkpoint: Path, stack: ExitStack) -> None:
-    """Catches a cache that is not flushed since responses wait, and a server that fails a weight sync and is paused for ever."""
+    """Catches a cache that is not flushed since responses wait.
+
+    Also a server that fails a weight sync and is paused for ever.
+    """
     good, bad = FakeServer(), FakeServer()
     engine = connect(checkpoint, [good, bad], stack)
     own = engine.engine
@@ -403,10 +426,8 @@ def test_a_wrong_key(checkpoint: Path, stack: ExitStack) -> None:
 
 def test_too_few_servers(checkpoint: Path, stack: ExitStack) -> None:
     """Catches a run that waits for ever, and an error that does not say for whom."""
-    with pytest.raises(
-        CordError, match=r"0 rollout servers answer, 1 are needed, .*unreachable.*tools/serve_rollout.py"
-    ):
-        engine = EngineConfig(engine="sglang", servers=("http://127.0.0.1:9",), sglang=SGLangConfig(start_seconds=0.5))
+    engine = EngineConfig(engine="sglang", servers=("http://127.0.0.1:9",), sglang=SGLangConfig(start_seconds=0.5))
+    with pytest.raises(CordError, match=r"0 rollout servers answer, 1 are needed, .*unreachable.*serve_rollout.py"):
         build_engine(engine, checkpoint, torch.device("cpu"))
-    with pytest.raises(CordError, match="rollout.servers or rollout.servers_file"):
+    with pytest.raises(CordError, match=r"rollout.servers or rollout.servers_file"):
         EngineConfig(engine="sglang")

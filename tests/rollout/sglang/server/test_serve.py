@@ -1,4 +1,4 @@
-"""The command that supervises servers, on processes that only speak SGLang's protocol; and the files between it and the trainer."""
+"""The command that supervises servers, on processes that only speak SGLang's protocol; its files of addresses."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ def wait(until: Callable[[], object], what: str, patience: float = 120.0) -> Non
 
 @pytest.fixture
 def interpreter(tmp_path: Path) -> Path:
-    """Takes the place of .venv-sglang/bin/python: says its version, and serves without a model."""
+    """Write a stand-in for .venv-sglang/bin/python, which prints its version and serves without a model."""
     script = tmp_path / "python"
-    fake = ROOT / "tests" / "rollout" / "fake_sglang.py"
+    fake = ROOT / "tests" / "rollout" / "sglang" / "fake_sglang.py"
     script.write_text(
-        f'#!/bin/sh\n[ "$1" = -c ] && {{ echo 0.5.21; exit; }}\n[ -e "{tmp_path}/broken" ] && exit 1\nshift\nexec {sys.executable} {fake} "$@"\n'
+        '#!/bin/sh\n[ "$1" = -c ] && { echo 0.5.21; exit; }\n'
+        f'[ -e "{tmp_path}/broken" ] && exit 1\nshift\nexec {sys.executable} {fake} "$@"\n'
     )
     script.chmod(0o755)
     return script
@@ -50,15 +51,26 @@ def interpreter(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def command(interpreter: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts the command with two servers; ended afterwards."""
+    """Start the command with two servers; ended afterwards."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*more: str) -> subprocess.Popen[str]:
         arguments = [
-            sys.executable, str(ROOT / "tools/serve_rollout.py"), str(write_checkpoint(tmp_path / "checkpoint")),
-            "--servers-file", str(tmp_path / "servers.json"), "--count", "2", "--device", "cpu", "--python", str(interpreter),
-            "--log-dir", str(tmp_path / "logs"), *more,
-        ]  # fmt: skip
+            sys.executable,
+            str(ROOT / "tools/serve_rollout.py"),
+            str(write_checkpoint(tmp_path / "checkpoint")),
+            "--servers-file",
+            str(tmp_path / "servers.json"),
+            "--count",
+            "2",
+            "--device",
+            "cpu",
+            "--python",
+            str(interpreter),
+            "--log-dir",
+            str(tmp_path / "logs"),
+            *more,
+        ]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MEGATRON_CORD_SERVER_KEY": KEY}
         with (tmp_path / "said").open("w") as said:
             started.append(subprocess.Popen(arguments, stderr=said, stdout=said, text=True, env=environment))
@@ -75,14 +87,18 @@ def children(process: subprocess.Popen[str]) -> list[int]:
 
 
 def test_servers_are_kept_running(command: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    """Catches a dead server that stays dead, another address after that, servers that outlive the command, a file of addresses that does, and a
-    key that others can read.
+    """Catches a dead server that stays dead, another address after that, servers that outlive the command.
+
+    Also a file of addresses that does, and a key that others can read.
     """
     process = command()
     file = tmp_path / "servers.json"
     wait(file.exists, "the file of addresses")
     urls = read_servers_file(file)
-    healthy = lambda: all(Endpoint(url).is_healthy(5.0) for url in urls)
+
+    def healthy() -> bool:
+        return all(Endpoint(url).is_healthy(5.0) for url in urls)
+
     wait(healthy, "both servers")
     first, second = children(process)
     os.kill(first, signal.SIGKILL)
@@ -110,7 +126,10 @@ def test_a_server_that_cannot_start(command: Callable[..., subprocess.Popen[str]
 
 
 def test_addresses(tmp_path: Path) -> None:
-    """Catches servers of one node that hide another's, a file taken for one while it is not, and addresses without their key."""
+    """Catches servers of one node that hide another's, a file taken for one while it is not.
+
+    Also addresses without their key.
+    """
     addresses = Addresses(servers_file=tmp_path / "nodes", api_key_file=tmp_path / "key")
     assert make_key(tmp_path / "key") == make_key(tmp_path / "key") == read_key(tmp_path / "key")
     assert addresses.find() == []
@@ -123,7 +142,7 @@ def test_addresses(tmp_path: Path) -> None:
     with pytest.raises(CordError, match=r"b.json: 'servers' must be a list"):
         addresses.find()
     (tmp_path / "nodes" / "b.json").write_text("[]")
-    with pytest.raises(CordError, match="b.json is no file of servers"):
+    with pytest.raises(CordError, match=r"b.json is no file of servers"):
         addresses.find()
 
 

@@ -29,7 +29,8 @@ class GroupServer:
     """A context manager.
 
     Args:
-        manner: "good"; "old": takes no streams; "refuses" at once, "refuses late", "dies" or "hangs", each after the first bucket but for the first.
+        manner: "good"; "old": takes no streams; "refuses" at once, "refuses late", "dies" or "hangs", each after the
+            first bucket but for the first.
     """
 
     def __init__(self, manner: str = "good") -> None:
@@ -104,15 +105,20 @@ def _join(body: dict[str, Any]) -> dist.ProcessGroup:
     world, name = body["world_size"], body["group_name"]
     store = dist.TCPStore(body["master_address"], body["master_port"], world, is_master=False)
     group, _ = distributed_c10d._new_process_group_helper(
-        world, body["rank_offset"], [], dist.Backend(body["backend"]), dist.PrefixStore(name, store), group_name=name,
+        world,
+        body["rank_offset"],
+        [],
+        dist.Backend(body["backend"]),
+        dist.PrefixStore(name, store),
+        group_name=name,
         timeout=timedelta(seconds=60),
-    )  # fmt: skip
+    )
     distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
     return group
 
 
 def _received(body: dict[str, Any], group: dist.ProcessGroup, manner: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """What SGLang's model is given to load."""
+    """Yield what SGLang's model is given to load."""
     specs = [
         Spec(n, getattr(torch, d), s) for n, d, s in zip(body["names"], body["dtypes"], body["shapes"], strict=True)
     ]

@@ -68,7 +68,10 @@ def test_sent_in_the_planned_dtype() -> None:
 
 
 def test_borrowed_memory() -> None:
-    """Catches a lone tensor that is copied although it could be sent from where it lies, and one that is sent so in another dtype or order."""
+    """Catches a lone tensor that is copied although it could be sent from where it lies.
+
+    Also one that is sent so in another dtype or order.
+    """
     (plan,) = plan_buckets([TensorSpec("a", (4, 6), torch.float32)], 100)
     buffer = torch.zeros(plan.nbytes, dtype=torch.uint8)
     for given, borrowed in (
@@ -108,8 +111,9 @@ def test_another_stream(name: str | None, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("borrow", [False, True])
 def test_memory_is_two_buckets(borrow: bool) -> None:
-    """Catches a stream that is read ahead or kept: of 64 tensors of 1 MiB, more than one alive beside the buffers; and a buffer that is made
-    although no tensor must be copied.
+    """Catches a stream that is read ahead or kept: of 64 tensors of 1 MiB, more than one alive beside the buffers.
+
+    Also a buffer that is made although no tensor must be copied.
     """
     count, alive, most = 64, [0], [0]
     specs = [TensorSpec(str(i), (1 << 18,), torch.float32) for i in range(count)]
@@ -138,7 +142,10 @@ def test_memory_is_two_buckets(borrow: bool) -> None:
 
 
 def test_address_holds_no_bytes_and_no_code_of_ours() -> None:
-    """Catches a payload with the tensor's bytes in it, and one that names anything that SGLang's unpickler does not let through."""
+    """Catches a payload with the tensor's bytes in it.
+
+    Also one that names anything that SGLang's unpickler does not let through.
+    """
     from torch import UntypedStorage
 
     specs = [TensorSpec("a", (1 << 16,), torch.float32), TensorSpec("b", (3,), torch.bfloat16)]

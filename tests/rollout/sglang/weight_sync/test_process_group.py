@@ -1,4 +1,4 @@
-"""Weights over real process groups to servers in processes of their own: streams, older servers, and every way to fail on the way."""
+"""Weights over real process groups to servers in processes of their own: streams, older servers, failures."""
 
 from __future__ import annotations
 
@@ -40,13 +40,16 @@ class Source:
 
 def weight_sync_of(source: Source, timeout: float = 60.0) -> WeightSync:
     config = WeightSyncConfig(bucket_bytes=MIB, timeout_seconds=timeout)
-    return WeightSync(config, ProcessGroupTransport(None, timeout), {spec.name: spec for spec in source.specs(full=True)})
+    return WeightSync(
+        config, ProcessGroupTransport(None, timeout), {spec.name: spec for spec in source.specs(full=True)}
+    )
 
 
 @pytest.mark.parametrize("manners", [("good", "good"), ("good", "old"), ("old", "old")])
 def test_streams_where_all_take_them(manners: tuple[str, str]) -> None:
-    """Catches a stream to a server that waits for a request for each bucket, a request for each bucket of a stream, wrong bytes, and a second
-    weight sync that finds the group in another state than the first.
+    """Catches a stream to a server that waits for a request for each bucket, a request for each bucket of a stream.
+
+    Also wrong bytes, and a second weight sync that finds the group in another state than the first.
     """
     source = Source()
     weight_sync = weight_sync_of(source)
@@ -61,7 +64,10 @@ def test_streams_where_all_take_them(manners: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("manner", ["refuses", "refuses late", "dies", "hangs"])
 def test_one_fails_and_the_other_gets_everything(manner: str) -> None:
-    """Catches a rank that waits for the dead, the wrong server blamed, and a survivor that keeps half of the weights."""
+    """Catches a rank that waits for the dead, the wrong server blamed.
+
+    Also a survivor that keeps half of the weights.
+    """
     source = Source()
     weight_sync = weight_sync_of(source, timeout=15.0 if manner == "hangs" else 600.0)
     begun = time.monotonic()

@@ -14,7 +14,10 @@ from megatron_cord.rollout.types import TensorSpec
 
 
 def test_everything_that_does_not_fit(checkpoint: Path) -> None:
-    """Catches a name that one SGLang model ignores and another dies of, a shape, a dtype, and a tensor that a full weight sync leaves out."""
+    """Catches a name that one SGLang model ignores and another dies of, a shape, a dtype.
+
+    Also a tensor that a full weight sync leaves out.
+    """
     served = served_specs(checkpoint)
     good = list(served.values())
     check_fits_server(good, served, full=True)

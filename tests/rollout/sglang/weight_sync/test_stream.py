@@ -11,9 +11,14 @@ from torch import Tensor
 from megatron_cord.rollout.sglang.plugin.weights import Buffers, Spec, Stream
 
 SPECS = [
-    Spec("a", torch.float32, (3, 5)), Spec("b", torch.bfloat16, (8,)), Spec("c", torch.float32, (2, 2)), Spec("d", torch.float32, ()),
-    Spec("e", torch.bfloat16, (50, 4)), Spec("f", torch.float32, (11,)), Spec("g", torch.float32, (6,)),
-]  # fmt: skip
+    Spec("a", torch.float32, (3, 5)),
+    Spec("b", torch.bfloat16, (8,)),
+    Spec("c", torch.float32, (2, 2)),
+    Spec("d", torch.float32, ()),
+    Spec("e", torch.bfloat16, (50, 4)),
+    Spec("f", torch.float32, (11,)),
+    Spec("g", torch.float32, (6,)),
+]
 COUNTS = [2, 1, 1, 1, 2]
 
 
@@ -51,8 +56,9 @@ def same(found: dict[str, Tensor], given: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("keeps", [False, True])
 def test_tensors_survive(keeps: bool) -> None:
-    """Catches memory that is used again while a model holds a tensor in it (some collect all before they load), bytes that are read before they
-    are there, and tensors that are lost, cut or reordered.
+    """Catches memory that is used again while a model holds a tensor in it (some collect all before they load).
+
+    Also bytes that are read before they are there, and tensors that are lost, cut or reordered.
     """
     given, receive = sender([])
     stream: Iterator[tuple[str, Tensor]] = iter(Stream(SPECS, COUNTS, receive, Buffers("cpu")))

@@ -1,4 +1,4 @@
-"""The weight sync around the bytes: plan and stream agree in every layout, gathering overlaps sending, and no failure leaves a rank waiting."""
+"""The weight sync around the bytes: plan and stream agree in every layout, gathering overlaps sending, failures end."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def plans_of_rank(rank: int, checkpoint: str) -> list[bool]:
 
 
 def test_plan_and_stream_agree_on_four_ranks(tmp_path: Path) -> None:
-    """Catches a bucket planned for other tensors than come, a frozen tensor that is sent, and ranks of another replica that gather."""
+    """Catches a bucket planned for other tensors than come, a frozen tensor that is sent.
+
+    Also ranks of another replica that gather.
+    """
     create_checkpoint(tmp_path, TinyModelConfig(layers=4, kv_heads=4), ["one", "two"], seed=0)
     first, *others = run_ranks(plans_of_rank, 4, str(tmp_path))
     assert first == [True] * 6
@@ -125,7 +128,7 @@ class Recording:
 
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The servers that were told a version, weight sync by weight sync; they answer nothing else here."""
+    """Return the servers that were given a version, for each weight sync; they answer nothing else here."""
     told: list[list[str]] = []
     monkeypatch.setattr(Endpoint, "weight_version", lambda self, timeout: "default")
     monkeypatch.setattr(Endpoint, "flush_cache", lambda self, timeout: None)
@@ -148,8 +151,9 @@ def weight_sync_of(transport: Any, source: Source, **settings: Any) -> WeightSyn
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_gathering_overlaps_sending(overlap: bool, published: list[list[str]]) -> None:
-    """Catches a bucket that is gathered only after the one before was sent, one that is sent with the next one's bytes, and the reverse with
-    overlap=false.
+    """Catches a bucket that is gathered only after the one before was sent, one that is sent with the next one's bytes.
+
+    Also the reverse with overlap=false.
     """
     source = Source(5)
     transport = Recording(source)
@@ -176,7 +180,10 @@ def test_a_server_that_was_started_again_is_met_anew(
 
 
 def test_a_broken_attempt_is_repeated_with_the_others(published: list[list[str]]) -> None:
-    """Catches a survivor left with half of the weights, and a stream that is not drained, in which the trainer's other ranks would wait."""
+    """Catches a survivor left with half of the weights.
+
+    Also a stream that is not drained, in which the trainer's other ranks would wait.
+    """
     source = Source(4)
     transport = Recording(source)
     transport.fails_at, transport.error = 1, AttemptFailedError({TWO: ServerError("killed")})
