@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_cord.runtime.entry import Parser, run
-from megatron_cord.speech.projection import project
+from megatron_cord.speech.estimate import estimate
 from megatron_cord.speech.spoken_set import SpokenSetConfig
 
 COUNT = 80_000
@@ -67,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "problems.jsonl"
         words = write_problems(path)
-        plan = project(SpokenSetConfig(str(path), slowest=0.9, fastest=1.2), arguments.tried, workers=arguments.workers)
+        plan = estimate(SpokenSetConfig(str(path), slowest=0.9, fastest=1.2), arguments.tried, workers=arguments.workers)
     print(plan.describe())
     machine = f"{os.cpu_count()} cores, {platform.machine()}, no GPU"
     made = {

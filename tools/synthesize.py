@@ -16,10 +16,10 @@ from rich.text import Text
 from megatron_cord.data.manifest import Manifest
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.entry import Parser, run
-from megatron_cord.speech.projection import project
-from megatron_cord.speech.shard_speaker import QualityConfig
-from megatron_cord.speech.spoken_set import SpokenSetConfig, speak_questions
-from megatron_cord.speech.synthesizers import SynthesizerConfig
+from megatron_cord.speech.estimate import estimate
+from megatron_cord.speech.quality import QualityConfig
+from megatron_cord.speech.spoken_set import SpokenSetConfig, make_spoken_set
+from megatron_cord.speech.synthesizers.config import SynthesizerConfig
 
 
 class RateColumn(ProgressColumn):
@@ -112,14 +112,14 @@ def _run(arguments: Namespace, bar: Progress) -> str:
         ),
     )
     if arguments.plan is not None:
-        return project(config, arguments.plan, workers=arguments.workers).describe()
+        return estimate(config, arguments.plan, workers=arguments.workers).describe()
     output = _output(arguments)
     task = bar.add_task("speaking", total=None)
 
     def progress(done: int, total: int) -> None:
         bar.update(task, total=total, advance=done)
 
-    result = speak_questions(config, output, workers=arguments.workers, progress=progress)
+    result = make_spoken_set(config, output, workers=arguments.workers, progress=progress)
     lines = [f"{count} left out: {reason}" for reason, count in result.rejects.items()]
     return "\n".join([_describe(result.manifest), *lines])
 
@@ -127,7 +127,7 @@ def _run(arguments: Namespace, bar: Progress) -> str:
 def _output(arguments: Namespace) -> Path:
     if arguments.output is None:
         raise CordError("--output DIR is needed, for the shards")
-    return arguments.output
+    return Path(arguments.output)
 
 
 def _describe(manifest: Manifest) -> str:

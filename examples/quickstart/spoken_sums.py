@@ -22,7 +22,8 @@ from megatron_cord.data.samples import Sample
 from megatron_cord.data.shard_writer import ShardWriter
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.entry import Parser, run
-from megatron_cord.speech.synthesizer import SAMPLING_RATE, EspeakSynthesizer, SpeechSynthesizer, Utterance, Voice
+from megatron_cord.speech.synthesizers.espeak import EspeakSynthesizer
+from megatron_cord.speech.synthesizers.protocol import SAMPLING_RATE, SpeechSynthesizer, Utterance, Voice
 
 TRAINING_VOICES = ("en-us", "en-us+f2", "en-us+m3", "en-us+f4", "en-us+m1", "en-gb-x-rp")
 #: These speak in evaluations only.

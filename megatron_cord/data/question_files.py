@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
+from megatron_cord.data.choices import LETTERS, lettered
 from megatron_cord.errors import CordError
 
 _ID = re.compile(r"[A-Za-z0-9_+-]{1,120}")
-LETTERS = "ABCDEFGHIJ"  #: of choices
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,6 @@ def _with_choices(
             return Reject(name, f"its answer {gold[:40]!r} is none of its choices, nor a letter up to {letters[-1]}")
         gold = letters[choices.index(gold)]
     return WrittenQuestion(name, f"{text} {lettered(choices)}", gold, solution, tuple(choices))
-
-
-def lettered(choices: Sequence[str]) -> str:
-    """Choices as they are read out: "A. iron. B. wood."."""
-    return " ".join(
-        f"{letter}. {choice.strip().rstrip('.')}." for letter, choice in zip(LETTERS, choices, strict=False)
-    )
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:

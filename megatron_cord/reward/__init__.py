@@ -1,14 +1,14 @@
-"""Rewards: how good a rollout is, judged from its text."""
+"""Rewards: how good a response is, judged from its text. `collective` has them across ranks, and needs torch."""
 
-from megatron_cord.reward.answers import answers_agree, extract_answer, states_answer
+from megatron_cord.reward.answers import answers_agree, extract_answer
 from megatron_cord.reward.comparison import AnswerMatcher, Comparison, Verdict
 from megatron_cord.reward.judge.judge import Judge, JudgeConfig
-from megatron_cord.reward.rewards import Answered, CollectiveRewards, RewardConfig, Rewards, Score, build_rewards
+from megatron_cord.reward.rewards import Answered, RewardConfig, Rewards, Score
+from megatron_cord.reward.stated import states_answer
 
 __all__ = [
     "AnswerMatcher",
     "Answered",
-    "CollectiveRewards",
     "Comparison",
     "Judge",
     "JudgeConfig",
@@ -17,7 +17,6 @@ __all__ = [
     "Score",
     "Verdict",
     "answers_agree",
-    "build_rewards",
     "extract_answer",
     "states_answer",
 ]

@@ -1,4 +1,4 @@
-"""Does a response end in the reference's answer? The question, the verdict, and the one that needs nothing but rules: answer matching."""
+"""Comparison of a response with a reference: the final answers of both, by rules or by another `Comparer`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Comparison:
     """One response beside one reference.
 
     Attributes:
-        question: what both answer.
-        response: what the student said, decoded.
-        reference: what the teacher said to the same question, or the gold answer.
+        question: that both answer.
+        response: the student's text.
+        reference: the teacher's text for the same question, or the gold answer.
         bare: the reference is a final answer and nothing else.
     """
 
@@ -28,12 +28,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the two mean the same.
+    """Whether response and reference have the same final answer.
 
     Attributes:
-        agrees: what counts.
-        matched: what answer matching says, whoever decided.
-        source: who decided; "fallback" is answer matching where the judge gave no answer.
+        agrees: the decision.
+        matched: the result of answer matching, whatever decided.
+        source: what decided; "fallback" is answer matching where the judge gave no answer.
     """
 
     agrees: bool
@@ -45,20 +45,20 @@ class Comparer(Protocol):
     """Compares responses with references."""
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """One verdict each, in the same order."""
+        """Return one verdict each, in the same order."""
         ...
 
 
 class AnswerMatcher:
-    """Agreement of the two final answers (`answers.extract_answer`, `answers.answers_agree`); none agrees with a text that has none."""
+    """Compares final answers by the rules of `answers`; a text without one agrees with nothing."""
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """One verdict each, in the same order."""
+        """Return one verdict each, in the same order."""
         return [Verdict(agrees, agrees, "match") for agrees in map(answers_match, comparisons)]
 
 
 def answers_match(comparison: Comparison) -> bool:
-    """Whether both have a final answer, and the same."""
-    said = extract_answer(comparison.response)
-    wanted = comparison.reference if comparison.bare else extract_answer(comparison.reference)
-    return said is not None and wanted is not None and answers_agree(said, wanted)
+    """Return whether both have a final answer, and the same."""
+    found = extract_answer(comparison.response)
+    expected = comparison.reference if comparison.bare else extract_answer(comparison.reference)
+    return found is not None and expected is not None and answers_agree(found, expected)

@@ -18,7 +18,8 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _WORDS = (
     rf"\b(?:(?:minus|negative)\s+)?(?:{'|'.join(_NUMBER_WORDS)})(?:[\s-]+(?:and\s+)?(?:{'|'.join(_NUMBER_WORDS)}))*\b"
 )
-#: A number somewhere in a text: a LaTeX fraction, digits with an optional denominator or per cent sign, or words.
+#: Matches a number somewhere in a text: a LaTeX fraction, digits with an optional denominator or per cent sign, or
+#: words.
 NUMBER_IN_TEXT = re.compile(
     rf"-?\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|(?:(?<![\w.)])-\s?)?\$?(?:{_DIGITS})(?:\s*/\s*\d+)?(?:\s*\\?%)?|{_WORDS}",
     re.IGNORECASE,
@@ -31,13 +32,16 @@ _CLUTTER = re.compile(r"\\(?:left|right|text|mathrm|[,;! ])|[${}]")
 
 @dataclass(frozen=True)
 class Quantity:
-    """A value with what follows it, "apple" or "%"; a unit in the plural counts as its singular."""
+    """A value with its unit, "apple" or "%"; a unit in the plural counts as its singular."""
 
     value: Fraction
     unit: str = ""
 
     def agrees(self, other: Quantity) -> bool:
-        """Equal values, and equal units unless one leaves it out. 50 % agrees with 50 and with 0.5, as answers mean either."""
+        """Return whether values are equal, and units too unless one is left out.
+
+        50 % agrees with 50 and with 0.5, as answers mean either.
+        """
         if self.value == other.value:
             return self.unit == other.unit or not self.unit or not other.unit
         return {self.unit, other.unit} == {"%", ""} and self._share() == other._share()
@@ -47,7 +51,7 @@ class Quantity:
 
 
 def parse_quantity(text: str) -> Quantity | None:
-    """The text as one number with an optional unit, or None when it is anything else."""
+    """Return the text as one number with an optional unit, or None when it is anything else."""
     text = _LATEX_FRACTION.sub(r"\1/\2", text)
     text = " ".join(_CLUTTER.sub(" ", text).replace("\\%", "%").lower().split())
     if mixed := _MIXED.fullmatch(text):
@@ -77,7 +81,7 @@ def _with_unit(value: Fraction, rest: str) -> Quantity | None:
 
 
 def _from_words(words: list[str]) -> int | None:
-    """ "one hundred and five thousand" is 105000; None for no number or a sequence of several ("one two")."""
+    """Return 105000 for "one hundred and five thousand", None for no number or several ("one two")."""
     negative = bool(words) and words[0] in _SIGN_WORDS
     words = words[1:] if negative else words
     total, group, last = 0, 0, None  # ``last`` bounds what may follow: after tens only units, after units nothing

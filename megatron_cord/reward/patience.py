@@ -1,6 +1,6 @@
 """A time limit on Python code that works in any thread, where signals work in the main thread only.
 
-Simplification: one long call into C is not interrupted; whoever sets a limit keeps the inputs of such calls small.
+Simplification: one long call into C is not interrupted; callers keep the inputs of such calls small.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _INTERRUPTIONS = 50
 
 
 class _TimeUp(BaseException):
-    """Not an Exception, so that the interrupted code does not take it for one of its own."""
+    """No Exception, so that the interrupted code does not handle it as one of its own."""
 
 
 def within(seconds: float, function: Callable[[], Result], *, otherwise: Result) -> Result:
-    """What ``function`` returns, or ``otherwise`` when it raises an exception or takes longer."""
+    """Return what `function` returns, or `otherwise` when it raises an exception or takes longer."""
     results: list[Result] = []
 
     def work() -> None:
@@ -30,7 +30,8 @@ def within(seconds: float, function: Callable[[], Result], *, otherwise: Result)
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     worker.join(seconds)
-    # One may get lost: in a bare except, or because Python drops what a finaliser or a callback of the garbage collector raises.
+    # One may get lost: in a bare except, or because Python drops what a finalizer or a callback of the garbage
+    # collector raises.
     for _ in range(_INTERRUPTIONS):
         if not worker.is_alive():
             break

@@ -1,25 +1,21 @@
 """The reward of a response: a weighted sum of terms.
 
-- agreement: r(y) = J(y, ŷ) in {0, 1}, ŷ the teacher's answer to the written question: the paper's reward (CORD, arXiv 2601.16547), which
-  knows nothing of gold answers;
+- agreement: r(y) = J(y, ŷ) in {0, 1}, ŷ the teacher's answer to the written question: the paper's reward (CORD, arXiv
+  2601.16547), which needs no gold answers;
 - gold: the same with the data's own answer;
-- format: 1 for a response that ends by itself and says which answer is its final one.
+- format: 1 for a response that ends by itself and states which answer is its final one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Literal, Protocol
 
-import torch.distributed as dist
-
 from megatron_cord.errors import CordError
-from megatron_cord.parallel.objects import all_gather_json
-from megatron_cord.reward.answers import states_answer
 from megatron_cord.reward.comparison import AnswerMatcher, Comparer, Comparison, Verdict
-from megatron_cord.reward.judge.judge import Judge, JudgeConfig
+from megatron_cord.reward.judge.judge import JudgeConfig
+from megatron_cord.reward.stated import states_answer
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class TermWeights:
 
     agreement: float = 1.0  #: the final answer is the teacher's
     gold: float = 0.0  #: the final answer is the data's
-    format: float = 0.0  #: the response ends by itself and names its final answer
+    format: float = 0.0  #: the response ends by itself and states its final answer
 
     def __post_init__(self) -> None:
         if not any(asdict(self).values()):
@@ -37,12 +33,10 @@ class TermWeights:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """How a rollout is judged."""
+    """The reward of a rollout."""
 
     terms: TermWeights = field(default_factory=TermWeights)
-    comparer: Literal["match", "judge"] = (
-        "match"  #: who compares answers: rules, or a language model behind an endpoint
-    )
+    comparer: Literal["match", "judge"] = "match"  #: compare answers by rules, or by a language model at an endpoint
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self) -> None:
@@ -52,12 +46,12 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class Answered:
-    """A response and what it is judged by.
+    """A response and what it is compared with.
 
     Attributes:
         sample_id: names the sample in errors.
         question: its text.
-        response: what the student said, decoded.
+        response: the student's text.
         ended: it ended by itself, not at the length limit.
         teacher_answer: the teacher's text.
         gold: the data's answer; None if it has none.
@@ -91,10 +85,10 @@ class Score:
 
 
 class Scorer(Protocol):
-    """Gives each response its reward."""
+    """Computes the reward of each response."""
 
     def score(self, answered: Sequence[Answered]) -> list[Score]:
-        """One score each, in the same order."""
+        """Return one score each, in the same order."""
         ...
 
 
@@ -110,7 +104,7 @@ class Rewards:
         self.terms, self.comparer = terms or TermWeights(), comparer or AnswerMatcher()
 
     def score(self, answered: Sequence[Answered]) -> list[Score]:
-        """One score each, in the same order.
+        """Return one score each, in the same order.
 
         Raises:
             CordError: a sample without a gold answer, where that counts; and what the judge raises.
@@ -120,15 +114,14 @@ class Rewards:
             comparisons += [Comparison(a.question, a.response, a.teacher_answer) for a in answered]
         if self.terms.gold:
             comparisons += [Comparison(a.question, a.response, _gold(a), bare=True) for a in answered]
-        verdicts = self.comparer.compare(comparisons)
-        rest = iter(verdicts)
-        agreement = [next(rest) for _ in answered] if self.terms.agreement else None
-        gold = [next(rest) for _ in answered] if self.terms.gold else None
-        scores = []
-        for index, each in enumerate(answered):
-            compared = {"agreement": agreement and agreement[index], "gold": gold and gold[index]}
-            scores.append(self._score(each, {name: verdict for name, verdict in compared.items() if verdict}))
-        return scores
+        verdicts = iter(self.comparer.compare(comparisons))
+        compared: dict[str, list[Verdict]] = {
+            name: [next(verdicts) for _ in answered] for name in ("agreement", "gold") if getattr(self.terms, name)
+        }
+        return [
+            self._score(response, {name: verdicts[index] for name, verdicts in compared.items()})
+            for index, response in enumerate(answered)
+        ]
 
     def _score(self, answered: Answered, verdicts: dict[str, Verdict]) -> Score:
         terms = {name: float(verdict.agrees) for name, verdict in verdicts.items()}
@@ -142,33 +135,6 @@ class Rewards:
             disagreements=sum(v.agrees != v.matched for v in judged),
             fallbacks=sum(v.source == "fallback" for v in verdicts.values()),
         )
-
-
-class CollectiveRewards:
-    """Rewards whose calls are collective: each rank scores its share, so that a judge is asked once and all ranks hear the same.
-
-    Args:
-        rewards: this rank's own.
-    """
-
-    def __init__(self, rewards: Scorer) -> None:
-        self._rewards = rewards
-
-    def score(self, answered: Sequence[Answered]) -> list[Score]:
-        """All ranks pass the same and get the same, in the same order."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        shares = all_gather_json([asdict(score) for score in self._rewards.score(answered[rank::world])])
-        return [Score(**shares[i % world][i // world]) for i in range(len(answered))]
-
-
-def build_rewards(config: RewardConfig, directory: Path) -> CollectiveRewards:
-    """What the configuration asks for; a judge keeps its answers in the run's directory."""
-    comparer = (
-        Judge(config.judge, directory / "judge_cache", writer=dist.get_rank())
-        if config.comparer == "judge"
-        else AnswerMatcher()
-    )
-    return CollectiveRewards(Rewards(config.terms, comparer))
 
 
 def _gold(answered: Answered) -> str:

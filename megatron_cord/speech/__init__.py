@@ -1,1 +1,5 @@
-"""Spoken question sets: text made speakable, synthesizers, recordings to shards. Training never imports it."""
+"""Spoken question sets: text verbalized, synthesizers, recordings to shards. Training never imports this package."""
+
+from megatron_cord.speech.verbalization import UnspeakableError, verbalize
+
+__all__ = ["UnspeakableError", "verbalize"]

@@ -1,18 +1,18 @@
-"""Written questions of the user's become spoken shards: in parallel, resumable, and with a reason for everything that is left out.
+"""Make spoken shards of written questions: in parallel, resumable, with a reason for everything that is left out.
 
-Question number i always goes to shard i // shard_size, with a voice and a speed drawn from the seed. A shard is made by one worker, and beside
-it lies a receipt with what went into it and what was rejected. So whatever is interrupted, a second call makes the shards without a receipt, and
-with a deterministic synthesiser (espeak-ng) the set is the same bit for bit as one that was made in one go.
+Question number i always goes to shard i // shard_size, with a voice and a speed drawn from the seed. A shard is made by
+one worker, and a receipt beside it lists what went into it and what was rejected. So after an interruption a second
+call makes the shards without a receipt, and with a deterministic synthesizer (espeak-ng) the set is the same bit for
+bit as one made in one go.
 
 What it simplifies: one machine; progress is counted in shards' questions.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
-import os
+import multiprocessing.context
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,9 +27,12 @@ from megatron_cord.data.order import permutation
 from megatron_cord.data.question_files import Reject, WrittenQuestion, read_questions
 from megatron_cord.data.shard_writer import disk_errors
 from megatron_cord.errors import CordError
-from megatron_cord.speech.shard_speaker import QualityConfig, Receipt, SpeechJob, speak_shard
-from megatron_cord.speech.synthesizer import ESPEAK_VOICES, Utterance, Voice
-from megatron_cord.speech.synthesizers import SynthesizerConfig
+from megatron_cord.runtime.files import file_digest, fingerprint, write_atomic, write_json
+from megatron_cord.speech.quality import QualityConfig
+from megatron_cord.speech.shard_job import Receipt, ShardJob, make_shard
+from megatron_cord.speech.synthesizers.config import SynthesizerConfig
+from megatron_cord.speech.synthesizers.espeak import ESPEAK_VOICES
+from megatron_cord.speech.synthesizers.protocol import Utterance, Voice
 
 _PLAN_NAME = "plan.json"
 _REJECTS_NAME = "rejects.jsonl"
@@ -45,8 +48,9 @@ class SpokenSetConfig:
         seed: of voices and speeds.
         shard_size: questions a shard, rejects included.
         slowest, fastest: speeds are drawn evenly between them; 1 is a voice's normal speed.
-        max_rejects: the largest share of questions that may be left out; more is an error at the end, when all shards are there.
-        synthesizer: who speaks.
+        max_rejects: the largest share of questions that may be left out; more is an error at the end, when all shards
+            are there.
+        synthesizer: backend and voices.
         quality: what a recording must be like.
     """
 
@@ -74,31 +78,31 @@ class SpokenSetConfig:
 
 @dataclass(frozen=True)
 class SpokenSet:
-    """What came out.
+    """The outcome.
 
     Attributes:
         manifest: of the shards.
-        rejects: questions left out, by reason, the commonest first.
+        rejects: number of questions left out, by reason, the commonest first.
     """
 
     manifest: Manifest
     rejects: dict[str, int]
 
 
-def speak_questions(
+def make_spoken_set(
     config: SpokenSetConfig, output: str | Path, *, workers: int = 1, progress: Callable[[int, int], None] | None = None
 ) -> SpokenSet:
-    """Makes the set, or what is missing of it.
+    """Make the set, or what is missing of it.
 
     Args:
-        config: what to say and how.
+        config: questions, voices and quality.
         output: a directory; complete and half-made sets of the same configuration are taken up.
         workers: processes.
         progress: called with (questions done since the last call, questions of the set).
 
     Raises:
-        CordError: the directory holds a set of other arguments, the questions cannot be read, the synthesiser or the disk fails, or too
-            many questions were left out. Finished shards stay.
+        CordError: the directory holds a set of other arguments, the questions cannot be read, the synthesizer or the
+            disk fails, or too many questions were left out. Finished shards stay.
     """
     output = Path(output)
     questions, unread = read_questions(config.questions, question=config.question_field, answer=config.answer_field)
@@ -111,11 +115,11 @@ def speak_questions(
     missing = [job for job in jobs if job.name not in receipts]
     if missing and workers == 1:
         for job in missing:
-            receipts[job.name] = speak_shard(job)
+            receipts[job.name] = make_shard(job)
             report(len(job.questions), len(questions))
     elif missing:
-        with ProcessPoolExecutor(min(workers, len(missing)), mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = {pool.submit(speak_shard, job): job for job in missing}
+        with ProcessPoolExecutor(min(workers, len(missing)), mp_context=worker_context()) as pool:
+            futures = {pool.submit(make_shard, job): job for job in missing}
             try:
                 for future in as_completed(futures):
                     receipts[futures[future].name] = future.result()
@@ -125,25 +129,33 @@ def speak_questions(
     return _complete(config, output, source, [receipts[job.name] for job in jobs], unread, len(questions) + len(unread))
 
 
+def worker_context() -> multiprocessing.context.ForkServerContext:
+    """Return the context of worker processes: forks of one process, which alone takes seconds to import all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_cord.speech.shard_job"])
+    return context
+
+
 def _source(config: SpokenSetConfig) -> dict[str, Any]:
-    """What decides about the set's content, as the manifest keeps it. The file counts by its content, the endpoint not by its patience."""
+    """Return what decides about the set's content, for its manifest.
+
+    The questions count by their content; concurrency and patience with an endpoint do not count.
+    """
     path = Path(config.questions)
     files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.is_file())
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    source = asdict(config) | {"questions": path.name, "questions_sha256": digest.hexdigest()}
-    for name in ("concurrency", "timeout", "retries", "tolerated", "api_key_variable"):
+    source = asdict(config) | {"questions": path.name, "questions_fingerprint": fingerprint(map(file_digest, files))}
+    for name in ("concurrency", "patience", "tolerated", "api_key_env"):
         del source["synthesizer"][name]
     if config.synthesizer.directory is not None:  # wherever it lies
         files = sorted(f for f in Path(config.synthesizer.directory).glob("*") if f.is_file())
         source["synthesizer"]["directory"] = [f"{f.name}, {f.stat().st_size} bytes" for f in files]
     del source["max_rejects"]
-    return json.loads(json.dumps(source))  # tuples become lists, as they come back from the file
+    plain: dict[str, Any] = json.loads(json.dumps(source))  # tuples become lists, as they come back from the file
+    return plain
 
 
 def _claim(output: Path, source: dict[str, Any]) -> None:
-    """Writes the plan, or compares it with the one that is there."""
+    """Write the plan, or compare it with the one that is there."""
     plan = output / _PLAN_NAME
     if not plan.is_file():
         if (output / MANIFEST_NAME).exists():
@@ -151,13 +163,10 @@ def _claim(output: Path, source: dict[str, Any]) -> None:
                 f"{output} holds a set of shards that was made otherwise; delete it or choose another directory"
             )
         with disk_errors(output):
-            output.mkdir(parents=True, exist_ok=True)
-            partial = plan.with_suffix(".partial")
-            partial.write_text(json.dumps(source, indent=1))
-            os.replace(partial, plan)
+            write_json(plan, source)
         return
     try:
-        begun = json.loads(plan.read_text())
+        begun = json.loads(plan.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CordError(f"{plan} is damaged ({error}); delete {output} and begin anew") from error
     changed = sorted(name for name in begun.keys() | source.keys() if begun.get(name) != source.get(name))
@@ -167,8 +176,8 @@ def _claim(output: Path, source: dict[str, Any]) -> None:
         )
 
 
-def _jobs(config: SpokenSetConfig, questions: Sequence[WrittenQuestion], output: Path) -> list[SpeechJob]:
-    """Voices take turns in a new order each time, so that each speaks equally often."""
+def _jobs(config: SpokenSetConfig, questions: Sequence[WrittenQuestion], output: Path) -> list[ShardJob]:
+    """Divide the questions. Voices take turns in a new order each time, so that each speaks equally often."""
     voices = config.synthesizer.voices or ESPEAK_VOICES
     rounds = -(-len(questions) // len(voices))
     speakers = [voices[i] for turn in range(rounds) for i in permutation(len(voices), config.seed, turn)]
@@ -176,7 +185,7 @@ def _jobs(config: SpokenSetConfig, questions: Sequence[WrittenQuestion], output:
     speeds = [round(config.slowest + float(d) * (config.fastest - config.slowest), 2) for d in draws]
     utterances = [Utterance(q.text, Voice(s, speed)) for q, s, speed in zip(questions, speakers, speeds, strict=False)]
     return [
-        SpeechJob(
+        ShardJob(
             output,
             f"shard-{number:06d}",
             tuple(questions[a:b]),
@@ -198,12 +207,12 @@ def _complete(
     total: int,
 ) -> SpokenSet:
     rejects = unread + [reject for receipt in receipts for reject in receipt.rejects]
-    # Reasons that quote the question are counted under what comes before the quotation.
+    # Reasons that quote the question are counted by what comes before the quotation.
     reasons = dict(Counter(reject.reason.split(" (")[0] for reject in rejects).most_common())
     with disk_errors(output):
-        partial = output / f".{_REJECTS_NAME}.partial"
-        partial.write_text("".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects), encoding="utf-8")
-        os.replace(partial, output / _REJECTS_NAME)
+        lines = "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
+        # A lone surrogate, which JSON may hold and UTF-8 may not, keeps its escape.
+        write_atomic(output / _REJECTS_NAME, lines.encode("utf-8", "backslashreplace"))
         for orphan in [*output.glob(".*.partial"), *output.glob(".shard-*.part-*")]:
             orphan.unlink(missing_ok=True)
     voices: Counter[str] = Counter()

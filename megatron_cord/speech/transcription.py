@@ -1,69 +1,68 @@
-"""The round trip: a speech recogniser writes down what was spoken, and the share of wrong words tells whether it can be understood."""
+"""The round trip: a speech recognizer transcribes each recording, and the share of wrong words is its quality."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 
 import numpy as np
 
 from megatron_cord.data.wav import encode_wav
 from megatron_cord.errors import CordError
-from megatron_cord.speech.endpoint import Endpoint
-from megatron_cord.speech.spoken_text import Unspeakable, spoken
+from megatron_cord.runtime.openai_client import OpenAIClient
+from megatron_cord.speech.verbalization import UnspeakableError, verbalize
 
 
 class Transcriber:
     """A server with OpenAI's `POST /audio/transcriptions`.
 
     Args:
-        endpoint: where it is.
-        model: that it is asked for.
+        client: of the server.
+        model: sent to it.
     """
 
-    def __init__(self, endpoint: Endpoint, model: str) -> None:
-        self._endpoint, self._model = endpoint, model
+    def __init__(self, client: OpenAIClient, model: str) -> None:
+        self._client, self._model = client, model
 
     def transcribe(self, waveform: np.ndarray) -> str:
-        """What is said in float32 [samples] at 16 kHz.
+        """Return the words in float32 [samples] at 16 kHz.
 
         Raises:
             CordError: the server is away or answers something else than a transcript.
         """
-        response = self._endpoint.post(
+        reply = self._client.post(
             "audio/transcriptions",
+            parse=bytes,
             data={"model": self._model},
             files={"file": ("question.wav", encode_wav(waveform), "audio/wav")},
         )
         try:
-            text = response.json()["text"]
+            text = json.loads(reply)["text"]
         except (ValueError, KeyError, TypeError):
             text = None
         if not isinstance(text, str):
-            raise CordError(
-                f"{self._endpoint.url}/audio/transcriptions answered no transcript ({response.text[:200]!r})"
-            )
+            raise CordError(f"{self._client.url}/audio/transcriptions answered no transcript ({reply[:200]!r})")
         return text
 
 
-def word_error_rate(said: str, heard: str) -> float:
-    """Wrong, missing and additional words per word said; numbers count as the words they are read as."""
-    reference, words = _words(said), _words(heard)
-    if not reference:
-        raise ValueError("nothing was said")
+def word_error_rate(reference: str, transcript: str) -> float:
+    """Return wrong, missing and additional words per word of the reference; numbers are compared as words."""
+    expected, words = _words(reference), _words(transcript)
+    if not expected:
+        raise ValueError("the reference has no words")
     distances = np.arange(len(words) + 1)
-    for number, expected in enumerate(reference, 1):
+    for row, expected_word in enumerate(expected, 1):
         previous, distances = distances, np.empty_like(distances)
-        distances[0] = number
-        for place, word in enumerate(words, 1):
-            distances[place] = min(
-                previous[place] + 1, distances[place - 1] + 1, previous[place - 1] + (word != expected)
+        distances[0] = row
+        for column, word in enumerate(words, 1):
+            distances[column] = min(
+                previous[column] + 1, distances[column - 1] + 1, previous[column - 1] + (word != expected_word)
             )
-    return float(distances[-1]) / len(reference)
+    return float(distances[-1]) / len(expected)
 
 
 def _words(text: str) -> list[str]:
-    try:
-        text = spoken(text)
-    except Unspeakable:
-        pass  # a recogniser may write anything; it is compared as it stands
+    with contextlib.suppress(UnspeakableError):  # a transcript may be any text; it is then compared as it stands
+        text = verbalize(text)
     return re.findall(r"[^\W_]+(?:'[^\W_]+)?", text.casefold())

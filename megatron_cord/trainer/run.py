@@ -21,7 +21,7 @@ from megatron_cord.data.shards import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import broadcast_json
-from megatron_cord.reward import build_rewards
+from megatron_cord.reward.collective import build_rewards
 from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.schedule import Schedule
 from megatron_cord.rollout.weights import ShardedModelWeights

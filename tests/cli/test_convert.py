@@ -29,7 +29,8 @@ from megatron_cord.convert import read_tensors
 from megatron_cord.data.wav import encode_wav
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import finalize
-from megatron_cord.speech.synthesizer import EspeakSynthesizer, Utterance, Voice
+from megatron_cord.speech.synthesizers.espeak import EspeakSynthesizer
+from megatron_cord.speech.synthesizers.protocol import Utterance, Voice
 from tests.gloo import run_ranks
 from tests.model.family_reference import save_whole
 from tests.model.full_size import write_full_size

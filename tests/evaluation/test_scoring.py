@@ -8,45 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cord.evaluation.scoring import chosen, is_correct, score_responses
+from megatron_cord.evaluation.scoring import is_correct, score_responses
 from megatron_cord.reward.comparison import Comparison, Verdict
 
 METALS = ("iron", "wood", "natural gas", "gas")
-
-
-@pytest.mark.parametrize(
-    ("response", "letter"),
-    [
-        ("A", "A"),
-        ("B.", "B"),
-        ("(C) natural gas", "C"),
-        ("**B** because wood burns", None),
-        ("B) wood", "B"),
-        ("The answer is D.", "D"),
-        ("The answer is wood.", "B"),
-        ("Let us see. The correct answer is (A), as iron is a metal.", "A"),
-        (r"So \boxed{C}", "C"),
-        ("I would go for option B, wood.", "B"),
-        ("It is natural gas.", "C"),
-        ("It is wood or iron.", None),
-        ("A metal is hard, so it is iron", "A"),
-        ("I think B is right", "B"),
-        ("I do not know.", None),
-        ("", None),
-        ("The answer is unknown", None),
-        ("Not (A). Definitely (B)", "B"),
-        ("The answer is F", None),
-    ],
-)
-def test_choices(response: str, letter: str | None) -> None:
-    """Catches the article "A" and the word "I" taken for choices, a text inside another text, and a letter that was not offered."""
-    expected = "B" if response.startswith("**B**") else letter
-    assert chosen(response, METALS) == expected
-
-
-def test_choices_whose_texts_are_not_known() -> None:
-    """Catches an empty text, which is in every response."""
-    assert chosen("It must be the second one", ("", "", "", "")) is None and chosen("D", ("", "", "", "")) == "D"
 
 
 @pytest.mark.parametrize(
@@ -101,5 +66,5 @@ def test_a_judge_decides_on_free_answers_alone() -> None:
 )
 def test_any_text_has_a_score(response: str, gold: str) -> None:
     """Catches an exception or a hang on what a model may babble."""
-    assert chosen(response, METALS) in {None, "A", "B", "C", "D"}
+    assert is_correct("A", METALS, response) in {True, False}
     assert is_correct(gold, (), response) in {True, False}

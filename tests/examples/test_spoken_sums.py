@@ -15,7 +15,8 @@ from examples.quickstart.spoken_sums import HELD_OUT_VOICES, SPLITS, TRAINING_VO
 from megatron_cord.data.manifest import Manifest
 from megatron_cord.data.shards import ShardDataset
 from megatron_cord.errors import CordError
-from megatron_cord.speech.synthesizer import SAMPLING_RATE, EspeakSynthesizer, Utterance, Voice
+from megatron_cord.speech.synthesizers.espeak import EspeakSynthesizer
+from megatron_cord.speech.synthesizers.protocol import SAMPLING_RATE, Utterance, Voice
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from megatron_cord.data.shards import ShardDataset
 from megatron_cord.data.wav import decode_wav
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.formats import SetConfig, load_set
-from megatron_cord.evaluation.scoring import chosen, is_correct
+from megatron_cord.evaluation.scoring import is_correct
 from megatron_cord.reward import answers_agree, extract_answer
-from megatron_cord.speech.spoken_text import Unspeakable, spoken
+from megatron_cord.speech import UnspeakableError, verbalize
 from megatron_cord.trainer.config import RunConfig
 
 
@@ -80,8 +80,8 @@ def override(content: bytes) -> None:
 def text(content: bytes) -> None:
     """A question to be spoken."""
     try:
-        said = spoken(content.decode("utf-8", errors="replace"))
-    except Unspeakable:
+        said = verbalize(content.decode("utf-8", errors="replace"))
+    except UnspeakableError:
         return
     assert not any(character.isdigit() for character in said if character.isascii()), said
 
@@ -90,7 +90,8 @@ def answers(content: bytes) -> None:
     """What a model says, and what it is compared with."""
     first, _, second = content.decode("utf-8", errors="replace").partition("|")
     extract_answer(first)
-    chosen(first, ("iron", "wood", second))
+    extract_answer(first, choices=("iron", "wood", second))
+    answers_agree(first, second, choices=("iron", "wood", second))
     is_correct(second or "x", (), first)
     answers_agree(first[:100], second[:100])
 

@@ -14,7 +14,7 @@ def compare(response: str, reference: str, *, bare: bool = False) -> bool:
 
 
 def test_agreement_is_of_final_answers() -> None:
-    """Catches a reward from position or wording instead of the final answer, and one for two texts without any answer."""
+    """Catches a reward for position or wording instead of the final answer, and one for two texts without any."""
     assert compare("five plus seven is twelve . the answer is 12", "seven plus five is twelve . the answer is 12")
     assert compare("so it is twelve", "the answer is 12")
     for said, wanted in [("the answer is 11", "the answer is 12"), ("hm", "hm"), ("hm", "the answer is 12")]:
@@ -29,7 +29,7 @@ def test_a_bare_reference_is_the_answer_itself() -> None:
 
 
 def test_works_outside_the_main_thread() -> None:
-    """Catches a judge that rests on signals, which a worker thread may not set."""
+    """Catches a comparison that uses signals, which a worker thread may not set."""
     verdicts: list[bool] = []
     thread = threading.Thread(target=lambda: verdicts.append(compare(r"\boxed{x+1}", r"\boxed{1+x}")))
     thread.start()

@@ -91,7 +91,7 @@ DISAGREE = [
 
 @pytest.mark.parametrize(("text", "answer"), FOUND)
 def test_the_final_answer_is_found(text: str, answer: str | None) -> None:
-    """Catches a full stop kept or a decimal point cut, a range read as a minus, and a first answer preferred to the last."""
+    """Catches a full stop kept, a decimal point cut, a range read as a minus, and a first answer before the last."""
     assert extract_answer(text) == answer
 
 
@@ -137,7 +137,7 @@ def test_slow_algebra_is_given_up() -> None:
 
 
 def test_a_lost_interruption_is_repeated() -> None:
-    """Catches a thread that computes on for ever because a finaliser or the garbage collector was at work when its time was up."""
+    """Catches a thread that computes for ever because its interruption hit a finalizer or the garbage collector."""
 
     def compute() -> None:
         while True:
@@ -195,8 +195,11 @@ def test_numbers_agree_with_their_words_and_commas(number: int) -> None:
 
 
 def spell(number: int) -> str:
-    """English words for 0 ≤ number < 10^9."""
-    small = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+    """Return English words for 0 ≤ number < 10^9."""
+    small = (
+        "zero one two three four five six seven eight nine ten "
+        "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+    )
     tens = "twenty thirty forty fifty sixty seventy eighty ninety"
     for size, name in ((10**6, "million"), (10**3, "thousand"), (100, "hundred")):
         if number >= size:

@@ -1,4 +1,7 @@
-"""The judge's answers on disk: JSON lines, one file a writer, which only ever grow. A line that a stop cut short is left out."""
+"""The judge's answers on disk: one file of JSON lines a writer, only ever appended to.
+
+A line that an interruption cut short is left out.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,14 @@ class JudgeCache:
         self._lock = threading.Lock()
         self._path = directory / f"{writer}.jsonl"
         if self._path.is_file() and not self._path.read_bytes().endswith(b"\n"):
-            self._append("\n")  # ends the line that a stop cut short
+            self._append("\n")  # ends the line that was cut short
 
     def get(self, key: str) -> bool | None:
-        """The verdict, or None."""
+        """Return the verdict, or None."""
         return self._known.get(key)
 
     def put(self, key: str, agrees: bool) -> None:
-        """Keeps a verdict; it outlives the process as soon as this returns."""
+        """Append a verdict; it outlives the process as soon as this returns."""
         with self._lock:
             self._known[key] = agrees
             self._append(json.dumps({"key": key, "agrees": agrees}) + "\n")

@@ -1,69 +1,68 @@
-"""The LLM judge: a language model behind an OpenAI-compatible endpoint (SGLang, vLLM, a hosted one) compares answers.
+"""The LLM judge: a language model at an OpenAI-compatible endpoint (SGLang, vLLM, a hosted one) compares answers.
 
-Answers are structured and parsed strictly, kept on disk, and asked for with bounded concurrency, time and tries. Where the judge gives none,
-answer matching decides; that is counted, and said once a step.
+Answers have a schema, are parsed strictly and kept on disk; concurrency, time and tries are bounded. Where the judge
+gives no answer, answer matching decides; that is counted, and logged once a step.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import random
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from megatron_cord.errors import CordError
 from megatron_cord.reward.comparison import Comparison, Verdict, answers_match
 from megatron_cord.reward.judge.cache import JudgeCache
-from megatron_cord.reward.judge.client import NoAnswerError, RefusedError, chat
 from megatron_cord.reward.judge.prompt import ANSWER_SCHEMA, messages, parse_answer
-from megatron_cord.runtime.log import say
+from megatron_cord.runtime.openai_client import (
+    AccessRefusedError,
+    EndpointError,
+    OpenAIClient,
+    Patience,
+    check_endpoint_url,
+)
+
+logger = logging.getLogger(__name__)
+
+_MAX_REPLY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Which judge, and how long it is waited for."""
+    """Address, model and patience of the judge."""
 
     base_url: str = ""  #: of the endpoint, with its version: http://localhost:30000/v1
     model: str = ""  #: the name under which the endpoint serves it
     api_key_env: str | None = None  #: the environment variable that holds the key; null sends none
-    concurrency: int = 8  #: questions in flight, of each rank
-    timeout: float = 30.0  #: seconds for one try, and as many to connect
-    tries: int = 3  #: of each question; then answer matching decides
-    backoff: float = (
-        0.5  #: seconds before the second try; doubled before each further one, with up to half of it at random on top
-    )
-    max_tokens: int = (
-        16  #: of an answer; more for a judge that thinks first is of no use, as only the JSON object counts
-    )
+    concurrency: int = 8  #: comparisons in flight, of each rank
+    timeout: float = 30.0  #: seconds for one try, connecting included
+    tries: int = 3  #: of each comparison; then answer matching decides
+    #: seconds before the second try; doubled before each further one, with up to half of it at random on top
+    backoff: float = 0.5
+    #: of an answer; more for a judge that reasons first is of no use, as only the JSON object counts
+    max_tokens: int = 16
 
     def __post_init__(self) -> None:
-        url = urlsplit(self.base_url)
-        if "@" in url.netloc:
-            raise CordError(
-                "reward.judge.base_url holds a name or a password, which would reach logs; use reward.judge.api_key_env"
-            )
-        if self.base_url and (
-            url.scheme not in ("http", "https") or not url.hostname or url.port == 0
-        ):  # reading a port that is none raises
-            raise CordError(f"reward.judge.base_url must look like http://host:port/v1, but is {self.base_url!r}")
+        if self.base_url:
+            check_endpoint_url(self.base_url, "reward.judge.base_url")
         if min(self.concurrency, self.tries, self.max_tokens) < 1 or self.timeout <= 0 or self.backoff < 0:
             raise CordError(
-                "reward.judge: concurrency, tries and max_tokens must be at least 1, timeout positive, backoff not negative"
+                "reward.judge: concurrency, tries and max_tokens must be at least 1, timeout positive, "
+                "backoff not negative"
             )
 
 
 class Judge:
-    """A Comparer.
+    """A `Comparer`.
 
     Args:
-        config: which judge.
-        cache_directory: where its answers are kept.
+        config: address, model and patience.
+        cache_directory: of its answers.
         writer: the number of this process's file there.
 
     Raises:
@@ -71,33 +70,39 @@ class Judge:
     """
 
     def __init__(self, config: JudgeConfig, cache_directory: Path, writer: int = 0) -> None:
+        if config.api_key_env is not None and not os.environ.get(config.api_key_env):
+            raise CordError(
+                f"the environment variable {config.api_key_env}, named by reward.judge.api_key_env, is not set"
+            )
         self.config = config
-        self._key = None
-        if config.api_key_env is not None:
-            self._key = os.environ.get(config.api_key_env)
-            if not self._key:
-                raise CordError(
-                    f"the environment variable {config.api_key_env}, named by reward.judge.api_key_env, is not set"
-                )
+        self._client = OpenAIClient(
+            config.base_url,
+            api_key_env=config.api_key_env,
+            patience=Patience(config.timeout, config.tries, config.backoff),
+            max_reply_bytes=_MAX_REPLY_BYTES,
+            name="reward.judge.base_url",
+        )
         self._cache = JudgeCache(cache_directory, writer)
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """One verdict each, in the same order; equal ones are asked once.
+        """Return one verdict each, in the same order; equal comparisons are sent once.
 
         Raises:
             CordError: the endpoint refuses the key, the address or the model.
         """
         payloads = {_key(payload): payload for payload in map(self._payload, comparisons)}
         unknown = [key for key in payloads if self._cache.get(key) is None]
-        problems: list[str] = []
         if unknown:
             with ThreadPoolExecutor(self.config.concurrency) as pool:
-                found = pool.map(lambda key: self._ask(key, payloads[key]), unknown)
-                problems = [problem for problem in found if problem is not None]
-        if problems:
-            say(
-                f"the judge gave no answer to {len(problems)} of {len(unknown)} questions ({problems[0]}); answers are matched instead"
-            )
+                results = pool.map(lambda key: self._judge(key, payloads[key]), unknown)
+                problems = [problem for problem in results if problem is not None]
+            if problems:
+                logger.warning(
+                    "the judge gave no answer to %d of %d questions (%s); answers are matched instead",
+                    len(problems),
+                    len(unknown),
+                    problems[0],
+                )
         return [self._verdict(comparison) for comparison in comparisons]
 
     def _verdict(self, comparison: Comparison) -> Verdict:
@@ -116,28 +121,27 @@ class Judge:
             },
         }
 
-    def _ask(self, key: str, payload: dict[str, object]) -> str | None:
-        """Keeps the judge's answer; or says why there is none."""
-        problem = None
-        for attempt in range(self.config.tries):
-            if attempt:
-                time.sleep(self.config.backoff * 2 ** (attempt - 1) * (1 + random.random() / 2))
-            try:
-                self._cache.put(key, parse_answer(chat(self.config.base_url, payload, self._key, self.config.timeout)))
-                return None
-            except RefusedError as error:
-                raise CordError(
-                    f"the judge at {self.config.base_url} refuses model {self.config.model} ({error}); look at reward.judge"
-                ) from None
-            except NoAnswerError as error:
-                problem = str(error)
-                if not error.retry:
-                    break
-            except ValueError as error:
-                problem = str(error)
-        return problem
+    def _judge(self, key: str, payload: dict[str, object]) -> str | None:
+        """Get an answer into the cache; return the reason where there is none."""
+        try:
+            agrees = self._client.post("chat/completions", parse=_parse_reply, json=payload)
+        except AccessRefusedError as error:
+            raise CordError(f"the judge refuses model {self.config.model}; check reward.judge: {error}") from None
+        except EndpointError as error:
+            return str(error)
+        self._cache.put(key, agrees)
+        return None
+
+
+def _parse_reply(body: bytes) -> bool:
+    """Return the verdict in a reply of the chat protocol. Raises ValueError for another one."""
+    try:
+        content = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        raise ValueError("a reply that is not of the chat protocol") from None
+    return parse_answer(content)
 
 
 def _key(payload: dict[str, object]) -> str:
-    """Everything that the answer may depend on."""
+    """Return a hash of everything that the answer may depend on."""
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()

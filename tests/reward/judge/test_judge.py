@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,26 +16,58 @@ from megatron_cord.errors import CordError
 from megatron_cord.reward import Comparison, Judge, JudgeConfig, Verdict
 from megatron_cord.reward.judge.prompt import EXAMPLES, answer_text, parse_answer
 from megatron_cord.reward.rewards import RewardConfig
-from tests.reward.judge.chat_server import ChatServer
+from tests.openai_server import OpenAIServer, Reply, Request
+
+
+def response_of(request: Request) -> str:
+    return str(json.loads(payload_of(request)["messages"][-1]["content"])["RESPONSE"])
+
+
+def payload_of(request: Request) -> dict[str, Any]:
+    payload: dict[str, Any] = json.loads(request.body)
+    return payload
+
+
+def reply(requests: list[Request]) -> Reply:
+    """Do what the last line of the judged response names: ``yes``, ``500``, ``once 500``, ``hang``, …."""
+    response = response_of(requests[-1])
+    order = response.splitlines()[-1]
+    if order.startswith("once "):
+        order = order.removeprefix("once ") if sum(response_of(r) == response for r in requests) == 1 else "yes"
+    if order == "garbage":
+        return Reply(b"\xff\x00<html>")
+    content = {"yes": '{"agree": "yes"}', "slow": '{"agree": "yes"}', "no": '{"agree": "no"}'}.get(order, order)
+    body = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+    if order in ("slow", "hang", "drip"):
+        return Reply(body, manner=order)  # type: ignore[arg-type]
+    return Reply(body, int(order) if order.isdigit() else 200)
 
 
 @pytest.fixture
-def server() -> Iterator[ChatServer]:
-    with ChatServer() as running:
+def server() -> Iterator[OpenAIServer]:
+    with OpenAIServer(reply) as running:
         yield running
 
 
-def config(server: ChatServer, **more: object) -> JudgeConfig:
-    return JudgeConfig(base_url=server.url, model="judge", **({"backoff": 0.01, "timeout": 0.5} | more))  # type: ignore[arg-type]
+@pytest.fixture(scope="module", autouse=True)
+def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Import what the first request imports, which on a busy machine takes longer than the time limits of the tests."""
+    with OpenAIServer(reply) as running:
+        Judge(config(running, timeout=60), tmp_path_factory.mktemp("first")).compare([asks("yes")])
+
+
+def config(server: OpenAIServer, **more: object) -> JudgeConfig:
+    settings: dict[str, Any] = {"backoff": 0.01, "timeout": 0.5} | more
+    return JudgeConfig(base_url=server.url, model="judge", **settings)
 
 
 def asks(order: str, said: str = "12") -> Comparison:
-    """Answer matching agrees where 12 is said."""
+    """Make a comparison in which answer matching agrees if 12 is said."""
     return Comparison("how much", f"the answer is {said}.\n{order}", "the answer is 12")
 
 
 def test_the_judge_decides_and_the_matcher_is_recorded(
-    server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: OpenAIServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches verdicts out of order, a question that is asked twice, and a key that is not sent."""
     monkeypatch.setenv("JUDGE_KEY", "secret")
@@ -42,8 +76,9 @@ def test_the_judge_decides_and_the_matcher_is_recorded(
     assert judge.compare(asked) == [
         Verdict(a, m, "judge") for a, m in [(True, True), (False, True), (True, False), (False, False), (True, True)]
     ]
-    assert len(server.requests) == 4 and {key for key, _ in server.requests} == {"Bearer secret"}
-    payload = server.requests[0][1]
+    assert len(server.requests) == 4 and {request.key for request in server.requests} == {"Bearer secret"}
+    assert {request.path for request in server.requests} == {"chat/completions"}
+    payload = payload_of(server.requests[0])
     assert (
         payload["model"] == "judge"
         and payload["temperature"] == 0
@@ -54,9 +89,13 @@ def test_the_judge_decides_and_the_matcher_is_recorded(
 
 @pytest.mark.parametrize("order", ["500", "429", "garbage", "maybe", '{"agree": "yes", "and": 1}', "hang", "drip"])
 def test_no_answer_falls_back_to_matching(
-    server: ChatServer, tmp_path: Path, order: str, capfd: pytest.CaptureFixture[str]
+    server: OpenAIServer, tmp_path: Path, order: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a run that fails or waits for ever, a guess in place of an answer, a fallback that is kept as the judge's, and silence about it."""
+    """Catches a run that fails or waits for ever, a guess in place of an answer, and a fallback kept as the judge's.
+
+    It must also be logged.
+    """
+    caplog.set_level(logging.WARNING)
     judge = Judge(config(server, tries=2), tmp_path)
     begun = time.monotonic()
     verdicts = judge.compare([asks(order), asks("yes", "11"), asks(order, "11")])
@@ -66,7 +105,7 @@ def test_no_answer_falls_back_to_matching(
         Verdict(False, False, "fallback"),
     ]
     assert time.monotonic() - begun < 60  # five questions of a second each at most, and room for a busy machine
-    assert "the judge gave no answer to 2 of 3 questions" in capfd.readouterr().err
+    assert "the judge gave no answer to 2 of 3 questions" in caplog.text
     assert len(server.requests) == 5
     assert (
         Judge(config(server, tries=1), tmp_path).compare([asks(order)])[0].source == "fallback"
@@ -74,7 +113,7 @@ def test_no_answer_falls_back_to_matching(
     )
 
 
-def test_what_passes_is_tried_again(server: ChatServer, tmp_path: Path) -> None:
+def test_what_passes_is_tried_again(server: OpenAIServer, tmp_path: Path) -> None:
     """Catches tries that are not made, and one that is made of what cannot pass."""
     judge = Judge(config(server), tmp_path)
     assert [v.source for v in judge.compare([asks("once 500"), asks("once garbage"), asks("once hang")])] == [
@@ -84,27 +123,27 @@ def test_what_passes_is_tried_again(server: ChatServer, tmp_path: Path) -> None:
     assert judge.compare([asks("400")])[0].source == "fallback" and len(server.requests) == before + 1
 
 
-def test_a_refusal_stops_the_run(server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_stops_the_run(server: OpenAIServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a wrong key or model that silently turns the judge off, and a key in a message."""
     monkeypatch.setenv("JUDGE_KEY", "secret")
     judge = Judge(config(server, api_key_env="JUDGE_KEY"), tmp_path)
     for status in ("401", "403", "404"):
-        with pytest.raises(CordError, match=f"refuses model judge .status {status}") as raised:
+        with pytest.raises(CordError, match=rf"refuses model judge; .*status {status}") as raised:
             judge.compare([asks(status)])
         assert "secret" not in str(raised.value)
     monkeypatch.delenv("JUDGE_KEY")
-    with pytest.raises(CordError, match="JUDGE_KEY, named by reward.judge.api_key_env, is not set"):
+    with pytest.raises(CordError, match=r"JUDGE_KEY, named by reward\.judge\.api_key_env, is not set"):
         Judge(config(server, api_key_env="JUDGE_KEY"), tmp_path)
 
 
-def test_concurrency_is_bounded(server: ChatServer, tmp_path: Path) -> None:
+def test_concurrency_is_bounded(server: OpenAIServer, tmp_path: Path) -> None:
     """Catches questions one after the other, and all at once."""
     Judge(config(server, concurrency=3, timeout=10), tmp_path).compare([asks("slow", str(i)) for i in range(9)])
     assert server.most == 3
 
 
-def test_answers_outlive_the_process(server: ChatServer, tmp_path: Path) -> None:
-    """Catches answers that are asked again, a file that a stop cut short, and answers of another model that are taken."""
+def test_answers_outlive_the_process(server: OpenAIServer, tmp_path: Path) -> None:
+    """Catches comparisons that are sent again, a file that was cut short, and answers taken from another model."""
     Judge(config(server), tmp_path, writer=0).compare([asks("yes"), asks("no")])
     whole = (tmp_path / "0.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -119,9 +158,9 @@ def test_answers_outlive_the_process(server: ChatServer, tmp_path: Path) -> None
     assert len(server.requests) == 4
 
 
-def test_nobody_listens(tmp_path: Path) -> None:
+def test_a_judge_that_is_away(tmp_path: Path) -> None:
     """Catches a traceback where the server is gone."""
-    with ChatServer() as gone:
+    with OpenAIServer(reply) as gone:
         pass
     assert Judge(config(gone, tries=1), tmp_path).compare([asks("yes")])[0].source == "fallback"
 
@@ -145,7 +184,7 @@ def test_answers_are_parsed_strictly() -> None:
 
 
 def test_settings_that_cannot_be() -> None:
-    """Catches a judge that nobody serves, and a password on its way into logs."""
+    """Catches a judge without an address, and a password on its way into logs."""
     for settings, message in (
         (["comparer=judge"], "needs reward.judge.base_url"),
         (["judge.base_url=localhost:1"], "must look like http"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_cord.data.number_words import cardinal, ordinal
 from megatron_cord.reward.numbers import parse_quantity
-from megatron_cord.speech.spoken_text import Unspeakable, spoken
+from megatron_cord.speech import UnspeakableError, verbalize
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from megatron_cord.speech.spoken_text import Unspeakable, spoken
 )
 def test_symbols_become_words(written: str, said: str) -> None:
     """Would catch a symbol that is dropped, read wrongly, or left for the synthesiser to guess."""
-    assert spoken(written) == said
+    assert verbalize(written) == said
 
 
 @pytest.mark.parametrize(
@@ -52,16 +52,16 @@ def test_symbols_become_words(written: str, said: str) -> None:
 )
 def test_what_cannot_be_spoken_is_refused(written: str, reason: str) -> None:
     """Would catch a voice that babbles code, or a refusal that does not say why."""
-    with pytest.raises(Unspeakable, match=reason):
-        spoken(written)
+    with pytest.raises(UnspeakableError, match=reason):
+        verbalize(written)
 
 
 @given(st.text(alphabet="abc XY12.,/-$%^{}\\_()frac+=é×½\n", max_size=80))
 def test_never_fails_otherwise(text: str) -> None:
     """Would catch a crash, a hang, or a digit or symbol that reaches the synthesiser."""
     try:
-        said = spoken(text)
-    except Unspeakable:
+        said = verbalize(text)
+    except UnspeakableError:
         return
     assert not re.search(r"[\d$%^{}\\/=+_×½]", said)
 

@@ -1,9 +1,9 @@
-"""Text becomes speech: the interface of a synthesiser, and espeak-ng behind it.
+"""espeak-ng: a robotic synthesizer with many voices, bundled by the package espeakng-loader.
 
-espeak-ng keeps its whole state in variables of the process, and one utterance colours the next (the phase of the voice, the
-flutter of the pitch). So the library is loaded afresh for each call of ``speak``, under a lock: what a call returns depends on its arguments
-alone, whatever was said before, in this process or another. That costs 3 ms a call, so speak some dozens of utterances at
-once. Threads may share a synthesiser, but take turns; processes run side by side.
+espeak-ng keeps its whole state in variables of the process, and one utterance colours the next (the phase of the voice,
+the flutter of the pitch). So the library is loaded afresh for each call of ``speak``, under a lock: what a call returns
+depends on its arguments alone, whatever was spoken before, in this process or another. That costs 3 ms a call, so speak
+some dozens of utterances at once. Threads may share a synthesizer, but take turns; processes run side by side.
 
 What it simplifies: recordings are held in memory; text is spoken as it stands, without rewriting numbers or formulas.
 """
@@ -15,24 +15,20 @@ import ctypes
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from megatron_cord.data.resample import resample
 from megatron_cord.errors import CordError
+from megatron_cord.speech.synthesizers.protocol import SAMPLING_RATE, Utterance, UtteranceRefusedError, polish
 
-SAMPLING_RATE = 16000
 #: English voices of espeak-ng that differ well; they speak where no others are named.
 ESPEAK_VOICES = ("en-us", "en-us+f2", "en-us+m3", "en-us+f4", "en-us+m1", "en-gb-x-rp")
 
 _NORMAL_WORDS_A_MINUTE = 175
 _NORMAL_PITCH = 50  # of 0 to 99
-_PEAK = 0.9
-_SILENCE = 0.01  # of the peak
-_MARGIN_SECONDS = 0.02
 
 # Values of espeak-ng's speak_lib.h.
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
@@ -45,51 +41,11 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 _library_lock = threading.Lock()
 
 
-@dataclass(frozen=True)
-class Voice:
-    """Who speaks, and how.
-
-    Attributes:
-        name: as the synthesiser calls it; for espeak-ng a language with an optional variant, "en-us+f2".
-        speed: 1 is the synthesiser's normal speed, 2 twice as fast.
-        pitch: 1 is the voice's normal pitch; espeak-ng takes up to 1.98.
-    """
-
-    name: str
-    speed: float = 1.0
-    pitch: float = 1.0
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """What somebody says."""
-
-    text: str
-    voice: Voice
-
-
-class UtteranceRefused(CordError):
-    """The synthesiser will not speak this text; others it will."""
-
-
-class SpeechSynthesizer(Protocol):
-    """Anything that speaks."""
-
-    def speak(self, utterances: Sequence[Utterance]) -> list[np.ndarray]:
-        """One recording for each utterance: float32 [samples], peak 0.9, mono, 16 kHz. Equal arguments, equal results.
-
-        Raises:
-            UtteranceRefused: for a text without anything to say.
-            CordError: for an unknown voice.
-        """
-        ...
-
-
 class EspeakSynthesizer:
-    """espeak-ng, bundled with its voices by the package ``espeakng-loader`` (the extra ``speech``).
+    """Needs the extra ``speech``. Equal calls give equal recordings, bit for bit.
 
     Raises:
-        CordError: when the extra is not installed, or its library does not load.
+        CordError: the extra is not installed, or its library does not load.
     """
 
     def __init__(self) -> None:
@@ -97,18 +53,18 @@ class EspeakSynthesizer:
             import espeakng_loader
         except ImportError:
             raise CordError(
-                "no speech synthesiser: espeakng-loader is missing; pip install megatron_cord[speech]"
+                "no speech synthesizer: espeakng-loader is missing; pip install megatron_cord[speech]"
             ) from None
         self._library_path = espeakng_loader.get_library_path()
         self._data_path = Path(espeakng_loader.get_data_path())
         self._variants = frozenset(path.name for path in (self._data_path / "voices" / "!v").iterdir())
 
     def speak(self, utterances: Sequence[Utterance]) -> list[np.ndarray]:
-        """See ``SpeechSynthesizer.speak``. Each recording depends on the utterances before it in the same call too."""
+        """Implement ``SpeechSynthesizer.speak``; a recording depends on the utterances before it in the same call."""
         for utterance in utterances:
             self._check(utterance)
         with _library_lock, self._fresh_library() as (library, sampling_rate):
-            recordings = [_say(library, utterance) for utterance in utterances]
+            recordings = [_speak(library, utterance) for utterance in utterances]
         return [
             polish(resample(recording, sampling_rate, SAMPLING_RATE), utterance)
             for recording, utterance in zip(recordings, utterances, strict=True)
@@ -117,8 +73,8 @@ class EspeakSynthesizer:
     def _check(self, utterance: Utterance) -> None:
         voice = utterance.voice
         if not any(character.isalnum() for character in utterance.text):
-            raise UtteranceRefused(f"nothing to say in the text {utterance.text!r}; give it at least one word")
-        # espeak-ng itself takes an unknown variant for no variant, in silence.
+            raise UtteranceRefusedError(f"nothing to say in the text {utterance.text!r}; give it at least one word")
+        # espeak-ng itself ignores an unknown variant.
         variant = voice.name.partition("+")[2]
         if "+" in voice.name and variant not in self._variants:
             raise CordError(
@@ -134,7 +90,7 @@ class EspeakSynthesizer:
 
     @contextmanager
     def _fresh_library(self) -> Iterator[tuple[Any, int]]:
-        """The library in its initial state, and its sampling rate in Hz."""
+        """Load the library in its initial state; yield it with its sampling rate in Hz."""
         try:
             library = ctypes.CDLL(self._library_path)
         except OSError as error:
@@ -148,9 +104,8 @@ class EspeakSynthesizer:
                     f"espeak-ng does not start with the voices in {self._data_path}; reinstall espeakng-loader"
                 )
             try:
-                library.espeak_ng_SetRandSeed(
-                    ctypes.c_long(1)
-                )  # breath is noise, and would be seeded with the time of day
+                # Breath is noise, and would be seeded with the time of day.
+                library.espeak_ng_SetRandSeed(ctypes.c_long(1))
                 yield library, rate
             finally:
                 library.espeak_Terminate()
@@ -158,8 +113,8 @@ class EspeakSynthesizer:
             _ctypes.dlclose(library._handle)
 
 
-def _say(library: Any, utterance: Utterance) -> np.ndarray:
-    """float32 [samples] at espeak-ng's own rate."""
+def _speak(library: Any, utterance: Utterance) -> np.ndarray:
+    """Return float32 [samples] at espeak-ng's own rate."""
     text, voice = utterance.text, utterance.voice
     chunks: list[bytes] = []
 
@@ -177,20 +132,8 @@ def _say(library: Any, utterance: Utterance) -> np.ndarray:
     data = text.encode() + b"\0"
     status = library.espeak_Synth(data, ctypes.c_size_t(len(data)), 0, _FROM_CHARACTER, 0, _CHARS_UTF8, None, None)
     if status != 0:
-        raise UtteranceRefused(
+        raise UtteranceRefusedError(
             f"espeak-ng could not speak {text!r} with voice {voice.name!r} (status {status}); shorten the text"
         )
     library.espeak_Synchronize()
     return np.frombuffer(b"".join(chunks), dtype=np.int16).astype(np.float32)
-
-
-def polish(waveform: np.ndarray, utterance: Utterance) -> np.ndarray:
-    """Peak 0.9, and no more than 20 ms of silence at either end."""
-    peak = float(np.abs(waveform).max(initial=0.0))
-    if peak == 0.0:
-        raise UtteranceRefused(
-            f"voice {utterance.voice.name!r} made no sound of the text {utterance.text!r}; write it in the voice's language"
-        )
-    loud = np.flatnonzero(np.abs(waveform) > _SILENCE * peak)
-    margin = round(_MARGIN_SECONDS * SAMPLING_RATE)
-    return waveform[max(0, loud[0] - margin) : loud[-1] + 1 + margin] * np.float32(_PEAK / peak)

@@ -1,9 +1,10 @@
-r"""Written questions become words that can be spoken: "$\frac{1}{2} + 3$" is "one half plus three".
+r"""Turn written questions into words that can be spoken: "$\frac{1}{2} + 3$" is "one half plus three".
 
-What cannot be read aloud so that a listener could answer (code, tables, pictures, addresses, an unknown LaTeX command, another script)
-is refused with its reason, never spoken as noise.
+What cannot be read aloud so that a listener could answer (code, tables, pictures, addresses, an unknown LaTeX command,
+another script) is refused with its reason, never spoken as noise.
 
-What it simplifies: English; clock times and years are read as the numbers they are written with; one level of braces inside LaTeX arguments.
+What it simplifies: English; clock times and years are read as the numbers they are written with; one level of braces
+inside LaTeX arguments.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import re
 import unicodedata
 
 from megatron_cord.data.number_words import cardinal, ordinal
+from megatron_cord.errors import CordError
 
 
-class Unspeakable(ValueError):
-    """A text that no voice can say; the message is the reason."""
+class UnspeakableError(CordError):
+    """A text that cannot be spoken; the message is the reason."""
 
 
 _REFUSED = (
@@ -57,7 +59,7 @@ _COMMANDS = {command: word for word, commands in _COMMANDS_BY_WORD.items() for c
 _COMMANDS |= {
     name: name
     for name in ["pi", "theta", "alpha", "beta", "gamma", "log", "in", "angle", "triangle", "%", "$", "#", "&"]
-}  # spoken as they are called
+}  # spoken by their names
 _COMMANDS |= {" ": "", "_": " "}
 _SYMBOLS_BY_WORD = {
     "plus": "+",
@@ -122,26 +124,26 @@ _DIGITS = re.compile(_NUMBER)
 _LONGEST_NUMBER = 15  # digits; longer ones are read digit by digit
 
 
-def spoken(text: str, *, max_characters: int = 2000) -> str:
-    r"""The text as words for a voice.
+def verbalize(text: str, *, max_characters: int = 2000) -> str:
+    r"""Return the text as words for a voice.
 
     Args:
         text: a question, with Markdown or LaTeX in it or not.
-        max_characters: longer texts are refused: nobody follows them by ear.
+        max_characters: longer texts are refused, as a listener cannot follow them.
 
     Returns:
         One line of words and punctuation, without digits and symbols.
 
     Raises:
-        Unspeakable: with the reason.
+        UnspeakableError: with the reason.
     """
     if not any(character.isalnum() for character in text):
-        raise Unspeakable("it has no words")
+        raise UnspeakableError("it has no words")
     if len(text) > max_characters:
-        raise Unspeakable(f"it has {len(text)} characters, more than {max_characters}")
+        raise UnspeakableError(f"it has {len(text)} characters, more than {max_characters}")
     for pattern, reason in _REFUSED:
         if pattern.search(text):
-            raise Unspeakable(reason)
+            raise UnspeakableError(reason)
     text = _MONEY.sub(_money, _FORMULA.sub(r" \1 ", text))
     text = _without_latex(re.sub(r"_{2,}", " blank ", text))
     text = re.sub(r"(?m)^\s*(?:#{1,6}|[*>-])\s+", "", text).replace("**", "")  # Markdown's headings, lists and bold
@@ -163,14 +165,14 @@ def _without_latex(text: str) -> str:
     text = _INDEX.sub(lambda m: f" sub {m[1] or m[2]} ", _POWER.sub(lambda m: _power(m[1] or m[2]), text))
     text = _COMMAND.sub(_command, text.replace("$$", " "))
     if re.search(r"[\\{}^]", text):
-        raise Unspeakable("it contains LaTeX that is nested too deeply or broken")
+        raise UnspeakableError("it contains LaTeX that is nested too deeply or broken")
     return re.sub(r"(?<!\d)\$|\$(?!\d)", " ", text)
 
 
 def _command(match: re.Match[str]) -> str:
     name = match[1]
     if name not in _COMMANDS:
-        raise Unspeakable(f"it contains the LaTeX command \\{name}")
+        raise UnspeakableError(f"it contains the LaTeX command \\{name}")
     word = _COMMANDS[name]
     return f" {word} " if len(word) != 1 else word
 
@@ -240,6 +242,6 @@ def _refuse_other_characters(text: str) -> None:
             continue
         name = unicodedata.name(character, f"U+{ord(character):04X}")
         if not character.isalpha():
-            raise Unspeakable(f"it contains {character!r} ({name.lower()})")
+            raise UnspeakableError(f"it contains {character!r} ({name.lower()})")
         if not name.startswith("LATIN"):
-            raise Unspeakable(f"it contains letters of another script ({name.split()[0].lower()})")
+            raise UnspeakableError(f"it contains letters of another script ({name.split()[0].lower()})")

@@ -1,4 +1,4 @@
-"""How long speaking all questions will take, and how large the set will be: measured on some of them, in the way that all will be made."""
+"""How long a spoken set will take and how large it will be, measured on some of its questions."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pathlib import Path
 
 from megatron_cord.data.question_files import WrittenQuestion, read_questions
 from megatron_cord.errors import CordError
-from megatron_cord.speech.spoken_set import SpokenSetConfig, speak_questions
+from megatron_cord.speech.spoken_set import SpokenSetConfig, make_spoken_set
 
 
 @dataclass(frozen=True)
-class Projection:
+class Estimate:
     """What was measured, and what follows for all questions.
 
     Attributes:
         questions: of the file.
-        tried: how many of them were spoken for this.
+        tried: how many of them were spoken for the measurement.
         workers: processes.
         rate: questions a second, rejects included, without the workers' start.
         rejects: share left out.
-        seconds: that all will take, at that rate.
-        audio_seconds: that all will last.
+        seconds: needed for all, at that rate.
+        audio_seconds: length of all recordings.
         bytes: of all shards.
     """
 
@@ -38,19 +38,19 @@ class Projection:
     bytes: int
 
     def describe(self) -> str:
-        """One line."""
+        """Return one line."""
         return (
             f"{self.questions} questions at {self.rate:.1f}/s ({self.workers} workers, measured on {self.tried}): "
-            f"about {self.seconds / 3600:.1f} h, {self.audio_seconds / 3600:.0f} h of speech, {self.bytes / 1e9:.1f} GB, "
-            f"{self.rejects:.1%} left out"
+            f"about {self.seconds / 3600:.1f} h, {self.audio_seconds / 3600:.0f} h of speech, "
+            f"{self.bytes / 1e9:.1f} GB, {self.rejects:.1%} left out"
         )
 
 
-def project(config: SpokenSetConfig, count: int, *, workers: int = 1) -> Projection:
-    """Speaks ``count`` questions, taken evenly from the whole file, into a directory that is then removed.
+def estimate(config: SpokenSetConfig, count: int, *, workers: int = 1) -> Estimate:
+    """Make a set of `count` questions, taken evenly from the whole file, in a directory that is then removed.
 
     Raises:
-        CordError: fewer than one question, or what `speak_questions` raises.
+        CordError: fewer than one question, or what `make_spoken_set` raises.
     """
     if count < 1:
         raise CordError(f"{count} questions to measure with; give at least 1")
@@ -61,9 +61,13 @@ def project(config: SpokenSetConfig, count: int, *, workers: int = 1) -> Project
         path = Path(folder) / "questions.jsonl"
         path.write_text("".join(json.dumps(_row(question)) + "\n" for question in some), encoding="utf-8")
         trial = replace(
-            config, questions=str(path), question_field="question", answer_field="answer", max_rejects=1.0,
+            config,
+            questions=str(path),
+            question_field="question",
+            answer_field="answer",
+            max_rejects=1.0,
             shard_size=min(config.shard_size, -(-len(some) // (4 * workers))),
-        )  # fmt: skip
+        )
         begun = [time.perf_counter()]
 
         def progress(done: int, total: int) -> None:
@@ -72,14 +76,14 @@ def project(config: SpokenSetConfig, count: int, *, workers: int = 1) -> Project
                 first.append(done)
 
         first: list[int] = []
-        made = speak_questions(trial, Path(folder) / "set", workers=workers, progress=progress)
+        made = make_spoken_set(trial, Path(folder) / "set", workers=workers, progress=progress)
         ended = time.perf_counter()
         # With one shard alone there is nothing behind the start to measure.
         several = len(begun) > 1 and first[0] < len(some)
         rate = (len(some) - first[0]) / (ended - begun[1]) if several else len(some) / (ended - begun[0])
         manifest = made.manifest
         usable = manifest.samples / len(some) * len(questions)
-        return Projection(
+        return Estimate(
             questions=len(questions) + len(unread),
             tried=len(some),
             workers=workers,
@@ -92,7 +96,7 @@ def project(config: SpokenSetConfig, count: int, *, workers: int = 1) -> Project
 
 
 def _row(question: WrittenQuestion) -> dict[str, str | None]:
-    """The text has its choices in it already."""
+    """Return the row of a question, whose text has its choices in it already."""
     return {name: value for name, value in asdict(question).items() if name in ("id", "answer", "solution")} | {
         "question": question.text
     }

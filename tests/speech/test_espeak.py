@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_cord.errors import CordError
-from megatron_cord.speech.synthesizer import ESPEAK_VOICES, SAMPLING_RATE, EspeakSynthesizer, Utterance, Voice
+from megatron_cord.speech.synthesizers.espeak import ESPEAK_VOICES, EspeakSynthesizer
+from megatron_cord.speech.synthesizers.protocol import SAMPLING_RATE, Utterance, Voice
 
 TEXT = "take three from nine"
 VOICES = (*ESPEAK_VOICES, "en-us+f3", "en-us+m4", "en-gb-x-rp+f2", "en-us-nyc")

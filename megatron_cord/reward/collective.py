@@ -1,0 +1,41 @@
+"""Rewards across ranks: each rank scores its share of the responses, and all get every score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_cord.parallel.objects import all_gather_json
+from megatron_cord.reward.comparison import AnswerMatcher
+from megatron_cord.reward.judge.judge import Judge
+from megatron_cord.reward.rewards import Answered, RewardConfig, Rewards, Score, Scorer
+
+
+class CollectiveRewards:
+    """Rewards whose calls are collective: a judge gets each comparison once, and all ranks get the same scores.
+
+    Args:
+        rewards: this rank's own.
+    """
+
+    def __init__(self, rewards: Scorer) -> None:
+        self._rewards = rewards
+
+    def score(self, answered: Sequence[Answered]) -> list[Score]:
+        """Return one score each, in the same order. All ranks pass the same and get the same."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        shares = all_gather_json([asdict(score) for score in self._rewards.score(answered[rank::world])])
+        return [Score(**shares[i % world][i // world]) for i in range(len(answered))]
+
+
+def build_rewards(config: RewardConfig, directory: Path) -> CollectiveRewards:
+    """Build the configured rewards; a judge keeps its answers in the run's directory."""
+    comparer = (
+        Judge(config.judge, directory / "judge_cache", writer=dist.get_rank())
+        if config.comparer == "judge"
+        else AnswerMatcher()
+    )
+    return CollectiveRewards(Rewards(config.terms, comparer))

@@ -1,0 +1,81 @@
+"""A server with OpenAI's `POST /audio/speech`: Kokoro's, CosyVoice's and others have one."""
+
+from __future__ import annotations
+
+import io
+import wave
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from megatron_cord.data.resample import resample
+from megatron_cord.errors import CordError
+from megatron_cord.runtime.openai_client import EndpointError, OpenAIClient, RequestRefusedError
+from megatron_cord.speech.synthesizers.config import SynthesizerConfig
+from megatron_cord.speech.synthesizers.protocol import SAMPLING_RATE, Utterance, UtteranceRefusedError, polish
+
+
+class EndpointSynthesizer:
+    """Equal arguments need not give equal recordings.
+
+    Args:
+        config: address, model and patience.
+    """
+
+    def __init__(self, config: SynthesizerConfig) -> None:
+        self._config = config
+        assert config.url is not None  # the configuration's own check
+        self._client = OpenAIClient(config.url, api_key_env=config.api_key_env, patience=config.patience)
+        self._failed = 0  # in a row; threads may miscount it by one, which only moves the end by one
+
+    def speak(self, utterances: Sequence[Utterance]) -> list[np.ndarray]:
+        """Implement ``SpeechSynthesizer.speak``.
+
+        Raises:
+            UtteranceRefusedError: the server does not speak one of the texts, or fails at it as it does at few others.
+            CordError: the server is away or answers something else than speech.
+        """
+        with ThreadPoolExecutor(self._config.concurrency) as pool:
+            return list(pool.map(self._speak, utterances))
+
+    def _speak(self, utterance: Utterance) -> np.ndarray:
+        voice = utterance.voice
+        if voice.pitch != 1.0:
+            raise CordError(f"voice {voice.name}: the endpoint cannot change the pitch; leave it at 1")
+        body = {
+            "model": self._config.model,
+            "input": utterance.text,
+            "voice": voice.name,
+            "speed": voice.speed,
+            "response_format": "wav",
+        }
+        try:
+            content = self._client.post("audio/speech", parse=bytes, json=body)
+        except RequestRefusedError as error:
+            raise UtteranceRefusedError(str(error)) from error
+        except EndpointError as error:
+            self._failed += 1
+            if self._failed > self._config.tolerated:
+                raise
+            raise UtteranceRefusedError(str(error)) from error
+        self._failed = 0
+        recording, rate = self._decode(content)
+        return polish(resample(recording, rate, SAMPLING_RATE), utterance)
+
+    def _decode(self, content: bytes) -> tuple[np.ndarray, int]:
+        """Return a WAV file's recording, float32 [samples], and its rate in Hz."""
+        try:
+            with wave.open(io.BytesIO(content)) as file:
+                channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
+                data = file.readframes(-1)  # the header of a streamed WAV file does not know its length
+        except (wave.Error, EOFError, RuntimeError) as error:
+            raise CordError(
+                f"{self._config.url} answered something else than a WAV file ({error or 'it ends too early'})"
+            ) from error
+        if width != 2 or not 8000 <= rate <= 96000:
+            raise CordError(
+                f"{self._config.url} sends {8 * width}-bit audio at {rate} Hz; set it to 16-bit PCM of 8 to 96 kHz"
+            )
+        whole = len(data) // (2 * channels) * 2 * channels
+        return np.frombuffer(data[:whole], "<i2").astype(np.float32).reshape(-1, channels).mean(axis=1), rate
