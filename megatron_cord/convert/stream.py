@@ -80,7 +80,7 @@ def export_tensors(
         full = None if parameter is None else _gather(parameter.detach(), rule, layout)
         full = _from_owner(full, layout)
         if full is not None:
-            parts = (rule.layout.views if in_pieces else rule.layout.part)(full, layout.config.tp)
+            parts = (rule.layout.views if in_pieces else rule.layout.split)(full, layout.config.tp)
             for name, tensor in zip(rule.hf, parts, strict=True):
                 if name is not None:
                     yield name, tensor if tensor.dim() > full.dim() else tensor.contiguous()
@@ -224,7 +224,7 @@ def hf_shapes(parameter: Tensor, rule: TensorRule, layout: Layout) -> dict[str, 
     shape = list(parameter.shape)
     if rule.layout.shard_dim is not None:
         shape[rule.layout.shard_dim] *= layout.config.tp
-    parts = rule.layout.part(torch.empty(shape, device="meta"), layout.config.tp)
+    parts = rule.layout.split(torch.empty(shape, device="meta"), layout.config.tp)
     return {name: part.shape for name, part in zip(rule.hf, parts, strict=True) if name is not None}
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from megatron_cord.losses.backends import Weights
 from megatron_cord.losses.shard import StoredLogits, VocabularyShard
 from megatron_cord.losses.statistics import Totals
-from megatron_cord.parallel.memory import fresh
+from megatron_cord.parallel.huge_pages import empty_in_huge_pages
 
 
 class DivergenceFromLogits(torch.autograd.Function):
@@ -37,7 +37,7 @@ class DivergenceFromLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         student_logits, teacher_logits, target_ids, *saved = ctx.saved_tensors
-        gradient = fresh(*student_logits.shape, dtype=student_logits.dtype, device=student_logits.device)
+        gradient = empty_in_huge_pages(*student_logits.shape, dtype=student_logits.dtype, device=student_logits.device)
         logits = StoredLogits(student_logits, teacher_logits)
         ctx.shard.gradient(logits, target_ids, Totals(*saved), arrived(output_gradients), gradient)
         return gradient, None, None, None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_cord.losses.products import LOW_PRECISION, add_product, operand_dtype, write_product
 from megatron_cord.losses.shard import VocabularyShard
-from megatron_cord.parallel.memory import fresh
+from megatron_cord.parallel.huge_pages import empty_in_huge_pages
 
 
 class HiddenGradient:
@@ -78,7 +78,7 @@ class WeightGradient:
         elif written is None:
             self.total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         else:
-            self.total = fresh(*weight.shape, dtype=weight.dtype, device=weight.device)
+            self.total = empty_in_huge_pages(*weight.shape, dtype=weight.dtype, device=weight.device)
             self.total[written:] = 0.0  # padding
 
     def add(self, span: slice, logits_gradient: Tensor, hidden: Tensor) -> None:

@@ -27,7 +27,7 @@ from megatron_cord.losses.recompute import joined
 from megatron_cord.losses.shard import VocabularyShard
 from megatron_cord.losses.statistics import Totals
 from megatron_cord.losses.two_pass_kinds import NO_TEACHER
-from megatron_cord.parallel.memory import fresh
+from megatron_cord.parallel.huge_pages import empty_in_huge_pages
 
 
 class Late(torch.autograd.Function):
@@ -48,7 +48,7 @@ class Late(torch.autograd.Function):
         spans, dtype = shard.blocks(layers.block_columns), gradient_dtype(student_hidden, shard.dtype)
         # By blocks of columns, each with all tokens: one product a block makes the weight's gradient.
         num_tokens = len(target_ids)
-        memory = fresh(num_tokens * shard.columns, dtype=dtype, device=student_hidden.device)
+        memory = empty_in_huge_pages(num_tokens * shard.columns, dtype=dtype, device=student_hidden.device)
         pieces = memory.split([num_tokens * (span.stop - span.start) for span in spans])
         unweighted = [piece.view(num_tokens, span.stop - span.start) for piece, span in zip(pieces, spans, strict=True)]
         parts = []

@@ -1,8 +1,8 @@
 """Core attention on torch's scaled_dot_product_attention, for machines with and without CUDA.
 
 It replaces DotProductAttention in Megatron's layer specification, which materialises the scores and supports neither
-packed sequences nor context parallelism. Padded batches are [S, B, heads, D] and rely on right padding: under the causal
-mask real tokens never attend to padding. Packed ones are [T, heads, D] with the sequences one after the other.
+packed sequences nor context parallelism. Padded batches are [S, B, heads, D] and rely on right padding: under the
+causal mask real tokens never attend to padding. Packed ones are [T, heads, D] with the sequences one after the other.
 Simplification: under context parallelism keys and values of all ranks are gathered before the scores are formed, and
 packed sequences take one kernel call each; transformer-engine does both better.
 
@@ -24,12 +24,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_cord.parallel.context import natural_order, zigzag_rows
+from megatron_cord.parallel.sequence_sharding import natural_order, zigzag_rows
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of packed sequences, with cu_seqlens as numbers too: a read from the device would block."""
+    """Megatron's description of packed sequences, with cu_seqlens as numbers: a read from the device would block."""
 
     cu_seqlens: tuple[int, ...] = ()
 

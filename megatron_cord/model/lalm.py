@@ -1,7 +1,9 @@
-"""The large audio language model on Megatron-Core, cut over tensor-parallel ranks and pipeline stages.
+"""The large audio language model on Megatron-Core, split over tensor-parallel ranks and pipeline stages.
 
-First stage: audio encoder, adapter, word embedding. All stages: the language model's layers. Last stage: final norm and output layer. The
-output layer's product is never formed here: the model returns hidden states, and the loss takes them together with the output weight.
+First stage: audio encoder, adapter, word embedding. All stages: the language model's layers. Last stage: final norm and
+output layer. Logits are never computed here: the model returns hidden states, and the loss takes them together with the
+output weight.
+Legend: B sequences, S padded length, T packed tokens, C clips, H hidden size.
 """
 
 from __future__ import annotations
@@ -43,14 +45,15 @@ class ModelInput:
         features: float32 [C, mels, frames] of all clips in the batch's order; None without audio.
         num_frames: int64 [C], valid frames of each clip; None without audio.
         sample_ids: B names, for errors.
-        borders: B + 1 numbers from 0 to T, where each packed sequence begins, its padding included; None for a padded microbatch.
+        cu_seqlens: B + 1 numbers from 0 to T: where each packed sequence begins, its padding included; None for a
+            padded microbatch.
     """
 
     token_ids: Tensor
     features: Tensor | None
     num_frames: Tensor | None
     sample_ids: tuple[str, ...]
-    borders: tuple[int, ...] | None = None
+    cu_seqlens: tuple[int, ...] | None = None
 
 
 class _HiddenStateGPT(GPTModel):
@@ -97,7 +100,7 @@ class LALM(MegatronModule):
             share_embeddings_and_output_weights=arch.language.tied_embeddings,
             position_embedding_type="rope",
             rotary_base=arch.language.rope_theta,  # type: ignore[arg-type]
-            # Audio features replace placeholders before the sequence is cut.
+            # Audio features replace placeholders before the sequence is split.
             scatter_embedding_sequence_parallel=False,
             pg_collection=layout.groups,
         )
@@ -105,16 +108,14 @@ class LALM(MegatronModule):
         self.to(layout.device)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Takes the previous stage's activations from the pipeline schedule."""
+        """Take the previous stage's activations from the pipeline schedule."""
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The weight whose gradient the first and the last stage share, if embeddings are tied (asked for by Megatron)."""
-        return (
-            self.language_model.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else None
-        )
+        """Return the weight, if any, whose gradient the first and the last stage share: that of tied embeddings."""
+        if not self.share_embeddings_and_output_weights:
+            return None
+        return self.language_model.shared_embedding_or_output_weight()
 
     @property
     def output_weight(self) -> Tensor:
@@ -123,24 +124,24 @@ class LALM(MegatronModule):
         return self.language_model.output_layer.weight if shared is None else shared
 
     def forward(self, batch: ModelInput) -> Tensor:
-        """Runs this stage.
+        """Run this stage.
 
         Returns:
-            [S/CP, B, H], the final hidden states of this rank's tokens on the last stage; [S/CP or S/CP/TP, B, H] for the next stage
-            elsewhere. S = T and B = 1 for a packed microbatch.
+            [S/CP, B, H], the final hidden states of this rank's tokens on the last stage; [S/CP or S/CP/TP, B, H] for
+            the next stage elsewhere. S = T and B = 1 for a packed microbatch.
 
         Raises:
-            CordError: placeholders and audio features do not match in number, or audio is given to a model that only reads.
+            CordError: placeholders and audio features do not match in number, or a text model is given audio.
         """
         decoder_input = None
         if self.pre_process:
             decoder_input = self._embed(batch)
             if self.layout.config.cp > 1:
-                rows = self.layout.cut.rows(batch.borders or (0, decoder_input.shape[0]))
+                rows = self.layout.sequence_sharding.rows(batch.cu_seqlens or (0, decoder_input.shape[0]))
                 decoder_input = decoder_input.index_select(0, rows.to(decoder_input.device))
             if self.config.sequence_parallel:
                 decoder_input = scatter_to_sequence_parallel_region(decoder_input, group=self.layout.tp_group)
-        packed = None if batch.borders is None else packed_sequences(batch.borders, batch.token_ids.device)
+        packed = None if batch.cu_seqlens is None else packed_sequences(batch.cu_seqlens, batch.token_ids.device)
         hidden = self.language_model(batch.token_ids, None, None, decoder_input=decoder_input, packed_seq_params=packed)
         if self.post_process and self.config.sequence_parallel:
             # The loss sums the hidden states' gradient over the tensor-parallel ranks itself.
@@ -149,48 +150,53 @@ class LALM(MegatronModule):
             )
         return hidden
 
+    def encode_audio(self, features: Tensor, num_frames: Tensor) -> Tensor:
+        """Return the features of all clips at the language model's width, [tokens of all clips, H]; first stage only.
+
+        Args:
+            features: float32 [C, mels, frames].
+            num_frames: int64 [C], valid frames of each clip.
+        """
+        assert self.audio_encoder is not None
+        assert self.adapter is not None
+        audio = self.adapter(self.audio_encoder(features, num_frames))  # [C, tokens of the window, H]
+        tokens = self.arch.num_audio_tokens(num_frames)  # [C]
+        return audio[torch.arange(audio.shape[1], device=audio.device)[None] < tokens[:, None]]
+
     def _embed(self, batch: ModelInput) -> Tensor:
-        """Word embeddings [S, B, H] with audio features in the placeholders' rows."""
+        """Return word embeddings [S, B, H] with audio features in the placeholders' rows."""
         positions = torch.zeros_like(batch.token_ids)  # unused: rotary positions enter in the attention
         embedded = self.language_model.embedding(batch.token_ids, positions)
         if self.arch.encoder is None or self.arch.audio_token_id is None:
             if batch.features is not None:
-                names = ", ".join(batch.sample_ids)
                 raise CordError(
-                    f"samples {names}: audio for a {self.arch.model_type} model, which only reads; give it text prompts"
+                    f"samples {', '.join(batch.sample_ids)}: audio for a {self.arch.model_type} model, "
+                    "which takes text alone; give it text prompts"
                 )
             return embedded
-        tokens = None if batch.num_frames is None else self.arch.num_audio_tokens(batch.num_frames)  # [C]
+        tokens = [] if batch.num_frames is None else self.arch.num_audio_tokens(batch.num_frames).tolist()
         is_placeholder = torch.eq(batch.token_ids, self.arch.audio_token_id)  # [B, S]
-        _check_placeholders(
-            _per_sample(is_placeholder, batch.borders), [] if tokens is None else tokens.tolist(), batch.sample_ids
-        )
+        _check_placeholders(_placeholders_per_sample(is_placeholder, batch.cu_seqlens), tokens, batch.sample_ids)
         if batch.features is None:
             return embedded
-        assert (
-            self.audio_encoder is not None
-            and self.adapter is not None
-            and batch.num_frames is not None
-            and tokens is not None
-        )
-        audio = self.adapter(self.audio_encoder(batch.features, batch.num_frames))  # [C, T, H]
-        is_feature = torch.arange(audio.shape[1], device=audio.device)[None] < tokens[:, None]
+        assert batch.num_frames is not None
+        audio = self.encode_audio(batch.features, batch.num_frames)
         sequence, size, hidden = embedded.shape
         rows = embedded.transpose(0, 1).reshape(-1, hidden)
-        rows = rows.index_copy(0, is_placeholder.reshape(-1).nonzero().squeeze(1), audio[is_feature].to(rows.dtype))
+        rows = rows.index_copy(0, is_placeholder.reshape(-1).nonzero().squeeze(1), audio.to(rows.dtype))
         return rows.reshape(size, sequence, hidden).transpose(0, 1).contiguous()
 
 
-def _per_sample(is_placeholder: Tensor, borders: tuple[int, ...] | None) -> list[int]:
-    """How many placeholders each of B samples has; is_placeholder is bool [B, S], or [1, T] with borders."""
-    if borders is None:
+def _placeholders_per_sample(is_placeholder: Tensor, cu_seqlens: tuple[int, ...] | None) -> list[int]:
+    """Count the placeholders of each of B samples; is_placeholder is bool [B, S], or [1, T] with cu_seqlens."""
+    if cu_seqlens is None:
         return is_placeholder.sum(1).tolist()
     before = torch.nn.functional.pad(is_placeholder[0].cumsum(0), (1, 0)).tolist()
-    return [before[end] - before[start] for start, end in pairwise(borders)]
+    return [before[end] - before[start] for start, end in pairwise(cu_seqlens)]
 
 
 def _check_placeholders(placeholders: list[int], features: list[int], sample_ids: tuple[str, ...]) -> None:
-    """Each sample's placeholders must be filled by whole clips, one after the other.
+    """Raise CordError unless whole clips, one after the other, fill each sample's placeholders.
 
     Args:
         placeholders: number in each of B samples.
@@ -198,8 +204,9 @@ def _check_placeholders(placeholders: list[int], features: list[int], sample_ids
         sample_ids: B names.
     """
     cure = (
-        "likely cause: a prompt that was built for another checkpoint's rate of audio tokens, or cut off in its audio, or clips of another "
-        "sample; build the prompts with this checkpoint's own processor, and give each sample its own clips"
+        "likely cause: a prompt that was built for another checkpoint's rate of audio tokens, or cut off in its audio, "
+        "or clips of another sample; build the prompts with this checkpoint's own processor, and give each sample its "
+        "own clips"
     )
     clips = iter(features)
     for name, wanted in zip(sample_ids, placeholders, strict=True):
@@ -215,9 +222,10 @@ def _check_placeholders(placeholders: list[int], features: list[int], sample_ids
 
 
 def _mark_sharded_weights(model: torch.nn.Module) -> None:
-    """Tells the optimizer which weights are shards: Megatron-Core 0.16 does so only while it initialises them, later versions for some.
+    """Mark the weights that are shards, for the optimizer.
 
-    Unmarked, a shard counts as a copy that every tensor-parallel rank has, and the gradient norm misses all of them but one rank's.
+    Megatron-Core 0.16 marks weights only while it initialises them, later versions only some of them. An unmarked shard
+    counts as a copy that every tensor-parallel rank has, and the gradient norm misses all shards but one rank's.
     """
     for module in model.modules():
         if (

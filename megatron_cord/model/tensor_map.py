@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_cord.model.layouts import Layout
+from megatron_cord.model.tensor_layouts import TensorLayout
 
 
 @dataclass(frozen=True)
@@ -14,16 +14,16 @@ class TensorRule:
     Attributes:
         megatron: its name in the whole model, layers numbered over all pipeline stages.
         hf: the names of its Hugging Face parts in the layout's order; None where the family has no such tensor.
-        layout: how the parts are joined and sharded.
+        layout: how the parts are joined and split.
     """
 
     megatron: str
     hf: tuple[str | None, ...]
-    layout: Layout
+    layout: TensorLayout
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """The parts that exist."""
+        """The names of the parts that exist."""
         return tuple(name for name in self.hf if name is not None)
 
 

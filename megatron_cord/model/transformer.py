@@ -1,4 +1,4 @@
-"""Megatron's transformer configuration and layer specification for our two towers, from an architecture and a layout."""
+"""Megatron's transformer configuration and layer specification for both towers, from an architecture and a layout."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def uses_transformer_engine(layers: LayerConfig) -> bool:
 
 
 def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, object]:
-    """What both towers share; fusions that need CUDA kernels follow the device."""
+    """Return the settings that both towers share; fusions that need CUDA kernels follow the device."""
     cuda = portability.has_cuda()
     return {
         "tensor_model_parallel_size": parallel.tp,
@@ -65,7 +65,7 @@ def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, object]:
 def encoder_config(
     arch: EncoderArchitecture, parallel: ParallelConfig, dtype: torch.dtype, layers: LayerConfig
 ) -> TransformerConfig:
-    """Whisper's layers: pre-LayerNorm, biases, exact GELU; never cut over stages or context-parallel ranks."""
+    """Configure Whisper's layers: pre-LayerNorm, biases, exact GELU; split neither over stages nor sequences."""
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -83,7 +83,7 @@ def encoder_config(
 def language_config(
     arch: LanguageArchitecture, parallel: ParallelConfig, dtype: torch.dtype, layers: LayerConfig
 ) -> TransformerConfig:
-    """A Llama-like decoder: RMSNorm, SwiGLU, grouped-query attention, optional biases on the fused qkv."""
+    """Configure a Llama-like decoder: RMSNorm, SwiGLU, grouped-query attention, optional biases on the fused qkv."""
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -99,10 +99,10 @@ def language_config(
         add_qkv_bias=arch.qkv_bias,
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
-        # Batches differ in length, so stages tell each other the shape; Megatron ties that to this dispatcher even without experts.
+        # Batches differ in length, so stages exchange shapes; Megatron ties that to this dispatcher, experts or not.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        calculate_per_token_loss=True,  # the loss arrives normalised by global counts; nobody divides it again
+        calculate_per_token_loss=True,  # the loss is already normalised by global counts and not divided again
         **layers.recomputation("language_model"),  # type: ignore[arg-type]
         **_common(parallel, dtype),  # type: ignore[arg-type]
     )
@@ -111,11 +111,14 @@ def language_config(
 class Norm:
     """torch's own RMSNorm or LayerNorm under the arguments that Megatron gives to a norm.
 
-    Under sequence parallelism each rank's norm sees a slice of the tokens; its parameters are marked, so that Megatron sums their
-    gradients over the tensor-parallel ranks.
+    Under sequence parallelism each rank's norm gets a slice of the tokens; its parameters are marked, so that Megatron
+    sums their gradients over the tensor-parallel ranks.
     """
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:  # type: ignore[misc]
+    def __new__(  # type: ignore[misc]
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> torch.nn.Module:
+        """Build the norm that the configuration names."""
         kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
         norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
@@ -126,12 +129,12 @@ class Norm:
 def block_spec(
     config: TransformerConfig, mask: AttnMaskType, layers: LayerConfig, *, pp_rank: int = 0
 ) -> TransformerBlockSubmodules:
-    """This stage's layers: Megatron's own tensor-parallel ones with our core attention and norm, or transformer-engine's.
+    """Specify this stage's layers: Megatron's tensor-parallel ones with torch's attention, or transformer-engine's.
 
     Args:
         config: of the tower.
-        mask: causal, padding (with a mask of what is padding) or no_mask.
-        layers: which implementation.
+        mask: causal, padding (with a mask of the padding) or no_mask.
+        layers: the implementation.
         pp_rank: this stage.
     """
     layer, norm = _transformer_engine_layer() if uses_transformer_engine(layers) else _torch_layer(config)
@@ -143,7 +146,7 @@ def block_spec(
 
 
 def _torch_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
-    """One layer and the norm after the last; norms stand alone."""
+    """Return the specification of a layer and the norm after the last one; norms are modules of their own."""
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
     attention = spec.submodules.self_attention
     attention = replace(attention, submodules=replace(attention.submodules, core_attention=SdpaAttention))
@@ -154,7 +157,10 @@ def _torch_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
 
 
 def _transformer_engine_layer() -> tuple[ModuleSpec, type]:
-    """The same; a norm before a column-parallel matrix is part of it, under names that `convert.stream` knows."""
+    """Return the same of transformer-engine.
+
+    A norm before a column-parallel matrix is part of that matrix, under names that `megatron_cord.convert` maps back.
+    """
     from megatron.core.extensions.transformer_engine import TENorm
 
     return get_gpt_layer_with_transformer_engine_spec(), TENorm

@@ -1,7 +1,9 @@
 """AdamW with the contract that Megatron's distributed optimizer expects of apex's and transformer-engine's FusedAdam.
 
-The contract: one ``step`` in each param group instead of one in each parameter's state, and states named ``exp_avg`` and ``exp_avg_sq``.
-Simplification: decoupled weight decay (AdamW) only, one foreach kernel a group; used where neither apex nor transformer-engine is present.
+The contract: one ``step`` in each param group instead of one in each parameter's state, and states named ``exp_avg``
+    and
+``exp_avg_sq``. Simplification: decoupled weight decay (AdamW) only, one foreach kernel a group. It is used where
+neither apex nor transformer-engine is present.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ class FusedAdam(torch.optim.Optimizer):
         betas: decay rates of the first and second moment.
         eps: added to the denominator.
         weight_decay: decoupled.
-        adam_w_mode: must be True; the argument exists because callers of FusedAdam pass it.
+        adam_w_mode: must be True; callers of FusedAdam pass it.
         capturable: must be False, as nothing here goes into a CUDA graph; Megatron-Core 0.19 passes it.
     """
 
@@ -38,13 +40,14 @@ class FusedAdam(torch.optim.Optimizer):
     ) -> None:
         if not adam_w_mode or capturable:
             raise ValueError(
-                "this FusedAdam implements decoupled weight decay only (adam_w_mode=True), and no CUDA graphs (capturable=False)"
+                "this FusedAdam implements decoupled weight decay only (adam_w_mode=True), "
+                "and no CUDA graphs (capturable=False)"
             )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         if closure is not None:
             raise ValueError("FusedAdam takes no closure")
         for group in self.param_groups:

@@ -1,6 +1,7 @@
 """The layout of a run over ranks: sizes in a configuration, process groups once initialised.
 
-Everything else takes a `Layout` or one of its groups as an argument; nothing in this project reads Megatron's global state.
+Everything else takes a `Layout` or one of its groups as an argument; nothing in this project reads Megatron's global
+state.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_cord.errors import CordError
 from megatron_cord.parallel import portability
-from megatron_cord.parallel.context import SequenceCut
+from megatron_cord.parallel.sequence_sharding import SequenceSharding
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,13 @@ class ParallelConfig:
     """Sizes of the layout; data parallelism takes the ranks that remain."""
 
     tp: int = 1  #: tensor parallel size
-    pp: int = (
-        1  #: pipeline parallel size (1F1B); the audio encoder and adapter live on the first stage, the loss on the last
-    )
-    cp: int = 1  #: context parallel size: the language model's sequences are cut over so many ranks, for long contexts
+    #: pipeline parallel size (1F1B); the audio encoder and adapter live on the first stage, the loss on the last
+    pp: int = 1
+    cp: int = 1  #: context parallel size: ranks that share each of the language model's sequences, for long contexts
     virtual_pp: int = 1  #: interleaved pipeline stages a rank; only 1: see docs/layouts.md
-    sequence_parallel: bool = (
-        False  #: shard activations between tensor-parallel regions of both towers along the sequence
-    )
-    timeout_minutes: float = 10.0  #: how long a collective may take before the run is taken for dead
+    #: shard activations between tensor-parallel regions of both towers along the sequence
+    sequence_parallel: bool = False
+    timeout_minutes: float = 10.0  #: how long a collective may take before the run is considered dead
 
     def __post_init__(self) -> None:
         if min(self.tp, self.pp, self.cp) < 1:
@@ -43,8 +42,9 @@ class ParallelConfig:
             )
         if self.virtual_pp != 1:
             raise CordError(
-                f"parallel.virtual_pp={self.virtual_pp}: interleaved pipeline stages are not built; Megatron-Core 0.16.1 gives wrong "
-                "gradients with them, and later versions mix up the shapes of microbatches that differ in length. Set parallel.virtual_pp=1 and choose a larger parallel.tp or a smaller parallel.pp"
+                f"parallel.virtual_pp={self.virtual_pp}: interleaved pipeline stages are not built; Megatron-Core "
+                "0.16.1 gives wrong gradients with them, and later versions mix up the shapes of microbatches that "
+                "differ in length. Set parallel.virtual_pp=1 and choose a larger parallel.tp or a smaller parallel.pp"
             )
         if self.sequence_parallel and self.tp == 1:
             raise CordError("parallel.sequence_parallel needs parallel.tp > 1; set it to false")
@@ -52,7 +52,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this rank stands.
+    """The sizes, the process groups, and this rank's place in them.
 
     Attributes:
         config: the sizes.
@@ -86,19 +86,19 @@ class Layout:
 
     @property
     def cp_group(self) -> dist.ProcessGroup:
-        """Ranks that hold the same weights and see different tokens of the same sequences."""
+        """Ranks that hold the same weights and process different tokens of the same sequences."""
         return self.groups.cp
 
     @property
     def dp_group(self) -> dist.ProcessGroup:
-        """Ranks that hold the same weights and see different sequences."""
+        """Ranks that hold the same weights and process different sequences."""
         return self.groups.dp
 
     @property
-    def cut(self) -> SequenceCut:
-        """How sequences are cut over ranks."""
+    def cut(self) -> SequenceSharding:
+        """How sequences are split over ranks."""
         sequence_parallel = self.config.tp if self.config.sequence_parallel else 1
-        return SequenceCut(self.config.cp, dist.get_rank(self.cp_group), sequence_parallel)
+        return SequenceSharding(self.config.cp, dist.get_rank(self.cp_group), sequence_parallel)
 
     @property
     def pp_rank(self) -> int:
@@ -117,7 +117,7 @@ class Layout:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank speaks for the run."""
+        """Whether this rank reports for the run."""
         return self.rank == 0
 
     @property
@@ -132,18 +132,18 @@ class Layout:
 
 
 def initialize(config: ParallelConfig, seed: int) -> Layout:
-    """Joins the ranks that torchrun started (one rank if it did not) and makes the process groups.
+    """Join the ranks that torchrun started (one rank without torchrun) and make the process groups.
 
     Raises:
         CordError: the number of ranks is not a multiple of tp × pp × cp.
-        RuntimeError: the ranks are laid out in another way already.
+        RuntimeError: the ranks have another layout already.
     """
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     sizes = (config.tp, config.pp, config.cp)
     if world % math.prod(sizes):
         raise CordError(
-            f"{world} ranks cannot be laid out with parallel.tp={config.tp} × parallel.pp={config.pp} × parallel.cp={config.cp}; "
-            f"start a multiple of {math.prod(sizes)} ranks (torchrun --nproc-per-node)"
+            f"{world} ranks cannot be laid out with parallel.tp={config.tp} × parallel.pp={config.pp} × "
+            f"parallel.cp={config.cp}; start a multiple of {math.prod(sizes)} ranks (torchrun --nproc-per-node)"
         )
     if portability.has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -175,17 +175,17 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
 
 
 def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """The store at which the launcher's ranks find each other, this one's rank, and their number.
+    """Return the store at which the launcher's ranks find each other, this one's rank, and their number.
 
-    torchrun's agent keeps one store over restarts. Ranks that start again would read there, if they are early, where the ranks before them
-    listened, and fail; so each start has names of its own.
+    torchrun's agent keeps one store over restarts. A restarted rank that is early would read the addresses of the ranks
+    before it and fail; so each start has names of its own.
     """
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, world
 
 
 def finalize() -> None:
-    """Leaves the process groups; a rank that skips this makes torch warn at exit."""
+    """Leave the process groups; without this torch warns at exit."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Small plain values between ranks, as JSON: nothing that arrives can execute code."""
+"""Small plain values between ranks, as JSON: nothing that is received can execute code."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_cord.parallel import portability
 
 
 def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's value, in rank order, on every rank. Collective over the group (None: all ranks).
+    """Return every rank's value, in rank order, on every rank. Collective over the group (None: all ranks).
 
-    What comes back went through JSON, on one rank too: tuples are lists, keys are strings.
+    The values pass through JSON, on one rank too: tuples become lists, keys become strings.
 
     Raises:
-        TypeError: a value that JSON does not know.
+        TypeError: a value that JSON cannot represent.
     """
     text = json.dumps(value)
     world = dist.get_world_size(group)
@@ -34,5 +34,5 @@ def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[
 
 
 def broadcast_json(value: Any, source: int = 0) -> Any:
-    """The value of the global rank `source` on every rank; what the others pass does not matter. Collective over all ranks."""
+    """Return the value of the global rank `source` on every rank; other ranks' values are ignored. Collective."""
     return all_gather_json(value if dist.get_rank() == source else None)[source]

@@ -1,12 +1,14 @@
-"""Lets Megatron-Core run on machines without CUDA: the one place where the device differs.
+"""The one place where the device differs: `install` makes Megatron-Core run on machines without CUDA.
 
-Megatron-Core asks for CUDA devices, streams and generators by name. Without CUDA, `install` maps devices to the CPU, makes streams and
-events inert, and gives the CUDA random generator's calls the CPU's generator. With CUDA it does none of this. On both, where neither apex
-nor transformer-engine brings its fused optimizer, it provides that optimizer's contract on plain torch. It proves numerics and the logic of communication on gloo; it says nothing about streams, overlap, NCCL
-or transformer-engine's kernels.
+Megatron-Core names CUDA devices, streams and generators. Without CUDA, `install` maps devices to the CPU, makes streams
+and events inert, and routes the CUDA random generator's calls to the CPU's generator. With CUDA it does none of this.
+On both, where neither apex nor transformer-engine brings its fused optimizer, it provides that optimizer's contract
+on plain torch. What runs on CPUs this way tests numerics and the logic of communication on gloo, but not streams,
+overlap, NCCL or transformer-engine's kernels.
 
-Simplifications: a global patch of torch, made once per process before megatron.core is imported (importing `megatron_cord.parallel` does
-it); `torch.cuda.is_available()` stays False, so libraries that ask first take their CPU path.
+Simplifications: a global patch of torch, made once per process before megatron.core is imported (importing
+`megatron_cord.parallel` does it); `torch.cuda.is_available()` stays False, so that libraries which test it take their
+CPU path.
 """
 
 from __future__ import annotations
@@ -34,31 +36,32 @@ _CUDA_TYPES = {
 
 
 def has_cuda() -> bool:
-    """Whether this process computes on CUDA devices."""
+    """Return whether this process computes on CUDA devices."""
     return torch.cuda.is_available()
 
 
 def device() -> torch.device:
-    """The device that this process computes on."""
+    """Return the device that this process computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
 
 
 def backend() -> str:
-    """The torch.distributed backend that fits the device."""
+    """Return the torch.distributed backend for the device."""
     return "nccl" if has_cuda() else "gloo"
 
 
 def has_transformer_engine() -> bool:
-    """Whether transformer-engine's layers can be used: it is installed, and its kernels have a GPU."""
+    """Return whether transformer-engine's layers can be used: it is installed, and its kernels have a GPU."""
     from megatron.core.extensions import transformer_engine
 
     return has_cuda() and bool(transformer_engine.HAVE_TE)
 
 
 def on_own_stream(target: torch.device, work: Callable[[], None]) -> Callable[[], None]:
-    """``work`` for another thread, to be wrapped where the work it builds on was started.
+    """Wrap ``work`` for another thread, in the thread that queued what the work depends on.
 
-    On CUDA it computes on a stream of its own, after everything that the calling thread has queued so far, and returns when it is done.
+    On CUDA it computes on a stream of its own, after everything that the calling thread has queued so far, and returns
+    when it is done.
     """
     if target.type != "cuda":
         return work
@@ -76,12 +79,12 @@ def on_own_stream(target: torch.device, work: Callable[[], None]) -> Callable[[]
 
 @functools.cache
 def install() -> None:
-    """Makes Megatron-Core importable and runnable without CUDA, and its distributed optimizer without apex and transformer-engine.
+    """Make Megatron-Core run without CUDA, and its distributed optimizer without apex and transformer-engine.
 
-    Repeated calls are free.
+    Repeated calls do nothing.
 
     Raises:
-        RuntimeError: megatron.core was imported before; its modules may already hold unpatched names.
+        RuntimeError: megatron.core was imported before, so that its modules may already hold unpatched names.
     """
     if has_cuda():
         _provide_fused_adam()
@@ -90,7 +93,7 @@ def install() -> None:
         raise RuntimeError(
             "megatron.core was imported before megatron_cord.parallel; import megatron_cord.parallel first"
         )
-    # Megatron's jit_fuser is torch.compile, which wants a compiler for every small function; eager is right and starts at once.
+    # Megatron's jit_fuser is torch.compile, which calls a compiler for every small function; eager starts at once.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _patch_devices()
     _patch_streams()
@@ -102,7 +105,7 @@ def install() -> None:
 
 
 def _cpu_for_cuda(value: Any) -> Any:
-    """CUDA devices become the CPU; everything else stays. Plain integers are CUDA ordinals only as a `device=` argument."""
+    """Return the CPU for CUDA devices, else the value. Plain integers are CUDA ordinals only as `device=` arguments."""
     if isinstance(value, str) and value.startswith("cuda"):
         return _CPU
     if isinstance(value, torch.device) and value.type == "cuda":
@@ -114,8 +117,8 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
-            asked = kwargs["device"]
-            kwargs["device"] = _CPU if isinstance(asked, int) else _cpu_for_cuda(asked)
+            device = kwargs["device"]
+            kwargs["device"] = _CPU if isinstance(device, int) else _cpu_for_cuda(device)
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False  # pinning needs CUDA's allocator
         return function(*args, **kwargs)
@@ -124,7 +127,7 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_devices() -> None:
-    # `with torch.device(...)` recognises factories by identity in a set that is filled on first use: it must hold the originals.
+    # `with torch.device(...)` recognises factories by identity in a set that is filled on first use: the originals.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -189,9 +192,9 @@ def _patch_tensor_types() -> None:
     tensor_type = torch.Tensor.type
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        answer = tensor_type(self, *args, **kwargs)
-        # Megatron's mixed-precision optimizer tells precisions apart by the names of CUDA's tensor types.
-        return _CUDA_TYPES.get(answer, answer) if isinstance(answer, str) else answer
+        result = tensor_type(self, *args, **kwargs)
+        # Megatron's mixed-precision optimizer distinguishes precisions by the names of CUDA's tensor types.
+        return _CUDA_TYPES.get(result, result) if isinstance(result, str) else result
 
     torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
 
@@ -208,7 +211,7 @@ def _patch_collectives() -> None:
 
 
 def _patch_generators_of_megatron() -> None:
-    """What can only be mended in Megatron's own module, which by now sees a patched torch."""
+    """Patch what exists only in Megatron's own module, which imports the patched torch."""
     from megatron.core.tensor_parallel import random
 
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
@@ -216,7 +219,10 @@ def _patch_generators_of_megatron() -> None:
 
 
 def _provide_fused_adam() -> None:
-    """Megatron takes transformer-engine's FusedAdam, else apex's; with neither, torch's AdamW, whose states its own checkpoints cannot restore."""
+    """Give Megatron a FusedAdam where neither transformer-engine nor apex has one.
+
+    It would take torch's AdamW, whose states its own checkpoints cannot restore.
+    """
     import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
     from megatron.core import optimizer
 

@@ -1,7 +1,7 @@
 """Model families by Hugging Face ``model_type``: one file each, or one folder where a family needs modules of its own.
 
-Every module here with a tuple ``FAMILIES`` is found by itself, so that a new family is a new file and no line elsewhere;
-docs/adding-a-model.md shows how.
+Every module here with a tuple ``FAMILIES`` is found by itself, so that a new family is a new file and no line
+elsewhere; docs/adding-a-model.md shows how.
 """
 
 from __future__ import annotations

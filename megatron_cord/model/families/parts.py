@@ -1,6 +1,7 @@
-"""What families have in common: how Whisper's encoder and a Llama-like decoder are read from a configuration and named in a checkpoint.
+"""Parts that families share: Whisper's encoder and a Llama-like decoder, in configurations and in checkpoints.
 
-A family passes the prefixes under which its checkpoints keep these parts, and its own spelling where it departs from Hugging Face's.
+A family passes the prefixes under which its checkpoints keep these parts, and its own spelling where it departs from
+Hugging Face's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import EncoderArchitecture, LanguageArchitecture
-from megatron_cord.model.layouts import Column, GateUp, Qkv, Replicated, Row, Vocabulary
+from megatron_cord.model.tensor_layouts import Column, GateUp, Qkv, Replicated, Row, Vocabulary
 from megatron_cord.model.tensor_map import TensorRule
 
 #: The parts of an encoder as Hugging Face's Whisper-like models spell them; those of a layer after its number.
@@ -30,7 +31,7 @@ WHISPER_SPELLING = {
 
 
 def require(settings: Mapping[str, tuple[object, object]]) -> None:
-    """Refuses settings under which the model would compute something else.
+    """Refuse settings under which the model would compute something else.
 
     Args:
         settings: by name, the given value and the only one that is supported.
@@ -44,7 +45,7 @@ def require(settings: Mapping[str, tuple[object, object]]) -> None:
 
 
 def decoder_architecture(config: Any, *, qkv_bias: bool, where: str = "") -> LanguageArchitecture:
-    """Sizes of a Qwen2 or Llama decoder from its Hugging Face configuration.
+    """Return the sizes of a Qwen2 or Llama decoder from its Hugging Face configuration.
 
     Args:
         config: of the decoder.
@@ -80,20 +81,20 @@ def decoder_architecture(config: Any, *, qkv_bias: bool, where: str = "") -> Lan
 
 
 def encoder_rules(enc: EncoderArchitecture, tower: str, spelling: Mapping[str, str] | None = None) -> list[TensorRule]:
-    """The encoder's tensors.
+    """Return the rules of the encoder's tensors.
 
     Args:
         enc: its sizes.
         tower: the prefix of its names.
         spelling: as `WHISPER_SPELLING`, which is the default.
     """
-    mega, say = "audio_encoder", spelling or WHISPER_SPELLING
+    mega, spelled = "audio_encoder", spelling or WHISPER_SPELLING
     qkv = Qkv(enc.num_heads, enc.num_heads, enc.hidden_size // enc.num_heads)
     rules = [rule for conv in ("conv1", "conv2") for rule in pair(f"{mega}.{conv}", f"{tower}.{conv}")]
-    rules.append(TensorRule(f"{mega}.embed_positions", (f"{tower}.{say['positions']}",), Replicated()))
+    rules.append(TensorRule(f"{mega}.embed_positions", (f"{tower}.{spelled['positions']}",), Replicated()))
     for i in range(enc.num_layers):
-        hf, mg = f"{tower}.{say['layers']}.{i}", f"{mega}.block.layers.{i}"
-        query, key, value, out = (f"{hf}.{say[part]}" for part in ("query", "key", "value", "out"))
+        hf, mg = f"{tower}.{spelled['layers']}.{i}", f"{mega}.block.layers.{i}"
+        query, key, value, out = (f"{hf}.{spelled[part]}" for part in ("query", "key", "value", "out"))
         rules += [
             TensorRule(
                 f"{mg}.self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in (query, key, value)), qkv
@@ -102,18 +103,18 @@ def encoder_rules(enc: EncoderArchitecture, tower: str, spelling: Mapping[str, s
             TensorRule(f"{mg}.self_attention.linear_qkv.bias", (f"{query}.bias", None, f"{value}.bias"), qkv),
             TensorRule(f"{mg}.self_attention.linear_proj.weight", (f"{out}.weight",), Row()),
             TensorRule(f"{mg}.self_attention.linear_proj.bias", (f"{out}.bias",), Replicated()),
-            TensorRule(f"{mg}.mlp.linear_fc1.weight", (f"{hf}.{say['mlp_in']}.weight",), Column()),
-            TensorRule(f"{mg}.mlp.linear_fc1.bias", (f"{hf}.{say['mlp_in']}.bias",), Column()),
-            TensorRule(f"{mg}.mlp.linear_fc2.weight", (f"{hf}.{say['mlp_out']}.weight",), Row()),
-            TensorRule(f"{mg}.mlp.linear_fc2.bias", (f"{hf}.{say['mlp_out']}.bias",), Replicated()),
-            *pair(f"{mg}.input_layernorm", f"{hf}.{say['attention_norm']}"),
-            *pair(f"{mg}.pre_mlp_layernorm", f"{hf}.{say['mlp_norm']}"),
+            TensorRule(f"{mg}.mlp.linear_fc1.weight", (f"{hf}.{spelled['mlp_in']}.weight",), Column()),
+            TensorRule(f"{mg}.mlp.linear_fc1.bias", (f"{hf}.{spelled['mlp_in']}.bias",), Column()),
+            TensorRule(f"{mg}.mlp.linear_fc2.weight", (f"{hf}.{spelled['mlp_out']}.weight",), Row()),
+            TensorRule(f"{mg}.mlp.linear_fc2.bias", (f"{hf}.{spelled['mlp_out']}.bias",), Replicated()),
+            *pair(f"{mg}.input_layernorm", f"{hf}.{spelled['attention_norm']}"),
+            *pair(f"{mg}.pre_mlp_layernorm", f"{hf}.{spelled['mlp_norm']}"),
         ]
-    return rules + pair(f"{mega}.layer_norm", f"{tower}.{say['final_norm']}")
+    return rules + pair(f"{mega}.layer_norm", f"{tower}.{spelled['final_norm']}")
 
 
 def pair(megatron: str, hf: str, *, bias: bool = True) -> list[TensorRule]:
-    """A weight and its bias that every rank holds whole."""
+    """Return the rules of a weight and its bias that every rank holds whole."""
     return [
         TensorRule(f"{megatron}.{part}", (f"{hf}.{part}",), Replicated())
         for part in (("weight", "bias") if bias else ("weight",))
@@ -121,7 +122,7 @@ def pair(megatron: str, hf: str, *, bias: bool = True) -> list[TensorRule]:
 
 
 def decoder_rules(lm: LanguageArchitecture, root: str, head: str) -> list[TensorRule]:
-    """The language model's tensors.
+    """Return the rules of the language model's tensors.
 
     Args:
         lm: its sizes.

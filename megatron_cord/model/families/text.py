@@ -1,4 +1,4 @@
-"""Plain text models, Qwen2 and Llama, for teachers and judges. They differ in the biases of the fused projection alone."""
+"""Plain text models, Qwen2 and Llama, for teachers and judges. They differ in the biases of the fused projection."""
 
 from __future__ import annotations
 

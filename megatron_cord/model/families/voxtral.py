@@ -1,4 +1,4 @@
-"""Voxtral (Liu et al. 2025): Whisper's encoder over whole windows, four frames stacked into one for an MLP, and Llama."""
+"""Voxtral (Liu et al. 2025): Whisper's encoder over whole windows, an MLP over stacks of four frames, and Llama."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_cord.data.samples import Prompt
 from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import ModelInput
-from megatron_cord.parallel.context import SequenceCut
+from megatron_cord.parallel.sequence_sharding import SequenceSharding
 from megatron_cord.rollout.types import Rollout
 from megatron_cord.trainer.step.packing import pack
 
@@ -122,7 +122,7 @@ class Microbatch:
 
 
 def make_microbatches(
-    sequences: Sequence[TrainingSequence], config: BatchConfig, pad_id: int, cut: SequenceCut, device: torch.device
+    sequences: Sequence[TrainingSequence], config: BatchConfig, pad_id: int, cut: SequenceSharding, device: torch.device
 ) -> list[Microbatch]:
     """Puts sequences into microbatches, those of L_tok first. Ranks that share sequences make the same ones.
 
@@ -149,14 +149,14 @@ def _neighbours(sequences: list[TrainingSequence], size: int) -> list[tuple[Trai
 
 
 def _packed(
-    sequences: list[TrainingSequence], config: BatchConfig, cut: SequenceCut
+    sequences: list[TrainingSequence], config: BatchConfig, cut: SequenceSharding
 ) -> list[tuple[TrainingSequence, ...]]:
     lengths = [_round_up(max(s.student_tokens, s.teacher_tokens), cut.chunks) for s in sequences]
     return [tuple(sequences[i] for i in box) for box in pack(lengths, config.tokens_per_microbatch)]
 
 
 def _microbatch(
-    sequences: tuple[TrainingSequence, ...], packed: bool, pad_id: int, cut: SequenceCut, device: torch.device
+    sequences: tuple[TrainingSequence, ...], packed: bool, pad_id: int, cut: SequenceSharding, device: torch.device
 ) -> Microbatch:
     responses = [s.rollout.token_ids for s in sequences]
     lay_out = _pack if packed else _pad
@@ -187,7 +187,7 @@ def _microbatch(
 
 
 def _pad(
-    prompts: list[Prompt], responses: list[tuple[int, ...]], pad_id: int, cut: SequenceCut, device: torch.device
+    prompts: list[Prompt], responses: list[tuple[int, ...]], pad_id: int, cut: SequenceSharding, device: torch.device
 ) -> tuple[ModelInput, Rows]:
     """Prompt, response and padding of each sequence in a row of its own."""
     size = len(prompts)
@@ -207,7 +207,7 @@ def _pad(
 
 
 def _pack(
-    prompts: list[Prompt], responses: list[tuple[int, ...]], pad_id: int, cut: SequenceCut, device: torch.device
+    prompts: list[Prompt], responses: list[tuple[int, ...]], pad_id: int, cut: SequenceSharding, device: torch.device
 ) -> tuple[ModelInput, Rows]:
     """Prompt, response and padding of each sequence, one sequence after the other; the last one is padded to what all of them need."""
     token_ids: list[int] = []
@@ -239,7 +239,7 @@ def _model_input(
 
 
 def _rows(
-    places: list[int], columns: list[int], width: int, borders: Sequence[int], cut: SequenceCut, device: torch.device
+    places: list[int], columns: list[int], width: int, borders: Sequence[int], cut: SequenceSharding, device: torch.device
 ) -> Rows:
     """Which of the N tokens, predicted at (place, column) of [S, width], are predicted on this rank, and from which row."""
     mine = cut.rows(borders)

@@ -135,7 +135,7 @@ class TrainStep:
         rank, world = dist.get_rank(self.layout.dp_group), dist.get_world_size(self.layout.dp_group)
         share = balance([s.student_tokens + s.teacher_tokens for s in sequences], world)[rank]
         return make_microbatches(
-            [sequences[i] for i in share], self.batches, self.pad_id, self.layout.cut, self.layout.device
+            [sequences[i] for i in share], self.batches, self.pad_id, self.layout.sequence_sharding, self.layout.device
         )
 
     def _forward_backward(

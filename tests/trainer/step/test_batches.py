@@ -14,8 +14,8 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt
 from megatron_cord.model.config import ModelConfig
 from megatron_cord.model.lalm import ModelInput
-from megatron_cord.parallel.context import SequenceCut
 from megatron_cord.parallel.layout import Layout
+from megatron_cord.parallel.sequence_sharding import SequenceSharding
 from megatron_cord.rollout.types import Rollout
 from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.step.batches import BatchConfig, TrainingSequence, make_microbatches
@@ -67,7 +67,7 @@ def test_rows_predict_the_response(config: BatchConfig, inputs: Path, prompts: P
         return logits[:, :true_size].log_softmax(-1).gather(1, targets[:, None])[:, 0].detach()
 
     microbatches = make_microbatches(
-        sequences(prompts), config, prompts.pad_id, SequenceCut(sequence_parallel=4), layout.device
+        sequences(prompts), config, prompts.pad_id, SequenceSharding(sequence_parallel=4), layout.device
     )
     assert any(len(batch.sequences) > 1 for batch in microbatches)
     for batch in microbatches:
@@ -95,7 +95,7 @@ def test_every_sequence_is_in_one_microbatch(
     """Catches a sequence lost or doubled by the cut, scored and other sequences in one microbatch, and advantages of another sequence."""
     made = sequences(prompts)
     config = BatchConfig(packing, micro_batch_size=size, tokens_per_microbatch=40 * size)
-    microbatches = make_microbatches(made, config, prompts.pad_id, SequenceCut(), torch.device("cpu"))
+    microbatches = make_microbatches(made, config, prompts.pad_id, SequenceSharding(), torch.device("cpu"))
     assert sorted(s.index for batch in microbatches for s in batch.sequences) == list(range(len(made)))
     assert [batch.scored for batch in microbatches] == sorted((batch.scored for batch in microbatches), reverse=True)
     for batch in microbatches:
@@ -118,7 +118,7 @@ def test_lengths_divide_among_ranks(prompts: PromptBuilder) -> None:
         sequences(prompts),
         BatchConfig(micro_batch_size=3),
         prompts.pad_id,
-        SequenceCut(sequence_parallel=4),
+        SequenceSharding(sequence_parallel=4),
         torch.device("cpu"),
     ):
         assert batch.student.token_ids.shape[1] % 4 == 0
@@ -127,7 +127,7 @@ def test_lengths_divide_among_ranks(prompts: PromptBuilder) -> None:
 
 def test_no_sequences_make_no_microbatches(prompts: PromptBuilder) -> None:
     """Catches an empty microbatch, which no model takes, for a data-parallel rank without a share."""
-    assert make_microbatches([], BatchConfig(), prompts.pad_id, SequenceCut(), torch.device("cpu")) == []
+    assert make_microbatches([], BatchConfig(), prompts.pad_id, SequenceSharding(), torch.device("cpu")) == []
 
 
 @pytest.mark.parametrize("packing", ["padded", "packed"])
@@ -135,9 +135,9 @@ def test_no_sequences_make_no_microbatches(prompts: PromptBuilder) -> None:
 def test_ranks_share_the_tokens(prompts: PromptBuilder, packing: Literal["padded", "packed"], cp: int) -> None:
     """Catches a response token that no context-parallel rank scores, or two of them, or one with another's target or position."""
     made, config = sequences(prompts), BatchConfig(packing, micro_batch_size=3, tokens_per_microbatch=120)
-    whole = make_microbatches(made, config, prompts.pad_id, SequenceCut(), torch.device("cpu"))
+    whole = make_microbatches(made, config, prompts.pad_id, SequenceSharding(), torch.device("cpu"))
     shares = [
-        make_microbatches(made, config, prompts.pad_id, SequenceCut(cp, rank, 2), torch.device("cpu"))
+        make_microbatches(made, config, prompts.pad_id, SequenceSharding(cp, rank, 2), torch.device("cpu"))
         for rank in range(cp)
     ]
     for batch, *parts in zip(whole, *shares, strict=True):

@@ -1,4 +1,4 @@
-"""How tensors are joined and cut, against loops over heads and ranks."""
+"""How tensors are joined and split, against loops over heads and ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_cord.model.layouts import Column, GateUp, Qkv, Replicated, Row, Vocabulary
+from megatron_cord.model.tensor_layouts import Column, GateUp, Qkv, Replicated, Row, Vocabulary
 
 SIZES = st.integers(1, 4)
 REPEATABLE = settings(max_examples=30, derandomize=True, deadline=None)
@@ -22,7 +22,7 @@ def numbered(*shape: int, start: int = 0) -> Tensor:
 @REPEATABLE
 @given(tp=SIZES, groups_per_rank=SIZES, ratio=SIZES, head_dim=SIZES, columns=st.integers(0, 3))
 def test_qkv(tp: int, groups_per_rank: int, ratio: int, head_dim: int, columns: int) -> None:
-    """Catches heads on the wrong rank or in the wrong order, for weights and (no columns) biases, and a join that part does not undo."""
+    """Catches heads on the wrong rank or in the wrong order, for weights and (no columns) biases, and a join that split does not undo."""
     groups = tp * groups_per_rank
     rest = (columns,) if columns else ()
     layout = Qkv(groups * ratio, groups, head_dim)
@@ -37,7 +37,7 @@ def test_qkv(tp: int, groups_per_rank: int, ratio: int, head_dim: int, columns: 
         for group in range(rank * groups_per_rank, (rank + 1) * groups_per_rank):
             wanted += [query[group * ratio + i] for i in range(ratio)] + [key[group], value[group]]
         assert torch.equal(shard, torch.cat(wanted))
-    assert all(torch.equal(a, b) for a, b in zip(layout.part(full, tp), tensors, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(layout.split(full, tp), tensors, strict=True))
 
 
 @REPEATABLE
@@ -47,7 +47,7 @@ def test_qkv_without_a_key_bias(heads: int, head_dim: int) -> None:
     layout = Qkv(heads, heads, head_dim)
     query, value = numbered(heads * head_dim, start=1), numbered(heads * head_dim, start=1000)
     full = layout.join([query, None, value], 1, 0)
-    parted = layout.part(full, 1)
+    parted = layout.split(full, 1)
     assert torch.equal(parted[0], query) and torch.equal(parted[2], value) and not parted[1].any()
 
 
@@ -60,7 +60,7 @@ def test_gate_and_up(tp: int, rows: int, columns: int) -> None:
     for rank, shard in enumerate(full.chunk(tp)):
         mine = slice(rank * rows, (rank + 1) * rows)
         assert torch.equal(shard, torch.cat([gate[mine], up[mine]]))
-    assert all(torch.equal(a, b) for a, b in zip(GateUp().part(full, tp), [gate, up], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(GateUp().split(full, tp), [gate, up], strict=True))
 
 
 @REPEATABLE
@@ -71,12 +71,12 @@ def test_vocabulary(vocab: int, padding: int, columns: int) -> None:
     tensor = numbered(vocab, columns, start=1)
     full = layout.join([tensor], 1, vocab + padding)
     assert full.shape == (vocab + padding, columns) and not full[vocab:].any()
-    assert torch.equal(layout.part(full, 1)[0], tensor)
+    assert torch.equal(layout.split(full, 1)[0], tensor)
 
 
 @pytest.mark.parametrize(("layout", "dim"), [(Replicated(), None), (Column(), 0), (Row(), 1)])
 def test_single_tensors(layout: Replicated | Column | Row, dim: int | None) -> None:
-    """Catches a plain tensor that is changed, or cut along the other dimension."""
+    """Catches a plain tensor that is changed, or split along the other dimension."""
     tensor = numbered(4, 6)
     assert layout.shard_dim == dim
-    assert layout.join([tensor], 2, 4) is tensor and layout.part(tensor, 2)[0] is tensor
+    assert layout.join([tensor], 2, 4) is tensor and layout.split(tensor, 2)[0] is tensor

@@ -1,4 +1,4 @@
-"""Memory for large tensors that are written once and read once or twice."""
+"""Memory in huge pages, for large tensors that are written once and read once or twice."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-#: A page that Linux gives for the asking, where it gives such: 2 MiB on x86 and most ARM.
+#: A huge page of Linux: 2 MiB on x86 and most ARM.
 HUGE_PAGE = 2**21
 
 
-def fresh(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor with anything in it.
+def empty_in_huge_pages(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialised tensor; on CPUs it lies in huge pages where Linux has them on demand.
 
-    A CPU's comes in huge pages where Linux has them on demand. Writing to new memory the first time takes longer than computing what is
-    written, a fault for every 4 KiB of it: for a gradient of logits two thirds of the backward pass.
+    The first write to new memory takes longer than computing what is written, a fault for every 4 KiB of it: for a
+    gradient of logits two thirds of the backward pass.
     """
     memory = torch.empty(*shape, dtype=dtype, device=device)
     if memory.device.type == "cpu" and memory.nbytes >= 2 * HUGE_PAGE and (advise := _madvise()):
