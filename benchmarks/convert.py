@@ -28,12 +28,12 @@ from pathlib import Path
 import torch
 
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
-from megatron_cord.convert.checkpoint_files import stored_tensors
-from megatron_cord.convert.hf_directory import HFDirectoryWriter, plan_shards
-from megatron_cord.convert.inventory import inventory, paper_model
+from megatron_cord.convert.hf_reader import stored_tensors
+from megatron_cord.convert.hf_writer import HFDirectoryWriter, plan_shards
+from megatron_cord.convert.inventory import fake_model, inventory
 from megatron_cord.convert.loading import find_sources
-from megatron_cord.convert.saved_weights import SavedWeights
-from megatron_cord.convert.weights_checkpoint import save_weights
+from megatron_cord.convert.megatron_reader import SavedWeights
+from megatron_cord.convert.megatron_writer import save_weights
 from megatron_cord.model.families import load_architecture
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.plan.parameters import published
@@ -82,13 +82,13 @@ def measure(work: Path, megabytes: int, turns: int) -> dict[str, float]:
         flush(work / "copy")
 
     def convert() -> None:
-        model = paper_model(arch, layout, torch.float32)
+        model = fake_model(arch, layout, torch.float32)
         complete = partial(write_progress, progress=Progress(0, 0.0, 0, 0), arch=arch)
         save_weights(work / "import", model, find_sources(model, stored), complete, lambda portion: None)
         flush(work / "import")
 
     def export() -> None:
-        saved = SavedWeights(work / "import", paper_model(arch, layout))
+        saved = SavedWeights(work / "import", fake_model(arch, layout))
         writer = HFDirectoryWriter(
             work / "export", plan_shards(saved.shapes, torch.float32, 100_000_000), torch.float32
         )
@@ -126,7 +126,7 @@ def measure_full_size(work: Path) -> dict[str, float]:
     """Imports and exports Qwen2-Audio-7B's shapes."""
     layout = initialize(ParallelConfig(), seed=0)
     arch = published("qwen2_audio_7b")
-    model = paper_model(arch, layout, torch.bfloat16)
+    model = fake_model(arch, layout, torch.bfloat16)
     shapes = {entry.name: entry.shape for entry in inventory(model)}
     shards = plan_shards(shapes, torch.bfloat16, 4_000_000_000)
     (work / "source").mkdir()

@@ -25,13 +25,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # under a launcher, too, the project need not be installed
 
 from megatron_cord.convert import comparison
-from megatron_cord.convert.auxiliary_files import read_companions, with_dtype
-from megatron_cord.convert.checkpoint_files import stored_tensors
-from megatron_cord.convert.hf_directory import HFDirectoryWriter, check_vacant, plan_shards
-from megatron_cord.convert.inventory import Entry, common_dtype, inventory, paper_model
+from megatron_cord.convert.auxiliary_files import read_auxiliary_files, with_dtype
+from megatron_cord.convert.hf_reader import stored_tensors
+from megatron_cord.convert.hf_writer import HFDirectoryWriter, check_vacant, plan_shards
+from megatron_cord.convert.inventory import Entry, common_dtype, fake_model, inventory
 from megatron_cord.convert.loading import find_sources
-from megatron_cord.convert.saved_weights import SavedWeights
-from megatron_cord.convert.weights_checkpoint import save_weights
+from megatron_cord.convert.megatron_reader import SavedWeights
+from megatron_cord.convert.megatron_writer import save_weights
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.data.shards import ShardDataset
@@ -49,7 +49,7 @@ from megatron_cord.trainer.checkpoint.checkpoints import check_weights, load_wei
 from megatron_cord.trainer.checkpoint.storage import storage_problem
 
 #: where a converted checkpoint keeps configuration, tokenizer and processor
-_COMPANIONS = "huggingface"
+_AUXILIARY_FILES = "huggingface"
 _WEIGHTS_ONLY = run_progress.Progress(step=0, seconds=0.0, skipped_in_a_row=0, seed=0)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -60,7 +60,7 @@ def import_checkpoint(arguments: Namespace, console: Console) -> int:
     arch = load_architecture(hf_dir)
     layout = _layout(arguments, arch)
     if arguments.dry_run:
-        model = paper_model(arch, layout)
+        model = fake_model(arch, layout)
         _print_inventory(inventory(model), _dtype(arguments.dtype) or torch.bfloat16, console)
         if not any(hf_dir.glob("*.safetensors")):
             console.print(f"{hf_dir} has no weights to compare with")
@@ -71,15 +71,15 @@ def import_checkpoint(arguments: Namespace, console: Console) -> int:
     check_vacant(target)
     stored = stored_tensors(hf_dir)
     dtype = _dtype(arguments.dtype) or common_dtype(stored)
-    model = paper_model(arch, layout, dtype)
+    model = fake_model(arch, layout, dtype)
     sources = find_sources(model, stored)
-    companions = with_dtype(read_companions(hf_dir), dtype)
+    auxiliary_files = with_dtype(read_auxiliary_files(hf_dir), dtype)
 
     def complete(partial: Path) -> None:
         run_progress.write_progress(partial, _WEIGHTS_ONLY, arch)
-        (partial / _COMPANIONS).mkdir()
-        for name, content in companions.items():
-            (partial / _COMPANIONS / name).write_bytes(content)
+        (partial / _AUXILIARY_FILES).mkdir()
+        for name, content in auxiliary_files.items():
+            (partial / _AUXILIARY_FILES / name).write_bytes(content)
 
     total = sum(parameter.nbytes for parameter in model.parameters())
     with _disk(target, "free some space and import again"), _progress(total, layout, console) as advance:
@@ -91,14 +91,14 @@ def import_checkpoint(arguments: Namespace, console: Console) -> int:
 def export_checkpoint(arguments: Namespace, console: Console) -> int:
     """CHECKPOINT_DIR to HF_DIR. The ranks share the files; each reads from the checkpoint what its own are made of."""
     checkpoint, target = arguments.source, arguments.target
-    companions_dir = arguments.hf or _companions_of(checkpoint)
-    arch = load_architecture(companions_dir)
+    auxiliary_dir = arguments.hf or _auxiliary_dir_of(checkpoint)
+    arch = load_architecture(auxiliary_dir)
     arch.check_divisible(arguments.tp, arguments.pp)
     layout = initialize(ParallelConfig(), seed=0)
     if not arguments.dry_run:
         check_vacant(target)
         check_weights(checkpoint, arch)
-    model = paper_model(arch, layout)
+    model = fake_model(arch, layout)
     saved = SavedWeights(checkpoint, model)
     dtype = _dtype(arguments.dtype) or saved.common_dtype()
     shards = plan_shards(saved.shapes, dtype, _bytes(arguments.max_shard_size))
@@ -118,7 +118,7 @@ def export_checkpoint(arguments: Namespace, console: Console) -> int:
         torch.distributed.barrier()
         kept = sum(all_gather_json(writer.write_files(saved.blocks, mine, advance)))
         if layout.is_main:
-            writer.publish(with_dtype(read_companions(companions_dir), dtype))
+            writer.publish(with_dtype(read_auxiliary_files(auxiliary_dir), dtype))
     torch.distributed.barrier()
     there = f", {kept} of them finished earlier" if kept else ""
     _say(layout, console, f"{target}: {len(saved.shapes)} tensors in {_name(dtype)}, {len(shards)} files{there}")
@@ -165,10 +165,10 @@ def _layout(arguments: Namespace, arch: Any) -> Layout:
     )
 
 
-def _companions_of(checkpoint: Path) -> Path:
+def _auxiliary_dir_of(checkpoint: Path) -> Path:
     """Where a checkpoint's configuration and tokenizer are: inside it, or in the checkpoint that its run started from."""
-    if (checkpoint / _COMPANIONS).is_dir():
-        return checkpoint / _COMPANIONS
+    if (checkpoint / _AUXILIARY_FILES).is_dir():
+        return checkpoint / _AUXILIARY_FILES
     config = checkpoint.parent.parent / "config.yaml"
     try:
         return Path(yaml.safe_load(config.read_text())["model"]["checkpoint"])

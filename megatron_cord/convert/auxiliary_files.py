@@ -1,4 +1,7 @@
-"""What lies beside the weights in a Hugging Face directory: configuration, tokenizer, processor, chat template, generation settings, code."""
+"""The auxiliary files of a Hugging Face directory: configuration, tokenizer, processor, chat template, code.
+
+They are all files but the weights.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from megatron_cord.errors import CordError
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
-def read_companions(hf_dir: Path) -> dict[str, bytes]:
-    """All files but weights and hidden ones, by name; folders are left out.
+def read_auxiliary_files(hf_dir: Path) -> dict[str, bytes]:
+    """Return all files but weights and hidden ones, by name; folders are left out.
 
     Raises:
         CordError: there is no config.json.
@@ -26,19 +29,19 @@ def read_companions(hf_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files if not path.name.endswith(_WEIGHTS)}
 
 
-def with_dtype(companions: dict[str, bytes], dtype: torch.dtype) -> dict[str, bytes]:
-    """The same files with the weights' precision in config.json, wherever it names one."""
-    config = json.loads(companions["config.json"])
-    changed = _renamed(config, str(dtype).removeprefix("torch."))
+def with_dtype(files: dict[str, bytes], dtype: torch.dtype) -> dict[str, bytes]:
+    """Return the same files with the weights' precision in config.json, wherever it names one."""
+    config = json.loads(files["config.json"])
+    changed = _replace_dtypes(config, str(dtype).removeprefix("torch."))
     if changed == config:
-        return companions
-    return companions | {"config.json": (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()}
+        return files
+    return files | {"config.json": (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
-def _renamed(node: Any, dtype: str) -> Any:
+def _replace_dtypes(node: Any, dtype: str) -> Any:
     if not isinstance(node, dict):
         return node
     return {
-        key: dtype if key in ("dtype", "torch_dtype") and isinstance(value, str) else _renamed(value, dtype)
+        key: dtype if key in ("dtype", "torch_dtype") and isinstance(value, str) else _replace_dtypes(value, dtype)
         for key, value in node.items()
     }

@@ -1,4 +1,4 @@
-"""Logits of the Megatron model and of the plain one, which is transformers' own where it has the class, on the same inputs."""
+"""Logits of the Megatron model and of the plain one, transformers' own where it has the class, on the same inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_cord.parallel.objects import all_gather_json
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one input's logits over all positions.
+    """The difference of one input's logits over all positions.
 
     Attributes:
         name: of the input.
@@ -39,7 +39,7 @@ class Difference:
 def compare(
     model: LALM, reference: Callable[[ModelInput], Tensor] | None, inputs: list[ModelInput]
 ) -> list[Difference]:
-    """Compares the models on inputs of one sample each. Collective over all ranks; each gets all differences.
+    """Compare the models on inputs of one sample each. Collective over all ranks; each gets all differences.
 
     Args:
         model: this rank's part.
@@ -62,7 +62,7 @@ def compare(
 
 @torch.no_grad()
 def _megatron_logits(model: LALM, given: ModelInput) -> Tensor | None:
-    """[1, S, V] on the last stage's ranks, None on others."""
+    """Return logits [1, S, V] on the last stage's ranks, None on others."""
     found: list[Tensor] = []
     vocabulary, tp_group = model.arch.language.vocab_size, model.layout.tp_group
 
@@ -89,7 +89,7 @@ def _megatron_logits(model: LALM, given: ModelInput) -> Tensor | None:
 
 
 def load_reference(hf_dir: Path) -> Callable[[ModelInput], Tensor]:
-    """The checkpoint's plain model in float32, as a function from an input of one sample to its logits [1, S, V].
+    """Return the plain model in float32, as a function from an input of one sample to its logits [1, S, V].
 
     Raises:
         CordError: it cannot be loaded.

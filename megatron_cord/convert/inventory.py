@@ -1,6 +1,7 @@
-"""Every tensor of a model on paper: names, shapes and layouts on both sides, without weights or memory for them.
+"""Every tensor of a model: names, shapes and layouts on both sides, without weights or memory for them.
 
-The model is built from fake tensors, which have shapes only, so that the inventory is of what would really be trained.
+The model is built from fake tensors, which have shapes only, so that the inventory is that of the model which is
+trained.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any, Self
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_cord.convert.checkpoint_files import StoredTensor
-from megatron_cord.convert.stream import global_parameters, hf_shapes, tensor_map_of
+from megatron_cord.convert.hf_reader import StoredTensor
+from megatron_cord.convert.names import global_parameters, hf_shapes, tensor_map_of
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.config import LayerConfig
@@ -41,29 +42,29 @@ class Entry:
 
     @property
     def elements(self) -> int:
-        """How many numbers it is made of."""
+        """The number of its elements."""
         return prod(self.shape)
 
 
-class _PaperModel(LALM):
+class _FakeModel(LALM):
     """A model that is never moved to a device: fake tensors cannot be."""
 
     def to(self, *_: Any, **__: Any) -> Self:
         return self
 
 
-def paper_model(arch: Architecture, layout: Layout, dtype: torch.dtype = torch.bfloat16) -> LALM:
-    """This rank's part of the model, of tensors that have a shape and a precision but no memory.
+def fake_model(arch: Architecture, layout: Layout, dtype: torch.dtype = torch.bfloat16) -> LALM:
+    """Build this rank's part of the model from torch's fake tensors: with a shape and a precision but no memory.
 
     Raises:
         CordError: the layout does not divide the model.
     """
     with FakeTensorMode():
-        return _PaperModel(arch, layout, dtype, LayerConfig("torch"))
+        return _FakeModel(arch, layout, dtype, LayerConfig("torch"))
 
 
 def inventory(model: LALM) -> list[Entry]:
-    """All tensors of the model over all stages, in the order in which they are exported. Collective over all ranks."""
+    """Return all tensors of the model over all stages, in the order of export. Collective over all ranks."""
     parameters, table = global_parameters(model), tensor_map_of(model)
     mine: dict[str, list[int]] = {}
     for rule in table.rules:
@@ -82,7 +83,7 @@ def inventory(model: LALM) -> list[Entry]:
 
 
 def common_dtype(tensors: Sequence[StoredTensor]) -> torch.dtype:
-    """The precision that all tensors have.
+    """Return the precision that all tensors have.
 
     Raises:
         CordError: they have several.

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's files straight into a rank's shards: of each file only the rows that the rank keeps, and never a second copy.
+"""Reads Hugging Face files straight into a rank's shards: only the rows that the rank keeps, and no second copy.
 
 Blocks are given in the coordinates of the whole Megatron tensor, as a single rank would hold it.
 """
@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_cord.convert.checkpoint_files import StoredTensor, stored_tensors
-from megatron_cord.convert.stream import Audit, check_problems, global_parameters
+from megatron_cord.convert.audit import Audit, check_problems
+from megatron_cord.convert.hf_reader import StoredTensor, stored_tensors
+from megatron_cord.convert.names import global_parameters
 from megatron_cord.model.lalm import LALM
 from megatron_cord.model.tensor_map import TensorRule
 from megatron_cord.parallel.objects import all_gather_json
@@ -23,10 +24,11 @@ Source = tuple[TensorRule, dict[str, StoredTensor]]
 
 
 def find_sources(model: LALM, stored: Sequence[StoredTensor]) -> dict[str, Source]:
-    """Where this rank's parameters come from, by the name that they have in the whole model. Collective over all ranks.
+    """Return where this rank's parameters lie, by their name in the whole model. Collective over all ranks.
 
     Raises:
-        CordError: missing, unexpected, duplicated or misshapen tensors, those of all stages listed at once, on every rank.
+        CordError: missing, unexpected, duplicated or misshapen tensors, those of all stages listed at once, on every
+            rank.
     """
     audit = Audit(model)
     sources: dict[str, Source] = {}
@@ -40,7 +42,7 @@ def find_sources(model: LALM, stored: Sequence[StoredTensor]) -> dict[str, Sourc
 
 
 def read_block(source: Source, rows: int, start: Sequence[int], out: Tensor) -> None:
-    """Fills out with a block of a Megatron tensor.
+    """Fill out with a block of a Megatron tensor.
 
     Args:
         source: of the tensor.
@@ -67,7 +69,7 @@ def read_block(source: Source, rows: int, start: Sequence[int], out: Tensor) -> 
 
 @torch.no_grad()
 def read_into(model: LALM, checkpoint_dir: str | Path) -> None:
-    """Fills this rank's part of the model from a Hugging Face directory. Collective over all ranks, each of which reads for itself.
+    """Fill this rank's part of the model from a Hugging Face directory. Collective; each rank reads its own share.
 
     Raises:
         CordError: the files are damaged or pickled, or their tensors do not fit; nothing is read then.
@@ -79,7 +81,7 @@ def read_into(model: LALM, checkpoint_dir: str | Path) -> None:
 
 
 def _blocks(model: LALM, rule: TensorRule, parameter: Tensor) -> Iterator[tuple[int, tuple[int, int], Tensor]]:
-    """The blocks that make a shard: rows of the whole tensor, where the block begins in it, and its part of the shard."""
+    """Yield the blocks of a shard: rows of the whole tensor, the block's start in it, and its part of the shard."""
     tp, rank, dim = model.layout.config.tp, dist.get_rank(model.layout.tp_group), rule.layout.shard_dim
     rows = parameter.shape[0] * (tp if dim == 0 else 1)
     column = rank * parameter.shape[1] if dim == 1 else 0

@@ -1,6 +1,6 @@
-"""A checkpoint as a model of one process that is not Megatron's: transformers' own class, or ours where transformers has none.
+"""A checkpoint as a plain model in one process: transformers' own class, or the family's where transformers has none.
 
-It generates for the local engine, and it is what `convert_hf.py check` compares with. No code of the checkpoint is run.
+The local engine generates with it, and `cord convert check` compares with it. No code of the checkpoint is run.
 Legend: B sequences, S tokens, H hidden, V vocabulary, C clips.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from megatron_cord.convert.checkpoint_files import stored_tensors
+from megatron_cord.convert.hf_reader import stored_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.losses.products import product
 from megatron_cord.model.families import family_of, load_architecture
@@ -26,9 +26,9 @@ class PlainModel:
     """The model in evaluation mode.
 
     Args:
-        checkpoint_dir: of Hugging Face files.
+        checkpoint_dir: a directory of Hugging Face files.
         dtype: of parameters and activations; None for the files'.
-        device: where it shall be.
+        device: where to put it.
 
     Attributes:
         device: where it is.
@@ -52,18 +52,18 @@ class PlainModel:
             raise CordError(
                 f"{directory}: the weights cannot be loaded ({why}); download the checkpoint again"
             ) from error
-        if arch.language.tied_embeddings:  # not every class does so by itself
+        if arch.language.tied_embeddings:  # not every class of transformers ties them
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
         self._model = model.to(device).eval()
         self.device = next(model.parameters()).device
         self.parameters = _by_published_name(model, [tensor.name for tensor in stored], directory)
-        # transformers' models keep all but the output layer in one module; ours says by a method what that would do.
+        # transformers' models keep all but the output layer in one module; a family's own model has a method for it.
         self._hidden = model.hidden if hasattr(model, "hidden") else model.model
         forward = self._hidden.forward if isinstance(self._hidden, torch.nn.Module) else self._hidden
         self._masks_frames = "feature_attention_mask" in inspect.signature(forward).parameters
 
     def hidden(self, input_ids: Tensor, features: Tensor | None, num_frames: Tensor | None, **settings: Any) -> Any:
-        """The final hidden states as `last_hidden_state` [B, S, H], and `past_key_values`.
+        """Return the final hidden states as `last_hidden_state` [B, S, H], and `past_key_values`.
 
         Args:
             input_ids: int64 [B, S], with one placeholder for each token of a clip.
@@ -79,13 +79,13 @@ class PlainModel:
         return self._hidden(input_ids=input_ids, **settings)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits float32 [..., V] of hidden states [..., H], not rounded to the model's dtype: the trainer does not round them either."""
+        """Return logits float32 [..., V] of hidden states [..., H], unrounded, as the trainer's."""
         weight = self._model.get_output_embeddings().weight
         return product(hidden.flatten(0, -2), weight, torch.float32).view(*hidden.shape[:-1], -1)
 
 
 def _by_published_name(model: Any, names: list[str], directory: Path) -> dict[str, Tensor]:
-    """The model's tensors under the names of the checkpoint's files, which need not be the module's own."""
+    """Return the model's tensors under the names of the checkpoint's files, which need not be the module's own."""
     modules = model.state_dict()
     renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
     parameters: dict[str, Tensor] = {}
@@ -93,7 +93,7 @@ def _by_published_name(model: Any, names: list[str], directory: Path) -> dict[st
         module_name, _ = rename_source_key(name, renamings, [], model.base_model_prefix, modules)
         if module_name not in modules:
             raise CordError(
-                f"{directory}: tensor {name} has no place in the model that generates; weights could not be exchanged"
+                f"{directory}: tensor {name} has no place in the model that generates; weights could not be synced"
             )
         parameters[name] = modules[module_name]
     return parameters

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_cord.convert.checkpoint_files import StoredTensor, stored_tensors
-from megatron_cord.convert.stream import export_tensors, global_parameters, hf_shapes, tensor_map_of
+from megatron_cord.convert import export_tensors
+from megatron_cord.convert.hf_reader import StoredTensor, stored_tensors
+from megatron_cord.convert.names import global_parameters, hf_shapes, tensor_map_of
 from megatron_cord.model.families import family_of, load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.objects import all_gather_json

@@ -22,10 +22,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_cord.config.loading import load_config
-from megatron_cord.convert import read_into
-from megatron_cord.convert.auxiliary_files import read_companions, with_dtype
-from megatron_cord.convert.hf_directory import HFDirectoryWriter, plan_shards
-from megatron_cord.convert.stream import export_tensors
+from megatron_cord.convert import export_tensors, read_into
+from megatron_cord.convert.auxiliary_files import read_auxiliary_files, with_dtype
+from megatron_cord.convert.hf_writer import HFDirectoryWriter, plan_shards
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
@@ -218,7 +217,7 @@ def _write(model: LALM, source: ShardedModelWeights, checkpoint: Path, target: P
             )
             writer.begin()
             writer.write(tensors)
-            writer.publish(with_dtype(read_companions(checkpoint), dtype))
+            writer.publish(with_dtype(read_auxiliary_files(checkpoint), dtype))
         else:
             deque(tensors, maxlen=0)
     dist.barrier()

@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_cord.convert import read_into
-from megatron_cord.convert.checkpoint_files import stored_tensors
-from megatron_cord.convert.inventory import common_dtype, paper_model
+from megatron_cord.convert import export_tensors, read_into
+from megatron_cord.convert.hf_reader import stored_tensors
+from megatron_cord.convert.inventory import common_dtype, fake_model
 from megatron_cord.convert.loading import find_sources
-from megatron_cord.convert.stream import export_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
@@ -40,7 +39,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_headers_that_fit(layout: Layout, checkpoint: Path) -> None:
     """Catches a whole checkpoint that is refused, and reading by rows that loses or changes a tensor."""
     arch, stored = load_architecture(checkpoint), stored_tensors(checkpoint)
-    find_sources(paper_model(arch, layout), stored)
+    find_sources(fake_model(arch, layout), stored)
     model = LALM(arch, layout, common_dtype(stored))
     read_into(model, checkpoint)
     given = dict(export_tensors(model))
@@ -56,7 +55,7 @@ def test_headers_that_do_not_fit(layout: Layout, checkpoint: Path) -> None:
     others = [tensor for tensor in stored if tensor not in (head, stored[0], stored[1])]
     misfits = [replace(head, shape=(7, 48)), replace(stored[0], name=f"{stored[0].name}s"), others[0]]
     with pytest.raises(CordError) as caught:
-        find_sources(paper_model(load_architecture(checkpoint), layout), [*others, *misfits])
+        find_sources(fake_model(load_architecture(checkpoint), layout), [*others, *misfits])
     for words in (
         "tensor language_model.lm_head.weight has shape [7, 48], expected [101, 48]",
         f"unexpected tensor {stored[0].name}s (nearest expected: {stored[0].name})",

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from megatron_cord.convert import export_tensors, read_into
-from megatron_cord.convert.checkpoint_files import stored_tensors
-from megatron_cord.convert.hf_directory import HFDirectoryWriter, plan_shards
-from megatron_cord.convert.inventory import inventory, paper_model
+from megatron_cord.convert.hf_reader import stored_tensors
+from megatron_cord.convert.hf_writer import HFDirectoryWriter, plan_shards
+from megatron_cord.convert.inventory import fake_model, inventory
 from megatron_cord.convert.loading import find_sources
-from megatron_cord.convert.saved_weights import SavedWeights
-from megatron_cord.convert.weights_checkpoint import save_weights
+from megatron_cord.convert.megatron_reader import SavedWeights
+from megatron_cord.convert.megatron_writer import save_weights
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
@@ -34,7 +34,7 @@ def peaks_of(directory: str) -> dict[str, float]:
     layout = initialize(ParallelConfig(), seed=0)
     root = Path(directory)
     arch, stored = load_architecture(root / "source"), stored_tensors(root / "source")
-    paper = paper_model(arch, layout, torch.float32)
+    paper = fake_model(arch, layout, torch.float32)
     shards = plan_shards({entry.name: entry.shape for entry in inventory(paper)}, torch.float32, 2_000_000)
 
     def save(target: str) -> None:

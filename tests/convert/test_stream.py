@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_cord.convert import export_tensors, import_tensors, read_tensors
-from megatron_cord.convert.stream import global_parameters, tensor_map_of
+from megatron_cord.convert.names import global_parameters, tensor_map_of
 from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize

@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from examples.quickstart.checkpoint import published_name
-from megatron_cord.convert.hf_directory import Shard, plan_shards
+from megatron_cord.convert.hf_writer import Shard, plan_shards
 from megatron_cord.model.families.step_audio_2.audio import StepAudio2Config
 from megatron_cord.model.families.step_audio_2.plain_model import StepAudio2
 

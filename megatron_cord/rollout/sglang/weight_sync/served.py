@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_cord.convert.checkpoint_files import stored_tensors
+from megatron_cord.convert.hf_reader import stored_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import family_of, load_architecture
 from megatron_cord.rollout.types import TensorSpec

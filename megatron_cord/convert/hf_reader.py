@@ -1,7 +1,7 @@
 """Reads the tensors of a Hugging Face checkpoint directory one by one, from safetensors only.
 
-Headers are read first and tell what is where; a tensor's bytes are read when it is asked for, into memory of its own. Mapping the files
-instead would keep every page that was touched in the process.
+Headers are read first and say where each tensor lies; a tensor's bytes are read on demand, into memory of its own.
+Mapped files would keep every page that was touched in the process.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class StoredTensor:
         return prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The tensor, on the CPU.
+        """Read the tensor, onto the CPU.
 
         Raises:
             CordError: the file ends before the tensor does.
@@ -58,7 +58,7 @@ class StoredTensor:
         return out
 
     def read_block(self, row: int, column: int, out: Tensor) -> None:
-        """Fills out with the rows from `row` on, and of them the columns from `column` on; only these rows are read.
+        """Fill out with the rows from `row` on, and of them the columns from `column` on; only these rows are read.
 
         Args:
             row: the first.
@@ -82,7 +82,7 @@ class StoredTensor:
             target.copy_(block if whole else block[:, column : column + out.shape[1]])
 
     def _read_bytes(self, element: int, out: Tensor) -> None:
-        """Fills a contiguous tensor of the file's precision with the elements from this one on."""
+        """Fill a contiguous tensor of the file's precision with the elements from this one on."""
         view, done = out.reshape(-1).view(torch.uint8).numpy().data, 0
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset + element * self.dtype.itemsize)
@@ -93,7 +93,7 @@ class StoredTensor:
 
 
 def safetensors_files(checkpoint_dir: str | Path) -> list[Path]:
-    """The checkpoint's files, by its index if it has one.
+    """Return the checkpoint's files, by its index if it has one.
 
     Raises:
         CordError: no safetensors, pickled weights only, a damaged index, or a file that the index names is missing.
@@ -115,8 +115,9 @@ def safetensors_files(checkpoint_dir: str | Path) -> list[Path]:
     if not files:
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in root.glob(pattern))
         why = (
-            f", and {', '.join(pickled)} may execute code when read; if you trust who made it, convert it once with transformers: "
-            f"AutoModel.from_pretrained('{root}').save_pretrained('{root}-safetensors'), through the class that config.json names"
+            f", and {', '.join(pickled)} may execute code when read; if you trust who made it, convert it once with "
+            f"transformers: AutoModel.from_pretrained('{root}').save_pretrained('{root}-safetensors'), through the "
+            "class that config.json names"
             if pickled
             else ""
         )
@@ -125,11 +126,11 @@ def safetensors_files(checkpoint_dir: str | Path) -> list[Path]:
 
 
 def stored_tensors(checkpoint_dir: str | Path) -> list[StoredTensor]:
-    """Every tensor of the checkpoint, file by file, in the order of their bytes; reads headers only.
+    """Return every tensor of the checkpoint, file by file, in the order of their bytes; only headers are read.
 
     Raises:
-        CordError: as `safetensors_files`; files that are truncated or not in the safetensors format, all named at once, or a tensor that is
-            no floating-point weight.
+        CordError: as `safetensors_files`; files that are truncated or not in the safetensors format, all named at once,
+            or a tensor that is no floating-point weight.
     """
     files = safetensors_files(checkpoint_dir)
     damaged = [f"{path} is damaged ({problem})" for path in files if (problem := _damage(path)) is not None]
@@ -139,7 +140,7 @@ def stored_tensors(checkpoint_dir: str | Path) -> list[StoredTensor]:
 
 
 def read_tensors(checkpoint_dir: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint, on the CPU.
+    """Yield every tensor of the checkpoint, on the CPU.
 
     Raises:
         CordError: as `stored_tensors`.
@@ -149,7 +150,7 @@ def read_tensors(checkpoint_dir: str | Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with the file: the library checks that header, offsets and the file's size agree."""
+    """Return what is wrong with the file: the library checks that header, offsets and the file's size agree."""
     try:
         with safe_open(path, framework="pt"):
             return None
@@ -166,7 +167,8 @@ def _header(path: Path) -> list[StoredTensor]:
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
             raise CordError(
-                f"{path}: tensor {name} is of type {entry['dtype']}; quantised weights cannot be trained, use the original ones"
+                f"{path}: tensor {name} is of type {entry['dtype']}; quantised weights cannot be trained, "
+                "use the original ones"
             )
         tensors.append(
             StoredTensor(

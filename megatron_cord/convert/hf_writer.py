@@ -1,7 +1,8 @@
 """Writes a Hugging Face checkpoint directory: complete or invisible, and resumable.
 
-All is written into a hidden directory beside the final one, which is renamed at the end. A shard that is finished there has a note with its
-checksum beside it; a second run checks it and writes only the rest. Several ranks can write shards of one directory.
+All files go into a hidden directory beside the final one, which is renamed at the end. A finished shard there has a
+file with its checksum beside it; a second run verifies it and writes only the rest. Several ranks can write shards of
+one directory.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cord.convert.checkpoint_files import DTYPES
-from megatron_cord.convert.disk import start_writing
+from megatron_cord.convert.hf_reader import DTYPES
 from megatron_cord.errors import CordError
+from megatron_cord.runtime.files import start_writing, write_atomic
 
 _JOB, _INDEX = "export.json", "model.safetensors.index.json"
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -37,11 +38,11 @@ class Shard:
     shapes: dict[str, tuple[int, ...]]
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of its tensors."""
+        """Return the bytes of its tensors."""
         return sum(prod(shape) for shape in self.shapes.values()) * dtype.itemsize
 
     def header(self, dtype: torch.dtype) -> bytes:
-        """The safetensors header, padded to whole words."""
+        """Return the safetensors header, padded to whole words."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, shape in self.shapes.items():
@@ -54,7 +55,7 @@ class Shard:
 
 
 def plan_shards(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, max_bytes: int) -> list[Shard]:
-    """Cuts the tensors, in their order, into files of at most max_bytes; a tensor that is larger has a file of its own."""
+    """Divide the tensors, in their order, into files of at most max_bytes; a larger tensor has a file of its own."""
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
     for name, shape in shapes.items():
@@ -70,7 +71,7 @@ def plan_shards(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, max_byte
 
 
 class HFDirectoryWriter:
-    """Writes one directory. `begin` comes first and `publish` last, on one rank each.
+    """The writer of one directory. Call `begin` first and `publish` last, on one rank each.
 
     Args:
         directory: the final place.
@@ -83,7 +84,7 @@ class HFDirectoryWriter:
         self.partial = directory.with_name(f".{directory.name}.partial")
 
     def begin(self, source: Any = None, *, resume: bool = True) -> None:
-        """Makes the hidden directory, or takes over that of an earlier attempt.
+        """Make the hidden directory, or continue in that of an earlier attempt.
 
         Args:
             source: what the tensors come from, as JSON; a leftover of another source is not resumed.
@@ -98,32 +99,31 @@ class HFDirectoryWriter:
             "dtype": _CODES[self.dtype],
             "shards": [[shard.file, list(shard.shapes)] for shard in self.shards],
         }
-        text, note = json.dumps(job), self.partial / _JOB
-        if self.partial.exists() and not (resume and note.is_file() and note.read_text() == text):
+        text, path = json.dumps(job), self.partial / _JOB
+        if self.partial.exists() and not (resume and path.is_file() and path.read_text() == text):
             shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True, exist_ok=True)
-        _replace(note, text)
+        write_atomic(path, text)
 
     def write_files(
         self, read: Callable[[str], Iterable[Tensor]], shards: Sequence[Shard], advance: Callable[[int], None]
     ) -> int:
-        """Writes some of the shards, but those that an earlier attempt finished and whose bytes are still what was written.
+        """Write some of the shards, except those that an earlier attempt finished and whose checksum is still right.
 
         Args:
-            read: gives the tensor of a name, in portions of some rows each.
+            read: returns the tensor of a name, in portions of some rows each.
             shards: this rank's share.
-            advance: called with the bytes of each portion that is written, and of each shard that was there already.
+            advance: called with the bytes of each portion that is written, and of each shard that was finished before.
 
         Returns:
-            How many were there already.
+            How many were finished before.
 
         Raises:
-            OSError: the disk is full, or not writable; what is finished stays for the next attempt.
+            OSError: the disk is full, or not writable; finished shards stay for the next attempt.
             CordError: a tensor is not what was planned.
         """
         kept = 0
         for shard in shards:
-            if self._is_there(shard):
+            if self._is_finished(shard):
                 kept += 1
                 advance(shard.nbytes(self.dtype))
             else:
@@ -131,7 +131,7 @@ class HFDirectoryWriter:
         return kept
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes all tensors in the shards' order, one by one, and writes all shards.
+        """Write all shards from a stream of all tensors in the shards' order.
 
         Raises:
             OSError: the disk is full, or not writable.
@@ -145,27 +145,27 @@ class HFDirectoryWriter:
                 f"{self.directory}: tensor {extra[0]} is not in the plan; the checkpoint is of another architecture"
             )
 
-    def publish(self, companions: dict[str, bytes]) -> None:
-        """Adds the index and the files that go with the weights, and gives the directory its name."""
+    def publish(self, auxiliary_files: dict[str, bytes]) -> None:
+        """Add the index and the auxiliary files, and give the directory its name."""
         if len(self.shards) > 1:
             places = {name: shard.file for shard in self.shards for name in shard.shapes}
             total = sum(shard.nbytes(self.dtype) for shard in self.shards)
             index = {"metadata": {"total_size": total}, "weight_map": places}
-            companions = companions | {_INDEX: (json.dumps(index, indent=2) + "\n").encode()}
-        for name, content in companions.items():
+            auxiliary_files = auxiliary_files | {_INDEX: (json.dumps(index, indent=2) + "\n").encode()}
+        for name, content in auxiliary_files.items():
             (self.partial / name).write_bytes(content)
         for shard in self.shards:
-            self._note(shard).unlink()
+            self._checksum_file(shard).unlink()
         (self.partial / _JOB).unlink()
-        os.replace(self.partial, self.directory)
+        self.partial.replace(self.directory)
 
-    def _note(self, shard: Shard) -> Path:
-        """Where the checksum of a finished shard stands."""
+    def _checksum_file(self, shard: Shard) -> Path:
+        """Return the path of a finished shard's checksum."""
         return self.partial / f".{shard.file}.json"
 
-    def _is_there(self, shard: Shard) -> bool:
+    def _is_finished(self, shard: Shard) -> bool:
         try:
-            return json.loads(self._note(shard).read_text()) == _checksum(self.partial / shard.file)
+            return json.loads(self._checksum_file(shard).read_text()) == _checksum(self.partial / shard.file)
         except (OSError, ValueError):
             return False
 
@@ -191,15 +191,16 @@ class HFDirectoryWriter:
                     advance(len(raw))
                 if rows != (shape[0] if shape else 1):
                     raise CordError(
-                        f"{self.directory}: tensor {name} {list(shape)} was planned but {rows} rows came; export it again"
+                        f"{self.directory}: tensor {name} {list(shape)} was planned but {rows} rows came; "
+                        "export it again"
                     )
             os.fsync(file.fileno())
-        os.replace(unfinished, target)
-        _replace(self._note(shard), json.dumps(checksum))
+        unfinished.replace(target)
+        write_atomic(self._checksum_file(shard), json.dumps(checksum))
 
 
 def check_vacant(directory: Path) -> None:
-    """Raises CordError if there is something where a directory shall be written."""
+    """Raise CordError if there is something where a directory is to be written."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CordError(f"{directory} exists already and is not overwritten; remove it, or give another place")
 
@@ -213,20 +214,13 @@ def _expect(given: tuple[str, Tensor] | None, name: str, shape: tuple[int, ...])
     return given[1]
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a small file that is whole whenever it is there."""
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(text)
-    os.replace(draft, path)
-
-
 def _write_all(file: Any, view: memoryview) -> None:
     while view:
         view = view[file.write(view) :]
 
 
 def _checksum(path: Path) -> int:
-    """CRC-32 of a file. Raises OSError if it cannot be read."""
+    """Return the CRC-32 of a file, which is faster to compute than a SHA-256. Raises OSError if it cannot be read."""
     checksum = 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):

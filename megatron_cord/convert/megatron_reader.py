@@ -1,7 +1,8 @@
-"""Reads the weights of a Megatron checkpoint where they lie: by Hugging Face name, block by block, whatever layout wrote them.
+"""Reads the weights of a Megatron checkpoint: by Hugging Face name, block by block, whatever layout wrote them.
 
-Neither the model nor a whole tensor is ever in memory, and ranks need not talk to each other. torch says where each chunk's bytes are; its
-elements are read from there as those of any other file. Legend: L layers, which Megatron keeps as one tensor's first dimension.
+Neither the model nor a whole tensor is ever in memory, and ranks need not communicate. torch's metadata say where each
+chunk's bytes are; its elements are read from there as those of any other file. Megatron keeps the layers' tensors as
+one tensor with the layer as first dimension.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_cord.convert.checkpoint_files import StoredTensor
+from megatron_cord.convert.hf_reader import StoredTensor
 from megatron_cord.convert.inventory import inventory
-from megatron_cord.convert.stream import rename_to_global, tensor_map_of
+from megatron_cord.convert.names import rename_to_global, tensor_map_of
 from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import LALM
 from megatron_cord.model.tensor_map import TensorRule
@@ -31,14 +32,14 @@ _BLOCK = 1 << 25  # bytes that are read and written at a time
 
 
 class _Chunk(NamedTuple):
-    """Where a part of a saved tensor begins, in rows and columns, and where it lies."""
+    """A part of a saved tensor: its first row and column, and where it lies."""
 
     row: int
     column: int
     stored: StoredTensor
 
 
-class _Place(NamedTuple):
+class _Entry(NamedTuple):
     """A Megatron tensor: its key in the checkpoint and, for tensors of all layers, its layer as [layer], else []."""
 
     key: str
@@ -50,7 +51,7 @@ class SavedWeights:
 
     Args:
         checkpoint: a directory that `dist_checkpointing` wrote.
-        model: the whole model on paper, on one rank.
+        model: the whole model of fake tensors, on one rank.
 
     Attributes:
         shapes: of the Hugging Face tensors, by name, in the order of export.
@@ -61,7 +62,7 @@ class SavedWeights:
 
     def __init__(self, checkpoint: Path, model: LALM) -> None:
         self._directory, self._rules = checkpoint, tensor_map_of(model).by_hf_name
-        self._places = _places(model)
+        self._entries = _entries(model)
         self.shapes = {entry.name: entry.shape for entry in inventory(model)}
         try:
             self._metadata = FileSystemReader(checkpoint).read_metadata()
@@ -70,7 +71,7 @@ class SavedWeights:
                 f"{checkpoint} is not a whole checkpoint ({type(error).__name__}); give the directory of one"
             ) from None
         self._saved: dict[str, TensorStorageMetadata] = {}
-        for key in {place.key for place in self._places.values()}:
+        for key in {entry.key for entry in self._entries.values()}:
             saved = self._metadata.state_dict_metadata.get(key)
             if not isinstance(saved, TensorStorageMetadata):
                 raise CordError(
@@ -79,7 +80,7 @@ class SavedWeights:
             self._saved[key] = saved
 
     def common_dtype(self) -> torch.dtype:
-        """The precision that all tensors have.
+        """Return the precision that all tensors have.
 
         Raises:
             CordError: they have several.
@@ -91,16 +92,18 @@ class SavedWeights:
         return dtypes.pop()
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The tensor of this name in portions: some of its rows each, in their order. A portion is valid until the next is asked for.
+        """Yield the tensor of this name in portions of some rows each, in their order.
+
+        A portion is valid until the next one is read.
 
         Raises:
             CordError: a file is missing, or ends too early.
         """
         rule, shape = self._rules[name], self.shapes[name]
-        place = self._places[rule.megatron]
-        saved = self._saved[place.key]
-        rows, dtype = saved.size[len(place.layer)], saved.properties.dtype
-        part, chunks = rule.hf.index(name), list(self._chunks(place))
+        entry = self._entries[rule.megatron]
+        saved = self._saved[entry.key]
+        rows, dtype = saved.size[len(entry.layer)], saved.properties.dtype
+        part, chunks = rule.hf.index(name), list(self._chunks(entry))
         step = max(1, _BLOCK // max(1, prod(shape[1:]) * dtype.itemsize))
         buffer = torch.empty(min(step, shape[0]), *shape[1:], dtype=dtype)
         for start in range(0, shape[0], step):
@@ -109,7 +112,7 @@ class SavedWeights:
             yield out
 
     def _fill(self, out: Tensor, start: int, rule: TensorRule, part: int, rows: int, chunks: list[_Chunk]) -> None:
-        """The rows from `start` on of one part of a rule, from the rows of the Megatron tensor that hold them."""
+        """Fill out with the rows from `start` on of one part of a rule, from the Megatron tensor's rows."""
         above, filled = 0, 0
         for piece in rule.layout.pieces(rows):
             low, high = max(start, piece.start), min(start + len(out), piece.stop)
@@ -118,39 +121,39 @@ class SavedWeights:
             above += piece.stop - piece.start
         if filled != out.numel():
             raise CordError(
-                f"{self._directory} is damaged (parts of {rule.megatron} are missing); import it again, or take another checkpoint"
+                f"{self._directory} is damaged (parts of {rule.megatron} are missing); "
+                "import it again, or take another checkpoint"
             )
 
-    def _chunks(self, place: _Place) -> Iterator[_Chunk]:
-        """What a Megatron tensor was cut into."""
-        saved, skip = self._saved[place.key], len(place.layer)
+    def _chunks(self, entry: _Entry) -> Iterator[_Chunk]:
+        """Yield the chunks in which a Megatron tensor was saved."""
+        saved, skip = self._saved[entry.key], len(entry.layer)
         dtype = saved.properties.dtype
         for chunk in saved.chunks:
-            if tuple(chunk.offsets[:skip]) != place.layer:
+            if tuple(chunk.offsets[:skip]) != entry.layer:
                 continue
-            info = self._metadata.storage_data[MetadataIndex(place.key, chunk.offsets)]
+            info = self._metadata.storage_data[MetadataIndex(entry.key, chunk.offsets)]
             path = self._directory / info.relative_path
             offset = info.offset + _payload(path, info, chunk.sizes, dtype)
             row, column = (*chunk.offsets[skip:], 0)[:2]
-            yield _Chunk(row, column, StoredTensor(place.key, dtype, tuple(chunk.sizes[skip:]), path, offset))
+            yield _Chunk(row, column, StoredTensor(entry.key, dtype, tuple(chunk.sizes[skip:]), path, offset))
 
 
-def _places(model: LALM) -> dict[str, _Place]:
-    """Where each tensor of the whole model is, by its name there."""
-    places = {}
+def _entries(model: LALM) -> dict[str, _Entry]:
+    """Return each tensor's entry in the checkpoint, by its name in the whole model."""
+    entries = {}
     for name, value in model.sharded_state_dict().items():
         holder = {name: value}
         apply_factories(holder)
         for shard in nested_values(holder):
             if isinstance(shard, ShardedTensor):  # beside them are objects of Megatron's own
-                places[rename_to_global(model, name)] = _Place(
-                    shard.key, tuple(shard.global_offset[: shard.prepend_axis_num])
-                )
-    return places
+                layer = tuple(shard.global_offset[: shard.prepend_axis_num])
+                entries[rename_to_global(model, name)] = _Entry(shard.key, layer)
+    return entries
 
 
 def _read(chunks: list[_Chunk], row: int, out: Tensor) -> int:
-    """Fills out with all columns of the rows from `row` on; returns how many elements were found."""
+    """Fill out with all columns of the rows from `row` on; return how many elements were found."""
     found = 0
     for chunk in chunks:
         shape = chunk.stored.shape
@@ -166,15 +169,16 @@ def _read(chunks: list[_Chunk], row: int, out: Tensor) -> int:
 
 
 def _payload(path: Path, info: Any, sizes: torch.Size, dtype: torch.dtype) -> int:
-    """Where in a chunk's archive its elements begin.
+    """Return where in a chunk's archive its elements begin.
 
     Raises:
-        CordError: the file is missing, the archive is damaged, or it holds something else than the checkpoint's metadata say.
+        CordError: the file is missing, the archive is damaged, or it holds another tensor than the checkpoint's
+            metadata say.
     """
     try:
         with path.open("rb") as file:
             archive: Any = _Slice(file, info.offset, info.length)
-            # On the meta device torch reads the archive's index alone, and says where the elements are.
+            # On the meta device torch reads the archive's index alone, and keeps the elements' offset.
             tensor = torch.load(archive, map_location="meta", weights_only=True)
             if (
                 tensor.shape == sizes

@@ -1,13 +1,16 @@
-"""Megatron's distributed checkpoint written from a Hugging Face checkpoint's files, one tensor at a time: the model is never in memory.
+"""Writes Megatron's distributed checkpoint from a Hugging Face checkpoint's files, one tensor at a time.
 
-Megatron says which shards there are and writes all that is not a tensor; only the tensors' bytes take another way: from the file into one
-buffer and from there into this rank's file of the checkpoint. The kernel is told to send them to the disk at once, while the next are read.
+The result is complete or invisible, and loadable on any layout; the model is never in memory. Megatron plans the shards
+and writes all that is not a tensor; only the tensors' bytes take another way: from the file into one buffer and from
+there into this rank's file of the checkpoint. The kernel starts to write them to the disk while the next are read.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories, is_main_replica
@@ -27,17 +31,18 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_cord.convert.disk import start_writing
+from megatron_cord.convert.hf_writer import check_vacant
 from megatron_cord.convert.loading import Source, read_block
-from megatron_cord.convert.stream import rename_to_global
+from megatron_cord.convert.names import rename_to_global
 from megatron_cord.model.lalm import LALM
+from megatron_cord.runtime.files import start_writing
 
-Place = tuple[str, tuple[int, ...]]  # a shard's key and its offset in the whole tensor
+_ShardId = tuple[str, tuple[int, ...]]  # a shard's key and its offset in the whole tensor
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Where one shard's bytes come from."""
+    """The source of one shard's bytes."""
 
     source: Source
     rows: int
@@ -53,21 +58,54 @@ class _Block:
         read_block(self.source, self.rows, self.start, out)
 
 
-def save_streamed(directory: Path, model: LALM, sources: dict[str, Source], advance: Callable[[int], None]) -> None:
-    """Writes the shards of this rank. Collective over all ranks.
+def save_weights(
+    directory: Path,
+    model: LALM,
+    sources: dict[str, Source],
+    complete: Callable[[Path], None],
+    advance: Callable[[int], None],
+) -> None:
+    """Write a model's weights from the files that they are in. Collective over all ranks.
+
+    A killed writer leaves a hidden directory beside the final one, which the next writer removes: a directory with the
+    final name is whole.
 
     Args:
-        directory: it exists and is empty.
+        directory: the final place; it must not exist.
         model: this rank's part, of tensors without memory.
         sources: as `find_sources` of the same model.
+        complete: called on rank 0 with the directory under its hidden name, to add the files beside the weights.
         advance: called with the bytes of each shard that is written.
 
     Raises:
-        CordError: a file ends too early.
-        CheckpointException: a rank's writer failed, every rank is told so.
+        CordError: the directory exists and holds something, or a file of the source ends too early.
+        CheckpointException: a rank could not write to the disk; raised on every rank, and nothing is left behind.
     """
+    partial = directory.with_name(f".{directory.name}.partial")
+    main = dist.get_rank() == 0
+    try:
+        if main:
+            check_vacant(directory)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's warnings about its own deprecated internals
+            _save_shards(partial, model, sources, advance)
+        if main:
+            complete(partial)
+            partial.replace(directory)
+        dist.barrier()
+    except BaseException:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _save_shards(directory: Path, model: LALM, sources: dict[str, Source], advance: Callable[[int], None]) -> None:
+    """Write the shards of this rank into an empty directory. Collective over all ranks."""
     state = model.sharded_state_dict()
-    blocks: dict[Place, _Block] = {}
+    blocks: dict[_ShardId, _Block] = {}
     for name in list(state):
         holder = {name: state[name]}
         apply_factories(holder)
@@ -82,13 +120,13 @@ def save_streamed(directory: Path, model: LALM, sources: dict[str, Source], adva
                     tuple(shard.local_shape),
                     shard.dtype,
                 )
-    dist_checkpointing.save({"model": state}, str(directory), sharded_strategy=_Streamed(blocks, advance))
+    dist_checkpointing.save({"model": state}, str(directory), sharded_strategy=_StreamedStrategy(blocks, advance))
 
 
-class _Streamed(TorchDistSaveShardedStrategy):
-    """Takes the place of Megatron's writer, in its format."""
+class _StreamedStrategy(TorchDistSaveShardedStrategy):
+    """A writer in the place and the format of Megatron's."""
 
-    def __init__(self, blocks: dict[Place, _Block], advance: Callable[[int], None]) -> None:
+    def __init__(self, blocks: dict[_ShardId, _Block], advance: Callable[[int], None]) -> None:
         super().__init__("torch_dist", 1)
         self._blocks, self._advance = blocks, advance
 
@@ -103,7 +141,7 @@ class _Streamed(TorchDistSaveShardedStrategy):
 
 
 class _Planner(dcp.DefaultSavePlanner):
-    """Plans Megatron's shards as Megatron's own planner does; nothing of them is looked at but sizes."""
+    """A planner of Megatron's shards like Megatron's own, which reads nothing of them but sizes."""
 
     def __init__(self, shards: list[Any]) -> None:
         super().__init__(flatten_state_dict=False)
@@ -132,9 +170,9 @@ class _Planner(dcp.DefaultSavePlanner):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """One file a rank."""
+    """A writer of one file a rank."""
 
-    def __init__(self, directory: Path, blocks: dict[Place, _Block], advance: Callable[[int], None]) -> None:
+    def __init__(self, directory: Path, blocks: dict[_ShardId, _Block], advance: Callable[[int], None]) -> None:
         super().__init__(directory, single_file_per_rank=True)
         self._directory, self._blocks, self._advance = directory, blocks, advance
 
@@ -144,7 +182,7 @@ class _Writer(dcp.FileSystemWriter):
         buffer = bytearray(max((block.nbytes for block in self._blocks.values()), default=0))
         results = []
         checked = torch.serialization.get_crc32_options()
-        # Nobody reads the checksums of torch's archives, and they cost as much time as the disk.
+        # The checksums of torch's archives are never read, and cost as much time as the disk.
         torch.serialization.set_crc32_options(False)
         try:
             with (self._directory / name).open("wb", buffering=0) as file:
@@ -165,7 +203,8 @@ class _Writer(dcp.FileSystemWriter):
         return done
 
     def _write(self, file: Any, item: WriteItem, buffer: bytearray) -> None:
-        assert item.index.offset is not None and item.tensor_data is not None
+        assert item.index.offset is not None
+        assert item.tensor_data is not None
         block = self._blocks[item.index.fqn, tuple(item.index.offset)]
         # A tensor on the buffer whose storage is no larger than itself: torch saves whole storages.
         tensor = torch.frombuffer(buffer, dtype=block.dtype, count=prod(block.shape)).view(block.shape)

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.planner import WriteItem
 
-from megatron_cord.convert import saved_weights
-from megatron_cord.convert.checkpoint_files import stored_tensors
-from megatron_cord.convert.inventory import paper_model
+from megatron_cord.convert import megatron_reader
+from megatron_cord.convert.hf_reader import stored_tensors
+from megatron_cord.convert.inventory import fake_model
 from megatron_cord.convert.loading import find_sources
-from megatron_cord.convert.saved_weights import SavedWeights
-from megatron_cord.convert.weights_checkpoint import save_weights
+from megatron_cord.convert.megatron_reader import SavedWeights
+from megatron_cord.convert.megatron_writer import save_weights
 from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
@@ -34,7 +34,7 @@ HEAD = "language_model.lm_head.weight"
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[LALM]:
-    yield paper_model(ARCHITECTURE, initialize(ParallelConfig(), seed=0), torch.float32)
+    yield fake_model(ARCHITECTURE, initialize(ParallelConfig(), seed=0), torch.float32)
     finalize()
 
 
@@ -66,7 +66,7 @@ def read(saved: SavedWeights) -> dict[str, Tensor]:
 @pytest.mark.parametrize("block", [1, 4000, 1 << 25])
 def test_tensors_come_in_portions(checkpoint: Path, model: LALM, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """Catches a portion that begins in the middle of a head, of the gate or of the vocabulary and is taken from elsewhere."""
-    monkeypatch.setattr(saved_weights, "_BLOCK", block)
+    monkeypatch.setattr(megatron_reader, "_BLOCK", block)
     given, wanted = read(SavedWeights(checkpoint, model)), published_tensors(build(tied=False))
     assert given.keys() == wanted.keys() and all(torch.equal(given[name], tensor) for name, tensor in wanted.items())
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_cord.convert import read_tensors
-from megatron_cord.convert.auxiliary_files import read_companions, with_dtype
-from megatron_cord.convert.hf_directory import HFDirectoryWriter, Shard, plan_shards
+from megatron_cord.convert.auxiliary_files import read_auxiliary_files, with_dtype
+from megatron_cord.convert.hf_writer import HFDirectoryWriter, Shard, plan_shards
 from megatron_cord.errors import CordError
 from tests.tiny_run import ROOT
 
@@ -193,7 +193,7 @@ def test_rows_that_are_not_the_plan(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_companions(tmp_path: Path) -> None:
+def test_auxiliary_files(tmp_path: Path) -> None:
     """Catches weights of another format that are carried over, code or templates that are not, and a precision that config.json denies."""
     config = {"dtype": "float32", "text_config": {"torch_dtype": "float32", "vocab_size": 3}}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -208,8 +208,8 @@ def test_companions(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_text(name)
     (tmp_path / "assets").mkdir()
-    companions = read_companions(tmp_path)
-    assert sorted(companions) == ["chat_template.jinja", "config.json", "modeling.py", "tokenizer.json"]
-    changed = json.loads(with_dtype(companions, torch.bfloat16)["config.json"])
+    files = read_auxiliary_files(tmp_path)
+    assert sorted(files) == ["chat_template.jinja", "config.json", "modeling.py", "tokenizer.json"]
+    changed = json.loads(with_dtype(files, torch.bfloat16)["config.json"])
     assert changed == {"dtype": "bfloat16", "text_config": {"torch_dtype": "bfloat16", "vocab_size": 3}}
-    assert with_dtype(companions, torch.float32) is companions
+    assert with_dtype(files, torch.float32) is files
