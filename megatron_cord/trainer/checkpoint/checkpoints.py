@@ -1,7 +1,9 @@
-"""Checkpoints: Megatron's dist_checkpointing for weights and optimizer, one JSON file for everything else; complete or invisible.
+"""A run's checkpoints: Megatron's dist_checkpointing for weights and optimizer, JSON files for everything else.
 
-A checkpoint is written under a hidden name, with a list of checksums last, and renamed when every rank is done: a directory `step_000100` is
-always whole when it appears, and damage that comes later is noticed. Its weights and optimizer states load on any layout.
+A checkpoint is complete or invisible: it is written under a hidden name, with a list of checksums last, and renamed
+    when
+every rank is done. A directory `step_000100` is whole when it appears, and later damage is detected. Weights and
+optimizer states load on any layout.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from megatron_cord.trainer.checkpoint import manifest
 from megatron_cord.trainer.checkpoint.directory import CheckpointDirectory, check_whole
 from megatron_cord.trainer.checkpoint.progress import Progress, read_progress, write_progress
 from megatron_cord.trainer.checkpoint.storage import storage_problem
-from megatron_cord.trainer.checkpoint.writer import Writing
+from megatron_cord.trainer.checkpoint.writer import AsyncWrite
 from megatron_cord.trainer.step.moving_average import MovingAverage
 
 
@@ -41,7 +43,7 @@ class CheckpointConfig:
 
     interval: int = 100  #: steps between checkpoints; the last step is always saved; 0 saves only that one
     keep: int = 2  #: newest checkpoints kept; 0 keeps all
-    asynchronous: bool = True  #: train on while the disk writes; false waits for it
+    asynchronous: bool = True  #: train on while the disk writes; false: wait for it
 
     def __post_init__(self) -> None:
         if self.interval < 0 or self.keep < 0:
@@ -50,7 +52,7 @@ class CheckpointConfig:
 
 # The sharding of the distributed optimizer's states that any other layout can read.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
-# Its writers log their errors, in lines of their own, beside raising them.
+# Megatron's writers log their errors in addition to raising them.
 logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
 
@@ -58,7 +60,7 @@ logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 class _Pending:
     """A checkpoint that is being written: its tensors, its hidden and its final place, and how it is completed."""
 
-    writing: Writing
+    writing: AsyncWrite
     partial: Path
     final: Path
     complete: Callable[[], None]
@@ -84,21 +86,21 @@ class Checkpoints(CheckpointDirectory):
         optimizer: MegatronOptimizer,
         average: MovingAverage | None = None,
     ) -> None:
-        """Writes the checkpoint of progress.step; an asynchronous one appears later, in `poll` or `wait`. Collective.
+        """Write the checkpoint of progress.step; an asynchronous one appears later, in `poll` or `wait`. Collective.
 
         Raises:
             CordError: the disk is full or not writable; earlier checkpoints are untouched.
         """
         self.wait()
-        final = self.place(progress.step)
-        # A name of its own: the writers of a run that was killed may live a moment longer.
+        final = self.path_of(progress.step)
+        # A unique name: the writers of a run that was killed may live a moment longer.
         partial = self.directory / f".{final.name}.partial-{broadcast_json(secrets.token_hex(4))}"
         self._on_main(final, lambda: self.make_room(partial))
         arch: Architecture = model.module.arch
         try:
-            writing = Writing(_state_dict(model, optimizer, average, is_loading=False), partial)
+            writing = AsyncWrite(_state_dict(model, optimizer, average, is_loading=False), partial)
         except Exception as error:
-            # This rank alone failed. The others wait for it, and notice that it has left.
+            # This rank alone failed. The others wait for it until they notice that it has ended.
             reason = storage_problem(error)
             if reason is None:
                 raise
@@ -108,11 +110,11 @@ class Checkpoints(CheckpointDirectory):
             self.wait()
 
     def poll(self) -> None:
-        """Makes the checkpoint visible whose files are written by now, if any. Collective. Raises CordError as `save` does."""
+        """Publish the pending checkpoint if its files are written by now. Collective. Raises as `save`."""
         self._finish(wait=False)
 
     def wait(self) -> None:
-        """The same, waiting for the files."""
+        """Wait for the files of the pending checkpoint and publish it. Collective. Raises as `save`."""
         self._finish(wait=True)
 
     def _finish(self, *, wait: bool) -> None:
@@ -122,7 +124,7 @@ class Checkpoints(CheckpointDirectory):
         try:
             if not pending.writing.is_done(wait=wait):
                 return
-        except CheckpointException as error:  # a rank's writer failed, every rank is told so, and the first one why
+        except CheckpointException as error:  # a rank's writer failed; raised on every rank, with the reason on rank 0
             self._pending = None
             reason = broadcast_json(storage_problem(error))
             if reason is None:
@@ -140,7 +142,7 @@ class Checkpoints(CheckpointDirectory):
         self.publish(pending.partial, pending.final, self.config.keep)
 
     def _on_main(self, final: Path, action: Callable[[], None]) -> None:
-        """Rank 0 acts, and all ranks fail together if it could not."""
+        """Act on rank 0, and fail on all ranks together if it could not."""
         reason = None
         if dist.get_rank() == 0:
             try:
@@ -155,7 +157,8 @@ class Checkpoints(CheckpointDirectory):
         if dist.get_rank() == 0:
             self.sweep()
         return CordError(
-            f"{final}: the checkpoint could not be written ({reason}); earlier ones are whole: mend that and start the run again"
+            f"{final}: the checkpoint could not be written ({reason}); earlier ones are whole: "
+            "fix the cause and start the run again"
         )
 
     def load(
@@ -166,10 +169,13 @@ class Checkpoints(CheckpointDirectory):
         scheduler: OptimizerParamScheduler,
         average: MovingAverage | None = None,
     ) -> Progress:
-        """Restores everything from a checkpoint of any layout; learning rates and the like are those of the configuration. Collective.
+        """Restore everything from a checkpoint of any layout. Collective.
+
+        Learning rates and other settings of the optimizer are those of the configuration.
 
         Raises:
-            CordError: not a whole checkpoint, a damaged one, one of another architecture, or one without the averages that are asked for.
+            CordError: not a whole checkpoint, a damaged one, one of another architecture, or one without the averages
+                that `average` needs.
         """
         progress = read_progress(path, model.module.arch)
         if average is not None and not average.is_in(dist_checkpointing.load_tensors_metadata(str(path))):
@@ -180,7 +186,7 @@ class Checkpoints(CheckpointDirectory):
         model.load_state_dict(restored["model"])
         if average is not None:
             average.load_state_dict(restored["teacher"])
-        # Megatron-Core 0.19 tells groups apart by their learning rates, too; those of the configuration need not be the checkpoint's.
+        # Megatron-Core 0.19 matches groups by their learning rates too, and the configuration's may have changed since.
         configured = [
             {key: value for key, value in group.items() if key not in ("params", "step")}
             for group in optimizer.param_groups
@@ -196,14 +202,14 @@ class Checkpoints(CheckpointDirectory):
 
 
 def _param_groups(state: Any) -> Iterator[dict[str, Any]]:
-    """All groups in an optimizer's state, wherever its wrappers put them."""
+    """Yield all groups in an optimizer's state, wherever its wrappers put them."""
     if isinstance(state, dict):
         for key, value in state.items():
             yield from value if key == "param_groups" else _param_groups(value)
 
 
 def load_weights(path: Path, model: LALM) -> int:
-    """Restores only the weights, for evaluation and export; returns the checkpoint's step. Collective.
+    """Restore only the weights, for evaluation and export; return the checkpoint's step. Collective.
 
     Raises:
         CordError: as `Checkpoints.load`.
@@ -215,7 +221,7 @@ def load_weights(path: Path, model: LALM) -> int:
 
 
 def check_weights(path: Path, arch: Architecture) -> int:
-    """The step of a checkpoint whose weights can be read. Collective.
+    """Return the step of a checkpoint, after verifying that its weights can be read. Collective.
 
     Raises:
         CordError: its files are not as they were written, or it holds another architecture.
@@ -240,7 +246,8 @@ def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(wanted, str(path))
     except (CheckpointException, CheckpointingException, OSError, EOFError, pickle.UnpicklingError) as error:
-        # Only the readers' own complaints. CheckpointException is no Exception, and would pass through every other handler.
+        # Only the readers' own errors. CheckpointException is no Exception, and would pass through every other handler.
         raise CordError(
-            f"{path} is damaged ({type(error).__name__}); delete it to use the one before, or choose another with resume=PATH"
+            f"{path} is damaged ({type(error).__name__}); delete it to use the one before, "
+            "or choose another with resume=PATH"
         ) from error

@@ -1,13 +1,12 @@
-"""The directory of a run's checkpoints: which are there, which of them can be trusted, which are deleted.
+"""The directory of a run's checkpoints: which exist, which of them are undamaged, which are deleted.
 
-`step_000100` appeared when it was whole. `.step_…` is half-written or half-deleted, and swept away at the next start. `damaged_step_…` was
-whole once, was found changed, and is kept for whoever wants to know why.
+`step_000100` appeared when it was whole. `.step_…` is half-written or half-deleted, and deleted at the next start.
+`damaged_step_…` was whole once, was found changed, and is kept so that the cause can be found.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -33,19 +32,21 @@ class CheckpointDirectory:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def place(self, step: int) -> Path:
-        """Where the checkpoint of a step stands."""
+    def path_of(self, step: int) -> Path:
+        """Return the path of a step's checkpoint."""
         return self.directory / f"step_{step:06d}"
 
     def newest(self) -> Path | None:
-        """The newest checkpoint, the same on every rank; it was whole when it was written. Collective."""
+        """Return the newest checkpoint, the same on every rank; it was whole when it was written. Collective."""
         names = broadcast_json(self._names())
         return self.directory / names[-1] if names else None
 
     def newest_undamaged(self) -> Path | None:
-        """The newest checkpoint whose files are as they were written, for a run that starts; None if there never was one. Collective.
+        """Return the newest checkpoint whose files are as they were written; None if there never was one. Collective.
 
-        Damaged newer ones are renamed to `damaged_step_…`, with a line on standard error. Leftovers of a run that was killed are deleted.
+        It is for a run that starts: damaged newer ones are renamed to `damaged_step_…`, with a warning, and leftovers
+            of
+        a run that was killed are deleted.
 
         Raises:
             CordError: there are checkpoints, and all of them are damaged.
@@ -63,53 +64,52 @@ class CheckpointDirectory:
         if damaged:
             name, damage = damaged[0]
             raise CordError(
-                f"{self.directory / name} is damaged ({damage}), and no earlier checkpoint is whole; restore it, or start in another output_dir"
+                f"{self.directory / name} is damaged ({damage}), and no earlier checkpoint is whole; "
+                "restore it, or start in another output_dir"
             )
         return None
 
     def make_room(self, partial: Path) -> None:
-        """Makes the hidden directory of a new checkpoint. On rank 0 alone, like the following."""
+        """Make the hidden directory of a new checkpoint. On rank 0 alone, like `publish` and `sweep`."""
         self.sweep()
         partial.mkdir(parents=True)
 
     def publish(self, partial: Path, final: Path, keep: int) -> None:
-        """Gives a complete checkpoint its name; then deletes all but the newest `keep` (0: none)."""
+        """Give a complete checkpoint its name; then delete all but the newest `keep` (0: keep all)."""
         if final.exists():
-            os.replace(final, _doomed(final))
-        os.replace(partial, final)
-        for old in self._names()[:-keep] if keep else ():
-            # Renamed first: a stop halfway through the deletion must not leave half a checkpoint under a whole one's name.
-            os.replace(self.directory / old, _doomed(self.directory / old))
+            final.replace(_deleted_name(final))
+        partial.replace(final)
+        for name in self._names()[:-keep] if keep else ():
+            # Renamed first: a stop during the deletion must not leave half a checkpoint under the name of a whole one.
+            old = self.directory / name
+            old.replace(_deleted_name(old))
         self.sweep()
 
     def sweep(self) -> None:
-        """Deletes what is half-written or half-deleted."""
+        """Delete half-written and half-deleted checkpoints."""
         for leftover in self.directory.glob(".step_*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _names(self) -> list[str]:
-        found = (
-            (p.name for p in self.directory.glob("step_*") if _VISIBLE.fullmatch(p.name))
-            if dist.get_rank() == 0
-            else ()
-        )
+        """Return the names of all checkpoints, oldest first, on rank 0; nothing on other ranks."""
+        if dist.get_rank() != 0:
+            return []
+        found = [path.name for path in self.directory.glob("step_*") if _VISIBLE.fullmatch(path.name)]
         return sorted(found, key=lambda name: int(name.removeprefix("step_")))
 
     def _set_aside(self, damaged: list[tuple[str, str]], used: str) -> None:
         for name, damage in damaged:
-            aside = self.directory / f"damaged_{name}"
+            path, aside = self.directory / name, self.directory / f"damaged_{name}"
             shutil.rmtree(aside, ignore_errors=True)
-            os.replace(self.directory / name, aside)
-            logger.warning(
-                "%s is damaged (%s); using %s, and keeping it as %s", self.directory / name, damage, used, aside.name
-            )
+            path.replace(aside)
+            logger.warning("%s is damaged (%s); using %s, and keeping it as %s", path, damage, used, aside.name)
 
 
 def check_whole(checkpoint: Path) -> Path:
-    """A checkpoint that somebody has named, if its files are as they were written. Collective.
+    """Return a checkpoint that the user has named, after verifying its files. Collective.
 
     Raises:
-        CordError: otherwise.
+        CordError: a file is not as it was written.
     """
     damage = find_damage(checkpoint)
     if damage is not None:
@@ -117,5 +117,5 @@ def check_whole(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def _doomed(checkpoint: Path) -> Path:
+def _deleted_name(checkpoint: Path) -> Path:
     return checkpoint.with_name(f".{checkpoint.name}.deleted")

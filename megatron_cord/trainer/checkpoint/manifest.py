@@ -1,8 +1,7 @@
-"""The list of a checkpoint's files with sizes and checksums. It is written last: a directory without one is not whole."""
+"""The list of a checkpoint's files with sizes and checksums, written last: a directory without one is not whole."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -11,36 +10,33 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_cord.parallel.objects import all_gather_json
+from megatron_cord.runtime.files import file_digest, write_json
 
 NAME = "manifest.json"
 _FORMAT = 1
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_manifest(directory: Path, known: Mapping[str, str]) -> None:
-    """Lists all files of the directory, and forces what was not forced to the disk yet.
+    """List all files of the directory, and sync those to the disk that their writers did not.
 
     Args:
         directory: a checkpoint that is complete but for this file.
-        known: digests by file name, of files that their writers have forced to the disk.
+        known: digests by file name, of files that their writers have synced.
     """
     files = {}
     for path in sorted(p for p in directory.iterdir() if p.is_file()):
         if path.name not in known:
-            _force(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": known.get(path.name) or digest(path)}
-    (directory / NAME).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1))
-    _force(directory / NAME)
-    _force(directory)
+            _sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": known.get(path.name) or file_digest(path)}
+    write_json(directory / NAME, {"format": _FORMAT, "files": files}, sync=True)
+    _sync(directory)
 
 
 def find_damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if every file is as it was written. Collective: each rank reads its share."""
+    """Return what is wrong with a checkpoint, naming the file; None if every file is as it was written.
+
+    Collective: each rank reads its share of the files.
+    """
     try:
         manifest = json.loads((directory / NAME).read_text())
         files: list[tuple[str, int, str]] = sorted(
@@ -60,12 +56,14 @@ def _compare(path: Path, size: int, checksum: str) -> str | None:
     try:
         if path.stat().st_size != size:
             return f"{path.name} has {path.stat().st_size} of {size} bytes"
-        return None if digest(path) == checksum else f"{path.name} does not have the checksum that it was written with"
+        if file_digest(path) != checksum:
+            return f"{path.name} does not have the checksum that it was written with"
+        return None
     except OSError as error:
         return f"{path.name}: {error.strerror}"
 
 
-def _force(path: Path) -> None:
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The run's directory: whether it can be written, and what the disk did when writing failed."""
+"""The run's directory: whether it can be written, and the system's reason when writing failed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from megatron_cord.errors import CordError
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR)
-#: what torch's writers say when the system refuses a write
+#: messages of torch's writers when the system refuses a write
 _TORCH_WRITERS = ("PytorchStreamWriter failed", "iostream error", "inline_container", "error: <class 'OSError'>")
-#: what Megatron says when the process that writes has told nothing
+#: Megatron's message when the process that writes has left no result
 _WRITER_GONE = "results_queue should not be empty"
 _ERRNO = re.compile(r"\[Errno (\d+)\]")
 
 
 def make_writable(directory: Path) -> None:
-    """Makes the directory if need be.
+    """Make the directory if it does not exist.
 
     Raises:
         CordError: it cannot be made or written to.
@@ -32,7 +32,7 @@ def make_writable(directory: Path) -> None:
 
 
 def storage_problem(error: BaseException) -> str | None:
-    """What the disk did, looking through torch's wrappers; None if it is not to blame."""
+    """Return the disk's part in an error, also inside torch's wrappers; None if the disk is not the cause."""
     failures = getattr(error, "failures", {})  # of torch's CheckpointException: by rank
     for seen in [error, *(failure[0] for failure in failures.values())]:
         cause: BaseException | None = seen

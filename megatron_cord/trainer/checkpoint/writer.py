@@ -1,7 +1,8 @@
-"""Writes the tensors of a checkpoint in a process of its own, forked from this rank, while the rank may go on.
+"""Writes the tensors of a checkpoint in a process forked from this rank, while the rank may go on.
 
-The child has the tensors as they were at the fork (on a GPU: the copies that Megatron made in host memory before), writes them, computes
-checksums and ends. It ends with its rank too: no file is written, and no connection kept open, on behalf of a rank that is gone.
+The child has the tensors as they were at the fork (on a GPU: the copies that Megatron made in host memory before),
+writes them, computes checksums and ends. It ends with its rank too: no file is written, and no connection kept open,
+for a rank that is gone.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from megatron_cord.trainer.checkpoint.manifest import digest
+from megatron_cord.runtime.files import file_digest
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _libc = ctypes.CDLL(None)
 
 
-class Writing:
-    """One checkpoint on its way to the disk.
+class AsyncWrite:
+    """One checkpoint that is being written.
 
     Args:
         state: sharded, of all ranks.
@@ -45,12 +46,12 @@ class Writing:
             else {}
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on its own deprecated internals
+            warnings.simplefilter("ignore")  # torch's warnings about its own deprecated internals
             request = dist_checkpointing.save(
                 state,
                 str(directory),
                 async_sharded_save=True,
-                # What is not sharded is the optimizer's groups, and pipeline stages may have different ones: nothing to compare.
+                # Only the optimizer's groups are not sharded, and pipeline stages may have different ones: no check.
                 preprocess_common_before_consistancy_check=lambda common: {},
                 **options,
             )
@@ -61,7 +62,10 @@ class Writing:
             self._calls.schedule_async_request(request)
 
     def is_done(self, *, wait: bool) -> bool:
-        """Whether all ranks' files are written; if wait says so, not before they are.
+        """Return whether all ranks' files are written.
+
+        Args:
+            wait: return only once they are.
 
         Raises:
             CheckpointException: a rank could not write.
@@ -78,7 +82,10 @@ class Writing:
 
 
 class _Results:
-    """What the child tells: a queue for one item, in memory that both processes have. Nobody else can write there, so unpickling it is safe."""
+    """The child's results: a queue for one item, in memory that both processes share.
+
+    No other process can write there, so unpickling it is safe.
+    """
 
     def __init__(self) -> None:
         self._file = os.fdopen(os.memfd_create("checkpoint-results"), "w+b")
@@ -89,7 +96,7 @@ class _Results:
         self._file.flush()
 
     def get_nowait(self) -> Any:
-        """Megatron asks for the results alone."""
+        """Return the results without the checksums, as Megatron expects them."""
         self._file.seek(0)
         try:
             results, self.digests = pickle.load(self._file)
@@ -101,17 +108,15 @@ class _Results:
 
 
 def _write(write: Callable[..., None], rank: int, buckets: list[Any], results: _Results) -> None:
-    """In the child: writes the buckets and tells results and checksums."""
+    """Write the buckets, in the child, and pass on results and checksums."""
     os.register_at_fork(after_in_child=_end_with_parent)  # Megatron's function has children of its own
     _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the rank decides
     inner: queue.SimpleQueue[Any] = queue.SimpleQueue()
     write(rank, buckets, inner)
     written = inner.get()
-    results.put(
-        written,
-        {} if isinstance(written, Exception) else {Path(bucket[0]).name: digest(Path(bucket[0])) for bucket in buckets},
-    )
+    paths = [] if isinstance(written, Exception) else [Path(bucket[0]) for bucket in buckets]
+    results.put(written, {path.name: file_digest(path) for path in paths})
 
 
 def _end_with_parent() -> None:

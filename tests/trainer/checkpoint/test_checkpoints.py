@@ -1,4 +1,4 @@
-"""Checkpoints: whole or invisible, checked when they are read, the same on every layout, written while training goes on."""
+"""Checkpoints: whole or invisible, verified when read, the same on every layout, written while training goes on."""
 
 from __future__ import annotations
 
@@ -12,27 +12,33 @@ import pytest
 from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import Layout, finalize
+from megatron_cord.runtime.files import file_digest
 from megatron_cord.train import train
 from megatron_cord.trainer.checkpoint import writer as writing
 from megatron_cord.trainer.checkpoint.directory import CheckpointDirectory
-from megatron_cord.trainer.checkpoint.manifest import digest, find_damage, write_manifest
+from megatron_cord.trainer.checkpoint.manifest import find_damage, write_manifest
 from megatron_cord.trainer.config import RunConfig
 from tests.tiny_run import losses, overrides
 from tests.trainer.fault_ranks import Ranks
 
 
+def names(directory: Path) -> list[str]:
+    """Return the names in a directory, sorted."""
+    return sorted(path.name for path in directory.iterdir())
+
+
 def small(directory: Path, step: int) -> Path:
-    """Something that looks like a checkpoint."""
+    """Write something that looks like a checkpoint."""
     path = directory / f"step_{step:06d}"
     path.mkdir(parents=True)
     (path / "weights").write_bytes(bytes(range(100)))
     (path / "state.json").write_text("{}")
-    write_manifest(path, {"weights": digest(path / "weights")})
+    write_manifest(path, {"weights": file_digest(path / "weights")})
     return path
 
 
 def alone(inputs: Path, output: Path, *settings: str) -> Path:
-    """A run on this process alone."""
+    """Run in this process alone."""
     try:
         train(load_config(RunConfig, None, overrides(inputs, output, *settings)))
     finally:
@@ -55,8 +61,8 @@ def test_damage_is_named(layout: Layout, tmp_path: Path) -> None:
     assert find_damage(path) == "manifest.json is missing"
 
 
-def test_a_damaged_checkpoint_falls_back(layout: Layout, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a damaged checkpoint that is used, deleted, silently passed over, or later counted among those to keep; and leftovers that stay."""
+def test_a_damaged_checkpoint_falls_back(layout: Layout, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a damaged checkpoint that is used, deleted, passed over silently or counted, and leftovers that stay."""
     for step in (2, 10, 999999, 1000000):
         small(tmp_path, step)
     for step in (999999, 1000000):
@@ -64,11 +70,9 @@ def test_a_damaged_checkpoint_falls_back(layout: Layout, tmp_path: Path, capsys:
     (tmp_path / ".step_000004.partial-0").mkdir()
     directory = CheckpointDirectory(tmp_path)
     assert directory.newest_undamaged() == tmp_path / "step_000010"
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all(
-        "is damaged (weights has 0 of 100 bytes); using step_000010" in line for line in lines
-    )
-    assert sorted(os.listdir(tmp_path)) == ["damaged_step_1000000", "damaged_step_999999", "step_000002", "step_000010"]
+    assert len(caplog.messages) == 2
+    assert all("is damaged (weights has 0 of 100 bytes); using step_000010" in line for line in caplog.messages)
+    assert names(tmp_path) == ["damaged_step_1000000", "damaged_step_999999", "step_000002", "step_000010"]
     for step in (2, 10):
         (tmp_path / f"step_{step:06d}" / "weights").write_bytes(b"")
     with pytest.raises(
@@ -79,35 +83,33 @@ def test_a_damaged_checkpoint_falls_back(layout: Layout, tmp_path: Path, capsys:
 
 
 def test_a_run_goes_on_from_the_checkpoint_before(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a fall-back that does not reach the run, losses that differ after it, and a difference between the two ways to save."""
+    """Catches a fall-back that does not reach the run, other losses after it, and ways to save that differ."""
     waiting = alone(inputs, tmp_path / "waiting", "checkpoint.asynchronous=false", "checkpoint.keep=0")
     meanwhile = alone(inputs, tmp_path / "meanwhile", "checkpoint.keep=0")
     assert losses(meanwhile) == losses(waiting)
     for step in (2, 4, 5):
         ours, theirs = (run / "checkpoints" / f"step_{step:06d}" for run in (meanwhile, waiting))
-        assert sorted(os.listdir(ours)) == sorted(os.listdir(theirs)) and digest(ours / "__0_0.distcp") == digest(
-            theirs / "__0_0.distcp"
-        )
+        assert names(ours) == names(theirs)
+        assert file_digest(ours / "__0_0.distcp") == file_digest(theirs / "__0_0.distcp")
     shutil.rmtree(meanwhile / "checkpoints" / "step_000005")
     damaged = meanwhile / "checkpoints" / "step_000004" / "__0_0.distcp"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     capsys.readouterr()
-    errors = (alone(inputs, meanwhile), capsys.readouterr().err)[1]
-    assert (
-        "step_000004 is damaged (__0_0.distcp does not have the checksum that it was written with); using step_000002"
-        in errors
-    )
-    assert "resuming after step 2" in errors
+    alone(inputs, meanwhile)
+    lines = capsys.readouterr().err + caplog.text
+    why = "__0_0.distcp does not have the checksum that it was written with"
+    assert f"step_000004 is damaged ({why}); using step_000002" in lines
+    assert "resuming after step 2" in lines
     assert losses(meanwhile) == losses(waiting)
 
 
 @pytest.mark.parametrize(("before", "after"), [("tp=1", "pp=2"), ("tp=2", "tp=1"), ("pp=2", "pp=1")])
 def test_a_run_continues_on_another_layout(inputs: Path, tmp_path: Path, before: str, after: str) -> None:
-    """Catches states that are cut or put together wrongly: the losses that follow agree to 1e-5 with those of the layout that saved.
+    """Catches states that are split or joined wrongly: later losses agree to 1e-5 with those of the layout that saved.
 
     Two ranks that are not needed for tp=1 share the data.
     """
@@ -127,14 +129,12 @@ def test_a_run_continues_on_another_layout(inputs: Path, tmp_path: Path, before:
 
 
 def test_a_writer_that_is_killed(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a checkpoint that appears without its files, a run that waits for its dead writer, and an earlier checkpoint that goes with it."""
+    """Catches a checkpoint without its files, a run that waits for its dead writer, and an earlier one that is lost."""
     output = alone(inputs, tmp_path / "run", "train.steps=2", "checkpoint.interval=2")
-    with (
-        monkeypatch.context() as killed,
-        pytest.raises(CordError, match="the process that wrote it was killed; is there enough memory"),
-    ):
+    with monkeypatch.context() as killed:
         killed.setattr(writing, "_write", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        alone(inputs, output, "train.steps=4", "checkpoint.interval=2")
-    assert os.listdir(output / "checkpoints") == ["step_000002"]
+        with pytest.raises(CordError, match="the process that wrote it was killed; is there enough memory"):
+            alone(inputs, output, "train.steps=4", "checkpoint.interval=2")
+    assert names(output / "checkpoints") == ["step_000002"]
     alone(inputs, output, "train.steps=4", "checkpoint.interval=2")
     assert len(losses(output)) == 4

@@ -1,4 +1,4 @@
-"""What a failed write is blamed on."""
+"""The reason that is given for a failed write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_cord.trainer.checkpoint.storage import make_writable, storage_prob
 
 
 def full(wrapped: bool = False) -> Exception:
-    """A full disk, as the operating system or as torch's writers tell it."""
+    """Return the error of a full disk, as the operating system or as torch's writers raise it."""
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return RuntimeError(f"Worker failure: {error}") if wrapped else error
 
@@ -24,10 +24,9 @@ def test_a_full_disk_is_found(wrapped: bool) -> None:
     """Catches a full disk that ends in a traceback because a library has wrapped it."""
     assert storage_problem(full(wrapped)) == "No space left on device"
     assert storage_problem(CheckpointException("write", {1: (full(wrapped), None)})) == "No space left on device"  # type: ignore[dict-item]
-    try:
-        raise KeyError("x") from full(wrapped)
-    except KeyError as error:
-        assert storage_problem(error) == "No space left on device"
+    chained = KeyError("x")
+    chained.__cause__ = full(wrapped)
+    assert storage_problem(chained) == "No space left on device"
 
 
 def test_other_errors_are_not_the_disks() -> None:
@@ -41,7 +40,7 @@ def test_an_output_dir_that_cannot_be(tmp_path: Path) -> None:
     """Catches a traceback when the directory's place is a file, or below one."""
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(CordError, match="output_dir=.* cannot be made .*; choose another directory"):
+        with pytest.raises(CordError, match=r"output_dir=.* cannot be made .*; choose another directory"):
             make_writable(place)
     make_writable(tmp_path / "a" / "b")
     make_writable(tmp_path / "a" / "b")
