@@ -13,6 +13,9 @@ STAMP := $(VENV)/.installed
 SGLANG := .venv-sglang
 NEXT := .venv-next
 CODE := setup.py megatron_cord tests tools examples $(if $(wildcard benchmarks/*.py),benchmarks)
+# Tests: so many processes, each of which takes whole files; the longest files come first (tests/conftest.py).
+TEST_WORKERS ?= 2
+IN_PARALLEL := --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # Two cores often run two ranks: one thread a process, or they fight for them.
 export OMP_NUM_THREADS ?= 1
 
@@ -46,10 +49,10 @@ quickstart: $(STAMP) ## train a small model on this machine until it answers spo
 	$(BIN)/python -m examples.quickstart.run
 
 test: lint typecheck ## lint, types and the tests that take minutes
-	$(BIN)/python -m pytest -m 'not slow and not slurm'
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m 'not slow and not slurm'
 
 test-full: lint typecheck ## all tests, slow ones included, but those of test-slurm
-	$(BIN)/python -m pytest -m 'not slurm'
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m 'not slurm'
 
 test-next: $(NEXT)/.installed ## the tests of everything that Megatron-Core computes, with 0.19.2 in the place of 0.16.1; Python 3.12 has 0.19.2 anyway
 	$(NEXT)/bin/python -c 'from importlib.metadata import version as v; print("Megatron-Core", v("megatron-core")); assert v("megatron-core") == "0.19.2"'
@@ -84,7 +87,7 @@ format: $(STAMP) ## repair what can be repaired
 	$(BIN)/ruff format .
 
 typecheck: $(STAMP) ## static types
-	$(BIN)/mypy $(CODE)
+	$(BIN)/mypy --num-workers $(TEST_WORKERS) $(CODE)
 
 coverage: $(STAMP) ## the tests of `make test` once more, with the lines they run; slower, writes htmlcov/
 	$(BIN)/python -m pytest -m 'not slow and not slurm' --cov --cov-report=term --cov-report=html

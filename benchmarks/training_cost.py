@@ -3,8 +3,8 @@
     python -m benchmarks.training_cost --checkout . [--checkout ../before] [--steps 80] [--turns 3] [--output FILE]
 
 Each checkout trains from the same data and checkpoint (of `make quickstart`, in runs/quickstart), two
-tensor-parallel ranks, with its own quickstart.yaml. The checkouts take turns, so that a slow moment of the machine meets
-all of them. A step's time is the median over the steps of all turns, the first five of each left out; memory is the
+tensor-parallel ranks, with its own quickstart.yaml. The checkouts take turns, so that a slow moment of the machine
+meets all of them. A step's time is the median over the steps of all turns, the first five of each left out; memory is the
 largest resident set that the system has seen of a rank (VmHWM), the larger of the two ranks, the median of the turns.
 """
 

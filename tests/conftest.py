@@ -1,4 +1,4 @@
-"""Settings of every test, made before torch is imported: one thread (two cores may run several ranks), and no network."""
+"""Settings of every test, made before torch is imported: one thread, as two cores may run several ranks; no network."""
 
 from __future__ import annotations
 
@@ -9,19 +9,31 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_cord.runtime.log import configure_logging
 
+TESTS = Path(__file__).parent
+
 torch.set_num_threads(1)
 configure_logging("info", rank=0)  # log lines are written to standard error, as in a process of its own
+
+#: Folders and files whose tests start ranks or whole runs: minutes of work, with which the workers begin.
+LONG = ("trainer", "verify", "convert", "model", "evaluation")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the folders that take long first, so that parallel workers, which take a file at a time, end together."""
+    places = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.relative_to(TESTS).parts[0], len(LONG)))
 
 
 @pytest.fixture
 def one_rank() -> Iterator[None]:
-    """This process as the only rank of a trainer."""
+    """Make this process the only rank of a trainer."""
     # Not above: most tests do without Megatron-Core, whose import takes seconds.
     from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 
