@@ -95,7 +95,7 @@ class Layout:
         return self.groups.dp
 
     @property
-    def cut(self) -> SequenceSharding:
+    def sequence_sharding(self) -> SequenceSharding:
         """How sequences are split over ranks."""
         sequence_parallel = self.config.tp if self.config.sequence_parallel else 1
         return SequenceSharding(self.config.cp, dist.get_rank(self.cp_group), sequence_parallel)
