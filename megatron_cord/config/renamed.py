@@ -25,4 +25,6 @@ RENAMED: dict[str, str] = {
     "objective.importance_cap": "objective.policy_gradient.importance_cap",
     "objective.normalize_std": "objective.policy_gradient.normalize_std",
     "alerts.silent_groups": "alerts.zero_variance_groups",
+    "alerts.agreement_growth": "alerts.logprob_mismatch_growth",
+    "alerts.agreement_floor": "alerts.logprob_mismatch_floor",
 }

@@ -1,7 +1,8 @@
-"""Warnings in words when a run looks wrong, from the history of its metrics alone. They never stop a run.
+"""Warnings when a run looks wrong, from the history of its metrics alone. They never stop a run.
 
-Each check compares the mean of the last `window` measured steps with that of the first, or with the best one in between, and asks for more than
-noise could do. It simplifies: thresholds are shares that fit tasks of all kinds, not tests of significance for one.
+Each check compares the mean of the last `window` measured steps with that of the first, or with the best one in
+between, and demands a difference beyond noise. Simplification: thresholds are shares that fit tasks of all kinds, not
+tests of significance for one.
 """
 
 from __future__ import annotations
@@ -15,33 +16,30 @@ import numpy as np
 
 from megatron_cord.errors import CordError
 
-Kind = Literal["collapse", "length explosion", "reward saturated", "entropy falling", "agreement drifting"]
+Kind = Literal["collapse", "length explosion", "reward saturated", "entropy falling", "logprob mismatch growing"]
 Row = Mapping[str, Any]
-_SIGMAS = 4.0  # so many standard errors are no noise, also between the best of many windows and one of many last ones
+_SIGMAS = 4.0  # standard errors beyond noise, also between the best of many windows and one of many last ones
 
 
 @dataclass(frozen=True)
 class AlertConfig:
-    """When a run says that something looks wrong; null silences a check."""
+    """When a run warns that something looks wrong; null turns a check off."""
 
-    window: int = 20  #: steps of a mean; nothing is said of steps before twice as many were measured
+    window: int = 20  #: steps of a mean; no warning before twice as many were measured
     reward_fall: float | None = 0.3  #: collapse: the reward lost this share of its best mean
-    accuracy_fall: float | None = (
-        0.1  #: collapse: reading or hearing lost this share of the questions since its best evaluation
-    )
-    repetition: float | None = (
-        0.3  #: collapse: this share of a response's 4-grams is repeated, and twice as many as at first
-    )
+    #: collapse: text or audio accuracy fell by this share of the questions since its best evaluation
+    accuracy_fall: float | None = 0.1
+    #: collapse: this share of a response's 4-grams is repeated, and twice as many as at first
+    repetition: float | None = 0.3
     length_growth: float | None = 2.0  #: length explosion: responses are so many times as long as at first
-    truncated: float | None = (
-        0.25  #: length explosion: this much more of the responses than at first are cut at rollout.max_new_tokens
-    )
+    #: length explosion: this much more of the responses than at first are truncated at rollout.max_new_tokens
+    truncated: float | None = 0.25
     zero_variance_groups: float | None = 0.9  #: reward saturated: in this share of the groups all rewards are equal
     entropy_fall: float | None = 0.9  #: entropy falling: the student's entropy lost this share of what it was at first
-    agreement_growth: float | None = (
-        3.0  #: agreement drifting: engine and trainer differ so many times as much as at first
-    )
-    agreement_floor: float = 0.01  #: agreement drifting: differences below this, nats a token, are rounding
+    #: logprob mismatch growing: engine and trainer differ so many times as much as at first
+    logprob_mismatch_growth: float | None = 3.0
+    #: logprob mismatch growing: differences below this, in nats a token, are rounding
+    logprob_mismatch_floor: float = 0.01
 
     def __post_init__(self) -> None:
         if self.window < 2:
@@ -49,26 +47,26 @@ class AlertConfig:
         for name in ("reward_fall", "accuracy_fall", "repetition", "truncated", "zero_variance_groups", "entropy_fall"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise CordError(f"alerts.{name} is a share between 0 and 1, got {value:g}; null silences the check")
-        for name in ("length_growth", "agreement_growth"):
+                raise CordError(f"alerts.{name} is a share between 0 and 1, got {value:g}; null turns the check off")
+        for name in ("length_growth", "logprob_mismatch_growth"):
             value = getattr(self, name)
             if value is not None and value <= 1:
-                raise CordError(f"alerts.{name} is a factor above 1, got {value:g}; null silences the check")
+                raise CordError(f"alerts.{name} is a factor above 1, got {value:g}; null turns the check off")
 
 
 @dataclass(frozen=True)
 class Alert:
-    """One warning: what it is about, and the words for it."""
+    """One warning: its kind and its message."""
 
     kind: Kind
     words: str
 
 
 def find_alerts(rows: Sequence[Row], evaluations: Sequence[Row], config: AlertConfig) -> list[Alert]:
-    """What holds after the last of these steps; empty for a run that looks well.
+    """Return the warnings that hold after the last of these steps; none for a run that looks well.
 
     Args:
-        rows: metrics, ascending by step (`metrics.jsonl`); what a row lacks, or has as None or NaN, was not measured.
+        rows: metrics, ascending by step (`metrics.jsonl`); a value that is missing, None or NaN was not measured.
         evaluations: ascending by step, each with `step`, `samples`, `text_accuracy` and `audio_accuracy`.
         config: thresholds.
     """
@@ -77,13 +75,13 @@ def find_alerts(rows: Sequence[Row], evaluations: Sequence[Row], config: AlertCo
         _length(rows, config),
         _saturation(rows, config),
         _entropy(rows, config),
-        _agreement(rows, config),
+        _logprob_mismatch(rows, config),
     )
     return [alert for check in checks for alert in check]
 
 
 def _collapse(rows: Sequence[Row], evaluations: Sequence[Row], config: AlertConfig) -> Iterator[Alert]:
-    """Answers that got worse, or that are loops; what else speaks for a collapse is added to the words."""
+    """Warn of answers that got worse or that repeat themselves; a fallen entropy is added as a further sign."""
     signs = [*_reward_falls(rows, config), *_accuracy_falls(evaluations, config)]
     repeated = _Means.of(rows, "repetition", config.window)
     if config.repetition is not None and repeated and repeated.recent > max(config.repetition, 2 * repeated.first):
@@ -108,21 +106,23 @@ def _accuracy_falls(evaluations: Sequence[Row], config: AlertConfig) -> Iterator
     if config.accuracy_fall is None or len(evaluations) < 2:
         return
     *earlier, last = evaluations
-    for name, way in (("text_accuracy", "reading"), ("audio_accuracy", "hearing")):
+    for name, view in (("text_accuracy", "text"), ("audio_accuracy", "audio")):
         best = max(earlier, key=lambda row: row[name])
         fall = best[name] - last[name]
         error = math.hypot(*(math.sqrt(row[name] * (1 - row[name]) / max(row["samples"], 1)) for row in (best, last)))
         if fall > config.accuracy_fall and fall > 2 * error:
-            yield f"accuracy {way} fell from {best[name]:.0%} (step {best['step']}) to {last[name]:.0%}"
+            yield f"{view} accuracy fell from {best[name]:.0%} (step {best['step']}) to {last[name]:.0%}"
 
 
 def _length(rows: Sequence[Row], config: AlertConfig) -> Iterator[Alert]:
-    length, cut = _Means.of(rows, "response_tokens", config.window), _Means.of(rows, "truncated", config.window)
+    length, truncated = _Means.of(rows, "response_tokens", config.window), _Means.of(rows, "truncated", config.window)
     signs = []
     if config.length_growth is not None and length and length.recent > config.length_growth * length.first:
         signs.append(f"responses have {length.recent:.0f} tokens, at first {length.first:.0f}")
-    if config.truncated is not None and cut and cut.recent - cut.first > config.truncated:
-        signs.append(f"{cut.recent:.0%} of them are cut at rollout.max_new_tokens, at first {cut.first:.0%}")
+    if config.truncated is not None and truncated and truncated.recent - truncated.first > config.truncated:
+        signs.append(
+            f"{truncated.recent:.0%} of them are truncated at rollout.max_new_tokens, at first {truncated.first:.0%}"
+        )
     if signs:
         yield Alert("length explosion", "; ".join(signs))
 
@@ -134,7 +134,11 @@ def _saturation(rows: Sequence[Row], config: AlertConfig) -> Iterator[Alert]:
         if row.get("groups") and row.get("zero_variance_groups") is not None
     ]
     zero_variance, reward = _Means.of(shares, "share", config.window), _Means.of(shares, "reward", config.window)
-    if config.zero_variance_groups is not None and zero_variance and zero_variance.recent >= config.zero_variance_groups:
+    if (
+        config.zero_variance_groups is not None
+        and zero_variance
+        and zero_variance.recent >= config.zero_variance_groups
+    ):
         mean = f" (mean reward {reward.recent:.2f})" if reward else ""
         yield Alert(
             "reward saturated",
@@ -151,13 +155,13 @@ def _entropy(rows: Sequence[Row], config: AlertConfig) -> Iterator[Alert]:
         )
 
 
-def _agreement(rows: Sequence[Row], config: AlertConfig) -> Iterator[Alert]:
+def _logprob_mismatch(rows: Sequence[Row], config: AlertConfig) -> Iterator[Alert]:
     difference = _Means.of(rows, "engine_logprob_difference", config.window)
-    if config.agreement_growth is None or not difference:
+    if config.logprob_mismatch_growth is None or not difference:
         return
-    if difference.recent > max(config.agreement_growth * difference.first, config.agreement_floor):
+    if difference.recent > max(config.logprob_mismatch_growth * difference.first, config.logprob_mismatch_floor):
         yield Alert(
-            "agreement drifting",
+            "logprob mismatch growing",
             f"engine and trainer differ by {difference.recent:.3g} nats a token, at first by {difference.first:.3g}: "
             "does the engine get every update?",
         )
@@ -165,7 +169,7 @@ def _agreement(rows: Sequence[Row], config: AlertConfig) -> Iterator[Alert]:
 
 @dataclass(frozen=True)
 class _Means:
-    """Of one metric: the mean of the first window, of the last, the best of those before it, and the standard error of best minus last."""
+    """Means of one metric: first window, last window, best before it; and the standard error of best − last."""
 
     first: float
     recent: float
@@ -174,7 +178,7 @@ class _Means:
 
     @classmethod
     def of(cls, rows: Sequence[Row], name: str, window: int) -> _Means | None:
-        """None before two windows were measured."""
+        """Return the means; None before two windows were measured."""
         values = np.array(
             [row[name] for row in rows if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])],
             dtype=float,
@@ -183,6 +187,6 @@ class _Means:
             return None
         windows = np.lib.stride_tricks.sliding_window_view(values, window)
         earlier, last = windows[: len(values) - 2 * window + 1], windows[-1]
-        # The best window was chosen for its mean, and its own variance with it: all windows' is the fair one.
+        # The best window was selected by its mean, which biases its own variance; that of all windows is not biased.
         error = math.sqrt(2 * windows.var(axis=1, ddof=1).mean() / window)
         return cls(float(windows[0].mean()), float(last.mean()), float(earlier.mean(axis=1).max()), error)

@@ -1,7 +1,9 @@
-"""Where scalars go beside `metrics.jsonl`: TensorBoard's event files, and Weights & Biases if the configuration says so.
+"""Trackers, which take scalars beside `metrics.jsonl`: TensorBoard's event files, and Weights & Biases if configured.
 
-Weights & Biases (extra `wandb`) is imported only then. It gets the scalars and the configuration, secrets left out, and nothing that it would
-collect by itself: no console output, no code, no git state, no command line. Its key is its own matter (WANDB_API_KEY or `wandb login`).
+Weights & Biases (extra `wandb`) is imported only when it is used. It gets the scalars and the configuration without
+secrets, and nothing that it would collect by default: no console output, no code, no git state, no command line. Its
+    key
+comes from WANDB_API_KEY or `wandb login`, never from the configuration.
 """
 
 from __future__ import annotations
@@ -13,9 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from torch.utils.tensorboard import SummaryWriter
-
 from megatron_cord.errors import CordError
+from megatron_cord.runtime.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -37,26 +38,26 @@ class MetricsConfig:
 
 
 class Tracker(Protocol):
-    """Takes scalars."""
+    """A destination of scalars."""
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Finite values after the step numbered from 1 (0: before the first)."""
+        """Record finite values after a step, numbered from 1 (0: before the first)."""
         ...
 
     def close(self) -> None:
-        """Writes what is pending."""
+        """Write what is pending."""
         ...
 
 
 def open_trackers(
     config: MetricsConfig, directory: Path, first_step: int, settings: Mapping[str, Any]
 ) -> list[Tracker]:
-    """The trackers that the configuration names.
+    """Open the trackers that the configuration names.
 
     Args:
-        config: which.
+        config: of the trackers.
         directory: of the run.
-        first_step: steps already made; later ones are forgotten where that is possible.
+        first_step: steps already made; records of later ones are dropped where that is possible.
         settings: the run's configuration as plain maps, without secrets.
 
     Raises:
@@ -72,62 +73,82 @@ class TensorBoard:
     """Event files in the run's directory."""
 
     def __init__(self, directory: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """See Tracker."""
+        """See `Tracker`."""
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """See Tracker."""
+        """See `Tracker`."""
         self._writer.close()
 
 
 class Wandb:
-    """A run at Weights & Biases, continued when ours resumes. Steps are an axis of their own (`step`), so that a resumed run may repeat some."""
+    """A run at Weights & Biases, which goes on when the training run resumes.
+
+    Steps are an axis of their own (`step`), so that a resumed run may repeat some.
+    """
 
     def __init__(self, config: WandbConfig, directory: Path, settings: Mapping[str, Any]) -> None:
         try:
             import wandb
         except ImportError:
             raise CordError(
-                "metrics.wandb.mode needs the package wandb; pip install megatron_cord[wandb], or set metrics.wandb.mode=off"
+                "metrics.wandb.mode needs the package wandb; pip install megatron_cord[wandb], "
+                "or set metrics.wandb.mode=off"
             ) from None
         if config.mode == "online" and not _has_key(wandb):
             raise CordError(
-                "metrics.wandb.mode=online needs a key: set WANDB_API_KEY or call `wandb login` before the run; offline needs none"
+                "metrics.wandb.mode=online needs a key: set WANDB_API_KEY or call `wandb login` before the run; "
+                "offline needs none"
             )
         mode: Literal["offline", "online"] = "online" if config.mode == "online" else "offline"
         identity = directory / "wandb" / "run_id"
-        identity.parent.mkdir(parents=True, exist_ok=True)
         if not identity.is_file():
-            identity.write_text(secrets.token_hex(4))
+            write_atomic(identity, secrets.token_hex(4))
+        private = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_code=True,
+            save_code=False,
+            disable_git=True,
+            disable_job_creation=True,
+            x_disable_meta=True,
+            x_save_requirements=False,
+        )
         try:
             self._run = wandb.init(
-                project=config.project, entity=config.entity, name=config.name or directory.resolve().name, mode=mode,
-                id=identity.read_text(), resume="allow", dir=str(directory), config=dict(settings),
-                settings=wandb.Settings(
-                    silent=True, console="off", disable_code=True, save_code=False, disable_git=True, disable_job_creation=True,
-                    x_disable_meta=True, x_save_requirements=False,
-                ),
-            )  # fmt: skip
+                project=config.project,
+                entity=config.entity,
+                name=config.name or directory.resolve().name,
+                mode=mode,
+                id=identity.read_text(),
+                resume="allow",
+                dir=str(directory),
+                config=dict(settings),
+                settings=private,
+            )
         except wandb.errors.Error as error:
             raise CordError(
-                f"Weights & Biases: {' '.join(str(error).split())[:200]}; set metrics.wandb.mode=offline to go on without it"
+                f"Weights & Biases: {' '.join(str(error).split())[:200]}; "
+                "set metrics.wandb.mode=offline to go on without it"
             ) from None
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """See Tracker."""
+        """See `Tracker`."""
         self._run.log({"step": step, **scalars})
 
     def close(self) -> None:
-        """See Tracker."""
+        """See `Tracker`."""
         self._run.finish()
 
 
 def _has_key(wandb: Any) -> bool:
-    """Whether it could log in without asking on the terminal, where nobody may sit."""
+    """Return whether a login needs no prompt on the terminal, which may have no user."""
     return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)

@@ -1,12 +1,14 @@
-"""The watchdog: a rank that makes no progress says where it hangs, and ends, so that the launcher can start the ranks again.
+"""The watchdog records where a rank without progress hangs, and ends it, so that the launcher can restart the ranks.
 
-The loop names each phase as it begins. When a phase lasts too long, a thread writes the stacks of this rank to `stacks/rank00000.txt`,
-prints one line, and ends the process with `exit_status.HUNG`. Ranks that wait for the stuck one do the same; their lines show a collective, its
-line shows the culprit. If even the thread cannot run, because some library keeps the interpreter's lock, a timer of the interpreter that
-needs no lock writes the stacks half a minute later and exits with status 1.
+The loop names each phase as it begins. When a phase lasts too long, a thread writes the stacks of this rank to
+`stacks/rank00000.txt`, prints one line, and ends the process with status `HUNG`. Ranks that wait for the stuck one do
+the same; their lines show a collective, its line shows the culprit. If even the thread cannot run, because some
+library keeps the interpreter's lock, a timer that needs no lock writes the stacks half a minute later and exits with
+status 1.
 
-What it simplifies: phases without a bound of their own (start, evaluation) are not watched; there `parallel.timeout_minutes` ends the
-ranks that wait.
+Simplification: phases without a bound of their own (start, evaluation) are not watched; there
+    `parallel.timeout_minutes`
+ends the ranks that wait.
 """
 
 from __future__ import annotations
@@ -26,17 +28,16 @@ from megatron_cord.runtime.exit_status import HUNG
 
 logger = logging.getLogger(__name__)
 
-_LOCKED_SECONDS = 30.0  #: how much later the timer goes off that needs no lock
-_PEERS_SECONDS = (
-    3.0  #: between dump and exit: ranks that wait write their stacks too, before they notice that this one has left
-)
+_LOCKED_SECONDS = 30.0  #: how much later the timer fires that needs no lock
+#: between dump and exit: ranks that wait write their stacks too, before they notice that this one has ended
+_PEERS_SECONDS = 3.0
 
 
 class Watchdog:
-    """Watches the thread that enters it; a context manager.
+    """A context manager that watches the thread which enters it.
 
     Args:
-        seconds: that a phase may last; 0 turns the watchdog off.
+        seconds: how long a phase may last; 0 turns the watchdog off.
         directory: of the stacks.
         rank: of this process.
     """
@@ -69,13 +70,13 @@ class Watchdog:
             self.path.unlink(missing_ok=True)  # nothing was written
 
     def phase(self, name: str, step: int) -> None:
-        """A phase of the step numbered from 1 begins, and with it its time."""
+        """Begin a phase of a step, numbered from 1, and its time."""
         if self._file is not None:
             self._phase = (time.monotonic(), step, name)
             faulthandler.dump_traceback_later(self.seconds + _LOCKED_SECONDS, file=self._file, exit=True)
 
     def rest(self) -> None:
-        """What follows may last as long as it likes."""
+        """Stop the time: what follows may last for any length of time."""
         if self._file is not None:
             self._phase = None
             faulthandler.cancel_dump_traceback_later()
@@ -90,8 +91,8 @@ class Watchdog:
         assert self._file is not None
         frame = traceback.extract_stack(sys._current_frames()[self._watched])[-1]
         line = (
-            f"rank {self.rank} made no progress for {time.monotonic() - begun:.0f} s in step {step}, phase {name}: "
-            f"it is in {frame.name} ({frame.filename}:{frame.lineno}); all stacks are in {self.path}"
+            f"rank {self.rank} made no progress for {time.monotonic() - begun:.0f} s in step {step}, "
+            f"phase {name}: it is in {frame.name} ({frame.filename}:{frame.lineno}); all stacks are in {self.path}"
         )
         self._file.write(f"error: {line}\n")
         self._file.flush()

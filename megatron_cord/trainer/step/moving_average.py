@@ -1,7 +1,8 @@
 """Weights of a teacher that follows the student: an exponential moving average, θ̄ ← d·θ̄ + (1 − d)·θ after each update.
 
-The averages are kept in float32, on the model's layout, and rounded to the teacher's precision for its forward pass: in bfloat16, a change
-of (1 − d)·θ would be lost. A teacher of float32 is its own average. Only the language model has averages, as a teacher reads text alone.
+The averages are kept in float32, on the model's layout, and rounded to the teacher's precision for its forward pass: in
+bfloat16, a change of (1 − d)·θ would be lost. A teacher of float32 is its own average. Only the language model has
+averages, as the teacher's view is text alone.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ class MovingAverage:
 
     Args:
         decay: d, between 0 and 1.
-        student: its parameters that are trained are followed.
-        teacher: with the same weights now; gets the averages.
-        offload: keep averages in host memory, where the teacher is not their place anyway.
+        student: its trained parameters are averaged.
+        teacher: has the same weights now, and is given the averages.
+        offload: keep averages that are not the teacher's own tensors in host memory.
     """
 
     def __init__(self, decay: float, student: LALM, teacher: LALM, *, offload: bool) -> None:
@@ -42,13 +43,13 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follows the student's weights as they are now."""
+        """Move the averages towards the student's current weights."""
         for average, taught, trained in self._followed.values():
             average.lerp_(trained.to(average.device, torch.float32), 1 - self.decay)
             taught.copy_(average)
 
     def sharded_state_dict(self) -> dict[str, Any]:
-        """The averages for dist_checkpointing, under names that begin with ``teacher.``."""
+        """Return the averages for dist_checkpointing, under names that begin with ``teacher.``."""
         whole = self.teacher.language_model.sharded_state_dict(prefix=_PREFIX)
         state = {}
         for name, (average, _, _) in self._followed.items():
@@ -60,12 +61,12 @@ class MovingAverage:
 
     @staticmethod
     def is_in(saved: Iterable[str]) -> bool:
-        """Whether a checkpoint with tensors of these names has averages."""
+        """Return whether a checkpoint with tensors of these names has averages."""
         return any(name.startswith(_PREFIX) for name in saved)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes averages that `sharded_state_dict` described."""
+        """Restore averages that `sharded_state_dict` described."""
         for name, value in state.items():
             average, taught, _ = self._followed[name]
             average.copy_(value)

@@ -26,7 +26,7 @@ class OptimizerConfig:
     beta2: float = 0.95  #: decay of the second moment
     epsilon: float = 1e-8  #: in Adam's denominator
     clip_norm: float = 1.0  #: global gradient norm; 0 turns clipping off
-    distributed: bool = True  #: Megatron's distributed optimizer: states are cut over data-parallel ranks
+    distributed: bool = True  #: Megatron's distributed optimizer: states are split over data-parallel ranks
     overlap_communication: bool = False  #: reduce gradients while the backward pass runs
 
     def __post_init__(self) -> None:
@@ -37,7 +37,10 @@ class OptimizerConfig:
 
 
 def wrap_model(config: OptimizerConfig, model: LALM) -> DistributedDataParallel:
-    """Megatron's DDP: gradients in fp32 buffers, summed over data-parallel ranks (the loss is already divided by global counts)."""
+    """Wrap the model in Megatron's DDP: gradients in fp32 buffers, summed over data-parallel ranks.
+
+    They are not averaged: the loss is already divided by global counts.
+    """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.distributed,
@@ -49,7 +52,10 @@ def wrap_model(config: OptimizerConfig, model: LALM) -> DistributedDataParallel:
 def build_optimizer(
     config: OptimizerConfig, model: DistributedDataParallel, steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """The optimizer over whatever is not frozen, and its schedule over `steps` steps. Also tells the pipeline schedule how to finish a step."""
+    """Build the optimizer of all parameters that are not frozen, and its schedule over `steps` steps.
+
+    The model's configuration is given the functions with which Megatron's pipeline schedule finishes a step.
+    """
     lalm: LALM = model.module
     dtype = lalm.config.params_dtype
     optimizer = get_megatron_optimizer(
@@ -71,9 +77,8 @@ def build_optimizer(
     )
     warmup = min(config.warmup_steps, steps - 1)
     scheduler = OptimizerParamScheduler(
-        # The first step is not wasted on a learning rate of zero.
         optimizer,
-        init_lr=config.learning_rate / (warmup + 1),
+        init_lr=config.learning_rate / (warmup + 1),  # not zero, which would waste the first step
         max_lr=config.learning_rate,
         min_lr=config.learning_rate * config.final_learning_rate_fraction,
         lr_warmup_steps=warmup,
@@ -94,20 +99,26 @@ def build_optimizer(
 
 
 def release(model: DistributedDataParallel) -> None:
-    """Lets go of a model that is done with: else hooks inside autograd, DDP and optimizer keep each other, with weights, groups and threads."""
+    """Release a model that is no longer used.
+
+    Otherwise hooks inside autograd, DDP and the optimizer keep each other alive, with weights, groups and threads.
+    """
     model.grad_accs.clear()
     model.module.config.grad_scale_func = None
 
 
 def join_reduction(model: DistributedDataParallel) -> None:
-    """On a rank without a microbatch: starts the overlapped reductions of gradients, which elsewhere the backward pass starts."""
+    """Start the overlapped reductions of gradients on a rank without a microbatch, whose backward pass cannot."""
     if model.ddp_config.overlap_grad_reduce:
         for group in [*model.bucket_groups, *model.expert_parallel_bucket_groups]:
-            if not group.is_first_batch:  # in the first step they only start when they are to be finished, everywhere
+            if not group.is_first_batch:  # in the first step every rank starts them only when it finishes them
                 group.start_grad_sync()
 
 
 def gradients_are_finite(model: DistributedDataParallel) -> bool:
-    """Whether every gradient of this rank, summed over data-parallel ranks as it is, is a number. One value is read from the device."""
+    """Return whether all gradients of this rank, already summed over data-parallel ranks, are finite.
+
+    One value is read from the device.
+    """
     sums = [buffer.grad_data.sum() for buffer in [*model.buffers, *model.expert_parallel_buffers]]
     return not sums or bool(torch.isfinite(torch.stack(sums)).all())

@@ -1,4 +1,4 @@
-"""The teacher: the same model, reading the text. It leaves the hidden states of the response's tokens, never logits."""
+"""The teacher: a forward pass of the same model on its own view, for hidden states of response tokens, never logits."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from megatron_cord.trainer.step.moving_average import MovingAverage
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Which weights teach."""
+    """Which weights the teacher has."""
 
-    #: frozen: the initial weights; live: the student's current ones under stop-gradient; ema: their exponential moving average
+    #: frozen: the initial weights; live: the student's current ones under stop-gradient; ema: their exponential
+    #: moving average
     mode: Literal["frozen", "live", "ema"] = "frozen"
-    ema_decay: float = 0.999  #: of mode ema: how much of the average an update leaves
-    offload: bool = (
-        False  #: keep its hidden states, and float32 averages of a bfloat16 model, in host memory until they are needed
-    )
+    ema_decay: float = 0.999  #: of mode ema: the share of the average that an update keeps
+    #: keep its hidden states, and float32 averages of a bfloat16 model, in host memory until they are needed
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.ema_decay < 1:
@@ -34,19 +34,19 @@ class TeacherConfig:
 
 
 class Teacher:
-    """Runs the teacher's forward pass through the pipeline.
+    """The teacher's model and its forward pass through the pipeline.
 
     Args:
         config: which weights.
-        student: the model that is trained; it lends its weights where they are the teacher's anyway.
+        student: the model that is trained; it is the teacher's model too where the weights are the same.
         checkpoint_dir: the initial weights.
     """
 
     def __init__(self, config: TeacherConfig, student: LALM, checkpoint_dir: str) -> None:
         self.offload = config.offload
-        self.average: MovingAverage | None = None  #: of mode ema, where there is anything to follow
-        reads_text_only = all(not p.requires_grad for p in student.language_model.parameters())
-        frozen_everywhere = torch.tensor(float(reads_text_only), device=student.layout.device)
+        self.average: MovingAverage | None = None  #: of mode ema, unless the language model is frozen
+        is_frozen = all(not p.requires_grad for p in student.language_model.parameters())
+        frozen_everywhere = torch.tensor(float(is_frozen), device=student.layout.device)
         dist.all_reduce(frozen_everywhere, op=dist.ReduceOp.MIN, group=student.layout.pp_group)
         if config.mode == "live" or bool(frozen_everywhere):
             self.model = student  # a frozen language model is its own frozen teacher
@@ -63,20 +63,20 @@ class Teacher:
         return self.model.output_weight.detach()
 
     def follow(self) -> None:
-        """Takes note of an update of the student."""
+        """Move the average, if there is one, towards the student's updated weights."""
         if self.average is not None:
             self.average.update()
 
     @torch.no_grad()
     def hidden_states(self, microbatches: list[Microbatch]) -> list[Tensor | None]:
-        """Forward pass over the microbatches that ask a teacher.
+        """Run the forward pass over the microbatches that have a teacher's input.
 
         Returns:
-            for each microbatch [n, H] on the last stage, of the tokens that this rank's student scores, in host memory if ``offload`` says
-            so; None on other stages and where no teacher is asked.
+            for each microbatch [n, H] on the last stage, of the tokens that this rank's student scores, in host memory
+            with ``offload``; None on other stages and for a microbatch without a teacher's input.
         """
-        asked = [m for m in microbatches if m.teacher is not None]
-        if not asked:
+        taught = [m for m in microbatches if m.teacher is not None]
+        if not taught:
             return [None] * len(microbatches)
 
         def forward_step(batches: Any, model: Any) -> Any:
@@ -86,7 +86,7 @@ class Teacher:
                 assert batch.teacher_rows is not None
                 rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.teacher_rows.rows)
                 if batch.student_rows.tokens is not None:
-                    # Prompts differ in length, so the tokens are cut over the ranks differently than the student's.
+                    # Prompts differ in length, so the tokens are split over the ranks differently than the student's.
                     whole = whole_tokens(rows, batch.teacher_rows, batch.num_tokens, self.model.layout.cp_group)
                     rows = whole.index_select(0, batch.student_rows.tokens)
                 return hidden.new_zeros(()), torch.tensor(0), {"hidden": _on_host(rows) if self.offload else rows}
@@ -95,11 +95,11 @@ class Teacher:
 
         collected = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(asked),
+            data_iterator=iter(taught),
             model=[self.model],
-            num_microbatches=len(asked),
-            seq_length=max(m.teacher.token_ids.shape[1] for m in asked if m.teacher is not None),
-            micro_batch_size=max(len(m.sequences) for m in asked),
+            num_microbatches=len(taught),
+            seq_length=max(m.teacher.token_ids.shape[1] for m in taught if m.teacher is not None),
+            micro_batch_size=max(len(m.sequences) for m in taught),
             forward_only=True,
         )
         hidden = iter([entry["hidden"] for entry in collected])
@@ -107,7 +107,7 @@ class Teacher:
 
 
 def whole_tokens(values: Tensor, rows: Rows, num_tokens: int, cp_group: dist.ProcessGroup) -> Tensor:
-    """[N, …] of what each context-parallel rank has [n, …], without gradient; the same on all of them. Collective over the group."""
+    """Gather [N, …] of each context-parallel rank's [n, …], without gradient, on all of them. Collective."""
     if rows.tokens is None:
         return values.detach()
     whole = values.new_zeros(num_tokens, *values.shape[1:]).index_copy(0, rows.tokens, values.detach())
@@ -116,6 +116,6 @@ def whole_tokens(values: Tensor, rows: Rows, num_tokens: int, cp_group: dist.Pro
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned host memory, made while the device goes on; whoever copies it back on the same stream comes after it."""
+    """Copy to pinned host memory without blocking; a later copy back on the same stream is ordered after it."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
     return host.copy_(tensor, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Alerts on synthetic histories: each kind is raised where it should be, and silent where a healthy run looks similar."""
+"""Alerts on synthetic histories: each kind is raised where it should be, and not where a healthy run looks similar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Curve = Callable[[float], float]
 
 
 def history(curves: Mapping[str, Curve] | None = None, steps: int = STEPS) -> list[dict[str, Any]]:
-    """A healthy run of `steps`, noise included, in which the named metrics follow these curves of the run's progress in [0, 1] instead."""
+    """Return a healthy, noisy run in which the named metrics follow these curves of its progress in [0, 1] instead."""
     rng = np.random.default_rng(0)
     healthy: dict[str, Curve] = {
         "reward": lambda t: 0.4 + 0.5 * t,
@@ -54,16 +54,41 @@ def kinds(rows: list[dict[str, Any]], seen: list[dict[str, Any]] | None = None, 
     ("kind", "setting", "curves", "words"),
     [
         ("collapse", "reward_fall", {"reward": lambda t: 0.8 if t < 0.7 else 0.3}, "the reward fell from 0.8"),
-        ("collapse", "repetition", {"repetition": lambda t: 0.05 if t < 0.6 else 0.7}, r"% of a response's phrases are repetitions \(at first 5%\)"),
-        ("length explosion", "length_growth", {"response_tokens": lambda t: 12 * math.exp(2 * t)}, r"responses have \d+ tokens, at first 1\d"),
-        ("length explosion", "truncated", {"truncated": lambda t: 0.02 if t < 0.8 else 0.5}, "are cut at rollout.max_new_tokens, at first 2%"),
-        ("reward saturated", "zero_variance_groups", {"zero_variance_groups": lambda t: 4 if t < 0.5 else 8}, "of the groups .mean reward 0.8"),
+        (
+            "collapse",
+            "repetition",
+            {"repetition": lambda t: 0.05 if t < 0.6 else 0.7},
+            r"% of a response's phrases are repetitions \(at first 5%\)",
+        ),
+        (
+            "length explosion",
+            "length_growth",
+            {"response_tokens": lambda t: 12 * math.exp(2 * t)},
+            r"responses have \d+ tokens, at first 1\d",
+        ),
+        (
+            "length explosion",
+            "truncated",
+            {"truncated": lambda t: 0.02 if t < 0.8 else 0.5},
+            "are truncated at rollout.max_new_tokens, at first 2%",
+        ),
+        (
+            "reward saturated",
+            "zero_variance_groups",
+            {"zero_variance_groups": lambda t: 4 if t < 0.5 else 8},
+            "of the groups .mean reward 0.8",
+        ),
         ("entropy falling", "entropy_fall", {"entropy": lambda t: math.exp(-6 * t)}, "entropy fell from .* to 0.00"),
-        ("agreement drifting", "agreement_growth", {"engine_logprob_difference": lambda t: 1e-3 + 0.2 * t}, "differ by 0.1.* nats a token"),
+        (
+            "logprob mismatch growing",
+            "logprob_mismatch_growth",
+            {"engine_logprob_difference": lambda t: 1e-3 + 0.2 * t},
+            "differ by 0.1.* nats a token",
+        ),
     ],
-)  # fmt: skip
-def test_each_is_raised_and_can_be_silenced(kind: str, setting: str, curves: dict[str, Curve], words: str) -> None:
-    """Catches a run that goes wrong without a word (a false negative), words without figures, and a setting that nobody reads."""
+)
+def test_each_is_raised_and_can_be_turned_off(kind: str, setting: str, curves: dict[str, Curve], words: str) -> None:
+    """Catches a run that goes wrong without an alert, an alert without figures, and a setting without effect."""
     rows = history(curves)
     (alert,) = find_alerts(rows, [], AlertConfig())
     assert alert.kind == kind
@@ -87,7 +112,7 @@ def test_each_is_raised_and_can_be_silenced(kind: str, setting: str, curves: dic
         {"reward": lambda t: -0.5 + 0.2 * t},  # a reward may be negative
     ],
 )
-def test_a_healthy_run_is_left_alone(curves: dict[str, Curve]) -> None:
+def test_a_healthy_run_raises_nothing(curves: dict[str, Curve]) -> None:
     """Catches an alert at any moment of a run that only looks similar (a false positive)."""
     rows = history(curves)
     for step in range(0, STEPS + 1, 5):
@@ -95,7 +120,7 @@ def test_a_healthy_run_is_left_alone(curves: dict[str, Curve]) -> None:
 
 
 def test_noise_alone_raises_nothing() -> None:
-    """Catches thresholds within the noise of few rewards: runs of 24 coin flips a step that never change, looked at every five steps."""
+    """Catches thresholds within the noise of few rewards: runs of 24 coin flips a step that never change."""
     for seed in range(20):
         rng = np.random.default_rng(seed)
         rows = [{"step": step, "reward": rng.binomial(24, 0.3) / 24} for step in range(1, 201)]
@@ -103,27 +128,27 @@ def test_noise_alone_raises_nothing() -> None:
 
 
 def test_accuracy() -> None:
-    """Catches forgetting (text) that is missed, a fall within the error of few questions that alarms, and a first evaluation compared with itself."""
+    """Catches a fall of text accuracy without an alert, an alert within the error of few questions, and one at first."""
     (alert,) = find_alerts([], evaluations(0.4, 0.8, 0.6), AlertConfig())
-    assert (alert.kind, alert.words) == ("collapse", "accuracy hearing fell from 80% (step 50) to 60%")
+    assert (alert.kind, alert.words) == ("collapse", "audio accuracy fell from 80% (step 50) to 60%")
     forgotten = evaluations(0.4, 0.8)
     forgotten[-1]["text_accuracy"] = 0.7
-    assert "accuracy reading fell from 95% (step 0) to 70%" in find_alerts([], forgotten, AlertConfig())[0].words
+    assert "text accuracy fell from 95% (step 0) to 70%" in find_alerts([], forgotten, AlertConfig())[0].words
     for fine in ((), (0.4,), (0.4, 0.8, 0.75), (0.4, 0.8, 0.6, 0.85)):
         assert kinds([], evaluations(*fine)) == []
     assert kinds([], evaluations(0.8, 0.6, samples=10)) == []
     assert kinds([], evaluations(0.8, 0.6), accuracy_fall=None) == []
 
 
-def test_a_collapse_says_all_that_speaks_for_it() -> None:
-    """Catches an entropy that fell together with the reward left unsaid: it is what tells a collapse from a bad judge."""
+def test_a_collapse_names_all_its_signs() -> None:
+    """Catches an entropy that fell with the reward and is left out: it distinguishes a collapse from a bad judge."""
     rows = history({"reward": lambda t: 0.8 if t < 0.7 else 0.1, "entropy": lambda t: 0.8 if t < 0.7 else 0.2})
     (alert,) = find_alerts(rows, evaluations(0.8, 0.3), AlertConfig())
-    assert all(part in alert.words for part in ("the reward fell", "accuracy hearing fell", "entropy fell from 0."))
+    assert all(part in alert.words for part in ("the reward fell", "audio accuracy fell", "entropy fell from 0."))
 
 
 def test_little_or_broken_history() -> None:
-    """Catches an alert before there is anything to compare with, and a division by nothing that was measured."""
+    """Catches an alert before there is anything to compare with, and a division by zero where nothing was measured."""
     rows = history({"reward": lambda t: 1.0 - t}, steps=39)
     assert kinds(rows) == [] and kinds(rows, window=4) == ["collapse"]
     broken = [
@@ -137,8 +162,10 @@ def test_little_or_broken_history() -> None:
     assert kinds(holes) == ["collapse"]
 
 
-@pytest.mark.parametrize("wrong", [{"window": 1}, {"reward_fall": 0.0}, {"zero_variance_groups": 1.5}, {"length_growth": 1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"window": 1}, {"reward_fall": 0.0}, {"zero_variance_groups": 1.5}, {"length_growth": 1.0}]
+)
 def test_thresholds_that_cannot_be(wrong: dict[str, Any]) -> None:
     """Catches a threshold that always or never holds."""
-    with pytest.raises(CordError, match=f"alerts.{next(iter(wrong))}"):
+    with pytest.raises(CordError, match=rf"alerts\.{next(iter(wrong))}"):
         AlertConfig(**wrong)

@@ -133,4 +133,4 @@ def test_evaluations_alert_too(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         log.evaluation(results[1])  # made up for after a resumption: the same again
         assert not (tmp_path / "alerts.jsonl").exists()
         log.evaluation(results[2])
-    assert "alert at step 10: collapse: accuracy hearing fell from 80% (step 5) to 40%" in caplog.text
+    assert "alert at step 10: collapse: audio accuracy fell from 80% (step 5) to 40%" in caplog.text

@@ -1,4 +1,4 @@
-"""Weights & Biases: the real client, offline; it gets numbers and settings, and neither the key nor anything it would collect by itself."""
+"""Weights & Biases: the real client, offline, gets numbers and settings, and not the key or what it collects by default."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_cord.trainer.observability.trackers import MetricsConfig, WandbCon
 
 ROOT = Path(__file__).parents[3]
 KEY = "0123456789abcdef0123456789abcdef01234567"
-#: What a run does with it, in a process of its own: the client leaves a service behind it, and reads its environment once.
+#: A run with the client, in a process of its own: the client starts a service, and reads its environment once.
 LOG = """
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ with MetricsLog(directory, 10, first, config, settings={"seed": 7, "token": "***
 
 
 def records(file: Path) -> Iterator[bytes]:
-    """The records of an offline run: LevelDB's log after a header of seven bytes. A record is cut at the borders of blocks of 32 KiB."""
+    """Yield the records of an offline run: LevelDB's log after a header of seven bytes, in blocks of 32 KiB."""
     data, position, whole = file.read_bytes(), 7, b""
     while position < len(data):
         if (rest := -position % 32768) < 7 and rest:
@@ -50,7 +50,7 @@ def records(file: Path) -> Iterator[bytes]:
 
 
 def test_offline(tmp_path: Path) -> None:
-    """Catches metrics that never arrive, a resumed run that becomes another one, and the key or the command line in any file of the run."""
+    """Catches metrics that are lost, a resumed run that becomes another, and the key or the command line in any file."""
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
     from wandb.proto import wandb_internal_pb2
 
@@ -65,7 +65,7 @@ def test_offline(tmp_path: Path) -> None:
         command = [sys.executable, "-W", "ignore", "-c", LOG, str(tmp_path / "run"), str(first), str(last)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
         assert done.returncode == 0, done.stderr
-        assert "wandb" not in done.stdout + done.stderr, "it must leave the terminal to the run"
+        assert "wandb" not in done.stdout + done.stderr, "the client writes to the terminal"
     scalars: list[dict[str, Any]] = []
     names: set[tuple[str, str, str]] = set()
     settings: dict[str, str] = {}
@@ -88,11 +88,11 @@ def test_offline(tmp_path: Path) -> None:
     for path in written:
         content = path.read_bytes()
         for secret in (KEY, "do-not-tell", "something on the console"):
-            assert secret.encode() not in content, f"{path} has what it should not"
+            assert secret.encode() not in content, f"{path} holds a secret"
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a traceback where the extra is missing, and an import where nobody asked for it."""
+    """Catches a traceback where the extra is missing, and an import where the configuration does not name it."""
     real = builtins.__import__
 
     def refuse(name: str, *arguments: Any, **options: Any) -> Any:
@@ -109,7 +109,7 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_online_without_a_key(tmp_path: Path) -> None:
-    """Catches a run that waits for somebody to type a key."""
+    """Catches a run that waits for a key to be typed."""
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
     code = (
         "import sys; from pathlib import Path; from megatron_cord.trainer.observability.trackers import *\n"
@@ -117,6 +117,13 @@ def test_online_without_a_key(tmp_path: Path) -> None:
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment |= {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "run")], capture_output=True, text=True, timeout=240,
-                          env=environment, stdin=subprocess.DEVNULL, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
     assert "CordError: metrics.wandb.mode=online needs a key: set WANDB_API_KEY" in done.stderr
