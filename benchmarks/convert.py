@@ -3,14 +3,16 @@
     python -m benchmarks.convert [--megabytes 1200] [--turns 5] [--output benchmarks/results/convert.json]
     python -m benchmarks.convert --full-size [--output benchmarks/results/convert_full_size.json]
 
-A random checkpoint of about that size is written first, so its files are in the page cache for everybody. Then, turn by turn: the files are
-copied (shutil.copytree), imported (HF files to a distributed checkpoint) and exported (that checkpoint to HF files). All three end when what they
-wrote is on the disk (fsync), and all begin with nothing left to write and with free memory that was in use a moment ago: on a virtual machine,
-memory that has lain idle costs several times the copy itself to get back. `write` does the least that an export could: it writes bytes that are
-in memory already. Medians of the turns are compared. One process, float32.
+A random checkpoint of about that size is written first, so its files are in the page cache for everybody. Then, turn
+by turn: the files are copied (shutil.copytree), imported (HF files to a distributed checkpoint) and exported (that
+checkpoint to HF files). All three end when what they wrote is on the disk (fsync), and all begin with nothing left to
+write and with free memory that was in use a moment ago: on a virtual machine, memory that has lain idle costs several
+times the copy itself to get back. `write` does the least that an export could: it writes bytes that are in memory
+already. Medians of the turns are compared. One process, float32.
 
-`--full-size` converts files with all shapes of Qwen2-Audio-7B, 17 GB in bfloat16, there and back in one process, and says how much memory that
-took at most. The files are holes, which read as zeros without a disk, so their speed is not compared with a copy. Needs 36 GB of disk.
+`--full-size` converts files with all shapes of Qwen2-Audio-7B, 17 GB in bfloat16, there and back in one process, and
+says how much memory that took at most. The files are holes, which read as zeros without a disk, so their speed is not
+compared with a copy. Needs 36 GB of disk.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def flush(directory: Path) -> None:
-    """Waits until all files in it are on the disk, as export does for each of its own."""
+    """Wait until all files in it are on the disk, as export does for each of its own."""
     for path in directory.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -60,7 +62,7 @@ def flush(directory: Path) -> None:
 
 
 def use_free_memory(path: Path, nbytes: int) -> None:
-    """Fills so much of the page cache, and frees it again before anything is written to the disk."""
+    """Fill this much of the page cache, and free it again before anything is written to the disk."""
     zeros = bytes(1 << 24)
     with path.open("wb", buffering=0) as file:
         while file.tell() < nbytes:
@@ -69,7 +71,7 @@ def use_free_memory(path: Path, nbytes: int) -> None:
 
 
 def measure(work: Path, megabytes: int, turns: int) -> dict[str, float]:
-    """Writes, copies, imports and exports one checkpoint under `work`."""
+    """Write, copy, import and export one checkpoint under `work`."""
     layers = max(1, round(megabytes / LAYER_MEGABYTES))
     sizes = TinyModelConfig(hidden_size=HIDDEN, layers=layers, heads=8, kv_heads=8, ffn_size=4 * HIDDEN)
     create_checkpoint(work / "source", sizes, ["one", "two"], seed=0)
@@ -123,7 +125,7 @@ def measure(work: Path, megabytes: int, turns: int) -> dict[str, float]:
 
 
 def measure_full_size(work: Path) -> dict[str, float]:
-    """Imports and exports Qwen2-Audio-7B's shapes."""
+    """Import and export Qwen2-Audio-7B's shapes."""
     layout = initialize(ParallelConfig(), seed=0)
     arch = published("qwen2_audio_7b")
     model = fake_model(arch, layout, torch.bfloat16)

@@ -1,8 +1,9 @@
 """Runs a function on several real gloo ranks, for tests of anything parallel.
 
-Each rank is a process of its own, so the function and its arguments must be picklable: a function at the top of a test module, not a closure.
-Ranks are forked from one server that has imported torch, transformers and the project once and computed nothing, so that they start at once and
-share no state. The first call of a session starts the server, which takes seconds.
+Each rank is a process of its own, so the function and its arguments must be picklable: a function at the top of a
+test module, not a closure. Ranks are forked from one server that has imported torch, transformers and the project
+once and computed nothing, so that they start at once and share no state. The first call of a session starts the
+server, which takes seconds.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ PRELOADED = ["megatron_cord.convert", "megatron_cord.trainer.step.step", "megatr
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Call ``fn(rank, *args)`` on ``world_size`` gloo ranks, one thread each, and returns what each rank returned, in rank order.
+    """Call ``fn(rank, *args)`` on ``world_size`` gloo ranks, one thread each; return the results in rank order.
 
     The default process group is initialised through a file store, so no port is taken.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: a rank raised; the message holds that rank's traceback. The others are stopped.
+        torch.multiprocessing.ProcessRaisedException: a rank raised; the message holds that rank's traceback. The
+        others are stopped.
     """
     with tempfile.TemporaryDirectory() as directory:
         multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)

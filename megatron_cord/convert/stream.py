@@ -28,8 +28,7 @@ def export_tensors(
     """Yield full tensors under their published Hugging Face names, gathered over tensor ranks and pipeline stages.
 
     Collective: every rank of the model's tensor and pipeline groups must consume the whole iterator, and each gets
-        every
-    tensor.
+    every tensor.
 
     Args:
         model: any rank's part.

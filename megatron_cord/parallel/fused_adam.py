@@ -1,8 +1,7 @@
 """AdamW with the contract that Megatron's distributed optimizer expects of apex's and transformer-engine's FusedAdam.
 
 The contract: one ``step`` in each param group instead of one in each parameter's state, and states named ``exp_avg``
-    and
-``exp_avg_sq``. Simplification: decoupled weight decay (AdamW) only, one foreach kernel a group. It is used where
+and ``exp_avg_sq``. Simplification: decoupled weight decay (AdamW) only, one foreach kernel a group. It is used where
 neither apex nor transformer-engine is present.
 """
 

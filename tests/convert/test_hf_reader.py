@@ -39,7 +39,7 @@ def test_shards_are_read_by_the_index(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [0, 4, 8, 20, -1])
 def test_truncated(tmp_path: Path, kept: int) -> None:
-    """Catches a cut in the length, the header or the data that ends in a traceback, or that is read as if nothing were missing."""
+    """Catches a file cut in its length, header or data that ends in a traceback, or is read as if it were whole."""
     save_file({"a": torch.arange(6.0)}, tmp_path / "model.safetensors")
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])

@@ -38,7 +38,7 @@ def writer(directory: Path, source: str = "run") -> HFDirectoryWriter:
 
 
 def portions(name: str) -> Iterator[Tensor]:
-    """The tensor in two portions of rows, as one that is read from a checkpoint."""
+    """Yield the tensor in two portions of rows, as one that is read from a checkpoint."""
     tensor = tensors()[name]
     yield from (tensor[:1], tensor[1:]) if tensor.dim() else (tensor,)
 
@@ -54,7 +54,7 @@ def whole(directory: Path) -> bool:
 
 
 def write_until_killed(directory: str) -> None:
-    """Ends its own process without any farewell, in the middle of the second file."""
+    """Kill the own process in the middle of the second file."""
 
     def read(name: str) -> Iterator[Tensor]:
         if name == "d":
@@ -89,7 +89,7 @@ def test_plan() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_library_reads_what_is_written(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Catches a header, an offset or a precision that only our own reader would accept, and a transposed tensor written in another order."""
+    """Catches what only our own reader would accept, and a transposed tensor written in another order."""
     given = tensors() | {"a": tensors()["a"].t().contiguous().t()}
     out = HFDirectoryWriter(tmp_path / "out", plan_shards(SHAPES, dtype, 40), dtype)
     out.begin()
@@ -99,11 +99,11 @@ def test_the_library_reads_what_is_written(tmp_path: Path, dtype: torch.dtype) -
     assert index["metadata"]["total_size"] == sum(tensor.numel() for tensor in given.values()) * dtype.itemsize
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / "out" / file)[name], given[name].to(dtype))
-    assert sorted(os.listdir(tmp_path)) == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_killed_run_is_invisible_and_finished_by_the_next(killed: Path) -> None:
-    """Catches half a directory that looks whole, a file that is half written and kept, and a finished file that is written again."""
+    """Catches half a directory that looks whole, half a file that is kept, and a finished one that is written again."""
     assert not killed.exists()
     first = killed.with_name(".out.partial") / SHARDS[0].file
     before = first.stat().st_mtime_ns
@@ -112,10 +112,9 @@ def test_a_killed_run_is_invisible_and_finished_by_the_next(killed: Path) -> Non
     assert sum(advanced) == sum(shard.nbytes(torch.float32) for shard in SHARDS)
     assert first.stat().st_mtime_ns == before
     second.publish({})
-    assert whole(killed) and sorted(os.listdir(killed)) == [
-        *(shard.file for shard in SHARDS),
-        "model.safetensors.index.json",
-    ]
+    assert whole(killed)
+    names = sorted(path.name for path in killed.iterdir())
+    assert names == [*(shard.file for shard in SHARDS), "model.safetensors.index.json"]
 
 
 @pytest.mark.parametrize("damage", ["bit", "end", "note", "gone"])
@@ -194,7 +193,7 @@ def test_rows_that_are_not_the_plan(tmp_path: Path) -> None:
 
 
 def test_auxiliary_files(tmp_path: Path) -> None:
-    """Catches weights of another format that are carried over, code or templates that are not, and a precision that config.json denies."""
+    """Catches weights of another format that are carried over, code or templates that are not, a wrong precision."""
     config = {"dtype": "float32", "text_config": {"torch_dtype": "float32", "vocab_size": 3}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for name in (

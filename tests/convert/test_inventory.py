@@ -1,4 +1,4 @@
-"""Headers that fit a model and headers that do not; tests/cli/test_convert.py accounts for the published models tensor by tensor."""
+"""Headers that fit a model and headers that do not; tests/cli/test_convert.py covers the published models."""
 
 from __future__ import annotations
 

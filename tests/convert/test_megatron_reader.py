@@ -1,8 +1,7 @@
-"""Weights read from a Megatron checkpoint where they lie; whole checkpoints of all layouts are read in tests/cli/test_convert.py."""
+"""Weights read from a Megatron checkpoint; whole checkpoints of all layouts are read in tests/cli/test_convert.py."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +64,7 @@ def read(saved: SavedWeights) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("block", [1, 4000, 1 << 25])
 def test_tensors_come_in_portions(checkpoint: Path, model: LALM, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    """Catches a portion that begins in the middle of a head, of the gate or of the vocabulary and is taken from elsewhere."""
+    """Catches a portion that begins within a head, the gate or the vocabulary and is taken from elsewhere."""
     monkeypatch.setattr(megatron_reader, "_BLOCK", block)
     given, wanted = read(SavedWeights(checkpoint, model)), published_tensors(build(tied=False))
     assert given.keys() == wanted.keys() and all(torch.equal(given[name], tensor) for name, tensor in wanted.items())
@@ -93,7 +92,7 @@ def test_damaged_metadata_is_named(copy: Path, model: LALM) -> None:
     """Catches a traceback for a directory that is no checkpoint, or whose table of contents is damaged."""
     (copy / ".metadata").write_bytes(b"nothing")
     assert f"{copy} is not a whole checkpoint" in error(copy, model)
-    os.remove(copy / ".metadata")
+    (copy / ".metadata").unlink()
     assert f"{copy} is not a whole checkpoint" in error(copy, model)
 
 
@@ -119,7 +118,7 @@ def _saved_shapes(directory: Path) -> dict[str, torch.Size]:
 
 
 def test_mixed_precisions_ask_for_one(copy: Path, model: LALM) -> None:
-    """Catches weights of two precisions that are exported as one of them without a word, or that cannot be exported at all."""
+    """Catches weights of two precisions that are exported as one of them, or that cannot be exported at all."""
     tensors = {key: torch.zeros(size) for key, size in _saved_shapes(copy).items()}
     tensors["language_model.output_layer.weight"] = tensors["language_model.output_layer.weight"].bfloat16() + 1
     shutil.rmtree(copy)

@@ -28,8 +28,9 @@ SLACK = 24e6  #: bytes of the interpreter's and the allocator's own that come wi
 
 
 def peaks_of(directory: str) -> dict[str, float]:
-    """Bytes above what the process had before: the peaks of import, of export from the checkpoint, and of loading the model and exporting
-    that; the model's own, and the checkpoint's largest tensor.
+    """Return peaks in bytes above what the process had before: of import, of export, and of a loaded model's export.
+
+    Beside them the model's own bytes, and those of the checkpoint's largest tensor.
     """
     layout = initialize(ParallelConfig(), seed=0)
     root = Path(directory)
@@ -89,7 +90,7 @@ def _status(key: str) -> float:
     not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel does not let a process reset its peak"
 )
 def test_import_and_export_take_two_tensors_and_a_loaded_model_its_shard_besides(tmp_path: Path) -> None:
-    """Catches files that are mapped or read whole, a stream that is collected, and a tensor that is copied once too often."""
+    """Catches files that are mapped or read whole, a stream that is collected, a tensor that is copied too often."""
     write_checkpoint(tmp_path / "source", **SIZES)
     command = (
         "import json, sys; from tests.convert.test_memory import peaks_of; print(json.dumps(peaks_of(sys.argv[1])))"

@@ -90,7 +90,7 @@ def test_selection(model: LALM, tensors: dict[str, Tensor]) -> None:
 
 
 def test_all_problems_at_once(model: LALM, tensors: dict[str, Tensor]) -> None:
-    """Catches an import that stops at the first problem, and a vocabulary, gate or head of another size that would be cut to fit."""
+    """Catches an import that stops at the first problem, and a vocabulary, gate or head that is truncated to fit."""
     layer = "language_model.model.layers.1"
     head, vocabulary = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
     gate, up = f"{layer}.mlp.gate_proj.weight", f"{layer}.mlp.up_proj.weight"

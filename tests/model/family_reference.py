@@ -1,7 +1,8 @@
 """Small reference models of odd sizes for the families beside Qwen2-Audio.
 
-Qwen2, Llama and Voxtral are transformers' own. Step-Audio 2 exists as remote code only: the plain model that the local engine generates with is
-written from the published description and file names, one clip at a time, and shares no layer with Megatron's.
+Qwen2, Llama and Voxtral are transformers' own. Step-Audio 2 exists as remote code only: the plain model that the
+local engine generates with is written from the published description and file names, one clip at a time, and shares
+no layer with Megatron's.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _mask(batch: Batch) -> Tensor:
 
 
 def build(family: str, tied: bool) -> Any:
-    """A random model of the family."""
+    """Build a random model of the family."""
     torch.manual_seed(1)
     model: Any
     if family == "qwen2":
@@ -102,12 +103,12 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
 
 
 def published(family: str, name: str) -> str:
-    """The name in a checkpoint's files of a parameter of the reference."""
+    """Return the name in a checkpoint's files of a parameter of the reference."""
     return published_name(name) if family == "voxtral" else name
 
 
 def save(directory: Path, family: str, tied: bool) -> None:
-    """Writes configuration and weights as published checkpoints have them."""
+    """Write configuration and weights as published checkpoints have them."""
     model = build(family, tied)
     save_file(
         {published(family, name): p.detach().clone() for name, p in model.named_parameters()},
@@ -126,10 +127,10 @@ def save(directory: Path, family: str, tied: bool) -> None:
 
 
 def save_whole(directory: Path, family: str, words: Sequence[str], *, tied: bool = False) -> Path:
-    """A checkpoint that can be asked: weights, a tokenizer of words with a chat template and, where transformers has a processor for the family,
-    the sizes of its feature extractor.
+    """Write a checkpoint that can generate: weights, a tokenizer of words with a chat template.
 
-    The placeholder is the last token of the vocabulary, whatever words there are.
+    Where transformers has a processor for the family, the sizes of its feature extractor are there too. The
+    placeholder is the last token of the vocabulary, whatever words there are.
     """
     directory.mkdir(parents=True)
     save(directory, family, tied)
@@ -165,5 +166,5 @@ def save_whole(directory: Path, family: str, words: Sequence[str], *, tied: bool
 
 @cache
 def expected(family: str, tied: bool) -> Expected:
-    """One step of the reference."""
+    """Return one step of the reference."""
     return one_step(build(family, tied), make_batches(family), logits_of, lambda name: published(family, name))

@@ -1,4 +1,4 @@
-"""Checkpoints with the shapes of the published models and no weights: a true header, and a file that is one hole of the right length."""
+"""Checkpoints with the shapes of the published models and no weights: a header before a hole of the right length."""
 
 from __future__ import annotations
 
@@ -22,29 +22,47 @@ ENCODER = {
     "num_mel_bins": 128,
 }
 QWEN2 = {
-    "model_type": "qwen2", "vocab_size": 156032, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 8192,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "vocab_size": 156032,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 8192,
+}
 STEP_ENCODER = {
-    "n_mels": 128, "n_audio_ctx": 1500, "n_audio_state": 1280, "n_audio_head": 20, "n_audio_layer": 32, "llm_dim": 3584, "kernel_size": 3,
+    "n_mels": 128,
+    "n_audio_ctx": 1500,
+    "n_audio_state": 1280,
+    "n_audio_head": 20,
+    "n_audio_layer": 32,
+    "llm_dim": 3584,
+    "kernel_size": 3,
     "adapter_stride": 2,
-}  # fmt: skip
+}
 STEP_TEXT = {
-    "vocab_size": 158720, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-    "num_key_value_heads": 4, "max_position_embeddings": 16384, "rms_norm_eps": 1e-6,
+    "vocab_size": 158720,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-}  # fmt: skip
+}
 
 
 def full_size_config(family: str) -> Any:
-    """Sizes of Qwen2-Audio-7B or Step-Audio 2 mini, as published."""
+    """Return the sizes of Qwen2-Audio-7B or Step-Audio 2 mini, as published."""
     if family == "qwen2_audio":
         return Qwen2AudioConfig(audio_config=ENCODER, text_config=QWEN2, audio_token_index=151646)  # type: ignore[call-arg]
     return StepAudio2Config(audio_encoder_config=STEP_ENCODER, text_config=STEP_TEXT)
 
 
 def full_size_shapes(family: str) -> dict[str, tuple[int, ...]]:
-    """Of every tensor by its published name, from a model without memory."""
+    """Return the shape of every tensor by its published name, from a model without memory."""
     kind = Qwen2AudioForConditionalGeneration if family == "qwen2_audio" else StepAudio2
     with torch.device("meta"):
         model = kind(full_size_config(family))
@@ -53,7 +71,7 @@ def full_size_shapes(family: str) -> dict[str, tuple[int, ...]]:
 
 
 def write_full_size(directory: Path, family: str, max_bytes: int = 10**12) -> dict[str, tuple[int, ...]]:
-    """Configuration and sparse bfloat16 files of at most max_bytes each; returns the shapes."""
+    """Write configuration and sparse bfloat16 files of at most max_bytes each; return the shapes."""
     shapes = full_size_shapes(family)
     if family == "qwen2_audio":
         full_size_config(family).save_pretrained(directory)

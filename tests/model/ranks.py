@@ -1,6 +1,7 @@
-"""One training step of our model on real ranks, in several layouts: what each rank's process runs for the tests of model and convert.
+"""One training step of the model on real ranks, in several layouts, as each rank runs it for the tests of model/.
 
-It imports no model of transformers, so that ranks start faster. Legend: B sequences, S padded length, V vocabulary, C clips.
+It imports no model of transformers, so that ranks start faster. Legend: B sequences, S padded length, V vocabulary, C
+clips.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MELS, WINDOW = 8, 48
 OPTIMIZER = {"learning_rate": 1e-2, "epsilon": 1e-2, "clip_norm": 1.0}
 
 
-#: How many placeholders a clip of so many frames takes, worked out by hand for each family that hears.
+#: How many placeholders a clip of so many frames takes, worked out by hand for each audio family.
 TOKENS: dict[str, Callable[[int], int]] = {
     "qwen2_audio": lambda frames: (frames + 1) // 2 // 2,
     "step_audio_2": lambda frames: ((frames + 1) // 2 // 2 + 1) // 2,
@@ -59,13 +60,13 @@ class Batch:
     loss_weights: Tensor
 
     def loss(self, logits: Tensor) -> Tensor:
-        """A weighted sum of log-probabilities; logits [B, S, V]."""
+        """Return a weighted sum of log-probabilities; logits [B, S, V]."""
         return (logits.log_softmax(-1) * self.loss_weights).sum()
 
 
 @dataclass
 class Outcome:
-    """What one rank saw. Tensors by published name are equal on all ranks; logits are on a pipeline's last stage."""
+    """The results of one rank. Tensors by published name are equal on all ranks; logits are on a pipeline's last stage."""
 
     changed_by_round_trip: list[str]
     logits: dict[int, Tensor] = field(default_factory=dict)  #: of each batch [B, S, V]
@@ -79,9 +80,10 @@ class Outcome:
 
 
 def make_batches(family: str = "qwen2_audio") -> list[Batch]:
-    """Text alone, one clip, two samples of different lengths with a clip each, and samples with several clips; the same every time.
+    """Return batches of text, one clip, two samples with a clip each, and samples with several clips; always the same.
 
-    A sample is a list of tuples: ("text", number of tokens) or ("clip", number of frames). Families that only read get text.
+    A sample is a list of tuples: ("text", number of tokens) or ("clip", number of frames). Families that take
+    text alone get it.
     """
     generator = torch.Generator().manual_seed(0)
     longest = WINDOW - 2 if family == "step_audio_2" else WINDOW  # which ends its clips with two frames of silence
@@ -119,7 +121,7 @@ def _batch(
     weights = torch.randn(len(rows), longest, VOCAB_SIZE, generator=generator)
     for row, weight in zip(rows, weights, strict=True):
         weight[len(row) :] = 0
-    # What lies behind a clip's frames is noise, so that a model that attends to it is found out.
+    # What follows the frames is noise, so that a model that attends to it gives other logits.
     features = torch.randn(len(frames), MELS, WINDOW, generator=generator) if frames else None
     names = tuple(f"sample{i}" for i in range(len(rows)))
     model_input = ModelInput(token_ids, features, torch.tensor(frames) if frames else None, names)
@@ -127,7 +129,7 @@ def _batch(
 
 
 def run_cases(_rank: int, cases: dict[str, Case], checkpoints: dict[tuple[str, bool], str]) -> dict[str, Outcome]:
-    """All cases in turn on the ranks of the default process group; checkpoints by family and whether embeddings are tied."""
+    """Run all cases on the ranks of the default process group; checkpoints by family and tied embeddings."""
     outcomes = {}
     for name, case in cases.items():
         outcomes[name] = run_case(case, checkpoints[case.family, case.tied])
@@ -166,7 +168,7 @@ def run_case(case: Case, checkpoint: str) -> Outcome:
 
 
 def _forward_backward(wrapped: Any, share: list[tuple[int, Batch]], *, train: bool) -> dict[int, Tensor]:
-    """Runs Megatron's pipeline schedule; returns the logits [B, S, V] of each batch on the last stage."""
+    """Run Megatron's pipeline schedule; return the logits [B, S, V] of each batch on the last stage."""
     logits: dict[int, Tensor] = {}
 
     def forward_step(batches: Iterator[tuple[int, Batch]], module: Any) -> Any:
@@ -193,7 +195,7 @@ def _forward_backward(wrapped: Any, share: list[tuple[int, Batch]], *, train: bo
 
 
 def _gradients(model: LALM) -> dict[str, Tensor]:
-    """The whole model's gradients by published name: export takes each parameter's gradient for the parameter."""
+    """Return the whole model's gradients by published name: export takes each parameter's gradient for it."""
     kept = {parameter: parameter.data for parameter in model.parameters()}
     for parameter in kept:
         gradient = getattr(parameter, "main_grad", None)
@@ -205,7 +207,7 @@ def _gradients(model: LALM) -> dict[str, Tensor]:
 
 
 def _differences(expected: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
-    """Names that only one has, and names whose tensors are not the same bits."""
+    """Return names that only one has, and names whose tensors are not the same bits."""
     common = expected.keys() & given.keys()
     unequal = [
         name

@@ -1,6 +1,6 @@
-"""A small Qwen2-Audio of odd sizes from transformers, one training step of it, and the same step of ours on four ranks.
+"""A small Qwen2-Audio of odd sizes from transformers, one training step of it, and the same step on four ranks.
 
-Results are computed once for all test modules that ask.
+Results are computed once for all test modules.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Expected:
 
 
 def build(tied: bool) -> Qwen2AudioForConditionalGeneration:
-    """Six heads on two key-value heads, a head size that is not hidden / heads, two layers; every tensor random, biases and norms too."""
+    """Build six heads on two key-value heads, a head size that is not hidden / heads, two layers, random tensors."""
     text = Qwen2Config(  # type: ignore[call-arg]
         vocab_size=VOCAB_SIZE,
         hidden_size=48,
@@ -103,12 +103,12 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 def published_tensors(model: Qwen2AudioForConditionalGeneration) -> dict[str, Tensor]:
-    """The model's tensors under published names, a tied head once."""
+    """Return the model's tensors under published names, a tied head once."""
     return {published_name(name): parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def save(directory: Path, model: Qwen2AudioForConditionalGeneration) -> None:
-    """Writes configuration and weights as published checkpoints have them."""
+    """Write configuration and weights as published checkpoints have them."""
     model.config.save_pretrained(directory)
     save_file(published_tensors(model), directory / "model.safetensors")
 
@@ -148,7 +148,7 @@ def one_step(
 
 @cache
 def on_four_ranks() -> dict[str, list[Outcome]]:
-    """The outcome of each case on each of four ranks."""
+    """Return the outcome of each case on each of four ranks."""
     with tempfile.TemporaryDirectory() as directory:
         checkpoints = {}
         for tied in (False, True):

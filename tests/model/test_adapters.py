@@ -1,4 +1,4 @@
-"""Each adapter against its formula in float64, and as many tokens as the architecture says, whatever the number of features."""
+"""Each adapter against its formula in float64, with as many tokens as the architecture says."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def by_hand(arch: AdapterArchitecture, weights: dict[str, Tensor], x: Tensor) ->
 @pytest.mark.parametrize("name", list(ADAPTERS))
 @pytest.mark.parametrize("features", [8, 9, 10, 11, 25])
 def test_adapters(name: str, features: int) -> None:
-    """Catches a wrong stride, padding, order within a stack or activation, and a count of tokens that the features do not have."""
+    """Catches a wrong stride, padding, order within a stack or activation, and a wrong count of tokens."""
     arch = ADAPTERS[name]
     config = encoder_config(EncoderArchitecture(8, AUDIO, 1, 1, 4, 8), ParallelConfig(), torch.float64, LayerConfig())
     torch.manual_seed(0)

@@ -105,7 +105,7 @@ def test_vocabulary_is_padded_for_all_ranks() -> None:
     ],
 )
 def test_layouts_that_do_not_divide(arch: Architecture, tp: int, pp: int, words: str) -> None:
-    """Catches a layout that Megatron would refuse later with an assertion, and a message without the size and a cure."""
+    """Catches a layout that Megatron refuses later with an assertion, and a message without the size and a cure."""
     with pytest.raises(CordError) as caught:
         arch.check_divisible(tp, pp)
     assert words in str(caught.value)
@@ -141,7 +141,7 @@ def test_damaged_configurations(tmp_path: Path, text: str, words: str) -> None:
 
 def test_no_configuration(tmp_path: Path) -> None:
     """Catches a missing directory that is reported as anything else."""
-    with pytest.raises(CordError, match="config.json does not exist; model.checkpoint must name"):
+    with pytest.raises(CordError, match=r"config\.json does not exist; model\.checkpoint must name"):
         load_architecture(tmp_path / "nowhere")
 
 

@@ -1,4 +1,4 @@
-"""The audio encoder under sequence parallelism, windows that the ranks do not divide included; those that they do are cases of test_lalm."""
+"""The audio encoder under sequence parallelism in windows that the ranks do not divide; test_lalm has the others."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ CASES = {
 
 
 def differences(_rank: int) -> dict[str, tuple[float, float, list[tuple[int, ...]]]]:
-    """Of each case: the largest difference of features and of gradients between the encoder with and without sequence parallelism at TP = 2,
-    and the shapes that its layers saw.
+    """Compare the encoder with and without sequence parallelism at TP = 2.
+
+    Returns:
+        for each case the largest difference of features and of gradients, and the shapes of its layers' inputs.
     """
     found = {}
     for name, arch in CASES.items():
@@ -80,8 +82,9 @@ def _gradients(encoder: AudioEncoder) -> dict[str, Tensor]:
 
 @pytest.mark.filterwarnings("ignore:::megatron")
 def test_sequence_parallelism_changes_nothing() -> None:
-    """Catches positions that are lost or attended to where ranks do not divide the window, a gradient that is counted twice or for a slice
-    only, and layers that are not cut at all.
+    """Catches positions that are lost or attended to where ranks do not divide the window, and unsplit layers.
+
+    It also catches a gradient that is counted twice or for a slice only.
     """
     for outcome in run_ranks(differences, 2):
         for name, (features, gradients, seen) in outcome.items():

@@ -1,4 +1,4 @@
-"""The families beside Qwen2-Audio in several layouts against their reference: tensors in and out, logits, gradients, and a step."""
+"""The families beside Qwen2-Audio in several layouts against their reference: tensors, logits, gradients, a step."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_tensors_come_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_logits_equal_the_references(name: str) -> None:
-    """Catches a wrong activation, norm, mask, stacking, stride or bias, and a clip that depends on the padding after it."""
+    """Catches a wrong activation, norm, mask, stacking, stride or bias, and a clip that depends on its padding."""
     case, wanted = CASES[name], expected(CASES[name].family, CASES[name].tied).logits
     given = {index: values for outcome in outcomes()[name] for index, values in outcome.logits.items()}
     batches = make_batches(case.family)
@@ -75,7 +75,7 @@ def test_logits_equal_the_references(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_gradients_equal_the_references(name: str) -> None:
-    """Catches a part that is cut off from the loss, a gradient lost between ranks, and recomputed layers that give another one."""
+    """Catches a part without a gradient, a gradient lost between ranks, and recomputed layers that give another one."""
     case, outcome = CASES[name], outcomes()[name][0]
     wanted = expected(case.family, case.tied)
     errors = {
@@ -105,7 +105,7 @@ def test_tokens_are_counted(family: str, tmp_path: Path) -> None:
 
 
 def test_a_clip_does_not_depend_on_its_padding(tmp_path: Path) -> None:
-    """Catches Step-Audio 2's convolutions looking past a clip of any length: the reference hears it alone, we hear it before noise."""
+    """Catches Step-Audio 2's convolutions reading past a clip: the reference gets it alone, the model before noise."""
     save(tmp_path, "step_audio_2", tied=False)
     layout = initialize(ParallelConfig(), seed=0)
     model, reference = LALM(load_architecture(tmp_path), layout, torch.float32), build("step_audio_2", tied=False)

@@ -1,4 +1,4 @@
-"""The model in every layout against transformers': logits, gradients, the gradient's norm, and the weights after a step."""
+"""The model in every layout against transformers': logits, gradients, their norm, and the weights after a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
-    """The cases of one rank, run in this process."""
+    """Run the cases of one rank in this process."""
     outcomes = {}
     for name in ("alone", "alone-tied"):
         directory = tmp_path_factory.mktemp(name)
@@ -53,7 +53,7 @@ def relative_errors(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict
 
 
 def test_logits_equal_transformers(case: tuple[Case, list[Outcome]]) -> None:
-    """Catches a wrong mask, rotary base, epsilon, head size, clip order or padding, and what a layout loses between ranks."""
+    """Catches a wrong mask, rotary base, epsilon, head size, clip order or padding, and a loss between ranks."""
     setup, outcomes = case
     assert largest_difference([outcome.logits for outcome in outcomes], expected(setup.tied).logits) < 1e-5
 
@@ -62,8 +62,9 @@ def test_logits_equal_transformers(case: tuple[Case, list[Outcome]]) -> None:
     "case", [name for name, case in CASES.items() if not case.distributed_optimizer], indirect=True
 )
 def test_gradients_equal_transformers(case: tuple[Case, list[Outcome]]) -> None:
-    """Catches a gradient that is not summed over tensor, sequence, pipeline or data-parallel ranks, or is summed twice (the distributed optimizer
-    cuts gradients over ranks: there the norm and the updated weights are compared).
+    """Catches a gradient that is not summed over tensor, sequence, pipeline or data-parallel ranks, or is summed twice.
+
+    The distributed optimizer splits gradients over ranks: there the norm and the updated weights are compared.
     """
     setup, outcomes = case
     errors = relative_errors(outcomes[0].gradients, expected(setup.tied).gradients)
@@ -71,14 +72,14 @@ def test_gradients_equal_transformers(case: tuple[Case, list[Outcome]]) -> None:
 
 
 def test_gradient_norm_is_the_whole_models(case: tuple[Case, list[Outcome]]) -> None:
-    """Catches shards that are taken for copies, copies that are counted twice, and ranks that would clip differently."""
+    """Catches shards that are taken for copies, copies that are counted twice, and ranks that clip differently."""
     setup, outcomes = case
     assert len({outcome.gradient_norm for outcome in outcomes}) == 1
     assert outcomes[0].gradient_norm == pytest.approx(expected(setup.tied).gradient_norm, rel=1e-5)
 
 
 def test_a_step_equals_adamw(case: tuple[Case, list[Outcome]]) -> None:
-    """Catches weights that the optimizer forgets, and copies of a tied embedding that drift apart (the logits come from the last stage's)."""
+    """Catches weights that the optimizer skips, and copies of a tied embedding that drift apart."""
     setup, outcomes = case
     wanted = expected(setup.tied)
     differences = {

@@ -23,7 +23,7 @@ def model() -> Iterator[LALM]:
 
 
 def batch(placeholders: list[int], features: list[int]) -> ModelInput:
-    """Samples named a, b, … with so many placeholders, and clips with so many features."""
+    """Return samples named a, b, … with so many placeholders, and clips with so many features."""
     rows = [[1] + [AUDIO_ID] * count + [2] * (8 - count) for count in placeholders]
     frames = torch.tensor([4 * count for count in features]) if features else None
     noise = torch.randn(len(features), MELS, WINDOW) if features else None
@@ -46,7 +46,7 @@ def batch(placeholders: list[int], features: list[int]) -> ModelInput:
     ],
 )
 def test_mismatches_name_the_sample(model: LALM, placeholders: list[int], features: list[int], words: str) -> None:
-    """Catches audio that slips into another sample's placeholders, or an error that leaves the user searching the batch."""
+    """Catches audio that slips into another sample's placeholders, or an error that does not name the sample."""
     with pytest.raises(CordError) as caught:
         model(batch(placeholders, features))
     assert words in str(caught.value) and "build the prompts with" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Recomputation of layers by configuration; that it gives the same gradients is a case of test_lalm and of test_families."""
+"""Recomputation of layers by configuration; test_lalm and test_families show that gradients are the same."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ def test_chosen_towers_are_computed_twice(layout: Layout, towers: tuple[Tower, .
 
 
 def test_selective_recomputation(layout: Layout) -> None:
-    """Catches selective recomputation that computes whole layers again, or nothing: core attention and MLP are, projections are not. And a
-    backward pass that goes round for ever, in the encoder, whose MLPs end with a bias.
+    """Catches selective recomputation of whole layers, or of nothing: core attention and MLP are, projections are not.
+
+    It also catches a backward pass that never ends in the encoder, whose MLPs end with a bias.
     """
     towers: tuple[Tower, ...] = ("audio_encoder", "language_model")
     for chosen in towers:

@@ -22,7 +22,7 @@ def numbered(*shape: int, start: int = 0) -> Tensor:
 @REPEATABLE
 @given(tp=SIZES, groups_per_rank=SIZES, ratio=SIZES, head_dim=SIZES, columns=st.integers(0, 3))
 def test_qkv(tp: int, groups_per_rank: int, ratio: int, head_dim: int, columns: int) -> None:
-    """Catches heads on the wrong rank or in the wrong order, for weights and (no columns) biases, and a join that split does not undo."""
+    """Catches heads on the wrong rank or in the wrong order, in weights and biases, and a split that is no inverse."""
     groups = tp * groups_per_rank
     rest = (columns,) if columns else ()
     layout = Qkv(groups * ratio, groups, head_dim)

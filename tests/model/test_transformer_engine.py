@@ -1,6 +1,7 @@
-"""The layers of transformer-engine's shape, with its classes replaced by plain ones: it cannot be installed here, and its kernels are not tested.
+"""Layers of transformer-engine's shape, with plain classes in the place of its own; its kernels are not tested.
 
-What is tested is ours: which layer is chosen, the masks that the attention is given, and that a norm inside a matrix has its published name.
+What is tested is ours: which layer is chosen, the masks that the attention is given, and that a norm inside a matrix
+has its published name.
 """
 
 from __future__ import annotations
@@ -82,8 +83,9 @@ def layout() -> Iterator[Layout]:
 
 
 def test_norms_inside_matrices(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a norm that is lost, doubled or misnamed on the way from or to published tensors, checkpoints of another shape, and a choice
-    that is not followed.
+    """Catches a norm that is lost, doubled or misnamed between model and published tensors.
+
+    It also catches checkpoints of another shape, and a choice that is not followed.
     """
     plain = LALM(ARCHITECTURE, layout, torch.float32, LayerConfig("torch"))
     generator = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ SETTINGS: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-3}
 
 
 def parameters() -> list[Tensor]:
-    """The last one never has a gradient, the one before it has no elements."""
+    """Return parameters of which the last never has a gradient, and the one before it has no elements."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(*shape, generator=generator).requires_grad_() for shape in ((3, 4), (5,), (0,), (2,))]
 

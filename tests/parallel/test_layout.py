@@ -34,14 +34,14 @@ def test_ranks_that_do_not_fit_are_refused_before_they_meet(monkeypatch: pytest.
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(
         CordError,
-        match=r"3 ranks cannot be laid out with parallel.tp=2 × parallel.pp=1 × parallel.cp=1; start a multiple of 2 ranks",
+        match=r"3 ranks cannot be laid out with parallel.tp=2 × parallel.pp=1 × parallel.cp=1; start a multiple of 2",
     ):
         initialize(ParallelConfig(tp=2), seed=0)
     assert not dist.is_initialized()
 
 
 def test_ranks_that_have_met() -> None:
-    """Catches a layout that trusts the environment more than the ranks that exist, or that forgets an earlier layout."""
+    """Catches a layout that trusts the environment more than the ranks that exist, or that ignores an earlier one."""
     for rank in seen():
         assert [words.split(";")[0] for words in rank.refused] == [
             "3 ranks cannot be laid out with parallel.tp=2 × parallel.pp=1 × parallel.cp=1",
@@ -66,7 +66,7 @@ def test_places_in_a_pipeline() -> None:
 
 
 def test_one_rank_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a single process that needs torchrun, weights that depend on earlier random numbers, and a second start after an end."""
+    """Catches a single process that needs torchrun, weights that depend on earlier draws, and a failing restart."""
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     draws = []
@@ -80,7 +80,7 @@ def test_one_rank_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ranks_that_start_again_meet_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a restarted rank that connects to where a rank of the start before listened, because it was there before its peers."""
+    """Catches a restarted rank that is early and connects to the address of a rank of the start before."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     settings = {
         "MASTER_ADDR": "127.0.0.1",

@@ -12,7 +12,7 @@ from tests.parallel.three_ranks import seen, values
 
 
 def test_gather() -> None:
-    """Catches values out of order, cut to the shortest or padded to the longest, and floats or letters that JSON changes."""
+    """Catches values out of order, truncated or padded to another length, and floats or letters that JSON changes."""
     for rank in seen():
         assert repr(rank.gathered) == repr([values(0), values(1), values(2)])  # repr, as NaN is not equal to itself
         assert math.isnan(rank.gathered[1]["größe"][2])

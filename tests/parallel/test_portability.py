@@ -64,7 +64,7 @@ def test_other_devices_stay() -> None:
 
 @without_cuda
 def test_a_device_context_is_obeyed() -> None:
-    """Catches factories that torch no longer recognises inside `with torch.device(...)`: transformers then reads uninitialised buffers."""
+    """Catches factories that torch fails to recognise in `with torch.device(...)`, as transformers needs."""
     with torch.device("meta"):
         assert {name: make().device.type for name, make in FACTORIES.items()} == dict.fromkeys(FACTORIES, "meta")
         assert torch.zeros(2, device="cpu").device.type == "cpu"
@@ -98,7 +98,7 @@ def test_moves_streams_and_generators() -> None:
 
 @without_cuda
 def test_tensor_types_have_the_names_that_megatron_compares() -> None:
-    """Catches a mixed-precision optimizer that does not know its own parameters, and conversions that no longer convert."""
+    """Catches a mixed-precision optimizer that does not recognise its parameters, and conversions that do nothing."""
     names = {
         dtype: torch.ones(1, dtype=dtype).type()
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64)
@@ -137,17 +137,20 @@ del sys.modules["megatron.core"]
 
 torch.cuda.is_available = lambda: True
 import torch._dynamo  # wraps torch.manual_seed, whoever imports it first
-before = {f"{space.__name__}.{name}": value for space in (torch, torch.cuda, torch.distributed, torch.Tensor, torch.nn.Module)
+before = {f"{space.__name__}.{name}": value for space in (torch, torch.cuda, torch.distributed, torch.Tensor,
+torch.nn.Module)
           for name, value in vars(space).items()}
 import megatron_cord.parallel
-after = {f"{space.__name__}.{name}": value for space in (torch, torch.cuda, torch.distributed, torch.Tensor, torch.nn.Module)
+after = {f"{space.__name__}.{name}": value for space in (torch, torch.cuda, torch.distributed, torch.Tensor,
+torch.nn.Module)
          for name, value in vars(space).items()}
 changed = [name for name in before if before[name] is not after[name]]
 assert not changed, changed
 assert megatron_cord.parallel.portability.backend() == "nccl"
 from megatron.core import optimizer
 from megatron_cord.parallel.fused_adam import FusedAdam
-assert optimizer.Adam is FusedAdam and not optimizer.USING_PYTORCH_OPTIMIZER  # neither apex nor transformer-engine is here
+assert optimizer.Adam is FusedAdam and not optimizer.USING_PYTORCH_OPTIMIZER  # neither apex nor transformer-engine is
+here
 
 del sys.modules["megatron_cord.parallel.portability"]  # once more, where one of them is
 optimizer.USING_PYTORCH_OPTIMIZER, optimizer.Adam = False, dict
@@ -158,9 +161,9 @@ assert optimizer.Adam is dict
 
 
 def test_the_order_of_imports_and_machines_with_cuda() -> None:
-    """Catches a late import that would leave Megatron half patched, and anything but the optimizer that is patched where torch reports CUDA.
+    """Catches a late import that leaves Megatron half patched, and other patches where torch reports CUDA.
 
-    The device is only said to be there: the test proves that nothing of torch is patched, not that CUDA works.
+    The device is only reported: the test shows that nothing of torch is patched, not that CUDA works.
     """
     root = str(Path(portability.__file__).parents[2])
     done = subprocess.run(

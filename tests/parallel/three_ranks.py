@@ -36,7 +36,7 @@ class EchoEngine:
         self.closed = False
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Rollout]:
-        """The response's tokens are the seed, once and twice."""
+        """Return responses whose tokens are the seed, once and twice."""
         self.asked.append(len(requests))
         return [self._rollout(request.prompt.sample_id, request.seed) for request in requests]
 
@@ -52,7 +52,7 @@ class EchoEngine:
         )
 
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """Takes the version alone."""
+        """Take the version alone."""
         self.version = version + len(list(source.tensors(full=False)))
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ class EchoEngine:
 
 
 def requests(count: int) -> list[GenerationRequest]:
-    """Requests named and seeded by their number."""
+    """Return requests named and seeded by their number."""
     return [GenerationRequest(Prompt(f"sample {i}", (1,)), 1.0, 4, seed=i) for i in range(count)]
 
 

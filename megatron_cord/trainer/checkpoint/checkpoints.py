@@ -1,8 +1,7 @@
 """A run's checkpoints: Megatron's dist_checkpointing for weights and optimizer, JSON files for everything else.
 
 A checkpoint is complete or invisible: it is written under a hidden name, with a list of checksums last, and renamed
-    when
-every rank is done. A directory `step_000100` is whole when it appears, and later damage is detected. Weights and
+when every rank is done. A directory `step_000100` is whole when it appears, and later damage is detected. Weights and
 optimizer states load on any layout.
 """
 

@@ -45,8 +45,7 @@ class CheckpointDirectory:
         """Return the newest checkpoint whose files are as they were written; None if there never was one. Collective.
 
         It is for a run that starts: damaged newer ones are renamed to `damaged_step_…`, with a warning, and leftovers
-            of
-        a run that was killed are deleted.
+        of a run that was killed are deleted.
 
         Raises:
             CordError: there are checkpoints, and all of them are damaged.

@@ -2,8 +2,7 @@
 
 Weights & Biases (extra `wandb`) is imported only when it is used. It gets the scalars and the configuration without
 secrets, and nothing that it would collect by default: no console output, no code, no git state, no command line. Its
-    key
-comes from WANDB_API_KEY or `wandb login`, never from the configuration.
+key comes from WANDB_API_KEY or `wandb login`, never from the configuration.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ library keeps the interpreter's lock, a timer that needs no lock writes the stac
 status 1.
 
 Simplification: phases without a bound of their own (start, evaluation) are not watched; there
-    `parallel.timeout_minutes`
-ends the ranks that wait.
+`parallel.timeout_minutes` ends the ranks that wait.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def test_noise_alone_raises_nothing() -> None:
 
 
 def test_accuracy() -> None:
-    """Catches a fall of text accuracy without an alert, an alert within the error of few questions, and one at first."""
+    """Catches a fall of text accuracy without an alert, an alert within the error of few questions, one at first."""
     (alert,) = find_alerts([], evaluations(0.4, 0.8, 0.6), AlertConfig())
     assert (alert.kind, alert.words) == ("collapse", "audio accuracy fell from 80% (step 50) to 60%")
     forgotten = evaluations(0.4, 0.8)
@@ -148,7 +148,7 @@ def test_a_collapse_names_all_its_signs() -> None:
 
 
 def test_little_or_broken_history() -> None:
-    """Catches an alert before there is anything to compare with, and a division by zero where nothing was measured."""
+    """Catches an alert before there is anything to compare with, and a division by zero without measurements."""
     rows = history({"reward": lambda t: 1.0 - t}, steps=39)
     assert kinds(rows) == [] and kinds(rows, window=4) == ["collapse"]
     broken = [

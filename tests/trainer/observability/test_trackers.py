@@ -1,4 +1,4 @@
-"""Weights & Biases: the real client, offline, gets numbers and settings, and not the key or what it collects by default."""
+"""Weights & Biases: the real client, offline, gets numbers and settings, and not the key or what it collects itself."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def records(file: Path) -> Iterator[bytes]:
 
 
 def test_offline(tmp_path: Path) -> None:
-    """Catches metrics that are lost, a resumed run that becomes another, and the key or the command line in any file."""
+    """Catches lost metrics, a resumed run that becomes another, and the key or the command line in any file."""
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
     from wandb.proto import wandb_internal_pb2
 
