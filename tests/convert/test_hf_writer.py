@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def tensors() -> dict[str, Tensor]:
 
 
 def writer(directory: Path, source: str = "run") -> HFDirectoryWriter:
-    """One that has begun."""
+    """Return a writer that has begun."""
     begun = HFDirectoryWriter(directory, SHARDS, torch.float32)
     begun.begin(source)
     return begun
@@ -44,7 +45,7 @@ def portions(name: str) -> Iterator[Tensor]:
 
 
 def write_files(to: HFDirectoryWriter) -> int:
-    """All files; returns how many were there."""
+    """Write all files; return how many were there."""
     return to.write_files(portions, to.shards, lambda nbytes: None)
 
 
@@ -65,17 +66,22 @@ def write_until_killed(directory: str) -> None:
     begun.write_files(read, begun.shards, lambda nbytes: None)
 
 
-@pytest.fixture
-def killed(tmp_path: Path) -> Path:
-    """Where a directory would be, had its writer not been killed."""
-    command = (
-        "import sys; from tests.convert.test_hf_directory import write_until_killed; write_until_killed(sys.argv[1])"
-    )
+@pytest.fixture(scope="module")
+def leftover(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the hidden directory of a writer that was killed."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    command = "import sys; from tests.convert.test_hf_writer import write_until_killed; write_until_killed(sys.argv[1])"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    status = subprocess.run(
-        [sys.executable, "-c", command, str(tmp_path / "out")], env=environment, check=False
-    ).returncode
+    status = subprocess.run([sys.executable, "-c", command, str(out)], env=environment, check=False).returncode
     assert status == -signal.SIGKILL
+    assert not out.exists()
+    return out.with_name(".out.partial")
+
+
+@pytest.fixture
+def killed(leftover: Path, tmp_path: Path) -> Path:
+    """Return the path of a directory whose writer was killed."""
+    shutil.copytree(leftover, tmp_path / leftover.name)
     return tmp_path / "out"
 
 

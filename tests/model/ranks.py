@@ -66,7 +66,7 @@ class Batch:
 
 @dataclass
 class Outcome:
-    """The results of one rank. Tensors by published name are equal on all ranks; logits are on a pipeline's last stage."""
+    """The results of one rank: tensors by published name, equal on all ranks; logits on a pipeline's last stage."""
 
     changed_by_round_trip: list[str]
     logits: dict[int, Tensor] = field(default_factory=dict)  #: of each batch [B, S, V]

@@ -21,7 +21,7 @@ from tests.model.test_architecture import ENCODER
 POSITIONS, FRAMES = 23, (46, 31, 3)
 CASES = {
     "masked": replace(ENCODER, max_positions=POSITIONS),
-    "hears padding": replace(ENCODER, max_positions=POSITIONS, pooling=1, encodes_padding=True),
+    "encodes padding": replace(ENCODER, max_positions=POSITIONS, pooling=1, encodes_padding=True),
     "tail": replace(ENCODER, max_positions=POSITIONS, tail_frames=2),
     "divides": replace(ENCODER, max_positions=24),
 }
