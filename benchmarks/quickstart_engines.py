@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.figures import processor, publish
+from megatron_cord.evaluation.files import heldout_files, read_result
 from megatron_cord.evaluation.statistics import mcnemar
 from megatron_cord.runtime.entry import Parser, run
 
 
 def evaluations(directory: Path) -> list[dict[str, Any]]:
     """Of a run, in their order."""
-    return [json.loads(file.read_text()) for file in sorted((directory / "evaluations").glob("step_*.json"))]
+    return [read_result(file) for file in heldout_files(directory).values()]
 
 
 def right(evaluation: dict[str, Any]) -> dict[str, bool]:

@@ -30,6 +30,7 @@ from examples.quickstart.spoken_sums import Split, SynthesisConfig, synthesize
 from examples.quickstart.warmup import WarmUpConfig, warm_up
 from megatron_cord.config.loading import load_config
 from megatron_cord.data.shards import ShardDataset
+from megatron_cord.evaluation.files import heldout_files, read_result
 from megatron_cord.report.page.page import render
 from megatron_cord.report.terminal import evaluation_table
 from megatron_cord.runtime import entry
@@ -121,8 +122,8 @@ def train(example: Example, overrides: list[str], config: RunConfig) -> int:
 
 def finish(directory: Path, console: Console) -> None:
     """Prints the table and writes the report."""
-    evaluations = sorted((directory / "evaluations").glob("step_*.json"))
-    before, after = (json.loads(path.read_text()) for path in (evaluations[0], evaluations[-1]))
+    evaluations = list(heldout_files(directory).values())
+    before, after = (read_result(path) for path in (evaluations[0], evaluations[-1]))
     console.print(evaluation_table(before, after))
     summary = json.loads((directory / "summary.json").read_text())
     closed = summary["gap_closed"]

@@ -4,13 +4,12 @@
      "methods": {NAME: {"title", "ablates", "settings", "responses", "runs": {SEED: summary or {"failure"}},
                         "text_accuracy", "audio_accuracy", "gap", "gap_closed", "seconds": Mean, "difference": Mean, "questions": SignTest}}}
 
-A Mean is {mean, low, high, n} over the seeds (compare/statistics.py), and null where no run has the value. A difference is the reference's audio
+A Mean is {mean, low, high, n} over the seeds (evaluation/statistics.py), and null where no run has the value. A difference is the reference's audio
 accuracy minus the method's.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -22,9 +21,9 @@ import torch
 from megatron_cord.compare.methods import Method
 from megatron_cord.compare.plan import CompareConfig, PlannedRun
 from megatron_cord.compare.running import Outcome, read_summary
-from megatron_cord.compare.statistics import Mean, mean_of, paired_difference, sign_test
+from megatron_cord.evaluation.files import heldout_file, read_result
+from megatron_cord.evaluation.statistics import Mean, mean_of, paired_difference, sign_test
 from megatron_cord.trainer.config import RunConfig
-from megatron_cord.trainer.evaluation import evaluation_file
 
 Runs = dict[int, dict[str, Any]]  # of one method, by seed
 
@@ -126,8 +125,8 @@ def _mean(values: Sequence[float]) -> dict[str, Any] | None:
 
 def _right_answers(run: PlannedRun) -> dict[str, bool]:
     """Which spoken questions the trained model answers rightly, by id."""
-    path = evaluation_file(run.directory, run.config.train.steps)
-    return {row["id"]: row["audio_correct"] for row in json.loads(path.read_text())["answers"]}
+    result = read_result(heldout_file(run.directory, run.config.train.steps))
+    return {row["id"]: row["audio_correct"] for row in result["answers"]}
 
 
 def _questions(first: dict[int, dict[str, bool]], second: dict[int, dict[str, bool]]) -> dict[str, Any] | None:

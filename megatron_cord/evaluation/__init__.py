@@ -1,1 +1,1 @@
-"""How well a model reads and hears: question sets, answers, scores, intervals, and the pages that show them."""
+"""Evaluation: question sets, answers from both views, scores, intervals, and the pages that show them."""

@@ -1,16 +1,17 @@
-"""Question sets as their makers publish them, and the plain form of our own, as `Question`s.
+"""Question sets as published, and a plain form, read as `Question`s.
 
 | format | a row has |
 |---|---|
 | shards | what shards have; the recording speaks the question |
-| plain | question, audio, choices, answer, instruction, group, id; all but the answer and one of question and audio may be missing |
+| plain | answer, question or audio or both; also choices, instruction, group, id |
 | voicebench | prompt, reference (a letter), audio: OpenBookQA and MMSU of VoiceBench |
 | gsm8k | question, answer (a solution that ends in "#### 72", or the number), audio |
-| mmau | audio_id, question, choices, answer (one choice's text), task: a sound, and a question that is read beside it |
+| mmau | audio_id, question, choices, answer (one choice's text), task: a sound with a question in text beside it |
 | big_bench_audio | file_name or audio, official_answer, category, transcript |
 
-Rows come from .jsonl, .json, .parquet or .arrow. A recording is a path (from the file's folder, or from `audio_root`), or bytes in the row as
-Parquet files of spoken sets have them; it is read when its question is asked. What it simplifies: the rows, bytes included, are in memory.
+Rows come from .jsonl, .json, .parquet or .arrow. A recording is a path (from the file's folder, or from `audio_root`),
+or bytes in the row as Parquet files of spoken sets have them; it is read when its prompt is made. What it simplifies:
+the rows, bytes included, are in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -29,34 +30,20 @@ from megatron_cord.data.choices import LETTERS, lettered
 from megatron_cord.data.question_files import Reject, read_rows
 from megatron_cord.data.shards import ShardDataset
 from megatron_cord.errors import CordError
-from megatron_cord.evaluation.questions import Question
+from megatron_cord.evaluation.config import SetConfig
+from megatron_cord.evaluation.questions import Question, QuestionSet
 
-Format = Literal["shards", "plain", "voicebench", "gsm8k", "mmau", "big_bench_audio"]
 _OPTION = re.compile(r"(?:^|\s)\(?([A-J])[.):]\s+(.+?)(?=\s+\(?[A-J][.):]\s|\s*$)", re.DOTALL)
 _BIG_BENCH_CHOICES = {"formal_fallacies": ("valid", "invalid"), "navigate": ("Yes", "No"), "web_of_lies": ("Yes", "No")}
 
 
-@dataclass(frozen=True)
-class SetConfig:
-    """One set of questions."""
-
-    path: str  #: a file, or a directory of shards, of Parquet or of Arrow files
-    format: Format = "plain"  #: how its rows are laid out
-    audio_root: str | None = None  #: the folder that paths of recordings start from; null: the file's own
-    samples: int = 0  #: how many questions, from the beginning; 0 takes all
-
-    def __post_init__(self) -> None:
-        if self.samples < 0:
-            raise CordError(f"samples cannot be negative, got {self.samples}")
-
-
-class _Unusable(ValueError):
-    """Why a row is no question."""
+class _UnusableError(ValueError):
+    """The reason why a row is no question."""
 
 
 @dataclass(frozen=True)
 class _Fields:
-    """A row's parts, whatever they were called."""
+    """The parts of a row under one set of names."""
 
     text: str | None
     audio: Any
@@ -66,23 +53,29 @@ class _Fields:
     group: Any = None
 
 
-def load_set(config: SetConfig) -> tuple[list[Question], list[Reject]]:
-    """The questions of a set in its order, and what cannot be asked.
+def load_set(config: SetConfig) -> QuestionSet:
+    """Read the questions of a set.
 
     Raises:
         CordError: no such file, one damaged as a whole, or none of its rows is a question.
     """
-    questions, rejects = _from_shards(config) if config.format == "shards" else _from_rows(config)
-    if not questions:
-        first = f"; {rejects[0].id}: {rejects[0].reason}" if rejects else ""
-        raise CordError(f"{config.path} has no question that can be asked{first}; is its format {config.format}?")
-    return questions, rejects
+    if config.format == "shards":
+        return shard_questions(ShardDataset(config.path), config.samples)
+    return _checked(_from_rows(config), f"{config.path}, read as format {config.format},")
 
 
-def _from_shards(config: SetConfig) -> tuple[list[Question], list[Reject]]:
-    shards = ShardDataset(config.path)
+def shard_questions(shards: ShardDataset, count: int) -> QuestionSet:
+    """Return the first samples of spoken shards as questions; their recordings are read when they are needed.
+
+    Args:
+        shards: with gold answers.
+        count: how many samples; 0 takes all.
+
+    Raises:
+        CordError: no sample has a gold answer.
+    """
     questions, rejects = [], []
-    for index in range(min(config.samples or len(shards), len(shards))):
+    for index in range(min(count or len(shards), len(shards))):
         texts = shards.texts(index)
         if texts.get("answer") is None:
             rejects.append(Reject(texts["id"], "it has no answer"))
@@ -97,14 +90,21 @@ def _from_shards(config: SetConfig) -> tuple[list[Question], list[Reject]]:
                 group=texts.get("voice"),
             )
         )
-    return questions, rejects
+    return _checked(QuestionSet(questions, rejects), "the set of shards")
 
 
 def _waveform(shards: ShardDataset, index: int) -> np.ndarray:
     return shards[index].waveform
 
 
-def _from_rows(config: SetConfig) -> tuple[list[Question], list[Reject]]:
+def _checked(found: QuestionSet, what: str) -> QuestionSet:
+    if not found.questions:
+        first = f"; the first row, {found.rejects[0].id}: {found.rejects[0].reason}" if found.rejects else ""
+        raise CordError(f"{what} has no usable question{first}")
+    return found
+
+
+def _from_rows(config: SetConfig) -> QuestionSet:
     path = Path(config.path)
     root = Path(config.audio_root) if config.audio_root else (path if path.is_dir() else path.parent)
     questions: list[Question] = []
@@ -120,22 +120,22 @@ def _from_rows(config: SetConfig) -> tuple[list[Question], list[Reject]]:
         name = place.replace(" ", "-") if given is None else str(given)[:120]
         try:
             if name in seen:
-                raise _Unusable("its id comes twice")
+                raise _UnusableError("its id comes twice")
             questions.append(_question(name, _ADAPTERS[config.format](row), root))
             seen.add(name)
-        except _Unusable as error:
+        except _UnusableError as error:
             rejects.append(Reject(name, str(error)))
-    return questions, rejects
+    return QuestionSet(questions, rejects)
 
 
 def _question(name: str, fields: _Fields, root: Path) -> Question:
     for what, value in (("question", fields.text), ("instruction", fields.instruction)):
         if not isinstance(value, (str, type(None))):
-            raise _Unusable(f"its {what} is no text")
+            raise _UnusableError(f"its {what} is no text")
     if fields.answer is None or fields.answer == "":
-        raise _Unusable("it has no answer")
+        raise _UnusableError("it has no answer")
     if isinstance(fields.answer, bool) or not isinstance(fields.answer, (str, int, float)):
-        raise _Unusable("its answer is no text")
+        raise _UnusableError("its answer is no text")
     answer = str(fields.answer).strip()
     choices = _choices(fields.choices)
     if choices:
@@ -143,12 +143,14 @@ def _question(name: str, fields: _Fields, root: Path) -> Question:
         if answer not in letters or answer in choices:
             same = [i for i, choice in enumerate(choices) if choice and choice.strip().casefold() == answer.casefold()]
             if not same:
-                raise _Unusable(f"its answer {answer[:40]!r} is none of its choices, nor a letter up to {letters[-1]}")
+                raise _UnusableError(
+                    f"its answer {answer[:40]!r} is none of its choices, nor a letter up to {letters[-1]}"
+                )
             answer = letters[same[0]]
     text = fields.text.strip() if fields.text and fields.text.strip() else None
     audio = None if fields.audio is None else _recording(fields.audio, root, name)
     if text is None and audio is None:
-        raise _Unusable("it has neither text nor recording")
+        raise _UnusableError("it has neither text nor recording")
     return Question(
         name, answer, text, audio, choices, fields.instruction, None if fields.group is None else str(fields.group)
     )
@@ -162,21 +164,21 @@ def _choices(value: Any) -> tuple[str, ...]:
         or not 2 <= len(value) <= len(LETTERS)
         or not all(isinstance(v, str) for v in value)
     ):
-        raise _Unusable(f"its choices are not 2 to {len(LETTERS)} texts")
+        raise _UnusableError(f"its choices are not 2 to {len(LETTERS)} texts")
     return tuple(value)
 
 
 def _recording(value: Any, root: Path, name: str) -> Callable[[], np.ndarray]:
-    """A function that reads a recording from a path, or from a row's {"bytes": …, "path": …}."""
+    """Return a function that reads a recording from a path, or from a row's {"bytes": …, "path": …}."""
     content, path = None, value
     if isinstance(value, dict):
         content, path = value.get("bytes"), value.get("path")
     if content is not None:
         if not isinstance(content, bytes):
-            raise _Unusable("its recording is no bytes")
+            raise _UnusableError("its recording is no bytes")
         return lambda: decode_audio(content, f"recording of {name}")
     if not isinstance(path, str) or not path or "\0" in path:
-        raise _Unusable("its recording is neither a path nor bytes")
+        raise _UnusableError("its recording is neither a path nor bytes")
     file = root / path
 
     def read() -> np.ndarray:
@@ -203,7 +205,7 @@ def _plain(row: dict[str, Any]) -> _Fields:
 def _voicebench(row: dict[str, Any]) -> _Fields:
     prompt, reference = row.get("prompt"), row.get("reference")
     if not isinstance(prompt, str):
-        raise _Unusable(f"it has no text in 'prompt' (its fields: {', '.join(sorted(map(str, row)))[:200]})")
+        raise _UnusableError(f"it has no text in 'prompt' (its fields: {', '.join(sorted(map(str, row)))[:200]})")
     options = dict(_OPTION.findall(prompt))
     letters = LETTERS[: max(4, len(options))]
     choices = [options.get(letter, "").strip().rstrip(".") for letter in letters]
@@ -220,7 +222,9 @@ def _gsm8k(row: dict[str, Any]) -> _Fields:
 def _mmau(row: dict[str, Any]) -> _Fields:
     question, choices = row.get("question"), row.get("choices")
     if not isinstance(question, str) or choices is None:
-        raise _Unusable(f"it has no 'question' with 'choices' (its fields: {', '.join(sorted(map(str, row)))[:200]})")
+        raise _UnusableError(
+            f"it has no 'question' with 'choices' (its fields: {', '.join(sorted(map(str, row)))[:200]})"
+        )
     instruction = f"{question.strip()} {lettered(_choices(choices))}"
     return _Fields(
         None, row.get("audio_id", row.get("audio")), row.get("answer"), choices, instruction, row.get("task")

@@ -1,90 +1,78 @@
-"""Results for people: Markdown for a note or a pull request, and one HTML file, which loads nothing and runs no script, with the answers side by side."""
+"""Pages of results: Markdown, and one HTML file with the answers side by side.
+
+The HTML page loads nothing and runs no script.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from megatron_cord.evaluation.results import WAYS, Row
+from megatron_cord.evaluation.results import VIEWS, Row
+from megatron_cord.runtime.files import write_atomic, write_json
 
 _ASSETS = Path(__file__).parent / "assets"
 _EXAMPLES = 60  # questions a set on the page
+_GAP_HEAD = [
+    "set",
+    "gap before",
+    "gap after",
+    "gap closed",
+    "audio: right now, not before",
+    "audio: right before, not now",
+    "p",
+]
+
+Table = tuple[str, list[str], list[list[str]]]  #: title, head, lines
 
 
-def write_pages(directory: Path, result: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> list[Path]:
-    """Writes `results.json`, `results.md` and `results.html`, each complete or absent.
+def write_pages(directory: Path, result: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> None:
+    """Write `results.json`, `results.md` and `results.html`, each complete or not at all.
 
     Args:
         directory: of the evaluation.
-        result: JSON values: model, sets, overall, forgetting.
+        result: JSON values: model, step, baseline, sets, overall, forgetting.
         rows: of each set, for the examples.
     """
-    contents = {
-        "results.json": json.dumps(result, indent=1, ensure_ascii=False) + "\n",
-        "results.md": markdown(result),
-        "results.html": html(result, rows),
-    }
-    paths = []
-    for name, content in contents.items():
-        path = directory / name
-        partial = path.with_suffix(".partial")
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, path)
-        paths.append(path)
-    return paths
+    write_json(directory / "results.json", result)
+    write_atomic(directory / "results.md", markdown(result))
+    write_atomic(directory / "results.html", html(result, rows))
 
 
-def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, head and lines of each table that the result has something for."""
-    sets = result["sets"]
-    made = [
-        ("Accuracy", ["set", "questions", "text", "audio", "gap", "p"], [_accuracy_line(n, r) for n, r in sets.items()])
-    ]
-    total = result["overall"]
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """Return title, head and lines of each table that the result has something for."""
+    sets, total = result["sets"], result["overall"]
+    lines = [_accuracy_line(name, found) for name, found in sets.items()]
     if len(total.get("sets", ())) > 1:
-        made[0][2].append(["mean", "", percent(total["text"]), percent(total["audio"]), points(total["gap"]), ""])
-    changes = {name: r["change"] for name, r in sets.items() if "gap_before" in r.get("change", {})}
+        lines.append(["mean", "", *_shares(total), ""])
+    made: list[Table] = [("Accuracy", ["set", "questions", "text", "audio", "gap", "p"], lines)]
+    groups = [
+        [name, group, str(found["samples"]), *_shares(found)]
+        for name, result_of_set in sets.items()
+        for group, found in result_of_set["groups"].items()
+    ]
+    if groups:
+        made.append(("Groups", ["set", "group", "questions", "text", "audio", "gap"], groups))
+    changes = {name: found["change"] for name, found in sets.items() if "gap_before" in found.get("change", {})}
     if changes:
         lines = [_gap_line(name, change) for name, change in changes.items()]
         if len(changes) > 1 and "change" in total:
             lines.append(_gap_line("mean", total["change"]))
-        head = [
-            "set",
-            "gap before",
-            "gap after",
-            "gap closed",
-            "audio: right now, not before",
-            "audio: right before, not now",
-            "p",
-        ]
-        made.append((f"The gap since {result['baseline']}, to its text accuracy", head, lines))
+        made.append((f"The gap since {result['baseline']}, to its text accuracy", _GAP_HEAD, lines))
     if result["forgetting"]:
-        lines = [
-            [
-                c["set"],
-                c["way"],
-                percent(c["before"]),
-                percent(c["after"]),
-                interval(c, points),
-                p_value(c["p"]),
-                "lost" if c["lost"] else "kept",
-            ]
-            for c in result["forgetting"]
-        ]
-        made.append(("Forgetting", ["set", "asked by", "before", "after", "change", "p", ""], lines))
-    rejected = [[name, reason, str(count)] for name, r in sets.items() for reason, count in r["rejects"].items()]
+        head = ["set", "view", "before", "after", "change", "p", ""]
+        made.append(("Forgetting", head, [_forgetting_line(check) for check in result["forgetting"]]))
+    rejected = [[name, why, str(count)] for name, found in sets.items() for why, count in found["rejects"].items()]
     if rejected:
-        made.append(("Not asked", ["set", "reason", "questions"], rejected))
+        made.append(("Left out", ["set", "reason", "questions"], rejected))
     return made
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """All tables."""
+    """Return all tables in Markdown."""
     parts = [f"# Evaluation of {result['model']}", ""]
     for title, head, lines in tables(result):
         parts += [f"## {title}", "", _row(head), _row(["---"] * len(head)), *map(_row, lines), ""]
@@ -94,33 +82,33 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def html(result: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> str:
-    """The page. What models said is untrusted text: the template escapes it."""
+    """Return the page. Responses are untrusted text: the template escapes them."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     examples = {name: _examples(some) for name, some in rows.items()}
     return environment.get_template("results.html").render(
-        result=result, tables=tables(result), examples=examples, ways=WAYS
+        result=result, tables=tables(result), examples=examples, views=VIEWS
     )
 
 
 def percent(value: float) -> str:
-    """A share: "72.4 %"."""
+    """Format a share: "72.4 %"."""
     return f"{100 * value:.1f} %"
 
 
 def points(value: float) -> str:
-    """A difference of shares, in percentage points: "+3.0"."""
+    """Format a difference of shares in percentage points: "+3.0"."""
     return f"{100 * value:+.1f}"
 
 
 def p_value(value: float) -> str:
-    """ "0.031", or "< 0.001"."""
+    """Format a p-value: "0.031", or "< 0.001"."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def interval(estimate: Mapping[str, Any] | None, show: Any = percent) -> str:
-    """A value with its interval."""
+def interval(estimate: Mapping[str, Any] | None, show: Callable[[float], str] = percent) -> str:
+    """Format a value with its interval."""
     if estimate is None:
         return "–"
     if estimate.get("low") is None:
@@ -129,33 +117,33 @@ def interval(estimate: Mapping[str, Any] | None, show: Any = percent) -> str:
     return f"{show(estimate['value'])} [{low}, {high}]"
 
 
+def _shares(found: Mapping[str, Any]) -> list[str]:
+    """Return text accuracy, audio accuracy and gap of a group or a mean."""
+    formats = {"text_accuracy": percent, "audio_accuracy": percent, "gap": points}
+    return [show(found[key]) if key in found else "–" for key, show in formats.items()]
+
+
 def _accuracy_line(name: str, result: Mapping[str, Any]) -> list[str]:
-    gap = result.get("gap")
-    return [
-        name,
-        str(result["samples"]),
-        *(interval(result.get(way)) for way in WAYS),
-        interval(gap, points),
-        p_value(gap["p"]) if gap else "–",
-    ]
+    estimates = result["estimates"]
+    gap = estimates.get("gap")
+    accuracies = (interval(estimates.get(view)) for view in VIEWS)
+    return [name, str(result["samples"]), *accuracies, interval(gap, points), p_value(gap["p"]) if gap else "–"]
 
 
 def _gap_line(name: str, change: Mapping[str, Any]) -> list[str]:
     audio = change.get("audio")
-    gaps = [
-        interval(change["gap_before"], points),
-        interval(change["gap_after"], points),
-        interval(change["gap_closed"]),
-    ]
-    return [
-        name,
-        *gaps,
-        *([str(audio["gained"]), str(audio["lost_answers"]), p_value(audio["p"])] if audio else ["", "", ""]),
-    ]
+    gaps = [interval(change[key], points) for key in ("gap_before", "gap_after")] + [interval(change["gap_closed"])]
+    questions = [str(audio["gained"]), str(audio["lost_answers"]), p_value(audio["p"])] if audio else ["", "", ""]
+    return [name, *gaps, *questions]
+
+
+def _forgetting_line(check: Mapping[str, Any]) -> list[str]:
+    shares = [percent(check["before"]), percent(check["after"]), interval(check, points), p_value(check["p"])]
+    return [check["set"], check["view"], *shares, "lost" if check["lost"] else "kept"]
 
 
 def _examples(rows: Sequence[Row]) -> list[Row]:
-    """The most telling first: right when read and wrong when heard, then other mistakes."""
+    """Return the most telling questions first: right from the text and wrong from the audio, then other mistakes."""
 
     def rank(row: Row) -> int:
         text, audio = row.get("text_correct"), row.get("audio_correct")

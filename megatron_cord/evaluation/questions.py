@@ -1,12 +1,13 @@
-"""One question of an evaluation: what is read, what is heard, and what counts as right."""
+"""Questions of an evaluation: the text prompt's words, the audio prompt's recording, and the gold answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_cord.data.question_files import Reject
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.wav import SAMPLING_RATE
 
@@ -15,14 +16,12 @@ from megatron_cord.data.wav import SAMPLING_RATE
 class Question:
     """One question; it has a text, a recording, or both.
 
-    Attributes:
-        id: unique in its set.
-        answer: the gold answer: for choices the letter, else a number, an expression or words.
-        text: what is read; None for a question that is only heard.
-        audio: reads the recording, float32 [samples], mono, 16 kHz; None for a question that is only read.
-        choices: the texts behind the letters A, B, …; "" for each whose text the set does not give apart from the question.
-        instruction: what is read beside the recording; None where the recording asks by itself.
-        group: a category or a voice, by which accuracies are shown apart; None puts it into none.
+    Attributes: id: unique in its set. answer: the gold answer: for choices the letter, else a number, an expression or
+        words. text: the text prompt's words; None for a question without that view. audio: reads the recording, float32
+        [samples], mono, 16 kHz; None for a question without that view. choices: the texts behind the letters A, B, …;
+        "" for each whose text the set does not give apart from the question. instruction: text beside the recording in
+        the audio prompt; None where the recording is the whole question. group: a category or a voice, by which
+        accuracies are shown apart; None puts it into none.
     """
 
     id: str
@@ -34,11 +33,11 @@ class Question:
     group: str | None = None
 
     def written(self) -> Sample:
-        """For the text prompt."""
+        """Return the sample of the text prompt."""
         return Sample(self.id, self.text or "", np.zeros(0, np.float32), answer=self.answer, choices=self.choices)
 
     def spoken(self) -> Sample:
-        """For the audio prompt; reads the recording."""
+        """Read the recording and return the sample of the audio prompt."""
         assert self.audio is not None
         return Sample(
             self.id,
@@ -49,3 +48,11 @@ class Question:
             choices=self.choices,
             instruction=self.instruction,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class QuestionSet:
+    """The questions of a set in its order, and what of it is no usable question."""
+
+    questions: Sequence[Question]
+    rejects: Sequence[Reject] = ()

@@ -1,7 +1,8 @@
-"""What the answers to a set amount to: accuracies with intervals, the gap, and what changed since another evaluation.
+"""Results of a set's answers: accuracies with intervals, the gap, and changes since another evaluation.
 
-Rows are plain maps, as JSON has them: id, group, question, answer, and for each way of asking ("text", "audio") `…_response`, `…_answer` (what it was
-taken to answer), `…_correct`. All p-values are McNemar's, two-sided, over the questions that both sides of a comparison answered.
+Rows are plain maps, as JSON has them: id, group, question, answer, choices, tokens, token_kl, cut, and for each view
+("text", "audio") `…_response`, `…_answer` (the answer found in the response) and `…_correct`. All p-values are
+McNemar's, two-sided, over the questions that both sides of a comparison answered.
 """
 
 from __future__ import annotations
@@ -14,24 +15,27 @@ from typing import Any
 import numpy as np
 
 from megatron_cord.data.question_files import Reject
-from megatron_cord.evaluation.answering import Answers
+from megatron_cord.evaluation.answers import Answer
+from megatron_cord.evaluation.questions import Question
 from megatron_cord.evaluation.scoring import score_responses
 from megatron_cord.evaluation.statistics import estimate, gap_closed, gap_closed_draws, mcnemar, paired_draws
 from megatron_cord.reward.comparison import Comparer
 
-WAYS = ("text", "audio")
+VIEWS = ("text", "audio")
 SIGNIFICANT = 0.05
 Row = dict[str, Any]
 
 
-def score_set(answers: Answers, comparer: Comparer | None) -> tuple[list[Row], list[Reject]]:
-    """A row for each question that was asked, and the rejects, both in the set's order."""
+def score_set(
+    questions: Sequence[Question], answers: Mapping[str, Answer], comparer: Comparer | None
+) -> tuple[list[Row], list[Reject]]:
+    """Return a row for each question that was answered, and the rejects, both in the set's order."""
     rows: list[Row] = []
     rejects = []
-    for question in answers.questions:
-        answered = answers.done[question.id]
-        if answered.reject is not None:
-            rejects.append(Reject(question.id, answered.reject))
+    for question in questions:
+        answer = answers[question.id]
+        if answer.reject is not None:
+            rejects.append(Reject(question.id, answer.reject))
             continue
         rows.append(
             {
@@ -40,60 +44,63 @@ def score_set(answers: Answers, comparer: Comparer | None) -> tuple[list[Row], l
                 "question": question.text or question.instruction or "",
                 "answer": question.answer,
                 "choices": list(question.choices),
-                "text_response": answered.text_response,
-                "audio_response": answered.audio_response,
-                "tokens": list(answered.tokens),
-                "cut": list(answered.cut),
+                "text_response": answer.text_response,
+                "audio_response": answer.audio_response,
+                "tokens": list(answer.tokens),
+                "token_kl": None if answer.token_kl is None else list(answer.token_kl),
+                "cut": list(answer.cut),
             }
         )
-    for way in WAYS:
-        asked = [row for row in rows if row[f"{way}_response"] is not None]
+    for view in VIEWS:
+        asked = [row for row in rows if row[f"{view}_response"] is not None]
         scores = score_responses(
             [row["answer"] for row in asked],
             [row["choices"] for row in asked],
-            [row[f"{way}_response"] for row in asked],
+            [row[f"{view}_response"] for row in asked],
             [row["question"] for row in asked],
             comparer,
         )
         for row, score in zip(asked, scores, strict=True):
-            row |= {f"{way}_answer": score.answer, f"{way}_correct": score.correct}
+            row |= {f"{view}_answer": score.answer, f"{view}_correct": score.correct}
     return rows, rejects
 
 
 def set_result(
     rows: Sequence[Row], rejects: Sequence[Reject], before: Sequence[Row] | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """One set's result.
+    """Return the result of one set.
 
     Args:
         rows: of `score_set`.
-        rejects: what was not asked.
+        rejects: questions without an answer.
         before: rows of the same set by the model before; None compares nothing.
         seed: of the bootstrap; another one for each set makes their draws independent.
 
     Returns:
-        JSON values: samples, rejects by reason, `text` and `audio` (accuracy, its interval, how many answered nothing or were cut), `gap` where both
-        were asked, `groups`, and `change` since `before`.
+        JSON values. `samples`, and `text_accuracy`, `audio_accuracy` and their difference `gap` where there are such
+        views; `groups`: the same by group; `estimates`: for "text", "audio" and "gap" the interval, the p-value of
+        the gap, and how many responses gave no answer or were cut; `rejects` by reason; `change` since `before`.
     """
-    result: dict[str, Any] = {"samples": len(rows), "rejects": _reasons(rejects)}
-    for way in WAYS:
-        asked = [row for row in rows if f"{way}_correct" in row]
+    result: dict[str, Any] = {"samples": len(rows), **_accuracies(rows)}
+    estimates: dict[str, Any] = {}
+    for view in VIEWS:
+        asked = [row for row in rows if f"{view}_correct" in row]
         if asked:
-            outcomes = np.array([[row[f"{way}_correct"]] for row in asked])
-            result[way] = asdict(estimate(float(outcomes.mean()), paired_draws(outcomes, seed)[:, 0])) | {
+            outcomes = np.array([[row[f"{view}_correct"]] for row in asked])
+            estimates[view] = asdict(estimate(float(outcomes.mean()), paired_draws(outcomes, seed)[:, 0])) | {
                 "samples": len(asked),
-                "unanswered": sum(row[f"{way}_answer"] is None for row in asked),
-                "cut": sum(way in row["cut"] for row in asked),
+                "unanswered": sum(row[f"{view}_answer"] is None for row in asked),
+                "cut": sum(view in row["cut"] for row in asked),
             }
-    both = [row for row in rows if all(f"{way}_correct" in row for way in WAYS)]
+    both = [row for row in rows if all(f"{view}_correct" in row for view in VIEWS)]
     if both:
-        text, audio = (np.array([row[f"{way}_correct"] for row in both]) for way in WAYS)
+        text, audio = (np.array([row[f"{view}_correct"] for row in both]) for view in VIEWS)
         draws = paired_draws(np.stack([text, audio], axis=1), seed)
-        result["gap"] = asdict(estimate(float(text.mean() - audio.mean()), draws[:, 0] - draws[:, 1])) | {
+        estimates["gap"] = asdict(estimate(float(text.mean() - audio.mean()), draws[:, 0] - draws[:, 1])) | {
             "samples": len(both),
             "p": mcnemar(text, audio),
         }
-    result["groups"] = _groups(rows)
+    result |= {"groups": _groups(rows), "estimates": estimates, "rejects": _reasons(rejects)}
     if before is not None:
         result["change"] = _change(before, rows, seed)
     return result
@@ -104,12 +111,12 @@ def overall(
     rows: Mapping[str, Sequence[Row]],
     before: Mapping[str, Sequence[Row]] | None,
 ) -> dict[str, Any]:
-    """Means over the sets that are both read and heard, each set counting alike: of the accuracies, the gap, and the gap closed since `before`."""
+    """Return means of accuracies, gap and gap closed since `before`, over the sets with both views."""
     names = [name for name, result in results.items() if "gap" in result]
     if not names:
         return {}
-    total: dict[str, Any] = {"sets": names, "gap": _mean(results[name]["gap"]["value"] for name in names)}
-    total |= {way: _mean(results[name][way]["value"] for name in names) for way in WAYS}
+    total: dict[str, Any] = {"sets": names}
+    total |= {key: _mean(results[name][key] for name in names) for key in ("text_accuracy", "audio_accuracy", "gap")}
     if before is None:
         return total
     drawn: list[tuple[np.ndarray, np.ndarray]] = []
@@ -124,30 +131,30 @@ def overall(
 
 
 def forgotten(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The forgetting check: how reading, and hearing where nothing is read beside it, changed since before; `lost` where significantly worse."""
+    """Return the change of text accuracy, and of audio accuracy on sets without text; `lost`: significantly worse."""
     checks = []
     for name, result in results.items():
         change = result.get("change", {})
-        for way in WAYS:
-            if way in change and (way == "text" or "gap" not in result):
-                worse = change[way]["value"] < 0 and change[way]["p"] < SIGNIFICANT
-                checks.append({"set": name, "way": way, **change[way], "lost": worse})
+        for view in VIEWS:
+            if view in change and (view == "text" or "gap" not in result):
+                worse = change[view]["value"] < 0 and change[view]["p"] < SIGNIFICANT
+                checks.append({"set": name, "view": view, **change[view], "lost": worse})
     return checks
 
 
 def _change(before: Sequence[Row], after: Sequence[Row], seed: int) -> dict[str, Any]:
-    """What is different, over the questions that both evaluations asked."""
+    """Return what is different, over the questions that both evaluations asked."""
     change: dict[str, Any] = {}
     earlier = {row["id"]: row for row in before}
-    for way in WAYS:
-        key = f"{way}_correct"
+    for view in VIEWS:
+        key = f"{view}_correct"
         pairs = [
             (earlier[row["id"]][key], row[key]) for row in after if key in row and key in earlier.get(row["id"], {})
         ]
         if pairs:
             was, now = np.array(pairs).T
             draws = paired_draws(np.array(pairs), seed)
-            change[way] = asdict(estimate(float(now.mean() - was.mean()), draws[:, 1] - draws[:, 0])) | {
+            change[view] = asdict(estimate(float(now.mean() - was.mean()), draws[:, 1] - draws[:, 0])) | {
                 "before": float(was.mean()),
                 "after": float(now.mean()),
                 "gained": int(np.sum(~was & now)),
@@ -163,7 +170,7 @@ def _change(before: Sequence[Row], after: Sequence[Row], seed: int) -> dict[str,
 
 
 def _gap_change(text: float, audio: float, audio_after: float, draws: np.ndarray) -> dict[str, Any]:
-    """Both gaps are to the text accuracy of the model before, as the paper's are: forgetting to read closes nothing."""
+    """Return both gaps, as in the paper to the text accuracy before: a fallen text accuracy closes nothing."""
     text_draws, _, audio_draws, after_draws = draws.T
     closed, closed_draws = gap_closed(text, audio, audio_after), gap_closed_draws(text_draws, audio_draws, after_draws)
     return {
@@ -174,7 +181,11 @@ def _gap_change(text: float, audio: float, audio_after: float, draws: np.ndarray
 
 
 def _paired(before: Sequence[Row], after: Sequence[Row]) -> np.ndarray:
-    """Bool [questions, 4]: text before and after, audio before and after, of what both evaluations asked in both ways."""
+    """Return the outcomes of questions that both evaluations answered from both views.
+
+    Returns:
+        bool [questions, 4]: text before and after, audio before and after.
+    """
     earlier = {row["id"]: row for row in before}
     keys = ("text_correct", "audio_correct")
     pairs = [(earlier[row["id"]], row) for row in after if row["id"] in earlier]
@@ -196,12 +207,18 @@ def _groups(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def _accuracies(rows: Sequence[Row]) -> dict[str, float]:
-    found = {way: [row[f"{way}_correct"] for row in rows if f"{way}_correct" in row] for way in WAYS}
-    return {way: _mean(values) for way, values in found.items() if values}
+    """Return accuracies by view; the gap is over the questions that have both."""
+    found = {view: [row[f"{view}_correct"] for row in rows if f"{view}_correct" in row] for view in VIEWS}
+    result = {f"{view}_accuracy": sum(correct) / len(correct) for view, correct in found.items() if correct}
+    both = [row for row in rows if all(f"{view}_correct" in row for view in VIEWS)]
+    if both:
+        text, audio = (sum(row[f"{view}_correct"] for row in both) / len(both) for view in VIEWS)
+        result["gap"] = text - audio
+    return result
 
 
 def _reasons(rejects: Sequence[Reject]) -> dict[str, int]:
-    """By reason, without the names and numbers of single questions, the commonest first."""
+    """Count rejects by reason, without the names and numbers of single questions, the commonest first."""
     return dict(Counter(reject.reason.replace(reject.id, "…").split(" (")[0] for reject in rejects).most_common())
 
 

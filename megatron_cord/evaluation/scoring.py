@@ -1,7 +1,8 @@
-"""Is a response right? Choices and free answers by the rules of `megatron_cord.reward`, or free ones by a judge.
+"""Scoring of responses by the rules of `megatron_cord.reward`, or of free answers by a judge.
 
-A response that names no choice, or two of them, is not right; how many named none is counted, since a model that does not answer in the asked
-form looks like one that does not know. Texts come from a model that may babble: nothing here raises, and every length is bounded.
+A response that names no choice, or two of them, is not right; how many named none is counted, since a model that does
+not answer in the asked form looks like one that does not know. Responses may be any text: nothing here raises, and
+every length is bounded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _TAIL = 400  # characters from the end in which a free answer in words is looked
 
 @dataclass(frozen=True)
 class Score:
-    """What a response was taken to answer, None for nothing, and whether that is right."""
+    """The answer found in a response, None for none, and whether it is right."""
 
     answer: str | None
     correct: bool
@@ -32,13 +33,13 @@ def score_responses(
     questions: Sequence[str],
     comparer: Comparer | None,
 ) -> list[Score]:
-    """One score each, in the same order.
+    """Return one score a response, in the same order.
 
     Args:
         gold: right answers; letters where there are choices.
         choices: the texts behind the letters; empty for free answers.
-        responses: what the model said.
-        questions: what was asked, for the comparer.
+        responses: of the model.
+        questions: their texts, for the comparer.
         comparer: decides about free answers, a `Judge` for example; None goes by rules.
     """
     scores = [_score(g, c, r) for g, c, r in zip(gold, choices, responses, strict=True)]
@@ -53,7 +54,7 @@ def score_responses(
 
 
 def is_correct(gold: str, choices: Sequence[str], response: str) -> bool:
-    """Whether one response is right, by rules."""
+    """Return whether one response is right, by rules."""
     return _score(gold, choices, response).correct
 
 

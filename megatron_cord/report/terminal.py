@@ -9,16 +9,15 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_cord.evaluation.statistics import gap_closed
-from megatron_cord.report.run.gap import standard_error
+from megatron_cord.evaluation.statistics import gap_closed, standard_error
 
 
 def evaluation_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
     """Accuracy reading and hearing, the gap, and how much of it was closed, over all held-out questions and for each voice.
 
     Args:
-        before: the evaluation before training, as in ``evaluations/step_000000.json``; of it ``samples``, ``text_accuracy``,
-            ``audio_accuracy`` and ``voices`` are read.
+        before: the evaluation before training, as in ``evaluations/step_000000/heldout.json``; of it ``samples``, ``text_accuracy``,
+            ``audio_accuracy`` and ``groups`` (voices) are read.
         after: the evaluation after training, of the same questions.
     """
     samples = after["samples"]
@@ -33,10 +32,10 @@ def evaluation_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Tab
     table.add_column("voice")
     for name in ("n", "reading, %", "hearing, %", "gap, points", "gap closed"):
         table.add_column(name, justify="right", no_wrap=True)
-    voices = [voice for voice in before.get("voices") or {} if voice in (after.get("voices") or {})]
+    voices = [voice for voice in before.get("groups") or {} if voice in (after.get("groups") or {})]
     table.add_row("all", *_cells(before, after), style="bold", end_section=bool(voices))
     for voice in voices:
-        table.add_row(escape(voice), *_cells(before["voices"][voice], after["voices"][voice]))
+        table.add_row(escape(voice), *_cells(before["groups"][voice], after["groups"][voice]))
     return table
 
 

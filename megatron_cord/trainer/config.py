@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from megatron_cord.data.loader import DataConfig
 from megatron_cord.errors import CordError
+from megatron_cord.evaluation.config import EvaluationConfig
 from megatron_cord.model.config import ModelConfig
 from megatron_cord.parallel.layout import ParallelConfig
 from megatron_cord.reward import RewardConfig
 from megatron_cord.trainer.checkpoint.checkpoints import CheckpointConfig
 from megatron_cord.trainer.collection import RolloutConfig
-from megatron_cord.trainer.evaluation import EvaluationConfig
 from megatron_cord.trainer.observability.alerts import AlertConfig
 from megatron_cord.trainer.observability.rollout_dump import RecordConfig
 from megatron_cord.trainer.observability.trackers import MetricsConfig

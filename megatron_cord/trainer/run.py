@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,8 +16,11 @@ from megatron_cord.data.augmentation import augment
 from megatron_cord.data.loader import SampleLoader
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Sample
-from megatron_cord.data.shards import ShardDataset
 from megatron_cord.errors import CordError
+from megatron_cord.evaluation.config import HELDOUT
+from megatron_cord.evaluation.files import heldout_file, past_evaluations, read_result, step_label
+from megatron_cord.evaluation.formats import shard_questions
+from megatron_cord.evaluation.runner import Evaluator
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.reward.collective import build_rewards
@@ -26,6 +28,7 @@ from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.schedule import Schedule
 from megatron_cord.rollout.weights import ShardedModelWeights
 from megatron_cord.runtime.exit_status import STOPPED
+from megatron_cord.runtime.files import write_json
 from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
 from megatron_cord.trainer.checkpoint.directory import check_whole
 from megatron_cord.trainer.checkpoint.progress import Progress
@@ -34,7 +37,7 @@ from megatron_cord.trainer.collection import Collected, Collector, collection_me
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.data_fingerprint import FILE_NAME as DATA_RECORD
 from megatron_cord.trainer.data_fingerprint import keep_data_record
-from megatron_cord.trainer.evaluation import Evaluator, evaluation_file, past_evaluations, summarize, write_evaluation
+from megatron_cord.trainer.evaluation import measure_divergence, summarize
 from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.observability.logprob_mismatch import agreement_metrics, check_agreement, importance_metrics
 from megatron_cord.trainer.observability.metrics import MetricsLog
@@ -113,9 +116,9 @@ class Run:
             config.train.steps,
         )
         self._times: dict[str, float] = {}
-        self.evaluator = Evaluator(
-            config.evaluation, self._first(held_out, config.evaluation.samples), self.prompts, self.engine
-        )
+        questions = {HELDOUT: shard_questions(held_out, config.evaluation.samples)}
+        self.evaluator = Evaluator(config.evaluation, questions, self.prompts, self.directory, writes=layout.is_main)
+        self.evaluator.prepare()
         self.train_step = TrainStep(
             self.model, teacher, self.optimizer, self.scheduler, config.objective, config.train, self.prompts.pad_id
         )
@@ -178,7 +181,7 @@ class Run:
             self.schedule.restore(self.progress.ahead, step)
         # A run that was stopped between a checkpoint and its evaluation makes up for it.
         if not step or (
-            self._evaluation_is_due(step) and not broadcast_json(evaluation_file(self.directory, step).is_file())
+            self._evaluation_is_due(step) and not broadcast_json(heldout_file(self.directory, step).is_file())
         ):
             self.evaluate(step)
 
@@ -294,22 +297,22 @@ class Run:
         if self.config.replay is not None:
             self._update_engine()
         self.progress = replace(self.progress, ahead=self.schedule.settle())  # the engine answers one caller at a time
-        result = self.evaluator.run(step, self.train_step.score)
+        measure = partial(measure_divergence, self.train_step.score, step)
+        metrics = self.evaluator.answer_anew(self.engine, measure)
         with self._saving_first():
-            check_agreement(result, self.config.rollout.agreement_limit, f"evaluation of step {step}")
-        self.log.evaluation(result)
-        if self.layout.is_main:
-            write_evaluation(self.directory, result)
-            before = evaluation_file(self.directory, 0)
-            if step == self.config.train.steps and before.is_file():
-                summary = summarize(
-                    json.loads(before.read_text()),
-                    result,
-                    seconds=round(self.progress.seconds, 1),
-                    tp=self.layout.config.tp,
-                    steps=step,
-                )
-                (self.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+            check_agreement(metrics, self.config.rollout.agreement_limit, f"evaluation of step {step}")
+        result = self.evaluator.score(step_label(step), step)[HELDOUT]
+        self.log.evaluation({"step": step} | result)
+        before = heldout_file(self.directory, 0)
+        if self.layout.is_main and step == self.config.train.steps and before.is_file():
+            summary = summarize(
+                read_result(before),
+                result,
+                seconds=round(self.progress.seconds, 1),
+                tp=self.layout.config.tp,
+                steps=step,
+            )
+            write_json(self.directory / "summary.json", summary)
 
     def _update_engine(self) -> None:
         self.engine.update_weights(ShardedModelWeights(self.model.module), self.progress.step)
@@ -337,7 +340,3 @@ class Run:
                 f"{newest} exists and resume=never was given; choose another output_dir, or resume=auto to continue that run"
             )
         return None
-
-    @staticmethod
-    def _first(source: ShardDataset, count: int) -> list[Sample]:
-        return [source[i] for i in range(min(count or len(source), len(source)))]

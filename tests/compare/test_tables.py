@@ -16,6 +16,8 @@ from megatron_cord.compare.results import gather
 from megatron_cord.compare.running import Outcome
 from megatron_cord.config.loading import dump_config, load_config
 from megatron_cord.errors import CordError
+from megatron_cord.evaluation.files import heldout_file
+from megatron_cord.runtime.files import write_json
 from megatron_cord.trainer.evaluation import summarize
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +33,8 @@ def write_run(run: PlannedRun, right: int) -> None:
     )
     dump_config(run.config, run.directory / "config.yaml")
     (run.directory / "summary.json").write_text(json.dumps(summarize(before, after, seconds=30.0, tp=1, steps=5)))
-    (run.directory / "evaluations").mkdir()
     rows = [{"id": f"q{i}", "audio_correct": i < right} for i in range(10)]
-    (run.directory / "evaluations" / "step_000005.json").write_text(json.dumps({"answers": rows}))
+    write_json(heldout_file(run.directory, 5), {"answers": rows})
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.evaluate import evaluate
 from megatron_cord.parallel.layout import finalize
+from megatron_cord.report.run.reading import read_run
 from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
 from tests.tiny_run import ROOT, free_port, overrides, write_inputs
@@ -25,14 +27,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sets(inputs: Path) -> list[str]:
-    (inputs / "read.jsonl").write_text('{"question": "what is one plus two", "answer": "three"}\n' * 3)
+    (inputs / "written.jsonl").write_text('{"question": "what is one plus two", "answer": "three"}\n' * 3)
     return [
-        f"evaluation.sets.heard.path={inputs / 'train'}", "evaluation.sets.heard.format=shards", "evaluation.chunk=4",
-        f"evaluation.sets.read.path={inputs / 'read.jsonl'}", "evaluation.max_new_tokens=4",
+        f"evaluation.sets.spoken.path={inputs / 'train'}", "evaluation.sets.spoken.format=shards", "evaluation.chunk=4",
+        f"evaluation.sets.written.path={inputs / 'written.jsonl'}", "evaluation.max_new_tokens=4",
     ]  # fmt: skip
 
 
-def run(*settings: str) -> dict[str, object]:
+def run(*settings: str) -> dict[str, Any]:
     try:
         return evaluate(load_config(RunConfig, None, settings))
     finally:
@@ -48,14 +50,16 @@ def test_a_plain_checkpoint(inputs: Path, tmp_path: Path, capsys: pytest.Capture
         *sets(inputs),
     ]
     result = run(*plain)
-    assert set(result) == {"suite"} and "results.html" in capsys.readouterr().out.replace("\n", "")
+    assert set(result["sets"]) == {"spoken", "written"} and "results.html" in capsys.readouterr().out.replace("\n", "")
     directory = tmp_path / "evaluations" / "base"
     found = json.loads((directory / "results.json").read_text())
     assert (
-        found["sets"]["heard"]["samples"] == 10 and found["sets"]["read"]["samples"] == 3 and found["model"] == "base"
+        found["sets"]["spoken"]["samples"] == 10
+        and found["sets"]["written"]["samples"] == 3
+        and found["model"] == "base"
     )
-    before = (directory / "heard.jsonl").stat().st_mtime_ns
-    assert run(*plain) == result and (directory / "heard.jsonl").stat().st_mtime_ns == before
+    before = (directory / "spoken.jsonl").stat().st_mtime_ns
+    assert run(*plain) == result and (directory / "spoken.jsonl").stat().st_mtime_ns == before
 
 
 def test_a_run_beside_its_start(inputs: Path, tmp_path: Path) -> None:
@@ -67,25 +71,25 @@ def test_a_run_beside_its_start(inputs: Path, tmp_path: Path) -> None:
     finally:
         finalize()
     result = run(*settings, *sets(inputs), "evaluation.baseline=base")
-    suite = result["suite"]
-    assert isinstance(suite, dict) and (suite["model"], suite["baseline"]) == ("step_000002", "base")
+    assert (result["model"], result["step"], result["baseline"]) == ("step_000002", 2, "base")
     evaluations = run_dir / "evaluations"
     base, trained = (
-        (evaluations / label / "heard.jsonl").read_text().splitlines() for label in ("base", "step_000002")
+        (evaluations / label / "spoken.jsonl").read_text().splitlines() for label in ("base", "step_000002")
     )
     assert len(base) == len(trained) == 11 and base[0] != trained[0], "the models' fingerprints differ"
     assert [json.loads(line)["audio_response"] for line in base[1:]] != [
         json.loads(line)["audio_response"] for line in trained[1:]
     ]
-    assert {check["set"] for check in suite["forgetting"]} == {"heard", "read"}
-    step = json.loads((evaluations / "step_000002.json").read_text())
-    assert step["samples"] == 4 and step["audio_accuracy"] == result["audio_accuracy"]
+    assert {check["set"] for check in result["forgetting"]} == {"spoken", "written", "heldout"}
+    shown = read_run(run_dir).evaluations
+    assert [evaluation.step for evaluation in shown] == [0, 2] and shown[1].samples == 4
+    assert shown[1].audio_accuracy == result["sets"]["heldout"]["audio_accuracy"]
 
 
 def test_what_a_user_may_get_wrong(inputs: Path, tmp_path: Path) -> None:
     """Catches a traceback, or an evaluation of nothing."""
     plain = [f"output_dir={tmp_path}", f"model.checkpoint={inputs / 'checkpoint'}", "evaluation.checkpoint=base"]
-    with pytest.raises(CordError, match="there is nothing to ask"):
+    with pytest.raises(CordError, match="there are no questions"):
         run(*plain)
     with pytest.raises(CordError, match="holds no checkpoint"):
         run(*plain[:2], *sets(inputs))
@@ -100,10 +104,10 @@ def test_two_ranks_get_the_same(inputs: Path, tmp_path: Path) -> None:
     one = run(f"output_dir={tmp_path / 'one'}", *plain)
     command = [sys.executable, "-m", "megatron_cord.launch", "--nproc-per-node", "2", "--master-port", str(free_port())]
     command += ["-m", "megatron_cord.evaluate", "--config", os.devnull, f"output_dir={tmp_path / 'two'}", *plain]
-    path = tmp_path / "two" / "evaluations" / "base" / "heard.jsonl"
+    path = tmp_path / "two" / "evaluations" / "base" / "spoken.jsonl"
     for _ in range(2):
         subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=600)
-        assert json.loads((path.parent / "results.json").read_text()) == one["suite"]
-        assert path.read_text() == (tmp_path / "one" / "evaluations" / "base" / "heard.jsonl").read_text()
+        assert json.loads((path.parent / "results.json").read_text()) == one
+        assert path.read_text() == (tmp_path / "one" / "evaluations" / "base" / "spoken.jsonl").read_text()
         content = path.read_bytes()
         path.write_bytes(content[: len(content) * 2 // 3])

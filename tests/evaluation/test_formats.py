@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from megatron_cord.data.audio_files import decode_audio
 from megatron_cord.errors import CordError
-from megatron_cord.evaluation.formats import Format, SetConfig, load_set
+from megatron_cord.evaluation.config import Format, SetConfig
+from megatron_cord.evaluation.formats import load_set
 from megatron_cord.evaluation.questions import Question
 from tests.tiny_run import make_samples, write_shards
 
@@ -40,8 +41,8 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def load(path: Path, format: Format = "plain", **more: Any) -> tuple[list[Question], dict[str, str]]:
-    questions, rejects = load_set(SetConfig(str(path), format, **more))
-    return questions, {reject.id: reject.reason for reject in rejects}
+    found = load_set(SetConfig(str(path), format, **more))
+    return list(found.questions), {reject.id: reject.reason for reject in found.rejects}
 
 
 @pytest.mark.parametrize(
@@ -224,11 +225,11 @@ def test_any_row_is_a_question_or_a_reject(
     """Catches a row of odd types that ends an evaluation in a traceback."""
     path = write_rows(tmp_path_factory.getbasetemp() / "fuzzed.jsonl", rows)
     try:
-        questions, rejects = load_set(SetConfig(str(path), format))
+        found = load_set(SetConfig(str(path), format))
     except CordError:
         return
-    assert len(questions) + len(rejects) == len(rows)
-    for question in questions:
+    assert len(found.questions) + len(found.rejects) == len(rows)
+    for question in found.questions:
         if question.audio is not None:
             with pytest.raises(CordError):
                 question.spoken()

@@ -14,7 +14,8 @@ from megatron_cord.data.question_files import read_questions
 from megatron_cord.data.shards import ShardDataset
 from megatron_cord.data.wav import decode_wav
 from megatron_cord.errors import CordError
-from megatron_cord.evaluation.formats import SetConfig, load_set
+from megatron_cord.evaluation.config import SetConfig
+from megatron_cord.evaluation.formats import load_set
 from megatron_cord.evaluation.scoring import is_correct
 from megatron_cord.reward import answers_agree, extract_answer
 from megatron_cord.speech import UnspeakableError, verbalize

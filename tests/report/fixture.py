@@ -14,7 +14,9 @@ import numpy as np
 
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.shard_writer import ShardWriter
+from megatron_cord.evaluation.files import heldout_file
 from megatron_cord.rollout.rollout_file import read_rollouts, record_file, write_rollouts
+from megatron_cord.runtime.files import write_atomic
 
 STEPS = 100
 SAMPLES = 60
@@ -38,8 +40,7 @@ def write_run(directory: Path, *, seed: int = 0) -> Path:
     for sample in samples:
         writer.write(sample)
     writer.close()
-    for name in ("evaluations", "rollouts"):
-        (run / name).mkdir(parents=True)
+    (run / "rollouts").mkdir(parents=True)
     (run / "config.yaml").write_text(
         f"seed: {seed}\ndata:\n  evaluation: {shards}\nparallel:\n  tp: 2\nteacher:\n  mode: frozen\ntrain:\n  steps: {STEPS}\n"
     )
@@ -47,7 +48,7 @@ def write_run(directory: Path, *, seed: int = 0) -> Path:
     ease = rng.random(SAMPLES)  # a question is right once the model's skill exceeds its difficulty, give or take
     evaluations = [_evaluation(step, samples, ease, rng) for step in EVALUATED]
     for evaluation in evaluations:
-        (run / "evaluations" / f"step_{evaluation['step']:06d}.json").write_text(json.dumps(evaluation))
+        write_atomic(heldout_file(run, evaluation["step"]), json.dumps(evaluation))
     for step in range(1, STEPS + 1):
         write_rollouts(record_file(run / "rollouts", step), _rollouts(step, samples, rng))
     before, after = evaluations[0], evaluations[-1]
@@ -128,14 +129,14 @@ def _evaluation(step: int, samples: list[Sample], ease: np.ndarray, rng: np.rand
             response, right = HOSTILE, False
         tokens = [*response.split(), END]
         answers.append({
-            "id": sample.id, "question": sample.question, "answer": sample.answer, "voice": sample.voice,
+            "id": sample.id, "question": sample.question, "answer": sample.answer, "group": sample.voice,
             "text_response": sample.solution, "text_correct": number != 7, "audio_response": response, "audio_correct": right,
             "tokens": tokens, "token_kl": _divergences(tokens, right, step, rng) if number < 48 else None,
         })  # fmt: skip
     accuracies = _accuracies(answers)
     voices = {voice: _accuracies([answer for answer in answers if answer["voice"] == voice]) for voice in VOICES}
     gap = accuracies["text_accuracy"] - accuracies["audio_accuracy"]
-    return {"step": step, **accuracies, "gap": gap, "seconds": 3.1, "voices": voices, "answers": answers}
+    return {"step": step, **accuracies, "gap": gap, "seconds": 3.1, "groups": voices, "answers": answers}
 
 
 def _accuracies(answers: list[dict[str, Any]]) -> dict[str, Any]:

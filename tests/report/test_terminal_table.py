@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from megatron_cord.evaluation.files import heldout_file, read_result
 from megatron_cord.report.terminal import evaluation_table
 from tests.report.fixture import VOICES
 
@@ -30,8 +30,7 @@ def test_numbers(finished_run: Path) -> None:
     row = next(line for line in lines if line.split()[:1] == ["all"])
     assert re.split(r"\s{2,}", row.strip()) == ["all", "250", "98.0 → 96.0", "38.0 → 83.0", "60.0 → 15.0", "75 %"]
     before, after = (
-        json.loads((finished_run / "evaluations" / name).read_text())
-        for name in ("step_000000.json", "step_000100.json")
+        read_result(heldout_file(finished_run, step)) for step in (0, 100)
     )
     text = "\n".join(printed(before, after))
     assert all(f" {voice} " in text for voice in VOICES) and "Held-out questions (60)" in text

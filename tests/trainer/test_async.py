@@ -54,7 +54,7 @@ def test_no_staleness_is_the_synchronous_run(inputs: Path, one: Path, tmp_path: 
     )
     assert [line["staleness"] for line in metrics(one)] == [0, 1, 1, 1, 1]
     assert "engine_logprob_difference" in metrics(one)[0] and "engine_logprob_difference" not in metrics(one)[1]
-    evaluation = json.loads((one / "evaluations" / "step_000005.json").read_text())
+    evaluation = json.loads((one / "evaluations" / "step_000005" / "heldout.json").read_text())
     assert evaluation["engine_logprob_difference_max"] < 1e-4
 
 

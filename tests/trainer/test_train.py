@@ -145,7 +145,10 @@ def test_a_run_leaves_what_it_should(one: Path) -> None:
         } <= line.keys()
         assert line["engine_logprob_difference_max"] < 1e-4 and not line["skipped"]
     assert any(line["loss_sequence"] != 0 for line in metrics(one)), "the test's own data must give some group different rewards"
-    assert sorted(path.name for path in (one / "evaluations").iterdir()) == ["step_000000.json", "step_000005.json"]
+    evaluations = one / "evaluations"
+    assert sorted(str(path.relative_to(evaluations)) for path in evaluations.rglob("*.*")) == [
+        f"step_{step:06d}/heldout.json" for step in (0, 5)
+    ]
     assert sorted(path.name for path in (one / "rollouts").iterdir()) == [
         f"step_{step:06d}.parquet" for step in range(1, 6)
     ]
@@ -267,14 +270,14 @@ def test_the_configuration_wins_over_the_checkpoint(inputs: Path, one: Path, tmp
     assert rates[1][:2] == rates[0][:2] and rates[1][2:] == pytest.approx([rate / 10 for rate in rates[0][2:]])
     longer = alone(inputs, shutil.copytree(one, tmp_path / "longer"), "train.steps=7")
     assert losses(longer)[:5] == losses(one) and len(losses(longer)) == 7
-    assert (longer / "evaluations" / "step_000007.json").is_file()
+    assert (longer / "evaluations" / "step_000007" / "heldout.json").is_file()
 
 
 def test_an_evaluation_that_was_missed_is_made_up_for(inputs: Path, one: Path, tmp_path: Path) -> None:
     """Catches a run without its last evaluation and summary because it was killed between them and its last checkpoint."""
     killed = shutil.copytree(one, tmp_path / "killed")
     (killed / "summary.json").unlink()
-    (killed / "evaluations" / "step_000005.json").unlink()
+    (killed / "evaluations" / "step_000005" / "heldout.json").unlink()
     alone(inputs, killed)
     for name in ("text_accuracy", "audio_accuracy_after", "gap_after", "steps"):
         assert (

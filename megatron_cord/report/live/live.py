@@ -22,6 +22,7 @@ import numpy as np
 from megatron_cord.data.shards import ShardDataset
 from megatron_cord.data.wav import encode_wav
 from megatron_cord.errors import CordError
+from megatron_cord.evaluation.files import heldout_files
 from megatron_cord.report.live.search import ORDERS, PAGE, Query, mean_divergence, search
 from megatron_cord.report.page.examples import kind_of
 from megatron_cord.report.page.overview import facts, missing, overview
@@ -201,11 +202,10 @@ class _Recordings:
 def _fingerprint(directory: Path, record: RunRecord) -> str:
     """Of what a page shows: sizes and times of the run's files."""
     rollouts = record.setting("record.rollouts")
-    watched = [
-        directory / name for name in ("config.yaml", "metrics.jsonl", "alerts.jsonl", "summary.json", "evaluations")
-    ]
+    watched = [directory / name for name in ("config.yaml", "metrics.jsonl", "alerts.jsonl", "summary.json")]
+    watched += heldout_files(directory).values()
     watched.append(directory / (rollouts if isinstance(rollouts, str) else "rollouts"))
-    stats = [(path.name, stat.st_mtime_ns, stat.st_size) for path in watched if path.exists() and (stat := path.stat())]
+    stats = [(str(path), stat.st_mtime_ns, stat.st_size) for path in watched if path.exists() and (stat := path.stat())]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_cord.evaluation.statistics import standard_error
 from megatron_cord.report.page.charts import Chart, Series, line_chart
-from megatron_cord.report.run.gap import standard_error
 from megatron_cord.report.run.reading import read_rollouts
 from megatron_cord.report.run.record import RunRecord
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_cord.evaluation.statistics import standard_error
 from megatron_cord.report.page.curves import accuracy_chart, gap_chart, metric_charts, position_chart
-from megatron_cord.report.run.gap import measure_gap, standard_error
+from megatron_cord.report.run.gap import measure_gap
 from megatron_cord.report.run.record import Evaluation, RunRecord
 
 _PHASES = ("rollout", "teacher", "train", "weight_sync")  # disjoint; other times in the metrics may contain these

@@ -24,11 +24,6 @@ class Gap:
     closed: Estimate | None
 
 
-def standard_error(accuracy: float, samples: int) -> float:
-    """Of an accuracy over independent samples (binomial)."""
-    return float(np.sqrt(accuracy * (1.0 - accuracy) / samples)) if samples else 0.0
-
-
 def measure_gap(before: Evaluation, after: Evaluation) -> Gap:
     """Both evaluations together, with intervals when they list the same samples."""
     values = {

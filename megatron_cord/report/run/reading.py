@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_cord.config.source import read_tree
 from megatron_cord.errors import CordError
+from megatron_cord.evaluation.files import heldout_files
 from megatron_cord.report.run.fields import Fields
 from megatron_cord.report.run.record import Answer, Evaluation, RaisedAlert, RunRecord, TrainingRollout, VoiceAccuracy
 from megatron_cord.rollout import rollout_file as record_file
@@ -44,7 +45,7 @@ def read_run(path: str | Path) -> RunRecord:
         config_text=_read_text(config),
         metrics=_read_metrics(directory / "metrics.jsonl"),
         alerts=_read_alerts(directory / "alerts.jsonl"),
-        evaluations=tuple(_evaluation(file) for file in _steps(directory / "evaluations", ".json").values()),
+        evaluations=tuple(_evaluation(file) for file in heldout_files(directory).values()),
         rollout_files=record_file.record_files(directory / str(rollouts)) if rollouts else {},
         summary=_read_object(summary) if summary.is_file() else {},
     )
@@ -96,7 +97,7 @@ def _read_evaluation(path: Path, changed: int, size: int) -> Evaluation:
                 id=answer.text("id"),
                 question=answer.text("question"),
                 gold=answer.optional_text("answer"),
-                voice=answer.optional_text("voice"),
+                voice=answer.optional_text("group"),
                 text_response=answer.text("text_response"),
                 text_correct=answer.flag("text_correct"),
                 audio_response=answer.text("audio_response"),
@@ -106,8 +107,8 @@ def _read_evaluation(path: Path, changed: int, size: int) -> Evaluation:
             )
         )
     voices = {}
-    for voice, values in fields.optional_object("voices").items():
-        accuracy = Fields(values if isinstance(values, dict) else {}, f"{path}: voices[{voice!r}]")
+    for voice, values in fields.optional_object("groups").items():
+        accuracy = Fields(values if isinstance(values, dict) else {}, f"{path}: groups[{voice!r}]")
         voices[voice] = VoiceAccuracy(
             accuracy.integer("samples"), accuracy.number("text_accuracy"), accuracy.number("audio_accuracy")
         )
@@ -120,16 +121,6 @@ def _read_evaluation(path: Path, changed: int, size: int) -> Evaluation:
         voices=voices,
         answers=tuple(answers),
     )
-
-
-def _steps(directory: Path, extension: str) -> dict[int, Path]:
-    """The files ``step_000250.json`` and the like, ascending; others, half-written temporary ones for example, are left out."""
-    steps = {}
-    for path in directory.glob(f"step_*{extension}"):
-        number = path.name.removeprefix("step_").removesuffix(extension)
-        if number.isascii() and number.isdigit():
-            steps[int(number)] = path
-    return dict(sorted(steps.items()))
 
 
 def _read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -108,7 +108,7 @@ def test_size_and_repetition(finished_run: Path, page: str, tmp_path: Path) -> N
         (["evaluations"], "No evaluation yet", "Questions to hear"),
         (["rollouts"], "No rollouts were recorded", "Divergence by position"),
         (["metrics.jsonl"], "No metrics yet", ">Loss<"),
-        ([f"evaluations/step_{step:06d}.json" for step in (25, 50, 75, 100)], "One evaluation so far", "is closed"),
+        ([f"evaluations/step_{step:06d}/heldout.json" for step in (25, 50, 75, 100)], "One evaluation so far", "is closed"),
         (["summary.json", "evaluations", "rollouts", "metrics.jsonl"], "No metrics yet", "Training"),
     ],
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_cord.evaluation.statistics import gap_closed
-from megatron_cord.report.run.gap import measure_gap, standard_error
+from megatron_cord.evaluation.statistics import gap_closed, standard_error
+from megatron_cord.report.run.gap import measure_gap
 from megatron_cord.report.run.record import Answer, Evaluation
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_cord.errors import CordError
+from megatron_cord.evaluation.files import heldout_file
 from megatron_cord.report.run.reading import read_rollouts, read_run
 from tests.report.fixture import STEPS, VOICES, write_lines
 
@@ -22,7 +23,7 @@ def append(path: Path, text: str) -> None:
 
 
 def change_evaluation(run: Path, **changes: object) -> None:
-    path = run / "evaluations" / "step_000000.json"
+    path = heldout_file(run, 0)
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -89,18 +90,18 @@ def test_record_elsewhere_or_none(run_copy: Path) -> None:
         ),
         (lambda run: append(run / "metrics.jsonl", "[" * 100_000 + "\n"), r"metrics\.jsonl:101: not valid JSON"),
         (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe"), r"metrics\.jsonl: not UTF-8 text at byte 0"),
-        (lambda run: (run / "evaluations" / "step_000000.json").write_text("{"), r"step_000000\.json: not valid JSON"),
-        (lambda run: change_evaluation(run, answers=None), r"step_000000\.json: answers: expected objects, got None"),
+        (lambda run: heldout_file(run, 0).write_text("{"), r"heldout\.json: not valid JSON"),
+        (lambda run: change_evaluation(run, answers=None), r"heldout\.json: answers: expected objects, got None"),
         (
             lambda run: change_evaluation(run, answers=[{"id": 3}]),
-            r"step_000000\.json: answers\[0\]: id: expected a text, got 3",
+            r"heldout\.json: answers\[0\]: id: expected a text, got 3",
         ),
         (
             lambda run: change_evaluation(run, text_accuracy="high"),
             r"text_accuracy: expected a finite number, got 'high'",
         ),
-        (lambda run: change_evaluation(run, voices=[]), r"voices: expected an object"),
-        (lambda run: change_evaluation(run, voices={"en": 1}), r"voices\['en'\]: samples is missing"),
+        (lambda run: change_evaluation(run, groups=[]), r"groups: expected an object"),
+        (lambda run: change_evaluation(run, groups={"en": 1}), r"groups\['en'\]: samples is missing"),
     ],
 )
 def test_damage_is_named(run_copy: Path, damage: Callable[[Path], object], message: str) -> None:

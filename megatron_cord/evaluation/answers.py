@@ -1,0 +1,207 @@
+"""Answers to questions: prompts of both views, the engine's greedy responses, and the file that keeps them.
+
+A journal holds one line an answered question, behind a first line that names model and questions. Scores are made from
+the answers afterwards, so that a better rule or another judge needs no engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.data.samples import Prompt
+from megatron_cord.errors import CordError
+from megatron_cord.evaluation.questions import Question
+from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine
+from megatron_cord.runtime.files import fingerprint
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The responses to one question.
+
+    Attributes: id: of the question. text_response, audio_response: from the text prompt and from the audio prompt; None
+        where the question has no such view. tokens: the audio response, token by token. cut: the views whose response
+        ended at the length limit. token_kl: divergence from the teacher at each token of the audio response, nats
+        (None: not finite); None if not measured. reject: why no prompt could be made; None for an answered question.
+    """
+
+    id: str
+    text_response: str | None = None
+    audio_response: str | None = None
+    tokens: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
+    token_kl: tuple[float | None, ...] | None = None
+    reject: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedQuestion:
+    """A question with its prompts, None for a view that it does not have; `reject`: why it has none at all."""
+
+    question: Question
+    text: Prompt | None = None
+    audio: Prompt | None = None
+    reject: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AudioResponse:
+    """A response to the audio prompt, and the text prompt from which a teacher scores it."""
+
+    audio_prompt: Prompt
+    text_prompt: Prompt
+    rollout: Rollout
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measurements of some responses: their divergences, as in `Answer.token_kl`, and scalars by name."""
+
+    token_kl: Sequence[Sequence[float | None] | None] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+#: Scores responses token by token. Collective.
+Measure = Callable[[Sequence[AudioResponse]], Measured]
+
+
+def prepare(question: Question, prompts: PromptBuilder) -> PreparedQuestion:
+    """Make the prompts of a question."""
+    try:
+        text = None if question.text is None else prompts.text_prompt(question.written())
+        audio = None if question.audio is None else prompts.audio_prompt(question.spoken())
+    except CordError as error:
+        return PreparedQuestion(question, reject=str(error))
+    return PreparedQuestion(question, text, audio)
+
+
+def generate_answers(
+    prepared: Sequence[PreparedQuestion],
+    engine: RolloutEngine,
+    prompts: PromptBuilder,
+    max_new_tokens: int,
+    measure: Measure | None = None,
+    measured: int = 0,
+) -> tuple[list[Answer], dict[str, float]]:
+    """Generate greedy responses from both views of each question, in one call of the engine. Collective.
+
+    Args:
+        prepared: the questions.
+        engine: generates.
+        prompts: turns ids into tokens.
+        max_new_tokens: the length at which responses are cut.
+        measure: scores the first `measured` audio responses that have a text prompt beside them.
+        measured: how many.
+
+    Returns:
+        one answer a question, in the same order, and the scalars that were measured.
+    """
+    views = [("text", p.question.id, p.text) for p in prepared] + [("audio", p.question.id, p.audio) for p in prepared]
+    asked = [(view, name, prompt) for view, name, prompt in views if prompt is not None]
+    rollouts = engine.generate([GenerationRequest(p, 0.0, max_new_tokens) for *_, p in asked]) if asked else []
+    made = {(view, name): rollout for (view, name, _), rollout in zip(asked, rollouts, strict=True)}
+    responses = {
+        p.question.id: AudioResponse(p.audio, p.text, made["audio", p.question.id])
+        for p in prepared
+        if p.text is not None and p.audio is not None
+    }
+    chosen = list(responses)[:measured]
+    found = Measured() if measure is None else measure([responses[name] for name in chosen])
+    token_kl = dict(zip(chosen, found.token_kl, strict=False))
+    answers = []
+    for p in prepared:
+        name = p.question.id
+        text, audio = made.get(("text", name)), made.get(("audio", name))
+        divergence = token_kl.get(name)
+        answers.append(
+            Answer(
+                id=name,
+                text_response=None if text is None else text.text,
+                audio_response=None if audio is None else audio.text,
+                tokens=() if audio is None else tuple(prompts.token_strings(audio.token_ids)),
+                cut=tuple(view for view, r in (("text", text), ("audio", audio)) if r and r.finish_reason == "length"),
+                token_kl=None if divergence is None else tuple(divergence),
+                reject=p.reject,
+            )
+        )
+    return answers, found.metrics
+
+
+class Journal:
+    """The file that keeps the answers to one set.
+
+    Args:
+        path: of the file; it may hold part of the answers.
+        model: stands for the weights that answer; None takes the answers of any model, to compare with.
+        questions: of the set.
+        max_new_tokens: the length at which answers are cut.
+    """
+
+    def __init__(self, path: Path, model: str | None, questions: Sequence[Question], max_new_tokens: int) -> None:
+        self.path = path
+        parts = [
+            json.dumps([q.id, q.answer, q.text, q.audio is not None, q.choices, q.instruction]) for q in questions
+        ]  # a recording counts by whether there is one
+        self._header = {"model": model, "questions": fingerprint(parts), "max_new_tokens": max_new_tokens}
+
+    def read(self) -> dict[str, Answer]:
+        """Read the answers by question, and remove a torn last line.
+
+        Raises:
+            CordError: the file is damaged, or its answers are another model's, to other questions, or cut elsewhere.
+        """
+        if not self.path.is_file():
+            return {}
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        if not whole:
+            self.path.unlink()
+            return {}
+        header, *lines = whole.decode("utf-8", errors="replace").rstrip("\n").split("\n")
+        try:
+            begun = json.loads(header)
+            changed = sorted(name for name, value in self._header.items() if value is not None and begun[name] != value)
+            answers = [_from_json(json.loads(line)) for line in lines]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CordError(
+                f"{self.path} is damaged ({error}); delete it, and its questions are answered again"
+            ) from None
+        if changed:
+            raise CordError(
+                f"{self.path} holds answers for other {' and '.join(changed)}; delete it, or choose another output_dir"
+            )
+        return {answer.id: answer for answer in answers}
+
+    def append(self, answers: Sequence[Answer]) -> None:
+        """Write answers behind those that there are, and force them to the disk.
+
+        Raises:
+            CordError: they cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            header = [] if self.path.exists() else [self._header]
+            with self.path.open("ab") as file:
+                for line in header + [asdict(answer) for answer in answers]:
+                    file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CordError(
+                f"{self.path}: cannot be written ({error.strerror}); make room, and start again: answers are kept"
+            ) from None
+
+
+def _from_json(plain: dict[str, Any]) -> Answer:
+    kl = plain["token_kl"]
+    tuples = {"tokens": tuple(plain["tokens"]), "cut": tuple(plain["cut"])}
+    return Answer(**plain | tuples | {"token_kl": None if kl is None else tuple(kl)})

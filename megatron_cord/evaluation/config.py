@@ -1,0 +1,63 @@
+"""The configuration of evaluations: when a training run evaluates, and which question sets `evaluate` adds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_cord.errors import CordError
+
+Format = Literal["shards", "plain", "voicebench", "gsm8k", "mmau", "big_bench_audio"]
+
+HELDOUT = "heldout"  #: the name of the set that data.evaluation makes
+
+
+@dataclass(frozen=True)
+class SetConfig:
+    """One set of questions."""
+
+    path: str  #: a file, or a directory of shards, of Parquet or of Arrow files
+    format: Format = "plain"  #: how its rows are laid out
+    audio_root: str | None = None  #: the folder that paths of recordings start from; null: the file's own
+    samples: int = 0  #: how many questions, from the beginning; 0 takes all
+
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise CordError(f"samples cannot be negative, got {self.samples}")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When to evaluate, on which questions, and how answers are scored."""
+
+    #: steps between evaluations of a training run, which has one before the first and after the last step too; 0: none
+    interval: int = 50
+    samples: int = 0  #: of data.evaluation, from its beginning; 0 takes all
+    max_new_tokens: int = 200  #: the length at which answers are cut
+    scored: int = 48  #: answers whose divergence from the teacher is computed token by token, for the report
+    #: for `evaluate`: latest (of output_dir), base (model.checkpoint), or a checkpoint's directory
+    checkpoint: str = "latest"
+    #: for `evaluate`: question sets by name, beside data.evaluation
+    sets: dict[str, SetConfig] = field(default_factory=dict)
+    #: for `evaluate`: what to compare with: base, which is then evaluated too, or another evaluation's directory
+    baseline: str | None = None
+    #: for `evaluate`: what compares free answers with gold ones: rules, or the model of reward.judge
+    comparer: Literal["match", "judge"] = "match"
+    chunk: int = 64  #: for `evaluate`: questions generated together, whose answers are then written to disk
+    max_rejects: float = 0.02  #: the largest share of a set that may be left out because no prompt can be made of it
+
+    def __post_init__(self) -> None:
+        if min(self.interval, self.samples, self.scored) < 0:
+            raise CordError("evaluation.interval, evaluation.samples and evaluation.scored cannot be negative")
+        if self.chunk < 1 or self.max_new_tokens < 1 or not 0.0 <= self.max_rejects <= 1.0:
+            raise CordError(
+                "evaluation.chunk and max_new_tokens must be at least 1, and max_rejects a share between 0 and 1"
+            )
+        for name in self.sets:
+            if not re.fullmatch(r"[A-Za-z0-9_+-]{1,60}", name):
+                raise CordError(
+                    f"evaluation.sets: {name!r} becomes a file's name; use letters, digits, '_', '+' and '-'"
+                )
+            if name in (HELDOUT, "results"):
+                raise CordError(f"evaluation.sets: the name {name!r} is taken; choose another")
