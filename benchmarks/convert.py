@@ -38,7 +38,7 @@ from megatron_cord.convert.megatron_reader import SavedWeights
 from megatron_cord.convert.megatron_writer import save_weights
 from megatron_cord.model.families import load_architecture
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
-from megatron_cord.plan.parameters import published
+from megatron_cord.plan.published import published
 from megatron_cord.runtime.entry import Parser, run
 from megatron_cord.trainer.checkpoint.progress import Progress, write_progress
 

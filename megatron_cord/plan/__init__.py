@@ -1,12 +1,13 @@
-"""What a run will need before it is started: parameters, memory a GPU and time a step, from an architecture, a configuration and a GPU.
+"""Plans: parameters, memory of a GPU and time of a step, from an architecture, a configuration and a GPU.
 
-Nothing here touches a device or reads weights. Figures are estimates with their assumptions stated beside them; parameters, gradients and
-optimizer states are exact (see tests/plan/test_plan.py, which counts those of a built model).
+Nothing here imports torch, touches a device or reads weights. Figures are estimates with their assumptions beside them;
+parameters, gradients and optimizer states are exact (tests/plan/test_plan.py counts those of a built model).
 """
 
 from megatron_cord.plan.devices import GPUS, Gpu
 from megatron_cord.plan.memory import Memory, memory
-from megatron_cord.plan.parameters import PUBLISHED, PartCounts, part_counts, published
+from megatron_cord.plan.parameters import PartCounts, part_counts
+from megatron_cord.plan.published import PUBLISHED, published
 from megatron_cord.plan.search import fitting
 from megatron_cord.plan.speed import Speed, speed
 from megatron_cord.plan.work import Work, make_work

@@ -1,4 +1,4 @@
-"""GPUs as their makers publish them: memory, bandwidth, and dense bf16 peak (without sparsity)."""
+"""GPUs as published: memory, bandwidth, and dense bf16 peak (without sparsity)."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ GPUS = {
 
 
 def peak_of(device_name: str) -> float | None:
-    """The dense bf16 peak of a device by the name that CUDA gives it; None if it is not known."""
+    """Return the dense bf16 peak of a device by its CUDA name; None if it is not known."""
     matches = [gpu.peak for key, gpu in GPUS.items() if key in device_name.lower()]
     return matches[0] if matches else None

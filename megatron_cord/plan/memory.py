@@ -1,18 +1,22 @@
-"""Memory of one GPU, by what it is for; that of the fullest pipeline stage is what must fit.
+"""Memory of one GPU by purpose; the fullest pipeline stage must fit.
 
-Exact: weights, gradients, optimizer states. Counted from what autograd keeps of our layers: activations. Allowances: everything that is
-neither (CUDA context, NCCL's buffers, workspaces, fragmentation). Legend: s tokens of a sequence, b sequences of a microbatch, H hidden, F ffn size.
+Exact: weights, gradients, optimizer states. Counted from the tensors that autograd keeps of each layer: activations.
+Allowances: everything else (CUDA context, NCCL's buffers, workspaces, fragmentation).
+Legend: s tokens of a sequence, b sequences of a microbatch, H hidden, F ffn size.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from megatron_cord.model.architecture import Architecture, EncoderArchitecture
-from megatron_cord.model.config import ModelConfig, Tower
 from megatron_cord.plan.parameters import part_counts, rank_counts
 from megatron_cord.plan.work import Work
-from megatron_cord.trainer.config import RunConfig
+
+if TYPE_CHECKING:
+    from megatron_cord.model.architecture import Architecture, EncoderArchitecture
+    from megatron_cord.model.config import ModelConfig, Tower
+    from megatron_cord.trainer.config import RunConfig
 
 OVERHEAD = 4e9  #: bytes: CUDA context, NCCL's buffers, workspaces
 FRAGMENTATION = 0.05  #: of all else: what the allocator cannot use
@@ -50,19 +54,21 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, float]:
-        """Bytes by what they are for."""
+        """Return bytes by purpose."""
         return {name: value for name, value in asdict(self).items() if name != "stage"}
 
 
 def memory(config: RunConfig, arch: Architecture, work: Work, *, local_engine: bool = True) -> Memory:
-    """That of the fullest stage under this configuration.
+    """Return the memory of the fullest stage under a configuration.
 
     Args:
-        config, arch, work: the run.
+        config: of the run.
+        arch: of the model.
+        work: of a step.
         local_engine: whether an engine generates in the trainer's processes; servers of their own take nothing here.
     """
     stages = (_stage(config, arch, work, stage, local_engine) for stage in range(config.parallel.pp))
@@ -70,7 +76,7 @@ def memory(config: RunConfig, arch: Architecture, work: Work, *, local_engine: b
 
 
 def optimizer_bytes(trained: int, itemsize: int, dp: int, *, distributed: bool) -> float:
-    """Two fp32 moments, and fp32 weights beside weights of less precision; cut over data-parallel ranks if distributed."""
+    """Return bytes of two fp32 moments, and of fp32 weights beside 16-bit ones; a share of them if distributed."""
     return trained * (12 if itemsize < 4 else 8) / (dp if distributed else 1)
 
 
@@ -108,7 +114,7 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
 
 
 def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: int) -> float:
-    """What autograd keeps of the microbatches that are under way on a stage: a 1F1B pipeline holds pp − stage of them."""
+    """Return bytes that autograd keeps of the microbatches in flight; a 1F1B pipeline has pp − stage of them."""
     tp, pp, item, lm = config.parallel.tp, config.parallel.pp, config.model.torch_dtype.itemsize, arch.language
     tokens = work.student_tokens * work.micro_batch
     cut = tp if config.parallel.sequence_parallel else 1
@@ -131,13 +137,14 @@ def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: i
         whole, selective = (encoder_layer_width(enc, tp, cut, selective=selective) for selective in (False, True))
         audio = frames * _kept(config.model, "audio_encoder", enc.num_layers, whole, selective, h / cut)
         audio += frames * (2 * enc.num_mels + 6 * h)  # convolutions at twice the rate, their GELUs, the last norm
-    under_way = min(pp - stage, work.microbatches)
-    return under_way * (language + audio) * item
+    in_flight = min(pp - stage, work.microbatches)
+    return in_flight * (language + audio) * item
 
 
 def _kept(model: ModelConfig, tower: Tower, layers: int, whole: float, selective: float, inputs: float) -> float:
-    """Elements of a token that the layers of a tower keep: all, what selective recomputation keeps, or their inputs; one layer is whole again
-    while it is computed a second time.
+    """Return the elements of a token that the layers of a tower keep.
+
+    All of a layer, what selective recomputation keeps, or its input; one layer is whole while it is computed again.
     """
     if tower not in model.recompute:
         return layers * whole
@@ -146,9 +153,17 @@ def _kept(model: ModelConfig, tower: Tower, layers: int, whole: float, selective
 
 
 def language_layer_width(arch: Architecture, tp: int, cut: int = 1, *, selective: bool = False) -> float:
-    """Elements that one layer keeps of a token: inputs and outputs of both norms; queries, keys and values for every head, the attention's
-    output twice; both halves of fc1, the activated one, and their product. With selective recomputation the fused projection, rotated queries and
-    keys, the output once, and nothing of the MLP. cut: ranks that share a token under sequence parallelism.
+    """Return the elements that one layer keeps of a token.
+
+    Inputs and outputs of both norms; queries, keys and values for every head, the attention's output twice; both halves
+    of fc1, the activated one, and their product. With selective recomputation the fused projection, rotated queries and
+    keys, the output once, and nothing of the MLP.
+
+    Args:
+        arch: of the model.
+        tp: tensor-parallel ranks.
+        cut: ranks that share a token under sequence parallelism.
+        selective: with selective recomputation.
     """
     lm = arch.language
     if selective:
@@ -157,7 +172,7 @@ def language_layer_width(arch: Architecture, tp: int, cut: int = 1, *, selective
 
 
 def encoder_layer_width(enc: EncoderArchitecture, tp: int, cut: int = 1, *, selective: bool = False) -> float:
-    """The same of the audio encoder's layers, which have no gate."""
+    """Return the same for a layer of the audio encoder, which has no gate."""
     if selective:
         return 4 * enc.hidden_size / cut + 4 * enc.hidden_size / tp
     return 4 * enc.hidden_size / cut + (5 * enc.hidden_size + 2 * enc.ffn_hidden_size) / tp

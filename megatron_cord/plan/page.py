@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from megatron_cord.model.architecture import Architecture
-from megatron_cord.model.config import Tower
 from megatron_cord.plan.devices import Gpu
 from megatron_cord.plan.memory import memory
 from megatron_cord.plan.speed import speed
 from megatron_cord.plan.work import make_work
-from megatron_cord.trainer.config import RunConfig
+
+if TYPE_CHECKING:
+    from megatron_cord.model.architecture import Architecture
+    from megatron_cord.model.config import Tower
+    from megatron_cord.trainer.config import RunConfig
 
 #: training GPUs, tp, pp, recomputed towers, GPUs of rollout servers (0: local engine)
 LAYOUTS: tuple[tuple[int, int, int, tuple[Tower, ...], int], ...] = (
@@ -27,20 +30,28 @@ LAYOUTS: tuple[tuple[int, int, int, tuple[Tower, ...], int], ...] = (
     (32, 2, 2, ("language_model",), 16),
 )
 HEADER = (
-    "| GPUs | rollout GPUs | tp | pp | dp | recomputed | weights, gradients | optimizer | teacher | engine | activations, loss | sum | fits | tokens/s |\n"
+    "| GPUs | rollout GPUs | tp | pp | dp | recomputed | weights, gradients | optimizer | teacher | engine | "
+    "activations, loss | sum | fits | tokens/s |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def layouts_table(config: RunConfig, arch: Architecture, gpu: Gpu, lengths: Mapping[str, float]) -> str:
-    """Markdown: memory in GB a GPU and tokens a second of the configuration under common layouts."""
+    """Return Markdown: GB a GPU and tokens a second of the configuration under common layouts."""
     return "\n".join([HEADER, *(_row(config, arch, gpu, lengths, *layout) for layout in LAYOUTS)])
 
 
 def _row(
-    config: RunConfig, arch: Architecture, gpu: Gpu, lengths: Mapping[str, float],
-    gpus: int, tp: int, pp: int, recompute: tuple[Tower, ...], rollout_gpus: int,
-) -> str:  # fmt: skip
+    config: RunConfig,
+    arch: Architecture,
+    gpu: Gpu,
+    lengths: Mapping[str, float],
+    gpus: int,
+    tp: int,
+    pp: int,
+    recompute: tuple[Tower, ...],
+    rollout_gpus: int,
+) -> str:
     changed = replace(
         config,
         parallel=replace(config.parallel, tp=tp, pp=pp, sequence_parallel=tp > 1),

@@ -1,59 +1,16 @@
-"""How many parameters a model has, by part, and how many of them each tensor-parallel rank and pipeline stage holds.
+"""Parameters of a model by part, and those that each tensor-parallel rank and pipeline stage holds.
 
-Counted from the architecture alone, as `megatron_cord.model` builds it: Megatron pads the vocabulary, and its fused qkv of the audio
-encoder has a key bias that Whisper lacks. Legend: H hidden, F ffn size, D head width.
+Counted from the architecture alone, as `megatron_cord.model` builds it: Megatron pads the vocabulary, and its fused qkv
+of the audio encoder has a key bias that Whisper lacks. Legend: H hidden, F ffn size, D head width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron_cord.errors import CordError
-from megatron_cord.model.architecture import (
-    AdapterArchitecture,
-    Architecture,
-    EncoderArchitecture,
-    LanguageArchitecture,
-)
-
-_QWEN2_AUDIO_ENCODER = EncoderArchitecture(
-    num_mels=128, hidden_size=1280, num_layers=32, num_heads=20, ffn_hidden_size=5120, max_positions=1500
-)  # fmt: skip
-#: the sizes of published models, for plans without their files
-PUBLISHED = {
-    "qwen2_audio_7b": Architecture(
-        model_type="qwen2_audio",
-        encoder=_QWEN2_AUDIO_ENCODER,
-        language=LanguageArchitecture(
-            hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, ffn_hidden_size=11008, vocab_size=156032,
-            max_positions=8192, rope_theta=10000.0, norm_epsilon=1e-5, qkv_bias=True, tied_embeddings=False,
-        ),
-        audio_token_id=151646,
-        adapter=AdapterArchitecture("linear"),
-    ),
-    "step_audio2_mini": Architecture(
-        model_type="step_audio_2",
-        encoder=EncoderArchitecture(
-            num_mels=128, hidden_size=1280, num_layers=32, num_heads=20, ffn_hidden_size=5120, max_positions=1500, tail_frames=2,
-            clip_frames=2500,
-        ),
-        language=LanguageArchitecture(
-            hidden_size=3584, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128, ffn_hidden_size=18944, vocab_size=158720,
-            max_positions=16384, rope_theta=1000000.0, norm_epsilon=1e-6, qkv_bias=True, tied_embeddings=False,
-        ),
-        audio_token_id=151690,
-        adapter=AdapterArchitecture("convolution", 2048, stride=2, kernel_size=3, activation="relu"),
-    ),
-}  # fmt: skip
-
-
-def published(name: str) -> Architecture:
-    """A published model's architecture. Raises CordError for an unknown name."""
-    if name not in PUBLISHED:
-        raise CordError(
-            f"no sizes of {name!r} are known here; known: {', '.join(PUBLISHED)}; or give a checkpoint's directory"
-        )
-    return PUBLISHED[name]
+if TYPE_CHECKING:
+    from megatron_cord.model.architecture import Architecture, EncoderArchitecture, LanguageArchitecture
 
 
 @dataclass(frozen=True)
@@ -67,18 +24,18 @@ class PartCounts:
 
     @property
     def total(self) -> int:
-        """All parts."""
+        """The sum of all parts."""
         return self.audio_encoder + self.adapter + self.language_model
 
     def trained(self, freeze: tuple[str, ...]) -> int:
-        """Without what is frozen."""
+        """Return how many are trained: those of frozen parts left out."""
         encoder = 0 if "audio_encoder" in freeze else self.audio_encoder - self.positions
         adapter = 0 if "adapter" in freeze else self.adapter
         return encoder + adapter + (0 if "language_model" in freeze else self.language_model)
 
 
 def part_counts(arch: Architecture) -> PartCounts:
-    """Of the published checkpoint: what its files hold, without Megatron's padding."""
+    """Count the parameters of a checkpoint's files, without Megatron's padding."""
     lm, encoder = arch.language, 0
     if arch.encoder is not None:
         encoder = _encoder(arch.encoder, tp=1) - arch.encoder.num_layers * arch.encoder.hidden_size  # keys have no bias
@@ -89,7 +46,7 @@ def part_counts(arch: Architecture) -> PartCounts:
 
 
 def rank_counts(arch: Architecture, tp: int, pp: int, stage: int) -> PartCounts:
-    """Of one tensor-parallel rank of a pipeline stage, counted from 0, as Megatron holds them."""
+    """Count the parameters of one tensor-parallel rank of a pipeline stage (from 0), as Megatron holds them."""
     lm, first, last = arch.language, stage == 0, stage == pp - 1
     table = lm.padded_vocab_size(tp) // tp * lm.hidden_size
     tables = 1 if first and last and lm.tied_embeddings else first + last

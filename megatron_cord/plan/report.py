@@ -1,4 +1,4 @@
-"""A plan's figures together, and their text."""
+"""The figures of a plan together, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -25,23 +25,30 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether the fullest stage has room; the allowances are in its sum already."""
+        """Whether the fullest stage fits; allowances are in its sum."""
         return self.memory.total <= self.gpu.memory
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: bytes, seconds, tokens a second."""
+        """Return plain values: bytes, seconds, tokens a second."""
         parameters = asdict(self.parameters) | {"total": self.parameters.total}
         memory = self.memory.parts() | {"total": self.memory.total, "stage": self.memory.stage}
         return {
-            "gpu": asdict(self.gpu), "gpus": self.gpus, "fits": self.fits, "parameters": parameters, "work": asdict(self.work),
-            "memory_bytes": memory, "speed": asdict(self.speed), "assumed": {"mfu": MFU, "bandwidth": BANDWIDTH},
-        }  # fmt: skip
+            "gpu": asdict(self.gpu),
+            "gpus": self.gpus,
+            "fits": self.fits,
+            "parameters": parameters,
+            "work": asdict(self.work),
+            "memory_bytes": memory,
+            "speed": asdict(self.speed),
+            "assumed": {"mfu": MFU, "bandwidth": BANDWIDTH},
+        }
 
     def speed_text(self) -> str:
-        """Seconds and tokens, each as a range."""
+        """Return seconds and tokens in words, each as a range."""
         (slow_r, fast_r), (slow_t, fast_t) = self.speed.rollout, self.speed.train
         slow, fast = self.speed.tokens_per_second
         return (
-            f"a step of {self.work.sequences} sequences: rollout {fast_r:.0f}–{slow_r:.0f} s, training {fast_t:.1f}–{slow_t:.1f} s; "
-            f"{slow:,.0f}–{fast:,.0f} tokens/s, at {MFU[0]:.0%}–{MFU[1]:.0%} of the peak and {BANDWIDTH[0]:.0%}–{BANDWIDTH[1]:.0%} of the bandwidth"
+            f"a step of {self.work.sequences} sequences: rollout {fast_r:.0f}–{slow_r:.0f} s, training "
+            f"{fast_t:.1f}–{slow_t:.1f} s; {slow:,.0f}–{fast:,.0f} tokens/s, at {MFU[0]:.0%}–{MFU[1]:.0%} of the peak "
+            f"and {BANDWIDTH[0]:.0%}–{BANDWIDTH[1]:.0%} of the bandwidth"
         )

@@ -1,29 +1,35 @@
-"""What to change so that a run fits: the fastest of the layouts and savings that do."""
+"""The search for settings under which a run fits: the fastest of the layouts and savings that do."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import TYPE_CHECKING
 
 from megatron_cord.errors import CordError
-from megatron_cord.model.architecture import Architecture
-from megatron_cord.model.config import Tower
 from megatron_cord.plan.devices import Gpu
 from megatron_cord.plan.memory import memory
 from megatron_cord.plan.speed import speed
 from megatron_cord.plan.work import make_work
-from megatron_cord.trainer.config import RunConfig
+
+if TYPE_CHECKING:
+    from megatron_cord.model.architecture import Architecture
+    from megatron_cord.model.config import Tower
+    from megatron_cord.trainer.config import RunConfig
 
 
 def fitting(
     config: RunConfig, arch: Architecture, gpu: Gpu, gpus: int, rollout_gpus: int = 0, **lengths: float
 ) -> list[str] | None:
-    """The settings `a.b=value` under which the run fits and is fastest; None if none was found.
+    """Return the settings `a.b=value` under which the run fits and is fastest; None if none was found.
 
     Args:
         config: the run that does not fit; only layout, recomputation and microbatch change.
-        arch, gpu, gpus, rollout_gpus: as for `speed`.
-        lengths: audio_seconds and text_tokens, as for `make_work`.
+        arch: of the model.
+        gpu: as for `speed`.
+        gpus: as for `speed`.
+        rollout_gpus: as for `speed`.
+        **lengths: audio_seconds and text_tokens, as for `make_work`.
     """
     best: tuple[float, list[str]] | None = None
     recomputed: tuple[tuple[Tower, ...], ...] = ((), ("language_model",), ("audio_encoder", "language_model"))

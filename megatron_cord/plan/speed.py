@@ -1,25 +1,25 @@
-"""How long a step takes, by a roofline: products at a stated part of the peak, decoding at a stated part of the memory's bandwidth.
+"""Time of a step by a roofline: products at a part of the peak, decoding at a part of the memory's bandwidth.
 
-A range, not a promise: the low and the high end of what systems of this kind report. What it leaves out: communication that is not hidden
-(part of the range), and the weight sync.
+The result is a range, the low and the high end of published figures of such systems. Left out: communication that is
+not hidden (part of the range), and weight sync.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron_cord.model.architecture import Architecture
 from megatron_cord.plan.devices import Gpu
 from megatron_cord.plan.parameters import part_counts
 from megatron_cord.plan.work import Work
-from megatron_cord.trainer.config import RunConfig
+
+if TYPE_CHECKING:
+    from megatron_cord.model.architecture import Architecture
+    from megatron_cord.trainer.config import RunConfig
 
 MFU = (0.25, 0.45)  #: of the peak, that training reaches
 BANDWIDTH = (0.4, 0.7)  #: of the memory's, that decoding reaches
-EAGER_STEP = (
-    0.06,
-    0.03,
-)  #: seconds that transformers takes for a token's layers at least, whatever the GPU (local engine)
+EAGER_STEP = (0.06, 0.03)  #: seconds a token that transformers takes at least, whatever the GPU (local engine)
 RUNNING = 64  #: responses that an engine decodes together
 SERVER_GPUS = 1  #: that share one server's weights
 
@@ -44,10 +44,12 @@ class Speed:
 
 
 def speed(config: RunConfig, arch: Architecture, work: Work, gpu: Gpu, gpus: int, rollout_gpus: int = 0) -> Speed:
-    """Of this configuration.
+    """Return the speed of a configuration.
 
     Args:
-        config, arch, work: as for `memory`.
+        config: of the run.
+        arch: of the model.
+        work: of a step.
         gpu: all of the same kind.
         gpus: that train.
         rollout_gpus: that run servers; 0 for the local engine on the training ranks.
@@ -79,22 +81,18 @@ def speed(config: RunConfig, arch: Architecture, work: Work, gpu: Gpu, gpus: int
 
 
 def train_flops(config: RunConfig, arch: Architecture, work: Work) -> tuple[float, float]:
-    """Operations of a step's training over all ranks: teacher and student; and those of what is computed again.
+    """Return the operations of a step's training over all ranks, teacher and student, and those of recomputation.
 
-    A matrix of P elements costs 2 P a token forward, and 2 P each for the gradients of its input and of itself; causal attention half of
-    4 H s a token and layer forward. The output layer works on responses alone.
+    A matrix of P elements costs 2 P a token forward, and 2 P each for the gradients of its input and of itself; causal
+    attention half of 4 H s a token and layer forward. The output layer works on responses alone.
     """
     lm = arch.language
     matrices = part_counts(arch).language_model - (1 if lm.tied_embeddings else 2) * lm.vocab_size * lm.hidden_size
-    student, teacher = (
-        work.sequences * work.student_tokens,
-        work.scored * work.teacher_tokens if config.objective.distils else 0,
-    )
+    student = work.sequences * work.student_tokens
+    teacher = work.scored * work.teacher_tokens if config.objective.distils else 0
     forward = _forward(matrices, arch, student, work.student_tokens)
-    trains_language, trains_audio = (
-        "language_model" not in config.model.freeze,
-        not {"audio_encoder", "adapter"} <= set(config.model.freeze),
-    )
+    trains_language = "language_model" not in config.model.freeze
+    trains_audio = not {"audio_encoder", "adapter"} <= set(config.model.freeze)
     backward = (1 + trains_language) if trains_language or trains_audio else 0
     again = forward if "language_model" in config.model.recompute else 0.0
     if config.model.recompute_granularity == "selective":  # not the four projections around the attention
@@ -118,7 +116,7 @@ def train_flops(config: RunConfig, arch: Architecture, work: Work) -> tuple[floa
 
 
 def _projections(arch: Architecture) -> int:
-    """Parameters of the matrices around the attention, over all layers."""
+    """Count the parameters of the matrices around the attention, over all layers."""
     lm = arch.language
     return lm.num_layers * 2 * lm.hidden_size * lm.head_dim * (lm.num_heads + lm.num_kv_heads)
 

@@ -1,12 +1,15 @@
-"""What one step works on: how many sequences of which length, for how many ranks."""
+"""The work of one step: how many sequences of which length, for how many ranks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_cord.errors import CordError
-from megatron_cord.model.architecture import Architecture
-from megatron_cord.trainer.config import RunConfig
+
+if TYPE_CHECKING:
+    from megatron_cord.model.architecture import Architecture
+    from megatron_cord.trainer.config import RunConfig
 
 FRAMES_A_SECOND = 100  #: of log-mel features
 
@@ -41,7 +44,7 @@ class Work:
 def make_work(
     config: RunConfig, arch: Architecture, gpus: int, *, audio_seconds: float = 10.0, text_tokens: int = 60
 ) -> Work:
-    """The work of a step of this configuration.
+    """Return the work of a step of this configuration.
 
     Args:
         config: batch sizes, layout, length of responses (all are taken to be as long as allowed).
@@ -57,7 +60,8 @@ def make_work(
     arch.check_divisible(parallel.tp, parallel.pp)
     if gpus % (parallel.tp * parallel.pp):
         raise CordError(
-            f"{gpus} GPUs cannot be laid out with parallel.tp={parallel.tp} × parallel.pp={parallel.pp}; give a multiple of it"
+            f"{gpus} GPUs cannot be laid out with parallel.tp={parallel.tp} × parallel.pp={parallel.pp}; "
+            "give a multiple of it"
         )
     dp = gpus // (parallel.tp * parallel.pp)
     policy = rollout.policy_prompts_per_step * rollout.policy_rollouts if config.objective.policy_gradient.enabled else 0

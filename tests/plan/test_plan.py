@@ -25,7 +25,7 @@ from megatron_cord.model.architecture import AdapterArchitecture, Architecture
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
-from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, part_counts, speed
+from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, part_counts, published, speed
 from megatron_cord.plan.memory import activation_bytes, encoder_layer_width, language_layer_width, optimizer_bytes
 from megatron_cord.plan.page import layouts_table
 from megatron_cord.plan.parameters import rank_counts
@@ -37,15 +37,15 @@ from tests.gloo import run_ranks
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 ROOT = Path(__file__).parents[2]
 SIZES = TinyModelConfig(
-    mel_bins=16, window_seconds=1, encoder_hidden_size=48, encoder_layers=3, encoder_heads=4, encoder_ffn_size=80, hidden_size=64, layers=4,
-    heads=8, kv_heads=2, ffn_size=112, max_positions=128,
+    mel_bins=16, window_seconds=1, encoder_hidden_size=48, encoder_layers=3, encoder_heads=4, encoder_ffn_size=80,
+    hidden_size=64, layers=4, heads=8, kv_heads=2, ffn_size=112, max_positions=128,
 )  # fmt: skip
 PARTS = ("audio_encoder", "adapter", "language_model")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen2-Audio of these sizes."""
+    """Write a Qwen2-Audio of these sizes."""
     path = tmp_path_factory.mktemp("checkpoint")
     create_checkpoint(path, SIZES, [f"word{i}" for i in range(83)], seed=0)
     return path
@@ -53,35 +53,35 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def layout() -> Iterator[Layout]:
-    """One rank."""
+    """Yield the layout of one rank."""
     yield initialize(ParallelConfig(), seed=0)
     finalize()
 
 
 def configured(checkpoint: Path | str, *more: str) -> RunConfig:
-    """A run on it."""
+    """Return a run's configuration on it."""
     return load_config(
         RunConfig, None, ["output_dir=x", f"model.checkpoint={checkpoint}", "data.train=x", "data.evaluation=x", *more]
     )
 
 
 def counts_of(model: LALM) -> list[int]:
-    """Parameters of each part that is on this rank."""
+    """Count the parameters of each part that is on this rank."""
     return [
         0 if (part := getattr(model, name)) is None else sum(p.numel() for p in part.parameters()) for name in PARTS
     ]
 
 
 def build_on_rank(rank: int, archs: list[Architecture]) -> list[list[int]]:
-    """Parameters by part of a rank of TP 2 × PP 2, for each architecture."""
+    """Count parameters by part of a rank of TP 2 × PP 2, for each architecture."""
     layout = initialize(ParallelConfig(tp=2, pp=2), seed=0)
     return [counts_of(LALM(arch, layout, torch.float32)) for arch in archs]
 
 
 def test_parameters_of_published_models() -> None:
-    """Catches a size or a formula that is off: what the published files hold, known to the last parameter for Qwen2-Audio."""
-    assert part_counts(PUBLISHED["qwen2_audio_7b"]).total == 8_397_094_912
-    assert round(part_counts(PUBLISHED["step_audio2_mini"]).total / 1e9, 1) == 8.3
+    """Catches a wrong size or formula: the counts of the published files, to the last parameter for Qwen2-Audio."""
+    assert part_counts(published("qwen2_audio_7b")).total == 8_397_094_912
+    assert round(part_counts(published("step_audio2_mini")).total / 1e9, 1) == 8.3
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_parameters_of_each_adapter(layout: Layout, checkpoint: Path, kind: Any)
 
 @pytest.mark.parametrize(("dtype", "distributed"), [("float32", True), ("bfloat16", True), ("bfloat16", False)])
 def test_bytes_of_training_state(layout: Layout, checkpoint: Path, dtype: Any, distributed: bool) -> None:
-    """Catches gradients in another precision than planned, a main copy that is forgotten or counted twice, and frozen parts with states."""
+    """Catches another precision of gradients, a main copy missing or counted twice, and frozen parts with states."""
     config = configured(checkpoint, f"model.dtype={dtype}", "model.freeze=[adapter]")
     arch = load_architecture(checkpoint)
     model = LALM(arch, layout, config.model.torch_dtype)
@@ -143,7 +143,7 @@ SELECTIVE = "model.recompute_granularity=selective"
     "settings", [(), ("model.freeze=[audio_encoder,adapter]",), (RECOMPUTED,), (RECOMPUTED, SELECTIVE)]
 )
 def test_bytes_of_activations(layout: Layout, checkpoint: Path, settings: tuple[str, ...]) -> None:
-    """Catches a layer's tensor that is forgotten, and recomputation or freezing that the plan does not know: within a fifth of what autograd keeps."""
+    """Catches a missing tensor of a layer, and recomputation or freezing left out: a fifth off what autograd keeps."""
     config = configured(
         checkpoint, "model.dtype=float32", "train.micro_batch_size=4", "rollout.max_new_tokens=40", *settings
     )
@@ -181,8 +181,8 @@ def test_bytes_of_activations(layout: Layout, checkpoint: Path, settings: tuple[
 
 
 def test_operations_are_those_of_the_products(checkpoint: Path) -> None:
-    """Catches a factor that is off: six operations a parameter and token for training all of a text model, two for the teacher, plus attention."""
-    arch = replace(PUBLISHED["qwen2_audio_7b"], encoder=None, adapter=None)
+    """Catches a wrong factor: 6 operations a parameter and token of a text model, 2 for the teacher, and attention."""
+    arch = replace(published("qwen2_audio_7b"), encoder=None, adapter=None)
     config = configured(
         checkpoint, "rollout.max_new_tokens=100", "objective.policy_gradient.enabled=false", "rollout.prompts_per_step=8"
     )
@@ -197,9 +197,9 @@ def test_operations_are_those_of_the_products(checkpoint: Path) -> None:
     )
 
 
-def test_a_run_that_does_not_fit_is_told_what_would(checkpoint: Path) -> None:
+def test_settings_for_a_run_that_does_not_fit(checkpoint: Path) -> None:
     """Catches advice that does not fit either, and a layout that fits but is called too large."""
-    arch, gpu = PUBLISHED["qwen2_audio_7b"], GPUS["h100"]
+    arch, gpu = published("qwen2_audio_7b"), GPUS["h100"]
     config = configured(checkpoint)
     assert memory(config, arch, make_work(config, arch, 8)).total > gpu.memory
     settings = fitting(config, arch, gpu, 8)
@@ -213,15 +213,15 @@ def test_a_run_that_does_not_fit_is_told_what_would(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
-def test_the_page_is_what_the_tool_says(name: str) -> None:
+def test_the_page_has_the_tables_of_the_tool(name: str) -> None:
     """Catches a table that was not made again after the formulas or the examples' configuration changed."""
     config = load_config(RunConfig, ROOT / "examples" / name / "config.yaml")
-    table = layouts_table(config, PUBLISHED[name], GPUS["h100"], {})
+    table = layouts_table(config, published(name), GPUS["h100"], {})
     assert table in (ROOT / "docs" / "plan.md").read_text(), f"make docs/plan.md's table again:\n{table}"
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs the tool on the 7B's example."""
+    """Run the tool on the 7B's example."""
     command = [sys.executable, "tools/plan.py", "--config", "examples/qwen2_audio_7b/config.yaml", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
