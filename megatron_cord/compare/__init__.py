@@ -1,5 +1,5 @@
-"""Several methods on several seeds with one budget, and what can be said about their differences.
+"""Comparisons: several methods on several seeds with one budget, and their differences with intervals.
 
-``methods`` are configurations of the one trainer, ``plan`` makes runs of them, ``running`` runs these one after the other and takes up what is
-there, ``results`` reads them, ``statistics`` and ``tables`` say what came out.
+``methods`` are configurations of the one trainer, ``plan`` makes runs of them, ``running`` runs those that are not
+complete, ``results`` gathers them, ``tables`` and ``chart`` show the result.
 """

@@ -1,4 +1,4 @@
-"""A comparison as one drawing: the share of the gap that each method closed, every seed as a dot, mean and interval as a bar."""
+"""The drawing of a comparison: the share of the gap that each method closed; seeds are dots, intervals bars."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _SETTINGS: dict[Any, Any] = {
     "grid.color": "#dddddd",
     "ytick.left": False,
 }
-_REFERENCE, _RIVAL, _SEED = "#b3402a", "#33567f", "#8a8a8a"
+_REFERENCE, _BASELINE, _SEED = "#b3402a", "#33567f", "#8a8a8a"
 
 
 def draw(result: dict[str, Any], paths: list[Path]) -> None:
-    """Draws what ``results.gather`` gives; a path's suffix says in which format.
+    """Draw a result of ``results.gather``; a path's suffix gives the format.
 
-    Methods without a result are left out. Intervals are cut at the border of the axis, which holds all seeds.
+    Methods without a result are left out. The axis holds all seeds; intervals are cut at its border.
     """
     drawn = [(name, method) for name, method in result["methods"].items() if method["gap_closed"] is not None]
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(6.4, 0.9 + 0.34 * max(len(drawn), 1)), layout="constrained")
         axes = figure.add_subplot()
         for row, (name, method) in enumerate(drawn):
-            colour, mean = _REFERENCE if name == result["reference"] else _RIVAL, method["gap_closed"]
+            colour, mean = _REFERENCE if name == result["reference"] else _BASELINE, method["gap_closed"]
             if mean["low"] is not None:
                 axes.plot(
                     [mean["low"], mean["high"]],
@@ -53,9 +53,8 @@ def draw(result: dict[str, Any], paths: list[Path]) -> None:
         ]
         axes.set_xlim(min([0.0, *values]) - 0.08, max([1.0, *values]) + 0.02)
         axes.set_yticks(range(len(drawn)), [method["title"] for _, method in drawn])
-        axes.set_ylim(
-            max(len(drawn), 1) - 0.5, -0.5
-        )  # the first on top, and room for the bars of the first and the last
+        # The first on top, and room for the bars of the first and the last.
+        axes.set_ylim(max(len(drawn), 1) - 0.5, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("share of the gap between reading and hearing that was closed")

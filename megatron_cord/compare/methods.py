@@ -1,7 +1,7 @@
-"""The methods that CORD is compared with: each is a configuration of the same trainer, nothing else.
+"""CORD and its baselines: each method is a configuration of the same trainer, nothing else.
 
-They set what CORD's objective (trainer/step/objective.py) and its baselines differ in: whose responses are scored, by which divergence, with which
-weights, and whether the policy gradient is added. All other settings, the budget among them, are the run's.
+A method sets the scored responses, the divergence, the token weights, and whether the policy gradient is added. All
+other settings, the budget among them, are the run's.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class Method:
     """One method.
 
     Attributes:
-        title: as tables name it.
+        title: in tables.
         settings: ``a.b=value``, on top of the run's configuration.
-        ablates: what it has of CORD's parts, as the ablation's table says it; None for a method that is no part of CORD.
+        ablates: its parts of CORD, as the ablation's table names them; None for a method that is no part of CORD.
     """
 
     title: str
@@ -67,7 +67,7 @@ COMPARED = tuple(METHODS)[:7]
 
 
 def methods_named(names: Sequence[str], own: Mapping[str, Sequence[str]]) -> dict[str, Method]:
-    """The methods by name; ``own`` are the user's: settings on top of CORD's.
+    """Return the methods by name; ``own`` are the user's: settings on top of CORD's.
 
     Raises:
         CordError: an unknown name, a name that comes twice, or one of the user's that is taken.
@@ -87,6 +87,6 @@ def methods_named(names: Sequence[str], own: Mapping[str, Sequence[str]]) -> dic
 
 
 def ablation(names: Sequence[str]) -> list[str]:
-    """Those of the methods that are parts of CORD, from the smallest part to the whole."""
+    """Return those of the methods that are parts of CORD, from the smallest part to the whole."""
     order = ("grpo", "reverse_kl", "weighted_kl", "grpo_reverse_kl", "cord")
     return [name for name in order if name in names]

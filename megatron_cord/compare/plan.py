@@ -1,4 +1,4 @@
-"""A comparison's configuration, and the runs that it asks for."""
+"""The configuration of a comparison, and its runs."""
 
 from __future__ import annotations
 
@@ -14,29 +14,26 @@ from megatron_cord.trainer.config import RunConfig
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Which methods, on which seeds, with what. ``{seed}`` in a text is replaced by the run's seed."""
+    """Methods, seeds and settings of a comparison. ``{seed}`` in a text is replaced by the run's seed."""
 
     train: str  #: the configuration of megatron_cord.train that all runs share: model, data, budget
     output_dir: str  #: runs go to METHOD/seed-S in it
-    results: str = (
-        ""  #: where the outcome goes, a path to which .json and .md are added; empty: comparison in output_dir
-    )
-    chart: str = ""  #: where its drawing goes, a path to which .svg and .png are added; empty: beside the results
-    page: str = ""  #: a Markdown file in which the tables replace what stands between <!-- NAME --> and <!-- /NAME -->, NAME being that of `results`
+    #: path of the results, to which .json and .md are added; empty: comparison in output_dir
+    results: str = ""
+    chart: str = ""  #: path of the drawing, to which .svg and .png are added; empty: beside the results
+    #: a Markdown file whose lines between <!-- NAME --> and <!-- /NAME --> the tables replace; NAME: of `results`
+    page: str = ""
     title: str = "Comparison"  #: of the results
-    methods: tuple[str, ...] = (
-        COMPARED  #: names of compare/methods.py or of `own`, in the order in which they run and are shown
-    )
-    own: dict[str, tuple[str, ...]] = field(default_factory=dict)  #: methods of yours: name → settings on top of CORD's
+    #: names of compare/methods.py or of `own`, in the order in which they run and are shown
+    methods: tuple[str, ...] = COMPARED
+    own: dict[str, tuple[str, ...]] = field(default_factory=dict)  #: more methods: name → settings on top of CORD's
     seeds: tuple[int, ...] = (0, 1, 2)  #: of data order, sampling and everything else that is drawn
     reference: str = "cord"  #: the method whose differences from the others are given
     settings: tuple[str, ...] = ()  #: a.b=value for all runs, on top of `train`
-    adjust: dict[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  #: method → more settings of its own, such as a learning rate
-    prepare: tuple[
-        str, ...
-    ] = ()  #: command that makes what a seed's runs need, such as data and checkpoint; `python` is this one
+    #: method → more settings of its own, such as a learning rate
+    adjust: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    #: command that makes the inputs of a seed's runs, such as data and checkpoint; `python` is this interpreter
+    prepare: tuple[str, ...] = ()
     ranks: int = 0  #: a run's; 0: as few as its layout needs
     jobs: int = 1  #: runs at a time
 
@@ -54,17 +51,18 @@ class CompareConfig:
             )
         if self.reference not in self.methods:
             raise CordError(
-                f"reference is {self.reference!r}, which is none of the methods; choose one of {', '.join(self.methods)}"
+                f"reference is {self.reference!r}, which is none of the methods; "
+                f"choose one of {', '.join(self.methods)}"
             )
 
     @property
     def results_path(self) -> Path:
-        """`results`, or its default."""
+        """The path of the results."""
         return Path(self.results or f"{self.output_dir}/comparison")
 
     @property
     def chart_path(self) -> Path:
-        """`chart`, or its default."""
+        """The path of the drawing."""
         return Path(self.chart) if self.chart else self.results_path
 
     @property
@@ -78,10 +76,11 @@ class PlannedRun:
     """One training.
 
     Attributes:
-        method, seed: which.
+        method: its name.
+        seed: of everything that is drawn.
         directory: its output.
-        overrides: of the shared configuration, complete.
-        config: what results.
+        overrides: all, on top of the shared configuration.
+        config: of the run.
         ranks: processes.
     """
 
@@ -94,28 +93,28 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Its name in messages."""
         return f"{self.method}, seed {self.seed}"
 
 
 def plan_runs(config: CompareConfig) -> list[PlannedRun]:
-    """All runs, seed by seed, so that a comparison which is stopped early has as many seeds of each method as may be.
+    """Return all runs, seed by seed, so that a comparison that is stopped early has seeds of all methods.
 
     Raises:
-        CordError: settings that the trainer refuses, of whichever run.
+        CordError: settings of a run that the trainer refuses.
     """
     return [_planned(config, name, method, seed) for seed in config.seeds for name, method in config.chosen.items()]
 
 
 def prepare_command(config: CompareConfig, seed: int) -> list[str]:
-    """The command that makes what a seed's runs need; empty if none is configured."""
+    """Return the command that makes the inputs of a seed's runs; empty if none is configured."""
     return [
         sys.executable if word == "python" and i == 0 else _filled(word, seed) for i, word in enumerate(config.prepare)
     ]
 
 
 def is_complete(run: PlannedRun) -> bool:
-    """Whether the run has been made, with these very settings.
+    """Return whether the run is complete, with exactly these settings.
 
     Raises:
         CordError: the directory holds a run with others.
@@ -123,9 +122,8 @@ def is_complete(run: PlannedRun) -> bool:
     kept = run.directory / "config.yaml"
     if kept.is_file():
         try:
-            found: RunConfig | None = load_config(
-                RunConfig, kept
-            )  # settings that did not exist then have their defaults
+            # Settings that did not exist when the run was made have their defaults.
+            found: RunConfig | None = load_config(RunConfig, kept)
         except CordError:
             found = None
         if found != run.config:
@@ -136,7 +134,7 @@ def is_complete(run: PlannedRun) -> bool:
 def _planned(config: CompareConfig, name: str, method: Method, seed: int) -> PlannedRun:
     directory = Path(config.output_dir) / name / f"seed-{seed}"
     settings = (*config.settings, *method.settings, *config.adjust.get(name, ()))
-    overrides = tuple(_filled(s, seed) for s in settings) + (f"seed={seed}", f"output_dir={directory}")
+    overrides = (*(_filled(s, seed) for s in settings), f"seed={seed}", f"output_dir={directory}")
     try:
         run = load_config(RunConfig, config.train, overrides)
     except CordError as error:

@@ -1,11 +1,12 @@
-"""Reads a comparison's runs, and puts what came out into one JSON object, from which tables and charts are drawn.
+"""The result of a comparison: one JSON object, from which tables and charts are drawn.
 
     {"title", "reference", "train", "settings", "budget", "machine", "before": {text_accuracy, audio_accuracy: Mean},
      "methods": {NAME: {"title", "ablates", "settings", "responses", "runs": {SEED: summary or {"failure"}},
-                        "text_accuracy", "audio_accuracy", "gap", "gap_closed", "seconds": Mean, "difference": Mean, "questions": SignTest}}}
+                        "text_accuracy", "audio_accuracy", "gap", "gap_closed", "seconds": Mean,
+                        "difference": Mean, "questions": SignTest}}}
 
-A Mean is {mean, low, high, n} over the seeds (evaluation/statistics.py), and null where no run has the value. A difference is the reference's audio
-accuracy minus the method's.
+A Mean is {mean, low, high, n} over the seeds (evaluation/statistics.py), and null where no run has the value. A
+difference is the reference's audio accuracy minus the method's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ Runs = dict[int, dict[str, Any]]  # of one method, by seed
 
 
 def gather(config: CompareConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The comparison as far as it got, see the top of this file."""
+    """Gather the runs that are complete, see the top of this file."""
     summaries: dict[str, Runs] = {name: {} for name in config.chosen}
     answers: dict[str, dict[int, dict[str, bool]]] = {name: {} for name in config.chosen}
     failures: dict[str, dict[int, str]] = {name: {} for name in config.chosen}
@@ -42,9 +44,8 @@ def gather(config: CompareConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]
             answers[run.method][run.seed] = _right_answers(run)
         else:
             failures[run.method][run.seed] = outcome.failure
-    first = {
-        seed: summary for by_seed in summaries.values() for seed, summary in by_seed.items()
-    }  # before training all methods are one
+    # Before training, all methods of a seed are the same model.
+    first = {seed: summary for by_seed in summaries.values() for seed, summary in by_seed.items()}
     methods = {}
     for name, method in config.chosen.items():
         methods[name] = _method(
@@ -98,7 +99,7 @@ def _method(method: Method, run: PlannedRun | None, summaries: Runs, failures: d
 
 
 def responses(config: RunConfig) -> dict[str, int]:
-    """How many responses a step trains on, and how many of them the student samples for it."""
+    """Return how many responses a step trains on, and how many of them the student samples."""
     objective, rollout = config.objective, config.rollout
     policy = rollout.policy_prompts_per_step * rollout.policy_rollouts if objective.policy_gradient.enabled else 0
     alone = 0 if objective.divergence.kind == "none" or (rollout.share and policy) else rollout.prompts_per_step
@@ -114,7 +115,7 @@ def _budget(config: RunConfig) -> dict[str, int]:
 
 
 def _column(summaries: Runs, name: str) -> dict[int, float]:
-    """One value by seed, where there is one: without a gap none is closed."""
+    """Return one value by seed, where there is one: without a gap none is closed."""
     return {seed: summary[name] for seed, summary in summaries.items() if summary[name] is not None}
 
 
@@ -124,7 +125,7 @@ def _mean(values: Sequence[float]) -> dict[str, Any] | None:
 
 
 def _right_answers(run: PlannedRun) -> dict[str, bool]:
-    """Which spoken questions the trained model answers rightly, by id."""
+    """Return by id whether the trained model's answer to the audio is right."""
     result = read_result(heldout_file(run.directory, run.config.train.steps))
     return {row["id"]: row["audio_correct"] for row in result["answers"]}
 
@@ -140,9 +141,9 @@ def _questions(first: dict[int, dict[str, bool]], second: dict[int, dict[str, bo
 
 
 def _processor() -> str:
-    """The model's name where the system says it."""
+    """Return the processor's name, if the system has it."""
     try:
-        with open("/proc/cpuinfo") as file:
+        with Path("/proc/cpuinfo").open() as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     except OSError:
         names = []

@@ -1,8 +1,8 @@
-"""Runs a comparison's trainings: a few at a time, taking up what is there, and going on when one fails.
+"""The runs of a comparison: a few at a time; complete ones are taken up, and one that fails does not stop the others.
 
-Each run is `megatron_cord.train` in a process of its own, with a log beside its results. The log's file is locked as long as the run lives, so that no
-second comparison starts the same run, not even after this one was killed and its runs were not. Asked to stop, it asks its runs, which save
-a checkpoint; the same command goes on from there.
+Each run is `megatron_cord.train` in a process of its own, with a log beside its results. The log's file is locked as
+long as the run lives, so that no second comparison starts the same run, not even after this one was killed and its runs
+were not. A stop signal is passed on to the runs, which save a checkpoint; the same command continues from there.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        run: which.
+        run: the run.
         failure: why there is no result, in one line; None if there is one.
-        found: it was there already.
+        found: it was complete before.
     """
 
     run: PlannedRun
@@ -44,33 +44,33 @@ class Outcome:
 
 
 class Listener:
-    """What a terminal may want to show; does nothing by itself."""
+    """Callbacks on the progress of a comparison; these do nothing."""
 
     def prepares(self, seed: int) -> None:
-        """A seed's inputs are being made."""
+        """Note that a seed's inputs are being made."""
 
     def started(self, run: PlannedRun) -> None:
-        """A run begins, or goes on."""
+        """Note that a run starts or continues."""
 
     def stepped(self, run: PlannedRun, steps: int) -> None:
-        """So many steps of it are done."""
+        """Note how many steps of a run are done."""
 
     def ended(self, outcome: Outcome) -> None:
-        """A run is over, or was found."""
+        """Note that a run ended, or was complete before."""
 
 
 class Runner:
-    """Makes all runs that are not there; a context manager of the main thread, which ends what it started.
+    """Runs everything that is not complete; a context manager of the main thread, which ends the processes it started.
 
     Args:
         config: the comparison.
         runs: planned for it.
-        listener: hears what happens.
+        listener: gets the progress.
     """
 
     def __init__(self, config: CompareConfig, runs: Sequence[PlannedRun], listener: Listener) -> None:
         self.config, self.listener = config, listener
-        self.stopped = False  #: whether it was asked to stop
+        self.stopped = False  #: whether a stop signal came
         self.outcomes: list[Outcome] = []
         self._waiting = deque(runs)
         self._active: list[_Process] = []
@@ -92,14 +92,13 @@ class Runner:
             signal.signal(number, handler)
 
     def run(self) -> list[Outcome]:
-        """All runs' outcomes, in the order in which they ended; fewer than planned where it was asked to stop.
+        """Run all, and return their outcomes in the order in which they ended; fewer than planned after a stop signal.
 
         Raises:
-            CordError: a directory holds a run with other settings, or one that still goes on.
+            CordError: a directory holds a run with other settings, or one that is still running.
         """
-        complete = {
-            run.name for run in self._waiting if is_complete(run)
-        }  # what is refused is refused before anything starts
+        # All directories are checked before anything starts.
+        complete = {run.name for run in self._waiting if is_complete(run)}
         while self._active or (self._waiting and not self.stopped):
             while self._waiting and not self.stopped and len(self._active) < self.config.jobs:
                 run = self._waiting.popleft()
@@ -131,7 +130,7 @@ class Runner:
         self.listener.ended(outcome)
 
     def _prepare(self, seed: int) -> str | None:
-        """Makes a seed's inputs before its first run; says what went wrong."""
+        """Make a seed's inputs before its first run; return what failed."""
         command = prepare_command(self.config, seed)
         if seed not in self._prepared and command:
             self.listener.prepares(seed)
@@ -156,7 +155,7 @@ class Runner:
 
 
 class _Process:
-    """A run that goes on."""
+    """A run in progress."""
 
     def __init__(self, train: str, run: PlannedRun) -> None:
         self.run, self.log = run, run.directory / "log.txt"
@@ -174,7 +173,7 @@ class _Process:
             self._process.send_signal(signal.SIGTERM)
 
     def steps(self) -> int:
-        """Done, as its metrics say."""
+        """Return how many steps its metrics have."""
         try:
             return (self.run.directory / "metrics.jsonl").read_bytes().count(b"\n")
         except FileNotFoundError:
@@ -182,10 +181,10 @@ class _Process:
 
 
 def _locked(path: Path) -> IO[bytes]:
-    """A log, empty and locked until all processes that have it open are gone.
+    """Open a log, empty and locked until all processes that have it open are gone.
 
     Raises:
-        CordError: one of them is still at work.
+        CordError: one of them is still running.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("ab")
@@ -194,23 +193,21 @@ def _locked(path: Path) -> IO[bytes]:
     except BlockingIOError:
         file.close()
         raise CordError(
-            f"{path.parent}: a process of an earlier comparison is still at work here; wait for it, or end it"
+            f"{path.parent}: a process of an earlier comparison is still running here; wait for it, or end it"
         ) from None
     os.truncate(path, 0)
     return file
 
 
 def _reason(log: Path, status: int) -> str:
-    """The last line that a failed process wrote, if it is an error that it names; else its status and that line."""
+    """Return the last error line of a failed process; without one its status and its last line."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = next((line for line in reversed(lines) if line.startswith("error: ")), None)
-    return (
-        said.removeprefix("error: ")
-        if said
-        else f"it ended with status {status}: {lines[-1].strip() if lines else 'no word'}"
-    )
+    named = next((line for line in reversed(lines) if line.startswith("error: ")), None)
+    if named is not None:
+        return named.removeprefix("error: ")
+    return f"it ended with status {status}: {lines[-1].strip() if lines else 'no output'}"
 
 
 def read_summary(run: PlannedRun) -> dict[str, Any]:
-    """What the trainer says of a complete run."""
+    """Return the summary of a complete run."""
     return json.loads((run.directory / "summary.json").read_text())

@@ -1,4 +1,4 @@
-"""A comparison as Markdown: the paper's table, its ablation, and what was compared."""
+"""Tables of a comparison in Markdown: all methods, the ablation of CORD, and the budget."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from megatron_cord.errors import CordError
 
 
 def page(result: dict[str, Any]) -> str:
-    """All of it, from what ``results.gather`` gives."""
+    """Return the whole page of a result of ``results.gather``."""
     parts = [f"# {result['title']}", section(result)]
     parts.append(
-        "Means over the seeds; in brackets 95 % intervals (Student's t over seeds). The difference is paired by seed. Of the questions of all "
-        "seeds, so many were answered rightly by one of the two models alone; p is the exact sign test's."
+        "Means over the seeds; in brackets 95 % intervals (Student's t over seeds). The difference is paired by seed. "
+        "Of the questions of all seeds, so many were answered rightly by one of the two models alone; p is the exact "
+        "sign test's."
     )
     return "\n\n".join(parts) + "\n"
 
 
 def section(result: dict[str, Any]) -> str:
-    """The budget, the tables, and the runs that failed."""
+    """Return the budget, the tables, and the runs that failed."""
     parts = [budget(result), main_table(result)]
     if table := ablation_table(result):
         parts.append("What each part of CORD contributes:\n\n" + table)
@@ -30,7 +31,7 @@ def section(result: dict[str, Any]) -> str:
 
 
 def around(text: str, name: str) -> tuple[str, str]:
-    """What stands before and after the place for tables in a page, its marks ``<!-- name -->`` and ``<!-- /name -->`` included.
+    """Return the parts of a page before and after its tables, with the marks ``<!-- name -->`` and ``<!-- /name -->``.
 
     Raises:
         CordError: the text does not have these marks, once and in this order.
@@ -44,37 +45,37 @@ def around(text: str, name: str) -> tuple[str, str]:
 
 
 def insert(text: str, name: str, result: dict[str, Any], chart: str) -> str:
-    """A page's text with the section of this result in its place, and the drawing under it.
+    """Return a page's text with the section of this result in its place, and the drawing under it.
 
     Args:
         text: of the page.
         name: of the place.
-        result: what ``results.gather`` gives.
+        result: of ``results.gather``.
         chart: the drawing's path as the page links it.
 
     Raises:
         CordError: as ``around``.
     """
     before, after = around(text, name)
-    return f"{before}\n\n{section(result)}\n\n![{result['title']}: the share of the gap that each method closed]({chart})\n\n{after}"
+    drawing = f"![{result['title']}: the share of the gap that each method closed]({chart})"
+    return f"{before}\n\n{section(result)}\n\n{drawing}\n\n{after}"
 
 
 def budget(result: dict[str, Any]) -> str:
-    """What every run was given, in a sentence."""
-    given, seeds = (
-        result["budget"],
-        sorted({int(seed) for method in result["methods"].values() for seed in method["runs"]}),
-    )
+    """Return the budget of every run, in a sentence."""
+    given, machine = result["budget"], result["machine"]
+    seeds = sorted({int(seed) for method in result["methods"].values() for seed in method["runs"]})
     if not given:
         return "Nothing has run yet."
     return (
         f"{given['steps']} steps of {given['prompts']} prompts, answers of at most {given['max_new_tokens']} tokens, "
-        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}, on {result['machine']['cores']} cores of {result['machine']['processor']}."
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}, "
+        f"on {machine['cores']} cores of {machine['processor']}."
     )
 
 
 def main_table(result: dict[str, Any]) -> str:
-    """Markdown: accuracy reading and hearing, the gap and how much of it was closed, by method."""
+    """Return the table of accuracies from text and from audio, and the share of the gap closed, by method."""
     reference = result["methods"][result["reference"]]["title"]
     head = [
         "",
@@ -90,37 +91,45 @@ def main_table(result: dict[str, Any]) -> str:
     rows = [["before training", _share(before["text_accuracy"]), _share(before["audio_accuracy"]), *[""] * 6]]
     for method in result["methods"].values():
         runs = dict(sorted(method["runs"].items(), key=lambda item: int(item[0])))
-        rows.append([
+        by_seed = [
+            "failed" if "failure" in run else f"{100 * run['audio_accuracy_after']:.1f}" for run in runs.values()
+        ]
+        row = [
             method["title"],
             _share(method["text_accuracy"], interval=False),
             _share(method["audio_accuracy"]),
-            ", ".join("failed" if "failure" in run else f"{100 * run['audio_accuracy_after']:.1f}" for run in runs.values()),
+            ", ".join(by_seed),
             _share(method["gap_closed"], digits=0),
             _points(method.get("difference")),
             _split(method.get("questions")),
             "" if method["responses"] is None else "{trained} ({sampled})".format(**method["responses"]),
             "" if method["seconds"] is None else f"{method['seconds']['mean']:.0f}",
-        ])  # fmt: skip
+        ]
+        rows.append(row)
     return _markdown(head, rows)
 
 
 def ablation_table(result: dict[str, Any]) -> str:
-    """Markdown: what CORD is without its parts; empty if there is nothing to set beside CORD."""
+    """Return the table of CORD without some of its parts; empty if no part of it was run."""
     methods = result["methods"]
     names = ablation(list(methods))
     if len(names) < 2:
         return ""
     rows = [
-        [methods[n]["ablates"], _share(methods[n]["audio_accuracy"]), _share(methods[n]["gap_closed"], digits=0), _points(methods[n].get("difference"))]
-        for n in names
-    ]  # fmt: skip
-    return _markdown(
-        ["trained with", "audio", "gap closed", f"{methods[result['reference']]['title']} minus this, points"], rows
-    )
+        [
+            method["ablates"],
+            _share(method["audio_accuracy"]),
+            _share(method["gap_closed"], digits=0),
+            _points(method.get("difference")),
+        ]
+        for method in (methods[name] for name in names)
+    ]
+    head = ["trained with", "audio", "gap closed", f"{methods[result['reference']]['title']} minus this, points"]
+    return _markdown(head, rows)
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """A line for each run that has no result."""
+    """Return a line for each run that has no result."""
     return [
         f"- {method['title']}, seed {seed}, failed: {run['failure']}"
         for method in result["methods"].values()
@@ -130,7 +139,7 @@ def failures(result: dict[str, Any]) -> list[str]:
 
 
 def _share(mean: dict[str, Any] | None, *, digits: int = 1, interval: bool = True) -> str:
-    """ "84.0 % (78.1 to 89.9)" for a share."""
+    """Format a share: "84.0 % (78.1 to 89.9)"."""
     if mean is None:
         return "–"
     middle = f"{100 * mean['mean']:.{digits}f} %"

@@ -22,20 +22,20 @@ from tests.trainer.step.test_objective import assert_as_expected
 REQUIRED = ("output_dir=x", "model.checkpoint=x", "data.train=x", "data.evaluation=x")
 #: what each method asks an engine for, of 4 prompts of which 2 give groups of 3: answers at temperature 1, and at 1.5
 SAMPLED = {
-    "sft": (0, 0), "off_policy_kl": (0, 0), "grpo": (0, 6), "reverse_kl": (4, 0), "sampled": (4, 0), "jsd": (4, 0), "cord": (4, 6),
-    "weighted_kl": (4, 0), "grpo_reverse_kl": (4, 6),
+    "sft": (0, 0), "off_policy_kl": (0, 0), "grpo": (0, 6), "reverse_kl": (4, 0), "sampled": (4, 0), "jsd": (4, 0),
+    "cord": (4, 6), "weighted_kl": (4, 0), "grpo_reverse_kl": (4, 6),
 }  # fmt: skip
 
 
 def run_config(method: str, *more: str) -> RunConfig:
-    """A run's configuration from the method's settings and nothing else."""
+    """Return a run's configuration from the method's settings and nothing else."""
     rollout = ("rollout.prompts_per_step=4", "rollout.policy_prompts_per_step=2", "rollout.policy_rollouts=3")
     return load_config(RunConfig, None, [*REQUIRED, *rollout, *METHODS[method].settings, *more])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_reaches_the_loss(method: str) -> None:
-    """Catches a setting that the loss does not obey: its value and gradients are those of a loop over tokens in float64."""
+    """Catches a setting that the loss ignores: value and gradients are those of a loop over tokens in float64."""
     assert_as_expected(run_config(method, "objective.token_weights.top_k=2").objective)
 
 
@@ -85,7 +85,7 @@ def test_each_trains_on_the_responses_it_says(method: str) -> None:
 
 
 def test_methods_of_the_users_own(tmp_path: Path) -> None:
-    """Catches a user's method that starts from something else than CORD, that a shared setting overrules, or that takes a known name."""
+    """Catches a user's method not based on CORD, overruled by shared settings, or under a known name."""
     shared = ("objective.token_weights.top_k=7", *REQUIRED[1:])
     config = CompareConfig(
         "/dev/null",
@@ -97,9 +97,9 @@ def test_methods_of_the_users_own(tmp_path: Path) -> None:
     )
     cord, steeper = (run.config for run in plan_runs(config))
     assert [c.objective.token_weights for c in (cord, steeper)] == [TokenWeightsConfig("cord", k) for k in (7, 9)]
-    with pytest.raises(CordError, match="own.sft: this name is one of the project's"):
+    with pytest.raises(CordError, match=r"own\.sft: this name is one of the project's"):
         methods_named(["sft"], {"sft": ()})
-    with pytest.raises(CordError, match="'dpo' is unknown; choose from sft, .*, mine"):
+    with pytest.raises(CordError, match=r"'dpo' is unknown; choose from sft, .*, mine"):
         methods_named(["dpo"], {"mine": ()})
     with pytest.raises(CordError, match="sft comes twice"):
         methods_named(["sft", "cord", "sft"], {})

@@ -30,14 +30,14 @@ def planned(output: Path, *overrides: str, more: tuple[str, ...] = ()) -> list[P
 
 
 def make(run: PlannedRun, *, complete: bool) -> None:
-    """What a run leaves behind."""
+    """Write the files of a complete run."""
     dump_config(run.config, run.directory / "config.yaml")
     if complete:
         (run.directory / "summary.json").write_text(json.dumps({}))
 
 
 def test_methods_times_seeds(tmp_path: Path) -> None:
-    """Catches runs that share a directory, inputs of another seed, and an order that leaves a stopped comparison with one method only."""
+    """Catches shared directories, inputs of another seed, and an order that leaves a stopped comparison one method."""
     runs = planned(tmp_path, "methods=[sft,cord]", "seeds=[4,7]")
     assert [(r.method, r.seed) for r in runs] == [("sft", 4), ("cord", 4), ("sft", 7), ("cord", 7)]
     assert len({r.directory for r in runs}) == 4 and all(r.config.output_dir == str(r.directory) for r in runs)
@@ -83,7 +83,7 @@ def test_impossible_comparisons_are_refused(tmp_path: Path, override: str, messa
 
 
 def test_what_is_there_is_recognised(tmp_path: Path) -> None:
-    """Catches a run made twice, a stopped one taken for complete, and results of other settings under this comparison's name."""
+    """Catches a run made twice, a stopped one taken for complete, and results of other settings taken for these."""
     done, begun, fresh = planned(tmp_path, "methods=[cord]", "seeds=[0,1,2]")
     make(done, complete=True)
     make(begun, complete=False)

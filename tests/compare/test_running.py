@@ -1,4 +1,4 @@
-"""The runner: what goes on when runs fail, are stopped, or are still at work, with a shell script in the trainer's place; and once for real."""
+"""The runner where runs fail, are stopped or are still running, with a script in the trainer's place; once for real."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,14 +43,15 @@ echo "{}" > "$directory/summary.json"
 def comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[CompareConfig, list[PlannedRun]]]:
-    """Makes a comparison of these methods on one seed, whose trainer is SCRIPT."""
+    """Make a comparison of these methods on one seed, whose trainer is SCRIPT."""
     script = tmp_path / "python"
     script.write_text(SCRIPT)
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(running.sys, "executable", str(script))
 
     def make(*methods: str, **options: object) -> tuple[CompareConfig, list[PlannedRun]]:
-        config = CompareConfig("/dev/null", str(tmp_path / "out"), methods=methods, reference=methods[0], settings=SETTINGS, **{"seeds": (0,), **options})  # type: ignore[arg-type]  # fmt: skip
+        given: dict[str, Any] = {"seeds": (0,), "methods": methods, "reference": methods[0], "settings": SETTINGS}
+        config = CompareConfig("/dev/null", str(tmp_path / "out"), **given | options)
         runs = plan_runs(config)
         for run in runs:
             dump_config(run.config, run.directory / "config.yaml")  # as the trainer does first
@@ -92,7 +94,7 @@ def starts(run: PlannedRun) -> int:
 
 
 def test_the_others_go_on_when_one_fails(comparison: Callable[..., tuple[CompareConfig, list[PlannedRun]]]) -> None:
-    """Catches a comparison that ends with its first failure, a reason that is not the trainer's own, and a complete run that is made again."""
+    """Catches a comparison that a failure ends, a reason other than the trainer's, and a complete run made again."""
     config, runs = comparison("sft", "grpo", "sampled", "cord")
     outcomes = ran(config, runs)
     assert [o.failure is None for o in outcomes.values()] == [True, False, False, True]
@@ -134,8 +136,8 @@ def test_inputs_are_made_once_a_seed(
     assert not (tmp_path / "made").exists()
 
 
-def test_asked_to_stop_it_asks_its_runs(comparison: Callable[..., tuple[CompareConfig, list[PlannedRun]]]) -> None:
-    """Catches a run that is orphaned, one that is taken for failed because it was stopped, and runs that begin afterwards."""
+def test_a_stop_signal_is_passed_on(comparison: Callable[..., tuple[CompareConfig, list[PlannedRun]]]) -> None:
+    """Catches an orphaned run, one taken for failed because it was stopped, and runs that start afterwards."""
     config, runs = comparison("jsd", "cord")
 
     def stop() -> None:
@@ -153,7 +155,7 @@ def test_asked_to_stop_it_asks_its_runs(comparison: Callable[..., tuple[CompareC
     assert signal.getsignal(signal.SIGTERM) == before and starts(runs[1]) == 0
 
 
-def test_a_run_that_still_goes_on_is_not_started_twice(
+def test_a_running_run_is_not_started_twice(
     comparison: Callable[..., tuple[CompareConfig, list[PlannedRun]]],
 ) -> None:
     """Catches two trainings in one directory after a comparison was killed and its run was not."""
@@ -161,7 +163,7 @@ def test_a_run_that_still_goes_on_is_not_started_twice(
     with running._locked(runs[0].directory / "log.txt") as file:
         orphan = subprocess.Popen(["sleep", "60"], stdout=file)
     try:
-        with pytest.raises(CordError, match="a process of an earlier comparison is still at work here"):
+        with pytest.raises(CordError, match="a process of an earlier comparison is still running here"):
             ran(config, runs)
     finally:
         orphan.kill()
@@ -175,10 +177,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_for_real(inputs: Path, tmp_path: Path) -> None:
-    """Catches a tool that does not start, trains something else than the method says, forgets a failed run, or makes complete ones again."""
+    """Catches a tool that fails to start, trains another method, forgets a failed run, or makes complete ones again."""
     shared = [s for s in overrides(inputs, tmp_path) if not s.startswith("output_dir=")] + ["train.steps=2"]
     spec = {
-        "train": "/dev/null", "output_dir": str(tmp_path / "out"), "title": "Tiny", "methods": ["sft", "cord"], "seeds": [0], "jobs": 2,
+        "train": "/dev/null", "output_dir": str(tmp_path / "out"), "title": "Tiny", "methods": ["sft", "cord"],
+        "seeds": [0], "jobs": 2,
         "settings": shared, "adjust": {"sft": [f"data.train={tmp_path}/later"]},
     }  # fmt: skip
     (tmp_path / "compare.yaml").write_text(json.dumps(spec))

@@ -1,4 +1,4 @@
-"""What a comparison says: figures of few made-up runs, computed by hand."""
+"""Results of a comparison: figures of a few made-up runs, computed by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AFTER = {"sft": (0.8, 0.4), "grpo": (0.2, 0.2), "reverse_kl": (0.4, 0.4), "cord"
 
 
 def write_run(run: PlannedRun, right: int) -> None:
-    """A run whose trained model answers the first so many of ten questions rightly."""
+    """Write a run whose trained model has the first so many of ten questions right."""
     before, after = (
         {"text_accuracy": 1.0, "audio_accuracy": accuracy, "samples": 10} for accuracy in (0.2, right / 10)
     )
@@ -57,7 +57,7 @@ def row(markdown: str, title: str) -> list[str]:
 
 
 def test_the_papers_table(result: dict[str, Any]) -> None:
-    """Catches accuracies of another seed, a gap to another text accuracy, unpaired differences, and a sign that is turned round."""
+    """Catches accuracies of another seed, a gap to another text accuracy, unpaired differences, and a wrong sign."""
     table = tables.main_table(result)
     assert row(table, "before training")[1:3] == ["100.0 % (100.0 to 100.0)", "20.0 % (20.0 to 20.0)"]
     # 0.8 and 0.4: mean 0.6 ± 12.706 · 0.2; gaps closed 0.75 and 0.25; CORD's 0.6 − 0.8 and 0.8 − 0.4.
