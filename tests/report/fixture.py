@@ -134,7 +134,7 @@ def _evaluation(step: int, samples: list[Sample], ease: np.ndarray, rng: np.rand
             "tokens": tokens, "token_kl": _divergences(tokens, right, step, rng) if number < 48 else None,
         })  # fmt: skip
     accuracies = _accuracies(answers)
-    voices = {voice: _accuracies([answer for answer in answers if answer["voice"] == voice]) for voice in VOICES}
+    voices = {voice: _accuracies([answer for answer in answers if answer["group"] == voice]) for voice in VOICES}
     gap = accuracies["text_accuracy"] - accuracies["audio_accuracy"]
     return {"step": step, **accuracies, "gap": gap, "seconds": 3.1, "groups": voices, "answers": answers}
 
