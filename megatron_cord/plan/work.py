@@ -64,7 +64,8 @@ def make_work(
             "give a multiple of it"
         )
     dp = gpus // (parallel.tp * parallel.pp)
-    policy = rollout.policy_prompts_per_step * rollout.policy_rollouts if config.objective.policy_gradient.enabled else 0
+    enabled = config.objective.policy_gradient.enabled
+    policy = rollout.policy_prompts_per_step * rollout.policy_rollouts if enabled else 0
     scored = policy if rollout.share else rollout.prompts_per_step
     sequences = scored if rollout.share else scored + policy
     audio = arch.num_audio_tokens(round(audio_seconds * FRAMES_A_SECOND)) if arch.encoder is not None else 0

@@ -42,7 +42,7 @@ def test_methods_times_seeds(tmp_path: Path) -> None:
     assert [(r.method, r.seed) for r in runs] == [("sft", 4), ("cord", 4), ("sft", 7), ("cord", 7)]
     assert len({r.directory for r in runs}) == 4 and all(r.config.output_dir == str(r.directory) for r in runs)
     assert runs[2].config.model.checkpoint == "made/7/checkpoint" and runs[2].config.seed == 7
-    assert runs[2].config.objective.divergence.kind == "nll" and runs[3].config.objective.divergence.kind == "reverse_kl"
+    assert [run.config.objective.divergence.kind for run in runs[2:4]] == ["nll", "reverse_kl"]
 
 
 def test_ranks_are_as_few_as_the_layout_needs(tmp_path: Path) -> None:

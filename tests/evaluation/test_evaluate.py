@@ -63,7 +63,7 @@ def test_a_plain_checkpoint(inputs: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_run_beside_its_start(inputs: Path, tmp_path: Path) -> None:
-    """Catches trained weights that are not loaded, a baseline that is the trained model, and a lost evaluation for the run's report."""
+    """Catches weights not loaded, a baseline that is the trained model, and results that the report does not find."""
     run_dir = tmp_path / "run"
     settings = overrides(inputs, run_dir, "train.steps=2", "optimizer.learning_rate=0.05")
     try:
@@ -99,7 +99,7 @@ def test_what_a_user_may_get_wrong(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_get_the_same(inputs: Path, tmp_path: Path) -> None:
-    """Catches answers that depend on the ranks that shared them, a file written twice, and ranks that disagree on what is missing."""
+    """Catches answers that depend on the ranks, a file written twice, and ranks that disagree on what is missing."""
     plain = [f"model.checkpoint={inputs / 'checkpoint'}", "evaluation.checkpoint=base", *sets(inputs)]
     one = run(f"output_dir={tmp_path / 'one'}", *plain)
     command = [sys.executable, "-m", "megatron_cord.launch", "--nproc-per-node", "2", "--master-port", str(free_port())]

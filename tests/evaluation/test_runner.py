@@ -55,7 +55,7 @@ def sets(tmp_path: Path) -> dict[str, SetConfig]:
 
 
 def script(right_text: int, right_audio: int) -> Callable[[GenerationRequest], str]:
-    """A model that is right on the first so many samples."""
+    """Return the script of a model that is right on the first so many samples."""
 
     def answer(request: GenerationRequest) -> str:
         index = next(i for i, s in enumerate(SAMPLES) if s.id == request.prompt.sample_id)
@@ -182,7 +182,7 @@ def test_answers_of_another_model_are_not_mixed_in(
 
 
 def test_rejects_are_counted_and_bounded(sets: dict[str, SetConfig], prompts: PromptBuilder, tmp_path: Path) -> None:
-    """Catches one bad recording that ends an evaluation, or that counts as a wrong answer, and a set that is mostly bad and counts all the same."""
+    """Catches one bad recording that ends an evaluation or counts as wrong, and a mostly bad set that counts."""
     rows: list[dict[str, Any]] = [{"id": s.id, "question": s.question, "answer": s.answer} for s in SAMPLES[:8]]
     rows[0]["audio"], rows[1]["question"] = "gone.wav", "what about hippopotamuses"
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "not json\n")
@@ -204,7 +204,7 @@ def test_rejects_are_counted_and_bounded(sets: dict[str, SetConfig], prompts: Pr
 
 @pytest.fixture
 def heldout(prompts: PromptBuilder, tmp_path: Path) -> Evaluator:
-    """The evaluator of a training run on four of the samples, two of whose answers are scored."""
+    """Return the evaluator of a training run on four of the samples, two of whose answers are measured."""
     questions = shard_questions(ShardDataset(write_shards(tmp_path / "shards", SAMPLES)), 4)
     made = Evaluator(EvaluationConfig(scored=2), {HELDOUT: questions}, prompts, tmp_path / "run", writes=True)
     made.prepare()
@@ -212,7 +212,7 @@ def heldout(prompts: PromptBuilder, tmp_path: Path) -> Evaluator:
 
 
 def test_evaluations_of_a_training_run(heldout: Evaluator, prompts: PromptBuilder, tmp_path: Path) -> None:
-    """Catches text taken for audio, accuracies over other samples than the group's, sampled answers, and stray files."""
+    """Catches text taken for audio, accuracies over another group's samples, sampled answers, and stray files."""
     engine = ScriptedEngine(prompts, script(4, 1))
     assert heldout.answer_anew(engine) == {}
     result = heldout.score(step_label(7), 7)[HELDOUT]

@@ -46,7 +46,7 @@ class _Judge:
 
 
 def test_a_judge_decides_on_free_answers_alone() -> None:
-    """Catches choices that are sent to a judge, verdicts that go to another response, and a judge's silence that counts as wrong."""
+    """Catches choices sent to a judge, verdicts of another response, and missing verdicts that count as wrong."""
     judge = _Judge()
     scores = score_responses(
         ["A", "4", "4", "away"], [METALS, (), (), ()], ["A", "so be it", "4", "away"], ["q1", "q2", "q3", "q4"], judge

@@ -72,7 +72,7 @@ def test_a_mean_and_its_interval() -> None:
 
 
 def test_differences_are_paired_by_seed() -> None:
-    """Catches differences of means over different seeds: only seeds 1 and 2 are shared, and differ by 1 each, whatever their level."""
+    """Catches differences of means over different seeds: seeds 1 and 2 alone are shared, and differ by 1 each."""
     got = paired_difference({0: 100.0, 1: 6.0, 2: 3.0}, {1: 5.0, 2: 2.0, 4: 0.0})
     assert got == Mean(1.0, 1.0, 1.0, 2)
     assert paired_difference({0: 1.0}, {1: 1.0}) is None

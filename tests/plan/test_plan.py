@@ -123,7 +123,8 @@ def test_bytes_of_training_state(layout: Layout, checkpoint: Path, dtype: Any, d
     item = config.model.torch_dtype.itemsize
     assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(p.numel() * p.element_size() for p in model.parameters()) == counts.total * item
-    assert sum(p.main_grad.nbytes for p in model.parameters() if p.requires_grad) == 4 * trained  # type: ignore[attr-defined]
+    gradients = [p.main_grad for p in model.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+    assert sum(gradient.nbytes for gradient in gradients) == 4 * trained
     inner = getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer
     states = [
         value for state in inner.state.values() for value in state.values() if torch.is_tensor(value) and value.dim()
@@ -184,7 +185,10 @@ def test_operations_are_those_of_the_products(checkpoint: Path) -> None:
     """Catches a wrong factor: 6 operations a parameter and token of a text model, 2 for the teacher, and attention."""
     arch = replace(published("qwen2_audio_7b"), encoder=None, adapter=None)
     config = configured(
-        checkpoint, "rollout.max_new_tokens=100", "objective.policy_gradient.enabled=false", "rollout.prompts_per_step=8"
+        checkpoint,
+        "rollout.max_new_tokens=100",
+        "objective.policy_gradient.enabled=false",
+        "rollout.prompts_per_step=8",
     )
     work = make_work(config, arch, 8, text_tokens=100)
     flops, again = train_flops(config, arch, work)
