@@ -12,9 +12,9 @@ def no_progress_bars() -> Iterator[None]:
     from transformers.utils import logging  # takes seconds to import, so only where a model is loaded anyway
 
     enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if enabled:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.sglang.client.addresses import KEY_VARIABLE, Addresses
-from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, ask_each, without
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, call_each, without
 from megatron_cord.rollout.sglang.client.pool import Pool
 from megatron_cord.rollout.sglang.client.preflight import check_server, restore_base_weights
 
@@ -45,7 +45,7 @@ class Control:
         deadline = time.monotonic() + self._start_seconds
         while True:
             found = self.answering(deadline, count)
-            _, failures = ask_each(found, restore_base_weights)
+            _, failures = call_each(found, restore_base_weights)
             servers = without(found, failures)
             if len(servers) >= count:
                 break
@@ -64,7 +64,7 @@ class Control:
         logged = False
         while True:
             servers = self._addresses.find()
-            good, lost = ask_each(servers, self._check)
+            good, lost = call_each(servers, self._check)
             if barred := [server.url for server, error in lost.items() if error.status in _BARRED]:
                 raise CordError(
                     f"{', '.join(barred)} refuses the API key; set rollout.api_key_file or {KEY_VARIABLE} to the "
@@ -96,7 +96,7 @@ class Control:
         if dist.get_rank():
             return
         servers = {server.endpoint: server for server in pool.servers.values() if server.state != "lost"}
-        _, failures = ask_each(list(servers), lambda endpoint: endpoint.command(path, body, _CONTROL_SECONDS))
+        _, failures = call_each(list(servers), lambda endpoint: endpoint.command(path, body, _CONTROL_SECONDS))
         for endpoint, error in failures.items():
             servers[endpoint].lose(str(error))
 
@@ -106,7 +106,7 @@ class Control:
         if dist.get_rank() == 0:
             others = [server for server in self._addresses.find() if server.url not in pool.servers]
             # Some may be gone, so failures do not count.
-            ask_each(others, lambda server: server.command("/continue_generation", {}, _ANSWER_SECONDS))
+            call_each(others, lambda server: server.command("/continue_generation", {}, _ANSWER_SECONDS))
 
     def _check(self, server: Endpoint) -> None:
         server.weight_version(_ANSWER_SECONDS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from safetensors.torch import load_file
 
@@ -25,7 +27,7 @@ def test_all_ways_bring_the_same(servers: Servers) -> None:
     assert all(endpoint.abilities(60).streams for endpoint in endpoints)
     base = load_file(servers.checkpoint / "model.safetensors")
     found: list[list[dict[str, str]]] = []
-    cases = [
+    cases: list[tuple[Any, bool, int]] = [
         ("process_group", True, MIB),
         ("process_group", False, MIB),
         ("shared_memory", True, MIB),
@@ -35,7 +37,7 @@ def test_all_ways_bring_the_same(servers: Servers) -> None:
     for transport, stream, bucket_bytes in cases:
         weight_sync = build_weight_sync(
             WeightSyncConfig(transport=transport, stream=stream, bucket_bytes=bucket_bytes), servers.checkpoint
-        )  # type: ignore[arg-type]
+        )
         for version, added in enumerate((2, 1)):
             changed = PlainWeights({name: tensor + added for name, tensor in base.items()}, servers.checkpoint)
             report = weight_sync.update(changed, version, endpoints, full=True)

@@ -56,7 +56,8 @@ def megatron_logits(model: LALM, prompt: Prompt, response: tuple[int, ...]) -> T
     frames = torch.tensor([clip.num_frames for clip in prompt.clips]) if prompt.clips else None
     hidden = model(ModelInput(torch.tensor([prompt.token_ids + response]), features, frames, (prompt.sample_id,)))
     logits = (hidden @ model.output_weight.t())[:, 0, : model.arch.language.vocab_size]
-    return logits[len(prompt.token_ids) - 1 : -1]
+    own: Tensor = logits[len(prompt.token_ids) - 1 : -1]
+    return own
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

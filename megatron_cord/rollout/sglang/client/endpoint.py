@@ -194,7 +194,7 @@ def _client() -> httpx.Client:
     return httpx.Client(limits=limits, trust_env=False, verify=False)
 
 
-def ask_each(
+def call_each(
     servers: Sequence[Endpoint], call: Callable[[Endpoint], Result]
 ) -> tuple[dict[Endpoint, Result], dict[Endpoint, ServerError]]:
     """Call all servers at once; return their answers, and the failures of those that have none."""

@@ -43,14 +43,15 @@ def stand_in_for_kernels() -> Any:
     import torch
 
     # Of torchvision's compiled operators only the schemas are needed.
-    library = torch.library.Library("torchvision", "DEF")
+    library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]  # /weights_checker waits for a GPU that is not there
+        schema = f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        library.define(schema)  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize = lambda *_: None  # /weights_checker waits for a GPU that is not there
     # Where a GPU's unused memory would be freed, SGLang collects garbage on a CPU, half a second a weight sync.
     from sglang.srt.platforms.cpu import CpuDeviceMixin
 
-    CpuDeviceMixin.empty_cache = lambda self: None  # type: ignore[method-assign]
+    CpuDeviceMixin.empty_cache = lambda self: None
     return library
 
 

@@ -80,8 +80,8 @@ def check_version(python: Path) -> Version:
     """
     if not python.exists():
         raise CordError(f"{python} does not exist; install the server with: make sglang-env")
-    ask = "import importlib.metadata as m; print(m.version('sglang'))"
-    answer = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=False)
+    code = "import importlib.metadata as m; print(m.version('sglang'))"
+    answer = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
     try:
         version = Version(answer.stdout.strip())
     except InvalidVersion:

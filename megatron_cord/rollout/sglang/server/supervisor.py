@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.sglang.client.endpoint import ask_each
+from megatron_cord.rollout.sglang.client.endpoint import call_each
 from megatron_cord.rollout.sglang.server.process import ServerConfig, SglangServer, free_port
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class Supervisor:
             return
         self._checked = now
         alive = {watched.server.endpoint: watched for watched in self.watched}
-        healthy, _ = ask_each(list(alive), lambda endpoint: endpoint.is_healthy(_ANSWER_SECONDS))
+        healthy, _ = call_each(list(alive), lambda endpoint: endpoint.is_healthy(_ANSWER_SECONDS))
         for endpoint, watched in alive.items():
             if healthy.get(endpoint):
                 if not watched.ready:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, ask_each
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, call_each
 from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, TwoBuffers
 
 
@@ -78,7 +78,7 @@ class DiskTransport:
         self._partial = self._partial.replace(final)
         body = {"model_path": str(final), "load_format": "safetensors", "flush_cache": False}
         try:
-            _, failures = ask_each(
+            _, failures = call_each(
                 self._servers, lambda server: server.post("/update_weights_from_disk", body, self._timeout)
             )
         finally:

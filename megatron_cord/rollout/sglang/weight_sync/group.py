@@ -20,11 +20,12 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d
 
 from megatron_cord.errors import CordError
 from megatron_cord.parallel import portability
-from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, ask_each
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, call_each
 from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailedError
 
 _GRACE_SECONDS = 2.0  #: by which torch's own timeout, which may end the process (NCCL), comes later than ours
@@ -58,7 +59,7 @@ class ServerGroup:
         self._work: dist.Work | None = None  # the last broadcast
         self._lock, self._left = threading.Lock(), False
         try:
-            store = dist.TCPStore(
+            store = TCPStore(
                 address, 0, world, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
             )
         except (RuntimeError, ValueError) as error:
@@ -66,7 +67,7 @@ class ServerGroup:
                 f"rollout.weight_sync.address {address} is not an address of this machine ({error}); set the one that "
                 "servers reach"
             ) from None
-        self._store: dist.TCPStore | None = store
+        self._store: TCPStore | None = store
         offset = 1
         for server, size in ranks.items():
             body = {"master_address": address, "master_port": store.port, "rank_offset": offset, "world_size": world}
@@ -152,14 +153,14 @@ class ServerGroup:
         wait(self._replies, _SETTLE_SECONDS)
         wait(leaving, _SETTLE_SECONDS)
 
-    def _join(self, world: int, store: dist.Store) -> None:
+    def _join(self, world: int, store: Store) -> None:
         # Private in torch, but the only way to a group across jobs; SGLang's side uses the same.
         group, _ = distributed_c10d._new_process_group_helper(
             world,
             0,
             [],
             dist.Backend(portability.backend()),
-            dist.PrefixStore(self._name, store),
+            PrefixStore(self._name, store),
             group_name=self._name,  # type: ignore[arg-type]
             timeout=timedelta(seconds=self._timeout + _GRACE_SECONDS),
         )
@@ -242,7 +243,7 @@ class ServerGroup:
         """Return the servers that do not answer any more, or whose answer to the last request is missing."""
         waiting = {server for reply, server in self._replies.items() if not reply.done()}
         # Answered by the process that holds the model.
-        _, lost = ask_each(self.servers, lambda server: server.abilities(_SETTLE_SECONDS))
+        _, lost = call_each(self.servers, lambda server: server.abilities(_SETTLE_SECONDS))
         return {
             server: ServerError(f"{server.url} left the process group and does not answer")
             for server in waiting | lost.keys()
@@ -252,9 +253,9 @@ class ServerGroup:
 def _start_broadcast(group: dist.ProcessGroup, flat: Tensor, ready: torch.cuda.Event) -> dist.Work:
     if portability.has_cuda():
         torch.cuda.set_device(flat.device)  # a thread starts on device 0
-    with torch.cuda.stream(torch.cuda.Stream()):
+    with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
         ready.wait()
-        work = dist.broadcast(flat, 0, group=group, async_op=True)
+        work: dist.Work | None = dist.broadcast(flat, 0, group=group, async_op=True)
         assert work is not None
         return work
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, ask_each
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, call_each
 from megatron_cord.rollout.sglang.plugin.weights import STREAMED
 from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, TwoBuffers
 from megatron_cord.rollout.sglang.weight_sync.group import ServerGroup
@@ -49,7 +49,7 @@ class ProcessGroupTransport:
         if self._group is not None and self._group.servers != tuple(servers):
             self._leave()
         if self._group is None:
-            abilities, failures = ask_each(servers, lambda server: server.abilities(self._timeout))
+            abilities, failures = call_each(servers, lambda server: server.abilities(self._timeout))
             if failures:
                 raise AttemptFailedError(failures)
             self._streams = self._stream and all(found.streams for found in abilities.values())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import httpx
 
-from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, ask_each
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, call_each
 
 
 class Sessions:
@@ -38,14 +38,14 @@ class Sessions:
                 raise
             return True
 
-        opened, failures = ask_each(servers, begin)
+        opened, failures = call_each(servers, begin)
         self._open = {server for server, yes in opened.items() if yes}
         return failures
 
     def end(self, servers: Sequence[Endpoint]) -> dict[Endpoint, ServerError]:
         """Close the sessions of those servers that are still used. Returns the failures."""
         waiting = [server for server in servers if server in self._open]
-        return ask_each(waiting, lambda server: server.post("/end_weight_update", {}, self._timeout))[1]
+        return call_each(waiting, lambda server: server.post("/end_weight_update", {}, self._timeout))[1]
 
 
 def name_version(servers: Sequence[Endpoint], version: str, timeout: float) -> dict[Endpoint, ServerError]:
@@ -56,7 +56,7 @@ def name_version(servers: Sequence[Endpoint], version: str, timeout: float) -> d
         if (found := server.weight_version(timeout)) != version:
             raise ServerError(f"{server.url} names its weights version {found} after it was given {version}", 200)
 
-    return ask_each(servers, name)[1]
+    return call_each(servers, name)[1]
 
 
 def compare_checksums(servers: Sequence[Endpoint], timeout: float) -> dict[Endpoint, ServerError]:
@@ -64,7 +64,7 @@ def compare_checksums(servers: Sequence[Endpoint], timeout: float) -> dict[Endpo
 
     Servers of other tensor-parallel sizes are not compared.
     """
-    sums, failures = ask_each(servers, lambda server: server.checksums(timeout))
+    sums, failures = call_each(servers, lambda server: server.checksums(timeout))
     first = next(iter(sums.values()), None)
     for server, ranks in sums.items():
         if first is not None and len(ranks) == len(first) and (names := differing(ranks, first)):

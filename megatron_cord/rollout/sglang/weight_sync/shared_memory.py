@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from megatron_cord.parallel import portability
-from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, ask_each, without
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, call_each, without
 from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan
 from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailedError
 
@@ -57,7 +57,7 @@ class SharedMemoryTransport:
             if not s.is_local
         }
         unknown = [server for server in without(servers, away) if server not in self._ranks]
-        abilities, failures = ask_each(unknown, lambda server: server.abilities(self._timeout))
+        abilities, failures = call_each(unknown, lambda server: server.abilities(self._timeout))
         if away or failures:
             raise AttemptFailedError(away | failures)
         self._ranks |= {server: found.ranks for server, found in abilities.items()}
@@ -75,7 +75,7 @@ class SharedMemoryTransport:
         """Return one of two, uint8 [≥ nbytes]; on CUDA a new one, while the old one lives until servers release it."""
         if portability.has_cuda():
             self._buffers[index % 2] = self._new_buffer()
-            torch.cuda.ipc_collect()
+            torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
         return self._buffers[index % 2]
 
     def send(self, plan: BucketPlan, flat: Tensor, ready: torch.cuda.Event) -> dict[Endpoint, ServerError]:
@@ -88,7 +88,7 @@ class SharedMemoryTransport:
             body = {"serialized_named_tensors": payloads, "load_format": "flattened_bucket", "flush_cache": False}
             server.post("/update_weights_from_tensor", body, self._timeout)
 
-        _, failures = ask_each(self._servers, copy)
+        _, failures = call_each(self._servers, copy)
         self._servers = without(self._servers, failures)
         return failures
 
@@ -154,7 +154,7 @@ class _Pickler(pickle.Pickler):
         if not isinstance(value, Tensor):
             return NotImplemented
         if value.is_cuda:
-            rebuild, arguments = reductions.reduce_tensor(value)
+            rebuild, arguments = reductions.reduce_tensor(value)  # type: ignore[no-untyped-call]
             # Numbers of devices differ between processes that see different ones; SGLang reads the device's own name.
             name = str(torch.cuda.get_device_properties(value.device).uuid)
             return rebuild, (*arguments[:_DEVICE], name, *arguments[_DEVICE + 1 :])
@@ -183,5 +183,5 @@ class _Memory:
 
     def __reduce__(self) -> Any:
         manager, handle, size = self._storage._share_filename_cpu_()
-        self._storage._shared_incref()  # the receiver takes it off again
+        self._storage._shared_incref()  # type: ignore[no-untyped-call]  # the receiver takes it off again
         return reductions.rebuild_storage_filename, (torch.UntypedStorage, manager, handle, size)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.objects import broadcast_json
-from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, ask_each, without
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, call_each, without
 from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, fill, plan_buckets
 from megatron_cord.rollout.sglang.weight_sync.config import WeightSyncConfig
 from megatron_cord.rollout.sglang.weight_sync.disk import DiskTransport
@@ -104,7 +104,7 @@ class WeightSync:
         failed: dict[str, str] = {}
         alive: list[Endpoint] = []
         if main:
-            versions, lost = ask_each(servers, lambda server: server.weight_version(self._config.timeout_seconds))
+            versions, lost = call_each(servers, lambda server: server.weight_version(self._config.timeout_seconds))
             failed = {server.url: str(error) for server, error in lost.items()}
             alive = without(servers, lost)
             behind = any(found != str(self._version) for found in versions.values())
@@ -204,7 +204,7 @@ class WeightSync:
     def _publish(self, servers: list[Endpoint], version: int, flush_cache: bool) -> dict[Endpoint, ServerError]:
         """Name the version on servers that have all tensors. Returns the failures."""
         timeout = self._config.timeout_seconds
-        failures = ask_each(servers, lambda server: server.flush_cache(timeout))[1] if flush_cache else {}
+        failures = call_each(servers, lambda server: server.flush_cache(timeout))[1] if flush_cache else {}
         failures |= name_version(without(servers, failures), str(version), timeout)
         if self._config.compare_checksums:
             failures |= compare_checksums(without(servers, failures), timeout)
@@ -220,7 +220,7 @@ class WeightSync:
                     failures |= in_flight.popleft().result()
                 buffer = partial(self._transport.buffer, index, plan.nbytes)
                 flat = fill(plan, tensors, buffer, borrow=self._transport.borrows)
-                ready = torch.cuda.Event()
+                ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 ready.record()
                 in_flight.append(sender.submit(self._transport.send, plan, flat, ready))
             for future in in_flight:

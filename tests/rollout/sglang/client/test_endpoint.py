@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, ask_each
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, call_each
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -118,7 +118,7 @@ def test_another_machine_needs_a_key() -> None:
 def test_all_are_asked_at_once(endpoint: Endpoint) -> None:
     """Catches one server's failure that hides another's answer."""
     other = Endpoint(endpoint.url.replace("127.0.0.1", "localhost"))
-    answers, failures = ask_each(
+    answers, failures = call_each(
         [endpoint, other], lambda s: s.post("/fine" if s is endpoint else "/refuses", {"a": 1}, 1)
     )
     assert answers == {endpoint: {"a": 1}} and list(failures) == [other]

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed import distributed_c10d
 
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint
@@ -103,13 +104,14 @@ def _serve(manner: str, ready: Any) -> None:
 
 def _join(body: dict[str, Any]) -> dist.ProcessGroup:
     world, name = body["world_size"], body["group_name"]
-    store = dist.TCPStore(body["master_address"], body["master_port"], world, is_master=False)
+    store = TCPStore(body["master_address"], body["master_port"], world, is_master=False)
+    group: dist.ProcessGroup
     group, _ = distributed_c10d._new_process_group_helper(
         world,
         body["rank_offset"],
         [],
         dist.Backend(body["backend"]),
-        dist.PrefixStore(name, store),
+        PrefixStore(name, store),
         group_name=name,
         timeout=timedelta(seconds=60),
     )

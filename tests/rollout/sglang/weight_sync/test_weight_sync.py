@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
+
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
-from megatron_cord.parallel.layout import ParallelConfig, initialize, parallel_state
+from megatron_cord.parallel.layout import ParallelConfig, initialize
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError
 from megatron_cord.rollout.sglang.weight_sync import WeightSync, WeightSyncConfig, build_weight_sync
 from megatron_cord.rollout.sglang.weight_sync import weight_sync as module
