@@ -18,13 +18,12 @@ from tools.config_reference import markdown as configuration
 ROOT = Path(__file__).parents[1]
 REFERENCE = "<!-- reference -->"  # where configuration.md gets it
 _LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
-_DIAGRAM = re.compile(r"^```mermaid\n.*?^```\n", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the home page, and copies of the files outside docs/ that pages link to."""
     home, linked = _adapt((ROOT / "README.md").read_text(encoding="utf-8"), ROOT)
-    files.append(File.generated(config, "index.md", content=_DIAGRAM.sub("", home)))
+    files.append(File.generated(config, "index.md", content=home))
     for path in (ROOT / "docs").rglob("*.md"):
         linked |= _adapt(path.read_text(encoding="utf-8"), path.parent)[1]
     for path in sorted(linked):
