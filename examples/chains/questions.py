@@ -1,17 +1,18 @@
-"""Chains of sums, answered step by step by someone who makes mistakes and mends them: the task of the second comparison.
+"""Chains of sums, answered step by step with mistakes and corrections: the task of the second comparison.
 
-A chain is a start and four operations with numbers of one to nine, "nine plus four minus six plus two minus three"; what has been reached after
-each of them lies in 0..20. The answer goes through it step by step:
+A chain is a start and four operations with numbers of one to nine, "nine plus four minus six plus two minus three"; the
+value after each of them lies in 0..20. The answer goes through it step by step:
 
     nine plus four is thirteen . thirteen minus five is eight . no . thirteen minus six is seven . … . the answer is 6
 
-One step in four is wrong at first (another operand, or another result) and is then corrected. A model that learned from such answers is a soft
-teacher: at temperature 1 it errs as often, and after a wrong step, its own or another's, it says "no". So an answer that left the right path can
-come back to it, and a student that trains on its own answers is taught how; one that trains on the teacher's best answers never sees a wrong step.
-That is the chance that this task gives to on-policy training.
+One step in four is wrong at first (another operand, or another result) and is then corrected. A model that learned from
+such answers is a soft teacher: at temperature 1 it errs as often, and after a wrong step, its own or the student's, it
+continues with "no". So an answer that left the right path can come back to it, and a student that trains on its own
+answers is taught how; one that trains on the teacher's best answers never sees a wrong step. That is the advantage that
+this task gives to on-policy training.
 
-The split is by chain: each has a number of its own, and every seventh is held out. What it simplifies: no chain asks for more than four
-operations, and a mistake is never left standing.
+The split is by chain: each has a number of its own, and every seventh is held out. What it simplifies: no chain has
+more than four operations, and a mistake is always corrected.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Chain:
     steps: tuple[tuple[Operation, int], ...]
 
     @property
-    def reached(self) -> tuple[int, ...]:
-        """What stands after 0, 1, … all steps."""
+    def values(self) -> tuple[int, ...]:
+        """The values after 0, 1, … all steps."""
         values = [self.start]
         for operation, operand in self.steps:
             values.append(apply(values[-1], operation, operand))
@@ -47,7 +48,7 @@ class Chain:
 
     @property
     def number(self) -> int:
-        """Unique among chains: its digits in base 18."""
+        """A number that no other chain has: its digits in base 18."""
         number = self.start
         for operation, operand in self.steps:
             number = 18 * number + 9 * _OPERATIONS.index(operation) + operand - 1
@@ -55,7 +56,7 @@ class Chain:
 
     @property
     def held_out(self) -> bool:
-        """Whether it is heard in no training. Scattered, so that neither first nor last operand tells."""
+        """Whether it occurs in no training. Scattered, so that neither first nor last operand decides."""
         return (self.number * 2654435761 >> 7) % _HELD_OUT == 0
 
     def __str__(self) -> str:
@@ -68,12 +69,12 @@ class Chain:
 
 
 def apply(value: int, operation: Operation, operand: int) -> int:
-    """One step."""
+    """Return the result of one step."""
     return value + operand if operation == "plus" else value - operand
 
 
 def draw_chain(draw: np.random.Generator) -> Chain:
-    """A chain whose every step stays in range."""
+    """Draw a chain whose every step stays in range."""
     start = value = int(draw.integers(1, LARGEST_OPERAND + 1))
     steps: list[tuple[Operation, int]] = []
     while len(steps) < STEPS:
@@ -85,17 +86,17 @@ def draw_chain(draw: np.random.Generator) -> Chain:
 
 
 def solution(chain: Chain, draw: np.random.Generator, mistakes: float = MISTAKES) -> str:
-    """A worked answer; a share ``mistakes`` of its steps is wrong at first."""
-    said: list[str] = []
-    for value, after, (operation, operand) in zip(chain.reached, chain.reached[1:], chain.steps, strict=False):
+    """Write a worked answer; a share ``mistakes`` of its steps is wrong at first."""
+    parts: list[str] = []
+    for value, after, (operation, operand) in zip(chain.values, chain.values[1:], chain.steps, strict=False):
         if draw.random() < mistakes:
-            said += [*_wrong_step(value, operation, operand, draw), ".", "no", "."]
-        said += [_step(value, operation, operand, after), "."]
-    return " ".join([*said, "the answer is", str(chain.reached[-1])])
+            parts += [*_wrong_step(value, operation, operand, draw), ".", "no", "."]
+        parts += [_step(value, operation, operand, after), "."]
+    return " ".join([*parts, "the answer is", str(chain.values[-1])])
 
 
 def draw_questions(count: int, seed: int, *, held_out: bool) -> list[Question]:
-    """``count`` questions about different chains, those held out or the others, with worked answers; the same for the same arguments."""
+    """Draw ``count`` questions about different chains, those held out or the others, with worked answers."""
     draw = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, int(held_out)))))
     questions: dict[int, Question] = {}
     while len(questions) < count:
@@ -105,13 +106,13 @@ def draw_questions(count: int, seed: int, *, held_out: bool) -> list[Question]:
                 id=f"chain-{chain.number}-{phrasing}",
                 text=_PHRASINGS[phrasing].format(chain=chain),
                 solution=solution(chain, draw),
-                answer=str(chain.reached[-1]),
+                answer=str(chain.values[-1]),
             )
     return list(questions.values())
 
 
 def vocabulary() -> list[str]:
-    """Every word of every question and answer, sorted."""
+    """Return every word of every question and answer, sorted."""
     numbers = range(LARGEST_RESULT + 1)
     words = {word for phrasing in _PHRASINGS for word in phrasing.format(chain="").split()}
     words |= (
@@ -135,13 +136,13 @@ def _step(value: int, operation: Operation, operand: int, result: int) -> str:
 
 
 def _wrong_step(value: int, operation: Operation, operand: int, draw: np.random.Generator) -> list[str]:
-    """Another operand, rightly computed, or another result."""
+    """Write a step with another operand, rightly computed, or with another result."""
     operands = [
         o for o in range(1, LARGEST_OPERAND + 1) if o != operand and 0 <= apply(value, operation, o) <= LARGEST_RESULT
     ]
     right = apply(value, operation, operand)
     if operands and draw.random() < 0.5:
-        heard = operands[int(draw.integers(len(operands)))]
-        return [_step(value, operation, heard, apply(value, operation, heard))]
+        other = operands[int(draw.integers(len(operands)))]
+        return [_step(value, operation, other, apply(value, operation, other))]
     results = [r for r in range(LARGEST_RESULT + 1) if r != right and abs(r - right) <= 3]
     return [_step(value, operation, operand, results[int(draw.integers(len(results)))])]

@@ -1,6 +1,7 @@
-"""Chains of sums answered step by step, from nothing to a report: `python -m examples.chains.run [--seed S] [--prepare] [a.b=value …]`.
+"""Chains of sums, from nothing to a report: `python -m examples.chains.run [--seed S] [--prepare] [a.b=value …]`.
 
-The same as the quickstart (examples/quickstart/run.py) on a task with longer answers, of which parts are wrong and mended: see `questions`.
+The same as the quickstart (examples/quickstart/run.py) on a task with longer answers, parts of which are wrong and then
+corrected: see `questions`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ CHAINS_EXAMPLE = Example(
 
 
 def main() -> int:
-    """Entry point."""
+    """Run the example."""
     return run(CHAINS_EXAMPLE, __doc__.splitlines()[0])
 
 

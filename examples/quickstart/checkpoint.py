@@ -1,10 +1,11 @@
-"""The quickstart's language model that hears: a tiny, valid Qwen2-Audio checkpoint with random weights.
+"""The quickstart's audio language model: a tiny, valid Qwen2-Audio checkpoint with random weights.
 
-The directory holds all that ``from_pretrained`` wants: weights, configuration, a word-level tokenizer with a chat template, the
-feature extractor and the generation settings. Simplification: one word is one token, and words outside the vocabulary do not exist.
+The directory holds all that ``from_pretrained`` needs: weights, configuration, a word-level tokenizer with a chat
+template, the feature extractor and the generation settings. Simplification: one word is one token, and words outside
+the vocabulary do not exist.
 
-Two things make so small a model learn within a minute. Weights start at a scale of 1/sqrt(fan-in), not at 0.02; and the encoder's
-sinusoids, a stored tensor in this family, are scaled down, as at amplitude 1 they drown the audio.
+Two things make so small a model learn within a minute. Weights start at a scale of 1/sqrt(fan-in), not at 0.02; and the
+encoder's sinusoids, a stored tensor in this family, are scaled down, as at amplitude 1 they drown the audio.
 """
 
 from __future__ import annotations
@@ -63,14 +64,12 @@ class TinyModelConfig:
     kv_heads: int = 2  # fewer than heads: grouped-query attention
     ffn_size: int = 384
     max_positions: int = 512  # prompt and response together
-    vocabulary_multiple: int = (
-        8  # rows of the embedding are rounded up to it, so that tensor-parallel ranks share them evenly
-    )
+    vocabulary_multiple: int = 8  # rows of the embedding are rounded up to it, so that ranks share them evenly
     sinusoid_scale: float = 0.3  # amplitude of the encoder's position embeddings
 
 
 def create_checkpoint(directory: str | Path, config: TinyModelConfig, vocabulary: Sequence[str], seed: int) -> None:
-    """Writes a Qwen2-Audio checkpoint with random fp32 weights.
+    """Write a Qwen2-Audio checkpoint with random fp32 weights.
 
     Args:
         directory: created if missing; files of an earlier checkpoint in it are overwritten.
@@ -92,7 +91,7 @@ def create_checkpoint(directory: str | Path, config: TinyModelConfig, vocabulary
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2AudioForConditionalGeneration(model_config(config, tokenizer, extractor.nb_max_frames))
-        initialise(model, config.sinusoid_scale)
+        initialize(model, config.sinusoid_scale)
     eos = tokenizer.convert_tokens_to_ids(TURN_END)
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     save_checkpoint(directory, model, processor)
@@ -101,10 +100,10 @@ def create_checkpoint(directory: str | Path, config: TinyModelConfig, vocabulary
 def save_checkpoint(
     directory: str | Path, model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor
 ) -> None:
-    """Writes model and processor under the tensor names of the published Qwen2-Audio files.
+    """Write model and processor under the tensor names of the published Qwen2-Audio files.
 
-    For a model that was not loaded from a file, ``save_pretrained`` of transformers 5.12 writes ``language_model.model.model.*``,
-    which it reads again, but inference servers do not.
+    For a model that was not loaded from a file, ``save_pretrained`` of transformers 5.12 writes
+    ``language_model.model.model.*``, which it reads again, but inference servers do not.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -117,7 +116,7 @@ def save_checkpoint(
 
 
 def published_name(module_name: str) -> str:
-    """The published file's name for a parameter of transformers' module."""
+    """Return the published file's name for a parameter of transformers' module."""
     if module_name.startswith("lm_head."):
         return f"language_model.{module_name}"
     name = module_name.removeprefix("model.")
@@ -125,7 +124,7 @@ def published_name(module_name: str) -> str:
 
 
 def build_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: specials first, then the chat roles, then the words in the order given.
+    """Build a word-level tokenizer: specials first, then the chat roles, then the words in the order given.
 
     Raises:
         CordError: an empty word, or one with white space in it.
@@ -150,7 +149,7 @@ def build_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def model_config(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, frames: int) -> Qwen2AudioConfig:
-    """Qwen2-Audio's configuration at these sizes; ``frames`` log-mel frames fill the encoder's window."""
+    """Return Qwen2-Audio's configuration at these sizes; ``frames`` log-mel frames fill the encoder's window."""
     ids = tokenizer.get_vocab()
     text = Qwen2Config(
         vocab_size=math.ceil(len(tokenizer) / config.vocabulary_multiple) * config.vocabulary_multiple,
@@ -181,8 +180,8 @@ def model_config(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, fr
 
 
 @torch.no_grad()
-def initialise(model: Qwen2AudioForConditionalGeneration, sinusoid_scale: float) -> None:
-    """Normal weights of variance 1/fan-in, zero biases, unit norms, and sinusoids of amplitude ``sinusoid_scale``, in place."""
+def initialize(model: Qwen2AudioForConditionalGeneration, sinusoid_scale: float) -> None:
+    """Set normal weights of variance 1/fan-in, zero biases, and sinusoids of amplitude ``sinusoid_scale``, in place."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d)):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -195,7 +194,7 @@ def initialise(model: Qwen2AudioForConditionalGeneration, sinusoid_scale: float)
 
 
 def sinusoids(positions: int, channels: int) -> Tensor:
-    """Whisper's position embeddings: sines in the first half of the channels, cosines in the second; float32 [positions, channels]."""
+    """Return Whisper's position embeddings, float32 [positions, channels]: sines, then cosines along the channels."""
     half = channels // 2
     frequencies = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half))
     angles = torch.arange(positions)[:, None] * frequencies[None, :]

@@ -1,11 +1,11 @@
 """Small sums in words, with worked answers: the task of the quickstart and of the tests.
 
-A problem is (a, operation, b) with a and b in 1..16. Each is asked in four phrasings and answered in one way, in lower-case
-words separated by spaces, so that a word-level tokenizer needs only ``vocabulary()``. The split is by problem: a
-held-out problem is never heard in training, in any phrasing.
+A problem is (a, operation, b) with a and b in 1..16. Each has four phrasings and one answer, in lower-case words
+separated by spaces, so that a word-level tokenizer needs only ``vocabulary()``. The split is by problem: a held-out
+problem does not occur in training, in any phrasing.
 
-What it simplifies: a subtraction never goes below zero (pairs with a < b are left out, 136 of 256 remain), and the mirror
-image of a held-out addition (5 + 7 for 7 + 5) may be a training problem.
+What it simplifies: a subtraction never goes below zero (pairs with a < b are left out, 136 of 256 remain), and the
+mirror image of a held-out addition (5 + 7 for 7 + 5) may be a training problem.
 """
 
 from __future__ import annotations
@@ -15,35 +15,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from megatron_cord.data.number_words import cardinal
 from megatron_cord.data.order import permutation
 from megatron_cord.errors import CordError
 
 Operation = Literal["plus", "minus"]
 
 LARGEST_OPERAND = 16
-_NUMBER_WORDS = (
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-)
-_TENS_WORDS = {2: "twenty", 3: "thirty"}
 _OPERATIONS: tuple[Operation, ...] = ("plus", "minus")
 _PHRASINGS: dict[Operation, tuple[str, ...]] = {
     "plus": (
@@ -71,7 +49,7 @@ class Problem:
 
     @property
     def result(self) -> int:
-        """Between 0 and 32."""
+        """The value, between 0 and 32."""
         return self.a + self.b if self.operation == "plus" else self.a - self.b
 
 
@@ -81,7 +59,7 @@ class Question:
 
     Attributes:
         id: for example "plus-7-5-2": the problem and the number of the phrasing.
-        text: what is read or heard, "seven apples plus five apples".
+        text: written or spoken, "seven apples plus five apples".
         solution: "seven plus five is twelve . the answer is 12".
         answer: the result in digits, "12": the last word of the solution.
     """
@@ -94,7 +72,7 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionSource:
-    """A task: where the questions of spoken sets come from (``synthesis``).
+    """A task: the source of the questions of spoken sets (``spoken_sums``).
 
     Attributes:
         name: kept in the manifest of a set.
@@ -116,28 +94,25 @@ class ProblemSplit:
 
 
 def number_in_words(number: int) -> str:
-    """0 to 39 in words, tens and units apart: "twenty four"."""
+    """Return 0 to 39 in words, tens and units apart: "twenty four"."""
     if not 0 <= number <= 39:
         raise ValueError(f"only 0 to 39 have words here, not {number}")
-    if number < len(_NUMBER_WORDS):
-        return _NUMBER_WORDS[number]
-    tens, units = divmod(number, 10)
-    return f"{_TENS_WORDS[tens]} {_NUMBER_WORDS[units]}" if units else _TENS_WORDS[tens]
+    return cardinal(number)
 
 
 @cache
 def all_problems() -> tuple[Problem, ...]:
-    """All 392 problems (256 additions, 136 subtractions), sorted."""
+    """Return all 392 problems (256 additions, 136 subtractions), sorted."""
     operands = range(1, LARGEST_OPERAND + 1)
     problems = (Problem(a, operation, b) for operation in _OPERATIONS for a in operands for b in operands)
     return tuple(sorted(problem for problem in problems if problem.result >= 0))
 
 
 def split_problems(seed: int = 0, held_out_fraction: float = 0.15) -> ProblemSplit:
-    """Holds out the same fraction of additions and of subtractions, drawn by ``seed``.
+    """Hold out the same fraction of additions and of subtractions, drawn by ``seed``.
 
     Raises:
-        CordError: when the fraction is not between 0 and 1, both excluded.
+        CordError: the fraction is not between 0 and 1, both excluded.
     """
     if not 0.0 < held_out_fraction < 1.0:
         raise CordError(f"held_out_fraction is {held_out_fraction}; choose a number between 0 and 1")
@@ -153,15 +128,17 @@ def split_problems(seed: int = 0, held_out_fraction: float = 0.15) -> ProblemSpl
 
 
 def questions_about(problems: Sequence[Problem]) -> list[Question]:
-    """Every phrasing of every problem, in the order of the problems."""
-    return [_ask(problem, phrasing) for problem in problems for phrasing in range(len(_PHRASINGS[problem.operation]))]
+    """Return every phrasing of every problem, in the order of the problems."""
+    return [
+        _phrase(problem, phrasing) for problem in problems for phrasing in range(len(_PHRASINGS[problem.operation]))
+    ]
 
 
 def draw_questions(problems: Sequence[Problem], count: int, seed: int) -> list[Question]:
-    """``count`` questions in an order drawn by ``seed``; none comes again before all others came once.
+    """Draw ``count`` questions in an order given by ``seed``; none comes again before all others came once.
 
     Raises:
-        CordError: when there are no problems to ask about.
+        CordError: there are no problems.
     """
     pool = questions_about(problems)
     if not pool:
@@ -171,12 +148,12 @@ def draw_questions(problems: Sequence[Problem], count: int, seed: int) -> list[Q
 
 
 def training_questions(count: int, seed: int, split_seed: int = 0) -> list[Question]:
-    """``count`` questions about the training problems (1336 different ones by default)."""
+    """Draw ``count`` questions about the training problems (1336 different ones by default)."""
     return draw_questions(split_problems(split_seed).train, count, seed)
 
 
 def heldout_questions(count: int, seed: int, split_seed: int = 0) -> list[Question]:
-    """``count`` questions about the held-out problems (232 different ones by default)."""
+    """Draw ``count`` questions about the held-out problems (232 different ones by default)."""
     return draw_questions(split_problems(split_seed).held_out, count, seed)
 
 
@@ -192,17 +169,18 @@ def _vocabulary() -> tuple[str, ...]:
 
 
 def vocabulary() -> list[str]:
-    """Every word of every question and solution, sorted; special tokens are the tokenizer's own business."""
+    """Return every word of every question and solution, sorted; the tokenizer adds its special tokens."""
     return list(_vocabulary())
 
 
-def _ask(problem: Problem, phrasing: int) -> Question:
+def _phrase(problem: Problem, phrasing: int) -> Question:
     a, b, operation = problem.a, problem.b, problem.operation
     words_a, words_b = number_in_words(a), number_in_words(b)
+    result = number_in_words(problem.result)
     return Question(
         id=f"{operation}-{a}-{b}-{phrasing}",
         text=_PHRASINGS[operation][phrasing].format(a=words_a, b=words_b, apples_a=_apples(a), apples_b=_apples(b)),
-        solution=f"{words_a} {operation} {words_b} is {number_in_words(problem.result)} . the answer is {problem.result}",
+        solution=f"{words_a} {operation} {words_b} is {result} . the answer is {problem.result}",
         answer=str(problem.result),
     )
 

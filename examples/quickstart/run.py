@@ -1,12 +1,14 @@
-"""The quickstart, from nothing to a report: `make quickstart`, or `python -m examples.quickstart.run [--seed S] [a.b=value …]`.
+"""The quickstart, from nothing to a report: `make quickstart`, or this module with `[--seed S] [a.b=value …]`.
 
-1. Templated sums are spoken by espeak-ng: 3,000 to train on (their answers are never shown), 250 held out, with other problems and voices.
-2. A 0.9M-parameter Qwen2-Audio is made, and warmed up until it reads sums well and hears them badly. A lab would bring its own checkpoint.
+1. espeak-ng speaks templated sums: 3,000 to train on (without their answers), 250 held out, with other problems and
+   voices.
+2. A Qwen2-Audio of 0.9M parameters is made, and warmed up until it answers written sums well and spoken ones badly. A
+   lab would bring its own checkpoint.
 3. CORD trains encoder and adapter on two tensor-parallel ranks: `megatron_cord.train` with `quickstart.yaml`.
 4. A table on the terminal, `report.html` and `summary.json` in the run's directory.
 
-Each part is skipped if it is there already, and training resumes where it was stopped. `a.b=value` overrides reach the training. Another
-example of the same kind is an `Example` of its own (examples/chains).
+Each part is skipped if it is there already, and training resumes where it was stopped. `a.b=value` overrides reach the
+training. Another example of the same kind is an `Example` of its own (examples/chains).
 """
 
 from __future__ import annotations
@@ -39,17 +41,17 @@ from megatron_cord.trainer.config import RunConfig
 
 @dataclass(frozen=True)
 class Example:
-    """A task with a model that reads it well and hears it badly, and the training that closes the gap.
+    """A task, a model that answers it well in text and badly in speech, and the training that closes the gap.
 
     Attributes:
         name: of its directory, runs/NAME for seed 0 and runs/NAME-seedS for others, unless another one is given.
         config: of the training.
-        questions: what is spoken.
-        written: what the model learns to read, by seed.
+        questions: source of the spoken questions.
+        written: the written questions of the warm-up, by seed.
         vocabulary: all words of both.
-        utterances: how many questions of each split are spoken.
+        utterances: number of spoken questions by split.
         max_seconds: of an utterance; longer ones are an error.
-        model: its sizes.
+        model: sizes.
         warm_up: the recipe; the seed is replaced.
     """
 
@@ -64,7 +66,7 @@ class Example:
     warm_up: WarmUpConfig = field(default_factory=WarmUpConfig)
 
     def root(self, seed: int) -> Path:
-        """Where data, checkpoint and run go if nothing else is said."""
+        """Return the default directory of data, checkpoint and run."""
         return Path("runs") / (self.name if seed == 0 else f"{self.name}-seed{seed}")
 
 
@@ -79,7 +81,7 @@ QUICKSTART = Example(
 
 
 def prepare(example: Example, root: Path, config: RunConfig, console: Console) -> None:
-    """Makes the spoken data and the warmed-up checkpoint that the configuration names, where they are not there yet."""
+    """Make the spoken data and the warmed-up checkpoint that the configuration names, where they are missing."""
     columns = (TextColumn("speaking {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     data = {
         "train": Path(config.data.train),
@@ -91,12 +93,12 @@ def prepare(example: Example, root: Path, config: RunConfig, console: Console) -
             task = bar.add_task(split, total=count)
             spoken_set = SynthesisConfig(split=split, count=count, seed=config.seed, max_seconds=example.max_seconds)
             synthesize(spoken_set, data[split], questions=example.questions, progress=partial(bar.advance, task))
-    untaught = root / "untaught"
-    if not (untaught / "model.safetensors").is_file():
-        create_checkpoint(untaught, example.model, example.vocabulary(), config.seed)
+    initial = root / "initial_checkpoint"
+    if not (initial / "model.safetensors").is_file():
+        create_checkpoint(initial, example.model, example.vocabulary(), config.seed)
     spoken = ShardDataset(data["warmup"])
     warm_up(
-        untaught,
+        initial,
         config.model.checkpoint,
         replace(example.warm_up, seed=config.seed),
         example.written(config.seed),
@@ -105,7 +107,7 @@ def prepare(example: Example, root: Path, config: RunConfig, console: Console) -
 
 
 def train(example: Example, overrides: list[str], config: RunConfig) -> int:
-    """Runs the trainer on as many local ranks as the layout needs; returns its exit status."""
+    """Run the trainer on as many local ranks as the layout needs; return its exit status."""
     ranks = config.parallel.tp * config.parallel.pp
     command = [
         sys.executable,
@@ -121,19 +123,23 @@ def train(example: Example, overrides: list[str], config: RunConfig) -> int:
 
 
 def finish(directory: Path, console: Console) -> None:
-    """Prints the table and writes the report."""
+    """Print the table and write the report."""
     evaluations = list(heldout_files(directory).values())
     before, after = (read_result(path) for path in (evaluations[0], evaluations[-1]))
     console.print(evaluation_table(before, after))
     summary = json.loads((directory / "summary.json").read_text())
     closed = summary["gap_closed"]
-    console.print("there was no gap to close" if closed is None else f"gap closed: [bold]{closed:.0%}[/] in {summary['seconds']:.0f} s of training",
-                  highlight=False)  # fmt: skip
+    outcome = (
+        "there was no gap to close"
+        if closed is None
+        else f"gap closed: [bold]{closed:.0%}[/] in {summary['seconds']:.0f} s of training"
+    )
+    console.print(outcome, highlight=False)
     console.print(f"report: {render(directory)}", highlight=False, soft_wrap=True)
 
 
 def run(example: Example, description: str) -> int:
-    """An example's whole command: parses the command line, and returns the exit status."""
+    """Run an example with the arguments of the command line; return the exit status."""
     parser = entry.Parser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -152,11 +158,17 @@ def run(example: Example, description: str) -> int:
     )
     arguments = parser.parse_intermixed_args()
     root = arguments.root or example.root(arguments.seed)
-    overrides = [f"seed={arguments.seed}", f"output_dir={root}", f"model.checkpoint={root}/checkpoint", f"data.train={root}/data/train",
-                 f"data.evaluation={root}/data/heldout", *arguments.overrides]  # fmt: skip
+    overrides = [
+        f"seed={arguments.seed}",
+        f"output_dir={root}",
+        f"model.checkpoint={root}/checkpoint",
+        f"data.train={root}/data/train",
+        f"data.evaluation={root}/data/heldout",
+        *arguments.overrides,
+    ]
     config = load_config(RunConfig, example.config, overrides)
     console = Console()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     console.print("[bold]1. data and checkpoint[/]")
     prepare(example, root, config, console)
     if arguments.prepare:
@@ -167,12 +179,12 @@ def run(example: Example, description: str) -> int:
         return status
     console.print("[bold]3. result[/] on held-out problems and voices")
     finish(Path(config.output_dir), console)
-    console.print(f"{time.perf_counter() - begun:.0f} s in all", highlight=False)
+    console.print(f"{time.perf_counter() - started:.0f} s in all", highlight=False)
     return 0
 
 
 def main() -> int:
-    """Entry point."""
+    """Run the quickstart."""
     return run(QUICKSTART, __doc__.splitlines()[0])
 
 

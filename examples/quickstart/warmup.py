@@ -1,10 +1,11 @@
-"""Makes the tiny checkpoint worth teaching: it learns to answer written sums, and to half-hear spoken ones.
+"""Train the tiny checkpoint to answer written sums well, and spoken ones badly: the gap that CORD is to close.
 
-First text alone; then text mixed with a few utterances, whose words are also spelled out at the adapter's output by connectionist
-temporal classification (CTC, Graves et al. 2006): without it the encoder learns nothing in so short a time. The CTC head is dropped
-at the end. What comes out reads well and hears badly, which is the gap that CORD is to close.
+First text alone; then text mixed with a few utterances, whose words are also predicted at the adapter's output by
+connectionist temporal classification (CTC, Graves et al. 2006): without it the encoder learns nothing in so short a
+time. The CTC head is dropped at the end.
 
-Simplification: plain transformers and PyTorch in one process and fp32; a real run starts from a published checkpoint instead.
+Simplification: plain transformers and PyTorch in one process and fp32; a real run starts from a published checkpoint
+instead.
 
 Shapes: B sequences, L tokens, A audio features, V vocabulary.
 """
@@ -35,6 +36,7 @@ from megatron_cord.data.order import permutation
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError
+from megatron_cord.runtime.files import file_digest, fingerprint
 from megatron_cord.runtime.quiet import no_progress_bars
 
 _RECORD = "warmup.json"
@@ -66,7 +68,7 @@ class WarmUpConfig:
 
 @dataclass(frozen=True)
 class _Example:
-    """A prompt with the answer to learn and, for audio, the words that are said."""
+    """A prompt with the response to learn and, for audio, the spoken words."""
 
     prompt: Prompt
     response: tuple[int, ...]
@@ -75,7 +77,7 @@ class _Example:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums depend on how many threads share them; the weights must not depend on the machine's cores, or on who calls."""
+    """Compute on one thread: sums depend on how many share them, and the weights must not depend on the machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -92,14 +94,14 @@ def warm_up(
     questions: Sequence[Question],
     spoken: Sequence[Sample],
 ) -> None:
-    """Trains the checkpoint and writes it anew; does nothing if ``output_dir`` already holds the outcome of the same inputs.
+    """Train the checkpoint and write it anew; do nothing if ``output_dir`` holds the outcome of the same inputs.
 
     Args:
-        checkpoint_dir: where to start.
+        checkpoint_dir: the initial weights.
         output_dir: complete or absent, whenever the process dies.
         config: the recipe.
-        questions: to read, with their solutions.
-        spoken: questions to hear, with their solutions.
+        questions: written ones, with their solutions.
+        spoken: spoken ones, with their solutions.
 
     Raises:
         CordError: ``output_dir`` holds something else, there is nothing to learn from, or a sample has no solution.
@@ -126,7 +128,7 @@ def warm_up(
     audios = [_example(builder, sample, builder.audio_prompt(sample)) for sample in spoken]
     with no_progress_bars():
         model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint_dir)
-    model.model.audio_tower.embed_positions.requires_grad_(False)  # Whisper's sinusoids are fixed; loading forgets that
+    model.model.audio_tower.embed_positions.requires_grad_(False)  # Whisper's sinusoids are fixed
     _train(model.train(), builder, config, texts, recited, audios)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -143,16 +145,16 @@ def _train(
     recited: Sequence[_Example],
     audios: Sequence[_Example],
 ) -> None:
-    """All steps, in place; the same weights for the same arguments."""
+    """Make all steps, in place; the same arguments give the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        speller = nn.Linear(model.config.text_config.hidden_size, builder.vocab_size)
-    parameters = [parameter for parameter in (*model.parameters(), *speller.parameters()) if parameter.requires_grad]
+        ctc_head = nn.Linear(model.config.text_config.hidden_size, builder.vocab_size)
+    parameters = [parameter for parameter in (*model.parameters(), *ctc_head.parameters()) if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
-    text_order, audio_order = _endlessly(texts, config.seed, 0), _endlessly(audios, config.seed, 1)
-    recited_order = _endlessly(recited, config.seed, 2)
+    text_order, audio_order = _shuffled_epochs(texts, config.seed, 0), _shuffled_epochs(audios, config.seed, 1)
+    recited_order = _shuffled_epochs(recited, config.seed, 2)
 
-    def read(count: int) -> list[_Example]:
+    def draw_written(count: int) -> list[_Example]:
         alone = round(config.recited_share * count)
         return [*islice(text_order, count - alone), *islice(recited_order, alone)]
 
@@ -164,14 +166,14 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             if step < config.text_steps:
-                loss = _text_loss(model, builder.pad_id, read(config.text_batch))
+                loss = _text_loss(model, builder.pad_id, draw_written(config.text_batch))
             else:
                 share = config.mixed_text / (config.mixed_text + config.mixed_audio)
-                text_loss = _text_loss(model, builder.pad_id, read(config.mixed_text))
-                audio_loss, spelling_loss = _audio_losses(
-                    model, speller, builder.pad_id, list(islice(audio_order, config.mixed_audio))
+                text_loss = _text_loss(model, builder.pad_id, draw_written(config.mixed_text))
+                audio_loss, ctc = _audio_losses(
+                    model, ctc_head, builder.pad_id, list(islice(audio_order, config.mixed_audio))
                 )
-                loss = share * text_loss + (1 - share) * audio_loss + config.ctc_weight * spelling_loss
+                loss = share * text_loss + (1 - share) * audio_loss + config.ctc_weight * ctc
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, config.clip_norm)
@@ -180,7 +182,7 @@ def _train(
 
 
 def _rates(config: WarmUpConfig, steps: int) -> list[float]:
-    """Learning rates of one phase: a linear rise, then half a cosine down to the final fraction. Each phase has its own."""
+    """Return the learning rates of one phase: a linear rise, then half a cosine down to the final fraction."""
     rise = min(config.rise_steps, steps)
     up = [(step + 1) / rise for step in range(rise)]
     turns = [(1 + math.cos(math.pi * step / (steps - rise))) / 2 for step in range(steps - rise)]
@@ -188,29 +190,29 @@ def _rates(config: WarmUpConfig, steps: int) -> list[float]:
     return [config.learning_rate * rate for rate in (*up, *down)]
 
 
-def _endlessly(examples: Sequence[_Example], seed: int, stream: int) -> Iterator[_Example]:
-    """All of them in a new order each time, for ever."""
+def _shuffled_epochs(examples: Sequence[_Example], seed: int, stream: int) -> Iterator[_Example]:
+    """Yield all of them in a new order each time, without an end."""
     for epoch in count():
         yield from (examples[index] for index in permutation(len(examples), seed, stream, epoch))
 
 
 def _text_loss(model: Any, pad_id: int, batch: Sequence[_Example]) -> Tensor:
-    """Mean cross-entropy of the response tokens of written questions."""
+    """Return the mean cross-entropy of the response tokens of written questions."""
     ids, targets, mask = _collate(batch, pad_id)
     return _cross_entropy(
         model, model.model.language_model(input_ids=ids, attention_mask=mask).last_hidden_state, targets
     )
 
 
-def _audio_losses(model: Any, speller: nn.Linear, pad_id: int, batch: Sequence[_Example]) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of the response tokens of spoken questions, and CTC of their words at the adapter's output."""
+def _audio_losses(model: Any, ctc_head: nn.Linear, pad_id: int, batch: Sequence[_Example]) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy of response tokens, and the CTC loss of the words at the adapter's output."""
     ids, targets, mask = _collate(batch, pad_id)
     clips = [example.prompt.clips[0] for example in batch]
     features = torch.stack([clip.features for clip in clips])
     frames = torch.tensor([clip.num_frames for clip in clips])
-    heard: list[Tensor] = []  # the adapter's output [B, A, H], which the model does not return
+    adapter_outputs: list[Tensor] = []  # [B, A, H], which the model does not return
     hook = model.model.multi_modal_projector.register_forward_hook(
-        lambda _module, _inputs, output: heard.append(output)
+        lambda _module, _inputs, output: adapter_outputs.append(output)
     )
     try:
         frame_mask = (torch.arange(features.shape[-1])[None, :] < frames[:, None]).long()
@@ -219,15 +221,15 @@ def _audio_losses(model: Any, speller: nn.Linear, pad_id: int, batch: Sequence[_
         )
     finally:
         hook.remove()
-    spelling = ctc_loss(
-        speller(heard[0]).log_softmax(-1).transpose(0, 1),
+    ctc = ctc_loss(
+        ctc_head(adapter_outputs[0]).log_softmax(-1).transpose(0, 1),
         torch.tensor([token for example in batch for token in example.transcript]),
         torch.tensor([clip.num_tokens for clip in clips]),
         torch.tensor([len(example.transcript) for example in batch]),
         blank=pad_id,
         zero_infinity=True,  # a clip with fewer features than words teaches nothing
     )
-    return _cross_entropy(model, output.last_hidden_state, targets), spelling
+    return _cross_entropy(model, output.last_hidden_state, targets), ctc
 
 
 def _cross_entropy(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -236,7 +238,7 @@ def _cross_entropy(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def _collate(batch: Sequence[_Example], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-padded ids, the next response token at each position, and the mask: int64 [B, L] each."""
+    """Return right-padded ids, the next response token at each position, and the mask: int64 [B, L] each."""
     length = max(len(example.prompt.token_ids) + len(example.response) for example in batch)
     ids = torch.full((len(batch), length), pad_id)
     targets = torch.full((len(batch), length), _IGNORED)
@@ -257,8 +259,10 @@ def _example(builder: PromptBuilder, sample: Sample, prompt: Prompt) -> _Example
 
 
 def _without_question(builder: PromptBuilder, sample: Sample, example: _Example) -> _Example:
-    """The worked answer as plain text, as a language model meets it in its first training: it then computes from the words it wrote itself,
-    not from the question alone, so that what was heard right is computed right.
+    """Make an example of the worked answer as plain text, as in the pretraining of a language model.
+
+    The model then learns to compute from its own words, not from the question alone, so that what was recognized
+    rightly is computed rightly.
 
     Raises:
         CordError: the question's tokens do not stand in the prompt as they are.
@@ -267,7 +271,8 @@ def _without_question(builder: PromptBuilder, sample: Sample, example: _Example)
     start = next((i for i in range(len(ids)) if ids[i : i + len(question)] == question), None)
     if start is None:
         raise CordError(
-            f"sample {sample.id}: its question is not in its prompt word for word; use a chat template that leaves it as it is"
+            f"sample {sample.id}: its question is not in its prompt word for word; "
+            "use a chat template that leaves it as it is"
         )
     return _Example(Prompt(sample.id, ids[:start] + ids[start + len(question) :]), example.response)
 
@@ -275,8 +280,9 @@ def _without_question(builder: PromptBuilder, sample: Sample, example: _Example)
 def _record(
     checkpoint: Path, config: WarmUpConfig, written: Sequence[Sample], spoken: Sequence[Sample]
 ) -> dict[str, Any]:
-    """All that the outcome depends on."""
-    digest = hashlib.sha256((checkpoint / "model.safetensors").read_bytes())
+    """Return all that the outcome depends on."""
+    parts = [file_digest(checkpoint / "model.safetensors")]
     for sample in (*written, *spoken):
-        digest.update(f"\n{sample.id}\n{sample.question}\n{sample.solution}\n".encode() + sample.waveform.tobytes())
-    return {"config": asdict(config), "inputs": digest.hexdigest()}
+        waveform = hashlib.sha256(sample.waveform.tobytes()).hexdigest()
+        parts += [sample.id, sample.question, str(sample.solution), waveform]
+    return {"config": asdict(config), "inputs": fingerprint(parts)}

@@ -1,4 +1,7 @@
-"""Prints one value of a run's configuration: ``python -m examples.slurm.setting model.checkpoint --config FILE [a.b=value …]``, for scripts."""
+"""Print one value of a run's configuration, for scripts.
+
+``python -m examples.slurm.setting model.checkpoint --config FILE [a.b=value …]``
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from megatron_cord.runtime import entry
 
 
 def main() -> None:
-    """Entry point."""
+    """Print the value of the key that the first argument names."""
     from megatron_cord.trainer.config import RunConfig
 
     key, *rest = sys.argv[1:]

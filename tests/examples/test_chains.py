@@ -1,4 +1,4 @@
-"""Chains of sums: right answers however many mistakes they mend, a closed vocabulary, a split without overlap, and a task of their own."""
+"""Chains of sums: right answers after any number of corrections, a closed vocabulary, and a split without overlap."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def questions() -> list[Question]:
 
 
 def test_every_answer_ends_rightly(questions: list[Question]) -> None:
-    """Catches a mistake that is not mended, a step from another value than the last, and an answer that the reward would not find."""
+    """Catches a mistake without a correction, a step from another value, and an answer that is not found."""
     for question in questions:
         words = question.text.split()[-(2 * STEPS + 1) :]
         value = NUMBERS[words[0]]
@@ -53,7 +53,7 @@ def test_every_answer_ends_rightly(questions: list[Question]) -> None:
 
 
 def test_mistakes_are_as_frequent_as_configured_and_really_wrong(questions: list[Question]) -> None:
-    """Catches a teacher that is not soft, and a "no" after a right step, which would teach to doubt."""
+    """Catches a teacher that is not soft, and a "no" after a right step."""
     mistakes = 0
     for question in questions:
         parts = question.solution.split(" . ")
@@ -69,7 +69,8 @@ def test_mistakes_are_as_frequent_as_configured_and_really_wrong(questions: list
     assert mistakes / (STEPS * len(questions)) == pytest.approx(MISTAKES, abs=0.03)
     chain = Chain(5, (("plus", 3), ("minus", 2), ("plus", 1), ("plus", 1)))
     assert solution(chain, np.random.default_rng(0), mistakes=0.0) == (
-        "five plus three is eight . eight minus two is six . six plus one is seven . seven plus one is eight . the answer is 8"
+        "five plus three is eight . eight minus two is six . six plus one is seven . seven plus one is eight "
+        ". the answer is 8"
     )
 
 
@@ -80,7 +81,7 @@ def test_answers_are_long(questions: list[Question]) -> None:
 
 
 def test_nothing_held_out_is_trained_on() -> None:
-    """Catches a chain in both sets, whatever the seed and the phrasing, and a rule that holds out one ending or one beginning only."""
+    """Catches a chain in both sets, in any seed and phrasing, and a rule that holds out one beginning only."""
     train = {question.text.split()[-9:][0] for question in draw_questions(500, 0, held_out=False)}
     sets = [
         {" ".join(q.text.split()[-(2 * STEPS + 1) :]) for q in draw_questions(500, seed, held_out=held_out)}
@@ -112,14 +113,16 @@ def test_the_same_for_the_same_seed() -> None:
 
 
 def test_spoken_as_a_task_of_their_own(tmp_path: Path) -> None:
-    """Catches chains in a directory of sums taken for one another, held-out chains in training, and utterances beyond the encoder's window."""
+    """Catches chains taken for sums, held-out chains in training, and utterances beyond the encoder's window."""
     made = {
         split: synthesize(SynthesisConfig(split, count=12, max_seconds=4.0), tmp_path / split, questions=CHAINS)  # type: ignore[arg-type]
         for split in ("train", "heldout")
     }
     assert all(manifest.source["task"] == "chains" for manifest in made.values())
-    heard = {split: [ShardDataset(tmp_path / split)[i] for i in range(12)] for split in made}
-    assert [s.question for s in heard["heldout"]] == [q.text for q in draw_questions(12, 0, held_out=True)]
-    assert all(s.solution and s.answer and s.solution.endswith(s.answer) for s in (*heard["train"], *heard["heldout"]))
+    spoken = {split: [ShardDataset(tmp_path / split)[i] for i in range(12)] for split in made}
+    assert [s.question for s in spoken["heldout"]] == [q.text for q in draw_questions(12, 0, held_out=True)]
+    assert all(
+        s.solution and s.answer and s.solution.endswith(s.answer) for s in (*spoken["train"], *spoken["heldout"])
+    )
     with pytest.raises(CordError, match="task = 'chains', not 'sums'"):
         synthesize(SynthesisConfig("train", count=12, max_seconds=4.0), tmp_path / "train")

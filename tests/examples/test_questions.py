@@ -48,25 +48,25 @@ def test_vocabulary_is_closed_and_fixed() -> None:
 
 
 def test_split_is_by_problem() -> None:
-    """Would catch a held-out problem that is heard in training, in any phrasing."""
+    """Would catch a held-out problem that is in training, in any phrasing."""
     split = split_problems(seed=3)
     assert not set(split.train) & set(split.held_out)
     assert set(split.train) | set(split.held_out) == set(all_problems())
     assert len(split.held_out) == 58
     assert {problem.operation for problem in split.held_out} == {"plus", "minus"}
-    heard = {question.text for question in training_questions(2000, seed=0, split_seed=3)}
-    asked = {question.text for question in heldout_questions(400, seed=0, split_seed=3)}
-    assert not heard & asked
+    trained = {question.text for question in training_questions(2000, seed=0, split_seed=3)}
+    evaluated = {question.text for question in heldout_questions(400, seed=0, split_seed=3)}
+    assert not trained & evaluated
 
 
 def test_split_and_order_are_pinned() -> None:
-    """Would catch a shuffle that changes with the version of numpy or Python: old shards would leak held-out problems."""
+    """Would catch a shuffle that changes with the version of numpy or Python: held-out problems would leak."""
     assert permutation(8, 1, 2).tolist() == [5, 6, 3, 2, 1, 0, 4, 7]
     assert [question.id for question in heldout_questions(3, seed=0)] == ["plus-1-12-3", "plus-14-15-0", "minus-12-1-2"]
 
 
 def test_no_question_twice_before_all_came_once() -> None:
-    """Would catch sampling with replacement, which leaves problems unheard."""
+    """Would catch sampling with replacement, which leaves problems out."""
     drawn = training_questions(2672, seed=5)
     assert len({question.id for question in drawn[:1336]}) == 1336
     assert [question.id for question in drawn[:1336]] != [question.id for question in drawn[1336:]]

@@ -1,4 +1,4 @@
-"""The quickstart's checkpoint is what transformers takes for a real one."""
+"""The quickstart's checkpoint, loaded and used by transformers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_loads_without_a_complaint(directory: Path, caplog: pytest.LogCaptureFix
 
 
 def test_published_names_and_values_come_through(directory: Path) -> None:
-    """Catches a renamed tensor, a lost scale of the sinusoids, and transformers' own 0.02 initialisation."""
+    """Catches a renamed tensor, a lost scale of the sinusoids, and transformers' own 0.02 initialization."""
     saved = load_file(directory / "model.safetensors")
     assert not [name for name in saved if name.startswith(("language_model.model.model.", "model."))]
     model = Qwen2AudioForConditionalGeneration.from_pretrained(directory)
@@ -64,7 +64,7 @@ def test_same_seed_same_file(directory: Path, tmp_path: Path) -> None:
 
 
 def test_processor_prompts_and_generates(directory: Path) -> None:
-    """Catches a chat template or an extractor that Qwen2-Audio's own processor cannot use, and a window that misfits the encoder."""
+    """Catches a chat template or an extractor that Qwen2-Audio's processor cannot use, and a window that misfits."""
     processor: Any = AutoProcessor.from_pretrained(directory)
     model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(directory)
     turns = [{"role": "user", "content": [{"type": "audio", "audio_url": "clip"}]}]

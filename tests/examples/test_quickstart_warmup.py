@@ -50,7 +50,7 @@ def questions() -> list[Question]:
 
 
 def spoken() -> list[Sample]:
-    """Each question as a chord of its own: enough to tell them apart."""
+    """Make a chord for each question, which tells them apart."""
     seconds = np.arange(16000) / 16000
     return [
         Sample(
@@ -64,7 +64,7 @@ def spoken() -> list[Sample]:
 
 
 def test_it_learns_to_read_and_to_hear(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Catches targets shifted by one, a loss that misses the audio, and a checkpoint that no longer loads; the sinusoids stay."""
+    """Catches targets shifted by one, a loss without the audio, trained sinusoids, and a checkpoint that is broken."""
     with caplog.at_level(logging.WARNING):
         warm_up(checkpoint, tmp_path / "warm", SHORT, questions(), spoken())
         report: Any = Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path / "warm", output_loading_info=True)
@@ -80,9 +80,7 @@ def test_it_learns_to_read_and_to_hear(checkpoint: Path, tmp_path: Path, caplog:
 
 
 def test_same_inputs_same_weights_and_no_second_run(checkpoint: Path, tmp_path: Path) -> None:
-    """Catches an order drawn from a global generator, sums that depend on the number of threads, and a warm-up that starts over each time the
-    quickstart runs.
-    """
+    """Catches an order from a global generator, sums that depend on the threads, and a warm-up made twice."""
     config = replace(SHORT, text_steps=2, mixed_steps=2)
     torch.manual_seed(1)
     warm_up(checkpoint, tmp_path / "a", config, questions(), spoken())
@@ -121,7 +119,7 @@ def test_complete_or_invisible(checkpoint: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_recited_answers_come_without_their_question(checkpoint: Path) -> None:
-    """Catches a question that is still there to compute from, a cut that takes more than the question, and one in the wrong place."""
+    """Catches a question that stays in the prompt, a cut of more than the question, and one in the wrong place."""
     builder = PromptBuilder(checkpoint)
     for sample in spoken():
         example = warmup._example(builder, sample, builder.text_prompt(sample))
@@ -136,7 +134,7 @@ def test_recited_answers_come_without_their_question(checkpoint: Path) -> None:
 
 
 def test_no_bars_but_its_own(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches transformers' "Loading weights" on the terminal, and its bars left off for whoever comes after."""
+    """Catches transformers' "Loading weights" on the terminal, and its bars that stay off afterwards."""
     transformers_logging.enable_progress_bar()
     warm_up(checkpoint, tmp_path / "warm", replace(SHORT, text_steps=1, mixed_steps=1), questions(), spoken())
     LocalEngine(tmp_path / "warm")

@@ -1,4 +1,4 @@
-"""Spoken sets: nothing held out is heard in training, and a set is made once and the same every time."""
+"""Spoken sets: nothing held out is in training, and a set is made once and the same every time."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_no_voice_is_in_training_and_evaluation() -> None:
 
 
 def test_made_again_bit_for_bit(tmp_path: Path) -> None:
-    """Would catch a set that depends on the day, or on what the process said before."""
+    """Would catch a set that depends on the day, or on what the process spoke before."""
     config = SynthesisConfig("train", count=60, seed=4)
     assert synthesize(config, tmp_path / "a") == synthesize(config, tmp_path / "b")
     other = synthesize(replace(config, seed=5), tmp_path / "c")
@@ -62,7 +62,7 @@ def test_made_again_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_twice_does_nothing_and_other_arguments_are_refused(tmp_path: Path) -> None:
-    """Would catch minutes lost on a set that is there, and a set that is not what was asked for."""
+    """Would catch minutes lost on a set that is there, and a set of other arguments."""
     config = SynthesisConfig("warmup", count=3)
     manifest = synthesize(config, tmp_path)
     before = (tmp_path / "shard-000000.tar").stat().st_mtime_ns

@@ -1,4 +1,7 @@
-"""`python tests/fuzz/guided.py NAME SECONDS` fuzzes one of the targets with atheris, guided by coverage (pip install atheris; it is no dependency)."""
+"""`python tests/fuzz/guided.py NAME SECONDS` fuzzes one of the targets with atheris, guided by coverage.
+
+Needs `pip install atheris`, which is no dependency.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ with atheris.instrument_imports(
 
 
 def main() -> None:
-    """Ends after so many seconds; libFuzzer prints what breaks a target, and leaves with a status other than 0."""
+    """Fuzz for so many seconds; libFuzzer prints what breaks a target, and exits with a status other than 0."""
     name, seconds = sys.argv[1], sys.argv[2]
     options = [
         f"-max_total_time={seconds}",

@@ -1,4 +1,4 @@
-"""What is fuzzed: each target takes bytes as a user's file would bring them, and may raise nothing but CordError."""
+"""The targets of fuzzing: each takes bytes as of a user's file, and may raise nothing but CordError."""
 
 from __future__ import annotations
 
@@ -34,52 +34,52 @@ def _file(name: str, content: bytes) -> Path:
 
 
 def shard(content: bytes) -> None:
-    """A tar that claims to be a shard."""
+    """Read a tar as a shard."""
     dataset = ShardDataset(_file("x.tar", content), max_skipped=0.99)
     for index in range(len(dataset)):
         dataset[index]
 
 
 def manifest(content: bytes) -> None:
-    """A directory's manifest."""
+    """Read a directory's manifest."""
     _file("manifest.json", content)
     Manifest.read(_folder())
 
 
 def wav(content: bytes) -> None:
-    """A recording in a shard."""
+    """Decode a recording of a shard."""
     decode_wav(content, "x")
 
 
 def recording(content: bytes) -> None:
-    """A recording of a benchmark, of any format."""
+    """Decode a recording of a benchmark, of any format."""
     decode_audio(content, "x")
 
 
 def jsonl(content: bytes) -> None:
-    """Written questions."""
+    """Read written questions."""
     read_questions(_file("x.jsonl", content))
 
 
 def json_array(content: bytes) -> None:
-    """A benchmark's rows in one array."""
+    """Read a benchmark's rows in one array."""
     load_set(SetConfig(str(_file("x.json", content)), "mmau"))
 
 
 def config(content: bytes) -> None:
-    """A run's configuration."""
+    """Load a run's configuration."""
     load_config(RunConfig, _file("x.yaml", content))
 
 
 def override(content: bytes) -> None:
-    """A setting on the command line."""
+    """Apply a setting of the command line."""
     load_config(
         RunConfig, None, ["output_dir=o", "model.checkpoint=c", content.decode("utf-8", errors="surrogateescape")]
     )
 
 
 def text(content: bytes) -> None:
-    """A question to be spoken."""
+    """Verbalize a question."""
     try:
         said = verbalize(content.decode("utf-8", errors="replace"))
     except UnspeakableError:
@@ -88,7 +88,7 @@ def text(content: bytes) -> None:
 
 
 def answers(content: bytes) -> None:
-    """What a model says, and what it is compared with."""
+    """Compare a response with a reference."""
     first, _, second = content.decode("utf-8", errors="replace").partition("|")
     extract_answer(first)
     extract_answer(first, choices=("iron", "wood", second))
@@ -104,9 +104,11 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 
 def attempt(name: str, content: bytes) -> None:
-    """Runs a target; a CordError is how a user hears of it."""
+    """Run a target, which may raise a CordError of one line."""
+    message = "nothing was raised"
     try:
         TARGETS[name](content)
     except CordError as error:
-        # A setting's own name may have lines in it.
-        assert str(error) and (name == "override" or "\n" not in str(error).strip()), f"{error!r} is no single line"
+        message = str(error).strip()
+    # A setting's own name may have lines in it.
+    assert message and (name == "override" or "\n" not in message), f"{message!r} is no single line"

@@ -65,7 +65,10 @@ SEEDS: dict[str, bytes] = {
     "recording": _wav(),
     "jsonl": (json.dumps(ROW) + "\n").encode() * 2,
     "json_array": json.dumps([ROW, ROW]).encode(),
-    "config": b"output_dir: o\nmodel: {checkpoint: c, freeze: [adapter]}\nevaluation:\n  sets:\n    x: {path: p, samples: 3}\n",
+    "config": (
+        b"output_dir: o\nmodel: {checkpoint: c, freeze: [adapter]}\n"
+        b"evaluation:\n  sets:\n    x: {path: p, samples: 3}\n"
+    ),
     "override": b"evaluation.sets.x.path=p",
     "text": rb"Let $x^2 = \sqrt[3]{8} \cdot 1/2$, at 3:30 for $5.20 (about 1,000 %).",
     "answers": rb"So \boxed{\frac{1}{2}} #### 12 the answer is (B)|12",
@@ -83,7 +86,7 @@ PIECES = st.binary(max_size=6) | st.sampled_from(
     whole=st.booleans(),
 )
 def test_broken_files(name: str, edits: list[tuple[float, int, bytes]], end: float, whole: bool) -> None:
-    """Catches any exception but CordError, and a message of several lines, on a file with bytes changed, put in, or cut off."""
+    """Catches any exception but CordError, and a message of several lines, on files changed or cut at random."""
     content = bytearray(SEEDS[name])
     for place, removed, piece in edits:
         start = round(place * len(content))
