@@ -106,7 +106,8 @@ PROGRAMS = list(dict.fromkeys(program for line in LINES for program in programs(
 def loaded(name: str) -> ModuleType:
     """Return a module by its name, or by the path of its script."""
     if not SCRIPT.fullmatch(name):
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
+        return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
     spec = importlib.util.spec_from_file_location(name.removesuffix(".py").replace("/", "."), ROOT / name)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -309,7 +310,7 @@ def test_wrong_keys_are_caught(tmp_path: Path) -> None:
         "metrics.wandb.mode=offline",
         "reward.terms",
         "data.loader.SampleLoader",
-        "rollout.record_file",
+        "rollout.rollout_file",
     ):
         check_keys(right)
     for wrong in ("train.step", "see rollout.temprature", "alerts.windows=3"):
