@@ -1,18 +1,18 @@
-"""Audio features: audio-seconds a second, ours beside transformers' WhisperFeatureExtractor in the same run.
+"""Audio features: audio-seconds a second, beside transformers' WhisperFeatureExtractor in the same run.
 
     python -m benchmarks.features [--seconds 3] [--turns 3] [--output benchmarks/results/features.json]
 
-Batches of 16 clips of noise, all of one length (3, 10 or 30 s), or of the lengths that spoken questions have (2 to 20 s), with Qwen2-Audio's settings
-(128 mels, a window of 30 s). Each rival may use two cores in the way that is best for it: transformers with two threads of torch, or called
-clip by clip from two threads of Python, whichever is faster; ours as the loader calls it, from two threads; DALI, where it is installed, with two
-threads of its own. Turns alternate between the rivals, and medians are compared. The largest difference from transformers' features is
-measured on the way.
+Batches of 16 clips of noise, all of one length (3, 10 or 30 s), or of the lengths that spoken questions have (2 to
+20 s), with Qwen2-Audio's settings (128 mels, a window of 30 s). Each implementation may use two cores in the way that
+is best for it: transformers with two threads of torch, or called clip by clip from two threads of Python, whichever is
+faster; this project's as the loader calls it, from two threads; DALI, where it is installed, with two threads of its
+own. Turns alternate between the implementations, and medians are compared. The largest difference from transformers'
+features is measured on the way.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
 import statistics
@@ -28,6 +28,7 @@ from transformers import WhisperFeatureExtractor
 
 from megatron_cord.data.features import FeatureConfig, TorchFeatures
 from megatron_cord.runtime.entry import Parser, run
+from megatron_cord.runtime.files import write_json
 
 RATE = 16000
 CONFIG = FeatureConfig(n_mels=128)
@@ -35,22 +36,23 @@ Extract = Callable[[Sequence[np.ndarray]], Sequence[object]]
 
 
 def clips(kind: str) -> list[np.ndarray]:
-    """Sixteen of them, float32 [samples]."""
+    """Return sixteen clips, float32 [samples]."""
     rng = np.random.default_rng(0)
     lengths = rng.uniform(2.0, 20.0, size=16) if kind == "questions" else np.full(16, float(kind))
     return [(0.1 * rng.standard_normal(round(seconds * RATE))).clip(-1, 1).astype(np.float32) for seconds in lengths]
 
 
-def rivals(pool: ThreadPoolExecutor) -> dict[str, tuple[int, Extract]]:
-    """By name: how many threads torch gets, and what makes a batch's features."""
-    reference, ours = WhisperFeatureExtractor(feature_size=CONFIG.n_mels), TorchFeatures(CONFIG)
+def implementations(pool: ThreadPoolExecutor) -> dict[str, tuple[int, Extract]]:
+    """Return by name the number of torch's threads, and a function that makes a batch's features."""
+    reference = WhisperFeatureExtractor(feature_size=CONFIG.n_mels)  # type: ignore[no-untyped-call]
+    torch_features = TorchFeatures(CONFIG)
 
     def one(clip: np.ndarray) -> object:
         return reference(clip, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True)["input_features"][0]
 
     def halves(batch: Sequence[np.ndarray]) -> Sequence[object]:
         parts = pool.map(
-            lambda part: ours(part, [""] * len(part), [RATE] * len(part)),
+            lambda part: torch_features(part, [""] * len(part), [RATE] * len(part)),
             (batch[: len(batch) // 2], batch[len(batch) // 2 :]),
         )
         return [features.log_mel for part in parts for features in part]
@@ -72,16 +74,16 @@ def rivals(pool: ThreadPoolExecutor) -> dict[str, tuple[int, Extract]]:
 
 
 def measure(seconds: float, turns: int) -> dict[str, dict[str, float]]:
-    """Audio-seconds a second by kind of clips and rival."""
+    """Return audio-seconds a second by kind of clips and implementation."""
     results: dict[str, dict[str, float]] = {}
     with ThreadPoolExecutor(2) as pool:
-        contestants = rivals(pool)
+        candidates = implementations(pool)
         for kind in ("3", "10", "30", "questions"):
             batch = clips(kind)
             audio = sum(len(clip) for clip in batch) / RATE
-            rates: dict[str, list[float]] = {name: [] for name in contestants}
+            rates: dict[str, list[float]] = {name: [] for name in candidates}
             for _ in range(turns):
-                for name, (threads, extract) in contestants.items():
+                for name, (threads, extract) in candidates.items():
                     torch.set_num_threads(threads)
                     extract(batch)
                     begun, rounds = time.perf_counter(), 0
@@ -93,13 +95,13 @@ def measure(seconds: float, turns: int) -> dict[str, dict[str, float]]:
             best = max(value for name, value in results[kind].items() if name.startswith("transformers"))
             results[kind] |= {
                 f"{name} / transformers": round(results[kind][name] / best, 2)
-                for name in contestants
+                for name in candidates
                 if "transf" not in name
             }
-            expected = contestants["transformers, two threads of torch"][1](batch)
-            for name in contestants:
+            expected = candidates["transformers, two threads of torch"][1](batch)
+            for name in candidates:
                 if "transf" not in name:
-                    found = contestants[name][1](batch)
+                    found = candidates[name][1](batch)
                     worst = max(
                         float((torch.as_tensor(a) - torch.as_tensor(b)).abs().max())
                         for a, b in zip(found, expected, strict=True)
@@ -110,6 +112,7 @@ def measure(seconds: float, turns: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--turns", type=int, default=3)
@@ -122,7 +125,7 @@ def main() -> None:
         "unit": "audio-seconds a second; batches of 16 clips of 3, 10 and 30 s, and of 2 to 20 s (questions)",
         "results": measure(arguments.seconds, arguments.turns),
     }
-    arguments.output.write_text(json.dumps(made, indent=1) + "\n")
+    write_json(arguments.output, made)
 
 
 if __name__ == "__main__":

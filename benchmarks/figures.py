@@ -1,4 +1,4 @@
-"""What benchmarks say of their machine, and where their figures go."""
+"""The machine and the figures of a benchmark."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_cord.runtime.files import write_json
+
 
 def processor() -> str:
-    """Its name as the system gives it."""
+    """Return the name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def publish(result: Mapping[str, Any], file: Path | None) -> None:
-    """Prints the figures as JSON, and writes them to the file if there is one."""
-    text = json.dumps(result, indent=1)
-    print(text)
+    """Print the figures as JSON, and write them to the file if there is one."""
+    print(json.dumps(result, indent=1))
     if file:
-        file.write_text(text + "\n")
+        write_json(file, result)

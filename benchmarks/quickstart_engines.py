@@ -1,4 +1,4 @@
-"""The quickstart on SGLang servers beside the same on the local engine: accuracies, and final answers one by one.
+"""The quickstart on SGLang servers beside the local engine: accuracies during training, and the final answers.
 
     python -m benchmarks.quickstart_engines LOCAL_RUN SGLANG_RUN [LOCAL_RUN SGLANG_RUN …] [--output FILE]
 
@@ -21,23 +21,23 @@ from megatron_cord.runtime.entry import Parser, run
 
 
 def evaluations(directory: Path) -> list[dict[str, Any]]:
-    """Of a run, in their order."""
+    """Read the evaluations of a run, in their order."""
     return [read_result(file) for file in heldout_files(directory).values()]
 
 
 def right(evaluation: dict[str, Any]) -> dict[str, bool]:
-    """Which spoken questions were answered rightly."""
+    """Return for each spoken question whether it was answered rightly."""
     return {answer["id"]: answer["audio_correct"] for answer in evaluation["answers"]}
 
 
 def compare(pairs: list[tuple[Path, Path]]) -> dict[str, Any]:
-    """All pairs, and McNemar's test of their final answers together."""
+    """Compare all pairs; test their final answers together with McNemar's test."""
     found: list[dict[str, Any]] = []
     outcomes: list[tuple[bool, bool]] = []
     for local, sglang in pairs:
         runs = {"local": evaluations(local), "sglang": evaluations(sglang)}
-        ours, theirs = (right(run[-1]) for run in runs.values())
-        outcomes += [(ours[question], theirs[question]) for question in ours]
+        on_local, on_sglang = (right(run[-1]) for run in runs.values())
+        outcomes += [(on_local[question], on_sglang[question]) for question in on_local]
         lines = [json.loads(line) for line in (sglang / "metrics.jsonl").read_text().splitlines()]
         found.append(
             {
@@ -46,8 +46,8 @@ def compare(pairs: list[tuple[Path, Path]]) -> dict[str, Any]:
                 },
                 "lowest_text_accuracy": min(e["text_accuracy"] for run in runs.values() for e in run),
                 "gap_closed": {name: 1 - run[-1]["gap"] / run[0]["gap"] for name, run in runs.items()},
-                "right_only_local": sum(ours[q] and not theirs[q] for q in ours),
-                "right_only_sglang": sum(theirs[q] and not ours[q] for q in ours),
+                "right_only_local": sum(on_local[q] and not on_sglang[q] for q in on_local),
+                "right_only_sglang": sum(on_sglang[q] and not on_local[q] for q in on_local),
                 "largest_engine_logprob_difference": max(
                     line.get("engine_logprob_difference_max") or 0.0 for line in lines
                 ),
@@ -67,7 +67,7 @@ def compare(pairs: list[tuple[Path, Path]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the comparison."""
     parser = Parser(
         description="Compares quickstarts on SGLang servers with those on the local engine.", allow_abbrev=False
     )

@@ -2,14 +2,17 @@
 
     python -m benchmarks.train [--trl-python PATH] [--output benchmarks/results/train.json]
 
-TRL (the extra `bench`) may live in an environment of its own: PATH is its interpreter. Its GKD trainer knows text alone, so both train the same
-language model on the same text prompts, and ours leaves its audio tower idle. Both do the whole of an on-policy step with the same numbers:
-read the prompts, sample one response each at temperature 1 from the current weights, score it with a second model as the teacher, take the
-reverse KL over the whole vocabulary at every token of the response, update with AdamW, fp32, one process, one thread, no accumulation. Ours then
-also copies the weights into its engine, which TRL need not: it generates from the model that it trains.
+TRL (the extra `bench`) may live in an environment of its own: PATH is its interpreter. Its GKD trainer takes text
+alone, so both train the same language model on the same text prompts, and the audio tower stays idle. Both do the whole
+of an on-policy step with the same numbers: tokenize the prompts, sample one response each at temperature 1 from the
+current weights, score it with a second model as the teacher, take the reverse KL over the whole vocabulary at every
+token of the response, update with AdamW, fp32, one process, one thread, no accumulation. megatron_cord then also copies
+the weights into its engine, which TRL need not: it generates from the model that it trains.
 
-On a CPU, seconds are those of the process's one thread, so that other programs on the machine do not count. The two take turns; each round is a process of its own, its first steps are left out, and the median of the rounds counts. The divergence of the
-first step, whose weights are equal, is given for both: it shows that they compute the same thing, up to the sampling.
+On a CPU, seconds are those of the process's one thread, so that other programs on the machine do not count. The two
+take turns; each round is a process of its own, its first steps are left out, and the median of the rounds counts. The
+divergence of the first step, whose weights are equal, is given for both: it shows that they compute the same quantity,
+up to the sampling.
 """
 
 from __future__ import annotations
@@ -39,7 +42,10 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the language model: Qwen2-Audio-7B's proportions (vocabulary to width 38, feed-forward to width 2.7) at a width for a CPU."""
+    """The language model: Qwen2-Audio-7B's proportions, at a width for a CPU.
+
+    Vocabulary to width is 38, feed-forward to width 2.7.
+    """
 
     vocabulary: int = 9984
     hidden_size: int = 256
@@ -49,17 +55,22 @@ class Sizes:
 
 
 def write_models(directory: Path, sizes: Sizes) -> None:
-    """`student` and `teacher`: Qwen2-Audio checkpoints with different random weights and one vocabulary."""
+    """Write `student` and `teacher`: Qwen2-Audio checkpoints with different random weights and one vocabulary."""
     config = TinyModelConfig(
-        hidden_size=sizes.hidden_size, layers=sizes.layers, heads=sizes.heads, kv_heads=sizes.heads, ffn_size=sizes.ffn_size, max_positions=1024
-    )  # fmt: skip
+        hidden_size=sizes.hidden_size,
+        layers=sizes.layers,
+        heads=sizes.heads,
+        kv_heads=sizes.heads,
+        ffn_size=sizes.ffn_size,
+        max_positions=1024,
+    )
     words = [f"w{i}" for i in range(sizes.vocabulary - 9)]  # the rest are special tokens and roles
     for seed, name in enumerate(("student", "teacher")):
         create_checkpoint(directory / name, config, words, seed=seed)
 
 
 def write_prompts(path: Path, setting: Setting, sizes: Sizes) -> None:
-    """A question a line, of random words, for every step."""
+    """Write the questions of all steps, of random words, one a line."""
     rng = np.random.default_rng(0)
     count = setting.prompts * (setting.skipped_steps + setting.steps)
     lengths = rng.integers(setting.shortest, setting.longest + 1, size=count)
@@ -69,7 +80,7 @@ def write_prompts(path: Path, setting: Setting, sizes: Sizes) -> None:
 
 
 def measure(module: str, python: str, work: Path, setting: Setting) -> dict[str, Any]:
-    """One round of one trainer in a process of its own: what it prints as its last line."""
+    """Run one round of one trainer in a process of its own; return the figures of its last line."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -80,18 +91,20 @@ def measure(module: str, python: str, work: Path, setting: Setting) -> dict[str,
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1800)
     if done.returncode != 0:
         raise CordError(
-            f"{module} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}; for TRL: pip install -e '.[bench]', --trl-python"
+            f"{module} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}; "
+            "for TRL: pip install -e '.[bench]', --trl-python"
         )
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
 
 
 def median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The round whose tokens a second are the middle one's."""
+    """Return the round whose tokens a second are the middle one's."""
     return sorted(rounds, key=lambda r: r["response_tokens_per_second"])[(len(rounds) - 1) // 2]
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the benchmark."""
     parser = Parser(description="Measures training throughput beside TRL's GKD trainer.", allow_abbrev=False)
     parser.add_argument(
         "--trl-python", metavar="PATH", default=sys.executable, help="interpreter with TRL (default: this one)"
@@ -129,7 +142,7 @@ def main() -> None:
         | {"python": platform.python_version()},
     }
     publish(result, arguments.output)
-    print(f"{statistics.median(result['ratio_of_rounds']):.2f} × TRL's tokens a second", file=sys.stderr)  # type: ignore[type-var]
+    print(f"{statistics.median(result['ratio_of_rounds']):.2f} × TRL's tokens a second", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Our side of `benchmarks.train`: the trainer's own parts, put together as `megatron_cord.train` does, on text prompts.
+"""This project's side of `benchmarks.train`: the trainer's parts as `megatron_cord.train` uses them, on text prompts.
 
-Prints one line of JSON. `teacher`, `optimizer` and `loss` are taken out of the step's time, the rest is `student`; the loss's gradient with respect to the logits
-is formed in its forward pass, so most of its time is in `loss`, the rest in `student`.
+It prints one line of JSON. `teacher`, `optimizer` and `loss` are taken out of the step's time, the rest is `student`;
+the gradient of the loss with respect to the logits is formed in its forward pass, so most of its time is in `loss`, the
+rest in `student`.
 """
 
 from __future__ import annotations
@@ -39,18 +40,29 @@ from megatron_cord.trainer.step.teacher import Teacher
 
 
 def configuration(work: Path, setting: Setting) -> RunConfig:
-    """On-policy reverse KL alone; the audio tower idle."""
-    return load_config(RunConfig, None, [
-        f"output_dir={work}", f"model.checkpoint={work / 'student'}", "model.dtype=float32", "model.freeze=[audio_encoder,adapter]",
-        "data.train=none", "data.evaluation=none", f"rollout.prompts_per_step={setting.prompts}", f"rollout.max_new_tokens={setting.new_tokens}",
-        "rollout.policy_prompts_per_step=0", "objective.policy_gradient.enabled=false", "objective.token_weights.factors=uniform",
-        "objective.normalization=token", f"optimizer.learning_rate={setting.learning_rate}", f"train.micro_batch_size={setting.prompts}",
+    """Configure on-policy reverse KL alone, the audio tower idle."""
+    settings = [
+        f"output_dir={work}",
+        f"model.checkpoint={work / 'student'}",
+        "model.dtype=float32",
+        "model.freeze=[audio_encoder,adapter]",
+        "data.train=none",
+        "data.evaluation=none",
+        f"rollout.prompts_per_step={setting.prompts}",
+        f"rollout.max_new_tokens={setting.new_tokens}",
+        "rollout.policy_prompts_per_step=0",
+        "objective.policy_gradient.enabled=false",
+        "objective.token_weights.factors=uniform",
+        "objective.normalization=token",
+        f"optimizer.learning_rate={setting.learning_rate}",
+        f"train.micro_batch_size={setting.prompts}",
         f"train.steps={setting.skipped_steps + setting.steps}",
-    ])  # fmt: skip
+    ]
+    return load_config(RunConfig, None, settings)
 
 
 def timed(clock: Clock, name: str, function: Any) -> Any:
-    """The function, its time added to a phase; on a GPU until its kernels have ended."""
+    """Wrap a function so that its time is added to a phase; on a GPU until its kernels have ended."""
 
     def call(*arguments: Any, **options: Any) -> Any:
         with clock.phase(name):
@@ -63,7 +75,7 @@ def timed(clock: Clock, name: str, function: Any) -> Any:
 
 
 def main() -> None:
-    """Entry point."""
+    """Train and print the figures."""
     work, setting = Path(sys.argv[1]), Setting(**json.loads(sys.argv[2]))
     config, clock = configuration(work, setting), Clock(wall=portability.has_cuda())
     layout = initialize(config.parallel, config.seed)
@@ -121,13 +133,20 @@ def main() -> None:
 def report(
     config: RunConfig, setting: Setting, clock: Clock, seconds: float, responses: int, read: int
 ) -> dict[str, Any]:
-    """Figures of the timed steps; model FLOP utilisation where the device's peak is known."""
+    """Return figures of the timed steps, with model FLOP utilisation where the device's peak is known."""
     sequences = setting.prompts * setting.steps
     length = (responses + read) // sequences
     work = Work(
-        sequences=sequences, scored=sequences, student_tokens=length, teacher_tokens=length, response_tokens=responses // sequences, clips=0, dp=1,
-        microbatches=setting.steps, micro_batch=setting.prompts,
-    )  # fmt: skip
+        sequences=sequences,
+        scored=sequences,
+        student_tokens=length,
+        teacher_tokens=length,
+        response_tokens=responses // sequences,
+        clips=0,
+        dp=1,
+        microbatches=setting.steps,
+        micro_batch=setting.prompts,
+    )
     flops, _ = train_flops(config, load_architecture(config.model.checkpoint), work)
     training = sum(clock.phases[name] for name in ("teacher", "student", "loss", "optimizer"))
     peak = peak_of(torch.cuda.get_device_name()) if portability.has_cuda() else None

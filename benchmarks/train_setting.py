@@ -1,4 +1,4 @@
-"""What both trainers of `benchmarks.train` are told, and the clock that both use. It imports neither of them."""
+"""The setting and the clock of both trainers of `benchmarks.train`. It imports neither of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Setting:
-    """Of one run. Prompts are twice as long as responses: 10 s of audio are 250 tokens, a response at most 200."""
+    """One run. Prompts are twice as long as responses: 10 s of audio are 250 tokens, a response at most 200."""
 
     prompts: int = 16  #: a step, one response each
     shortest: int = 96  #: words of a question
@@ -23,8 +23,10 @@ class Setting:
 
 
 class Clock:
-    """Seconds by phase, of the steps that are timed: of this process's CPU, so that other programs on the machine do not count; with
-    ``wall``, for work that a GPU does, by the clock on the wall.
+    """Seconds by phase, of the steps that are timed.
+
+    CPU seconds of this process, so that other programs on the machine do not count; with ``wall``, for work on a GPU,
+    wall-clock seconds.
     """
 
     def __init__(self, *, wall: bool) -> None:
@@ -34,16 +36,16 @@ class Clock:
         self._begun = 0.0
 
     def start(self) -> None:
-        """From here on time counts."""
+        """Begin to count."""
         self.running, self._begun = True, self._now()
 
     def seconds(self) -> float:
-        """Since the start."""
+        """Return the seconds since the start."""
         return self._now() - self._begun
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds what happens inside to a phase."""
+        """Add the time of the block to a phase."""
         begun = self._now()
         yield
         if self.running:

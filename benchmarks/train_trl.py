@@ -1,8 +1,9 @@
-"""TRL's side of `benchmarks.train`: its GKD trainer on the language model of the same checkpoints. Prints one line of JSON.
+"""TRL's side of `benchmarks.train`: its GKD trainer on the language model of the same checkpoints.
 
-Its options are set to the same work as ours, and otherwise to what makes it fastest here: all on-policy (lmbda 1), reverse KL (beta 1), no gradient
-checkpointing (which would also turn the cache of generation off), no reports. Phases are timed around its own methods; `student` is the forward
-pass, teacher and loss included, as they are one method there, and `backward` all that remains.
+It prints one line of JSON. Its options are set to the same work as megatron_cord's, and otherwise to what makes it
+fastest here: all on-policy (lmbda 1), reverse KL (beta 1), no gradient checkpointing (which would also turn the cache
+of generation off), no reports. Phases are timed around its own methods; `student` is the forward pass, teacher and loss
+included, as they are one method there, and `backward` all that remains.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.train_setting import Clock, Setting
 
 
 def language_model(checkpoint: Path) -> Qwen2ForCausalLM:
-    """The language model inside a Qwen2-Audio checkpoint."""
+    """Load the language model inside a Qwen2-Audio checkpoint."""
     config = Qwen2Config(**json.loads((checkpoint / "config.json").read_text())["text_config"])
     model = Qwen2ForCausalLM(config)
     prefix = "language_model."
@@ -48,7 +49,7 @@ class TimedTrainer(GKDTrainer):
         self.first_divergence: float | None = None
 
     def generate_on_policy_outputs(self, *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
-        """Timed and counted."""
+        """Time and count the responses."""
         with self.clock.phase("rollout"):
             ids, mask, labels = GKDTrainer.generate_on_policy_outputs(*arguments, **options)
         counted = int((labels != -100).sum())
@@ -59,7 +60,7 @@ class TimedTrainer(GKDTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Timed; the divergence is by token, whatever it is divided by afterwards."""
+        """Time the loss; keep the first divergence by token, whatever it is divided by afterwards."""
         with self.clock.phase("student"):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.first_divergence is None:
@@ -78,7 +79,7 @@ class Steps(TrainerCallback):
         self.trainer: Any = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After the update of a step."""
+        """Start or read the clock after the update of a step."""
         if state.global_step == self.setting.skipped_steps:
             self.trainer.responses = self.trainer.read = 0
             self.clock.start()
@@ -87,7 +88,7 @@ class Steps(TrainerCallback):
 
 
 def main() -> None:
-    """Entry point."""
+    """Train and print the figures."""
     work, setting, clock = Path(sys.argv[1]), Setting(**json.loads(sys.argv[2])), Clock(wall=torch.cuda.is_available())
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(work / "student")
     tokenizer.chat_template = (work / "student" / "chat_template.jinja").read_text()
@@ -95,12 +96,27 @@ def main() -> None:
     answer = {"role": "assistant", "content": "w1"}  # the format wants one; on-policy training replaces it
     rows = [{"messages": [{"role": "user", "content": question}, answer]} for question in questions]
     options = GKDConfig(
-        output_dir=str(work / "trl"), per_device_train_batch_size=setting.prompts, gradient_accumulation_steps=1,
-        max_steps=setting.skipped_steps + setting.steps, learning_rate=setting.learning_rate, max_grad_norm=1.0, adam_beta2=0.95,
-        lmbda=1.0, beta=1.0, temperature=1.0, max_new_tokens=setting.new_tokens, max_length=1024, gradient_checkpointing=False, bf16=False,
-        use_cpu=not torch.cuda.is_available(), report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        output_dir=str(work / "trl"),
+        per_device_train_batch_size=setting.prompts,
+        gradient_accumulation_steps=1,
+        max_steps=setting.skipped_steps + setting.steps,
+        learning_rate=setting.learning_rate,
+        max_grad_norm=1.0,
+        adam_beta2=0.95,
+        lmbda=1.0,
+        beta=1.0,
+        temperature=1.0,
+        max_new_tokens=setting.new_tokens,
+        max_length=1024,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
         dataloader_num_workers=0,
-    )  # fmt: skip
+    )
     steps = Steps(clock, setting)
     trainer = TimedTrainer(
         clock, model=language_model(work / "student"), teacher_model=language_model(work / "teacher"), args=options,

@@ -132,7 +132,8 @@ def warm_up(
     _train(model.train(), builder, config, texts, recited, audios)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_checkpoint(partial, model, AutoProcessor.from_pretrained(checkpoint_dir))
+    processor = AutoProcessor.from_pretrained(checkpoint_dir)  # type: ignore[no-untyped-call]
+    save_checkpoint(partial, model, processor)
     (partial / _RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
     partial.rename(output)
 
@@ -175,7 +176,7 @@ def _train(
                 )
                 loss = share * text_loss + (1 - share) * audio_loss + config.ctc_weight * ctc
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             optimizer.step()
             progress.update(bar, advance=1, description=f"warm-up, loss {loss.item():.3f}")

@@ -28,7 +28,9 @@ class TermWeights:
 
     def __post_init__(self) -> None:
         if not any(asdict(self).values()):
-            raise CordError("reward.terms are all 0: there is no reward; set one, or objective.policy_gradient.enabled=false")
+            raise CordError(
+                "reward.terms are all 0: there is no reward; set one, or objective.policy_gradient.enabled=false"
+            )
 
 
 @dataclass(frozen=True)

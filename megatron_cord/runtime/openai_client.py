@@ -66,7 +66,7 @@ class Patience:
 
     def pause(self, attempt: int) -> float:
         """Return the seconds before a try; `attempt` counts from 1 for the second one."""
-        return min(self.backoff * 2 ** (attempt - 1) * (1 + random.random() / 2), _LONGEST_PAUSE)
+        return min(self.backoff * 2.0 ** (attempt - 1) * (1 + random.random() / 2), _LONGEST_PAUSE)
 
 
 class OpenAIClient:

@@ -115,7 +115,7 @@ def test_the_same_for_the_same_seed() -> None:
 def test_spoken_as_a_task_of_their_own(tmp_path: Path) -> None:
     """Catches chains taken for sums, held-out chains in training, and utterances beyond the encoder's window."""
     made = {
-        split: synthesize(SynthesisConfig(split, count=12, max_seconds=4.0), tmp_path / split, questions=CHAINS)  # type: ignore[arg-type]
+        split: synthesize(SynthesisConfig(split, count=12, max_seconds=4.0), tmp_path / split, questions=CHAINS)
         for split in ("train", "heldout")
     }
     assert all(manifest.source["task"] == "chains" for manifest in made.values())

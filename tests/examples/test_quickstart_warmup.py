@@ -15,7 +15,7 @@ from transformers import Qwen2AudioForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from examples.quickstart import warmup
-from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
+from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint, save_checkpoint
 from examples.quickstart.questions import Question, questions_about, split_problems, vocabulary
 from examples.quickstart.warmup import WarmUpConfig, warm_up
 from megatron_cord.data.prompts import PromptBuilder
@@ -103,7 +103,7 @@ def test_same_inputs_same_weights_and_no_second_run(checkpoint: Path, tmp_path: 
 
 def test_complete_or_invisible(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches half a checkpoint that a later run takes for a whole one, and leftovers that block the next attempt."""
-    config, save = replace(SHORT, text_steps=1, mixed_steps=1), warmup.save_checkpoint
+    config, save = replace(SHORT, text_steps=1, mixed_steps=1), save_checkpoint
 
     def full_disk(*arguments: Any) -> None:
         save(*arguments)
@@ -135,7 +135,7 @@ def test_recited_answers_come_without_their_question(checkpoint: Path) -> None:
 
 def test_no_bars_but_its_own(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches transformers' "Loading weights" on the terminal, and its bars that stay off afterwards."""
-    transformers_logging.enable_progress_bar()
+    transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     warm_up(checkpoint, tmp_path / "warm", replace(SHORT, text_steps=1, mixed_steps=1), questions(), spoken())
     LocalEngine(tmp_path / "warm")
     assert capsys.readouterr().err == ""

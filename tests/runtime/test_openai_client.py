@@ -135,4 +135,4 @@ def test_pauses_grow_up_to_a_bound() -> None:
     assert len({patience.pause(1) for _ in range(20)}) > 1
     for wrong in ({"timeout": 0.0}, {"tries": 0}, {"backoff": -1.0}):
         with pytest.raises(CordError, match="timeout must be positive"):
-            Patience(**wrong)  # type: ignore[arg-type]
+            Patience(**wrong)
