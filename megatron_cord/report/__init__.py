@@ -1,1 +1,1 @@
-"""The record of a run, made to be read: an HTML page (``page.render``) and a table for the terminal (``terminal.evaluation_table``)."""
+"""Reports of runs: an HTML page (``page.page``), a live page (``live.server``), a table for the terminal."""

@@ -13,18 +13,19 @@ from megatron_cord.evaluation.statistics import gap_closed, standard_error
 
 
 def evaluation_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
-    """Accuracy reading and hearing, the gap, and how much of it was closed, over all held-out questions and for each voice.
+    """Return a table of text and audio accuracy, the gap, and the share closed, over all questions and by voice.
 
     Args:
-        before: the evaluation before training, as in ``evaluations/step_000000/heldout.json``; of it ``samples``, ``text_accuracy``,
-            ``audio_accuracy`` and ``groups`` (voices) are read.
+        before: the evaluation before training, as in ``evaluations/step_000000/heldout.json``; of it ``samples``,
+            ``text_accuracy``, ``audio_accuracy`` and ``groups`` (voices) are read.
         after: the evaluation after training, of the same questions.
     """
     samples = after["samples"]
     error = max(standard_error(row["audio_accuracy"], samples) for row in (before, after))
     table = Table(
         title=f"Held-out questions ({samples})",
-        caption=f"Standard error of the audio accuracy: up to {100 * error:.1f} points.\nGaps are to the text accuracy before training.",
+        caption=f"Standard error of the audio accuracy: up to {100 * error:.1f} points.\n"
+        "Gaps are to the text accuracy before training.",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE,

@@ -1,12 +1,11 @@
-"""The live page's views of a run that may still go on: overview, rollouts, and two evaluations side by side.
+"""The live page's views of a run in progress: overview, rollouts, and two evaluations side by side.
 
-Every view is drawn on the server and reads without its script, which only looks for news. The run is read again when something in its
-directory has changed, at most every two seconds; charts are drawn again only then.
+Every view is drawn on the server and complete without its script, which only polls for changes. The run is read again
+when something in its directory has changed, at most every two seconds; charts are drawn again only then.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections import Counter
@@ -29,14 +28,15 @@ from megatron_cord.report.page.overview import facts, missing, overview
 from megatron_cord.report.page.templates import templates
 from megatron_cord.report.run.reading import read_run
 from megatron_cord.report.run.record import Answer, Evaluation, RunRecord
+from megatron_cord.runtime.files import fingerprint
 
 _AT_MOST_EVERY = 2.0  # seconds
-SETS = ("train", "evaluation")  # whose recordings can be heard: data.train, data.evaluation
+SETS = ("train", "evaluation")  # whose recordings can be played: data.train, data.evaluation
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One held-out question at two steps: what became of it, and both answers."""
+    """One held-out question at two steps: how its answer changed, and both answers."""
 
     kind: str
     first: Answer
@@ -44,13 +44,13 @@ class Pair:
 
 
 class LiveRun:
-    """A run's directory, looked at again and again. Its methods may be called from several threads.
+    """A run's directory, polled for changes. Its methods may be called from several threads.
 
     Args:
         directory: of the run.
 
     Raises:
-        CordError: it is none.
+        CordError: it is no run's.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -63,23 +63,23 @@ class LiveRun:
         self._audio = {name: _Recordings(self._record.setting(f"data.{name}")) for name in SETS}
 
     def version(self) -> str:
-        """Changes when the run has news."""
+        """Return a fingerprint of the run's files, which changes with them."""
         with self._lock:
             self._look()
             return self._version
 
     def overview(self) -> str:
-        """Alerts, the result so far, the gap, all curves, and where the time went."""
+        """Return the page of alerts, the result so far, the gap, all curves, and time by phase."""
         with self._lock:  # one drawing at a time: matplotlib's settings are the process's
             self._look()
             if "overview" not in self._pages:
                 self._pages["overview"] = self._draw(
-                    "live_overview.html", overview(self._record) | {"config": self._record.config_text}
+                    "live/overview.html", overview(self._record) | {"config": self._record.config_text}
                 )
             return self._pages["overview"]
 
     def rollouts(self, values: Mapping[str, str]) -> str:
-        """Rollouts that match a query. Raises CordError for a query that makes no sense."""
+        """Return the page of rollouts that match a query. Raises CordError for an invalid query."""
         record = self._now()
         query = Query.parse(values)
         found = search(record.rollout_files, query)
@@ -87,7 +87,7 @@ class LiveRun:
         given = {name: value for name, value in values.items() if value and name not in ("skip", "step_to")}
         within = given | ({"step_to": values["step_to"]} if values.get("step_to") else {})
         return self._draw(
-            "live_rollouts.html",
+            "live/rollouts.html",
             {
                 "query": query,
                 "values": values,
@@ -101,7 +101,7 @@ class LiveRun:
         )
 
     def compare(self, values: Mapping[str, str]) -> str:
-        """The answers of two evaluations. Raises CordError for a step without one."""
+        """Return the page of two evaluations' answers. Raises CordError for a step without one."""
         record = self._now()
         by_step = {evaluation.step: evaluation for evaluation in record.evaluations}
         steps = list(by_step)
@@ -129,18 +129,18 @@ class LiveRun:
                 "kinds": [(name, counts[name]) for name in order if counts[name]],
                 "more": urlencode(more) if len(pairs) > skip + PAGE else None,
             }
-        return self._draw("live_compare.html", content)
+        return self._draw("live/compare.html", content)
 
     def clip(self, name: str, sample_id: str) -> bytes | None:
-        """The recording of a sample as a WAV file; None if there is none. Raises CordError where the shards cannot be read."""
+        """Return a sample's recording as WAV; None if there is none. Raises CordError where shards cannot be read."""
         recordings = self._audio.get(name)
         return None if recordings is None else recordings.wav(sample_id)
 
     def failed(self, message: str) -> str:
-        """A page that says what is wrong."""
+        """Return the page of an error."""
         return (
             templates()
-            .get_template("live_error.html")
+            .get_template("live/error.html")
             .render(name=self.directory.resolve().name, message=message, view="")
         )
 
@@ -148,7 +148,7 @@ class LiveRun:
         record = self._record
         heads = overview_heads(record) | {
             "version": self._version,
-            "view": template.removeprefix("live_").removesuffix(".html"),
+            "view": Path(template).stem,
         }
         return templates().get_template(template).render(heads | dict(content))
 
@@ -161,7 +161,7 @@ class LiveRun:
         if time.monotonic() - self._looked < _AT_MOST_EVERY and self._version:
             return
         self._looked = time.monotonic()
-        version = _fingerprint(self.directory, self._record)
+        version = _version_of(self.directory, self._record)
         if version != self._version:
             self._record = read_run(self.directory)
             self._pages.clear()
@@ -169,7 +169,7 @@ class LiveRun:
 
 
 def overview_heads(record: RunRecord) -> dict[str, Any]:
-    """What stands above every view."""
+    """Return the content above every view."""
     return {
         "name": record.path.resolve().name,
         "facts": facts(record),
@@ -179,7 +179,7 @@ def overview_heads(record: RunRecord) -> dict[str, Any]:
 
 
 class _Recordings:
-    """The recordings of a data set, found when the first is asked for."""
+    """The recordings of a data set, opened at the first use."""
 
     def __init__(self, data: object) -> None:
         self._data = data
@@ -199,14 +199,18 @@ class _Recordings:
         return None if place is None else encode_wav(np.clip(dataset[place].waveform, -1.0, 1.0))
 
 
-def _fingerprint(directory: Path, record: RunRecord) -> str:
-    """Of what a page shows: sizes and times of the run's files."""
+def _version_of(directory: Path, record: RunRecord) -> str:
+    """Return a fingerprint of sizes and times of the files that a page shows."""
     rollouts = record.setting("record.rollouts")
     watched = [directory / name for name in ("config.yaml", "metrics.jsonl", "alerts.jsonl", "summary.json")]
     watched += heldout_files(directory).values()
     watched.append(directory / (rollouts if isinstance(rollouts, str) else "rollouts"))
-    stats = [(str(path), stat.st_mtime_ns, stat.st_size) for path in watched if path.exists() and (stat := path.stat())]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+    parts: list[str | int] = []
+    for path in watched:
+        if path.exists():
+            stat = path.stat()
+            parts += [str(path), stat.st_mtime_ns, stat.st_size]
+    return fingerprint(parts)
 
 
 def _chosen(evaluations: Mapping[int, Evaluation], given: str | None, default: int) -> Evaluation:

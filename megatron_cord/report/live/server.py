@@ -1,8 +1,9 @@
-"""Serves the live page of one run to this machine alone.
+"""The server of the live page of one run, for this machine alone.
 
-It listens on the loopback address, answers GET and HEAD, and knows a fixed set of paths: no part of an address ever becomes a file's name.
-A page that was lured here under another name (DNS rebinding) is refused by its Host header. The policy that goes with each answer lets the page
-ask this server and nobody else, and run no script but its own. Everybody with an account on the machine can open the page; it has no password.
+It listens on the loopback address, answers GET and HEAD, and has a fixed set of paths: no part of an address ever
+becomes a file's name. Requests under another name (DNS rebinding) are refused by their Host header. The policy sent
+with each response allows the page requests to this server and its own scripts only. Every account of the machine can
+open the page; it has no password.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from megatron_cord.report.live.live import LiveRun
 from megatron_cord.report.page.templates import asset
 
 HOST = "127.0.0.1"
-_NAMES = ("127.0.0.1", "localhost", "[::1]")  # under which a browser on this machine, or a tunnel to it, asks
+_NAMES = ("127.0.0.1", "localhost", "[::1]")  # of this machine in a Host header, through a tunnel too
+#: Path → asset and type.
 _FILES = {
-    "/style.css": "text/css",
-    "/live.css": "text/css",
-    "/script.js": "text/javascript",
-    "/live.js": "text/javascript",
+    "/style.css": ("shared/style.css", "text/css"),
+    "/live.css": ("live/live.css", "text/css"),
+    "/script.js": ("shared/script.js", "text/javascript"),
+    "/live.js": ("live/live.js", "text/javascript"),
 }
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; style-src-attr 'unsafe-inline'; img-src data:; "
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "style-src-attr 'unsafe-inline'; img-src data:; "
     "media-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -39,7 +42,7 @@ _HEADERS = {
 
 
 def make_server(directory: Path, port: int) -> ThreadingHTTPServer:
-    """A server of the run's page, listening but not yet answering; 0 takes a free port.
+    """Return a server of the run's page, listening but not yet answering; port 0 takes a free one.
 
     Raises:
         CordError: not a run directory, or the port is taken or not permitted.
@@ -60,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 30  # seconds for a request to arrive
 
     def do_GET(self) -> None:
-        """Answers one request."""
+        """Answer one request."""
         host = self.headers.get("Host", "")
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if name not in _NAMES:
@@ -71,7 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError:
             return self._send(HTTPStatus.BAD_REQUEST, "text/plain", b"not an address\n")
         if address.path in _FILES:
-            return self._send(HTTPStatus.OK, _FILES[address.path], asset(address.path[1:]).encode())
+            name, kind = _FILES[address.path]
+            return self._send(HTTPStatus.OK, kind, asset(name).encode())
         if address.path == "/version":
             return self._send(HTTPStatus.OK, "application/json", json.dumps(self.run.version()).encode())
         if address.path == "/audio":
@@ -88,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
         except CordError as error:
             return self._page(HTTPStatus.BAD_REQUEST, self.run.failed(str(error)))
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 (the name that http.server calls)
 
     def _audio(self, values: Mapping[str, str]) -> None:
         try:
@@ -123,4 +127,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing: the terminal may be that of the run."""
+        """Log nothing: the terminal may be that of the run."""

@@ -1,7 +1,7 @@
-"""Line charts as inline SVG that takes its colours and its font from the page, so that one drawing serves light and dark mode.
+"""Line charts as inline SVG with the page's colours and font, so that one drawing serves light and dark mode.
 
-Matplotlib draws with stand-in colours, which are then replaced by CSS variables. Every chart comes with its text alternative: one
-sentence, and a table of its numbers.
+Matplotlib draws with stand-in colours, which are then replaced by CSS variables. Every chart has a text alternative: a
+sentence and a table of its numbers.
 """
 
 from __future__ import annotations
@@ -101,18 +101,20 @@ def line_chart(
     fill_between: bool = False,
     smooth: bool = True,
 ) -> Chart:
-    """Draws one to four series over a whole-numbered x.
+    """Draw one to four series over a whole-numbered x.
 
     Args:
         key: prefix of the drawing's ids, unique on the page.
         title: shown by the page, above the drawing.
-        x_label: with its unit, like ``y_label``.
-        series: at least one, none empty. Long ones are drawn faint, with a moving average on top, unless ``smooth`` is False.
+        x_label: with its unit.
+        y_label: with its unit.
+        series: at least one, none empty.
         wide: drawn for about 520 pixels instead of 300, so that the type has one size on the page.
         percent: y holds shares in [0, 1], drawn as 0 to 100 %.
         from_zero: the y axis starts at zero.
         markers: a mark at each point.
-        fill_between: shades what lies between the first two series, which share their x.
+        fill_between: shade the area between the first two series, which share their x.
+        smooth: draw long series faint, with a moving average on top.
     """
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(5.0, 3.0) if wide else (3.4, 2.5), layout="constrained")
@@ -203,7 +205,7 @@ def _draw(axes: Axes, line: Series, colour: str, dash: _Dash, marker: str, smoot
 
 
 def _adapt(svg: str, key: str) -> Markup:
-    """The drawing without what belongs to a file of its own, with the page's colours, and with ids that no other drawing has."""
+    """Return the drawing for a page: without a file's head, with the page's colours, and with unique ids."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would style the whole page
     svg = re.sub(

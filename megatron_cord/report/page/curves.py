@@ -1,6 +1,7 @@
-"""Which charts a run gets: accuracy over the evaluations, the metrics over the steps, the divergence over the response's positions.
+"""The charts of a run: accuracy by evaluation, metrics by step, divergence by position in the response.
 
-A metric that the run does not have gets no chart. Curves of the position compare the first tenth of the recorded steps with the last.
+A metric that the run lacks gets no chart. Divergence by position compares the first tenth of the recorded steps with
+the last.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ _METRICS = (
 
 
 def accuracy_chart(record: RunRecord) -> Chart | None:
-    """Text and audio accuracy over the steps, the gap shaded, bands of one standard error; None before the first evaluation."""
+    """Draw text and audio accuracy by step, the gap shaded; bands are one standard error. None without evaluations."""
     if not record.evaluations:
         return None
     steps = [evaluation.step for evaluation in record.evaluations]
@@ -117,7 +118,7 @@ def accuracy_chart(record: RunRecord) -> Chart | None:
 
 
 def gap_chart(record: RunRecord) -> Chart | None:
-    """The gap over the steps: text accuracy before training minus audio accuracy; None before the second evaluation."""
+    """Draw text accuracy before training minus audio accuracy by step; None before the second evaluation."""
     if len(record.evaluations) < 2:
         return None
     text = record.evaluations[0].text_accuracy
@@ -139,7 +140,7 @@ def gap_chart(record: RunRecord) -> Chart | None:
 
 
 def metric_charts(record: RunRecord) -> list[Chart]:
-    """One chart for each metric that was measured."""
+    """Draw one chart for each metric that was measured."""
     charts = []
     for metric in _METRICS:
         lines = [(label, _points(record.metrics, source)) for label, source in metric.lines.items()]
@@ -151,7 +152,7 @@ def metric_charts(record: RunRecord) -> list[Chart]:
 
 
 def position_chart(record: RunRecord) -> Chart | None:
-    """Mean divergence at each position of the distilled responses, early against late; None without recorded divergences."""
+    """Draw the mean divergence at each position, early against late steps; None without recorded divergences."""
     files = list(record.rollout_files.items())
     tenth = min(max(len(files) // 10, 1), _MOST_FILES)
     parts = [files[:tenth]] if len(files) < 2 else [files[:tenth], files[-tenth:]]

@@ -1,7 +1,7 @@
-"""Which held-out questions and training rollouts the page shows, with their audio.
+"""The held-out questions and training rollouts that the page shows, with their audio.
 
-Questions are drawn at random from each kind (fixed, still wrong, broken, always right), not picked for what they show: by a hash of
-their id, so that the same run gives the same page. Those whose tokens were scored come first, and the voices take turns.
+Questions are drawn at random from each kind (fixed, still wrong, broken, always right) by a hash of their id, so that
+the same run gives the same page. Those whose tokens were scored come first, and the voices take turns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.report.run.reading import read_rollouts
 from megatron_cord.report.run.record import Answer, Evaluation, RunRecord, TrainingRollout
 
-#: Kind -> how many of it are shown, if there are as many; in the page's order. The last two are for runs with one evaluation.
+#: Kind → how many are shown, in the page's order; the last two are for runs with one evaluation.
 QUOTAS = {"fixed": 8, "still wrong": 6, "broken": 4, "always right": 6, "wrong": 12, "right": 12}
 _AT_LEAST = 12
 #: Bytes of WAV on one page: about 9 MB of base64.
@@ -30,7 +30,7 @@ _MOST_ROLLOUTS = 8  # of one group
 
 @dataclass(frozen=True)
 class Example:
-    """One held-out question: its kind, and the answers of the first and the last evaluation (``before`` is None if there is one)."""
+    """One held-out question with its answers in the first evaluation (None if there is one alone) and in the last."""
 
     kind: str
     before: Answer | None
@@ -39,14 +39,14 @@ class Example:
 
 @dataclass(frozen=True)
 class TrainingGroup:
-    """What the policy answered to one training question in one step: one rollout to distil on, or a group that was rewarded."""
+    """The responses to one training question in one step: one rollout to distil on, or a group with rewards."""
 
     step: int
     rollouts: Sequence[TrainingRollout]
 
 
 def choose_examples(before: Evaluation | None, after: Evaluation) -> list[Example]:
-    """The questions to show, kind by kind; at least 12 if there are as many."""
+    """Choose the questions to show, kind by kind; at least 12 if there are as many."""
     earlier = {answer.id: answer for answer in before.answers} if before else {}
     examples = []
     for answer in after.answers:
@@ -62,7 +62,7 @@ def choose_examples(before: Evaluation | None, after: Evaluation) -> list[Exampl
 
 
 def load_clips(data: object, ids: Sequence[str]) -> dict[str, str]:
-    """The questions' recordings as ``data:`` addresses of WAV files (16 kHz, 16 bits), by id, in the given order until the budget is spent.
+    """Return recordings by id as ``data:`` addresses of 16-bit WAV files, in order until the budget is spent.
 
     Raises:
         CordError: the shards at ``data`` cannot be read.
@@ -76,9 +76,8 @@ def load_clips(data: object, ids: Sequence[str]) -> dict[str, str]:
     clips, spent = {}, 0
     for sample_id in ids:
         if sample_id in waveforms:
-            wav = encode_wav(
-                np.clip(waveforms[sample_id], -1.0, 1.0)
-            )  # the lowest 16-bit value reads as slightly below -1
+            # The lowest 16-bit value is slightly below -1.
+            wav = encode_wav(np.clip(waveforms[sample_id], -1.0, 1.0))
             spent += len(wav)
             if spent > AUDIO_BUDGET:
                 break
@@ -87,7 +86,7 @@ def load_clips(data: object, ids: Sequence[str]) -> dict[str, str]:
 
 
 def training_groups(record: RunRecord) -> list[TrainingGroup]:
-    """From the first and the last recorded step: one rollout to distil on, and one rewarded group, of mixed rewards if there is one."""
+    """Return from the first and last recorded step a rollout to distil on, and a group, of mixed rewards if possible."""
     files = list(record.rollout_files.items())
     groups = []
     for step, path in files[:1] + files[1:][-1:]:
@@ -102,7 +101,7 @@ def training_groups(record: RunRecord) -> list[TrainingGroup]:
 
 
 def kind_of(before: Answer | None, after: Answer) -> str:
-    """What became of a question, a key of QUOTAS."""
+    """Return how a question's answer changed, a key of QUOTAS."""
     if before is None:
         return "right" if after.audio_correct else "wrong"
     if before.audio_correct:
@@ -111,7 +110,7 @@ def kind_of(before: Answer | None, after: Answer) -> str:
 
 
 def _take_turns(examples: Iterable[Example]) -> list[Example]:
-    """In random order, scored ones first, and within these one of each kind and voice after the other."""
+    """Return examples in random order, scored ones first, and within these one of each kind and voice in turn."""
     shuffled = sorted(examples, key=lambda example: hashlib.sha256(example.after.id.encode()).digest())
     turns: Counter[tuple[str, str | None, bool]] = Counter()
     ranked = []

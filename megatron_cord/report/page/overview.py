@@ -1,4 +1,4 @@
-"""What a page says of a run at a glance: facts, what is missing, the result, voices, and where the time went."""
+"""The overview of a run: facts, what is missing, the result, voices, and time by phase."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PHASES = ("rollout", "teacher", "train", "weight_sync")  # disjoint; other time
 
 @dataclass(frozen=True)
 class VoiceRow:
-    """Accuracies of one voice, shares; the standard error is that of ``audio_after``. Without a second look, before equals after."""
+    """Accuracies of one voice, shares; the error is of ``audio_after``. With one evaluation, before equals after."""
 
     voice: str
     samples: int
@@ -26,7 +26,7 @@ class VoiceRow:
 
 @dataclass(frozen=True)
 class Phase:
-    """Where the time went: seconds, and their share of the total."""
+    """Seconds of one phase, and their share of the total."""
 
     name: str
     seconds: float
@@ -34,7 +34,7 @@ class Phase:
 
 
 def overview(record: RunRecord) -> dict[str, object]:
-    """What the templates hero.html, voices.html and training.html need, and the heads of the pages."""
+    """Return the content of hero.html, voices.html and training.html, and of the heads of the pages."""
     evaluations = record.evaluations
     before = evaluations[0] if len(evaluations) > 1 else None
     after = evaluations[-1] if evaluations else None
@@ -55,7 +55,7 @@ def overview(record: RunRecord) -> dict[str, object]:
 
 
 def missing(record: RunRecord) -> list[str]:
-    """What a reader would look for in vain, and why."""
+    """Return which parts of the page are missing, and why."""
     notices = []
     if not record.summary:
         notices.append("The run has not finished (there is no summary.json): the numbers are those so far.")
@@ -67,13 +67,14 @@ def missing(record: RunRecord) -> list[str]:
         notices.append("No metrics yet: the curves appear with the first training step.")
     if not record.rollout_files:
         notices.append(
-            "No rollouts were recorded: no divergence by position and no training rollouts (record.rollouts is the setting)."
+            "No rollouts were recorded: no divergence by position and no training rollouts (record.rollouts is the "
+            "setting)."
         )
     return notices
 
 
 def facts(record: RunRecord) -> list[str]:
-    """How far the run is, on which layout, with which teacher and seed, and how long it took."""
+    """Return steps, layout, teacher, seed and time in words."""
     total = record.setting("train.steps")
     known = [
         f"{record.last_step} of {total} steps"
@@ -111,7 +112,7 @@ def _voices(before: Evaluation | None, after: Evaluation) -> list[VoiceRow]:
 
 
 def _phases(record: RunRecord) -> list[Phase]:
-    """The steps' seconds by phase, what no phase claims, and the evaluations between the steps."""
+    """Return the seconds of the steps by phase, the rest of them, and those of the evaluations."""
     seconds = {name: sum(row.get(f"seconds_{name}") or 0.0 for row in record.metrics) for name in _PHASES}
     seconds["other"] = max(sum(row.get("seconds") or 0.0 for row in record.metrics) - sum(seconds.values()), 0.0)
     seconds["evaluation"] = sum(evaluation.seconds or 0.0 for evaluation in record.evaluations)
@@ -120,7 +121,7 @@ def _phases(record: RunRecord) -> list[Phase]:
 
 
 def format_duration(seconds: float) -> str:
-    """42.3 s, 3 min 20 s, 2 h 05 min."""
+    """Format seconds: 42.3 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

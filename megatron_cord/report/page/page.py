@@ -1,14 +1,13 @@
-"""Draws a run as one HTML page that needs nothing else: styles, script, charts and audio are inside, and nothing is loaded.
+"""The report of a run: one HTML page with styles, script, charts and audio inside, which loads nothing.
 
-The page's policy (a Content-Security-Policy in its head) forbids every request and every script but the one whose hash it names. What models
-answered is untrusted text: the template escapes it. It simplifies: the page is drawn whole each time.
+The page's policy (a Content-Security-Policy in its head) forbids every request and every script but the one whose hash
+it names. Responses are untrusted text: the template escapes them. It simplifies: the page is drawn whole each time.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,10 +19,11 @@ from megatron_cord.report.page.overview import missing, overview
 from megatron_cord.report.page.templates import asset, templates
 from megatron_cord.report.run.reading import read_run
 from megatron_cord.report.run.record import RunRecord
+from megatron_cord.runtime.files import write_atomic
 
 
 def render(run_dir: str | Path, output: str | Path | None = None) -> Path:
-    """Writes the report of a run, finished or not, and returns where it is.
+    """Write the report of a run, finished or not, and return its path.
 
     Args:
         run_dir: the run's output directory.
@@ -33,14 +33,11 @@ def render(run_dir: str | Path, output: str | Path | None = None) -> Path:
         CordError: not a run directory, a damaged file in it (named with the line), or an output that cannot be written.
     """
     record = read_run(run_dir)
-    page = templates().get_template("page.html").render(_content(record))
+    page = templates().get_template("page/page.html").render(_content(record))
     target = record.path / "report.html" if output is None else Path(output)
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, target)
+        write_atomic(target, page)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CordError(
             f"{target}: cannot write the report: {error.strerror}; give another file with --output"
         ) from None
@@ -64,9 +61,10 @@ def _content(record: RunRecord) -> dict[str, object]:
         notices.append(f"No audio: {error}. A relative path counts from where the report is made.")
     if clips and len(clips) < len(examples):
         notices.append(
-            f"Audio of {len(clips)} of {len(examples)} questions: the others are not in the shards, or beyond {AUDIO_BUDGET / 1e6:g} MB."
+            f"Audio of {len(clips)} of {len(examples)} questions: the others are not in the shards, "
+            f"or beyond {AUDIO_BUDGET / 1e6:g} MB."
         )
-    script = asset("script.js")
+    script = asset("shared/script.js")
     return overview(record) | {
         "notices": notices,
         "examples": examples,
@@ -78,7 +76,7 @@ def _content(record: RunRecord) -> dict[str, object]:
         "clips": clips,
         "groups": training_groups(record),
         "config": record.config_text,
-        "style": Markup(asset("style.css")),
+        "style": Markup(asset("shared/style.css")),
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }

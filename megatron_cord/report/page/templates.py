@@ -1,4 +1,4 @@
-"""The templates and other assets that the pages are made of."""
+"""The templates and other assets of the pages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ASSETS = Path(__file__).parents[1] / "assets"
 
 @cache
 def templates() -> jinja2.Environment:
-    """The templates, which escape every text that they are given."""
+    """Return the templates, which escape every text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_ASSETS),
         autoescape=True,
@@ -31,5 +31,5 @@ def templates() -> jinja2.Environment:
 
 @cache
 def asset(name: str) -> str:
-    """A file of the package's own, by its name."""
+    """Read a file of `assets` by its path there."""
     return (_ASSETS / name).read_text(encoding="utf-8")

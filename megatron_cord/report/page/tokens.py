@@ -24,7 +24,7 @@ def _names(limits: Sequence[float]) -> tuple[str, ...]:
     )
 
 
-#: What the legends say of each step.
+#: The steps in words, for the legends.
 LEVELS, WEIGHT_LEVELS = _names(LIMITS), _names(WEIGHT_LIMITS)
 
 
@@ -33,11 +33,11 @@ class Token:
     """One token as the page shows it.
 
     Attributes:
-        text: what it stands for.
-        special: it marks the end or a turn, and is set small.
+        text: of the token.
+        special: whether it marks the end or a turn, and is set small.
         level: its step on the scale of divergences; None if not measured.
         weight_level: its step on the scale of weights; None where it has none.
-        note: what is said of it on demand.
+        note: both values, shown on demand.
     """
 
     text: str
@@ -48,7 +48,7 @@ class Token:
 
 
 def annotate(tokens: Sequence[str], divergence: Sequence[float], weights: Sequence[float] | None = None) -> list[Token]:
-    """Pairs tokens with their divergence (nats) and their weight in the loss; a list that is too short leaves the rest unmeasured."""
+    """Pair tokens with their divergence (nats) and their weight in the loss; the rest of a short list is unmeasured."""
     annotated = []
     for position, text in enumerate(tokens):
         value, weight = _at(divergence, position), _at(weights or (), position)

@@ -1,1 +1,1 @@
-"""The files of a run, read."""
+"""Reading of a run's directory."""

@@ -1,16 +1,16 @@
-"""Reads the fields of one JSON object with their types checked, so that a damaged record is named instead of drawn."""
+"""Fields of a JSON object with their types checked, so that a damaged file is named instead of drawn."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_cord.errors import CordError
 
 
 class Fields:
-    """Typed access to one JSON object. Every method raises CordError naming the place and the field.
+    """Typed access to one JSON object; each method raises CordError with the place and the field.
 
     Args:
         values: the object.
@@ -22,21 +22,21 @@ class Fields:
         self._where = where
 
     def text(self, name: str) -> str:
-        """A text that must be there."""
+        """Return a text that must be there."""
         value = self._required(name)
         return value if isinstance(value, str) else self._refuse(name, "a text")
 
     def optional_text(self, name: str) -> str | None:
-        """A text, or None where it is null or missing."""
+        """Return a text, or None where it is null or missing."""
         return None if self._values.get(name) is None else self.text(name)
 
     def flag(self, name: str) -> bool:
-        """True or false, which must be there."""
+        """Return true or false, which must be there."""
         value = self._required(name)
         return value if isinstance(value, bool) else self._refuse(name, "true or false")
 
     def integer(self, name: str) -> int:
-        """A whole number of at least 0 that must be there."""
+        """Return a whole number of at least 0 that must be there."""
         value = self._required(name)
         return (
             value
@@ -45,16 +45,16 @@ class Fields:
         )
 
     def number(self, name: str) -> float:
-        """A finite number that must be there."""
+        """Return a finite number that must be there."""
         value = self._required(name)
         return float(value) if _is_number(value) and math.isfinite(value) else self._refuse(name, "a finite number")
 
     def optional_number(self, name: str) -> float | None:
-        """A finite number, or None where it is null or missing."""
+        """Return a finite number, or None where it is null or missing."""
         return None if self._values.get(name) is None else self.number(name)
 
     def numbers(self, name: str) -> tuple[float, ...] | None:
-        """A list of numbers (NaN is possible: not measured), or None where it is null or missing."""
+        """Return a list of numbers (NaN: not measured), or None where it is null or missing."""
         value = self._values.get(name)
         if value is None:
             return None
@@ -63,7 +63,7 @@ class Fields:
         return tuple(math.nan if item is None else float(item) for item in value)
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A list of texts; empty where it is null or missing."""
+        """Return a list of texts; empty where it is null or missing."""
         value = self._values.get(name)
         if value is None:
             return ()
@@ -74,7 +74,7 @@ class Fields:
         )
 
     def items(self, name: str) -> list[dict[str, Any]]:
-        """A list of objects that must be there."""
+        """Return a list of objects that must be there."""
         value = self._required(name)
         return (
             value
@@ -83,7 +83,7 @@ class Fields:
         )
 
     def optional_object(self, name: str) -> dict[str, Any]:
-        """An object; empty where it is null or missing."""
+        """Return an object; empty where it is null or missing."""
         value = self._values.get(name)
         if value is None:
             return {}
@@ -96,7 +96,7 @@ class Fields:
             )
         return self._values[name]
 
-    def _refuse(self, name: str, expected: str) -> Any:
+    def _refuse(self, name: str, expected: str) -> NoReturn:
         shown = repr(self._values[name])
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
         raise CordError(f"{self._where}: {name}: expected {expected}, got {shown}; restore the file or remove it")

@@ -1,4 +1,4 @@
-"""The audio-text gap of a run, before and after, with intervals: `evaluation.statistics` says how they are drawn."""
+"""The audio-text gap of a run before and after training, with the intervals of `evaluation.statistics`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Gap:
 
 
 def measure_gap(before: Evaluation, after: Evaluation) -> Gap:
-    """Both evaluations together, with intervals when they list the same samples."""
+    """Compare two evaluations, with intervals where they have the same samples."""
     values = {
         "text_before": before.text_accuracy,
         "text_after": after.text_accuracy,
@@ -43,7 +43,7 @@ def measure_gap(before: Evaluation, after: Evaluation) -> Gap:
 
 
 def _bootstrap(before: Evaluation, after: Evaluation) -> dict[str, np.ndarray]:
-    """Draws [RESAMPLES] of each quantity; empty when the samples of the two evaluations cannot be paired."""
+    """Return draws [RESAMPLES] of each quantity; empty where the samples of the evaluations cannot be paired."""
     earlier = {answer.id: answer for answer in before.answers}
     later = {answer.id: answer for answer in after.answers}
     if not later or earlier.keys() != later.keys() or len(later) != after.samples or len(earlier) != before.samples:
