@@ -86,7 +86,7 @@ def load_clips(data: object, ids: Sequence[str]) -> dict[str, str]:
 
 
 def training_groups(record: RunRecord) -> list[TrainingGroup]:
-    """Return from the first and last recorded step a rollout to distil on, and a group, of mixed rewards if possible."""
+    """Return of the first and last recorded step a rollout to distil on and a group, of mixed rewards if possible."""
     files = list(record.rollout_files.items())
     groups = []
     for step, path in files[:1] + files[1:][-1:]:

@@ -7,7 +7,9 @@ it names. Responses are untrusted text: the template escapes them. It simplifies
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,6 +38,8 @@ def render(run_dir: str | Path, output: str | Path | None = None) -> Path:
     page = templates().get_template("page/page.html").render(_content(record))
     target = record.path / "report.html" if output is None else Path(output)
     try:
+        if not target.parent.is_dir():  # a misspelt folder is refused, not made
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         write_atomic(target, page)
     except OSError as error:
         raise CordError(
