@@ -137,20 +137,19 @@ del sys.modules["megatron.core"]
 
 torch.cuda.is_available = lambda: True
 import torch._dynamo  # wraps torch.manual_seed, whoever imports it first
-before = {f"{space.__name__}.{name}": value for space in (torch, torch.cuda, torch.distributed, torch.Tensor,
-torch.nn.Module)
-          for name, value in vars(space).items()}
+def names_of_torch():
+    spaces = (torch, torch.cuda, torch.distributed, torch.Tensor, torch.nn.Module)
+    return {f"{space.__name__}.{name}": value for space in spaces for name, value in vars(space).items()}
+before = names_of_torch()
 import megatron_cord.parallel
-after = {f"{space.__name__}.{name}": value for space in (torch, torch.cuda, torch.distributed, torch.Tensor,
-torch.nn.Module)
-         for name, value in vars(space).items()}
+after = names_of_torch()
 changed = [name for name in before if before[name] is not after[name]]
 assert not changed, changed
 assert megatron_cord.parallel.portability.backend() == "nccl"
 from megatron.core import optimizer
 from megatron_cord.parallel.fused_adam import FusedAdam
-assert optimizer.Adam is FusedAdam and not optimizer.USING_PYTORCH_OPTIMIZER  # neither apex nor transformer-engine is
-here
+# neither apex nor transformer-engine is here
+assert optimizer.Adam is FusedAdam and not optimizer.USING_PYTORCH_OPTIMIZER
 
 del sys.modules["megatron_cord.parallel.portability"]  # once more, where one of them is
 optimizer.USING_PYTORCH_OPTIMIZER, optimizer.Adam = False, dict
