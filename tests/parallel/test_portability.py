@@ -82,8 +82,10 @@ def test_moves_streams_and_generators() -> None:
         and tensor.to(device=torch.device("cuda")).device.type == "cpu"
     )
     assert module.to("cuda:0") is module and module.to(device="cuda").weight.device.type == "cpu"
-    assert torch.cuda.current_device() == torch.device("cpu") and not torch.cuda.is_available()
-    stream, event = torch.cuda.Stream(), torch.cuda.Event(enable_timing=False)
+    current: Any = torch.cuda.current_device()
+    assert current == torch.device("cpu") and not torch.cuda.is_available()
+    cuda: Any = torch.cuda
+    stream, event = cuda.Stream(), cuda.Event(enable_timing=False)
     with torch.cuda.stream(stream):
         stream.wait_stream(torch.cuda.current_stream())
         event.record(stream)
