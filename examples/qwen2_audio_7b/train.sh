@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains on this node's 8 GPUs: examples/qwen2_audio_7b/train.sh [a.b=value …]
+# Train on this node's 8 GPUs: examples/qwen2_audio_7b/train.sh [a.b=value …]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 exec "${CORD_PYTHON:-.venv/bin/python}" -m megatron_cord.launch --nproc-per-node 8 -m megatron_cord.train \
