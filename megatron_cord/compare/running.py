@@ -210,4 +210,5 @@ def _reason(log: Path, status: int) -> str:
 
 def read_summary(run: PlannedRun) -> dict[str, Any]:
     """Return the summary of a complete run."""
-    return json.loads((run.directory / "summary.json").read_text())
+    summary: dict[str, Any] = json.loads((run.directory / "summary.json").read_text())
+    return summary

@@ -90,7 +90,8 @@ def paired_draws(outcomes: np.ndarray, seed: int = 0) -> np.ndarray:
     patterns, counts = np.unique(outcomes, axis=0, return_counts=True)
     questions = len(outcomes)
     drawn = np.random.default_rng(seed).multinomial(questions, counts / questions, size=RESAMPLES) / questions
-    return drawn @ patterns
+    accuracies: np.ndarray = drawn @ patterns
+    return accuracies
 
 
 def gap_closed_draws(text: np.ndarray, audio_before: np.ndarray, audio_after: np.ndarray) -> np.ndarray | None:
@@ -98,7 +99,8 @@ def gap_closed_draws(text: np.ndarray, audio_before: np.ndarray, audio_after: np
     has_gap = text > audio_before
     if has_gap.mean() <= 0.975:
         return None
-    return 1.0 - (text - audio_after)[has_gap] / (text - audio_before)[has_gap]
+    closed: np.ndarray = 1.0 - (text - audio_after)[has_gap] / (text - audio_before)[has_gap]
+    return closed
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:

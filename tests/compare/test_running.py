@@ -47,7 +47,7 @@ def comparison(
     script = tmp_path / "python"
     script.write_text(SCRIPT)
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(running.sys, "executable", str(script))
+    monkeypatch.setattr(sys, "executable", str(script))
 
     def make(*methods: str, **options: object) -> tuple[CompareConfig, list[PlannedRun]]:
         given: dict[str, Any] = {"seeds": (0,), "methods": methods, "reference": methods[0], "settings": SETTINGS}

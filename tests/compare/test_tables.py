@@ -48,7 +48,8 @@ def result(tmp_path: Path) -> dict[str, Any]:
         if not failed:
             write_run(run, round(10 * AFTER[run.method][run.seed]))
         outcomes.append(Outcome(run, "the disk is full" if failed else None))
-    return json.loads(json.dumps(gather(config, outcomes)))
+    read: dict[str, Any] = json.loads(json.dumps(gather(config, outcomes)))
+    return read
 
 
 def row(markdown: str, title: str) -> list[str]:

@@ -116,14 +116,14 @@ def test_bytes_of_training_state(layout: Layout, checkpoint: Path, dtype: Any, d
     optimizer, _ = build_optimizer(OptimizerConfig(distributed=distributed), ddp, 2)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.main_grad.fill_(0.1)  # type: ignore[attr-defined]
+            parameter.main_grad.fill_(0.1)
     optimizer.step()
     counts = rank_counts(arch, 1, 1, 0)
     trained = counts.trained(("adapter",))
     item = config.model.torch_dtype.itemsize
     assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(p.numel() * p.element_size() for p in model.parameters()) == counts.total * item
-    gradients = [p.main_grad for p in model.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+    gradients = [p.main_grad for p in model.parameters() if p.requires_grad]
     assert sum(gradient.nbytes for gradient in gradients) == 4 * trained
     inner = getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer
     states = [
@@ -155,7 +155,7 @@ def test_bytes_of_activations(layout: Layout, checkpoint: Path, settings: tuple[
         getattr(model, name).requires_grad_(False)
     frames = torch.full((4,), 48)
     tokens = torch.full((4, work.student_tokens), 8)
-    tokens[:, : int(arch.num_audio_tokens(48))] = arch.audio_token_id  # type: ignore[arg-type, assignment]
+    tokens[:, : int(arch.num_audio_tokens(48))] = arch.audio_token_id  # type: ignore[assignment]
     assert arch.encoder is not None
     batch = ModelInput(
         tokens, torch.randn(4, arch.encoder.num_mels, arch.encoder.window_frames), frames, ("a", "b", "c", "d")

@@ -167,7 +167,8 @@ def moving_average(values: Sequence[float] | np.ndarray, window: int) -> np.ndar
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
     positions = np.arange(len(values))
     low, high = np.maximum(positions - half, 0), np.minimum(positions + half + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
+    means: np.ndarray = (sums[high] - sums[low]) / (high - low)
+    return means
 
 
 def _columns(labels: Sequence[str], wide: bool) -> int:
