@@ -12,11 +12,11 @@ from tests.report.fixture import write_run
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, not to be changed."""
+    """Write a finished run, not to be changed."""
     return write_run(tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture
 def run_copy(finished_run: Path, tmp_path: Path) -> Path:
-    """The same run, to be changed at will."""
+    """Copy the same run, to be changed at will."""
     return shutil.copytree(finished_run, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""A headless browser for tests, driven through two pipes with the Chrome DevTools Protocol: no port, no driver, no other package."""
+"""A headless browser for tests, driven through two pipes with the Chrome DevTools Protocol; no port, no driver."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from typing import Any, Self
 
 EXECUTABLE = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 #: why a test is skipped where there is none; it comes from the system's packages, as PyPI has no browser
-MISSING = "no chromium, chromium-browser or google-chrome on PATH: make test-browser installs Debian's (as root) and runs these tests"
+MISSING = (
+    "no chromium, chromium-browser or google-chrome on PATH: make test-browser installs Debian's (as root) "
+    "and runs these tests"
+)
 DEADLINE = 120  # seconds for one answer; a lost browser fails the test instead of hanging it
 
 _FLAGS = (
     "--headless", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--mute-audio",
-    "--autoplay-policy=no-user-gesture-required",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+    "--mute-audio", "--autoplay-policy=no-user-gesture-required",
 )  # fmt: skip
-# The browser reads commands from descriptor 3 and answers on 4. They are moved out of the way first: either may be the other.
+# The browser reads commands from descriptor 3 and answers on 4. They are moved first: either may be the other.
 _LAUNCH = """
 import fcntl, os, sys
 commands, answers = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
@@ -102,7 +105,7 @@ class Browser:
         return answer["result"]
 
     def open(self, page: Path | str, *, width: int = 1280, scheme: str = "light") -> None:
-        """Loads a file or an address in a window of ``width`` pixels, in the given colour scheme."""
+        """Load a file or an address in a window of ``width`` pixels, in the given colour scheme."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self._navigate("about:blank")  # what the last page still has to say must not count as this one's
@@ -111,7 +114,7 @@ class Browser:
         self._navigate(page.as_uri() if isinstance(page, Path) else page)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression, awaited."""
+        """Return the value of a JavaScript expression, awaited."""
         result = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in result:
             raise RuntimeError(json.dumps(result["exceptionDetails"]))
@@ -123,12 +126,12 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
     def screenshot(self, path: Path) -> None:
-        """Writes the whole page as PNG."""
+        """Write the whole page as PNG."""
         data = self.call("Page.captureScreenshot", captureBeyondViewport=True, format="png")["data"]
         path.write_bytes(base64.b64decode(data))
 
     def follow(self, expression: str) -> None:
-        """Evaluates what leads to another page, a click for example, and waits for that to be loaded."""
+        """Evaluate what leads to another page, a click for example, and wait until it is loaded."""
         before = set(self._loaded)
         self.evaluate(expression)
         while self._loaded <= before:

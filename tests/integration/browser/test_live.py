@@ -1,4 +1,4 @@
-"""The live page in a real browser: every view opened, searched, heard and walked by keyboard; silent console; no request to anybody else."""
+"""The live page in a real browser: every view opened, searched, played and used by keyboard; no error, no request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VIEWS = ("", "rollouts", "compare")
 
 @pytest.fixture(scope="module")
 def live(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that these tests may change, whose training questions can be heard too."""
+    """Copy a run that these tests may change, whose training questions can be played too."""
     run = shutil.copytree(finished_run, tmp_path_factory.mktemp("live") / "run")
     config = (run / "config.yaml").read_text()
     heldout = config.partition("evaluation: ")[2].partition("\n")[0]
@@ -38,14 +38,14 @@ def address(live: Path) -> Iterator[str]:
 
 
 def is_quiet(browser: Browser, address: str) -> bool:
-    """Whether the page said nothing and asked nobody else; the browser's own pictures for its audio controls are data: addresses."""
+    """Return whether the console is empty and no request left; the browser's own pictures are data: addresses."""
     return browser.complaints == [] and all(request.startswith((address, "data:")) for request in browser.requests)
 
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_view(browser: Browser, address: str, view: str, scheme: str) -> None:
-    """Catches a script error, a violation of the policy, a request that leaves the machine, text too faint, and a window scrolled sideways."""
+    """Catches script errors, violations of the policy, requests to others, faint text, and sideways scrolling."""
     browser.open(address + view, scheme=scheme)
     assert browser.evaluate("document.querySelector('nav [aria-current]').textContent") in (
         "Overview",
@@ -75,7 +75,8 @@ def test_search_by_keyboard(browser: Browser, address: str) -> None:
     titles = browser.evaluate("[...document.querySelectorAll('.card h3')].map((title) => title.textContent)")
     assert titles and all("what is" in title for title in titles)
     rewards = browser.evaluate(
-        "[...document.querySelectorAll('.figures b')].map((b) => b.parentElement.textContent).filter((t) => t.startsWith('reward'))"
+        "[...document.querySelectorAll('.figures b')].map((b) => b.parentElement.textContent)"
+        ".filter((t) => t.startsWith('reward'))"
     )
     assert set(rewards) == {"reward 1"} and len(rewards) == len(titles)
     first = browser.evaluate(
@@ -95,7 +96,10 @@ def test_colours(browser: Browser, address: str) -> None:
     """Catches a choice between divergence and weight that changes nothing, or not the legend."""
     browser.open(address + "rollouts?role=distill")
     colours = "[...document.querySelectorAll('.tokens li')].map((token) => getComputedStyle(token).backgroundColor)"
-    legends = "[...document.querySelectorAll('.legend')].filter((legend) => legend.checkVisibility()).map((legend) => legend.className)"
+    legends = (
+        "[...document.querySelectorAll('.legend')].filter((legend) => legend.checkVisibility())"
+        ".map((legend) => legend.className)"
+    )
     before = browser.evaluate(colours)
     assert browser.evaluate(legends) == ["legend by-kl"]
     browser.evaluate("document.querySelector('[name=colour]').focus()")
@@ -143,7 +147,7 @@ def test_two_checkpoints(browser: Browser, address: str) -> None:
 
 
 def test_news(browser: Browser, address: str, live: Path) -> None:
-    """Catches a page that does not notice that the run goes on, closes what its reader opened, or moves what is being read."""
+    """Catches a page that misses a run's progress, closes opened details, or moves the scrolled position."""
     look = "look().then(() => document.getElementById('facts').textContent)"
     browser.open(address)
     browser.evaluate("document.querySelector('#curves details').open = true")
@@ -151,7 +155,10 @@ def test_news(browser: Browser, address: str, live: Path) -> None:
     with (live / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 101, "loss": 1.0, "kl": 0.1}) + "\n")
     write_lines(live / "alerts.jsonl", [{"step": 101, "kind": "length explosion", "words": "responses have 99 tokens"}])
-    news = f"new Promise((resolve) => {{ const again = () => {look}.then((text) => text.startsWith('101') ? resolve(text) : setTimeout(again, 300)); again(); }})"
+    news = (
+        "new Promise((resolve) => { const again = () => "
+        f"{look}.then((text) => text.startsWith('101') ? resolve(text) : setTimeout(again, 300)); again(); }})"
+    )
     assert browser.evaluate(news).startswith("101 steps")
     assert browser.evaluate("document.querySelector('#curves details').open")
     assert "responses have 99 tokens" in browser.evaluate("document.querySelector('.alerts').textContent")
@@ -177,8 +184,9 @@ def test_policy_holds(browser: Browser, address: str) -> None:
             if (seen.length === 4) resolve(seen.sort());
           });
           document.body.append(Object.assign(new Image(), { src: "http://127.0.0.1:9/x.png" }));
-          document.body.append(Object.assign(document.createElement("script"), { textContent: "document.title = 'taken'" }));
-          document.body.append(Object.assign(document.createElement("style"), { textContent: "body { display: none }" }));
+          const inline = { script: "document.title = 'taken'", style: "body { display: none }" };
+          for (const [tag, textContent] of Object.entries(inline))
+            document.body.append(Object.assign(document.createElement(tag), { textContent }));
           fetch("http://127.0.0.1:9/").catch(() => {});
         })""")
     assert directives == ["connect-src", "img-src", "script-src-elem", "style-src-elem"]

@@ -1,4 +1,4 @@
-"""The page in a real browser: silent console, no request, every plot drawn and legible, every clip playable, keyboard enough."""
+"""The page in a real browser: empty console, no request, legible plots, playable clips, keyboard enough."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ CONTRAST = """
     }
   };
   const results = [];
-  for (const node of document.querySelectorAll("p, h1, h2, h3, th, td, dt, dd, li, a, button, summary, label span, .swatch, .mark, .kind, svg text")) {
+  const texts = "p, h1, h2, h3, th, td, dt, dd, li, a, button, summary, label span, .swatch, .mark, .kind, svg text";
+  for (const node of document.querySelectorAll(texts)) {
     if (!node.textContent.trim() || !node.checkVisibility()) continue;
     const style = getComputedStyle(node);
     const [a, b] = [luminance(rgba(node.closest("svg") ? style.fill : style.color)), luminance(behind(node))];
-    results.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.tagName + "." + node.getAttribute("class") + " " + node.textContent.trim().slice(0, 40)]);
+    const name = node.tagName + "." + node.getAttribute("class") + " " + node.textContent.trim().slice(0, 40);
+    results.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), name]);
   }
   return results.sort((x, y) => x[0] - y[0]).slice(0, 5);
 })()
@@ -64,7 +66,7 @@ def shown_kinds(browser: Browser) -> list[str]:
 
 
 def test_silent_and_alone(browser: Browser, page: Path) -> None:
-    """Catches a script error, a violation of the page's own policy, a file that is asked for, and an answer that runs as code."""
+    """Catches a script error, a violation of the page's policy, a requested file, and an answer that runs as code."""
     browser.open(page)
     assert browser.evaluate("document.title") == "demo – CORD run"
     assert browser.complaints == []
@@ -104,7 +106,8 @@ def test_every_plot_is_drawn(browser: Browser, page: Path) -> None:
           const box = svg.getBoundingClientRect();
           const inside = [...svg.querySelectorAll("text")].every((text) => {
             const b = text.getBoundingClientRect();
-            return b.left >= box.left - 1 && b.right <= box.right + 1 && b.top >= box.top - 1 && b.bottom <= box.bottom + 1;
+            return b.left >= box.left - 1 && b.right <= box.right + 1
+              && b.top >= box.top - 1 && b.bottom <= box.bottom + 1;
           });
           return { area: box.width * box.height, paths: svg.querySelectorAll("path").length, inside };
         })""")
@@ -114,7 +117,7 @@ def test_every_plot_is_drawn(browser: Browser, page: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_legible(browser: Browser, page: Path, scheme: str) -> None:
-    """Catches text too faint to read (WCAG AA asks for 4.5), in either colour scheme, and a switch that does not switch."""
+    """Catches text below the contrast of WCAG AA (4.5) in either colour scheme, and a switch without effect."""
     browser.open(page, scheme=scheme)
     lowest = browser.evaluate(CONTRAST)
     assert lowest[0][0] >= 4.5, lowest
@@ -130,7 +133,8 @@ def test_legible(browser: Browser, page: Path, scheme: str) -> None:
 def test_fits_the_window(browser: Browser, page: Path, width: int) -> None:
     """Catches a page that must be scrolled sideways, at rest or for what is said of a token."""
     browser.open(page, width=width)
-    widest = """Math.max(document.documentElement.scrollWidth, ...[...document.querySelectorAll(".tokens li")].map((token) => {
+    widest = """Math.max(document.documentElement.scrollWidth,
+        ...[...document.querySelectorAll(".tokens li")].map((token) => {
           token.focus();
           return document.documentElement.scrollWidth;
         }))"""
@@ -196,7 +200,8 @@ def test_policy_holds(browser: Browser, page: Path) -> None:
             if (seen.length === 3) resolve(seen.sort());
           });
           document.body.append(Object.assign(new Image(), { src: "http://127.0.0.1:9/x.png" }));
-          document.body.append(Object.assign(document.createElement("script"), { textContent: "document.title = 'taken'" }));
+          const textContent = "document.title = 'taken'";
+          document.body.append(Object.assign(document.createElement("script"), { textContent }));
           fetch("http://127.0.0.1:9/").catch(() => {});
         })""")
     assert directives == ["connect-src", "img-src", "script-src-elem"]

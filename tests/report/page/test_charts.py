@@ -24,7 +24,7 @@ def test_moving_average() -> None:
 
 
 def test_drawing_belongs_to_the_page() -> None:
-    """Catches ids that two drawings share, fixed colours, styles that leak, and anything that an HTML parser stumbles over."""
+    """Catches ids that two drawings share, fixed colours, styles that leak, and invalid HTML."""
     series = [Series("one", [1, 2, 3], [0.1, 0.5, 0.2], [0.1, 0.1, 0.1]), Series("two", [1, 2, 3], [1.0, 2.0, 3.0])]
     charts = [line_chart(key, key, "step", "nats", series, markers=True) for key in ("a", "b")]
     ids = [name for chart in charts for name in re.findall(r'\bid="([^"]+)"', chart.svg)]
@@ -86,7 +86,7 @@ def test_accuracy_chart(finished_run: Path) -> None:
 
 
 def test_divergence_by_position(run_copy: Path) -> None:
-    """Catches early and late steps exchanged, positions counted from zero, and means that the few long responses spoil."""
+    """Catches early and late steps exchanged, positions counted from zero, and means of a few long responses."""
     record = read_run(run_copy)
     early = [r.token_kl for step in range(1, 11) for r in read_rollouts(record.rollout_files[step]) if r.token_kl]
     chart = position_chart(record)

@@ -31,7 +31,7 @@ def evaluation(step: int, correct: list[bool]) -> Evaluation:
 
 
 def test_every_kind_is_shown(finished_run: Path) -> None:
-    """Catches kinds that are confused, a page of successes only, and a choice that differs from one drawing to the next."""
+    """Catches kinds that are confused, a page of successes only, and a choice that differs between two drawings."""
     record = read_run(finished_run)
     before, after = record.evaluations[0], record.evaluations[-1]
     chosen = examples.choose_examples(before, after)
@@ -52,7 +52,7 @@ def test_every_kind_is_shown(finished_run: Path) -> None:
 
 
 def test_choice_is_filled_up_scored_first_and_varied() -> None:
-    """Catches a page of four cards where one kind is rare, answers without colours before coloured ones, and one voice only."""
+    """Catches four cards where one kind is rare, answers without colours before coloured ones, and one voice only."""
     chosen = examples.choose_examples(evaluation(0, [False] * 40), evaluation(9, [True] * 40))
     assert len(chosen) == 12 and all(example.after.token_kl for example in chosen)
     assert set(Counter(example.after.voice for example in chosen).values()) == {3}

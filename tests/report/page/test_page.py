@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cord.errors import CordError
+from megatron_cord.evaluation.files import step_label
 from megatron_cord.report.page.page import render
 from tests.report.fixture import HOSTILE
 
@@ -51,8 +52,11 @@ def page(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_everything_is_there(page: str) -> None:
     """Catches a section, a chart or the audio left out."""
-    for title in ("Accuracy", "Voices", "Questions to hear", "Training", "Divergence by position", "Divergence", "Reward", "Loss",
-                  "Gradient norm", "Response length", "Time", "What it was trained on", "Configuration"):  # fmt: skip
+    titles = (
+        "Accuracy", "Voices", "Questions to hear", "Training", "Divergence by position", "Divergence", "Reward", "Loss",
+        "Gradient norm", "Response length", "Time", "What it was trained on", "Configuration",
+    )  # fmt: skip
+    for title in titles:
         assert f">{title}</" in page, title
     elements = Elements(page)
     assert sum(tag == "audio" for tag, _ in elements.found) >= 12
@@ -108,7 +112,7 @@ def test_size_and_repetition(finished_run: Path, page: str, tmp_path: Path) -> N
         (["evaluations"], "No evaluation yet", "Questions to hear"),
         (["rollouts"], "No rollouts were recorded", "Divergence by position"),
         (["metrics.jsonl"], "No metrics yet", ">Loss<"),
-        ([f"evaluations/step_{step:06d}/heldout.json" for step in (25, 50, 75, 100)], "One evaluation so far", "is closed"),
+        ([f"evaluations/{step_label(step)}" for step in (25, 50, 75, 100)], "One evaluation so far", "is closed"),
         (["summary.json", "evaluations", "rollouts", "metrics.jsonl"], "No metrics yet", "Training"),
     ],
 )

@@ -29,7 +29,7 @@ def test_gap_closed() -> None:
 
 
 def test_intervals_match_a_plain_bootstrap() -> None:
-    """Catches accuracies that are drawn independently (the interval is then too wide), and percentiles of the wrong quantity."""
+    """Catches accuracies drawn independently (too wide intervals), and percentiles of the wrong quantity."""
     rng = np.random.default_rng(3)
     text, audio = rng.random(200) < 0.95, rng.random(200) < 0.4
     after = audio | (rng.random(200) < 0.7)
