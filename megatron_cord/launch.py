@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -64,12 +65,20 @@ class Agent(LocalElasticAgent):
 
 
 def main() -> int:
+    """Run the ranks of the command line."""
+    return launch(sys.argv[1:])
+
+
+def launch(options: Sequence[str]) -> int:
     """Run the ranks and return 0, or the status of a rank that crashed, else of the first that failed.
+
+    Args:
+        options: torchrun's, and the module or script with its arguments.
 
     Raises:
         CordError: the port is taken.
     """
-    arguments = torchrun.parse_args(sys.argv[1:])
+    arguments = torchrun.parse_args(list(options))
     if not torch.cuda.is_available():
         # More threads than cores collapse; torchrun would set it with a banner.
         os.environ.setdefault("OMP_NUM_THREADS", "1")

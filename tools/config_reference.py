@@ -1,160 +1,37 @@
-"""Prints the reference of a run's configuration as Markdown: ``python tools/config_reference.py [SECTION]``.
+"""Print the reference of a run's configuration as Markdown: ``python tools/config_reference.py [SECTION]``.
 
-It is made from the dataclasses: the `#:` comment of a field, or its entry under "Attributes:", is its text, the class's first line that of its section. The documentation's page on
-configuration gets it when the site is built, so it cannot be out of date.
+The documentation's page on configuration gets it when the site is built. `cord config` shows the same in the terminal.
 """
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
-import io
-import json
-import re
-import textwrap
-import tokenize
-import typing
-from collections.abc import Iterator
+import sys
 from pathlib import Path
-from typing import Any
 
-from megatron_cord.config.loading import describe_type
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project need not be installed
+
+from megatron_cord.config import reference
 from megatron_cord.errors import CordError
 from megatron_cord.runtime import entry
 from megatron_cord.trainer.config import RunConfig
 
-REQUIRED = "required"
-
-
-@dataclasses.dataclass(frozen=True)
-class Key:
-    """One key: its dotted name, type, default and meaning as Markdown (empty where the code says nothing)."""
-
-    name: str
-    type: str
-    default: str
-    meaning: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """The keys directly in one section; the top level's name is empty."""
-
-    name: str
-    purpose: str
-    keys: list[Key]
-
-
-def sections(cls: type = RunConfig, name: str = "") -> Iterator[Section]:
-    """A configuration's sections, each before those within it."""
-    hints, texts = typing.get_type_hints(cls), comments(cls)
-    keys, inner = [], []
-    for field in dataclasses.fields(cls):
-        path, hint = f"{name}.{field.name}".lstrip("."), hints[field.name]
-        nested = next((member for member in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(member)), None)
-        if nested is not None:
-            # A map of sections has names that the user chooses.
-            inner.append((typing.cast(type, nested), f"{path}.NAME" if typing.get_origin(hint) is dict else path))
-        else:
-            keys.append(Key(path, describe_type(hint), _default(field), texts.get(field.name, "")))
-    yield Section(name, (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " "), keys)
-    for nested, path in inner:
-        yield from sections(nested, path)
-
-
-def comments(cls: type) -> dict[str, str]:
-    """What is said of a dataclass's fields, inherited ones included: `#:` on a field's lines, else directly above it, else directly below; or its
-    entry under "Attributes:" in the docstring.
-    """
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if "__dataclass_fields__" in vars(base):
-            own = _own_comments(textwrap.dedent(inspect.getsource(base)))
-            found |= {name: text for name, text in _attributes(inspect.getdoc(base) or "").items() if not own.get(name)}
-            found |= {name: text for name, text in own.items() if text or name not in found}
-    return found
-
-
-def _attributes(doc: str) -> dict[str, str]:
-    section = re.search(r"^Attributes:\n((?:    .*\n?)+)", doc, re.MULTILINE)
-    entries = re.findall(r"^    (\w+): (.*(?:\n     +.*)*)", section[1], re.MULTILINE) if section else []
-    return {name: " ".join(text.split()) for name, text in entries}
-
-
-def _own_comments(source: str) -> dict[str, str]:
-    beside: dict[int, str] = {}  # line -> text, of comments that follow code
-    alone: dict[int, str] = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT and token.string.startswith("#:"):
-            (alone if token.line.lstrip().startswith("#:") else beside)[token.start[0]] = token.string[2:].strip()
-    (body,) = ast.parse(source).body
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for node in body.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno is not None:
-            lines = [beside[line] for line in range(node.lineno, node.end_lineno + 1) if line in beside]
-            for start, step in ((node.lineno - 1, -1), (node.end_lineno + 1, 1)):
-                lines = lines or [alone.pop(line) for line in _block(alone, start, step)]
-            found[node.target.id] = " ".join(lines)
-    return found
-
-
-def _block(alone: dict[int, str], start: int, step: int) -> list[int]:
-    """The numbers of adjoining comment lines from ``start`` on, ascending."""
-    lines = []
-    while start in alone:
-        lines.append(start)
-        start += step
-    return sorted(lines)
-
-
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is not dataclasses.MISSING:
-        value = field.default
-    elif field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    else:
-        return REQUIRED
-    return str(value) if isinstance(value, (str, Path)) and value else json.dumps(value, default=str)
-
 
 def markdown(only: str = "") -> str:
-    """The reference, or that of one section.
+    """Return the reference, or that of one section.
 
     Raises:
         CordError: there is no such section.
     """
-    known = list(sections())
-    if only and only not in {section.name for section in known}:
-        raise CordError(
-            f"there is no section {only}; choose one of {', '.join(section.name for section in known if section.name)}"
-        )
-    lines = []
-    for section in known:
-        if section.keys and only in ("", section.name):
-            lines += [
-                f"## `{section.name}`" if section.name else "## Top level",
-                "",
-                section.purpose,
-                "",
-                "| key | type | default | |",
-                "|---|---|---|---|",
-            ]
-            for key in section.keys:
-                default = f"**{REQUIRED}**" if key.default == REQUIRED else f"`{key.default}`"
-                lines.append(f"| `{key.name}` | {_cell(key.type)} | {default} | {_cell(key.meaning)} |")
-            lines.append("")
-    return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    known = list(reference.sections(RunConfig))
+    names = [section.name for section in known if section.name]
+    if only and only not in names:
+        raise CordError(f"there is no section {only}; choose one of {', '.join(names)}")
+    return reference.markdown([section for section in known if only in ("", section.name)])
 
 
 def main() -> None:
     """Entry point."""
-    parser = entry.Parser(description="Prints the reference of a run's configuration as Markdown.", allow_abbrev=False)
+    parser = entry.Parser(description="Print the reference of a run's configuration as Markdown.", allow_abbrev=False)
     parser.add_argument(
         "section", metavar="SECTION", nargs="?", default="", help="one section alone, such as rollout or metrics.wandb"
     )

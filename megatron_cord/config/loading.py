@@ -1,19 +1,17 @@
-"""Turns a YAML file and ``a.b=c`` overrides into dataclasses, and dataclasses back into YAML.
+"""Turn a YAML file and ``a.b=c`` overrides into dataclasses, and dataclasses back into YAML.
 
-A component declares its configuration as a dataclass beside it; this file knows none of them. Supported field types: bool, int,
-float, str, Path, Literal, Any, unions (with None), list, tuple, dict, and dataclasses of these. A wrong value is one line that
-names the dotted field, what was expected, what was given and where. Ranges are checked by a dataclass's own ``__post_init__``,
-which raises ValueError (or CordError); the path of the section is put in front. ``field(metadata={"secret": True})`` keeps a value out
-of dumps and messages.
+A component declares its configuration as a dataclass beside it; this file knows none of them. Supported field types:
+bool, int, float, str, Path, Literal, Any, unions (with None), list, tuple, dict, and dataclasses of these. A wrong
+value is one line that names the dotted field, what was expected, what was given and where. Ranges are checked by a
+dataclass's own ``__post_init__``, which raises ValueError (or CordError); the path of the section is put in front.
+``field(metadata={"secret": True})`` keeps a value out of dumps and messages. A root class with a class attribute
+``EXPLAINED_BY`` names the command that explains its keys, to which the message about an unknown key points.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
 import math
-import os
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -23,23 +21,28 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 
 from megatron_cord.config.source import FLOAT_PATTERN, Tree, read_tree
+from megatron_cord.config.suggestions import renamed, suggest
 from megatron_cord.errors import CordError
+from megatron_cord.runtime.files import write_atomic
 
 Config = TypeVar("Config")
 REDACTED = "***"
 
 
 def load_config(cls: type[Config], path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
-    """An instance of the dataclass ``cls`` from the YAML file at ``path`` (None: defaults only) and ``a.b=value`` overrides.
+    """Make an instance of the dataclass ``cls`` from a YAML file (None: defaults only) and ``a.b=value`` overrides.
 
-    Raises CordError for anything wrong in the file or in an override; later overrides win over earlier ones and over the file.
+    Later overrides win over earlier ones and over the file.
+
+    Raises:
+        CordError: anything is wrong in the file or in an override.
     """
     tree = read_tree(path, overrides)
     return _Reader(cls, tree, "the configuration" if path is None else str(path)).section(cls, tree.values, "")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The plain maps, lists and scalars of a configuration dataclass; fields marked secret read ``***`` when they are set."""
+    """Return a configuration as plain maps, lists and scalars; a secret that is set reads ``***``."""
     plain: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -48,29 +51,27 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def dump_config(config: Any, path: Path | str) -> None:
-    """Writes ``to_dict(config)`` as YAML that ``load_config`` reads back; the file is complete or absent, never half written.
+    """Write ``to_yaml(config)``; the file is complete or absent, never half written.
 
-    Raises CordError, naming the file, when it cannot be written.
+    Raises:
+        CordError: it cannot be written.
     """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            yaml.dump(to_dict(config), file, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
+        write_atomic(path, to_yaml(config), sync=True)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise CordError(
-            f"{target}: cannot write the configuration: {error.strerror}; choose another place or free some space"
+            f"{path}: cannot write the configuration: {error.strerror}; choose another place or free some space"
         ) from None
 
 
+def to_yaml(config: Any) -> str:
+    """Return ``to_dict(config)`` as YAML that ``load_config`` reads back."""
+    text: str = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)
+    return text
+
+
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that a YAML 1.1 reader or ours would take for something else."""
+    """Quote every text that a YAML 1.1 reader or this one would take for something else."""
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT_PATTERN, list("-+.0123456789"))
@@ -94,13 +95,13 @@ class _WrongTypeError(Exception):
 
 
 class _Reader:
-    """Builds the dataclasses of one configuration; ``root`` and ``file`` are for messages."""
+    """Build the dataclasses of one configuration; ``root`` and ``file`` are for messages."""
 
     def __init__(self, root: type, tree: Tree, file: str) -> None:
         self.root, self.tree, self.file = root, tree, file
 
     def section(self, cls: type[Config], given: dict[Any, Any], path: str, defaults: Any = None) -> Config:
-        """``cls`` from ``given``, the map at ``path``; what is not given keeps the value of ``defaults``, of type ``cls``, if any."""
+        """Make ``cls`` from ``given``, the map at ``path``; what lacks keeps its value in ``defaults``."""
         hints = typing.get_type_hints(cls)
         fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
         for key in given:
@@ -128,13 +129,18 @@ class _Reader:
         try:
             return self._convert(hint, value, path, default)
         except _WrongTypeError as error:
+            new = renamed(error.path)
+            if new is not None and dataclasses.is_dataclass(error.hint):  # a scalar that became a section
+                raise CordError(
+                    f"{error.path} is a section now{self._where(error.path)}; the value belongs to '{new}'"
+                ) from None
             shown = "another value" if field.metadata.get("secret") else _shorten(error.value)
             raise CordError(
                 f"{error.path}: expected {describe_type(error.hint)}, got {shown}{self._where(error.path)}"
             ) from None
 
     def _convert(self, hint: Any, value: Any, path: str, default: Any = None) -> Any:
-        """``value`` as the type ``hint``. Raises _WrongTypeError when it does not fit."""
+        """Return ``value`` as the type ``hint``; raise _WrongTypeError when it does not fit."""
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if hint is Any:
             return value
@@ -179,7 +185,7 @@ class _Reader:
         hints = arguments if fixed else (arguments[0] if arguments else Any,) * len(value)
         return kind(
             self._convert(item_hint, item, f"{path}.{index}")
-            for index, (item_hint, item) in enumerate(zip(hints, value))
+            for index, (item_hint, item) in enumerate(zip(hints, value, strict=True))
         )
 
     def _where(self, path: str) -> str:
@@ -187,15 +193,10 @@ class _Reader:
         return f" ({origin})" if origin else ""
 
     def _unknown(self, path: str) -> typing.NoReturn:
-        leaf = path.rpartition(".")[2]
-
-        def nearness(name: str) -> float:
-            # The right name in the wrong section beats a resembling path.
-            return difflib.SequenceMatcher(None, path, name).ratio() + (name.rpartition(".")[2] == leaf)
-
-        nearest = max(_names(self.root, ""), key=nearness, default=None)
-        hint = f"; did you mean '{nearest}'?" if nearest else ""
-        raise CordError(f"unknown key '{path}'{self._where(path)}{hint}")
+        hint = suggest(path, list(keys_of(self.root)))
+        command = getattr(self.root, "EXPLAINED_BY", None)
+        pointer = "" if command is None else f"{' See' if hint.endswith('?') else '; see'}: {command}"
+        raise CordError(f"unknown key '{path}'{self._where(path)}{hint}{pointer}")
 
 
 def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
@@ -215,7 +216,7 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
 
 
 def _default(field: dataclasses.Field[Any], hint: Any) -> Any:
-    """The field's default. A section whose default is its own class counts as not given, so that what it requires is named."""
+    """Return the default; for a section whose default is its own class, MISSING, so that what it requires is named."""
     if field.default_factory is dataclasses.MISSING:
         return field.default
     return (
@@ -225,14 +226,16 @@ def _default(field: dataclasses.Field[Any], hint: Any) -> Any:
     )
 
 
-def _names(cls: Any, path: str) -> Iterator[str]:
-    """The dotted names of every field below a dataclass, sections included."""
+def keys_of(cls: Any, path: str = "") -> Iterator[str]:
+    """Yield the dotted names of the fields below a dataclass, sections left out; a map of sections has one, NAME."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        yield (name := _join(path, field.name))
-        for member in (hints[field.name], *typing.get_args(hints[field.name])):
-            if dataclasses.is_dataclass(member):
-                yield from _names(member, name)
+        name, hint = _join(path, field.name), hints[field.name]
+        sections = [member for member in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(member)]
+        for member in sections:
+            yield from keys_of(member, f"{name}.NAME" if typing.get_origin(hint) is dict else name)
+        if not sections:
+            yield name
 
 
 def _join(path: str, key: Any) -> str:
@@ -240,7 +243,7 @@ def _join(path: str, key: Any) -> str:
 
 
 def describe_type(hint: Any) -> str:
-    """A field's type in words."""
+    """Return a field's type in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join("null" if choice is None else str(choice) for choice in arguments)

@@ -1,8 +1,9 @@
-"""Reads YAML files and ``a.b=c`` overrides into one plain tree, and remembers where each value came from.
+"""Read YAML files and ``a.b=c`` overrides into one plain tree that knows where each value came from.
 
-``megatron_cord.config.loading`` turns the tree into dataclasses; this file knows no fields. It simplifies YAML: scalars follow the
-YAML 1.2 core schema (``1e-3`` is a number, ``no`` and ``on`` are words, there are no dates), a key may appear once in a map,
-and the merge key ``<<`` is not special, because ``base: other.yaml`` (relative to the file) inherits instead.
+``megatron_cord.config.loading`` turns the tree into dataclasses; this file knows no fields. It simplifies YAML: scalars
+follow the YAML 1.2 core schema (``1e-3`` is a number, ``no`` and ``on`` are words, there are no dates), a key may
+appear once in a map, and the merge key ``<<`` is not special, because ``base: other.yaml`` (relative to the file) inherits
+instead.
 """
 
 from __future__ import annotations
@@ -43,21 +44,22 @@ class Tree:
         self.origins: dict[str, str] = {}
 
     def origin(self, path: str) -> str:
-        """Where the value at ``path`` came from: its own entry, or that of the nearest part around it; "" when it is a default."""
+        """Return where the value at ``path``, or the nearest part around it, came from; "" for a default."""
         while path not in self.origins and "." in path:
             path = path.rpartition(".")[0]
         return self.origins.get(path, "")
 
     def merge(self, other: Tree) -> None:
-        """Lays ``other`` over this tree: maps join key by key, anything else is replaced."""
+        """Lay ``other`` over this tree: maps join key by key, anything else is replaced."""
         _merge(self.values, other.values)
         self.origins.update(other.origins)
 
 
 def read_tree(path: Path | str | None, overrides: Sequence[str]) -> Tree:
-    """The file at ``path`` (with what it inherits; None for no file) under the overrides, the last of which wins.
+    """Read the file at ``path``, with what it inherits, under the overrides, the last of which wins; None is no file.
 
-    Raises CordError for a file that is missing or not valid YAML, a key given twice, and an override that is not ``a.b=value``.
+    Raises:
+        CordError: a file is missing or not valid YAML, a key is given twice, or an override is not ``a.b=value``.
     """
     tree = Tree() if path is None else _read_file(Path(path), ())
     for override in overrides:
@@ -112,7 +114,7 @@ def _read_override(override: str) -> Tree:
 
 
 def _parse(text: str, source: str, path: str, origins: dict[str, str]) -> Any:
-    """The plain value of one YAML document; fills ``origins`` with a line for each key below ``path``."""
+    """Return the plain value of one YAML document; fill ``origins`` with a line for each key below ``path``."""
     try:
         loader = _Loader(text)
     except yaml.YAMLError:

@@ -67,5 +67,4 @@ class ModelConfig:
         """The dtype as torch's."""
         import torch
 
-        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        return dtypes[self.dtype]
+        return getattr(torch, self.dtype)

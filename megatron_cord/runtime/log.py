@@ -85,8 +85,3 @@ def configure_logging(level: str | None = None, rank: int | None = None) -> None
     for handler in [handler for handler in logger.handlers if isinstance(handler, LineHandler)]:
         logger.removeHandler(handler)
     logger.addHandler(LineHandler(int(os.environ.get("RANK") or 0) if rank is None else rank))
-
-
-def say(line: str) -> None:
-    """Log a line at INFO; for callers that have no logger yet."""
-    logging.getLogger(__name__).info(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from megatron_cord.data.loader import DataConfig
 from megatron_cord.errors import CordError
@@ -42,6 +43,8 @@ class LoopConfig(BatchConfig):
 @dataclass(frozen=True)
 class RunConfig:
     """Everything about a run."""
+
+    EXPLAINED_BY: ClassVar[str] = "cord config"
 
     output_dir: str  #: metrics, records, checkpoints and evaluations go there
     model: ModelConfig

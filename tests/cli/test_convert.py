@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
 
-import importlib.util
 import io
 import os
 import resource
@@ -13,18 +12,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from math import prod
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
-from rich.console import Console
 from safetensors.torch import save_file
 from transformers import AutoProcessor
 
+from megatron_cord.cli.main import invoke, load
 from megatron_cord.convert import read_tensors
 from megatron_cord.data.wav import encode_wav
 from megatron_cord.errors import CordError
@@ -41,29 +39,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 QUESTION = ["--text", "what is one plus two"]
 
 
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_hf", ROOT / "tools" / "convert_hf.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run_commands(_rank: int, commands: list[list[str]]) -> list[tuple[int, str]]:
-    """Runs commands in turn on the ranks of the default process group; returns status and output of each."""
-    tool, outcomes = load_tool(), []
+    """Run commands in turn on the ranks of the default process group; return status and output of each."""
+    outcomes = []
     for command in commands:
-        arguments = tool.parse(command)
-        said = io.StringIO()
-        console = Console(width=200, file=said)
-        status = tool.COMMANDS[arguments.command](arguments, console)
-        outcomes.append((status, said.getvalue()))
-        parallel_state.destroy_model_parallel()
+        output = io.StringIO()
+        with redirect_stdout(output):
+            status = invoke(load("convert"), command, "cord convert")
+        outcomes.append((status, output.getvalue()))
     return outcomes
 
 
 def alone(*command: Any) -> tuple[int, str]:
-    """One command in this process."""
+    """Run one command in this process."""
     try:
         return run_commands(0, [[str(part) for part in command]])[0]
     finally:

@@ -23,13 +23,13 @@ import pytest
 
 from megatron_cord.compare.plan import CompareConfig
 from megatron_cord.config.loading import load_config
+from megatron_cord.config.reference import sections
 from megatron_cord.errors import CordError
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.verify.layout import VerifyLayoutConfig
 from megatron_cord.verify.loss import VerifyLossConfig
 from megatron_cord.verify.weight_sync import VerifyWeightSyncConfig
 from tests.report.fixture import write_run
-from tools.config_reference import sections
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -54,7 +54,7 @@ CHECKS: dict[str, type] = {
 #: the keys of a run's configuration, and the sections around them; NAME is the user's choice
 KEYS = {
     ".".join(parts[:depth])
-    for s in sections()
+    for s in sections(RunConfig)
     for key in s.keys
     for parts in [key.name.split(".")]
     for depth in range(1, len(parts) + 1)
@@ -187,9 +187,11 @@ def test_programs_take_these_arguments(
 
 def check_program(program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     said = help_of(program.name, [], monkeypatch, capsys)
-    choices = re.search(r"^positional arguments:\n  \{?(\w+(?:[,|]\w+)+)", said, re.MULTILINE)
+    choices = re.findall(r"^  (\w+)  ", said.partition("\nCommands:\n")[2], re.MULTILINE)  # a group of commands
+    if positional := re.search(r"^positional arguments:\n  \{?(\w+(?:[,|]\w+)+)", said, re.MULTILINE):
+        choices = re.split("[,|]", positional[1])
     if choices and program.arguments:
-        assert program.arguments[0] in re.split("[,|]", choices[1])
+        assert program.arguments[0] in choices
         said += help_of(program.name, [program.arguments[0]], monkeypatch, capsys)
     options = {word.partition("=")[0] for word in program.arguments if word.startswith("-")}
     assert options <= set(re.findall(r"(?<![\w-])--?[\w-]+", said))

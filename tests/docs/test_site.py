@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cord.config.reference import comments, sections
 from megatron_cord.errors import CordError
-from tools.config_reference import comments, markdown, sections
+from megatron_cord.trainer.config import RunConfig
+from tools.config_reference import markdown
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,16 +59,16 @@ def test_nothing_is_loaded(site: Path) -> None:
 def test_the_reference_is_in_the_site(site: Path) -> None:
     """Catches a page of the configuration that is built without its reference."""
     text = (site / "configuration.html").read_text(encoding="utf-8")
-    for section in sections():
+    for section in sections(RunConfig):
         for key in section.keys:
             assert f"<code>{key.name}</code>" in text, key.name
 
 
 def test_every_key_is_explained() -> None:
     """Catches a key of the configuration without an explanation."""
-    silent = [key.name for section in sections() for key in section.keys if not key.meaning]
+    silent = [key.name for section in sections(RunConfig) for key in section.keys if not key.meaning]
     assert not silent, "write what it means beside the field, after #:"
-    assert all(section.purpose for section in sections())
+    assert all(section.purpose for section in sections(RunConfig))
 
 
 @dataclasses.dataclass(frozen=True)

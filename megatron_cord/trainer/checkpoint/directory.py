@@ -53,8 +53,7 @@ class CheckpointDirectory:
         if dist.get_rank() == 0:
             self.sweep()
         damaged: list[tuple[str, str]] = []
-        names: list[str] = broadcast_json(self._names())
-        for name in reversed(names):
+        for name in reversed(broadcast_json(self._names())):
             damage = find_damage(self.directory / name)
             if damage is None:
                 if dist.get_rank() == 0:

@@ -1,0 +1,104 @@
+"""Explain the keys of a run's configuration, and print what a file sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from megatron_cord.config import reference
+from megatron_cord.config.loading import load_config, to_dict, to_yaml
+from megatron_cord.config.suggestions import suggest
+from megatron_cord.errors import CordError
+from megatron_cord.trainer.config import RunConfig
+
+
+def explain_key(name: str) -> None:
+    """Print one key, or all keys of a section and those within it.
+
+    Raises:
+        CordError: there is neither.
+    """
+    known = list(reference.sections(RunConfig))
+    keys = {key.name: key for section in known for key in section.keys}
+    if name in keys:
+        _print_key(keys[name])
+        return
+    found = [section for section in known if section.name == name or section.name.startswith(f"{name}.")]
+    if not found:
+        sections = ", ".join(section.name for section in known if section.name and "." not in section.name)
+        raise CordError(f"there is no key or section '{name}'{suggest(name, list(keys))}; sections: {sections}")
+    for section in found:
+        click.echo(f"{section.name}  ({section.declared})\n  {section.purpose}\n")
+        for key in section.keys:
+            click.echo(f"  {key.name.removeprefix(f'{section.name}.')} = {key.default}")
+            for line in _wrapped(key.meaning, "      "):
+                click.echo(line)
+        click.echo()
+
+
+def check_file(file: Path, overrides: Sequence[str], *, show_all: bool) -> int:
+    """Print what a run of this file would use, without starting it; return 0.
+
+    Raises:
+        CordError: the file or an override is wrong.
+    """
+    config = load_config(RunConfig, file, overrides)
+    if show_all:
+        click.echo(to_yaml(config), nl=False)
+        return 0
+    default = load_config(
+        RunConfig, None, [f"output_dir={config.output_dir}", f"model.checkpoint={config.model.checkpoint}"]
+    )
+    usual, used = dict(_flat(to_dict(default))), dict(_flat(to_dict(config)))
+    for key, value in used.items():
+        if key not in usual or usual[key] != value:
+            default_text = f"  (default {_text(usual[key])})" if key in usual else ""
+            click.echo(f"{key} = {_text(value)}{default_text}")
+    for key in ("output_dir", "model.checkpoint"):
+        click.echo(f"{key} = {used[key]}")
+    for warning in _warnings(config):
+        click.echo(f"warning: {warning}", err=True)
+    return 0
+
+
+def _print_key(key: reference.Key) -> None:
+    click.echo(key.name)
+    for title, text in (("type", key.type), ("default", key.default), ("declared in", key.declared)):
+        click.echo(f"  {title + ':':13}{text}")
+    for line in _wrapped(key.meaning, "  "):
+        click.echo(line)
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return click.wrap_text(text, 100, indent, indent).splitlines() if text else []
+
+
+def _warnings(config: RunConfig) -> Iterator[str]:
+    """Yield what would stop the run, or waste it, once it has started."""
+    for key, path in (("model.checkpoint", config.model.checkpoint), ("data.train", config.data.train)):
+        if not path:
+            yield f"{key} is not set; training requires it"
+        elif not Path(path).exists() and not any(sign in path for sign in "*?["):
+            yield f"{key}: {path} does not exist here"
+    if not config.data.evaluation and config.evaluation.interval:
+        yield "data.evaluation is not set: the run is not evaluated"
+    if config.rollout.engine == "sglang" and not (config.rollout.servers or config.rollout.servers_file):
+        yield "rollout.engine=sglang needs rollout.servers or rollout.servers_file (cord serve writes it)"
+    if config.rollout.engine == "local" and (config.rollout.servers or config.rollout.servers_file):
+        yield "rollout.servers and rollout.servers_file are not used by rollout.engine=local"
+
+
+def _flat(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        here = f"{path}.{name}".lstrip(".")
+        if isinstance(value, dict) and value:
+            yield from _flat(value, here)
+        else:
+            yield here, value
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

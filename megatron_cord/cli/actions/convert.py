@@ -1,0 +1,313 @@
+"""Convert between Hugging Face checkpoints and Megatron's distributed ones, on one rank or several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
+
+import numpy as np
+import torch
+import yaml
+from megatron.core import parallel_state
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from megatron_cord.convert import comparison
+from megatron_cord.convert.auxiliary_files import read_auxiliary_files, with_dtype
+from megatron_cord.convert.hf_reader import stored_tensors
+from megatron_cord.convert.hf_writer import HFDirectoryWriter, check_vacant, plan_shards
+from megatron_cord.convert.inventory import Entry, common_dtype, fake_model, inventory
+from megatron_cord.convert.loading import find_sources
+from megatron_cord.convert.megatron_reader import SavedWeights
+from megatron_cord.convert.megatron_writer import save_weights
+from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.data.samples import Prompt, Sample
+from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.tokenizers import load_tokenizer
+from megatron_cord.data.wav import decode_wav
+from megatron_cord.errors import CordError
+from megatron_cord.model.families import load_architecture
+from megatron_cord.model.lalm import LALM, ModelInput
+from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
+from megatron_cord.parallel.objects import all_gather_json
+from megatron_cord.runtime.progress import Bars
+from megatron_cord.runtime.quiet import no_progress_bars
+from megatron_cord.trainer.checkpoint import progress as run_progress
+from megatron_cord.trainer.checkpoint.checkpoints import check_weights, load_weights
+from megatron_cord.trainer.checkpoint.storage import storage_problem
+
+#: The folder of a converted checkpoint with configuration, tokenizer and processor.
+_AUXILIARY_FILES = "huggingface"
+_WEIGHTS_ONLY = run_progress.Progress(step=0, seconds=0.0, skipped_in_a_row=0, seed=0)
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def run(action: Callable[..., int], **options: Any) -> int:
+    """Run one of the three actions with its options; return the exit status. A caller's process group stays."""
+    joined = torch.distributed.is_initialized()
+    with no_progress_bars():
+        status = action(**options)
+    if joined:
+        parallel_state.destroy_model_parallel()
+    else:
+        finalize()
+    return status
+
+
+def import_checkpoint(source: Path, target: Path, *, tp: int, pp: int, dtype: str, dry_run: bool) -> int:
+    """Import the Hugging Face directory `source` into the checkpoint `target`."""
+    console = Console()
+    arch = load_architecture(source)
+    arch.check_divisible(tp, pp)
+    layout = initialize(ParallelConfig() if dry_run else ParallelConfig(tp=tp, pp=pp), seed=0)
+    if dry_run:
+        model = fake_model(arch, layout)
+        _print_inventory(inventory(model), _dtype(dtype) or torch.bfloat16, console)
+        if not any(source.glob("*.safetensors")):
+            console.print(f"{source} has no weights to compare with", highlight=False, soft_wrap=True)
+            return 0
+        find_sources(model, stored_tensors(source))
+        console.print(f"{source}: the weights' headers fit", highlight=False, soft_wrap=True)
+        return 0
+    check_vacant(target)
+    stored = stored_tensors(source)
+    precision = _dtype(dtype) or common_dtype(stored)
+    model = fake_model(arch, layout, precision)
+    sources = find_sources(model, stored)
+    auxiliary_files = with_dtype(read_auxiliary_files(source), precision)
+
+    def complete(partial: Path) -> None:
+        run_progress.write_progress(partial, _WEIGHTS_ONLY, arch)
+        (partial / _AUXILIARY_FILES).mkdir()
+        for name, content in auxiliary_files.items():
+            (partial / _AUXILIARY_FILES / name).write_bytes(content)
+
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    with _disk(target, "free some space and import again"), _progress(total, layout) as advance:
+        save_weights(target, model, sources, complete, advance)
+    _print(layout, console, f"{target}: {len(stored)} tensors in {_name(precision)}")
+    return 0
+
+
+def export_checkpoint(
+    source: Path,
+    target: Path,
+    *,
+    tp: int,
+    pp: int,
+    dtype: str,
+    dry_run: bool,
+    max_shard_size: str,
+    hf: Path | None,
+    resume: str,
+) -> int:
+    """Export the checkpoint `source` into the Hugging Face directory `target`.
+
+    The ranks share the files; each reads from the checkpoint what its own are made of.
+    """
+    console = Console()
+    auxiliary_dir = hf or _auxiliary_dir_of(source)
+    arch = load_architecture(auxiliary_dir)
+    arch.check_divisible(tp, pp)
+    layout = initialize(ParallelConfig(), seed=0)
+    if not dry_run:
+        check_vacant(target)
+        check_weights(source, arch)
+    model = fake_model(arch, layout)
+    saved = SavedWeights(source, model)
+    precision = _dtype(dtype) or saved.common_dtype()
+    shards = plan_shards(saved.shapes, precision, _bytes(max_shard_size))
+    if dry_run:
+        _print_inventory(inventory(model), precision, console)
+        console.print(f"{len(shards)} files of at most {max_shard_size}", highlight=False)
+        return 0
+    mine = shards[layout.rank :: layout.world_size]
+    writer = HFDirectoryWriter(target, shards, precision)
+    total = sum(shard.nbytes(precision) for shard in mine)
+    with (
+        _disk(target, "free some space and export again; what is finished is kept"),
+        _progress(total, layout) as advance,
+    ):
+        if layout.is_main:
+            writer.begin(_fingerprint(source), resume=resume == "auto")
+        torch.distributed.barrier()
+        kept = sum(all_gather_json(writer.write_files(saved.blocks, mine, advance)))
+        if layout.is_main:
+            writer.publish(with_dtype(read_auxiliary_files(auxiliary_dir), precision))
+    torch.distributed.barrier()
+    there = f", {kept} of them finished earlier" if kept else ""
+    _print(layout, console, f"{target}: {len(saved.shapes)} tensors in {_name(precision)}, {len(shards)} files{there}")
+    return 0
+
+
+def check_checkpoint(
+    source: Path,
+    target: Path,
+    *,
+    tp: int,
+    pp: int,
+    text: str,
+    audio: Path | None,
+    data: Path | None,
+    tolerance: float,
+) -> int:
+    """Compare the logits of the Hugging Face directory `source` and of the checkpoint `target`."""
+    console = Console()
+    arch = load_architecture(source)
+    arch.check_divisible(tp, pp)
+    layout = initialize(ParallelConfig(tp=tp, pp=pp), seed=0)
+    prompts = _prompts(source, text, audio, data) if arch.encoder is not None else [_text_prompt(source, text)]
+    inputs = [_model_input(prompt, layout) for prompt in prompts]
+    model = LALM(arch, layout, torch.float32)
+    load_weights(target, model)
+    reference = None
+    if layout.rank == layout.world_size - 1:  # always on a last stage
+        reference = comparison.load_reference(source)
+    differences = comparison.compare(model, reference, inputs)
+    largest = max(difference.largest for difference in differences)
+    for each in differences:
+        _print(
+            layout, console,
+            f"{each.name}: {each.tokens} tokens, largest difference {each.largest:.2e} "
+            f"of logits up to {each.scale:.2f}, same first choice at {each.agreement:.1%}",
+        )  # fmt: skip
+    within = largest <= tolerance  # False for nan
+    _print(
+        layout,
+        console,
+        f"largest difference {largest:.2e}: {'within' if within else 'ABOVE'} the tolerance of {tolerance:g}",
+    )
+    return 0 if within else 1
+
+
+def _auxiliary_dir_of(checkpoint: Path) -> Path:
+    """Return where configuration and tokenizer are: inside the checkpoint, or where its run started from."""
+    if (checkpoint / _AUXILIARY_FILES).is_dir():
+        return checkpoint / _AUXILIARY_FILES
+    config = checkpoint.parent.parent / "config.yaml"
+    try:
+        return Path(yaml.safe_load(config.read_text())["model"]["checkpoint"])
+    except (OSError, yaml.YAMLError, LookupError, TypeError):
+        raise CordError(
+            f"{checkpoint} does not name the Hugging Face checkpoint it began as ({config} is missing or damaged); "
+            "give that with --hf HF_DIR"
+        ) from None
+
+
+def _fingerprint(checkpoint: Path) -> list[list[Any]]:
+    """Return what tells whether a checkpoint is still the one that an interrupted export read."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def _text_prompt(hf_dir: Path, text: str) -> Prompt:
+    ids = load_tokenizer(hf_dir).encode(text)
+    if not ids:
+        raise CordError(f"{hf_dir}: its tokenizer makes nothing of {text!r}; give words of its vocabulary with --text")
+    return Prompt(sample_id="text", token_ids=tuple(ids))
+
+
+def _prompts(hf_dir: Path, text: str, audio: Path | None, data: Path | None) -> list[Prompt]:
+    builder = PromptBuilder(hf_dir, long_audio="cut")
+    if data is not None:
+        source = ShardDataset(data)
+        samples = [source[i] for i in range(min(2, len(source)))]
+    else:
+        clip = _voice() if audio is None else _read_wav(audio)
+        samples = [Sample(id="check", question=text, waveform=clip)]
+    prompts = []
+    for sample in samples:
+        for kind, prompt in (("text", builder.text_prompt(sample)), ("audio", builder.audio_prompt(sample))):
+            prompts.append(Prompt(sample_id=f"{sample.id} as {kind}", token_ids=prompt.token_ids, clips=prompt.clips))
+    return prompts
+
+
+def _read_wav(path: Path) -> np.ndarray:
+    try:
+        return decode_wav(path.read_bytes(), str(path))
+    except OSError as error:
+        raise CordError(
+            f"{path} cannot be read ({error.strerror}); give a WAV file of 16 kHz, 16 bits, one channel"
+        ) from None
+
+
+def _voice() -> np.ndarray:
+    """Return three quarters of a second like a voice: harmonics of a falling pitch, swelling four times a second."""
+    time = np.arange(12000) / 16000
+    phase = 2 * np.pi * (140 * time - 20 * time**2)
+    tones = sum(np.sin(k * phase) / k for k in range(1, 20))
+    return (0.1 * tones * (0.6 + 0.4 * np.sin(8 * np.pi * time))).astype(np.float32)
+
+
+def _model_input(prompt: Prompt, layout: Layout) -> ModelInput:
+    return ModelInput(
+        token_ids=torch.tensor([prompt.token_ids], device=layout.device),
+        features=torch.stack([clip.features for clip in prompt.clips]).to(layout.device) if prompt.clips else None,
+        num_frames=torch.tensor([clip.num_frames for clip in prompt.clips], device=layout.device)
+        if prompt.clips
+        else None,
+        sample_ids=(prompt.sample_id,),
+    )
+
+
+def _print_inventory(entries: list[Entry], dtype: torch.dtype, console: Console) -> None:
+    """Print one line a tensor, tab-separated, and totals: plain text, which other programs can search and cut."""
+    # The console would make spaces of the tabs.
+    print("name\tshape\tbytes\tmegatron\tlayout", file=console.file)
+    parts: dict[str, int] = {}
+    for entry in entries:
+        shape = "x".join(map(str, entry.shape))
+        line = f"{entry.name}\t{shape}\t{entry.elements * dtype.itemsize}\t{entry.megatron}\t{entry.layout}"
+        print(line, file=console.file)
+        part = entry.megatron.split(".")[0]
+        parts[part] = parts.get(part, 0) + entry.elements
+    for part, count in {**parts, "total": sum(parts.values())}.items():
+        console.print(
+            f"{part}: {count:,} parameters, {count * dtype.itemsize / 1e9:.3f} GB in {_name(dtype)}", highlight=False
+        )
+    console.print(f"{len(entries)} tensors", highlight=False)
+
+
+@contextmanager
+def _progress(total: int, layout: Layout) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar of bytes; what it yields is called with each portion."""
+    columns = (TextColumn("tensors"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bars(*columns, enabled=layout.is_main) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda portion: bar.advance(task, portion)
+
+
+@contextmanager
+def _disk(path: Path, advice: str) -> Iterator[None]:
+    """Turn the errors of a full or read-only disk into one line."""
+    try:
+        yield
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        reason = None if isinstance(error, CordError) else storage_problem(error)
+        if reason is None:
+            raise
+        raise CordError(f"{path} could not be written ({reason}); {advice}") from error
+
+
+def _print(layout: Layout, console: Console, text: str) -> None:
+    if layout.is_main:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    return None if name == "auto" else getattr(torch, name)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _bytes(text: str) -> int:
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in _UNITS or not number.isdecimal() or int(number) < 1:
+        raise CordError(f"--max-shard-size {text} is no size; write it as 5GB, 500MB or 200KB")
+    return int(number) * _UNITS[unit]

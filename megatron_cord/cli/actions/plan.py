@@ -1,0 +1,81 @@
+"""Print whether a run fits and how fast it will be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_cord.config.loading import load_config
+from megatron_cord.errors import CordError
+from megatron_cord.model.families import load_architecture
+from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, part_counts, published, speed
+from megatron_cord.plan.page import layouts_table
+from megatron_cord.plan.report import Report
+from megatron_cord.trainer.config import RunConfig
+
+
+def plan(
+    config_file: Path,
+    overrides: Sequence[str],
+    *,
+    gpus: int,
+    rollout_gpus: int,
+    gpu: str,
+    model: str | None,
+    audio_seconds: float,
+    text_tokens: int,
+    layouts: bool,
+    as_json: bool,
+) -> int:
+    """Print the estimate of a configuration; return 1 if the run does not fit, else 0."""
+    if gpus < 1 or rollout_gpus < 0:
+        raise CordError("--gpus must be at least 1 and --rollout-gpus cannot be negative")
+    if model is not None and model not in PUBLISHED:
+        raise CordError(f"--model {model}: choose one of {', '.join(sorted(PUBLISHED))}")
+    config = load_config(RunConfig, config_file, overrides)
+    arch = published(model) if model else load_architecture(config.model.checkpoint)
+    device, lengths = GPUS[gpu], {"audio_seconds": audio_seconds, "text_tokens": text_tokens}
+    if layouts:
+        print(layouts_table(config, arch, device, lengths))
+        return 0
+    work = make_work(config, arch, gpus, **lengths)
+    report = Report(
+        gpu=device,
+        gpus=gpus,
+        parameters=part_counts(arch),
+        work=work,
+        memory=memory(config, arch, work, local_engine=not rollout_gpus),
+        speed=speed(config, arch, work, device, gpus, rollout_gpus),
+    )
+    suggestion = None if report.fits else fitting(config, arch, device, gpus, rollout_gpus, **lengths)
+    if as_json:
+        print(json.dumps(report.to_json() | {"suggestion": suggestion}, indent=1))
+    else:
+        _print(report, suggestion)
+    return 0 if report.fits else 1
+
+
+def _print(report: Report, suggestion: list[str] | None) -> None:
+    console = Console()
+    table = Table("what", "GB a GPU", title=f"{report.gpus} × {report.gpu.name}, fullest stage: {report.memory.stage}")
+    table.columns[1].justify = "right"
+    for name, value in report.memory.parts().items():
+        table.add_row(name.replace("_", " "), f"{value / 1e9:.1f}")
+    table.add_row("sum", f"{report.memory.total / 1e9:.1f}")
+    console.print(table)
+    counts = report.parameters
+    console.print(
+        f"parameters: {counts.total:,} (audio encoder {counts.audio_encoder:,}, adapter {counts.adapter:,}, "
+        f"language model {counts.language_model:,})\n{report.speed_text()}",
+        highlight=False,
+    )
+    used = f"{report.memory.total / 1e9:.1f} of {report.gpu.memory / 1e9:.0f} GB"
+    verdict = f"{'fits' if report.fits else 'does not fit'}: {used}"
+    if not report.fits:
+        advice = "no layout of these GPUs was found that does; use more or larger ones, or rollout servers of their own"
+        verdict += f"; {advice if suggestion is None else 'set ' + ' '.join(suggestion)}"
+    console.print(verdict, highlight=False, soft_wrap=True)

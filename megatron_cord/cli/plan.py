@@ -1,0 +1,40 @@
+"""``cord plan``: memory and speed of a run before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from megatron_cord.cli.options import config_option, overrides_argument
+
+GPUS = ("a100", "b200", "h100", "h200")
+
+
+@click.command
+@config_option(required=True)
+@click.option("--gpus", metavar="N", type=int, default=8, show_default=True, help="GPUs that train.")
+@click.option(
+    "--rollout-gpus",
+    metavar="N",
+    type=int,
+    default=0,
+    show_default=True,
+    help="GPUs that run rollout servers; 0 shares the trainer's.",
+)
+@click.option("--gpu", type=click.Choice(GPUS), default="h100", show_default=True, help="Their type.")
+@click.option("--model", metavar="NAME", help="A published model, if its checkpoint is not at hand.")
+@click.option("--audio-seconds", type=float, default=10.0, show_default=True, help="Length of a question.")
+@click.option("--text-tokens", type=int, default=60, show_default=True, help="Tokens of a question's text.")
+@click.option("--layouts", is_flag=True, help="Print a Markdown table of common layouts instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@overrides_argument
+def command(config: Path, overrides: tuple[str, ...], **options: Any) -> int:
+    """Estimate whether a run fits and how fast it will be, before it starts.
+
+    The model is that of model.checkpoint, or a published one by name. Exit status 1 if the run does not fit.
+    """
+    from megatron_cord.cli.actions.plan import plan
+
+    return plan(config, overrides, **options)

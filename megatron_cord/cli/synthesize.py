@@ -1,0 +1,136 @@
+"""``cord synthesize``: written questions into spoken shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from megatron_cord.cli.options import DIRECTORY
+
+
+class SeveralValues(click.Command):
+    """A command whose option ``--voices`` takes all values that follow it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Repeat the option before each value, as click reads several."""
+        spread, open_ = [], False
+        for word in args:
+            if word.startswith("-"):
+                open_ = word == "--voices"
+            elif open_ and spread[-1] != "--voices":
+                spread.append("--voices")
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+@click.command(cls=SeveralValues)
+@click.option(
+    "--questions",
+    metavar="FILE",
+    required=True,
+    help="Questions: .jsonl, .parquet, or a directory of .parquet or .arrow files.",
+)
+@click.option("--output", metavar="DIR", type=DIRECTORY, help="Directory of the shards; created when missing.")
+@click.option("--seed", metavar="S", type=int, default=0, show_default=True, help="Of voices and speeds.")
+@click.option("--shard-size", metavar="K", type=int, default=256, show_default=True, help="Questions a shard.")
+@click.option(
+    "--question-field", metavar="NAME", default="question", show_default=True, help="The field with the question."
+)
+@click.option(
+    "--answer-field", metavar="NAME", default="answer", show_default=True, help="The field with the gold answer."
+)
+@click.option(
+    "--backend",
+    type=click.Choice(("espeak", "piper", "kokoro", "openai")),
+    default="espeak",
+    show_default=True,
+    help="The synthesizer.",
+)
+@click.option(
+    "--voices", metavar="NAME...", multiple=True, help="Names as the backend has them; for Piper, .onnx files."
+)
+@click.option("--model-dir", metavar="DIR", help="Kokoro's model (.onnx) and voices (.bin).")
+@click.option("--url", help="The speech endpoint, up to /v1 (backend openai).")
+@click.option("--model", default="kokoro", show_default=True, help="Model name for the endpoint.")
+@click.option(
+    "--speeds",
+    metavar="SLOWEST FASTEST",
+    type=float,
+    nargs=2,
+    default=(1.0, 1.0),
+    show_default=True,
+    help="1 is a voice's normal speed.",
+)
+@click.option("--max-seconds", type=float, default=30.0, show_default=True, help="Longer recordings are left out.")
+@click.option(
+    "--max-rejects",
+    metavar="SHARE",
+    type=float,
+    default=0.2,
+    show_default=True,
+    help="Largest share of questions left out.",
+)
+@click.option(
+    "--min-loudness",
+    metavar="DB",
+    type=float,
+    default=-35.0,
+    show_default=True,
+    help="Quieter recordings are left out.",
+)
+@click.option("--asr-url", help="An endpoint that transcribes every recording for a check.")
+@click.option("--max-word-error-rate", type=float, default=0.2, show_default=True, help="Of that check.")
+@click.option("--workers", metavar="N", type=int, default=1, show_default=True, help="Processes.")
+@click.option(
+    "--plan",
+    "planned",
+    metavar="N",
+    type=int,
+    help="Make nothing: speak N of the questions, and print what all of them would take.",
+)
+def command(
+    questions: str,
+    output: Path | None,
+    seed: int,
+    shard_size: int,
+    question_field: str,
+    answer_field: str,
+    backend: str,
+    voices: tuple[str, ...],
+    model_dir: str | None,
+    url: str | None,
+    model: str,
+    speeds: tuple[float, float],
+    max_seconds: float,
+    max_rejects: float,
+    min_loudness: float,
+    asr_url: str | None,
+    max_word_error_rate: float,
+    workers: int,
+    planned: int | None,
+) -> None:
+    """Speak written questions and write them as webdataset shards (16 kHz)."""
+    from megatron_cord.cli.actions.synthesize import synthesize
+    from megatron_cord.speech.quality import QualityConfig
+    from megatron_cord.speech.spoken_set import SpokenSetConfig
+    from megatron_cord.speech.synthesizers.config import SynthesizerConfig
+
+    config = SpokenSetConfig(
+        questions,
+        question_field=question_field,
+        answer_field=answer_field,
+        seed=seed,
+        shard_size=shard_size,
+        slowest=speeds[0],
+        fastest=speeds[1],
+        max_rejects=max_rejects,
+        synthesizer=SynthesizerConfig(backend, voices, model_dir, url, model),
+        quality=QualityConfig(
+            max_seconds=max_seconds,
+            min_loudness=min_loudness,
+            asr_url=asr_url,
+            max_word_error_rate=max_word_error_rate,
+        ),
+    )
+    synthesize(config, output, workers=workers, planned=planned)

@@ -1,0 +1,28 @@
+"""``cord train``: the trainer on one rank, or on several of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from megatron_cord.cli.options import config_option, launch_ranks, overrides_argument, ranks_option
+
+
+@click.command
+@config_option(required=True)
+@ranks_option
+@overrides_argument
+def command(config: Path, nproc_per_node: int | None, overrides: tuple[str, ...]) -> int:
+    """Train a model.
+
+    `cord config` describes the keys, `cord plan` estimates memory and time before a start. SIGTERM stops after the
+    current step with a checkpoint (exit status 75); the same command continues.
+    """
+    if nproc_per_node is not None:
+        return launch_ranks(nproc_per_node, "megatron_cord.train", config, overrides)
+    from megatron_cord.config.loading import load_config
+    from megatron_cord.train import train
+    from megatron_cord.trainer.config import RunConfig
+
+    return train(load_config(RunConfig, config, overrides))

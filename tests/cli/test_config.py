@@ -1,0 +1,51 @@
+"""`cord config`: what a key means, and what a file sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_cord.cli.main import cord, invoke
+from megatron_cord.errors import CordError
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert invoke(cord, ["config", *arguments], "cord") == 0
+    return capsys.readouterr().out
+
+
+def test_a_key_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a key without its type, default, choices, comment or place."""
+    lines = run(capsys, "teacher.mode").splitlines()
+    assert (
+        lines[0] == "teacher.mode"
+        and "one of frozen, live, ema" in lines[1]
+        and lines[2].split() == ["default:", "frozen"]
+    )
+    assert "megatron_cord.trainer.step.teacher.TeacherConfig" in lines[3] and "frozen: the initial weights" in lines[4]
+    assert run(capsys, "explain", "teacher.mode").splitlines() == lines
+
+
+def test_a_section_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches sections within it that are left out, and a key that is not there."""
+    output = run(capsys, "metrics")
+    assert "tensorboard = true" in output and "metrics.wandb" in output and "  project = megatron_cord" in output
+    with pytest.raises(
+        CordError, match=r"no key or section 'metrics\.wnadb\.project'; did you mean 'metrics\.wandb\.project'"
+    ):
+        run(capsys, "metrics.wnadb.project")
+
+
+def test_a_file_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches values that are not those a run would use, warnings that are missing, and a mistake that passes."""
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: out\nmodel: {checkpoint: none}\ntrain: {steps: 7}\n")
+    assert invoke(cord, ["config", "check", str(path), "optimizer.clip_norm=2"], "cord") == 0
+    output, errors = capsys.readouterr()
+    assert "train.steps = 7  (default 3000)\n" in output and "optimizer.clip_norm = 2.0  (default 1.0)\n" in output
+    assert "teacher" not in output and "output_dir = out" in output
+    assert "warning: data.train is not set" in errors and "model.checkpoint: none does not exist here" in errors
+    assert "mode: frozen" in run(capsys, "check", str(path), "--all")
+    with pytest.raises(CordError, match=r"train\.steps: expected int"):
+        run(capsys, "check", str(path), "train.steps=x")
