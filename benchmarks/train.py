@@ -121,15 +121,15 @@ def main() -> None:
         for _ in range(arguments.rounds):
             rounds["megatron_cord"].append(measure("benchmarks.train_ours", sys.executable, work, setting))
             rounds["trl_gkd"].append(measure("benchmarks.train_trl", arguments.trl_python, work, setting))
-    ours, theirs = median(rounds["megatron_cord"]), median(rounds["trl_gkd"])
+    cord, trl = median(rounds["megatron_cord"]), median(rounds["trl_gkd"])
     result = {
-        "ratio": round(ours["response_tokens_per_second"] / theirs["response_tokens_per_second"], 3),
+        "ratio": round(cord["response_tokens_per_second"] / trl["response_tokens_per_second"], 3),
         "ratio_of_rounds": [
             round(a["response_tokens_per_second"] / b["response_tokens_per_second"], 3)
             for a, b in zip(rounds["megatron_cord"], rounds["trl_gkd"], strict=True)
         ],
-        "megatron_cord": ours,
-        "trl_gkd": theirs,
+        "megatron_cord": cord,
+        "trl_gkd": trl,
         "setting": asdict(setting),
         "model": asdict(sizes),
         "machine": {

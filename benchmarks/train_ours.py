@@ -90,25 +90,26 @@ def main() -> None:
     optimizer.step = timed(clock, "optimizer", optimizer.step)
     step_module.microbatch_loss = timed(clock, "loss", step_module.microbatch_loss)  # type: ignore[attr-defined]
     questions = (work / "prompts.txt").read_text().splitlines()
-    responses = read = 0
+    responses = prompt_tokens = 0
     divergence = 0.0
     for step in range(config.train.steps):
         if step == setting.skipped_steps:
             clock.start()
-            responses = read = 0
+            responses = prompt_tokens = 0
         with clock.phase("prompts"):
             mine = questions[step * setting.prompts : (step + 1) * setting.prompts]
-            asked = [
+            prompted = [
                 prompts.text_prompt(Sample(f"q{step}-{i}", text, np.zeros(1, np.float32)))
                 for i, text in enumerate(mine)
             ]
         with clock.phase("rollout"):
             requests = [
-                GenerationRequest(p, 1.0, setting.new_tokens, step * setting.prompts + i) for i, p in enumerate(asked)
+                GenerationRequest(p, 1.0, setting.new_tokens, step * setting.prompts + i)
+                for i, p in enumerate(prompted)
             ]
             rollouts = engine.generate(requests)
         sequences = [
-            TrainingSequence(p, p, r, True, 0.0, i) for i, (p, r) in enumerate(zip(asked, rollouts, strict=True))
+            TrainingSequence(p, p, r, True, 0.0, i) for i, (p, r) in enumerate(zip(prompted, rollouts, strict=True))
         ]
         with clock.phase("student"):
             result = train(sequences, [])
@@ -117,12 +118,12 @@ def main() -> None:
         if step == 0:
             divergence = result.metrics["kl"]
         responses += sum(len(r.token_ids) for r in rollouts)
-        read += sum(len(p.token_ids) for p in asked)
+        prompt_tokens += sum(len(p.token_ids) for p in prompted)
     seconds = clock.seconds()
     clock.phases["student"] -= sum(clock.phases[name] for name in ("teacher", "loss", "optimizer"))
     print(
         json.dumps(
-            report(config, setting, clock, seconds, responses, read)
+            report(config, setting, clock, seconds, responses, prompt_tokens)
             | {"first_divergence_per_token": round(divergence, 4)}
         )
     )
@@ -131,11 +132,11 @@ def main() -> None:
 
 
 def report(
-    config: RunConfig, setting: Setting, clock: Clock, seconds: float, responses: int, read: int
+    config: RunConfig, setting: Setting, clock: Clock, seconds: float, responses: int, prompt_tokens: int
 ) -> dict[str, Any]:
     """Return figures of the timed steps, with model FLOP utilisation where the device's peak is known."""
     sequences = setting.prompts * setting.steps
-    length = (responses + read) // sequences
+    length = (responses + prompt_tokens) // sequences
     work = Work(
         sequences=sequences,
         scored=sequences,
@@ -152,7 +153,7 @@ def report(
     peak = peak_of(torch.cuda.get_device_name()) if portability.has_cuda() else None
     return {
         "response_tokens_per_second": round(responses / seconds, 1),
-        "tokens_per_second": round((responses + read) / seconds, 1),
+        "tokens_per_second": round((responses + prompt_tokens) / seconds, 1),
         "seconds_per_step": round(seconds / setting.steps, 3),
         "response_tokens": responses,
         "seconds_per_step_by_phase": {name: round(value / setting.steps, 3) for name, value in clock.phases.items()},

@@ -53,7 +53,7 @@ class TinyModelConfig:
 
     mel_bins: int = 64  # bands of the log-mel spectrogram
     hop_length: int = 320  # samples between two frames; 20 ms
-    window_seconds: int = 3  # longest clip; whole seconds, as transformers' feature extractor wants
+    window_seconds: int = 3  # longest clip; whole seconds, for transformers' feature extractor
     encoder_hidden_size: int = 96
     encoder_layers: int = 2
     encoder_heads: int = 4

@@ -130,7 +130,7 @@ def _plan(config: SynthesisConfig, source: QuestionSource) -> list[tuple[Questio
     if config.split == "heldout":
         questions, voices = source.held_out(config.count, config.seed, config.split_seed), HELD_OUT_VOICES
     else:
-        # Another order for each split, lest the first 500 of "train" be "warmup".
+        # Another order for each split, so that the first 500 of "train" are not "warmup".
         questions, voices = source.training(config.count, 2 * config.seed + stream, config.split_seed), TRAINING_VOICES
     rounds = -(-config.count // len(voices))
     speakers = [voices[i] for turn in range(rounds) for i in permutation(len(voices), config.seed, stream, turn)]

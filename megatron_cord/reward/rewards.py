@@ -142,6 +142,6 @@ class Rewards:
 def _gold(answered: Answered) -> str:
     if answered.gold is None:
         raise CordError(
-            f"sample {answered.sample_id} has no answer, and reward.terms.gold needs one; set it to 0 or mend the data"
+            f"sample {answered.sample_id} has no answer, and reward.terms.gold needs one; set it to 0 or add the answer"
         )
     return answered.gold

@@ -26,7 +26,7 @@ def stated_answer(text: str) -> str | None:
 
 
 def states_answer(text: str) -> bool:
-    """Return whether a solution says which answer is its final one."""
+    """Return whether a solution states which answer is its final one."""
     return stated_answer(text) is not None
 
 

@@ -60,7 +60,7 @@ def estimate(config: SpokenSetConfig, count: int, *, workers: int = 1) -> Estima
     with tempfile.TemporaryDirectory(prefix="megatron_cord-plan-") as folder:
         path = Path(folder) / "questions.jsonl"
         path.write_text("".join(json.dumps(_row(question)) + "\n" for question in some), encoding="utf-8")
-        trial = replace(
+        sample_config = replace(
             config,
             questions=str(path),
             question_field="question",
@@ -76,7 +76,7 @@ def estimate(config: SpokenSetConfig, count: int, *, workers: int = 1) -> Estima
                 first.append(done)
 
         first: list[int] = []
-        made = make_spoken_set(trial, Path(folder) / "set", workers=workers, progress=progress)
+        made = make_spoken_set(sample_config, Path(folder) / "set", workers=workers, progress=progress)
         ended = time.perf_counter()
         # With one shard alone there is nothing behind the start to measure.
         several = len(begun) > 1 and first[0] < len(some)

@@ -223,7 +223,7 @@ def _complete(
         common = next(iter(reasons.items()))
         raise CordError(
             f"{len(rejects)} of {total} questions were left out, most often because {common[0]} ({common[1]} times); "
-            f"see {output / _REJECTS_NAME}, mend the questions, or allow it with max_rejects above {config.max_rejects}"
+            f"see {output / _REJECTS_NAME}, correct the questions, or allow it with a larger max_rejects"
         )
     seconds = round(sum(receipt.seconds for receipt in receipts), 3)
     manifest = Manifest(shards, dict(sorted(voices.items())), seconds, source | {"rejects": reasons})

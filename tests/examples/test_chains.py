@@ -40,8 +40,8 @@ def test_every_answer_ends_rightly(questions: list[Question]) -> None:
         words = question.text.split()[-(2 * STEPS + 1) :]
         value = NUMBERS[words[0]]
         operations = [(words[i], NUMBERS[words[i + 1]]) for i in range(1, len(words), 2)]
-        *said, last = question.solution.split(" . ")
-        steps = [s for s, following in zip(said, [*said[1:], last], strict=True) if "no" not in (s, following)]
+        *parts, last = question.solution.split(" . ")
+        steps = [s for s, following in zip(parts, [*parts[1:], last], strict=True) if "no" not in (s, following)]
         assert len(steps) == STEPS
         for step, (operation, operand) in zip(steps, operations, strict=True):
             left, sign, right, _, result = step.split()
@@ -60,10 +60,10 @@ def test_mistakes_are_as_frequent_as_configured_and_really_wrong(questions: list
         for i, part in enumerate(parts):
             if part == "no":
                 mistakes += 1
-                wrong, mended = parts[i - 1].split(), parts[i + 1].split()
+                wrong, corrected = parts[i - 1].split(), parts[i + 1].split()
                 assert (
-                    wrong != mended
-                    and wrong[:2] == mended[:2]
+                    wrong != corrected
+                    and wrong[:2] == corrected[:2]
                     and all(word in NUMBERS for word in (wrong[2], wrong[4]))
                 )
     assert mistakes / (STEPS * len(questions)) == pytest.approx(MISTAKES, abs=0.03)
@@ -94,7 +94,7 @@ def test_nothing_held_out_is_trained_on() -> None:
 
 
 def test_the_vocabulary_is_closed(questions: list[Question]) -> None:
-    """Catches a word that the word-level tokenizer would not know."""
+    """Catches a word that the word-level tokenizer lacks."""
     words = {
         word
         for q in [*questions, *draw_questions(200, 1, held_out=True)]

@@ -124,9 +124,9 @@ def test_recited_answers_come_without_their_question(checkpoint: Path) -> None:
     for sample in spoken():
         example = warmup._example(builder, sample, builder.text_prompt(sample))
         recited = warmup._without_question(builder, sample, example)
-        asked, question = list(example.prompt.token_ids), list(builder.encode(sample.question))
-        kept, begin = list(recited.prompt.token_ids), asked.index(question[0])
-        assert kept[:begin] + question + kept[begin:] == asked and not set(question) & set(kept)
+        prompt, question = list(example.prompt.token_ids), list(builder.encode(sample.question))
+        kept, begin = list(recited.prompt.token_ids), prompt.index(question[0])
+        assert kept[:begin] + question + kept[begin:] == prompt and not set(question) & set(kept)
         assert recited.response == example.response and builder.decode(recited.response) == sample.solution
     other = replace(sample, question="what is one plus one")
     with pytest.raises(CordError, match=f"sample {sample.id}: its question is not in its prompt word for word"):

@@ -81,10 +81,10 @@ def override(content: bytes) -> None:
 def text(content: bytes) -> None:
     """Verbalize a question."""
     try:
-        said = verbalize(content.decode("utf-8", errors="replace"))
+        words = verbalize(content.decode("utf-8", errors="replace"))
     except UnspeakableError:
         return
-    assert not any(character.isdigit() for character in said if character.isascii()), said
+    assert not any(character.isdigit() for character in words if character.isascii()), words
 
 
 def answers(content: bytes) -> None:

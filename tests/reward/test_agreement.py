@@ -17,8 +17,8 @@ def test_agreement_is_of_final_answers() -> None:
     """Catches a reward for position or wording instead of the final answer, and one for two texts without any."""
     assert compare("five plus seven is twelve . the answer is 12", "seven plus five is twelve . the answer is 12")
     assert compare("so it is twelve", "the answer is 12")
-    for said, wanted in [("the answer is 11", "the answer is 12"), ("hm", "hm"), ("hm", "the answer is 12")]:
-        assert not compare(said, wanted)
+    for response, reference in [("the answer is 11", "the answer is 12"), ("hm", "hm"), ("hm", "the answer is 12")]:
+        assert not compare(response, reference)
     assert AnswerMatcher().compare([]) == []
 
 

@@ -188,7 +188,7 @@ def test_anything_a_model_may_babble(first: str, second: str) -> None:
 @given(st.integers(0, 10**9 - 1))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_numbers_agree_with_their_words_and_commas(number: int) -> None:
-    """Catches a mistake in the arithmetic of number words, against a speller that knows nothing of the parser."""
+    """Catches a mistake in the arithmetic of number words, against a speller that shares no code with the parser."""
     assert answers_agree(spell(number), f"{number:,}")
     assert not answers_agree(spell(number), str(number + 1))
     assert extract_answer(f"in the end there were {spell(number)}") == spell(number)

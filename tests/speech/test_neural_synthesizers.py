@@ -49,9 +49,11 @@ def test_kokoro_speaks(tmp_path: Path) -> None:
         tmp_path / "set",
     )
     assert 1.0 < len(ShardDataset(tmp_path / "set")[0].waveform) / 16000 < 4.0
-    with pytest.raises(CordError, match="Kokoro has no voice 'nobody'"):
+    with pytest.raises(CordError, match="Kokoro has no voice 'no_such_voice'"):
         make_spoken_set(
-            SpokenSetConfig(str(questions), synthesizer=SynthesizerConfig("kokoro", ("nobody",), str(directory))),
+            SpokenSetConfig(
+                str(questions), synthesizer=SynthesizerConfig("kokoro", ("no_such_voice",), str(directory))
+            ),
             tmp_path / "other",
         )
     with pytest.raises(CordError, match=r"must hold one \.onnx and one"):

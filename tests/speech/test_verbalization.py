@@ -1,4 +1,4 @@
-"""What a voice is given to say: words for every number and symbol, or a refusal with its reason."""
+"""Text for a voice: words for every number and symbol, or a refusal with its reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_cord.speech import UnspeakableError, verbalize
 
 
 @pytest.mark.parametrize(
-    ("written", "said"),
+    ("written", "spoken"),
     [
         (r"What is $\frac{1}{2}$ of $10?", "What is one half of ten dollars?"),
         ("What is 3/4 + 1/8?", "What is three quarters plus one eighth?"),
@@ -29,9 +29,9 @@ from megatron_cord.speech import UnspeakableError, verbalize
         ("Fill in ____ and 7", "Fill in blank and seven"),
     ],
 )
-def test_symbols_become_words(written: str, said: str) -> None:
+def test_symbols_become_words(written: str, spoken: str) -> None:
     """Would catch a symbol that is dropped, read wrongly, or left for the synthesiser to guess."""
-    assert verbalize(written) == said
+    assert verbalize(written) == spoken
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_symbols_become_words(written: str, said: str) -> None:
     ],
 )
 def test_what_cannot_be_spoken_is_refused(written: str, reason: str) -> None:
-    """Would catch a voice that babbles code, or a refusal that does not say why."""
+    """Would catch code that is spoken, or a refusal without a reason."""
     with pytest.raises(UnspeakableError, match=reason):
         verbalize(written)
 
@@ -60,15 +60,15 @@ def test_what_cannot_be_spoken_is_refused(written: str, reason: str) -> None:
 def test_never_fails_otherwise(text: str) -> None:
     """Would catch a crash, a hang, or a digit or symbol that reaches the synthesiser."""
     try:
-        said = verbalize(text)
+        spoken = verbalize(text)
     except UnspeakableError:
         return
-    assert not re.search(r"[\d$%^{}\\/=+_×½]", said)
+    assert not re.search(r"[\d$%^{}\\/=+_×½]", spoken)
 
 
 @given(st.integers(0, 10**12 - 1))
 def test_numbers_are_read_back(number: int) -> None:
-    """Would catch a wrong word: what is said must be understood as the same number."""
+    """Would catch a wrong word: the words must be parsed as the same number."""
     quantity = parse_quantity(cardinal(number))
     assert quantity is not None and quantity.value == number
 

@@ -53,7 +53,7 @@ def server() -> Iterator[OpenAIServer]:
 def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Import what the first request imports, which on a busy machine takes longer than the time limits of the tests."""
     with OpenAIServer(reply) as running:
-        Judge(config(running, timeout=60), tmp_path_factory.mktemp("first")).compare([asks("yes")])
+        Judge(config(running, timeout=60), tmp_path_factory.mktemp("first")).compare([ordered("yes")])
 
 
 def config(server: OpenAIServer, **more: object) -> JudgeConfig:
@@ -61,19 +61,19 @@ def config(server: OpenAIServer, **more: object) -> JudgeConfig:
     return JudgeConfig(base_url=server.url, model="judge", **settings)
 
 
-def asks(order: str, said: str = "12") -> Comparison:
-    """Make a comparison in which answer matching agrees if 12 is said."""
-    return Comparison("how much", f"the answer is {said}.\n{order}", "the answer is 12")
+def ordered(order: str, answer: str = "12") -> Comparison:
+    """Make a comparison in which answer matching agrees if the answer is 12."""
+    return Comparison("how much", f"the answer is {answer}.\n{order}", "the answer is 12")
 
 
 def test_the_judge_decides_and_the_matcher_is_recorded(
     server: OpenAIServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches verdicts out of order, a question that is asked twice, and a key that is not sent."""
+    """Catches verdicts out of order, a comparison that is sent twice, and a key that is not sent."""
     monkeypatch.setenv("JUDGE_KEY", "secret")
     judge = Judge(config(server, api_key_env="JUDGE_KEY"), tmp_path)
-    asked = [asks("yes"), asks("no"), asks("yes", "11"), asks("no", "11"), asks("yes")]
-    assert judge.compare(asked) == [
+    comparisons = [ordered("yes"), ordered("no"), ordered("yes", "11"), ordered("no", "11"), ordered("yes")]
+    assert judge.compare(comparisons) == [
         Verdict(a, m, "judge") for a, m in [(True, True), (False, True), (True, False), (False, False), (True, True)]
     ]
     assert len(server.requests) == 4 and {request.key for request in server.requests} == {"Bearer secret"}
@@ -98,7 +98,7 @@ def test_no_answer_falls_back_to_matching(
     caplog.set_level(logging.WARNING)
     judge = Judge(config(server, tries=2), tmp_path)
     begun = time.monotonic()
-    verdicts = judge.compare([asks(order), asks("yes", "11"), asks(order, "11")])
+    verdicts = judge.compare([ordered(order), ordered("yes", "11"), ordered(order, "11")])
     assert verdicts == [
         Verdict(True, True, "fallback"),
         Verdict(True, False, "judge"),
@@ -108,7 +108,7 @@ def test_no_answer_falls_back_to_matching(
     assert "the judge gave no answer to 2 of 3 questions" in caplog.text
     assert len(server.requests) == 5
     assert (
-        Judge(config(server, tries=1), tmp_path).compare([asks(order)])[0].source == "fallback"
+        Judge(config(server, tries=1), tmp_path).compare([ordered(order)])[0].source == "fallback"
         and len(server.requests) == 6
     )
 
@@ -116,11 +116,11 @@ def test_no_answer_falls_back_to_matching(
 def test_what_passes_is_tried_again(server: OpenAIServer, tmp_path: Path) -> None:
     """Catches tries that are not made, and one that is made of what cannot pass."""
     judge = Judge(config(server), tmp_path)
-    assert [v.source for v in judge.compare([asks("once 500"), asks("once garbage"), asks("once hang")])] == [
+    assert [v.source for v in judge.compare([ordered("once 500"), ordered("once garbage"), ordered("once hang")])] == [
         "judge"
     ] * 3
     before = len(server.requests)
-    assert judge.compare([asks("400")])[0].source == "fallback" and len(server.requests) == before + 1
+    assert judge.compare([ordered("400")])[0].source == "fallback" and len(server.requests) == before + 1
 
 
 def test_a_refusal_stops_the_run(server: OpenAIServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_a_refusal_stops_the_run(server: OpenAIServer, tmp_path: Path, monkeypat
     judge = Judge(config(server, api_key_env="JUDGE_KEY"), tmp_path)
     for status in ("401", "403", "404"):
         with pytest.raises(CordError, match=rf"refuses model judge; .*status {status}") as raised:
-            judge.compare([asks(status)])
+            judge.compare([ordered(status)])
         assert "secret" not in str(raised.value)
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(CordError, match=r"JUDGE_KEY, named by reward\.judge\.api_key_env, is not set"):
@@ -138,23 +138,23 @@ def test_a_refusal_stops_the_run(server: OpenAIServer, tmp_path: Path, monkeypat
 
 def test_concurrency_is_bounded(server: OpenAIServer, tmp_path: Path) -> None:
     """Catches questions one after the other, and all at once."""
-    Judge(config(server, concurrency=3, timeout=10), tmp_path).compare([asks("slow", str(i)) for i in range(9)])
+    Judge(config(server, concurrency=3, timeout=10), tmp_path).compare([ordered("slow", str(i)) for i in range(9)])
     assert server.most == 3
 
 
 def test_answers_outlive_the_process(server: OpenAIServer, tmp_path: Path) -> None:
     """Catches comparisons that are sent again, a file that was cut short, and answers taken from another model."""
-    Judge(config(server), tmp_path, writer=0).compare([asks("yes"), asks("no")])
+    Judge(config(server), tmp_path, writer=0).compare([ordered("yes"), ordered("no")])
     whole = (tmp_path / "0.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
     (tmp_path / "0.jsonl").write_bytes(lines[0] + lines[1][:30])
     for writer in (0, 1):
-        verdicts = Judge(config(server), tmp_path, writer).compare([asks("yes"), asks("no")])
+        verdicts = Judge(config(server), tmp_path, writer).compare([ordered("yes"), ordered("no")])
         assert [v.agrees for v in verdicts] == [True, False]
-    assert len(server.requests) == 3, "one was cut short, and asked again once"
+    assert len(server.requests) == 3, "one was cut short, and sent again once"
     read = [line for line in (tmp_path / "0.jsonl").read_text().splitlines() if line.endswith("}")]
     assert [json.loads(line)["agrees"] for line in read] in ([True, False], [False, True])
-    Judge(JudgeConfig(base_url=server.url, model="other"), tmp_path).compare([asks("yes")])
+    Judge(JudgeConfig(base_url=server.url, model="other"), tmp_path).compare([ordered("yes")])
     assert len(server.requests) == 4
 
 
@@ -162,7 +162,7 @@ def test_a_judge_that_is_away(tmp_path: Path) -> None:
     """Catches a traceback where the server is gone."""
     with OpenAIServer(reply) as gone:
         pass
-    assert Judge(config(gone, tries=1), tmp_path).compare([asks("yes")])[0].source == "fallback"
+    assert Judge(config(gone, tries=1), tmp_path).compare([ordered("yes")])[0].source == "fallback"
 
 
 def test_answers_are_parsed_strictly() -> None:
