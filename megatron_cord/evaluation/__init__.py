@@ -1,1 +1,1 @@
-"""Evaluation: question sets, answers from both views, scores, intervals, and the pages that show them."""
+"""Evaluation: question sets, answers from text and from audio, scores, intervals, and the pages that show them."""

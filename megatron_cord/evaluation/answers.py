@@ -1,4 +1,4 @@
-"""Answers to questions: prompts of both views, the engine's greedy responses, and the file that keeps them.
+"""Answers to questions: text and audio prompts, the engine's greedy responses, and the file that keeps them.
 
 A journal holds one line an answered question, behind a first line that names model and questions. Scores are made from
 the answers afterwards, so that a better rule or another judge needs no engine.
@@ -25,10 +25,15 @@ from megatron_cord.runtime.files import fingerprint
 class Answer:
     """The responses to one question.
 
-    Attributes: id: of the question. text_response, audio_response: from the text prompt and from the audio prompt; None
-        where the question has no such view. tokens: the audio response, token by token. cut: the views whose response
-        ended at the length limit. token_kl: divergence from the teacher at each token of the audio response, nats
-        (None: not finite); None if not measured. reject: why no prompt could be made; None for an answered question.
+    Attributes:
+        id: of the question.
+        text_response: from the text prompt; None where the question has none.
+        audio_response: from the audio prompt; None where the question has none.
+        tokens: the audio response, token by token.
+        cut: the modalities ("text", "audio") whose response ended at the length limit.
+        token_kl: divergence from the teacher at each token of the audio response, nats (None: not finite); None if it
+            was not measured.
+        reject: why no prompt could be made; None for an answered question.
     """
 
     id: str
@@ -42,7 +47,7 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class PreparedQuestion:
-    """A question with its prompts, None for a view that it does not have; `reject`: why it has none at all."""
+    """A question with its prompts, None for one that it does not have; `reject`: why it has none at all."""
 
     question: Question
     text: Prompt | None = None
@@ -89,7 +94,7 @@ def generate_answers(
     measure: Measure | None = None,
     measured: int = 0,
 ) -> tuple[list[Answer], dict[str, float]]:
-    """Generate greedy responses from both views of each question, in one call of the engine. Collective.
+    """Generate greedy responses to both prompts of each question, in one call of the engine. Collective.
 
     Args:
         prepared: the questions.
@@ -102,10 +107,10 @@ def generate_answers(
     Returns:
         one answer a question, in the same order, and the scalars that were measured.
     """
-    views = [("text", p.question.id, p.text) for p in prepared] + [("audio", p.question.id, p.audio) for p in prepared]
-    asked = [(view, name, prompt) for view, name, prompt in views if prompt is not None]
+    both = [("text", p.question.id, p.text) for p in prepared] + [("audio", p.question.id, p.audio) for p in prepared]
+    asked = [(modality, name, prompt) for modality, name, prompt in both if prompt is not None]
     rollouts = engine.generate([GenerationRequest(p, 0.0, max_new_tokens) for *_, p in asked]) if asked else []
-    made = {(view, name): rollout for (view, name, _), rollout in zip(asked, rollouts, strict=True)}
+    made = {(modality, name): rollout for (modality, name, _), rollout in zip(asked, rollouts, strict=True)}
     responses = {
         p.question.id: AudioResponse(p.audio, p.text, made["audio", p.question.id])
         for p in prepared
@@ -125,7 +130,7 @@ def generate_answers(
                 text_response=None if text is None else text.text,
                 audio_response=None if audio is None else audio.text,
                 tokens=() if audio is None else tuple(prompts.token_strings(audio.token_ids)),
-                cut=tuple(view for view, r in (("text", text), ("audio", audio)) if r and r.finish_reason == "length"),
+                cut=tuple(kind for kind, r in (("text", text), ("audio", audio)) if r and r.finish_reason == "length"),
                 token_kl=None if divergence is None else tuple(divergence),
                 reject=p.reject,
             )

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from megatron_cord.evaluation.results import VIEWS, Row
+from megatron_cord.evaluation.results import MODALITIES, Row
 from megatron_cord.runtime.files import write_atomic, write_json
 
 _ASSETS = Path(__file__).parent / "assets"
@@ -63,7 +63,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
             lines.append(_gap_line("mean", total["change"]))
         made.append((f"The gap since {result['baseline']}, to its text accuracy", _GAP_HEAD, lines))
     if result["forgetting"]:
-        head = ["set", "view", "before", "after", "change", "p", ""]
+        head = ["set", "asked as", "before", "after", "change", "p", ""]
         made.append(("Forgetting", head, [_forgetting_line(check) for check in result["forgetting"]]))
     rejected = [[name, why, str(count)] for name, found in sets.items() for why, count in found["rejects"].items()]
     if rejected:
@@ -88,7 +88,7 @@ def html(result: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> str:
     )
     examples = {name: _examples(some) for name, some in rows.items()}
     return environment.get_template("results.html").render(
-        result=result, tables=tables(result), examples=examples, views=VIEWS
+        result=result, tables=tables(result), examples=examples, modalities=MODALITIES
     )
 
 
@@ -126,7 +126,7 @@ def _shares(found: Mapping[str, Any]) -> list[str]:
 def _accuracy_line(name: str, result: Mapping[str, Any]) -> list[str]:
     estimates = result["estimates"]
     gap = estimates.get("gap")
-    accuracies = (interval(estimates.get(view)) for view in VIEWS)
+    accuracies = (interval(estimates.get(modality)) for modality in MODALITIES)
     return [name, str(result["samples"]), *accuracies, interval(gap, points), p_value(gap["p"]) if gap else "–"]
 
 
@@ -139,7 +139,7 @@ def _gap_line(name: str, change: Mapping[str, Any]) -> list[str]:
 
 def _forgetting_line(check: Mapping[str, Any]) -> list[str]:
     shares = [percent(check["before"]), percent(check["after"]), interval(check, points), p_value(check["p"])]
-    return [check["set"], check["view"], *shares, "lost" if check["lost"] else "kept"]
+    return [check["set"], check["modality"], *shares, "lost" if check["lost"] else "kept"]
 
 
 def _examples(rows: Sequence[Row]) -> list[Row]:

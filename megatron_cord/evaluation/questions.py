@@ -16,12 +16,15 @@ from megatron_cord.data.wav import SAMPLING_RATE
 class Question:
     """One question; it has a text, a recording, or both.
 
-    Attributes: id: unique in its set. answer: the gold answer: for choices the letter, else a number, an expression or
-        words. text: the text prompt's words; None for a question without that view. audio: reads the recording, float32
-        [samples], mono, 16 kHz; None for a question without that view. choices: the texts behind the letters A, B, …;
-        "" for each whose text the set does not give apart from the question. instruction: text beside the recording in
-        the audio prompt; None where the recording is the whole question. group: a category or a voice, by which
-        accuracies are shown apart; None puts it into none.
+    Attributes:
+        id: unique in its set.
+        answer: the gold answer: for choices the letter, else a number, an expression or words.
+        text: the text prompt's words; None for a question without one.
+        audio: reads the recording, float32 [samples], mono, 16 kHz; None for a question without one.
+        choices: the texts behind the letters A, B, …; "" for each whose text the set does not give apart from the
+            question.
+        instruction: text beside the recording in the audio prompt; None where the recording is the whole question.
+        group: a category or a voice, by which accuracies are shown apart; None puts it into none.
     """
 
     id: str

@@ -1,7 +1,7 @@
 """Results of a set's answers: accuracies with intervals, the gap, and changes since another evaluation.
 
-Rows are plain maps, as JSON has them: id, group, question, answer, choices, tokens, token_kl, cut, and for each view
-("text", "audio") `…_response`, `…_answer` (the answer found in the response) and `…_correct`. All p-values are
+Rows are plain maps, as JSON has them: id, group, question, answer, choices, tokens, token_kl, cut, and for each
+modality ("text", "audio") `…_response`, `…_answer` (the answer found in the response) and `…_correct`. All p-values are
 McNemar's, two-sided, over the questions that both sides of a comparison answered.
 """
 
@@ -21,7 +21,7 @@ from megatron_cord.evaluation.scoring import score_responses
 from megatron_cord.evaluation.statistics import estimate, gap_closed, gap_closed_draws, mcnemar, paired_draws
 from megatron_cord.reward.comparison import Comparer
 
-VIEWS = ("text", "audio")
+MODALITIES = ("text", "audio")
 SIGNIFICANT = 0.05
 Row = dict[str, Any]
 
@@ -51,17 +51,17 @@ def score_set(
                 "cut": list(answer.cut),
             }
         )
-    for view in VIEWS:
-        asked = [row for row in rows if row[f"{view}_response"] is not None]
+    for modality in MODALITIES:
+        asked = [row for row in rows if row[f"{modality}_response"] is not None]
         scores = score_responses(
             [row["answer"] for row in asked],
             [row["choices"] for row in asked],
-            [row[f"{view}_response"] for row in asked],
+            [row[f"{modality}_response"] for row in asked],
             [row["question"] for row in asked],
             comparer,
         )
         for row, score in zip(asked, scores, strict=True):
-            row |= {f"{view}_answer": score.answer, f"{view}_correct": score.correct}
+            row |= {f"{modality}_answer": score.answer, f"{modality}_correct": score.correct}
     return rows, rejects
 
 
@@ -78,23 +78,23 @@ def set_result(
 
     Returns:
         JSON values. `samples`, and `text_accuracy`, `audio_accuracy` and their difference `gap` where there are such
-        views; `groups`: the same by group; `estimates`: for "text", "audio" and "gap" the interval, the p-value of
+        prompts; `groups`: the same by group; `estimates`: for "text", "audio" and "gap" the interval, the p-value of
         the gap, and how many responses gave no answer or were cut; `rejects` by reason; `change` since `before`.
     """
     result: dict[str, Any] = {"samples": len(rows), **_accuracies(rows)}
     estimates: dict[str, Any] = {}
-    for view in VIEWS:
-        asked = [row for row in rows if f"{view}_correct" in row]
+    for modality in MODALITIES:
+        asked = [row for row in rows if f"{modality}_correct" in row]
         if asked:
-            outcomes = np.array([[row[f"{view}_correct"]] for row in asked])
-            estimates[view] = asdict(estimate(float(outcomes.mean()), paired_draws(outcomes, seed)[:, 0])) | {
+            outcomes = np.array([[row[f"{modality}_correct"]] for row in asked])
+            estimates[modality] = asdict(estimate(float(outcomes.mean()), paired_draws(outcomes, seed)[:, 0])) | {
                 "samples": len(asked),
-                "unanswered": sum(row[f"{view}_answer"] is None for row in asked),
-                "cut": sum(view in row["cut"] for row in asked),
+                "unanswered": sum(row[f"{modality}_answer"] is None for row in asked),
+                "cut": sum(modality in row["cut"] for row in asked),
             }
-    both = [row for row in rows if all(f"{view}_correct" in row for view in VIEWS)]
+    both = [row for row in rows if all(f"{modality}_correct" in row for modality in MODALITIES)]
     if both:
-        text, audio = (np.array([row[f"{view}_correct"] for row in both]) for view in VIEWS)
+        text, audio = (np.array([row[f"{modality}_correct"] for row in both]) for modality in MODALITIES)
         draws = paired_draws(np.stack([text, audio], axis=1), seed)
         estimates["gap"] = asdict(estimate(float(text.mean() - audio.mean()), draws[:, 0] - draws[:, 1])) | {
             "samples": len(both),
@@ -111,7 +111,7 @@ def overall(
     rows: Mapping[str, Sequence[Row]],
     before: Mapping[str, Sequence[Row]] | None,
 ) -> dict[str, Any]:
-    """Return means of accuracies, gap and gap closed since `before`, over the sets with both views."""
+    """Return means of accuracies, gap and gap closed since `before`, over the sets with text and audio."""
     names = [name for name, result in results.items() if "gap" in result]
     if not names:
         return {}
@@ -135,10 +135,10 @@ def forgotten(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     checks = []
     for name, result in results.items():
         change = result.get("change", {})
-        for view in VIEWS:
-            if view in change and (view == "text" or "gap" not in result):
-                worse = change[view]["value"] < 0 and change[view]["p"] < SIGNIFICANT
-                checks.append({"set": name, "view": view, **change[view], "lost": worse})
+        for modality in MODALITIES:
+            if modality in change and (modality == "text" or "gap" not in result):
+                worse = change[modality]["value"] < 0 and change[modality]["p"] < SIGNIFICANT
+                checks.append({"set": name, "modality": modality, **change[modality], "lost": worse})
     return checks
 
 
@@ -146,15 +146,15 @@ def _change(before: Sequence[Row], after: Sequence[Row], seed: int) -> dict[str,
     """Return what is different, over the questions that both evaluations asked."""
     change: dict[str, Any] = {}
     earlier = {row["id"]: row for row in before}
-    for view in VIEWS:
-        key = f"{view}_correct"
+    for modality in MODALITIES:
+        key = f"{modality}_correct"
         pairs = [
             (earlier[row["id"]][key], row[key]) for row in after if key in row and key in earlier.get(row["id"], {})
         ]
         if pairs:
             was, now = np.array(pairs).T
             draws = paired_draws(np.array(pairs), seed)
-            change[view] = asdict(estimate(float(now.mean() - was.mean()), draws[:, 1] - draws[:, 0])) | {
+            change[modality] = asdict(estimate(float(now.mean() - was.mean()), draws[:, 1] - draws[:, 0])) | {
                 "before": float(was.mean()),
                 "after": float(now.mean()),
                 "gained": int(np.sum(~was & now)),
@@ -181,7 +181,7 @@ def _gap_change(text: float, audio: float, audio_after: float, draws: np.ndarray
 
 
 def _paired(before: Sequence[Row], after: Sequence[Row]) -> np.ndarray:
-    """Return the outcomes of questions that both evaluations answered from both views.
+    """Return the outcomes of questions that both evaluations answered from text and audio.
 
     Returns:
         bool [questions, 4]: text before and after, audio before and after.
@@ -207,12 +207,15 @@ def _groups(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def _accuracies(rows: Sequence[Row]) -> dict[str, float]:
-    """Return accuracies by view; the gap is over the questions that have both."""
-    found = {view: [row[f"{view}_correct"] for row in rows if f"{view}_correct" in row] for view in VIEWS}
-    result = {f"{view}_accuracy": sum(correct) / len(correct) for view, correct in found.items() if correct}
-    both = [row for row in rows if all(f"{view}_correct" in row for view in VIEWS)]
+    """Return accuracies by modality; the gap is over the questions that have both."""
+    found = {
+        modality: [row[f"{modality}_correct"] for row in rows if f"{modality}_correct" in row]
+        for modality in MODALITIES
+    }
+    result = {f"{modality}_accuracy": sum(correct) / len(correct) for modality, correct in found.items() if correct}
+    both = [row for row in rows if all(f"{modality}_correct" in row for modality in MODALITIES)]
     if both:
-        text, audio = (sum(row[f"{view}_correct"] for row in both) / len(both) for view in VIEWS)
+        text, audio = (sum(row[f"{modality}_correct"] for row in both) / len(both) for modality in MODALITIES)
         result["gap"] = text - audio
     return result
 

@@ -1,4 +1,4 @@
-"""The runner of evaluations: sets of questions, answered from both views, scored, and compared with another model.
+"""The runner of evaluations: sets of questions, answered from text and audio, scored, and compared.
 
 A training run evaluates one set (data.evaluation) with it, `megatron_cord.evaluate` any number. Each set's result is
 one file, see `files`.

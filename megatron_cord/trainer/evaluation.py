@@ -24,8 +24,9 @@ def measure_divergence(score: Scorer, version: int, responses: Sequence[AudioRes
         version: of the trainer's weights.
         responses: from the audio prompts.
 
-    Returns: each response's divergence by token, and how far trainer and engine differ on them (`agreement_metrics`),
-        as far as finite.
+    Returns:
+        each response's divergence by token, and how far trainer and engine differ on them (`agreement_metrics`), as far
+        as finite.
     """
     records = score(
         [TrainingSequence(r.audio_prompt, r.text_prompt, r.rollout, True, 0.0, i) for i, r in enumerate(responses)]

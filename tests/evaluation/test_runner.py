@@ -113,7 +113,7 @@ def test_results_and_changes_counted_by_hand(
         0,
         pytest.approx(2 / 2**12),
     )
-    checks = {(c["set"], c["view"]): c for c in after["forgetting"]}
+    checks = {(c["set"], c["modality"]): c for c in after["forgetting"]}
     assert checks.keys() == {("sums", "text"), ("read", "text")}
     assert checks["sums", "text"]["lost"] and checks["sums", "text"]["value"] == pytest.approx(-0.8)
     assert not checks["read", "text"]["lost"] and checks["read", "text"]["value"] == pytest.approx(
