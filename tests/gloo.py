@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 #: A collective that some rank never joins fails after this long, instead of hanging the suite.
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
@@ -38,7 +38,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as directory:
         multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
         settings = (world_size, directory, dict(os.environ), fn, args)
-        mp.start_processes(_rank_main, args=settings, nprocs=world_size, start_method="forkserver")
+        launch: Any = start_processes
+        launch(_rank_main, args=settings, nprocs=world_size, start_method="forkserver")
         # Written by this test's own ranks a moment ago, so unpickling them is safe.
         return [torch.load(Path(directory) / f"result{rank}.pt", weights_only=False) for rank in range(world_size)]
 
@@ -54,7 +55,7 @@ def _rank_main(
     os.environ.clear()
     os.environ.update(environment)  # a test may have changed it since the server started
     torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(directory) / "store"), world_size)
+    store = dist.FileStore(str(Path(directory) / "store"), world_size)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     try:
         torch.save(fn(rank, *args), Path(directory) / f"result{rank}.pt")

@@ -165,7 +165,7 @@ class HFDirectoryWriter:
 
     def _is_finished(self, shard: Shard) -> bool:
         try:
-            return json.loads(self._checksum_file(shard).read_text()) == _checksum(self.partial / shard.file)
+            return bool(json.loads(self._checksum_file(shard).read_text()) == _checksum(self.partial / shard.file))
         except (OSError, ValueError):
             return False
 

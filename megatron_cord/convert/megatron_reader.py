@@ -18,7 +18,8 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from megatron_cord.convert.hf_reader import StoredTensor
@@ -186,7 +187,7 @@ def _payload(path: Path, info: Any, sizes: torch.Size, dtype: torch.dtype) -> in
                 and tensor.is_contiguous()
                 and tensor.storage_offset() == 0
             ):
-                return tensor.untyped_storage()._checkpoint_offset
+                return int(tensor.untyped_storage()._checkpoint_offset)
         problem = "it holds another tensor than its metadata say"
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         problem = getattr(error, "strerror", None) or type(error).__name__

@@ -24,10 +24,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -123,7 +124,7 @@ def _save_shards(directory: Path, model: LALM, sources: dict[str, Source], advan
     dist_checkpointing.save({"model": state}, str(directory), sharded_strategy=_StreamedStrategy(blocks, advance))
 
 
-class _StreamedStrategy(TorchDistSaveShardedStrategy):
+class _StreamedStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """A writer in the place and the format of Megatron's."""
 
     def __init__(self, blocks: dict[_ShardId, _Block], advance: Callable[[int], None]) -> None:
@@ -131,16 +132,16 @@ class _StreamedStrategy(TorchDistSaveShardedStrategy):
         self._blocks, self._advance = blocks, advance
 
     @property
-    def can_handle_sharded_objects(self) -> bool:  # type: ignore[override]
+    def can_handle_sharded_objects(self) -> bool:
         return True
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         shards = [shard for shard in nested_values(sharded_state_dict) if is_main_replica(shard.replica_id)]
         writer = _Writer(Path(checkpoint_dir), self._blocks, self._advance)
-        dcp.save({}, storage_writer=writer, planner=_Planner(shards))
+        save_distributed({}, storage_writer=writer, planner=_Planner(shards))
 
 
-class _Planner(dcp.DefaultSavePlanner):
+class _Planner(DefaultSavePlanner):
     """A planner of Megatron's shards like Megatron's own, which reads nothing of them but sizes."""
 
     def __init__(self, shards: list[Any]) -> None:
@@ -169,7 +170,7 @@ class _Planner(dcp.DefaultSavePlanner):
         return self.plan
 
 
-class _Writer(dcp.FileSystemWriter):
+class _Writer(FileSystemWriter):
     """A writer of one file a rank."""
 
     def __init__(self, directory: Path, blocks: dict[_ShardId, _Block], advance: Callable[[int], None]) -> None:

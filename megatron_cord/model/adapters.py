@@ -21,7 +21,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class LinearAdapter(MegatronModule):
+class LinearAdapter(MegatronModule):  # type: ignore[misc]
     """One projection (Qwen2-Audio)."""
 
     def __init__(
@@ -32,10 +32,11 @@ class LinearAdapter(MegatronModule):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map [C, T, H_audio] to [C, T, H]."""
-        return self.linear(features)
+        projected: Tensor = self.linear(features)
+        return projected
 
 
-class ConvolutionAdapter(MegatronModule):
+class ConvolutionAdapter(MegatronModule):  # type: ignore[misc]
     """A strided convolution with GELU, then an MLP (Step-Audio 2)."""
 
     def __init__(
@@ -44,18 +45,19 @@ class ConvolutionAdapter(MegatronModule):
         super().__init__(config)
         audio, out = sizes
         kind = {"dtype": config.params_dtype, "device": device}
-        self.conv = torch.nn.Conv1d(audio, audio, arch.kernel_size, arch.stride, padding=1, **kind)  # type: ignore[arg-type]
-        self.linear1 = torch.nn.Linear(audio, arch.hidden_size, bias=arch.bias, **kind)  # type: ignore[arg-type]
-        self.linear2 = torch.nn.Linear(arch.hidden_size, out, bias=arch.bias, **kind)  # type: ignore[arg-type]
+        self.conv = torch.nn.Conv1d(audio, audio, arch.kernel_size, arch.stride, padding=1, **kind)
+        self.linear1 = torch.nn.Linear(audio, arch.hidden_size, bias=arch.bias, **kind)
+        self.linear2 = torch.nn.Linear(arch.hidden_size, out, bias=arch.bias, **kind)
         self.activation = _ACTIVATIONS[arch.activation]
 
     def forward(self, features: Tensor) -> Tensor:
         """Map [C, T, H_audio] to [C, tokens, H]."""
         x = torch.nn.functional.gelu(self.conv(features.transpose(1, 2))).transpose(1, 2)
-        return self.linear2(self.activation(self.linear1(x)))
+        tokens: Tensor = self.linear2(self.activation(self.linear1(x)))
+        return tokens
 
 
-class StackingAdapter(MegatronModule):
+class StackingAdapter(MegatronModule):  # type: ignore[misc]
     """Neighbouring features side by side, then an MLP (Voxtral). Features that do not fill a stack are left out."""
 
     def __init__(
@@ -74,7 +76,8 @@ class StackingAdapter(MegatronModule):
         """Map [C, T, H_audio] to [C, T / stride, H]."""
         clips, count, _ = features.shape
         whole = features[:, : count // self.stride * self.stride].reshape(clips, count // self.stride, -1)
-        return self.linear2(self.activation(self.linear1(whole)))
+        tokens: Tensor = self.linear2(self.activation(self.linear1(whole)))
+        return tokens
 
 
 Adapter = LinearAdapter | ConvolutionAdapter | StackingAdapter

@@ -28,7 +28,7 @@ from megatron_cord.parallel.sequence_sharding import natural_order, zigzag_rows
 
 
 @dataclass
-class PackedSequences(PackedSeqParams):
+class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     """Megatron's description of packed sequences, with cu_seqlens as numbers: a read from the device would block."""
 
     cu_seqlens: tuple[int, ...] = ()
@@ -52,7 +52,7 @@ def packed_sequences(cu_seqlens: tuple[int, ...], device: torch.device) -> Packe
     )
 
 
-class SdpaAttention(MegatronModule):
+class SdpaAttention(MegatronModule):  # type: ignore[misc]
     """softmax(Q Kᵀ / √D) V for this rank's heads; Megatron's interface of a core attention."""
 
     def __init__(

@@ -67,4 +67,5 @@ class ModelConfig:
         """The dtype as torch's."""
         import torch
 
-        return getattr(torch, self.dtype)
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        return dtypes[self.dtype]

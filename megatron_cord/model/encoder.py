@@ -25,7 +25,7 @@ from megatron_cord.model.transformer import block_spec, encoder_config
 from megatron_cord.parallel.layout import Layout
 
 
-class AudioEncoder(MegatronModule):
+class AudioEncoder(MegatronModule):  # type: ignore[misc]
     """Encode log-mel features as hidden vectors, one every 40 ms for Whisper's 10 ms hop and pooling by two.
 
     All of it is on the first pipeline stage.
@@ -114,7 +114,7 @@ def _zero_from(start: Tensor | None, x: Tensor) -> Tensor:
     return x * (torch.arange(x.shape[-1], device=x.device)[None] < start[:, None])[:, None, :]
 
 
-class WholeMLP(MLP):
+class WholeMLP(MLP):  # type: ignore[misc]
     """Megatron's MLP, but it adds its last bias itself instead of returning the parameter beside its output.
 
     Autograd takes a parameter that leaves a recomputed part for a result of it, and the backward pass never ends.
@@ -137,4 +137,4 @@ def _keep_key_bias_zero(bias: torch.nn.Parameter, head_dim: int) -> None:
     """
     mask = torch.ones(3, head_dim, device=bias.device, dtype=bias.dtype)
     mask[1] = 0
-    bias.register_hook(lambda grad: (grad.view(-1, 3, head_dim) * mask).view(-1))
+    bias.register_hook(lambda grad: (grad.view(-1, 3, head_dim) * mask).view(-1))  # type: ignore[no-untyped-call]

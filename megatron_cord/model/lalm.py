@@ -56,14 +56,14 @@ class ModelInput:
     cu_seqlens: tuple[int, ...] | None = None
 
 
-class _HiddenStateGPT(GPTModel):
+class _HiddenStateGPT(GPTModel):  # type: ignore[misc]
     """GPTModel that stops before the output layer's product."""
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
 
 
-class LALM(MegatronModule):
+class LALM(MegatronModule):  # type: ignore[misc]
     """One rank's part of the model.
 
     Args:
@@ -99,7 +99,7 @@ class LALM(MegatronModule):
             post_process=self.post_process,
             share_embeddings_and_output_weights=arch.language.tied_embeddings,
             position_embedding_type="rope",
-            rotary_base=arch.language.rope_theta,  # type: ignore[arg-type]
+            rotary_base=arch.language.rope_theta,
             # Audio features replace placeholders before the sequence is split.
             scatter_embedding_sequence_parallel=False,
             pg_collection=layout.groups,
@@ -115,7 +115,8 @@ class LALM(MegatronModule):
         """Return the weight, if any, whose gradient the first and the last stage share: that of tied embeddings."""
         if not self.share_embeddings_and_output_weights:
             return None
-        return self.language_model.shared_embedding_or_output_weight()
+        shared: Tensor = self.language_model.shared_embedding_or_output_weight()
+        return shared
 
     @property
     def output_weight(self) -> Tensor:
@@ -142,7 +143,9 @@ class LALM(MegatronModule):
             if self.config.sequence_parallel:
                 decoder_input = scatter_to_sequence_parallel_region(decoder_input, group=self.layout.tp_group)
         packed = None if batch.cu_seqlens is None else packed_sequences(batch.cu_seqlens, batch.token_ids.device)
-        hidden = self.language_model(batch.token_ids, None, None, decoder_input=decoder_input, packed_seq_params=packed)
+        hidden: Tensor = self.language_model(
+            batch.token_ids, None, None, decoder_input=decoder_input, packed_seq_params=packed
+        )
         if self.post_process and self.config.sequence_parallel:
             # The loss sums the hidden states' gradient over the tensor-parallel ranks itself.
             hidden = gather_from_sequence_parallel_region(
@@ -159,14 +162,14 @@ class LALM(MegatronModule):
         """
         assert self.audio_encoder is not None
         assert self.adapter is not None
-        audio = self.adapter(self.audio_encoder(features, num_frames))  # [C, tokens of the window, H]
+        audio: Tensor = self.adapter(self.audio_encoder(features, num_frames))  # [C, tokens of the window, H]
         tokens = self.arch.num_audio_tokens(num_frames)  # [C]
         return audio[torch.arange(audio.shape[1], device=audio.device)[None] < tokens[:, None]]
 
     def _embed(self, batch: ModelInput) -> Tensor:
         """Return word embeddings [S, B, H] with audio features in the placeholders' rows."""
         positions = torch.zeros_like(batch.token_ids)  # unused: rotary positions enter in the attention
-        embedded = self.language_model.embedding(batch.token_ids, positions)
+        embedded: Tensor = self.language_model.embedding(batch.token_ids, positions)
         if self.arch.encoder is None or self.arch.audio_token_id is None:
             if batch.features is not None:
                 raise CordError(

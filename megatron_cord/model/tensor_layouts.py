@@ -160,7 +160,7 @@ class Qkv(TensorLayout):
     def views(self, full: Tensor, tp: int) -> list[Tensor]:
         rest = full.shape[1:]
         grouped = full.reshape(self.num_groups, sum(self._heads), self.head_dim, *rest)
-        return [piece.flatten(1, 2) for piece in grouped.split(self._heads, dim=1)]
+        return [piece.flatten(1, 2) for piece in torch.split(grouped, self._heads, dim=1)]
 
     @override
     def pieces(self, rows: int) -> list[Piece]:

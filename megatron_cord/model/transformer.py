@@ -75,8 +75,8 @@ def encoder_config(
         layernorm_epsilon=1e-5,
         activation_func=torch.nn.functional.gelu,
         add_bias_linear=True,
-        **layers.recomputation("audio_encoder"),  # type: ignore[arg-type]
-        **_common(parallel, dtype),  # type: ignore[arg-type]
+        **layers.recomputation("audio_encoder"),
+        **_common(parallel, dtype),
     )
 
 
@@ -103,8 +103,8 @@ def language_config(
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,  # the loss is already normalised by global counts and not divided again
-        **layers.recomputation("language_model"),  # type: ignore[arg-type]
-        **_common(parallel, dtype),  # type: ignore[arg-type]
+        **layers.recomputation("language_model"),
+        **_common(parallel, dtype),
     )
 
 

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_cord.errors import CordError
 from megatron_cord.parallel import portability
@@ -77,22 +79,26 @@ class Layout:
     @property
     def tp_group(self) -> dist.ProcessGroup:
         """Ranks that share one layer's matrices."""
-        return self.groups.tp
+        group: dist.ProcessGroup = self.groups.tp
+        return group
 
     @property
     def pp_group(self) -> dist.ProcessGroup:
         """Ranks that hold one model's layers, in order."""
-        return self.groups.pp
+        group: dist.ProcessGroup = self.groups.pp
+        return group
 
     @property
     def cp_group(self) -> dist.ProcessGroup:
         """Ranks that hold the same weights and process different tokens of the same sequences."""
-        return self.groups.cp
+        group: dist.ProcessGroup = self.groups.cp
+        return group
 
     @property
     def dp_group(self) -> dist.ProcessGroup:
         """Ranks that hold the same weights and process different sequences."""
-        return self.groups.dp
+        group: dist.ProcessGroup = self.groups.dp
+        return group
 
     @property
     def sequence_sharding(self) -> SequenceSharding:
@@ -153,9 +159,8 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
             store, rank, world = meet(timeout)
             dist.init_process_group(portability.backend(), store=store, rank=rank, world_size=world, timeout=timeout)
         else:
-            dist.init_process_group(
-                portability.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-            )
+            alone = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(portability.backend(), store=alone, rank=0, world_size=1, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tp,
@@ -174,14 +179,14 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     return Layout(config, groups, solo)
 
 
-def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+def meet(timeout: timedelta) -> tuple[Store, int, int]:
     """Return the store at which the launcher's ranks find each other, this one's rank, and their number.
 
     torchrun's agent keeps one store over restarts. A restarted rank that is early would read the addresses of the ranks
     before it and fail; so each start has names of its own.
     """
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, world
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    return PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, world
 
 
 def finalize() -> None:

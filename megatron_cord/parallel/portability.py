@@ -68,7 +68,7 @@ def on_own_stream(target: torch.device, work: Callable[[], None]) -> Callable[[]
     queued = torch.cuda.current_stream(target).record_event()
 
     def wrapped() -> None:
-        with torch.cuda.device(target), torch.cuda.stream(torch.cuda.Stream(target)):
+        with torch.cuda.device(target), torch.cuda.stream(torch.cuda.Stream(target)):  # type: ignore[no-untyped-call]
             stream = torch.cuda.current_stream(target)
             stream.wait_event(queued)
             work()
@@ -126,6 +126,12 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _replace(owner: object, **replacements: object) -> None:
+    """Replace attributes of a class or a module."""
+    for name, value in replacements.items():
+        setattr(owner, name, value)
+
+
 def _patch_devices() -> None:
     # `with torch.device(...)` recognises factories by identity in a set that is filled on first use: the originals.
     _device_constructors()
@@ -142,15 +148,15 @@ def _patch_devices() -> None:
     def to_module(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
         return module_to(self, *(_cpu_for_cuda(a) for a in args), **{k: _cpu_for_cuda(v) for k, v in kwargs.items()})
 
-    torch.Tensor.to = to  # type: ignore[method-assign, assignment]
-    torch.nn.Module.to = to_module  # type: ignore[method-assign, assignment]
-    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign, assignment, misc]
-    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign, assignment, misc]
-    torch.Tensor.pin_memory = lambda self, *a, **k: self  # type: ignore[method-assign, assignment, misc]
-    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
-    torch.cuda.set_device = lambda *_: None  # type: ignore[assignment]
-    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
-    torch.cuda.empty_cache = lambda: None
+    _replace(torch.Tensor, to=to, cuda=lambda self, *_, **__: self, pin_memory=lambda self, *_, **__: self)
+    _replace(torch.nn.Module, to=to_module, cuda=lambda self, *_, **__: self)
+    _replace(
+        torch.cuda,
+        current_device=lambda: _CPU,
+        set_device=lambda *_: None,
+        synchronize=lambda *_: None,
+        empty_cache=lambda: None,
+    )
 
 
 class _InertStream:
@@ -174,18 +180,27 @@ def _patch_streams() -> None:
         yield
 
     stream = _InertStream()
-    torch.cuda.Stream = _InertStream  # type: ignore[misc, assignment]
-    torch.cuda.Event = _InertStream  # type: ignore[misc, assignment]
-    torch.cuda.stream = stream_context  # type: ignore[assignment]
-    torch.cuda.current_stream = lambda *_: stream  # type: ignore[assignment, return-value]
-    torch.cuda.default_stream = lambda *_: stream  # type: ignore[assignment, return-value]
-    torch.Tensor.record_stream = lambda self, *_: None  # type: ignore[method-assign, assignment, misc]
+    _replace(
+        torch.cuda,
+        Stream=_InertStream,
+        Event=_InertStream,
+        stream=stream_context,
+        current_stream=lambda *_: stream,
+        default_stream=lambda *_: stream,
+    )
+    _replace(torch.Tensor, record_stream=lambda self, *_: None)
 
 
 def _patch_generators() -> None:
-    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[assignment]
-    torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[assignment]
-    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None  # type: ignore[assignment, func-returns-value]
+    def manual_seed(seed: int) -> None:
+        torch.manual_seed(seed)
+
+    _replace(
+        torch.cuda,
+        get_rng_state=lambda *_, **__: torch.get_rng_state(),
+        set_rng_state=lambda state, *_, **__: torch.set_rng_state(state),
+        manual_seed=manual_seed,
+    )
 
 
 def _patch_tensor_types() -> None:
@@ -196,7 +211,7 @@ def _patch_tensor_types() -> None:
         # Megatron's mixed-precision optimizer distinguishes precisions by the names of CUDA's tensor types.
         return _CUDA_TYPES.get(result, result) if isinstance(result, str) else result
 
-    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+    _replace(torch.Tensor, type=type_)
 
 
 def _patch_collectives() -> None:
@@ -207,15 +222,18 @@ def _patch_collectives() -> None:
         kwargs.pop("device_ids", None)
         return barrier(*args, **kwargs)
 
-    torch.distributed.barrier = barrier_without_devices
+    _replace(torch.distributed, barrier=barrier_without_devices)
 
 
 def _patch_generators_of_megatron() -> None:
     """Patch what exists only in Megatron's own module, which imports the patched torch."""
     from megatron.core.tensor_parallel import random
 
-    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    _replace(
+        random,
+        _set_cuda_rng_state=lambda state, *_, **__: torch.set_rng_state(state),
+        _get_cuda_rng_state=lambda *_, **__: torch.get_rng_state(),
+    )
 
 
 def _provide_fused_adam() -> None:

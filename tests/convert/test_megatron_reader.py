@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from megatron_cord.convert import megatron_reader
 from megatron_cord.convert.hf_reader import stored_tensors
@@ -96,24 +99,24 @@ def test_damaged_metadata_is_named(copy: Path, model: LALM) -> None:
     assert f"{copy} is not a whole checkpoint" in error(copy, model)
 
 
-class _Transposed(dcp.DefaultSavePlanner):
-    """Writes a tensor whose elements lie in another order."""
+class _Transposed(DefaultSavePlanner):
+    """A planner of tensors whose elements lie in another order."""
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor:  # type: ignore[override]
+    def resolve_data(self, write_item: WriteItem) -> Any:
         data = super().resolve_data(write_item)
-        return data.t().contiguous().t() if isinstance(data, Tensor) and data.dim() == 2 else data  # type: ignore[return-value]
+        return data.t().contiguous().t() if isinstance(data, Tensor) and data.dim() == 2 else data
 
 
 def test_another_order_of_elements_is_refused(copy: Path, model: LALM) -> None:
     """Catches a tensor that is read as rows where its file has columns."""
     dtypes = {entry: torch.empty(shape) for entry, shape in _saved_shapes(copy).items()}
     shutil.rmtree(copy)
-    dcp.save(dtypes, storage_writer=dcp.FileSystemWriter(copy), planner=_Transposed(flatten_state_dict=False))
+    save_distributed(dtypes, storage_writer=FileSystemWriter(copy), planner=_Transposed(flatten_state_dict=False))
     assert "it holds another tensor than its metadata say" in error(copy, model)
 
 
 def _saved_shapes(directory: Path) -> dict[str, torch.Size]:
-    metadata = dcp.FileSystemReader(directory).read_metadata()
+    metadata = FileSystemReader(directory).read_metadata()
     return {key: saved.size for key, saved in metadata.state_dict_metadata.items() if hasattr(saved, "size")}
 
 
@@ -122,7 +125,7 @@ def test_mixed_precisions_ask_for_one(copy: Path, model: LALM) -> None:
     tensors = {key: torch.zeros(size) for key, size in _saved_shapes(copy).items()}
     tensors["language_model.output_layer.weight"] = tensors["language_model.output_layer.weight"].bfloat16() + 1
     shutil.rmtree(copy)
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(copy), no_dist=True)
+    save_distributed(tensors, storage_writer=FileSystemWriter(copy), no_dist=True)
     saved = SavedWeights(copy, model)
     with pytest.raises(CordError, match="holds weights of bfloat16, float32; choose a precision with --dtype"):
         saved.common_dtype()

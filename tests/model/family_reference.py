@@ -64,11 +64,14 @@ def _mask(batch: Batch) -> Tensor:
 def build(family: str, tied: bool) -> Any:
     """Build a random model of the family."""
     torch.manual_seed(1)
+    qwen2: Any = Qwen2ForCausalLM
+    llama: Any = LlamaForCausalLM
+    voxtral: Any = VoxtralForConditionalGeneration
     model: Any
     if family == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**DECODER, tie_word_embeddings=tied, dtype="float32"))
+        model = qwen2(Qwen2Config(**DECODER, tie_word_embeddings=tied, dtype="float32"))
     elif family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**DECODER, head_dim=10, tie_word_embeddings=tied, dtype="float32"))  # type: ignore[call-arg]
+        model = llama(LlamaConfig(**DECODER, head_dim=10, tie_word_embeddings=tied, dtype="float32"))
     elif family == "voxtral":
         audio = VoxtralEncoderConfig(
             num_mel_bins=MELS,
@@ -78,10 +81,8 @@ def build(family: str, tied: bool) -> Any:
             num_attention_heads=2,
             max_source_positions=WINDOW // 2,
         )
-        text = LlamaConfig(**DECODER, head_dim=10, tie_word_embeddings=False)  # type: ignore[call-arg]
-        model = VoxtralForConditionalGeneration(
-            VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_ID)
-        )
+        text = LlamaConfig(**DECODER, head_dim=10, tie_word_embeddings=False)
+        model = voxtral(VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_ID))
     else:
         model = StepAudio2(
             StepAudio2Config(audio_encoder_config=STEP_ENCODER, text_config=DECODER, audio_token_id=AUDIO_ID)
@@ -91,15 +92,15 @@ def build(family: str, tied: bool) -> Any:
 
 
 def logits_of(model: Any, batch: Batch) -> Tensor:
-    """[B, S, V]; what stands in the padding means nothing."""
+    """Return logits [B, S, V]; those of padding are meaningless."""
     inputs = {"input_ids": batch.input.token_ids, "attention_mask": _mask(batch)}
     if batch.input.features is not None:
         inputs["input_features"] = batch.input.features
     if not isinstance(model, StepAudio2):
-        return model(**inputs).logits
+        return torch.as_tensor(model(**inputs).logits)
     if batch.input.num_frames is not None:
         inputs["feature_attention_mask"] = (torch.arange(WINDOW)[None] < batch.input.num_frames[:, None]).long()
-    return model.lm_head(model.hidden(**inputs).last_hidden_state)
+    return torch.as_tensor(model.lm_head(model.hidden(**inputs).last_hidden_state))
 
 
 def published(family: str, name: str) -> str:
@@ -144,7 +145,8 @@ def save_whole(directory: Path, family: str, words: Sequence[str], *, tied: bool
     ids = {word: index for index, word in enumerate(known)}
     core = Tokenizer(models.BPE(ids, []) if spelt else models.WordLevel(ids, unk_token=SPECIAL_TOKENS[1]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False) if spelt else pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    tokenizer = tokenizer_class(
         tokenizer_object=core,
         pad_token=SPECIAL_TOKENS[0],
         unk_token=SPECIAL_TOKENS[1],

@@ -57,7 +57,7 @@ STEP_TEXT = {
 def full_size_config(family: str) -> Any:
     """Return the sizes of Qwen2-Audio-7B or Step-Audio 2 mini, as published."""
     if family == "qwen2_audio":
-        return Qwen2AudioConfig(audio_config=ENCODER, text_config=QWEN2, audio_token_index=151646)  # type: ignore[call-arg]
+        return Qwen2AudioConfig(audio_config=ENCODER, text_config=QWEN2, audio_token_index=151646)
     return StepAudio2Config(audio_encoder_config=STEP_ENCODER, text_config=STEP_TEXT)
 
 

@@ -114,13 +114,14 @@ def save(directory: Path, model: Qwen2AudioForConditionalGeneration) -> None:
 
 
 def logits_of(model: Any, batch: Batch) -> Tensor:
-    """[B, S, V]; what stands in the padding means nothing."""
+    """Return logits [B, S, V]; those of padding are meaningless."""
     mask = torch.arange(batch.input.token_ids.shape[1])[None] < torch.tensor(batch.lengths)[:, None]
     inputs = {"input_ids": batch.input.token_ids, "attention_mask": mask.long()}
     if batch.input.features is not None and batch.input.num_frames is not None:
         inputs["input_features"] = batch.input.features
         inputs["feature_attention_mask"] = (torch.arange(WINDOW)[None] < batch.input.num_frames[:, None]).long()
-    return model(**inputs).logits
+    logits: Tensor = model(**inputs).logits
+    return logits
 
 
 @cache

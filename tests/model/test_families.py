@@ -126,7 +126,7 @@ def test_a_text_model_refuses_audio(tmp_path: Path) -> None:
     save(tmp_path, "llama", tied=False)
     model = LALM(load_architecture(tmp_path), initialize(ParallelConfig(), seed=0), torch.float32)
     heard = ModelInput(torch.tensor([[1, AUDIO_ID]]), torch.zeros(1, MELS, WINDOW), torch.tensor([4]), ("a",))
-    with pytest.raises(CordError, match="samples a: audio for a llama model, which only reads"):
+    with pytest.raises(CordError, match="samples a: audio for a llama model, which takes text alone"):
         model(heard)
     finalize()
 

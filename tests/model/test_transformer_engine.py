@@ -35,7 +35,7 @@ from tests.model.test_architecture import ARCHITECTURE
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 
 
-class NormAndColumn(ColumnParallelLinear):
+class NormAndColumn(ColumnParallelLinear):  # type: ignore[misc]
     """A column-parallel matrix with the norm before it inside, under transformer-engine's names."""
 
     def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any) -> None:

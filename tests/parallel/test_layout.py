@@ -81,7 +81,7 @@ def test_one_rank_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranks_that_start_again_meet_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a restarted rank that is early and connects to the address of a rank of the start before."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     settings = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(server.port),

@@ -82,8 +82,10 @@ def test_moves_streams_and_generators() -> None:
         and tensor.to(device=torch.device("cuda")).device.type == "cpu"
     )
     assert module.to("cuda:0") is module and module.to(device="cuda").weight.device.type == "cpu"
-    assert torch.cuda.current_device() == torch.device("cpu") and not torch.cuda.is_available()
-    stream, event = torch.cuda.Stream(), torch.cuda.Event(enable_timing=False)
+    current: Any = torch.cuda.current_device()
+    assert current == torch.device("cpu") and not torch.cuda.is_available()
+    cuda: Any = torch.cuda
+    stream, event = cuda.Stream(), cuda.Event(enable_timing=False)
     with torch.cuda.stream(stream):
         stream.wait_stream(torch.cuda.current_stream())
         event.record(stream)
@@ -137,20 +139,19 @@ del sys.modules["megatron.core"]
 
 torch.cuda.is_available = lambda: True
 import torch._dynamo  # wraps torch.manual_seed, whoever imports it first
-before = {f"{space.__name__}.{name}": value for space in (torch, torch.cuda, torch.distributed, torch.Tensor,
-torch.nn.Module)
-          for name, value in vars(space).items()}
+def names_of_torch():
+    spaces = (torch, torch.cuda, torch.distributed, torch.Tensor, torch.nn.Module)
+    return {f"{space.__name__}.{name}": value for space in spaces for name, value in vars(space).items()}
+before = names_of_torch()
 import megatron_cord.parallel
-after = {f"{space.__name__}.{name}": value for space in (torch, torch.cuda, torch.distributed, torch.Tensor,
-torch.nn.Module)
-         for name, value in vars(space).items()}
+after = names_of_torch()
 changed = [name for name in before if before[name] is not after[name]]
 assert not changed, changed
 assert megatron_cord.parallel.portability.backend() == "nccl"
 from megatron.core import optimizer
 from megatron_cord.parallel.fused_adam import FusedAdam
-assert optimizer.Adam is FusedAdam and not optimizer.USING_PYTORCH_OPTIMIZER  # neither apex nor transformer-engine is
-here
+# neither apex nor transformer-engine is here
+assert optimizer.Adam is FusedAdam and not optimizer.USING_PYTORCH_OPTIMIZER
 
 del sys.modules["megatron_cord.parallel.portability"]  # once more, where one of them is
 optimizer.USING_PYTORCH_OPTIMIZER, optimizer.Adam = False, dict

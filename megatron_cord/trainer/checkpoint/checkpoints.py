@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
@@ -243,10 +243,11 @@ def _state_dict(
 
 def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(wanted, str(path))
+        state: dict[str, Any] = dist_checkpointing.load(wanted, str(path))
     except (CheckpointException, CheckpointingException, OSError, EOFError, pickle.UnpicklingError) as error:
         # Only the readers' own errors. CheckpointException is no Exception, and would pass through every other handler.
         raise CordError(
             f"{path} is damaged ({type(error).__name__}); delete it to use the one before, "
             "or choose another with resume=PATH"
         ) from error
+    return state

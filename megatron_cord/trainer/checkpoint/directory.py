@@ -53,7 +53,8 @@ class CheckpointDirectory:
         if dist.get_rank() == 0:
             self.sweep()
         damaged: list[tuple[str, str]] = []
-        for name in reversed(broadcast_json(self._names())):
+        names: list[str] = broadcast_json(self._names())
+        for name in reversed(names):
             damage = find_damage(self.directory / name)
             if damage is None:
                 if dist.get_rank() == 0:

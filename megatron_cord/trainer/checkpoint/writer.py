@@ -73,7 +73,7 @@ class AsyncWrite:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._calls.maybe_finalize_async_calls(blocking=wait)
-        return self._calls.get_num_unfinalized_calls() == 0
+        return bool(self._calls.get_num_unfinalized_calls() == 0)
 
     @property
     def digests(self) -> dict[str, str]:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cord.errors import CordError
 from megatron_cord.trainer.checkpoint.storage import make_writable, storage_problem

@@ -22,7 +22,7 @@ TAIL_FRAMES = 2  #: of silence that end a clip: convolutions see them, attention
 CLIP_FRAMES = 2500  #: the published processing cuts audio into 25 s
 
 
-class StepAudio2Config(PretrainedConfig):
+class StepAudio2Config(PretrainedConfig):  # type: ignore[no-untyped-call]
     """The fields of config.json, so that transformers can read it without remote code."""
 
     model_type = "step_audio_2"
@@ -91,7 +91,8 @@ class Encoder(nn.Module):
         is_audio = torch.arange(len(x), device=x.device) < _positions(num_frames)
         for block in self.blocks:
             x = block(x, is_audio)
-        return self.after_norm(x[: len(x) // 2 * 2].unflatten(0, (-1, 2)).mean(1))
+        pooled: Tensor = self.after_norm(x[: len(x) // 2 * 2].reshape(-1, 2, x.shape[-1]).mean(1))
+        return pooled
 
 
 class Adapter(nn.Module):
@@ -112,7 +113,8 @@ class Adapter(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map one clip [T / 2, D] to [T / 4, H]."""
-        return self.linear2(self.linear1(gelu(self.conv(features.T[None]))[0].T).relu())
+        tokens: Tensor = self.linear2(self.linear1(gelu(self.conv(features.T[None]))[0].T).relu())
+        return tokens
 
 
 class _Block(nn.Module):
@@ -132,8 +134,10 @@ class _Block(nn.Module):
         q, k, v = (
             part(normed).unflatten(1, (self.heads, -1)).transpose(0, 1) for part in (attn.query, attn.key, attn.value)
         )
-        x = x + attn.out(scaled_dot_product_attention(q, k, v, is_audio.expand(len(x), -1)).transpose(0, 1).flatten(1))
-        return x + self.mlp(self.mlp_ln(x))
+        values = scaled_dot_product_attention(q, k, v, is_audio.expand(len(x), -1)).transpose(0, 1).flatten(1)
+        x = x + attn.out(values)
+        out: Tensor = x + self.mlp(self.mlp_ln(x))
+        return out
 
 
 def _positions(num_frames: int) -> int:

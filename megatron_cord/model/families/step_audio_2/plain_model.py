@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Qwen2Model
 from megatron_cord.model.families.step_audio_2.audio import Adapter, Encoder, StepAudio2Config
 
 
-class StepAudio2(PreTrainedModel):
+class StepAudio2(PreTrainedModel):  # type: ignore[no-untyped-call]
     """Encoder, adapter and Qwen2 with its head.
 
     Args:
@@ -28,12 +28,13 @@ class StepAudio2(PreTrainedModel):
         super().__init__(config)
         self.encoder, self.adapter = Encoder(config), Adapter(config)
         self.model = Qwen2Model(config.text_config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+        self.lm_head: nn.Linear = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the word embedding."""
-        return self.model.embed_tokens
+        embedding: nn.Module = self.model.embed_tokens
+        return embedding
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the output layer."""
@@ -41,7 +42,8 @@ class StepAudio2(PreTrainedModel):
 
     def encode_audio(self, features: Tensor, num_frames: int) -> Tensor:
         """Encode one clip [mels, at least num_frames + 2] to tokens [tokens, H]."""
-        return self.adapter(self.encoder(features, num_frames))[: self.config.num_tokens(num_frames)]
+        tokens: Tensor = self.adapter(self.encoder(features, num_frames))
+        return tokens[: self.config.num_tokens(num_frames)]
 
     def hidden(
         self,
