@@ -75,7 +75,7 @@ test-browser: $(STAMP) ## the report and the live page in Chromium, which Debian
 docs: $(STAMP) ## the documentation as a site in site/, any broken link or page being an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-bench: $(STAMP) ## measure the loss against its rivals; some minutes, writes benchmarks/results/ and docs/images/loss.svg
+bench: $(STAMP) ## measure the loss against baselines; some minutes, writes benchmarks/results/ and docs/images/loss.svg
 	$(BIN)/python -m benchmarks.loss all
 
 lint: $(STAMP) ## rules and formatting

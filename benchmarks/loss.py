@@ -1,11 +1,12 @@
-"""``python -m benchmarks.loss``: time and peak memory of the divergence, ours and its rivals', forward and backward.
+"""``python -m benchmarks.loss``: time and peak memory of the divergence, ours and the baselines', forward and backward.
 
-Parts: ``loss`` (logits given), ``layer`` (output layer included), ``loss-kept`` and ``layer-kept`` (the same on a CPU in a process that keeps
-freed memory for the next pass, as torch does on CUDA: without the page faults that new memory costs every pass), ``ranks`` (vocabulary over two
-ranks), ``memory`` (in a process of its own), ``sweep`` (against V and N, for the plot). Within a part the candidates take turns, so that a
-change of the machine's speed meets all of them; the median of the turns counts, and the spread is the distance between the quartiles. Results
-go to benchmarks/results/, as JSON with machine and versions; ``plot`` draws docs/images/loss.svg from them. With CUDA
-the same script takes the sizes of a real model.
+Parts: ``loss`` (logits given), ``layer`` (output layer included), ``loss-kept`` and ``layer-kept`` (the same on a CPU
+in a process that keeps freed memory for the next pass, as torch does on CUDA: without the page faults that new memory
+costs every pass), ``ranks`` (vocabulary over two ranks), ``memory`` (in a process of its own), ``sweep`` (against V
+and N, for the plot). Within a part the candidates take turns, so that a change of the machine's speed meets all of
+them; the median of the turns counts, and the spread is the distance between the quartiles. Results go to
+benchmarks/results/, as JSON with machine and versions; ``plot`` draws docs/images/loss.svg from them. With CUDA the
+same script takes the sizes of a real model.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks import loss_rivals as rivals
+from benchmarks import loss_baselines as baselines
 from benchmarks.figures import processor
-from benchmarks.loss_rivals import Candidate, Inputs, make_inputs
-from megatron_cord.losses.products import multiplies_bfloat16
+from benchmarks.loss_baselines import Candidate, Inputs, make_inputs
+from megatron_cord.losses.kernels.matmul import multiplies_bfloat16
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()
@@ -44,36 +45,36 @@ PARTS = ("loss", "layer", "loss-kept", "layer-kept", "memory", "ranks", "sweep")
 SWEEP_V = [(256, v, 256) for v in (4096, 8192, 16384, 32768, 65536)]
 SWEEP_N = [(n, 16384, 256) for n in (64, 128, 256, 512, 1024)]
 KERNELS = "triton" if CUDA else "compile"
-REFERENCE = "ours, late"
+REFERENCE = "ours, cached_grad"
 
 
 def from_hidden() -> dict[str, Candidate]:
-    """By name, those that can run here."""
-    compiled = rivals.plain(torch.compile(rivals.plain_loss_from_hidden, dynamic=True))
-    exact = rivals.plain(torch.compile(rivals.exact_loss_from_hidden, dynamic=True))
-    candidates = {f"ours, {name}": rivals.ours(name, KERNELS) for name in ("late", "fused", "recompute")}
+    """Return the candidates that can run here, by name."""
+    compiled = baselines.plain(torch.compile(baselines.plain_loss_from_hidden, dynamic=True))
+    exact = baselines.plain(torch.compile(baselines.exact_loss_from_hidden, dynamic=True))
+    candidates = {f"ours, {name}": baselines.ours(name, KERNELS) for name in ("cached_grad", "fused", "recompute")}
     candidates |= {
-        "torch": rivals.plain(rivals.plain_loss_from_hidden),
+        "torch": baselines.plain(baselines.plain_loss_from_hidden),
         "torch, compiled": compiled,
         "torch, compiled, fp32 logits": exact,
     }
     others = {
-        "Liger chunked JSD, compiled": rivals.liger_chunked(),
-        "Liger chunked JSD, compiled, fp32 logits": rivals.liger_chunked(exact=True),
-        "Liger fused_linear_jsd": rivals.liger_fused(),
+        "Liger chunked JSD, compiled": baselines.liger_chunked(),
+        "Liger chunked JSD, compiled, fp32 logits": baselines.liger_chunked(exact=True),
+        "Liger fused_linear_jsd": baselines.liger_fused(),
     }
     return candidates | {name: candidate for name, candidate in others.items() if candidate is not None}
 
 
 def from_logits() -> dict[str, Candidate]:
-    """The same for the loss alone."""
-    compiled = rivals.plain_from_logits(torch.compile(rivals.plain_loss, dynamic=True))
-    ours = {"ours": rivals.ours_from_logits(KERNELS), "ours, eager": rivals.ours_from_logits("eager")}
-    return ours | {"torch": rivals.plain_from_logits(rivals.plain_loss), "torch, compiled": compiled}
+    """Return the same for the loss alone."""
+    compiled = baselines.plain_from_logits(torch.compile(baselines.plain_loss, dynamic=True))
+    ours = {"ours": baselines.ours_from_logits(KERNELS), "ours, eager": baselines.ours_from_logits("eager")}
+    return ours | {"torch": baselines.plain_from_logits(baselines.plain_loss), "torch, compiled": compiled}
 
 
 def take_turns(candidates: dict[str, Candidate], inputs: Inputs, turns: int) -> dict[str, dict[str, float]]:
-    """Median and spread of each candidate's seconds, after a first run that compiles, and how many times ours each is."""
+    """Return median and spread of each candidate's seconds after a run that compiles, and the ratio to ours."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(turns + 1):
         for name, candidate in candidates.items():
@@ -105,15 +106,16 @@ def take_turns_at(part: str, turns: int) -> dict[str, dict[str, float]]:
 
 
 def with_ratios(entries: dict[str, dict[str, float]], key: str) -> dict[str, dict[str, float]]:
-    """The entries, each with how many times more it takes than ours."""
+    """Return the entries, each with how many times more it takes than ours."""
     reference = entries[REFERENCE if REFERENCE in entries else "ours"][key]
     return {name: {**entry, "ratio": entry[key] / reference} for name, entry in entries.items()}
 
 
 def timed(candidate: Candidate, inputs: Inputs) -> float:
-    """Seconds of one forward and backward pass.
+    """Return the seconds of one forward and backward pass.
 
-    One thread's time on the processor is what a pass takes on a machine that is not shared; where ranks or a GPU are waited for, the clock's.
+    One thread's time on the processor is what a pass takes on a machine that is not shared; where ranks or a GPU are
+    waited for, the clock's.
     """
     clock = time.perf_counter if CUDA or dist.is_initialized() else time.process_time
     if CUDA:
@@ -126,7 +128,7 @@ def timed(candidate: Candidate, inputs: Inputs) -> float:
 
 
 def peak_of(candidate: Candidate, inputs: Inputs) -> int:
-    """Bytes that a pass needs at its peak above its inputs, its gradients included, after a first run that compiles."""
+    """Return a pass's peak of bytes above its inputs, gradients included, after a run that compiles."""
     inputs.clear()
     candidate(inputs)
     inputs.clear()
@@ -148,7 +150,7 @@ def _status(field: str) -> int:
 
 
 def peaks_in_own_process(sizes: list[tuple[int, int, int]], names: list[str]) -> list[dict[str, int]]:
-    """``peak_of`` for each of the sizes, by candidate, in a process whose freed memory goes back to the system at once."""
+    """Return ``peak_of`` by size and candidate, in a process whose freed memory goes back to the system at once."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, "-m", "benchmarks.loss", "peak", json.dumps(sizes), json.dumps(names)]
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, env=environment)
@@ -159,8 +161,8 @@ def on_ranks(turns: int) -> dict[str, dict[str, float]] | None:
     """Two gloo ranks, or as many as torchrun started; None on ranks that do not report."""
     group = dist.group.WORLD
     assert group is not None
-    candidates = {f"ours, {name}": rivals.ours(name, KERNELS, group) for name in ("late", "recompute")}
-    candidates |= {"gathered logits": rivals.gathered(group), "all-reduced sums": rivals.all_reduced(group)}
+    candidates = {f"ours, {name}": baselines.ours(name, KERNELS, group) for name in ("cached_grad", "recompute")}
+    candidates |= {"gathered logits": baselines.gathered(group), "all-reduced sums": baselines.all_reduced(group)}
     inputs = make_inputs(*SIZES["ranks"], DEVICE, with_logits=False, ranks=dist.get_world_size(), rank=dist.get_rank())
     result = take_turns(candidates, inputs, turns)
     return result if dist.get_rank() == 0 else None
@@ -186,7 +188,13 @@ def ranks_in_own_processes(turns: int) -> dict[str, dict[str, float]]:
 
 def sweep(turns: int) -> list[dict[str, Any]]:
     """Seconds and peak bytes of the main candidates against V and against N."""
-    chosen = ("ours, late", "ours, recompute", "torch", "torch, compiled, fp32 logits", "Liger chunked JSD, compiled")
+    chosen = (
+        "ours, cached_grad",
+        "ours, recompute",
+        "torch",
+        "torch, compiled, fp32 logits",
+        "Liger chunked JSD, compiled",
+    )
     points = []
     axes = [("V", size) for size in SWEEP_V] + [("N", size) for size in SWEEP_N]
     peaks = peaks_in_own_process([size for _, size in axes], list(chosen))
@@ -201,7 +209,7 @@ def sweep(turns: int) -> list[dict[str, Any]]:
 
 
 def machine() -> dict[str, str]:
-    """What the numbers belong to."""
+    """Return the machine and the versions that the numbers belong to."""
     found = {
         "device": torch.cuda.get_device_name() if CUDA else processor(),
         "threads": str(torch.get_num_threads()),
@@ -230,7 +238,7 @@ def print_table(part: str, entries: dict[str, dict[str, float]], key: str) -> No
 
 
 def main() -> None:
-    """Runs the parts that the command line names and writes what they found beside what was there."""
+    """Run the parts that the command line names and write their results beside those of the others."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -274,7 +282,7 @@ def main() -> None:
 
 
 def run_parts(parts: list[str], turns: int, results: dict[str, Any]) -> None:
-    """Measures, prints, and writes each part beside ``results`` when it is done."""
+    """Measure, print, and write each part beside ``results`` when it is done."""
     results["machine"] = machine()
     for part in parts:
         key = "peak_bytes" if part == "memory" else "seconds"

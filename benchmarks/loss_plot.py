@@ -12,7 +12,7 @@ from matplotlib import pyplot
 
 
 def plot(points: list[dict[str, Any]], path: Path) -> None:
-    """Writes an SVG with four panels, all axes logarithmic."""
+    """Write an SVG with four panels, all axes logarithmic."""
     matplotlib.rcParams["svg.hashsalt"] = "loss"  # the same numbers make the same file
     figure, panels = pyplot.subplots(2, 2, figsize=(10, 7), sharey="row", layout="constrained")
     names = list(dict.fromkeys(point["name"] for point in points))

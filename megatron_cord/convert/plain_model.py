@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from megatron_cord.convert.hf_reader import stored_tensors
 from megatron_cord.errors import CordError
-from megatron_cord.losses.products import product
+from megatron_cord.losses.kernels.matmul import product
 from megatron_cord.model.families import family_of, load_architecture
 
 

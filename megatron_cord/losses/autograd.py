@@ -1,8 +1,8 @@
 """What the autograd functions of the divergence share, and the one that takes logits.
 
-A plain all-reduce inside autograd gives wrong gradients when the vocabulary is split. So the forward pass is opaque to autograd, and the
-backward pass is the closed formula of ``statistics.gradient_block``. Every function returns the fields of ``Totals``, each [N]; of these
-divergence, entropy and student_logprob carry gradient.
+A plain all-reduce inside autograd gives wrong gradients when the vocabulary is split. So the forward pass is opaque to
+autograd, and the backward pass is the closed formula of ``kernels.eager.block_gradient``. A function returns the fields
+of ``GlobalStats``, each [N]; of these divergence, entropy and student_logprob carry gradient.
 
 Shapes: N tokens, V vocabulary, TP ranks.
 """
@@ -15,48 +15,45 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_cord.losses.backends import Weights
+from megatron_cord.losses.kernels.backend import UpstreamGrads
 from megatron_cord.losses.shard import StoredLogits, VocabularyShard
-from megatron_cord.losses.statistics import Totals
+from megatron_cord.losses.statistics import GlobalStats
 from megatron_cord.parallel.huge_pages import empty_in_huge_pages
 
 
 class DivergenceFromLogits(torch.autograd.Function):
-    """apply(student_logits [N, V/TP], teacher_logits [N, V/TP], target_ids [N], shard) → Totals as a tuple."""
+    """apply(student_logits [N, V/TP], teacher_logits [N, V/TP], target_ids [N], shard) → GlobalStats as a tuple."""
 
     @staticmethod
     def forward(
         ctx: Any, student_logits: Tensor, teacher_logits: Tensor, target_ids: Tensor, shard: VocabularyShard
     ) -> tuple[Tensor, ...]:
-        totals = shard.totals(StoredLogits(student_logits, teacher_logits), target_ids)
+        """Form the statistics."""
+        stats = shard.stats(StoredLogits(student_logits, teacher_logits), target_ids)
         ctx.shard = shard
-        ctx.save_for_backward(student_logits, teacher_logits, target_ids, *totals)
-        return declare_outputs(ctx, totals)
+        ctx.save_for_backward(student_logits, teacher_logits, target_ids, *stats)
+        return declare_outputs(ctx, stats)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Form the gradient of the student's logits."""
         student_logits, teacher_logits, target_ids, *saved = ctx.saved_tensors
         gradient = empty_in_huge_pages(*student_logits.shape, dtype=student_logits.dtype, device=student_logits.device)
         logits = StoredLogits(student_logits, teacher_logits)
-        ctx.shard.gradient(logits, target_ids, Totals(*saved), arrived(output_gradients), gradient)
+        ctx.shard.gradient(logits, target_ids, GlobalStats(*saved), upstream_grads(output_gradients), gradient)
         return gradient, None, None, None
 
 
-def declare_outputs(ctx: Any, totals: Totals) -> tuple[Tensor, ...]:
-    """Tells autograd which outputs carry gradient, and to pass None where none arrives; returns the outputs."""
+def declare_outputs(ctx: Any, stats: GlobalStats) -> tuple[Tensor, ...]:
+    """Tell autograd which outputs carry gradient, and to pass None for outputs without one; return the outputs."""
     ctx.set_materialize_grads(False)
-    differentiable = (totals.divergence, totals.entropy, totals.student_logprob)
-    ctx.mark_non_differentiable(*(field for field in totals if all(field is not other for other in differentiable)))
-    return tuple(totals)
+    differentiable = (stats.divergence, stats.entropy, stats.student_logprob)
+    ctx.mark_non_differentiable(*(field for field in stats if all(field is not other for other in differentiable)))
+    return tuple(stats)
 
 
-def arrived(output_gradients: tuple[Tensor | None, ...]) -> Weights:
-    """The gradients of divergence, entropy and student_logprob, each [N]; None where the loss does not use an output."""
-    by_name = dict(zip(Totals._fields, output_gradients, strict=True))
+def upstream_grads(output_gradients: tuple[Tensor | None, ...]) -> UpstreamGrads:
+    """Return the gradients of divergence, entropy and student_logprob, each [N]; None where one is unused."""
+    by_name = dict(zip(GlobalStats._fields, output_gradients, strict=True))
     return by_name["divergence"], by_name["entropy"], by_name["student_logprob"]
-
-
-def rows_of(tensors: tuple[Tensor, ...], rows: slice) -> tuple[Tensor, ...]:
-    """Those tokens of tensors [N]."""
-    return tuple(tensor[rows] for tensor in tensors)

@@ -1,6 +1,7 @@
-"""Arguments that cannot be right, refused in one line that says which and what to do.
+"""Refusals of impossible arguments, each one line that names the argument and what to do.
 
-The checks look only at what is equal on all tensor-parallel ranks, so all ranks refuse together and none is left waiting in a collective.
+The checks look only at what is equal on all tensor-parallel ranks, so all ranks refuse together and none is left
+waiting in a collective.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from megatron_cord.errors import CordError
-from megatron_cord.losses.statistics import Totals
+from megatron_cord.losses.statistics import GlobalStats
 
 
 def check_matrix(name: str, tensor: Tensor, device: torch.device) -> None:
-    """A two-dimensional floating-point tensor on the device."""
+    """Refuse all but a two-dimensional floating-point tensor on the device."""
     if tensor.dim() != 2:
         raise CordError(f"{name} must have 2 dimensions, but has shape {list(tensor.shape)}")
     if not tensor.is_floating_point():
@@ -23,7 +24,7 @@ def check_matrix(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def check_targets(target_ids: Tensor, num_tokens: int, vocab_size: int) -> None:
-    """int64 [N], each in [0, vocab_size)."""
+    """Refuse all but int64 [N], each in [0, vocab_size)."""
     if target_ids.dtype != torch.int64:
         raise CordError(f"target_ids must be int64, but is {target_ids.dtype}")
     if tuple(target_ids.shape) != (num_tokens,):
@@ -37,7 +38,7 @@ def check_targets(target_ids: Tensor, num_tokens: int, vocab_size: int) -> None:
 
 
 def check_vocabulary(vocab_size: int | None, padded_size: int) -> int:
-    """The true vocabulary size: ``vocab_size``, or all columns if it is None."""
+    """Return the true vocabulary size: ``vocab_size``, or all columns if it is None."""
     if vocab_size is None:
         return padded_size
     if not 1 <= vocab_size <= padded_size:
@@ -46,31 +47,40 @@ def check_vocabulary(vocab_size: int | None, padded_size: int) -> int:
 
 
 def check_temperature(temperature: float) -> None:
-    """Positive and finite."""
+    """Refuse a temperature that is not positive and finite."""
     if not 0.0 < temperature < float("inf"):
         raise CordError(f"temperature must be positive and finite, but is {temperature}")
 
 
-def check_distributions(totals: Totals) -> None:
-    """Both rows of logits make a distribution: no NaN, no +inf, not −inf everywhere. Names the first token where that fails."""
-    for who, maximum, log_sum in (
-        ("student", totals.student_max, totals.student_log_sum),
-        ("teacher", totals.teacher_max, totals.teacher_log_sum),
+def check_distributions(stats: GlobalStats) -> None:
+    """Refuse logits that are no distribution: NaN, +inf, or −inf everywhere; the message names the first such token."""
+    for model, maximum, log_sum in (
+        ("student", stats.student_max, stats.student_log_sum),
+        ("teacher", stats.teacher_max, stats.teacher_log_sum),
     ):
         broken = ~(maximum.isfinite() & log_sum.isfinite())
         if broken.any():
             index = first_index(broken)
             problem = "−inf everywhere" if maximum[index] == -torch.inf else "NaN or +inf"
             raise CordError(
-                f"the {who}'s logits of token {index} are {problem}; look at its hidden states and output weights"
+                f"the {model}'s logits of token {index} are {problem}; look at its hidden states and output weights"
             )
 
 
+def check_weight_constants(top_k: int, alpha: float, beta: float) -> None:
+    """Refuse constants of CORD's token weights that make no sense."""
+    if top_k < 0:
+        raise CordError(f"top_k must be at least 0, but is {top_k}")
+    if not (alpha > 0 and beta > 0):
+        raise CordError(f"alpha and beta must be positive, but are {alpha} and {beta}")
+
+
 def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
-    """Integers [B+1] that start at 0, never fall, and end at N."""
+    """Refuse all but integers [B+1] that start at 0, never fall, and end at N."""
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.is_floating_point():
         raise CordError(
-            f"cu_seqlens must be integers of shape [sequences + 1], but is {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
+            "cu_seqlens must be integers of shape [sequences + 1], "
+            f"but is {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
         )
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != num_tokens or bool((cu_seqlens.diff() < 0).any()):
         raise CordError(
@@ -79,5 +89,5 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
 
 
 def first_index(mask: Tensor) -> int:
-    """Index of the first True of a mask [N]."""
+    """Return the index of the first True of a mask [N]."""
     return int(mask.nonzero()[0])

@@ -1,9 +1,11 @@
-"""Response tokens as whole responses in order, whether a rank holds them packed or only some of each, as under context parallelism.
+"""Response tokens as whole responses in order, also where a rank holds only some of each (context parallelism).
 
-What a token weighs depends on its response: on its position there and on the other tokens' divergences. So a rank's tokens are first put
-together with those of the other context-parallel ranks, in one order that does not depend on the layout, and each rank takes its own back.
+The weight of a token depends on its response: on its position there and on the other tokens' divergences. So a rank's
+tokens are first put together with those of the other context-parallel ranks, in one order that does not depend on the
+layout, and each rank takes its own back.
 
-Shapes: N tokens here, M tokens of the whole responses, B sequences, CP ranks. Simplification: every rank computes for all M tokens; they
+Shapes: N tokens here, M tokens of the whole responses, B sequences, CP ranks. Simplification: every rank computes for
+    all M tokens; they
 are a few numbers each.
 """
 
@@ -31,7 +33,7 @@ class Responses:
     mine: Tensor | None  #: int64 [N], where this rank's tokens are; None: all of them, in order
 
     def take(self, values: Tensor) -> Tensor:
-        """This rank's part [N] of [M]."""
+        """Return this rank's part [N] of [M]."""
         return values if self.mine is None else values[self.mine]
 
 
@@ -43,11 +45,12 @@ def whole_responses(
     positions: Tensor | None = None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Responses:
-    """Puts the responses together.
+    """Put the responses together.
 
     Args:
         kl: [N].
-        cu_seqlens: integers [B+1]; sequence i is the tokens [cu_seqlens[i], cu_seqlens[i+1]) of this rank. A sequence may be empty here.
+        cu_seqlens: integers [B+1]; sequence i is the tokens [cu_seqlens[i], cu_seqlens[i+1]) of this rank. A sequence
+            may be empty here.
         entropy: [N], on all ranks or on none.
         positions: int64 [N], each token's position in its whole response, from 0; needed with ``cp_group``.
         cp_group: the ranks that share the sequences; all pass the same B sequences in the same order.
@@ -63,36 +66,37 @@ def whole_responses(
             raise CordError(f"{name} has shape {list(tensor.shape)}, but kl {list(kl.shape)}")
     kl = kl.detach()
     entropy = None if entropy is None else entropy.detach().to(kl.dtype)
-    borders = cu_seqlens.to(device=kl.device, dtype=torch.int64)
+    cu_seqlens = cu_seqlens.to(device=kl.device, dtype=torch.int64)
     if cp_group is None or dist.get_world_size(cp_group) == 1:
-        sequence, position, length = _places(borders)
+        sequence, position, length = _locate(cu_seqlens)
         return Responses(kl, entropy, sequence, position, length, None)
     if positions is None:
-        raise CordError("positions is needed with cp_group: where in its response is each of this rank's tokens?")
-    return _from_all_ranks(kl, entropy, borders, positions.to(kl.device), cp_group)
+        raise CordError("positions is needed with cp_group: the position of each of this rank's tokens in its response")
+    return _from_all_ranks(kl, entropy, cu_seqlens, positions.to(kl.device), cp_group)
 
 
 def _from_all_ranks(
-    kl: Tensor, entropy: Tensor | None, borders: Tensor, positions: Tensor, group: dist.ProcessGroup
+    kl: Tensor, entropy: Tensor | None, cu_seqlens: Tensor, positions: Tensor, group: dist.ProcessGroup
 ) -> Responses:
     ranks, me = dist.get_world_size(group), dist.get_rank(group)
-    all_borders = _gather(borders, ranks, group)  # [CP, B + 1]
-    counts = all_borders[:, -1].tolist()
+    all_cu_seqlens = _gather(cu_seqlens, ranks, group)  # [CP, B + 1]
+    counts = all_cu_seqlens[:, -1].tolist()
     columns = [kl.double(), positions.double()] + ([] if entropy is None else [entropy.double()])
     padded = kl.new_zeros(len(columns), max(counts), dtype=torch.float64)
     padded[:, : kl.shape[0]] = torch.stack(columns)
     gathered = _gather(padded, ranks, group)  # [CP, columns, most]
     numbers = torch.cat([gathered[rank, :, :count] for rank, count in enumerate(counts)], dim=1)  # [columns, M]
-    sequences = torch.cat([_places(rank_borders)[0] for rank_borders in all_borders])
+    sequences = torch.cat([_locate(one)[0] for one in all_cu_seqlens])
     by_position = torch.argsort(numbers[1], stable=True)
     order = by_position[torch.argsort(sequences[by_position], stable=True)]
     numbers = numbers[:, order]
-    lengths = all_borders.diff(dim=1).sum(0)
-    sequence, position, length = _places(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+    lengths = all_cu_seqlens.diff(dim=1).sum(0)
+    sequence, position, length = _locate(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
     wrong = numbers[1] != position
     if wrong.any():
         raise CordError(
-            f"positions of sequence {int(sequence[wrong][0])} are not 0 … {int(length[wrong][0]) - 1} over the context-parallel ranks"
+            f"positions of sequence {int(sequence[wrong][0])} are not 0 … {int(length[wrong][0]) - 1} "
+            "over the context-parallel ranks"
         )
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
@@ -107,16 +111,32 @@ def _from_all_ranks(
     )
 
 
-def _places(borders: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each token, int64 [N]: its sequence, its position there from 0, and that sequence's length."""
-    lengths = borders.diff()
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=borders.device), lengths)
-    position = torch.arange(len(sequence), device=borders.device) - borders[sequence]
+def response_of_token(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return of each of the tokens [N] the index of its response; int64 [N]."""
+    check_cu_seqlens(cu_seqlens, tokens.shape[0])
+    lengths = cu_seqlens.to(tokens.device).diff()
+    return torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), lengths)
+
+
+def rank_in_response(responses: Responses, score: Tensor) -> Tensor:
+    """Return of each token how many of its response have a larger score (or an equal one, earlier); int64 [M]."""
+    by_score = torch.sort(score, descending=True, stable=True).indices
+    order = by_score[torch.sort(responses.sequence[by_score], stable=True).indices]
+    rank = torch.empty_like(responses.position)
+    rank[order] = responses.position  # sorted by sequence, the places within a sequence are the positions again
+    return rank
+
+
+def _locate(cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of each token, int64 [N]: its sequence, its position there from 0, and that sequence's length."""
+    lengths = cu_seqlens.diff()
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
+    position = torch.arange(len(sequence), device=cu_seqlens.device) - cu_seqlens[sequence]
     return sequence, position, lengths[sequence]
 
 
 def _gather(mine: Tensor, ranks: int, group: dist.ProcessGroup) -> Tensor:
-    """[CP, …]"""
+    """Return [CP, …]."""
     gathered = [torch.empty_like(mine) for _ in range(ranks)]
     dist.all_gather(gathered, mine.contiguous(), group=group)
     return torch.stack(gathered)

@@ -1,8 +1,8 @@
 """How much each response token counts in L_tok = Σ_t w_t D_t: small functions by name, and their products.
 
-CORD's weight is the product of two of them, ``top_k`` and ``position``. All take whole ``Responses`` and return a weight for each of their M
-tokens, in float64, without gradient. A fraction is of each response, so that weights do not depend on what else is in the batch.
-Source, where not said otherwise: CORD, arXiv 2601.16547.
+CORD's own are in ``cord``: ``cord`` is the product of ``top_k`` and ``position``. All take whole ``Responses`` and
+return a weight for each of their M tokens, in float64, without gradient. A fraction is of each response, so that
+weights do not depend on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -16,30 +16,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cord.errors import CordError
-from megatron_cord.losses.responses import Responses, whole_responses
+from megatron_cord.losses.checks import check_weight_constants
+from megatron_cord.losses.cord import combined_weights, position_weights, top_k_weights
+from megatron_cord.losses.responses import Responses, rank_in_response, whole_responses
 
 
 @dataclass(frozen=True)
 class TokenWeightsConfig:
-    """Which factors are multiplied, and their constants."""
+    """The weights w_t of L_tok: which factors are multiplied, and their constants."""
 
-    factors: str = "cord"  #: names joined by *, such as top_k*position, which is also called cord
+    factors: str = "cord"  #: names of losses/token_weights.py joined by *; cord is top_k*position
     top_k: int = 20  #: K of top_k: response positions of largest divergence that get alpha
     alpha: float = 2.0  #: weight of those positions
     beta: float = 2.0  #: of position: weight of the first position; it falls linearly to 1 at the last
-    keep: float = 0.2  #: of top_fraction, entropy and tip: part of each response's tokens that counts at all
-    gamma: float = 0.5  #: of remaining: what the first token weighs above 1
+    keep: float = 0.2  #: of top_fraction, entropy and tip: share of each response's tokens that counts at all
+    gamma: float = 0.5  #: of remaining: weight of the first token above 1
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.names if name not in TOKEN_WEIGHTS]
         if unknown:
             raise CordError(
-                f"token weights {unknown[0]!r} are unknown; choose from cord, {', '.join(TOKEN_WEIGHTS)}, joined by *"
+                f"token weights {unknown[0]!r} are unknown; choose from {', '.join(TOKEN_WEIGHTS)}, joined by *"
             )
-        if self.top_k < 0:
-            raise CordError(f"top_k must be at least 0, but is {self.top_k}")
-        if not (self.alpha > 0 and self.beta > 0):
-            raise CordError(f"alpha and beta must be positive, but are {self.alpha} and {self.beta}")
+        check_weight_constants(self.top_k, self.alpha, self.beta)
         if not 0 < self.keep <= 1:
             raise CordError(f"keep must lie in (0, 1], but is {self.keep}")
         if not self.gamma >= 0:
@@ -47,9 +46,8 @@ class TokenWeightsConfig:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The factors, cord spelt out."""
-        given = [name.strip() for name in self.factors.split("*")]
-        return tuple(name for each in given for name in (("top_k", "position") if each == "cord" else (each,)))
+        """The factors' names."""
+        return tuple(name.strip() for name in self.factors.split("*"))
 
 
 def token_weights(
@@ -61,39 +59,26 @@ def token_weights(
     positions: Tensor | None = None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The product of the configured factors.
+    """Return the product of the configured factors.
 
     Args:
         kl: [N], divergences of packed response tokens, used as numbers. +inf and NaN count as the largest.
         cu_seqlens: integers [B+1], where sequence i is the tokens [cu_seqlens[i], cu_seqlens[i+1]).
         config: which factors.
         entropy: [N], the student's; needed by entropy and tip.
-        positions, cp_group: for context parallelism, see ``whole_responses``.
+        positions: for context parallelism, see ``whole_responses``.
+        cp_group: likewise.
 
     Returns:
         [N], dtype of ``kl``, no gradient.
 
     Raises:
-        CordError: cu_seqlens that do not cover the N tokens, positions that do not make whole responses, or entropy that is missing.
+        CordError: cu_seqlens that do not cover the N tokens, positions that do not make whole responses, or entropy
+            that is missing.
     """
     responses = whole_responses(kl, cu_seqlens, entropy=entropy, positions=positions, cp_group=cp_group)
     weights = reduce(torch.mul, (TOKEN_WEIGHTS[name](responses, config) for name in config.names))
     return responses.take(weights).to(kl.dtype)
-
-
-def cord_token_weights(
-    kl: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    top_k: int = 20,
-    alpha: float = 2.0,
-    beta: float = 2.0,
-    positions: Tensor | None = None,
-    cp_group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """CORD's weights: w_t = w_t^KL · w_t^pos, ``top_weights`` times ``position_weights``; arguments and result as in ``token_weights``."""
-    config = TokenWeightsConfig("cord", top_k=top_k, alpha=alpha, beta=beta)
-    return token_weights(kl, cu_seqlens, config, positions=positions, cp_group=cp_group)
 
 
 def uniform_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
@@ -101,29 +86,18 @@ def uniform_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
     return torch.ones_like(responses.kl, dtype=torch.float64)
 
 
-def top_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
-    """w_t^KL = α for the K positions of a response with the largest divergence, else 1; all of them if T ≤ K. Of equals the earlier first."""
-    return torch.where(_rank(responses, responses.kl) < config.top_k, config.alpha, 1.0).double()
-
-
-def position_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
-    """w_t^pos = β − (β − 1)(t − 1)/(T − 1), falling from β to 1; a response of a single token gets β."""
-    fraction = responses.position.double() / (responses.length - 1).clamp(min=1)
-    return config.beta - (config.beta - 1.0) * fraction
-
-
 def top_fraction_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
-    """1 for the part ``keep`` of a response's tokens with the largest divergence, 0 for the others."""
+    """w_t = 1 for the share ``keep`` of a response's tokens with the largest divergence, 0 for the others."""
     return _kept(responses, responses.kl, config)
 
 
 def entropy_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
-    """1 for the part ``keep`` with the largest student entropy, 0 for the others: the forking tokens (arXiv 2506.01939: the top 20 %)."""
+    """w_t = 1 for the share ``keep`` with the largest student entropy, the forking tokens, else 0 (2506.01939)."""
     return _kept(responses, _entropy(responses, "entropy"), config)
 
 
 def tip_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
-    """1 for the part ``keep`` with the largest score h + d − h·d, 0 for the others (TIP).
+    """w_t = 1 for the share ``keep`` with the largest score h + d − h·d, 0 for the others (TIP).
 
     h and d are student entropy and divergence, min–max normalised over the response: a token counts if either is large.
     """
@@ -132,7 +106,7 @@ def tip_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
 
 
 def remaining_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
-    """w_t = 1 + γ(1 − Σ_{k<t}|D_k| / Σ_k|D_k|): what divergence is still to come (IW-OPD, with D_k for its advantage A_k)."""
+    """w_t = 1 + γ(1 − Σ_{k<t}|D_k| / Σ_k|D_k|): the remaining divergence (IW-OPD, with D_k for its advantage A_k)."""
     size = _finite(responses.kl).abs()
     earlier = size.cumsum(0) - size  # of all tokens before this one, other responses' included
     before = earlier - earlier[torch.arange(len(size), device=size.device) - responses.position]
@@ -143,8 +117,9 @@ def remaining_weights(responses: Responses, config: TokenWeightsConfig) -> Tenso
 #: By the name that configuration uses.
 TOKEN_WEIGHTS: dict[str, Callable[[Responses, TokenWeightsConfig], Tensor]] = {
     "uniform": uniform_weights,
-    "top_k": top_weights,
-    "position": position_weights,
+    "cord": lambda responses, config: combined_weights(responses, config.top_k, config.alpha, config.beta),
+    "top_k": lambda responses, config: top_k_weights(responses, config.top_k, config.alpha),
+    "position": lambda responses, config: position_weights(responses, config.beta),
     "top_fraction": top_fraction_weights,
     "entropy": entropy_weights,
     "tip": tip_weights,
@@ -154,16 +129,7 @@ TOKEN_WEIGHTS: dict[str, Callable[[Responses, TokenWeightsConfig], Tensor]] = {
 
 def _kept(responses: Responses, score: Tensor, config: TokenWeightsConfig) -> Tensor:
     count = (responses.length * config.keep - 1e-9).ceil().clamp(min=1)
-    return (_rank(responses, score) < count).double()
-
-
-def _rank(responses: Responses, score: Tensor) -> Tensor:
-    """Of each token, how many of its response have a larger score (or an equal one, earlier); int64 [M]."""
-    by_score = torch.sort(score, descending=True, stable=True).indices
-    order = by_score[torch.sort(responses.sequence[by_score], stable=True).indices]
-    rank = torch.empty_like(responses.position)
-    rank[order] = responses.position  # sorted by sequence, the places within a sequence are the positions again
-    return rank
+    return (rank_in_response(responses, score) < count).double()
 
 
 def _entropy(responses: Responses, name: str) -> Tensor:
@@ -173,19 +139,19 @@ def _entropy(responses: Responses, name: str) -> Tensor:
 
 
 def _normalised(responses: Responses, values: Tensor) -> Tensor:
-    """(v − min)/(max − min) of each response; 0 where all are equal."""
+    """Return (v − min)/(max − min) of each response; 0 where all are equal."""
     values = _finite(values)
     low, high = _per_sequence(responses, values, "amin"), _per_sequence(responses, values, "amax")
     return torch.where(high > low, (values - low) / (high - low), 0.0)
 
 
 def _per_sequence(responses: Responses, values: Tensor, how: str) -> Tensor:
-    """A response's sum, amin or amax, for each of its tokens."""
+    """Return a response's sum, amin or amax, for each of its tokens."""
     sequences = int(responses.sequence[-1]) + 1 if len(values) else 0
     total = values.new_zeros(sequences).scatter_reduce(0, responses.sequence, values, how, include_self=False)
     return total[responses.sequence]
 
 
 def _finite(values: Tensor) -> Tensor:
-    """In float64, with NaN and +inf a very large number, so that they are the largest and sums stay numbers."""
+    """Return the values in float64, NaN and +inf a very large number: they are the largest and sums stay numbers."""
     return torch.nan_to_num(values.double(), nan=1e30, posinf=1e30, neginf=-1e30)

@@ -1,8 +1,8 @@
-"""``verify layout``: one training step under a layout, through the trainer's own code, against transformers in float64 on one rank.
+"""``verify layout``: one training step under a layout, through the trainer, against transformers in float64.
 
-A small Qwen2-Audio of random weights learns from a few responses of random tokens, with both losses and audio in every sequence. Each rank
-draws the same inputs and computes the same reference: the model from transformers, one unpadded sequence after the other, the loss
-written out, and torch's AdamW. It shares no code with what it checks.
+A small Qwen2-Audio of random weights learns from a few responses of random tokens, with both losses and audio in
+every sequence. Each rank draws the same inputs and computes the same reference: the model from transformers, one
+unpadded sequence after the other, the loss written out, and torch's AdamW. It shares no code with what it checks.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Row:
 
 
 def verify_layout(overrides: Sequence[str]) -> int:
-    """Prints the table on the first rank; 1 if anything differs on any, else 0. Under torchrun all ranks call it."""
+    """Print the table on the first rank; return 1 if anything differs on any, else 0. All ranks call it."""
     config = load_config(VerifyLayoutConfig, None, overrides)
     layout = initialize(config.parallel, config.seed)
     try:
@@ -93,7 +93,7 @@ def verify_layout(overrides: Sequence[str]) -> int:
 
 
 def run_step(config: VerifyLayoutConfig, layout: Layout) -> tuple[Outcome, Outcome]:
-    """One step in the layout, and the reference's. Collective over all ranks."""
+    """Return one step in the layout, and the reference's. Collective over all ranks."""
     sequences = make_sequences(config.sizes, config.seed)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -119,9 +119,10 @@ def run_step(config: VerifyLayoutConfig, layout: Layout) -> tuple[Outcome, Outco
 
 
 def whole_gradients(wrapped: DistributedDataParallel) -> dict[str, Tensor]:
-    """Gradients of everything that is trained, by published name, on every rank: export takes each gradient for its parameter.
+    """Return the gradients of everything that is trained, by published name, on every rank.
 
-    With the distributed optimizer each data-parallel rank has summed a part of each bucket only; the parts are gathered first.
+    Export takes each gradient for its parameter. With the distributed optimizer each data-parallel rank has summed a
+    part of each bucket only; the parts are gathered first.
     """
     if wrapped.ddp_config.use_distributed_optimizer:
         for buffer in wrapped.buffers:
@@ -142,7 +143,7 @@ def whole_gradients(wrapped: DistributedDataParallel) -> dict[str, Tensor]:
 
 
 def compare(actual: Outcome, expected: Outcome, dtype: str) -> list[Row]:
-    """One row for the loss, and one a tensor for its gradient and its weights. Collective: the largest errors over all ranks."""
+    """Return a row for the loss, and two per tensor: the largest errors over all ranks. Collective."""
     loss_limit, gradient_limit, weight_limit = TOLERANCES[dtype]
     rows = [Row("loss", abs(actual.loss - expected.loss) / abs(expected.loss), loss_limit)]
     # Against its own size and, for a tensor that hardly matters, against a thousandth of the whole gradient.
@@ -164,7 +165,7 @@ def compare(actual: Outcome, expected: Outcome, dtype: str) -> list[Row]:
 
 
 def print_table(rows: list[Row], title: str) -> None:
-    """The loss, the worst gradients and weights, and whatever failed."""
+    """Print the loss, the worst gradients and weights, and whatever failed."""
     table = Table("", "error", "limit", "", title=title, box=None, header_style="bold", pad_edge=False)
     worst = sorted(rows, key=lambda row: -row.error / row.limit)
     shown = [row for row in rows if not row.passed]

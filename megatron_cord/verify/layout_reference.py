@@ -1,4 +1,4 @@
-"""What ``verify layout`` compares with: a small model from transformers and one training step of it in float64, with the loss written out.
+"""The reference of ``verify layout``: a training step in float64 of a small model from transformers, loss written out.
 
 Nothing of the trainer's arithmetic is used here. Legend: T response tokens, V vocabulary, C clips.
 """
@@ -63,7 +63,10 @@ class Outcome:
 
 
 def make_checkpoint(directory: Path, sizes: Sizes, seed: int) -> Qwen2AudioForConditionalGeneration:
-    """A Qwen2-Audio checkpoint without tokenizer, and its model; every tensor random, biases and norms too. A seed gives the same file always."""
+    """Write a Qwen2-Audio checkpoint without tokenizer, and return its model.
+
+    Every tensor is random, biases and norms too. A seed always gives the same file.
+    """
     text = Qwen2Config(  # type: ignore[call-arg]
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.hidden,
@@ -108,7 +111,7 @@ def make_checkpoint(directory: Path, sizes: Sizes, seed: int) -> Qwen2AudioForCo
 
 
 def make_sequences(sizes: Sizes, seed: int) -> list[TrainingSequence]:
-    """Prompts with one or two clips and responses, all of different lengths; a third has no part in L_tok and no teacher."""
+    """Return prompts with one or two clips, and responses, of different lengths; a third has no teacher."""
     rng = np.random.default_rng(seed)
 
     def words(count: int) -> tuple[int, ...]:
@@ -116,22 +119,22 @@ def make_sequences(sizes: Sizes, seed: int) -> list[TrainingSequence]:
 
     made = []
     for index in range(sizes.sequences):
-        heard: tuple[int, ...] = words(2 + index % 3)
+        audio_prompt: tuple[int, ...] = words(2 + index % 3)
         clips = []
         for _ in range(1 + index % 2):
             frames = int(rng.integers(5, WINDOW + 1))
             features = torch.from_numpy(rng.normal(size=(MELS, WINDOW)).astype(np.float32))
             tokens = (frames + 1) // 2 // 2
             clips.append(AudioClip(np.zeros(0, dtype=np.float32), features, frames, tokens))
-            heard += (sizes.vocabulary - 1,) * tokens + words(1 + index % 4)
+            audio_prompt += (sizes.vocabulary - 1,) * tokens + words(1 + index % 4)
         response = words(max(2, sizes.longest * (index + 1) // sizes.sequences))
-        # As if the engine had found the tokens likelier or less likely than the trainer will.
+        # An engine whose probabilities are larger or smaller than the trainer's.
         logprobs = tuple(float(value) for value in rng.uniform(-8, -2, size=len(response)))
         scored = index % 3 != 2
         name = f"sample{index}"
         made.append(
             TrainingSequence(
-                student=Prompt(name, heard, tuple(clips)),
+                student=Prompt(name, audio_prompt, tuple(clips)),
                 teacher=Prompt(name, words(4 + 3 * (index % 2))) if scored else None,
                 rollout=Rollout(name, response, logprobs, "stop", (), ""),
                 scored=scored,
@@ -149,7 +152,7 @@ def reference_step(
     optimizer: OptimizerConfig,
     freeze: tuple[str, ...],
 ) -> Outcome:
-    """One step in float64, one sequence after the other; a frozen teacher of the same weights."""
+    """Return one step in float64, one sequence after the other; a frozen teacher of the same weights."""
     model = model.double().train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(
@@ -194,7 +197,7 @@ def _log_probabilities(model: Qwen2AudioForConditionalGeneration, prompt: Prompt
 
 
 def _weights(divergence: Tensor, config: TokenWeightsConfig) -> Tensor:
-    """CORD's w_t (arXiv 2601.16547): α at the K largest divergences, times a weight that falls from β to 1 over the response."""
+    """Return CORD's w_t (arXiv 2601.16547): α at the K largest divergences, times a weight that falls from β to 1."""
     count = len(divergence)
     weights = torch.ones(count, dtype=torch.float64)
     weights[divergence.topk(min(config.top_k, count)).indices] = config.alpha
@@ -202,7 +205,7 @@ def _weights(divergence: Tensor, config: TokenWeightsConfig) -> Tensor:
 
 
 def _published(name: str) -> str:
-    """The name in published checkpoints; transformers renames some."""
+    """Return the name in published checkpoints; transformers renames some."""
     name = name.removeprefix("model.")
     if name.startswith("lm_head"):
         return f"language_model.{name}"

@@ -1,7 +1,8 @@
-"""``verify loss``: the divergence and its gradients on this machine, device, type and tensor parallelism, against float64 on one rank.
+"""``verify loss``: the divergence and its gradients on this device, type and layout, against float64 on one rank.
 
-Every rank draws the same inputs, computes its shard through the public functions, and compares with softmaxes over the whole vocabulary in
-float64. The divergence is small (4e-4 nats for the reverse KL), as it is late in distillation: the case that rounded logits spoil.
+Every rank draws the same inputs, computes its shard through the public functions, and compares with softmaxes over
+the whole vocabulary in float64. The divergence is small (4e-4 nats for the reverse KL), as it is late in
+distillation: the case that rounded logits spoil.
 
 Legend: N tokens, V vocabulary, H hidden, TP ranks.
 """
@@ -22,11 +23,12 @@ from torch import Tensor
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
-from megatron_cord.losses import LossWeights, TokenStats, divergence_from_hidden, divergence_from_logits
+from megatron_cord.losses import TokenStats, distillation_loss, divergence_from_logits
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 
-#: Largest relative error ‖a − b‖ / ‖b‖ of values and of gradients. A divergence of 4e-4 is a difference of logits a hundred times larger
-#: than it, so the 1e-7 of fp32 logits shows a hundredfold in the gradient, and more in the divergence itself.
+#: Largest relative error ‖a − b‖ / ‖b‖ of values and of gradients. A divergence of 4e-4 is a difference of logits a
+#: hundred times larger than it, so the 1e-7 of fp32 logits shows a hundredfold in the gradient, and more in the
+#: divergence itself.
 TOLERANCES = {"float64": (1e-10, 1e-10), "float32": (5e-3, 5e-5), "bfloat16": (5e-3, 1e-2)}
 
 
@@ -40,7 +42,7 @@ class VerifyLossConfig:
     hidden: int = 256  #: H
     vocabulary: int = 8000  #: V, before padding to a multiple of 128 · TP
     temperature: float = 1.0  #: of both softmaxes
-    backend: Literal["auto", "eager", "compile", "triton"] = "auto"  #: who computes
+    backend: Literal["auto", "eager", "compile", "triton"] = "auto"  #: what computes
     seed: int = 0  #: of the inputs
 
     def __post_init__(self) -> None:
@@ -72,7 +74,7 @@ class _Problem:
 
 
 def verify_loss(overrides: Sequence[str]) -> int:
-    """Prints the table on the first rank; 1 if a check failed on any, else 0. Under torchrun all ranks call it."""
+    """Print the table on the first rank; return 1 if a check failed on any, else 0. All ranks call it."""
     config = load_config(VerifyLossConfig, None, overrides)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     layout = initialize(ParallelConfig(tp=config.tp or world), config.seed)
@@ -90,7 +92,7 @@ def verify_loss(overrides: Sequence[str]) -> int:
 
 
 def run_checks(config: VerifyLossConfig, tp_group: dist.ProcessGroup, device: torch.device) -> list[Check]:
-    """Every kind and every implementation; the same list on every rank."""
+    """Check every divergence and every implementation; the same list on every rank."""
     rank, size = dist.get_rank(tp_group), dist.get_world_size(tp_group)
     columns = math.ceil(config.vocabulary / (128 * size)) * 128
     problem = _make_problem(config, columns * size, device)
@@ -105,7 +107,7 @@ def run_checks(config: VerifyLossConfig, tp_group: dist.ProcessGroup, device: to
         {"kind": "topk", "k": 20},
     ):
         expected = _reference(problem, config, kind)
-        for implementation in ("logits", "late", "fused", "recompute"):
+        for implementation in ("logits", "cached_grad", "fused", "recompute"):
             errors = _errors(problem, expected, mine, implementation, {**options, **kind})
             dist.all_reduce(errors, op=dist.ReduceOp.MAX)
             value, hidden, weight = errors.tolist()
@@ -118,7 +120,7 @@ def run_checks(config: VerifyLossConfig, tp_group: dist.ProcessGroup, device: to
 
 
 def print_table(checks: list[Check], title: str) -> None:
-    """One row a check."""
+    """Print one row a check."""
     table = Table(
         "divergence", "values", "∂hidden", "∂weight", "", title=title, box=None, header_style="bold", pad_edge=False
     )
@@ -161,7 +163,7 @@ def _make_problem(config: VerifyLossConfig, padded: int, device: torch.device) -
 def _reference(
     problem: _Problem, config: VerifyLossConfig, kind: dict[str, Any]
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Of logits [N, V'], differentiable: the values [4, N] and ∂loss/∂student logits."""
+    """Return a function of logits [N, V'] that returns the values [4, N] and ∂loss/∂student logits."""
 
     def compute(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         student = student.detach().double().clone().requires_grad_()
@@ -199,7 +201,7 @@ def _errors(
     implementation: str,
     options: dict[str, Any],
 ) -> Tensor:
-    """This rank's [values, ∂hidden or ∂logits, ∂weight]."""
+    """Return this rank's errors: [values, ∂hidden or ∂logits, ∂weight]."""
     hidden, weight = problem.student_hidden.double(), problem.student_weight.double()
     student, teacher = hidden @ weight.T, problem.teacher_hidden.double() @ problem.teacher_weight.double().T
     if implementation == "logits":
@@ -212,17 +214,17 @@ def _errors(
         return torch.stack([_value_error(stats, values), _relative(leaf.grad, gradient[:, mine]), hidden.new_zeros(())])
     values, gradient = expected(student, teacher)
     leaves = problem.student_hidden.clone().requires_grad_(), problem.student_weight[mine].clone().requires_grad_()
-    stats = divergence_from_hidden(
+    loss, stats = distillation_loss(
+        lambda stats, rows: _loss(stats, problem.weights[:, rows]),
         *leaves,
         problem.teacher_hidden,
         problem.teacher_weight[mine],
         problem.target_ids,
         implementation=implementation,
-        loss_weights=lambda _, rows: LossWeights(*problem.weights[:, rows]),
         chunk_tokens=20,  # several chunks, the last one shorter
         **options,
     )
-    _loss(stats, problem.weights).backward()
+    loss.backward()
     return torch.stack(
         [
             _value_error(stats, values),
@@ -244,7 +246,7 @@ def _value_error(stats: TokenStats, expected: Tensor) -> Tensor:
 
 
 def _relative(actual: Tensor | None, expected: Tensor) -> Tensor:
-    """‖a − b‖ / ‖b‖; NaN counts as infinite. A shard that is all padding has b = 0, and so must a be."""
+    """Return ‖a − b‖ / ‖b‖; NaN counts as infinite. A shard that is all padding has b = 0, and so must a be."""
     assert actual is not None
     size = expected.norm()
     error = (actual.double() - expected).norm() / torch.where(size > 0, size, 1.0)

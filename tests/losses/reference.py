@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_cord.losses import TokenStats, distillation_loss
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """N tokens, H hidden, V' columns, padding included. Weights are the loss's coefficients of kl, entropy and student_logprob."""
+    """N tokens, H hidden, V' columns, padding included; weights of kl, entropy and student_logprob in the loss."""
 
     student_hidden: Tensor  #: [N, H]
     student_weight: Tensor  #: [V', H]
@@ -36,10 +38,9 @@ def make_inputs(
     distance: float = 1.0,
     seed: int = 0,
 ) -> Inputs:
-    """Random inputs whose targets spread evenly over the vocabulary, first and last token included.
+    """Make random inputs whose targets spread evenly over the vocabulary, first and last token included.
 
-    Args:
-        distance: of the teacher from the student, relative to their size; small makes a small divergence.
+    ``distance`` of the teacher from the student is relative to their size; small makes a small divergence.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -70,7 +71,7 @@ def reference_stats(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(kl, entropy, student_logprob, teacher_logprob), each [N], of logits [N, V']; differentiable; −inf logits allowed."""
+    """Return kl, entropy, student_logprob, teacher_logprob, each [N], of logits [N, V']; −inf logits are allowed."""
     log_p = torch.log_softmax(student.double()[:, :vocab_size] / temperature, dim=1)
     log_q = torch.log_softmax(teacher.double()[:, :vocab_size] / temperature, dim=1)
     if kind == "reverse_kl":
@@ -107,7 +108,7 @@ def reference_logits_gradient(
 
 
 def reference_hidden_gradients(inputs: Inputs, **options: Any) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """(stats, ∂student_hidden [N, H], ∂student_weight [V', H]) of the same loss, logits in float64 from the rounded inputs."""
+    """Return stats, ∂student_hidden [N, H] and ∂student_weight [V', H] of the same loss."""
     hidden, weight = inputs.student_hidden.double(), inputs.student_weight.double()
     teacher = inputs.teacher_hidden.double() @ inputs.teacher_weight.double().T
     stats, gradient = reference_logits_gradient(
@@ -116,13 +117,23 @@ def reference_hidden_gradients(inputs: Inputs, **options: Any) -> tuple[tuple[Te
     return stats, gradient @ weight, gradient.T @ hidden
 
 
+def weighted(stats: TokenStats, weights: Tensor) -> Tensor:
+    """Return the loss Σ weights · (kl, entropy, student_logprob) , weights [3, N], or [1, N] of the divergence."""
+    return (torch.stack([stats.kl, stats.entropy, stats.student_logprob][: len(weights)]) * weights).sum()
+
+
+def weighted_loss(weights: Tensor, *arguments: Tensor, **options: Any) -> tuple[Tensor, TokenStats]:
+    """``weighted`` through ``distillation_loss``, and the stats."""
+    return distillation_loss(lambda stats, rows: weighted(stats, weights[:, rows]), *arguments, **options)
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖ in float64."""
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def _top_k(log_p: Tensor, log_q: Tensor, k: int) -> Tensor:
-    """The reverse KL when all tokens but the teacher's k likeliest (ties included) are one."""
+    """Return the reverse KL when all tokens but the teacher's k likeliest (ties included) are one."""
     inside = log_q >= log_q.topk(k, dim=1).values[:, -1:]
     tail_p, tail_q = ((log_x.exp() * ~inside).sum(1) for log_x in (log_p, log_q))
     tail = torch.where(tail_p > 0, tail_p * (tail_p.log() - tail_q.log()), 0.0)
@@ -130,7 +141,7 @@ def _top_k(log_p: Tensor, log_q: Tensor, k: int) -> Tensor:
 
 
 def _sum_of(log_weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Σ e^log_weight (first − second) over columns: no weight counts 0; any weight, even one that underflows, where second is −inf counts +inf."""
+    """Return Σ e^log_weight (first − second): 0 without weight; +inf with weight where second is −inf."""
     none = log_weight == -torch.inf
     difference = first.masked_fill(none, 0.0) - second.masked_fill(none, 0.0)
     return (log_weight.exp() * difference).masked_fill(difference == torch.inf, torch.inf).sum(1)

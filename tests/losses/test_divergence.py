@@ -14,26 +14,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_cord.losses import (
-    LossWeights,
-    TokenStats,
     divergence_from_hidden,
     divergence_from_logits,
     token_logprobs_from_hidden,
 )
-from tests.losses.reference import make_inputs, reference_hidden_gradients, reference_logits_gradient, relative_error
+from tests.losses.reference import (
+    make_inputs,
+    reference_hidden_gradients,
+    reference_logits_gradient,
+    relative_error,
+    weighted,
+    weighted_loss,
+)
 
 KINDS = ["reverse_kl", "forward_kl"]
 ALL_KINDS: list[dict[str, Any]] = [{"kind": kind} for kind in KINDS] + [
     {"kind": "jsd", "beta": 0.3},
     {"kind": "topk", "k": 3},
 ]
-IMPLEMENTATIONS = ["recompute", "late", "fused"]
+IMPLEMENTATIONS = ["recompute", "cached_grad", "fused"]
 INFINITY = math.inf
-
-
-def weighted(stats: TokenStats, weights: Tensor) -> Tensor:
-    """The loss Σ weights · (kl, entropy, student_logprob) with weights [3, N]."""
-    return (torch.stack([stats.kl, stats.entropy, stats.student_logprob]) * weights).sum()
 
 
 def check_against_reference(student: Tensor, teacher: Tensor, *, tolerance: float, **options: Any) -> None:
@@ -53,11 +53,11 @@ def check_against_reference(student: Tensor, teacher: Tensor, *, tolerance: floa
     assert relative_error(leaf.grad, gradient) < tolerance
 
 
-@pytest.mark.parametrize("implementation", ["recompute", "late"])
+@pytest.mark.parametrize("implementation", ["recompute", "cached_grad"])
 @pytest.mark.parametrize("kind", ALL_KINDS, ids=lambda kind: kind["kind"])
 @pytest.mark.parametrize("vocab_size", [None, 7])
 def test_gradcheck_of_all_outputs_together(kind: dict[str, Any], vocab_size: int | None, implementation: str) -> None:
-    """Catches a term missing in the closed gradient formula of divergence, entropy and log-probability, from logits and from hidden states."""
+    """Catches a term missing in the closed gradient formula, from logits and from hidden states."""
     inputs = make_inputs(num_tokens=5, hidden=3, columns=9, vocab_size=7, dtype=torch.float64)
     options: dict[str, Any] = {**kind, "temperature": 0.7, "vocab_size": vocab_size}
 
@@ -88,7 +88,7 @@ def test_temperatures(kind: dict[str, Any], temperature: float) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("offsets", [(1e4, -1e4), (-1e4, 1e4), (1e4, 1e4)])
 def test_float32_logits_far_from_zero(offsets: tuple[float, float], temperature: float, kind: dict[str, Any]) -> None:
-    """Catches a log-sum-exp folded into one number, or a division by the temperature before the maximum is gone: both lose digits at 1e4."""
+    """Catches a log-sum-exp folded into one number, or a temperature applied too early: both lose digits at 1e4."""
     inputs = make_inputs(num_tokens=6, hidden=8, columns=300, vocab_size=300, dtype=torch.float32)
     student, teacher = inputs.logits()
     check_against_reference(student + offsets[0], teacher + offsets[1], **kind, temperature=temperature, tolerance=1e-5)
@@ -144,9 +144,9 @@ def test_minus_infinity_in_both_counts_for_nothing(kind: dict[str, Any]) -> None
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("student_logit", [0.0, -1e5])
 def test_infinite_divergence(kind: str, student_logit: float) -> None:
-    """Catches a finite wrong number where the divisor is 0 and the other is not (even if it underflows), and a gradient that poisons its batch.
+    """Catches a finite number where the divisor is 0 and the other is not, and a gradient that poisons its batch.
 
-    A row whose divergence is not used (weight 0) has the exact gradient of the other terms.
+    The other may underflow. A row whose divergence is not used (weight 0) has the exact gradient of the other terms.
     """
     numerator, divisor = torch.randn(2, 40, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 40)
     numerator[1, 8], divisor[1, 8] = student_logit, -INFINITY
@@ -165,7 +165,7 @@ def test_infinite_divergence(kind: str, student_logit: float) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_small_divergence_from_bfloat16_hidden_states(implementation: str) -> None:
-    """Catches logits rounded to bfloat16 on the way: at a true KL of 4e-4 they spoil the hidden gradient by tens of percent, fp32 logits do not."""
+    """Catches logits rounded to bfloat16: at a true KL of 4e-4 they spoil the hidden gradient by tens of percent."""
     inputs = make_inputs(
         num_tokens=32, hidden=256, columns=4096, vocab_size=4096, dtype=torch.bfloat16, distance=0.0125
     )
@@ -177,12 +177,10 @@ def test_small_divergence_from_bfloat16_hidden_states(implementation: str) -> No
 
     hidden, weight = inputs.student_hidden.clone().requires_grad_(), inputs.student_weight.clone().requires_grad_()
     arguments = (hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids)
-    stats = divergence_from_hidden(
-        *arguments, implementation=implementation, loss_weights=lambda stats, _: LossWeights(torch.ones_like(stats.kl))
-    )
-    stats.kl.sum().backward()
+    loss, stats = weighted_loss(torch.ones(1, 32), *arguments, implementation=implementation)
+    loss.backward()
     assert hidden.grad is not None and weight.grad is not None
-    assert relative_error(stats.kl.detach(), true_kl) < 5e-3
+    assert relative_error(stats.kl, true_kl) < 5e-3
     assert relative_error(hidden.grad, hidden_gradient) < 1e-2
     assert relative_error(weight.grad, weight_gradient) < 1e-2
 
@@ -215,21 +213,19 @@ def test_logits_exist_for_a_chunk_at_a_time(implementation: str) -> None:
     hidden, weight = inputs.student_hidden.requires_grad_(), inputs.student_weight.requires_grad_()
     with LargestTensor() as largest:
         arguments = (hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids)
-        promise = LossWeights(torch.ones(8))
-        stats = divergence_from_hidden(
-            *arguments, chunk_tokens=8, implementation=implementation, loss_weights=lambda *_: promise
-        )
-        stats.kl.sum().backward()
+        loss, _ = weighted_loss(torch.ones(1, 64), *arguments, chunk_tokens=8, implementation=implementation)
+        loss.backward()
     assert largest.elements == 8 * 100
 
 
 def test_chunks_and_implementations_make_no_difference() -> None:
-    """Catches rows lost or counted twice at the seams of chunks, and an implementation that drops one of the three terms."""
+    """Catches rows lost or counted twice where chunks meet, and an implementation that drops one of the three terms."""
     inputs = make_inputs(num_tokens=7, hidden=4, columns=20, vocab_size=20, dtype=torch.float64)
     outcomes = []
     for implementation, chunk in itertools.product(IMPLEMENTATIONS, (1, 3, 7, 100, None)):
         hidden, weight = inputs.student_hidden.clone().requires_grad_(), inputs.student_weight.clone().requires_grad_()
-        stats = divergence_from_hidden(
+        loss, stats = weighted_loss(
+            inputs.weights,
             hidden,
             weight,
             inputs.teacher_hidden,
@@ -237,17 +233,16 @@ def test_chunks_and_implementations_make_no_difference() -> None:
             inputs.target_ids,
             chunk_tokens=chunk,
             implementation=implementation,
-            loss_weights=lambda _, rows: LossWeights(*inputs.weights[:, rows]),
         )
-        (3.0 * weighted(stats, inputs.weights)).backward()
+        (3.0 * loss).backward()
         assert hidden.grad is not None and weight.grad is not None
-        outcomes.append((stats.kl.detach(), hidden.grad, weight.grad))
+        outcomes.append((stats.kl, loss.detach(), hidden.grad, weight.grad))
     for outcome in outcomes[1:]:
         torch.testing.assert_close(outcome, outcomes[0], rtol=1e-12, atol=1e-12)
 
 
 def test_gradient_reaches_the_student_alone() -> None:
-    """Catches a teacher that learns, also where it shares the student's weight, and a frozen output layer that gets a gradient anyway."""
+    """Catches a teacher that learns, also where it shares the student's weight, and a gradient for a frozen layer."""
     inputs = make_inputs(num_tokens=5, hidden=4, columns=20, vocab_size=20, dtype=torch.float64)
     student, teacher = (logits.clone().requires_grad_() for logits in inputs.logits())
     stats = divergence_from_logits(student, teacher, inputs.target_ids)
@@ -286,7 +281,7 @@ def test_logits_of_different_types() -> None:
 
 @pytest.mark.parametrize("vocab_size", [None, 17])
 def test_logprobs_without_a_teacher(vocab_size: int | None) -> None:
-    """Catches an entropy or log-probability that needs a teacher, a product with one, and a gradient that misses a term."""
+    """Catches an entropy that needs a teacher, a product with one, and a gradient that misses a term."""
     inputs = make_inputs(num_tokens=7, hidden=4, columns=20, vocab_size=17, dtype=torch.float64)
     weights = inputs.weights * torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)[:, None]
     options: dict[str, Any] = {"temperature": 0.7, "vocab_size": vocab_size}
@@ -322,9 +317,9 @@ class Products(TorchDispatchMode):
     [
         ("recompute", True, False, 6),
         ("recompute", True, True, 4),  # one product serves both models, forward and again backward
-        ("late", True, False, 4),
-        ("late", True, True, 3),
-        ("late", False, False, 5),
+        ("cached_grad", True, False, 4),
+        ("cached_grad", True, True, 3),
+        ("cached_grad", False, False, 5),
         ("fused", False, False, 4),
         ("fused", False, True, 3),
     ],
@@ -336,15 +331,14 @@ def test_products(implementation: str, only_kl: bool, tied: bool, products: int)
     teacher_weight = weight if tied else inputs.teacher_weight
     weights = inputs.weights[:1] if only_kl else inputs.weights
     with Products() as counted:
-        stats = divergence_from_hidden(
+        loss, _ = weighted_loss(
+            weights,
             hidden,
             weight,
             inputs.teacher_hidden,
             teacher_weight,
             inputs.target_ids,
             implementation=implementation,
-            loss_weights=lambda _, rows: LossWeights(*weights[:, rows]),
         )
-        outputs = [stats.kl] if only_kl else [stats.kl, stats.entropy, stats.student_logprob]
-        (torch.stack(outputs) * weights).sum().backward()
+        loss.backward()
     assert counted.count == products

@@ -13,7 +13,7 @@ from megatron_cord.losses import divergence_from_hidden, divergence_from_logits
 
 
 def arguments() -> dict[str, Any]:
-    """Valid arguments of ``divergence_from_hidden``, for 3 tokens."""
+    """Return valid arguments of ``divergence_from_hidden``, for 3 tokens."""
     return {
         "student_hidden": torch.ones(3, 4),
         "student_weight": torch.ones(8, 4),
@@ -45,7 +45,10 @@ def arguments() -> dict[str, Any]:
         ({"temperature": 0.0}, "temperature must be positive and finite, but is 0.0"),
         ({"temperature": math.nan}, "temperature must be positive and finite, but is nan"),
         ({"kind": "reverse"}, "kind 'reverse' is unknown; choose one of reverse_kl, forward_kl, jsd, topk"),
-        ({"implementation": "fast"}, "implementation 'fast' is unknown; choose one of auto, late, fused, recompute"),
+        (
+            {"implementation": "fast"},
+            "implementation 'fast' is unknown; choose one of auto, cached_grad, fused, recompute",
+        ),
         ({"chunk_tokens": 0}, "chunk_tokens must be at least 1"),
         (
             {"student_hidden": torch.tensor([[1.0] * 4, [1.0] * 4, [math.nan] * 4])},
@@ -78,7 +81,7 @@ def test_bad_logits_are_named() -> None:
 
 
 def test_nan_can_be_let_through() -> None:
-    """Catches NaN that leaks into other tokens, or is hidden as a number, when the caller wants to skip the step himself."""
+    """Catches NaN that leaks into other tokens, or is hidden as a number, where the caller wants to skip the step."""
     student = torch.zeros(3, 6)
     student[1, 2] = math.nan
     stats = divergence_from_logits(student, torch.zeros(3, 6), torch.tensor([0, 1, 2]), check_finite=False)

@@ -1,7 +1,7 @@
 """The divergence on 1, 2 and 4 real gloo ranks, values and gradients, against a float64 reference on one rank.
 
-One start of four ranks runs all cases: TP=4 on all of them, TP=2 on two groups of two (so that ranks within a group are not the global ones), TP=1
-on each alone.
+One start of four ranks runs all cases: TP=4 on all of them, TP=2 on two groups of two (so that ranks within a group
+are not the global ones), TP=1 on each alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_cord.errors import CordError
-from megatron_cord.losses import LossWeights, TokenStats, divergence_from_hidden, divergence_from_logits, shard
+from megatron_cord.losses import TokenStats, divergence_from_logits, shard
 from tests.gloo import run_ranks
 from tests.losses.reference import (
     Inputs,
@@ -24,6 +24,8 @@ from tests.losses.reference import (
     reference_hidden_gradients,
     reference_logits_gradient,
     relative_error,
+    weighted,
+    weighted_loss,
 )
 
 WORLD_SIZE = 4
@@ -46,7 +48,7 @@ class Case:
 
 
 KINDS = ("reverse_kl", "forward_kl", "jsd", "topk")
-IMPLEMENTATIONS = ("recompute", "late", "fused")
+IMPLEMENTATIONS = ("recompute", "cached_grad", "fused")
 CASES = {
     **{f"{entry}-{kind}": Case(entry, kind) for entry in ("logits", "hidden") for kind in ("reverse_kl", "forward_kl")},
     "logits-fp32": Case("logits", dtype=torch.float32),
@@ -55,12 +57,23 @@ CASES = {
     "hidden-temperature": Case("hidden", temperature=0.5),
     "logits-temperature": Case("logits", "forward_kl", temperature=4.0),
     "hidden-tied": Case("hidden", tied=True),
-    **{f"hidden-{name}-fp32": Case("hidden", dtype=torch.float32, implementation=name) for name in ("late", "fused")},
-    **{f"hidden-{name}-bf16": Case("hidden", dtype=torch.bfloat16, implementation=name) for name in ("late", "fused")},
-    **{f"hidden-{name}-all-padding": Case("hidden", vocab_size=5, implementation=name) for name in ("late", "fused")},
-    **{f"hidden-{name}-empty": Case("hidden", num_tokens=0, implementation=name) for name in ("late", "fused")},
     **{
-        f"hidden-late-{kind}-only-kl": Case("hidden", kind, implementation="late", only_kl=True, tied=True)
+        f"hidden-{name}-fp32": Case("hidden", dtype=torch.float32, implementation=name)
+        for name in ("cached_grad", "fused")
+    },
+    **{
+        f"hidden-{name}-bf16": Case("hidden", dtype=torch.bfloat16, implementation=name)
+        for name in ("cached_grad", "fused")
+    },
+    **{
+        f"hidden-{name}-all-padding": Case("hidden", vocab_size=5, implementation=name)
+        for name in ("cached_grad", "fused")
+    },
+    **{f"hidden-{name}-empty": Case("hidden", num_tokens=0, implementation=name) for name in ("cached_grad", "fused")},
+    **{
+        f"hidden-cached_grad-{kind}-only-kl": Case(
+            "hidden", kind, implementation="cached_grad", only_kl=True, tied=True
+        )
         for kind in KINDS
     },
     **{f"{entry}-{kind}": Case(entry, kind) for entry in ("logits", "hidden") for kind in ("jsd", "topk")},
@@ -129,6 +142,7 @@ def run_case(case: Case, group: dist.ProcessGroup | None) -> Outcome:
     mine = slice(rank * columns, (rank + 1) * columns)
     inputs = case_inputs(case)
     options: dict[str, Any] = {**kind_options(case), "tp_group": group}
+    weights = inputs.weights[:1] if case.only_kl else inputs.weights
     forward, backward = Collectives(), Collectives()
     leaves: tuple[Tensor, ...]
     if case.entry == "logits":
@@ -136,6 +150,7 @@ def run_case(case: Case, group: dist.ProcessGroup | None) -> Outcome:
         leaves = (student.requires_grad_(),)
         with forward:
             stats = divergence_from_logits(student, teacher, inputs.target_ids, **options)
+            loss = weighted(stats, weights)
     else:
         student_weight = inputs.student_weight[mine].clone().requires_grad_()
         teacher_weight = student_weight if case.tied else inputs.teacher_weight[mine]
@@ -148,12 +163,10 @@ def run_case(case: Case, group: dist.ProcessGroup | None) -> Outcome:
             "sequence_parallel": case.sequence_parallel,
             "chunk_tokens": CHUNK_TOKENS,
         }
-        options["loss_weights"] = lambda _, rows: LossWeights(*inputs.weights[:, rows])
         with forward:
-            stats = divergence_from_hidden(*arguments, **options)
-    outputs = [stats.kl] if case.only_kl else [stats.kl, stats.entropy, stats.student_logprob]
+            loss, stats = weighted_loss(weights, *arguments, **options)
     with backward:
-        (torch.stack(outputs) * inputs.weights[: len(outputs)]).sum().backward()
+        loss.backward()
     gradients = tuple(leaf.grad for leaf in leaves if leaf.grad is not None)
     return Outcome(stat_tuple(stats), gradients, (forward.names, backward.names))
 
@@ -163,7 +176,7 @@ def stat_tuple(stats: TokenStats) -> tuple[Tensor, ...]:
 
 
 def refusals(group: dist.ProcessGroup) -> list[str]:
-    """What this rank says to a target outside the vocabulary, and to a NaN that only the last rank's shard holds."""
+    """Return this rank's errors: a target outside the vocabulary, and a NaN that only the last rank's shard holds."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     logits = torch.zeros(3, COLUMNS // size)
     broken = logits.clone()
@@ -201,7 +214,7 @@ def results() -> list[dict[Any, Any]]:
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_equal_the_reference(name: str, size: int, results: list[dict[Any, Any]]) -> None:
-    """Catches an all-reduce inside autograd (loss right, gradient wrong by a factor of TP), wrong offsets of shards, and padding that leaks."""
+    """Catches an all-reduce inside autograd (a gradient TP times too large), wrong offsets, leaking padding."""
     case, inputs = CASES[name], case_inputs(CASES[name])
     options: dict[str, Any] = {**kind_options(case)}
     if case.entry == "logits":

@@ -14,16 +14,16 @@ from megatron_cord.errors import CordError
 from megatron_cord.losses import (
     group_advantages,
     has_reward_variance,
-    policy_gradient_loss,
     truncated_importance_weights,
 )
+from megatron_cord.losses.cord import sequence_loss
 
 RESPONSES = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from([-7, 0, 3])), min_size=1, max_size=12)
 
 
 @given(responses=RESPONSES, normalize_std=st.booleans())
 def test_advantages_equal_the_loop(responses: list[tuple[float, int]], normalize_std: bool) -> None:
-    """Catches groups that are mixed up when they are not contiguous, and a division by the standard deviation that nobody asked for."""
+    """Catches mixed-up groups that are not contiguous, and an unwanted division by the standard deviation."""
     expected, signal = [], []
     for reward, name in responses:
         group = [other for other, other_name in responses if other_name == name]
@@ -70,27 +70,24 @@ def test_bad_rewards_are_refused() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_loss_and_gradient_equal_the_loop(weighted: bool) -> None:
-    """Catches a wrong sign, a mean over tokens where the paper sums, and a gradient that leaks through weights or advantages."""
+    """Catches a wrong sign, a mean over tokens where the paper sums, and a gradient through weights or advantages."""
     generator = torch.Generator().manual_seed(0)
     logprob = (-torch.rand(7, generator=generator, dtype=torch.float64)).requires_grad_()
     weights = torch.rand(7, generator=generator, dtype=torch.float64).requires_grad_()
     advantages = torch.tensor([0.75, -0.25, 0.5]).requires_grad_()
-    borders = torch.tensor([0, 3, 3, 7], dtype=torch.int32)  # the second response is empty
-    loss = policy_gradient_loss(logprob, borders, advantages, importance_weights=weights if weighted else None)
+    cu_seqlens = torch.tensor([0, 3, 3, 7], dtype=torch.int32)  # the second response is empty
+    loss = sequence_loss(logprob, cu_seqlens, advantages, 5, importance_weights=weights if weighted else None)
     factors = weights.detach() if weighted else torch.ones(7, dtype=torch.float64)
     terms = factors * logprob.detach()
-    torch.testing.assert_close(
-        loss.detach(),
-        torch.stack([-0.75 * terms[:3].sum(), torch.zeros((), dtype=torch.float64), -0.5 * terms[3:].sum()]),
-    )
-    loss.sum().backward()
+    torch.testing.assert_close(loss.detach(), (-0.75 * terms[:3].sum() - 0.5 * terms[3:].sum()) / 5)
+    loss.backward()
     assert logprob.grad is not None and weights.grad is None and advantages.grad is None
-    torch.testing.assert_close(logprob.grad, -factors * torch.tensor([0.75] * 3 + [0.5] * 4))
+    torch.testing.assert_close(logprob.grad, -factors * torch.tensor([0.75] * 3 + [0.5] * 4) / 5)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_importance_weights_equal_the_loop(level: Literal["token", "sequence"]) -> None:
-    """Catches a ratio upside down, a cap that is a floor, a product over the wrong tokens, and overflow before the cap."""
+    """Catches a ratio upside down, a cap that is a floor, a product over wrong tokens, and overflow before the cap."""
     student = torch.tensor([-1.0, -2.0, -0.5, -3.0], dtype=torch.float64).requires_grad_()
     engine = torch.tensor([-1.5, -1.0, -0.7, -5000.0], dtype=torch.float64)
     weights = truncated_importance_weights(student, engine, torch.tensor([0, 2, 3, 4]), cap=1.5, level=level)
@@ -106,7 +103,7 @@ def test_no_responses() -> None:
     none = torch.zeros(0)
     assert group_advantages(none, none.long()).shape == (0,)
     assert has_reward_variance(none, none.long()).shape == (0,)
-    assert policy_gradient_loss(none, torch.tensor([0]), none, importance_weights=none).shape == (0,)
+    assert sequence_loss(none, torch.tensor([0]), none, 1, importance_weights=none) == 0
     assert truncated_importance_weights(none, none, torch.tensor([0]), level="sequence").shape == (0,)
 
 
@@ -114,16 +111,16 @@ def test_bad_arguments_are_named() -> None:
     """Catches tensors of another batch, and an engine that left a token's log-probability out."""
     zeros, borders = torch.zeros(3), torch.tensor([0, 1, 3])
     with pytest.raises(CordError, match=r"advantages must have shape \[2\].* has \[3\]"):
-        policy_gradient_loss(zeros, borders, zeros)
+        sequence_loss(zeros, borders, zeros, 1)
     with pytest.raises(CordError, match=r"importance_weights has shape \[2\], but student_logprob \[3\]"):
-        policy_gradient_loss(zeros, borders, zeros[:2], importance_weights=zeros[:2])
+        sequence_loss(zeros, borders, zeros[:2], 1, importance_weights=zeros[:2])
     with pytest.raises(CordError, match=r"cu_seqlens must rise from 0 to 3"):
-        policy_gradient_loss(zeros, torch.tensor([0, 1, 2]), zeros[:2])
+        sequence_loss(zeros, torch.tensor([0, 1, 2]), zeros[:2], 1)
     with pytest.raises(CordError, match=r"engine_logprob has shape \[2\], but student_logprob \[3\]"):
         truncated_importance_weights(zeros, zeros[:2], borders)
     with pytest.raises(CordError, match=r"engine_logprob\[2\] is NaN"):
         truncated_importance_weights(zeros, torch.tensor([0.0, 0.0, math.nan]), borders)
-    with pytest.raises(CordError, match="importance cap must be positive, but is 0.0"):
+    with pytest.raises(CordError, match=r"importance cap must be positive, but is 0\.0"):
         truncated_importance_weights(zeros, zeros, borders, cap=0.0)
     with pytest.raises(CordError, match="importance level 'word' is unknown"):
         truncated_importance_weights(zeros, zeros, borders, level="word")  # type: ignore[arg-type]

@@ -10,17 +10,10 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from megatron_cord.losses.statistics import (
-    Statistics,
-    Totals,
-    block_statistics,
-    empty_statistics,
-    gradient_block,
-    merge_statistics,
-    stack_statistics,
-    totals_from_statistics,
-)
-from megatron_cord.losses.two_pass_kinds import kind_named
+from megatron_cord.losses.divergences import make_divergence
+from megatron_cord.losses.kernels.eager import block_gradient, block_stats
+from megatron_cord.losses.shard import global_stats, merge_stats
+from megatron_cord.losses.statistics import GlobalStats, PartialStats, empty_stats, stack_stats
 from tests.losses.reference import reference_stats
 
 #: Those whose divergence the eight scalars hold.
@@ -45,18 +38,16 @@ def cuts(draw: st.DrawFn, columns: int) -> list[slice]:
     return draw(st.permutations([slice(first, last) for first, last in itertools.pairwise(edges)]))
 
 
-def totals_of(
+def merged_stats(
     student: Tensor, teacher: Tensor, target: int, kind: str, temperature: float, blocks: list[slice]
-) -> Totals:
-    """Merges one block after another, beginning with nothing."""
-    rule = kind_named(kind)
-    whole = empty_statistics(1, dtype=torch.float64, device=student.device)
+) -> GlobalStats:
+    """Merge one block after another, beginning with nothing."""
+    rule = make_divergence(kind)
+    whole = empty_stats(1, dtype=torch.float64, device=student.device)
     for span in blocks:
-        part = block_statistics(
-            student[:, span], teacher[:, span], torch.tensor([target - span.start]), rule, temperature
-        )
-        whole = merge_statistics(stack_statistics([whole, part]), rule, temperature)
-    return totals_from_statistics(whole, rule, temperature)
+        part = block_stats(student[:, span], teacher[:, span], torch.tensor([target - span.start]), rule, temperature)
+        whole = merge_stats(stack_stats([whole, part]), rule, temperature)
+    return global_stats(whole, rule, temperature)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,12 +55,12 @@ def totals_of(
 def test_any_cut_in_any_order_gives_the_reference(
     kind: str, data: st.DataObject, rows: tuple[Tensor, Tensor], temperature: float
 ) -> None:
-    """Catches a merge that depends on the order, a block without mass that poisons the rest, and −inf handled in one place only."""
+    """Catches a merge that depends on the order, a massless block that poisons the rest, and −inf left out once."""
     columns = rows[0].shape[1]
     target = data.draw(st.integers(0, columns - 1))
-    totals = totals_of(*rows, target, kind, temperature, data.draw(cuts(columns)))
+    stats = merged_stats(*rows, target, kind, temperature, data.draw(cuts(columns)))
     expected = reference_stats(*rows, torch.tensor([target]), kind=kind, temperature=temperature)
-    actual = (totals.divergence, totals.entropy, totals.student_logprob, totals.teacher_logprob)
+    actual = (stats.divergence, stats.entropy, stats.student_logprob, stats.teacher_logprob)
     for value, reference in zip(actual, expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-10, atol=1e-10)
 
@@ -79,7 +70,7 @@ def test_any_cut_in_any_order_gives_the_reference(
 def test_the_gradient_sums_to_zero_over_the_vocabulary(
     kind: str, data: st.DataObject, rows: tuple[Tensor, Tensor]
 ) -> None:
-    """Catches a term that is not invariant to a constant added to all logits, whatever blocks the gradient is formed in."""
+    """Catches a term that changes with a constant added to all logits, whatever blocks the gradient is formed in."""
     student, teacher = rows
     teacher = torch.where(
         student == -torch.inf, -torch.inf, teacher.masked_fill(teacher == -torch.inf, 0.0)
@@ -87,15 +78,15 @@ def test_the_gradient_sums_to_zero_over_the_vocabulary(
     columns = student.shape[1]
     target = data.draw(st.sampled_from([i for i in range(columns) if student[0, i] > -torch.inf]))
     blocks = data.draw(cuts(columns))
-    totals = totals_of(student, teacher, target, kind, 0.5, blocks)
+    stats = merged_stats(student, teacher, target, kind, 0.5, blocks)
     weights = tuple(torch.tensor([data.draw(st.floats(-2.0, 2.0))], dtype=torch.float64) for _ in range(3))
     gradient = sum(
-        gradient_block(
+        block_gradient(
             student[:, span],
             teacher[:, span],
             torch.tensor([target - span.start]),
-            totals,
-            kind_named(kind),
+            stats,
+            make_divergence(kind),
             0.5,
             *weights,
         ).sum()
@@ -109,28 +100,26 @@ def test_divergences_are_not_negative(rows: tuple[Tensor, Tensor]) -> None:
     """Catches a swapped sign, and reverse and forward that are not each other's mirror."""
     student, teacher = rows
     blocks = [slice(0, student.shape[1])]
-    reverse = totals_of(student, teacher, 0, "reverse_kl", 1.0, blocks).divergence
-    forward = totals_of(teacher, student, 0, "forward_kl", 1.0, blocks).divergence
+    reverse = merged_stats(student, teacher, 0, "reverse_kl", 1.0, blocks).divergence
+    forward = merged_stats(teacher, student, 0, "forward_kl", 1.0, blocks).divergence
     assert reverse > -1e-10
     torch.testing.assert_close(reverse, forward, rtol=1e-10, atol=1e-10)
 
 
 def test_the_empty_part_is_neutral() -> None:
     """Catches a rank that is all padding and changes the others' sums."""
-    part = Statistics(*torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-    empty = empty_statistics(3, dtype=torch.float64, device=part.student_max.device)
-    for rule in map(kind_named, KINDS):
+    part = PartialStats(*torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    empty = empty_stats(3, dtype=torch.float64, device=part.student_max.device)
+    for rule in map(make_divergence, KINDS):
         for order in ([part, empty], [empty, part], [empty, part, empty]):
-            torch.testing.assert_close(
-                tuple(merge_statistics(stack_statistics(order), rule, 1.0)), tuple(part), rtol=0, atol=0
-            )
+            torch.testing.assert_close(tuple(merge_stats(stack_stats(order), rule, 1.0)), tuple(part), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_infinite_part_stays_infinite(kind: str) -> None:
-    """Catches 0 · inf in the merge: the part that is infinite lies so far below the maximum that its scale underflows."""
+    """Catches 0 · inf in the merge: the infinite part lies so far below the maximum that its scale underflows."""
     numerator, divisor = torch.tensor([[0.0, -1e5]]), torch.tensor([[0.0, -torch.inf]])
     student, teacher = (numerator, divisor) if kind == "reverse_kl" else (divisor, numerator)
     for blocks in ([slice(0, 2)], [slice(0, 1), slice(1, 2)], [slice(1, 2), slice(0, 1)]):
-        totals = totals_of(student.double(), teacher.double(), 0, kind, 1.0, blocks)
-        assert totals.divergence.item() == float("inf")
+        stats = merged_stats(student.double(), teacher.double(), 0, kind, 1.0, blocks)
+        assert stats.divergence.item() == float("inf")

@@ -38,7 +38,7 @@ def pack(sequences: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
     beta=st.sampled_from([0.5, 1.0, 2.0]),
 )
 def test_cord_weights_equal_the_loop(sequences: list[list[float]], top_k: int, alpha: float, beta: float) -> None:
-    """Catches a top-K over the whole pack instead of each response, ties in no fixed order, empty responses, T = 1 and T ≤ K."""
+    """Catches a top-K over the whole pack, ties in no fixed order, empty responses, T = 1 and T ≤ K."""
     expected = [weight for sequence in sequences for weight in slow_weights(sequence, top_k, alpha, beta)]
     weights = cord_token_weights(*pack(sequences), top_k=top_k, alpha=alpha, beta=beta)
     torch.testing.assert_close(weights, torch.tensor(expected))
@@ -85,7 +85,7 @@ def test_uniform_weights() -> None:
 
 
 def test_a_fraction_of_each_response_is_kept() -> None:
-    """Catches a fraction of the whole batch, entropy and divergence exchanged, and a response of which nothing is kept."""
+    """Catches a fraction of the whole batch, entropy taken for divergence, and a response of which nothing is kept."""
     kl, entropy = [[1.0, 5.0, 3.0, 4.0], [2.0], [7.0, 8.0]], [[4.0, 1.0, 3.0, 2.0], [0.0], [1.0, 0.0]]
     assert everything("top_fraction", kl, entropy, keep=0.5).tolist() == [0, 1, 0, 1, 1, 0, 1]
     assert everything("entropy", kl, entropy, keep=0.5).tolist() == [1, 0, 1, 0, 1, 1, 0]
@@ -147,7 +147,7 @@ def test_wrong_cu_seqlens_are_refused(name: str, cu_seqlens: list[int]) -> None:
         ({"alpha": 0.0}, "alpha and beta must be positive, but are 0.0 and 2.0"),
         ({"keep": 0.0}, r"keep must lie in \(0, 1\], but is 0.0"),
         ({"gamma": -1.0}, "gamma must be at least 0, but is -1.0"),
-        ({"factors": "cord*chord"}, "token weights 'chord' are unknown; choose from cord, uniform, top_k, position"),
+        ({"factors": "cord*chord"}, "token weights 'chord' are unknown; choose from uniform, cord, top_k, position"),
         ({"factors": ""}, "token weights '' are unknown"),
     ],
 )
@@ -166,7 +166,7 @@ def test_missing_inputs_are_named() -> None:
 
 
 def spread(rank: int) -> list[Any]:
-    """On two ranks, the weights by every factor of tokens that are spread over them; and what is said to positions with a gap."""
+    """Return the weights by every factor of tokens spread over two ranks, and the errors of positions with a gap."""
     kl, entropy, borders, owner = spread_inputs()
     mine = (owner == rank).nonzero().squeeze(1)
     sequence = torch.repeat_interleave(torch.arange(len(borders) - 1), borders.diff())
@@ -175,10 +175,7 @@ def spread(rank: int) -> list[Any]:
         [torch.zeros(1, dtype=torch.int64), torch.bincount(sequence[mine], minlength=len(borders) - 1).cumsum(0)]
     )
     options: dict[str, Any] = {"entropy": entropy[mine], "positions": position[mine], "cp_group": dist.group.WORLD}
-    weights = [
-        token_weights(kl[mine], local, TokenWeightsConfig(name, top_k=2), **options)
-        for name in ("cord", *TOKEN_WEIGHTS)
-    ]
+    weights = [token_weights(kl[mine], local, TokenWeightsConfig(name, top_k=2), **options) for name in TOKEN_WEIGHTS]
     messages = []
     for change in ({"positions": position[mine] + 1}, {"positions": None}):
         try:
@@ -189,9 +186,9 @@ def spread(rank: int) -> list[Any]:
 
 
 def spread_inputs() -> tuple[torch.Tensor, ...]:
-    """kl, entropy, cu_seqlens and the rank of each token: the zigzag of context parallelism, a sequence on one rank alone, an empty one."""
+    """Return kl, entropy, cu_seqlens and each token's rank: a zigzag, a sequence on one rank alone, an empty one."""
     generator = torch.Generator().manual_seed(0)
-    owner = torch.tensor([0, 0, 1, 1, 1, 1, 0, 0] + [1, 1, 1] + [0, 1])
+    owner = torch.tensor([0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 1])
     return (
         torch.rand(13, generator=generator),
         torch.rand(13, generator=generator),
@@ -201,10 +198,10 @@ def spread_inputs() -> tuple[torch.Tensor, ...]:
 
 
 def test_context_parallel_ranks_get_the_weights_of_whole_responses() -> None:
-    """Catches ranks, positions and sums over a rank's own part of a response, and tokens that come back in another order."""
+    """Catches positions and sums over a rank's own part of a response, and tokens that come back in another order."""
     kl, entropy, borders, owner = spread_inputs()
     results = run_ranks(spread, 2)
-    for index, name in enumerate(("cord", *TOKEN_WEIGHTS)):
+    for index, name in enumerate(TOKEN_WEIGHTS):
         expected = token_weights(kl, borders, TokenWeightsConfig(name, top_k=2), entropy=entropy)
         for rank in range(2):
             torch.testing.assert_close(results[rank][0][index], expected[owner == rank])

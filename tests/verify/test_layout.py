@@ -76,7 +76,7 @@ FOUR_RANKS = {
 
 
 def run_cases(_rank: int, cases: dict[str, list[str]]) -> dict[str, list[Row]]:
-    """What the check finds of each case."""
+    """Return what the check finds of each case."""
     found = {}
     for name, overrides in cases.items():
         config = load_config(VerifyLayoutConfig, None, overrides)
@@ -128,7 +128,7 @@ def test_as_a_user_starts_it() -> None:
 
 
 def test_a_wrong_gradient_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a check that passes whatever it sees: half of a gradient, and a step that is left out, must each give status 1."""
+    """Catches a check that always passes: half of a gradient, and a step that is left out, must each give status 1."""
     small = ["sizes.layers=1", "sizes.encoder_layers=1", "sizes.sequences=3"]
     whole = verify_layout.whole_gradients
     monkeypatch.setattr(
@@ -163,7 +163,7 @@ def test_refusals(overrides: list[str], wrong: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_frozen_parts_cost_nothing(dtype: str, tmp_path: Path) -> None:
-    """Catches a frozen tensor in a gradient buffer or with optimizer state, and gradients that are summed in less than fp32."""
+    """Catches a frozen tensor with gradient or optimizer state, and gradients that are summed in less than fp32."""
     config = load_config(VerifyLayoutConfig, None, [f"model.dtype={dtype}", "model.freeze=[audio_encoder]"])
     layout = initialize(config.parallel, config.seed)
     try:

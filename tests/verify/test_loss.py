@@ -42,12 +42,12 @@ import sys
 from megatron_cord.runtime import entry
 from megatron_cord import verify
 from megatron_cord.verify import loss as verify_loss
-right = verify_loss.divergence_from_hidden
-def wrong(hidden, *arguments, **options):
+right = verify_loss.distillation_loss
+def wrong(chunk_loss, hidden, *arguments, **options):
     if options["kind"] == "forward_kl":
         hidden.register_hook(lambda gradient: 1.02 * gradient)
-    return right(hidden, *arguments, **options)
-verify_loss.divergence_from_hidden = wrong
+    return right(chunk_loss, hidden, *arguments, **options)
+verify_loss.distillation_loss = wrong
 sys.argv[0] = "verify"
 entry.run(verify.main)
 """

@@ -1,7 +1,9 @@
-"""CORD's objective for one microbatch: L = L_tok + L_seq (arXiv 2601.16547), and the switches that turn it into its rivals.
+"""The objective of one microbatch: L = L_tok + L_seq, composed as configured from ``losses.cord`` and its variants.
 
-L_tok = Σ_t w_t D_t over each response, mean over responses. L_seq = −(1/N) Σ_i A_i log p(y_i) over a prompt's N rollouts, mean over prompts.
-Dividing both by tokens instead of responses keeps their ratio where lengths are alike, and makes the learning rate independent of the length.
+Dividing both terms by tokens instead of responses (``normalization``) keeps their ratio where lengths are alike, and
+makes the learning rate independent of the length.
+
+Shapes: n response tokens of a microbatch on this context-parallel rank, b responses; H hidden, V vocabulary, TP ranks.
 """
 
 from __future__ import annotations
@@ -16,13 +18,12 @@ from torch import Tensor
 from megatron_cord.errors import CordError
 from megatron_cord.losses import (
     DivergenceConfig,
-    LossWeights,
     PolicyGradientConfig,
     TokenStats,
     TokenWeightsConfig,
-    divergence_from_hidden,
-    policy_gradient_loss,
-    token_logprobs_from_hidden,
+    cord,
+    distillation_loss,
+    sampled_reverse_kl,
     token_weights,
     truncated_importance_weights,
 )
@@ -41,7 +42,7 @@ class ObjectiveConfig:
     #: both losses are divided by the number of responses (the paper) or of their tokens
     normalization: Literal["response", "token"] = "response"
     #: how the divergence's gradient is formed; docs/loss.md compares them
-    implementation: Literal["auto", "late", "fused", "recompute"] = "auto"
+    implementation: Literal["auto", "cached_grad", "fused", "recompute"] = "auto"
     #: what computes the divergence; auto compiles on a CPU where calls are large
     backend: Literal["auto", "eager", "compile", "triton"] = "auto"
 
@@ -73,21 +74,23 @@ class ObjectiveConfig:
 class GlobalCounts:
     """What the sums are divided by, over all data-parallel ranks and microbatches of the step."""
 
-    scored: int  #: responses of L_tok, or their tokens, as the objective's normalization says
+    scored: int  #: responses of L_tok, or their tokens, depending on the objective's normalization
     policy: int  #: the same of L_seq, those of zero-variance groups included
 
 
 @dataclass(frozen=True, eq=False)
 class MicrobatchLoss:
-    """Losses of one microbatch, already divided by the global counts, and what the record keeps.
+    """The loss of one microbatch, already divided by the global counts, and what is recorded of it.
 
     Attributes:
+        total: L's part, a scalar: the only field with gradient.
         token: L_tok's part, a scalar.
         sequence: L_seq's part, a scalar.
         stats: of the n response tokens of this rank.
         weights: w_t, [n]; None where the microbatch is not scored token by token.
     """
 
+    total: Tensor
     token: Tensor
     sequence: Tensor
     stats: TokenStats
@@ -106,7 +109,7 @@ def microbatch_loss(
     tp_group: dist.ProcessGroup | None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> MicrobatchLoss:
-    """Scores the responses of one microbatch, or this context-parallel rank's n tokens of them: the ranks' losses add up.
+    """Return the loss of one microbatch, or of this context-parallel rank's n tokens of it: the ranks' losses add up.
 
     Args:
         config: the objective.
@@ -118,67 +121,68 @@ def microbatch_loss(
         teacher_weight: [V/TP, H]; None likewise.
         vocab_size: the true V.
         tp_group: the vocabulary's shards.
-        cp_group: the ranks that share the responses. Token weights then need all of them, so no chunk's can be promised (implementation fused).
+        cp_group: the ranks that share the responses. Token weights then need the tokens of all of them, so the loss of
+            a chunk cannot be computed alone (implementation fused).
     """
-    # A distribution that is not finite makes a loss that is not: the step is skipped, as one for gradients is.
-    if teacher_hidden is None or teacher_weight is None or not config.distils:
-        stats = token_logprobs_from_hidden(
-            student_hidden,
-            student_weight,
-            batch.target_ids,
-            vocab_size=vocab_size,
-            tp_group=tp_group,
-            backend=config.backend,
-            check_finite=False,
+    alone = cp_group is None or dist.get_world_size(cp_group) == 1
+    if config.implementation == "fused" and not alone:
+        raise CordError(
+            "objective.implementation=fused cannot weigh responses that lie on several context-parallel ranks; choose "
+            "auto or cached_grad"
         )
-    else:
-        alone = cp_group is None or dist.get_world_size(cp_group) == 1
-        if config.implementation == "fused" and not alone:
-            raise CordError(
-                "objective.implementation=fused cannot weigh responses that lie on several context-parallel ranks; choose auto or late"
-            )
-        stats = divergence_from_hidden(
-            student_hidden,
-            student_weight,
-            teacher_hidden.to(student_hidden.device, non_blocking=True),
-            teacher_weight,
-            batch.target_ids,
-            kind="reverse_kl" if config.divergence.kind == "sampled" else config.divergence.kind,
-            beta=config.divergence.beta,
-            k=config.divergence.k,
-            vocab_size=vocab_size,
-            tp_group=tp_group,
-            implementation=config.implementation,
-            loss_weights=(lambda some, rows: _promised(config, counts, some, _part(config, batch, rows)))
-            if alone
-            else None,
-            cu_seqlens=batch.cu_seqlens if alone else None,
-            backend=config.backend,
-            check_finite=False,
-        )
-    token, sequence, weights = _terms(
-        config, counts, stats, _part(config, batch, slice(0, len(batch.target_ids))), cp_group
+    if not config.distils:
+        teacher_hidden = teacher_weight = None
+    terms: list[_Terms] = []  # of each call below, in the order of the tokens
+
+    def chunk_loss(stats: TokenStats, rows: slice) -> Tensor:
+        terms.append(_terms(config, counts, stats, _responses(config, batch, rows), cp_group))
+        return cord.total_loss(terms[-1].token, terms[-1].sequence)
+
+    total, stats = distillation_loss(
+        chunk_loss,
+        student_hidden,
+        student_weight,
+        None if teacher_hidden is None else teacher_hidden.to(student_hidden.device, non_blocking=True),
+        teacher_weight,
+        batch.target_ids,
+        kind="reverse_kl" if config.divergence.kind == "sampled" else config.divergence.kind,
+        beta=config.divergence.beta,
+        k=config.divergence.k,
+        vocab_size=vocab_size,
+        tp_group=tp_group,
+        implementation=config.implementation,
+        cu_seqlens=batch.cu_seqlens if alone else None,
+        splittable=alone,
+        backend=config.backend,
+        check_finite=False,  # a distribution that is not finite makes a loss that is not, and the step is skipped
     )
-    return MicrobatchLoss(token, sequence, stats, weights)
+    weights = [term.weights for term in terms if term.weights is not None]
+    return MicrobatchLoss(
+        total,
+        _sum([term.token for term in terms]),
+        _sum([term.sequence for term in terms]),
+        stats,
+        torch.cat(weights) if weights else None,
+    )
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
-    """Some whole responses of a microbatch: n tokens, b responses."""
+class _Responses:
+    """Whole responses of a microbatch: n tokens, b responses."""
 
     cu_seqlens: Tensor  #: int64 [b + 1]
     positions: Tensor  #: int64 [n], in their responses
     engine_logprobs: Tensor  #: [n]
     advantages: Tensor  #: [b]
     scored: bool  #: whether they are part of L_tok
-    rewarded: bool  #: whether any response of the microbatch, be it in this part or not, is part of L_seq
+    rewarded: bool  #: whether any response of the microbatch, be it among these or not, is part of L_seq
 
 
-def _part(config: ObjectiveConfig, batch: Microbatch, rows: slice) -> _Part:
-    """The responses that these tokens are; a chunk holds whole ones."""
+def _responses(config: ObjectiveConfig, batch: Microbatch, rows: slice) -> _Responses:
+    """Return the responses that these tokens are; a chunk holds whole ones."""
     first = int(torch.searchsorted(batch.cu_seqlens, rows.start))
     last = int(torch.searchsorted(batch.cu_seqlens, rows.stop, right=True)) - 1
-    return _Part(
+    return _Responses(
         batch.cu_seqlens[first : last + 1] - rows.start,
         batch.positions[rows],
         batch.engine_logprobs[rows],
@@ -188,58 +192,62 @@ def _part(config: ObjectiveConfig, batch: Microbatch, rows: slice) -> _Part:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Terms:
+    """The two losses of some responses, scalars, and the weights w_t [n]; None without L_tok."""
+
+    token: Tensor
+    sequence: Tensor
+    weights: Tensor | None
+
+
 def _terms(
-    config: ObjectiveConfig, counts: GlobalCounts, stats: TokenStats, part: _Part, cp_group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(L_tok's part, L_seq's part, token weights [n]) of these responses, whose stats are [n]."""
-    # A term that is absent must not ask the loss for a gradient of zero; but some gradient there must be.
-    zero = stats.kl.new_zeros(()) if part.scored or part.rewarded else stats.student_logprob.sum() * 0.0
+    config: ObjectiveConfig,
+    counts: GlobalCounts,
+    stats: TokenStats,
+    responses: _Responses,
+    cp_group: dist.ProcessGroup | None,
+) -> _Terms:
+    """Return L_tok and L_seq of these responses, whose stats are [n]."""
+    # A term that is absent must not have a gradient of zero, which costs a pass; but some gradient the pipeline needs.
+    zero = stats.kl.new_zeros(()) if responses.scored or responses.rewarded else stats.student_logprob.sum() * 0.0
     token, sequence, weights = zero, zero, None
-    if part.scored:
-        divergence = stats.kl if config.distils else -stats.student_logprob
+    policy = config.policy_gradient
+    if responses.scored:
+        divergence = cord.token_divergence(stats) if config.distils else -stats.student_logprob
         weights = token_weights(
             divergence,
-            part.cu_seqlens,
+            responses.cu_seqlens,
             config.token_weights,
             entropy=stats.entropy,
-            positions=part.positions,
+            positions=responses.positions,
             cp_group=cp_group,
         )
         if config.divergence.kind == "sampled":
-            divergence = _sampled_reverse_kl(stats, part, config.policy_gradient.importance_cap)
-        token = (weights * divergence).sum() / counts.scored
-    if part.rewarded:
-        engine = part.engine_logprobs
-        ratio = truncated_importance_weights(
-            stats.student_logprob, engine.nan_to_num(), part.cu_seqlens, cap=config.policy_gradient.importance_cap
+            ratio = _importance_weights(stats, responses, policy.importance_cap)
+            # NaN where the engine's weights are broken: nothing to learn from.
+            ratio = ratio.masked_fill(responses.engine_logprobs.isnan(), torch.nan)
+            divergence = sampled_reverse_kl(stats.student_logprob, stats.teacher_logprob, ratio)
+        token = cord.token_loss(divergence, weights, counts.scored)
+    if responses.rewarded:
+        sequence = policy.weight * cord.sequence_loss(
+            stats.student_logprob,
+            responses.cu_seqlens,
+            responses.advantages,
+            counts.policy,
+            importance_weights=_importance_weights(stats, responses, policy.importance_cap),
         )
-        terms = policy_gradient_loss(stats.student_logprob, part.cu_seqlens, part.advantages, importance_weights=ratio)
-        sequence = config.policy_gradient.weight * terms.sum() / counts.policy
-        if engine.isnan().any():  # the weights that it sampled with are broken: nothing to learn from
+        if responses.engine_logprobs.isnan().any():  # likewise
             sequence = sequence * torch.nan
-    return token, sequence, weights
+    return _Terms(token, sequence, weights)
 
 
-def _sampled_reverse_kl(stats: TokenStats, part: _Part, cap: float) -> Tensor:
-    """(log p(y_t) − log q(y_t)) log p(y_t), [n], whose factor in brackets is a number: minus the advantage that each token has of its own.
-
-    Its gradient is an unbiased estimate of D_t's, over tokens sampled at temperature 1, without a sum over the vocabulary; its value says nothing.
-    Source: on-policy distillation (Thinking Machines, 2025), where a token answers for its own log-ratio only, not for later ones.
-    """
-    engine = part.engine_logprobs
-    ratio = truncated_importance_weights(stats.student_logprob, engine.nan_to_num(), part.cu_seqlens, cap=cap)
-    ratio = ratio.masked_fill(
-        engine.isnan(), torch.nan
-    )  # the weights that it sampled with are broken: nothing to learn from
-    cost = (stats.student_logprob - stats.teacher_logprob).detach()
-    return ratio * cost * stats.student_logprob
+def _importance_weights(stats: TokenStats, responses: _Responses, cap: float) -> Tensor:
+    """Return ρ_t, [n]; where the engine has no log-probability, a number that the caller replaces."""
+    engine = responses.engine_logprobs.nan_to_num()
+    return truncated_importance_weights(stats.student_logprob, engine, responses.cu_seqlens, cap=cap)
 
 
-def _promised(config: ObjectiveConfig, counts: GlobalCounts, stats: TokenStats, part: _Part) -> LossWeights:
-    """The gradient of ``_terms`` with respect to the stats: what the loss will ask of these tokens."""
-    leaves = kl, entropy, logprob = tuple(
-        field.detach().requires_grad_() for field in (stats.kl, stats.entropy, stats.student_logprob)
-    )
-    with torch.enable_grad():  # the callback runs inside a forward pass of autograd's own
-        token, sequence, _ = _terms(config, counts, TokenStats(kl, entropy, logprob, stats.teacher_logprob), part, None)
-        return LossWeights(*torch.autograd.grad(token + sequence, leaves, allow_unused=True))
+def _sum(scalars: list[Tensor]) -> Tensor:
+    """Return the chunks' sum without gradient; of a single chunk its very number."""
+    return scalars[0].detach() if len(scalars) == 1 else torch.stack(scalars).sum().detach()

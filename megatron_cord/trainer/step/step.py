@@ -102,7 +102,7 @@ class TrainStep:
         losses = self._forward_backward(microbatches, teacher_hidden, counts)
         records = self._gather_records(microbatches, losses)
         finite = self._everywhere(
-            all(bool(torch.isfinite(loss.token + loss.sequence)) for loss in losses)
+            all(bool(torch.isfinite(loss.total)) for loss in losses)
             and gradients_are_finite(self.model)
         )
         learning_rate = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
@@ -168,7 +168,7 @@ class TrainStep:
                     self.layout.cp_group,
                 )
                 losses.append(loss)
-                return loss.token + loss.sequence, torch.tensor(1, device=hidden.device), {}
+                return loss.total, torch.tensor(1, device=hidden.device), {}
 
             return model(batch.student), loss_func
 
@@ -225,11 +225,11 @@ class TrainStep:
         sums = torch.zeros(4, dtype=torch.float64, device=self.layout.device)
         if losses and dist.get_rank(self.layout.tp_group) == 0:
             for loss in losses:
-                entropy = loss.stats.entropy.detach()
+                entropy = loss.stats.entropy
                 sums += torch.stack(
                     [
-                        loss.token.detach().double(),
-                        loss.sequence.detach().double(),
+                        loss.token.double(),
+                        loss.sequence.double(),
                         entropy.double().sum(),
                         torch.tensor(float(entropy.numel()), dtype=torch.float64, device=entropy.device),
                     ]

@@ -1,4 +1,4 @@
-"""The objective's choices that reach the loss: every divergence, every implementation, composed token weights, hidden states on the host."""
+"""The objective's choices reach the loss: divergences, implementations, composed weights, hidden states on the host."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from megatron_cord.data.samples import Prompt
 from megatron_cord.errors import CordError
 from megatron_cord.losses import (
     DivergenceConfig,
-    LossWeights,
     PolicyGradientConfig,
     TokenWeightsConfig,
-    divergence,
     divergence_from_hidden,
     token_weights,
 )
+from megatron_cord.losses.implementations import output_layer
 from megatron_cord.model.lalm import ModelInput
 from megatron_cord.rollout.types import Rollout
 from megatron_cord.trainer.step import objective, teacher
@@ -45,7 +44,7 @@ def batch_of(lengths: list[int]) -> Microbatch:
     )
 
 
-@pytest.mark.parametrize("implementation", ["auto", "late", "fused", "recompute"])
+@pytest.mark.parametrize("implementation", ["auto", "cached_grad", "fused", "recompute"])
 @pytest.mark.parametrize("options", [DivergenceConfig("jsd", beta=0.3), DivergenceConfig("topk", k=3)])
 def test_divergence_and_weights_reach_the_loss(options: DivergenceConfig, implementation: Any) -> None:
     """Catches a constant of the configuration that the loss never sees."""
@@ -62,57 +61,50 @@ def test_divergence_and_weights_reach_the_loss(options: DivergenceConfig, implem
     kind: dict[str, Any] = {"kind": options.kind, "beta": 0.3, "k": 3}
     stats = divergence_from_hidden(hidden[:6], weight, other[:6], weight, batch.target_ids, vocab_size=11, **kind)
     weights = token_weights(stats.kl, batch.cu_seqlens, config.token_weights)
-    torch.testing.assert_close(loss.token.detach(), (weights * stats.kl).sum() / 2)
-    loss.token.backward()
+    torch.testing.assert_close(loss.token, (weights * stats.kl).sum() / 2)
+    loss.total.backward()
     assert leaf.grad is not None and leaf.grad.abs().sum() > 0
 
 
 def test_gradients_do_not_depend_on_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a promise that is not what the loss asks: CORD's weights and the policy gradient, chunk by chunk, with an empty response."""
+    """Catches a loss that depends on its chunks: CORD's weights and the policy gradient, with an empty response."""
     monkeypatch.setattr(
-        divergence, "CHUNK_ELEMENTS", {"cpu": 3 * 16}
+        output_layer, "CHUNK_ELEMENTS", {"cpu": 3 * 16}
     )  # chunks of at most 3 tokens, or of one longer response
     batch = replace(batch_of([4, 0, 2, 1]), advantages=torch.tensor([0.5, 0.0, -1.0, 0.5]))
     hidden, weight, other = torch.randn(3, 16, 6, generator=torch.Generator().manual_seed(1)).unbind(0)
-    calls, promised = [], objective._promised
+    calls, terms = [], objective._terms
 
-    def noted(*arguments: Any) -> LossWeights:
-        calls.append(arguments[-1])
-        return promised(*arguments)
+    def noted(*arguments: Any) -> Any:
+        calls.append(arguments[3])
+        return terms(*arguments)
 
-    monkeypatch.setattr(objective, "_promised", noted)
+    monkeypatch.setattr(objective, "_terms", noted)
     gradients = {}
-    for implementation in ("late", "recompute", "fused", "auto"):
+    for implementation in ("cached_grad", "recompute", "fused", "auto"):
         config = ObjectiveConfig(implementation=implementation)  # type: ignore[arg-type]
         leaves = hidden[:7].clone().requires_grad_(), weight.clone().requires_grad_()
         loss = microbatch_loss(config, GlobalCounts(4, 3), batch, leaves[0], leaves[1], other[:7], other, 11, None)
-        (8.0 * (loss.token + loss.sequence)).backward()  # scaled, as the pipeline schedule does
+        (8.0 * loss.total).backward()  # scaled, as the pipeline schedule does
+        torch.testing.assert_close(loss.total.detach(), loss.token + loss.sequence)
         gradients[implementation] = [leaf.grad for leaf in leaves]
-        assert len(calls) == {"late": 0, "recompute": 0, "fused": 2, "auto": 4}[implementation]
-    assert [part.advantages.tolist() for part in calls[:2]] == [[0.5, 0.0], [0.0, -1.0, 0.5]]
+        lengths = {"cached_grad": [7], "recompute": [7]}.get(implementation, [4, 3])
+        assert [len(responses.positions) for responses in calls[-len(lengths) :]] == lengths
+    assert len(calls) == 6  # each token once
+    assert [responses.advantages.tolist() for responses in calls[-2:]] == [[0.5, 0.0], [0.0, -1.0, 0.5]]
     for others in gradients.values():
-        for gradient, reference in zip(others, gradients["late"], strict=True):
+        for gradient, reference in zip(others, gradients["cached_grad"], strict=True):
             assert gradient is not None and reference is not None and reference.abs().sum() > 0
             torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-6)
 
 
 def test_the_backend_reaches_the_loss() -> None:
     """Catches a configuration key that nothing reads."""
-    hidden = torch.zeros(6, 6)
-    for with_teacher in (hidden, None):
+    hidden, weight = torch.zeros(6, 6), torch.zeros(16, 6)
+    config, counts, batch = ObjectiveConfig(backend="triton"), GlobalCounts(2, 1), batch_of([4, 2])
+    for teacher_hidden in (hidden, None):
         with pytest.raises(CordError, match="backend triton"):
-            config = ObjectiveConfig(backend="triton")
-            microbatch_loss(
-                config,
-                GlobalCounts(2, 1),
-                batch_of([4, 2]),
-                hidden,
-                torch.zeros(16, 6),
-                with_teacher,
-                torch.zeros(16, 6),
-                11,
-                None,
-            )
+            microbatch_loss(config, counts, batch, hidden, weight, teacher_hidden, weight, 11, None)
 
 
 def test_unknown_token_weights_are_refused() -> None:

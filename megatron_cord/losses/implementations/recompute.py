@@ -1,7 +1,7 @@
-"""Divergence from hidden states, least memory: logits exist for one block of columns of one chunk, and are computed again for the gradient.
+"""Divergence from hidden states with the least memory: logits are formed again for the gradient.
 
-Six GEMMs: two for the logits forward, two for them backward, one each for the gradients of hidden states and weight.
-Shapes: N tokens, C tokens of a chunk, V vocabulary, H hidden, TP ranks.
+They exist for one block of columns of one chunk. Six GEMMs: two for the logits forward, two for them backward, one each
+for the gradients of hidden states and weight. Shapes: N tokens, C tokens of a chunk, V vocabulary, H hidden, TP ranks.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_cord.losses.autograd import arrived, declare_outputs, rows_of
-from megatron_cord.losses.backends import Weights, weights_of
-from megatron_cord.losses.chunks import totals_in_turn
-from megatron_cord.losses.gradients import HiddenGradient, WeightGradient, fresh_gradient_dtype
-from megatron_cord.losses.output_layer import OutputLayers
+from megatron_cord.losses.autograd import declare_outputs, upstream_grads
+from megatron_cord.losses.implementations.gradients import HiddenGradient, WeightGradient, fresh_gradient_dtype
+from megatron_cord.losses.implementations.output_layer import OutputLayers, iter_chunks
+from megatron_cord.losses.kernels.backend import UpstreamGrads, upstream_rows
 from megatron_cord.losses.shard import Logits, VocabularyShard
-from megatron_cord.losses.statistics import Totals
+from megatron_cord.losses.statistics import GlobalStats, join_stats
 
 
 class Recompute(torch.autograd.Function):
-    """apply(student_hidden, student_weight, teacher_hidden, teacher_weight, target_ids, shard, chunks) → Totals as a tuple.
+    """apply(student_hidden, student_weight, teacher_hidden, teacher_weight, target_ids, shard, chunks) → GlobalStats.
 
-    Hidden states are [N, H], weights [V/TP, H], the teacher's None for entropy and log-probability alone. ``chunks`` are slices of tokens.
+    Hidden states are [N, H], weights [V/TP, H], the teacher's None for entropy and log-probability alone. ``chunks``
+    are slices of tokens.
     """
 
     @staticmethod
@@ -38,30 +38,30 @@ class Recompute(torch.autograd.Function):
         shard: VocabularyShard,
         chunks: list[slice],
     ) -> tuple[Tensor, ...]:
+        """Form the statistics and keep nothing else."""
         layers = OutputLayers(student_hidden, student_weight, teacher_hidden, teacher_weight, shard.dtype)
-        totals = joined([totals for _, _, totals in totals_in_turn(shard, layers, target_ids, chunks, keep=False)])
+        stats = join_stats([stats for _, _, stats in iter_chunks(shard, layers, target_ids, chunks, keep=False)])
         ctx.shard, ctx.chunks = shard, chunks
-        ctx.save_for_backward(student_hidden, student_weight, teacher_hidden, teacher_weight, target_ids, *totals)
-        return declare_outputs(ctx, totals)
+        ctx.save_for_backward(student_hidden, student_weight, teacher_hidden, teacher_weight, target_ids, *stats)
+        return declare_outputs(ctx, stats)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Form the logits again, their gradient, and both products with it."""
         student_hidden, student_weight, teacher_hidden, teacher_weight, target_ids, *saved = ctx.saved_tensors
         layers = OutputLayers(student_hidden, student_weight, teacher_hidden, teacher_weight, ctx.shard.dtype)
-        totals = Totals(*saved)
+        stats, upstream = GlobalStats(*saved), upstream_grads(output_gradients)
         hidden_gradient = HiddenGradient(student_hidden, ctx.shard) if ctx.needs_input_grad[0] else None
         weight_gradient = WeightGradient(student_weight, ctx.shard.dtype) if ctx.needs_input_grad[1] else None
-        weights = arrived(output_gradients)
         for rows in ctx.chunks:
-            chunk_totals = Totals(*rows_of(totals, rows))
             add_gradients(
                 ctx.shard,
                 layers,
                 rows,
                 target_ids[rows],
-                chunk_totals,
-                weights_of(weights, rows),
+                stats.rows(rows),
+                upstream_rows(upstream, rows),
                 hidden_gradient,
                 weight_gradient,
             )
@@ -79,16 +79,23 @@ def add_gradients(
     layers: OutputLayers,
     rows: slice,
     target_ids: Tensor,
-    totals: Totals,
-    weights: Weights,
+    stats: GlobalStats,
+    upstream: UpstreamGrads,
     hidden_gradient: HiddenGradient | None,
     weight_gradient: WeightGradient | None,
     kept: Logits | None = None,
 ) -> None:
-    """Adds a chunk's part to both gradients, a block of columns at a time; no communication.
+    """Add a chunk's part to both gradients, a block of columns at a time; no communication.
 
     Args:
-        rows: the chunk's tokens; target_ids, totals and weights are of these, each [C].
+        shard: this rank's part of the vocabulary.
+        layers: both models' output layers.
+        rows: the chunk's tokens.
+        target_ids: of these, [C].
+        stats: of these, each [C].
+        upstream: of these, each [C].
+        hidden_gradient: is added to, where it is needed.
+        weight_gradient: likewise.
         kept: the chunk's logits if they exist already.
     """
     hidden = layers.student_hidden[rows]
@@ -96,13 +103,8 @@ def add_gradients(
     dtype = fresh_gradient_dtype(hidden, shard.dtype)
     for span in shard.blocks(logits.block_columns):
         gradient = layers.scratch.take("gradient", len(hidden), span.stop - span.start, dtype, hidden.device)
-        shard.block_gradient(span, *logits.block(span), target_ids, totals, weights, gradient)
+        shard.block_gradient(span, *logits.block(span), target_ids, stats, upstream, gradient)
         if hidden_gradient is not None:
             hidden_gradient.add(rows, gradient, layers.student_weight[span])
         if weight_gradient is not None:
             weight_gradient.add(span, gradient, hidden)
-
-
-def joined(parts: list[Totals]) -> Totals:
-    """Chunks' totals as one."""
-    return Totals(*(torch.cat(field) for field in zip(*parts, strict=True)))

@@ -1,7 +1,7 @@
-"""The ways to get the reverse KL that ``benchmarks.loss`` compares: ours, plain torch, compiled torch, Liger, and two for split vocabularies.
+"""What ``benchmarks.loss`` compares: ours, plain and compiled torch, Liger, and two losses for split vocabularies.
 
-Every candidate takes the same inputs and leaves gradients. All but Liger's also give what training needs besides: each token's divergence, the
-student's entropy and both log-probabilities, and take a weight for each token.
+Every candidate takes the same inputs and leaves gradients. All but Liger's also give what training needs besides:
+each token's divergence, the student's entropy and both log-probabilities, and take a weight for each token.
 
 Legend: N tokens, V vocabulary, H hidden, TP ranks.
 """
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as differentiable
-import torch.nn.functional as F
+import torch.nn.functional as functional
 from torch import Tensor
 
-from megatron_cord.losses import LossWeights, divergence_from_hidden, divergence_from_logits
+from megatron_cord.losses import distillation_loss, divergence_from_logits
 
 
 @dataclass(eq=False)
@@ -35,7 +35,7 @@ class Inputs:
     teacher_logits: Tensor | None = None
 
     def clear(self) -> None:
-        """Drops the gradients."""
+        """Drop the gradients."""
         for leaf in (self.hidden, self.weight, self.logits):
             if leaf is not None:
                 leaf.grad = None
@@ -78,8 +78,11 @@ def make_inputs(
 
 
 def ours_from_logits(backend: str) -> Candidate:
+    """Return ``divergence_from_logits``, weighted."""
+
     def run(inputs: Inputs) -> None:
-        assert inputs.logits is not None and inputs.teacher_logits is not None
+        assert inputs.logits is not None
+        assert inputs.teacher_logits is not None
         stats = divergence_from_logits(inputs.logits, inputs.teacher_logits, inputs.target_ids, backend=backend)
         (stats.kl * inputs.token_weights).sum().backward()
 
@@ -87,8 +90,11 @@ def ours_from_logits(backend: str) -> Candidate:
 
 
 def ours(implementation: str, backend: str, group: dist.ProcessGroup | None = None) -> Candidate:
+    """Return ``distillation_loss``, weighted."""
+
     def run(inputs: Inputs) -> None:
-        stats = divergence_from_hidden(
+        loss, _ = distillation_loss(
+            lambda stats, rows: (stats.kl * inputs.token_weights[rows]).sum(),
             inputs.hidden,
             inputs.weight,
             inputs.teacher_hidden,
@@ -97,17 +103,16 @@ def ours(implementation: str, backend: str, group: dist.ProcessGroup | None = No
             tp_group=group,
             implementation=implementation,
             backend=backend,
-            loss_weights=lambda _, rows: LossWeights(inputs.token_weights[rows]),
         )
-        (stats.kl * inputs.token_weights).sum().backward()
+        loss.backward()
 
     return run
 
 
 def plain_loss(logits: Tensor, teacher_logits: Tensor, target_ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
     """log_softmax and kl_div in fp32, with metrics."""
-    log_p, log_q = F.log_softmax(logits.float(), -1), F.log_softmax(teacher_logits.float(), -1)
-    divergence = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    log_p, log_q = functional.log_softmax(logits.float(), -1), functional.log_softmax(teacher_logits.float(), -1)
+    divergence = functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     with torch.no_grad():
         entropy = -(log_p.exp() * log_p).sum(-1)
         target = target_ids[:, None]
@@ -118,7 +123,7 @@ def plain_loss(logits: Tensor, teacher_logits: Tensor, target_ids: Tensor, weigh
 def plain_loss_from_hidden(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, target_ids: Tensor, weights: Tensor
 ) -> tuple[Tensor, ...]:
-    """The same with both products, their results rounded to bfloat16 as a linear layer's are."""
+    """Return the same with both products, their results rounded to bfloat16 as a linear layer's are."""
     with torch.no_grad():
         teacher_logits = teacher_hidden @ teacher_weight.T
     return plain_loss(hidden @ weight.T, teacher_logits, target_ids, weights)
@@ -127,7 +132,7 @@ def plain_loss_from_hidden(
 def exact_loss_from_hidden(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, target_ids: Tensor, weights: Tensor
 ) -> tuple[Tensor, ...]:
-    """The same from logits that are not rounded: as exact as ours."""
+    """Return the same from logits that are not rounded: as exact as ours."""
     with torch.no_grad():
         teacher_logits = teacher_hidden.float() @ teacher_weight.float().T
     return plain_loss(hidden.float() @ weight.float().T, teacher_logits, target_ids, weights)
@@ -153,9 +158,10 @@ def plain(function: Callable[..., tuple[Tensor, ...]]) -> Candidate:
 
 
 def liger_chunked(chunk_size: int = 1024, *, exact: bool = False) -> Candidate | None:
-    """Liger's chunked JSD at β = 1, the reverse KL, compiled; None where it is not installed. No token weights, no metrics.
+    """Return Liger's chunked JSD at β = 1, the reverse KL, compiled; None where it is not installed.
 
-    Its logits have the hidden states' type; ``exact`` gives it hidden states and weights in fp32, so that its logits are as exact as ours.
+    It has no token weights and no metrics. Its logits have the hidden states' type; ``exact`` gives it hidden states
+    and weights in fp32, so that its logits are as exact as ours.
     """
     try:
         from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
@@ -213,7 +219,7 @@ def gathered(group: dist.ProcessGroup) -> Candidate:
 
 
 def all_reduced(group: dist.ProcessGroup) -> Candidate:
-    """The straightforward vocabulary-parallel loss: a differentiable all-reduce for every sum over the vocabulary."""
+    """Return the plain vocabulary-parallel loss: a differentiable all-reduce for every sum over the vocabulary."""
 
     def log_softmax(logits: Tensor) -> Tensor:
         maximum = logits.detach().amax(1)

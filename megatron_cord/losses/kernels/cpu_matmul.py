@@ -1,7 +1,8 @@
-"""Products of bfloat16 matrices with fp32 results on a CPU, by the few lines of ``brgemm.cpp``.
+"""Products of bfloat16 matrices with fp32 results on a CPU, by the few lines of ``cpu_matmul.cpp``.
 
-torch multiplies bfloat16 on a CPU as fast as the hardware can, but its Python functions round the result. Its C++ library has the product
-that does not. Compiling the way to it takes a fraction of a second, once a process that needs it.
+torch multiplies bfloat16 on a CPU as fast as the hardware can, but its Python functions round the result. Its C++
+library has the product that does not. ``cpu_matmul.cpp``, which makes it reachable, is compiled in a fraction of a
+second, once per process that needs it.
 
 Shapes: C rows of the left, K rows of the right, H columns of both.
 """
@@ -27,7 +28,10 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @cache
 def bfloat16_product() -> Product | None:
-    """Left [C, H] · right [K, H]ᵀ into out [C, K] of fp32, rows of each contiguous and H even; None where there is no way to it."""
+    """Return a function of left [C, H], right [K, H], out [C, K] that writes left · rightᵀ in fp32, if there is one.
+
+    Rows of each must be contiguous and H even.
+    """
     try:
         function = _load()
     except (OSError, subprocess.CalledProcessError) as error:
@@ -52,10 +56,10 @@ def bfloat16_product() -> Product | None:
 
 
 def _load() -> Callable[..., int]:
-    """Compiles, links with torch, and opens; OSError or CalledProcessError where that fails."""
+    """Compile, link with torch, and open; OSError or CalledProcessError where that fails."""
     libraries = Path(torch.__file__).parent / "lib"
     with tempfile.TemporaryDirectory() as directory:
-        target = Path(directory) / "brgemm.so"
+        target = Path(directory) / "cpu_matmul.so"
         compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
         source = Path(__file__).with_suffix(".cpp")
         subprocess.run(

@@ -1,4 +1,4 @@
-"""``python -m tests.losses.backend_check BACKEND``: the backend against eager torch, in a process with the switches that it needs."""
+"""``python -m tests.losses.kernels.backend_check BACKEND``: a backend against eager torch, in its own process."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import sys
 
 import torch
 
-from megatron_cord.losses.backends import EagerBackend, Weights, backend_named
-from megatron_cord.losses.kinds import Kind
+from megatron_cord.losses.divergences import NO_TEACHER, Divergence, make_divergence
+from megatron_cord.losses.kernels.backend import UpstreamGrads
+from megatron_cord.losses.kernels.choice import choose_backend
+from megatron_cord.losses.kernels.eager import EagerBackend
 from megatron_cord.losses.shard import StoredLogits, VocabularyShard
-from megatron_cord.losses.two_pass_kinds import NO_TEACHER, kind_named
 
-KINDS: list[Kind] = [
+DIVERGENCES: list[Divergence] = [
     NO_TEACHER,
-    *(kind_named(name, beta=0.3, k=5) for name in ("reverse_kl", "forward_kl", "jsd", "topk")),
+    *(make_divergence(name, beta=0.3, k=5) for name in ("reverse_kl", "forward_kl", "jsd", "topk")),
 ]
 
 
 def main(name: str) -> None:
-    """Raises where a field differs."""
+    """Raise where a field differs."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (3.0 * torch.randn(2, 9, 77, generator=generator)).unbind(0)
     student[:, 40:60] = -math.inf  # whole tiles and single columns without mass
@@ -31,29 +32,31 @@ def main(name: str) -> None:
     target[2] = 100  # another shard's
     weights = torch.randn(3, 9, generator=generator)
     weights[0, 3:5] = 0.0  # where the divergence is infinite
-    backend, eager = backend_named(name, student.device), EagerBackend()
+    backend, eager = choose_backend(name, student.device), EagerBackend()
     if name == "triton":
-        from megatron_cord.losses import triton_backend
+        from megatron_cord.losses.kernels import triton_kernels
 
-        triton_backend.TILE_COLUMNS = 32  # several tiles, the last one narrower
-    cases = list(itertools.product(KINDS, (1.0, 0.5), (torch.float32, torch.bfloat16)))
+        triton_kernels.TILE_COLUMNS = 32  # several tiles, the last one narrower
+    cases = list(itertools.product(DIVERGENCES, (1.0, 0.5), (torch.float32, torch.bfloat16)))
     terms = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
     if name == "compile":
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it would be eager that is compared
-        cases, terms = [(kind, 0.5, torch.bfloat16) for kind in KINDS], [(True, True, True)]
-    for kind, temperature, dtype in cases:
+        cases, terms = [(divergence, 0.5, torch.bfloat16) for divergence in DIVERGENCES], [(True, True, True)]
+    for divergence, temperature, dtype in cases:
         outcomes = []
         for candidate in (backend, eager):
-            shard = VocabularyShard(kind, temperature, 0, 77, torch.float32, None, candidate)
+            shard = VocabularyShard(divergence, temperature, 0, 77, torch.float32, None, candidate)
             logits = StoredLogits(student.to(dtype), teacher.T.contiguous().T)  # the teacher's rows are not contiguous
-            totals = shard.totals(logits, target)
+            stats = shard.stats(logits, target)
             gradients = []
             for present in terms:
-                given: Weights = tuple(weight if here else None for weight, here in zip(weights, present, strict=True))  # type: ignore[assignment]
+                given: UpstreamGrads = tuple(
+                    weight if here else None for weight, here in zip(weights, present, strict=True)
+                )  # type: ignore[assignment]
                 out = torch.full((9, 77), torch.nan, dtype=dtype)
-                shard.gradient(logits, target, totals, given, out)
+                shard.gradient(logits, target, stats, given, out)
                 gradients.append(out)
-            outcomes.append((totals, gradients))
+            outcomes.append((stats, gradients))
         rtol, atol = (1e-2, 1e-3) if dtype == torch.bfloat16 else (1e-4, 2e-5)
         for mine, other in zip(outcomes[0][0], outcomes[1][0], strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-5, equal_nan=True)

@@ -1,12 +1,15 @@
-"""Matrix products of low-precision inputs with fp32 results: the one place that knows which way a device does them well.
+"""Matrix products of low-precision inputs with fp32 results: the one place that chooses how a device forms them best.
 
-Logits rounded to bfloat16 spoil small divergences, so ``product`` never rounds below fp32. There are three ways to that:
+Logits rounded to bfloat16 spoil small divergences, so ``product`` never rounds below fp32. There are three methods:
 
 - *native*, on CUDA: the GEMM itself writes its fp32 sums.
-- *brgemm*, bfloat16 on a CPU that multiplies it in hardware: the same, where a C++ compiler is at hand to reach it.
-- *upcast*, anywhere else: operands become fp32, a block at a time. On a CPU without bfloat16 in hardware its products are slower than fp32's.
+- *brgemm* (``cpu_matmul``), bfloat16 on a CPU that multiplies it in hardware: the same, where there is a C++ compiler
+  to reach it.
+- *upcast*, anywhere else: operands become fp32, a block at a time. On a CPU without bfloat16 in hardware its products
+  are slower than fp32's.
 
-``add_product`` is for gradients, whose operands may be rounded: every sum over many rounded terms averages the rounding out.
+``add_product`` is for gradients, whose operands may be rounded: every sum over many rounded terms averages the rounding
+out.
 
 Shapes: C tokens, K columns, H hidden.
 """
@@ -18,18 +21,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from megatron_cord.losses.brgemm import bfloat16_product
+from megatron_cord.losses.kernels.cpu_matmul import bfloat16_product
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
-#: What processors call a unit that multiplies bfloat16: x86's two, and ARM's.
+#: Names of processors' units that multiply bfloat16: x86's two, and ARM's.
 BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Left [C, H] · right [K, H]ᵀ in ``dtype``, [C, K]; the operands are of one type, at most as precise.
+    """Return left · rightᵀ in ``dtype``, [C, K]; the operands are of one type, at most as precise.
 
     Args:
+        left: [C, H].
+        right: [K, H].
+        dtype: of the result.
         out: [C, K] of ``dtype``, written to and returned; None: a new tensor.
     """
     out = torch.empty(len(left), len(right), dtype=dtype, device=left.device) if out is None else out
@@ -42,17 +48,23 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None 
             left.dtype == torch.bfloat16
             and multiplies_bfloat16()
             and left.shape[1] % 2 == 0
-            and (way := bfloat16_product())
+            and (brgemm := bfloat16_product())
         ):
-            return way(left.contiguous(), right.contiguous(), out)
+            return brgemm(left.contiguous(), right.contiguous(), out)
     return torch.mm(left.to(dtype), right.to(dtype).T, out=out)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Total += left · right, the sum in ``total``'s type; left is a gradient of logits (or its transpose), right hidden states or weights."""
-    kind = operand_dtype(left.dtype, left.device)
-    left, right = left.to(kind), right.to(kind)
-    if kind == total.dtype:
+    """Add left · right to ``total``, in its type.
+
+    Args:
+        total: the sum.
+        left: a gradient of logits, or its transpose.
+        right: hidden states or weights.
+    """
+    dtype = operand_dtype(left.dtype, left.device)
+    left, right = left.to(dtype), right.to(dtype)
+    if dtype == total.dtype:
         total.addmm_(left, right)
     elif left.is_cuda:
         total += torch.mm(left, right, out_dtype=total.dtype)
@@ -61,19 +73,19 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def write_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Out = left · right, summed in fp32 at least and rounded once to ``out``'s type; operands as in ``add_product``."""
-    kind = operand_dtype(left.dtype, left.device)
-    left, right = left.to(kind), right.to(kind)
-    if kind == out.dtype:
+    """Write left · right to ``out``, summed in fp32 at least and rounded once; operands as in ``add_product``."""
+    dtype = operand_dtype(left.dtype, left.device)
+    left, right = left.to(dtype), right.to(dtype)
+    if dtype == out.dtype:
         torch.mm(left, right, out=out)
-    elif left.is_cuda and kind in LOW_PRECISION:
+    elif left.is_cuda and dtype in LOW_PRECISION:
         out.copy_(torch.mm(left, right, out_dtype=torch.float32))
     else:
         out.copy_(left @ right)
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type in which operands of that type are multiplied on the device when their rounding does not matter."""
+    """Return the type in which such operands are multiplied on the device when their rounding does not matter."""
     if dtype in LOW_PRECISION and device.type == "cpu" and not (dtype == torch.bfloat16 and multiplies_bfloat16()):
         return torch.float32
     return dtype

@@ -13,16 +13,16 @@ import torch
 
 from megatron_cord.errors import CordError
 from megatron_cord.losses import divergence_from_logits
-from megatron_cord.losses.backends import EagerBackend
+from megatron_cord.losses.divergences import make_divergence
+from megatron_cord.losses.kernels.eager import EagerBackend
 from megatron_cord.losses.shard import StoredLogits, VocabularyShard
-from megatron_cord.losses.two_pass_kinds import kind_named
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def run_check(backend: str, **environment: str) -> None:
-    """Compares in a process of its own: Triton and torch.compile read their switches once, when they are first imported."""
-    command = [sys.executable, "-m", "tests.losses.backend_check", backend]
+    """Compare in a process of its own: Triton and torch.compile read their switches once, when they are imported."""
+    command = [sys.executable, "-m", "tests.losses.kernels.backend_check", backend]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
@@ -30,14 +30,14 @@ def run_check(backend: str, **environment: str) -> None:
 
 
 def test_triton_kernels_in_the_interpreter() -> None:
-    """Catches a kernel that differs from the formulas: another kind, temperature, tile border, −inf, mixed types, a term left out."""
+    """Catches a kernel that differs from the formulas: a divergence, a temperature, a tile's end, −inf, a lost term."""
     pytest.importorskip("triton")
     run_check("triton", TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow
 def test_compiled_functions() -> None:
-    """Catches a compiled function that differs from the eager one, and compilation that stays off where the process has disabled it."""
+    """Catches a compiled function that differs from the eager one, and compilation that the process disables."""
     run_check("compile", TORCHDYNAMO_DISABLE="1")
 
 
@@ -45,13 +45,13 @@ def test_compiled_functions() -> None:
 def test_a_gradient_may_overwrite_its_logits(kind: str) -> None:
     """Catches a gradient that reads logits which it has already written over."""
     student, teacher = torch.randn(2, 300, 200, generator=torch.Generator().manual_seed(0)).unbind(0)
-    rule, backend, target = kind_named(kind, beta=0.3, k=5), EagerBackend(), torch.arange(300) % 200
+    rule, backend, target = make_divergence(kind, beta=0.3, k=5), EagerBackend(), torch.arange(300) % 200
     shard = VocabularyShard(rule, 0.7, 0, 200, torch.float32, None, backend)
-    totals = shard.totals(StoredLogits(student, teacher), target)
+    stats = shard.stats(StoredLogits(student, teacher), target)
     divergence, entropy, logprob = torch.randn(3, 300, generator=torch.Generator().manual_seed(1)).unbind(0)
     outcomes = torch.empty_like(student), student.clone()
     for out, logits in ((outcomes[0], student), (outcomes[1], outcomes[1])):
-        backend.gradient(logits, teacher, target, totals, rule, 0.7, (divergence, entropy, logprob), out)
+        backend.gradient(logits, teacher, target, stats, rule, 0.7, (divergence, entropy, logprob), out)
     assert torch.equal(*outcomes)
 
 

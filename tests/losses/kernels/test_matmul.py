@@ -1,4 +1,4 @@
-"""Products whose results are not rounded, each way on its own: how exact it is, wherever it is the fast one."""
+"""Products whose results are not rounded: how exact each method is, wherever it is the fast one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_cord.losses import brgemm, products
-from megatron_cord.losses.gradients import fresh_gradient_dtype, gradient_dtype
-from megatron_cord.losses.products import add_product, operand_dtype, product, write_product
+from megatron_cord.losses.implementations.gradients import fresh_gradient_dtype, gradient_dtype
+from megatron_cord.losses.kernels import cpu_matmul, matmul
+from megatron_cord.losses.kernels.matmul import add_product, operand_dtype, product, write_product
 
 CPU = torch.device("cpu")
 
@@ -22,24 +22,24 @@ def operands(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def error(actual: Tensor, left: Tensor, right: Tensor) -> float:
-    """The largest error relative to the largest element."""
+    """Return the largest error relative to the largest element."""
     exact = left.double() @ right.double().T
     return float((actual.double() - exact).abs().max() / exact.abs().max())
 
 
-@pytest.mark.skipif(not products.multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
+@pytest.mark.skipif(not matmul.multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
 @pytest.mark.parametrize(("rows", "columns", "hidden"), [(1, 1, 2), (33, 70, 200), (64, 64, 64), (130, 129, 514)])
 def test_bfloat16_products_with_fp32_results(rows: int, columns: int, hidden: int) -> None:
-    """Catches a wrong stride, a lost border of a panel, and a result that is rounded: one of torch's own loses 3e-3."""
-    way = brgemm.bfloat16_product()
-    assert way is not None, "it can be compiled where a compiler is"
+    """Catches a wrong stride, a lost last panel, and a result that is rounded: one of torch's own loses 3e-3."""
+    brgemm = cpu_matmul.bfloat16_product()
+    assert brgemm is not None, "it can be compiled where a compiler is"
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(rows, 2 * hidden, generator=generator).bfloat16()[
         :, :hidden
     ]  # rows that do not follow each other
     right = torch.randn(2 * columns, hidden, generator=generator).bfloat16()[::2]
     out = torch.full((rows, columns + 3), 7.0)
-    way(left, right, out[:, :columns])
+    brgemm(left, right, out[:, :columns])
     assert error(out[:, :columns], left, right) < 1e-6
     assert out[:, columns:].eq(7.0).all()
     if rows > 1:
@@ -50,14 +50,14 @@ def test_bfloat16_products_with_fp32_results(rows: int, columns: int, hidden: in
 def test_products_without_a_compiler(
     compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a machine without a compiler, or with one that fails, where the loss then cannot be computed, or not exactly."""
+    """Catches a machine without a working compiler where the loss cannot be computed, or not exactly."""
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setattr(
-        products, "bfloat16_product", brgemm.bfloat16_product.__wrapped__
+        matmul, "bfloat16_product", cpu_matmul.bfloat16_product.__wrapped__
     )  # not what the process compiled before
-    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda: True)
     left, right = operands(torch.bfloat16)
-    with caplog.at_level(logging.INFO, logger=brgemm.__name__):
+    with caplog.at_level(logging.INFO, logger=cpu_matmul.__name__):
         assert error(product(left, right, torch.float32), left, right) < 1e-6
     assert "cannot be compiled, they are formed in fp32" in caplog.text
 
@@ -65,8 +65,8 @@ def test_products_without_a_compiler(
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_products_are_not_rounded(dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a type that takes a way which rounds, on a processor with bfloat16 in hardware and on one without."""
-    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: native)
+    """Catches a type that takes a method which rounds, on a processor with bfloat16 in hardware and on one without."""
+    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda: native)
     left, right = operands(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     result = product(left, right, wide)
@@ -84,7 +84,7 @@ def test_gradients_are_added_in_the_sums_type(
     gradient: torch.dtype, hidden: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a sum that is overwritten, or kept in bfloat16, where adding 1e-3 to 2 changes nothing."""
-    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda: native)
     left, right = torch.full((2, 10), 1e-2, dtype=gradient), torch.full((10, 3), 1e-2, dtype=hidden)
     total = torch.full((2, 3), 2.0)
     add_product(total, left, right)
@@ -96,8 +96,8 @@ def test_gradients_are_added_in_the_sums_type(
 def test_products_are_written_in_the_results_type(
     dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a sum in the result's type: adding 1e-3 to 8 changes nothing in 16 bits, and 4000 times nothing is nothing."""
-    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: native)
+    """Catches a sum in the result's type: adding 1e-3 to 8 changes nothing in 16 bits, however often."""
+    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda: native)
     left, right = torch.full((2, 4001), 1e-3, dtype=torch.bfloat16), torch.ones(4001, 3, dtype=dtype)
     left[:, 0] = 8.0
     out = torch.empty(2, 3, dtype=dtype)
@@ -108,7 +108,7 @@ def test_products_are_written_in_the_results_type(
 def test_types_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches float16 gradients of logits, which underflow, and a rounding to 16 bits that buys no faster product."""
     for native, fresh in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(products, "multiplies_bfloat16", lambda native=native: native)
+        monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda native=native: native)
         for dtype in (torch.bfloat16, torch.float16):
             hidden = torch.empty(0, dtype=dtype)
             assert gradient_dtype(hidden, torch.float32) == torch.bfloat16
