@@ -9,7 +9,7 @@ turns; the median of the rounds counts. Tokens are counted by the clock and by t
 part, which other programs on the machine do not disturb. On a CPU, SGLang runs with plain torch in the place of its
 kernels: this says what the engine costs, nothing about SGLang's speed on a GPU.
 
-Second part: `megatron_cord.train` for some steps with the same settings, rollout.schedule=sync and async, against that
+Second part: `megatron_cord.train` for some steps with the same settings, rollout.schedule.ahead=0 and 1, against that
     server. The median step.
 """
 
@@ -42,7 +42,8 @@ from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.data.shard_writer import ShardWriter
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
-from megatron_cord.rollout.engines import EngineConfig, build_engine
+from megatron_cord.rollout.config import RolloutConfig
+from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.local.decoding import collate, collate_clips
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.server.process import ServerConfig, SglangServer
@@ -137,7 +138,8 @@ def measure_generation(work: Path, server: SglangServer, device: str, rounds: in
 
     found: dict[str, Any] = {}
     for together in TOGETHER:
-        config = EngineConfig(engine="sglang", servers=(server.url,), sglang=SGLangConfig(max_in_flight=together))
+        sglang = SGLangConfig(servers=(server.url,), max_in_flight=together)
+        config = RolloutConfig(engine="sglang", sglang=sglang)
         engine = build_engine(config, work / "checkpoint", layout.device)
         count = min(PROMPTS, 8 * together)
         asked = [GenerationRequest(prompt, 1.0, NEW_TOKENS, i) for i, prompt in enumerate(prompts[:count])]
@@ -162,9 +164,9 @@ def measure_generation(work: Path, server: SglangServer, device: str, rounds: in
     return found
 
 
-def measure_schedule(work: Path, url: str, schedule: str) -> dict[str, float]:
-    """Seconds of the median step, by phase, of a run of its own."""
-    output = work / schedule
+def measure_schedule(work: Path, url: str, ahead: int) -> dict[str, float]:
+    """Measure the median step, by phase, of a run of its own, in seconds."""
+    output = work / f"ahead{ahead}"
     settings = [
         f"output_dir={output}",
         f"model.checkpoint={work / 'checkpoint'}",
@@ -172,8 +174,8 @@ def measure_schedule(work: Path, url: str, schedule: str) -> dict[str, float]:
         f"data.train={work / 'train'}",
         f"data.evaluation={work / 'heldout'}",
         "rollout.engine=sglang",
-        f"rollout.servers=[{url}]",
-        f"rollout.schedule={schedule}",
+        f"rollout.sglang.servers=[{url}]",
+        f"rollout.schedule.ahead={ahead}",
         "rollout.prompts_per_step=32",
         "objective.policy_gradient.enabled=false",
         f"rollout.max_new_tokens={NEW_TOKENS}",
@@ -190,7 +192,7 @@ def measure_schedule(work: Path, url: str, schedule: str) -> dict[str, float]:
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1800)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise CordError(f"training with rollout.schedule={schedule} failed: {last}")
+        raise CordError(f"training with rollout.schedule.ahead={ahead} failed: {last}")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][SKIPPED:]
     return {name: round(statistics.median(line[name] for line in lines), 3) for name in PHASES if name in lines[0]}
 
@@ -218,7 +220,7 @@ def main() -> None:
         try:
             server.wait()
             generation = measure_generation(work, server, arguments.device, arguments.rounds)
-            schedules = {schedule: measure_schedule(work, server.url, schedule) for schedule in ("sync", "async")}
+            schedules = {name: measure_schedule(work, server.url, ahead) for name, ahead in (("sync", 0), ("async", 1))}
         finally:
             server.stop()
     result = {

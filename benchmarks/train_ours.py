@@ -29,7 +29,7 @@ from megatron_cord.plan.devices import peak_of
 from megatron_cord.plan.speed import train_flops
 from megatron_cord.plan.work import Work
 from megatron_cord.rollout.local.engine import LocalEngine, LocalEngineConfig
-from megatron_cord.rollout.types import GenerationRequest
+from megatron_cord.rollout.types import GenerationRequest, ScoredRollout
 from megatron_cord.rollout.weights import ShardedModelWeights
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.model_setup import build_student
@@ -108,11 +108,10 @@ def main() -> None:
                 for i, p in enumerate(prompted)
             ]
             rollouts = engine.generate(requests)
-        sequences = [
-            TrainingSequence(p, p, r, True, 0.0, i) for i, (p, r) in enumerate(zip(prompted, rollouts, strict=True))
-        ]
+        scored = [ScoredRollout(r, "distill", position=i) for i, r in enumerate(rollouts)]
+        sequences = [TrainingSequence(p, p, r, i) for i, (p, r) in enumerate(zip(prompted, scored, strict=True))]
         with clock.phase("student"):
-            result = train(sequences, [])
+            result = train(sequences, scored)
         with clock.phase("weight_sync"):
             engine.update_weights(ShardedModelWeights(student), step + 1)
         if step == 0:

@@ -1,7 +1,8 @@
-"""Trains: `python -m megatron_cord.launch --nproc-per-node 2 -m megatron_cord.train --config FILE [a.b=value …]` (or torchrun).
+"""Train: `python -m megatron_cord.launch --nproc-per-node 2 -m megatron_cord.train --config FILE [a.b=value …]`.
 
-One CORD step (arXiv 2601.16547): the student answers spoken questions; a judge compares some answers with the teacher's; the teacher,
-reading the same questions, scores the student's tokens; one update; the new weights go to the engine.
+torchrun starts it too. One CORD step (arXiv 2601.16547): the student answers spoken questions; a judge compares some
+answers with the teacher's; the teacher, given the text of the same questions, scores the student's tokens; one update;
+the new weights go to the engine.
 """
 
 from __future__ import annotations
@@ -15,21 +16,24 @@ from megatron_cord.trainer.run import Run
 
 
 def train(config: RunConfig) -> int:
-    """Runs all remaining steps on this rank and returns the exit status: 0, or `exit_status.STOPPED` when the run was asked to stop before the last."""
+    """Run all remaining steps on this rank.
+
+    Returns:
+        the exit status: 0, or `exit_status.STOPPED` for a run that was stopped before its last step.
+    """
     layout = initialize(config.parallel, config.seed)
     with Run(config, layout) as run:
         for step in run.steps():
             watch = Stopwatch()
-            samples = run.batch(step)  # 1. data
-            collected = run.collect(
-                samples, step
-            )  # 2. rollouts (asynchronous: the next step's are started too), 3. rewards
+            batch = run.batch(step)  # 1. Data: this rank's share of the samples, prepared once
+            rollouts = run.generate(batch)  # 2. Rollout: the engine's responses; later steps may be generated ahead
+            scored = run.score(batch, rollouts)  # 3. Reward: answers compared; from here on, the rollouts of all ranks
             watch.lap("rollout")
-            result = run.train(collected)  # 4. teacher forward, student forward and backward, update
+            result = run.update(batch, scored)  # 4. Train: teacher forward, student forward and backward, update
             watch.lap("update")
-            run.sync_weights()  # 5. new weights to the engine
+            run.sync_weights()  # 5. Weight sync: the engine gets the new version
             watch.lap("weight_sync")
-            run.finish_step(collected, result, watch.total())  # 6. metrics, record, checkpoint, evaluation
+            run.finish_step(result, watch.total())  # 6. Record: metrics, rollouts, checkpoint, evaluation
     finalize()
     return run.status
 

@@ -1,4 +1,4 @@
-"""A run small enough for a test: a random checkpoint of 30,000 parameters, shards of noise, and a configuration of a few steps."""
+"""A run small enough for a test: a random checkpoint of 30,000 parameters, shards of noise, a few steps."""
 
 from __future__ import annotations
 
@@ -21,15 +21,25 @@ from megatron_cord.data.shard_writer import ShardWriter
 
 ROOT = Path(__file__).parents[1]
 SIZES: dict[str, int] = {
-    "mel_bins": 16, "window_seconds": 1, "encoder_hidden_size": 16, "encoder_layers": 1, "encoder_heads": 2, "encoder_ffn_size": 32,
-    "hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_size": 32, "max_positions": 128,
-}  # fmt: skip
+    "mel_bins": 16,
+    "window_seconds": 1,
+    "encoder_hidden_size": 16,
+    "encoder_layers": 1,
+    "encoder_heads": 2,
+    "encoder_ffn_size": 32,
+    "hidden_size": 32,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "ffn_size": 32,
+    "max_positions": 128,
+}
 NUMBERS = ["one", "two", "three", "four"]
 WORDS = ["what", "is", "plus", "answer", *NUMBERS]
 
 
 def write_checkpoint(directory: Path, seed: int = 0, **sizes: int) -> Path:
-    """A tiny checkpoint; `sizes` replace fields of TinyModelConfig."""
+    """Write a tiny checkpoint; `sizes` replace fields of TinyModelConfig."""
     create_checkpoint(directory, TinyModelConfig(**(SIZES | sizes)), WORDS, seed=seed)  # type: ignore[arg-type]
     return directory
 
@@ -40,16 +50,20 @@ def make_samples(count: int, seed: int = 0) -> list[Sample]:
     samples = []
     for i in range(count):
         first, second = rng.integers(1, 3, size=2)
-        samples.append(Sample(
-            id=f"s{seed}-{i}", question=f"what is {NUMBERS[first - 1]} plus {NUMBERS[second - 1]}",
-            waveform=(0.1 * rng.normal(size=int(rng.integers(4000, 16001)))).astype(np.float32),
-            answer=str(first + second), voice=f"voice{i % 2}",
-        ))  # fmt: skip
+        samples.append(
+            Sample(
+                id=f"s{seed}-{i}",
+                question=f"what is {NUMBERS[first - 1]} plus {NUMBERS[second - 1]}",
+                waveform=(0.1 * rng.normal(size=int(rng.integers(4000, 16001)))).astype(np.float32),
+                answer=str(first + second),
+                voice=f"voice{i % 2}",
+            )
+        )
     return samples
 
 
 def write_shards(directory: Path, samples: Sequence[Sample]) -> Path:
-    """A complete directory of shards, three samples each."""
+    """Write a complete directory of shards, three samples each."""
     writer = ShardWriter(directory, shard_size=3)
     for sample in samples:
         writer.write(sample)
@@ -66,18 +80,31 @@ def write_inputs(directory: Path) -> Path:
 
 
 def overrides(inputs: Path, output: Path, *more: str) -> list[str]:
-    """A run of five steps on the inputs of `write_inputs`, as the command line's settings; later ones win."""
+    """Return the settings of a run of five steps on the inputs of `write_inputs`; later ones win."""
     return [
-        f"output_dir={output}", f"model.checkpoint={inputs / 'checkpoint'}", "model.dtype=float32", f"data.train={inputs / 'train'}",
-        f"data.evaluation={inputs / 'heldout'}", "rollout.prompts_per_step=4", "rollout.policy_prompts_per_step=2",
-        "rollout.policy_rollouts=3", "rollout.max_new_tokens=6", "objective.token_weights.top_k=2", "optimizer.learning_rate=1e-3", "train.steps=5",
-        "train.micro_batch_size=3", "checkpoint.interval=2", "evaluation.interval=0", "evaluation.max_new_tokens=4",
-        "evaluation.scored=2", *more,
-    ]  # fmt: skip
+        f"output_dir={output}",
+        f"model.checkpoint={inputs / 'checkpoint'}",
+        "model.dtype=float32",
+        f"data.train={inputs / 'train'}",
+        f"data.evaluation={inputs / 'heldout'}",
+        "rollout.prompts_per_step=4",
+        "rollout.policy_prompts_per_step=2",
+        "rollout.policy_rollouts=3",
+        "rollout.max_new_tokens=6",
+        "objective.token_weights.top_k=2",
+        "optimizer.learning_rate=1e-3",
+        "train.steps=5",
+        "train.micro_batch_size=3",
+        "checkpoint.interval=2",
+        "evaluation.interval=0",
+        "evaluation.max_new_tokens=4",
+        "evaluation.scored=2",
+        *more,
+    ]
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
+    """Return the lines of metrics.jsonl."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -87,7 +114,7 @@ def losses(output: Path) -> list[tuple[float, float]]:
 
 
 def free_port() -> int:
-    """A port that nobody held a moment ago."""
+    """Return a port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
@@ -96,7 +123,7 @@ def free_port() -> int:
 def start(
     settings: Sequence[str], *, ranks: int = 2, launcher: Sequence[str] = (), **options: Any
 ) -> subprocess.Popen[str]:
-    """Starts `megatron_cord.train` in a process group of its own, under the launcher (with these options) if there are several ranks."""
+    """Start `megatron_cord.train` in a process group of its own, under the launcher if there are several ranks."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "MASTER_PORT")
     }
@@ -107,13 +134,21 @@ def start(
         if ranks > 1
         else []
     )
-    return subprocess.Popen([sys.executable, *under, *train], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                            env=environment, start_new_session=True, **options)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, *under, *train],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        **options,
+    )
 
 
 @contextmanager
 def small_file_system(place: Path, size: str) -> Iterator[Path]:
-    """A file system of this size (as mount has it) at a new directory; skips the test where mounting is not allowed."""
+    """Mount a file system of this size (as mount has it) at a new directory; skip the test where it may not."""
     place.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, check=False

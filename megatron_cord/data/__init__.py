@@ -1,0 +1,1 @@
+"""What training reads: samples, views, prompts, features, shards, and the loader."""

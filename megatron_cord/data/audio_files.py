@@ -1,7 +1,8 @@
 """Recordings as others keep them, of any usual format, rate and number of channels, as mono audio at 16 kHz.
 
-Shards hold one plain format (``wav``); benchmarks come as MP3, FLAC or WAV at 24 or 44.1 kHz. libsndfile reads them (package soundfile, extra
-``speech``). What it simplifies: channels are averaged, and a recording is in memory as a whole, so its length is bounded.
+Shards hold one plain format (``wav``); benchmarks come as MP3, FLAC or WAV at 24 or 44.1 kHz. libsndfile reads them
+(package soundfile, extra ``speech``). What it simplifies: channels are averaged, and a recording is in memory as a
+whole, so its length is bounded.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _LARGEST_FILTER = 2000  # phases; rates that share next to no factor with 16 kHz
 
 
 def decode_audio(content: bytes, where: str) -> np.ndarray:
-    """The audio of a file.
+    """Decode the audio of a file.
 
     Args:
         content: of the file.
@@ -30,7 +31,8 @@ def decode_audio(content: bytes, where: str) -> np.ndarray:
         float32 [samples] in [-1, 1], mono, 16 kHz.
 
     Raises:
-        CordError: not a recording, damaged, empty, without a finite sample, or longer than an hour; or soundfile is missing.
+        CordError: not a recording, damaged, empty, without a finite sample, or longer than an hour; or soundfile is
+            missing.
     """
     try:
         import soundfile

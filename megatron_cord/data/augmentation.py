@@ -1,10 +1,12 @@
-"""Training audio made harder: noise, another speed, a narrower band. Each effect is drawn from (seed, step, sample) alone.
+"""Training audio made harder: noise, another speed, a narrower band.
 
-So neither the number of ranks or workers nor a restart changes what a step hears, and a sample sounds otherwise each time it comes. Everything
-is off by default; evaluation and the teacher, which reads, never hear any of it.
+Each effect is drawn from (seed, step, sample) alone.
 
-What it simplifies: noise is white or pink, not recorded; the speed changes the pitch with it, as a tape's does; the band has no slope but
-that of a Fourier transform's edge, smoothed.
+So neither the number of ranks or workers nor a restart changes what a step hears, and a sample sounds otherwise each
+time it comes. Everything is off by default; evaluation and the teacher, which reads, never hear any of it.
+
+What it simplifies: noise is white or pink, not recorded; the speed changes the pitch with it, as a tape's does; the
+band has no slope but that of a Fourier transform's edge, smoothed.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class AugmentationConfig:
             low, high = getattr(self, name)
             if not least <= low <= high <= most:
                 raise CordError(
-                    f"data.augmentation.{name} is {low} to {high}; write the smaller one first, both from {least:g} to {most:g}"
+                    f"data.augmentation.{name} is {low} to {high}; write the smaller one first, both from {least:g} "
+                    f"to {most:g}"
                 )
 
     @property
@@ -52,7 +55,7 @@ class AugmentationConfig:
 
 
 def augment(sample: Sample, config: AugmentationConfig, *, seed: int, step: int, longest: int | None = None) -> Sample:
-    """The sample as it sounds at one step.
+    """Return the sample as it sounds at one step.
 
     Args:
         sample: its waveform is float32 [samples], not changed in place.

@@ -1,8 +1,8 @@
-"""The same features by NVIDIA DALI, a batch at a time, on the CPU or the GPU: `data.features=dali` or `dali_gpu` (extra ``dali``).
+"""The same features by NVIDIA DALI, a batch at a time: `data.features=dali` or `dali_gpu` (extra ``dali``).
 
-DALI transforms and filters; scaling and the silence behind a clip are `features.normalize`'s, so that both backends agree by construction in all
-but the rounding of the spectrum. What it simplifies: the waveform is decoded and resampled before (DALI's resampler differs from others by
-up to 0.06 in a feature).
+DALI transforms and filters; scaling and the silence behind a clip are `features.normalize`'s, so that both backends
+agree by construction in all but the rounding of the spectrum. What it simplifies: the waveform is decoded and
+resampled before (DALI's resampler differs from others by up to 0.06 in a feature).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class DaliFeatures:
         return np.pad(np.asarray(waveform, np.float32), (0, max(0, wanted - len(waveform))))
 
     def _run(self, waveforms: list[np.ndarray]) -> list[Tensor]:
-        """log10 of the mel spectra, float32 [n_mels, frames] each, in tensors of their own: DALI uses its buffers again."""
+        """Compute log10 of the mel spectra, float32 [n_mels, frames] each, copied out of DALI's buffers."""
         self._pipeline.feed_input("audio", waveforms)
         (spectra,) = self._pipeline.run()
         if self._device == "cpu":

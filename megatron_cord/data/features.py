@@ -1,10 +1,12 @@
 """Log-mel features as Whisper's encoders take them, equal to transformers' WhisperFeatureExtractor.
 
-The short-time Fourier transform runs on the device of the waveform, and only over the frames that audio reaches: what pads a clip to the
-encoder's window is silence, whose features are known. The configuration is read from a checkpoint's ``preprocessor_config.json``, so that
-training hears exactly what every other user of the checkpoint does.
+The short-time Fourier transform runs on the device of the waveform, and only over the frames that audio reaches: what
+pads a clip to the encoder's window is silence, whose features are known. The configuration is read from a
+checkpoint's ``preprocessor_config.json``, so that training hears exactly what every other user of the checkpoint
+does.
 
-What it simplifies: one clip a transform; dithering and waveform normalisation are refused, as no supported model uses them.
+What it simplifies: one clip a transform; dithering and waveform normalisation are refused, as no supported model uses
+them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ _BAND_MELS = 32  # that share their columns of the filters' matrix
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """What a ``preprocessor_config.json`` says. The defaults are Whisper's and Qwen2-Audio's, but for the 128 mels of the latter.
+    """What a ``preprocessor_config.json`` contains.
+
+    The defaults are Whisper's and Qwen2-Audio's, but for the 128 mels of the latter.
 
     Attributes:
         n_mels: mel bands ("feature_size").
@@ -59,20 +63,20 @@ class FeatureConfig:
         return self.n_samples / self.sampling_rate
 
     def num_frames(self, samples: int) -> int:
-        """How many frames of the window a clip of ``samples`` fills: the sum of the extractor's attention mask."""
+        """Return how many frames a clip of ``samples`` fills: the sum of the extractor's attention mask."""
         return min(math.ceil(samples / self.hop_length), self.max_frames)
 
     def sounding_frames(self, samples: int) -> int:
-        """Frames of the window that a clip of ``samples`` reaches with at least one sample; those behind them see silence alone."""
+        """Return how many frames a clip of ``samples`` reaches; later ones see silence alone."""
         return min((samples + self.n_fft // 2) // self.hop_length + 1, self.max_frames)
 
     def samples_behind(self, frames: int) -> int:
-        """How many samples of the window its first ``frames`` frames see, and so many more that no reflection of its end reaches them."""
+        """Return how many samples the first ``frames`` frames see, and as many as a reflection of the end."""
         return min(frames * self.hop_length + self.n_fft, self.n_samples)
 
     @classmethod
     def from_checkpoint(cls, directory: str | Path) -> FeatureConfig:
-        """Reads ``preprocessor_config.json`` (or the feature extractor's part of ``processor_config.json``).
+        """Read ``preprocessor_config.json`` (or the feature extractor's part of ``processor_config.json``).
 
         Raises:
             CordError: when there is no such file, when it is not JSON, and for values that are not supported.
@@ -142,7 +146,8 @@ def log_mel(
         Features within 1e-4 of ``WhisperFeatureExtractor(waveform, return_attention_mask=True)``.
 
     Raises:
-        CordError: for another rate, more than one channel, no samples, NaN or infinite samples, and clips longer than the window.
+        CordError: for another rate, more than one channel, no samples, NaN or infinite samples, and clips longer than
+            the window.
     """
     audio = torch.as_tensor(waveform)
     check_waveform(audio, config, sampling_rate=sampling_rate, name=name)
@@ -164,10 +169,10 @@ def log_mel(
 
 
 def check_waveform(audio: Tensor, config: FeatureConfig, *, sampling_rate: int, name: str) -> None:
-    """Raises CordError as `log_mel` says."""
+    """Refuse a waveform that cannot be featurised."""
     if sampling_rate != config.sampling_rate:
         raise CordError(
-            f"sample {name}: audio at {sampling_rate} Hz, the encoder hears {config.sampling_rate} Hz; resample it"
+            f"sample {name}: audio at {sampling_rate} Hz, the encoder takes {config.sampling_rate} Hz; resample it"
         )
     if audio.ndim != 1:
         raise CordError(
@@ -178,7 +183,8 @@ def check_waveform(audio: Tensor, config: FeatureConfig, *, sampling_rate: int, 
     if len(audio) > config.n_samples:
         seconds = len(audio) / config.sampling_rate
         raise CordError(
-            f"sample {name}: {seconds:.2f} s of audio, the encoder's window is {config.max_seconds:.2f} s; shorten or split it"
+            f"sample {name}: {seconds:.2f} s of audio, the encoder's window is {config.max_seconds:.2f} s; shorten "
+            "or split it"
         )
     if not audio.is_floating_point():
         raise CordError(f"sample {name}: audio is {audio.dtype}; convert it to float32 in [-1, 1]")
@@ -188,10 +194,13 @@ def check_waveform(audio: Tensor, config: FeatureConfig, *, sampling_rate: int, 
 
 
 def normalize(sounding: Tensor, config: FeatureConfig, samples: int) -> Features:
-    """Whisper's scaling, and silence behind the clip.
+    """Apply Whisper's scaling, and add silence behind the clip.
 
     Args:
-        sounding: log10 of the mel spectrum, at least `FLOOR`, float32 [n_mels, sounding frames]: those that a clip of ``samples`` reaches.
+        sounding: log10 of the mel spectrum, at least `FLOOR`, float32 [n_mels, sounding frames]: those that a clip of
+            ``samples`` reaches.
+        config: of the checkpoint.
+        samples: of the clip.
     """
     loudest = sounding.max()
     features = sounding.new_empty(config.n_mels, config.max_frames)
@@ -243,7 +252,7 @@ class _Band(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _bands(n_mels: int, n_fft: int, sampling_rate: int, device: torch.device) -> list[_Band]:
-    """The filters without most of their zeros: a mel hears two hundred hertz at the bottom, and a thousand at the top."""
+    """Return the filters without most of their zeros: a band spans 200 Hz at the bottom and 1000 Hz at the top."""
     filters, bands = mel_filters(n_mels, n_fft, sampling_rate), []
     for mels in (slice(first, first + _BAND_MELS) for first in range(0, n_mels, _BAND_MELS)):
         heard = filters[mels].any(0).nonzero()

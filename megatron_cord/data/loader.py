@@ -1,11 +1,18 @@
-"""Which samples a step trains on: the same whatever the number of ranks, and known from the step's number alone.
+"""Which samples a step trains on, and on which rank: the same on every layout, and known from the step's number alone.
 
-Samples come in an endless row of epochs, each a shuffle of its own, drawn from (seed, epoch). A global batch is a stretch of that row; each
-data-parallel rank takes its part of the stretch. So the position in the data is one integer, and a run resumes exactly on another layout.
+Samples come in an endless row of epochs, each a shuffle of its own, drawn from (seed, epoch). A global batch is a
+stretch of that row, so the position in the data is one integer, and a run resumes exactly on another layout.
+
+The sample at position p of a batch belongs to data-parallel rank p mod DP: its ranks read, decode, augment and
+featurise it, generate its responses and train on them; no other rank does, and audio and features never travel between
+ranks. What it costs: data-parallel ranks have equally many samples (one more on some if DP does not divide the batch),
+not equally many tokens. The prompts of L_seq are the first of the batch, so they are dealt evenly too; choose
+``rollout.policy_prompts_per_step`` as a multiple of DP.
+
 Workers read ahead; what they read is decided before, so their number changes nothing but the waiting.
 
-What it simplifies: shuffling needs random access; streaming sets would need a buffer and its state. Workers are threads: reading, decoding
-and Fourier transforms leave the interpreter free.
+What it simplifies: shuffling needs random access; streaming sets would need a buffer and its state. Workers are
+threads: reading, decoding and Fourier transforms release the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -13,14 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal, Protocol
 
 import numpy as np
 
 from megatron_cord.data.augmentation import AugmentationConfig
 from megatron_cord.data.order import permutation
-from megatron_cord.data.samples import Sample
+from megatron_cord.data.samples import PreparedSample, Sample
 from megatron_cord.data.shards import ShardDataset
 from megatron_cord.errors import CordError
 
@@ -29,20 +36,20 @@ from megatron_cord.errors import CordError
 class DataConfig:
     """Where the spoken questions are, and what is made of them."""
 
-    train: str = ""  #: shards to train on: a directory with a manifest, a tar file, or a pattern; training requires it
+    train: str = ""  #: shards to train on: a directory with a manifest, a tar file, or a pattern; training needs it
     evaluation: str = ""  #: shards to evaluate on, likewise
     shuffle: bool = True  #: a new order each epoch, drawn from the run's seed; otherwise the order of the shards
 
-    #: Audio longer than the encoder's window: stop with an error, cut it into several clips, or skip the sample, within max_skipped.
+    #: Audio longer than the encoder's window: stop with an error, cut it into several clips, or skip the sample,
+    #: within max_skipped.
     long_audio: Literal["error", "cut", "skip"] = "error"
-    max_skipped: float = (
-        0.0  #: the largest share of a set's samples that may be left out because they are damaged; 0 stops at the first
-    )
+    #: the largest share of a set's samples that may be left out because they are damaged; 0 stops at the first
+    max_skipped: float = 0.0
     verify: bool = False  #: compare the shards' checksums with their manifest at the start, which reads all of them
-    workers: int = 1  #: threads of each rank that read, and make features of, the next step's samples; 0 does it when they are needed
-    features: Literal["torch", "dali", "dali_gpu"] = (
-        "torch"  #: what computes them: torch, or NVIDIA DALI on the CPU or on each rank's GPU
-    )
+    #: threads of each rank that read and featurise its share of the next step's samples; 0 does it when they are needed
+    workers: int = 1
+    #: what computes them: torch, or NVIDIA DALI on the CPU or on each rank's GPU
+    features: Literal["torch", "dali", "dali_gpu"] = "torch"
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)  #: of the audio that is trained on
 
     def __post_init__(self) -> None:
@@ -56,7 +63,7 @@ class DataConfig:
             raise CordError(f"data.workers cannot be negative, got {self.workers}")
 
     def open(self, which: Literal["train", "evaluation"], longest: int | None) -> ShardDataset:
-        """A data set under these rules.
+        """Open a data set under these rules.
 
         Args:
             which: of the two.
@@ -82,6 +89,33 @@ class SampleSource(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One data-parallel rank's share of a step's samples.
+
+    Attributes:
+        step: counted from 0.
+        positions: of the samples in the step's batch over all data-parallel ranks, ascending.
+        samples: one for each position.
+    """
+
+    step: int
+    positions: tuple[int, ...]
+    samples: tuple[PreparedSample, ...]
+
+    def at(self, position: int) -> PreparedSample:
+        """Return the sample at a position of the step's batch.
+
+        Raises:
+            KeyError: it belongs to another data-parallel rank.
+        """
+        return self._by_position[position]
+
+    @cached_property
+    def _by_position(self) -> dict[int, PreparedSample]:
+        return dict(zip(self.positions, self.samples, strict=True))
+
+
 class SampleLoader:
     """Batches of samples by step.
 
@@ -91,13 +125,13 @@ class SampleLoader:
         seed: of the shuffle.
         shuffle: False keeps the source's order.
         rank: of this process among the data-parallel ones.
-        world: how many they are.
+        world: how many they are; they need not divide the batch.
         workers: threads that read the next step's samples ahead.
         change: what becomes of a sample at a step, such as its augmentation.
-        prepare: called with samples where they were read, so that slow work on them is done ahead too.
+        prepare: makes prompts and features of samples, in the thread that reads them; None makes no prompts.
 
     Raises:
-        CordError: when the source is empty, or the ranks do not divide the batch.
+        CordError: the source is empty.
     """
 
     def __init__(
@@ -111,27 +145,24 @@ class SampleLoader:
         world: int = 1,
         workers: int = 0,
         change: Callable[[Sample, int], Sample] | None = None,
-        prepare: Callable[[Sequence[Sample]], object] | None = None,
+        prepare: Callable[[Sequence[Sample]], list[PreparedSample]] | None = None,
     ) -> None:
         if len(source) == 0:
             raise CordError("the data set holds no samples; make some with tools/synthesize.py")
-        if batch_size < 1 or batch_size % world != 0:
-            raise CordError(
-                f"a batch of {batch_size} samples does not divide among {world} data-parallel ranks; choose a multiple of {world}"
-            )
+        if batch_size < 1:
+            raise CordError(f"a batch of {batch_size} samples cannot be; choose at least 1")
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")
         self._source = source
         self._batch_size = batch_size
         self._seed = seed
         self._shuffle = shuffle
-        self._rank = rank
-        self._world = world
+        self._rank, self._world = rank, world
         self._order = lru_cache(maxsize=2)(self._draw_order)
-        self._change, self._prepare = change, prepare
+        self._change, self._prepare = change, prepare or _without_prompts
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="loader") if workers else None
         self._workers = workers
-        self._ahead: dict[int, list[Future[list[Sample]]]] = {}
+        self._ahead: dict[int, list[Future[list[PreparedSample]]]] = {}
 
     @property
     def batch_size(self) -> int:
@@ -139,47 +170,56 @@ class SampleLoader:
         return self._batch_size
 
     def epoch(self, step: int) -> float:
-        """How many epochs are behind when ``step`` begins."""
+        """Return how many epochs are behind when ``step`` begins."""
         return step * self._batch_size / len(self._source)
 
     def indices(self, step: int) -> list[int]:
-        """The numbers of this rank's samples in the source, for ``step`` counted from 0."""
-        share = self._batch_size // self._world
-        start = step * self._batch_size + self._rank * share
-        places = (divmod(position, len(self._source)) for position in range(start, start + share))
+        """Return the numbers in the source of all samples of ``step``, counted from 0, by position."""
+        start = step * self._batch_size
+        places = (divmod(number, len(self._source)) for number in range(start, start + self._batch_size))
         return [int(self._order(epoch)[offset]) for epoch, offset in places]
 
-    def batch(self, step: int) -> list[Sample]:
-        """This rank's samples for ``step``, counted from 0. With workers, those of the step after it are then on their way."""
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Where this rank's samples are in every batch."""
+        return tuple(range(self._rank, self._batch_size, self._world))
+
+    def batch(self, step: int) -> Batch:
+        """Return this rank's samples for ``step``. With workers, those of the step after it are then being read."""
         if self._pool is None:
-            return self._read(self.indices(step), step)
+            return Batch(step, self.positions, tuple(self._read(self._own(step), step)))
         reading = self._ahead.pop(step, None) or self._begin(self._pool, step)
         self._ahead = {step + 1: self._ahead.get(step + 1) or self._begin(self._pool, step + 1)}
-        return [sample for part in reading for sample in part.result()]
+        return Batch(step, self.positions, tuple(sample for part in reading for sample in part.result()))
 
     def close(self) -> None:
-        """Ends the workers; what they have read is dropped."""
+        """End the workers; what they have read is dropped."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _begin(self, pool: ThreadPoolExecutor, step: int) -> list[Future[list[Sample]]]:
-        """A stretch of the step's samples for each worker."""
-        indices = self.indices(step)
-        share = -(-len(indices) // self._workers)
+    def _own(self, step: int) -> list[int]:
+        return self.indices(step)[self._rank :: self._world]
+
+    def _begin(self, pool: ThreadPoolExecutor, step: int) -> list[Future[list[PreparedSample]]]:
+        """Give each worker a stretch of this rank's samples."""
+        indices = self._own(step)
+        share = max(1, -(-len(indices) // self._workers))
         return [
             pool.submit(self._read, indices[start : start + share], step) for start in range(0, len(indices), share)
         ]
 
-    def _read(self, indices: Sequence[int], step: int) -> list[Sample]:
+    def _read(self, indices: Sequence[int], step: int) -> list[PreparedSample]:
         samples = [self._source[index] for index in indices]
         if self._change is not None:
             samples = [self._change(sample, step) for sample in samples]
-        if self._prepare is not None:
-            self._prepare(samples)
-        return samples
+        return self._prepare(samples)
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         """int64 [samples]."""
         if not self._shuffle:
             return np.arange(len(self._source))
         return permutation(len(self._source), self._seed, epoch)
+
+
+def _without_prompts(samples: Sequence[Sample]) -> list[PreparedSample]:
+    return [PreparedSample(sample, {}) for sample in samples]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_cord.errors import CordError
+from megatron_cord.runtime.files import write_json
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = 1
@@ -54,18 +54,13 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
     def write(self, directory: Path) -> None:
-        """Writes ``manifest.json`` under a temporary name and renames it, so that it is complete or absent."""
+        """Write ``manifest.json``, complete or absent."""
         content = {"format": _FORMAT, "samples": self.samples, **asdict(self)}
-        temporary = directory / f".{MANIFEST_NAME}.partial"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(directory / MANIFEST_NAME)
+        write_json(directory / MANIFEST_NAME, content, sync=True)
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Reads ``manifest.json``.
+        """Read ``manifest.json``.
 
         Raises:
             CordError: when it is missing or not a manifest.
@@ -73,7 +68,8 @@ class Manifest:
         path = directory / MANIFEST_NAME
         if not path.is_file():
             raise CordError(
-                f"{directory} has no {MANIFEST_NAME}: the shards are incomplete or absent; make them with tools/synthesize.py"
+                f"{directory} has no {MANIFEST_NAME}: the shards are incomplete or absent; make them with "
+                "tools/synthesize.py"
             )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -26,7 +26,7 @@ SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10*
 
 
 def cardinal(number: int) -> str:
-    """ "one hundred five thousand twenty" for 105020.
+    """Spell a number: "one hundred five thousand twenty" for 105020.
 
     Raises:
         ValueError: negative, or a thousand trillions and more.
@@ -44,7 +44,7 @@ def cardinal(number: int) -> str:
 
 
 def ordinal(number: int) -> str:
-    """ "twenty first" for 21. Raises ValueError like ``cardinal``."""
+    """Spell an ordinal: "twenty first" for 21. Raises ValueError like ``cardinal``."""
     front, _, last = cardinal(number).rpartition(" ")
     if last in _IRREGULAR_ORDINALS:
         last = _IRREGULAR_ORDINALS[last]

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def permutation(count: int, *seeds: int) -> np.ndarray:
-    """A shuffled order of ``range(count)`` that depends on ``seeds`` alone.
+    """Return a shuffled order of ``range(count)`` that depends on ``seeds`` alone.
 
     The raw stream of PCG64 is sorted, because numpy guarantees the raw streams of its bit generators for ever, and the
     streams of ``Generator.permutation`` only within a version.

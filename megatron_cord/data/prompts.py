@@ -1,24 +1,23 @@
-"""Prompts: one sample as two token sequences, spoken and written, which differ only where audio stands for text.
+"""Prompts: one sample as a token sequence for each view; they differ only where audio stands for text.
 
-Chat template, tokenizer and feature extractor are the checkpoint's own. Simplification: one user turn with one recording, which a text may
-follow, or one text.
+Chat template, tokenizer and feature extractor are the checkpoint's own. A builder keeps nothing about samples: what
+it builds travels with them (`data.samples.PreparedSample`). Simplification: one user turn with one recording, which a
+text may follow, or one text.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Literal
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from megatron_cord.data.features import FeatureConfig, FeatureExtractor, TorchFeatures
-from megatron_cord.data.samples import AudioClip, Prompt, Sample
+from megatron_cord.data.samples import HEAR, READ, AudioClip, PreparedSample, Prompt, Sample, View
 from megatron_cord.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import family_of, load_architecture
@@ -30,18 +29,18 @@ FeatureBackend = Literal["torch", "dali", "dali_gpu"]
 
 
 class PromptBuilder:
-    """Turns samples into prompts for one checkpoint, and token ids back into text.
+    """Turns samples into prompts for one checkpoint, and token ids back into text; holds no sample.
 
     Args:
         checkpoint_dir: a Hugging Face checkpoint.
-        long_audio: what to do with audio longer than the encoder's window: refuse it, or cut it into clips, each with its own
-            placeholders. "skip" refuses it too: the data set leaves it out before it comes here.
+        long_audio: what to do with audio longer than the encoder's window: refuse it, or cut it into clips, each with
+            its own placeholders. "skip" refuses it too: the data set leaves such samples out.
         features: what computes them: torch, or NVIDIA DALI (extra dali) on the CPU or on this process's GPU.
 
     Attributes:
         eos_ids: tokens that end a response.
         pad_id: fills batches.
-        audio_token_id: the placeholder, one for each audio feature; None for a model that only reads.
+        audio_token_id: the placeholder, one for each audio feature; None for a model without an audio encoder.
         special_ids: never to be sampled: all special tokens but ``eos_ids``, and ids without a token.
         vocab_size: rows of the model's embedding, which may be more than the tokenizer has tokens.
 
@@ -65,10 +64,6 @@ class PromptBuilder:
         self.special_ids = tuple(sorted({*self._tokenizer.special_ids, *tokenless} - set(self.eos_ids)))
         self._template: str | None = None
         self._features: FeatureConfig | None = None
-        self._heard: WeakKeyDictionary[Sample, Prompt] = (
-            WeakKeyDictionary()
-        )  # each sample's features are made once, as long as it is held
-        self._hearing = threading.Lock()
         if self._arch.encoder is not None:
             self._features = self._find_features(directory)
             self._extract = _make_extractor(features, self._features)
@@ -79,50 +74,62 @@ class PromptBuilder:
 
     @property
     def longest_clip(self) -> int | None:
-        """Samples of audio that the encoder takes at once; None for a model that only reads."""
+        """Samples of audio that the encoder takes at once; None for a model without an audio encoder."""
         return None if self._features is None else self._longest(self._features)
 
-    def audio_prompt(self, sample: Sample) -> Prompt:
-        """The question as heard; each clip's features are float32 [n_mels, window frames]. Threads may call it; it is kept with the sample.
+    def prepare(self, samples: Sequence[Sample], views: Collection[View] = (HEAR, READ)) -> list[PreparedSample]:
+        """Build the prompts of these views for each sample; features are made together. Threads may call it.
 
         Raises:
-            CordError: audio that ``log_mel`` refuses (another rate …), longer than the encoder's window unless it may be cut, or too
-                short for the encoder; a model that only reads.
+            CordError: as `audio_prompt` and `text_prompt`.
+        """
+        prompts: list[dict[View, Prompt]] = [{} for _ in samples]
+        if HEAR in views:
+            for made, prompt in zip(prompts, self.audio_prompts(samples), strict=True):
+                made[HEAR] = prompt
+        if READ in views:
+            for made, sample in zip(prompts, samples, strict=True):
+                made[READ] = self.text_prompt(sample)
+        return [PreparedSample(sample, made) for sample, made in zip(samples, prompts, strict=True)]
+
+    def audio_prompt(self, sample: Sample) -> Prompt:
+        """Build the prompt of the recording. Threads may call it.
+
+        Each clip's features are float32 [n_mels, window frames].
+
+        Raises:
+            CordError: audio that ``log_mel`` refuses (another rate …), longer than the encoder's window unless it may
+                be cut, or too short for the encoder; a model without an audio encoder.
         """
         return self.audio_prompts([sample])[0]
 
     def audio_prompts(self, samples: Sequence[Sample]) -> list[Prompt]:
-        """One each, in the same order; features that are not there yet are made together."""
-        with self._hearing:
-            found = {id(sample): self._heard.get(sample) for sample in samples}
-        missing = [sample for sample in samples if found[id(sample)] is None]
-        made = dict(zip(map(id, missing), self._hear(missing), strict=True))
-        with self._hearing:
-            self._heard.update({sample: made[id(sample)] for sample in missing})
-        return [made.get(id(sample)) or found[id(sample)] for sample in samples]  # type: ignore[misc]
-
-    def _hear(self, samples: Sequence[Sample]) -> list[Prompt]:
+        """Build one each, in the same order; features are made together."""
         if not samples:
             return []
         if self._features is None:
             raise CordError(
-                f"sample {samples[0].id}: a {self._arch.model_type} model takes no audio; choose a checkpoint that hears"
+                f"sample {samples[0].id}: a {self._arch.model_type} model takes no audio; choose a checkpoint with "
+                "an audio encoder"
             )
-        windows = [(sample, waveform) for sample in samples for waveform in self._windows(sample, self._features)]
-        rates = [sample.sampling_rate for sample, _ in windows]
-        features = self._extract([waveform for _, waveform in windows], [sample.id for sample, _ in windows], rates)
-        clips: dict[int, list[AudioClip]] = {id(sample): [] for sample in samples}
-        for (sample, waveform), heard in zip(windows, features, strict=True):
-            tokens = self._arch.num_audio_tokens(heard.num_frames)
+        windows = [
+            (i, waveform) for i, sample in enumerate(samples) for waveform in self._windows(sample, self._features)
+        ]
+        features = self._extract(
+            [waveform for _, waveform in windows],
+            [samples[i].id for i, _ in windows],
+            [samples[i].sampling_rate for i, _ in windows],
+        )
+        clips: list[list[AudioClip]] = [[] for _ in samples]
+        for (i, waveform), made in zip(windows, features, strict=True):
+            tokens = self._arch.num_audio_tokens(made.num_frames)
             if tokens < _FEWEST_AUDIO_TOKENS:
-                seconds = len(waveform) / sample.sampling_rate
+                seconds = len(waveform) / samples[i].sampling_rate
                 raise CordError(
-                    f"sample {sample.id}: audio of {seconds:.2f} s is too short for the encoder; drop the sample"
+                    f"sample {samples[i].id}: audio of {seconds:.2f} s is too short for the encoder; drop the sample"
                 )
-            clips[id(sample)].append(
-                AudioClip(waveform=waveform, features=heard.log_mel, num_frames=heard.num_frames, num_tokens=tokens)
-            )
-        return [self._prompt_of_clips(sample, clips[id(sample)]) for sample in samples]
+            clips[i].append(AudioClip(waveform, made.log_mel, made.num_frames, tokens))
+        return [self._prompt_of_clips(sample, some) for sample, some in zip(samples, clips, strict=True)]
 
     def _prompt_of_clips(self, sample: Sample, clips: Sequence[AudioClip]) -> Prompt:
         first, *others = self._around_audio(len(clips), sample.instruction)
@@ -135,7 +142,7 @@ class PromptBuilder:
         return Prompt(sample_id=sample.id, token_ids=tuple(ids), clips=tuple(clips))
 
     def _windows(self, sample: Sample, features: FeatureConfig) -> list[np.ndarray]:
-        """The recording in clips that the encoder can take, whole if it is short enough; nothing is left out."""
+        """Cut the recording into clips that the encoder can take, whole if it is short enough; nothing is left out."""
         audio, longest = sample.waveform, self._longest(features)
         # What is no mono recording at the right rate gets log_mel's error.
         if sample.sampling_rate != features.sampling_rate or audio.ndim != 1 or len(audio) <= longest:
@@ -148,9 +155,8 @@ class PromptBuilder:
             )
         starts = list(range(0, len(audio), longest))
         enough = next(frames for frames in count(1) if self._arch.num_audio_tokens(frames) >= _FEWEST_AUDIO_TOKENS)
-        starts[-1] = min(
-            starts[-1], len(audio) - enough * features.hop_length
-        )  # a rest too short to hear takes from its neighbour
+        # A rest too short for the encoder takes from its neighbour.
+        starts[-1] = min(starts[-1], len(audio) - enough * features.hop_length)
         return [audio[start:end] for start, end in zip(starts, [*starts[1:], len(audio)], strict=True)]
 
     def _longest(self, features: FeatureConfig) -> int:
@@ -158,7 +164,7 @@ class PromptBuilder:
         return self._arch.encoder.max_clip_frames * features.hop_length
 
     def text_prompt(self, sample: Sample) -> Prompt:
-        """The question as read.
+        """Build the prompt of the question's text.
 
         Raises:
             CordError: an empty question, or words that a word-level vocabulary does not have.
@@ -174,15 +180,16 @@ class PromptBuilder:
         if unknown is not None and unknown in ids:
             words = [word for word in text.split() if unknown in self._tokenizer.encode(word)]
             raise CordError(
-                f"sample {sample.id}: words outside the model's vocabulary: {', '.join(words[:8])}; rephrase the question"
+                f"sample {sample.id}: words outside the model's vocabulary: {', '.join(words[:8])}; rephrase the "
+                "question"
             )
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of plain text, without any special token added."""
+        """Return token ids of plain text, without any special token added."""
         return tuple(self._tokenizer.encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
+        """Return the text of token ids, without special tokens."""
         known = [
             index
             for index in ids
@@ -191,7 +198,7 @@ class PromptBuilder:
         return self._tokenizer.decode(known)
 
     def text_of(self, ids: Sequence[int]) -> str | None:
-        """A text that the tokenizer turns into these ids, each run of audio placeholders written once; None if there is none.
+        """Return a text that the tokenizer turns into these ids, each run of placeholders once; None without one.
 
         For servers that tokenize a spoken prompt themselves and expand its placeholders.
         """
@@ -211,7 +218,7 @@ class PromptBuilder:
         return text if self._tokenizer.encode(text) == once else None
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
-        """Each token's own text, specials included."""
+        """Return each token's own text, specials included."""
         return [self._tokenizer.decode([index]) if index < len(self._tokenizer) else f"<{index}>" for index in ids]
 
     def _tokenize(self, parts: list[dict[str, str]]) -> list[int]:
@@ -222,7 +229,7 @@ class PromptBuilder:
         return self._tokenize([{"type": "audio", "audio_url": "clip"}] * clips + beside)
 
     def _around_audio(self, clips: int, instruction: str | None = None) -> list[list[int]]:
-        """The prompt of so many clips, and what is read behind them, cut at their placeholders: clips + 1 pieces."""
+        """Return the prompt of so many clips and an instruction, cut at the placeholders: clips + 1 pieces."""
         pieces: list[list[int]] = [[]]
         for index in self._tokenize_audio(clips, instruction):
             if index == self.audio_token_id:
@@ -237,14 +244,14 @@ class PromptBuilder:
         return pieces
 
     def _writes_placeholder(self) -> bool:
-        """Whether the checkpoint's own template has a place for a clip."""
+        """Return whether the checkpoint's own template has a place for a clip."""
         try:
             return self._tokenize_audio(1).count(self._arch.audio_token_id or 0) == 1
         except (CordError, TemplateError):
             return False
 
     def _find_features(self, directory: Path) -> FeatureConfig:
-        """The checkpoint's feature extractor; Whisper's, over the encoder's window, where its processing is code."""
+        """Return the checkpoint's feature extractor; Whisper's where its processing is code."""
         encoder = self._arch.encoder
         assert encoder is not None
         if isinstance(self._tokenizer, HuggingFaceTokenizer) and self._tokenizer.hears:
@@ -255,8 +262,10 @@ class PromptBuilder:
             )
         if (features.n_mels, features.max_frames) != (encoder.num_mels, encoder.window_frames):
             raise CordError(
-                f"{directory}: the feature extractor makes {features.n_mels} mel bands and {features.max_frames} frames, the encoder "
-                f"takes {encoder.num_mels} and {encoder.window_frames}; copy preprocessor_config.json from the original checkpoint"
+                f"{directory}: the feature extractor makes {features.n_mels} mel bands and {features.max_frames} "
+                "frames, the encoder "
+                f"takes {encoder.num_mels} and {encoder.window_frames}; copy preprocessor_config.json from the "
+                "original checkpoint"
             )
         return features
 
@@ -266,7 +275,8 @@ class PromptBuilder:
             eos = GenerationConfig.from_pretrained(directory).eos_token_id or eos
         if eos is None:
             raise CordError(
-                f"{directory}: neither tokenizer nor generation_config.json says what ends a response; set eos_token_id there"
+                f"{directory}: neither tokenizer nor generation_config.json says what ends a response; set "
+                "eos_token_id there"
             )
         return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
 

@@ -1,7 +1,10 @@
-"""Written questions from JSONL, Parquet or a saved Hugging Face dataset: {"question": …, "answer": …, "solution": …, "choices": […], "id": …}.
+"""Written questions from JSONL, Parquet or a saved Hugging Face dataset.
 
-Only "question" is needed. A row that cannot be used is a reject with its place and reason, not the end of the work; the caller bounds how many
-there may be. Choices are read out after the question, lettered, so that reading and hearing ask for the same.
+A row is {"question": …, "answer": …, "solution": …, "choices": […], "id": …}.
+
+Only "question" is needed. A row that cannot be used is a reject with its place and reason, not the end of the work;
+the caller bounds how many there may be. Choices are read out after the question, lettered, so that reading and
+hearing ask for the same.
 
 What it simplifies: the whole file is held in memory (80,000 questions are some 40 MB).
 """
@@ -63,7 +66,8 @@ def read_questions(
     """All questions of a file, in its order, and what is wrong with the others.
 
     Args:
-        path: a .jsonl or .parquet file, or a directory of .parquet or .arrow files as `datasets.save_to_disk` writes it.
+        path: a .jsonl or .parquet file, or a directory of .parquet or .arrow files as `datasets.save_to_disk` writes
+            it.
         question: the field that asks.
         answer: the field that answers.
 

@@ -1,7 +1,7 @@
 """Changes the sampling rate of a recording: windowed-sinc interpolation, the same result every time.
 
-Sums are in float64: in float32 their last bits depend on how many threads a BLAS uses and for which processor it was written, and so did
-one in ten thousand of the 16-bit samples that are made of them.
+Sums are in float64: in float32 their last bits depend on how many threads a BLAS uses and for which processor it was
+written, and so did one in ten thousand of the 16-bit samples that are made of them.
 
 What it simplifies: the whole recording is in memory at once, and rates are whole numbers of Hz.
 """

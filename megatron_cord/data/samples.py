@@ -1,11 +1,25 @@
-"""What the other rooms exchange about data: a spoken question, and the prompts made of it."""
+"""Data as it travels between rooms: a sample, and the prompts made of it, one for each view.
+
+A view is how a model meets a sample: `HEAR` gives it the recording, `READ` the text. A `PreparedSample` is made once,
+by the loader, on the ranks that generate from it and train on it; its features go with it to the microbatch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
+
+View = Literal["hear", "read"]
+HEAR: View = "hear"  #: the recording, with an instruction if the sample has one
+READ: View = "read"  #: the question as text
+
+
+def _no_audio() -> np.ndarray:
+    return np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,19 +28,21 @@ class Sample:
 
     Attributes:
         id: unique within a data set; names the sample in errors and records.
-        question: what the teacher reads and the speaker says.
-        waveform: float32 [samples] in [-1, 1], mono, at ``sampling_rate`` Hz.
+        question: the text that is spoken.
+        waveform: float32 [samples] in [-1, 1], mono, at ``sampling_rate`` Hz; empty where the sample was read without
+            its audio.
         sampling_rate: Hz.
         answer: the gold final answer, for evaluation only; None if unknown.
         solution: a worked answer that ends in ``answer``; None if unknown.
-        voice: who speaks; None if unknown.
+        voice: name of the speaker; None if unknown.
         choices: the texts behind the letters A, B, … that the question offers; empty for a question that offers none.
-        instruction: what is read beside the recording, where that is no spoken question but a sound to be asked about; None hears alone.
+        instruction: text beside the recording, for a recording that is a sound and not a spoken question; None for
+            the recording alone.
     """
 
     id: str
     question: str
-    waveform: np.ndarray
+    waveform: np.ndarray = field(default_factory=_no_audio)
     sampling_rate: int = 16000
     answer: str | None = None
     solution: str | None = None
@@ -40,7 +56,7 @@ class AudioClip:
     """One clip as the encoder takes it.
 
     Attributes:
-        waveform: float32 [samples], 16 kHz (an engine with a feature extractor of its own takes this).
+        waveform: float32 [samples], 16 kHz, for an engine with a feature extractor of its own.
         features: float32 [n_mels, frames], log-mel, padded to the encoder's window.
         num_frames: how many of the frames are audio, the rest being padding.
         num_tokens: how many audio features the adapter makes of it, which is the number of placeholders.
@@ -57,7 +73,7 @@ class Prompt:
     """One tokenised prompt.
 
     Attributes:
-        sample_id: the sample that it asks.
+        sample_id: of the sample.
         token_ids: placeholders already expanded, one for each audio feature.
         clips: the audio behind the placeholders, in order; empty for a text prompt.
     """
@@ -65,3 +81,16 @@ class Prompt:
     sample_id: str
     token_ids: tuple[int, ...]
     clips: tuple[AudioClip, ...] = field(default=())
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedSample:
+    """A sample with its prompts, and in their clips its features.
+
+    Attributes:
+        sample: the sample.
+        prompts: by view; views that no use of the sample needs are left out.
+    """
+
+    sample: Sample
+    prompts: Mapping[View, Prompt]

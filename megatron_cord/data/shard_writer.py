@@ -1,16 +1,15 @@
 """Writes webdataset shards: tar files with ``{id}.json`` and ``{id}.wav`` for each sample.
 
-The JSON holds id, question, answer, solution and voice; the WAV is 16-bit PCM, mono, 16 kHz. Whatever reads webdataset tars reads these. A
-shard is complete or invisible: it is written under a temporary name and renamed, and the directory's manifest comes last.
+The JSON holds id, question, answer, solution and voice; the WAV is 16-bit PCM, mono, 16 kHz. Whatever reads
+webdataset tars reads these. A shard is complete or invisible: it is written under a temporary name and renamed, and
+the directory's manifest comes last.
 
 What it simplifies: one process writes, and a shard waits in memory until it is full.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +23,13 @@ from megatron_cord.data.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.wav import SAMPLING_RATE, encode_wav
 from megatron_cord.errors import CordError
+from megatron_cord.runtime.files import atomic_file, file_digest
 
 
 class ShardWriter:
-    """Fills a directory with shards; ``close`` completes it. Without that call the directory stays incomplete, and nobody reads it.
+    """Fills a directory with shards; ``close`` completes it.
+
+    Without that call the directory stays incomplete, and cannot be opened.
 
     Args:
         directory: created when missing.
@@ -54,7 +56,7 @@ class ShardWriter:
         self._seconds = 0.0
 
     def write(self, sample: Sample) -> None:
-        """Adds one sample.
+        """Add one sample.
 
         Raises:
             CordError: when the sample could not be read back or comes twice, or the disk is full.
@@ -70,7 +72,7 @@ class ShardWriter:
             self._flush()
 
     def close(self) -> Manifest:
-        """Writes the last shard and the manifest."""
+        """Write the last shard and the manifest."""
         if self._pending:
             self._flush()
         if not self._shards:
@@ -92,7 +94,7 @@ class ShardWriter:
 
 
 def encode_sample(sample: Sample) -> dict[str, Any]:
-    """A sample as webdataset's writer takes it.
+    """Encode a sample as webdataset's writer takes it.
 
     Raises:
         CordError: when the sample could not be read back: no question, an id with odd characters, bad audio.
@@ -120,35 +122,26 @@ def encode_sample(sample: Sample) -> dict[str, Any]:
 
 
 def write_shard(path: Path, samples: Sequence[Mapping[str, Any]]) -> ShardEntry:
-    """Writes encoded samples as one shard, complete or invisible.
+    """Write encoded samples as one shard, complete or invisible.
 
     Raises:
         CordError: the disk is full or may not be written.
     """
-    temporary = path.with_name(
-        f".{path.name}.{os.getpid()}.partial"
-    )  # an orphan of a killed run may still be writing its own
     with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            with TarWriter(file, encoder=False, mtime=0) as tar:  # a fixed time: equal samples make equal files
-                for sample in samples:
-                    tar.write(sample)
-            file.flush()
-            os.fsync(file.fileno())
-        with temporary.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        entry = ShardEntry(path.name, len(samples), temporary.stat().st_size, digest)
-        temporary.replace(path)
-    return entry
+        # A fixed time: equal samples make equal files.
+        with atomic_file(path, sync=True) as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            for sample in samples:
+                tar.write(sample)
+        return ShardEntry(path.name, len(samples), path.stat().st_size, file_digest(path))
 
 
 @contextmanager
 def disk_errors(directory: Path) -> Iterator[None]:
-    """A full disk or a missing permission in one line."""
+    """Report a full disk or a missing permission in one line."""
     try:
         yield
     except OSError as error:
         raise CordError(
-            f"cannot write shards to {directory}: {error.strerror or error}; free some space or choose another directory"
+            f"cannot write shards to {directory}: {error.strerror or error}; free some space or choose another "
+            "directory"
         ) from error

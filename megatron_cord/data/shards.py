@@ -1,7 +1,7 @@
 """Reads webdataset shards: tar files with ``{id}.wav`` and ``{id}.json`` for each sample (see ``shard_writer``).
 
-Everything but the audio itself is checked when a data set is opened, so that a bad sample stops a run before its first step, or is left out
-for the whole of it. Only JSON and PCM are ever decoded: a shard cannot carry code.
+Everything but the audio itself is checked when a data set is opened, so that a bad sample stops a run before its
+first step, or is left out for the whole of it. Only JSON and PCM are ever decoded: a shard cannot carry code.
 
 What it simplifies: the index of offsets is built anew at every start, and shards are local, uncompressed files.
 """
@@ -9,10 +9,9 @@ What it simplifies: the index of offsets is built anew at every start, and shard
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +20,7 @@ from megatron_cord.data.manifest import Manifest, ShardEntry
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.wav import SAMPLING_RATE, check_wav, decode_wav
 from megatron_cord.errors import CordError
+from megatron_cord.runtime.files import file_digest, fingerprint
 
 _BLOCK = 512  # bytes; tar's unit
 
@@ -59,8 +59,8 @@ class Skipped:
 class ShardDataset:
     """Samples of one or more shards, by number, in the order of the shards and of the samples in them.
 
-    What cannot be used is decided here, from the files alone and before the first sample is taken: so all ranks, and every restart on the
-    same files, leave out the same. By default nothing may be left out.
+    What cannot be used is decided here, from the files alone and before the first sample is taken: so all ranks, and
+    every restart on the same files, leave out the same. By default nothing may be left out.
 
     A data set holds no open file: it may be used after a fork and by several threads.
 
@@ -74,9 +74,9 @@ class ShardDataset:
         skipped: what was left out, in the order of the shards.
 
     Raises:
-        CordError: naming shard and sample, when a shard is missing, truncated or not a tar; when a sample lacks audio or text, has audio that is
-            not 16-bit PCM, mono, 16 kHz, or no samples of it, or comes twice, and this is more than may be skipped; and when there are no
-            samples at all.
+        CordError: naming shard and sample, when a shard is missing, truncated or not a tar; when a sample lacks audio
+            or text, has audio that is not 16-bit PCM, mono, 16 kHz, or no samples of it, or comes twice, and this is
+            more than may be skipped; and when there are no samples at all.
     """
 
     def __init__(
@@ -106,7 +106,8 @@ class ShardDataset:
         if count > max_skipped * (count + len(self)):
             first = self.skipped[0]
             raise CordError(
-                f"{path}: {count} of {count + len(self)} samples cannot be used, more than max_skipped={max_skipped:g} allows; the first: "
+                f"{path}: {count} of {count + len(self)} samples cannot be used, more than "
+                f"max_skipped={max_skipped:g} allows; the first: "
                 f"{first.message}"
             )
         if not self._entries:
@@ -114,8 +115,8 @@ class ShardDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Stands for the samples and their order: 16 hexadecimal digits of the SHA-256 over their ids."""
-        return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:16]
+        """Stands for the samples and their order: 16 hexadecimal digits over their ids."""
+        return fingerprint(self.ids)
 
     def _skip(self, item: Skipped, max_skipped: float) -> None:
         if not max_skipped:
@@ -130,6 +131,10 @@ class ShardDataset:
         """Of all samples, in their order."""
         return [entry.id for entry in self._entries]
 
+    def id_of(self, index: int) -> str:
+        """Return a sample's id without reading it."""
+        return self._entries[index].id
+
     def __getitem__(self, index: int) -> Sample:
         entry = self._entries[index]
         try:
@@ -141,30 +146,37 @@ class ShardDataset:
             raise CordError(
                 f"{entry.where}: cannot be read ({error.strerror}); the shard must stay in place during a run"
             ) from error
-        return Sample(
-            id=entry.id,
-            question=texts["question"],
-            waveform=waveform,
-            sampling_rate=SAMPLING_RATE,
-            answer=texts.get("answer"),
-            solution=texts.get("solution"),
-            voice=texts.get("voice"),
-            choices=tuple(texts.get("choices") or ()),
-        )
+        return replace(_sample(entry, texts), waveform=waveform)
 
     def texts(self, index: int) -> dict[str, Any]:
-        """A sample's JSON, without its audio: id, question, answer, solution, voice and choices."""
+        """Return a sample's JSON, without its audio: id, question, answer, solution, voice and choices."""
         entry = self._entries[index]
         with entry.shard.open("rb") as file:
             return {"id": entry.id} | _read_texts(file, entry)
 
+    def without_audio(self, index: int) -> Sample:
+        """Return a sample whose audio is neither read nor decoded, for what needs its text alone."""
+        return _sample(self._entries[index], self.texts(index))
+
+
+def _sample(entry: _Entry, texts: Mapping[str, Any]) -> Sample:
+    return Sample(
+        id=entry.id,
+        question=texts["question"],
+        sampling_rate=SAMPLING_RATE,
+        answer=texts.get("answer"),
+        solution=texts.get("solution"),
+        voice=texts.get("voice"),
+        choices=tuple(texts.get("choices") or ()),
+    )
+
 
 def _find_shards(path: str | Path) -> list[tuple[Path, ShardEntry | None]]:
-    """The shards in their order, with what a manifest says of them."""
+    """Return the shards in their order, with their entries in a manifest."""
     directory = Path(path)
     if directory.is_dir():
         return [(directory / entry.name, entry) for entry in Manifest.read(directory).shards]
-    matches = sorted(Path(match) for match in glob.glob(str(path)))
+    matches = sorted(Path(match) for match in glob.glob(str(path)))  # noqa: PTH207 (absolute patterns, too)
     if not matches:
         raise CordError(f"{path}: no such directory or shard; check the path, or make shards with tools/synthesize.py")
     return [(match, None) for match in matches]
@@ -177,10 +189,8 @@ def _changed(shard: Path, listed: ShardEntry, verify: bool) -> str | None:
     size = shard.stat().st_size
     if size != listed.bytes:
         return f"has {size} of {listed.bytes} bytes: truncated or changed; restore it or make the shards again"
-    if verify:
-        with shard.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != listed.sha256:
-                return "does not have the checksum that the manifest lists; restore it or make the shards again"
+    if verify and file_digest(shard) != listed.sha256:
+        return "does not have the checksum that the manifest lists; restore it or make the shards again"
     return None
 
 
@@ -229,13 +239,14 @@ def _checked(
     if longest is not None and samples > longest:
         return Skipped(
             where,
-            f"{where} has {samples / SAMPLING_RATE:.2f} s of audio, the longest allowed are {longest / SAMPLING_RATE:.2f} s",
+            f"{where} has {samples / SAMPLING_RATE:.2f} s of audio, the longest allowed are "
+            f"{longest / SAMPLING_RATE:.2f} s",
         )
     return entry
 
 
 def _members(file: BinaryIO, shard: Path) -> tuple[list[tarfile.TarInfo], str | None]:
-    """The regular files of a tar that lie wholly in it, and what is wrong with the tar."""
+    """Return the regular files of a tar that lie wholly in it, and what is wrong with the tar."""
     members, end, size = [], 0, shard.stat().st_size
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -258,7 +269,7 @@ def _members(file: BinaryIO, shard: Path) -> tuple[list[tarfile.TarInfo], str | 
 
 
 def _read_texts(file: BinaryIO, entry: _Entry) -> dict[str, Any]:
-    """The sample's JSON object: a question, and texts or null."""
+    """Read the sample's JSON object: a question, and texts or null."""
     file.seek(entry.json_offset)
     try:
         texts = json.loads(file.read(entry.json_size).decode("utf-8"))

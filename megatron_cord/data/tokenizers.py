@@ -1,7 +1,8 @@
-"""Tokenizers behind one small interface: Hugging Face's, and sentencepiece models that come without Hugging Face's files.
+"""Tokenizers behind one small interface: Hugging Face's, and plain sentencepiece models.
 
-Each renders a conversation through the checkpoint's own chat template and turns text into ids and back. Special tokens that stand in a
-text are recognised; none is ever added. Simplification: a sentencepiece model's marks are its pieces of the form <…>.
+Each renders a conversation through the checkpoint's own chat template and turns text into ids and back. Special
+tokens that stand in a text are recognised; none is ever added. Simplification: a sentencepiece model's marks are its
+pieces of the form <…>.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ class Tokenizer(Protocol):
         ...
 
     def __len__(self) -> int:
-        """Number of tokens."""
+        """Return the number of tokens."""
         ...
 
     def render(self, turns: Turns, template: str | None = None) -> str:
-        """The conversation as one text that asks for an answer.
+        """Render the conversation as one text that ends where the answer begins.
 
         Args:
             turns: of the conversation.
@@ -63,7 +64,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
+        """Return the text of token ids."""
         ...
 
 
@@ -167,7 +168,7 @@ class SentencePieceTokenizer:
 
 
 def load_tokenizer(directory: str | Path) -> HuggingFaceTokenizer | SentencePieceTokenizer:
-    """The checkpoint's tokenizer: the sentencepiece model where that is all there is, Hugging Face's otherwise.
+    """Load the checkpoint's tokenizer: the sentencepiece model where there is nothing else, Hugging Face's otherwise.
 
     Raises:
         CordError: there is none, or it cannot be read.

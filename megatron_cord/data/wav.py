@@ -19,7 +19,7 @@ _ADVICE = f"convert it to 16-bit PCM, mono, {SAMPLING_RATE} Hz"
 
 
 def encode_wav(waveform: np.ndarray) -> bytes:
-    """A WAV file of float samples [samples] in [-1, 1] at 16 kHz.
+    """Encode float samples [samples] in [-1, 1] at 16 kHz as a WAV file.
 
     Raises:
         ValueError: when the waveform is not one-dimensional, empty, not finite, or outside [-1, 1].
@@ -38,7 +38,7 @@ def encode_wav(waveform: np.ndarray) -> bytes:
 
 
 def encode_float_wav(waveform: np.ndarray) -> bytes:
-    """A WAV file of float samples [samples] at 16 kHz, as they are: for a server that shall hear just what the trainer hears, not for shards."""
+    """Encode float samples [samples] at 16 kHz bit by bit, for a server that must get the trainer's own samples."""
     samples = waveform.astype("<f4").tobytes()
     form = struct.pack("<IHHIIHH", 16, 3, 1, SAMPLING_RATE, 4 * SAMPLING_RATE, 4, 32)  # 3: IEEE floating-point
     return (
@@ -53,7 +53,7 @@ def encode_float_wav(waveform: np.ndarray) -> bytes:
 
 
 def check_wav(file: BinaryIO, size: int, where: str) -> int:
-    """Reads the header at the file's position, without the audio, and returns how many samples it has.
+    """Read the header at the file's position, without the audio; return how many samples it has.
 
     Args:
         file: a binary file; the WAV may lie in the middle of it.
@@ -70,7 +70,7 @@ def check_wav(file: BinaryIO, size: int, where: str) -> int:
 
 
 def decode_wav(content: bytes, where: str) -> np.ndarray:
-    """The audio of a WAV file.
+    """Decode the audio of a WAV file.
 
     Returns:
         float32 [samples] in [-1, 1], at 16 kHz.

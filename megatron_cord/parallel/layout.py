@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from megatron_cord.errors import CordError
 from megatron_cord.parallel import portability
+from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.parallel.sequence_sharding import SequenceSharding
 
 
@@ -60,11 +61,14 @@ class Layout:
         config: the sizes.
         groups: Megatron's process groups.
         solo: a process group of this rank alone, for parts that no other stage shares.
+        replica_group: the ranks that hold one copy of the model and train the same sequences, over all other kinds of
+            parallelism; as many groups as there are data-parallel ranks.
     """
 
     config: ParallelConfig
     groups: ProcessGroupCollection
     solo: dist.ProcessGroup
+    replica_group: dist.ProcessGroup
 
     @property
     def rank(self) -> int:
@@ -99,6 +103,16 @@ class Layout:
         """Ranks that hold the same weights and process different sequences."""
         group: dist.ProcessGroup = self.groups.dp
         return group
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's place among the data-parallel ranks."""
+        return dist.get_rank(self.dp_group)
+
+    @property
+    def dp_size(self) -> int:
+        """The number of data-parallel ranks."""
+        return dist.get_world_size(self.dp_group)
 
     @property
     def sequence_sharding(self) -> SequenceSharding:
@@ -176,7 +190,16 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     solo = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    return Layout(config, groups, solo)
+    return Layout(config, groups, solo, _replica_group(groups.dp, solo))
+
+
+def _replica_group(dp_group: dist.ProcessGroup, solo: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Make the group of the ranks that have this rank's place in their data-parallel groups. Collective over all ranks."""
+    places = all_gather_json(dist.get_rank(dp_group))
+    ranks = [rank for rank, place in enumerate(places) if place == dist.get_rank(dp_group)]
+    if len(ranks) == 1:
+        return solo
+    return dist.new_group(ranks, use_local_synchronization=True)
 
 
 def meet(timeout: timedelta) -> tuple[Store, int, int]:

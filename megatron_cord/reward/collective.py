@@ -19,23 +19,26 @@ class CollectiveRewards:
 
     Args:
         rewards: this rank's own.
+        group: the ranks that pass the same responses; None for all ranks.
     """
 
-    def __init__(self, rewards: Scorer) -> None:
-        self._rewards = rewards
+    def __init__(self, rewards: Scorer, group: dist.ProcessGroup | None = None) -> None:
+        self._rewards, self._group = rewards, group
 
     def score(self, answered: Sequence[Answered]) -> list[Score]:
-        """Return one score each, in the same order. All ranks pass the same and get the same."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        shares = all_gather_json([asdict(score) for score in self._rewards.score(answered[rank::world])])
+        """Return one score each, in the same order. All ranks of the group pass the same and get the same."""
+        rank, world = dist.get_rank(self._group), dist.get_world_size(self._group)
+        shares = all_gather_json([asdict(score) for score in self._rewards.score(answered[rank::world])], self._group)
         return [Score(**shares[i % world][i // world]) for i in range(len(answered))]
 
 
-def build_rewards(config: RewardConfig, directory: Path) -> CollectiveRewards:
-    """Build the configured rewards; a judge keeps its answers in the run's directory."""
+def build_rewards(
+    config: RewardConfig, directory: Path, group: dist.ProcessGroup | None = None
+) -> CollectiveRewards:
+    """Build the configured rewards of a group of ranks; a judge keeps its answers in the run's directory."""
     comparer = (
         Judge(config.judge, directory / "judge_cache", writer=dist.get_rank())
         if config.comparer == "judge"
         else AnswerMatcher()
     )
-    return CollectiveRewards(Rewards(config.terms, comparer))
+    return CollectiveRewards(Rewards(config.terms, comparer), group)

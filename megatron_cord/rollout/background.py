@@ -11,7 +11,9 @@ Job = Callable[[], None]
 
 
 class Background:
-    """Started with the first job. Its jobs must not call torch.distributed, whose calls the ranks must make in one order.
+    """A thread that starts with its first job.
+
+    Jobs must not call torch.distributed, whose calls the ranks must make in one order.
 
     The thread is a daemon: a run that fails does not wait for it.
     """
@@ -22,7 +24,7 @@ class Background:
         self._closed = False
 
     def submit(self, job: Job) -> Future[None]:
-        """Queues a job; the future carries what it raises."""
+        """Queue a job; the future carries what it raises."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="rollouts", daemon=True)
             self._thread.start()
@@ -31,7 +33,7 @@ class Background:
         return future
 
     def close(self, patience: float = 10.0) -> None:
-        """Drops queued jobs and waits so many seconds for the one that runs; safe to call twice."""
+        """Drop queued jobs and wait so many seconds for the one that runs; safe to call twice."""
         self._closed = True
         self._jobs.put(None)
         if self._thread is not None:

@@ -1,4 +1,4 @@
-"""What an engine may be able to do beyond `RolloutEngine`. A setting that needs one of these is refused where the engine lacks it."""
+"""What an engine may be able to do beyond `RolloutEngine`; a setting that needs more than it can is refused."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Pausable(Protocol):
     """Can stop between two tokens and go on in place, with other weights."""
 
     def pause(self) -> None:
-        """Generation that other threads asked for stops, keeping what was made; returns when it has."""
+        """Stop the generation of other threads, keeping what was made; return when it has stopped."""
         ...
 
     def resume(self) -> None:
-        """It goes on; tokens from here on carry the version of the weights that the engine then has."""
+        """Go on; tokens from here on carry the version of the weights that the engine then has."""
         ...
 
 
@@ -27,7 +27,7 @@ class Abortable(Protocol):
     """Can end responses that are being generated."""
 
     def abort(self) -> None:
-        """Calls of `generate` in other threads return soon: whole responses as they are, unfinished ones with finish_reason "abort"."""
+        """Make `generate` in other threads return soon, unfinished responses with finish_reason "abort"."""
         ...
 
 
@@ -36,20 +36,22 @@ class Releasable(Protocol):
     """Can give its device memory to the trainer beside it, and take it back."""
 
     def release_memory(self) -> None:
-        """Frees the memory of weights and cache; nothing is generated until `restore_memory`."""
+        """Free the memory of weights and cache; nothing is generated until `restore_memory`."""
         ...
 
     def restore_memory(self) -> None:
-        """Takes the memory back; the weights may be anything until `update_weights` has brought all tensors."""
+        """Take the memory back; the weights are undefined until `update_weights` has brought all tensors."""
         ...
 
 
 @runtime_checkable
 class Recoverable(Protocol):
-    """Can lose what it generates with, and get it back. Its `generate` then leaves responses with finish_reason "abort"."""
+    """Can lose what it generates with, and get it back; meanwhile responses have finish_reason "abort"."""
 
     def recover(self) -> None:
-        """Waits until it can generate again, with the weights that it was last given, which the trainer must still have. All ranks together.
+        """Wait until it can generate again, with the weights of the last update. All ranks together.
+
+        The trainer must still have these weights.
 
         Raises:
             CordError: it cannot.
@@ -58,7 +60,7 @@ class Recoverable(Protocol):
 
 
 def require(engine: object, capability: type[Capability], setting: str, otherwise: str) -> Capability:
-    """The engine as one that has the capability.
+    """Return the engine as one that has the capability.
 
     Raises:
         CordError: it has not; names the setting that asks for it and what to choose otherwise.

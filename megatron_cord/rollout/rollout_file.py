@@ -1,13 +1,12 @@
-"""The record's files: the rollouts of one step as Parquet, `step_000042.parquet`, whole or not there.
+"""Files of the rollout dump: the rollouts of one step as Parquet, `step_000042.parquet`, whole or absent.
 
-Any reader of Parquet opens them, while the run goes on too: a file that has its name does not change any more. What stands in a list has one
-entry a token of the response. Numbers that a replay needs are kept to the last bit (float64 where they come as such); NaN is "not measured".
-It needs no torch, so that the report starts fast.
+Any reader of Parquet opens them, also while the run goes on: a file that has its name does not change any more. A
+list has one entry for each token of the response. Numbers that a replay needs are kept to the last bit (float64 where
+they come as such); NaN is "not measured". Nothing here needs torch, so that the report starts fast.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,51 +15,49 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_cord.errors import CordError
+from megatron_cord.runtime.files import write_atomic
 
 _TEXTS, _NUMBERS = pa.list_(pa.string()), pa.list_(pa.float32())
+_SPAN = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("version", pa.int32())])
 
-#: The columns. Those of the teacher and the divergence are null where nothing was distilled, rewards where none was given.
+#: The columns. Those of the teacher and the divergence are null where nothing was distilled, rewards outside L_seq.
 SCHEMA = pa.schema(
     [
         pa.field("step", pa.int32(), nullable=False),  # numbered from 1
         pa.field("id", pa.string(), nullable=False),  # of the sample
         pa.field("role", pa.string(), nullable=False),  # distill (L_tok), policy (L_seq) or shared (both)
-        pa.field("seed", pa.int64()),  # that the engine sampled with; null where it was greedy
+        pa.field("position", pa.int32(), nullable=False),  # of the sample in the step's batch, from 0
+        pa.field("draw", pa.int32(), nullable=False),  # 0 of L_tok alone, 1 to N within a group of L_seq
+        pa.field("seed", pa.int64()),  # that the engine sampled with; null for a greedy response
         pa.field("question", pa.string(), nullable=False),
         pa.field("voice", pa.string()),
         pa.field("response", pa.string(), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),  # stop, length or abort
-        pa.field(
-            "versions",
-            pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32()), ("version", pa.int32())])),
-            nullable=False,
-        ),
+        pa.field("versions", pa.list_(_SPAN), nullable=False),  # of the weights that generated tokens [start, end)
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("tokens", _TEXTS, nullable=False),
         pa.field("engine_logprobs", pa.list_(pa.float64()), nullable=False),  # natural logarithms, at temperature 1
-        pa.field(
-            "student_logprobs", _NUMBERS
-        ),  # the trainer's, before the update; null where the rollout was not trained on
+        pa.field("student_logprobs", _NUMBERS),  # the trainer's, before the update; null where not trained on
         pa.field("teacher_logprobs", _NUMBERS),
         pa.field("token_kl", _NUMBERS),  # divergence D_t, nats
         pa.field("token_weights", _NUMBERS),  # w_t of L_tok
-        pa.field("teacher_answer", pa.string()),
+        pa.field("reference_answer", pa.string()),  # the teacher's text, with which the reward compares
         pa.field("reward", pa.float64()),
         pa.field("reward_terms", pa.map_(pa.string(), pa.float64())),
         pa.field("advantage", pa.float64(), nullable=False),
-        pa.field("has_reward_variance", pa.bool_(), nullable=False),  # whether the rewards of its group differ
+        pa.field("zero_variance", pa.bool_(), nullable=False),  # whether all rewards of its group are equal
     ]
 )
 _PREFIX, _SUFFIX = "step_", ".parquet"
 
 
-def record_file(directory: Path, step: int) -> Path:
-    """Where the rollouts of the step numbered from 1 stand."""
+def dump_file(directory: Path, step: int) -> Path:
+    """Return the file of the step numbered from 1."""
     return directory / f"{_PREFIX}{step:06d}{_SUFFIX}"
 
 
-def record_files(directory: Path) -> dict[int, Path]:
-    """The files of all recorded steps, ascending; empty where there is no record."""
+def dump_files(directory: Path) -> dict[int, Path]:
+    """Return the files of all steps by number, ascending; empty where there is no dump."""
     steps = {}
     for path in directory.glob(f"{_PREFIX}*{_SUFFIX}"):
         number = path.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
@@ -70,25 +67,22 @@ def record_files(directory: Path) -> dict[int, Path]:
 
 
 def drop_after(directory: Path, step: int) -> None:
-    """Removes the files of later steps, which a run that resumes after this step makes again, and half-written ones."""
-    for path in [path for number, path in record_files(directory).items() if number > step] + list(
-        directory.glob(f"{_PREFIX}*.partial")
-    ):
+    """Remove the files of later steps, which a run that resumes after this step writes again, and half-written ones."""
+    later = [path for number, path in dump_files(directory).items() if number > step]
+    for path in later + list(directory.glob(f".{_PREFIX}*.partial")):
         path.unlink(missing_ok=True)
 
 
 def write_rollouts(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes one step's rows, each with a value for every column of SCHEMA. The file is whole or not there."""
+    """Write one step's rows, each with a value for every column of SCHEMA. The file is whole or absent."""
     table = pa.Table.from_pylist([{name: _clean(value) for name, value in row.items()} for row in rows], schema=SCHEMA)
     whole = pa.BufferOutputStream()
     pq.write_table(table, whole, compression="zstd")
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(whole.getvalue())
-    os.replace(partial, path)
+    write_atomic(path, whole.getvalue().to_pybytes())
 
 
 def read_rollouts(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """One step's rows, with SCHEMA's types.
+    """Return one step's rows, with SCHEMA's types.
 
     Args:
         path: of the step.
@@ -104,11 +98,13 @@ def read_rollouts(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
             for field in wanted:
                 if field.name not in have.names:
                     raise CordError(
-                        f"{path}: the column {field.name} is missing; the file is damaged or not of this project: restore or remove it"
+                        f"{path}: the column {field.name} is missing; the file is damaged or not of this project: "
+                        "restore or remove it"
                     )
                 if have.field(field.name).type != field.type:
                     raise CordError(
-                        f"{path}: {field.name}: expected {field.type}, got {have.field(field.name).type}; restore the file or remove it"
+                        f"{path}: {field.name}: expected {field.type}, got {have.field(field.name).type}; restore "
+                        "the file or remove it"
                     )
             table = file.read(wanted.names)
     except (pa.ArrowException, OSError) as error:
@@ -119,7 +115,8 @@ def read_rollouts(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     for field in wanted:
         if not field.nullable and table[field.name].null_count:
             raise CordError(
-                f"{path}: {field.name} is missing in row {_first_null(table[field.name]) + 1}; restore the file or remove it"
+                f"{path}: {field.name} is missing in row {_first_null(table[field.name]) + 1}; restore the file or "
+                "remove it"
             )
     return table
 
@@ -129,5 +126,5 @@ def _first_null(column: pa.ChunkedArray) -> int:
 
 
 def _clean(value: Any) -> Any:
-    """Parquet's texts are UTF-8, which has no lone surrogates; JSON, and so a question, may have them."""
+    """Make text valid UTF-8, which Parquet needs: JSON, and so a question, may have lone surrogates."""
     return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value

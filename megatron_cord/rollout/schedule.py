@@ -1,9 +1,11 @@
-"""When a step's responses are generated: at the step, or ahead of it while earlier batches train, with bounded staleness.
+"""When a step's responses are generated: at the step, or ahead of it while earlier ones train.
 
-The responses of step t are asked for as soon as the engine has the weights of version max(0, t - ahead). With on_weight_sync=finish they come
-from exactly these weights, whatever takes how long, so a run is as reproducible as a synchronous one; ahead = 0 is the synchronous one.
+The responses of step t are asked for as soon as the engine has the weights of version max(0, t - ahead). With
+on_weight_sync=finish they come from exactly these weights, whatever takes how long, so a run is as reproducible as a
+synchronous one; ahead = 0 is the synchronous one.
 
-Simplifications: the bound is in steps of the whole batch, and one thread a rank generates, one step's share after the other.
+Simplifications: the bound is in steps of the whole batch, and one thread a rank generates, one step's share after the
+other.
 """
 
 from __future__ import annotations
@@ -12,129 +14,145 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Generic, Literal, TypeVar
 
 from megatron_cord.errors import CordError
 from megatron_cord.parallel import portability
+from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.rollout.background import Background
 from megatron_cord.rollout.capabilities import Abortable, Pausable, Releasable, require
 from megatron_cord.rollout.collective import CollectiveEngine, finished
 from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine
+
+B = TypeVar("B")  #: a step's batch, which the schedule keeps and hands back
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """When responses are generated, and what a weight sync does to unfinished ones."""
 
-    schedule: Literal["sync", "async"] = (
-        "sync"  #: async: the next step's responses are generated while this one's train
-    )
-    max_staleness: int = 1  #: of async: no token comes from weights that are more steps old; 0 is the same run as sync
+    #: so many steps are generated ahead, while earlier ones train, with weights at most that many steps old;
+    #: 0 generates each step when it comes
+    ahead: int = 0
+    #: with ahead, for responses that are unfinished when new weights are there: wait for them, go on with the new
+    #: weights, or begin again
     on_weight_sync: Literal["finish", "continue", "restart"] = "finish"
-    #: of async, for responses that are unfinished when new weights are there: wait for them, go on with the new weights, or begin again
-    colocated: bool = (
-        False  #: the engine's memory is released while the trainer works, for an engine on the trainer's own devices
-    )
+    #: the engine's memory is released while the trainer works, for an engine on the trainer's own devices
+    colocated: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_staleness < 0:
-            raise CordError("rollout.max_staleness cannot be negative")
+        if self.ahead < 0:
+            raise CordError(f"rollout.schedule.ahead cannot be negative, got {self.ahead}")
         if self.colocated and self.ahead:
             raise CordError(
-                "rollout.colocated needs rollout.schedule=sync: the engine cannot generate while its memory is released"
+                "rollout.schedule.colocated needs rollout.schedule.ahead=0: the engine cannot generate while its "
+                "memory "
+                "is released"
             )
-
-    @property
-    def ahead(self) -> int:
-        """So many steps are generated ahead."""
-        return self.max_staleness if self.schedule == "async" else 0
 
 
 @dataclass(eq=False)
-class _Share:
-    """This rank's part of a step's requests, and what it has made of them."""
+class _Step(Generic[B]):
+    """A step whose batch was opened: its requests, and what came of them so far."""
 
-    requests: list[GenerationRequest]
-    total: int  #: requests of all ranks
-    made: dict[int, Rollout] = field(default_factory=dict)
+    batch: B
+    requests: list[GenerationRequest]  #: of the ranks that share them
+    share: list[GenerationRequest]  #: those of them that this rank generates
+    made: dict[int, Rollout] = field(default_factory=dict)  #: of the share, by index
+    rollouts: list[Rollout] | None = None  #: of `requests`, once the ranks have exchanged them
     seconds: float = 0.0
+    begun: bool = False
     future: Future[None] | None = None
 
     @property
     def unfinished(self) -> list[int]:
-        return [i for i in range(len(self.requests)) if i not in self.made]
+        return [] if self.rollouts is not None else [i for i in range(len(self.share)) if i not in self.made]
 
     def generate(self, engine: RolloutEngine) -> None:
-        begun, asked = time.perf_counter(), self.unfinished
-        made = finished(engine.generate([self.requests[i] for i in asked]))
-        self.made.update({asked[i]: rollout for i, rollout in made.items()})
-        self.seconds += time.perf_counter() - begun
+        start, open_ = time.perf_counter(), self.unfinished
+        made = finished(engine.generate([self.share[i] for i in open_]))
+        self.made.update({open_[i]: rollout for i, rollout in made.items()})
+        self.seconds += time.perf_counter() - start
 
     def wait(self) -> None:
-        """Until the engine has answered; raises what generation raised."""
+        """Wait until the engine has answered; raise what generation raised."""
         if self.future is not None:
             self.future.result()
 
 
-class Schedule:
+class Schedule(Generic[B]):
     """Gives each step its responses. Methods are called by all ranks together, from the thread that trains.
+
+    A step's batch is opened once, when its generation may begin, and kept with its responses until both are taken: at
+    most `ahead` + 1 batches are held.
 
     Args:
         config: when.
-        engine: all ranks' engines.
-        requests: of the step numbered from 0, the same on every rank.
+        engine: this rank's, with those of the ranks that share its requests.
+        batches: opens the batch of a step, counted from 0: this rank's share of the data.
+        requests: of a batch; the same on all ranks that share them.
         steps: of the whole run.
 
     Raises:
-        CordError: the engine lacks what the configuration asks for.
+        CordError: the engine lacks what the configuration needs.
     """
 
     def __init__(
         self,
         config: ScheduleConfig,
         engine: CollectiveEngine,
-        requests: Callable[[int], list[GenerationRequest]],
+        batches: Callable[[int], B],
+        requests: Callable[[B], list[GenerationRequest]],
         steps: int,
     ) -> None:
-        self.config, self._engine, self._requests, self._steps = config, engine, requests, steps
-        self._shares: dict[int, _Share] = {}
-        self._gathered: dict[int, list[Rollout]] = {}
+        self.config, self._engine, self._steps = config, engine, steps
+        self._batches, self._requests = batches, requests
+        self._open: dict[int, _Step[B]] = {}
         self._background = Background() if config.ahead else None
-        self._waited, self._seconds = 0.0, dict[int, float]()
+        self._waited = 0.0
         self._pausable: Pausable | None = None
         self._abortable: Abortable | None = None
         self._releasable: Releasable | None = None
-        choose = "choose rollout.on_weight_sync=finish"
+        choose = "choose rollout.schedule.on_weight_sync=finish"
         if config.ahead and config.on_weight_sync == "continue":
-            self._pausable = require(engine.engine, Pausable, "rollout.on_weight_sync=continue", choose)  # type: ignore[type-abstract]
+            self._pausable = require(engine.engine, Pausable, "rollout.schedule.on_weight_sync=continue", choose)  # type: ignore[type-abstract]
         if config.ahead and config.on_weight_sync == "restart":
-            self._abortable = require(engine.engine, Abortable, "rollout.on_weight_sync=restart", choose)  # type: ignore[type-abstract]
+            self._abortable = require(engine.engine, Abortable, "rollout.schedule.on_weight_sync=restart", choose)  # type: ignore[type-abstract]
         if config.colocated:
-            self._releasable = require(engine.engine, Releasable, "rollout.colocated", "set it to false")  # type: ignore[type-abstract]
+            self._releasable = require(engine.engine, Releasable, "rollout.schedule.colocated", "set it to false")  # type: ignore[type-abstract]
+
+    def batch(self, step: int) -> B:
+        """Return the step's batch; those of the steps that are generated ahead are opened too."""
+        for ahead in range(step, min(step + self.config.ahead, self._steps - 1) + 1):
+            self._opened(ahead)
+        return self._opened(step).batch
 
     def rollouts(self, step: int) -> tuple[list[Rollout], dict[str, float]]:
-        """The responses to the step's requests, in their order, and metrics; starts generation of the steps ahead.
+        """Return the responses to the requests of the step's batch, in their order, and seconds; begin the steps ahead.
+
+        The step is then closed.
 
         Raises:
             CordError: a token of older weights than allowed; and what the engine raises.
         """
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for ahead in range(step, min(step + self.config.ahead, self._steps - 1) + 1):
-            if ahead not in self._shares and ahead not in self._gathered:
-                self._start(ahead)
-        rollouts = self._take(step)
+            if not self._opened(ahead).begun:
+                self._begin(self._opened(ahead))
+        rollouts = self._finish(step)
         metrics = {
-            "seconds_generate": self._seconds.pop(step, 0.0),
-            "seconds_wait_rollouts": time.perf_counter() - begun,
+            "seconds_generate": self._open.pop(step).seconds,
+            "seconds_wait_rollouts": time.perf_counter() - start,
             "seconds_wait_weight_sync": self._waited,
         }
         self._waited = 0.0
-        return rollouts, metrics | staleness(rollouts, step, self.config.ahead)
+        staleness(rollouts, step, self.config.ahead)
+        return rollouts, metrics
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Around the trainer's work: a colocated engine is out of the way."""
+        """Keep a colocated engine out of the trainer's memory while it works."""
         if self._releasable is not None:
             self._releasable.release_memory()
         yield
@@ -155,62 +173,82 @@ class Schedule:
         yield
         if self._pausable is not None:
             self._pausable.resume()
-        for share in self._shares.values():  # what was aborted, or was not made as the engine had lost its means
-            if share.unfinished and (share.future is None or share.future.done()):
-                self._submit(share)
+        for opened in self._open.values():  # what was aborted, or was not made as the engine had lost its means
+            if opened.begun and opened.unfinished and (opened.future is None or opened.future.done()):
+                self._submit(opened)
 
-    def settle(self) -> dict[int, list[Rollout]]:
-        """Waits for all that is being generated; the responses of later steps, by step, for a checkpoint."""
-        for step in sorted(self._shares):
-            self._gathered[step] = self._take(step)
-        return dict(self._gathered)
+    def settle(self) -> dict[int, dict[str, Rollout]]:
+        """Wait for all that is being generated; return the responses of later steps for a checkpoint.
 
-    def restore(self, gathered: Mapping[int, Sequence[Rollout]], step: int) -> None:
-        """Takes up what `settle` returned, for a run that goes on with `step`, as far as the configuration still asks for just that."""
+        Returns:
+            by step and `GenerationRequest.key`, those of all ranks.
+        """
+        settled = {}
+        for step in sorted(step for step, opened in self._open.items() if opened.begun):
+            pairs = zip(self._open[step].requests, self._finish(step), strict=True)
+            mine = {request.key: asdict(rollout) for request, rollout in self._engine.share(list(pairs))}
+            shares = all_gather_json(mine)
+            settled[step] = {key: Rollout.from_json(plain) for share in shares for key, plain in share.items()}
+        return settled
+
+    def restore(self, settled: Mapping[int, Mapping[str, Rollout]], step: int) -> None:
+        """Take up what `settle` returned, on whatever layout, for a run that goes on with `step`.
+
+        A later step is taken up if all its requests are answered, by weights that are not too old for this
+        configuration.
+        """
         for ahead in range(step, min(step + self.config.ahead, self._steps)):
-            kept = list(gathered.get(ahead, ()))
-            if [r.prompt_id for r in kept] != [request.prompt.sample_id for request in self._requests(ahead)]:
-                continue
-            if staleness(kept, ahead, None)["staleness_max"] <= self.config.ahead:
-                self._gathered[ahead] = kept
+            opened = self._opened(ahead)
+            kept = settled.get(ahead, {})
+            whole = all(request.key in kept for request in opened.requests)
+            rollouts = [kept[request.key] for request in opened.requests] if whole else []
+            if all(all_gather_json(whole and staleness(rollouts, ahead, None)["staleness_max"] <= self.config.ahead)):
+                opened.rollouts, opened.begun = rollouts, True
 
     def close(self) -> None:
-        """Gives up what is being generated; safe to call twice."""
+        """Give up what is being generated; safe to call twice."""
         if self._background is not None:
             if isinstance(self._engine.engine, Abortable):
                 self._engine.engine.abort()
             self._background.close()
 
-    def _start(self, step: int) -> None:
-        requests = self._requests(step)
-        share = self._shares[step] = _Share(self._engine.share(requests), len(requests))
-        self._submit(share)
+    def _opened(self, step: int) -> _Step[B]:
+        if step not in self._open:
+            batch = self._batches(step)
+            requests = self._requests(batch)
+            self._open[step] = _Step(batch, requests, self._engine.share(requests))
+        return self._open[step]
 
-    def _submit(self, share: _Share) -> None:
+    def _begin(self, opened: _Step[B]) -> None:
+        opened.begun = True
+        self._submit(opened)
+
+    def _submit(self, opened: _Step[B]) -> None:
         if self._background is None:
-            share.generate(self._engine.engine)
+            opened.generate(self._engine.engine)
         else:
-            job = portability.on_own_stream(portability.device(), lambda: share.generate(self._engine.engine))
-            share.future = self._background.submit(job)
+            job = portability.on_own_stream(portability.device(), lambda: opened.generate(self._engine.engine))
+            opened.future = self._background.submit(job)
 
     def _wait(self) -> None:
-        for share in self._shares.values():
-            share.wait()
+        for opened in self._open.values():
+            opened.wait()
 
-    def _take(self, step: int) -> list[Rollout]:
-        if step in self._gathered:
-            return self._gathered.pop(step)
-        share = self._shares.pop(step)
-        share.wait()
-        self._seconds[step] = share.seconds
-        begun = time.perf_counter()
-        self._engine.complete(share.requests, share.made)
-        self._seconds[step] += time.perf_counter() - begun
-        return self._engine.gather([share.made[i] for i in range(len(share.requests))], share.total)
+    def _finish(self, step: int) -> list[Rollout]:
+        """Wait for a step's responses, and exchange them with the ranks that share its requests."""
+        opened = self._open[step]
+        if opened.rollouts is None:
+            opened.wait()
+            start = time.perf_counter()
+            self._engine.complete(opened.share, opened.made)
+            opened.seconds += time.perf_counter() - start
+            mine = [opened.made[i] for i in range(len(opened.share))]
+            opened.rollouts = self._engine.gather(mine, len(opened.requests))
+        return opened.rollouts
 
 
 def staleness(rollouts: Sequence[Rollout], step: int, bound: int | None) -> dict[str, float]:
-    """How many steps old the weights are that made the step's tokens: mean over tokens and largest.
+    """Return how many steps old the weights are that generated the step's tokens: mean over tokens and largest.
 
     Raises:
         CordError: more than ``bound``, or weights that the step cannot have.
@@ -221,8 +259,10 @@ def staleness(rollouts: Sequence[Rollout], step: int, bound: int | None) -> dict
             age = step - span.version
             if bound is not None and not 0 <= age <= bound:
                 raise CordError(
-                    f"sample {rollout.prompt_id}: the engine generated with weights of version {span.version} at step {step}, where "
-                    f"{max(0, step - bound)} to {step} are allowed; a weight sync did not reach it: look at its log and start the run again"
+                    f"sample {rollout.prompt_id}: the engine generated with weights of version {span.version} at "
+                    f"step {step}, where "
+                    f"{max(0, step - bound)} to {step} are allowed; a weight sync did not reach it: look at its log "
+                    "and start the run again"
                 )
             tokens, total, largest = (
                 tokens + span.end - span.start,

@@ -1,16 +1,24 @@
-"""The contract between the trainer and whatever generates: requests, rollouts, and an engine that takes weights."""
+"""The contract between the trainer and whatever generates: requests, rollouts, and an engine that takes weights.
+
+A response is one type on its whole way, with fields added: an engine returns a `Rollout`; rewards make it a
+`ScoredRollout`; the trainer's step fills in its `TokenResults`; the rollout dump writes all of it to Parquet and
+reads it back.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from megatron_cord.data.samples import Prompt
+from megatron_cord.reward import Score
+
+Role = Literal["distill", "policy", "shared"]  #: which part of the loss a rollout has: L_tok, L_seq, both
 
 
 @dataclass(frozen=True)
@@ -21,13 +29,19 @@ class GenerationRequest:
         prompt: audio or text.
         temperature: 0 means greedy.
         max_new_tokens: the response is cut there, with finish_reason "length".
-        seed: the response depends on the weights, the prompt, the temperature and this seed alone, not on the batch around it.
+        seed: the response depends on the weights, the prompt, the temperature and this seed alone, not on the batch
+            around it.
     """
 
     prompt: Prompt
     temperature: float
     max_new_tokens: int
     seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """Names the response on any layout: equal keys of one step have equal responses."""
+        return f"{self.prompt.sample_id}\n{'audio' if self.prompt.clips else 'text'}\n{self.temperature}\n{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,8 @@ class Rollout:
         prompt_id: the sample's id.
         token_ids: the response, with its end-of-sequence token if it stopped by itself.
         logprobs: of each token by the engine, from unscaled (temperature 1), unmasked logits, natural logarithm.
-        finish_reason: "stop" or "length"; "abort" where the engine's ``abort`` cut it short, and such a response is never trained on.
+        finish_reason: "stop" or "length"; "abort" where the engine's ``abort`` cut it short, and such a response is
+            never trained on.
         versions: which weights made which tokens.
         text: decoded, without special tokens.
     """
@@ -66,17 +81,108 @@ class Rollout:
     versions: tuple[VersionSpan, ...]
     text: str
 
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> Self:
+        """Return a rollout from its fields as JSON has them, with lists for tuples.
 
-def rollout_from_json(plain: dict[str, Any]) -> Rollout:
-    """A rollout from its fields as JSON has them, with lists for tuples. Raises KeyError or TypeError for other fields."""
-    return Rollout(
-        prompt_id=plain["prompt_id"],
-        token_ids=tuple(plain["token_ids"]),
-        logprobs=tuple(plain["logprobs"]),
-        finish_reason=plain["finish_reason"],
-        versions=tuple(VersionSpan(**span) for span in plain["versions"]),
-        text=plain["text"],
-    )
+        Raises:
+            KeyError, TypeError: the fields are not those of a rollout.
+        """
+        return cls(
+            prompt_id=plain["prompt_id"],
+            token_ids=tuple(plain["token_ids"]),
+            logprobs=tuple(plain["logprobs"]),
+            finish_reason=plain["finish_reason"],
+            versions=tuple(VersionSpan(**span) for span in plain["versions"]),
+            text=plain["text"],
+        )
+
+
+@dataclass(frozen=True)
+class TokenResults:
+    """What the trainer computed for each token of a rollout, before the update.
+
+    Attributes:
+        kl: divergence D_t, nats; None without a teacher.
+        weights: w_t of L_tok; None outside L_tok.
+        student_logprobs: the trainer's own log-probabilities.
+        teacher_logprobs: the teacher's; None without one.
+    """
+
+    kl: list[float] | None
+    weights: list[float] | None
+    student_logprobs: list[float]
+    teacher_logprobs: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout of a training step with its part in the loss.
+
+    Attributes:
+        rollout: the response.
+        role: "distill" for L_tok, "policy" for L_seq, "shared" for both.
+        question: text of the sample.
+        voice: of the sample's recording; None if unknown.
+        position: of the sample in the step's batch.
+        draw: 0 for a response of L_tok alone, 1 to N within a group of L_seq.
+        seed: that the response was sampled with; None for a greedy one.
+        reference_answer: the teacher's text, with which the reward compares; None without a reward.
+        reward: weighted sum of the reward's terms; None outside L_seq.
+        score: what the reward is made of; None without a reward, and in a replay.
+        advantage: 0 outside L_seq and in zero-variance groups.
+        zero_variance: whether it belongs to a group of L_seq whose rewards are all equal.
+        tokens: results of the training step; None before it, and for rollouts that are not trained on.
+    """
+
+    rollout: Rollout
+    role: Role
+    question: str = ""
+    voice: str | None = None
+    position: int = 0
+    draw: int = 0
+    seed: int | None = None
+    reference_answer: str | None = None
+    reward: float | None = None
+    score: Score | None = None
+    advantage: float = 0.0
+    zero_variance: bool = False
+    tokens: TokenResults | None = None
+
+    @property
+    def distilled(self) -> bool:
+        """Whether it has a part in L_tok."""
+        return self.role != "policy"
+
+    @property
+    def in_group(self) -> bool:
+        """Whether it was sampled for L_seq, and so counts in its denominator."""
+        return self.role != "distill"
+
+    @property
+    def trained(self) -> bool:
+        """Whether a step trains on it: policy rollouts of zero-variance groups have no gradient."""
+        return self.distilled or not self.zero_variance
+
+    @property
+    def order(self) -> tuple[bool, int, int]:
+        """Sort key of the step's list: responses of L_tok alone, then the groups, each by position."""
+        return self.draw > 0, self.position, self.draw
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON has them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> Self:
+        """Return what `to_json` made, after its way through JSON."""
+        score, tokens = plain["score"], plain["tokens"]
+        nested = {
+            "rollout": Rollout.from_json(plain["rollout"]),
+            "score": None if score is None else Score(**score),
+            "tokens": None if tokens is None else TokenResults(**tokens),
+        }
+        return cls(**(plain | nested))
 
 
 @dataclass(frozen=True)
@@ -100,15 +206,15 @@ class TensorSpec:
 
 
 class WeightSource(Protocol):
-    """The trainer's weights as engines take them: whole tensors under their published names, first as specs, then as a stream.
+    """The trainer's weights as engines take them: whole tensors under published names, as specs and as a stream.
 
-    ``full`` selects all tensors; otherwise those that training changes. Both methods are collective over the ranks of one
-    replica of the model, which all consume the same tensors in the same order.
+    ``full`` selects all tensors; otherwise those that training changes. Both methods are collective over the ranks of
+    one replica of the model, which all consume the same tensors in the same order.
     """
 
     @property
     def in_main_replica(self) -> bool:
-        """Whether this rank belongs to the replica of rank 0, the only one that is read where rank 0 sends weights to servers."""
+        """Whether this rank belongs to the replica of rank 0, the only one whose weights go to servers."""
         ...
 
     def specs(self, *, full: bool) -> list[TensorSpec]:
@@ -118,8 +224,8 @@ class WeightSource(Protocol):
     def tensors(self, *, full: bool, in_pieces: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor); every rank of the replica must consume the whole iterator.
 
-        With ``in_pieces`` a tensor may have a dimension more than its spec, [pieces, rows of a piece, ...], its rows being
-        those of all pieces: a view where the whole tensor would be a copy.
+        With ``in_pieces`` a tensor may have a dimension more than its spec, [pieces, rows of a piece, ...], its rows
+        being those of all pieces: a view where the whole tensor would be a copy.
         """
         ...
 

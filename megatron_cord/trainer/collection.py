@@ -1,102 +1,45 @@
-"""Steps 2 and 3 of the loop: rollouts of a step's prompts, their rewards, and the sequences that they make for training.
+"""Steps 2 and 3 of the loop: requests of a batch, and the rewards of the responses to them.
 
-Every random draw comes from (seed, step, sample, rollout) alone, so a resumed run draws what an uninterrupted one would have drawn.
+Each data-parallel rank does this for its own share of the step's samples; its ranks then know all rollouts of the step,
+which are exchanged as JSON without audio. Every random draw comes from (seed, step, sample, rollout) alone, so a
+resumed run, and any layout, draws what an uninterrupted one on one rank would have drawn.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from megatron_cord.data.prompts import PromptBuilder
-from megatron_cord.data.samples import Prompt, Sample
-from megatron_cord.errors import CordError
+from megatron_cord.data.loader import Batch
+from megatron_cord.data.samples import HEAR, READ, PreparedSample, View
 from megatron_cord.losses import group_advantages, has_reward_variance
-from megatron_cord.reward.rewards import Answered, Score, Scorer
-from megatron_cord.rollout.engines import EngineConfig
-from megatron_cord.rollout.schedule import ScheduleConfig
-from megatron_cord.rollout.types import GenerationRequest, Rollout
-from megatron_cord.trainer.reference_answers import TeacherAnswers
+from megatron_cord.parallel.objects import all_gather_json
+from megatron_cord.reward import Answered
+from megatron_cord.reward.rewards import Scorer
+from megatron_cord.rollout.config import RolloutConfig
+from megatron_cord.rollout.types import GenerationRequest, Role, Rollout, ScoredRollout
+from megatron_cord.trainer.reference_answers import ReferenceAnswers
 from megatron_cord.trainer.step.batches import TrainingSequence
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 
 
-@dataclass(frozen=True)
-class RolloutConfig(ScheduleConfig, EngineConfig):
-    """How many responses a step samples, how, when, and from which engine."""
-
-    prompts_per_step: int = 32  #: each gives one response to L_tok
-    temperature: float = 1.0  #: of the responses for L_tok
-    policy_prompts_per_step: int = 8  #: the first of the step's prompts also give groups to L_seq
-    policy_rollouts: int = 4  #: N, responses a group
-    policy_temperature: float = 1.5  #: of the responses for L_seq
-    share: bool = False  #: L_tok scores the responses of L_seq instead of sampling its own
-    max_new_tokens: int = 200  #: responses are cut there
-
-    agreement_limit: float | None = 0.25
-    #: mean |difference| of trainer's and engine's log-probabilities, nats a token, beyond which a step stops the run; null never does
-
-    def __post_init__(self) -> None:
-        ScheduleConfig.__post_init__(self)
-        EngineConfig.__post_init__(self)
-        if self.agreement_limit is not None and self.agreement_limit <= 0:
-            raise CordError("rollout.agreement_limit must be positive, or null for none")
-        if self.prompts_per_step < 1 or self.policy_rollouts < 2:
-            raise CordError("rollout.prompts_per_step must be at least 1 and rollout.policy_rollouts at least 2")
-        if not 0 <= self.policy_prompts_per_step <= self.prompts_per_step:
-            raise CordError(
-                f"rollout.policy_prompts_per_step ({self.policy_prompts_per_step}) must lie between 0 and rollout.prompts_per_step "
-                f"({self.prompts_per_step})"
-            )
-        if self.temperature <= 0 or self.policy_temperature <= 0:
-            raise CordError("rollout.temperature and rollout.policy_temperature must be positive")
-
-
-@dataclass(frozen=True, eq=False)
-class Collected:
-    """One rollout with what is known about it.
-
-    Attributes:
-        sample: the question.
-        role: "distill" for L_tok, "policy" for L_seq, "shared" for both.
-        rollout: the response.
-        teacher_answer: the teacher's text, which the reward compares with; None where no reward is given.
-        reward: None likewise.
-        score: what the reward is made of; None likewise, and in a replay.
-        seed: that the response was sampled with; None for a teacher's, which is greedy.
-        advantage: 0 outside L_seq and in zero-variance groups.
-        has_reward_variance: whether its group's rewards differ.
-    """
-
-    sample: Sample
-    role: Literal["distill", "policy", "shared"]
-    rollout: Rollout
-    teacher_answer: str | None = None
-    reward: float | None = None
-    advantage: float = 0.0
-    has_reward_variance: bool = False
-    score: Score | None = None
-    seed: int | None = None
-
-
 def draw_seed(*parts: int | str) -> int:
-    """A 48-bit seed that depends on all parts."""
+    """Return a 48-bit seed that depends on all parts."""
     return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:6], "big")
 
 
 class Collector:
-    """Says what is to be generated for a step, rewards it, and builds sequences. All ranks call it alike.
+    """Makes a batch's requests, rewards the responses, and builds sequences. All ranks of a replica call it alike.
 
     Args:
         config: numbers and temperatures.
         objective: decides which responses are needed.
-        prompts: builds both prompts of a sample.
-        answers: the teacher's answers.
-        rewards: of responses.
+        answers: the teacher's reference answers.
+        rewards: of responses; collective over the replica.
         seed: of the run.
     """
 
@@ -104,121 +47,191 @@ class Collector:
         self,
         config: RolloutConfig,
         objective: ObjectiveConfig,
-        prompts: PromptBuilder,
-        answers: TeacherAnswers,
+        answers: ReferenceAnswers,
         rewards: Scorer,
         seed: int,
     ) -> None:
-        self.config, self.objective, self.prompts = config, objective, prompts
+        self.config, self.objective = config, objective
         self.answers, self.rewards, self.seed = answers, rewards, seed
 
-    def requests(self, samples: Sequence[Sample], step: int) -> list[GenerationRequest]:
-        """What an engine has to generate for the step: responses for L_tok, groups for L_seq, and a live teacher's answers."""
-        alone, policy = self._parts(samples)
-        spoken = {s.id: self.prompts.audio_prompt(s) for s in [*alone, *policy]}
-        requests = [self._request(spoken[s.id], self.config.temperature, step, s, 0) for s in alone]
-        requests += [
-            self._request(spoken[s.id], self.config.policy_temperature, step, s, 1 + i)
-            for s in policy
-            for i in range(self.config.policy_rollouts)
-        ]
-        return requests + self.answers.requests(samples if self.objective.responses == "teacher" else policy)
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The views that samples are prepared for: the student's, and the teacher's where a step needs it."""
+        answers_now = self.answers.mode == "live" and (
+            self.objective.policy_gradient.enabled or self.objective.responses == "teacher"
+        )
+        return (HEAR, READ) if self.objective.distils or answers_now else (HEAR,)
 
-    def collect(self, samples: Sequence[Sample], rollouts: Sequence[Rollout], step: int) -> list[Collected]:
-        """The step's rollouts with their rewards, from what the engine made of `requests`."""
+    @property
+    def answered_per_step(self) -> int:
+        """So many of a step's samples, from its first, need the teacher's answer."""
         if self.objective.responses == "teacher":
-            answers = self.answers.rollouts(samples, rollouts)
-            return [Collected(sample, "distill", rollout) for sample, rollout in zip(samples, answers, strict=True)]
-        alone, policy = self._parts(samples)
-        groups = len(alone) + len(policy) * self.config.policy_rollouts
-        distilled = [
-            Collected(s, "distill", r, seed=self._seed(step, s, 0)) for s, r in zip(alone, rollouts, strict=False)
-        ]
-        if not policy:
-            return distilled
-        references = self.answers.rollouts(policy, rollouts[groups:])
-        role: Literal["shared", "policy"] = "shared" if self.config.share else "policy"
-        return distilled + self._groups(policy, rollouts[len(alone) : groups], references, role, step)
+            return self.config.prompts_per_step
+        return self.config.policy_prompts_per_step if self.objective.policy_gradient.enabled else 0
 
-    def _parts(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-        """Samples that get a response for L_tok alone, and samples that get a group."""
+    def requests(self, batch: Batch) -> list[GenerationRequest]:
+        """Return what to generate for a batch: responses for L_tok, groups for L_seq, a live teacher's answers."""
+        alone, policy = self._parts(batch)
+        requests = [self._request(batch, p, 0, self.config.temperature) for p in alone]
+        requests += [
+            self._request(batch, p, draw, self.config.policy_temperature) for p in policy for draw in self._draws
+        ]
+        return requests + self.answers.requests(self._answered(batch, policy))
+
+    def score(self, batch: Batch, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """Return the batch's rollouts with rewards, from the responses to `requests`. Collective over the replica."""
+        if self.objective.responses == "teacher":
+            answers = self.answers.rollouts(batch.samples, rollouts)
+            return [
+                self._scored(batch, position, 0, rollout, "distill", sampled=False)
+                for position, rollout in zip(batch.positions, answers, strict=True)
+            ]
+        alone, policy = self._parts(batch)
+        groups = len(alone) + len(policy) * self.config.policy_rollouts
+        scored = [
+            self._scored(batch, position, 0, rollout, "distill")
+            for position, rollout in zip(alone, rollouts, strict=False)
+        ]
+        if policy:
+            references = self.answers.rollouts(self._answered(batch, policy), rollouts[groups:])
+            scored += self._groups(batch, policy, rollouts[len(alone) : groups], references)
+        return scored
+
+    def sequences(self, batch: Batch, rollouts: Sequence[ScoredRollout]) -> list[TrainingSequence]:
+        """Return what this data-parallel rank trains on: zero-variance groups are left out of L_seq.
+
+        Args:
+            batch: this rank's share of the samples.
+            rollouts: of the step on all ranks.
+        """
+        own = set(batch.positions)
+        sequences = []
+        for index, rollout in enumerate(rollouts):
+            if rollout.trained and rollout.position in own:
+                prompts = batch.at(rollout.position).prompts
+                teacher = prompts[READ] if rollout.distilled and self.objective.distils else None
+                sequences.append(TrainingSequence(prompts[HEAR], teacher, rollout, index))
+        return sequences
+
+    @property
+    def _draws(self) -> range:
+        """Numbers of a group's responses."""
+        return range(1, 1 + self.config.policy_rollouts)
+
+    @property
+    def _has_groups(self) -> bool:
+        return self.objective.policy_gradient.enabled and self.config.policy_prompts_per_step > 0
+
+    def _parts(self, batch: Batch) -> tuple[list[int], list[int]]:
+        """Positions of samples that get a response for L_tok alone, and of samples that get a group."""
         if self.objective.responses == "teacher":
             return [], []
-        policy = list(samples[: self.config.policy_prompts_per_step]) if self.objective.policy_gradient.enabled else []
-        share = self.config.share and bool(policy)
-        return [] if share or self.objective.divergence.kind == "none" else list(samples), policy
+        policy = [p for p in batch.positions if self._has_groups and p < self.config.policy_prompts_per_step]
+        shared = self.config.share and self._has_groups
+        return [] if shared or self.objective.divergence.kind == "none" else list(batch.positions), policy
 
-    def sequences(self, collected: Sequence[Collected]) -> list[TrainingSequence]:
-        """What is trained on: zero-variance groups are left out of L_seq."""
-        made = []
-        for index, item in enumerate(collected):
-            scored = item.role != "policy"
-            if scored or item.has_reward_variance:
-                teacher = self.prompts.text_prompt(item.sample) if scored and self.objective.distils else None
-                student = self.prompts.audio_prompt(item.sample)
-                made.append(TrainingSequence(student, teacher, item.rollout, scored, item.advantage, index))
-        return made
+    def _answered(self, batch: Batch, policy: Sequence[int]) -> list[PreparedSample]:
+        """Return the samples to which the step needs the teacher's answer."""
+        return list(batch.samples) if self.objective.responses == "teacher" else [batch.at(p) for p in policy]
 
-    def _request(self, prompt: Prompt, temperature: float, step: int, sample: Sample, draw: int) -> GenerationRequest:
-        return GenerationRequest(prompt, temperature, self.config.max_new_tokens, self._seed(step, sample, draw))
+    def _request(self, batch: Batch, position: int, draw: int, temperature: float) -> GenerationRequest:
+        sample = batch.at(position)
+        seed = self._seed(batch.step, sample, draw)
+        return GenerationRequest(sample.prompts[HEAR], temperature, self.config.max_new_tokens, seed)
 
-    def _seed(self, step: int, sample: Sample, draw: int) -> int:
-        return draw_seed(self.seed, step, sample.id, draw)
+    def _seed(self, step: int, sample: PreparedSample, draw: int) -> int:
+        return draw_seed(self.seed, step, sample.sample.id, draw)
+
+    def _scored(
+        self,
+        batch: Batch,
+        position: int,
+        draw: int,
+        rollout: Rollout,
+        role: Role,
+        *,
+        sampled: bool = True,
+        **known: Any,
+    ) -> ScoredRollout:
+        prepared = batch.at(position)
+        return ScoredRollout(
+            rollout,
+            role,
+            prepared.sample.question,
+            prepared.sample.voice,
+            position,
+            draw,
+            seed=self._seed(batch.step, prepared, draw) if sampled else None,
+            **known,
+        )
 
     def _groups(
-        self,
-        samples: Sequence[Sample],
-        rollouts: Sequence[Rollout],
-        references: Sequence[Rollout],
-        role: Literal["policy", "shared"],
-        step: int,
-    ) -> list[Collected]:
+        self, batch: Batch, positions: Sequence[int], rollouts: Sequence[Rollout], references: Sequence[Rollout]
+    ) -> list[ScoredRollout]:
         """Rewards and advantages; rollouts come group by group."""
+        role: Role = "shared" if self.config.share else "policy"
         owners = [
-            (s, reference.text)
-            for s, reference in zip(samples, references, strict=True)
-            for _ in range(self.config.policy_rollouts)
+            (position, draw, reference.text)
+            for position, reference in zip(positions, references, strict=True)
+            for draw in self._draws
         ]
         scores = self.rewards.score(
             [
                 Answered(s.id, s.question, r.text, r.finish_reason == "stop", reference, s.answer)
-                for (s, reference), r in zip(owners, rollouts, strict=True)
+                for (position, _, reference), r in zip(owners, rollouts, strict=True)
+                for s in (batch.at(position).sample,)
             ]
         )
         rewards = torch.tensor([score.total for score in scores])
-        group_ids = torch.arange(len(samples)).repeat_interleave(self.config.policy_rollouts)
-        advantages = group_advantages(rewards, group_ids, normalize_std=self.objective.policy_gradient.normalize_std).tolist()
+        group_ids = torch.arange(len(positions)).repeat_interleave(self.config.policy_rollouts)
+        normalize_std = self.objective.policy_gradient.normalize_std
+        advantages = group_advantages(rewards, group_ids, normalize_std=normalize_std).tolist()
         varied = has_reward_variance(rewards, group_ids).tolist()
-        seeds = [self._seed(step, s, 1 + i % self.config.policy_rollouts) for i, (s, _) in enumerate(owners)]
         return [
-            Collected(s, role, r, reference, score.total, advantage, differs, score, seed)
-            for (s, reference), r, score, advantage, differs, seed in zip(
-                owners, rollouts, scores, advantages, varied, seeds, strict=True
+            self._scored(
+                batch, position, draw, rollout, role, reference_answer=reference, reward=score.total, score=score,
+                advantage=advantage, zero_variance=not varies,
             )
-        ]
+            for (position, draw, reference), rollout, score, advantage, varies in zip(
+                owners, rollouts, scores, advantages, varied, strict=True
+            )
+        ]  # fmt: skip
+
+
+def gather_rollouts(rollouts: Sequence[ScoredRollout], replica_group: dist.ProcessGroup) -> list[ScoredRollout]:
+    """Return the step's rollouts of all data-parallel ranks, in one order. Collective over all ranks.
+
+    Args:
+        rollouts: of this data-parallel rank, the same on all ranks of its replica.
+        replica_group: those ranks; the first of them sends.
+    """
+    sends = dist.get_rank(replica_group) == 0
+    shares = all_gather_json([rollout.to_json() for rollout in rollouts] if sends else [])
+    gathered = (ScoredRollout.from_json(plain) for share in shares for plain in share)
+    return sorted(gathered, key=lambda rollout: rollout.order)
 
 
 def repetition(token_ids: Sequence[int], size: int = 4) -> float:
-    """The share of a response's n-grams of this size that it has said before: 0 for plain text, near 1 for a loop, 0 if it is too short to tell."""
+    """Return the share of n-grams that occur earlier in the response: near 1 for a loop, 0 for a short one."""
     grams = [tuple(token_ids[i : i + size]) for i in range(len(token_ids) - size + 1)]
     return 1.0 - len(set(grams)) / len(grams) if len(grams) > size else 0.0
 
 
-def collection_metrics(collected: Sequence[Collected], policy_rollouts: int) -> dict[str, float]:
-    """How responses end and how much they repeat themselves; with L_seq also the reward with its terms, groups, and the judge's share."""
+def rollout_metrics(rollouts: Sequence[ScoredRollout], policy_rollouts: int) -> dict[str, float]:
+    """Summarize how responses end and repeat themselves; with L_seq also rewards, groups, and the judge's share."""
     metrics = {
-        "truncated": sum(c.rollout.finish_reason == "length" for c in collected) / max(len(collected), 1),
-        "repetition": sum(repetition(c.rollout.token_ids) for c in collected) / max(len(collected), 1),
+        "truncated": sum(r.rollout.finish_reason == "length" for r in rollouts) / max(len(rollouts), 1),
+        "repetition": sum(repetition(r.rollout.token_ids) for r in rollouts) / max(len(rollouts), 1),
     }
-    rewarded = [c for c in collected if c.reward is not None]
+    rewarded = [r for r in rollouts if r.reward is not None]
     if not rewarded:
         return metrics
     metrics |= {
-        "reward": sum(c.reward for c in rewarded if c.reward is not None) / len(rewarded),
+        "reward": sum(r.reward for r in rewarded if r.reward is not None) / len(rewarded),
         "groups": len(rewarded) / policy_rollouts,
-        "zero_variance_groups": sum(not c.has_reward_variance for c in rewarded) / policy_rollouts,
+        "zero_variance_groups": sum(r.zero_variance for r in rewarded) / policy_rollouts,
     }
-    scores = [c.score for c in rewarded if c.score is not None]
+    scores = [r.score for r in rewarded if r.score is not None]
     names = list(scores[0].terms) if scores else []
     if len(names) > 1:
         metrics |= {f"reward_{name}": sum(s.terms[name] for s in scores) / len(scores) for name in names}

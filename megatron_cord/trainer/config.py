@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from megatron_cord.data.loader import DataConfig
 from megatron_cord.errors import CordError
@@ -11,31 +11,34 @@ from megatron_cord.evaluation.config import EvaluationConfig
 from megatron_cord.model.config import ModelConfig
 from megatron_cord.parallel.layout import ParallelConfig
 from megatron_cord.reward import RewardConfig
+from megatron_cord.rollout.config import RolloutConfig
 from megatron_cord.trainer.checkpoint.checkpoints import CheckpointConfig
-from megatron_cord.trainer.collection import RolloutConfig
 from megatron_cord.trainer.observability.alerts import AlertConfig
 from megatron_cord.trainer.observability.rollout_dump import RecordConfig
 from megatron_cord.trainer.observability.trackers import MetricsConfig
-from megatron_cord.trainer.step.batches import BatchConfig
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.step.optimizer import OptimizerConfig
 from megatron_cord.trainer.step.teacher import TeacherConfig
 
 
 @dataclass(frozen=True)
-class LoopConfig(BatchConfig):
-    """How long and in which portions."""
+class TrainConfig:
+    """How long the run is, and how sequences are put into microbatches."""
 
     steps: int = 3000  #: optimizer steps; the paper's value
+    packing: Literal["padded", "packed"] = "padded"  #: sequences padded to the longest, or one after the other
+    micro_batch_size: int = 4  #: padded: sequences that go through the model together
+    #: packed: tokens that do, student's and teacher's each; a longer sequence goes alone
+    tokens_per_microbatch: int = 8192
     max_skipped_in_a_row: int = 5  #: so many steps without a finite loss stop the run
-    watchdog_seconds: float = (
-        480.0  #: a longer phase of a step is taken for a hang: the rank writes its stacks and ends; 0 waits on
-    )
+    #: a longer phase of a step is taken for a hang: the rank writes its stacks and ends; 0 waits on
+    watchdog_seconds: float = 480.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.steps < 1 or self.max_skipped_in_a_row < 1:
             raise CordError("train.steps and train.max_skipped_in_a_row must be at least 1")
+        if self.micro_batch_size < 1 or self.tokens_per_microbatch < 1:
+            raise CordError("train.micro_batch_size and train.tokens_per_microbatch must be at least 1")
         if self.watchdog_seconds < 0:
             raise CordError(f"train.watchdog_seconds cannot be negative, got {self.watchdog_seconds}")
 
@@ -46,19 +49,20 @@ class RunConfig:
 
     EXPLAINED_BY: ClassVar[str] = "cord config"
 
-    output_dir: str  #: metrics, records, checkpoints and evaluations go there
+    output_dir: str  #: metrics, rollout dump, checkpoints and evaluations go there
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0  #: of data order, sampling and everything else that is drawn
-    resume: str = "auto"  #: auto: from the newest checkpoint in output_dir if there is one; never: start anew; or a checkpoint's directory
-    replay: str | None = None  #: a record of rollouts to train from, without an engine
+    #: auto: from the newest checkpoint in output_dir if there is one; never: start anew; or a checkpoint's directory
+    resume: str = "auto"
+    replay: str | None = None  #: a rollout dump to train from, without an engine
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: LoopConfig = field(default_factory=LoopConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
@@ -69,11 +73,13 @@ class RunConfig:
         if self.train.watchdog_seconds >= 60 * self.parallel.timeout_minutes:
             raise CordError(
                 f"train.watchdog_seconds={self.train.watchdog_seconds:g} must be shorter than parallel.timeout_minutes="
-                f"{self.parallel.timeout_minutes:g}: else ranks that wait for a stuck one end before it can say where it is"
+                f"{self.parallel.timeout_minutes:g}: else ranks that wait for a stuck one end before it can say "
+                "where it is"
             )
         if self.rollout.engine == "sglang" and 0 < self.train.watchdog_seconds <= self.rollout.sglang.start_seconds:
             raise CordError(
-                f"rollout.sglang.start_seconds={self.rollout.sglang.start_seconds:g} must be shorter than train.watchdog_seconds="
+                f"rollout.sglang.start_seconds={self.rollout.sglang.start_seconds:g} must be shorter than "
+                "train.watchdog_seconds="
                 f"{self.train.watchdog_seconds:g}: else ranks that wait for servers are taken for stuck"
             )
         if self.teacher.mode == "ema" and self.objective.responses == "teacher":

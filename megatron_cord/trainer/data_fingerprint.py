@@ -8,12 +8,13 @@ from pathlib import Path
 
 from megatron_cord.data.shards import ShardDataset
 from megatron_cord.errors import CordError
+from megatron_cord.runtime.files import write_json
 
 FILE_NAME = "data.json"
 
 
 def keep_data_record(directory: Path, data: ShardDataset, *, resumed: bool, writes: bool) -> None:
-    """Compares the data with what the run began with, or writes down what it begins with: samples, their fingerprint, and what was skipped.
+    """Compare the data with what the run began with, or write that down: samples, fingerprint, what was skipped.
 
     Args:
         directory: of the run.
@@ -33,8 +34,10 @@ def keep_data_record(directory: Path, data: ShardDataset, *, resumed: bool, writ
             raise CordError(f"{path} is damaged ({error}); delete it if data.train is as it was") from None
         if (samples, fingerprint) != (len(data), data.fingerprint):
             raise CordError(
-                f"data.train has {len(data)} usable samples ({data.fingerprint}), but the run began with {samples} ({fingerprint}): its steps "
-                f"would be others than those of its seed. Restore the data, or begin a run in another output_dir ({path} lists what was skipped)"
+                f"data.train has {len(data)} usable samples ({data.fingerprint}), but the run began with {samples} "
+                f"({fingerprint}): its steps "
+                "would be others than those of its seed. Restore the data, or begin a run in another output_dir "
+                f"({path} lists what was skipped)"
             )
     elif writes:
         content = {
@@ -42,6 +45,4 @@ def keep_data_record(directory: Path, data: ShardDataset, *, resumed: bool, writ
             "fingerprint": data.fingerprint,
             "skipped": [asdict(item) for item in data.skipped],
         }
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_json(path, content)

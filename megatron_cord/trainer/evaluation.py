@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron_cord.evaluation.answers import AudioResponse, Measured
 from megatron_cord.evaluation.statistics import gap_closed
-from megatron_cord.trainer.observability.logprob_mismatch import agreement_metrics
+from megatron_cord.rollout.types import ScoredRollout, TokenResults
+from megatron_cord.trainer.observability.logprob_mismatch import mismatch_metrics
 from megatron_cord.trainer.observability.metrics import json_floats
 from megatron_cord.trainer.step.batches import TrainingSequence
-from megatron_cord.trainer.step.step import TokenRecord
 
-Scorer = Callable[[list[TrainingSequence]], list[TokenRecord]]
+Scorer = Callable[[list[TrainingSequence]], dict[int, TokenResults]]
 
 
 def measure_divergence(score: Scorer, version: int, responses: Sequence[AudioResponse]) -> Measured:
     """Score responses with student and teacher as a training step does. Collective.
 
     Args:
-        score: `TrainStep.score`.
+        score: `TrainStep.score`, of sequences that all ranks pass.
         version: of the trainer's weights.
         responses: from the audio prompts.
 
     Returns:
-        each response's divergence by token, and how far trainer and engine differ on them (`agreement_metrics`), as far
+        each response's divergence by token, and how far trainer and engine differ on them (`mismatch_metrics`), as far
         as finite.
     """
-    records = score(
-        [TrainingSequence(r.audio_prompt, r.text_prompt, r.rollout, True, 0.0, i) for i, r in enumerate(responses)]
+    rollouts = [ScoredRollout(response.rollout, "distill") for response in responses]
+    results = score(
+        [
+            TrainingSequence(response.audio_prompt, response.text_prompt, rollouts[i], i)
+            for i, response in enumerate(responses)
+        ]
     )
-    metrics = agreement_metrics(records, [response.rollout for response in responses], version)
-    by_index = {record.index: None if record.kl is None else json_floats(record.kl) for record in records}
+    metrics = mismatch_metrics([replace(r, tokens=results.get(i)) for i, r in enumerate(rollouts)], version)
+    by_index = {i: None if tokens.kl is None else json_floats(tokens.kl) for i, tokens in results.items()}
     return Measured(
         [by_index.get(i) for i in range(len(responses))],
         {name: value for name, value in metrics.items() if math.isfinite(value)},

@@ -10,7 +10,7 @@ from megatron_cord.parallel.layout import Layout
 
 
 def build_student(config: ModelConfig, layout: Layout) -> LALM:
-    """This rank's part of the model with the Hugging Face checkpoint's weights."""
+    """Build this rank's part of the model with the Hugging Face checkpoint's weights."""
     model = LALM(load_architecture(config.checkpoint), layout, config.torch_dtype, config.layer_config)
     read_into(model, config.checkpoint)
     for name in config.freeze:

@@ -1,33 +1,50 @@
-"""The teacher's own answers to the text questions: references of the reward, and the responses of off-policy methods.
+"""Reference answers: the teacher's own answers to the text of the questions.
 
-A frozen teacher answers all questions that the run will ask before the engine gets any trained weights; the answers are kept in the run's
-directory, so that a resumed run need not ask again. A live teacher answers each step with the weights that make the step's responses.
-Answers are greedy.
+The reward compares with them, and off-policy methods train on them. A frozen teacher answers all questions that the
+run will need before the engine gets any trained weights; the answers are kept in the run's directory, so that a resumed
+run has them. A live teacher answers each step with the weights that generate the step's responses. Answers are greedy.
+Audio is never read for them.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch.distributed as dist
 
 from megatron_cord.data.prompts import PromptBuilder
-from megatron_cord.data.samples import Sample
+from megatron_cord.data.samples import READ, PreparedSample, Prompt, Sample
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine, rollout_from_json
+from megatron_cord.rollout.collective import CollectiveEngine
+from megatron_cord.rollout.types import GenerationRequest, Rollout
+from megatron_cord.runtime.files import write_atomic
+
+logger = logging.getLogger(__name__)
 
 
-class TeacherAnswers:
+class TextSource(Protocol):
+    """Samples by number without their audio, ``ShardDataset`` for example."""
+
+    def id_of(self, index: int) -> str:
+        """Return the id of a sample."""
+        ...
+
+    def without_audio(self, index: int) -> Sample:
+        """Read a sample without its audio."""
+        ...
+
+
+class ReferenceAnswers:
     """Answers by sample.
 
     Args:
         mode: "frozen" or "live".
-        engine: generates them.
+        engine: generates a frozen teacher's answers, shared by all ranks.
         prompts: builds the text prompt.
         max_new_tokens: answers are cut there.
         path: the file in which a frozen teacher's answers are kept.
@@ -36,27 +53,22 @@ class TeacherAnswers:
     def __init__(
         self,
         mode: Literal["frozen", "live"],
-        engine: RolloutEngine,
+        engine: CollectiveEngine,
         prompts: PromptBuilder,
         max_new_tokens: int,
         path: Path,
     ) -> None:
-        self.mode, self.engine, self.prompts, self.max_new_tokens, self.path = (
-            mode,
-            engine,
-            prompts,
-            max_new_tokens,
-            path,
-        )
+        self.mode, self.engine, self.prompts = mode, engine, prompts
+        self.max_new_tokens, self.path = max_new_tokens, path
         self._kept: dict[str, Rollout] = {}
 
-    def prepare(self, samples: Sequence[Sample], *, resumed: bool, say: Callable[[str], None] = lambda _: None) -> None:
-        """Makes sure that a frozen teacher's answers are there. Collective; the engine must still have the initial weights.
+    def prepare(self, source: TextSource, indices: Sequence[int], *, resumed: bool) -> None:
+        """Generate the answers that a frozen teacher lacks. Collective; the engine must still have the initial weights.
 
         Args:
-            samples: all that the run will ask.
+            source: of the samples; each rank reads the text of its share of them.
+            indices: numbers of all samples that the run will need.
             resumed: take the answers that this run has kept; a run that starts anew may have another model.
-            say: hears how many answers are asked for.
 
         Raises:
             CordError: the file of kept answers is damaged.
@@ -64,41 +76,43 @@ class TeacherAnswers:
         if self.mode == "live":
             return
         self._kept = self._read() if resumed else {}
-        missing = list({s.id: s for s in samples if s.id not in self._kept}.values())
+        missing = {source.id_of(i): i for i in indices if source.id_of(i) not in self._kept}
         if not missing:
             return
-        say(f"the teacher answers {len(missing)} questions")
-        self._kept |= {s.id: r for s, r in zip(missing, self.engine.generate(self._asked(missing)), strict=True)}
+        logger.info("the teacher answers %d questions", len(missing))
+        share = [
+            self._request(self.prompts.text_prompt(source.without_audio(i)))
+            for i in self.engine.share(list(missing.values()))
+        ]
+        answers = self.engine.generate_share(share, len(missing))
+        self._kept |= dict(zip(missing, answers, strict=True))
         if dist.get_rank() == 0:
             self._write()
         dist.barrier()
 
-    def requests(self, samples: Sequence[Sample]) -> list[GenerationRequest]:
-        """What the engine has to generate for these questions now: nothing where the answers are kept."""
-        return self._asked(samples) if self.mode == "live" else []
+    def requests(self, samples: Sequence[PreparedSample]) -> list[GenerationRequest]:
+        """Return what the engine has to generate for these samples now: nothing where the answers are kept."""
+        return [self._request(s.prompts[READ]) for s in samples] if self.mode == "live" else []
 
-    def rollouts(self, samples: Sequence[Sample], generated: Sequence[Rollout]) -> list[Rollout]:
-        """The answers to these questions, with what the engine made of `requests`."""
-        return list(generated) if self.mode == "live" else [self._kept[s.id] for s in samples]
+    def rollouts(self, samples: Sequence[PreparedSample], generated: Sequence[Rollout]) -> list[Rollout]:
+        """Return the answers to these samples, with what the engine made of `requests`."""
+        return list(generated) if self.mode == "live" else [self._kept[s.sample.id] for s in samples]
 
-    def _asked(self, samples: Sequence[Sample]) -> list[GenerationRequest]:
-        return [GenerationRequest(self.prompts.text_prompt(s), 0.0, self.max_new_tokens) for s in samples]
+    def _request(self, prompt: Prompt) -> GenerationRequest:
+        return GenerationRequest(prompt, 0.0, self.max_new_tokens)
 
     def _write(self) -> None:
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w") as file:
-            for key, rollout in self._kept.items():
-                file.write(json.dumps({"sample": key} | asdict(rollout)) + "\n")
-        os.replace(partial, self.path)
+        lines = [json.dumps({"sample": key} | asdict(rollout)) + "\n" for key, rollout in self._kept.items()]
+        write_atomic(self.path, "".join(lines))
 
     def _read(self) -> dict[str, Rollout]:
         if not self.path.is_file():
             return {}
         kept = {}
-        for number, line in enumerate(self.path.read_text().splitlines(), start=1):
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), start=1):
             try:
                 plain = json.loads(line)
-                kept[plain["sample"]] = rollout_from_json(plain)
+                kept[plain["sample"]] = Rollout.from_json(plain)
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise CordError(
                     f"{self.path}:{number} is damaged ({error}); delete the file, and the teacher answers anew"

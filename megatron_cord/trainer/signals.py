@@ -1,7 +1,7 @@
 """Requests to stop: SIGTERM, and SIGUSR1 as SLURM's notice before the time limit.
 
-A signal only leaves a note. Between two steps the ranks agree whether any of them has one, so that one rank's signal is enough and all
-of them stop after the same step.
+A signal only leaves a note. Between two steps the ranks agree whether any of them has one, so that one rank's signal
+is enough and all of them stop after the same step.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from megatron_cord.errors import CordError
 from megatron_cord.losses import TokenWeightsConfig
 from megatron_cord.model.config import ModelConfig
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
+from megatron_cord.trainer.config import TrainConfig
 from megatron_cord.trainer.model_setup import build_student
-from megatron_cord.trainer.step.batches import BatchConfig
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.step.optimizer import OptimizerConfig, build_optimizer, release, wrap_model
 from megatron_cord.trainer.step.step import TrainStep
@@ -48,7 +48,7 @@ class VerifyLayoutConfig:
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=lambda: ModelConfig(checkpoint="", dtype="float32"))
-    train: BatchConfig = field(default_factory=lambda: BatchConfig(micro_batch_size=2, tokens_per_microbatch=96))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(micro_batch_size=2, tokens_per_microbatch=96))
     #: Adam's epsilon is large, so that a gradient's rounding error is not scaled up to a whole step.
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-2, epsilon=1e-2))
     sizes: Sizes = field(default_factory=Sizes)
@@ -112,7 +112,7 @@ def run_step(config: VerifyLayoutConfig, layout: Layout) -> tuple[Outcome, Outco
 
     model.config.finalize_model_grads_func = finish_and_keep
     step = TrainStep(wrapped, teacher, optimizer, scheduler, OBJECTIVE, config.train, pad_id=0)
-    result = step(sequences, [s.rollout for s in sequences])
+    result = step(sequences[layout.dp_rank :: layout.dp_size], [s.response for s in sequences])
     weights = {name: tensor.clone() for name, tensor in export_tensors(model)}
     release(wrapped)
     return Outcome(result.metrics["loss"], gradients, weights), expected

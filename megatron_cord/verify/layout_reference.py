@@ -17,7 +17,7 @@ from transformers import Qwen2AudioConfig, Qwen2AudioEncoderConfig, Qwen2AudioFo
 from megatron_cord.data.samples import AudioClip, Prompt
 from megatron_cord.errors import CordError
 from megatron_cord.losses import TokenWeightsConfig
-from megatron_cord.rollout.types import Rollout
+from megatron_cord.rollout.types import Rollout, ScoredRollout
 from megatron_cord.trainer.step.batches import TrainingSequence
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.step.optimizer import OptimizerConfig
@@ -136,9 +136,11 @@ def make_sequences(sizes: Sizes, seed: int) -> list[TrainingSequence]:
             TrainingSequence(
                 student=Prompt(name, audio_prompt, tuple(clips)),
                 teacher=Prompt(name, words(4 + 3 * (index % 2))) if scored else None,
-                rollout=Rollout(name, response, logprobs, "stop", (), ""),
-                scored=scored,
-                advantage=0.5 if index % 2 else -0.25,
+                response=ScoredRollout(
+                    Rollout(name, response, logprobs, "stop", (), ""),
+                    "shared" if scored else "policy",
+                    advantage=0.5 if index % 2 else -0.25,
+                ),
                 index=index,
             )
         )
@@ -158,7 +160,7 @@ def reference_step(
         parameter.requires_grad_(
             "embed_positions" not in name and not any(PARTS[part] in name or _is_head(part, name) for part in freeze)
         )
-    scored = sum(s.scored for s in sequences)
+    scored = sum(s.response.distilled for s in sequences)
     loss = torch.zeros((), dtype=torch.float64)
     for sequence in sequences:
         response = torch.tensor(sequence.rollout.token_ids)
@@ -174,7 +176,9 @@ def reference_step(
             .exp()
             .clamp(max=objective.policy_gradient.importance_cap)
         )
-        loss = loss - objective.policy_gradient.weight * sequence.advantage * (ratio * log_p_t).sum() / len(sequences)
+        loss = loss - objective.policy_gradient.weight * sequence.response.advantage * (ratio * log_p_t).sum() / len(
+            sequences
+        )
     loss.backward()
     trained = {_published(n): p for n, p in model.named_parameters() if p.requires_grad}
     gradients = {name: parameter.grad.clone() for name, parameter in trained.items() if parameter.grad is not None}

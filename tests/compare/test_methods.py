@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from megatron_cord.compare.methods import COMPARED, METHODS, methods_named
 from megatron_cord.compare.plan import CompareConfig, plan_runs
 from megatron_cord.compare.results import responses
 from megatron_cord.config.loading import load_config
-from megatron_cord.data.samples import Prompt, Sample
+from megatron_cord.data.loader import Batch
+from megatron_cord.data.samples import PreparedSample, Prompt
 from megatron_cord.errors import CordError
 from megatron_cord.losses import TokenWeightsConfig
 from megatron_cord.rollout.types import GenerationRequest, Rollout
@@ -45,23 +47,16 @@ def test_no_two_are_the_same() -> None:
     assert len(COMPARED) == 7 and run_config("cord").objective == load_config(RunConfig, None, REQUIRED).objective
 
 
-class _Prompts:
-    """Prompts without a model."""
-
-    def audio_prompt(self, sample: Sample) -> Prompt:
-        return Prompt(sample.id, (1,))
-
-    text_prompt = audio_prompt
-
-
 class _Answers:
     """A frozen teacher that has answered."""
 
-    def requests(self, samples: list[Sample]) -> list[GenerationRequest]:
+    mode = "frozen"
+
+    def requests(self, samples: Sequence[PreparedSample]) -> list[GenerationRequest]:
         return []
 
-    def rollouts(self, samples: list[Sample], generated: list[Rollout]) -> list[Rollout]:
-        return [Rollout(s.id, (7, 8), (0.0, 0.0), "stop", (), "the answer is 1") for s in samples]
+    def rollouts(self, samples: Sequence[PreparedSample], generated: Sequence[Rollout]) -> list[Rollout]:
+        return [Rollout(s.sample.id, (7, 8), (0.0, 0.0), "stop", (), "the answer is 1") for s in samples]
 
 
 class _Rewards:
@@ -72,15 +67,17 @@ class _Rewards:
 def test_each_trains_on_the_responses_it_says(method: str) -> None:
     """Catches an off-policy method that generates, and a table whose counts of responses are not those of the run."""
     config = run_config(method)
-    collector = Collector(config.rollout, config.objective, _Prompts(), _Answers(), _Rewards(), 0)  # type: ignore[arg-type]
-    requests = collector.requests(make_samples(4), 0)
+    collector = Collector(config.rollout, config.objective, _Answers(), _Rewards(), 0)  # type: ignore[arg-type]
+    samples = [PreparedSample(s, {view: Prompt(s.id, (1,)) for view in collector.views}) for s in make_samples(4)]
+    batch = Batch(0, tuple(range(4)), tuple(samples))
+    requests = collector.requests(batch)
     alone, groups = (sum(r.temperature == t for r in requests) for t in (1.0, 1.5))
     assert (alone, groups) == SAMPLED[method] and len(requests) == alone + groups == responses(config)["sampled"]
     off_policy = method in ("sft", "off_policy_kl")
     assert responses(config)["trained"] == (4 if off_policy else len(requests))
     if off_policy:
-        made = collector.sequences(collector.collect(make_samples(4), [], 0))
-        assert [s.rollout.token_ids for s in made] == [(7, 8)] * 4 and all(s.scored for s in made)
+        made = collector.sequences(batch, collector.score(batch, []))
+        assert [s.rollout.token_ids for s in made] == [(7, 8)] * 4 and all(s.response.distilled for s in made)
         assert all((s.teacher is not None) == (method == "off_policy_kl") for s in made)
 
 

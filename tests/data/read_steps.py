@@ -24,7 +24,8 @@ def main() -> None:
     )  # fmt: skip
     with log.open("a") as file:
         for step in range(first, last):
-            for sample in loader.batch(step):
+            for prepared in loader.batch(step).samples:
+                sample = prepared.sample
                 file.write(f"{step} {sample.id} {zlib.crc32(sample.waveform.tobytes())}\n")
             file.flush()
     loader.close()

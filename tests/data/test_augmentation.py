@@ -77,7 +77,7 @@ def test_it_depends_on_seed_step_and_sample_alone() -> None:
         loader = SampleLoader(
             loud, batch_size=4, seed=5, workers=workers, change=lambda s, step: augment(s, ALL, seed=5, step=step)
         )
-        heard = [item.waveform for step in steps for item in loader.batch(step)]
+        heard = [prepared.sample.waveform for step in steps for prepared in loader.batch(step).samples]
         loader.close()
         return heard
 

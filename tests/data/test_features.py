@@ -1,4 +1,4 @@
-"""Features against transformers' WhisperFeatureExtractor, for Whisper's configuration and for the quickstart's odd one."""
+"""Features against transformers' WhisperFeatureExtractor, for Whisper's configuration and the quickstart's."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ def test_configuration_is_read_from_a_checkpoint(name: str, tmp_path: Path) -> N
 
 
 def test_fractional_chunk_length_and_processor_config(tmp_path: Path) -> None:
-    """Would catch a window of 2 s for 2.56 s, and checkpoints of newer transformers, which have one file for the processor."""
+    """Would catch a window of 2 s for 2.56 s, and checkpoints of newer transformers.
+
+    Also which have one file for the processor.
+    """
     content = {"feature_extractor": {"feature_size": 64, "hop_length": 320, "chunk_length": 2.56}}
     (tmp_path / "processor_config.json").write_text(json.dumps(content))
     assert FeatureConfig.from_checkpoint(tmp_path) == CONFIGS["quickstart"]
@@ -132,7 +135,9 @@ def test_silence(config: FeatureConfig) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_dali_on_the_cpu_is_equal_too(config: FeatureConfig) -> None:
-    """Would catch another window, mel scale or normalisation in DALI's pipeline, a buffer that is used again, and clips in another order.
+    """Would catch another window, mel scale or normalisation in DALI's pipeline, a buffer that is used again.
+
+    Also clips in another order.
 
     Needs NVIDIA DALI (extra dali), which make setup does not install.
     """

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_cord.data.loader import DataConfig, SampleLoader
-from megatron_cord.data.samples import Sample
+from megatron_cord.data.samples import PreparedSample, Sample
 from megatron_cord.data.shard_writer import ShardWriter
 from megatron_cord.errors import CordError
 
@@ -40,13 +40,18 @@ def test_every_sample_once_an_epoch() -> None:
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
 def test_same_global_batch_on_every_layout(world: int) -> None:
-    """Would catch runs that see other data when the number of ranks changes."""
+    """Would catch runs that see other data when the number of ranks changes.
+
+    Also ranks that read more than their share, and remainders lost.
+    """
     for step in range(7):
-        parts = [loader(rank=rank, world=world).indices(step) for rank in range(world)]
-        assert [index for part in parts for index in part] == loader().indices(step)
-        assert all(len(part) == 4 // world for part in parts)
+        parts = [loader(rank=rank, world=world).batch(step) for rank in range(world)]
+        assert sorted(position for part in parts for position in part.positions) == [0, 1, 2, 3]
+        order = {p: int(part.at(p).sample.id) for part in parts for p in part.positions}
+        assert [order[position] for position in range(4)] == loader().indices(step)
+        assert all(len(part.samples) in (4 // world, 4 // world + 1) and part.step == step for part in parts)
 
 
 def test_a_resumed_run_continues_the_same_row() -> None:
@@ -72,15 +77,23 @@ def test_batches_larger_than_an_epoch() -> None:
 def test_batch_and_epoch() -> None:
     """Would catch a batch that is not made of its indices, and a wrong count of epochs."""
     source = loader()
-    assert [int(sample.id) for sample in source.batch(2)] == source.indices(2)
+    assert [int(prepared.sample.id) for prepared in source.batch(2).samples] == source.indices(2)
     assert source.epoch(5) == 2.0 and source.batch_size == 4
 
 
-@pytest.mark.parametrize(("batch_size", "world"), [(5, 2), (0, 1), (-4, 2)])
-def test_batches_that_do_not_divide_are_refused(batch_size: int, world: int) -> None:
-    """Would catch ranks with batches of different sizes."""
+@pytest.mark.parametrize("batch_size", [0, -4])
+def test_batches_of_nothing_are_refused(batch_size: int) -> None:
+    """Would catch a run that trains on nothing for ever."""
     with pytest.raises(CordError, match=f"a batch of {batch_size} samples"):
-        loader(batch_size=batch_size, world=world)
+        loader(batch_size=batch_size)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_rank_without_a_share(workers: int) -> None:
+    """Would catch a rank that fails, or takes another's samples, where there are more ranks than samples."""
+    source = SampleLoader(SAMPLES, batch_size=2, seed=1, rank=2, world=3, workers=workers)
+    assert source.batch(0).samples == source.batch(1).samples == () and source.indices(0)
+    source.close()
 
 
 def test_empty_sources_are_refused() -> None:
@@ -90,7 +103,10 @@ def test_empty_sources_are_refused() -> None:
 
 
 def test_killed_and_resumed_with_other_workers(tmp_path: Path) -> None:
-    """Would catch an order, an augmentation or a share of the ranks that depends on workers, or on what was read before a kill."""
+    """Would catch an order, an augmentation or a share of the ranks that depends on workers.
+
+    Also on what was read before a kill.
+    """
     writer = ShardWriter(tmp_path / "shards", shard_size=7)
     rng = np.random.default_rng(0)
     for number in range(40):
@@ -124,7 +140,7 @@ def test_killed_and_resumed_with_other_workers(tmp_path: Path) -> None:
     shares = [start(f"share{rank}", done, 20, workers, rank, 2) for rank, workers in ((0, 1), (1, 2))]
     assert [process.wait() for process in shares] == [0, 0]
     parts = [lines("share0"), lines("share1")]
-    resumed = [line for step in range(20 - done) for part in parts for line in part[2 * step : 2 * step + 2]]
+    resumed = [line for number in range(2 * (20 - done)) for line in (parts[0][number], parts[1][number])]
     assert expected[: 4 * done] + resumed == expected
     for epoch in (expected[:40], expected[40:]):
         assert sorted(line.split()[1] for line in epoch) == sorted(f"s{number}" for number in range(40))
@@ -145,13 +161,20 @@ class _Slow:
 
 
 def test_workers_read_ahead_and_each_sample_once() -> None:
-    """Would catch workers that read nothing ahead, or what nobody asked for, and work on a sample that is done in the caller's thread."""
+    """Would catch workers that read nothing ahead, or what nobody asked for.
+
+    Also work on a sample that is done in the caller's thread.
+    """
     source = _Slow()
     prepared: list[str] = []
-    ahead = SampleLoader(
-        source, batch_size=4, seed=1, workers=2, prepare=lambda samples: prepared.extend(s.id for s in samples)
-    )
-    assert [[int(s.id) for s in ahead.batch(step)] for step in (3, 4)] == [loader().indices(3), loader().indices(4)]
+
+    def prepare(samples: Sequence[Sample]) -> list[PreparedSample]:
+        prepared.extend(s.id for s in samples)
+        return [PreparedSample(s, {}) for s in samples]
+
+    ahead = SampleLoader(source, batch_size=4, seed=1, workers=2, prepare=prepare)
+    read_now = [[int(p.sample.id) for p in ahead.batch(step).samples] for step in (3, 4)]
+    assert read_now == [loader().indices(3), loader().indices(4)]
     ahead.close()
     asked = loader().indices(3) + loader().indices(4) + loader().indices(5)
     read = [index for index, _ in source.read]
@@ -162,7 +185,7 @@ def test_workers_read_ahead_and_each_sample_once() -> None:
 def test_a_sample_that_cannot_be_read_is_named_where_it_is_asked_for() -> None:
     """Would catch a worker that dies in silence, and a run that waits for it."""
 
-    def fail(samples: Sequence[Sample]) -> None:
+    def fail(samples: Sequence[Sample]) -> list[PreparedSample]:
         raise CordError(f"sample {samples[0].id} is broken")
 
     broken = SampleLoader(SAMPLES, batch_size=4, seed=1, workers=2, prepare=fail)

@@ -41,7 +41,10 @@ def sample(samples: int = 16000) -> Sample:
 
 @pytest.mark.parametrize("samples", [2500, 16000, 16001, 31999, 47999, 48000])
 def test_audio_prompt_is_the_processors(builder: PromptBuilder, checkpoint: Path, samples: int) -> None:
-    """Catches a wrong count of placeholders at any rounding, other features, and a template that is not the checkpoint's."""
+    """Catches a wrong count of placeholders at any rounding, other features.
+
+    Also a template that is not the checkpoint's.
+    """
     processor = AutoProcessor.from_pretrained(checkpoint)
     turns = [{"role": "user", "content": [{"type": "audio", "audio_url": "clip"}]}]
     text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
@@ -76,7 +79,10 @@ def test_prompts_differ_only_where_audio_stands_for_text(builder: PromptBuilder)
 
 
 def test_the_published_template_works_too(tmp_path: Path) -> None:
-    """Catches a builder that fits only the quickstart's template: Qwen2-Audio's own has a system turn and numbers the clips."""
+    """Catches a builder that fits only the quickstart's template.
+
+    Qwen2-Audio's own has a system turn and numbers the clips.
+    """
     words = [*WORDS, "system", "You", "are", "a", "helpful", "assistant.", "Audio", "1:"]
     create_checkpoint(tmp_path, TinyModelConfig(), words, seed=0)
     processor = Qwen2AudioProcessor(WhisperFeatureExtractor(64, hop_length=320, chunk_length=3), build_tokenizer(words))
@@ -92,7 +98,10 @@ def test_the_published_template_works_too(tmp_path: Path) -> None:
 
 
 def test_ids_by_their_roles(builder: PromptBuilder) -> None:
-    """Catches a special token that sampling could produce, an end of sequence that it could not, and ids without a token."""
+    """Catches a special token that sampling could produce, an end of sequence that it could not.
+
+    Also ids without a token.
+    """
     assert builder.token_strings(builder.eos_ids) == ["<|im_end|>"]
     assert builder.audio_token_id in builder.special_ids and builder.pad_id in builder.special_ids
     assert not set(builder.eos_ids) & set(builder.special_ids)
@@ -101,14 +110,20 @@ def test_ids_by_their_roles(builder: PromptBuilder) -> None:
 
 
 def test_decoding_leaves_specials_out(builder: PromptBuilder) -> None:
-    """Catches specials in the text that the judge reads, and a crash on ids that the embedding has but the tokenizer has not."""
+    """Catches specials in the text that the judge reads.
+
+    Also a crash on ids that the embedding has but the tokenizer has not.
+    """
     text = builder.text_prompt(sample()).token_ids
     assert builder.decode([*text, builder.eos_ids[0], builder.pad_id, 23]) == "user what is one plus two assistant"
     assert builder.token_strings([23]) == ["<23>"]
 
 
 def test_long_audio_is_cut(builder: PromptBuilder, checkpoint: Path) -> None:
-    """Catches a window that is lost or doubled, a run of placeholders that is not its clip's, and features of another stretch of audio."""
+    """Catches a window that is lost or doubled, a run of placeholders that is not its clip's.
+
+    Also features of another stretch of audio.
+    """
     processor = AutoProcessor.from_pretrained(checkpoint)
     long = sample(2 * 48000 + 20000)
     pieces = [long.waveform[:48000], long.waveform[48000:96000], long.waveform[96000:]]
@@ -134,7 +149,10 @@ def test_a_short_rest_is_heard(checkpoint: Path, rest: int) -> None:
 
 
 def test_step_audio_2_is_prompted_as_published(tmp_path: Path) -> None:
-    """Catches a wrong template where the published processing is code, another rate of tokens, and clips of another length."""
+    """Catches a wrong template where the published processing is code, another rate of tokens.
+
+    Also clips of another length.
+    """
     words = ["<|BOT|>", "human", "assistant", "<|EOT|>", "<audio_start>", "<audio_patch>", "<audio_end>", *WORDS]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="."))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -202,7 +220,7 @@ def test_bad_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(
         CordError,
-        match="makes 64 mel bands and 150 frames, the encoder takes 80 and 150; copy preprocessor_config.json",
+        match=r"makes 64 mel bands and 150 frames, the encoder takes 80 and 150; copy preprocessor_config.json",
     ):
         PromptBuilder(tmp_path / "other")
 

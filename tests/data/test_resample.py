@@ -17,7 +17,8 @@ from megatron_cord.data.resample import resample
 DIGEST = """
 import hashlib, numpy as np
 from megatron_cord.data.resample import resample
-made = [resample(0.1 * np.random.default_rng(i).normal(size=20000 + 1000 * i).astype(np.float32), 22050, 16000) for i in range(20)]
+noise = [0.1 * np.random.default_rng(i).normal(size=20000 + 1000 * i).astype(np.float32) for i in range(20)]
+made = [resample(audio, 22050, 16000) for audio in noise]
 print(hashlib.sha256((np.concatenate(made) * 32767).round().astype("<i2").tobytes()).hexdigest())
 """
 
@@ -49,7 +50,10 @@ def test_short_and_equal_rates() -> None:
 
 
 def test_samples_do_not_depend_on_threads_and_processor() -> None:
-    """Catches speech whose last bits, and with them a data set's checksums, differ from machine to machine. (Other BLAS than OpenBLAS have one kernel.)"""
+    """Catches speech whose last bits, and with them a data set's checksums, differ from machine to machine.
+
+    (Other BLAS than OpenBLAS have one kernel.)
+    """
     made = set()
     for kernel, threads in [("Haswell", "1"), ("Haswell", "2"), ("Sandybridge", "1")]:
         environment = os.environ | {

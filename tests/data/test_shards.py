@@ -162,7 +162,7 @@ def test_nothing_to_write_and_nowhere_to_write(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     writer = ShardWriter(tmp_path / "file" / "below")
     writer.write(sample(0))
-    with pytest.raises(CordError, match="cannot write shards to .*below"):
+    with pytest.raises(CordError, match=r"cannot write shards to .*below"):
         writer.close()
 
 
@@ -298,7 +298,7 @@ def test_damaged_wavs_never_crash(position: int, value: int, length: int) -> Non
 
 
 def damaged_set(directory: Path) -> Path:
-    """12 good samples in shards of four, but: one twice, one stereo, one without text; the second shard breaks off in its third sample."""
+    """Write 12 samples in shards of four: one twice, one stereo, one without text, and a shard that breaks off."""
     write(directory, count=12, shard_size=4)
     manifest = Manifest.read(directory)
     first, second, _ = (directory / entry.name for entry in manifest.shards)
@@ -316,9 +316,12 @@ def damaged_set(directory: Path) -> Path:
 
 
 def test_damage_is_skipped_counted_and_bounded(tmp_path: Path) -> None:
-    """Would catch a damaged sample that ends the run although it may be skipped, one that is not counted, and a bound that does not hold."""
+    """Would catch a damaged sample that ends the run although it may be skipped, one that is not counted.
+
+    Also a bound that does not hold.
+    """
     directory = damaged_set(tmp_path / "set")
-    with pytest.raises(CordError, match="shard-000000.tar has .* truncated or changed"):
+    with pytest.raises(CordError, match=r"shard-000000.tar has .* truncated or changed"):
         ShardDataset(directory)
     dataset = ShardDataset(directory, max_skipped=0.5)
     assert [dataset[i].id for i in range(len(dataset))] == ["a", "s-8", "s-4", "s-5", "s-9", "s-10", "s-11"]
@@ -340,7 +343,10 @@ def test_damage_is_skipped_counted_and_bounded(tmp_path: Path) -> None:
 
 
 def test_what_is_skipped_depends_on_the_files_alone(tmp_path: Path) -> None:
-    """Would catch ranks or restarts that train on other samples, and a fingerprint that does not tell two sets apart."""
+    """Would catch ranks or restarts that train on other samples.
+
+    Also a fingerprint that does not tell two sets apart.
+    """
     directory = damaged_set(tmp_path / "set")
     first, second = ShardDataset(directory, max_skipped=0.5), ShardDataset(directory, max_skipped=0.9)
     assert first.skipped == second.skipped and first.fingerprint == second.fingerprint
@@ -350,7 +356,10 @@ def test_what_is_skipped_depends_on_the_files_alone(tmp_path: Path) -> None:
 
 
 def test_missing_shards_and_wrong_checksums_count_whole(tmp_path: Path) -> None:
-    """Would catch a shard whose audio was changed behind the manifest's back, and a missing one that counts as one sample."""
+    """Would catch a shard whose audio was changed behind the manifest's back.
+
+    Also a missing one that counts as one sample.
+    """
     write(tmp_path, count=12, shard_size=4)
     shards = sorted(tmp_path.glob("*.tar"))
     content = bytearray(shards[0].read_bytes())
@@ -358,7 +367,7 @@ def test_missing_shards_and_wrong_checksums_count_whole(tmp_path: Path) -> None:
     content[place] ^= 1
     shards[0].write_bytes(content)
     assert len(ShardDataset(tmp_path)) == 12  # nothing but a checksum tells
-    with pytest.raises(CordError, match="shard-000000.tar does not have the checksum"):
+    with pytest.raises(CordError, match=r"shard-000000.tar does not have the checksum"):
         ShardDataset(tmp_path, verify=True)
     shards[1].unlink()
     dataset = ShardDataset(tmp_path, max_skipped=0.7, verify=True)

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.shard_writer import ShardWriter
 from megatron_cord.evaluation.files import heldout_file
-from megatron_cord.rollout.rollout_file import read_rollouts, record_file, write_rollouts
+from megatron_cord.rollout.rollout_file import dump_file, read_rollouts, write_rollouts
 from megatron_cord.runtime.files import write_atomic
 
 STEPS = 100
@@ -50,7 +50,7 @@ def write_run(directory: Path, *, seed: int = 0) -> Path:
     for evaluation in evaluations:
         write_atomic(heldout_file(run, evaluation["step"]), json.dumps(evaluation))
     for step in range(1, STEPS + 1):
-        write_rollouts(record_file(run / "rollouts", step), _rollouts(step, samples, rng))
+        write_rollouts(dump_file(run / "rollouts", step), _rollouts(step, samples, rng))
     before, after = evaluations[0], evaluations[-1]
     summary = {
         "text_accuracy": before["text_accuracy"],
@@ -170,10 +170,10 @@ def _rollouts(step: int, samples: list[Sample], rng: np.random.Generator) -> lis
         rows.append({
             "step": step, "id": sample.id, "role": role, "question": sample.question, "voice": sample.voice, "response": " ".join(tokens[:-1]),
             "tokens": tokens, "token_ids": list(range(len(tokens))), "engine_logprobs": [-0.1] * len(tokens), "seed": 1000 * step + number,
-            "student_logprobs": None, "teacher_logprobs": None, "reward_terms": None, "has_reward_variance": not distilled,
+            "student_logprobs": None, "teacher_logprobs": None, "reward_terms": None, "zero_variance": False,
             "token_kl": kl if distilled else None,
             "token_weights": [(2.0 if k >= top else 1.0) * (2 - t / max(len(kl) - 1, 1)) for t, k in enumerate(kl)] if distilled else None,
-            "teacher_answer": sample.answer, "reward": None if distilled else float(right), "advantage": 0.0,
+            "reference_answer": sample.answer, "reward": None if distilled else float(right), "advantage": 0.0,
             "finish_reason": "stop", "versions": [{"start": 0, "end": len(tokens), "version": step - 1}],
         })  # fmt: skip
     for start in (3, 7):

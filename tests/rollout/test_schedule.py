@@ -1,4 +1,4 @@
-"""When responses are generated: staleness, what a weight sync does to unfinished ones, and what a resumed run takes up."""
+"""When responses are generated: staleness, unfinished ones at a weight sync, and what a resumed run takes up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_cord.data.samples import Prompt
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.collective import CollectiveEngine
-from megatron_cord.rollout.schedule import Schedule, ScheduleConfig
+from megatron_cord.rollout.schedule import Schedule, ScheduleConfig, staleness
 from megatron_cord.rollout.types import GenerationRequest, Rollout, VersionSpan, WeightSource
 from megatron_cord.rollout.weights import PlainWeights
 
@@ -59,27 +59,31 @@ def requests(step: int) -> list[GenerationRequest]:
     return [GenerationRequest(Prompt(str(step), (1,)), 1.0, 1, seed) for seed in range(2)]
 
 
-def make(engine: Any, steps: int = 5, **config: Any) -> Schedule:
-    return Schedule(
-        ScheduleConfig(schedule=config.pop("schedule", "async"), **config), CollectiveEngine(engine), requests, steps
-    )
+def make(engine: Any, steps: int = 5, **config: Any) -> Schedule[int]:
+    """Make a schedule whose batches are the steps' numbers."""
+    settings = ScheduleConfig(**{"ahead": 1} | config)
+    return Schedule(settings, CollectiveEngine(engine), lambda step: step, requests, steps)
 
 
-def sync_weights(schedule: Schedule, engine: SteppedEngine, version: int) -> None:
+def sync_weights(schedule: Schedule[int], engine: SteppedEngine, version: int) -> None:
     with schedule.syncing_weights():
         engine.update_weights(PlainWeights({}), version)
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 def test_each_step_has_weights_of_the_promised_age(ahead: int) -> None:
-    """Catches responses of other weights than max(0, step - ahead), which would depend on timing, and steps that are asked for twice or never."""
+    """Catches responses of other weights than max(0, step - ahead), which would depend on timing.
+
+    Also steps that are asked for twice or never.
+    """
     engine = SteppedEngine()
-    schedule = make(engine, max_staleness=ahead)
+    schedule = make(engine, ahead=ahead)
     for step in range(5):
         rollouts, metrics = schedule.rollouts(step)
         wanted = max(0, step - ahead)
         assert [(r.prompt_id, r.versions[0].version) for r in rollouts] == [(str(step), wanted)] * 2
-        assert metrics["staleness"] == metrics["staleness_max"] == step - wanted
+        assert staleness(rollouts, step, ahead) == {"staleness": step - wanted, "staleness_max": step - wanted}
+        assert {"seconds_generate", "seconds_wait_rollouts", "seconds_wait_weight_sync"} == metrics.keys()
         sync_weights(schedule, engine, step + 1)
     assert engine.asked == [(step, max(0, step - ahead)) for step in range(5)]
     schedule.close()
@@ -109,16 +113,44 @@ def test_aborted_responses_begin_again_with_the_new_weights() -> None:
     schedule.close()
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_batches_are_opened_once_and_let_go(ahead: int) -> None:
+    """Catches a batch that is read or prepared again when its step comes, one that is held after its step.
+
+    Also too many held at once.
+    """
+    opened: list[int] = []
+
+    def batch(step: int) -> int:
+        opened.append(step)
+        return step
+
+    schedule = Schedule(ScheduleConfig(ahead=ahead), CollectiveEngine(SteppedEngine()), batch, requests, 6)
+    for step in range(6):
+        assert schedule.batch(step) == step and len(schedule._open) <= ahead + 1
+        schedule.rollouts(step)
+        assert step not in schedule._open
+        with schedule.syncing_weights():
+            pass
+        schedule._engine.update_weights(PlainWeights({}), step + 1)
+    assert opened == list(range(6))
+    schedule.close()
+
+
 def test_what_was_generated_ahead_is_taken_up() -> None:
-    """Catches a resumed run that asks newer weights for what older ones had answered, or takes up what its configuration does not allow."""
+    """Catches a resumed run that asks newer weights for what older ones had answered.
+
+    Also takes up what its configuration does not allow.
+    """
     engine = SteppedEngine()
     schedule = make(engine)
     schedule.rollouts(0)
     sync_weights(schedule, engine, 1)
     ahead = schedule.settle()
-    assert list(ahead) == [1] and schedule.rollouts(1)[0] == ahead[1], "settling must not lose them"
+    assert list(ahead) == [1] and schedule.rollouts(1)[0] == list(ahead[1].values()), "settling must not lose them"
+    assert list(ahead[1]) == [request.key for request in requests(1)]
     schedule.close()
-    for config, version in (({}, 0), ({"max_staleness": 0}, 1), ({"schedule": "sync"}, 1)):
+    for config, version in (({}, 0), ({"ahead": 0}, 1)):
         resumed = SteppedEngine()
         resumed.version = 1
         again = make(resumed, **config)
@@ -153,10 +185,13 @@ class LosingEngine(SteppedEngine):
 
 
 def test_an_engine_that_is_lost_recovers_at_its_step() -> None:
-    """Catches a run that stops with its last server, responses that are asked for twice, and a recovery where none is needed."""
-    for schedule in ("sync", "async"):
+    """Catches a run that stops with its last server, responses that are asked for twice.
+
+    Also a recovery where none is needed.
+    """
+    for ahead in (0, 1):
         engine = LosingEngine(lost=True)
-        making = make(engine, schedule=schedule)
+        making = make(engine, ahead=ahead)
         assert [r.finish_reason for r in making.rollouts(0)[0]] == ["stop"] * 2
         assert engine.recovered == 1 and engine.asked.count((0, 0)) == 2
         making.close()
@@ -165,14 +200,14 @@ def test_an_engine_that_is_lost_recovers_at_its_step() -> None:
 def test_a_weight_sync_brings_a_lost_engine_back() -> None:
     """Catches responses of a later step that wait for their engine although new weights have brought it back."""
     engine = LosingEngine(lost=False)
-    schedule = make(engine, max_staleness=1)
+    schedule = make(engine)
     schedule.rollouts(0)
     schedule._wait()
     engine.lost = True
-    schedule._shares[1].made.clear()
-    schedule._submit(schedule._shares[1])  # step 1 again, by an engine that is lost
+    schedule._open[1].made.clear()
+    schedule._submit(schedule._open[1])  # step 1 again, by an engine that is lost
     schedule._wait()
-    assert len(schedule._shares[1].made) == 1
+    assert len(schedule._open[1].made) == 1
     sync_weights(schedule, engine, 1)
     assert [r.versions[0].version for r in schedule.rollouts(1)[0]] == [0, 1]
     assert engine.recovered == 0
@@ -186,11 +221,14 @@ def test_an_engine_that_cannot_recover_stops_the_run() -> None:
     with pytest.raises(
         CordError, match=r"1 responses are still missing .* 3 times in a row, on this rank of samples 0"
     ):
-        make(engine, schedule="sync").rollouts(0)
+        make(engine, ahead=0).rollouts(0)
 
 
 def test_failures_and_old_weights_are_reported() -> None:
-    """Catches an engine that missed a weight sync unnoticed, an error that stays in its thread, and settings that an engine cannot follow."""
+    """Catches an engine that missed a weight sync unnoticed, an error that stays in its thread.
+
+    Also settings that an engine cannot follow.
+    """
     engine = SteppedEngine()
     schedule = make(engine)
     schedule.rollouts(0)
@@ -204,12 +242,14 @@ def test_failures_and_old_weights_are_reported() -> None:
     ):
         schedule.rollouts(2)
     schedule.close()
-    for config, message in (({"on_weight_sync": "continue"}, "on_weight_sync=continue needs an engine that is Pausable"),
-                            ({"schedule": "sync", "colocated": True}, "rollout.colocated needs an engine that is Releasable")):  # fmt: skip
+    for config, message in (
+        ({"on_weight_sync": "continue"}, "on_weight_sync=continue needs an engine that is Pausable"),
+        ({"ahead": 0, "colocated": True}, "rollout.schedule.colocated needs an engine that is Releasable"),
+    ):
         with pytest.raises(CordError, match=message):
             make(SteppedEngine(), **config)
-    with pytest.raises(CordError, match="colocated needs rollout.schedule=sync"):
-        ScheduleConfig(schedule="async", colocated=True)
+    with pytest.raises(CordError, match=r"colocated needs rollout.schedule.ahead=0"):
+        ScheduleConfig(ahead=1, colocated=True)
 
     def broken(requests: Sequence[GenerationRequest]) -> list[Rollout]:
         raise CordError("the engine is broken")

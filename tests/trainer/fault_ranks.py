@@ -1,4 +1,7 @@
-"""Ranks of a training run as processes that start at once: forked from one that has imported everything. For tests that need many runs."""
+"""Ranks of a training run as processes that start at once: forked from one that has imported everything.
+
+For tests that need many runs.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,8 @@ class Ranks:
         settings: of the run.
         log: a file.
         stuck: the rank that will hang.
-        where: it hangs: in its first step's rollouts; there, in a library that keeps the interpreter's lock; or before it meets the others.
+        where: it hangs: in its first step's rollouts; there, in a library that keeps the interpreter's lock; or
+            before it meets the others.
     """
 
     def __init__(
@@ -54,7 +58,7 @@ class Ranks:
             process.start()
 
     def wait_for(self, happened: Callable[[], Any], seconds: float) -> bool:
-        """Waits until something has happened or the first rank ended; whether it has happened."""
+        """Wait until something has happened or the first rank ended; return whether it has happened."""
         deadline = time.monotonic() + seconds
         while not happened():
             if time.monotonic() > deadline or any(p.exitcode is not None for p in self.processes):
@@ -76,7 +80,7 @@ class Ranks:
         return self.log.is_file() and self.log.stat().st_size > 0
 
     def end_as_launcher(self) -> None:
-        """SIGTERM for those that wait at the start for one that was killed: as launchers do, since nothing else would tell them for long."""
+        """Send SIGTERM to ranks that wait at the start for one that was killed, as launchers do."""
         for process in self.processes:
             process.terminate()
 
@@ -96,21 +100,25 @@ def _rank(rank: int, world: int, port: int, settings: list[str], log: str, stuck
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": str(port),
-    }  # fmt: skip
+    }
     if stuck == "start":
         time.sleep(3600)
     if stuck:
-        Collector.collect = _never_answer if stuck == "rollout" else _never_let_go  # type: ignore[method-assign, assignment]
+        Collector.score = _never_answer if stuck == "rollout" else _never_let_go  # type: ignore[method-assign, assignment]
     entry.run(lambda: train(load_config(RunConfig, None, settings)))
 
 
-def _never_answer(self: Collector, samples: Sequence[Any], rollouts: Sequence[Any], step: int) -> None:
-    """A rollout that never comes back."""
+def _never_answer(self: Collector, batch: Any, rollouts: Sequence[Any]) -> None:
+    """Never return."""
     time.sleep(3600)
 
 
-def _never_let_go(self: Collector, samples: Sequence[Any], rollouts: Sequence[Any], step: int) -> None:
-    """The same, in a call of C that keeps the interpreter's lock, so that no other thread of this process runs."""
+def _never_let_go(self: Collector, batch: Any, rollouts: Sequence[Any]) -> None:
+    """Never return from a call of C that keeps the interpreter's lock, so that no other thread runs."""
     ctypes.PyDLL(None).sleep(3600)

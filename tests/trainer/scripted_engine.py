@@ -29,7 +29,7 @@ class ScriptedEngine:
         """Has no weights."""
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Do nothing."""
 
     def _rollout(self, request: GenerationRequest) -> Rollout:
         text = self.answer(request)

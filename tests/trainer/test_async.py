@@ -14,14 +14,14 @@ import torch.distributed as dist
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.rollout_file import record_files
+from megatron_cord.rollout.rollout_file import dump_files
 from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
 from tests.gloo import run_ranks
 from tests.tiny_run import finish, losses, metrics, overrides, start, write_inputs
 from tests.trainer.test_train import alone, join, stop_after
 
-ASYNC = "rollout.schedule=async"
+AHEAD = "rollout.schedule.ahead=1"
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +31,21 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An asynchronous run on one rank."""
-    return alone(inputs, tmp_path_factory.mktemp("one") / "run", ASYNC, "checkpoint.keep=0")
+    """Make an asynchronous run on one rank."""
+    return alone(inputs, tmp_path_factory.mktemp("one") / "run", AHEAD, "checkpoint.keep=0")
 
 
 def versions(run: Path) -> list[set[int]]:
     """Which versions made the tokens of each step."""
-    files = record_files(run / "rollouts").values()
+    files = dump_files(run / "rollouts").values()
     return [
         {span["version"] for spans in pq.read_table(file)["versions"].to_pylist() for span in spans} for file in files
     ]
 
 
-def test_no_staleness_is_the_synchronous_run(inputs: Path, one: Path, tmp_path: Path) -> None:
-    """Catches a schedule that changes what is drawn or trained, and one that is never ahead."""
-    fresh = alone(inputs, tmp_path / "fresh", ASYNC, "rollout.max_staleness=0", "checkpoint.interval=0")
-    assert losses(fresh) == losses(alone(inputs, tmp_path / "sync", "checkpoint.interval=0"))
+def test_steps_ahead_have_older_weights(inputs: Path, one: Path, tmp_path: Path) -> None:
+    """Catches a schedule that changes what is drawn, and one that is never ahead."""
+    fresh = alone(inputs, tmp_path / "fresh", "checkpoint.interval=0")
     assert (
         versions(one) == [{0}, {0}, {1}, {2}, {3}]
         and losses(one)[0] == losses(fresh)[0]
@@ -59,8 +58,11 @@ def test_no_staleness_is_the_synchronous_run(inputs: Path, one: Path, tmp_path: 
 
 
 def test_a_resumed_run_is_the_same(inputs: Path, one: Path, tmp_path: Path) -> None:
-    """Catches responses ahead that are generated again with newer weights, and a resumed synchronous run that takes them up."""
-    assert losses(alone(inputs, stop_after(2, one, tmp_path / "again"), ASYNC)) == losses(one)
+    """Catches responses ahead that are generated again with newer weights.
+
+    Also a resumed synchronous run that takes them up.
+    """
+    assert losses(alone(inputs, stop_after(2, one, tmp_path / "again"), AHEAD)) == losses(one)
     changed = alone(inputs, stop_after(2, one, tmp_path / "changed"))
     assert versions(changed)[2:] == [{2}, {3}, {4}]
 
@@ -71,8 +73,8 @@ def test_unfinished_responses(inputs: Path, tmp_path: Path, on_weight_sync: str)
     run = alone(
         inputs,
         tmp_path / "run",
-        ASYNC,
-        f"rollout.on_weight_sync={on_weight_sync}",
+        AHEAD,
+        f"rollout.schedule.on_weight_sync={on_weight_sync}",
         "rollout.max_new_tokens=40",
         "checkpoint.interval=2",
     )
@@ -83,7 +85,7 @@ def test_unfinished_responses(inputs: Path, tmp_path: Path, on_weight_sync: str)
 def two_ranks(rank: int, inputs: str, output: str) -> None:
     dist.destroy_process_group()
     join(rank, Path(output).with_suffix(".store"))
-    train(load_config(RunConfig, None, overrides(Path(inputs), Path(output), ASYNC)))
+    train(load_config(RunConfig, None, overrides(Path(inputs), Path(output), AHEAD)))
     join(rank, Path(output).with_suffix(".after"))
 
 
@@ -98,7 +100,7 @@ def test_two_data_parallel_ranks_are_the_same_run(inputs: Path, one: Path, tmp_p
 def test_a_killed_run_ends_like_one_that_was_not(inputs: Path, one: Path, tmp_path: Path) -> None:
     """Catches checkpoints without what was generated ahead."""
     output = tmp_path / "run"
-    settings = overrides(inputs, output, ASYNC, "checkpoint.interval=1", "checkpoint.keep=3", "train.steps=5")
+    settings = overrides(inputs, output, AHEAD, "checkpoint.interval=1", "checkpoint.keep=3", "train.steps=5")
     process = start(settings, ranks=1)
     deadline = time.monotonic() + 120
     try:
@@ -119,5 +121,7 @@ def test_a_killed_run_ends_like_one_that_was_not(inputs: Path, one: Path, tmp_pa
 
 def test_an_engine_that_disagrees_stops_the_run(inputs: Path, tmp_path: Path) -> None:
     """Catches a limit that is never checked."""
-    with pytest.raises(CordError, match=r"evaluation of step 0: trainer and engine differ .*agreement_limit is 1e-12"):
-        alone(inputs, tmp_path / "run", "rollout.agreement_limit=1e-12")
+    with pytest.raises(
+        CordError, match=r"evaluation of step 0: trainer and engine differ .*max_logprob_mismatch is 1e-12"
+    ):
+        alone(inputs, tmp_path / "run", "rollout.max_logprob_mismatch=1e-12")

@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 
+from megatron_cord.data.loader import Batch
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
 from megatron_cord.losses import DivergenceConfig, PolicyGradientConfig
 from megatron_cord.reward import Rewards
-from megatron_cord.rollout.types import GenerationRequest
+from megatron_cord.rollout.collective import CollectiveEngine
+from megatron_cord.rollout.config import RolloutConfig
+from megatron_cord.rollout.types import GenerationRequest, ScoredRollout
 from megatron_cord.trainer.collection import (
-    Collected,
     Collector,
-    RolloutConfig,
-    collection_metrics,
     draw_seed,
     repetition,
+    rollout_metrics,
 )
-from megatron_cord.trainer.reference_answers import TeacherAnswers
+from megatron_cord.trainer.reference_answers import ReferenceAnswers
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from tests.tiny_run import NUMBERS, make_samples
 from tests.trainer.scripted_engine import ScriptedEngine
@@ -31,7 +32,7 @@ ROLLOUT = RolloutConfig(prompts_per_step=4, policy_prompts_per_step=2, policy_ro
 
 
 def says(request: GenerationRequest) -> str:
-    """Reading: one. Hearing: the first sample's rollouts differ, the others' are all two."""
+    """Answer one to the text; to the audio, the first sample's rollouts differ, the others' are all two."""
     if not request.prompt.clips:
         return "answer is one"
     return f"answer is {NUMBERS[request.seed % 2 if request.prompt.sample_id == SAMPLES[0].id else 1]}"
@@ -40,27 +41,34 @@ def says(request: GenerationRequest) -> str:
 def make_collector(
     prompts: PromptBuilder, path: Path, seed: int = 0, rollout: RolloutConfig = ROLLOUT, **objective: Any
 ) -> Collector:
-    engine = ScriptedEngine(prompts, says)
-    answers = TeacherAnswers("live", engine, prompts, 8, path / "answers.jsonl")
-    return Collector(rollout, ObjectiveConfig(**objective), prompts, answers, Rewards(), seed)
+    engine = CollectiveEngine(ScriptedEngine(prompts, says))
+    answers = ReferenceAnswers("live", engine, prompts, 8, path / "answers.jsonl")
+    return Collector(rollout, ObjectiveConfig(**objective), answers, Rewards(), seed)
 
 
-def collect(collector: Collector, samples: list[Any], step: int) -> list[Collected]:
-    """What a step makes of the engine's answers."""
-    return collector.collect(samples, engine_of(collector).generate(collector.requests(samples, step)), step)
+def batch_of(collector: Collector, step: int, rank: int = 0, world: int = 1) -> Batch:
+    """Return a data-parallel rank's share of the samples."""
+    positions = tuple(range(rank, len(SAMPLES), world))
+    samples = collector.answers.prompts.prepare([SAMPLES[p] for p in positions], collector.views)
+    return Batch(step, positions, tuple(samples))
+
+
+def score(collector: Collector, batch: Batch) -> list[ScoredRollout]:
+    """Return what a batch becomes with the engine's responses."""
+    return collector.score(batch, engine_of(collector).generate(collector.requests(batch)))
 
 
 def engine_of(collector: Collector) -> ScriptedEngine:
-    engine = collector.answers.engine
+    engine = collector.answers.engine.engine
     assert isinstance(engine, ScriptedEngine)
     return engine
 
 
-def drawn(collector: Collector, step: int, samples: list[Any] = SAMPLES) -> dict[tuple[str, float], list[int]]:
+def drawn(collector: Collector, step: int, rank: int = 0, world: int = 1) -> dict[tuple[str, float], list[int]]:
     """Seeds of the step's sampled requests, by sample and temperature."""
     engine = engine_of(collector)
     engine.requests.clear()
-    collect(collector, samples, step)
+    score(collector, batch_of(collector, step, rank, world))
     seeds: dict[tuple[str, float], list[int]] = {}
     for request in engine.requests:
         if request.temperature > 0:
@@ -69,27 +77,66 @@ def drawn(collector: Collector, step: int, samples: list[Any] = SAMPLES) -> dict
 
 
 def test_groups_and_advantages(prompts: PromptBuilder, tmp_path: Path) -> None:
-    """Catches rewards against another question's answer, advantages over the wrong group, and zero-variance groups that are trained on."""
+    """Catches rewards against another question's answer, advantages over the wrong group.
+
+    Also zero-variance groups that are trained on.
+    """
     collector = make_collector(prompts, tmp_path)
-    collected = collect(collector, SAMPLES, step=3)
-    assert [(c.sample.id, c.role) for c in collected] == [(s.id, "distill") for s in SAMPLES] + [
+    batch = batch_of(collector, step=3)
+    collected = score(collector, batch)
+    assert [(c.position, c.draw) for c in collected] == [(i, 0) for i in range(4)] + [
+        (i, draw) for i in range(2) for draw in (1, 2, 3)
+    ]
+    assert [(c.rollout.prompt_id, c.role) for c in collected] == [(s.id, "distill") for s in SAMPLES] + [
         (s.id, "policy") for s in SAMPLES[:2] for _ in range(3)
     ]
     first, second = collected[4:7], collected[7:]
     rewards = [float("one" in c.rollout.text) for c in first]
     assert len(set(rewards)) == 2, "the test's own seeds must give the first group different rewards"
-    assert [c.reward for c in first] == rewards and all(c.has_reward_variance for c in first)
+    assert [c.reward for c in first] == rewards and not any(c.zero_variance for c in first)
     assert [c.advantage for c in first] == pytest.approx([r - sum(rewards) / 3 for r in rewards])
-    assert [(c.reward, c.advantage, c.has_reward_variance) for c in second] == [(0.0, 0.0, False)] * 3
-    assert all(c.teacher_answer == "answer is one" for c in collected[4:])
-    assert all(c.reward is None and c.teacher_answer is None and c.advantage == 0 for c in collected[:4])
-    made = collector.sequences(collected)
-    assert [(s.index, s.scored) for s in made] == [(i, True) for i in range(4)] + [(i, False) for i in range(4, 7)]
-    assert all((s.teacher is not None) == s.scored and s.student.clips for s in made)
-    metrics, cut = collection_metrics(collected, 3), sum(c.rollout.finish_reason == "length" for c in collected)
+    assert [(c.reward, c.advantage, c.zero_variance) for c in second] == [(0.0, 0.0, True)] * 3
+    assert all(c.reference_answer == "answer is one" for c in collected[4:])
+    assert all(c.reward is None and c.reference_answer is None and c.advantage == 0 for c in collected[:4])
+    made = collector.sequences(batch, collected)
+    assert [(s.index, s.response.distilled) for s in made] == [(i, True) for i in range(4)] + [
+        (i, False) for i in range(4, 7)
+    ]
+    assert all((s.teacher is not None) == s.response.distilled and s.student.clips for s in made)
+    metrics, cut = rollout_metrics(collected, 3), sum(c.rollout.finish_reason == "length" for c in collected)
     always = {"truncated": cut / 10, "repetition": 0.0}
     assert metrics == always | {"reward": pytest.approx(sum(rewards) / 6), "groups": 2, "zero_variance_groups": 1}
-    assert set(collection_metrics(collected[:4], 3)) == set(always)
+    assert set(rollout_metrics(collected[:4], 3)) == set(always)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_share_the_step(prompts: PromptBuilder, tmp_path: Path, world: int) -> None:
+    """Catches a sample that two data-parallel ranks roll out or train on, or none.
+
+    Also rewards or advantages that depend on the share.
+    """
+    collector = make_collector(prompts, tmp_path)
+    whole = score(collector, batch_of(collector, step=3))
+    batches = [batch_of(collector, 3, rank, world) for rank in range(world)]
+    parts = [rollout for batch in batches for rollout in score(collector, batch)]
+    assert sorted(parts, key=lambda rollout: rollout.order) == whole
+    indices = [sequence.index for batch in batches for sequence in collector.sequences(batch, whole)]
+    assert sorted(indices) == [s.index for s in collector.sequences(batch_of(collector, step=3), whole)]
+
+
+def test_views_are_those_that_a_step_needs(prompts: PromptBuilder, tmp_path: Path) -> None:
+    """Catches text prompts that are built for nothing, and a teacher without one."""
+    assert make_collector(prompts, tmp_path).views == ("hear", "read")
+    fine_tuning = make_collector(
+        prompts,
+        tmp_path,
+        responses="teacher",
+        policy_gradient=PolicyGradientConfig(enabled=False),
+        divergence=DivergenceConfig("nll"),
+    )
+    assert fine_tuning.views == ("hear", "read")
+    fine_tuning.answers.mode = "frozen"
+    assert fine_tuning.views == ("hear",)
 
 
 def test_repetition() -> None:
@@ -103,8 +150,8 @@ def test_repetition() -> None:
 def test_seeds_are_those_that_were_asked_with(prompts: PromptBuilder, tmp_path: Path) -> None:
     """Catches a record whose seeds are another step's, another rollout's of the group, or of another order."""
     collector = make_collector(prompts, tmp_path)
-    asked = [request.seed for request in collector.requests(SAMPLES, 4) if request.temperature > 0]
-    assert [c.seed for c in collect(collector, SAMPLES, step=4)] == asked and len(set(asked)) == 10
+    asked = [request.seed for request in collector.requests(batch_of(collector, 4)) if request.temperature > 0]
+    assert [c.seed for c in score(collector, batch_of(collector, step=4))] == asked and len(set(asked)) == 10
 
 
 def test_temperatures_and_numbers(prompts: PromptBuilder, tmp_path: Path) -> None:
@@ -122,11 +169,9 @@ def test_draws_depend_on_seed_step_and_sample_only(prompts: PromptBuilder, tmp_p
     before = drawn(collector, step=5)
     drawn(collector, step=6)
     assert drawn(collector, step=5) == before == drawn(make_collector(prompts, tmp_path), step=5)
-    alone = drawn(collector, step=5, samples=SAMPLES[1:2])
-    assert (
-        alone[SAMPLES[1].id, 1.0] == before[SAMPLES[1].id, 1.0]
-        and alone[SAMPLES[1].id, 1.5] == before[SAMPLES[1].id, 1.5]
-    )
+    for world in (2, 3, 5):
+        shares = [drawn(collector, 5, rank, world) for rank in range(world)]
+        assert {key: seeds for share in shares for key, seeds in share.items()} == before
     for other in (drawn(collector, step=6), drawn(make_collector(prompts, tmp_path, seed=1), step=5)):
         assert not {s for group in other.values() for s in group} & {s for group in before.values() for s in group}
     assert draw_seed(1, 23) != draw_seed(12, 3) and 0 <= draw_seed("x") < 2**48
@@ -138,11 +183,12 @@ def test_shared_responses(prompts: PromptBuilder, tmp_path: Path) -> None:
         prompts_per_step=4, policy_prompts_per_step=2, policy_rollouts=3, max_new_tokens=8, share=True
     )
     collector = make_collector(prompts, tmp_path, rollout=rollout)
-    collected = collect(collector, SAMPLES, step=3)
+    batch = batch_of(collector, step=3)
+    collected = score(collector, batch)
     assert [c.role for c in collected] == ["shared"] * 6
-    made = collector.sequences(collected)
-    assert len(made) == 6 and all(s.scored and s.teacher is not None for s in made)
-    assert [s.advantage != 0 for s in made] == [True] * 3 + [False] * 3
+    made = collector.sequences(batch, collected)
+    assert len(made) == 6 and all(s.response.distilled and s.teacher is not None for s in made)
+    assert [s.response.advantage != 0 for s in made] == [True] * 3 + [False] * 3
 
 
 def test_off_policy_takes_the_teachers_answers(prompts: PromptBuilder, tmp_path: Path) -> None:
@@ -154,11 +200,12 @@ def test_off_policy_takes_the_teachers_answers(prompts: PromptBuilder, tmp_path:
         policy_gradient=PolicyGradientConfig(enabled=False),
         divergence=DivergenceConfig("nll"),
     )
-    collected = collect(collector, SAMPLES, step=0)
+    batch = batch_of(collector, step=0)
+    collected = score(collector, batch)
     assert [(c.role, c.rollout.text) for c in collected] == [("distill", "answer is one")] * 4
     assert drawn(collector, step=0) == {}
-    made = collector.sequences(collected)
-    assert all(s.scored and s.teacher is None and s.student.clips for s in made)
+    made = collector.sequences(batch, collected)
+    assert all(s.response.distilled and s.teacher is None and s.student.clips for s in made)
 
 
 def test_switches_that_need_fewer_rollouts(prompts: PromptBuilder, tmp_path: Path) -> None:
@@ -172,7 +219,10 @@ def test_switches_that_need_fewer_rollouts(prompts: PromptBuilder, tmp_path: Pat
 
 
 def test_numbers_that_cannot_be() -> None:
-    """Catches a group of one, whose variance is always zero, more groups than prompts, and a temperature of zero, which cannot be drawn from."""
+    """Catches a group of one, whose variance is always zero, more groups than prompts, and a temperature of zero.
+
+    Also which cannot be drawn from.
+    """
     for wrong in (
         {"policy_rollouts": 1},
         {"prompts_per_step": 0},

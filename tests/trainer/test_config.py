@@ -70,7 +70,10 @@ def test_wrong_settings_are_named(override: str, message: str) -> None:
 
 
 def test_what_is_required() -> None:
-    """Catches a run that starts without data or a model, and an evaluation of a plain checkpoint that must name data to train on."""
+    """Catches a run that starts without data or a model.
+
+    Also an evaluation of a plain checkpoint that must name data to train on.
+    """
     for missing in REQUIRED[:2]:
         with pytest.raises(CordError, match=f"{missing.split('=')[0]} is required"):
             load_config(RunConfig, None, [setting for setting in REQUIRED if setting != missing])
@@ -80,7 +83,10 @@ def test_what_is_required() -> None:
 
 
 def test_question_sets_are_named_maps() -> None:
-    """Catches sets that the command line cannot name, an unknown format, and a name that leaves the results' directory."""
+    """Catches sets that the command line cannot name, an unknown format.
+
+    Also a name that leaves the results' directory.
+    """
     config = load(
         "evaluation.sets.obqa.path=x.parquet",
         "evaluation.sets.obqa.format=voicebench",

@@ -24,7 +24,10 @@ def run(inputs: Path, output: Path, *settings: str) -> None:
 
 
 def test_a_damaged_shard_within_the_bound(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches skipping that is not said or kept, steps that depend on the number of workers, and a resumed run on mended data."""
+    """Catches skipping that is not said or kept, steps that depend on the number of workers.
+
+    Also a resumed run on mended data.
+    """
     data = shutil.copytree(inputs / "train", tmp_path / "train")
     shard = data / "shard-000001.tar"
     whole = shard.read_bytes()
@@ -42,6 +45,6 @@ def test_a_damaged_shard_within_the_bound(inputs: Path, tmp_path: Path, capsys: 
     shard.write_bytes(whole)
     with pytest.raises(CordError, match=r"data\.train has 10 usable samples .* but the run began with"):
         run(inputs, tmp_path / "a", f"data.train={data}", "train.steps=4")
+    shard.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CordError, match=r"samples cannot be used, more than max_skipped=0\.05"):
-        shard.write_bytes(whole[: len(whole) // 2])
         run(inputs, tmp_path / "c", f"data.train={data}", "data.max_skipped=0.05")

@@ -8,10 +8,9 @@ import pytest
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.evaluation.answers import AudioResponse
-from megatron_cord.rollout.types import GenerationRequest
+from megatron_cord.rollout.types import GenerationRequest, TokenResults
 from megatron_cord.trainer.evaluation import measure_divergence, summarize
 from megatron_cord.trainer.step.batches import TrainingSequence
-from megatron_cord.trainer.step.step import TokenRecord
 from tests.tiny_run import make_samples
 from tests.trainer.scripted_engine import ScriptedEngine
 
@@ -19,15 +18,15 @@ SAMPLES = make_samples(2)
 
 
 def test_divergences(prompts: PromptBuilder) -> None:
-    """Catches divergences beside another sample's answer, numbers that are none in JSON, and an engine that is not compared."""
+    """Catches divergences beside another sample's answer, NaN in JSON, and an engine that is not compared."""
     asked: list[TrainingSequence] = []
 
-    def score(sequences: list[TrainingSequence]) -> list[TokenRecord]:
+    def score(sequences: list[TrainingSequence]) -> dict[int, TokenResults]:
         asked.extend(sequences)
-        return [
-            TokenRecord(s.index, [float(s.index), math.nan], None, [p - 0.25 for p in s.rollout.logprobs])
+        return {
+            s.index: TokenResults([float(s.index), math.nan], None, [p - 0.25 for p in s.rollout.logprobs])
             for s in reversed(sequences)
-        ]
+        }
 
     engine = ScriptedEngine(prompts, lambda request: "answer is one")
     spoken, written = [prompts.audio_prompt(s) for s in SAMPLES], [prompts.text_prompt(s) for s in SAMPLES]

@@ -1,4 +1,4 @@
-"""Faults of running jobs, on real ranks: each run is disturbed, continued, and must end like one that was left alone."""
+"""Faults of running jobs, on real ranks: each run is disturbed, continued, and ends like an undisturbed one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def settings(inputs: Path, output: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that all others must end like."""
+    """Make the run that all others must end like."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
     status, errors = finish(start(settings(inputs, output)))
     assert status == 0, errors
@@ -44,7 +44,7 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
-    """Waits until something has happened; fails if the process ends before."""
+    """Wait until something has happened; fail if the process ends before."""
     deadline = time.monotonic() + 300
     while not happened():
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be disturbed"
@@ -57,20 +57,23 @@ def steps_made(output: Path) -> int:
 
 
 def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The ranks' processes under a launcher."""
+    """Return the ranks' processes under a launcher."""
     return [child for child in psutil.Process(process.pid).children() if "megatron_cord.train" in child.cmdline()]
 
 
 @pytest.mark.parametrize(("number", "whom"), [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "one rank")])
 def test_a_request_to_stop(inputs: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals, whom: str) -> None:
-    """Catches a signal that kills, that one rank alone follows, a stop without a checkpoint, a restart of what shall end, and another status."""
+    """Catches a signal that kills, that one rank alone follows, a stop without a checkpoint.
+
+    Also a restart of what shall end, and another status.
+    """
     output = tmp_path / "run"
     process = start(settings(inputs, output, "checkpoint.interval=0"), launcher=["--max-restarts", "2"])
     wait_for(process, lambda: steps_made(output) >= 2)
     os.kill(process.pid if whom == "launcher" else ranks(process)[1].pid, number)
     status, errors = finish(process)
     assert status == exit_status.STOPPED, errors
-    (saved,) = os.listdir(output / "checkpoints")
+    (saved,) = (path.name for path in (output / "checkpoints").iterdir())
     step = int(saved.removeprefix("step_"))
     assert (
         step == steps_made(output) < STEPS
@@ -83,7 +86,10 @@ def test_a_request_to_stop(inputs: Path, undisturbed: Path, tmp_path: Path, numb
 
 
 def test_the_launcher_starts_a_killed_rank_again(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Catches a run that ends with its rank, restarts that begin anew, and a survivor that waits for ever or ends in a traceback."""
+    """Catches a run that ends with its rank, restarts that begin anew.
+
+    Also a survivor that waits for ever or ends in a traceback.
+    """
     output = tmp_path / "run"
     process = start(settings(inputs, output, "checkpoint.interval=1"), launcher=["--max-restarts", "1"])
     wait_for(process, lambda: (output / "checkpoints" / "step_000002").exists())
@@ -107,7 +113,7 @@ def wait_for_a_moment(ranks: Ranks, checkpoints: Path, draw: random.Random, seco
 
 
 def kill_at_random(inputs: Path, undisturbed: Path, directory: Path, kills: int, seed: int) -> None:
-    """Runs again and again, killing a rank at a random moment, half of the times while a checkpoint is written; each run ends like `undisturbed`."""
+    """Kill a rank at random moments, half of them while a checkpoint is written; each run ends like `undisturbed`."""
     draw = random.Random(seed)
     wanted = saved(undisturbed, STEPS)
     seconds, made, while_saving, early = 10.0, 0, 0, 0
@@ -146,12 +152,16 @@ def kill_at_random(inputs: Path, undisturbed: Path, directory: Path, kills: int,
             break
     assert while_saving or kills < 5
     print(
-        f"{made} kills, {while_saving} of them while a checkpoint was written, {early} before the ranks had met, {number + 1} runs"
+        f"{made} kills, {while_saving} of them while a checkpoint was written, {early} before the ranks had met, "
+        f"{number + 1} runs"
     )
 
 
 def test_ranks_killed_at_random(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Catches whatever a kill can leave behind that a resumed run trips over or silently differs by, weights and optimizer included."""
+    """Catches whatever a kill can leave behind that a resumed run trips over or silently differs by.
+
+    Also weights and optimizer included.
+    """
     kill_at_random(inputs, undisturbed, tmp_path, kills=3, seed=0)
 
 
@@ -162,7 +172,10 @@ def test_ranks_killed_at_random_twenty_times(inputs: Path, undisturbed: Path, tm
 
 
 def test_a_rank_that_hangs(inputs: Path, tmp_path: Path) -> None:
-    """Catches ranks that wait for ever, a dump that does not name where the stuck one is, and a line that does not name it."""
+    """Catches ranks that wait for ever, a dump that does not name where the stuck one is.
+
+    Also a line that does not name it.
+    """
     ranks = Ranks(
         settings(inputs, tmp_path / "run", "train.watchdog_seconds=8", "parallel.timeout_minutes=2"),
         tmp_path / "log",
@@ -187,7 +200,10 @@ def test_a_rank_that_hangs_in_a_library(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_never_comes(inputs: Path, tmp_path: Path) -> None:
-    """Catches ranks that wait for ever at the start, or end in a traceback that says nothing of a rank that is missing."""
+    """Catches ranks that wait for ever at the start.
+
+    Also end in a traceback that says nothing of a rank that is missing.
+    """
     asked = settings(inputs, tmp_path / "run", "train.watchdog_seconds=5", "parallel.timeout_minutes=0.1")
     ranks = Ranks(asked, tmp_path / "log", stuck=1, where="start")
     ranks.processes[0].join(300)
@@ -198,7 +214,10 @@ def test_a_rank_that_never_comes(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_a_node_that_is_lost(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Catches ranks that wait for a node that is gone, launcher and all, and a run that cannot go on when the node is back."""
+    """Catches ranks that wait for a node that is gone, launcher and all.
+
+    Also a run that cannot go on when the node is back.
+    """
     output = tmp_path / "run"
 
     def start_nodes() -> list[subprocess.Popen[str]]:
@@ -236,14 +255,17 @@ def test_a_shard_that_vanishes(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB."""
+    """Mount a file system of 4 MB."""
     with small_file_system(tmp_path / "disk", "4m") as place:
         yield place
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_disk_that_fills_up(inputs: Path, undisturbed: Path, disk: Path, tmp_path: Path, asynchronous: bool) -> None:
-    """Catches a run that goes on without its metrics, records or checkpoints, and one that cannot go on when there is room again."""
+    """Catches a run that goes on without its metrics, records or checkpoints.
+
+    Also one that cannot go on when there is room again.
+    """
     output = disk / "run"
     asked = settings(inputs, output, "checkpoint.interval=1", f"checkpoint.asynchronous={asynchronous}")
     ranks = Ranks(asked, tmp_path / "log")
@@ -254,7 +276,9 @@ def test_a_disk_that_fills_up(inputs: Path, undisturbed: Path, disk: Path, tmp_p
         assert (disk / "filler").exists()
     statuses = ranks.statuses(120)
     lines = [line for line in ranks.log.read_text().splitlines() if line.startswith("error: ")]
-    assert exit_status.USER_ERROR in statuses and set(statuses) <= {exit_status.USER_ERROR, exit_status.PEER_GONE}, ranks.log.read_text()
+    assert exit_status.USER_ERROR in statuses and set(statuses) <= {exit_status.USER_ERROR, exit_status.PEER_GONE}, (
+        ranks.log.read_text()
+    )
     # Which file is the first to be refused, and in whose words, depends on the moment.
     assert len(lines) == 1 and ("the checkpoint could not be written (" in lines[0] or "the disk is full" in lines[0])
     assert "Traceback" not in ranks.log.read_text()

@@ -1,6 +1,7 @@
 """Whole runs, end to end: what is the same on every layout and after every stop.
 
-Runs on two ranks share one pair of processes, as starting processes costs more than training; what is killed or speaks has its own.
+Runs on two ranks share one pair of processes, as starting processes costs more than training; what is killed or
+speaks has its own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import finalize
-from megatron_cord.rollout.rollout_file import read_rollouts, record_file
+from megatron_cord.rollout.rollout_file import dump_file, read_rollouts
 from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
 from tests.gloo import run_ranks
@@ -71,14 +72,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of all RUNS, each under its name."""
+    """Return the directory of all RUNS, each under its name."""
     root = tmp_path_factory.mktemp("runs")
     run_ranks(run_all, 2, str(inputs), str(root))
     return root
 
 
 def run_all(rank: int, inputs: str, root: str) -> None:
-    """Makes all RUNS, one after the other, on one of two ranks."""
+    """Make all RUNS, one after the other, on one of two ranks."""
     for number, (name, (resumed, settings)) in enumerate(RUNS.items()):
         output = Path(root) / name
         if rank == 0 and resumed is not None:
@@ -104,7 +105,7 @@ def join(rank: int, store: Path) -> None:
 
 
 def stop_after(step: int, run: Path, copy: Path) -> Path:
-    """A copy of a run as it is when it was killed long after its checkpoint of `step`, but before the next."""
+    """Copy a run as it is when it was killed long after its checkpoint of `step`, but before the next."""
     shutil.copytree(run, copy)
     for path in (copy / "checkpoints").iterdir():
         if path.name != f"step_{step:06d}":
@@ -113,7 +114,7 @@ def stop_after(step: int, run: Path, copy: Path) -> Path:
 
 
 def alone(inputs: Path, output: Path, *settings: str) -> Path:
-    """A run on this process alone."""
+    """Make a run on this process alone."""
     try:
         train(load_config(RunConfig, None, overrides(inputs, output, *settings)))
     finally:
@@ -123,7 +124,7 @@ def alone(inputs: Path, output: Path, *settings: str) -> Path:
 
 @pytest.fixture(scope="module")
 def one(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on one rank."""
+    """Make a run on one rank."""
     return alone(inputs, tmp_path_factory.mktemp("one") / "run", "checkpoint.keep=0")
 
 
@@ -144,7 +145,9 @@ def test_a_run_leaves_what_it_should(one: Path) -> None:
             "engine_logprob_difference",
         } <= line.keys()
         assert line["engine_logprob_difference_max"] < 1e-4 and not line["skipped"]
-    assert any(line["loss_sequence"] != 0 for line in metrics(one)), "the test's own data must give some group different rewards"
+    assert any(line["loss_sequence"] != 0 for line in metrics(one)), (
+        "the test's own data must give some group different rewards"
+    )
     evaluations = one / "evaluations"
     assert sorted(str(path.relative_to(evaluations)) for path in evaluations.rglob("*.*")) == [
         f"step_{step:06d}/heldout.json" for step in (0, 5)
@@ -159,7 +162,7 @@ def test_a_run_leaves_what_it_should(one: Path) -> None:
     ]
     summary = json.loads((one / "summary.json").read_text())
     assert summary["steps"] == 5 and summary["tp"] == 1 and {"text_accuracy", "gap_closed", "seconds"} <= summary.keys()
-    rows = {step: read_rollouts(record_file(one / "rollouts", step)).to_pylist() for step in (1, 2, 5)}
+    rows = {step: read_rollouts(dump_file(one / "rollouts", step)).to_pylist() for step in (1, 2, 5)}
     assert [row["versions"][0]["version"] for row in (rows[1][0], rows[2][0], rows[5][0])] == [0, 1, 4]
     for row in (row for recorded in rows.values() for row in recorded if row["role"] == "distill"):
         differences = [s - t for s, t in zip(row["student_logprobs"], row["teacher_logprobs"], strict=True)]
@@ -184,7 +187,10 @@ def test_the_same_seed_and_layout_twice(runs: Path) -> None:
     ],
 )
 def test_every_layout_is_the_same_run(runs: Path, one: Path, name: str) -> None:
-    """Catches gradients that are summed twice or not at all, and losses that depend on how sequences are dealt to ranks and microbatches."""
+    """Catches gradients that are summed twice or not at all.
+
+    Also losses that depend on how sequences are dealt to ranks and microbatches.
+    """
     assert losses(runs / name)[0] == pytest.approx(losses(one)[0], rel=1e-5)
     for got, wanted in zip(losses(runs / name), losses(one), strict=True):
         assert got == pytest.approx(wanted, rel=1e-4)
@@ -201,7 +207,10 @@ def test_a_run_resumes_on_any_layout(runs: Path, name: str) -> None:
 
 
 def test_frozen_parts_stay_as_they_are(runs: Path, one: Path) -> None:
-    """Catches frozen weights that move, states that are kept for them, and a frozen language model that trains on no layout or only on one."""
+    """Catches frozen weights that move, states that are kept for them.
+
+    Also a frozen language model that trains on no layout or only on one.
+    """
     for got, wanted in zip(losses(runs / "pp2 frozen"), losses(runs / "dp2 frozen"), strict=True):
         assert got == pytest.approx(wanted, rel=1e-4)
     first, last = (saved(runs / "pp2 frozen", step) for step in (2, 5))
@@ -216,7 +225,7 @@ def test_frozen_parts_stay_as_they_are(runs: Path, one: Path) -> None:
 
 
 def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint; those of the optimizer have names that begin with `optimizer.`."""
+    """Return the tensors of a checkpoint; those of the optimizer have names that begin with `optimizer.`."""
     reader = FileSystemReader(run / "checkpoints" / f"step_{step:06d}")
     stored = reader.read_metadata().state_dict_metadata
     tensors = {
@@ -228,7 +237,10 @@ def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", SPECIAL)
 def test_other_settings_are_the_same_run_too(runs: Path, inputs: Path, tmp_path: Path, name: str) -> None:
-    """Catches a data-parallel rank without a share that the others wait for, and steps without any sequence on some layout only."""
+    """Catches a data-parallel rank without a share that the others wait for.
+
+    Also steps without any sequence on some layout only.
+    """
     settings = [setting for setting in SPECIAL[name] if not setting.startswith("parallel.")]
     wanted = losses(alone(inputs, tmp_path / "run", "checkpoint.interval=0", *settings))
     assert len(losses(runs / name)) == 5 and any(loss != 0 for loss, _ in wanted)
@@ -264,7 +276,10 @@ def test_a_run_that_has_ended_frees_its_model(inputs: Path, tmp_path: Path) -> N
 
 
 def test_the_configuration_wins_over_the_checkpoint(inputs: Path, one: Path, tmp_path: Path) -> None:
-    """Catches a lower learning rate or more steps that a resumed run ignores, and questions of the new steps that the teacher never answered."""
+    """Catches a lower learning rate or more steps that a resumed run ignores.
+
+    Also questions of the new steps that the teacher never answered.
+    """
     lower = alone(inputs, stop_after(2, one, tmp_path / "lower"), "optimizer.learning_rate=1e-4")
     rates = [[line["learning_rate"] for line in metrics(run)] for run in (one, lower)]
     assert rates[1][:2] == rates[0][:2] and rates[1][2:] == pytest.approx([rate / 10 for rate in rates[0][2:]])
@@ -274,7 +289,7 @@ def test_the_configuration_wins_over_the_checkpoint(inputs: Path, one: Path, tmp
 
 
 def test_an_evaluation_that_was_missed_is_made_up_for(inputs: Path, one: Path, tmp_path: Path) -> None:
-    """Catches a run without its last evaluation and summary because it was killed between them and its last checkpoint."""
+    """Catches a run without its last evaluation and summary, killed between them and its last checkpoint."""
     killed = shutil.copytree(one, tmp_path / "killed")
     (killed / "summary.json").unlink()
     (killed / "evaluations" / "step_000005" / "heldout.json").unlink()
@@ -287,7 +302,10 @@ def test_an_evaluation_that_was_missed_is_made_up_for(inputs: Path, one: Path, t
 
 
 def test_a_killed_run_ends_like_one_that_was_not(inputs: Path, runs: Path, tmp_path: Path) -> None:
-    """Catches checkpoints that are visible before they are whole, and anything but checkpoints that a resumed run needs."""
+    """Catches checkpoints that are visible before they are whole.
+
+    Also anything but checkpoints that a resumed run needs.
+    """
     output = tmp_path / "run"
     settings = overrides(inputs, output, TP2, "checkpoint.interval=1", "checkpoint.keep=3")
     process = start(settings)
@@ -306,7 +324,11 @@ def test_a_killed_run_ends_like_one_that_was_not(inputs: Path, runs: Path, tmp_p
     status, errors = finish(start(settings))
     assert status == 0 and "resuming after step" in errors
     assert losses(output) == losses(runs / "tp2")
-    assert sorted(os.listdir(output / "checkpoints")) == ["step_000003", "step_000004", "step_000005"]
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
+        "step_000003",
+        "step_000004",
+        "step_000005",
+    ]
 
 
 def test_a_step_that_trains_on_nothing_measures_nothing(inputs: Path, tmp_path: Path) -> None:

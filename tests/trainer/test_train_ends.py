@@ -1,9 +1,8 @@
-"""How runs end that cannot go on: one line, a status that says whether to try again, and nothing lost that was there before."""
+"""How runs end that cannot go on: one line, a status that tells whether to try again, and nothing lost."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import resource
 import shutil
 from collections.abc import Iterator
@@ -37,12 +36,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on one rank that ended well."""
+    """Make a run on one rank that ends well."""
     return alone(inputs, tmp_path_factory.mktemp("one") / "run", "checkpoint.keep=0")
 
 
 def broken_inputs(inputs: Path, copy: Path) -> Path:
-    """Inputs whose checkpoint has one weight that is no number."""
+    """Make inputs whose checkpoint has one weight that is no number."""
     shutil.copytree(inputs, copy)
     path = copy / "checkpoint" / "model.safetensors"
     tensors = load_file(path)
@@ -54,8 +53,11 @@ def broken_inputs(inputs: Path, copy: Path) -> Path:
 def test_losses_that_are_no_numbers_stop_the_run(
     inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches an update by NaN, a run that goes on without learning, one that stops at once, and an evaluation that fails before it."""
-    with pytest.raises(CordError, match="2 steps in a row had no finite loss .*look at the rollouts of step 1"):
+    """Catches an update by NaN, a run that goes on without learning, one that stops at once.
+
+    Also an evaluation that fails before it.
+    """
+    with pytest.raises(CordError, match=r"2 steps in a row had no finite loss .*look at the rollouts of step 1"):
         alone(broken_inputs(inputs, tmp_path / "inputs"), tmp_path / "run", "train.max_skipped_in_a_row=2")
     assert "step 2: the loss or a gradient is not finite; the update is skipped (2 in a row)" in capfd.readouterr().err
     assert [(line["loss"], line["grad_norm"], line["skipped"]) for line in metrics(tmp_path / "run")] == [
@@ -68,16 +70,31 @@ def test_an_update_that_is_too_large_is_survived(inputs: Path, tmp_path: Path) -
     """Catches checkpoints of weights without a finite loss that push out the last good one."""
     good = alone(inputs, tmp_path / "run", "train.steps=2", "checkpoint.interval=1")
     with pytest.raises(CordError, match="3 steps in a row"):
-        alone(inputs, good, "train.steps=20", "checkpoint.interval=1", "checkpoint.keep=3", "optimizer.learning_rate=1e30",
-              "optimizer.clip_norm=0", "train.max_skipped_in_a_row=3")  # fmt: skip
-    assert sorted(os.listdir(good / "checkpoints")) == ["step_000001", "step_000002", "step_000003"]
+        alone(
+            inputs,
+            good,
+            "train.steps=20",
+            "checkpoint.interval=1",
+            "checkpoint.keep=3",
+            "optimizer.learning_rate=1e30",
+            "optimizer.clip_norm=0",
+            "train.max_skipped_in_a_row=3",
+        )
+    assert sorted(path.name for path in (good / "checkpoints").iterdir()) == [
+        "step_000001",
+        "step_000002",
+        "step_000003",
+    ]
     shutil.rmtree(good / "checkpoints" / "step_000003")
     alone(inputs, good, "train.steps=4")
     assert [line["skipped"] for line in metrics(good)] == [False] * 4
 
 
 def test_two_ranks_stop_with_one_line(inputs: Path, tmp_path: Path) -> None:
-    """Catches a line from each rank, a traceback, another status than 2, and a rank that waits for one that has left."""
+    """Catches a line from each rank, a traceback, another status than 2.
+
+    Also a rank that waits for one that has left.
+    """
     settings = overrides(
         broken_inputs(inputs, tmp_path / "inputs"), tmp_path / "run", TP2, "train.max_skipped_in_a_row=1"
     )
@@ -88,19 +105,22 @@ def test_two_ranks_stop_with_one_line(inputs: Path, tmp_path: Path) -> None:
 
 
 def spoken(errors: str) -> list[str]:
-    """The lines that name an error."""
+    """Return the lines that name an error."""
     return [line for line in errors.splitlines() if line.startswith("error: ")]
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one checkpoint of a tiny run and a half."""
+    """Mount a file system with room for one checkpoint of a tiny run and a half."""
     with small_file_system(tmp_path / "disk", "1200k") as disk:  # the limit on file sizes is tested without root, too
         yield disk
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(inputs: Path, small_disk: Path) -> None:
-    """Catches half a checkpoint under a whole one's name, one deleted to make room, leftovers that keep the disk full, and tracebacks."""
+    """Catches half a checkpoint under a whole one's name, one deleted to make room.
+
+    Also leftovers that keep the disk full, and tracebacks.
+    """
     output = small_disk / "run"
     status, errors = finish(
         start(overrides(inputs, output, TP2, "checkpoint.interval=1", "checkpoint.asynchronous=false"))
@@ -111,7 +131,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(inputs: Path, small_disk: Path
     assert (
         "(No space left on device)" in line or "(a file could not be written)" in line
     )  # Megatron-Core 0.19 says no more
-    assert os.listdir(output / "checkpoints") == ["step_000001"]
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_000001"]
     elsewhere = small_disk.parent / "run"
     shutil.copytree(output, elsewhere)
     assert len(losses(alone(inputs, elsewhere))) == 5
@@ -128,12 +148,15 @@ def test_a_file_that_may_not_grow_leaves_the_checkpoint_before(inputs: Path, one
     assert status == 2 and "Traceback" not in errors
     (line,) = spoken(errors)
     assert "step_000004: the checkpoint could not be written" in line and "earlier ones are whole" in line
-    assert os.listdir(output / "checkpoints") == ["step_000002"]
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_000002"]
     assert losses(alone(inputs, output)) == losses(one)
 
 
 def test_runs_that_do_not_fit_their_directory(inputs: Path, one: Path, tmp_path: Path) -> None:
-    """Catches another run's checkpoints that are continued or overwritten, and tracebacks of damaged ones; nothing of them may change."""
+    """Catches another run's checkpoints that are continued or overwritten.
+
+    Also tracebacks of damaged ones; nothing of them may change.
+    """
     before = {path: path.stat().st_mtime_ns for path in sorted((one / "checkpoints").rglob("*"))}
     other = shutil.copytree(inputs, tmp_path / "other")
     shutil.rmtree(other / "checkpoint")
@@ -153,11 +176,17 @@ def test_runs_that_do_not_fit_their_directory(inputs: Path, one: Path, tmp_path:
         with pytest.raises(CordError, match=message):
             alone(where, one, *settings)
     assert {path: path.stat().st_mtime_ns for path in sorted((one / "checkpoints").rglob("*"))} == before
-    for number, (name, content, message) in enumerate([
-        ("__0_0.distcp", b"", r"step_000002 is damaged \(__0_0.distcp has 0 of \d+ bytes\), and no earlier checkpoint is whole"),
-        ("state.json", b"{", "step_000002 is damaged .state.json has 1 of"),
-        ("manifest.json", b"{}", "step_000002 is damaged .manifest.json cannot be read"),
-    ]):  # fmt: skip
+    for number, (name, content, message) in enumerate(
+        [
+            (
+                "__0_0.distcp",
+                b"",
+                r"step_000002 is damaged \(__0_0.distcp has 0 of \d+ bytes\), and no earlier checkpoint is whole",
+            ),
+            ("state.json", b"{", "step_000002 is damaged .state.json has 1 of"),
+            ("manifest.json", b"{}", "step_000002 is damaged .manifest.json cannot be read"),
+        ]
+    ):
         damaged = stop_after(2, one, tmp_path / f"damaged{number}")
         (damaged / "checkpoints" / "step_000002" / name).write_bytes(content)
         with pytest.raises(CordError, match=message):
@@ -189,7 +218,10 @@ def test_data_that_cannot_be_trained_on(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_one_process_stops_with_one_line(inputs: Path, tmp_path: Path) -> None:
-    """Catches a configuration error of the entry point that is no single line on standard error, or another status than 2."""
+    """Catches a configuration error of the entry point that is no single line on standard error.
+
+    Also another status than 2.
+    """
     status, errors = finish(start(overrides(inputs, tmp_path / "run", "optimizer.learning_rat=1"), ranks=1))
     assert status == 2 and errors.startswith("error: unknown key 'optimizer.learning_rat'") and errors.count("\n") == 1
 

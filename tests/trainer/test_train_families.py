@@ -12,8 +12,10 @@ from tests.tiny_run import WORDS, finish, make_samples, metrics, overrides, star
 
 @pytest.mark.parametrize("family", ["step_audio_2", pytest.param("voxtral", marks=pytest.mark.slow)])
 def test_a_family_is_trained(family: str, tmp_path: Path) -> None:
-    """Catches a family that can be converted but not trained: prompts that its model does not take, an engine that another model answers for, or
-    weights that the engine does not get. Recordings are longer than the encoder's window and become several clips.
+    """Catches a family that can be converted but not trained: prompts that its model does not take.
+
+    Also an engine that another model answers for, or weights that the engine does not get. Recordings are longer than
+    the encoder's window and become several clips.
     """
     save_whole(tmp_path / "checkpoint", family, WORDS)
     write_shards(tmp_path / "train", make_samples(6, seed=1))
@@ -23,7 +25,7 @@ def test_a_family_is_trained(family: str, tmp_path: Path) -> None:
         "parallel.tp=2",
         "parallel.sequence_parallel=true",
         "data.long_audio=cut",
-        "rollout.agreement_limit=1e-4",
+        "rollout.max_logprob_mismatch=1e-4",
     ]
     status, errors = finish(start(overrides(tmp_path, tmp_path / "run", *settings)))
     assert status == 0, errors

@@ -85,10 +85,10 @@ def _warnings(config: RunConfig) -> Iterator[str]:
             yield f"{key}: {path} does not exist here"
     if not config.data.evaluation and config.evaluation.interval:
         yield "data.evaluation is not set: the run is not evaluated"
-    if config.rollout.engine == "sglang" and not (config.rollout.servers or config.rollout.servers_file):
-        yield "rollout.engine=sglang needs rollout.servers or rollout.servers_file (cord serve writes it)"
-    if config.rollout.engine == "local" and (config.rollout.servers or config.rollout.servers_file):
-        yield "rollout.servers and rollout.servers_file are not used by rollout.engine=local"
+    if config.rollout.engine == "sglang" and not (config.rollout.sglang.servers or config.rollout.sglang.servers_file):
+        yield "rollout.engine=sglang needs rollout.sglang.servers or rollout.sglang.servers_file (cord serve writes it)"
+    if config.rollout.engine == "local" and (config.rollout.sglang.servers or config.rollout.sglang.servers_file):
+        yield "rollout.sglang.servers and rollout.sglang.servers_file are not used by rollout.engine=local"
 
 
 def _flat(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

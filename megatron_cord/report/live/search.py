@@ -151,7 +151,7 @@ def _briefs(path: Path, changed: int, size: int) -> Sequence[_Brief]:
             r.reward,
             mean_divergence(r),
             len(r.tokens),
-            "\n".join([r.id, r.question, r.response, r.teacher_answer or ""]).casefold(),
+            "\n".join([r.id, r.question, r.response, r.reference_answer or ""]).casefold(),
         )
         for row, r in enumerate(read_rollouts(path))
     ]

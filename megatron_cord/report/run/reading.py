@@ -2,7 +2,7 @@
 
 The run may still be going on: whatever is not there yet is empty here, and a half-written last line is left out. What is
 there must be sound: a damaged line is an error that names it. It simplifies: files are read whole, except the rollouts (Parquet, see
-``rollout.record_file``), of which a reader opens only the steps it wants.
+``rollout.rollout_file``), of which a reader opens only the steps it wants.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.evaluation.files import heldout_files
 from megatron_cord.report.run.fields import Fields
 from megatron_cord.report.run.record import Answer, Evaluation, RaisedAlert, RunRecord, TrainingRollout, VoiceAccuracy
-from megatron_cord.rollout import rollout_file as record_file
+from megatron_cord.rollout import rollout_file
 
 ROLLOUTS = "rollouts"  # where the record is, unless record.rollouts says otherwise
 
@@ -46,7 +46,7 @@ def read_run(path: str | Path) -> RunRecord:
         metrics=_read_metrics(directory / "metrics.jsonl"),
         alerts=_read_alerts(directory / "alerts.jsonl"),
         evaluations=tuple(_evaluation(file) for file in heldout_files(directory).values()),
-        rollout_files=record_file.record_files(directory / str(rollouts)) if rollouts else {},
+        rollout_files=rollout_file.dump_files(directory / str(rollouts)) if rollouts else {},
         summary=_read_object(summary) if summary.is_file() else {},
     )
 
@@ -54,7 +54,7 @@ def read_run(path: str | Path) -> RunRecord:
 def read_rollouts(path: Path) -> list[TrainingRollout]:
     """The rollouts of one step. Raises CordError naming the file, and the column or row that is damaged."""
     columns = [field.name for field in dataclasses.fields(TrainingRollout)]
-    return [TrainingRollout(**row) for row in record_file.read_rollouts(path, columns).to_pylist()]
+    return [TrainingRollout(**row) for row in rollout_file.read_rollouts(path, columns).to_pylist()]
 
 
 def _read_metrics(path: Path) -> tuple[Mapping[str, float | None], ...]:

@@ -62,7 +62,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrainingRollout:
-    """One response that was sampled for training, as the record's columns of these names have it (``rollout.record_file``).
+    """One response that was sampled for training, as the record's columns of these names have it (``rollout.rollout_file``).
 
     Divergences and weights (one a token; NaN is not measured), reward and teacher's answer are None where the role does not need them.
     """
@@ -77,10 +77,10 @@ class TrainingRollout:
     tokens: Sequence[str]
     token_kl: Sequence[float] | None
     token_weights: Sequence[float] | None
-    teacher_answer: str | None
+    reference_answer: str | None
     reward: float | None
     advantage: float
-    has_reward_variance: bool
+    zero_variance: bool
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside tensors, as JSON: how far the run is, what its model is, and responses that were generated ahead."""
+"""What a checkpoint holds beside tensors, as JSON: progress, architecture, and responses generated ahead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
-from megatron_cord.rollout.types import Rollout, rollout_from_json
+from megatron_cord.rollout.types import Rollout
 
 _STATE = "state.json"
 _AHEAD = "rollouts.jsonl"  # only there if something was generated ahead
@@ -18,30 +18,31 @@ _AHEAD = "rollouts.jsonl"  # only there if something was generated ahead
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run needs beside tensors. Data order and sampling are drawn from (seed, step), so the step is their whole state.
+    """What a run needs beside tensors. Data order and sampling are drawn from (seed, step), so the step is their state.
 
     Attributes:
         step: optimizer steps made, which is also the position in the data and the version of the weights.
         seconds: spent in training so far.
         skipped_in_a_row: steps without an update just before.
-        seed: of the run; resuming with another would change what was promised.
-        ahead: responses of later steps, by step, made with weights that a resumed run no longer has.
+        seed: of the run, with which it must be resumed.
+        ahead: responses of later steps, by step and request (`Schedule.settle`), generated with weights that a resumed
+            run no longer has.
     """
 
     step: int
     seconds: float
     skipped_in_a_row: int
     seed: int
-    ahead: Mapping[int, list[Rollout]] = field(default_factory=dict)
+    ahead: Mapping[int, Mapping[str, Rollout]] = field(default_factory=dict)
 
 
 def write_progress(checkpoint: Path, progress: Progress, arch: Architecture) -> None:
-    """Writes a checkpoint's files."""
+    """Write a checkpoint's files."""
     if progress.ahead:
         lines = [
-            json.dumps({"step": step} | asdict(rollout)) + "\n"
+            json.dumps({"step": step, "request": key} | asdict(rollout)) + "\n"
             for step, rollouts in progress.ahead.items()
-            for rollout in rollouts
+            for key, rollout in rollouts.items()
         ]
         (checkpoint / _AHEAD).write_text("".join(lines))
     state = asdict(replace(progress, ahead={})) | {"architecture": asdict(arch)}
@@ -50,7 +51,7 @@ def write_progress(checkpoint: Path, progress: Progress, arch: Architecture) -> 
 
 
 def read_progress(checkpoint: Path, arch: Architecture) -> Progress:
-    """Reads a checkpoint's files.
+    """Read a checkpoint's files.
 
     Raises:
         CordError: it is missing or damaged, or the checkpoint is of another architecture.
@@ -66,21 +67,23 @@ def read_progress(checkpoint: Path, arch: Architecture) -> Progress:
     differing = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     if differing:
         raise CordError(
-            f"{checkpoint} holds another architecture (it differs in {', '.join(differing)}); resume with the run's own model.checkpoint"
+            f"{checkpoint} holds another architecture (it differs in {', '.join(differing)}); resume with the run's "
+            "own "
+            "model.checkpoint"
         )
     return progress
 
 
-def _read_ahead(path: Path) -> dict[int, list[Rollout]]:
-    ahead: dict[int, list[Rollout]] = {}
+def _read_ahead(path: Path) -> dict[int, dict[str, Rollout]]:
+    ahead: dict[int, dict[str, Rollout]] = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         plain = json.loads(line)
-        ahead.setdefault(plain["step"], []).append(rollout_from_json(plain))
+        ahead.setdefault(plain["step"], {})[plain["request"]] = Rollout.from_json(plain)
     return ahead
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested maps as one, with dotted keys."""
+    """Flatten nested maps into one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

@@ -1,36 +1,36 @@
-"""Do trainer and engine agree on the log-probabilities of the same tokens? Where they do not, what is sampled is not what is trained.
+"""Logprob mismatch: trainer and engine compared on the same tokens.
 
-Only tokens that the engine made with the trainer's present weights say so; tokens of older weights differ because the weights do.
+Where they differ, what is sampled is not what is trained.
+
+Only tokens that the engine generated with the trainer's present weights are compared with a limit; tokens of older
+weights differ because the weights do.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.types import Rollout
-from megatron_cord.trainer.step.step import TokenRecord
+from megatron_cord.rollout.types import ScoredRollout
 
 
-def agreement_metrics(records: Sequence[TokenRecord], rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
-    """Compares trainer (p) and engine (q), in nats a token.
+def mismatch_metrics(rollouts: Sequence[ScoredRollout], version: int) -> dict[str, float]:
+    """Compare log-probabilities of trainer (p) and engine (q), in nats a token.
 
     Args:
-        records: what the trainer found; ``index`` is the place in rollouts.
-        rollouts: with the engine's log-probabilities.
+        rollouts: those without token results are left out.
         version: of the trainer's weights.
 
     Returns:
-        ``engine_logprob_difference``, its largest ``…_max`` and ``engine_kl`` over tokens of this version, where there are any; of older ones
-        their share ``stale_tokens`` and ``stale_logprob_difference``, where there are any. The KL divergence KL(q‖p) is estimated by the mean
-        of r − 1 − log r, r = p/q (never negative); it is unbiased for tokens sampled at temperature 1. NaN where a log-probability is.
+        ``engine_logprob_difference``, its largest ``…_max`` and ``engine_kl`` over tokens of this version, where
+        there are any; of older ones their share ``stale_tokens`` and ``stale_logprob_difference``, where there are
+        any. The KL divergence KL(q‖p) is estimated by the mean of r − 1 − log r, r = p/q (never negative); it is
+        unbiased for tokens sampled at temperature 1. NaN where a log-probability is.
     """
     fresh, stale = list[float](), list[float]()
-    for record in records:
-        rollout = rollouts[record.index]
-        differences = [p - q for p, q in zip(record.logprobs, rollout.logprobs, strict=True)]
-        for span in rollout.versions:
+    for rollout, differences in _differences(rollouts):
+        for span in rollout.rollout.versions:
             (fresh if span.version == version else stale).extend(differences[span.start : span.end])
     metrics = {"stale_tokens": len(stale) / max(len(fresh) + len(stale), 1)}
     if fresh:
@@ -43,23 +43,15 @@ def agreement_metrics(records: Sequence[TokenRecord], rollouts: Sequence[Rollout
     return metrics
 
 
-def importance_metrics(
-    records: Sequence[TokenRecord], rollouts: Sequence[Rollout], trained: Sequence[bool], cap: float
-) -> dict[str, float]:
-    """Mean of the truncated weights min(p/q, cap) of the tokens of L_seq, and the share that was truncated; empty without such tokens.
+def importance_metrics(rollouts: Sequence[ScoredRollout], cap: float) -> dict[str, float]:
+    """Return the mean of L_seq's truncated weights min(p/q, cap), and the share truncated; empty without tokens.
 
     Args:
-        records, rollouts: as above.
-        trained: of each rollout, whether it has an advantage.
+        rollouts: those with an advantage count.
         cap: of the objective.
     """
-    differences = [
-        p - q
-        for r in records
-        if trained[r.index]
-        for p, q in zip(r.logprobs, rollouts[r.index].logprobs, strict=True)
-        if math.isfinite(p - q)
-    ]
+    with_advantage = [r for r in rollouts if r.advantage != 0]
+    differences = [d for _, some in _differences(with_advantage) for d in some if math.isfinite(d)]
     if not differences:
         return {}
     return {
@@ -68,20 +60,32 @@ def importance_metrics(
     }
 
 
-def check_agreement(metrics: dict[str, float], limit: float | None, where: str) -> None:
-    """Refuses to go on where trainer and engine are not the same model.
+def check_mismatch(metrics: Mapping[str, float], limit: float | None, where: str) -> None:
+    """Refuse to go on where trainer and engine are not the same model.
 
     Raises:
-        CordError: the mean difference is beyond the limit; says what is likely the cause.
+        CordError: the mean difference is beyond the limit; with likely causes.
     """
     mean = metrics.get("engine_logprob_difference", 0.0)
     if limit is not None and mean > limit:
         raise CordError(
-            f"{where}: trainer and engine differ by {mean:.3g} nats a token (largest {metrics['engine_logprob_difference_max']:.3g}) on tokens "
-            f"that the engine made with the same weights; rollout.agreement_limit is {limit:g}. Likely causes: the engine has other weights (an "
-            "weight sync that failed halfway, another checkpoint), other audio features or another prompt template, reuses audio embeddings or a "
-            "prefix cache of older weights, returns log-probabilities of another temperature, or computes in a much lower precision"
+            f"{where}: trainer and engine differ by {mean:.3g} nats a token (largest "
+            f"{metrics['engine_logprob_difference_max']:.3g}) on tokens that the engine generated with the same "
+            "weights; "
+            f"rollout.max_logprob_mismatch is {limit:g}. Likely causes: the engine has other weights (a weight sync "
+            "that "
+            "failed halfway, another checkpoint), other audio features or another prompt template, reuses audio "
+            "embeddings or a prefix cache of "
+            "older weights, returns log-probabilities of another temperature, or computes in a much lower precision"
         )
+
+
+def _differences(rollouts: Sequence[ScoredRollout]) -> Iterator[tuple[ScoredRollout, list[float]]]:
+    """Each rollout that has token results, with log p − log q of its tokens."""
+    for rollout in rollouts:
+        if rollout.tokens is not None:
+            pairs = zip(rollout.tokens.student_logprobs, rollout.rollout.logprobs, strict=True)
+            yield rollout, [p - q for p, q in pairs]
 
 
 def _mean(values: Sequence[float]) -> float:

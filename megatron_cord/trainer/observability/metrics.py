@@ -1,11 +1,10 @@
-"""Metrics of a run: a progress bar or lines on the terminal, `metrics.jsonl`, trackers, and alerts in words. One rank writes."""
+"""Metrics of a run: progress on the terminal, `metrics.jsonl`, trackers, and alerts in words. One rank writes."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from rich.progress import (
 from rich.progress import Task as RichTask
 from rich.text import Text
 
+from megatron_cord.runtime.files import write_atomic
 from megatron_cord.runtime.progress import Bars
 from megatron_cord.trainer.observability.alerts import AlertConfig, find_alerts
 from megatron_cord.trainer.observability.trackers import MetricsConfig, open_trackers
@@ -40,7 +40,7 @@ class _Rate(ProgressColumn):
 
 
 class MetricsLog:
-    """Writes each step's metrics, and says when they look wrong (`alerts.jsonl`, the terminal); a context manager.
+    """Writes each step's metrics, and logs when they look wrong (`alerts.jsonl`, the terminal); a context manager.
 
     Args:
         directory: of the run.
@@ -101,7 +101,7 @@ class MetricsLog:
         return self
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread passes a full disk on to whoever writes next; its own traceback would run into the line that says so."""
+        """Silence a full disk in TensorBoard's thread, which the next write reports without a traceback."""
         if not isinstance(failure.exc_value, OSError):
             self._excepthook(failure)
 
@@ -116,7 +116,7 @@ class MetricsLog:
                 tracker.close()
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Writes the metrics of the step numbered from 1."""
+        """Write the metrics of the step numbered from 1."""
         if not self._enabled:
             return
         row = {"step": step} | {k: json_float(v) for k, v in metrics.items()}
@@ -136,30 +136,24 @@ class MetricsLog:
             self._line(step, note)
 
     def evaluation(self, result: Mapping[str, Any]) -> None:
-        """Writes an evaluation's accuracies (`step`, `samples`, `text_accuracy`, `audio_accuracy` of it) to the trackers and the terminal."""
+        """Write an evaluation's accuracies to the trackers and the terminal."""
         if not self._enabled:
             return
         step, accuracies = result["step"], {name: result[name] for name in ("text_accuracy", "audio_accuracy")}
         self._track(step, {f"evaluation/{name}": value for name, value in accuracies.items()})
-        self.say(
-            f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in accuracies.items())
-        )
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in accuracies.items())
+        logger.info("step %d: %s", step, shown)
         self._evaluations = [e for e in self._evaluations if e["step"] < step] + [
             {"step": step, "samples": result["samples"], **accuracies}
         ]
         self._watch(step)
-
-    def say(self, message: str) -> None:
-        """A line that scrolls above the progress bar."""
-        if self._enabled:
-            logger.info(message)
 
     def _track(self, step: int, scalars: Mapping[str, float]) -> None:
         for tracker in self._trackers:
             tracker.log(step, scalars)
 
     def _watch(self, step: int) -> int:
-        """Says what has begun to look wrong, once until it looks right again; returns how many alerts hold."""
+        """Log what has begun to look wrong, once until it looks right again; return how many alerts hold."""
         found = find_alerts(self._rows, self._evaluations, self._alerts)
         for alert in found:
             if alert.kind not in self._holding:
@@ -189,28 +183,28 @@ class Stopwatch:
         self.times: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:
-        """Ends a phase."""
+        """End a phase."""
         now = time.perf_counter()
         self.times[f"seconds_{phase}"] = now - self._last
         self._last = now
 
     def total(self) -> dict[str, float]:
-        """All phases, and the sum as `seconds`."""
+        """Return all phases, and the sum as `seconds`."""
         return self.times | {"seconds": time.perf_counter() - self._begun}
 
 
 def json_float(value: Any) -> Any:
-    """JSON has no NaN or infinity; null says that nothing was measured."""
+    """Return a value as JSON has it: without NaN or infinity, which become null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def json_floats(values: Sequence[float]) -> list[float | None]:
-    """The same for each of several."""
+    """Do the same for each of several."""
     return [json_float(value) for value in values]
 
 
 def _keep_until(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Keeps the lines of steps up to last_step, and returns what they say; a half-written last line goes too."""
+    """Keep the lines of steps up to last_step, and return their content; a half-written last line is dropped."""
     if not path.exists():
         return []
     kept, rows = [], []
@@ -222,7 +216,5 @@ def _keep_until(path: Path, last_step: int) -> list[dict[str, Any]]:
                 rows.append(row)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    write_atomic(path, "".join(kept))
     return rows

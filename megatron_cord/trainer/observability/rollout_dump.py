@@ -1,7 +1,7 @@
-"""The record of rollouts, one Parquet file a step, and its use without an engine: `replay` trains from the record alone.
+"""The rollout dump: a step's rollouts in one Parquet file, and back. `replay` trains from a dump without an engine.
 
-With a record the data stay fixed while layouts, kernels or objectives change: the second of the two debug doors. The columns are those
-of `rollout.record_file`.
+With a dump the data stay fixed while layouts, kernels or objectives change. The columns are those of
+`rollout.rollout_file`.
 """
 
 from __future__ import annotations
@@ -9,34 +9,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_cord.data.prompts import PromptBuilder
-from megatron_cord.data.samples import Sample
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.rollout_file import drop_after, read_rollouts, record_file, write_rollouts
-from megatron_cord.rollout.types import Rollout, VersionSpan
-from megatron_cord.trainer.collection import Collected
-from megatron_cord.trainer.step.step import TokenRecord
-
-#: what a replay takes from the record; the trainer computes the rest again
-_REPLAYED = (
-    "id", "role", "seed", "response", "finish_reason", "versions", "token_ids", "engine_logprobs", "teacher_answer", "reward", "advantage",
-    "has_reward_variance",
-)  # fmt: skip
+from megatron_cord.reward import Score
+from megatron_cord.rollout.rollout_file import drop_after, dump_file, read_rollouts, write_rollouts
+from megatron_cord.rollout.types import Rollout, ScoredRollout, TokenResults, VersionSpan
 
 
 @dataclass(frozen=True)
 class RecordConfig:
     """What is written down."""
 
-    rollouts: str | None = "rollouts"  #: directory of the record, relative to output_dir; null keeps none
+    rollouts: str | None = "rollouts"  #: directory of the rollout dump, relative to output_dir; null keeps none
 
 
-class RolloutRecord:
+class RolloutDump:
     """Writes one file a step.
 
     Args:
-        directory: None keeps no record.
+        directory: None writes nothing.
         prompts: turns tokens into text.
         first_step: steps already made; files of later ones, left by a run that was stopped, are dropped.
         enabled: False on ranks that do not write.
@@ -49,75 +42,86 @@ class RolloutRecord:
             self.directory.mkdir(parents=True, exist_ok=True)
             drop_after(self.directory, first_step)
 
-    def write(self, step: int, collected: Sequence[Collected], tokens: Sequence[TokenRecord]) -> None:
-        """Writes the rollouts of the step numbered from 1; the file is whole or absent."""
-        if self.directory is None:
-            return
-        scored = {t.index: t for t in tokens}
-        rows = []
-        for index, item in enumerate(collected):
-            token, rollout = scored.get(index), item.rollout
-            rows.append(
-                {
-                    "step": step,
-                    "id": item.sample.id,
-                    "role": item.role,
-                    "seed": item.seed,
-                    "question": item.sample.question,
-                    "voice": item.sample.voice,
-                    "response": rollout.text,
-                    "finish_reason": rollout.finish_reason,
-                    "versions": [{"start": v.start, "end": v.end, "version": v.version} for v in rollout.versions],
-                    "token_ids": rollout.token_ids,
-                    "tokens": self.prompts.token_strings(rollout.token_ids),
-                    "engine_logprobs": rollout.logprobs,
-                    "student_logprobs": token.logprobs if token else None,
-                    "teacher_logprobs": token.teacher_logprobs if token else None,
-                    "token_kl": token.kl if token else None,
-                    "token_weights": token.weights if token else None,
-                    "teacher_answer": item.teacher_answer,
-                    "reward": item.reward,
-                    "reward_terms": item.score.terms if item.score else None,
-                    "advantage": item.advantage,
-                    "has_reward_variance": item.has_reward_variance,
-                }
-            )
-        write_rollouts(record_file(self.directory, step), rows)
+    def write(self, step: int, rollouts: Sequence[ScoredRollout]) -> None:
+        """Write the rollouts of the step numbered from 1; the file is whole or absent."""
+        if self.directory is not None:
+            rows = [_row(step, rollout, self.prompts) for rollout in rollouts]
+            write_rollouts(dump_file(self.directory, step), rows)
 
 
-def read_record(directory: Path, step: int, samples: Sequence[Sample]) -> list[Collected]:
-    """The recorded rollouts of the step numbered from 1.
+def _row(step: int, scored: ScoredRollout, prompts: PromptBuilder) -> dict[str, Any]:
+    rollout, tokens = scored.rollout, scored.tokens
+    return {
+        "step": step,
+        "id": rollout.prompt_id,
+        "role": scored.role,
+        "position": scored.position,
+        "draw": scored.draw,
+        "seed": scored.seed,
+        "question": scored.question,
+        "voice": scored.voice,
+        "response": rollout.text,
+        "finish_reason": rollout.finish_reason,
+        "versions": [{"start": v.start, "end": v.end, "version": v.version} for v in rollout.versions],
+        "token_ids": rollout.token_ids,
+        "tokens": prompts.token_strings(rollout.token_ids),
+        "engine_logprobs": rollout.logprobs,
+        "student_logprobs": tokens.student_logprobs if tokens else None,
+        "teacher_logprobs": tokens.teacher_logprobs if tokens else None,
+        "token_kl": tokens.kl if tokens else None,
+        "token_weights": tokens.weights if tokens else None,
+        "reference_answer": scored.reference_answer,
+        "reward": scored.reward,
+        "reward_terms": scored.score.terms if scored.score else None,
+        "advantage": scored.advantage,
+        "zero_variance": scored.zero_variance,
+    }
+
+
+def read_dump(directory: Path, step: int, ids: Sequence[str]) -> list[ScoredRollout]:
+    """Return the rollouts of the step numbered from 1, as `RolloutDump` wrote them, token results included.
 
     Args:
-        directory: a record.
+        directory: a rollout dump.
         step: numbered from 1.
-        samples: the step's samples, as the run that is replayed had them.
+        ids: of the step's samples by position, which must be those of the run that wrote the dump.
 
     Raises:
-        CordError: no file for the step, a damaged one, or a sample that the step does not have.
+        CordError: no file for the step, a damaged one, or one of other samples.
     """
-    path = record_file(directory, step)
+    path = dump_file(directory, step)
     if not path.is_file():
         raise CordError(
             f"{path} does not exist; replay needs a record of every step: lower train.steps or choose another record"
         )
-    by_id = {s.id: s for s in samples}
-    collected = []
-    for number, row in enumerate(read_rollouts(path, _REPLAYED).to_pylist(), start=1):
-        if row["id"] not in by_id:
+    rollouts = []
+    for number, row in enumerate(read_rollouts(path).to_pylist(), start=1):
+        position = row["position"]
+        if not 0 <= position < len(ids) or ids[position] != row["id"]:
             raise CordError(
-                f"{path}: row {number}: sample {row['id']} is not among the step's; replay with the data, seed and "
-                "rollout.prompts_per_step of the recorded run"
+                f"{path}: row {number}: sample {row['id']} is not number {position} of the step's; replay with the "
+                "data, "
+                "seed and rollout.prompts_per_step of the recorded run"
             )
-        versions = tuple(VersionSpan(**span) for span in row["versions"])
-        rollout = Rollout(
-            row["id"],
-            tuple(row["token_ids"]),
-            tuple(row["engine_logprobs"]),
-            row["finish_reason"],
-            versions,
-            row["response"],
-        )
-        fields = {name: row[name] for name in ("role", "seed", "teacher_answer", "reward", "advantage", "has_reward_variance")}
-        collected.append(Collected(by_id[row["id"]], rollout=rollout, **fields))
-    return collected
+        rollouts.append(_scored_rollout(row))
+    return rollouts
+
+
+def _scored_rollout(row: dict[str, Any]) -> ScoredRollout:
+    rollout = Rollout(
+        row["id"],
+        tuple(row["token_ids"]),
+        tuple(row["engine_logprobs"]),
+        row["finish_reason"],
+        tuple(VersionSpan(**span) for span in row["versions"]),
+        row["response"],
+    )
+    tokens = None
+    if row["student_logprobs"] is not None:
+        tokens = TokenResults(row["token_kl"], row["token_weights"], row["student_logprobs"], row["teacher_logprobs"])
+    score = None if row["reward_terms"] is None else Score(row["reward"], dict(row["reward_terms"]))
+    same = (
+        "role", "question", "voice", "position", "draw", "seed", "reference_answer", "reward", "advantage",
+        "zero_variance",
+    )  # fmt: skip
+    return ScoredRollout(rollout, score=score, tokens=tokens, **{name: row[name] for name in same})

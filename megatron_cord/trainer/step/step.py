@@ -1,10 +1,11 @@
-"""One optimizer step: teacher forward, student forward and backward through the pipeline, update; or a skipped update with its reason."""
+"""One optimizer step: teacher forward, student forward and backward through the pipeline, update."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -18,31 +19,11 @@ from torch import Tensor
 
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.objects import all_gather_json
-from megatron_cord.rollout.types import Rollout
-from megatron_cord.trainer.step.batches import BatchConfig, Microbatch, TrainingSequence, make_microbatches
+from megatron_cord.rollout.types import Rollout, ScoredRollout, TokenResults
+from megatron_cord.trainer.step.batches import Batching, Microbatch, TrainingSequence, make_microbatches
 from megatron_cord.trainer.step.objective import GlobalCounts, MicrobatchLoss, ObjectiveConfig, microbatch_loss
 from megatron_cord.trainer.step.optimizer import gradients_are_finite, join_reduction
-from megatron_cord.trainer.step.packing import balance
 from megatron_cord.trainer.step.teacher import Teacher, whole_tokens
-
-
-@dataclass(frozen=True)
-class TokenRecord:
-    """What the record keeps of one trained sequence.
-
-    Attributes:
-        index: the sequence's place in the step.
-        kl: divergence of each token; None if no teacher was asked.
-        weights: w_t of each token; None outside L_tok.
-        logprobs: the trainer's, of each token.
-        teacher_logprobs: the teacher's; None if it was not asked.
-    """
-
-    index: int
-    kl: list[float] | None
-    weights: list[float] | None
-    logprobs: list[float]
-    teacher_logprobs: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,12 +32,12 @@ class StepResult:
 
     Attributes:
         metrics: scalars by name.
-        tokens: of every sequence of the step, in index order.
+        rollouts: of the step over all ranks, with the token results of those that were trained on.
         skipped: the update was left out because the loss or a gradient was not finite.
     """
 
     metrics: dict[str, float]
-    tokens: list[TokenRecord]
+    rollouts: list[ScoredRollout]
     skipped: bool
 
 
@@ -79,7 +60,7 @@ class TrainStep:
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         objective: ObjectiveConfig,
-        batches: BatchConfig,
+        batches: Batching,
         pad_id: int,
     ) -> None:
         self.model, self.teacher, self.optimizer, self.scheduler = model, teacher, optimizer, scheduler
@@ -87,20 +68,24 @@ class TrainStep:
         self.lalm: LALM = model.module
         self.layout = self.lalm.layout
 
-    def __call__(self, sequences: list[TrainingSequence], policy_rollouts: list[Rollout]) -> StepResult:
-        """Trains on the step's sequences. Collective over all ranks, which pass the same sequences.
+    def __call__(self, sequences: Sequence[TrainingSequence], rollouts: Sequence[ScoredRollout]) -> StepResult:
+        """Train on the step's sequences. Collective over all ranks.
 
         Args:
-            sequences: of all data-parallel ranks; this one takes its share.
-            policy_rollouts: all that were sampled for L_seq, those left out for want of a signal included.
+            sequences: of this data-parallel rank.
+            rollouts: of the step on all data-parallel ranks, the same everywhere; zero-variance groups, which are not
+                trained on, count in L_seq's denominator.
         """
         started = time.perf_counter()
-        counts = GlobalCounts(self._count([s.rollout for s in sequences if s.scored]), self._count(policy_rollouts))
+        counts = GlobalCounts(
+            self._count([r.rollout for r in rollouts if r.distilled]),
+            self._count([r.rollout for r in rollouts if r.in_group]),
+        )
         microbatches = self._microbatches(sequences)
         teacher_hidden = self.teacher.hidden_states(microbatches)
         teacher_done = time.perf_counter()
         losses = self._forward_backward(microbatches, teacher_hidden, counts)
-        records = self._gather_records(microbatches, losses)
+        tokens = self._gather_tokens(microbatches, losses)
         finite = self._everywhere(
             all(bool(torch.isfinite(loss.total)) for loss in losses)
             and gradients_are_finite(self.model)
@@ -111,31 +96,30 @@ class TrainStep:
             _, grad_norm, _ = self.optimizer.step()
             self.teacher.follow()
         self.scheduler.step(increment=1)
-        metrics = self._metrics(losses, sequences, records) | {
+        done = [replace(rollout, tokens=tokens.get(index)) for index, rollout in enumerate(rollouts)]
+        metrics = self._metrics(losses, done) | {
             "grad_norm": float(grad_norm or 0.0),
             "learning_rate": learning_rate,
             "seconds_teacher": teacher_done - started,
             "seconds_train": time.perf_counter() - teacher_done,
         }
-        return StepResult(metrics, records, skipped=not finite)
+        return StepResult(metrics, done, skipped=not finite)
 
-    def score(self, sequences: list[TrainingSequence]) -> list[TokenRecord]:
-        """Divergences and log-probabilities of sequences without training on them. Collective like a step."""
+    def score(self, sequences: Sequence[TrainingSequence]) -> dict[int, TokenResults]:
+        """Compute token results of sequences, by their index, without training on them. Collective like a step."""
         microbatches = self._microbatches(sequences)
         teacher_hidden = self.teacher.hidden_states(microbatches)
         losses = self._forward_backward(microbatches, teacher_hidden, GlobalCounts(1, 1), train=False)
-        return self._gather_records(microbatches, losses)
+        return self._gather_tokens(microbatches, losses)
 
     def _count(self, rollouts: list[Rollout]) -> int:
-        """What a loss over these responses is divided by; at least 1."""
+        """Return what a loss over these responses is divided by; at least 1."""
         by_token = self.objective.normalization == "token"
         return max(1, sum(len(r.token_ids) for r in rollouts) if by_token else len(rollouts))
 
-    def _microbatches(self, sequences: list[TrainingSequence]) -> list[Microbatch]:
-        rank, world = dist.get_rank(self.layout.dp_group), dist.get_world_size(self.layout.dp_group)
-        share = balance([s.student_tokens + s.teacher_tokens for s in sequences], world)[rank]
+    def _microbatches(self, sequences: Sequence[TrainingSequence]) -> list[Microbatch]:
         return make_microbatches(
-            [sequences[i] for i in share], self.batches, self.pad_id, self.layout.sequence_sharding, self.layout.device
+            sequences, self.batches, self.pad_id, self.layout.sequence_sharding, self.layout.device
         )
 
     def _forward_backward(
@@ -146,7 +130,7 @@ class TrainStep:
         *,
         train: bool = True,
     ) -> list[MicrobatchLoss]:
-        """Runs the pipeline schedule; returns the microbatches' losses on the last stage and nothing elsewhere."""
+        """Run the pipeline schedule; return the microbatches' losses on the last stage and nothing elsewhere."""
         losses: list[MicrobatchLoss] = []
 
         def forward_step(batches: Any, model: Any) -> Any:
@@ -192,8 +176,9 @@ class TrainStep:
             )  # the others wait in it
         return losses
 
-    def _gather_records(self, microbatches: list[Microbatch], losses: list[MicrobatchLoss]) -> list[TokenRecord]:
-        mine = []
+    def _gather_tokens(self, microbatches: list[Microbatch], losses: list[MicrobatchLoss]) -> dict[int, TokenResults]:
+        """Token results of all sequences of the step, by index, on every rank."""
+        mine: list[list[Any]] = []
         if losses and dist.get_rank(self.layout.tp_group) == 0:
             for batch, loss in zip(microbatches, losses, strict=True):
                 fields, stats, taught = [], loss.stats, batch.teacher is not None
@@ -209,19 +194,15 @@ class TrainStep:
                 for sequence, (start, end) in zip(batch.sequences, pairwise(borders), strict=True):
                     mine.append([sequence.index, *(None if f is None else f[start:end] for f in fields)])
         if dist.get_rank(self.layout.cp_group) > 0:
-            mine = []  # the first of them says the same
-        return sorted(
-            (TokenRecord(*record) for part in all_gather_json(mine) for record in part), key=lambda r: r.index
-        )
+            mine = []  # the first of them has the same
+        return {index: TokenResults(*fields) for part in all_gather_json(mine) for index, *fields in part}
 
     def _everywhere(self, good: bool) -> bool:
         flag = torch.tensor(float(good), device=self.layout.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag)
 
-    def _metrics(
-        self, losses: list[MicrobatchLoss], sequences: list[TrainingSequence], records: list[TokenRecord]
-    ) -> dict[str, float]:
+    def _metrics(self, losses: list[MicrobatchLoss], rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
         sums = torch.zeros(4, dtype=torch.float64, device=self.layout.device)
         if losses and dist.get_rank(self.layout.tp_group) == 0:
             for loss in losses:
@@ -236,7 +217,8 @@ class TrainStep:
                 )
         dist.all_reduce(sums)
         token, sequence, entropy_sum, tokens = sums.tolist()
-        kl = [value for record in records if record.kl is not None for value in record.kl]
+        trained = [r for r in rollouts if r.tokens is not None]
+        kl = [value for r in trained if r.tokens is not None and r.tokens.kl is not None for value in r.tokens.kl]
         unknown = math.nan  # where nothing was trained on, there is no mean: a zero would look like a collapse
         return {
             "loss": token + sequence,
@@ -244,7 +226,5 @@ class TrainStep:
             "loss_sequence": sequence,
             "entropy": entropy_sum / tokens if tokens else unknown,
             "kl": sum(kl) / len(kl) if kl else unknown,
-            "response_tokens": sum(len(s.rollout.token_ids) for s in sequences) / len(sequences)
-            if sequences
-            else unknown,
+            "response_tokens": sum(len(r.rollout.token_ids) for r in trained) / len(trained) if trained else unknown,
         }

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.collective import CollectiveEngine
-from megatron_cord.rollout.engines import EngineConfig, build_engine
+from megatron_cord.rollout.config import RolloutConfig
+from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.local.engine import LocalEngine
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint
 from megatron_cord.rollout.sglang.config import SGLangConfig
@@ -40,11 +41,9 @@ def alone() -> Iterator[None]:
 def connect(
     servers: Servers, transport: str = "process_group", min_servers: int = 2, **settings: object
 ) -> tuple[CollectiveEngine, SGLangEngine]:
-    config = EngineConfig(
+    config = RolloutConfig(
         engine="sglang",
-        servers_file=servers.file,
-        min_servers=min_servers,
-        sglang=SGLangConfig(**settings),  # type: ignore[arg-type]
+        sglang=SGLangConfig(servers_file=servers.file, min_servers=min_servers, **settings),  # type: ignore[arg-type]
         weight_sync=WeightSyncConfig(transport=transport, bucket_bytes=1 << 20, timeout_seconds=120),  # type: ignore[arg-type]
     )
     engine = build_engine(config, servers.checkpoint, torch.device("cpu"))

@@ -48,7 +48,7 @@ def test_a_server_gives_the_local_engines_results(tmp_path: Path, monkeypatch: p
     server.start()
     try:
         server.wait()
-        served = answers("served", "rollout.engine=sglang", f"rollout.servers=[{server.url}]")
+        served = answers("served", "rollout.engine=sglang", f"rollout.sglang.servers=[{server.url}]")
     finally:
         server.stop()
     local = answers("local")

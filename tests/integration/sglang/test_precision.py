@@ -14,8 +14,10 @@ from torch import Tensor
 from megatron_cord.convert.plain_model import PlainModel
 from megatron_cord.data.samples import Prompt
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
-from megatron_cord.rollout.engines import EngineConfig, build_engine
+from megatron_cord.rollout.config import RolloutConfig
+from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.local.engine import LocalEngine
+from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.server.process import ServerConfig, SglangServer
 from megatron_cord.rollout.types import GenerationRequest
 from tests.integration.sglang.conftest import PYTHON
@@ -59,7 +61,9 @@ def test_logprobs_agree_in_bfloat16(tmp_path: Path) -> None:
     server.start()
     try:
         server.wait()
-        engine = build_engine(EngineConfig(engine="sglang", servers=(server.url,)), checkpoint, torch.device("cpu"))
+        engine = build_engine(
+            RolloutConfig(engine="sglang", sglang=SGLangConfig(servers=(server.url,))), checkpoint, torch.device("cpu")
+        )
         local = LocalEngine(checkpoint)
         samples = make_samples(50, seed=3)
         prompts = [

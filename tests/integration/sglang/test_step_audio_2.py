@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.wav import encode_float_wav
-from megatron_cord.rollout.engines import EngineConfig, build_engine
+from megatron_cord.rollout.config import RolloutConfig
+from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.local.engine import LocalEngine
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError
+from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.server.process import ServerConfig, SglangServer
 from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig
 from megatron_cord.rollout.types import GenerationRequest
@@ -62,11 +64,9 @@ def test_answers_and_weights_are_the_trainers(server: SglangServer) -> None:
     local, asked = LocalEngine(checkpoint), questions(checkpoint)
     for version, transport in enumerate([None, "process_group", "shared_memory", "disk"]):
         weight_sync = WeightSyncConfig(transport=transport or "disk", bucket_bytes=1 << 20)  # type: ignore[arg-type]
-        engine = build_engine(
-            EngineConfig(engine="sglang", servers=(server.url,), weight_sync=weight_sync),
-            checkpoint,
-            torch.device("cpu"),
-        )
+        sglang = SGLangConfig(servers=(server.url,))
+        config = RolloutConfig(engine="sglang", sglang=sglang, weight_sync=weight_sync)
+        engine = build_engine(config, checkpoint, torch.device("cpu"))
         if transport is not None:
             stored = load_file(checkpoint / "model.safetensors")
             changed = PlainWeights({name: tensor * (1 + version / 50) for name, tensor in stored.items()})
@@ -112,8 +112,8 @@ def test_it_is_trained(server: SglangServer, tmp_path: Path) -> None:
                 output,
                 f"model.checkpoint={server.config.checkpoint}",
                 "rollout.engine=sglang",
-                f"rollout.servers=[{server.url}]",
-                "rollout.agreement_limit=0.001",
+                f"rollout.sglang.servers=[{server.url}]",
+                "rollout.max_logprob_mismatch=0.001",
                 "train.steps=3",
                 "parallel.tp=2",
                 "parallel.sequence_parallel=true",

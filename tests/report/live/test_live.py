@@ -25,7 +25,7 @@ from megatron_cord.report.live.live import LiveRun
 from megatron_cord.report.live.search import ORDERS, Query, mean_divergence, search
 from megatron_cord.report.live.server import make_server
 from megatron_cord.report.run.reading import read_run
-from megatron_cord.rollout.rollout_file import record_file
+from megatron_cord.rollout.rollout_file import dump_file
 from tests.report.fixture import HOSTILE, STEPS, rewrite, write_lines
 
 ROOT = Path(__file__).parents[3]
@@ -143,7 +143,7 @@ def test_answers_and_questions_are_text(port: int, run_copy: Path) -> None:
     hostile = ask(port, "/compare?text=%3Cscript%3Ealert(1)%3C/script%3E")[2].decode()
     assert "<script>alert" not in hostile and "&lt;script&gt;alert(1)" in hostile
     rewrite(
-        record_file(run_copy / "rollouts", STEPS),
+        dump_file(run_copy / "rollouts", STEPS),
         [{"question": HOSTILE, "response": HOSTILE, "tokens": [HOSTILE], "id": 'a"&b'}],
     )
     with serving(run_copy) as other:
@@ -234,7 +234,7 @@ def test_it_follows_the_run(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert live.version() != version and "101 steps" in live.overview()
     write_lines(run_copy / "alerts.jsonl", [{"step": 101, "kind": "collapse", "words": "the reward fell"}])
     assert "<strong>collapse</strong> at step 101: the reward fell" in live.overview()
-    shutil.copy(record_file(run_copy / "rollouts", 100), record_file(run_copy / "rollouts", 101))
+    shutil.copy(dump_file(run_copy / "rollouts", 100), dump_file(run_copy / "rollouts", 101))
     assert "in steps 1 to 101" in live.rollouts({})
 
 
@@ -253,7 +253,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
 
 def test_a_damaged_file_is_named(run_copy: Path) -> None:
     """Catches a traceback, or a page without a word, where a rollout's file lost its end."""
-    path = record_file(run_copy / "rollouts", 7)
+    path = dump_file(run_copy / "rollouts", 7)
     path.write_bytes(path.read_bytes()[:100])
     with serving(run_copy) as other:
         status, _, body = ask(other, "/rollouts")

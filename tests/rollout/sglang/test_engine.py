@@ -24,7 +24,8 @@ from megatron_cord.data.samples import Prompt
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.collective import CollectiveEngine
-from megatron_cord.rollout.engines import EngineConfig, build_engine
+from megatron_cord.rollout.config import RolloutConfig
+from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.sglang.client.protocol import PromptEncoder
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.engine import SGLangEngine
@@ -61,10 +62,9 @@ def connect(checkpoint: Path, servers: list[FakeServer], stack: ExitStack, **set
     """Return the engine on these servers, started here; weights go over the disk, which they do not read."""
     for server in servers:
         stack.enter_context(server)
-    config = EngineConfig(
+    config = RolloutConfig(
         engine="sglang",
-        servers=tuple(s.url for s in servers),
-        sglang=SGLangConfig(**QUICK | settings),
+        sglang=SGLangConfig(servers=tuple(s.url for s in servers), **QUICK | settings),
         weight_sync=WeightSyncConfig(transport="disk"),
     )
     engine = build_engine(config, checkpoint, torch.device("cpu"))
@@ -418,7 +418,7 @@ def test_weights_that_nobody_takes(checkpoint: Path, stack: ExitStack) -> None:
 def test_a_wrong_key(checkpoint: Path, stack: ExitStack) -> None:
     """Catches a run that waits for servers which are there, but for others, and a key in the message."""
     with pytest.raises(
-        CordError, match=r"refuses the API key; set rollout.api_key_file or MEGATRON_CORD_SERVER_KEY"
+        CordError, match=r"refuses the API key; set rollout.sglang.api_key_file or MEGATRON_CORD_SERVER_KEY"
     ) as caught:
         connect(checkpoint, [FakeServer(key="the right one")], stack)
     assert "the right one" not in str(caught.value)
@@ -426,8 +426,9 @@ def test_a_wrong_key(checkpoint: Path, stack: ExitStack) -> None:
 
 def test_too_few_servers(checkpoint: Path, stack: ExitStack) -> None:
     """Catches a run that waits for ever, and an error that does not say for whom."""
-    engine = EngineConfig(engine="sglang", servers=("http://127.0.0.1:9",), sglang=SGLangConfig(start_seconds=0.5))
+    sglang = SGLangConfig(servers=("http://127.0.0.1:9",), start_seconds=0.5)
+    engine = RolloutConfig(engine="sglang", sglang=sglang)
     with pytest.raises(CordError, match=r"0 rollout servers answer, 1 are needed, .*unreachable.*serve_rollout.py"):
         build_engine(engine, checkpoint, torch.device("cpu"))
-    with pytest.raises(CordError, match=r"rollout.servers or rollout.servers_file"):
-        EngineConfig(engine="sglang")
+    with pytest.raises(CordError, match=r"rollout.sglang.servers or rollout.sglang.servers_file"):
+        RolloutConfig(engine="sglang")

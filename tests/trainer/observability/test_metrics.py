@@ -18,7 +18,7 @@ VALUES: dict[str, Any] = {"loss": 1.25, "kl": 0.5, "skipped": False}
 
 
 def write(directory: Path, steps: range, first: int = 0, **more: Any) -> list[dict[str, Any]]:
-    """Logs steps as a run that has made `first` before; returns the file's lines."""
+    """Log steps as a run that has made `first` before; return the file's lines."""
     with MetricsLog(directory, 10, first, enabled=True) as log:
         for step in steps:
             log.step(step, VALUES | more)
@@ -39,7 +39,10 @@ def test_a_resumed_run_drops_what_it_makes_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rest", ['{"step": 3, "lo', '{"step": 3', "{", "17", '{"loss": 1}'])
 def test_a_half_written_line_goes(tmp_path: Path, rest: str) -> None:
-    """Catches a run that cannot start because the one before was killed while it wrote, or that appends to half a line."""
+    """Catches a run that cannot start because the one before was killed while it wrote.
+
+    Also that appends to half a line.
+    """
     write(tmp_path, range(1, 3))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(rest)
@@ -65,12 +68,14 @@ def test_ranks_that_do_not_speak(tmp_path: Path, capfd: pytest.CaptureFixture[st
     with MetricsLog(tmp_path, 10, 0, enabled=False) as log:
         log.step(1, VALUES)
         log.evaluation({"step": 1})
-        log.say("hello")
     assert not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
 
 
 def test_tensorboard_has_every_scalar(tmp_path: Path) -> None:
-    """Catches a default that writes no curves, values under wrong steps, and steps of a run before that stay in a resumed run's curves."""
+    """Catches a default that writes no curves, values under wrong steps.
+
+    Also steps of a run before that stay in a resumed run's curves.
+    """
     accuracies = {"step": 0, "samples": 8, "text_accuracy": 1.0, "audio_accuracy": 0.25}
     with MetricsLog(tmp_path, 10, 0, enabled=True) as log:
         log.evaluation(accuracies)
@@ -96,7 +101,7 @@ def test_no_tensorboard(tmp_path: Path) -> None:
 
 
 def log_length(directory: Path, steps: range, growth: float, first: int = 0) -> tuple[list[dict[str, Any]], list[int]]:
-    """Logs responses that grow by so many tokens a step; returns the alerts' lines and how many held at each step."""
+    """Log responses that grow by so many tokens a step; return the alerts' lines and how many held at each step."""
     directory.mkdir(exist_ok=True)
     with MetricsLog(directory, 100, first, alerts=AlertConfig(window=3), enabled=True) as log:
         for step in steps:
@@ -107,7 +112,7 @@ def log_length(directory: Path, steps: range, growth: float, first: int = 0) -> 
 
 
 def test_alerts_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Catches an alert that is silent, one that is repeated at every step it holds, and metrics that do not know of it."""
+    """Catches an alert that is missing or repeated at every step it holds, and metrics that do not count it."""
     alerts, held = log_length(tmp_path, range(1, 21), growth=2.0)
     assert [(alert["step"], alert["kind"]) for alert in alerts] == [(11, "length explosion")]
     assert held == [0] * 10 + [1] * 10
@@ -116,7 +121,10 @@ def test_alerts_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 
 
 def test_a_resumed_run_alerts_like_one_that_was_not_stopped(tmp_path: Path) -> None:
-    """Catches a resumed run that compares with its own first steps only, says again what was said, or keeps alerts of steps it makes again."""
+    """Catches a resumed run that compares with its own first steps only, says again what was said.
+
+    Also keeps alerts of steps it makes again.
+    """
     whole = log_length(tmp_path / "whole", range(1, 21), growth=2.0)
     for name, last in (("early", 5), ("late", 15)):
         log_length(tmp_path / name, range(1, 18), growth=2.0)
@@ -124,7 +132,7 @@ def test_a_resumed_run_alerts_like_one_that_was_not_stopped(tmp_path: Path) -> N
 
 
 def test_evaluations_alert_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Catches a fall of the accuracy that only the next evaluation's reader sees, and one before the resumption that is forgotten."""
+    """Catches a fall of the accuracy without an alert, also where the run was resumed after it."""
     results = [
         {"step": step, "samples": 1000, "text_accuracy": 0.9, "audio_accuracy": share}
         for step, share in ((0, 0.3), (5, 0.8), (10, 0.4))

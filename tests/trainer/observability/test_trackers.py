@@ -30,7 +30,7 @@ config = MetricsConfig(tensorboard=False, wandb=WandbConfig(mode="offline", proj
 with MetricsLog(directory, 10, first, config, settings={"seed": 7, "token": "***"}, enabled=True) as log:
     for step in range(first + 1, last + 1):
         log.step(step, {"loss": 1.0 / step, "kl": 0.5, "skipped": False})
-    log.say("something on the console")
+    print("something on the console", file=sys.stderr)
 """
 
 

@@ -16,9 +16,10 @@ from megatron_cord.model.config import ModelConfig
 from megatron_cord.model.lalm import ModelInput
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.sequence_sharding import SequenceSharding
-from megatron_cord.rollout.types import Rollout
+from megatron_cord.rollout.types import Rollout, ScoredRollout
+from megatron_cord.trainer.config import TrainConfig
 from megatron_cord.trainer.model_setup import build_student
-from megatron_cord.trainer.step.batches import BatchConfig, TrainingSequence, make_microbatches
+from megatron_cord.trainer.step.batches import TrainingSequence, make_microbatches
 from tests.tiny_run import make_samples
 
 RESPONSES = [(9, 10, 11, 3), (12,), (8, 8, 9, 13, 14, 3), (10, 3), (11, 12, 3)]
@@ -31,7 +32,8 @@ def sequences(prompts: PromptBuilder) -> list[TrainingSequence]:
         scored = i < 3
         teacher = prompts.text_prompt(sample) if scored else None
         rollout = Rollout(sample.id, ids, tuple(-0.1 * i - 0.01 * t for t in range(len(ids))), "stop", (), "")
-        made.append(TrainingSequence(prompts.audio_prompt(sample), teacher, rollout, scored, 0.5 * i, i))
+        response = ScoredRollout(rollout, "shared" if scored else "policy", advantage=0.5 * i)
+        made.append(TrainingSequence(prompts.audio_prompt(sample), teacher, response, i))
     return made
 
 
@@ -49,12 +51,14 @@ def reference(model: Any, prompt: Prompt, response: tuple[int, ...]) -> Tensor:
 
 @pytest.mark.parametrize(
     "config",
-    [BatchConfig(micro_batch_size=2), BatchConfig("packed", tokens_per_microbatch=70)],
+    [TrainConfig(micro_batch_size=2), TrainConfig(packing="packed", tokens_per_microbatch=70)],
     ids=lambda c: c.packing,
 )
-def test_rows_predict_the_response(config: BatchConfig, inputs: Path, prompts: PromptBuilder, layout: Layout) -> None:
-    """Catches rows that are off by one or of another sequence, a response after the wrong prompt, padding or another sequence that is
-    attended to, and positions that do not start anew with each packed sequence.
+def test_rows_predict_the_response(config: TrainConfig, inputs: Path, prompts: PromptBuilder, layout: Layout) -> None:
+    """Catches rows that are off by one or of another sequence, a response after the wrong prompt.
+
+    Also padding or another sequence that is attended to, and positions that do not start anew with each packed
+    sequence.
     """
     checkpoint = inputs / "checkpoint"
     lalm = build_student(ModelConfig(str(checkpoint), dtype="float32"), layout)
@@ -92,9 +96,12 @@ def test_rows_predict_the_response(config: BatchConfig, inputs: Path, prompts: P
 def test_every_sequence_is_in_one_microbatch(
     prompts: PromptBuilder, packing: Literal["padded", "packed"], size: int
 ) -> None:
-    """Catches a sequence lost or doubled by the cut, scored and other sequences in one microbatch, and advantages of another sequence."""
+    """Catches a sequence lost or doubled by the cut, scored and other sequences in one microbatch.
+
+    Also advantages of another sequence.
+    """
     made = sequences(prompts)
-    config = BatchConfig(packing, micro_batch_size=size, tokens_per_microbatch=40 * size)
+    config = TrainConfig(packing=packing, micro_batch_size=size, tokens_per_microbatch=40 * size)
     microbatches = make_microbatches(made, config, prompts.pad_id, SequenceSharding(), torch.device("cpu"))
     assert sorted(s.index for batch in microbatches for s in batch.sequences) == list(range(len(made)))
     assert [batch.scored for batch in microbatches] == sorted((batch.scored for batch in microbatches), reverse=True)
@@ -104,8 +111,8 @@ def test_every_sequence_is_in_one_microbatch(
         elif len(batch.sequences) > 1:
             assert batch.student.token_ids.numel() <= 40 * size
             assert batch.teacher is None or batch.teacher.token_ids.numel() <= 40 * size
-        assert {s.scored for s in batch.sequences} == {batch.scored}
-        assert batch.advantages.tolist() == [s.advantage for s in batch.sequences]
+        assert {s.response.distilled for s in batch.sequences} == {batch.scored}
+        assert batch.advantages.tolist() == [s.response.advantage for s in batch.sequences]
         assert batch.cu_seqlens.diff().tolist() == [len(s.rollout.token_ids) for s in batch.sequences]
         torch.testing.assert_close(
             batch.engine_logprobs, torch.tensor([p for s in batch.sequences for p in s.rollout.logprobs])
@@ -116,7 +123,7 @@ def test_lengths_divide_among_ranks(prompts: PromptBuilder) -> None:
     """Catches a padded length that sequence parallelism could not cut."""
     for batch in make_microbatches(
         sequences(prompts),
-        BatchConfig(micro_batch_size=3),
+        TrainConfig(micro_batch_size=3),
         prompts.pad_id,
         SequenceSharding(sequence_parallel=4),
         torch.device("cpu"),
@@ -127,14 +134,17 @@ def test_lengths_divide_among_ranks(prompts: PromptBuilder) -> None:
 
 def test_no_sequences_make_no_microbatches(prompts: PromptBuilder) -> None:
     """Catches an empty microbatch, which no model takes, for a data-parallel rank without a share."""
-    assert make_microbatches([], BatchConfig(), prompts.pad_id, SequenceSharding(), torch.device("cpu")) == []
+    assert make_microbatches([], TrainConfig(), prompts.pad_id, SequenceSharding(), torch.device("cpu")) == []
 
 
 @pytest.mark.parametrize("packing", ["padded", "packed"])
 @pytest.mark.parametrize("cp", [2, 4])
 def test_ranks_share_the_tokens(prompts: PromptBuilder, packing: Literal["padded", "packed"], cp: int) -> None:
-    """Catches a response token that no context-parallel rank scores, or two of them, or one with another's target or position."""
-    made, config = sequences(prompts), BatchConfig(packing, micro_batch_size=3, tokens_per_microbatch=120)
+    """Catches a response token that no context-parallel rank scores, or two of them.
+
+    Also one with another's target or position.
+    """
+    made, config = sequences(prompts), TrainConfig(packing=packing, micro_batch_size=3, tokens_per_microbatch=120)
     whole = make_microbatches(made, config, prompts.pad_id, SequenceSharding(), torch.device("cpu"))
     shares = [
         make_microbatches(made, config, prompts.pad_id, SequenceSharding(cp, rank, 2), torch.device("cpu"))

@@ -19,7 +19,7 @@ from megatron_cord.losses import (
 )
 from megatron_cord.losses.implementations import output_layer
 from megatron_cord.model.lalm import ModelInput
-from megatron_cord.rollout.types import Rollout
+from megatron_cord.rollout.types import Rollout, ScoredRollout
 from megatron_cord.trainer.step import objective, teacher
 from megatron_cord.trainer.step.batches import Microbatch, Rows, TrainingSequence
 from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig, microbatch_loss
@@ -29,7 +29,7 @@ def batch_of(lengths: list[int]) -> Microbatch:
     generator = torch.Generator().manual_seed(0)
     tokens = sum(lengths)
     nothing = ModelInput(torch.zeros(1, 1, dtype=torch.int64), None, None, ())
-    rollout = Rollout("s", (), (), "stop", (), "")
+    response = ScoredRollout(Rollout("s", (), (), "stop", (), ""), "distill")
     return Microbatch(
         student=nothing,
         student_rows=Rows(torch.arange(tokens), None),
@@ -40,7 +40,7 @@ def batch_of(lengths: list[int]) -> Microbatch:
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         engine_logprobs=torch.zeros(tokens),
         advantages=torch.zeros(len(lengths)),
-        sequences=tuple(TrainingSequence(Prompt("s", ()), None, rollout, True, 0.0, i) for i in range(len(lengths))),
+        sequences=tuple(TrainingSequence(Prompt("s", ()), None, response, i) for i in range(len(lengths))),
     )
 
 

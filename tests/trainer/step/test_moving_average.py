@@ -23,7 +23,10 @@ EMA = ("teacher.mode=ema", "teacher.ema_decay=0.9", "checkpoint.keep=0", "optimi
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_averages_against_float64(inputs: Path, layout: Layout, dtype: torch.dtype) -> None:
-    """Catches a decay the wrong way round, small changes lost in bfloat16, frozen weights that move, and an encoder that is followed."""
+    """Catches a decay the wrong way round, small changes lost in bfloat16, frozen weights that move.
+
+    Also an encoder that is followed.
+    """
     arch = load_architecture(str(inputs / "checkpoint"))
     student, teacher = (LALM(arch, layout, dtype) for _ in range(2))
     parameters = dict(student.named_parameters())
@@ -54,7 +57,10 @@ def test_averages_against_float64(inputs: Path, layout: Layout, dtype: torch.dty
 
 
 def test_a_run_with_a_moving_average(inputs: Path, tmp_path: Path) -> None:
-    """Catches averages that are missing from checkpoints, not restored on another layout, or never used; and a resume without them."""
+    """Catches averages that are missing from checkpoints, not restored on another layout.
+
+    Also never used; and a resume without them.
+    """
     whole = alone(inputs, tmp_path / "whole", *EMA)
     frozen = alone(inputs, tmp_path / "frozen", *EMA, "teacher.mode=frozen", "train.steps=3")
     assert losses(whole)[0] == losses(frozen)[0] and losses(whole)[2] != losses(frozen)[2]
@@ -70,5 +76,5 @@ def test_a_run_with_a_moving_average(inputs: Path, tmp_path: Path) -> None:
     assert ranks.statuses(300) == [0, 0], ranks.log.read_text()
     for got, wanted in zip(losses(tmp_path / "on two"), losses(whole), strict=True):
         assert got == pytest.approx(wanted, rel=1e-4)
-    with pytest.raises(CordError, match="step_000003 holds no moving average; resume with the run's own teacher.mode"):
+    with pytest.raises(CordError, match=r"step_000003 holds no moving average; resume with the run's own teacher.mode"):
         alone(inputs, frozen, *EMA)

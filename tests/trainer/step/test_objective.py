@@ -12,7 +12,7 @@ from megatron_cord.data.samples import Prompt
 from megatron_cord.errors import CordError
 from megatron_cord.losses import DivergenceConfig, PolicyGradientConfig, TokenWeightsConfig
 from megatron_cord.model.lalm import ModelInput
-from megatron_cord.rollout.types import Rollout
+from megatron_cord.rollout.types import Role, Rollout, ScoredRollout
 from megatron_cord.trainer.step.batches import Microbatch, Rows, TrainingSequence
 from megatron_cord.trainer.step.objective import GlobalCounts, MicrobatchLoss, ObjectiveConfig, microbatch_loss
 
@@ -37,8 +37,9 @@ def numbers(seed: int) -> dict[str, Tensor]:
 def make_batch(advantages: list[float], *, scored: bool = True) -> Microbatch:
     """Responses of LENGTHS; the inputs of the model itself do not matter here."""
     empty = ModelInput(torch.zeros(1, 1, dtype=torch.int64), None, None, ())
-    rollout = Rollout("s", (), (), "stop", (), "")
-    sequences = tuple(TrainingSequence(Prompt("s", ()), None, rollout, scored, a, i) for i, a in enumerate(advantages))
+    role: Role = "shared" if scored else "policy"
+    rollouts = [ScoredRollout(Rollout("s", (), (), "stop", (), ""), role, advantage=a) for a in advantages]
+    sequences = tuple(TrainingSequence(Prompt("s", ()), None, rollout, i) for i, rollout in enumerate(rollouts))
     generator = torch.Generator().manual_seed(9)
     return Microbatch(
         student=empty,
