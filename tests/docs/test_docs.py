@@ -19,8 +19,10 @@ from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pytest
 
+from megatron_cord.cli.main import COMMANDS, invoke, load
 from megatron_cord.compare.plan import CompareConfig
 from megatron_cord.config.loading import load_config
 from megatron_cord.config.reference import sections
@@ -43,8 +45,24 @@ FILE = re.compile(rf"(?<![\w./-])(?:{OURS}|docs)/[\w./-]*\w")
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=\S+")
 EXAMPLES = {"a.b=value", "a.b=c"}  # of the form of a setting
 QUICKSTART = ROOT / "examples" / "quickstart" / "quickstart.yaml"
+#: scripts that are shims of `cord`'s commands
+SHIMS = {
+    "tools/compare.py": "compare",
+    "tools/convert_hf.py": "convert",
+    "tools/plan.py": "plan",
+    "tools/report.py": "report",
+    "tools/serve_rollout.py": "serve",
+    "tools/synthesize.py": "synthesize",
+}
 #: programs that take a run's settings
-TRAINING = ("megatron_cord.train", "megatron_cord.evaluate", "examples.quickstart.run", "tools/plan.py")
+TRAINING = (
+    "megatron_cord.train",
+    "megatron_cord.evaluate",
+    "examples.quickstart.run",
+    "cord train",
+    "cord evaluate",
+    "cord plan",
+)
 #: the settings of `megatron_cord.verify`, by subject
 CHECKS: dict[str, type] = {
     "loss": VerifyLossConfig,
@@ -66,7 +84,7 @@ KEY = re.compile("|".join(re.escape(key).replace("NAME", r"\w+") for key in KEYS
 class Program:
     """One program of a command; a launcher and what it launches are two."""
 
-    name: str  #: a module's name, or a script's path
+    name: str  #: a module's name, a script's path, or `cord` with a command's name
     arguments: tuple[str, ...]
 
 
@@ -89,6 +107,8 @@ def programs(line: str) -> list[Program]:
     """Return the project's programs that a line of code starts with Python, in their order."""
     words = re.sub(r"(?<!\S)\[([^\]]*)\](?!\S)", r"\1", line).split()  # [what may be left out]
     found: list[list[str]] = []
+    if words[:1] == ["cord"] and words[1:]:
+        return [Program(f"cord {words[1]}", tuple(words[2:]))]
     if not words or not re.fullmatch(r"(?:\S*/)?(?:python3?|torchrun)", words[0]) or words[1:3] == ["-m", "pytest"]:
         return []  # pytest's arguments are files, whose names are checked like others
     for before, word in pairwise(words):
@@ -96,7 +116,8 @@ def programs(line: str) -> list[Program]:
             found.append([word])
         elif found and word != "-m":
             found[-1].append(word)
-    return [Program(name, tuple(arguments)) for name, *arguments in found if re.match(rf"(?:{OURS})[./]", name)]
+    named = [(f"cord {SHIMS[name]}" if name in SHIMS else name, arguments) for name, *arguments in found]
+    return [Program(name, tuple(arguments)) for name, arguments in named if re.match(rf"cord |(?:{OURS})[./]", name)]
 
 
 LINES = [pytest.param(line, id=f"{page.name}: {line}") for page in PAGES for line in dict.fromkeys(code(page))]
@@ -118,12 +139,13 @@ def loaded(name: str) -> ModuleType:
 def test_pages_are_read() -> None:
     """Catches a parser that finds nothing and therefore never fails."""
     names = {program.name for program in PROGRAMS}
-    assert {"megatron_cord.launch", "megatron_cord.train", "megatron_cord.verify", "tools/report.py"} <= names
+    assert {"megatron_cord.launch", "megatron_cord.train", "megatron_cord.verify", "cord report"} <= names
     assert "make quickstart" in {line.values[0] for line in LINES}
     assert programs("python -m megatron_cord.launch --nproc-per-node 2 tools/x.py import --tp 2 DIR") == [
         Program("megatron_cord.launch", ("--nproc-per-node", "2")),
         Program("tools/x.py", ("import", "--tp", "2", "DIR")),
     ]
+    assert programs("cord report RUN_DIR") == programs("python tools/report.py RUN_DIR") != []
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -186,18 +208,18 @@ def test_programs_take_these_arguments(
 
 
 def check_program(program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    said = help_of(program.name, [], monkeypatch, capsys)
-    choices = re.findall(r"^  (\w+)  ", said.partition("\nCommands:\n")[2], re.MULTILINE)  # a group of commands
-    if positional := re.search(r"^positional arguments:\n  \{?(\w+(?:[,|]\w+)+)", said, re.MULTILINE):
-        choices = re.split("[,|]", positional[1])
-    if choices and program.arguments:
-        assert program.arguments[0] in choices
-        said += help_of(program.name, [program.arguments[0]], monkeypatch, capsys)
+    if program.name.startswith("cord "):
+        known = options_of(program)
+    else:
+        said = help_of(program.name, [], monkeypatch, capsys)
+        if choices := re.search(r"^positional arguments:\n  \{?(\w+(?:[,|]\w+)+)", said, re.MULTILINE):
+            assert program.arguments[0] in re.split("[,|]", choices[1])
+        known = set(re.findall(r"(?<![\w-])--?[\w-]+", said))
     options = {word.partition("=")[0] for word in program.arguments if word.startswith("-")}
-    assert options <= set(re.findall(r"(?<![\w-])--?[\w-]+", said))
+    assert options - {"--help"} <= known
     settings = [word for word in program.arguments if SETTING.fullmatch(word) and word not in EXAMPLES]
-    other: type | None = CompareConfig if program.name == "tools/compare.py" else None
-    if program.name == "megatron_cord.verify":
+    other: type | None = CompareConfig if program.name == "cord compare" else None
+    if program.name in ("megatron_cord.verify", "cord verify"):
         other = CHECKS.get(program.arguments[0])
     if program.name in TRAINING:
         load_config(RunConfig, QUICKSTART, settings)
@@ -205,6 +227,21 @@ def check_program(program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         load_config(
             other, None, [f"{field.name}=x" for field in dataclasses.fields(other) if is_required(field)] + settings
         )
+
+
+def options_of(program: Program) -> set[str]:
+    """Return the options of a command of `cord`, or of its subcommand, which must exist."""
+    name, rest = program.name.removeprefix("cord "), list(program.arguments)
+    assert name in (*COMMANDS, "COMMAND"), name
+    command: click.Command | None = load(name) if name in COMMANDS else click.Command(name)
+    if isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
+        with click.Context(command) as context:
+            try:
+                _, command, rest = command.resolve_command(context, rest)
+            except click.UsageError as error:
+                raise AssertionError(error.format_message()) from None
+    assert command is not None
+    return {text for parameter in command.params for text in (*parameter.opts, *parameter.secondary_opts)}
 
 
 def check_programs(found: list[Program], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,6 +332,10 @@ def test_wrong_names_are_caught(line: str) -> None:
         "python -m megatron_cord.verify layout train.pack=packed",
         "python -m megatron_cord.verify layouts",
         "python tools/compare.py train=CONFIG.yaml job=2",
+        "cord reports RUN_DIR",
+        "cord convert imprt HF_DIR CHECKPOINT_DIR",
+        "cord report --serv RUN_DIR",
+        "cord train --config CONFIG.yaml train.step=4",
     ],
 )
 def test_wrong_arguments_are_caught(
@@ -328,9 +369,10 @@ def test_wrong_keys_are_caught(tmp_path: Path) -> None:
     [
         "python -m megatron_cord.verify environment",
         "python tools/config_reference.py rollout",
-        "python tools/plan.py --config examples/qwen2_audio_7b/config.yaml --model qwen2_audio_7b --gpus 8",
-        "python tools/synthesize.py --questions questions.jsonl --output data/spoken",
-        "python tools/report.py RUN_DIR",
+        "cord plan --config examples/qwen2_audio_7b/config.yaml --model qwen2_audio_7b --gpus 8",
+        "cord synthesize --questions questions.jsonl --output data/spoken",
+        "cord report RUN_DIR",
+        "cord config optimizer",
     ],
 )
 def test_these_run(
@@ -344,10 +386,14 @@ def test_these_run(
     )
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     run = write_run(tmp_path) if "RUN_DIR" in line else tmp_path
-    module = loaded(program.name)
+    arguments = [word.replace("RUN_DIR", str(run)) for word in program.arguments]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [program.name, *(word.replace("RUN_DIR", str(run)) for word in program.arguments)])
-    assert not module.main(), capsys.readouterr()
+    if program.name.startswith("cord "):
+        status = invoke(load(program.name.removeprefix("cord ")), arguments, program.name)
+    else:
+        monkeypatch.setattr(sys, "argv", [program.name, *arguments])
+        status = loaded(program.name).main()
+    assert not status, capsys.readouterr()
     assert capsys.readouterr().out.strip()
 
 
