@@ -1,4 +1,4 @@
-"""Evaluates: `python -m megatron_cord.evaluate --config FILE [a.b=value …]`, alone or under torchrun on any layout.
+"""Evaluate: `python -m megatron_cord.evaluate --config FILE [a.b=value …]`, alone or under torchrun on any layout.
 
 Weights: `evaluation.checkpoint`. Questions: `data.evaluation`, `evaluation.sets`, or both. A plain Hugging Face
 checkpoint needs no training run:
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from megatron_cord.config.loading import load_config
@@ -35,6 +35,7 @@ from megatron_cord.rollout.types import RolloutEngine
 from megatron_cord.rollout.weights import ShardedModelWeights
 from megatron_cord.runtime import entry
 from megatron_cord.runtime.files import fingerprint
+from megatron_cord.runtime.progress import Bars
 from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints, load_weights
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.model_setup import build_student
@@ -52,10 +53,10 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     evaluator = _evaluator(config, prompts, layout)
     engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
     if config.evaluation.baseline == "base" and config.evaluation.checkpoint != "base":
-        with _progress(console, "base") as progress:
+        with _progress(layout, "base") as progress:
             evaluator.answer("base", _fingerprint(Path(config.model.checkpoint)), engine, progress)
     label, model, step = _load(config, layout, engine)
-    with _progress(console, label) as progress:
+    with _progress(layout, label) as progress:
         evaluator.answer(label, model, engine, progress)
     result = evaluator.compare(label, step, _baseline(config, label))
     for table in result_tables(result):
@@ -122,10 +123,10 @@ def _fingerprint(checkpoint: Path) -> str:
 
 
 @contextmanager
-def _progress(console: Console, label: str) -> Iterator[Callable[[str, int, int], None]]:
+def _progress(layout: Layout, label: str) -> Iterator[Callable[[str, int, int], None]]:
     """Show a bar for each set."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bars:
+    with Bars(*columns, enabled=layout.is_main) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(name: str, done: int, total: int) -> None:

@@ -1,4 +1,7 @@
-"""Lets this environment use another one's packages, behind its own: ``.venv-next/bin/python tools/borrow_packages.py .venv/bin/python``."""
+"""Let this environment use another one's packages, behind its own.
+
+``.venv-next/bin/python tools/borrow_packages.py .venv/bin/python``
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from pathlib import Path
 
 def main() -> None:
     """Entry point."""
-    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    lender = subprocess.run([sys.argv[1], "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    lender = subprocess.run([sys.argv[1], "-c", query], capture_output=True, text=True, check=True).stdout.strip()
     # A plain path in a .pth file would leave out the lender's own .pth files, the one of this project among them.
     (Path(sysconfig.get_path("purelib")) / "borrowed.pth").write_text(f"import site; site.addsitedir({lender!r})\n")
 

@@ -6,7 +6,7 @@ Each subject is a function from overrides to an exit status; the table below is 
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,11 +18,13 @@ from megatron_cord.errors import CordError
 from megatron_cord.runtime import entry
 from megatron_cord.verify.environment import INSTALL, survey
 
+logger = logging.getLogger(__name__)
+
 STYLES = {"in use": "green", "available": "cyan", "missing": "yellow", "broken": "red"}
 
 
 def environment(overrides: Sequence[str]) -> int:
-    """Prints the parts of this machine; 1 when a required one is missing or broken, else 0."""
+    """Print the parts of this machine; return 1 when a required one is missing or broken, else 0."""
     if overrides:
         raise CordError(f"verify environment takes no settings, got '{overrides[0]}'")
     parts = survey(Path.cwd())
@@ -34,21 +36,20 @@ def environment(overrides: Sequence[str]) -> int:
     Console().print(table)
     failing = [part.name for part in parts if part.fails]
     if failing:
-        print(f"error: {', '.join(failing)}: required, and missing or broken; install with: {INSTALL}", file=sys.stderr)
+        logger.error("%s: required, and missing or broken; install with: %s", ", ".join(failing), INSTALL)
     return 1 if failing else 0
 
 
 def loss(overrides: Sequence[str]) -> int:
-    """The divergence and its gradients against float64; ranks are those that torchrun started."""
-    from megatron_cord.verify.loss import (
-        verify_loss,
-    )  # needs torch, whose absence ``environment`` must be able to report
+    """Compare the divergence and its gradients with float64; ranks are those that torchrun started."""
+    # It needs torch, whose absence ``environment`` must be able to report.
+    from megatron_cord.verify.loss import verify_loss
 
     return verify_loss(overrides)
 
 
 def layout(overrides: Sequence[str]) -> int:
-    """One training step under a layout against one rank; ranks are those that torchrun started."""
+    """Compare one training step under a layout with one rank; ranks are those that torchrun started."""
     from megatron_cord.verify.layout import verify_layout
 
     return verify_layout(overrides)

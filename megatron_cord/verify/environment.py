@@ -1,7 +1,8 @@
-"""What this machine offers: every part that the project can use, its version, what is in use, and what is missed without it.
+"""Survey this machine: each part that the project can use, its version and state, and what is missed without it.
 
-Packages are found by their metadata and, where a broken installation is common, imported in a process of their own: a half-installed
-transformer-engine or a CUDA build without its libraries must not end the report. It simplifies: a part that imports counts as working.
+Packages are found by their metadata and, where a broken installation is common, imported in a process of their own: a
+half-installed transformer-engine or a CUDA build without its libraries must not end the report. It simplifies: a part
+that imports counts as working.
 """
 
 from __future__ import annotations
@@ -42,16 +43,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Package:
-    """How to find a package, and what to say about it."""
+    """How to find a package, and its texts in the report."""
 
     name: str
     distributions: tuple[str, ...]  #: the first that is installed counts
     probe: str  #: a statement that fails if the package does not work; "" trusts the metadata
     purpose: str
     missed: str
-    use: Literal["always", "cuda", "asked"] = (
-        "always"  #: when it is in use: always, where there is a CUDA device, where one asks for it
-    )
+    #: when it is in use: always, where there is a CUDA device, or where the configuration chooses it
+    use: Literal["always", "cuda", "chosen"] = "always"
     required: bool = False
 
 
@@ -81,8 +81,8 @@ PACKAGES = (
         "pyarrow",
         ("pyarrow",),
         "import pyarrow.parquet",
-        "the record of rollouts",
-        "no record of rollouts",
+        "the rollout dump",
+        "no rollout dump",
         required=True,
     ),
     Package("TensorBoard", ("tensorboard",), "", "curves while training", "no curves while training", required=True),
@@ -99,8 +99,8 @@ PACKAGES = (
         ("apex",),
         "from apex.optimizers import FusedAdam",
         "fused Adam where transformer-engine is missing",
-        "torch's Adam where transformer-engine is missing too; from NVIDIA's source, CUDA only (apex on PyPI is another project)",
-        use="asked",
+        "torch's Adam where transformer-engine is missing too; from NVIDIA's source, CUDA only (not the apex on PyPI)",
+        use="chosen",
     ),
     Package(
         "Weights & Biases",
@@ -108,7 +108,7 @@ PACKAGES = (
         "",
         "metrics there as well",
         "metrics in files and TensorBoard alone; extra wandb",
-        use="asked",
+        use="chosen",
     ),
     Package(
         "Triton",
@@ -116,7 +116,7 @@ PACKAGES = (
         "import triton",
         "compiled GPU kernels",
         "plain torch kernels; comes with CUDA torch",
-        use="asked",
+        use="chosen",
     ),
     Package(
         "DALI",
@@ -124,7 +124,7 @@ PACKAGES = (
         "import nvidia.dali",
         "audio features on the GPU",
         "audio features with torch; extra dali",
-        use="asked",
+        use="chosen",
     ),
     Package(
         "espeak-ng",
@@ -137,9 +137,9 @@ PACKAGES = (
 
 
 def survey(root: Path) -> list[Part]:
-    """Every part, found on this machine now; ``root`` is the project's folder, where ``.venv-sglang`` may be.
+    """Return every part as it is now; ``root`` is the project's folder, where ``.venv-sglang`` may be.
 
-    Imports run in processes of their own, a few seconds each for the large packages. Never raises for a part that is broken.
+    Imports run in processes of their own, a few seconds each for the large packages. A broken part raises nothing.
     """
     gpus = _gpus()
     parts = [Part("Python", platform.python_version(), "in use", sys.executable, required=True)]
@@ -149,11 +149,11 @@ def survey(root: Path) -> list[Part]:
 
 
 def examine(package: Package, *, cuda: bool) -> Part:
-    """The line of one package; ``cuda``: whether there is a CUDA device to use it with."""
+    """Return the line of one package; ``cuda``: whether there is a CUDA device to use it with."""
     version = next(filter(None, map(_version, package.distributions)), "")
     if not version:
         return Part(package.name, "", "missing", package.missed, package.required)
-    failure, _ = _ask(sys.executable, package.probe) if package.probe else ("", "")
+    failure, _ = _run(sys.executable, package.probe) if package.probe else ("", "")
     if failure:
         return Part(package.name, version, "broken", f"{failure}; without it: {package.missed}", package.required)
     used = package.use == "always" or (package.use == "cuda" and cuda)
@@ -168,8 +168,8 @@ def _version(distribution: str) -> str:
         return ""
 
 
-def _ask(python: str | Path, statement: str) -> tuple[str, str]:
-    """Runs the statement in a new interpreter: what went wrong in one line ("" for nothing), and what it printed."""
+def _run(python: str | Path, statement: str) -> tuple[str, str]:
+    """Run the statement in a new interpreter; return what went wrong in one line ("" for nothing), and its output."""
     command = [str(python), "-W", "ignore", "-c", statement]
     try:
         done = subprocess.run(
@@ -186,8 +186,8 @@ def _ask(python: str | Path, statement: str) -> tuple[str, str]:
 
 
 def _gpus() -> list[tuple[str, int]]:
-    """Name and bytes of memory of each CUDA device; a broken torch sees none."""
-    _, printed = _ask(
+    """Return name and bytes of memory of each CUDA device; none with a broken torch."""
+    _, printed = _run(
         sys.executable,
         "import torch\n"
         "for index in range(torch.cuda.device_count()):\n"
@@ -207,7 +207,7 @@ def _sglang(python: Path) -> Part:
         return Part("SGLang", version, "available", f"{purpose}, in this environment")
     if not python.exists():
         return Part("SGLang", "", "missing", missed)
-    failure, version = _ask(python, "import importlib.metadata as metadata; print(metadata.version('sglang'))")
+    failure, version = _run(python, "import importlib.metadata as metadata; print(metadata.version('sglang'))")
     if failure:
         return Part("SGLang", "", "broken", f".venv-sglang: {failure}; without it: {missed}")
     return Part("SGLang", version.strip(), "available", f"{purpose}, in .venv-sglang")

@@ -1,4 +1,4 @@
-"""The command of conversion: there and back on real ranks, from a training run, and every slip in one line."""
+"""`cord convert`: there and back on real ranks, from a training run, and every slip in one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from math import prod
 from pathlib import Path
@@ -65,6 +64,10 @@ def error(*command: Any) -> str:
     return str(caught.value)
 
 
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
 def same(directory: Path, other: Path) -> bool:
     given, wanted = dict(read_tensors(directory)), dict(read_tensors(other))
     return given.keys() == wanted.keys() and all(
@@ -79,14 +82,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def imported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def imported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("imported") / "checkpoint"
     alone("import", source, target)
-    yield target
+    return target
 
 
 def test_there_and_back_on_two_ranks(source: Path, tmp_path: Path) -> None:
-    """Catches a tensor that a change of layout changes, logits that differ from transformers', and files that are not carried over."""
+    """Catches a tensor changed by a change of layout, logits that differ from transformers', and files left behind."""
     checkpoint, out = str(tmp_path / "checkpoint"), tmp_path / "out"
     commands = [
         ["import", str(source), checkpoint, "--tp", "2"],
@@ -100,26 +103,26 @@ def test_there_and_back_on_two_ranks(source: Path, tmp_path: Path) -> None:
     assert same(out, source) and len(list(out.glob("*.safetensors"))) > 2
     assert {path.name for path in source.iterdir()} - {"model.safetensors"} <= {path.name for path in out.iterdir()}
     AutoProcessor.from_pretrained(out)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "out"]
+    assert names(tmp_path) == ["checkpoint", "out"]
 
 
 def test_other_weights_are_told_apart(imported: Path, tmp_path: Path) -> None:
     """Catches a comparison that compares a model with itself."""
-    status, said = alone("check", write_checkpoint(tmp_path, seed=1), imported, *QUESTION)
-    assert status == 1 and "ABOVE the tolerance" in said
+    status, output = alone("check", write_checkpoint(tmp_path, seed=1), imported, *QUESTION)
+    assert status == 1 and "ABOVE the tolerance" in output
 
 
 def test_dry_run_writes_nothing(source: Path, imported: Path, tmp_path: Path) -> None:
     """Catches a dry run that leaves something behind, leaves a tensor out, or needs weights."""
     shutil.copy(source / "config.json", tmp_path)
     for command in (("import", source), ("export", imported), ("import", tmp_path)):
-        status, said = alone(*command, tmp_path / "out", "--dry-run", "--tp", "2")
+        status, output = alone(*command, tmp_path / "out", "--dry-run", "--tp", "2")
         assert (
             status == 0
-            and all(name in said for name, _ in read_tensors(source))
-            and f"{len(list(read_tensors(source)))} tensors" in said
+            and all(name in output for name, _ in read_tensors(source))
+            and f"{len(list(read_tensors(source)))} tensors" in output
         )
-    assert "no weights to compare with" in said and os.listdir(tmp_path) == ["config.json"]
+    assert "no weights to compare with" in output and names(tmp_path) == ["config.json"]
 
 
 def test_precision_is_chosen(source: Path, tmp_path: Path) -> None:
@@ -186,8 +189,9 @@ FAMILIES = {"llama": False, "qwen2": True, "step_audio_2": False, "voxtral": Fal
 
 
 def test_every_family_there_and_back_on_four_ranks(tmp_path: Path) -> None:
-    """Catches a family whose tensors the command loses or changes at two by two ranks, one layout that reads what another wrote wrongly, and
-    logits that differ on a spoken question, which is longer than the encoder's window here and becomes several clips.
+    """Catches a family whose tensors the command loses or changes at two by two ranks, and logits that differ.
+
+    The spoken question is longer than the encoder's window here and becomes several clips.
     """
     speech = tmp_path / "speech.wav"
     speech.write_bytes(encode_wav(EspeakSynthesizer().speak([Utterance("what is one plus two", Voice("en-us"))])[0]))
@@ -202,14 +206,14 @@ def test_every_family_there_and_back_on_four_ranks(tmp_path: Path) -> None:
         ]
     outcomes = run_ranks(run_commands, 4, commands)
     assert [[status for status, _ in outcome] for outcome in outcomes] == [[0] * len(commands)] * 4
-    said = "".join(text for _, text in outcomes[0])
-    assert said.count("check as audio: ") == 2 and said.count("check as text: ") == 2
+    output = "".join(text for _, text in outcomes[0])
+    assert output.count("check as audio: ") == 2 and output.count("check as text: ") == 2
     for family in FAMILIES:
         assert same(tmp_path / f"{family}-out", tmp_path / family), family
 
 
 def problems_on_ranks(_rank: int, command: list[str]) -> str:
-    """What a command that must fail says on each rank."""
+    """Return the error of a command that must fail, on each rank."""
     try:
         run_commands(0, [command])
     except CordError as error:
@@ -218,7 +222,7 @@ def problems_on_ranks(_rank: int, command: list[str]) -> str:
 
 
 def test_problems_of_all_stages_are_one_list(source: Path, tmp_path: Path) -> None:
-    """Catches ranks that each know of their own stage's misshapen tensors, of which only the first to speak is heard."""
+    """Catches a report of one stage's misshapen tensors alone."""
     begin = tmp_path / "begin"
     shutil.copytree(source, begin)
     tensors = dict(read_tensors(source))
@@ -226,12 +230,12 @@ def test_problems_of_all_stages_are_one_list(source: Path, tmp_path: Path) -> No
     save_file(
         tensors | {name: tensors[name][:-1].contiguous() for name in (embedding, head)}, begin / "model.safetensors"
     )
-    said = run_ranks(problems_on_ranks, 2, ["import", str(begin), str(tmp_path / "checkpoint"), "--pp", "2"])
+    output = run_ranks(problems_on_ranks, 2, ["import", str(begin), str(tmp_path / "checkpoint"), "--pp", "2"])
     assert (
-        said[0] == said[1]
-        and "(2 problems)" in said[0]
-        and f"tensor {embedding} has shape" in said[0]
-        and f"tensor {head} has" in said[0]
+        output[0] == output[1]
+        and "(2 problems)" in output[0]
+        and f"tensor {embedding} has shape" in output[0]
+        and f"tensor {head} has" in output[0]
     )
 
 
@@ -240,15 +244,17 @@ PUBLISHED_COUNTS = {"qwen2_audio": 8_397_094_912, "step_audio_2": 8_315_179_264}
 
 @pytest.mark.parametrize("family", list(PUBLISHED_COUNTS))
 def test_dry_run_of_a_full_size_checkpoint(family: str, tmp_path: Path) -> None:
-    """Catches a tensor of the full-size model that is not accounted for, or memory that is taken for its weights: the file is all holes, but its
-    header and its length are those of a real one. Qwen2-Audio's count is the published one, of Step-Audio 2 mini only "8B" is published.
+    """Catches a tensor of the full-size model that is not accounted for, or memory that is taken for its weights.
+
+    The file is all holes, but its header and its length are those of a real one. Qwen2-Audio's count is the published
+    one, of Step-Audio 2 mini only "8B" is published.
     """
     shapes = write_full_size(tmp_path, family)
-    status, said = alone("import", tmp_path, tmp_path / "out", "--dry-run")
-    assert status == 0 and "the weights' headers fit" in said
-    listed = {line.split("\t")[0] for line in said.splitlines() if "\t" in line} - {"name"}
+    status, output = alone("import", tmp_path, tmp_path / "out", "--dry-run")
+    assert status == 0 and "the weights' headers fit" in output
+    listed = {line.split("\t")[0] for line in output.splitlines() if "\t" in line} - {"name"}
     assert listed == shapes.keys()
-    assert f"total: {PUBLISHED_COUNTS[family]:,} parameters" in said and f"{len(shapes)} tensors" in said
+    assert f"total: {PUBLISHED_COUNTS[family]:,} parameters" in output and f"{len(shapes)} tensors" in output
     assert sum(prod(shape) for shape in shapes.values()) == PUBLISHED_COUNTS[family]
 
 
@@ -256,7 +262,8 @@ def test_a_killed_import_leaves_nothing_that_looks_whole(source: Path, tmp_path:
     """Catches half a checkpoint under the final name, and a leftover that stops or spoils the next import."""
     target = tmp_path / "checkpoint"
     program = (
-        "import os, signal, sys; from megatron_cord.convert import hf_reader; from tests.cli.test_convert import run_commands\n"
+        "import os, signal, sys; from megatron_cord.convert import hf_reader\n"
+        "from tests.cli.test_convert import run_commands\n"
         "from megatron_cord.parallel.layout import initialize, ParallelConfig\n"
         "read, count = hf_reader.StoredTensor.read_block, iter(range(10))\n"
         "def dying(*given):\n"
@@ -268,18 +275,19 @@ def test_a_killed_import_leaves_nothing_that_looks_whole(source: Path, tmp_path:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", program, "import", str(source), str(target)]
     assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -signal.SIGKILL
-    (leftover,) = os.listdir(tmp_path)
+    (leftover,) = names(tmp_path)
     assert leftover == ".checkpoint.partial" and any((tmp_path / leftover).glob("*.distcp"))
     alone("import", source, target)
     alone("export", target, tmp_path / "out")
-    assert same(tmp_path / "out", source) and sorted(os.listdir(tmp_path)) == ["checkpoint", "out"]
+    assert same(tmp_path / "out", source) and names(tmp_path) == ["checkpoint", "out"]
 
 
 def test_a_killed_export_is_finished_by_the_same_command(imported: Path, source: Path, tmp_path: Path) -> None:
     """Catches half an export under the final name, and files that are written again though they are whole."""
     target = tmp_path / "out"
     program = (
-        "import os, signal, sys; from megatron_cord.convert import megatron_reader; from tests.cli.test_convert import run_commands\n"
+        "import os, signal, sys; from megatron_cord.convert import megatron_reader\n"
+        "from tests.cli.test_convert import run_commands\n"
         "from megatron_cord.parallel.layout import initialize, ParallelConfig\n"
         "blocks, count = megatron_reader.SavedWeights.blocks, iter(range(40))\n"
         "def dying(*given):\n"
@@ -296,12 +304,12 @@ def test_a_killed_export_is_finished_by_the_same_command(imported: Path, source:
         ).returncode
         == -9
     )
-    (leftover,) = os.listdir(tmp_path)
+    (leftover,) = names(tmp_path)
     assert leftover == ".out.partial"
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / leftover).glob("*.safetensors")}
     assert finished
-    status, said = alone(*command)
-    assert status == 0 and f"{len(finished)} of them finished earlier" in said
+    status, output = alone(*command)
+    assert status == 0 and f"{len(finished)} of them finished earlier" in output
     assert all((target / path.name).stat().st_mtime_ns == time for path, time in finished.items())
     assert same(target, source) and not [
         path for path in target.iterdir() if path.name.startswith(".") or path.suffix == ".writing"
@@ -314,11 +322,11 @@ def test_damaged_files_are_found_before_anything_is_written(source: Path, tmp_pa
     shutil.copytree(source, begin)
     tensors = list(read_tensors(source))
     (begin / "model.safetensors").unlink()
-    names = ["model-1.safetensors", "model-2.safetensors", "model-3.safetensors"]
-    for i, name in enumerate(names):
+    files = ["model-1.safetensors", "model-2.safetensors", "model-3.safetensors"]
+    for i, name in enumerate(files):
         save_file(dict(tensors[i::3]), begin / name)
         if i:
             (begin / name).write_bytes((begin / name).read_bytes()[:-8])
-    said = error("import", begin, tmp_path / "checkpoint")
-    assert names[0] not in said and names[1] in said and names[2] in said and "download" in said
-    assert os.listdir(tmp_path) == ["begin"]
+    output = error("import", begin, tmp_path / "checkpoint")
+    assert files[0] not in output and files[1] in output and files[2] in output and "download" in output
+    assert names(tmp_path) == ["begin"]

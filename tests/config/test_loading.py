@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -61,7 +60,7 @@ def load(text: str, tmp_path: Path, *overrides: str) -> Example:
 
 
 def test_values_of_every_supported_type(tmp_path: Path) -> None:
-    """Catches a type that loses its value or kind: 1e-3 read as text, a list for a tuple, defaults of a section lost."""
+    """Catches a value that is lost or of another kind: 1e-3 read as text, a list for a tuple, a section's defaults."""
     config = load(
         "train: {lr: 1e-3, steps: 3, schedule: {kind: cosine}}\nbf16: true\nvoices: [no, 'on']\nbetas: [0, '9e-1']\n"
         "sizes: [1, 2]\nweights: {tok: 1, seq: .5}\nlimit: 3\nextra: {a: [1]}\nschedules: [{warmup: 2}]\n",
@@ -85,8 +84,8 @@ def test_values_of_every_supported_type(tmp_path: Path) -> None:
 def test_overrides_win_in_order_and_join_maps(tmp_path: Path) -> None:
     """Catches overrides applied in the wrong order, or one that wipes the neighbours of the key it sets."""
     config = load(
-        "train: {steps: 3, lr: 0.5}\nweights: {tok: 1}\n", tmp_path, "train.steps=4", "train.steps=5", "weights.seq=2", "voices=[a, b]",
-        "train.schedule={warmup: 1}", "train.clip=null", "name=",
+        "train: {steps: 3, lr: 0.5}\nweights: {tok: 1}\n", tmp_path, "train.steps=4", "train.steps=5", "weights.seq=2",
+        "voices=[a, b]", "train.schedule={warmup: 1}", "train.clip=null", "name=",
     )  # fmt: skip
     assert (config.train.steps, config.train.lr, config.train.clip, config.train.schedule.warmup) == (5, 0.5, None, 1)
     assert config.weights == {"tok": 1.0, "seq": 2.0} and config.voices == ["a", "b"] and config.name == ""
@@ -105,15 +104,15 @@ def test_base_is_inherited(tmp_path: Path) -> None:
         CordError, match=r"none\.yaml: there is no such configuration file \(named by 'base' in .*a\.yaml\)"
     ):
         load("base: none.yaml\n", tmp_path)
+    (tmp_path / "sub" / "base.yaml").write_text("train: {steps: x}\n")
     with pytest.raises(CordError, match=r"train\.steps: expected int, got 'x' \(.*base\.yaml, line 1\)"):
-        (tmp_path / "sub" / "base.yaml").write_text("train: {steps: x}\n")
         load("base: sub/base.yaml\n", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ("train:\n  stepz: 1\n", [], r"unknown key 'train\.stepz' \(.*a\.yaml, line 2\); did you mean 'train\.steps'\?"),
+        ("train:\n  stepz: 1\n", [], r"unknown key 'train\.stepz' \(.*line 2\); did you mean 'train\.steps'\?"),
         ("", ["warmup=1"], r"unknown key 'warmup' \(override warmup\); did you mean 'train\.schedule\.warmup'\?"),
         ("train: {steps: many}", [], r"train\.steps: expected int, got 'many' \(.*a\.yaml, line 1\)"),
         ("", ["train.steps=2.5"], r"train\.steps: expected int, got 2\.5 \(override train\.steps\)"),
@@ -125,7 +124,7 @@ def test_base_is_inherited(tmp_path: Path) -> None:
         ("train: {clip: x}", [], r"train\.clip: expected float or null, got 'x'"),
         ("train: 3", [], r"train: expected a section of 'key: value' lines, got 3"),
         ("train:", [], r"train: expected a section of 'key: value' lines, got null"),
-        ("train: {schedule: {kind: linear}}", [], r"train\.schedule\.kind: expected one of cosine, constant, got 'linear'"),
+        ("train: {schedule: {kind: x}}", [], r"train\.schedule\.kind: expected one of cosine, constant, got 'x'"),
         ("voices: [a, 1]", [], r"voices\.1: expected str, got 1 "),
         ("betas: [1]", [], r"betas: expected a list of 2 values \(float, float\), got \[1\]"),
         ("weights: {tok: x}", [], r"weights\.tok: expected float, got 'x' "),
@@ -172,13 +171,13 @@ def test_secrets_stay_out_of_dumps_and_messages(tmp_path: Path) -> None:
     config = load("key: sesame\n", tmp_path)
     assert config.key == "sesame" and to_dict(config)["key"] == "***" and to_dict(load("", tmp_path))["key"] == ""
     for override in ("key=12345678", "key=*12345678"):
-        with pytest.raises(CordError, match="^(override )?key: ") as caught:
+        with pytest.raises(CordError, match=r"^(override )?key: ") as caught:
             load("", tmp_path, override)
         assert "12345678" not in str(caught.value)
 
 
 def test_a_dump_reads_back_as_the_same_configuration(tmp_path: Path) -> None:
-    """Catches values that change their type on the way (the text '1e-3', 'no', '007'), and partial files left behind."""
+    """Catches values that change their type on the way (the text '1e-3', 'no', '007'), and partial files."""
     config = load(
         "name: '1e-3'\nvoices: ['no', '007', '2020-01-01', 'null', 'ü', '1:30']\ntrain: {lr: 1e-20, clip: .inf}\n",
         tmp_path,
@@ -186,6 +185,6 @@ def test_a_dump_reads_back_as_the_same_configuration(tmp_path: Path) -> None:
     dump_config(config, tmp_path / "out" / "config.yaml")
     assert load_config(Example, tmp_path / "out" / "config.yaml", []) == config
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["voices"][0] == "no"
-    assert os.listdir(tmp_path / "out") == ["config.yaml"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.yaml"]
     with pytest.raises(CordError, match=r"a\.yaml/b\.yaml: cannot write the configuration"):
         dump_config(config, tmp_path / "a.yaml" / "b.yaml")

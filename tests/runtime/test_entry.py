@@ -19,7 +19,7 @@ SCRIPT = str(Path(__file__).with_name("failing_ranks.py"))
 
 
 def launched(*arguments: str) -> tuple[int, str, str]:
-    """Return status, standard output and standard error of the launcher with two ranks, in an environment of its own."""
+    """Return status, standard output and standard error of the launcher with two ranks."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "WORLD_SIZE", "RANK")
     }
@@ -45,7 +45,7 @@ def claims() -> set[str]:
 def test_failing_ranks_report_once(how: str, lines: list[str]) -> None:
     """Catches a line from each rank, or from none, as a launcher ends the one that reports when the other has left.
 
-    Also the traceback of a rank whose peer has left, torchrun's report, a hang, and leftovers in the temporary directory.
+    Also the traceback of a rank whose peer has left, torchrun's report, a hang, and leftover files.
     """
     before = claims()
     status, printed, errors = launched(SCRIPT, how)
@@ -118,18 +118,14 @@ def test_statuses_of_one_process(capsys: pytest.CaptureFixture[str], monkeypatch
 
 def test_a_full_disk_is_found_behind_other_errors() -> None:
     """Catches a full disk that a library has wrapped in an exception of its own, and other I/O errors taken for it."""
-    try:
-        try:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/checkpoint.bin")
-        except OSError as full:
-            raise RuntimeError("writing failed") from full
-    except RuntimeError as wrapped:
-        assert (failures.explain(wrapped) or "").startswith("/data/checkpoint.bin: the disk is full")
+    wrapped = RuntimeError("writing failed")
+    wrapped.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/checkpoint.bin")
+    assert (failures.explain(wrapped) or "").startswith("/data/checkpoint.bin: the disk is full")
     assert failures.explain(OSError(errno.EIO, "input/output error")) is None
 
 
 def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches overrides lost on either side of --config, abbreviations, and argparse's usage page in place of one line."""
+    """Catches overrides lost on either side of --config, abbreviations, and a usage page in place of one line."""
     assert entry.parse_args("d", arguments=["a.b=1", "--config", "x.yaml", "c=[1, 2]"]) == entry.Arguments(
         Path("x.yaml"), ("a.b=1", "c=[1, 2]")
     )
@@ -137,7 +133,7 @@ def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CordError, match="required: --config"):
         entry.parse_args("d", arguments=["a=1"])
     with pytest.raises(
-        CordError, match="unrecognized arguments: --train.steps=3; overrides are written a.b=value, without dashes"
+        CordError, match=r"unrecognized arguments: --train\.steps=3; overrides are written a\.b=value, without dashes"
     ):
         entry.parse_args("d", arguments=["--config", "x", "--train.steps=3"])
     with pytest.raises(CordError):

@@ -98,7 +98,7 @@ def test_levels(level: str | None, rank: int, lines: list[str], capsys: pytest.C
 def test_the_environment_sets_level_and_rank(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a variable that is ignored, one that wins over the flag, a wrong level without a word, and lines doubled."""
+    """Catches a variable that is ignored or wins over the flag, a wrong level that passes, and doubled lines."""
     monkeypatch.setenv(log.LEVEL_VARIABLE, "Warning")
     monkeypatch.setenv("RANK", "3")
     configure_logging()
