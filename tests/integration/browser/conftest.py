@@ -1,0 +1,3 @@
+"""The finished run of the report's tests, for those in a browser."""
+
+from tests.report.conftest import finished_run as finished_run
