@@ -1,4 +1,4 @@
-"""The speed of espeak-ng, and the time for 80,000 questions of the paper's kind: `tools/synthesize.py --plan`.
+"""The speed of espeak-ng, and the time for 80,000 questions of the paper's kind: `cord synthesize --plan`.
 
     python -m benchmarks.synthesis [--tried 1000] [--workers 2] [--output benchmarks/results/synthesis.json]
 
