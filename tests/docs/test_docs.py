@@ -27,6 +27,7 @@ from megatron_cord.compare.plan import CompareConfig
 from megatron_cord.config.loading import load_config
 from megatron_cord.config.reference import sections
 from megatron_cord.errors import CordError
+from megatron_cord.rollout.rollout_file import SCHEMA
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.verify.layout import VerifyLayoutConfig
 from megatron_cord.verify.loss import VerifyLossConfig
@@ -405,3 +406,23 @@ def test_links_resolve(page: Path) -> None:
         target for target in targets if "://" not in target and not (page.parent / target.partition("#")[0]).exists()
     ]
     assert not missing
+
+
+def test_walks_name_the_code() -> None:
+    """Catches a hop of docs/architecture.md whose file or function is gone."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    hops = [cells[2] for line in text.splitlines() if len(cells := line.strip("| ").split(" | ")) == 3]
+    named = [(match[1], match[2]) for hop in hops for match in re.finditer(r"`([\w/]+\.py)`: `([\w.]+)", hop)]
+    assert len(named) > 25
+    for name, member in named:
+        files = [path for path in (ROOT / "megatron_cord").rglob(Path(name).name) if str(path).endswith(f"/{name}")]
+        symbol = member.rpartition(".")[2]
+        assert any(re.search(rf"\b(?:def|class) {symbol}\b", path.read_text(encoding="utf-8")) for path in files), name
+
+
+def test_all_columns_are_described() -> None:
+    """Catches a column of the rollout dump that the page lacks, or has under another name."""
+    page = (ROOT / "docs" / "run-directory.md").read_text(encoding="utf-8")
+    table = page.partition("| column |")[2].partition("\n\n")[0]
+    described = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split(" | ")[0])]
+    assert sorted(described) == sorted(SCHEMA.names)
