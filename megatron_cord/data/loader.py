@@ -148,7 +148,7 @@ class SampleLoader:
         prepare: Callable[[Sequence[Sample]], list[PreparedSample]] | None = None,
     ) -> None:
         if len(source) == 0:
-            raise CordError("the data set holds no samples; make some with tools/synthesize.py")
+            raise CordError("the data set holds no samples; make some with cord synthesize")
         if batch_size < 1:
             raise CordError(f"a batch of {batch_size} samples cannot be; choose at least 1")
         if not 0 <= rank < world:

@@ -69,7 +69,7 @@ class Manifest:
         if not path.is_file():
             raise CordError(
                 f"{directory} has no {MANIFEST_NAME}: the shards are incomplete or absent; make them with "
-                "tools/synthesize.py"
+                "cord synthesize"
             )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

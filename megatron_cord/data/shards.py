@@ -111,7 +111,7 @@ class ShardDataset:
                 f"{first.message}"
             )
         if not self._entries:
-            raise CordError(f"{path} holds no samples; make some with tools/synthesize.py")
+            raise CordError(f"{path} holds no samples; make some with cord synthesize")
 
     @property
     def fingerprint(self) -> str:
@@ -178,7 +178,7 @@ def _find_shards(path: str | Path) -> list[tuple[Path, ShardEntry | None]]:
         return [(directory / entry.name, entry) for entry in Manifest.read(directory).shards]
     matches = sorted(Path(match) for match in glob.glob(str(path)))  # noqa: PTH207 (absolute patterns, too)
     if not matches:
-        raise CordError(f"{path}: no such directory or shard; check the path, or make shards with tools/synthesize.py")
+        raise CordError(f"{path}: no such directory or shard; check the path, or make shards with cord synthesize")
     return [(match, None) for match in matches]
 
 

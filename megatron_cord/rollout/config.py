@@ -46,5 +46,5 @@ class RolloutConfig:
         if self.engine == "sglang" and bool(self.sglang.servers) == (self.sglang.servers_file is not None):
             raise CordError(
                 "rollout.engine=sglang needs rollout.sglang.servers or rollout.sglang.servers_file, one of the two; "
-                "tools/serve_rollout.py starts servers and writes such a file"
+                "cord serve starts servers and writes such a file"
             )

@@ -218,7 +218,8 @@ def test_a_wheel_works_outside_the_repository(tmp_path: Path) -> None:
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
 
     where = "import megatron_cord.cli.main as m; print(m.__file__)"
-    found = subprocess.run([str(interpreter), "-c", where], capture_output=True, text=True, cwd=tmp_path, check=True)
+    query = [str(interpreter), "-c", where]
+    found = subprocess.run(query, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
     assert str(tmp_path) in found.stdout
     assert "Commands:" in cord("--help").stdout
     assert "optimizer.learning_rate" in cord("config", "optimizer.learning_rate").stdout

@@ -22,7 +22,7 @@ from types import ModuleType
 import click
 import pytest
 
-from megatron_cord.cli.main import COMMANDS, invoke, load
+from megatron_cord.cli.main import COMMANDS, cord, invoke, load
 from megatron_cord.compare.plan import CompareConfig
 from megatron_cord.config.loading import load_config
 from megatron_cord.config.reference import sections
@@ -213,14 +213,15 @@ def check_program(program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         known = options_of(program)
     else:
         said = help_of(program.name, [], monkeypatch, capsys)
-        if choices := re.search(r"^positional arguments:\n  \{?(\w+(?:[,|]\w+)+)", said, re.MULTILINE):
+        choices = re.search(r"^positional arguments:\n  \{?(\w+(?:[,|]\w+)+)", said, re.MULTILINE)
+        if choices and program.arguments:
             assert program.arguments[0] in re.split("[,|]", choices[1])
         known = set(re.findall(r"(?<![\w-])--?[\w-]+", said))
     options = {word.partition("=")[0] for word in program.arguments if word.startswith("-")}
     assert options - {"--help"} <= known
     settings = [word for word in program.arguments if SETTING.fullmatch(word) and word not in EXAMPLES]
     other: type | None = CompareConfig if program.name == "cord compare" else None
-    if program.name in ("megatron_cord.verify", "cord verify"):
+    if program.name in ("megatron_cord.verify", "cord verify") and program.arguments:
         other = CHECKS.get(program.arguments[0])
     if program.name in TRAINING:
         load_config(RunConfig, QUICKSTART, settings)
@@ -233,8 +234,12 @@ def check_program(program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def options_of(program: Program) -> set[str]:
     """Return the options of a command of `cord`, or of its subcommand, which must exist."""
     name, rest = program.name.removeprefix("cord "), list(program.arguments)
-    assert name in (*COMMANDS, "COMMAND"), name
-    command: click.Command | None = load(name) if name in COMMANDS else click.Command(name)
+    if name.startswith("-"):
+        command: click.Command | None = cord
+        rest = [name]
+    else:
+        assert name in (*COMMANDS, "COMMAND"), name
+        command = load(name) if name in COMMANDS else click.Command(name)
     if isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
         with click.Context(command) as context:
             try:

@@ -14,7 +14,7 @@ class SGLangConfig:
     """Where the servers are, requests to them, and what is done about servers that fail."""
 
     servers: tuple[str, ...] = ()  #: http://host:port of each
-    #: instead: what tools/serve_rollout.py writes, or a directory of such files, one a node
+    #: instead: what cord serve writes, or a directory of such files, one a node
     servers_file: Path | None = None
     min_servers: int = 1  #: so many must answer before the run starts
     #: the servers' key; unset, the environment variable MEGATRON_CORD_SERVER_KEY holds the key, if there is one

@@ -82,7 +82,7 @@ class Control:
                 why = "; ".join(str(error) for error in lost.values()) or "no address is known"
                 raise CordError(
                     f"{len(good)} rollout servers answer, {count} are needed, after {self._start_seconds:g} s "
-                    f"(rollout.sglang.start_seconds): {why}; start them with tools/serve_rollout.py and look at "
+                    f"(rollout.sglang.start_seconds): {why}; start them with cord serve and look at "
                     "their logs"
                 )
             time.sleep(_LOOK_SECONDS)

@@ -428,7 +428,7 @@ def test_too_few_servers(checkpoint: Path, stack: ExitStack) -> None:
     """Catches a run that waits for ever, and an error that does not say for whom."""
     sglang = SGLangConfig(servers=("http://127.0.0.1:9",), start_seconds=0.5)
     engine = RolloutConfig(engine="sglang", sglang=sglang)
-    with pytest.raises(CordError, match=r"0 rollout servers answer, 1 are needed, .*unreachable.*serve_rollout.py"):
+    with pytest.raises(CordError, match=r"0 rollout servers answer, 1 are needed, .*unreachable.*cord serve"):
         build_engine(engine, checkpoint, torch.device("cpu"))
     with pytest.raises(CordError, match=r"rollout.sglang.servers or rollout.sglang.servers_file"):
         RolloutConfig(engine="sglang")

@@ -65,9 +65,9 @@ def read_servers_file(file: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CordError(f"{file} is no file of servers ({error}); let tools/serve_rollout.py write it") from None
+        raise CordError(f"{file} is no file of servers ({error}); let cord serve write it") from None
     if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
-        raise CordError(f"{file}: 'servers' must be a list of addresses; let tools/serve_rollout.py write it")
+        raise CordError(f"{file}: 'servers' must be a list of addresses; let cord serve write it")
     return urls
 
 
@@ -99,7 +99,7 @@ def read_key(file: Path | None) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise CordError(f"{file}: cannot read the API key: {error}") from None
     if not key or not key.isprintable():
-        raise CordError(f"{file} holds no API key; delete it, and tools/serve_rollout.py makes one")
+        raise CordError(f"{file} holds no API key; delete it, and cord serve makes one")
     if mode & 0o077:
         raise CordError(f"{file} holds the API key and can be read by others; make it yours alone: chmod 600 {file}")
     return key

@@ -71,7 +71,7 @@ def _check_logprobs(server: Endpoint) -> None:
     one, two = (_first_logprobs(server, temperature) for temperature in (1.0, 2.0))
     if any(abs(a - b) > 1e-2 for a, b in zip(one, two, strict=True)):
         raise CordError(
-            f"{server.url} scales log-probabilities by the sampling temperature; start it with tools/serve_rollout.py, "
+            f"{server.url} scales log-probabilities by the sampling temperature; start it with cord serve, "
             "or with SGLANG_RETURN_ORIGINAL_LOGPROB=1 in its environment"
         )
 
