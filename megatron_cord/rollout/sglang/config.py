@@ -26,9 +26,9 @@ class SGLangConfig:
     tries: int = 4  #: of one request; a request that fails so often stops the run
     start_seconds: float = 450.0  #: for which servers are waited for: at the start, and when all are lost
 
-    #: What rollout.schedule.on_weight_sync=continue does to unfinished responses: retract computes their keys and values anew,
-    #: in_place keeps the old ones (SGLang then cannot drop its prefix cache either, so later prompts with the same
-    #: beginning reuse older weights' values).
+    #: What rollout.schedule.on_weight_sync=continue does to unfinished responses: retract computes their keys and
+    #: values anew, in_place keeps the old ones (SGLang then cannot drop its prefix cache either, so later prompts with
+    #: the same beginning reuse older weights' values).
     pause: Literal["retract", "in_place"] = "retract"
 
     def __post_init__(self) -> None:

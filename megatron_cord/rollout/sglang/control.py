@@ -67,8 +67,8 @@ class Control:
             good, lost = call_each(servers, self._check)
             if barred := [server.url for server, error in lost.items() if error.status in _BARRED]:
                 raise CordError(
-                    f"{', '.join(barred)} refuses the API key; set rollout.sglang.api_key_file or {KEY_VARIABLE} to the "
-                    "servers' key"
+                    f"{', '.join(barred)} refuses the API key; set rollout.sglang.api_key_file or {KEY_VARIABLE} to "
+                    "the servers' key"
                 )
             if len(good) >= max(1, count):
                 return [server for server in servers if server in good]

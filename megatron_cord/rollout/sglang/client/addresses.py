@@ -51,7 +51,9 @@ class Addresses:
     @property
     def described(self) -> str:
         """The setting that names the servers, for messages."""
-        return "rollout.sglang.servers" if self.servers_file is None else f"rollout.sglang.servers_file {self.servers_file}"
+        if self.servers_file is None:
+            return "rollout.sglang.servers"
+        return f"rollout.sglang.servers_file {self.servers_file}"
 
 
 def read_servers_file(file: Path) -> list[str]:
