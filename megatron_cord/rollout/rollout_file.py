@@ -122,7 +122,7 @@ def read_rollouts(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def _first_null(column: pa.ChunkedArray) -> int:
-    return column.is_null().to_pylist().index(True)
+    return int(column.is_null().to_pylist().index(True))
 
 
 def _clean(value: Any) -> Any:
