@@ -30,7 +30,7 @@ def make_in_own_session(config: SpokenSetConfig, output: Path, workers: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("count", "shard_size", "workers"), [(120, 12, 1), pytest.param(2000, 64, 2, marks=pytest.mark.slow)]
+    ("count", "shard_size", "workers"), [(60, 6, 1), pytest.param(2000, 64, 2, marks=pytest.mark.slow)]
 )
 def test_killed_twice_ends_as_one_identical_set(tmp_path: Path, count: int, shard_size: int, workers: int) -> None:
     """Would catch a resumed set that lacks, doubles or changes a sample, and workers that take part in its content."""
