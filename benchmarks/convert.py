@@ -3,7 +3,7 @@
     python -m benchmarks.convert [--megabytes 1200] [--turns 5] [--output benchmarks/results/convert.json]
     python -m benchmarks.convert --full-size [--output benchmarks/results/convert_full_size.json]
 
-A random checkpoint of about that size is written first, so its files are in the page cache for everybody. Then, turn
+A random checkpoint of about that size is written first, so its files are in the page cache for all turns. Then, turn
 by turn: the files are copied (shutil.copytree), imported (HF files to a distributed checkpoint) and exported (that
 checkpoint to HF files). All three end when what they wrote is on the disk (fsync), and all begin with nothing left to
 write and with free memory that was in use a moment ago: on a virtual machine, memory that has lain idle costs several
@@ -11,13 +11,12 @@ times the copy itself to get back. `write` does the least that an export could: 
 already. Medians of the turns are compared. One process, float32.
 
 `--full-size` converts files with all shapes of Qwen2-Audio-7B, 17 GB in bfloat16, there and back in one process, and
-says how much memory that took at most. The files are holes, which read as zeros without a disk, so their speed is not
+reports the peak of memory. The files are holes, which read as zeros without a disk, so their speed is not
 compared with a copy. Needs 36 GB of disk.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
@@ -40,6 +39,7 @@ from megatron_cord.model.families import load_architecture
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.plan.published import published
 from megatron_cord.runtime.entry import Parser, run
+from megatron_cord.runtime.files import write_json
 from megatron_cord.trainer.checkpoint.progress import Progress, write_progress
 
 HIDDEN = 1024
@@ -184,8 +184,7 @@ def main() -> None:
             else measure(Path(work), arguments.megabytes, arguments.turns)
         )
     figures["load_average"] = os.getloadavg()[0]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({name: round(value, 3) for name, value in figures.items()}, indent=1) + "\n")
+    write_json(output, {name: round(value, 3) for name, value in figures.items()})
     print(output.read_text())
 
 

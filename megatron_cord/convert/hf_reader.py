@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_cord.errors import CordError
 
-_BLOCK = 1 << 24  # bytes at a time of what is cut or changed in precision while it is read
+_BLOCK = 1 << 24  # bytes read at a time of a tensor that is sliced or changes precision
 #: the format's names of what a model's weights may be
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -188,7 +188,7 @@ def _payload(path: Path, info: Any, sizes: torch.Size, dtype: torch.dtype) -> in
                 and tensor.storage_offset() == 0
             ):
                 return int(tensor.untyped_storage()._checkpoint_offset)
-        problem = "it holds another tensor than its metadata say"
+        problem = "it holds another tensor than its metadata describe"
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         problem = getattr(error, "strerror", None) or type(error).__name__
     raise CordError(f"{path} is damaged ({problem}); import it again, or take another checkpoint")

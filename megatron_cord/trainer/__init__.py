@@ -1,3 +1,1 @@
-"""The trainer: the run, the step, checkpoints, metrics and the rollout dump."""
-
-import megatron_cord.parallel  # noqa: F401 (makes megatron.core, which the modules here import first, usable without CUDA)
+"""The trainer: a run and its configuration, the step, checkpoints, and what can be observed of a run."""

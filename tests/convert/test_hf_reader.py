@@ -39,7 +39,7 @@ def test_shards_are_read_by_the_index(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [0, 4, 8, 20, -1])
 def test_truncated(tmp_path: Path, kept: int) -> None:
-    """Catches a file cut in its length, header or data that ends in a traceback, or is read as if it were whole."""
+    """Catches a file truncated in length, header or data that ends in a traceback, or is read as if it were whole."""
     save_file({"a": torch.arange(6.0)}, tmp_path / "model.safetensors")
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
@@ -53,7 +53,7 @@ def test_not_safetensors(tmp_path: Path) -> None:
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:
-    """Catches weights that are unpickled, and a refusal that does not say how to go on."""
+    """Catches weights that are unpickled, and a refusal without a way out."""
     torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     said = error(tmp_path)
     assert said.startswith(f"{tmp_path} has no .safetensors file, and pytorch_model.bin may execute code when read; ")

@@ -95,7 +95,7 @@ def test_plan() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_library_reads_what_is_written(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Catches what only our own reader would accept, and a transposed tensor written in another order."""
+    """Catches what only the project's own reader accepts, and a transposed tensor written in another order."""
     given = tensors() | {"a": tensors()["a"].t().contiguous().t()}
     out = HFDirectoryWriter(tmp_path / "out", plan_shards(SHAPES, dtype, 40), dtype)
     out.begin()
@@ -184,14 +184,14 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     ],
 )
 def test_a_stream_that_is_not_the_plan(tmp_path: Path, given: list[tuple[str, Tensor]], words: str) -> None:
-    """Catches a header that promises what the bytes do not hold."""
+    """Catches a header that describes more than the bytes hold."""
     with pytest.raises(CordError, match=words):
         writer(tmp_path / "out").write(given)
     assert not (tmp_path / "out").exists()
 
 
 def test_rows_that_are_not_the_plan(tmp_path: Path) -> None:
-    """Catches a tensor that was cut short while it was read, under a header that promises all of it."""
+    """Catches a tensor that was truncated while it was read, under a header for all of it."""
     begun = writer(tmp_path / "out")
     with pytest.raises(CordError, match=r"tensor a \[3, 5\] was planned but 2 rows came"):
         begun.write_files(lambda name: [tensors()[name][:2]], SHARDS, lambda nbytes: None)

@@ -80,7 +80,7 @@ def error(directory: Path, model: LALM) -> str:
 
 
 def test_damaged_files_are_named(copy: Path, model: LALM) -> None:
-    """Catches a traceback, or wrong weights, where a file is cut short, overwritten or gone."""
+    """Catches a traceback, or wrong weights, where a file is truncated, overwritten or gone."""
     (data,) = copy.glob("*.distcp")
     content = data.read_bytes()
     data.write_bytes(content[: len(content) // 2])
@@ -112,7 +112,7 @@ def test_another_order_of_elements_is_refused(copy: Path, model: LALM) -> None:
     dtypes = {entry: torch.empty(shape) for entry, shape in _saved_shapes(copy).items()}
     shutil.rmtree(copy)
     save_distributed(dtypes, storage_writer=FileSystemWriter(copy), planner=_Transposed(flatten_state_dict=False))
-    assert "it holds another tensor than its metadata say" in error(copy, model)
+    assert "it holds another tensor than its metadata describe" in error(copy, model)
 
 
 def _saved_shapes(directory: Path) -> dict[str, torch.Size]:

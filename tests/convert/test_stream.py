@@ -67,7 +67,7 @@ def test_round_trip_in_bfloat16(layout: Layout, tensors: dict[str, Tensor]) -> N
 
 
 def test_every_parameter_has_a_rule(model: LALM) -> None:
-    """Catches a parameter that neither import nor export knows."""
+    """Catches a parameter that neither import nor export covers."""
     assert global_parameters(model).keys() == tensor_map_of(model).by_megatron_name.keys()
 
 

@@ -119,7 +119,7 @@ def save(directory: Path, family: str, tied: bool) -> None:
         config = {
             "model_type": family, "architectures": ["StepAudio2ForCausalLM"], "audio_token_id": AUDIO_ID,
             "audio_encoder_config": STEP_ENCODER, "text_config": DECODER,
-            # As published; neither we nor the rollout server run it.
+            # As published; neither the trainer nor the rollout server runs it.
             "auto_map": {"AutoConfig": "configuration_step_audio_2.StepAudio2Config"},
         }  # fmt: skip
         (directory / "config.json").write_text(json.dumps(config))

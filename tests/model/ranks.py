@@ -70,9 +70,8 @@ class Outcome:
 
     changed_by_round_trip: list[str]
     logits: dict[int, Tensor] = field(default_factory=dict)  #: of each batch [B, S, V]
-    gradients: dict[str, Tensor] = field(
-        default_factory=dict
-    )  #: empty with the distributed optimizer, which cuts them over ranks
+    #: empty with the distributed optimizer, which splits them over ranks
+    gradients: dict[str, Tensor] = field(default_factory=dict)
     gradient_norm: float = 0.0
     key_bias: float = 0.0  #: largest in the encoder after the step
     updated: dict[str, Tensor] = field(default_factory=dict)
@@ -116,7 +115,7 @@ def _batch(
                 row += torch.randint(0, AUDIO_ID, (size,), generator=generator).tolist()
         rows.append(row)
     longest = max(map(len, rows))
-    longest += longest % 2  # sequence parallelism cuts it in two
+    longest += longest % 2  # sequence parallelism splits it in two
     token_ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     weights = torch.randn(len(rows), longest, VOCAB_SIZE, generator=generator)
     for row, weight in zip(rows, weights, strict=True):

@@ -60,9 +60,9 @@ def differences(_rank: int) -> dict[str, tuple[float, float, list[tuple[int, ...
             (features * weights).sum().backward()
             results.append((features.detach(), _gradients(encoder)))
             parallel_state.destroy_model_parallel()
-        (plain, gradients), (cut, others) = results
+        (plain, gradients), (split, others) = results
         found[name] = (
-            float((plain - cut).abs().max()),
+            float((plain - split).abs().max()),
             max(float((others[key] - gradient).abs().max()) for key, gradient in gradients.items()),
             seen,
         )

@@ -114,8 +114,8 @@ def test_a_clip_does_not_depend_on_its_padding(tmp_path: Path) -> None:
     clips = torch.randn(WINDOW - 2, MELS, WINDOW, generator=torch.Generator().manual_seed(0))
     lengths = range(3, WINDOW - 1)
     with torch.no_grad():
-        heard = model.adapter(model.audio_encoder(clips[: len(lengths)], torch.tensor(lengths)))
-        for given, clip, frames in zip(heard, clips, lengths, strict=False):
+        features = model.adapter(model.audio_encoder(clips[: len(lengths)], torch.tensor(lengths)))
+        for given, clip, frames in zip(features, clips, lengths, strict=False):
             alone = reference.encode_audio(clip[:, : frames + 2], frames)
             torch.testing.assert_close(given[: len(alone)], alone, rtol=0, atol=1e-5)
     finalize()
@@ -125,9 +125,9 @@ def test_a_text_model_refuses_audio(tmp_path: Path) -> None:
     """Catches audio that is dropped without a word."""
     save(tmp_path, "llama", tied=False)
     model = LALM(load_architecture(tmp_path), initialize(ParallelConfig(), seed=0), torch.float32)
-    heard = ModelInput(torch.tensor([[1, AUDIO_ID]]), torch.zeros(1, MELS, WINDOW), torch.tensor([4]), ("a",))
+    audio = ModelInput(torch.tensor([[1, AUDIO_ID]]), torch.zeros(1, MELS, WINDOW), torch.tensor([4]), ("a",))
     with pytest.raises(CordError, match="samples a: audio for a llama model, which takes text alone"):
-        model(heard)
+        model(audio)
     finalize()
 
 

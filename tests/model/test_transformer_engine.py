@@ -1,6 +1,6 @@
 """Layers of transformer-engine's shape, with plain classes in the place of its own; its kernels are not tested.
 
-What is tested is ours: which layer is chosen, the masks that the attention is given, and that a norm inside a matrix
+The tests cover the choice of the layer, the masks that the attention is given, and that a norm inside a matrix
 has its published name.
 """
 
@@ -114,7 +114,7 @@ def test_norms_inside_matrices(layout: Layout, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_masks(layout: Layout) -> None:
-    """Catches an attention that is asked for a padding mask which no one gives it: transformer-engine refuses that."""
+    """Catches an attention of type padding without a padding mask: transformer-engine refuses that."""
     model = LALM(ARCHITECTURE, layout, torch.float32)
     assert model.audio_encoder is not None
     assert model.audio_encoder.block.layers[0].self_attention.attn_mask_type == AttnMaskType.padding

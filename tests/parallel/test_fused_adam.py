@@ -32,14 +32,14 @@ def give_gradients(tensors: list[Tensor], step: int) -> None:
 
 def test_equals_adamw() -> None:
     """Catches a wrong bias correction, coupled weight decay, and settings of a group that are ignored or go stale."""
-    ours, theirs = parameters(), parameters()
-    optimizer, reference = FusedAdam(groups(ours), **SETTINGS), torch.optim.AdamW(groups(theirs), **SETTINGS)
+    fused, plain = parameters(), parameters()
+    optimizer, reference = FusedAdam(groups(fused), **SETTINGS), torch.optim.AdamW(groups(plain), **SETTINGS)
     for step in range(6):
-        for each, tensors in ((optimizer, ours), (reference, theirs)):
+        for each, tensors in ((optimizer, fused), (reference, plain)):
             give_gradients(tensors, step)
             each.param_groups[0]["lr"] = 0.1 / (step + 1)
             each.step()
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-7)
 
 
 def test_continues_from_its_state() -> None:

@@ -1,4 +1,4 @@
-"""Layouts: what a configuration may say, and where a rank finds itself."""
+"""Layouts: which configurations are valid, and the place of a rank in them."""
 
 from __future__ import annotations
 

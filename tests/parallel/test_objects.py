@@ -25,7 +25,7 @@ def test_gather_in_a_group() -> None:
 
 
 def test_broadcast() -> None:
-    """Catches a value of another rank than the one asked for."""
+    """Catches a value of another rank than the source."""
     assert [rank.received for rank in seen()] == [{"from": 2}] * 3
 
 

@@ -43,7 +43,7 @@ LIKE: dict[str, Callable[..., torch.Tensor]] = {
 @without_cuda
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda", 0), 0], ids=str)
 def test_factories_map_cuda_to_the_cpu(device: Any) -> None:
-    """Catches a factory that asks for a device which is not there."""
+    """Catches a factory that names a missing device."""
     for name, make in FACTORIES.items():
         assert make(device=device).device.type == "cpu", name
     for name, make in LIKE.items():

@@ -1,6 +1,6 @@
 """What three ranks' processes run for the tests of layouts, of values exchanged as JSON, and of engines used together.
 
-One start of the ranks serves all test modules that ask.
+One start of the ranks serves all test modules.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REQUEST_COUNTS = (0, 1, 3, 7)
 
 
 class EchoEngine:
-    """Answers each request with its seed, and counts what it was asked."""
+    """An engine that answers each request with its seed, and counts requests."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []

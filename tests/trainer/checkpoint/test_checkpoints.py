@@ -90,9 +90,9 @@ def test_a_run_goes_on_from_the_checkpoint_before(
     meanwhile = alone(inputs, tmp_path / "meanwhile", "checkpoint.keep=0")
     assert losses(meanwhile) == losses(waiting)
     for step in (2, 4, 5):
-        ours, theirs = (run / "checkpoints" / f"step_{step:06d}" for run in (meanwhile, waiting))
-        assert names(ours) == names(theirs)
-        assert file_digest(ours / "__0_0.distcp") == file_digest(theirs / "__0_0.distcp")
+        first, second = (run / "checkpoints" / f"step_{step:06d}" for run in (meanwhile, waiting))
+        assert names(first) == names(second)
+        assert file_digest(first / "__0_0.distcp") == file_digest(second / "__0_0.distcp")
     shutil.rmtree(meanwhile / "checkpoints" / "step_000005")
     damaged = meanwhile / "checkpoints" / "step_000004" / "__0_0.distcp"
     content = bytearray(damaged.read_bytes())
