@@ -94,7 +94,8 @@ def with_kept_memory(part: str, turns: int) -> dict[str, dict[str, float]]:
     environment = {**os.environ, "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     command = [sys.executable, "-m", "benchmarks.loss", "turns", part, "--turns", str(turns)]
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def take_turns_at(part: str, turns: int) -> dict[str, dict[str, float]]:
@@ -154,7 +155,8 @@ def peaks_in_own_process(sizes: list[tuple[int, int, int]], names: list[str]) ->
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, "-m", "benchmarks.loss", "peak", json.dumps(sizes), json.dumps(names)]
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return json.loads(done.stdout.splitlines()[-1])
+    result: list[dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def on_ranks(turns: int) -> dict[str, dict[str, float]] | None:
@@ -183,7 +185,8 @@ def ranks_in_own_processes(turns: int) -> dict[str, dict[str, float]]:
     done = subprocess.run(
         [*command, "rank", "--turns", str(turns)], cwd=ROOT, check=True, capture_output=True, text=True
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def sweep(turns: int) -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ def ours_from_logits(backend: str) -> Candidate:
         assert inputs.logits is not None
         assert inputs.teacher_logits is not None
         stats = divergence_from_logits(inputs.logits, inputs.teacher_logits, inputs.target_ids, backend=backend)
-        (stats.kl * inputs.token_weights).sum().backward()
+        (stats.kl * inputs.token_weights).sum().backward()  # type: ignore[no-untyped-call]
 
     return run
 
@@ -104,7 +104,7 @@ def ours(implementation: str, backend: str, group: dist.ProcessGroup | None = No
             implementation=implementation,
             backend=backend,
         )
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     return run
 
@@ -140,21 +140,23 @@ def exact_loss_from_hidden(
 
 def plain_from_logits(function: Callable[..., tuple[Tensor, ...]]) -> Candidate:
     """``plain_loss``, or that compiled."""
-    return lambda inputs: function(inputs.logits, inputs.teacher_logits, inputs.target_ids, inputs.token_weights)[
-        0
-    ].backward()
+
+    def run(inputs: Inputs) -> None:
+        loss, *_ = function(inputs.logits, inputs.teacher_logits, inputs.target_ids, inputs.token_weights)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    return run
 
 
 def plain(function: Callable[..., tuple[Tensor, ...]]) -> Candidate:
     """``plain_loss_from_hidden``, or that compiled."""
-    return lambda inputs: function(
-        inputs.hidden,
-        inputs.weight,
-        inputs.teacher_hidden,
-        inputs.teacher_weight,
-        inputs.target_ids,
-        inputs.token_weights,
-    )[0].backward()
+
+    def run(inputs: Inputs) -> None:
+        arguments = (inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids)
+        loss, *_ = function(*arguments, inputs.token_weights)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    return run
 
 
 def liger_chunked(chunk_size: int = 1024, *, exact: bool = False) -> Candidate | None:
@@ -209,10 +211,10 @@ def gathered(group: dist.ProcessGroup) -> Candidate:
     """Gathers both models' logits over the ranks, and goes on as on one."""
 
     def run(inputs: Inputs) -> None:
-        logits = _GatherColumns.apply(inputs.hidden @ inputs.weight.T, group)
+        logits = _GatherColumns.apply(inputs.hidden @ inputs.weight.T, group)  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            teacher_logits = _GatherColumns.apply(inputs.teacher_hidden @ inputs.teacher_weight.T, group)
-        plain_loss(logits, teacher_logits, inputs.target_ids, inputs.token_weights)[0].backward()
+            teacher_logits = _GatherColumns.apply(inputs.teacher_hidden @ inputs.teacher_weight.T, group)  # type: ignore[no-untyped-call]
+        plain_loss(logits, teacher_logits, inputs.target_ids, inputs.token_weights)[0].backward()  # type: ignore[no-untyped-call]
         _sum_hidden_gradient(inputs, group)
 
     return run
@@ -225,14 +227,15 @@ def all_reduced(group: dist.ProcessGroup) -> Candidate:
         maximum = logits.detach().amax(1)
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
         shifted = logits - maximum[:, None]
-        return shifted - differentiable.all_reduce(shifted.exp().sum(1), group=group).log()[:, None]
+        total: Tensor = differentiable.all_reduce(shifted.exp().sum(1), group=group)  # type: ignore[no-untyped-call]
+        return shifted - total.log()[:, None]
 
     def run(inputs: Inputs) -> None:
         log_p = log_softmax((inputs.hidden @ inputs.weight.T).float())
         with torch.no_grad():
             log_q = log_softmax((inputs.teacher_hidden @ inputs.teacher_weight.T).float())
         p = log_p.exp()
-        divergence = differentiable.all_reduce((p * (log_p - log_q)).sum(1), group=group)
+        divergence = differentiable.all_reduce((p * (log_p - log_q)).sum(1), group=group)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             entropy = -(p * log_p).sum(1)
             dist.all_reduce(entropy, group=group)

@@ -8,13 +8,13 @@ Start with ``cord``, the paper's equations. How a divergence is formed over a vo
 
 from megatron_cord.losses.cord import cord_token_weights
 from megatron_cord.losses.divergence import (
-    ChunkLoss,
     distillation_loss,
     divergence_from_hidden,
     divergence_from_logits,
     token_logprobs_from_hidden,
 )
 from megatron_cord.losses.divergences import DivergenceConfig
+from megatron_cord.losses.implementations.fused import ChunkLoss
 from megatron_cord.losses.policy_gradient import (
     PolicyGradientConfig,
     group_advantages,

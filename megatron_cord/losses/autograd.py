@@ -45,6 +45,12 @@ class DivergenceFromLogits(torch.autograd.Function):
         return gradient, None, None, None
 
 
+def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> tuple[Tensor, ...]:
+    """Return the outputs of an autograd function that has several: ``function.apply``, typed."""
+    outputs: tuple[Tensor, ...] = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return outputs
+
+
 def declare_outputs(ctx: Any, stats: GlobalStats) -> tuple[Tensor, ...]:
     """Tell autograd which outputs carry gradient, and to pass None for outputs without one; return the outputs."""
     ctx.set_materialize_grads(False)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cord.errors import CordError
-from megatron_cord.losses.autograd import DivergenceFromLogits
+from megatron_cord.losses.autograd import DivergenceFromLogits, apply_function
 from megatron_cord.losses.checks import (
     check_cu_seqlens,
     check_distributions,
@@ -102,7 +102,9 @@ def divergence_from_logits(
         {student_logits.dtype, teacher_logits.dtype},
         backend,
     )
-    stats = GlobalStats(*DivergenceFromLogits.apply(student_logits, teacher_logits.detach(), target_ids, shard))
+    stats = GlobalStats(
+        *apply_function(DivergenceFromLogits, student_logits, teacher_logits.detach(), target_ids, shard)
+    )
     return _token_stats(stats, check_finite)
 
 
@@ -170,7 +172,7 @@ def divergence_from_hidden(
     )
     chosen = _choose(implementation, inputs, shard, can_fuse=False)
     function = CachedGrad if chosen == "cached_grad" else Recompute
-    stats = GlobalStats(*function.apply(*inputs, shard, _chunks(inputs, shard, chunk_tokens, None)))
+    stats = GlobalStats(*apply_function(function, *inputs, shard, _chunks(inputs, shard, chunk_tokens, None)))
     return _token_stats(stats, check_finite)
 
 
@@ -252,10 +254,10 @@ def distillation_loss(
     chunks = _chunks(inputs, shard, chunk_tokens, cu_seqlens)
     chosen = _choose(implementation, inputs, shard, can_fuse=splittable)
     if chosen == "fused":
-        loss, *fields = Fused.apply(*inputs, shard, chunks, chunk_loss)
+        loss, *fields = apply_function(Fused, *inputs, shard, chunks, chunk_loss)
         return loss, _token_stats(GlobalStats(*fields), check_finite)
     function = CachedGrad if chosen == "cached_grad" else Recompute
-    stats = _token_stats(GlobalStats(*function.apply(*inputs, shard, chunks)), check_finite)
+    stats = _token_stats(GlobalStats(*apply_function(function, *inputs, shard, chunks)), check_finite)
     return chunk_loss(stats, slice(0, len(target_ids))), stats.detach()
 
 
@@ -297,7 +299,7 @@ def token_logprobs_from_hidden(
         (NO_TEACHER, temperature, vocab_size, tp_group, backend),
         sequence_parallel,
     )
-    stats = GlobalStats(*Recompute.apply(*inputs, shard, _chunks(inputs, shard, chunk_tokens, None)))
+    stats = GlobalStats(*apply_function(Recompute, *inputs, shard, _chunks(inputs, shard, chunk_tokens, None)))
     return _token_stats(stats._replace(divergence=stats.divergence.detach()), check_finite)
 
 

@@ -149,7 +149,7 @@ class VocabularyShard:
             return PendingGather(mine[None], None)
         gathered = mine.new_empty(self.num_ranks * mine.shape[0], mine.shape[1])
         work = dist.all_gather_into_tensor(gathered, mine.contiguous(), group=self.group, async_op=True)
-        return PendingGather(gathered.unflatten(0, (self.num_ranks, mine.shape[0])), work)
+        return PendingGather(gathered.view(self.num_ranks, *mine.shape), work)
 
 
 @dataclass(frozen=True)

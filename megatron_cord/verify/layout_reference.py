@@ -179,7 +179,7 @@ def reference_step(
         loss = loss - objective.policy_gradient.weight * sequence.response.advantage * (ratio * log_p_t).sum() / len(
             sequences
         )
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     trained = {_published(n): p for n, p in model.named_parameters() if p.requires_grad}
     gradients = {name: parameter.grad.clone() for name, parameter in trained.items() if parameter.grad is not None}
     torch.nn.utils.clip_grad_norm_(trained.values(), optimizer.clip_norm)
@@ -191,13 +191,14 @@ def reference_step(
 
 
 def _log_probabilities(model: Qwen2AudioForConditionalGeneration, prompt: Prompt, rollout: Rollout) -> Tensor:
-    """[T, V], at the positions that predict the response."""
+    """Return [T, V], at the positions that predict the response."""
     inputs = {"input_ids": torch.tensor([prompt.token_ids + rollout.token_ids])}
     if prompt.clips:
         frames = torch.tensor([clip.num_frames for clip in prompt.clips])
         inputs["input_features"] = torch.stack([clip.features for clip in prompt.clips]).double()
         inputs["feature_attention_mask"] = (torch.arange(WINDOW)[None] < frames[:, None]).long()
-    return model(**inputs).logits[0, len(prompt.token_ids) - 1 : -1].log_softmax(-1)
+    logits: Tensor = model(**inputs).logits
+    return logits[0, len(prompt.token_ids) - 1 : -1].log_softmax(-1)
 
 
 def _weights(divergence: Tensor, config: TokenWeightsConfig) -> Tensor:

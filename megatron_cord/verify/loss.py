@@ -210,7 +210,7 @@ def _errors(
         values, gradient = expected(student, teacher)
         leaf = student[:, mine].clone().requires_grad_()
         stats = divergence_from_logits(leaf, teacher[:, mine].clone(), problem.target_ids, **options)
-        _loss(stats, problem.weights).backward()
+        _loss(stats, problem.weights).backward()  # type: ignore[no-untyped-call]
         return torch.stack([_value_error(stats, values), _relative(leaf.grad, gradient[:, mine]), hidden.new_zeros(())])
     values, gradient = expected(student, teacher)
     leaves = problem.student_hidden.clone().requires_grad_(), problem.student_weight[mine].clone().requires_grad_()
@@ -224,7 +224,7 @@ def _errors(
         chunk_tokens=20,  # several chunks, the last one shorter
         **options,
     )
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     return torch.stack(
         [
             _value_error(stats, values),

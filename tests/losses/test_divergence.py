@@ -43,7 +43,7 @@ def check_against_reference(student: Tensor, teacher: Tensor, *, tolerance: floa
     weights = torch.randn(3, num_tokens, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     leaf = student.clone().requires_grad_()
     stats = divergence_from_logits(leaf, teacher, target_ids, **options)
-    weighted(stats, weights).backward()
+    weighted(stats, weights).backward()  # type: ignore[no-untyped-call]
     expected, gradient = reference_logits_gradient(student, teacher, target_ids, weights, **options)
     for actual, value in zip(
         (stats.kl, stats.entropy, stats.student_logprob, stats.teacher_logprob), expected, strict=True
@@ -127,7 +127,7 @@ def test_teacher_equal_to_student(kind: str) -> None:
     inputs = make_inputs(num_tokens=16, hidden=8, columns=500, vocab_size=500, dtype=torch.float32)
     hidden, weight = inputs.student_hidden.clone().requires_grad_(), inputs.student_weight.clone().requires_grad_()
     stats = divergence_from_hidden(hidden, weight, hidden, weight, inputs.target_ids, kind=kind)
-    stats.kl.sum().backward()
+    stats.kl.sum().backward()  # type: ignore[no-untyped-call]
     assert stats.kl.abs().max() < 1e-6
     assert hidden.grad is not None and hidden.grad.abs().max() < 1e-6
 
@@ -156,7 +156,7 @@ def test_infinite_divergence(kind: str, student_logit: float) -> None:
     assert stats.kl[0].isfinite() and stats.kl[1] == INFINITY
     weights = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
     kept = torch.where(weights[0] == 0, 0.0, stats.kl)  # 0 · inf is NaN already in the loss
-    (kept.sum() + (torch.stack([stats.entropy, stats.student_logprob]) * weights[1:]).sum()).backward()
+    (kept.sum() + (torch.stack([stats.entropy, stats.student_logprob]) * weights[1:]).sum()).backward()  # type: ignore[no-untyped-call]
     # The reference of the second row leaves the infinite term out by comparing the student with itself.
     second = reference_logits_gradient(student, student.detach(), torch.tensor([1, 2]), weights, kind=kind)[1][1]
     assert student.grad is not None and student.grad.isfinite().all()
@@ -178,25 +178,25 @@ def test_small_divergence_from_bfloat16_hidden_states(implementation: str) -> No
     hidden, weight = inputs.student_hidden.clone().requires_grad_(), inputs.student_weight.clone().requires_grad_()
     arguments = (hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids)
     loss, stats = weighted_loss(torch.ones(1, 32), *arguments, implementation=implementation)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None and weight.grad is not None
     assert relative_error(stats.kl, true_kl) < 5e-3
     assert relative_error(hidden.grad, hidden_gradient) < 1e-2
     assert relative_error(weight.grad, weight_gradient) < 1e-2
 
     logits = (inputs.student_hidden @ inputs.student_weight.T).requires_grad_()
-    divergence_from_logits(logits, inputs.logits()[1], inputs.target_ids).kl.sum().backward()
+    divergence_from_logits(logits, inputs.logits()[1], inputs.target_ids).kl.sum().backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None
     assert (
         relative_error(logits.grad @ inputs.student_weight, hidden_gradient) > 1e-1
     )  # the test can tell the two apart
 
 
-class LargestTensor(TorchDispatchMode):
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the number of elements of the largest tensor that any operation makes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -214,7 +214,7 @@ def test_logits_exist_for_a_chunk_at_a_time(implementation: str) -> None:
     with LargestTensor() as largest:
         arguments = (hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.target_ids)
         loss, _ = weighted_loss(torch.ones(1, 64), *arguments, chunk_tokens=8, implementation=implementation)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     assert largest.elements == 8 * 100
 
 
@@ -234,7 +234,7 @@ def test_chunks_and_implementations_make_no_difference() -> None:
             chunk_tokens=chunk,
             implementation=implementation,
         )
-        (3.0 * loss).backward()
+        (3.0 * loss).backward()  # type: ignore[no-untyped-call]
         assert hidden.grad is not None and weight.grad is not None
         outcomes.append((stats.kl, loss.detach(), hidden.grad, weight.grad))
     for outcome in outcomes[1:]:
@@ -247,7 +247,7 @@ def test_gradient_reaches_the_student_alone() -> None:
     student, teacher = (logits.clone().requires_grad_() for logits in inputs.logits())
     stats = divergence_from_logits(student, teacher, inputs.target_ids)
     assert not stats.teacher_logprob.requires_grad
-    stats.kl.sum().backward()
+    stats.kl.sum().backward()  # type: ignore[no-untyped-call]
     assert student.grad is not None and teacher.grad is None
 
     hidden, teacher_hidden, weight = (
@@ -255,7 +255,7 @@ def test_gradient_reaches_the_student_alone() -> None:
     )
     hidden.requires_grad_()
     teacher_hidden.requires_grad_()
-    divergence_from_hidden(hidden, weight, teacher_hidden, weight, inputs.target_ids).kl.sum().backward()
+    divergence_from_hidden(hidden, weight, teacher_hidden, weight, inputs.target_ids).kl.sum().backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None and teacher_hidden.grad is None and weight.grad is None
 
 
@@ -272,7 +272,7 @@ def test_logits_of_different_types() -> None:
     student = torch.randn(4, 20, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).requires_grad_()
     teacher = torch.zeros(4, 20, dtype=torch.float16)
     stats = divergence_from_logits(student, teacher, torch.arange(4))
-    stats.kl.sum().backward()
+    stats.kl.sum().backward()  # type: ignore[no-untyped-call]
     expected = reference_logits_gradient(student, teacher, torch.arange(4), torch.zeros(3, 4), kind="reverse_kl")[0][0]
     assert stats.kl.dtype == torch.float32
     torch.testing.assert_close(stats.kl.detach().double(), expected, rtol=1e-5, atol=1e-5)
@@ -295,16 +295,16 @@ def test_logprobs_without_a_teacher(vocab_size: int | None) -> None:
     assert not stats.kl.requires_grad and stats.kl.count_nonzero() == 0
     torch.testing.assert_close((stats.entropy.detach(), stats.student_logprob.detach()), expected[1:3])
     assert torch.equal(stats.teacher_logprob, stats.student_logprob)
-    (stats.entropy * weights[1] + stats.student_logprob * weights[2]).sum().backward()
+    (stats.entropy * weights[1] + stats.student_logprob * weights[2]).sum().backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None and weight.grad is not None
     torch.testing.assert_close([hidden.grad, weight.grad], gradients)
 
 
-class Products(TorchDispatchMode):
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts matrix products."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -340,5 +340,5 @@ def test_products(implementation: str, only_kl: bool, tied: bool, products: int)
             inputs.target_ids,
             implementation=implementation,
         )
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     assert counted.count == products

@@ -109,11 +109,11 @@ class Outcome:
     collectives: tuple[list[str], list[str]]  #: of the forward and of the backward pass
 
 
-class Collectives(TorchDispatchMode):
+class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the collectives that run under it, whatever function started them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -166,7 +166,7 @@ def run_case(case: Case, group: dist.ProcessGroup | None) -> Outcome:
         with forward:
             loss, stats = weighted_loss(weights, *arguments, **options)
     with backward:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     gradients = tuple(leaf.grad for leaf in leaves if leaf.grad is not None)
     return Outcome(stat_tuple(stats), gradients, (forward.names, backward.names))
 

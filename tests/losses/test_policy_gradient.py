@@ -80,7 +80,7 @@ def test_loss_and_gradient_equal_the_loop(weighted: bool) -> None:
     factors = weights.detach() if weighted else torch.ones(7, dtype=torch.float64)
     terms = factors * logprob.detach()
     torch.testing.assert_close(loss.detach(), (-0.75 * terms[:3].sum() - 0.5 * terms[3:].sum()) / 5)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert logprob.grad is not None and weights.grad is None and advantages.grad is None
     torch.testing.assert_close(logprob.grad, -factors * torch.tensor([0.75] * 3 + [0.5] * 4) / 5)
 

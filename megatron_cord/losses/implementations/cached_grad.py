@@ -53,7 +53,7 @@ class CachedGrad(torch.autograd.Function):
         # By blocks of columns, each with all tokens: one product a block makes the weight's gradient.
         num_tokens = len(target_ids)
         memory = empty_in_huge_pages(num_tokens * shard.columns, dtype=dtype, device=student_hidden.device)
-        pieces = memory.split([num_tokens * (span.stop - span.start) for span in spans])
+        pieces = torch.split(memory, [num_tokens * (span.stop - span.start) for span in spans])
         unweighted = [piece.view(num_tokens, span.stop - span.start) for piece, span in zip(pieces, spans, strict=True)]
         parts = []
         for rows, logits, stats in iter_chunks(shard, layers, target_ids, chunks, keep=True):

@@ -71,7 +71,7 @@ def choose_implementation(
 def free_bytes(device: torch.device) -> int:
     """Return the memory that the device has left and what torch's allocator holds unused."""
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return int(psutil.virtual_memory().available)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 

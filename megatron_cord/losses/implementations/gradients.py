@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_cord.losses.autograd import apply_function
 from megatron_cord.losses.kernels.matmul import LOW_PRECISION, add_product, operand_dtype, write_product
 from megatron_cord.losses.shard import VocabularyShard
 from megatron_cord.parallel.huge_pages import empty_in_huge_pages
@@ -124,16 +125,19 @@ def fresh_gradient_dtype(hidden: Tensor, logits_dtype: torch.dtype) -> torch.dty
 
 def gather_tokens(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Gather [N/TP, H] of each rank, in rank order, as [N, H]; each rank gets the gradient of its own rows."""
-    return hidden if group is None or dist.get_world_size(group) == 1 else _GatherTokens.apply(hidden, group)
+    if group is None or dist.get_world_size(group) == 1:
+        return hidden
+    (gathered,) = apply_function(_GatherTokens, hidden, group)
+    return gathered
 
 
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> tuple[Tensor]:
         ctx.group = group
         gathered = hidden.new_empty(dist.get_world_size(group) * hidden.shape[0], hidden.shape[1])
         dist.all_gather_into_tensor(gathered, hidden.contiguous(), group=group)
-        return gathered
+        return (gathered,)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

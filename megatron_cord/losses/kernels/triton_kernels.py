@@ -126,7 +126,7 @@ def _rows_together(block: Tensor) -> Tensor:
 
 
 def _tile(columns: int) -> int:
-    return min(TILE_COLUMNS, triton.next_power_of_2(max(columns, 1)))
+    return min(TILE_COLUMNS, int(triton.next_power_of_2(max(columns, 1))))
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def _weighted(exp_a, a, b):  # type: ignore[no-untyped-def]
     return tl.where(difference == float("inf"), float("inf"), exp_a * difference)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _statistics_kernel(  # type: ignore[no-untyped-def]
     student,
     teacher,
@@ -212,7 +212,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + 7 * num_tokens + row, y_t)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     student,
     teacher,

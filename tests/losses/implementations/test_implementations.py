@@ -49,7 +49,7 @@ def test_main_grad_takes_the_weights_gradient(implementation: str) -> None:
     for scale in (1.0, 2.0):
         loss, _ = weighted_loss(ONES, hidden, weight, *others, implementation=implementation)
         embedded = weight[:2].float().sum()  # a second use of a tied weight
-        (scale * loss + embedded).backward()
+        (scale * loss + embedded).backward()  # type: ignore[no-untyped-call]
     only_divergence = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)[:, None].expand(3, 7)
     one = Inputs(**{**vars(inputs), "weights": only_divergence})
     expected = reference_hidden_gradients(one, kind="reverse_kl")[2]
@@ -84,7 +84,7 @@ def test_an_unused_infinite_row_poisons_nothing(implementation: str) -> None:
         implementation=implementation,
     )
     assert stats.kl.isinf().all()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None and layer.grad is not None
     p = (hidden.detach() @ weight.T).softmax(1)
     dz = torch.nn.functional.one_hot(torch.tensor([0, 1]), 6) - p
@@ -102,7 +102,7 @@ def test_a_used_infinite_row_is_not_silent(implementation: str) -> None:
     arguments = (hidden, layer, torch.ones(1, 1), teacher_weight, torch.tensor([0]))
     loss, stats = weighted_loss(ONES[:, :1], *arguments, implementation=implementation)
     assert stats.kl.isinf().all()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None and hidden.grad.isnan().all()
 
 
@@ -121,7 +121,7 @@ def test_the_loss_is_evaluated_once_for_each_token(implementation: str) -> None:
     loss, stats = distillation_loss(
         chunk_loss, hidden, *others, implementation=implementation, chunk_tokens=3, cu_seqlens=cu_seqlens
     )
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert seen == ([(0, 3), (3, 6), (6, 7)] if implementation == "fused" else [(0, 7)])
     torch.testing.assert_close(loss.detach(), stats.kl.sum())
     assert hidden.grad is not None and not any(field.requires_grad for field in vars(stats).values())
@@ -137,7 +137,7 @@ def test_a_loss_without_gradient() -> None:
         implementation="fused",
         chunk_tokens=3,
     )
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None and hidden.grad[:3].count_nonzero() == 0 and hidden.grad[3:].count_nonzero() > 0
 
 

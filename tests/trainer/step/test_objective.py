@@ -159,7 +159,7 @@ def assert_as_expected(config: ObjectiveConfig) -> None:
         else:
             token, sequence = expected(config, batch, leaves)
             total = token + sequence
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         gradients.append(
             (token.detach().double(), sequence.detach().double(), leaves["student"].grad, leaves["student_weight"].grad)
         )
