@@ -70,7 +70,7 @@ def to_yaml(config: Any) -> str:
     return text
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
     """Quote every text that a YAML 1.1 reader or this one would take for something else."""
 
 
@@ -183,10 +183,11 @@ class _Reader:
         if not isinstance(value, list) or (fixed and len(value) != len(arguments)):
             raise _WrongTypeError(path, hint, value)
         hints = arguments if fixed else (arguments[0] if arguments else Any,) * len(value)
-        return kind(
+        items = [
             self._convert(item_hint, item, f"{path}.{index}")
             for index, (item_hint, item) in enumerate(zip(hints, value, strict=True))
-        )
+        ]
+        return items if kind is list else tuple(items)
 
     def _where(self, path: str) -> str:
         origin = self.tree.origin(path)

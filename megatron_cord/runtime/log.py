@@ -40,9 +40,9 @@ class LineHandler(logging.Handler):
         self.rank = rank
         self.setFormatter(_Formatter())
 
-    def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
+    def filter(self, record: logging.LogRecord) -> bool:
         """Drop what only rank 0 reports."""
-        return super().filter(record) if self.rank == 0 or record.levelno >= logging.WARNING else False
+        return (self.rank == 0 or record.levelno >= logging.WARNING) and bool(super().filter(record))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record above the bar of this process, or in the place of another process's."""

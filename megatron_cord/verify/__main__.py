@@ -80,7 +80,7 @@ def _subject(name: str) -> str:
 def main() -> int:
     """Run the subject that the command line names."""
     parser = entry.Parser(
-        prog="python -m megatron_cord.verify", description="Checks an installation.", allow_abbrev=False
+        prog="python -m megatron_cord.verify", description="Check an installation.", allow_abbrev=False
     )
     parser.add_argument("subject", type=_subject, choices=SUBJECTS, help="what to check")
     parser.add_argument("overrides", metavar="a.b=value", nargs="*", help="sets one value of the check's configuration")
