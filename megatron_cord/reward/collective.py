@@ -32,9 +32,7 @@ class CollectiveRewards:
         return [Score(**shares[i % world][i // world]) for i in range(len(answered))]
 
 
-def build_rewards(
-    config: RewardConfig, directory: Path, group: dist.ProcessGroup | None = None
-) -> CollectiveRewards:
+def build_rewards(config: RewardConfig, directory: Path, group: dist.ProcessGroup | None = None) -> CollectiveRewards:
     """Build the configured rewards of a group of ranks; a judge keeps its answers in the run's directory."""
     comparer = (
         Judge(config.judge, directory / "judge_cache", writer=dist.get_rank())

@@ -80,7 +80,7 @@ class OpenAIClient:
         name: of the endpoint in messages about its address.
 
     Raises:
-        CordError: the address is none, or holds a password.
+        CordError: the address is none, or holds a password; the key has characters that a header cannot hold.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class OpenAIClient:
         check_endpoint_url(url, name)
         self.url = url.rstrip("/")
         self.patience = patience or Patience()
-        self._key = (os.environ.get(api_key_env) if api_key_env else None) or None
+        self._key = _read_key(api_key_env) if api_key_env else None
         self._max_reply_bytes = max_reply_bytes
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -219,6 +219,15 @@ def check_endpoint_url(url: str, name: str) -> None:
             raise CordError(f"{name} holds a name or a password, which would reach logs; put the key in a variable")
     if not valid:
         raise CordError(f"{name} must look like http://host:port/v1, but is {url!r}")
+
+
+def _read_key(variable: str) -> str | None:
+    """Return the key in an environment variable; None for an empty or unset one."""
+    key = os.environ.get(variable, "").strip()
+    # The HTTP client would quote such a header in its error.
+    if not (key.isascii() and key.isprintable()):
+        raise CordError(f"the environment variable {variable} holds characters that no key has; set it again")
+    return key or None
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:

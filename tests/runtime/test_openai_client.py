@@ -110,6 +110,19 @@ def test_a_key_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
         assert server.requests[0].key is None
 
 
+def test_a_key_that_no_header_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a line break at the end of a key, which makes the HTTP client quote the key in its error."""
+    monkeypatch.setenv("TEST_KEY", f"{KEY}\n")
+    with OpenAIServer(lambda _: Reply(b"1")) as server:
+        client(server, key=True).post("x", parse=bytes, json={})
+        assert server.requests[0].key == f"Bearer {KEY}"
+    for wrong in (f"{KEY}\n{KEY}", f"{KEY}é"):
+        monkeypatch.setenv("TEST_KEY", wrong)
+        with pytest.raises(CordError, match="TEST_KEY holds characters that no key has") as raised:
+            OpenAIClient("http://localhost:1/v1", api_key_env="TEST_KEY")
+        assert KEY not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [

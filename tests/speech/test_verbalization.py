@@ -30,7 +30,7 @@ from megatron_cord.speech import UnspeakableError, verbalize
     ],
 )
 def test_symbols_become_words(written: str, spoken: str) -> None:
-    """Would catch a symbol that is dropped, read wrongly, or left for the synthesiser to guess."""
+    """Would catch a symbol that is dropped, read wrongly, or left for the synthesizer to guess."""
     assert verbalize(written) == spoken
 
 
@@ -58,7 +58,7 @@ def test_what_cannot_be_spoken_is_refused(written: str, reason: str) -> None:
 
 @given(st.text(alphabet="abc XY12.,/-$%^{}\\_()frac+=é×½\n", max_size=80))
 def test_never_fails_otherwise(text: str) -> None:
-    """Would catch a crash, a hang, or a digit or symbol that reaches the synthesiser."""
+    """Would catch a crash, a hang, or a digit or symbol that reaches the synthesizer."""
     try:
         spoken = verbalize(text)
     except UnspeakableError:
