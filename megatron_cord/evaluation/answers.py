@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_cord.data.prompts import PromptBuilder
-from megatron_cord.data.samples import Prompt
+from megatron_cord.data.samples import HEAR, READ, Prompt, View
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.questions import Question
 from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine
@@ -47,11 +47,10 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class PreparedQuestion:
-    """A question with its prompts, None for one that it does not have; `reject`: why it has none at all."""
+    """A question with the prompts of the views that it has; `reject`: why there are none."""
 
     question: Question
-    text: Prompt | None = None
-    audio: Prompt | None = None
+    prompts: Mapping[View, Prompt]
     reject: str | None = None
 
 
@@ -78,12 +77,12 @@ Measure = Callable[[Sequence[AudioResponse]], Measured]
 
 def prepare(question: Question, prompts: PromptBuilder) -> PreparedQuestion:
     """Make the prompts of a question."""
+    views = [READ] * (question.text is not None) + [HEAR] * (question.audio is not None)
     try:
-        text = None if question.text is None else prompts.text_prompt(question.written())
-        audio = None if question.audio is None else prompts.audio_prompt(question.spoken())
+        (prepared,) = prompts.prepare([question.sample()], views)
     except CordError as error:
-        return PreparedQuestion(question, reject=str(error))
-    return PreparedQuestion(question, text, audio)
+        return PreparedQuestion(question, {}, reject=str(error))
+    return PreparedQuestion(question, prepared.prompts)
 
 
 def generate_answers(
@@ -107,14 +106,13 @@ def generate_answers(
     Returns:
         one answer a question, in the same order, and the scalars that were measured.
     """
-    both = [("text", p.question.id, p.text) for p in prepared] + [("audio", p.question.id, p.audio) for p in prepared]
-    asked = [(modality, name, prompt) for modality, name, prompt in both if prompt is not None]
+    asked = [(view, p.question.id, p.prompts[view]) for view in (READ, HEAR) for p in prepared if view in p.prompts]
     rollouts = engine.generate([GenerationRequest(p, 0.0, max_new_tokens) for *_, p in asked]) if asked else []
-    made = {(modality, name): rollout for (modality, name, _), rollout in zip(asked, rollouts, strict=True)}
+    made = {(view, name): rollout for (view, name, _), rollout in zip(asked, rollouts, strict=True)}
     responses = {
-        p.question.id: AudioResponse(p.audio, p.text, made["audio", p.question.id])
+        p.question.id: AudioResponse(p.prompts[HEAR], p.prompts[READ], made[HEAR, p.question.id])
         for p in prepared
-        if p.text is not None and p.audio is not None
+        if {HEAR, READ} <= p.prompts.keys()
     }
     chosen = list(responses)[:measured]
     found = Measured() if measure is None else measure([responses[name] for name in chosen])
@@ -122,7 +120,7 @@ def generate_answers(
     answers = []
     for p in prepared:
         name = p.question.id
-        text, audio = made.get(("text", name)), made.get(("audio", name))
+        text, audio = made.get((READ, name)), made.get((HEAR, name))
         divergence = token_kl.get(name)
         answers.append(
             Answer(

@@ -35,17 +35,12 @@ class Question:
     instruction: str | None = None
     group: str | None = None
 
-    def written(self) -> Sample:
-        """Return the sample of the text prompt."""
-        return Sample(self.id, self.text or "", np.zeros(0, np.float32), answer=self.answer, choices=self.choices)
-
-    def spoken(self) -> Sample:
-        """Read the recording and return the sample of the audio prompt."""
-        assert self.audio is not None
+    def sample(self) -> Sample:
+        """Read the recording, if there is one, and return the sample of which prompts are made."""
         return Sample(
             self.id,
             self.text or "",
-            self.audio(),
+            np.zeros(0, np.float32) if self.audio is None else self.audio(),
             SAMPLING_RATE,
             self.answer,
             choices=self.choices,

@@ -103,15 +103,15 @@ def test_plain(tmp_path: Path) -> None:
     assert (a.text, a.answer, a.group, a.choices) == ("Which is a metal? A. iron. B. wood.", "B", "x", ("iron", "wood"))
     assert (b.text, b.instruction, b.answer) == (None, "What do you hear? A. a dog. B. a tone.", "B")
     assert (sum_.id, sum_.answer, sum_.audio) == ("line-3", "4", None)
-    assert len(a.spoken().waveform) == 8000 and b.spoken().instruction == b.instruction
+    assert len(a.sample().waveform) == 8000 and b.sample().instruction == b.instruction
     with pytest.raises(CordError, match=r"gone\.wav: cannot be read"):
-        h.spoken()
+        h.sample()
     assert "none of its choices" in rejects["c"] and rejects["d"] == "it has no answer"
     assert rejects["a"] == "its id comes twice" and "neither text nor recording" in rejects["e"]
     assert "not 2 to 10 texts" in rejects["f"] and "neither a path nor bytes" in rejects["g"]
     (moved := tmp_path / "elsewhere").mkdir()
     moved_set = write_rows(moved / "set.json", rows[:1])
-    assert load(moved_set, audio_root=str(tmp_path))[0][0].spoken().waveform.any()
+    assert load(moved_set, audio_root=str(tmp_path))[0][0].sample().waveform.any()
 
 
 def test_voicebench(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_voicebench(tmp_path: Path) -> None:
         and questions[0].answer == "A"
     )
     assert questions[1].choices == ("", "", "", "") and questions[1].answer == "D"
-    assert len(questions[0].spoken().waveform) == 8000
+    assert len(questions[0].sample().waveform) == 8000
     assert "none of its choices, nor a letter up to D" in rejects["row-3"]
 
 
@@ -164,7 +164,7 @@ def test_mmau(tmp_path: Path) -> None:
     }  # fmt: skip
     (question,), _ = load(write_rows(tmp_path / "mmau-test-mini.json", [row]), "mmau")
     assert (question.text, question.answer, question.group) == (None, "B", "sound")
-    assert question.instruction == "What is it? A. Man. B. Bell." and len(question.spoken().waveform) == 8000
+    assert question.instruction == "What is it? A. Man. B. Bell." and len(question.sample().waveform) == 8000
 
 
 def test_big_bench_audio(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_big_bench_audio(tmp_path: Path) -> None:
     assert [(q.id, q.answer, q.choices, q.text) for q in questions] == [
         ("0", "B", ("valid", "invalid"), "Is this valid?"), ("1", "8", (), None), ("2", "B", ("Yes", "No"), None),
     ]  # fmt: skip
-    assert questions[2].spoken().waveform.any()
+    assert questions[2].sample().waveform.any()
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_shards(tmp_path: Path) -> None:
     assert [(q.id, q.answer, q.text, q.group) for q in questions] == [
         (s.id, s.answer, s.question, s.voice) for s in samples[:5]
     ]
-    assert np.allclose(questions[3].spoken().waveform, samples[3].waveform, atol=1e-4)
+    assert np.allclose(questions[3].sample().waveform, samples[3].waveform, atol=1e-4)
 
 
 def test_sets_of_nothing_are_named(tmp_path: Path) -> None:
@@ -237,4 +237,4 @@ def test_any_row_is_a_question_or_a_reject(
     for question in found.questions:
         if question.audio is not None:
             with pytest.raises(CordError):
-                question.spoken()
+                question.sample()
