@@ -193,15 +193,13 @@ def test_the_command_for_real(inputs: Path, tmp_path: Path) -> None:
 
     first = call()
     assert first.returncode == USER_ERROR, first.stderr
-    assert (
-        "sft, seed 0: failed: " in first.stdout
-        and "later" in first.stdout
-        and "cord, seed 0: audio accuracy" in first.stdout
-    )
+    shown = first.stdout + first.stderr
+    assert "sft, seed 0: failed: " in shown and "later" in shown and "cord, seed 0: audio accuracy" in shown
     (tmp_path / "later").symlink_to(inputs / "train")
     second = call()
     assert second.returncode == 0, second.stdout + second.stderr
-    assert "cord, seed 0: audio accuracy" in second.stdout and "was there" in second.stdout
+    shown = second.stdout + second.stderr
+    assert "cord, seed 0: audio accuracy" in shown and "was there" in shown
     result = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert {name: list(method["runs"]) for name, method in result["methods"].items()} == {"sft": ["0"], "cord": ["0"]}
     assert result["methods"]["sft"]["difference"]["n"] == 1 and result["methods"]["sft"]["questions"] is not None

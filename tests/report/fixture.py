@@ -1,4 +1,4 @@
-"""A run directory as the trainer leaves it, small and always the same: 60 held-out sums in four voices, 100 steps, a gap that closes.
+"""A run's directory, small and always the same: 60 held-out sums in four voices, 100 steps, a gap that closes.
 
 The numbers are drawn, not trained, but move as those of a real run do. Voices are chirps of a second.
 """
@@ -32,7 +32,7 @@ _WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def write_run(directory: Path, *, seed: int = 0) -> Path:
-    """Writes a finished run and its held-out shards below ``directory``; returns the run's directory."""
+    """Write a finished run and its held-out shards below ``directory``; return the run's directory."""
     rng = np.random.default_rng(seed)
     run, shards = directory / "demo", directory / "heldout"
     samples = [_sample(number, rng) for number in range(SAMPLES)]
@@ -42,7 +42,8 @@ def write_run(directory: Path, *, seed: int = 0) -> Path:
     writer.close()
     (run / "rollouts").mkdir(parents=True)
     (run / "config.yaml").write_text(
-        f"seed: {seed}\ndata:\n  evaluation: {shards}\nparallel:\n  tp: 2\nteacher:\n  mode: frozen\ntrain:\n  steps: {STEPS}\n"
+        f"seed: {seed}\ndata:\n  evaluation: {shards}\nparallel:\n  tp: 2\n"
+        f"teacher:\n  mode: frozen\ntrain:\n  steps: {STEPS}\n"
     )
     write_lines(run / "metrics.jsonl", [_metrics(step, rng) for step in range(1, STEPS + 1)])
     ease = rng.random(SAMPLES)  # a question is right once the model's skill exceeds its difficulty, give or take
@@ -68,7 +69,7 @@ def write_run(directory: Path, *, seed: int = 0) -> Path:
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -130,7 +131,8 @@ def _evaluation(step: int, samples: list[Sample], ease: np.ndarray, rng: np.rand
         tokens = [*response.split(), END]
         answers.append({
             "id": sample.id, "question": sample.question, "answer": sample.answer, "group": sample.voice,
-            "text_response": sample.solution, "text_correct": number != 7, "audio_response": response, "audio_correct": right,
+            "text_response": sample.solution, "text_correct": number != 7,
+            "audio_response": response, "audio_correct": right,
             "tokens": tokens, "token_kl": _divergences(tokens, right, step, rng) if number < 48 else None,
         })  # fmt: skip
     accuracies = _accuracies(answers)
@@ -142,7 +144,7 @@ def _evaluation(step: int, samples: list[Sample], ease: np.ndarray, rng: np.rand
 def _accuracies(answers: list[dict[str, Any]]) -> dict[str, Any]:
     count = len(answers)
     return {"samples": count} | {
-        f"{way}_accuracy": sum(a[f"{way}_correct"] for a in answers) / count for way in ("text", "audio")
+        f"{kind}_accuracy": sum(a[f"{kind}_correct"] for a in answers) / count for kind in ("text", "audio")
     }
 
 
@@ -160,19 +162,24 @@ def _divergences(tokens: list[str], right: bool, step: int, rng: np.random.Gener
 
 def _rollouts(step: int, samples: list[Sample], rng: np.random.Generator) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for number, role in [(4, "distill"), (9, "distill"), (14, "distill")] + [(20, "policy")] * 4 + [(21, "policy")] * 4:
+    roles = {4: "distill", 9: "distill", 14: "distill", 20: "policy", 21: "policy"}
+    for number, draw in [(4, 0), (9, 0), (14, 0), *((number, draw) for number in (20, 21) for draw in range(1, 5))]:
+        role = roles[number]
         sample = samples[(number + step) % SAMPLES]
         right = bool(rng.random() < _skill(step))
-        tokens = (str(sample.solution) if right else _misheard(sample, rng)).split() + [END]
+        tokens = [*(str(sample.solution) if right else _misheard(sample, rng)).split(), END]
         kl = _divergences(tokens, right, step, rng)
         distilled = role == "distill"
         top = sorted(kl)[-3]
+        weights = [(2.0 if k >= top else 1.0) * (2 - t / max(len(kl) - 1, 1)) for t, k in enumerate(kl)]
         rows.append({
-            "step": step, "id": sample.id, "role": role, "question": sample.question, "voice": sample.voice, "response": " ".join(tokens[:-1]),
-            "tokens": tokens, "token_ids": list(range(len(tokens))), "engine_logprobs": [-0.1] * len(tokens), "seed": 1000 * step + number,
+            "step": step, "id": sample.id, "role": role, "position": number, "draw": draw,
+            "question": sample.question, "voice": sample.voice, "response": " ".join(tokens[:-1]),
+            "tokens": tokens, "token_ids": list(range(len(tokens))),
+            "engine_logprobs": [-0.1] * len(tokens), "seed": 1000 * step + number,
             "student_logprobs": None, "teacher_logprobs": None, "reward_terms": None, "zero_variance": False,
             "token_kl": kl if distilled else None,
-            "token_weights": [(2.0 if k >= top else 1.0) * (2 - t / max(len(kl) - 1, 1)) for t, k in enumerate(kl)] if distilled else None,
+            "token_weights": weights if distilled else None,
             "reference_answer": sample.answer, "reward": None if distilled else float(right), "advantage": 0.0,
             "finish_reason": "stop", "versions": [{"start": 0, "end": len(tokens), "version": step - 1}],
         })  # fmt: skip
@@ -184,6 +191,6 @@ def _rollouts(step: int, samples: list[Sample], rng: np.random.Generator) -> lis
 
 
 def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Replaces a step's rollouts: each row is the step's first with these values instead."""
+    """Replace a step's rollouts: each row is the step's first with these values instead."""
     first = read_rollouts(path).to_pylist()[0]
     write_rollouts(path, [first | row for row in rows])

@@ -26,8 +26,8 @@ from megatron_cord.report.live.search import ORDERS, PAGE, Query, mean_divergenc
 from megatron_cord.report.page.examples import kind_of
 from megatron_cord.report.page.overview import facts, missing, overview
 from megatron_cord.report.page.templates import templates
+from megatron_cord.report.run.contents import Answer, Evaluation, RunContents
 from megatron_cord.report.run.reading import read_run
-from megatron_cord.report.run.record import Answer, Evaluation, RunRecord
 from megatron_cord.runtime.files import fingerprint
 
 _AT_MOST_EVERY = 2.0  # seconds
@@ -58,9 +58,9 @@ class LiveRun:
         self._lock = threading.RLock()
         self._looked = 0.0
         self._version = ""
-        self._record = read_run(directory)
+        self._run = read_run(directory)
         self._pages: dict[str, str] = {}
-        self._audio = {name: _Recordings(self._record.setting(f"data.{name}")) for name in SETS}
+        self._audio = {name: _Recordings(self._run.setting(f"data.{name}")) for name in SETS}
 
     def version(self) -> str:
         """Return a fingerprint of the run's files, which changes with them."""
@@ -74,15 +74,15 @@ class LiveRun:
             self._look()
             if "overview" not in self._pages:
                 self._pages["overview"] = self._draw(
-                    "live/overview.html", overview(self._record) | {"config": self._record.config_text}
+                    "live/overview.html", overview(self._run) | {"config": self._run.config_text}
                 )
             return self._pages["overview"]
 
     def rollouts(self, values: Mapping[str, str]) -> str:
         """Return the page of rollouts that match a query. Raises CordError for an invalid query."""
-        record = self._now()
+        run = self._now()
         query = Query.parse(values)
-        found = search(record.rollout_files, query)
+        found = search(run.rollout_files, query)
         skip = max(int(query.skip or 0), 0)
         given = {name: value for name, value in values.items() if value and name not in ("skip", "step_to")}
         within = given | ({"step_to": values["step_to"]} if values.get("step_to") else {})
@@ -102,8 +102,8 @@ class LiveRun:
 
     def compare(self, values: Mapping[str, str]) -> str:
         """Return the page of two evaluations' answers. Raises CordError for a step without one."""
-        record = self._now()
-        by_step = {evaluation.step: evaluation for evaluation in record.evaluations}
+        run = self._now()
+        by_step = {evaluation.step: evaluation for evaluation in run.evaluations}
         steps = list(by_step)
         content: dict[str, Any] = {"steps": steps, "pairs": [], "values": values}
         if steps:
@@ -145,36 +145,36 @@ class LiveRun:
         )
 
     def _draw(self, template: str, content: Mapping[str, Any]) -> str:
-        record = self._record
-        heads = overview_heads(record) | {
+        run = self._run
+        heads = overview_heads(run) | {
             "version": self._version,
             "view": Path(template).stem,
         }
         return templates().get_template(template).render(heads | dict(content))
 
-    def _now(self) -> RunRecord:
+    def _now(self) -> RunContents:
         with self._lock:
             self._look()
-            return self._record
+            return self._run
 
     def _look(self) -> None:
         if time.monotonic() - self._looked < _AT_MOST_EVERY and self._version:
             return
         self._looked = time.monotonic()
-        version = _version_of(self.directory, self._record)
+        version = _version_of(self.directory, self._run)
         if version != self._version:
-            self._record = read_run(self.directory)
+            self._run = read_run(self.directory)
             self._pages.clear()
             self._version = version
 
 
-def overview_heads(record: RunRecord) -> dict[str, Any]:
+def overview_heads(run: RunContents) -> dict[str, Any]:
     """Return the content above every view."""
     return {
-        "name": record.path.resolve().name,
-        "facts": facts(record),
-        "notices": missing(record),
-        "alerts": record.alerts,
+        "name": run.path.resolve().name,
+        "facts": facts(run),
+        "notices": missing(run),
+        "alerts": run.alerts,
     }
 
 
@@ -199,9 +199,9 @@ class _Recordings:
         return None if place is None else encode_wav(np.clip(dataset[place].waveform, -1.0, 1.0))
 
 
-def _version_of(directory: Path, record: RunRecord) -> str:
+def _version_of(directory: Path, run: RunContents) -> str:
     """Return a fingerprint of sizes and times of the files that a page shows."""
-    rollouts = record.setting("record.rollouts")
+    rollouts = run.setting("record.rollouts")
     watched = [directory / name for name in ("config.yaml", "metrics.jsonl", "alerts.jsonl", "summary.json")]
     watched += heldout_files(directory).values()
     watched.append(directory / (rollouts if isinstance(rollouts, str) else "rollouts"))

@@ -1,7 +1,7 @@
-"""Finds rollouts in a run's record: by text, role, reward, divergence, length and step.
+"""Search in a run's rollout dump: by text, role, reward, divergence, length and step.
 
-A record may have thousands of files. At most `WINDOW` of them, the newest in the asked range, are looked at for one page, and the page says which;
-what a file holds is kept in memory in short, as a file does not change once it is there.
+A dump may have thousands of files. At most `WINDOW` of them, the newest in the given range, are searched for one page,
+and the page shows which; a summary of each file is kept in memory, as a file does not change once it is there.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from megatron_cord.errors import CordError
+from megatron_cord.report.run.contents import TrainingRollout
 from megatron_cord.report.run.reading import read_rollouts
-from megatron_cord.report.run.record import TrainingRollout
 
 WINDOW = 200  # steps
 PAGE = 30  # rollouts
@@ -22,7 +22,7 @@ PAGE = 30  # rollouts
 
 @dataclass(frozen=True)
 class _Brief:
-    """What a rollout is found by; ``row`` is its place in the step's file."""
+    """The properties by which a rollout is found; ``row`` is its place in the step's file."""
 
     step: int
     row: int
@@ -46,7 +46,7 @@ ORDERS: Mapping[str, Callable[[_Brief], float]] = {
 
 @dataclass(frozen=True)
 class Query:
-    """What to look for; None asks for nothing. Bounds are inclusive, and what was not measured lies outside of any."""
+    """A query; None sets no condition. Bounds are inclusive, and values that were not measured lie outside of any."""
 
     text: str = ""  #: in question, response, teacher's answer or id, whatever the case
     role: str = ""  #: distill, policy or shared
@@ -63,10 +63,10 @@ class Query:
 
     @classmethod
     def parse(cls, values: Mapping[str, str]) -> Query:
-        """From the fields of a form; unknown ones are nobody's.
+        """Return the query of a form's fields; unknown ones are ignored.
 
         Raises:
-            CordError: no number where one belongs, or an order that does not exist.
+            CordError: no number where one belongs, or an unknown order.
         """
         known = {field.name: field.type for field in fields(cls)}
         parsed = {
@@ -82,13 +82,13 @@ class Query:
 
 @dataclass(frozen=True)
 class Found:
-    """One page of what was found.
+    """One page of the rollouts that match.
 
     Attributes:
         rollouts: those shown.
-        count: of all that match within the steps looked at.
-        steps: the first and the last step looked at; None where there is no record of any.
-        earlier: the step at which to go on looking; None at the record's beginning.
+        count: of all that match within the steps searched.
+        steps: the first and the last step searched; None where no step was dumped.
+        earlier: the step at which the search continues; None at the dump's beginning.
     """
 
     rollouts: Sequence[TrainingRollout]
@@ -98,12 +98,12 @@ class Found:
 
 
 def search(files: Mapping[int, Path], query: Query) -> Found:
-    """Looks through the newest steps of the asked range. Raises CordError for a damaged file, naming it."""
+    """Search the newest steps of the given range. Raises CordError for a damaged file, with its name."""
     low, high = query.step_from or 0, math.inf if query.step_to is None else query.step_to
     asked = [step for step in sorted(files, reverse=True) if low <= step <= high]
     looked, rest = asked[:WINDOW], asked[WINDOW:]
     hits = [brief for step in looked for brief in _brief(files[step]) if _matches(brief, query)]
-    hits.sort(key=lambda brief: (-ORDERS[query.order](brief), -brief.step))  # stable: within a step as recorded
+    hits.sort(key=lambda brief: (-ORDERS[query.order](brief), -brief.step))  # stable: within a step as in its file
     skip = max(int(query.skip or 0), 0)
     opened: dict[int, list[TrainingRollout]] = {}
     shown = []
@@ -115,7 +115,7 @@ def search(files: Mapping[int, Path], query: Query) -> Found:
 
 
 def mean_divergence(rollout: TrainingRollout) -> float | None:
-    """Over the tokens that were measured, nats; None if none was."""
+    """Return the mean over the tokens that were measured, nats; None if none was."""
     values = [value for value in rollout.token_kl or () if math.isfinite(value)]
     return sum(values) / len(values) if values else None
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from megatron_cord.evaluation.statistics import standard_error
 from megatron_cord.report.page.charts import Chart, Series, line_chart
+from megatron_cord.report.run.contents import RunContents
 from megatron_cord.report.run.reading import read_rollouts
-from megatron_cord.report.run.record import RunRecord
 
 Row = Mapping[str, float | None]
 
@@ -91,17 +91,16 @@ _METRICS = (
 )
 
 
-def accuracy_chart(record: RunRecord) -> Chart | None:
+def accuracy_chart(run: RunContents) -> Chart | None:
     """Draw text and audio accuracy by step, the gap shaded; bands are one standard error. None without evaluations."""
-    if not record.evaluations:
+    if not run.evaluations:
         return None
-    steps = [evaluation.step for evaluation in record.evaluations]
+    steps = [evaluation.step for evaluation in run.evaluations]
     series = []
     for label, attribute in (("reading (text)", "text_accuracy"), ("hearing (audio)", "audio_accuracy")):
-        values = [getattr(evaluation, attribute) for evaluation in record.evaluations]
+        values = [getattr(evaluation, attribute) for evaluation in run.evaluations]
         errors = [
-            standard_error(value, evaluation.samples)
-            for value, evaluation in zip(values, record.evaluations, strict=True)
+            standard_error(value, evaluation.samples) for value, evaluation in zip(values, run.evaluations, strict=True)
         ]
         series.append(Series(label, steps, values, errors))
     return line_chart(
@@ -117,14 +116,14 @@ def accuracy_chart(record: RunRecord) -> Chart | None:
     )
 
 
-def gap_chart(record: RunRecord) -> Chart | None:
+def gap_chart(run: RunContents) -> Chart | None:
     """Draw text accuracy before training minus audio accuracy by step; None before the second evaluation."""
-    if len(record.evaluations) < 2:
+    if len(run.evaluations) < 2:
         return None
-    text = record.evaluations[0].text_accuracy
-    values = [text - evaluation.audio_accuracy for evaluation in record.evaluations]
-    errors = [standard_error(evaluation.audio_accuracy, evaluation.samples) for evaluation in record.evaluations]
-    steps = [evaluation.step for evaluation in record.evaluations]
+    text = run.evaluations[0].text_accuracy
+    values = [text - evaluation.audio_accuracy for evaluation in run.evaluations]
+    errors = [standard_error(evaluation.audio_accuracy, evaluation.samples) for evaluation in run.evaluations]
+    steps = [evaluation.step for evaluation in run.evaluations]
     series = [Series("text before training − audio", steps, [100 * v for v in values], [100 * e for e in errors])]
     return line_chart(
         "gap",
@@ -139,11 +138,11 @@ def gap_chart(record: RunRecord) -> Chart | None:
     )
 
 
-def metric_charts(record: RunRecord) -> list[Chart]:
+def metric_charts(run: RunContents) -> list[Chart]:
     """Draw one chart for each metric that was measured."""
     charts = []
     for metric in _METRICS:
-        lines = [(label, _points(record.metrics, source)) for label, source in metric.lines.items()]
+        lines = [(label, _points(run.metrics, source)) for label, source in metric.lines.items()]
         series = [Series(label, *zip(*points, strict=True)) for label, points in lines if points]
         if series:
             options = {"from_zero": metric.from_zero, "smooth": metric.smooth}
@@ -151,9 +150,9 @@ def metric_charts(record: RunRecord) -> list[Chart]:
     return charts
 
 
-def position_chart(record: RunRecord) -> Chart | None:
+def position_chart(run: RunContents) -> Chart | None:
     """Draw the mean divergence at each position, early against late steps; None without recorded divergences."""
-    files = list(record.rollout_files.items())
+    files = list(run.rollout_files.items())
     tenth = min(max(len(files) // 10, 1), _MOST_FILES)
     parts = [files[:tenth]] if len(files) < 2 else [files[:tenth], files[-tenth:]]
     series = [line for part in parts if (line := _by_position(part)) is not None]

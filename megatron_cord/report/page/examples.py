@@ -17,8 +17,8 @@ import numpy as np
 from megatron_cord.data.shards import ShardDataset
 from megatron_cord.data.wav import encode_wav
 from megatron_cord.errors import CordError
+from megatron_cord.report.run.contents import Answer, Evaluation, RunContents, TrainingRollout
 from megatron_cord.report.run.reading import read_rollouts
-from megatron_cord.report.run.record import Answer, Evaluation, RunRecord, TrainingRollout
 
 #: Kind → how many are shown, in the page's order; the last two are for runs with one evaluation.
 QUOTAS = {"fixed": 8, "still wrong": 6, "broken": 4, "always right": 6, "wrong": 12, "right": 12}
@@ -85,9 +85,9 @@ def load_clips(data: object, ids: Sequence[str]) -> dict[str, str]:
     return clips
 
 
-def training_groups(record: RunRecord) -> list[TrainingGroup]:
+def training_groups(run: RunContents) -> list[TrainingGroup]:
     """Return of the first and last recorded step a rollout to distil on and a group, of mixed rewards if possible."""
-    files = list(record.rollout_files.items())
+    files = list(run.rollout_files.items())
     groups = []
     for step, path in files[:1] + files[1:][-1:]:
         by_prompt: dict[tuple[str, str], list[TrainingRollout]] = {}

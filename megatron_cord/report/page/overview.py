@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from megatron_cord.evaluation.statistics import standard_error
 from megatron_cord.report.page.curves import accuracy_chart, gap_chart, metric_charts, position_chart
+from megatron_cord.report.run.contents import Evaluation, RunContents
 from megatron_cord.report.run.gap import measure_gap
-from megatron_cord.report.run.record import Evaluation, RunRecord
 
 _PHASES = ("rollout", "teacher", "train", "weight_sync")  # disjoint; other times in the metrics may contain these
 
@@ -33,39 +33,39 @@ class Phase:
     share: float
 
 
-def overview(record: RunRecord) -> dict[str, object]:
+def overview(run: RunContents) -> dict[str, object]:
     """Return the content of hero.html, voices.html and training.html, and of the heads of the pages."""
-    evaluations = record.evaluations
+    evaluations = run.evaluations
     before = evaluations[0] if len(evaluations) > 1 else None
     after = evaluations[-1] if evaluations else None
     return {
-        "name": record.path.resolve().name,
-        "facts": facts(record),
-        "alerts": record.alerts,
+        "name": run.path.resolve().name,
+        "facts": facts(run),
+        "alerts": run.alerts,
         "gap": measure_gap(before, after) if before and after else None,
         "latest": after,
-        "accuracy": accuracy_chart(record),
-        "gap_curve": gap_chart(record),
-        "metrics": metric_charts(record),
-        "skipped": sum(1 for row in record.metrics if row.get("skipped")),
-        "position": position_chart(record),
+        "accuracy": accuracy_chart(run),
+        "gap_curve": gap_chart(run),
+        "metrics": metric_charts(run),
+        "skipped": sum(1 for row in run.metrics if row.get("skipped")),
+        "position": position_chart(run),
         "voices": _voices(before, after) if after else [],
-        "phases": _phases(record),
+        "phases": _phases(run),
     }
 
 
-def missing(record: RunRecord) -> list[str]:
+def missing(run: RunContents) -> list[str]:
     """Return which parts of the page are missing, and why."""
     notices = []
-    if not record.summary:
+    if not run.summary:
         notices.append("The run has not finished (there is no summary.json): the numbers are those so far.")
-    if not record.evaluations:
+    if not run.evaluations:
         notices.append("No evaluation yet: accuracies, the gap and the answers appear with the first one.")
-    elif len(record.evaluations) == 1:
+    elif len(run.evaluations) == 1:
         notices.append("One evaluation so far: before and after can be compared when there is a second one.")
-    if not record.metrics:
+    if not run.metrics:
         notices.append("No metrics yet: the curves appear with the first training step.")
-    if not record.rollout_files:
+    if not run.rollout_files:
         notices.append(
             "No rollouts were recorded: no divergence by position and no training rollouts (record.rollouts is the "
             "setting)."
@@ -73,21 +73,21 @@ def missing(record: RunRecord) -> list[str]:
     return notices
 
 
-def facts(record: RunRecord) -> list[str]:
+def facts(run: RunContents) -> list[str]:
     """Return steps, layout, teacher, seed and time in words."""
-    total = record.setting("train.steps")
+    total = run.setting("train.steps")
     known = [
-        f"{record.last_step} of {total} steps"
-        if isinstance(total, int) and total > record.last_step
-        else f"{record.last_step} steps"
+        f"{run.last_step} of {total} steps"
+        if isinstance(total, int) and total > run.last_step
+        else f"{run.last_step} steps"
     ]
-    tp, seconds, teacher = record.setting("parallel.tp"), record.summary.get("seconds"), record.setting("teacher.mode")
+    tp, seconds, teacher = run.setting("parallel.tp"), run.summary.get("seconds"), run.setting("teacher.mode")
     if isinstance(tp, int):
         known.append(f"TP = {tp}")
     if isinstance(teacher, str):
         known.append(f"{teacher} teacher")
-    if record.setting("seed") is not None:
-        known.append(f"seed {record.setting('seed')}")
+    if run.setting("seed") is not None:
+        known.append(f"seed {run.setting('seed')}")
     if isinstance(seconds, (int, float)):
         known.append(format_duration(seconds))
     return known
@@ -111,11 +111,11 @@ def _voices(before: Evaluation | None, after: Evaluation) -> list[VoiceRow]:
     return rows
 
 
-def _phases(record: RunRecord) -> list[Phase]:
+def _phases(run: RunContents) -> list[Phase]:
     """Return the seconds of the steps by phase, the rest of them, and those of the evaluations."""
-    seconds = {name: sum(row.get(f"seconds_{name}") or 0.0 for row in record.metrics) for name in _PHASES}
-    seconds["other"] = max(sum(row.get("seconds") or 0.0 for row in record.metrics) - sum(seconds.values()), 0.0)
-    seconds["evaluation"] = sum(evaluation.seconds or 0.0 for evaluation in record.evaluations)
+    seconds = {name: sum(row.get(f"seconds_{name}") or 0.0 for row in run.metrics) for name in _PHASES}
+    seconds["other"] = max(sum(row.get("seconds") or 0.0 for row in run.metrics) - sum(seconds.values()), 0.0)
+    seconds["evaluation"] = sum(evaluation.seconds or 0.0 for evaluation in run.evaluations)
     total = sum(seconds.values())
     return [Phase(name, value, value / total) for name, value in seconds.items() if value > 0]
 

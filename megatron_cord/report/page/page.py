@@ -19,8 +19,8 @@ from megatron_cord.errors import CordError
 from megatron_cord.report.page.examples import AUDIO_BUDGET, QUOTAS, choose_examples, load_clips, training_groups
 from megatron_cord.report.page.overview import missing, overview
 from megatron_cord.report.page.templates import asset, templates
+from megatron_cord.report.run.contents import RunContents
 from megatron_cord.report.run.reading import read_run
-from megatron_cord.report.run.record import RunRecord
 from megatron_cord.runtime.files import write_atomic
 
 
@@ -34,9 +34,9 @@ def render(run_dir: str | Path, output: str | Path | None = None) -> Path:
     Raises:
         CordError: not a run directory, a damaged file in it (named with the line), or an output that cannot be written.
     """
-    record = read_run(run_dir)
-    page = templates().get_template("page/page.html").render(_content(record))
-    target = record.path / "report.html" if output is None else Path(output)
+    run = read_run(run_dir)
+    page = templates().get_template("page/page.html").render(_content(run))
+    target = run.path / "report.html" if output is None else Path(output)
     try:
         if not target.parent.is_dir():  # a misspelt folder is refused, not made
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -48,18 +48,16 @@ def render(run_dir: str | Path, output: str | Path | None = None) -> Path:
     return target
 
 
-def _content(record: RunRecord) -> dict[str, object]:
-    evaluations = record.evaluations
+def _content(run: RunContents) -> dict[str, object]:
+    evaluations = run.evaluations
     before = evaluations[0] if len(evaluations) > 1 else None
     after = evaluations[-1] if evaluations else None
     examples = choose_examples(before, after) if after else []
-    notices = missing(record)
+    notices = missing(run)
     clips: Mapping[str, str] = {}
     try:
         clips = (
-            load_clips(record.setting("data.evaluation"), [example.after.id for example in examples])
-            if examples
-            else {}
+            load_clips(run.setting("data.evaluation"), [example.after.id for example in examples]) if examples else {}
         )
     except CordError as error:
         notices.append(f"No audio: {error}. A relative path counts from where the report is made.")
@@ -69,7 +67,7 @@ def _content(record: RunRecord) -> dict[str, object]:
             f"or beyond {AUDIO_BUDGET / 1e6:g} MB."
         )
     script = asset("shared/script.js")
-    return overview(record) | {
+    return overview(run) | {
         "notices": notices,
         "examples": examples,
         "kinds": [
@@ -78,8 +76,8 @@ def _content(record: RunRecord) -> dict[str, object]:
             if any(e.kind == kind for e in examples)
         ],
         "clips": clips,
-        "groups": training_groups(record),
-        "config": record.config_text,
+        "groups": training_groups(run),
+        "config": run.config_text,
         "style": Markup(asset("shared/style.css")),
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

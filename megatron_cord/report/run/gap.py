@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_cord.evaluation.statistics import Estimate, estimate, gap_closed, gap_closed_draws, paired_draws
-from megatron_cord.report.run.record import Evaluation
+from megatron_cord.report.run.contents import Evaluation
 
 
 @dataclass(frozen=True)

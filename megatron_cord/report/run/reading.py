@@ -1,8 +1,8 @@
-"""Reads what a run leaves in its directory: configuration, metrics, evaluations, rollouts, summary.
+"""The reader of a run's directory: configuration, metrics, alerts, evaluations, rollouts, summary.
 
-The run may still be going on: whatever is not there yet is empty here, and a half-written last line is left out. What is
-there must be sound: a damaged line is an error that names it. It simplifies: files are read whole, except the rollouts (Parquet, see
-``rollout.rollout_file``), of which a reader opens only the steps it wants.
+The run may be in progress: files that are not there yet are empty here, and a half-written last line is left out. Files
+that are there must be sound: a damaged line is an error that names it. It simplifies: files are read whole, except the
+rollout dump (Parquet, see ``rollout.rollout_file``), of which a reader opens only the steps it needs.
 """
 
 from __future__ import annotations
@@ -18,28 +18,35 @@ from typing import Any
 from megatron_cord.config.source import read_tree
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.files import heldout_files
+from megatron_cord.report.run.contents import (
+    Answer,
+    Evaluation,
+    RaisedAlert,
+    RunContents,
+    TrainingRollout,
+    VoiceAccuracy,
+)
 from megatron_cord.report.run.fields import Fields
-from megatron_cord.report.run.record import Answer, Evaluation, RaisedAlert, RunRecord, TrainingRollout, VoiceAccuracy
 from megatron_cord.rollout import rollout_file
 
-ROLLOUTS = "rollouts"  # where the record is, unless record.rollouts says otherwise
+ROLLOUTS = "rollouts"  # the folder of the rollout dump, unless record.rollouts names another
 
 
-def read_run(path: str | Path) -> RunRecord:
-    """Reads a run directory.
+def read_run(path: str | Path) -> RunContents:
+    """Read a run's directory.
 
     Raises:
-        CordError: it is none, or a file in it is damaged (named with the line).
+        CordError: it is no run's directory, or a file in it is damaged (named with the line).
     """
     directory = Path(path)
     config = directory / "config.yaml"
     if not config.is_file():
         raise CordError(f"{path} is not a run directory (it has no config.yaml); give the output_dir of a training run")
     values = read_tree(config, ()).values
-    record = values.get("record")
-    rollouts = record.get("rollouts", ROLLOUTS) if isinstance(record, dict) else ROLLOUTS
+    section = values.get("record")
+    rollouts = section.get("rollouts", ROLLOUTS) if isinstance(section, dict) else ROLLOUTS
     summary = directory / "summary.json"
-    return RunRecord(
+    return RunContents(
         path=directory,
         config=values,
         config_text=_read_text(config),
@@ -52,7 +59,7 @@ def read_run(path: str | Path) -> RunRecord:
 
 
 def read_rollouts(path: Path) -> list[TrainingRollout]:
-    """The rollouts of one step. Raises CordError naming the file, and the column or row that is damaged."""
+    """Read the rollouts of one step. Raises CordError with the file, and the damaged column or row."""
     columns = [field.name for field in dataclasses.fields(TrainingRollout)]
     return [TrainingRollout(**row) for row in rollout_file.read_rollouts(path, columns).to_pylist()]
 
@@ -63,7 +70,7 @@ def _read_metrics(path: Path) -> tuple[Mapping[str, float | None], ...]:
     by_step: dict[int, dict[str, float | None]] = {}
     for line, values in _read_lines(path):
         step = Fields(values, f"{path}:{line}").integer("step")
-        # Unknown keys that are no numbers are somebody else's. A step done again after a resumption counts as done last.
+        # Values that are no numbers are left out. Of a step done again after a resumption, the last line counts.
         by_step[step] = {
             key: _measured(value) for key, value in values.items() if value is None or isinstance(value, (int, float))
         }
@@ -124,7 +131,7 @@ def _read_evaluation(path: Path, changed: int, size: int) -> Evaluation:
 
 
 def _read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Every object of a JSON Lines file with the number of its line; a last line without its end is still being written."""
+    """Return the objects of a JSON Lines file with their line numbers; an unfinished last line is left out."""
     whole, _, _ = _read_text(path).rpartition("\n")
     lines = []
     for number, line in enumerate(whole.split("\n"), start=1):

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[3]
 
 @contextmanager
 def serving(run: Path) -> Iterator[int]:
-    """The port of a server of the run's page."""
+    """Return the port of a server of the run's page."""
     with make_server(run, 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -93,8 +93,10 @@ def test_it_listens_on_this_machine_alone(finished_run: Path) -> None:
 @pytest.mark.parametrize(
     "address",
     [
-        "/../config.yaml", "/../../../../etc/passwd", "/%2e%2e/config.yaml", "/..%2fconfig.yaml", "/style.css/../config.yaml", "//etc/passwd",
-        "/config.yaml", "/metrics.jsonl", "/rollouts/step_000001.parquet", "/style.css%00", "\\..\\config.yaml", "/assets/page.html",
+        "/../config.yaml", "/../../../../etc/passwd", "/%2e%2e/config.yaml", "/..%2fconfig.yaml",
+        "/style.css/../config.yaml", "//etc/passwd", "/config.yaml", "/metrics.jsonl",
+        "/rollouts/step_000001.parquet", "/style.css%00",
+        "\\..\\config.yaml", "/assets/page/page.html", "/page/page.html", "/shared/style.css",
         "/audio?set=evaluation&id=../../config.yaml", "/audio?set=../heldout&id=x", "/audio?set=train&id=x", "/audio",
     ],
 )  # fmt: skip
@@ -105,7 +107,7 @@ def test_no_path_leads_to_a_file(port: int, address: str) -> None:
 
 
 def test_who_may_ask(port: int) -> None:
-    """Catches a page of another name that reads the run through the browser (DNS rebinding), and a server that can be written to."""
+    """Catches a page of another name that reads the run (DNS rebinding), and a server that can be written to."""
     for host in ("127.0.0.1", "localhost", f"localhost:{port}", "[::1]:9000", "127.0.0.1:22"):
         assert ask(port, "/version", host=host)[0] == 200, host
     for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "", "localhost.", "x@localhost"):
@@ -118,7 +120,7 @@ def test_who_may_ask(port: int) -> None:
 
 
 def test_every_answer_has_the_policy(port: int) -> None:
-    """Catches an answer, an error's included, that another page may embed, or whose scripts and requests are not bounded."""
+    """Catches a response, or an error, that another page may embed, or without bounds on scripts and requests."""
     for address in (
         "/",
         "/rollouts",
@@ -188,7 +190,7 @@ def test_questions_that_make_no_sense(port: int, address: str, message: str) -> 
 
 
 def test_search(finished_run: Path) -> None:
-    """Catches bounds that exclude their ends or include what was not measured, a text found by its case, and a wrong order."""
+    """Catches bounds without their ends or with unmeasured values, a text found by its case, and a wrong order."""
     files = read_run(finished_run).rollout_files
     whole = [rollout for step in files for rollout in search(files, Query(step_from=step, step_to=step)).rollouts]
     assert len(whole) == 11 * STEPS
@@ -239,7 +241,7 @@ def test_it_follows_the_run(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
-    """Catches a page that needs an evaluation, a step or a record to be drawn."""
+    """Catches a page that needs an evaluation, a step or a rollout dump to be drawn."""
     with pytest.raises(CordError, match="is not a run directory"):
         make_server(tmp_path, 0)
     (tmp_path / "config.yaml").write_text("train:\n  steps: 5\nrecord:\n  rollouts: null\n")
@@ -261,7 +263,7 @@ def test_a_damaged_file_is_named(run_copy: Path) -> None:
 
 
 def test_tool(finished_run: Path) -> None:
-    """Catches a command that prints no address, serves nothing, or does not end at Ctrl-C; and a taken port without a word on what to do."""
+    """Catches a command without an address, one that does not end at Ctrl-C, and a taken port without advice."""
     command = [sys.executable, str(ROOT / "tools" / "report.py"), "--serve", str(finished_run), "--port"]
     # A shell that runs the tests in the background has Ctrl-C ignored, which children inherit.
     heeded = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -78,23 +78,23 @@ def test_metrics_that_are_missing_have_no_chart(run_copy: Path) -> None:
 
 def test_accuracy_chart(finished_run: Path) -> None:
     """Catches text and audio exchanged."""
-    record = read_run(finished_run)
-    chart = accuracy_chart(record)
-    first = record.evaluations[0]
+    run = read_run(finished_run)
+    chart = accuracy_chart(run)
+    first = run.evaluations[0]
     assert chart is not None
     assert chart.rows[0] == ("0", f"{100 * first.text_accuracy:.1f} %", f"{100 * first.audio_accuracy:.1f} %")
 
 
 def test_divergence_by_position(run_copy: Path) -> None:
     """Catches early and late steps exchanged, positions counted from zero, and means of a few long responses."""
-    record = read_run(run_copy)
-    early = [r.token_kl for step in range(1, 11) for r in read_rollouts(record.rollout_files[step]) if r.token_kl]
-    chart = position_chart(record)
+    run = read_run(run_copy)
+    early = [r.token_kl for step in range(1, 11) for r in read_rollouts(run.rollout_files[step]) if r.token_kl]
+    chart = position_chart(run)
     assert chart is not None and chart.header == ("token of the response", "steps 1 to 10", "steps 91 to 100")
     assert chart.rows[0] == ("1", format_number(sum(row[0] for row in early) / len(early)), chart.rows[0][2])
     assert float(chart.rows[0][2]) < float(chart.rows[0][1])
-    path = record.rollout_files[1]
-    for other in list(record.rollout_files.values())[1:]:
+    path = run.rollout_files[1]
+    for other in list(run.rollout_files.values())[1:]:
         other.unlink()
     rewrite(path, [{"token_kl": [1.0, math.nan] + [9.0] * (k == 0)} for k in range(6)])
     chart = position_chart(read_run(run_copy))

@@ -17,8 +17,8 @@ from megatron_cord.data.shards import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.report.page import examples
 from megatron_cord.report.page.tokens import LEVELS, LIMITS, annotate
+from megatron_cord.report.run.contents import Answer, Evaluation
 from megatron_cord.report.run.reading import read_run
-from megatron_cord.report.run.record import Answer, Evaluation
 from tests.report.fixture import BROKEN, SAMPLES, VOICES
 
 
@@ -32,8 +32,8 @@ def evaluation(step: int, correct: list[bool]) -> Evaluation:
 
 def test_every_kind_is_shown(finished_run: Path) -> None:
     """Catches kinds that are confused, a page of successes only, and a choice that differs between two drawings."""
-    record = read_run(finished_run)
-    before, after = record.evaluations[0], record.evaluations[-1]
+    run = read_run(finished_run)
+    before, after = run.evaluations[0], run.evaluations[-1]
     chosen = examples.choose_examples(before, after)
     earlier = {answer.id: answer.audio_correct for answer in before.answers}
     names = {

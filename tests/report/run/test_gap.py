@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_cord.evaluation.statistics import gap_closed, standard_error
+from megatron_cord.report.run.contents import Answer, Evaluation
 from megatron_cord.report.run.gap import measure_gap
-from megatron_cord.report.run.record import Answer, Evaluation
 
 
 def evaluation(

@@ -29,14 +29,14 @@ def change_evaluation(run: Path, **changes: object) -> None:
 
 def test_everything_is_read(finished_run: Path) -> None:
     """Catches a part of the record that is lost, steps that are sorted as text, and settings that are not found."""
-    record = read_run(finished_run)
-    assert [row["step"] for row in record.metrics] == list(range(1, STEPS + 1))
-    assert [evaluation.step for evaluation in record.evaluations] == [0, 25, 50, 75, 100]
-    assert set(record.evaluations[0].voices) == set(VOICES)
-    assert list(record.rollout_files) == list(range(1, STEPS + 1))
-    assert record.summary["tp"] == record.setting("parallel.tp") == 2
-    assert record.setting("no.such.key") is None
-    assert record.last_step == STEPS
+    run = read_run(finished_run)
+    assert [row["step"] for row in run.metrics] == list(range(1, STEPS + 1))
+    assert [evaluation.step for evaluation in run.evaluations] == [0, 25, 50, 75, 100]
+    assert set(run.evaluations[0].voices) == set(VOICES)
+    assert list(run.rollout_files) == list(range(1, STEPS + 1))
+    assert run.summary["tp"] == run.setting("parallel.tp") == 2
+    assert run.setting("no.such.key") is None
+    assert run.last_step == STEPS
 
 
 def test_half_written_last_line(run_copy: Path) -> None:
@@ -65,8 +65,8 @@ def test_what_was_not_measured(run_copy: Path) -> None:
     assert read_run(run_copy).metrics == ({"step": 1.0, "loss": None, "kl": None, "reward": None},)
 
 
-def test_record_elsewhere_or_none(run_copy: Path) -> None:
-    """Catches a record that is looked for in the default place only."""
+def test_rollout_dump_elsewhere_or_none(run_copy: Path) -> None:
+    """Catches a rollout dump that is looked for in the default place only."""
     (run_copy / "rollouts").rename(run_copy / "dump")
     append(run_copy / "config.yaml", "record:\n  rollouts: dump\n")
     assert len(read_run(run_copy).rollout_files) == STEPS

@@ -1,4 +1,4 @@
-"""What a run leaves, as the report's other files take it; ``reading`` reads it."""
+"""The contents of a run's directory, which ``reading`` reads."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model answered to one held-out question, read and heard.
+    """The answers to one held-out question, from its text and from its audio.
 
     Attributes:
         id: the sample's id in the shards.
         question: its text.
         gold: the right final answer; None if unknown.
-        voice: who asks; None if unknown.
+        voice: of the recording; None if unknown.
         text_response: the answer to the text.
         text_correct: whether its final answer is right.
         audio_response: the answer to the audio.
@@ -40,7 +40,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class VoiceAccuracy:
-    """Accuracies over the ``samples`` questions that one voice asks."""
+    """Accuracies over the ``samples`` questions of one voice."""
 
     samples: int
     text_accuracy: float
@@ -49,7 +49,7 @@ class VoiceAccuracy:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One look at the held-out set: accuracies are shares in [0, 1], ``samples`` how many questions they are taken over."""
+    """One evaluation of the held-out set: accuracies are shares in [0, 1] of ``samples`` questions."""
 
     step: int
     text_accuracy: float
@@ -62,9 +62,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrainingRollout:
-    """One response that was sampled for training, as the record's columns of these names have it (``rollout.rollout_file``).
+    """One response that was sampled for training; its fields are columns of the rollout dump (``rollout_file``).
 
-    Divergences and weights (one a token; NaN is not measured), reward and teacher's answer are None where the role does not need them.
+    Divergences and weights (one a token; NaN: not measured), reward and reference answer are None where the role does
+    not need them.
     """
 
     step: int
@@ -85,7 +86,7 @@ class TrainingRollout:
 
 @dataclass(frozen=True)
 class RaisedAlert:
-    """One of ``alerts.jsonl``: what began to look wrong at a step, in words."""
+    """One line of ``alerts.jsonl``: an alert that began to hold at a step, in words."""
 
     step: int
     kind: str
@@ -93,18 +94,18 @@ class RaisedAlert:
 
 
 @dataclass(frozen=True)
-class RunRecord:
-    """A run directory, read.
+class RunContents:
+    """A run's directory, read.
 
     Attributes:
         path: the directory.
         config: ``config.yaml`` as plain nested maps.
-        config_text: the same file as it stands.
+        config_text: the same file as text.
         metrics: one map a step, ascending; a value is None where it was not measured.
-        alerts: what began to look wrong, in the order of the steps.
+        alerts: in the order of the steps.
         evaluations: ascending by step.
-        rollout_files: the file of each recorded step, ascending.
-        summary: what a finished run says about itself; empty while it goes on.
+        rollout_files: the file of each dumped step, ascending.
+        summary: of a finished run; empty before.
     """
 
     path: Path
@@ -118,12 +119,12 @@ class RunRecord:
 
     @cached_property
     def last_step(self) -> int:
-        """The last step that left anything; 0 before the first."""
+        """The last step with a metric or an evaluation; 0 before the first."""
         steps = [int(row["step"] or 0) for row in self.metrics] + [evaluation.step for evaluation in self.evaluations]
         return max(steps, default=0)
 
     def setting(self, path: str) -> Any:
-        """The value of ``a.b`` in the configuration; None if it is not there."""
+        """Return the value of ``a.b`` in the configuration; None if it is not there."""
         value: Any = self.config
         for key in path.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
