@@ -2,8 +2,8 @@
 
 Each effect is drawn from (seed, step, sample) alone.
 
-So neither the number of ranks or workers nor a restart changes what a step hears, and a sample sounds otherwise each
-time it comes. Everything is off by default; evaluation and the teacher, which reads, never hear any of it.
+So neither the number of ranks or workers nor a restart changes the audio of a step, and a sample sounds otherwise each
+time it comes. Everything is off by default; evaluation and the teacher's text are never augmented.
 
 What it simplifies: noise is white or pink, not recorded; the speed changes the pitch with it, as a tape's does; the
 band has no slope but that of a Fourier transform's edge, smoothed.

@@ -2,8 +2,8 @@
 
 The short-time Fourier transform runs on the device of the waveform, and only over the frames that audio reaches: what
 pads a clip to the encoder's window is silence, whose features are known. The configuration is read from a
-checkpoint's ``preprocessor_config.json``, so that training hears exactly what every other user of the checkpoint
-does.
+checkpoint's ``preprocessor_config.json``, so that training gets exactly the features of every other user of
+the checkpoint.
 
 What it simplifies: one clip a transform; dithering and waveform normalisation are refused, as no supported model uses
 them.
@@ -157,11 +157,11 @@ def log_mel(
     padded = torch.nn.functional.pad(audio[None], (0, silence))
     padded = torch.nn.functional.pad(padded, (reach, reach), mode="reflect")[0]
     # The last frame is centred on the window's end, or on silence; Whisper leaves it out.
-    heard = padded.unfold(0, config.n_fft, config.hop_length)[:frames]
+    frames_in = padded.unfold(0, config.n_fft, config.hop_length)[:frames]
     mel = audio.new_empty(config.n_mels, frames)
     for start in range(0, frames, _TILE_FRAMES):
         tile = slice(start, start + _TILE_FRAMES)
-        spectrum = torch.fft.rfft(heard[tile] * _window(config.n_fft, audio.device))
+        spectrum = torch.fft.rfft(frames_in[tile] * _window(config.n_fft, audio.device))
         power = (spectrum.real.square() + spectrum.imag.square()).T
         for band in _bands(config.n_mels, config.n_fft, config.sampling_rate, audio.device):
             mel[band.mels, tile] = band.filters @ power[band.bins]
@@ -243,7 +243,7 @@ def _window(n_fft: int, device: torch.device) -> Tensor:
 
 
 class _Band(NamedTuple):
-    """Neighbouring mels, and the part of the spectrum that they hear: filters [mels, bins]."""
+    """Neighbouring mels, and the part of the spectrum that they weigh: filters [mels, bins]."""
 
     mels: slice
     bins: slice
@@ -255,8 +255,8 @@ def _bands(n_mels: int, n_fft: int, sampling_rate: int, device: torch.device) ->
     """Return the filters without most of their zeros: a band spans 200 Hz at the bottom and 1000 Hz at the top."""
     filters, bands = mel_filters(n_mels, n_fft, sampling_rate), []
     for mels in (slice(first, first + _BAND_MELS) for first in range(0, n_mels, _BAND_MELS)):
-        heard = filters[mels].any(0).nonzero()
-        bins = slice(int(heard.min()), int(heard.max()) + 1) if len(heard) else slice(0, 1)
+        used = filters[mels].any(0).nonzero()
+        bins = slice(int(used.min()), int(used.max()) + 1) if len(used) else slice(0, 1)
         bands.append(_Band(mels, bins, filters[mels, bins].contiguous().to(device)))
     return bands
 

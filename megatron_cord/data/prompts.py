@@ -254,7 +254,7 @@ class PromptBuilder:
         """Return the checkpoint's feature extractor; Whisper's where its processing is code."""
         encoder = self._arch.encoder
         assert encoder is not None
-        if isinstance(self._tokenizer, HuggingFaceTokenizer) and self._tokenizer.hears:
+        if isinstance(self._tokenizer, HuggingFaceTokenizer) and self._tokenizer.has_feature_extractor:
             features = FeatureConfig.from_checkpoint(directory)
         else:
             features = FeatureConfig(

@@ -86,7 +86,7 @@ class HuggingFaceTokenizer:
         self.unknown_id: int | None = self._tokenizer.unk_token_id
 
     @property
-    def hears(self) -> bool:
+    def has_feature_extractor(self) -> bool:
         """Whether the checkpoint says how audio becomes features."""
         return hasattr(self._processor, "feature_extractor")
 
