@@ -26,7 +26,7 @@ import torch
 import transformers
 from transformers import WhisperFeatureExtractor
 
-from megatron_cord.data.features import FeatureConfig, TorchFeatures
+from megatron_cord.data.audio.features import FeatureConfig, TorchFeatures
 from megatron_cord.runtime.entry import Parser, run
 from megatron_cord.runtime.files import write_json
 
@@ -63,7 +63,7 @@ def implementations(pool: ThreadPoolExecutor) -> dict[str, tuple[int, Extract]]:
         "torch": (1, halves),
     }
     if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
-        from megatron_cord.data.dali_features import DaliFeatures
+        from megatron_cord.data.audio.dali_features import DaliFeatures
 
         dali = DaliFeatures(CONFIG, device="cpu")
         made["DALI on the CPU"] = (

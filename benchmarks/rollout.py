@@ -39,7 +39,7 @@ from benchmarks.figures import processor, publish
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
-from megatron_cord.data.shard_writer import ShardWriter
+from megatron_cord.data.shards.writer import ShardWriter
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.config import RolloutConfig

@@ -17,7 +17,7 @@ import pytest
 
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.data.samples import Sample
-from megatron_cord.data.shard_writer import ShardWriter
+from megatron_cord.data.shards.writer import ShardWriter
 
 ROOT = Path(__file__).parents[1]
 SIZES: dict[str, int] = {

@@ -31,7 +31,7 @@ from examples.quickstart.questions import SUMS, Question, QuestionSource, all_pr
 from examples.quickstart.spoken_sums import Split, SynthesisConfig, synthesize
 from examples.quickstart.warmup import WarmUpConfig, warm_up
 from megatron_cord.config.loading import load_config
-from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.evaluation.files import heldout_files, read_result
 from megatron_cord.report.page.page import render
 from megatron_cord.report.terminal import evaluation_table

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from examples.quickstart.questions import SUMS, Question, QuestionSource
-from megatron_cord.data.manifest import MANIFEST_NAME, Manifest
 from megatron_cord.data.order import permutation
 from megatron_cord.data.samples import Sample
-from megatron_cord.data.shard_writer import ShardWriter
+from megatron_cord.data.shards.manifest import MANIFEST_NAME, Manifest
+from megatron_cord.data.shards.writer import ShardWriter
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.entry import Parser, run
 from megatron_cord.speech.synthesizers.espeak import EspeakSynthesizer

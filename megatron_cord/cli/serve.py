@@ -13,7 +13,11 @@ from megatron_cord.cli.options import DIRECTORY, FILE
 @click.command
 @click.argument("checkpoint", metavar="CHECKPOINT", type=DIRECTORY)
 @click.option(
-    "--servers-file", metavar="FILE", type=FILE, required=True, help="Gets their addresses; for rollout.sglang.servers_file."
+    "--servers-file",
+    metavar="FILE",
+    type=FILE,
+    required=True,
+    help="Gets their addresses; for rollout.sglang.servers_file.",
 )
 @click.option("--count", metavar="N", type=int, default=1, show_default=True, help="Servers.")
 @click.option(
@@ -38,7 +42,9 @@ from megatron_cord.cli.options import DIRECTORY, FILE
 @click.option("--tp", type=int, default=1, show_default=True, help="GPUs of each server.")
 @click.option("--gpus", metavar="I,J,…", default="", help="GPUs to use (default: 0, 1, 2 …).")
 @click.option(
-    "--colocated", is_flag=True, help="Lend their GPU memory to the trainer between rollouts (rollout.schedule.colocated)."
+    "--colocated",
+    is_flag=True,
+    help="Lend their GPU memory to the trainer between rollouts (rollout.schedule.colocated).",
 )
 @click.option("--memory-fraction", type=float, help="Of each GPU, for weights and cache.")
 @click.option(

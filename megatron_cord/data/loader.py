@@ -25,10 +25,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from megatron_cord.data.augmentation import AugmentationConfig
+from megatron_cord.data.audio.augmentation import AugmentationConfig
 from megatron_cord.data.order import permutation
 from megatron_cord.data.samples import PreparedSample, Sample
-from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import GenerationConfig
 
-from megatron_cord.data.features import FeatureConfig, FeatureExtractor, TorchFeatures
+from megatron_cord.data.audio.features import FeatureConfig, FeatureExtractor, TorchFeatures
 from megatron_cord.data.samples import HEAR, READ, AudioClip, PreparedSample, Prompt, Sample, View
 from megatron_cord.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from megatron_cord.errors import CordError
@@ -284,6 +284,6 @@ class PromptBuilder:
 def _make_extractor(backend: FeatureBackend, config: FeatureConfig) -> FeatureExtractor:
     if backend == "torch":
         return TorchFeatures(config)
-    from megatron_cord.data.dali_features import DaliFeatures  # an extra, which takes seconds to import
+    from megatron_cord.data.audio.dali_features import DaliFeatures  # an extra, which takes seconds to import
 
     return DaliFeatures(config, device="gpu" if backend == "dali_gpu" else "cpu")

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cord.data.audio_files import decode_audio
+from megatron_cord.data.audio.decode import decode_audio
 from megatron_cord.data.choices import LETTERS, lettered
 from megatron_cord.data.question_files import Reject, read_rows
-from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import SetConfig
 from megatron_cord.evaluation.questions import Question, QuestionSet

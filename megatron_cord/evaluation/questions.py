@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_cord.data.audio.wav import SAMPLING_RATE
 from megatron_cord.data.question_files import Reject
 from megatron_cord.data.samples import Sample
-from megatron_cord.data.wav import SAMPLING_RATE
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cord.data.manifest import ShardEntry
 from megatron_cord.data.question_files import Reject, WrittenQuestion
 from megatron_cord.data.samples import Sample
-from megatron_cord.data.shard_writer import disk_errors, encode_sample, write_shard
+from megatron_cord.data.shards.manifest import ShardEntry
+from megatron_cord.data.shards.writer import disk_errors, encode_sample, write_shard
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import write_atomic
 from megatron_cord.runtime.openai_client import EndpointError, OpenAIClient

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cord.data.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from megatron_cord.data.order import permutation
 from megatron_cord.data.question_files import Reject, WrittenQuestion, read_questions
-from megatron_cord.data.shard_writer import disk_errors
+from megatron_cord.data.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from megatron_cord.data.shards.writer import disk_errors
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import file_digest, fingerprint, write_atomic, write_json
 from megatron_cord.speech.quality import QualityConfig

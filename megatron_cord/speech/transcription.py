@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from megatron_cord.data.wav import encode_wav
+from megatron_cord.data.audio.wav import encode_wav
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.openai_client import OpenAIClient
 from megatron_cord.speech.verbalization import UnspeakableError, verbalize

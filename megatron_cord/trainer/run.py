@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_cord.config.loading import dump_config, to_dict
-from megatron_cord.data.augmentation import augment
+from megatron_cord.data.audio.augmentation import augment
 from megatron_cord.data.loader import Batch, SampleLoader
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError

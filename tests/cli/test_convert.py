@@ -23,7 +23,7 @@ from transformers import AutoProcessor
 
 from megatron_cord.cli.main import invoke, load
 from megatron_cord.convert import read_tensors
-from megatron_cord.data.wav import encode_wav
+from megatron_cord.data.audio.wav import encode_wav
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import finalize
 from megatron_cord.speech.synthesizers.espeak import EspeakSynthesizer

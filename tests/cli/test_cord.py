@@ -16,7 +16,7 @@ import pytest
 
 from megatron_cord.cli import main as cli
 from megatron_cord.cli.options import config_option, overrides_argument
-from megatron_cord.data.wav import encode_wav
+from megatron_cord.data.audio.wav import encode_wav
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.log import LEVEL_VARIABLE, configure_logging
 

@@ -9,9 +9,9 @@ import sys
 import zlib
 from pathlib import Path
 
-from megatron_cord.data.augmentation import AugmentationConfig, augment
+from megatron_cord.data.audio.augmentation import AugmentationConfig, augment
 from megatron_cord.data.loader import SampleLoader
-from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.shards.reader import ShardDataset
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_cord.data.loader import DataConfig, SampleLoader
 from megatron_cord.data.samples import PreparedSample, Sample
-from megatron_cord.data.shard_writer import ShardWriter
+from megatron_cord.data.shards.writer import ShardWriter
 from megatron_cord.errors import CordError
 
 ROOT = Path(__file__).resolve().parents[2]

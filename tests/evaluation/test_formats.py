@@ -15,7 +15,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cord.data.audio_files import decode_audio
+from megatron_cord.data.audio.decode import decode_audio
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import Format, SetConfig
 from megatron_cord.evaluation.formats import load_set

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_cord.data.prompts import PromptBuilder
-from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.answers import AudioResponse, Measured
 from megatron_cord.evaluation.config import HELDOUT, EvaluationConfig, SetConfig

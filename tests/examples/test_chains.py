@@ -22,7 +22,7 @@ from examples.chains.questions import (
 )
 from examples.quickstart.questions import Question, number_in_words
 from examples.quickstart.spoken_sums import SynthesisConfig, synthesize
-from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.reward import answers_agree, extract_answer
 

@@ -12,8 +12,8 @@ import pytest
 
 from examples.quickstart.questions import all_problems, questions_about, split_problems
 from examples.quickstart.spoken_sums import HELD_OUT_VOICES, SPLITS, TRAINING_VOICES, SynthesisConfig, synthesize
-from megatron_cord.data.manifest import Manifest
-from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.shards.manifest import Manifest
+from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.speech.synthesizers.espeak import EspeakSynthesizer
 from megatron_cord.speech.synthesizers.protocol import SAMPLING_RATE, Utterance, Voice

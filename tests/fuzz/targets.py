@@ -8,11 +8,11 @@ from functools import cache
 from pathlib import Path
 
 from megatron_cord.config.loading import load_config
-from megatron_cord.data.audio_files import decode_audio
-from megatron_cord.data.manifest import Manifest
+from megatron_cord.data.audio.decode import decode_audio
+from megatron_cord.data.audio.wav import decode_wav
 from megatron_cord.data.question_files import read_questions
-from megatron_cord.data.shards import ShardDataset
-from megatron_cord.data.wav import decode_wav
+from megatron_cord.data.shards.manifest import Manifest
+from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import SetConfig
 from megatron_cord.evaluation.formats import load_set

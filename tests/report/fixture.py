@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cord.data.samples import Sample
-from megatron_cord.data.shard_writer import ShardWriter
+from megatron_cord.data.shards.writer import ShardWriter
 from megatron_cord.evaluation.files import heldout_file
 from megatron_cord.rollout.rollout_file import dump_file, read_rollouts, write_rollouts
 from megatron_cord.runtime.files import write_atomic

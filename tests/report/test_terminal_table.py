@@ -29,9 +29,7 @@ def test_numbers(finished_run: Path) -> None:
     lines = printed(evaluation(0.98, 0.38), evaluation(0.96, 0.83))
     row = next(line for line in lines if line.split()[:1] == ["all"])
     assert re.split(r"\s{2,}", row.strip()) == ["all", "250", "98.0 → 96.0", "38.0 → 83.0", "60.0 → 15.0", "75 %"]
-    before, after = (
-        read_result(heldout_file(finished_run, step)) for step in (0, 100)
-    )
+    before, after = (read_result(heldout_file(finished_run, step)) for step in (0, 100))
     text = "\n".join(printed(before, after))
     assert all(f" {voice} " in text for voice in VOICES) and "Held-out questions (60)" in text
 

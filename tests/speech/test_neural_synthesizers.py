@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.speech.spoken_set import SpokenSetConfig, make_spoken_set
 from megatron_cord.speech.synthesizers.config import SynthesizerConfig

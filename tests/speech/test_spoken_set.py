@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.speech.spoken_set import SpokenSetConfig, make_spoken_set, worker_context
 from tests.speech.questions import write_questions

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_cord.config.loading import load_config
-from megatron_cord.data import shards
-from megatron_cord.data.features import TorchFeatures
+from megatron_cord.data.audio.features import TorchFeatures
+from megatron_cord.data.shards import reader as shards
 from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
 from tests.gloo import run_ranks

@@ -24,11 +24,11 @@ from megatron_cord.convert.inventory import Entry, common_dtype, fake_model, inv
 from megatron_cord.convert.loading import find_sources
 from megatron_cord.convert.megatron_reader import SavedWeights
 from megatron_cord.convert.megatron_writer import save_weights
+from megatron_cord.data.audio.wav import decode_wav
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
-from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.data.tokenizers import load_tokenizer
-from megatron_cord.data.wav import decode_wav
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput

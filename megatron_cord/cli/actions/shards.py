@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cord.data.manifest import MANIFEST_NAME, Manifest
-from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.shards.manifest import MANIFEST_NAME, Manifest
+from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 
 #: The share of unusable samples that opening allows here, so that all of them are listed.

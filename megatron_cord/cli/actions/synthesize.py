@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from megatron_cord.data.manifest import Manifest
+from megatron_cord.data.shards.manifest import Manifest
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.progress import Bars
 from megatron_cord.speech.estimate import estimate

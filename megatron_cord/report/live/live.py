@@ -18,8 +18,8 @@ from urllib.parse import urlencode
 
 import numpy as np
 
-from megatron_cord.data.shards import ShardDataset
-from megatron_cord.data.wav import encode_wav
+from megatron_cord.data.audio.wav import encode_wav
+from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.files import heldout_files
 from megatron_cord.report.live.search import ORDERS, PAGE, Query, mean_divergence, search

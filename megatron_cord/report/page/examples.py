@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_cord.data.shards import ShardDataset
-from megatron_cord.data.wav import encode_wav
+from megatron_cord.data.audio.wav import encode_wav
+from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.report.run.contents import Answer, Evaluation, RunContents, TrainingRollout
 from megatron_cord.report.run.reading import read_rollouts

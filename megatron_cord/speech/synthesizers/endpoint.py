@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from megatron_cord.data.resample import resample
+from megatron_cord.data.audio.resample import resample
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.openai_client import EndpointError, OpenAIClient, RequestRefusedError
 from megatron_cord.speech.synthesizers.config import SynthesizerConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cord.data.resample import resample
+from megatron_cord.data.audio.resample import resample
 from megatron_cord.errors import CordError
 from megatron_cord.speech.synthesizers.protocol import SAMPLING_RATE, Utterance, UtteranceRefusedError, polish
 

@@ -87,8 +87,7 @@ class TrainStep:
         losses = self._forward_backward(microbatches, teacher_hidden, counts)
         tokens = self._gather_tokens(microbatches, losses)
         finite = self._everywhere(
-            all(bool(torch.isfinite(loss.total)) for loss in losses)
-            and gradients_are_finite(self.model)
+            all(bool(torch.isfinite(loss.total)) for loss in losses) and gradients_are_finite(self.model)
         )
         learning_rate = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
         grad_norm = float("nan")

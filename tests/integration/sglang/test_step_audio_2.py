@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_cord.data.audio.wav import encode_float_wav
 from megatron_cord.data.prompts import PromptBuilder
-from megatron_cord.data.wav import encode_float_wav
 from megatron_cord.rollout.config import RolloutConfig
 from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.local.engine import LocalEngine

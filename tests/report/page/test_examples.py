@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from megatron_cord.data.samples import Sample
-from megatron_cord.data.shard_writer import ShardWriter
-from megatron_cord.data.shards import ShardDataset
+from megatron_cord.data.shards.reader import ShardDataset
+from megatron_cord.data.shards.writer import ShardWriter
 from megatron_cord.errors import CordError
 from megatron_cord.report.page import examples
 from megatron_cord.report.page.tokens import LEVELS, LIMITS, annotate

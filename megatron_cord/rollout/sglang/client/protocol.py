@@ -10,9 +10,9 @@ from typing import Any
 
 from packaging.version import Version
 
+from megatron_cord.data.audio.wav import encode_float_wav
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt
-from megatron_cord.data.wav import encode_float_wav
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.types import GenerationRequest
 

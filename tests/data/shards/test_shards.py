@@ -16,11 +16,11 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cord.data.manifest import Manifest
+from megatron_cord.data.audio.wav import decode_wav, encode_wav
 from megatron_cord.data.samples import Sample
-from megatron_cord.data.shard_writer import ShardWriter
-from megatron_cord.data.shards import ShardDataset
-from megatron_cord.data.wav import decode_wav, encode_wav
+from megatron_cord.data.shards.manifest import Manifest
+from megatron_cord.data.shards.reader import ShardDataset
+from megatron_cord.data.shards.writer import ShardWriter
 from megatron_cord.errors import CordError
 
 AUDIO = np.linspace(-0.5, 0.5, 320, dtype=np.float32)

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_cord.data import resample as module
-from megatron_cord.data.resample import resample
+from megatron_cord.data.audio import resample as module
+from megatron_cord.data.audio.resample import resample
 
 #: Prints a digest of noise at another rate, in 16 bits.
 DIGEST = """
 import hashlib, numpy as np
-from megatron_cord.data.resample import resample
+from megatron_cord.data.audio.resample import resample
 noise = [0.1 * np.random.default_rng(i).normal(size=20000 + 1000 * i).astype(np.float32) for i in range(20)]
 made = [resample(audio, 22050, 16000) for audio in noise]
 print(hashlib.sha256((np.concatenate(made) * 32767).round().astype("<i2").tobytes()).hexdigest())
@@ -59,7 +59,7 @@ def test_samples_do_not_depend_on_threads_and_processor() -> None:
         environment = os.environ | {
             "OPENBLAS_CORETYPE": kernel,
             "OPENBLAS_NUM_THREADS": threads,
-            "PYTHONPATH": str(Path(module.__file__).parents[2]),
+            "PYTHONPATH": str(Path(module.__file__).parents[3]),
         }
         made.add(
             subprocess.run(

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_cord.data.manifest import Manifest, ShardEntry
+from megatron_cord.data.audio.wav import SAMPLING_RATE, check_wav, decode_wav
 from megatron_cord.data.samples import Sample
-from megatron_cord.data.wav import SAMPLING_RATE, check_wav, decode_wav
+from megatron_cord.data.shards.manifest import Manifest, ShardEntry
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import file_digest, fingerprint
 

@@ -11,7 +11,7 @@ import torch
 from transformers import WhisperFeatureExtractor
 from transformers.audio_utils import mel_filter_bank
 
-from megatron_cord.data.features import FeatureConfig, log_mel, mel_filters
+from megatron_cord.data.audio.features import FeatureConfig, log_mel, mel_filters
 from megatron_cord.errors import CordError
 
 CONFIGS = {
@@ -142,7 +142,7 @@ def test_dali_on_the_cpu_is_equal_too(config: FeatureConfig) -> None:
     Needs NVIDIA DALI (extra dali), which make setup does not install.
     """
     pytest.importorskip("nvidia.dali")
-    from megatron_cord.data.dali_features import DaliFeatures
+    from megatron_cord.data.audio.dali_features import DaliFeatures
 
     extract = DaliFeatures(config, device="cpu")
     lengths = [min(n, config.n_samples) for n in (1, 161, 3000, 16000, 40960, 480000, 15999)]
@@ -159,7 +159,7 @@ def test_dali_on_the_cpu_is_equal_too(config: FeatureConfig) -> None:
 def test_dali_on_the_gpu_is_equal_too() -> None:
     """Would catch features that stay in DALI's buffers, or differ on the GPU. Needs NVIDIA DALI and a CUDA device."""
     pytest.importorskip("nvidia.dali")
-    from megatron_cord.data.dali_features import DaliFeatures
+    from megatron_cord.data.audio.dali_features import DaliFeatures
 
     if not torch.cuda.is_available():
         with pytest.raises(CordError, match="dali_gpu needs a CUDA device"):

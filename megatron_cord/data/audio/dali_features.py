@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_cord.data.features import FLOOR, MAX_FREQUENCY, FeatureConfig, Features, check_waveform, normalize
+from megatron_cord.data.audio.features import FLOOR, MAX_FREQUENCY, FeatureConfig, Features, check_waveform, normalize
 from megatron_cord.errors import CordError
 
 _BATCH = 64  # clips of one run of the pipeline

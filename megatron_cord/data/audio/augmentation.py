@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_cord.data.resample import resample
+from megatron_cord.data.audio.resample import resample
 from megatron_cord.data.samples import Sample
 from megatron_cord.errors import CordError
 

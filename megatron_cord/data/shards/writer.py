@@ -19,9 +19,9 @@ from typing import Any
 
 from webdataset import TarWriter
 
-from megatron_cord.data.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from megatron_cord.data.audio.wav import SAMPLING_RATE, encode_wav
 from megatron_cord.data.samples import Sample
-from megatron_cord.data.wav import SAMPLING_RATE, encode_wav
+from megatron_cord.data.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import atomic_file, file_digest
 

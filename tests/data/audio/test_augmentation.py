@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_cord.data.augmentation import AugmentationConfig, augment
+from megatron_cord.data.audio.augmentation import AugmentationConfig, augment
 from megatron_cord.data.loader import SampleLoader
 from megatron_cord.data.samples import Sample
 from megatron_cord.errors import CordError

@@ -12,8 +12,8 @@ from math import gcd
 
 import numpy as np
 
-from megatron_cord.data.resample import resample
-from megatron_cord.data.wav import SAMPLING_RATE
+from megatron_cord.data.audio.resample import resample
+from megatron_cord.data.audio.wav import SAMPLING_RATE
 from megatron_cord.errors import CordError
 
 _LONGEST_SECONDS = 3600.0

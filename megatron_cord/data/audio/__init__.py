@@ -1,0 +1,1 @@
+"""Audio as arrays: decoding, resampling, augmentation, and log-mel features."""

@@ -1,0 +1,1 @@
+"""Shards of samples: tar files with a manifest, written and read."""
