@@ -10,7 +10,7 @@ from click.shell_completion import get_completion_class
 
 from megatron_cord.errors import CordError
 
-#: Shell → the line of its start-up file that loads the completion; None where a folder is read by itself.
+#: Shell → its start-up file and the line there that loads the completion.
 LOADED_BY = {
     "bash": (".bashrc", 'eval "$(_CORD_COMPLETE=bash_source cord)"'),
     "zsh": (".zshrc", 'eval "$(_CORD_COMPLETE=zsh_source cord)"'),

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_cord.cli.main import cord, invoke
 from megatron_cord.errors import CordError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep the reference in a folder of its own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -49,3 +62,18 @@ def test_a_file_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "mode: frozen" in run(capsys, "check", str(path), "--all")
     with pytest.raises(CordError, match=r"train\.steps: expected int"):
         run(capsys, "check", str(path), "train.steps=x")
+
+
+def test_an_explanation_is_kept(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an explanation that imports every component each time, or one that outlives the code it describes."""
+    first = run(capsys, "train.steps")
+    code = (
+        "import sys; from megatron_cord.cli.main import cord, invoke; invoke(cord, ['config', 'train.steps'], 'cord')\n"
+        "assert 'torch' not in sys.modules"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (0, first), done.stderr
+    file = cache / "megatron_cord" / "reference.json"
+    file.write_text(file.read_text().replace('"state": "', '"state": "x').replace('"3000"', '"1"'))
+    assert run(capsys, "train.steps") == first

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from megatron_cord.config import reference
+from megatron_cord.cli.reference_cache import run_sections
 from megatron_cord.config.loading import load_config, to_dict, to_yaml
+from megatron_cord.config.reference import Key
 from megatron_cord.config.suggestions import suggest
 from megatron_cord.errors import CordError
-from megatron_cord.trainer.config import RunConfig
+
+if TYPE_CHECKING:
+    from megatron_cord.trainer.config import RunConfig
 
 
 def explain_key(name: str) -> None:
@@ -21,7 +24,7 @@ def explain_key(name: str) -> None:
     Raises:
         CordError: there is neither.
     """
-    known = list(reference.sections(RunConfig))
+    known = run_sections()
     keys = {key.name: key for section in known for key in section.keys}
     if name in keys:
         _print_key(keys[name])
@@ -45,6 +48,8 @@ def check_file(file: Path, overrides: Sequence[str], *, show_all: bool) -> int:
     Raises:
         CordError: the file or an override is wrong.
     """
+    from megatron_cord.trainer.config import RunConfig  # seconds, which an explanation does without
+
     config = load_config(RunConfig, file, overrides)
     if show_all:
         click.echo(to_yaml(config), nl=False)
@@ -64,7 +69,7 @@ def check_file(file: Path, overrides: Sequence[str], *, show_all: bool) -> int:
     return 0
 
 
-def _print_key(key: reference.Key) -> None:
+def _print_key(key: Key) -> None:
     click.echo(key.name)
     for title, text in (("type", key.type), ("default", key.default), ("declared in", key.declared)):
         click.echo(f"  {title + ':':13}{text}")
