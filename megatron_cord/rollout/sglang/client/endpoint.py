@@ -67,6 +67,9 @@ class Endpoint:
         parts = urlsplit(self.url)
         if parts.scheme != "http" or not parts.hostname or not parts.port:
             raise CordError(f"server address {self.url!r} is not of the form http://host:port")
+        if not (self.api_key.isascii() and self.api_key.isprintable()):
+            # The HTTP client would quote such a header in its error.
+            raise CordError(f"the API key of server {self.url} has characters that no header can hold; set it again")
         if not self.api_key and not _is_loopback(parts.hostname):
             raise CordError(
                 f"server {self.url} is not on this machine and has no API key; anyone could change its weights: "

@@ -115,7 +115,15 @@ def test_another_machine_needs_a_key() -> None:
     Endpoint("http://10.0.0.7:30000", api_key="a secret")
 
 
-def test_all_are_asked_at_once(endpoint: Endpoint) -> None:
+@pytest.mark.parametrize("key", ["a secret\n", "größe"])
+def test_a_key_that_no_header_can_hold(key: str) -> None:
+    """Catches a key that the HTTP client quotes in its error."""
+    with pytest.raises(CordError, match="no header can hold") as caught:
+        Endpoint("http://127.0.0.1:30000", api_key=key)
+    assert key.strip() not in str(caught.value)
+
+
+def test_all_are_called_at_once(endpoint: Endpoint) -> None:
     """Catches one server's failure that hides another's answer."""
     other = Endpoint(endpoint.url.replace("127.0.0.1", "localhost"))
     answers, failures = call_each(
