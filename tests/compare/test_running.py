@@ -61,7 +61,7 @@ def comparison(
 
 
 class Diary(Listener):
-    """All that a listener hears."""
+    """A listener that keeps what it is called with."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []

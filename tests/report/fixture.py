@@ -155,7 +155,7 @@ def _misheard(sample: Sample, rng: np.random.Generator) -> str:
 
 
 def _divergences(tokens: list[str], right: bool, step: int, rng: np.random.Generator) -> list[float]:
-    # Numbers that were heard diverge, the words between them hardly do.
+    # Numbers diverge, the words between them hardly do.
     scale = (0.05 if right else 1.5) * (0.3 + math.exp(-step / 40))
     return [float(rng.exponential(scale if token in _WORDS or token.isdigit() else 0.01)) for token in tokens]
 
