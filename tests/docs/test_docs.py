@@ -215,7 +215,7 @@ def check_program(program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         said = help_of(program.name, [], monkeypatch, capsys)
         choices = re.search(r"^positional arguments:\n  \{?(\w+(?:[,|]\w+)+)", said, re.MULTILINE)
         if choices and program.arguments:
-            assert not program.arguments or program.arguments[0] in re.split("[,|]", choices[1])
+            assert program.arguments[0] in re.split("[,|]", choices[1])
         known = set(re.findall(r"(?<![\w-])--?[\w-]+", said))
     options = {word.partition("=")[0] for word in program.arguments if word.startswith("-")}
     assert options - {"--help"} <= known
