@@ -41,7 +41,7 @@ def main() -> int | None:
     dist.init_process_group("gloo")
     first = dist.get_rank() == 0
     if how == "slow":
-        sys.stderr = Slow(sys.stderr)  # type: ignore[assignment]
+        sys.stderr = Slow(sys.stderr)
     if how in ("all", "slow"):
         raise CordError(f"shard {dist.get_rank()} is\n  truncated")
     if how == "full":

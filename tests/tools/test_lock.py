@@ -43,7 +43,9 @@ def test_the_lock_holds_what_the_project_requires() -> None:
 def test_the_lock_is_made_from_an_environment(tmp_path: Path) -> None:
     """Catches a lock without the requirements' requirements, or one that pins for the wrong Python."""
     project = tmp_path / "pyproject.toml"
-    names = {extra: [] for extra in install.EXTRAS.split(",")} | {"dev": ['none-such>=3.1,<4; python_version < "3"']}
+    names: dict[str, list[str]] = {extra: [] for extra in install.EXTRAS.split(",")} | {
+        "dev": ['none-such>=3.1,<4; python_version < "3"']
+    }
     project.write_text(f"[project]\ndependencies = ['rich>=14']\n[project.optional-dependencies]\n{toml(names)}")
     lines = locked(project)
     assert [re.split("[=;]", line)[0] for line in lines] == ["markdown-it-py", "mdurl", "none-such", "pygments", "rich"]
