@@ -194,7 +194,7 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
 
 
 def _replica_group(dp_group: dist.ProcessGroup, solo: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Make the group of the ranks that have this rank's place in their data-parallel groups. Collective over all ranks."""
+    """Make the group of the ranks with this rank's place in their data-parallel groups. Collective over all ranks."""
     places = all_gather_json(dist.get_rank(dp_group))
     ranks = [rank for rank, place in enumerate(places) if place == dist.get_rank(dp_group)]
     if len(ranks) == 1:
