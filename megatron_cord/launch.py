@@ -57,7 +57,7 @@ class Agent(LocalElasticAgent):
             raise SignalException("a signal while no rank was running", signal.Signals(number))
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        result = super()._monitor_workers(worker_group)
+        result: RunResult = super()._monitor_workers(worker_group)
         statuses = {failure.exitcode for failure in result.failures.values()}
         if statuses & set(FINAL) and statuses <= set(EXPECTED):
             self._remaining_restarts = 0
@@ -78,7 +78,7 @@ def launch(options: Sequence[str]) -> int:
     Raises:
         CordError: the port is taken.
     """
-    arguments = torchrun.parse_args(list(options))
+    arguments = torchrun.parse_args(list(options))  # type: ignore[no-untyped-call]
     if not torch.cuda.is_available():
         # More threads than cores collapse; torchrun would set it with a banner.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -90,9 +90,9 @@ def launch(options: Sequence[str]) -> int:
     # torchrun would end ranks 30 seconds after a signal that it handles itself.
     names = {number.name for number in exit_status.STOP_SIGNALS}
     arguments.signals_to_handle = ",".join(name for name in arguments.signals_to_handle.split(",") if name not in names)
-    launcher.LocalElasticAgent = Agent  # type: ignore[misc]
+    launcher.LocalElasticAgent = Agent  # type: ignore[misc, attr-defined]
     try:
-        torchrun.run(arguments)
+        torchrun.run(arguments)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         statuses = [failure.exitcode for failure in error.failures.values()]
         crashes = [status for status in statuses if status not in EXPECTED]

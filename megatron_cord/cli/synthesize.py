@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -14,7 +15,8 @@ class SeveralValues(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Repeat the option before each value, as click reads several."""
-        spread, open_ = [], False
+        spread: list[str] = []
+        open_ = False
         for word in args:
             if word.startswith("-"):
                 open_ = word == "--voices"
@@ -96,7 +98,7 @@ def command(
     shard_size: int,
     question_field: str,
     answer_field: str,
-    backend: str,
+    backend: Literal["espeak", "piper", "kokoro", "openai"],
     voices: tuple[str, ...],
     model_dir: str | None,
     url: str | None,

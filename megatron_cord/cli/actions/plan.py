@@ -42,7 +42,7 @@ def plan(
     if layouts:
         print(layouts_table(config, arch, device, lengths))
         return 0
-    work = make_work(config, arch, gpus, **lengths)
+    work = make_work(config, arch, gpus, audio_seconds=audio_seconds, text_tokens=text_tokens)
     report = Report(
         gpu=device,
         gpus=gpus,
