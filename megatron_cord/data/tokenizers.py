@@ -96,22 +96,24 @@ class HuggingFaceTokenizer:
     def render(self, turns: Turns, template: str | None = None) -> str:
         """See `Tokenizer`."""
         if template is not None:
-            return self._tokenizer.apply_chat_template(
-                turns, chat_template=template, add_generation_prompt=True, tokenize=False
+            return str(
+                self._tokenizer.apply_chat_template(
+                    turns, chat_template=template, add_generation_prompt=True, tokenize=False
+                )
             )
         # Some processors, such as Voxtral's, do not see the template that their tokenizer has.
         owner = next((part for part in (self._processor, self._tokenizer) if part.chat_template), None)
         if owner is None:
             raise _no_template(self._directory)
-        return owner.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return str(owner.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer`."""
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer`."""
-        return self._tokenizer.decode(list(ids))
+        return str(self._tokenizer.decode(list(ids)))
 
 
 class SentencePieceTokenizer:
@@ -148,7 +150,7 @@ class SentencePieceTokenizer:
         return len(piece) > 2 and piece[0] == "<" and piece[-1] == ">" and not self._model.IsByte(index)
 
     def __len__(self) -> int:
-        return self._model.GetPieceSize()
+        return int(self._model.GetPieceSize())
 
     def render(self, turns: Turns, template: str | None = None) -> str:
         """See `Tokenizer`."""
@@ -156,15 +158,15 @@ class SentencePieceTokenizer:
         if template is None:
             raise _no_template(self._directory)
         rendered: Any = render_jinja_template(conversations=[turns], chat_template=template, add_generation_prompt=True)
-        return rendered[0][0]  # of one conversation; beside it stand the assistant's places in the text
+        return str(rendered[0][0])  # of one conversation; beside it stand the assistant's places in the text
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer`."""
-        return self._model.EncodeAsIds(text)
+        return list(self._model.EncodeAsIds(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer`."""
-        return self._model.DecodeIds(list(ids))
+        return str(self._model.DecodeIds(list(ids)))
 
 
 def load_tokenizer(directory: str | Path) -> HuggingFaceTokenizer | SentencePieceTokenizer:
@@ -178,7 +180,7 @@ def load_tokenizer(directory: str | Path) -> HuggingFaceTokenizer | SentencePiec
     if (path / "tokenizer.model").is_file() and not any((path / name).is_file() for name in others):
         return SentencePieceTokenizer(path)
     try:
-        return HuggingFaceTokenizer(AutoProcessor.from_pretrained(path), path)
+        return HuggingFaceTokenizer(AutoProcessor.from_pretrained(path), path)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise CordError(

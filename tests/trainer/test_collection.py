@@ -134,9 +134,9 @@ def test_views_are_those_that_a_step_needs(prompts: PromptBuilder, tmp_path: Pat
         policy_gradient=PolicyGradientConfig(enabled=False),
         divergence=DivergenceConfig("nll"),
     )
-    assert fine_tuning.views == ("hear", "read")
+    assert list(fine_tuning.views) == ["hear", "read"]
     fine_tuning.answers.mode = "frozen"
-    assert fine_tuning.views == ("hear",)
+    assert list(fine_tuning.views) == ["hear"]
 
 
 def test_repetition() -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.data.audio.features import TorchFeatures
-from megatron_cord.data.shards import reader as shards
+from megatron_cord.data.shards import reader
 from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
 from tests.gloo import run_ranks
@@ -46,7 +46,7 @@ class Counted:
         self.featurised: list[str] = []
 
     def __enter__(self) -> Counted:
-        self._decode, self._extract = shards.decode_wav, TorchFeatures.__call__
+        self._decode, self._extract = reader.decode_wav, TorchFeatures.__call__  # type: ignore[attr-defined]
 
         def decode(content: bytes, where: str) -> Any:
             self.decoded.append(where.rpartition(" ")[2])
@@ -56,11 +56,13 @@ class Counted:
             self.featurised.extend(names)
             return self._extract(features, waveforms, names, rates)
 
-        shards.decode_wav, TorchFeatures.__call__ = decode, extract  # type: ignore[assignment, method-assign]
+        reader.decode_wav = decode  # type: ignore[attr-defined, assignment]
+        TorchFeatures.__call__ = extract  # type: ignore[assignment, method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
-        shards.decode_wav, TorchFeatures.__call__ = self._decode, self._extract  # type: ignore[method-assign]
+        reader.decode_wav = self._decode  # type: ignore[attr-defined]
+        TorchFeatures.__call__ = self._extract  # type: ignore[method-assign]
         self.decoded, self.featurised = (
             [name for name in names if name.startswith("s1-")] for names in (self.decoded, self.featurised)
         )
@@ -125,9 +127,9 @@ def test_each_rank_reads_its_share_and_the_run_is_the_same(
     for got, wanted in zip(losses(root / name), losses(one), strict=True):
         assert got == pytest.approx(wanted, rel=1e-4)
     # After the first step, Adam's first moment is the gradient but for a factor.
-    got, wanted = saved(root / name, 1), saved(one, 1)
-    moments = [key for key in wanted if "exp_avg." in key or key.endswith("exp_avg")]
-    assert moments, sorted(wanted)[:20]
+    tensors, expected = saved(root / name, 1), saved(one, 1)
+    moments = [key for key in expected if "exp_avg." in key or key.endswith("exp_avg")]
+    assert moments, sorted(expected)[:20]
     for key in moments:
-        scale = float(wanted[key].abs().max())
-        torch.testing.assert_close(got[key], wanted[key], rtol=1e-3, atol=1e-4 * scale, msg=key)
+        scale = float(expected[key].abs().max())
+        torch.testing.assert_close(tensors[key], expected[key], rtol=1e-3, atol=1e-4 * scale, msg=key)
