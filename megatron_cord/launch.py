@@ -90,7 +90,7 @@ def launch(options: Sequence[str]) -> int:
     # torchrun would end ranks 30 seconds after a signal that it handles itself.
     names = {number.name for number in exit_status.STOP_SIGNALS}
     arguments.signals_to_handle = ",".join(name for name in arguments.signals_to_handle.split(",") if name not in names)
-    launcher.LocalElasticAgent = Agent  # type: ignore[misc, attr-defined]
+    launcher.LocalElasticAgent = Agent  # type: ignore[attr-defined]
     try:
         torchrun.run(arguments)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
