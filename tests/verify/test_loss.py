@@ -40,7 +40,7 @@ def test_ranks_that_do_not_fit_are_refused() -> None:
 WRONG = """
 import sys
 from megatron_cord.runtime import entry
-from megatron_cord import verify
+from megatron_cord.verify import __main__ as program
 from megatron_cord.verify import loss as verify_loss
 right = verify_loss.distillation_loss
 def wrong(chunk_loss, hidden, *arguments, **options):
@@ -49,7 +49,7 @@ def wrong(chunk_loss, hidden, *arguments, **options):
     return right(chunk_loss, hidden, *arguments, **options)
 verify_loss.distillation_loss = wrong
 sys.argv[0] = "verify"
-entry.run(verify.main)
+entry.run(program.main)
 """
 
 
