@@ -14,7 +14,7 @@ from tests.tiny_run import ROOT, free_port
 
 
 @pytest.mark.parametrize(("write", "tensors"), [(write_talking_checkpoint, 63), (write_talking_step_audio_2, 60)])
-def test_all_three_ways(write: Callable[[Path], Path], tensors: int, tmp_path: Path) -> None:
+def test_all_three_transports(write: Callable[[Path], Path], tensors: int, tmp_path: Path) -> None:
     """Catches a transport that leaves a tensor, an audio tower's among them, or an answer other than a fresh server's.
 
     Also a check that ends badly.
