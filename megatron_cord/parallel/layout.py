@@ -196,10 +196,15 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
 def _replica_group(dp_group: dist.ProcessGroup, solo: dist.ProcessGroup) -> dist.ProcessGroup:
     """Make the group of the ranks with this rank's place in their data-parallel groups. Collective over all ranks."""
     places = all_gather_json(dist.get_rank(dp_group))
-    ranks = [rank for rank, place in enumerate(places) if place == dist.get_rank(dp_group)]
-    if len(ranks) == 1:
+    if len(places) == dist.get_world_size(dp_group):
         return solo
-    return dist.new_group(ranks, use_local_synchronization=True)
+    # All ranks make all groups in one order: names of groups that ranks make by themselves depend on how many groups
+    # each of them has, which differs between pipeline stages.
+    groups = [
+        dist.new_group([rank for rank, other in enumerate(places) if other == place])
+        for place in range(dist.get_world_size(dp_group))
+    ]
+    return groups[dist.get_rank(dp_group)]
 
 
 def meet(timeout: timedelta) -> tuple[Store, int, int]:
