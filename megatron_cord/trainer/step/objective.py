@@ -36,9 +36,9 @@ class ObjectiveConfig:
 
     #: whose responses L_tok scores: the student's (on-policy) or the teacher's (off-policy)
     responses: Literal["student", "teacher"] = "student"
-    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
-    token_weights: TokenWeightsConfig = field(default_factory=TokenWeightsConfig)
-    policy_gradient: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)  #: D_t
+    token_weights: TokenWeightsConfig = field(default_factory=TokenWeightsConfig)  #: w_t
+    policy_gradient: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)  #: L_seq
     #: both losses are divided by the number of responses (the paper) or of their tokens
     normalization: Literal["response", "token"] = "response"
     #: how the divergence's gradient is formed; docs/loss.md compares them
