@@ -4,8 +4,8 @@
 
 Each checkout trains from the same data and checkpoint (of `make quickstart`, in runs/quickstart), two
 tensor-parallel ranks, with its own quickstart.yaml. The checkouts take turns, so that a slow moment of the machine
-meets all of them. A step's time is the median over the steps of all turns, the first five of each left out; memory is the
-largest resident set that the system has seen of a rank (VmHWM), the larger of the two ranks, the median of the turns.
+meets all of them. A step's time is the median over the steps of all turns, the first five of each left out; memory is
+the largest resident set that the system has seen of a rank (VmHWM), the larger of two ranks, the median of the turns.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ WORDS = ["what", "is", "plus", "answer", *NUMBERS]
 
 def write_checkpoint(directory: Path, seed: int = 0, **sizes: int) -> Path:
     """Write a tiny checkpoint; `sizes` replace fields of TinyModelConfig."""
-    create_checkpoint(directory, TinyModelConfig(**(SIZES | sizes)), WORDS, seed=seed)  # type: ignore[arg-type]
+    create_checkpoint(directory, TinyModelConfig(**(SIZES | sizes)), WORDS, seed=seed)
     return directory
 
 

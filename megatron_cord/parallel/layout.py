@@ -204,7 +204,8 @@ def _replica_group(dp_group: dist.ProcessGroup, solo: dist.ProcessGroup) -> dist
         dist.new_group([rank for rank, other in enumerate(places) if other == place])
         for place in range(dist.get_world_size(dp_group))
     ]
-    return groups[dist.get_rank(dp_group)]
+    mine: dist.ProcessGroup = groups[dist.get_rank(dp_group)]
+    return mine
 
 
 def meet(timeout: timedelta) -> tuple[Store, int, int]:

@@ -102,5 +102,5 @@ def test_prompts_of_a_text_model(piece_directory: Path, tmp_path: Path) -> None:
     assert builder.decode(ids).replace(" ", "") == "useroneplustwoassistant"
     assert builder.audio_token_id is None and builder.vocab_size == VOCAB_SIZE
     assert set(range(50, VOCAB_SIZE)) <= set(builder.special_ids)
-    with pytest.raises(CordError, match="sample s7: a llama model takes no audio; choose a checkpoint with an audio encoder"):
+    with pytest.raises(CordError, match="sample s7: a llama model takes no audio; choose a checkpoint with an audio"):
         builder.audio_prompt(sample())

@@ -230,4 +230,4 @@ def test_numbers_that_cannot_be() -> None:
         {"temperature": 0.0},
     ):
         with pytest.raises(CordError):
-            RolloutConfig(**wrong)  # type: ignore[arg-type]
+            RolloutConfig(**wrong)

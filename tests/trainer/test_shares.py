@@ -56,7 +56,7 @@ class Counted:
             self.featurised.extend(names)
             return self._extract(features, waveforms, names, rates)
 
-        reader.decode_wav = decode  # type: ignore[attr-defined, assignment]
+        reader.decode_wav = decode  # type: ignore[attr-defined]
         TorchFeatures.__call__ = extract  # type: ignore[assignment, method-assign]
         return self
 
@@ -84,9 +84,8 @@ def run_all(rank: int, inputs: str, root: str) -> dict[str, tuple[list[str], lis
 
 
 def join(rank: int, store: Path) -> None:
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(store), WORLD), rank=rank, world_size=WORLD, timeout=timedelta(seconds=120)
-    )
+    file = dist.FileStore(str(store), WORLD)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=file, rank=rank, world_size=WORLD, timeout=timedelta(seconds=120))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_cord.config.loading import load_config
@@ -99,9 +99,8 @@ def run_all(rank: int, inputs: str, root: str) -> None:
 
 
 def join(rank: int, store: Path) -> None:
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+    file = dist.FileStore(str(store), 2)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=file, rank=rank, world_size=2, timeout=timedelta(seconds=60))
 
 
 def stop_after(step: int, run: Path, copy: Path) -> Path:
@@ -231,7 +230,7 @@ def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
     tensors = {
         name: torch.empty(entry.size) for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)
     }
-    checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+    checkpoint.load(tensors, storage_reader=reader, no_dist=True)  # type: ignore[attr-defined]
     return tensors
 
 

@@ -95,7 +95,8 @@ def check(rows: list[Row]) -> None:
 @cache
 def on_ranks(ranks: int, slow: bool) -> dict[str, list[Row]]:
     cases = FOUR_RANKS if ranks == 4 else MORE_ON_TWO_RANKS if slow else TWO_RANKS
-    return run_ranks(run_cases, ranks, cases)[0]
+    rows: dict[str, list[Row]] = run_ranks(run_cases, ranks, cases)[0]
+    return rows
 
 
 @pytest.mark.parametrize("case", TWO_RANKS)

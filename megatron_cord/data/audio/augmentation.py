@@ -115,4 +115,5 @@ def _noisy(audio: np.ndarray, snr: float, draws: np.random.PCG64) -> np.ndarray:
     power, noise_power = float(np.mean(np.square(audio, dtype=np.float64))), float(np.mean(noise**2))
     if noise_power == 0.0:
         return audio
-    return audio + noise * np.sqrt(power / noise_power / 10.0 ** (snr / 10.0))
+    noisy: np.ndarray = audio + noise * np.sqrt(power / noise_power / 10.0 ** (snr / 10.0))
+    return noisy

@@ -72,7 +72,7 @@ class DaliFeatures:
         (spectra,) = self._pipeline.run()
         if self._device == "cpu":
             return [torch.from_numpy(np.array(spectra.at(i))) for i in range(len(waveforms))]
-        return [torch.from_dlpack(spectra[i]).clone() for i in range(len(waveforms))]
+        return [torch.utils.dlpack.from_dlpack(spectra[i]).clone() for i in range(len(waveforms))]
 
     def _build(self) -> Any:
         from nvidia.dali import Pipeline, fn, types

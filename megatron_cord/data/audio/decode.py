@@ -55,4 +55,5 @@ def decode_audio(content: bytes, where: str) -> np.ndarray:
         raise CordError(f"{where}: the recording has no samples")
     if not np.isfinite(audio).all():
         raise CordError(f"{where}: the recording holds NaN or infinite samples")
-    return np.clip(resample(audio, rate, SAMPLING_RATE), -1.0, 1.0)
+    waveform: np.ndarray = np.clip(resample(audio, rate, SAMPLING_RATE), -1.0, 1.0)
+    return waveform

@@ -41,7 +41,8 @@ def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.nda
     padded[reach : reach + len(waveform)] = waveform
     windows = np.lib.stride_tricks.sliding_window_view(padded, step + 2 * reach)[::step]
     resampled = (windows @ filters).reshape(-1).astype(np.float32)
-    return resampled[: -(-len(waveform) * phases // step)]
+    whole: np.ndarray = resampled[: -(-len(waveform) * phases // step)]
+    return whole
 
 
 @lru_cache(maxsize=8)

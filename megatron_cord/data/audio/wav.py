@@ -82,7 +82,9 @@ def decode_wav(content: bytes, where: str) -> np.ndarray:
         count = recording.getnframes()
         data = recording.readframes(count)
     _check_length(count, len(data), where)
-    return np.maximum(np.frombuffer(data, dtype="<i2").astype(np.float32) / np.float32(32767.0), np.float32(-1.0))
+    samples = np.frombuffer(data, dtype="<i2").astype(np.float32) / np.float32(32767.0)
+    waveform: np.ndarray = np.maximum(samples, np.float32(-1.0))
+    return waveform
 
 
 def _check_length(samples: int, size: int, where: str) -> None:

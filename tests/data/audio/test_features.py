@@ -38,7 +38,8 @@ def extractor(config: FeatureConfig) -> WhisperFeatureExtractor:
 def recording(samples: int) -> np.ndarray:
     generator = np.random.default_rng(samples)
     tone = np.sin(np.arange(samples) * 0.05) * np.linspace(0.0, 0.7, samples)
-    return (tone + 0.05 * generator.standard_normal(samples)).astype(np.float32)
+    waveform: np.ndarray = (tone + 0.05 * generator.standard_normal(samples)).astype(np.float32)
+    return waveform
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())

@@ -102,7 +102,8 @@ class Browser:
             self._note(answer)
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']}")
-        return answer["result"]
+        result: dict[str, Any] = answer["result"]
+        return result
 
     def open(self, page: Path | str, *, width: int = 1280, scheme: str = "light") -> None:
         """Load a file or an address in a window of ``width`` pixels, in the given colour scheme."""
@@ -165,4 +166,5 @@ class Browser:
                 raise RuntimeError("the browser does not answer" if not ready else "the browser is gone")
             self._buffer += data
         message, _, self._buffer = self._buffer.partition(b"\0")
-        return json.loads(message)
+        received: dict[str, Any] = json.loads(message)
+        return received

@@ -60,9 +60,10 @@ def browser() -> Iterator[Browser]:
 
 
 def shown_kinds(browser: Browser) -> list[str]:
-    return browser.evaluate(
+    kinds: list[str] = browser.evaluate(
         "[...document.querySelectorAll('.card[data-kind]')].filter(c => c.checkVisibility()).map(c => c.dataset.kind)"
     )
+    return kinds
 
 
 def test_silent_and_alone(browser: Browser, page: Path) -> None:

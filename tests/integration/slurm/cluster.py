@@ -1,4 +1,4 @@
-"""A real SLURM of two virtual nodes on this machine, as root: controller, node daemons and munge, in a directory of the caller."""
+"""A real SLURM of two virtual nodes on this machine, as root: controller, node daemons and munge, in one directory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> str | None:
-    """What keeps a cluster from running here and what to do about it; None if nothing does. As root, absent packages are installed by apt."""
+    """Return what keeps a cluster from running here and what to do about it; None if nothing does.
+
+    As root, absent packages are installed by apt.
+    """
     if os.geteuid() != 0:
         return "a SLURM of virtual nodes needs root; run as root, e.g. in a container"
     if not all(shutil.which(command) for command in COMMANDS) and shutil.which("apt-get"):
@@ -113,7 +116,7 @@ class Cluster:
         return done.stdout
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What SLURM says about a job, by field."""
+        """Return the fields that SLURM shows of a job."""
         fields = self.call("scontrol", "--oneliner", "show", "job", job_id).split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 

@@ -1,4 +1,4 @@
-"""Real torchrun on two hosts: two network namespaces, joined by a pair of virtual cards, each with an agent and a rank of its own."""
+"""Real torchrun on two hosts: two network namespaces, joined by virtual cards, an agent and a rank in each."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ HOSTS = {"cordtest0": "10.231.77.1", "cordtest1": "10.231.77.2"}
 
 
 def ip(*arguments: str) -> None:
-    """One command of iproute2."""
+    """Call iproute2."""
     subprocess.run(["ip", *arguments], check=True, timeout=30)
 
 
 @pytest.fixture
 def hosts() -> Iterator[None]:
-    """Two namespaces that see each other and nothing else."""
+    """Make two namespaces that see each other and nothing else."""
     assert os.geteuid() == 0 and shutil.which("ip"), (
         "network namespaces need root and iproute2; run as root, apt-get install iproute2"
     )
@@ -43,7 +43,7 @@ def hosts() -> Iterator[None]:
 
 
 def test_two_hosts_train_like_one(hosts: None, tmp_path: Path) -> None:
-    """Catches ranks that only meet over loopback, and a run over two hosts that is another run than one host's with as many ranks."""
+    """Catches ranks that only meet over loopback, and a run over two hosts that differs from one host's."""
     inputs, output = write_inputs(tmp_path / "inputs"), tmp_path / "two"
     settings = overrides(inputs, output, "parallel.tp=2", "checkpoint.interval=0")
     processes = []
@@ -54,8 +54,9 @@ def test_two_hosts_train_like_one(hosts: None, tmp_path: Path) -> None:
             "OMP_NUM_THREADS": "1",
         }
         command = [
-            "ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(number),
-            "--nproc-per-node", "1", "--master-addr", HOSTS["cordtest0"], "--master-port", "29511",
+            "ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run",
+            "--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1",
+            "--master-addr", HOSTS["cordtest0"], "--master-port", "29511",
             "-m", "megatron_cord.train", "--config", os.devnull, *settings,
         ]  # fmt: skip
         processes.append(

@@ -46,7 +46,8 @@ def reference(model: Any, prompt: Prompt, response: tuple[int, ...]) -> Tensor:
         arguments["feature_attention_mask"] = (torch.arange(clip.features.shape[1]) < clip.num_frames).long()[None]
     with torch.no_grad():
         logits = model(**arguments).logits[0, len(prompt.token_ids) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+    logprobs: Tensor = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+    return logprobs
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,8 @@ def test_rows_predict_the_response(config: TrainConfig, inputs: Path, prompts: P
         hidden = lalm(batch)
         logits = hidden.reshape(-1, hidden.shape[-1])[rows] @ lalm.output_weight.T
         true_size = lalm.arch.language.vocab_size
-        return logits[:, :true_size].log_softmax(-1).gather(1, targets[:, None])[:, 0].detach()
+        logprobs: Tensor = logits[:, :true_size].log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        return logprobs.detach()
 
     microbatches = make_microbatches(
         sequences(prompts), config, prompts.pad_id, SequenceSharding(sequence_parallel=4), layout.device
