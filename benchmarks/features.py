@@ -44,7 +44,7 @@ def clips(kind: str) -> list[np.ndarray]:
 
 def implementations(pool: ThreadPoolExecutor) -> dict[str, tuple[int, Extract]]:
     """Return by name the number of torch's threads, and a function that makes a batch's features."""
-    reference = WhisperFeatureExtractor(feature_size=CONFIG.n_mels)  # type: ignore[no-untyped-call]
+    reference = WhisperFeatureExtractor(feature_size=CONFIG.n_mels)
     torch_features = TorchFeatures(CONFIG)
 
     def one(clip: np.ndarray) -> object:

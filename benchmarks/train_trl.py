@@ -40,7 +40,7 @@ def language_model(checkpoint: Path) -> Qwen2ForCausalLM:
     return model
 
 
-class TimedTrainer(GKDTrainer):
+class TimedTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]  # untyped where trl is not installed
     """Counts response tokens and seconds."""
 
     def __init__(self, clock: Clock, **options: Any) -> None:
@@ -48,7 +48,7 @@ class TimedTrainer(GKDTrainer):
         self.clock, self.responses, self.read = clock, 0, 0
         self.first_divergence: float | None = None
 
-    def generate_on_policy_outputs(self, *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
+    def generate_on_policy_outputs(self, *arguments: Any, **options: Any) -> Any:
         """Time and count the responses."""
         with self.clock.phase("rollout"):
             ids, mask, labels = GKDTrainer.generate_on_policy_outputs(*arguments, **options)

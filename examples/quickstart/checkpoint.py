@@ -81,23 +81,19 @@ def create_checkpoint(directory: str | Path, config: TinyModelConfig, vocabulary
         CordError: a word that the word-level tokenizer could not keep whole.
     """
     tokenizer = build_tokenizer(vocabulary)
-    extractor = WhisperFeatureExtractor(  # type: ignore[no-untyped-call]
+    extractor = WhisperFeatureExtractor(
         feature_size=config.mel_bins,
         hop_length=config.hop_length,
         chunk_length=config.window_seconds,
         return_attention_mask=True,
     )
-    processor = Qwen2AudioProcessor(  # type: ignore[no-untyped-call]
-        feature_extractor=extractor, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE
-    )
+    processor = Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2AudioForConditionalGeneration(model_config(config, tokenizer, extractor.nb_max_frames))
         initialize(model, config.sinusoid_scale)
     eos = tokenizer.convert_tokens_to_ids(TURN_END)
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     save_checkpoint(directory, model, processor)
 
 
@@ -139,7 +135,7 @@ def build_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
     words = list(dict.fromkeys([*SPECIAL_TOKENS, *ROLES, *vocabulary]))
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,
         unk_token=UNKNOWN,

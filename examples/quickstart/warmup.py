@@ -132,7 +132,7 @@ def warm_up(
     _train(model.train(), builder, config, texts, recited, audios)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    processor = AutoProcessor.from_pretrained(checkpoint_dir)  # type: ignore[no-untyped-call]
+    processor = AutoProcessor.from_pretrained(checkpoint_dir)
     save_checkpoint(partial, model, processor)
     (partial / _RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
     partial.rename(output)

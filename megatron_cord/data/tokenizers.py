@@ -180,7 +180,7 @@ def load_tokenizer(directory: str | Path) -> HuggingFaceTokenizer | SentencePiec
     if (path / "tokenizer.model").is_file() and not any((path / name).is_file() for name in others):
         return SentencePieceTokenizer(path)
     try:
-        return HuggingFaceTokenizer(AutoProcessor.from_pretrained(path), path)  # type: ignore[no-untyped-call]
+        return HuggingFaceTokenizer(AutoProcessor.from_pretrained(path), path)
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise CordError(

@@ -12,9 +12,9 @@ def no_progress_bars() -> Iterator[None]:
     from transformers.utils import logging  # takes seconds to import, so only where a model is loaded anyway
 
     enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         if enabled:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            logging.enable_progress_bar()

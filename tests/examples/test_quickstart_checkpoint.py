@@ -29,7 +29,7 @@ def test_loads_without_a_complaint(directory: Path, caplog: pytest.LogCaptureFix
     """Catches names or shapes that transformers would silently replace by random weights."""
     with caplog.at_level(logging.WARNING):
         loaded: Any = Qwen2AudioForConditionalGeneration.from_pretrained(directory, output_loading_info=True)
-        processor = AutoProcessor.from_pretrained(directory)  # type: ignore[no-untyped-call]
+        processor = AutoProcessor.from_pretrained(directory)
         tokenizer = AutoTokenizer.from_pretrained(directory)
     model, report = loaded
     assert not any(report.values()) and not caplog.records
@@ -66,7 +66,7 @@ def test_same_seed_same_file(directory: Path, tmp_path: Path) -> None:
 
 def test_processor_prompts_and_generates(directory: Path) -> None:
     """Catches a chat template or an extractor that Qwen2-Audio's processor cannot use, and a window that misfits."""
-    processor: Any = AutoProcessor.from_pretrained(directory)  # type: ignore[no-untyped-call]
+    processor: Any = AutoProcessor.from_pretrained(directory)
     model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(directory)
     turns = [{"role": "user", "content": [{"type": "audio", "audio_url": "clip"}]}]
     text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)

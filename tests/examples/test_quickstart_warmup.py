@@ -135,7 +135,7 @@ def test_recited_answers_come_without_their_question(checkpoint: Path) -> None:
 
 def test_no_bars_but_its_own(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches transformers' "Loading weights" on the terminal, and its bars that stay off afterwards."""
-    transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.enable_progress_bar()
     warm_up(checkpoint, tmp_path / "warm", replace(SHORT, text_steps=1, mixed_steps=1), questions(), spoken())
     LocalEngine(tmp_path / "warm")
     assert capsys.readouterr().err == ""

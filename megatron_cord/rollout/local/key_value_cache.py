@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _Layer(DynamicLayer):
     """Keys and values [B, heads, S, D] of one layer; S grows up to the capacity."""
 
     def __init__(self, capacity: int) -> None:

@@ -103,7 +103,7 @@ def test_logprobs_are_those_of_a_plain_forward(engine: LocalEngine, checkpoint: 
 
     Also scores of masked or scaled logits.
     """
-    model = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint).eval()  # type: ignore[no-untyped-call]
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint).eval()
     batch = requests(engine, temperature=1.5)
     for request, rollout in zip(batch, engine.generate(batch), strict=True):
         logits = reference_logits(model, request.prompt, rollout.token_ids)
@@ -117,8 +117,8 @@ def test_greedy_is_transformers_generation(engine: LocalEngine, checkpoint: Path
 
     Also decoding that leaves the greedy path.
     """
-    model = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint).eval()  # type: ignore[no-untyped-call]
-    processor = AutoProcessor.from_pretrained(checkpoint)  # type: ignore[no-untyped-call]
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint)
     for sample in samples():
         turns = [{"role": "user", "content": [{"type": "audio", "audio_url": "clip"}]}]
         text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
@@ -150,7 +150,7 @@ def test_seeds_and_prompts_draw_their_own_noise(engine: LocalEngine) -> None:
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_samples_follow_the_softmax(engine: LocalEngine, checkpoint: Path, temperature: float) -> None:
     """Catches noise that is not Gumbel's, temperature on the wrong side, and mass on special tokens (chi-square)."""
-    model = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint).eval()  # type: ignore[no-untyped-call]
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint).eval()
     prompt, draws = engine.prompts.text_prompt(samples()[0]), 4000
     logits = reference_logits(model, prompt, (0,))[0].double() / temperature
     logits[list(engine.prompts.special_ids)] = -torch.inf
@@ -236,7 +236,7 @@ def test_names_are_those_of_the_checkpoints_files(checkpoint: Path, tmp_path: Pa
         AutoConfig.from_pretrained(checkpoint)
     )  # a loaded one would keep the file's names
     fresh_model.save_pretrained(tmp_path)
-    AutoProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path)  # type: ignore[no-untyped-call]
+    AutoProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path)
     published, saved = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert "language_model.model.norm.weight" in published and "language_model.model.norm.weight" not in saved
     for directory, tensors in ((checkpoint, published), (tmp_path, saved)):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Qwen2Model
 from megatron_cord.model.families.step_audio_2.audio import Adapter, Encoder, StepAudio2Config
 
 
-class StepAudio2(PreTrainedModel):  # type: ignore[no-untyped-call]
+class StepAudio2(PreTrainedModel):
     """Encoder, adapter and Qwen2 with its head.
 
     Args:

@@ -84,7 +84,7 @@ class StepAudio2Processor(BaseMultimodalProcessor):  # type: ignore[misc]
 
     def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, *args, **kwargs)
-        self._extractor = WhisperFeatureExtractor(  # type: ignore[no-untyped-call]
+        self._extractor = WhisperFeatureExtractor(
             feature_size=hf_config.audio.n_mels, sampling_rate=_RATE, hop_length=_HOP
         )
 
