@@ -95,6 +95,16 @@ class Ranks:
         return ended
 
 
+def run_forked(settings: Sequence[str], log: Path, *, world: int = 2, seconds: float = 300) -> tuple[int, str]:
+    """Run to the end on forked ranks, for tests of the ranks and not of the launcher.
+
+    Returns:
+        the first status that is not 0, and what the ranks printed.
+    """
+    statuses = Ranks(settings, log, world=world).statuses(seconds)
+    return next((status if status is not None else -1 for status in statuses if status != 0), 0), log.read_text()
+
+
 def _rank(rank: int, world: int, port: int, settings: list[str], log: str, stuck: str | None) -> None:
     output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)

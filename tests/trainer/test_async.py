@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,7 +15,8 @@ from megatron_cord.rollout.rollout_file import dump_files
 from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
 from tests.gloo import run_ranks
-from tests.tiny_run import finish, losses, metrics, overrides, start, write_inputs
+from tests.tiny_run import losses, metrics, overrides, write_inputs
+from tests.trainer.fault_ranks import Ranks, run_forked
 from tests.trainer.test_train import alone, join, stop_after
 
 AHEAD = "rollout.schedule.ahead=1"
@@ -101,20 +99,10 @@ def test_a_killed_run_ends_like_one_that_was_not(inputs: Path, one: Path, tmp_pa
     """Catches checkpoints without what was generated ahead."""
     output = tmp_path / "run"
     settings = overrides(inputs, output, AHEAD, "checkpoint.interval=1", "checkpoint.keep=3", "train.steps=5")
-    process = start(settings, ranks=1)
-    deadline = time.monotonic() + 120
-    try:
-        while (
-            not (output / "checkpoints" / "step_000002").exists()
-            and process.poll() is None
-            and time.monotonic() < deadline
-        ):
-            time.sleep(0.02)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-    finish(process)
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-    status, errors = finish(start(settings, ranks=1))
+    rank = Ranks(settings, tmp_path / "killed.log", world=1)
+    rank.wait_for((output / "checkpoints" / "step_000002").exists, 120)
+    assert rank.kill(0), "the run ended before it could be killed"
+    status, errors = run_forked(settings, tmp_path / "log", world=1)
     assert status == 0 and "resuming after step" in errors
     assert losses(output) == losses(one)
 

@@ -18,7 +18,7 @@ import torch
 
 from megatron_cord.runtime import exit_status
 from tests.tiny_run import finish, free_port, losses, overrides, small_file_system, start, write_inputs
-from tests.trainer.fault_ranks import Ranks
+from tests.trainer.fault_ranks import Ranks, run_forked
 from tests.trainer.test_train import saved
 
 STEPS = 8
@@ -38,7 +38,7 @@ def settings(inputs: Path, output: Path, *more: str) -> list[str]:
 def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make the run that all others must end like."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    status, errors = finish(start(settings(inputs, output)))
+    status, errors = run_forked(settings(inputs, output), output.with_name("log"))
     assert status == 0, errors
     return output
 
@@ -80,7 +80,7 @@ def test_a_request_to_stop(inputs: Path, undisturbed: Path, tmp_path: Path, numb
         and f"asked to stop after step {step}; the same command continues after step {step}" in errors
     )
     assert "Traceback" not in errors and "FAILED" not in errors
-    status, errors = finish(start(settings(inputs, output)))
+    status, errors = run_forked(settings(inputs, output), tmp_path / "log")
     assert status == 0 and f"resuming after step {step}" in errors
     assert losses(output) == losses(undisturbed)
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
-import signal
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,7 +27,8 @@ from megatron_cord.rollout.rollout_file import dump_file, read_rollouts
 from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
 from tests.gloo import run_ranks
-from tests.tiny_run import finish, losses, metrics, overrides, start, write_inputs
+from tests.tiny_run import losses, metrics, overrides, write_inputs
+from tests.trainer.fault_ranks import Ranks, run_forked
 
 TP2, PP2 = "parallel.tp=2", "parallel.pp=2"
 FROZEN = "model.freeze=[language_model]"
@@ -307,20 +305,10 @@ def test_a_killed_run_ends_like_one_that_was_not(inputs: Path, runs: Path, tmp_p
     """
     output = tmp_path / "run"
     settings = overrides(inputs, output, TP2, "checkpoint.interval=1", "checkpoint.keep=3")
-    process = start(settings)
-    deadline = time.monotonic() + 120
-    try:
-        while (
-            not (output / "checkpoints" / "step_000002").exists()
-            and process.poll() is None
-            and time.monotonic() < deadline
-        ):
-            time.sleep(0.02)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-    finish(process)
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-    status, errors = finish(start(settings))
+    ranks = Ranks(settings, tmp_path / "killed.log")
+    ranks.wait_for((output / "checkpoints" / "step_000002").exists, 120)
+    assert [ranks.kill(rank) for rank in range(2)] == [True, True], "the run ended before it could be killed"
+    status, errors = run_forked(settings, tmp_path / "log")
     assert status == 0 and "resuming after step" in errors
     assert losses(output) == losses(runs / "tp2")
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [

@@ -26,6 +26,7 @@ from tests.tiny_run import (
     write_inputs,
     write_shards,
 )
+from tests.trainer.fault_ranks import run_forked
 from tests.trainer.test_train import TP2, alone, stop_after
 
 
@@ -116,15 +117,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(inputs: Path, small_disk: Path) -> None:
+def test_a_full_disk_leaves_the_checkpoint_before(inputs: Path, small_disk: Path, tmp_path: Path) -> None:
     """Catches half a checkpoint under a whole one's name, one deleted to make room.
 
     Also leftovers that keep the disk full, and tracebacks.
     """
     output = small_disk / "run"
-    status, errors = finish(
-        start(overrides(inputs, output, TP2, "checkpoint.interval=1", "checkpoint.asynchronous=false"))
-    )
+    settings = overrides(inputs, output, TP2, "checkpoint.interval=1", "checkpoint.asynchronous=false")
+    status, errors = run_forked(settings, tmp_path / "log")
     assert status == 2 and "Traceback" not in errors and "FAILED" not in errors
     (line,) = spoken(errors)
     assert line.startswith(f"error: {output}/checkpoints/step_000002: the checkpoint could not be written (")
@@ -231,6 +231,6 @@ def test_a_layout_that_does_not_divide_the_model(inputs: Path, tmp_path: Path) -
     shutil.copytree(inputs, tmp_path / "inputs")
     shutil.rmtree(tmp_path / "inputs" / "checkpoint")
     write_checkpoint(tmp_path / "inputs" / "checkpoint", heads=3, kv_heads=3, hidden_size=48)
-    status, errors = finish(start(overrides(tmp_path / "inputs", tmp_path / "run", TP2)))
+    status, errors = run_forked(overrides(tmp_path / "inputs", tmp_path / "run", TP2), tmp_path / "log")
     assert (status, len(spoken(errors))) == (2, 1) and "Traceback" not in errors
     assert "parallel.tp=2 does not divide the language model's attention heads (3)" in errors

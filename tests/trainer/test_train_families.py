@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.model.family_reference import save_whole
-from tests.tiny_run import WORDS, finish, make_samples, metrics, overrides, start, write_shards
+from tests.tiny_run import WORDS, make_samples, metrics, overrides, write_shards
+from tests.trainer.fault_ranks import run_forked
 
 
 @pytest.mark.parametrize("family", ["step_audio_2", pytest.param("voxtral", marks=pytest.mark.slow)])
@@ -27,7 +28,7 @@ def test_a_family_is_trained(family: str, tmp_path: Path) -> None:
         "data.long_audio=cut",
         "rollout.max_logprob_mismatch=1e-4",
     ]
-    status, errors = finish(start(overrides(tmp_path, tmp_path / "run", *settings)))
+    status, errors = run_forked(overrides(tmp_path, tmp_path / "run", *settings), tmp_path / "log")
     assert status == 0, errors
     steps = metrics(tmp_path / "run")
     assert len(steps) == 2 and not any(step["skipped"] for step in steps)
