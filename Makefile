@@ -56,7 +56,7 @@ test-full: lint typecheck ## all tests, slow ones included, but those of test-sl
 
 test-next: $(NEXT)/.installed ## the tests of everything that Megatron-Core computes, with 0.19.2 in the place of 0.16.1; Python 3.12 has 0.19.2 anyway
 	$(NEXT)/bin/python -c 'from importlib.metadata import version as v; print("Megatron-Core", v("megatron-core")); assert v("megatron-core") == "0.19.2"'
-	$(NEXT)/bin/python -m pytest -m 'not slow and not slurm' tests/model tests/parallel tests/convert tests/trainer tests/verify/test_layout.py
+	$(NEXT)/bin/python -m pytest $(IN_PARALLEL) -m 'not slow and not slurm' tests/model tests/parallel tests/convert tests/trainer tests/verify/test_layout.py
 
 # All of .venv behind one package of its own. Megatron-Core 0.19.2 asks for Python 3.12 in its metadata; what is used here runs on 3.11.
 $(NEXT)/.installed: $(STAMP)
