@@ -57,6 +57,7 @@ def _rank_main(
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(directory) / "store"), world_size)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    dist.barrier()  # a function may leave this group at once, while another rank still connects
     try:
         torch.save(fn(rank, *args), Path(directory) / f"result{rank}.pt")
         dist.barrier()  # the store's file must outlive every rank's use of it
