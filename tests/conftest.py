@@ -8,12 +8,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_cord.runtime import entry
 from megatron_cord.runtime.log import configure_logging
 
 TESTS = Path(__file__).parent
@@ -29,6 +32,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the folders that take long first, so that parallel workers, which take a file at a time, end together."""
     places = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.relative_to(TESTS).parts[0], len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what the tests' modules have imported: it stays until the end."""
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _entry_points_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let entry points that a test calls in this process raise SystemExit; they would end it otherwise."""
+    monkeypatch.setattr(entry, "end", sys.exit)
 
 
 @pytest.fixture

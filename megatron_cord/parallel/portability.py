@@ -18,9 +18,11 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d
 from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
@@ -86,6 +88,7 @@ def install() -> None:
     Raises:
         RuntimeError: megatron.core was imported before, so that its modules may already hold unpatched names.
     """
+    _share_gloo_threads()
     if has_cuda():
         _provide_fused_adam()
         return
@@ -234,6 +237,30 @@ def _patch_generators_of_megatron() -> None:
         _set_cuda_rng_state=lambda state, *_, **__: torch.set_rng_state(state),
         _get_cuda_rng_state=lambda *_, **__: torch.get_rng_state(),
     )
+
+
+def _share_gloo_threads() -> None:
+    """Let all gloo groups of a process share the first one's network devices.
+
+    A device has a thread that polls a hundred times a second, and torch gives every group one of its own. Megatron
+    makes about two dozen groups a rank, whose threads then take the cores of a small machine from the computation.
+    """
+    devices: dict[int, list[Any]] = {}  # by process: a fork inherits the list, not the threads
+
+    class SharedProcessGroupGloo(distributed_c10d.ProcessGroupGloo):
+        """A gloo group on the process's devices."""
+
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+            shared = devices.get(os.getpid())
+            if shared is None:
+                super().__init__(store, rank, size, timeout=timeout)
+                devices[os.getpid()] = self.options._devices  # type: ignore[attr-defined]
+                return
+            options: Any = self._Options()  # type: ignore[attr-defined]
+            options._devices, options._threads, options._timeout = shared, 2 * len(shared), timeout
+            super().__init__(store, rank, size, options)
+
+    _replace(distributed_c10d, ProcessGroupGloo=SharedProcessGroupGloo)
 
 
 def _provide_fused_adam() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,9 +14,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_cord.errors import CordError
-from megatron_cord.runtime.exit_status import INTERRUPTED, PEER_GONE, USER_ERROR
+from megatron_cord.runtime.exit_status import BUG, INTERRUPTED, PEER_GONE, USER_ERROR
 from megatron_cord.runtime.failures import explain, has_peers, lost_peer, report_once
 from megatron_cord.runtime.log import LEVELS, configure_logging
+
+#: Statuses of processes that may leave peers in a collective.
+_ABANDONED = (BUG, INTERRUPTED, PEER_GONE, USER_ERROR)
 
 
 @dataclass(frozen=True)
@@ -67,35 +72,45 @@ def parse_args(description: str, *, config_required: bool = True, arguments: Seq
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Configure logging, call `main`, and end the process.
+    """Configure logging, call `main`, and end the process with the status of `status_of`."""
+    end(status_of(main))
 
-    The status is that of `main`, or 0; 2 after a user's error, in one line; 130 after Ctrl-C; 3 after a peer's end
-    (see ``megatron_cord.runtime.exit_status``). Anything else is a bug and keeps its traceback. A full disk and a port
-    in use count as user errors.
+
+def end(status: int) -> NoReturn:
+    """End the process with what the interpreter does before it ends, and without taking anything down.
+
+    After a failure, others may wait in a collective that will never come, and taking the process groups down can wait
+    for them for ever; leaving at once closes the connections, so that they notice. After a success, a thread of gloo's
+    that still runs when its group is taken down makes the C++ runtime abort ("terminate called without an active
+    exception"), which would turn a finished run into a failed job.
+    """
+    if status not in _ABANDONED or not has_peers():
+        threading._shutdown()  # type: ignore[attr-defined]  # these two, as in the processes that multiprocessing forks
+        atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def status_of(main: Callable[[], int | None]) -> int:
+    """Call `main` and return the exit status, with failures reported.
+
+    It is that of `main`, or 0; 2 after a user's error, in one line; 130 after Ctrl-C; 3 after a peer's end
+    (see ``megatron_cord.runtime.exit_status``); 1 after a bug beside peers, with its traceback. A bug of a process
+    without peers is raised. A full disk and a port in use count as user errors.
     """
     try:
         configure_logging("info")  # an error about the level itself is logged too
         configure_logging()
-        status = main() or 0
+        return main() or 0
     except KeyboardInterrupt:
-        _leave(INTERRUPTED)
+        return INTERRUPTED
     except Exception as error:
         message = explain(error)
         if message is None:
             if not has_peers():
                 raise
             traceback.print_exc()
-            _leave(1)
+            return BUG
         report_once(" ".join(message.split()))
-        _leave(PEER_GONE if lost_peer(error) else USER_ERROR)
-    sys.exit(status)
-
-
-def _leave(status: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if has_peers():
-        # The others may wait in a collective that will never come. A normal exit tears the process groups down and can
-        # wait for them for ever; leaving at once closes the connections, so that they notice.
-        os._exit(status)
-    sys.exit(status)
+        return PEER_GONE if lost_peer(error) else USER_ERROR

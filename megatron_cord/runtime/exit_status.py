@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 
-USER_ERROR = 2  #: after a one-line error; a bug exits with 1 and keeps its traceback
+BUG = 1  #: with its traceback, as Python has it
+USER_ERROR = 2  #: after a one-line error
 PEER_GONE = 3  #: a rank lost another one; starting again can help, unless that one's own status forbids it
 STOPPED = 75  #: a run was stopped by a signal and saved a checkpoint; the same command continues it
 HUNG = 124  #: a rank made no progress for too long (see ``megatron_cord.trainer.observability.watchdog``)

@@ -108,12 +108,10 @@ def test_statuses_of_one_process(capsys: pytest.CaptureFixture[str], monkeypatch
         (lambda: fails(CordError("a\nb")), 2),
         (lambda: fails(KeyboardInterrupt()), 130),
     ]:  # fmt: skip
-        with pytest.raises(SystemExit) as ended:
-            entry.run(main)
-        assert ended.value.code == status
+        assert entry.status_of(main) == status
     assert capsys.readouterr().err == "error: a b\n"
     with pytest.raises(KeyError):
-        entry.run(lambda: fails(KeyError("bug")))
+        entry.status_of(lambda: fails(KeyError("bug")))
 
 
 def test_a_full_disk_is_found_behind_other_errors() -> None:
