@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+import atexit
 import gc
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Spare the garbage collector what the tests' modules have imported: it stays until the end."""
     gc.freeze()
+    atexit.register(gc.unfreeze)  # libraries that count what is left at the end would report leaks
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Process groups, layouts, and portability: importing this before megatron.core makes machines without CUDA usable."""
 
+import atexit
 import gc
 import warnings
 
@@ -16,5 +17,6 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 portability.install()
 
 gc.freeze()
+atexit.register(gc.unfreeze)  # libraries that count what is left at the end would report leaks
 if _collects:
     gc.enable()

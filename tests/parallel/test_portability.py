@@ -125,6 +125,45 @@ def test_megatron_takes_the_fused_optimizer() -> None:
     assert portability.install() is None  # a second time is free
 
 
+GROUPS = """
+import os
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
+
+def polling():
+    return sum(path.read_text() == "gloo_tcp_loop\\n" for path in Path("/proc/self/task").glob("*/comm"))
+
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.all_reduce(torch.ones(1))
+    dist.destroy_process_group()
+
+alone()
+child = os.fork()
+if child == 0:  # it has its parent's list of devices, but not their threads
+    alone()
+    os._exit(polling())
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+for _ in range(3):
+    layout = initialize(ParallelConfig(), seed=0)
+    assert polling() == 1, polling()
+    dist.all_reduce(torch.ones(1), group=layout.dp_group)
+    finalize()
+"""
+
+
+@without_cuda
+def test_gloo_groups_share_a_polling_thread() -> None:
+    """Catches a thread that polls for every group, two dozen a rank, and more of them after each layout.
+
+    Also groups of a forked process that wait for a thread of its parent.
+    """
+    done = subprocess.run([sys.executable, "-c", GROUPS], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 SCRIPT = """
 import sys, torch
 sys.modules["megatron.core"] = torch  # stands for a Megatron-Core that is there already

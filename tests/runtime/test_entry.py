@@ -114,6 +114,35 @@ def test_statuses_of_one_process(capsys: pytest.CaptureFixture[str], monkeypatch
         entry.status_of(lambda: fails(KeyError("bug")))
 
 
+ENDING = """
+import atexit, os, threading, time
+from megatron_cord.runtime import entry
+
+class Abort:
+    def __del__(self):
+        os.abort()  # as a thread of C++ does that still runs when its group is taken down
+
+kept = Abort()
+kept.itself = kept  # the interpreter takes it down last
+atexit.register(print, "at exit")
+threading.Thread(target=lambda: (time.sleep(0.5), print("thread"))).start()
+entry.run(lambda: None)
+"""
+
+
+def test_a_finished_process_takes_nothing_down() -> None:
+    """Catches an abort while the process ends, after its work is done.
+
+    Also threads that are cut off, and functions registered for the exit that are not called.
+    """
+    environment = os.environ | {"PYTHONPATH": str(Path(entry.__file__).parents[2]), "PYTHONUNBUFFERED": ""}
+    environment.pop("WORLD_SIZE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=60, env=environment, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "thread\nat exit\n", "")
+
+
 def test_a_full_disk_is_found_behind_other_errors() -> None:
     """Catches a full disk that a library has wrapped in an exception of its own, and other I/O errors taken for it."""
     wrapped = RuntimeError("writing failed")

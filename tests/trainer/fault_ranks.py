@@ -35,6 +35,7 @@ class Ranks:
         stuck: the rank that will hang.
         where: it hangs: in its first step's rollouts; there, in a library that keeps the interpreter's lock; or
             before it meets the others.
+        halt: the step, from 1, in which all ranks wait until they are killed.
     """
 
     def __init__(
@@ -45,12 +46,13 @@ class Ranks:
         world: int = 2,
         stuck: int | None = None,
         where: Literal["rollout", "library", "start"] = "rollout",
+        halt: int | None = None,
     ) -> None:
         self.log, self.begun = log, time.monotonic()
         port = free_port()
         self.processes: list[BaseProcess] = [
             _context.Process(
-                target=_rank, args=(rank, world, port, list(settings), str(log), where if rank == stuck else None)
+                target=_rank, args=(rank, world, port, list(settings), str(log), where if rank == stuck else None, halt)
             )
             for rank in range(world)
         ]
@@ -105,7 +107,7 @@ def run_forked(settings: Sequence[str], log: Path, *, world: int = 2, seconds: f
     return next((status if status is not None else -1 for status in statuses if status != 0), 0), log.read_text()
 
 
-def _rank(rank: int, world: int, port: int, settings: list[str], log: str, stuck: str | None) -> None:
+def _rank(rank: int, world: int, port: int, settings: list[str], log: str, stuck: str | None, halt: int | None) -> None:
     output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -121,7 +123,22 @@ def _rank(rank: int, world: int, port: int, settings: list[str], log: str, stuck
         time.sleep(3600)
     if stuck:
         Collector.score = _never_answer if stuck == "rollout" else _never_let_go  # type: ignore[method-assign, assignment]
+    if halt:
+        Collector.score = _scoring_until(halt - 1, Collector.score)  # type: ignore[method-assign, assignment]
     entry.run(lambda: train(load_config(RunConfig, None, settings)))
+
+
+def _scoring_until(
+    step: int, score: Callable[[Collector, Any, Sequence[Any]], Any]
+) -> Callable[[Collector, Any, Sequence[Any]], Any]:
+    """Return a function that scores the rollouts of steps, counted from 0, and never returns in this one."""
+
+    def scoring(self: Collector, batch: Any, rollouts: Sequence[Any]) -> Any:
+        if batch.step == step:
+            time.sleep(3600)
+        return score(self, batch, rollouts)
+
+    return scoring
 
 
 def _never_answer(self: Collector, batch: Any, rollouts: Sequence[Any]) -> None:

@@ -99,9 +99,9 @@ def test_a_killed_run_ends_like_one_that_was_not(inputs: Path, one: Path, tmp_pa
     """Catches checkpoints without what was generated ahead."""
     output = tmp_path / "run"
     settings = overrides(inputs, output, AHEAD, "checkpoint.interval=1", "checkpoint.keep=3", "train.steps=5")
-    rank = Ranks(settings, tmp_path / "killed.log", world=1)
-    rank.wait_for((output / "checkpoints" / "step_000002").exists, 120)
-    assert rank.kill(0), "the run ended before it could be killed"
+    rank = Ranks(settings, tmp_path / "killed.log", world=1, halt=5)
+    assert rank.wait_for((output / "checkpoints" / "step_000002").exists, 120)
+    assert rank.kill(0)
     status, errors = run_forked(settings, tmp_path / "log", world=1)
     assert status == 0 and "resuming after step" in errors
     assert losses(output) == losses(one)

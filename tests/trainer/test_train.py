@@ -305,9 +305,9 @@ def test_a_killed_run_ends_like_one_that_was_not(inputs: Path, runs: Path, tmp_p
     """
     output = tmp_path / "run"
     settings = overrides(inputs, output, TP2, "checkpoint.interval=1", "checkpoint.keep=3")
-    ranks = Ranks(settings, tmp_path / "killed.log")
-    ranks.wait_for((output / "checkpoints" / "step_000002").exists, 120)
-    assert [ranks.kill(rank) for rank in range(2)] == [True, True], "the run ended before it could be killed"
+    ranks = Ranks(settings, tmp_path / "killed.log", halt=5)
+    assert ranks.wait_for((output / "checkpoints" / "step_000002").exists, 120)
+    assert [ranks.kill(rank) for rank in range(2)] == [True, True]
     status, errors = run_forked(settings, tmp_path / "log")
     assert status == 0 and "resuming after step" in errors
     assert losses(output) == losses(runs / "tp2")
