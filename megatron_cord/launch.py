@@ -129,7 +129,7 @@ def _leave_static_rendezvous(arguments: argparse.Namespace) -> None:
             "in place of --master-addr"
         )
     arguments.rdzv_backend, arguments.rdzv_id = "c10d", f"launch-{os.getpid()}"
-    arguments.rdzv_endpoint = f"127.0.0.1:{arguments.master_port}"
+    arguments.rdzv_endpoint = f"127.0.0.1:{arguments.master_port or 0}"  # 0: any free one
     arguments.local_addr = arguments.local_addr or "127.0.0.1"
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.entry import run
+from megatron_cord.runtime.exit_status import PEER_GONE, STOPPED
 
 
 class Slow:
@@ -40,6 +41,11 @@ def main() -> int | None:
         return 7
     dist.init_process_group("gloo")
     first = dist.get_rank() == 0
+    if how in ("stopped", "again"):
+        if first:
+            with Path(sys.argv[2]).open("a") as file:
+                file.write("start\n")
+        return STOPPED if how == "stopped" else PEER_GONE
     if how == "slow":
         sys.stderr = Slow(sys.stderr)
     if how in ("all", "slow"):

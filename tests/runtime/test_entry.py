@@ -58,6 +58,14 @@ def test_success_is_silent_and_single_threaded() -> None:
     assert launched(SCRIPT, "meet") == (0, "threads 1\n", "")
 
 
+@pytest.mark.parametrize(("how", "ended", "starts"), [("stopped", 75, 1), ("again", 3, 2)])
+def test_ranks_that_stopped_are_not_started_again(tmp_path: Path, how: str, ended: int, starts: int) -> None:
+    """Catches a launcher that starts again what was stopped, or leaves what lost a peer."""
+    count = tmp_path / "starts"
+    status, _, errors = launched("--max-restarts", "1", SCRIPT, how, str(count))
+    assert (status, count.read_text()) == (ended, "start\n" * starts) and "FAILED" not in errors
+
+
 def test_interrupt_prints_nothing() -> None:
     """Catches a traceback or torchrun's report after Ctrl-C, or a status that says success."""
     status, _, errors = launched(SCRIPT, "interrupt")

@@ -61,18 +61,8 @@ def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in psutil.Process(process.pid).children() if "megatron_cord.train" in child.cmdline()]
 
 
-@pytest.mark.parametrize(("number", "whom"), [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "one rank")])
-def test_a_request_to_stop(inputs: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals, whom: str) -> None:
-    """Catches a signal that kills, that one rank alone follows, a stop without a checkpoint.
-
-    Also a restart of what shall end, and another status.
-    """
-    output = tmp_path / "run"
-    process = start(settings(inputs, output, "checkpoint.interval=0"), launcher=["--max-restarts", "2"])
-    wait_for(process, lambda: steps_made(output) >= 2)
-    os.kill(process.pid if whom == "launcher" else ranks(process)[1].pid, number)
-    status, errors = finish(process)
-    assert status == exit_status.STOPPED, errors
+def stopped_run_goes_on(inputs: Path, undisturbed: Path, output: Path, errors: str) -> None:
+    """Assert that a run of which `errors` were printed saved its last step, and continue it to the same end."""
     (saved,) = (path.name for path in (output / "checkpoints").iterdir())
     step = int(saved.removeprefix("step_"))
     assert (
@@ -80,9 +70,33 @@ def test_a_request_to_stop(inputs: Path, undisturbed: Path, tmp_path: Path, numb
         and f"asked to stop after step {step}; the same command continues after step {step}" in errors
     )
     assert "Traceback" not in errors and "FAILED" not in errors
-    status, errors = run_forked(settings(inputs, output), tmp_path / "log")
+    status, errors = run_forked(settings(inputs, output), output.with_name("again.log"))
     assert status == 0 and f"resuming after step {step}" in errors
     assert losses(output) == losses(undisturbed)
+
+
+def test_a_request_to_stop_the_launcher(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Catches a signal that kills, that one rank alone follows, a stop without a checkpoint.
+
+    Also a restart of what shall end, and another status.
+    """
+    output = tmp_path / "run"
+    process = start(settings(inputs, output, "checkpoint.interval=0"), launcher=["--max-restarts", "2"])
+    wait_for(process, lambda: steps_made(output) >= 2)
+    os.kill(process.pid, signal.SIGTERM)
+    status, errors = finish(process)
+    assert status == exit_status.STOPPED, errors
+    stopped_run_goes_on(inputs, undisturbed, output, errors)
+
+
+def test_a_request_to_stop_one_rank(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Catches a signal to one rank that the others do not follow, as SLURM sends it."""
+    output = tmp_path / "run"
+    ranks = Ranks(settings(inputs, output, "checkpoint.interval=0"), tmp_path / "log")
+    assert ranks.wait_for(lambda: steps_made(output) >= 2, 300)
+    os.kill(ranks.processes[1].pid or 0, signal.SIGUSR1)
+    assert ranks.statuses(120) == [exit_status.STOPPED, exit_status.STOPPED]
+    stopped_run_goes_on(inputs, undisturbed, output, ranks.log.read_text())
 
 
 def test_the_launcher_starts_a_killed_rank_again(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -220,22 +234,19 @@ def test_a_node_that_is_lost(inputs: Path, undisturbed: Path, tmp_path: Path) ->
     """
     output = tmp_path / "run"
 
-    def start_nodes() -> list[subprocess.Popen[str]]:
-        port = str(free_port())
-        nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
-        return [
-            start(settings(inputs, output, "checkpoint.interval=1"), launcher=[*nodes, "--node-rank", str(n)])
-            for n in range(2)
-        ]
-
-    first, second = start_nodes()
+    port = str(free_port())
+    nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
+    first, second = (
+        start(settings(inputs, output, "checkpoint.interval=1"), launcher=[*nodes, "--node-rank", str(n)])
+        for n in range(2)
+    )
     wait_for(first, lambda: (output / "checkpoints" / "step_000002").exists())
     for process in [*psutil.Process(second.pid).children(recursive=True), psutil.Process(second.pid)]:
         process.kill()
     status, errors = finish(first)
     assert status == exit_status.PEER_GONE and "another rank is gone" in errors and "Traceback" not in errors
-    ends = [finish(process) for process in start_nodes()]
-    assert [status for status, _ in ends] == [0, 0] and "resuming after step" in ends[0][1], ends
+    status, errors = run_forked(settings(inputs, output, "checkpoint.interval=1"), tmp_path / "again.log")
+    assert status == 0 and "resuming after step" in errors
     assert losses(output) == losses(undisturbed)
 
 

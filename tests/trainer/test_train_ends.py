@@ -99,7 +99,7 @@ def test_two_ranks_stop_with_one_line(inputs: Path, tmp_path: Path) -> None:
     settings = overrides(
         broken_inputs(inputs, tmp_path / "inputs"), tmp_path / "run", TP2, "train.max_skipped_in_a_row=1"
     )
-    status, errors = finish(start(settings))
+    status, errors = run_forked(settings, tmp_path / "log")
     assert status == 2 and "Traceback" not in errors
     (line,) = spoken(errors)
     assert "1 steps in a row had no finite loss" in line
