@@ -62,7 +62,7 @@ def test_success_is_silent_and_single_threaded() -> None:
 def test_ranks_that_stopped_are_not_started_again(tmp_path: Path, how: str, ended: int, starts: int) -> None:
     """Catches a launcher that starts again what was stopped, or leaves what lost a peer."""
     count = tmp_path / "starts"
-    status, _, errors = launched("--max-restarts", "1", SCRIPT, how, str(count))
+    status, _, errors = launched("--nproc-per-node", "1", "--max-restarts", "1", SCRIPT, how, str(count))
     assert (status, count.read_text()) == (ended, "start\n" * starts) and "FAILED" not in errors
 
 
