@@ -5,8 +5,7 @@ differentiable statistics from which a caller forms a loss of its own. What they
 ``divergences``, ``shard`` and ``implementations`` do the work.
 
 Shapes: N tokens, V vocabulary (padded to a multiple of TP), H hidden, TP ranks. Every rank of ``tp_group`` passes the
-    same tokens. The shards are
-equal and in rank order: rank r holds the token ids [r·V/TP, (r+1)·V/TP).
+same tokens. The shards are equal and in rank order: rank r holds the token ids [r·V/TP, (r+1)·V/TP).
 """
 
 from __future__ import annotations
