@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 
 from megatron_cord.convert.names import global_parameters, hf_shapes, tensor_map_of
 from megatron_cord.errors import CordError
-from megatron_cord.model.families import family_of
 from megatron_cord.model.lalm import LALM
 from megatron_cord.model.tensor_map import TensorRule
 
@@ -22,19 +21,19 @@ class Audit:
     def __init__(self, model: LALM) -> None:
         self.parameters = global_parameters(model)
         self._layout = model.layout
-        self._table, self._canonical = tensor_map_of(model), family_of(model.arch).canonical_name
+        self._table = tensor_map_of(model)
         self._seen: set[str] = set()
         self._problems: list[str] = []
         self._by_trait: dict[tuple[str, ...], list[str]] = {}  # expected names by their ending, and by their numbers
 
-    def admit(self, given: str, shape: Sequence[int]) -> tuple[str, TensorRule] | None:
-        """Return the published name and the rule of a tensor; None if it is another stage's, or a problem.
+    def admit(self, given: str, name: str, shape: Sequence[int]) -> TensorRule | None:
+        """Return the rule of a tensor; None if it is another stage's, or a problem.
 
         Args:
-            given: the tensor's name, in any transformers version's spelling.
+            given: the tensor's name as its file spells it.
+            name: its published name.
             shape: its sizes.
         """
-        name = self._canonical(given)
         rule = self._table.by_hf_name.get(name)
         if rule is None:
             nearest = self._nearest(name)
@@ -50,7 +49,7 @@ class Audit:
         if tuple(shape) != tuple(expected):
             self._problems.append(f"tensor {given} has shape {list(shape)}, expected {list(expected)}")
             return None
-        return name, rule
+        return rule
 
     def problems(self) -> list[str]:
         """Return all problems, once all tensors have been admitted."""
@@ -86,6 +85,8 @@ def check_problems(problems: Iterable[str]) -> None:
     """Raise CordError with all problems of one or several audits, each once, if there are any."""
     once = list(dict.fromkeys(problems))
     if once:
+        unexpected = any(problem.startswith("unexpected") for problem in once)
+        rule = "; a tensor without a place in the model is another model's, and is not dropped" if unexpected else ""
         raise CordError(
-            f"the checkpoint does not fit the model's architecture ({len(once)} problems): " + "; ".join(once)
+            f"the checkpoint does not fit the model's architecture ({len(once)} problems): {'; '.join(once)}{rule}"
         )

@@ -18,8 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_cord.errors import CordError
+from megatron_cord.runtime.log import info_once
 
 _BLOCK = 1 << 24  # bytes read at a time of a tensor that is sliced or changes precision
+#: weights in another layout, of which no model is made: of an adapter, and of the tools of a model's authors
+_OTHERS = ("adapter_", "consolidated")
 #: the format's names of what a model's weights may be
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -93,36 +96,57 @@ class StoredTensor:
 
 
 def safetensors_files(checkpoint_dir: str | Path) -> list[Path]:
-    """Return the checkpoint's files, by its index if it has one.
+    """Return the checkpoint's files as `from_pretrained` chooses them: model.safetensors, else those of the index.
+
+    Where there is neither, as in a download without its index, they are all that lie there. Other safetensors files
+    beside them, such as the same weights in the layout of another tool, are left alone and named once.
 
     Raises:
-        CordError: no safetensors, pickled weights only, a damaged index, or a file that the index names is missing.
+        CordError: no safetensors, an adapter or pickled weights only, a damaged index, or a file that the index names
+            is missing.
     """
     root = Path(checkpoint_dir)
-    index = root / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = [root / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CordError(f"{index} is damaged ({type(error).__name__}: {error}); download it again") from None
-        missing = [str(f) for f in files if not f.is_file()]
-        if missing:
-            raise CordError(
-                f"{index} names files that are not there: {', '.join(missing)}; download the checkpoint again"
-            )
-        return files
-    files = sorted(root.glob("*.safetensors"))
+    # Hidden files are what copying from other systems leaves behind ("._model.safetensors").
+    present = sorted(path for path in root.glob("*.safetensors") if not path.name.startswith("."))
+    whole, index = root / "model.safetensors", root / "model.safetensors.index.json"
+    if whole in present:
+        files = [whole]
+    elif index.is_file():
+        files = _indexed(index)
+    else:
+        files = [path for path in present if not path.name.startswith(_OTHERS)]
+    if stray := [path.name for path in present if path not in files and files]:
+        info_once(f"{root}: {', '.join(stray)} beside the model's own weights is not read")
     if not files:
-        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in root.glob(pattern))
-        why = (
-            f", and {', '.join(pickled)} may execute code when read; if you trust who made it, convert it once with "
-            f"transformers: AutoModel.from_pretrained('{root}').save_pretrained('{root}-safetensors'), through the "
-            "class that config.json names"
-            if pickled
-            else ""
-        )
-        raise CordError(f"{root} has no .safetensors file{why}")
+        raise CordError(f"{root} has no .safetensors file{_instead(root, present)}")
     return files
+
+
+def _indexed(index: Path) -> list[Path]:
+    """Return the files that the index names."""
+    try:
+        files = [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CordError(f"{index} is damaged ({type(error).__name__}: {error}); download it again") from None
+    if missing := [str(path) for path in files if not path.is_file()]:
+        raise CordError(f"{index} names files that are not there: {', '.join(missing)}; download the checkpoint again")
+    return files
+
+
+def _instead(root: Path, others: list[Path]) -> str:
+    """Say what lies in a directory without a model's weights, and what to do with it."""
+    if any(path.name.startswith("adapter_model") for path in others):
+        return " of a model but an adapter's; merge it into its base model and save that (peft: merge_and_unload)"
+    if others:
+        return f" of a model in Hugging Face's layout but {', '.join(p.name for p in others)}; use its converted form"
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in root.glob(pattern))
+    if not pickled:
+        return ""
+    return (
+        f", and {', '.join(pickled)} may execute code when read; if you trust who made it, convert it once with "
+        f"transformers: AutoModel.from_pretrained('{root}').save_pretrained('{root}-safetensors'), through the "
+        "class that config.json names"
+    )
 
 
 def stored_tensors(checkpoint_dir: str | Path) -> list[StoredTensor]:

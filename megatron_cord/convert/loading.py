@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_cord.convert.audit import Audit, check_problems
 from megatron_cord.convert.hf_reader import StoredTensor, stored_tensors
 from megatron_cord.convert.names import global_parameters
+from megatron_cord.convert.spelling import published
 from megatron_cord.model.lalm import LALM
 from megatron_cord.model.tensor_map import TensorRule
 from megatron_cord.parallel.objects import all_gather_json
@@ -32,10 +33,9 @@ def find_sources(model: LALM, stored: Sequence[StoredTensor]) -> dict[str, Sourc
     """
     audit = Audit(model)
     sources: dict[str, Source] = {}
-    for tensor in stored:
-        admitted = audit.admit(tensor.name, tensor.shape)
-        if admitted is not None:
-            name, rule = admitted
+    for name, tensor in published(model.arch, stored):
+        rule = audit.admit(tensor.name, name, tensor.shape)
+        if rule is not None:
             sources.setdefault(rule.megatron, (rule, {}))[1][name] = tensor
     check_problems([problem for share in all_gather_json(audit.problems()) for problem in share])
     return sources

@@ -6,20 +6,17 @@ Legend: B sequences, S tokens, H hidden, V vocabulary, C clips.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from megatron_cord.convert.hf_reader import stored_tensors
+from megatron_cord.convert.spelling import Spelling, plain_class, published_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.losses.kernels.matmul import product
-from megatron_cord.model.families import family_of, load_architecture
+from megatron_cord.model.families import load_architecture
 
 
 class PlainModel:
@@ -32,35 +29,49 @@ class PlainModel:
 
     Attributes:
         device: where it is.
-        parameters: its tensors under the names of the checkpoint's own files.
+        parameters: its tensors by published name, as far as the checkpoint has them.
 
     Raises:
-        CordError: the checkpoint cannot be loaded, or has a tensor that the model has no place for.
+        CordError: the checkpoint cannot be loaded, lacks a tensor, or has one that the model has no place for.
     """
 
     def __init__(
         self, checkpoint_dir: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> None:
         directory = Path(checkpoint_dir)
-        arch, stored = load_architecture(directory), stored_tensors(directory)
-        module, name = family_of(arch).plain_class.rsplit(".", 1)
-        kind = getattr(importlib.import_module(module), name)
+        arch = load_architecture(directory)
+        names = [name for name, _ in published_tensors(directory, arch)]
+        self._spelling = spelling = Spelling(arch)
         try:
-            model: Any = kind.from_pretrained(directory, dtype=dtype or "auto")
+            model: Any
+            model, report = plain_class(arch.model_type).from_pretrained(
+                directory, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
         except (OSError, ValueError, RuntimeError) as error:
             why = str(error).splitlines()[0]
             raise CordError(
                 f"{directory}: the weights cannot be loaded ({why}); download the checkpoint again"
             ) from error
-        if arch.language.tied_embeddings:  # not every class of transformers ties them
-            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        missing = set(report["missing_keys"])
+        if spelling.tied_head is not None:  # not every class of transformers ties them
+            head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+            if spelling.module_name(spelling.embedding) in missing:  # the output layer alone is stored
+                embedding.weight = head.weight
+            head.weight = embedding.weight
+            missing -= {spelling.module_name(name) for name in (spelling.tied_head, spelling.embedding)}
+        if missing:
+            raise CordError(f"{directory}: the weights lack {', '.join(sorted(missing)[:8])}; download them again")
         self._model = model.to(device).eval()
         self.device = next(model.parameters()).device
-        self.parameters = _by_published_name(model, [tensor.name for tensor in stored], directory)
+        self.parameters = _by_published_name(model, names, spelling, directory)
         # transformers' models keep all but the output layer in one module; a family's own model has a method for it.
         self._hidden = model.hidden if hasattr(model, "hidden") else model.model
         forward = self._hidden.forward if isinstance(self._hidden, torch.nn.Module) else self._hidden
         self._masks_frames = "feature_attention_mask" in inspect.signature(forward).parameters
+
+    def parameter(self, name: str) -> Tensor | None:
+        """Return the tensor of this name, in any spelling that transformers reads; None without one."""
+        return self.parameters.get(self._spelling.published_name(name))
 
     def hidden(self, input_ids: Tensor, features: Tensor | None, num_frames: Tensor | None, **settings: Any) -> Any:
         """Return the final hidden states as `last_hidden_state` [B, S, H], and `past_key_values`.
@@ -84,13 +95,12 @@ class PlainModel:
         return product(hidden.flatten(0, -2), weight, torch.float32).view(*hidden.shape[:-1], -1)
 
 
-def _by_published_name(model: Any, names: list[str], directory: Path) -> dict[str, Tensor]:
-    """Return the model's tensors under the names of the checkpoint's files, which need not be the module's own."""
+def _by_published_name(model: Any, names: list[str], spelling: Spelling, directory: Path) -> dict[str, Tensor]:
+    """Return the model's tensors under published names, which need not be the module's own."""
     modules = model.state_dict()
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
     parameters: dict[str, Tensor] = {}
     for name in names:
-        module_name, _ = rename_source_key(name, renamings, [], model.base_model_prefix, modules)
+        module_name = spelling.module_name(name)
         if module_name not in modules:
             raise CordError(
                 f"{directory}: tensor {name} has no place in the model that generates; weights could not be synced"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_cord.convert.audit import Audit, check_problems
 from megatron_cord.convert.names import global_parameters, tensor_map_of
+from megatron_cord.convert.spelling import as_published
 from megatron_cord.model.lalm import LALM
 from megatron_cord.model.tensor_map import TensorRule
 from megatron_cord.parallel.layout import Layout
@@ -69,11 +70,10 @@ def import_tensors(model: LALM, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """
     audit = Audit(model)
     incomplete: dict[str, dict[str, Tensor]] = {}
-    for given, tensor in tensors:
-        admitted = audit.admit(given, tensor.shape)
-        if admitted is None:
+    for given, name, tensor in as_published(model.arch, tensors, lambda tensor: tensor, "the tensors"):
+        rule = audit.admit(given, name, tensor.shape)
+        if rule is None:
             continue
-        name, rule = admitted
         parts = incomplete.setdefault(rule.megatron, {})
         parts[name] = tensor
         if len(parts) == len(rule.hf_names):

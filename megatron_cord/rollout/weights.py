@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cord.convert import export_tensors
-from megatron_cord.convert.hf_reader import StoredTensor, stored_tensors
+from megatron_cord.convert.hf_reader import StoredTensor
 from megatron_cord.convert.names import global_parameters, hf_shapes, tensor_map_of
-from megatron_cord.model.families import family_of, load_architecture
+from megatron_cord.convert.spelling import published_tensors
+from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.rollout.types import TensorSpec
@@ -86,9 +87,8 @@ class PlainWeights:
     def _others(self, full: bool) -> dict[str, StoredTensor]:
         if not full or self._checkpoint_dir is None:
             return {}
-        canonical = family_of(load_architecture(self._checkpoint_dir)).canonical_name
-        stored = {canonical(t.name): t for t in stored_tensors(self._checkpoint_dir)}
-        return {name: t for name, t in stored.items() if name not in self._given}
+        stored = published_tensors(self._checkpoint_dir, load_architecture(self._checkpoint_dir))
+        return {name: tensor for name, tensor in stored if name not in self._given}
 
 
 def _selection(full: bool) -> Callable[[torch.nn.Parameter], bool] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import cache
 from typing import TYPE_CHECKING
 
 from megatron_cord.errors import CordError
@@ -64,6 +65,12 @@ class _Formatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the base class has it
         message = super().formatMessage(record)
         return message if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {message}"
+
+
+@cache
+def info_once(message: str) -> None:
+    """Log a line, however often this process comes to it, the first time alone."""
+    logging.getLogger(LOGGER).info(message)
 
 
 def configure_logging(level: str | None = None, rank: int | None = None) -> None:

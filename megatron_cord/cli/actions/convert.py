@@ -24,6 +24,7 @@ from megatron_cord.convert.inventory import Entry, common_dtype, fake_model, inv
 from megatron_cord.convert.loading import find_sources
 from megatron_cord.convert.megatron_reader import SavedWeights
 from megatron_cord.convert.megatron_writer import save_weights
+from megatron_cord.convert.spelling import published_tensors
 from megatron_cord.data.audio.wav import decode_wav
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
@@ -74,7 +75,7 @@ def import_checkpoint(source: Path, target: Path, *, tp: int, pp: int, dtype: st
         console.print(f"{source}: the weights' headers fit", highlight=False, soft_wrap=True)
         return 0
     check_vacant(target)
-    stored = stored_tensors(source)
+    stored = [tensor for _, tensor in published_tensors(source, arch)]
     precision = _dtype(dtype) or common_dtype(stored)
     model = fake_model(arch, layout, precision)
     sources = find_sources(model, stored)

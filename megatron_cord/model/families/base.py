@@ -11,16 +11,6 @@ from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.tensor_map import TensorMap
 
 
-def same_name(name: str) -> str:
-    """Return the name as it is: every version of transformers writes the published spelling."""
-    return name
-
-
-def without_nested_model(name: str) -> str:
-    """Return the published name; transformers 5 writes the language model one level deeper."""
-    return name.replace("language_model.model.model.", "language_model.model.", 1)
-
-
 @dataclass(frozen=True)
 class Family:
     """One family.
@@ -32,8 +22,6 @@ class Family:
         tensor_map: names and layouts of all tensors of such an architecture.
         plain_class: module and name of the same model outside Megatron. The local engine generates with it, and
             `cord convert check` compares with it.
-        canonical_name: returns the published spelling of a tensor's name, given any spelling that a version of
-            transformers wrote.
         chat_template: Jinja, for families whose published processing is code rather than a template.
         sglang_max_clips: how many recordings one prompt may have on an SGLang server; None if SGLang servers do not
             serve the family.
@@ -43,6 +31,5 @@ class Family:
     architecture: Callable[[PretrainedConfig], Architecture]
     tensor_map: Callable[[Architecture], TensorMap]
     plain_class: str
-    canonical_name: Callable[[str], str] = same_name
     chat_template: str | None = None
     sglang_max_clips: float | None = None

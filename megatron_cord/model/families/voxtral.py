@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
-from megatron_cord.model.families.base import Family, without_nested_model
+from megatron_cord.model.families.base import Family
 from megatron_cord.model.families.parts import decoder_architecture, decoder_rules, encoder_rules, pair, require
 from megatron_cord.model.tensor_map import TensorMap
 
@@ -64,6 +64,5 @@ FAMILIES = (
         architecture,
         tensor_map,
         plain_class="transformers.VoxtralForConditionalGeneration",
-        canonical_name=without_nested_model,
     ),
 )

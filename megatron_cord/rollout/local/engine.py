@@ -107,17 +107,17 @@ class LocalEngine:
 
     @torch.no_grad()
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """Copy the source's trained tensors in place, by the names of the checkpoint's own files; the rest stays.
+        """Copy the source's trained tensors in place, by name; the rest stays.
 
         Raises:
             CordError: an unknown name or another shape. Earlier tensors are then already in place, and the version is
                 the old one: update again or discard the engine.
         """
-        parameters = self._loaded().parameters
+        model = self._loaded()
         for name, tensor in source.tensors(full=False):
-            parameter = parameters.get(name)
+            parameter = model.parameter(name)
             if parameter is None:
-                nearest = ", ".join(difflib.get_close_matches(name, parameters, n=3)) or "none"
+                nearest = ", ".join(difflib.get_close_matches(name, model.parameters, n=3)) or "none"
                 raise CordError(f"weight update: the model has no tensor {name!r}; nearest: {nearest}")
             if parameter.shape != tensor.shape:
                 raise CordError(

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_cord.convert.hf_reader import stored_tensors
+from megatron_cord.convert.spelling import published_tensors
 from megatron_cord.errors import CordError
-from megatron_cord.model.families import family_of, load_architecture
+from megatron_cord.model.families import load_architecture
 from megatron_cord.rollout.types import TensorSpec
 
 #: What weights are sent in; a model that is quantised to anything else must be loaded from a checkpoint.
@@ -28,9 +28,8 @@ def served_specs(checkpoint_dir: str | Path, dtype: torch.dtype | None = None) -
         checkpoint_dir: a Hugging Face checkpoint.
         dtype: that servers load it in; the checkpoint's own if None.
     """
-    canonical = family_of(load_architecture(checkpoint_dir)).canonical_name
-    stored = stored_tensors(checkpoint_dir)
-    return {(name := canonical(t.name)): TensorSpec(name, tuple(t.shape), dtype or t.dtype) for t in stored}
+    stored = published_tensors(checkpoint_dir, load_architecture(checkpoint_dir))
+    return {name: TensorSpec(name, tuple(t.shape), dtype or t.dtype) for name, t in stored}
 
 
 def check_fits_server(specs: Sequence[TensorSpec], served: Mapping[str, TensorSpec], full: bool) -> None:
