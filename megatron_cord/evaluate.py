@@ -28,6 +28,7 @@ from megatron_cord.evaluation.files import FOLDER
 from megatron_cord.evaluation.formats import load_set, shard_questions
 from megatron_cord.evaluation.pages import tables
 from megatron_cord.evaluation.runner import Evaluator
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.parallel.layout import Layout, finalize, initialize
 from megatron_cord.reward import Judge
 from megatron_cord.rollout.engines import build_engine
@@ -54,7 +55,7 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
     if config.evaluation.baseline == "base" and config.evaluation.checkpoint != "base":
         with _progress(layout, "base") as progress:
-            evaluator.answer("base", _fingerprint(Path(config.model.checkpoint)), engine, progress)
+            evaluator.answer("base", _fingerprint(checkpoint_directory(config.model.checkpoint)), engine, progress)
     label, model, step = _load(config, layout, engine)
     with _progress(layout, label) as progress:
         evaluator.answer(label, model, engine, progress)
@@ -94,7 +95,7 @@ def _load(config: RunConfig, layout: Layout, engine: RolloutEngine) -> tuple[str
     """Give the engine the weights to evaluate; return the label, a fingerprint of the weights, and their step."""
     named = config.evaluation.checkpoint
     if named == "base":
-        return "base", _fingerprint(Path(config.model.checkpoint)), 0
+        return "base", _fingerprint(checkpoint_directory(config.model.checkpoint)), 0
     checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.checkpoint)
     path = checkpoints.newest() if named == "latest" else Path(named)
     if path is None:

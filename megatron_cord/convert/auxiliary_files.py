@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_cord.errors import CordError
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
 
 #: weights in any format, and their indices: never carried over
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -23,9 +24,10 @@ def read_auxiliary_files(hf_dir: Path) -> dict[str, bytes]:
     Raises:
         CordError: there is no config.json.
     """
-    if not (hf_dir / "config.json").is_file():
-        raise CordError(f"{hf_dir / 'config.json'} does not exist; give a Hugging Face checkpoint directory")
-    files = sorted(path for path in hf_dir.iterdir() if path.is_file() and not path.name.startswith("."))
+    directory = checkpoint_directory(hf_dir)
+    if not (directory / "config.json").is_file():
+        raise CordError(f"{directory / 'config.json'} does not exist; give a Hugging Face checkpoint directory")
+    files = sorted(path for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
     return {path.name: path.read_bytes() for path in files if not path.name.endswith(_WEIGHTS)}
 
 

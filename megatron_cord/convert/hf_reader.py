@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_cord.errors import CordError
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.runtime.log import info_once
 
 _BLOCK = 1 << 24  # bytes read at a time of a tensor that is sliced or changes precision
@@ -105,7 +106,7 @@ def safetensors_files(checkpoint_dir: str | Path) -> list[Path]:
         CordError: no safetensors, an adapter or pickled weights only, a damaged index, or a file that the index names
             is missing.
     """
-    root = Path(checkpoint_dir)
+    root = checkpoint_directory(checkpoint_dir)
     # Hidden files are what copying from other systems leaves behind ("._model.safetensors").
     present = sorted(path for path in root.glob("*.safetensors") if not path.name.startswith("."))
     whole, index = root / "model.safetensors", root / "model.safetensors.index.json"

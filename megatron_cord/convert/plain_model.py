@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_cord.convert.spelling import Spelling, plain_class, published_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.losses.kernels.matmul import product
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import load_architecture
 
 
@@ -38,7 +39,7 @@ class PlainModel:
     def __init__(
         self, checkpoint_dir: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> None:
-        directory = Path(checkpoint_dir)
+        directory = checkpoint_directory(checkpoint_dir)
         arch = load_architecture(directory)
         names = [name for name, _ in published_tensors(directory, arch)]
         self._spelling = spelling = Spelling(arch)

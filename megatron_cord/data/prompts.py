@@ -20,6 +20,7 @@ from megatron_cord.data.audio.features import FeatureConfig, FeatureExtractor, T
 from megatron_cord.data.samples import HEAR, READ, AudioClip, PreparedSample, Prompt, Sample, View
 from megatron_cord.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from megatron_cord.errors import CordError
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import family_of, load_architecture
 
 _FEWEST_AUDIO_TOKENS = 2  # transformers takes a lone placeholder for one that is still to be expanded
@@ -51,10 +52,10 @@ class PromptBuilder:
     def __init__(
         self, checkpoint_dir: str | Path, *, long_audio: LongAudio = "error", features: FeatureBackend = "torch"
     ) -> None:
-        directory = Path(checkpoint_dir)
+        directory = checkpoint_directory(checkpoint_dir)
         self._directory, self._long_audio = directory, long_audio
+        self._arch = load_architecture(directory)  # first: an unsupported model may have a tokenizer of any kind
         self._tokenizer = load_tokenizer(directory)
-        self._arch = load_architecture(directory)
         self.audio_token_id = self._arch.audio_token_id
         self.vocab_size = self._arch.language.vocab_size
         self.eos_ids = self._find_eos(directory)
@@ -272,7 +273,7 @@ class PromptBuilder:
     def _find_eos(self, directory: Path) -> tuple[int, ...]:
         eos: int | list[int] | None = self._tokenizer.eos_id
         if (directory / "generation_config.json").exists():
-            eos = GenerationConfig.from_pretrained(directory).eos_token_id or eos
+            eos = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id or eos
         if eos is None:
             raise CordError(
                 f"{directory}: neither tokenizer nor generation_config.json says what ends a response; set "

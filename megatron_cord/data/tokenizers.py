@@ -16,6 +16,7 @@ from transformers import AutoProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_cord.errors import CordError
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
 
 Turns = list[dict[str, Any]]  #: a conversation as chat templates take it
 
@@ -175,12 +176,12 @@ def load_tokenizer(directory: str | Path) -> HuggingFaceTokenizer | SentencePiec
     Raises:
         CordError: there is none, or it cannot be read.
     """
-    path = Path(directory)
+    path = checkpoint_directory(directory)
     others = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "processor_config.json")
     if (path / "tokenizer.model").is_file() and not any((path / name).is_file() for name in others):
         return SentencePieceTokenizer(path)
     try:
-        return HuggingFaceTokenizer(AutoProcessor.from_pretrained(path), path)
+        return HuggingFaceTokenizer(AutoProcessor.from_pretrained(path, local_files_only=True), path)
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise CordError(

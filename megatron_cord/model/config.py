@@ -41,7 +41,8 @@ class LayerConfig:
 class ModelConfig:
     """Which model, in which precision, and what of it is trained."""
 
-    checkpoint: str  #: Hugging Face checkpoint directory: the student's start and the frozen teacher
+    #: Hugging Face checkpoint directory, or hf://OWNER/NAME[@REVISION]: the student's start and the frozen teacher
+    checkpoint: str
     #: of parameters and activations; gradients and optimizer states are fp32
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     freeze: tuple[Part, ...] = ()  #: parts that are not trained, nor sent to the engine again

@@ -26,6 +26,7 @@ from megatron_cord.convert import export_tensors, read_into
 from megatron_cord.convert.auxiliary_files import read_auxiliary_files, with_dtype
 from megatron_cord.convert.hf_writer import HFDirectoryWriter, plan_shards
 from megatron_cord.errors import CordError
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel import portability
@@ -126,7 +127,7 @@ def run_checks(config: VerifyWeightSyncConfig, layout: Layout, work: Path) -> li
                 check_version(config.python)
                 started = [_start(config, export, work / "fresh.log", stack)]
                 if not config.servers:
-                    started.append(_start(config, Path(config.checkpoint), work / "server.log", stack))
+                    started.append(_start(config, checkpoint_directory(config.checkpoint), work / "server.log", stack))
                 for server in started:
                     server.wait()
                 fresh, timeout = started[0].endpoint, config.weight_sync.timeout_seconds
@@ -175,7 +176,7 @@ def _check(
     """Check one transport, from servers with the checkpoint's own weights."""
     timeout = config.weight_sync.timeout_seconds
     for server in servers:
-        body = {"model_path": str(Path(config.checkpoint).resolve()), "load_format": "safetensors"}
+        body = {"model_path": str(checkpoint_directory(config.checkpoint).resolve()), "load_format": "safetensors"}
         server.post("/update_weights_from_disk", body, timeout)
     weight_sync = build_weight_sync(replace(config.weight_sync, transport=transport), config.checkpoint, dtype)
     try:

@@ -205,7 +205,7 @@ def test_bad_samples_are_named(builder: PromptBuilder) -> None:
 
 def test_bad_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None:
     """Catches a traceback for a mistyped directory, and a template that drops the clip."""
-    with pytest.raises(CordError, match="no processor or configuration to load"):
+    with pytest.raises(CordError, match=r"nowhere does not exist; give a Hugging Face checkpoint directory$"):
         PromptBuilder(tmp_path / "nowhere")
     shutil.copytree(checkpoint, tmp_path / "deaf")
     (tmp_path / "deaf" / "chat_template.jinja").write_text(

@@ -86,7 +86,7 @@ def _warnings(config: RunConfig) -> Iterator[str]:
     for key, path in (("model.checkpoint", config.model.checkpoint), ("data.train", config.data.train)):
         if not path:
             yield f"{key} is not set; training requires it"
-        elif not Path(path).exists() and not any(sign in path for sign in "*?["):
+        elif not Path(path).exists() and not any(sign in path for sign in "*?[") and not path.startswith("hf://"):
             yield f"{key}: {path} does not exist here"
     if not config.data.evaluation and config.evaluation.interval:
         yield "data.evaluation is not set: the run is not evaluated"

@@ -31,6 +31,7 @@ from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.data.tokenizers import load_tokenizer
 from megatron_cord.errors import CordError
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
@@ -68,7 +69,7 @@ def import_checkpoint(source: Path, target: Path, *, tp: int, pp: int, dtype: st
     if dry_run:
         model = fake_model(arch, layout)
         _print_inventory(inventory(model), _dtype(dtype) or torch.bfloat16, console)
-        if not any(source.glob("*.safetensors")):
+        if not any(checkpoint_directory(source).glob("*.safetensors")):
             console.print(f"{source} has no weights to compare with", highlight=False, soft_wrap=True)
             return 0
         find_sources(model, stored_tensors(source))

@@ -11,11 +11,14 @@ from rich.table import Table
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
+from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.families import load_architecture
 from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, part_counts, published, speed
 from megatron_cord.plan.page import layouts_table
 from megatron_cord.plan.report import Report
 from megatron_cord.trainer.config import RunConfig
+
+_WITHOUT = f"or name a published model, which needs no checkpoint, with --model {'|'.join(sorted(PUBLISHED))}"
 
 
 def plan(
@@ -36,8 +39,9 @@ def plan(
         raise CordError("--gpus must be at least 1 and --rollout-gpus cannot be negative")
     if model is not None and model not in PUBLISHED:
         raise CordError(f"--model {model}: choose one of {', '.join(sorted(PUBLISHED))}")
-    config = load_config(RunConfig, config_file, overrides)
-    arch = published(model) if model else load_architecture(config.model.checkpoint)
+    # A published model's sizes are known; what the configuration calls its checkpoint does not matter then.
+    config = _load(config_file, [*overrides, f"model.checkpoint={model}"] if model else overrides)
+    arch = published(model) if model else _architecture(config.model.checkpoint)
     device, lengths = GPUS[gpu], {"audio_seconds": audio_seconds, "text_tokens": text_tokens}
     if layouts:
         print(layouts_table(config, arch, device, lengths))
@@ -57,6 +61,22 @@ def plan(
     else:
         _print(report, suggestion)
     return 0 if report.fits else 1
+
+
+def _load(config_file: Path, overrides: Sequence[str]) -> RunConfig:
+    try:
+        return load_config(RunConfig, config_file, overrides)
+    except CordError as error:
+        if not str(error).startswith("model.checkpoint is required"):
+            raise
+        raise CordError(f"{error}, {_WITHOUT}") from None
+
+
+def _architecture(checkpoint: str) -> Architecture:
+    try:
+        return load_architecture(checkpoint)
+    except CordError as error:
+        raise CordError(f"{error}, {_WITHOUT}") from None
 
 
 def _print(report: Report, suggestion: list[str] | None) -> None:

@@ -9,7 +9,9 @@ from types import FrameType
 from typing import Any
 
 from megatron_cord.errors import CordError
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.rollout.sglang.client.addresses import make_key, read_key, write_servers_file
+from megatron_cord.rollout.sglang.models import served_model
 from megatron_cord.rollout.sglang.server.process import ServerConfig, check_version
 from megatron_cord.rollout.sglang.server.supervisor import Supervisor, SupervisorConfig
 
@@ -29,11 +31,11 @@ def serve(
     **server_options: Any,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; `server_options` are fields of `ServerConfig`."""
-    if not (checkpoint / "config.json").is_file():
-        raise CordError(f"{checkpoint} is no checkpoint: it has no config.json")
+    directory = checkpoint_directory(checkpoint).resolve()
+    served_model(directory)
     version = check_version(server_options["python"])
     key = read_key(None) if api_key_file is None else make_key(api_key_file)
-    server = ServerConfig(checkpoint=checkpoint.resolve(), seeded=not unseeded, more=more, **server_options)
+    server = ServerConfig(checkpoint=directory, seeded=not unseeded, more=more, **server_options)
     config = SupervisorConfig(count, _numbers(gpus), port, hang_seconds, log_dir=log_dir)
     stop = threading.Event()
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families.base import Family
 
 __all__ = ["FAMILIES", "Family", "family_of", "load_architecture"]
@@ -38,9 +39,9 @@ def load_architecture(checkpoint_dir: str | Path) -> Architecture:
         CordError: no directory, no config.json or a damaged one, a model type without a family, or a setting that the
             family lacks.
     """
-    path = Path(checkpoint_dir) / "config.json"
+    path = checkpoint_directory(checkpoint_dir) / "config.json"
     if not path.is_file():
-        raise CordError(f"{path} does not exist; model.checkpoint must name a Hugging Face checkpoint directory")
+        raise CordError(f"{path} does not exist; give a Hugging Face checkpoint directory")
     try:
         model_type = json.loads(path.read_text()).get("model_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
@@ -48,7 +49,7 @@ def load_architecture(checkpoint_dir: str | Path) -> Architecture:
     if str(model_type) not in FAMILIES:
         raise CordError(f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     try:
-        return FAMILIES[model_type].architecture(AutoConfig.from_pretrained(str(checkpoint_dir)))
+        return FAMILIES[model_type].architecture(AutoConfig.from_pretrained(path.parent, local_files_only=True))
     except CordError as error:
         raise CordError(f"{path}: {error}") from None
     except (StrictDataclassError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:

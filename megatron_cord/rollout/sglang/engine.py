@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
-from megatron_cord.model.families import FAMILIES, load_architecture
 from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.rollout.sglang.client.addresses import Addresses
 from megatron_cord.rollout.sglang.client.batch import Batch
@@ -28,6 +27,7 @@ from megatron_cord.rollout.sglang.client.preflight import BASE
 from megatron_cord.rollout.sglang.client.protocol import PromptEncoder
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.control import Control
+from megatron_cord.rollout.sglang.models import served_model
 from megatron_cord.rollout.sglang.weight_sync import WeightSync, WeightSyncConfig, build_weight_sync
 from megatron_cord.rollout.types import GenerationRequest, Rollout, WeightSource
 
@@ -68,15 +68,7 @@ class SGLangEngine:
         self._names = {BASE: 0}
         self._pool = Pool(dist.get_rank())
         self._source: WeightSource | None = None
-        model_type = load_architecture(checkpoint_dir).model_type
-        max_clips = FAMILIES[model_type].sglang_max_clips
-        if max_clips is None:
-            served = ", ".join(name for name, family in FAMILIES.items() if family.sglang_max_clips is not None)
-            raise CordError(
-                f"{checkpoint_dir}: rollout.engine=sglang generates with {served} alone, not {model_type}; "
-                "docs/rollout.md describes what is missing"
-            )
-        self._max_clips = max_clips
+        model_type, self._max_clips = served_model(checkpoint_dir)
         self._control = Control(addresses, model_type, config.start_seconds)
         self._weight_sync: WeightSync = build_weight_sync(weight_sync, checkpoint_dir)
         self._all_tensors = False  # the next weight sync sends frozen ones, too: servers have lost them

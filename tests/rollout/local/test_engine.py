@@ -267,7 +267,7 @@ def test_closing_twice_and_a_missing_checkpoint(fresh: LocalEngine, tmp_path: Pa
     """Catches a close that fails the second time, and a traceback for a mistyped directory."""
     fresh.close()
     fresh.close()
-    with pytest.raises(CordError, match="no processor or configuration"):
+    with pytest.raises(CordError, match=r"config\.json does not exist; give a Hugging Face checkpoint directory"):
         LocalEngine(tmp_path)
     with pytest.raises(CordError, match="max_batch_size is 0"):
         LocalEngineConfig(max_batch_size=0)
