@@ -46,6 +46,8 @@ _MATHEMATICS = [
     ("3 <= x != 5", "three is at most x is not equal to five"),
     ("50% of 1,234.5", "fifty percent of one thousand two hundred thirty four point five"),
     ("2πr", "two pi r"),
+    ("What is (12-7)?", "What is twelve minus seven?"),
+    ("7 × 8 = □", "seven times eight equals blank"),
 ]
 _LATEX = [
     (r"What is $\frac{1}{2}$ of $10?", "What is one half of ten dollars?"),
@@ -74,6 +76,10 @@ _ORDINARY = [
     ("a 10-km run at -5°C", "a ten-kilometer run at minus five degrees Celsius"),
     ("at 9:15 or 9:05 p.m.", "at nine fifteen or nine o five PM"),
     ("open 9am-5pm", "open nine AM to five PM"),
+    ("between 3-5 pm, or from 9 a.m. to 5 p.m.", "between three and five PM, or from nine AM to five PM."),
+    ("2 GB/minute", "two gigabytes per minute"),
+    ("a 3-5 page essay in 3-5 business days", "a three to five page essay in three to five business days"),
+    ("the divisor of $1313$", "the divisor of one thousand three hundred thirteen"),
     ("in the ratio 2:3", "in the ratio two to three"),
     ("2024-05-01", "the first of May twenty twenty four"),
     (
@@ -144,6 +150,11 @@ def test_what_is_said_is_what_is_asked(written: str, spoken: str) -> None:
         ("Is it 3? No. 5 is.", "'number'"),
         ("I have 5!", "factorial"),
         ("open 24/7", "saying"),
+        ("a 50/50 chance", "saying"),
+        ("on 5/12", "date or a fraction"),
+        ("12/2024", "date or a fraction"),
+        ("the A/C unit", "abbreviation"),
+        ("12\n+ 5\n+ 3", "list or a sign"),
         ("10/2/5", "division of a division"),
         ("he/she", "slash between words"),
         ("5'2\" tall", "feet"),

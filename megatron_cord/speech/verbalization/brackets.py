@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from megatron_cord.speech.verbalization.errors import UnspeakableError
+from megatron_cord.speech.verbalization.hyphens import asked_for
 from megatron_cord.speech.verbalization.latex import END, START
 from megatron_cord.speech.verbalization.numbers import FRACTION, NUMBER, is_named
 
@@ -49,7 +50,8 @@ def _pair_words(text: str, first: int, last: int, *, in_formula: bool) -> tuple[
         or touch_after == "("
     )
     if not is_mathematical:
-        return ", ", ", "
+        pause = " " if asked_for(text, first) and re.search(r"[0-9a-z]\s?[-+*/×÷·^−]\s?[0-9a-z]", content) else ", "
+        return pause, pause
     if text[first] == "(" and _is_one_value(content):
         is_argument = touch_before in {"^", "_", "√"} or touch_before == ""
         is_followed = bool(touch_after.isalnum() or touch_after in {"(", "!", "^"} or after.lstrip()[:2] == "**")

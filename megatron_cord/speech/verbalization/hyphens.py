@@ -24,7 +24,8 @@ _EXPRESSION = re.compile(
 _OPERATORS = re.compile(r"[+*×·÷^=−√<>≤≥≠]")
 _SUM_BEFORE = re.compile(
     r"(?:\bwhat(?:'s| is| are| does| do)|\bhow much is|\bcalculate|\bcompute|\bevaluate|\bsimplify|\bsolve|\bfind"
-    r"|\bwork out|\badd|\bsubtract|\bmultiply|\bequals?(?: to)?|\bplus|\bminus|\btimes|\bdivided by"
+    r"|\bwork out|\btell me|\bdetermine"
+    r"|\bgive|\badd|\bsubtract|\bmultiply|\bequals?(?: to)?|\bplus|\bminus|\btimes|\bdivided by"
     r"|\b(?:value|result|answer|difference|expression|equation|sum|product)(?: (?:of|to|is|for|in))?)"
     r"(?: the)?\s*:?\s*$",
     re.IGNORECASE,
@@ -43,7 +44,7 @@ _SCORE_BEFORE = re.compile(
 )
 _NOT_COUNTED = "was|has|plus|minus|times|equals|divides|does|this|yields|gives|makes|leaves"
 _COUNTED_AFTER = re.compile(
-    r"\s*(?:people|men|women|children|percent|feet|teeth|mice|fish|sheep"
+    r"\s*(?:year|month|week|day|hour|minute|second|page|mile|foot|inch|point|people|men|women|children|percent|feet|teeth|mice|fish|sheep"
     rf"|(?:[a-z]+ )?(?!(?:{_NOT_COUNTED})\b)[a-z]{{3,}}s)\b"
 )
 _YEAR = re.compile(r"1[0-9]{3}|20[0-9]{2}")

@@ -60,6 +60,8 @@ _GREEK = "alpha beta gamma delta epsilon theta lambda mu pi rho sigma tau phi om
 _SYMBOLS |= {name: f" {name.lower()} " for name in _GREEK.split()} | {"pi": "π"}
 _TEXT = {"text", "mathrm", "operatorname", "mbox", "textrm", "textnormal"}
 _STYLE = {"textbf", "textit", "mathbf", "mathit", "emph", "underline", "boxed"}
+_FRACTIONS, _BINOMIALS = {"frac", "dfrac", "tfrac", "cfrac"}, {"binom", "dbinom", "tbinom"}
+_ARGUMENTS = dict.fromkeys(_FRACTIONS | _BINOMIALS, 2) | dict.fromkeys(_TEXT | _STYLE | {"sqrt"}, 1)
 _ATOM = re.compile(r"\s*(?:\d[\d,]*(?:\.\d+)?|[A-Za-zπ∞])\s*")
 _TOUCHING = re.compile(r"\s*(?:[A-Za-z0-9({^]|\\(?:[dt]?frac|sqrt|pi|left|alpha|beta|theta)\b)")
 _WHOLE = re.compile(r"\s*\d{1,3}\s*")
@@ -141,7 +143,7 @@ class _Parser:
         if rest == "\\":
             start = self._at
             self._at += 1
-            for _ in range({"frac": 2, "dfrac": 2, "tfrac": 2, "cfrac": 2, "binom": 2, "sqrt": 1}.get(self._name(), 0)):
+            for _ in range(_ARGUMENTS.get(self._name(), 0)):
                 self._argument()
             return self._text[start : self._at]
         if rest != "{":
@@ -177,11 +179,11 @@ class _Parser:
             self._out.append(kind + _in_parentheses(self._inner(source)))
 
     def _command(self, name: str) -> None:
-        if name in {"frac", "dfrac", "tfrac", "cfrac"}:
+        if name in _FRACTIONS:
             self._fraction(self._argument(), self._argument())
         elif name == "sqrt":
             self._root()
-        elif name == "binom":
+        elif name in _BINOMIALS:
             self._out.append(f" {self._grouped(self._argument())} choose {self._grouped(self._argument())} ")
         elif name in _TEXT:
             content = self._inner(self._argument(), formula=False)

@@ -42,8 +42,8 @@ _EMPHASIS = (
 _LINK = re.compile(r"(?<!!)\[([^\]\[]+)\]\((?:https?:|/|#|www\.)[^()\s]*(?:\s\"[^\"]*\")?\)")
 _RULE = re.compile(r"(?m)^[ \t]*(?:(?:-[ \t]*){3,}|(?:\*[ \t]*){3,}|(?:=[ \t]*){3,})$")
 _HEADING = re.compile(r"(?m)^\s*#{1,6}\s+(?=\S)")
-_BULLET = re.compile(r"(?m)^[ \t]*[*•>-][ \t]+(?=\S)")
-_NUMBER_AFTER_MARK = re.compile(r"(?m)^[ \t]*[>-][ \t]+(?=[\d.$(])")
+_BULLET = re.compile(r"(?m)^[ \t]*[*•>+-][ \t]+(?=\S)")
+_NUMBER_AFTER_MARK = re.compile(r"(?m)^[ \t]*[*+>-][ \t]+([\d.$(].*)$")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SAME = str.maketrans(
@@ -121,13 +121,14 @@ def _character(match: re.Match[str]) -> str:
 
 def _without_markdown(text: str) -> str:
     text = _HEADING.sub("", _RULE.sub("", text))
-    if len(_NUMBER_AFTER_MARK.findall(text)) == 1 and len(_BULLET.findall(text)) == 1:
+    marked = _NUMBER_AFTER_MARK.findall(text)
+    if len(marked) == 1 or any(not re.search(r"[A-Za-z]{3,}", line) for line in marked):
         raise UnspeakableError("its line begins with a mark before a number, which may be a list or a sign")
     text = _BULLET.sub("", text)
     for _ in range(3):  # bold within italics within bold
         for pattern in _EMPHASIS:
             text = pattern.sub(r"\1", text)
-    return re.sub(r"_{2,}|(?<![\w)}_])_(?![\w({_])", " blank ", text)
+    return re.sub(r"_{2,}|[□▢☐]|(?<![\w)}_])_(?![\w({_])", " blank ", text)
 
 
 def _without_quotes(text: str) -> str:

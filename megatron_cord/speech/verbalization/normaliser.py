@@ -47,7 +47,7 @@ _NAMES = {
 _POWERS_AFTER = {"square": "squared", "cubic": "cubed"}  # "meters per second squared"
 _SAME_IN_PLURAL = {"kHz"}
 _SIMPLE_UNIT = "|".join(sorted(map(re.escape, _SYMBOLS | _NAMES), key=len, reverse=True))
-UNIT = rf"(?:(?:{_SIMPLE_UNIT})(?:\^\(?[23]\)?|[23])?(?:/(?:{_SIMPLE_UNIT})(?:\^\(?[23]\)?)?)?)(?![\w°]|/[A-Za-z])"
+UNIT = rf"(?:(?:{_SIMPLE_UNIT})(?:\^\(?[23]\)?|[23])?(?:/(?:{_SIMPLE_UNIT})(?:\^\(?[23]\)?)?)?)(?![\w°]|/[A-Za-z]\b)"
 _UNIT_PARTS = re.compile(rf"({_SIMPLE_UNIT})(?:\^?\(?([23])\)?)?")
 
 

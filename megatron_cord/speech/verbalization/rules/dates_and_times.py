@@ -29,7 +29,7 @@ _TIME_BEFORE = re.compile(
 _RATIO_NEAR = re.compile(r"\b(?:ratio|proportion|scale|odds|mix(?:ed|ture)?)\b", re.IGNORECASE)
 _SCORE_NEAR = re.compile(r"\b(?:score\w*|won|lost|beat|drew|defeated)\b", re.IGNORECASE)
 _YEAR_BEFORE = re.compile(
-    rf"(?:\b(?:in|since|during|year|summer|winter|spring|autumn|fall|of|born|circa)(?: of)?"
+    rf"(?:\b(?:in|since|during|year|summer|winter|spring|autumn|fall|born|circa)(?: of)?"
     rf"|(?:{MONTH}),?)\s+$",
     re.IGNORECASE,
 )
@@ -55,6 +55,12 @@ def _slashed_date(place: Place) -> str:
     return f" {date_words(year, low, high)} "
 
 
+def _short_date(place: Place) -> str | None:
+    if place.in_formula or in_mathematics(place.text, place.match.start()):
+        return None
+    raise UnspeakableError(f"it contains {place.match[0]!r}, which may be a date or a fraction")
+
+
 def _named_date(place: Place) -> str:
     parts = place.match.groupdict()
     return f" {date_words(parts['year'], month_number(parts['month']), int(parts['day']))} "
@@ -76,7 +82,8 @@ def _time(place: Place) -> str | None:
         is_sure = minute is not None and (minute[0] == "0" or hour[0] == "0" or _TIME_BEFORE.search(place.before))
         if not is_sure or int(hour) > 24 or _RATIO_NEAR.search(near) or _SCORE_NEAR.search(near):
             return None
-    return f" {time_words(hour, minute, suffix)} "
+    ends = "." if (suffix or "").endswith(".") and not place.after.strip() else ""
+    return f" {time_words(hour, minute, suffix)}{ends} "
 
 
 def _time_range(place: Place) -> str | None:
@@ -85,7 +92,8 @@ def _time_range(place: Place) -> str | None:
     near = place.before[-40:] + place.after[:40]
     if not (first[2] or second[2] or (first[1] and second[1])) or _SCORE_NEAR.search(near):
         return None
-    return f" {_time_or_hour(*first)} to {_time_or_hour(*second)} "
+    word = "and" if place.before.rstrip().lower().endswith("between") else "to"
+    return f" {_time_or_hour(*first)} {word} {_time_or_hour(*second)} "
 
 
 def _time_or_hour(hour: str, minute: str | None, suffix: str | None) -> str:
@@ -119,6 +127,9 @@ def _decade(place: Place) -> str:
 DATES_AND_TIMES: tuple[Rule, ...] = (
     rule(r"(?<![\w.,/-])([0-9]{4})[-/]([0-9]{1,2})[-/]([0-9]{1,2})(?![\w/-]|[.,][0-9])", _iso_date),
     rule(r"(?<![\w.,/-])([0-9]{1,2})/([0-9]{1,2})/([0-9]{4})(?![\w/-])", _slashed_date),
+    rule(r"(?<![\w.,/-])(?:0?[1-9]|1[0-2])/(?:19|20)[0-9]{2}(?![\w/-])", _short_date),
+    rule(r"(?:(?<=\b[Oo]n )|(?<=\b[Dd]ue )|(?<=\bsince ))[0-9]{1,2}/[0-9]{1,2}(?![\w/-])", _short_date),
+    rule(r"(?<![\w.,/-])0[0-9]*/[0-9]+(?![\w/-])", _short_date),
     rule(rf"(?<!\w)(?P<month>{MONTH})\s+{_DAY},?\s+{_YEAR_DIGITS}", _named_date),
     rule(rf"{_APART}(?:the\s+)?{_DAY}\s+(?:of\s+)?(?P<month>{MONTH}),?\s+{_YEAR_DIGITS}", _named_date),
     rule(rf"(?<!\w)({MONTH})\s+([0-9]{{1,2}})(?![\w]|\.[0-9])", _day_of_month),

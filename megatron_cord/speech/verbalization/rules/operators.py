@@ -102,6 +102,9 @@ def _slash(place: Place) -> str:
         return " "
     if any(len(word) > 1 and word.isalpha() and word not in {"pi", "sqrt"} for word in words) or words == ("n", "a"):
         raise UnspeakableError("it contains a slash between words")
+    letters = place.left.isupper() and place.right.isupper()
+    if letters and not place.in_formula and not in_mathematics(place.text, place.match.start()):
+        raise UnspeakableError("it contains a slash between capitals, which may be a division or an abbreviation")
     if re.search(r"/\s?[\w.]+\s*$", place.before):
         raise UnspeakableError("it contains a division of a division")
     return " over "

@@ -85,7 +85,7 @@ def _ordinal(place: Place) -> str:
 
 
 def _idiom(place: Place) -> str | None:
-    if asked_for(place.text, place.match.start()) or place.in_formula:
+    if in_mathematics(place.text, place.match.start()) or place.in_formula:
         return None
     raise UnspeakableError(f"it contains {place.match[0]!r}, which may be a fraction or a saying")
 
@@ -97,9 +97,9 @@ QUANTITIES: tuple[Rule, ...] = (
     rule(rf"{_APART}({NUMBER})\s?¢", _cents),
     rule(rf"\s?/\s?(?=(?:{_PER})\b)", _per_slash),
     rule(r"(?<![\w-])(?:\+?1[- ])?(?:\([0-9]{3}\) ?|[0-9]{3}[- ])[0-9]{3}-[0-9]{4}(?![\w-])", _telephone),
-    rule(rf"{_APART}({NUMBER})\s?ft\.?\s({NUMBER})\s?in(?!\w)", _feet_and_inches),
+    rule(rf"{_APART}({NUMBER})\s?ft\.?\s({NUMBER})\s?in(?:\.(?=\s[a-z]))?(?!\w)", _feet_and_inches),
     rule(rf"(?<![\w.,])((?:[0-9]+\s+)?{FRACTION}|{NUMBER}){_SPACE}({UNIT})", _measure),
     rule(r"(?<![\w.,])([0-9]{1,9})(?:st|nd|rd|th)(?!\w)", _ordinal, re.IGNORECASE),
-    rule(r"(?<!\w)(?:24/7|9/11)(?!\w)", _idiom),
+    rule(r"(?<!\w)(?:24/7|9/11|([0-9]+)/\1)(?![\w/])", _idiom),
     rule(rf"(?<![\w.,])([0-9]+)-({UNIT}{{1}})(?<=[A-Za-z]{{2}})(?!\w)", _measure_adjective),
 )
