@@ -47,6 +47,7 @@ _MATHEMATICS = [
     ("50% of 1,234.5", "fifty percent of one thousand two hundred thirty four point five"),
     ("2πr", "two pi r"),
     ("What is (12-7)?", "What is twelve minus seven?"),
+    ("12\n+ 5\n+ 3", "twelve plus five plus three"),
     ("7 × 8 = □", "seven times eight equals blank"),
 ]
 _LATEX = [
@@ -74,7 +75,7 @@ _ORDINARY = [
     ("5 km at 9.8 m/s^2", "five kilometers at nine point eight meters per second squared"),
     ("5 m tall, 1 kg, 6 ft 2 in", "five meters tall, one kilogram, six feet two inches"),
     ("a 10-km run at -5°C", "a ten-kilometer run at minus five degrees Celsius"),
-    ("at 9:15 or 9:05 p.m.", "at nine fifteen or nine o five PM"),
+    ("at 9:15 or 9:05 p.m.", "at nine fifteen or nine o five PM."),
     ("open 9am-5pm", "open nine AM to five PM"),
     ("between 3-5 pm, or from 9 a.m. to 5 p.m.", "between three and five PM, or from nine AM to five PM."),
     ("2 GB/minute", "two gigabytes per minute"),
@@ -154,7 +155,7 @@ def test_what_is_said_is_what_is_asked(written: str, spoken: str) -> None:
         ("on 5/12", "date or a fraction"),
         ("12/2024", "date or a fraction"),
         ("the A/C unit", "abbreviation"),
-        ("12\n+ 5\n+ 3", "list or a sign"),
+        ("12\n- 5\n- 3", "list or a sign"),
         ("10/2/5", "division of a division"),
         ("he/she", "slash between words"),
         ("5'2\" tall", "feet"),

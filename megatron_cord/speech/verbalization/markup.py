@@ -42,8 +42,8 @@ _EMPHASIS = (
 _LINK = re.compile(r"(?<!!)\[([^\]\[]+)\]\((?:https?:|/|#|www\.)[^()\s]*(?:\s\"[^\"]*\")?\)")
 _RULE = re.compile(r"(?m)^[ \t]*(?:(?:-[ \t]*){3,}|(?:\*[ \t]*){3,}|(?:=[ \t]*){3,})$")
 _HEADING = re.compile(r"(?m)^\s*#{1,6}\s+(?=\S)")
-_BULLET = re.compile(r"(?m)^[ \t]*[*•>+-][ \t]+(?=\S)")
-_NUMBER_AFTER_MARK = re.compile(r"(?m)^[ \t]*[*+>-][ \t]+([\d.$(].*)$")
+_BULLET = re.compile(r"(?m)^[ \t]*(?:[*•>-][ \t]+(?=\S)|\+[ \t]+(?=[A-Za-z]))")
+_NUMBER_AFTER_MARK = re.compile(r"(?m)^[ \t]*[*>-][ \t]+([\d.$(].*)$")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SAME = str.maketrans(
