@@ -73,7 +73,7 @@ def _evaluator(config: RunConfig, prompts: PromptBuilder, layout: Layout) -> Eva
     output = Path(config.output_dir)
     sets = {name: load_set(given) for name, given in config.evaluation.sets.items()}
     if config.data.evaluation:
-        shards = config.data.open("evaluation", prompts.longest_clip)
+        shards = config.data.open("evaluation", prompts.limits)
         sets[HELDOUT] = shard_questions(shards, config.evaluation.samples)
     judge = None
     if config.evaluation.comparer == "judge":

@@ -11,17 +11,17 @@ from megatron_cord.cli.options import DIRECTORY
 
 
 class SeveralValues(click.Command):
-    """A command whose option ``--voices`` takes all values that follow it."""
+    """A command whose options ``--voices`` and ``--ignore-fields`` take all values that follow them."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Repeat the option before each value, as click reads several."""
         spread: list[str] = []
-        open_ = False
+        option = None
         for word in args:
             if word.startswith("-"):
-                open_ = word == "--voices"
-            elif open_ and spread[-1] != "--voices":
-                spread.append("--voices")
+                option = word if word in ("--voices", "--ignore-fields") else None
+            elif option and spread[-1] != option:
+                spread.append(option)
             spread.append(word)
         return super().parse_args(ctx, spread)
 
@@ -31,7 +31,7 @@ class SeveralValues(click.Command):
     "--questions",
     metavar="FILE",
     required=True,
-    help="Questions: .jsonl, .parquet, or a directory of .parquet or .arrow files.",
+    help="Questions: .jsonl, .parquet, a directory of .parquet files, or a data set saved by `datasets`.",
 )
 @click.option("--output", metavar="DIR", type=DIRECTORY, help="Directory of the shards; created when missing.")
 @click.option("--seed", metavar="S", type=int, default=0, show_default=True, help="Of voices and speeds.")
@@ -41,6 +41,12 @@ class SeveralValues(click.Command):
 )
 @click.option(
     "--answer-field", metavar="NAME", default="answer", show_default=True, help="The field with the gold answer."
+)
+@click.option(
+    "--ignore-fields",
+    metavar="NAME...",
+    multiple=True,
+    help="Fields to leave aside; others that nothing uses are refused.",
 )
 @click.option(
     "--backend",
@@ -98,6 +104,7 @@ def command(
     shard_size: int,
     question_field: str,
     answer_field: str,
+    ignore_fields: tuple[str, ...],
     backend: Literal["espeak", "piper", "kokoro", "openai"],
     voices: tuple[str, ...],
     model_dir: str | None,
@@ -122,6 +129,7 @@ def command(
         questions,
         question_field=question_field,
         answer_field=answer_field,
+        ignore_fields=ignore_fields,
         seed=seed,
         shard_size=shard_size,
         slowest=speeds[0],

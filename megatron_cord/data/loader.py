@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Literal, Protocol
 
@@ -27,7 +27,7 @@ import numpy as np
 
 from megatron_cord.data.audio.augmentation import AugmentationConfig
 from megatron_cord.data.order import permutation
-from megatron_cord.data.samples import PreparedSample, Sample
+from megatron_cord.data.samples import PreparedSample, PromptLimits, Sample
 from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 
@@ -40,8 +40,8 @@ class DataConfig:
     evaluation: str = ""  #: shards to evaluate on, likewise
     shuffle: bool = True  #: a new order each epoch, drawn from the run's seed; otherwise the order of the shards
 
-    #: Audio longer than the encoder's window: stop with an error, cut it into several clips, or skip the sample,
-    #: within max_skipped.
+    #: Audio longer than the encoder's window: stop before the first step, cut it into several clips, or skip the
+    #: sample, within max_skipped.
     long_audio: Literal["error", "cut", "skip"] = "error"
     #: the largest share of a set's samples that may be left out because they are damaged; 0 stops at the first
     max_skipped: float = 0.0
@@ -62,23 +62,31 @@ class DataConfig:
         if self.workers < 0:
             raise CordError(f"data.workers cannot be negative, got {self.workers}")
 
-    def open(self, which: Literal["train", "evaluation"], longest: int | None) -> ShardDataset:
+    def open(self, which: Literal["train", "evaluation"], limits: PromptLimits) -> ShardDataset:
         """Open a data set under these rules.
 
         Args:
             which: of the two.
-            longest: samples of audio that the model's encoder takes at once; None if it takes no audio.
+            limits: what the model's prompts can be made of.
 
         Raises:
-            CordError: it is not named, or what `ShardDataset` raises.
+            CordError: it is not named, a recording is too long and may neither be cut nor skipped, or what
+                `ShardDataset` raises.
         """
         path = getattr(self, which)
         if not path:
             raise CordError(
                 f"data.{which} is required: set it in the configuration or as data.{which}=…, to a directory of shards"
             )
-        limit = longest if self.long_audio == "skip" else None
-        return ShardDataset(path, max_skipped=self.max_skipped, longest=limit, verify=self.verify)
+        shards = ShardDataset(
+            path,
+            max_skipped=self.max_skipped,
+            limits=limits if self.long_audio == "skip" else replace(limits, longest=None),
+            verify=self.verify,
+        )
+        if self.long_audio == "error" and limits.longest is not None:
+            shards.refuse_longer(limits.longest)
+        return shards
 
 
 class SampleSource(Protocol):
@@ -148,7 +156,7 @@ class SampleLoader:
         prepare: Callable[[Sequence[Sample]], list[PreparedSample]] | None = None,
     ) -> None:
         if len(source) == 0:
-            raise CordError("the data set holds no samples; make some with cord synthesize")
+            raise CordError("the data set holds no samples")
         if batch_size < 1:
             raise CordError(f"a batch of {batch_size} samples cannot be; choose at least 1")
         if not 0 <= rank < world:

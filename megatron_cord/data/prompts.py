@@ -17,7 +17,17 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from megatron_cord.data.audio.features import FeatureConfig, FeatureExtractor, TorchFeatures
-from megatron_cord.data.samples import HEAR, READ, AudioClip, PreparedSample, Prompt, Sample, View
+from megatron_cord.data.samples import (
+    HEAR,
+    READ,
+    AudioClip,
+    PreparedSample,
+    Prompt,
+    PromptLimits,
+    Sample,
+    View,
+    control_token_fault,
+)
 from megatron_cord.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from megatron_cord.errors import CordError
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
@@ -63,6 +73,9 @@ class PromptBuilder:
         self._tokens = len(self._tokenizer)  # counting them takes milliseconds
         tokenless = range(self._tokens, self.vocab_size)
         self.special_ids = tuple(sorted({*self._tokenizer.special_ids, *tokenless} - set(self.eos_ids)))
+        controls = {*self._tokenizer.control_ids, *self.eos_ids, self.audio_token_id}
+        self._control_ids = {i for i in controls if i is not None and i != self._tokenizer.unknown_id}
+        self._begins_control = {self._tokenizer.decode([index]).strip()[:1] for index in self._control_ids}
         self._template: str | None = None
         self._features: FeatureConfig | None = None
         if self._arch.encoder is not None:
@@ -77,6 +90,22 @@ class PromptBuilder:
     def longest_clip(self) -> int | None:
         """Samples of audio that the encoder takes at once; None for a model without an audio encoder."""
         return None if self._features is None else self._longest(self._features)
+
+    @property
+    def limits(self) -> PromptLimits:
+        """What prompts can be made of, for a data set to be opened with."""
+        shortest = 1 if self._features is None else (self._fewest_frames() - 1) * self._features.hop_length + 1
+        return PromptLimits(shortest, self.longest_clip, self.control_token)
+
+    def control_token(self, text: str) -> str | None:
+        """Return a control token that the tokenizer finds in a text, which would end a turn or stand for audio.
+
+        Servers tokenize prompts with recordings themselves, so such a text cannot be given to them as plain text.
+        """
+        if text.isascii() and not any(first in text for first in self._begins_control):
+            return None  # most texts; others may become such a token when the tokenizer normalizes them
+        found = [index for index in self._tokenizer.encode(text) if index in self._control_ids]
+        return self._tokenizer.decode(found[:1]) if found else None
 
     def prepare(self, samples: Sequence[Sample], views: Collection[View] = (HEAR, READ)) -> list[PreparedSample]:
         """Build the prompts of these views for each sample; features are made together. Threads may call it.
@@ -133,6 +162,7 @@ class PromptBuilder:
         return [self._prompt_of_clips(sample, some) for sample, some in zip(samples, clips, strict=True)]
 
     def _prompt_of_clips(self, sample: Sample, clips: Sequence[AudioClip]) -> Prompt:
+        self._refuse_control_token(sample, "instruction", sample.instruction or "")
         first, *others = self._around_audio(len(clips), sample.instruction)
         self._refuse_unknown_words(
             sample, sample.instruction or "", [*first, *(index for after in others for index in after)]
@@ -155,10 +185,12 @@ class PromptBuilder:
                 "shorten it, or set data.long_audio to cut or skip"
             )
         starts = list(range(0, len(audio), longest))
-        enough = next(frames for frames in count(1) if self._arch.num_audio_tokens(frames) >= _FEWEST_AUDIO_TOKENS)
         # A rest too short for the encoder takes from its neighbour.
-        starts[-1] = min(starts[-1], len(audio) - enough * features.hop_length)
+        starts[-1] = min(starts[-1], len(audio) - self._fewest_frames() * features.hop_length)
         return [audio[start:end] for start, end in zip(starts, [*starts[1:], len(audio)], strict=True)]
+
+    def _fewest_frames(self) -> int:
+        return next(frames for frames in count(1) if self._arch.num_audio_tokens(frames) >= _FEWEST_AUDIO_TOKENS)
 
     def _longest(self, features: FeatureConfig) -> int:
         assert self._arch.encoder is not None
@@ -168,13 +200,18 @@ class PromptBuilder:
         """Build the prompt of the question's text.
 
         Raises:
-            CordError: an empty question, or words that a word-level vocabulary does not have.
+            CordError: an empty question, a control token in it, or words that a word-level vocabulary does not have.
         """
         if not sample.question.strip():
             raise CordError(f"sample {sample.id}: the question is empty; give the text of what is said")
+        self._refuse_control_token(sample, "question", sample.question)
         ids = self._tokenize([{"type": "text", "text": sample.question}])
         self._refuse_unknown_words(sample, sample.question, ids)
         return Prompt(sample_id=sample.id, token_ids=tuple(ids))
+
+    def _refuse_control_token(self, sample: Sample, part: str, text: str) -> None:
+        if (token := self.control_token(text)) is not None:
+            raise CordError(f"sample {sample.id} {control_token_fault(part, token)}")
 
     def _refuse_unknown_words(self, sample: Sample, text: str, ids: list[int]) -> None:
         unknown = self._tokenizer.unknown_id

@@ -2,7 +2,8 @@
 
 A row is {"question": …, "answer": …, "solution": …, "choices": […], "id": …}.
 
-Only "question" is needed. A row that cannot be used is a reject with its place and reason, not the end of the work;
+Only "question" is needed. A field that nothing uses ends the work, a recording above all: its words would be spoken
+anew by another voice. A row that cannot be used is a reject with its place and reason, not the end of the work;
 the caller bounds how many there may be. Choices are read out after the question, lettered, so that reading and
 hearing ask for the same.
 
@@ -11,21 +12,23 @@ What it simplifies: the whole file is held in memory (80,000 questions are some 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pyarrow.ipc
 import pyarrow.parquet
 
 from megatron_cord.data.choices import LETTERS, lettered
+from megatron_cord.data.fields import find_unused, listed, read_row
+from megatron_cord.data.saved_datasets import is_saved_dataset, saved_files, saved_rows
 from megatron_cord.errors import CordError
 
+_OTHER_FIELDS = ("id", "solution", "choices")
 _ID = re.compile(r"[A-Za-z0-9_+-]{1,120}")
+_PART = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # as the hub names the parts of a split
 
 
 @dataclass(frozen=True)
@@ -61,30 +64,37 @@ class Reject:
 
 
 def read_questions(
-    path: str | Path, *, question: str = "question", answer: str = "answer"
+    path: str | Path, *, question: str = "question", answer: str = "answer", ignored: Collection[str] = ()
 ) -> tuple[list[WrittenQuestion], list[Reject]]:
     """All questions of a file, in its order, and what is wrong with the others.
 
     Args:
-        path: a .jsonl or .parquet file, or a directory of .parquet or .arrow files as `datasets.save_to_disk` writes
-            it.
+        path: a .jsonl or .parquet file, a directory of .parquet files, or one that `datasets.save_to_disk` wrote.
         question: the field that asks.
         answer: the field that answers.
+        ignored: fields that may be left aside.
 
     Raises:
-        CordError: the file is missing, of another kind or damaged as a whole, or no row of it is usable.
+        CordError: the file is missing, of another kind or damaged as a whole, a row has a field that nothing uses, or
+            no row of it is usable.
     """
     path = Path(path)
+    used = (question, answer, *_OTHER_FIELDS)
     questions: list[WrittenQuestion] = []
     rejects: list[Reject] = []
     seen: set[str] = set()
     for place, row in read_rows(path):
-        result = row if isinstance(row, Reject) else _question(place, row, question, answer)
+        if isinstance(row, Reject):
+            rejects.append(row)
+            continue
+        result = _question(place, row, question, answer)
         if isinstance(result, WrittenQuestion) and result.id in seen:
             result = Reject(result.id, "its id comes twice")
         if isinstance(result, Reject):
             rejects.append(result)
             continue
+        if (unused := find_unused(row, used, ignored=ignored, how="--ignore-fields")) is not None:
+            raise CordError(f"{path}, {place}: {unused}")
         seen.add(result.id)
         questions.append(result)
     if not questions:
@@ -104,8 +114,7 @@ def _question(place: str, row: dict[str, Any], question: str, answer: str) -> Wr
         )
     text = row.get(question)
     if not isinstance(text, str) or not text.strip():
-        fields = ", ".join(sorted(row)) or "none"
-        return Reject(name, f"it has no text in {question!r} (its fields: {fields[:200]})")
+        return Reject(name, f"it has no text in {question!r} (its fields: {listed(row)})")
     gold, solution = row.get(answer), row.get("solution")
     if isinstance(gold, (int, float)) and not isinstance(gold, bool):
         gold = str(gold)
@@ -144,6 +153,10 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
     """
     if not path.exists():
         raise CordError(f"{path}: no such file; give questions as .jsonl or .parquet")
+    if path.is_dir() and is_saved_dataset(path):
+        for number, saved in enumerate(saved_rows(path), 1):
+            yield f"row {number}", saved
+        return
     if path.suffix == ".json" and path.is_file() and _holds_array(path):
         yield from _json_array(path)
     elif path.suffix in {".jsonl", ".json"} and path.is_file():
@@ -152,7 +165,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
         yield from _table_rows(path)
     else:
         raise CordError(
-            f"{path}: unknown kind of file; give .jsonl, .parquet, or a directory of .parquet or .arrow files"
+            f"{path}: unknown kind of file; give .jsonl, .parquet, a directory of .parquet files, or a saved data set"
         )
 
 
@@ -163,7 +176,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                row = read_row(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 yield place, Reject(place, f"it is not UTF-8 (byte {error.start})")
                 continue
@@ -175,7 +188,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
 
 def _json_array(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = read_row(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise CordError(f"{path} is not JSON in UTF-8 ({str(error)[:120]}); write it again") from None
     for number, row in enumerate(rows, 1):
@@ -184,22 +197,38 @@ def _json_array(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
 
 
 def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in {".parquet", ".arrow"})
-    if not files:
-        raise CordError(f"{path} holds no .parquet or .arrow file; give the directory of one split")
     number = 0
-    for file in files:
+    for file in question_files(path):
         try:
-            if file.suffix == ".parquet":
-                table = pyarrow.parquet.read_table(file)
-            else:
-                with file.open("rb") as stream:
-                    table = pyarrow.ipc.open_stream(stream).read_all()
+            table = pyarrow.parquet.read_table(file)
         except (pyarrow.ArrowException, OSError) as error:
             raise CordError(f"{file} cannot be read ({str(error).splitlines()[0][:120]}); write it again") from error
         for row in table.to_pylist():
             number += 1
             yield f"row {number}", row
+
+
+def question_files(path: Path) -> list[Path]:
+    """Return the files that `read_rows` reads, in their order.
+
+    Raises:
+        CordError: a directory without any, or with files of several splits.
+    """
+    if path.is_file():
+        return [path]
+    if is_saved_dataset(path):
+        return saved_files(path)
+    files = sorted(file for file in path.glob("*.parquet") if not file.name.startswith("."))
+    if not files:
+        names = ", ".join(sorted(item.name for item in path.iterdir())[:8]) or "nothing"
+        raise CordError(
+            f"{path} holds neither .parquet files nor a saved data set's state.json (found: {names}); give the "
+            "directory of one split"
+        )
+    splits = {match[1] for file in files if (match := _PART.fullmatch(file.name))}
+    if len(splits) > 1:
+        raise CordError(f"{path} holds files of several splits ({', '.join(sorted(splits))}); give one in a directory")
+    return files
 
 
 def _holds_array(path: Path) -> bool:

@@ -6,7 +6,7 @@ by the loader, on the ranks that generate from it and train on it; its features 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -51,6 +51,40 @@ class Sample:
     voice: str | None = None
     choices: tuple[str, ...] = ()
     instruction: str | None = None
+
+
+def _no_token(text: str) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class PromptLimits:
+    """What prompts of a checkpoint can be made of; by default of anything.
+
+    Attributes:
+        shortest: samples of audio, at 16 kHz, below which a clip is too short for the encoder.
+        longest: beyond which it is too long; None takes all lengths.
+        control_token: returns a control token of the tokenizer that stands in a text; None for a text without one.
+    """
+
+    shortest: int = 1
+    longest: int | None = None
+    control_token: Callable[[str], str | None] = _no_token
+
+    def fault(self, samples: int, question: str) -> str | None:
+        """Return why no prompt can be made of a sample: of so much audio, and with this question; None if one can."""
+        if samples < self.shortest:
+            least = self.shortest / 16000
+            return f"has {samples / 16000:.3f} s of audio, too short for the encoder, which takes {least:.3f} s or more"
+        if self.longest is not None and samples > self.longest:
+            return f"has {samples / 16000:.2f} s of audio, the longest allowed are {self.longest / 16000:.2f} s"
+        token = self.control_token(question)
+        return None if token is None else control_token_fault("question", token)
+
+
+def control_token_fault(part: str, token: str) -> str:
+    """Return what is wrong with a text that would end a turn or stand for audio in its prompt."""
+    return f"has {token!r} in its {part}, a control token of the model; remove it from the text"
 
 
 @dataclass(frozen=True, eq=False)

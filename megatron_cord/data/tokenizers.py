@@ -1,8 +1,8 @@
 """Tokenizers behind one small interface: Hugging Face's, and plain sentencepiece models.
 
 Each renders a conversation through the checkpoint's own chat template and turns text into ids and back. Special
-tokens that stand in a text are recognised; none is ever added. Simplification: a sentencepiece model's marks are its
-pieces of the form <…>.
+tokens that stand in a text are recognised, in a user's text too (`control_ids`); none is ever added. Simplification: a
+sentencepiece model's marks are its pieces of the form <…>.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ class Tokenizer(Protocol):
         """Marks that are no text."""
         ...
 
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Marks that a text can be turned into, so that it could end a turn or stand for audio."""
+        ...
+
     def __len__(self) -> int:
         """Return the number of tokens."""
         ...
@@ -80,8 +85,12 @@ class HuggingFaceTokenizer:
     def __init__(self, processor: Any, directory: Path) -> None:
         self._processor, self._directory = processor, directory
         self._tokenizer = getattr(processor, "tokenizer", processor)
-        added = {index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        tokens = self._tokenizer.added_tokens_decoder
+        added = {index for index, token in tokens.items() if token.special}
         self.special_ids = frozenset({*self._tokenizer.all_special_ids, *added})
+        # Chat formats have marks that are not declared special, such as <tool_call>.
+        marks = {index for index, token in tokens.items() if token.content[:1] + token.content[-1:] in ("<>", "[]")}
+        self.control_ids = self.special_ids | marks
         self.eos_id: int | None = self._tokenizer.eos_token_id
         self.pad_id: int | None = self._tokenizer.pad_token_id
         self.unknown_id: int | None = self._tokenizer.unk_token_id
@@ -139,6 +148,7 @@ class SentencePieceTokenizer:
                 f"{path} is not a sentencepiece model ({' '.join(str(error).split())}); download it again"
             ) from None
         self.special_ids = frozenset(index for index in range(len(self)) if self._is_mark(index))
+        self.control_ids = self.special_ids
         self.eos_id = _present(self._model.eos_id())
         self.pad_id = _present(self._model.pad_id())
         self.unknown_id = _present(self._model.unk_id())

@@ -17,12 +17,15 @@ HELDOUT = "heldout"  #: the name of the set that data.evaluation makes
 class SetConfig:
     """One set of questions."""
 
-    path: str  #: a file, or a directory of shards, of Parquet or of Arrow files
+    path: str  #: a file, or a directory of shards, of Parquet files, or saved by `datasets`
     format: Format = "plain"  #: how its rows are laid out
     audio_root: str | None = None  #: the folder that paths of recordings start from; null: the file's own
     samples: int = 0  #: how many questions, from the beginning; 0 takes all
+    ignore: tuple[str, ...] = ()  #: fields of its rows to leave aside; others that nothing uses are refused
 
     def __post_init__(self) -> None:
+        if self.format == "shards" and (self.audio_root is not None or self.ignore):
+            raise CordError("audio_root and ignore are of no use to a set of format shards; remove them")
         if self.samples < 0:
             raise CordError(f"samples cannot be negative, got {self.samples}")
 

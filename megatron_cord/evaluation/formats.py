@@ -9,7 +9,9 @@
 | mmau | audio_id, question, choices, answer (one choice's text), task: a sound with a question in text beside it |
 | big_bench_audio | file_name or audio, official_answer, category, transcript |
 
-Rows come from .jsonl, .json, .parquet or .arrow. A recording is a path (from the file's folder, or from `audio_root`),
+Rows come from .jsonl, .json, .parquet or a data set that `datasets` saved. What a published set has beside these fields
+is of no use here; a field of the plain form that nothing uses is refused, as is one that would change what a published
+set asks, such as a system prompt. A recording is a path (from the file's folder, or from `audio_root`),
 or bytes in the row as Parquet files of spoken sets have them; it is read when its prompt is made. What it simplifies:
 the rows, bytes included, are in memory.
 """
@@ -27,6 +29,7 @@ import numpy as np
 
 from megatron_cord.data.audio.decode import decode_audio
 from megatron_cord.data.choices import LETTERS, lettered
+from megatron_cord.data.fields import find_unused, listed
 from megatron_cord.data.question_files import Reject, read_rows
 from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
@@ -51,6 +54,21 @@ class _Fields:
     choices: Any = None
     instruction: str | None = None
     group: Any = None
+
+
+#: What the adapters read, beside "id".
+_USED: dict[str, tuple[str, ...]] = {
+    "plain": ("question", "audio", "answer", "choices", "instruction", "group"),
+    "voicebench": ("prompt", "audio", "reference", "domain"),
+    "gsm8k": ("question", "audio", "question_audio", "answer"),
+    "mmau": ("question", "audio_id", "audio", "choices", "answer", "task"),
+    "big_bench_audio": ("transcript", "audio", "file_name", "official_answer", "category"),
+}
+#: What changes a question wherever it stands.
+_ASKING = (
+    "question", "prompt", "instruction", "instructions", "system", "system_prompt", "messages", "conversations",
+    "context", "passage", "choices", "options", "image",
+)  # fmt: skip
 
 
 def load_set(config: SetConfig) -> QuestionSet:
@@ -121,19 +139,29 @@ def _from_rows(config: SetConfig) -> QuestionSet:
         try:
             if name in seen:
                 raise _UnusableError("its id comes twice")
-            questions.append(_question(name, _ADAPTERS[config.format](row), root))
+            questions.append(_question(name, _ADAPTERS[config.format](row), root, listed(row)))
+            _refuse_unused(row, config, f"{path}, {place}")
             seen.add(name)
         except _UnusableError as error:
             rejects.append(Reject(name, str(error)))
     return QuestionSet(questions, rejects)
 
 
-def _question(name: str, fields: _Fields, root: Path) -> Question:
+def _refuse_unused(row: dict[str, Any], config: SetConfig, where: str) -> None:
+    """Refuse the whole set: such a field is in all rows, or a mistake."""
+    used = ("id", *_USED[config.format])
+    counts = row if config.format == "plain" else {name: row[name] for name in _ASKING if name in row}
+    how = "evaluation.sets.….ignore"
+    if (unused := find_unused(counts, used, ignored=config.ignore, how=how)) is not None:
+        raise CordError(f"{where}: {unused}")
+
+
+def _question(name: str, fields: _Fields, root: Path, found: str) -> Question:
     for what, value in (("question", fields.text), ("instruction", fields.instruction)):
         if not isinstance(value, (str, type(None))):
             raise _UnusableError(f"its {what} is no text")
     if fields.answer is None or fields.answer == "":
-        raise _UnusableError("it has no answer")
+        raise _UnusableError(f"it has no answer (its fields: {found})")
     if isinstance(fields.answer, bool) or not isinstance(fields.answer, (str, int, float)):
         raise _UnusableError("its answer is no text")
     answer = str(fields.answer).strip()
@@ -150,7 +178,7 @@ def _question(name: str, fields: _Fields, root: Path) -> Question:
     text = fields.text.strip() if fields.text and fields.text.strip() else None
     audio = None if fields.audio is None else _recording(fields.audio, root, name)
     if text is None and audio is None:
-        raise _UnusableError("it has neither text nor recording")
+        raise _UnusableError(f"it has neither text nor recording (its fields: {found})")
     return Question(
         name, answer, text, audio, choices, fields.instruction, None if fields.group is None else str(fields.group)
     )
@@ -205,7 +233,7 @@ def _plain(row: dict[str, Any]) -> _Fields:
 def _voicebench(row: dict[str, Any]) -> _Fields:
     prompt, reference = row.get("prompt"), row.get("reference")
     if not isinstance(prompt, str):
-        raise _UnusableError(f"it has no text in 'prompt' (its fields: {', '.join(sorted(map(str, row)))[:200]})")
+        raise _UnusableError(f"it has no text in 'prompt' (its fields: {listed(row)})")
     options = dict(_OPTION.findall(prompt))
     letters = LETTERS[: max(4, len(options))]
     choices = [options.get(letter, "").strip().rstrip(".") for letter in letters]
@@ -222,9 +250,7 @@ def _gsm8k(row: dict[str, Any]) -> _Fields:
 def _mmau(row: dict[str, Any]) -> _Fields:
     question, choices = row.get("question"), row.get("choices")
     if not isinstance(question, str) or choices is None:
-        raise _UnusableError(
-            f"it has no 'question' with 'choices' (its fields: {', '.join(sorted(map(str, row)))[:200]})"
-        )
+        raise _UnusableError(f"it has no 'question' with 'choices' (its fields: {listed(row)})")
     instruction = f"{question.strip()} {lettered(_choices(choices))}"
     return _Fields(
         None, row.get("audio_id", row.get("audio")), row.get("answer"), choices, instruction, row.get("task")

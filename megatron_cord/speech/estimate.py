@@ -8,9 +8,9 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_cord.data.question_files import WrittenQuestion, read_questions
+from megatron_cord.data.question_files import WrittenQuestion
 from megatron_cord.errors import CordError
-from megatron_cord.speech.spoken_set import SpokenSetConfig, make_spoken_set
+from megatron_cord.speech.spoken_set import SpokenSetConfig, make_spoken_set, written_questions
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def estimate(config: SpokenSetConfig, count: int, *, workers: int = 1) -> Estima
     """
     if count < 1:
         raise CordError(f"{count} questions to measure with; give at least 1")
-    questions, unread = read_questions(config.questions, question=config.question_field, answer=config.answer_field)
+    questions, unread = written_questions(config)
     step = max(1, len(questions) // count)
     some = questions[::step][:count]
     with tempfile.TemporaryDirectory(prefix="megatron_cord-plan-") as folder:

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from megatron_cord.data.order import permutation
-from megatron_cord.data.question_files import Reject, WrittenQuestion, read_questions
-from megatron_cord.data.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from megatron_cord.data.question_files import Reject, WrittenQuestion, question_files, read_questions
+from megatron_cord.data.shards.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, ShardEntry
 from megatron_cord.data.shards.writer import disk_errors
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import file_digest, fingerprint, write_atomic, write_json
@@ -34,7 +34,6 @@ from megatron_cord.speech.synthesizers.config import SynthesizerConfig
 from megatron_cord.speech.synthesizers.espeak import ESPEAK_VOICES
 from megatron_cord.speech.synthesizers.protocol import Utterance, Voice
 
-_PLAN_NAME = "plan.json"
 _REJECTS_NAME = "rejects.jsonl"
 
 
@@ -45,6 +44,7 @@ class SpokenSetConfig:
     Attributes:
         questions: file of written questions, see `question_files`.
         question_field, answer_field: of its rows.
+        ignore_fields: of its rows, which may be left aside; any other field that nothing uses is an error.
         seed: of voices and speeds.
         shard_size: questions a shard, rejects included.
         slowest, fastest: speeds are drawn evenly between them; 1 is a voice's normal speed.
@@ -57,6 +57,7 @@ class SpokenSetConfig:
     questions: str
     question_field: str = "question"
     answer_field: str = "answer"
+    ignore_fields: tuple[str, ...] = ()
     seed: int = 0
     shard_size: int = 256
     slowest: float = 1.0
@@ -105,7 +106,7 @@ def make_spoken_set(
             disk fails, or too many questions were left out. Finished shards stay.
     """
     output = Path(output)
-    questions, unread = read_questions(config.questions, question=config.question_field, answer=config.answer_field)
+    questions, unread = written_questions(config)
     source = _source(config)
     _claim(output, source)
     jobs = _jobs(config, questions, output)
@@ -129,6 +130,13 @@ def make_spoken_set(
     return _complete(config, output, source, [receipts[job.name] for job in jobs], unread, len(questions) + len(unread))
 
 
+def written_questions(config: SpokenSetConfig) -> tuple[list[WrittenQuestion], list[Reject]]:
+    """Read the questions of a set, and what is wrong with the others."""
+    return read_questions(
+        config.questions, question=config.question_field, answer=config.answer_field, ignored=config.ignore_fields
+    )
+
+
 def worker_context() -> multiprocessing.context.ForkServerContext:
     """Return the context of worker processes: forks of one process, which alone takes seconds to import all."""
     context = multiprocessing.get_context("forkserver")
@@ -142,7 +150,7 @@ def _source(config: SpokenSetConfig) -> dict[str, Any]:
     The questions count by their content; concurrency and patience with an endpoint do not count.
     """
     path = Path(config.questions)
-    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.is_file())
+    files = question_files(path)
     source = asdict(config) | {"questions": path.name, "questions_fingerprint": fingerprint(map(file_digest, files))}
     for name in ("concurrency", "patience", "tolerated", "api_key_env"):
         del source["synthesizer"][name]
@@ -150,13 +158,15 @@ def _source(config: SpokenSetConfig) -> dict[str, Any]:
         files = sorted(f for f in Path(config.synthesizer.directory).glob("*") if f.is_file())
         source["synthesizer"]["directory"] = [f"{f.name}, {f.stat().st_size} bytes" for f in files]
     del source["max_rejects"]
+    if not config.ignore_fields:
+        del source["ignore_fields"]
     plain: dict[str, Any] = json.loads(json.dumps(source))  # tuples become lists, as they come back from the file
     return plain
 
 
 def _claim(output: Path, source: dict[str, Any]) -> None:
     """Write the plan, or compare it with the one that is there."""
-    plan = output / _PLAN_NAME
+    plan = output / PLAN_NAME
     if not plan.is_file():
         if (output / MANIFEST_NAME).exists():
             raise CordError(

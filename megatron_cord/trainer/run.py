@@ -78,8 +78,8 @@ class Run:
         self.prompts = PromptBuilder(
             config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features
         )
-        self._questions = config.data.open("train", self.prompts.longest_clip)
-        held_out = config.data.open("evaluation", self.prompts.longest_clip)
+        self._questions = config.data.open("train", self.prompts.limits)
+        held_out = config.data.open("evaluation", self.prompts.limits)
         self._build_model(resume_from)
         keep_data_record(self.directory, self._questions, resumed=self.progress.step > 0, writes=layout.is_main)
         self._build_rollout()
@@ -138,7 +138,7 @@ class Run:
             world=layout.dp_size,
             workers=config.data.workers,
             change=lambda sample, step: augment(
-                sample, config.data.augmentation, seed=config.seed, step=step, longest=self.prompts.longest_clip
+                sample, config.data.augmentation, seed=config.seed, step=step, limits=self.prompts.limits
             ),
             prepare=partial(self.prompts.prepare, views=self.collector.views),
         )

@@ -104,3 +104,25 @@ def test_prompts_of_a_text_model(piece_directory: Path, tmp_path: Path) -> None:
     assert set(range(50, VOCAB_SIZE)) <= set(builder.special_ids)
     with pytest.raises(CordError, match="sample s7: a llama model takes no audio; choose a checkpoint with an audio"):
         builder.audio_prompt(sample())
+
+
+def test_texts_with_marks_are_found(piece_directory: Path, tmp_path: Path) -> None:
+    """Catches a mark in a user's text that becomes a control token, whatever tokenizer, declared special or not."""
+    save(tmp_path, "llama", tied=False)
+    for path in piece_directory.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    pieces = PromptBuilder(tmp_path)
+    assert [pieces.control_token(f"two {mark} one") for mark in MARKS] == MARKS
+    assert pieces.control_token("one ＜|im_end|＞ two") == "<|im_end|>"  # wide brackets, normalized
+    for text in ("one plus two", "two < one > two", "½ <- |one|", "<s>", "</s>", "<unk>"):
+        assert pieces.control_token(text) is None, text
+    tokens = build_tokenizer(["one", "plus", "two"])
+    tokens.add_tokens(["<tool_call>", "[CALL]", "plus plus"])
+    tokens.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_bytes((tmp_path / "config.json").read_bytes())
+    words = PromptBuilder(tmp_path / "hf")
+    for mark in [*MARKS, "<tool_call>", "[CALL]"]:
+        assert words.control_token(f"two{mark}one") == mark
+        with pytest.raises(CordError, match=r"sample s7 has .* in its question, a control token of the model; remove"):
+            words.text_prompt(Sample("s7", f"one {mark} two"))
+    assert words.control_token("one plus plus two") is None and words.control_token("one [two] <one>") is None

@@ -106,12 +106,36 @@ def test_plain(tmp_path: Path) -> None:
     assert len(a.sample().waveform) == 8000 and b.sample().instruction == b.instruction
     with pytest.raises(CordError, match=r"gone\.wav: cannot be read"):
         h.sample()
-    assert "none of its choices" in rejects["c"] and rejects["d"] == "it has no answer"
+    assert "none of its choices" in rejects["c"] and rejects["d"] == "it has no answer (its fields: id, question)"
     assert rejects["a"] == "its id comes twice" and "neither text nor recording" in rejects["e"]
     assert "not 2 to 10 texts" in rejects["f"] and "neither a path nor bytes" in rejects["g"]
     (moved := tmp_path / "elsewhere").mkdir()
     moved_set = write_rows(moved / "set.json", rows[:1])
     assert load(moved_set, audio_root=str(tmp_path))[0][0].sample().waveform.any()
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "field"),
+    [
+        ("plain", {"question": "What?", "answer": "1", "system": "Be brief."}, "system"),
+        ("plain", {"question": "What?", "answer": "1", "anwser": "2"}, "anwser"),
+        ("gsm8k", {"question": "What?", "answer": "1", "instruction": "Sum up."}, "instruction"),
+        ("big_bench_audio", {"transcript": "What?", "official_answer": "1", "system": "Be brief."}, "system"),
+    ],
+)
+def test_a_field_that_nothing_uses_is_refused(tmp_path: Path, format: Format, row: dict[str, Any], field: str) -> None:
+    """Catches a question that is asked otherwise than its set asks it, in silence."""
+    path = write_rows(tmp_path / "set.jsonl", [row | {"metadata": {"level": 3}}])
+    with pytest.raises(CordError, match=rf"set\.jsonl, line 1: its field '{field}' is used by nothing here .*ignore"):
+        load(path, format)
+    assert len(load(path, format, ignore=(field,))[0]) == 1
+
+
+def test_settings_of_a_set_that_nothing_uses_are_refused() -> None:
+    """Catches audio_root given for shards, which hold their audio."""
+    for more in ({"audio_root": "x"}, {"ignore": ("x",)}):
+        with pytest.raises(CordError, match="of no use to a set of format shards"):
+            SetConfig("x", "shards", **more)  # type: ignore[arg-type]
 
 
 def test_voicebench(tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from megatron_cord.config.loading import load_config
-from megatron_cord.data.audio.decode import decode_audio
-from megatron_cord.data.audio.wav import decode_wav
+from megatron_cord.data.audio.decode import count_samples, decode_audio
 from megatron_cord.data.question_files import read_questions
 from megatron_cord.data.shards.manifest import Manifest
 from megatron_cord.data.shards.reader import ShardDataset
@@ -46,14 +48,11 @@ def manifest(content: bytes) -> None:
     Manifest.read(_folder())
 
 
-def wav(content: bytes) -> None:
-    """Decode a recording of a shard."""
-    decode_wav(content, "x")
-
-
 def recording(content: bytes) -> None:
-    """Decode a recording of a benchmark, of any format."""
-    decode_audio(content, "x")
+    """Decode a recording of any format: what is counted when a set is opened is what is decoded later."""
+    count = count_samples(io.BytesIO(content), len(content), "x")
+    waveform = decode_audio(content, "x")
+    assert waveform.dtype == np.float32 and waveform.shape == (count,) and np.abs(waveform).max() <= 1.0
 
 
 def jsonl(content: bytes) -> None:
@@ -99,8 +98,8 @@ def answers(content: bytes) -> None:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
-    for target in (shard, manifest, wav, recording, jsonl, json_array, config, override, text, answers)
-}
+    for target in (shard, manifest, recording, jsonl, json_array, config, override, text, answers)
+} | {"flac": recording, "float_wav": recording}
 
 
 def attempt(name: str, content: bytes) -> None:

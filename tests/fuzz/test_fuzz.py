@@ -12,7 +12,9 @@ import tarfile
 import wave
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +30,12 @@ def _wav() -> bytes:
         file.setsampwidth(2)
         file.setframerate(16000)
         file.writeframes(bytes(40))
+    return buffer.getvalue()
+
+
+def _recording(kind: str, encoding: str) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.linspace(-0.5, 0.5, 800).reshape(-1, 2), 44100, format=kind, subtype=encoding)
     return buffer.getvalue()
 
 
@@ -61,9 +69,10 @@ SEEDS: dict[str, bytes] = {
             "source": {},
         }
     ).encode(),
-    "wav": _wav(),
     "recording": _wav(),
-    "jsonl": (json.dumps(ROW) + "\n").encode() * 2,
+    "flac": _recording("FLAC", "PCM_16"),
+    "float_wav": _recording("WAVEX", "FLOAT"),
+    "jsonl": (json.dumps({name: ROW[name] for name in ("question", "choices", "answer")}) + "\n").encode() * 2,
     "json_array": json.dumps([ROW, ROW]).encode(),
     "config": (
         b"output_dir: o\nmodel: {checkpoint: c, freeze: [adapter]}\n"

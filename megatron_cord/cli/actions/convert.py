@@ -25,7 +25,7 @@ from megatron_cord.convert.loading import find_sources
 from megatron_cord.convert.megatron_reader import SavedWeights
 from megatron_cord.convert.megatron_writer import save_weights
 from megatron_cord.convert.spelling import published_tensors
-from megatron_cord.data.audio.wav import decode_wav
+from megatron_cord.data.audio.decode import decode_audio
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.data.shards.reader import ShardDataset
@@ -219,7 +219,7 @@ def _prompts(hf_dir: Path, text: str, audio: Path | None, data: Path | None) -> 
         source = ShardDataset(data)
         samples = [source[i] for i in range(min(2, len(source)))]
     else:
-        clip = _voice() if audio is None else _read_wav(audio)
+        clip = _voice() if audio is None else _read_recording(audio)
         samples = [Sample(id="check", question=text, waveform=clip)]
     prompts = []
     for sample in samples:
@@ -228,13 +228,11 @@ def _prompts(hf_dir: Path, text: str, audio: Path | None, data: Path | None) -> 
     return prompts
 
 
-def _read_wav(path: Path) -> np.ndarray:
+def _read_recording(path: Path) -> np.ndarray:
     try:
-        return decode_wav(path.read_bytes(), str(path))
+        return decode_audio(path.read_bytes(), str(path))
     except OSError as error:
-        raise CordError(
-            f"{path} cannot be read ({error.strerror}); give a WAV file of 16 kHz, 16 bits, one channel"
-        ) from None
+        raise CordError(f"{path} cannot be read ({error.strerror}); give a recording, such as a WAV file") from None
 
 
 def _voice() -> np.ndarray:

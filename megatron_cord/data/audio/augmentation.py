@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_cord.data.audio.resample import resample
-from megatron_cord.data.samples import Sample
+from megatron_cord.data.samples import PromptLimits, Sample
 from megatron_cord.errors import CordError
 
 _SPEED_GRID = 100  # speeds are hundredths, so that resampling has few filters
@@ -54,7 +54,14 @@ class AugmentationConfig:
         return max(self.noise, self.speed, self.band) > 0.0
 
 
-def augment(sample: Sample, config: AugmentationConfig, *, seed: int, step: int, longest: int | None = None) -> Sample:
+def augment(
+    sample: Sample,
+    config: AugmentationConfig,
+    *,
+    seed: int,
+    step: int,
+    limits: PromptLimits = PromptLimits(),  # noqa: B008  (it is immutable)
+) -> Sample:
     """Return the sample as it sounds at one step.
 
     Args:
@@ -62,7 +69,7 @@ def augment(sample: Sample, config: AugmentationConfig, *, seed: int, step: int,
         config: what may happen to it.
         seed: of the run.
         step: counted from 0.
-        longest: samples of audio that a clip may have; a slower speed that would exceed it is left out.
+        limits: of a clip's length; a speed that would leave them is left out.
 
     Returns:
         The same sample with float32 [samples] in [-1, 1]; the very same object if nothing happens to it.
@@ -74,7 +81,7 @@ def augment(sample: Sample, config: AugmentationConfig, *, seed: int, step: int,
     happens, strength = draws.random_raw(6).reshape(2, 3) / 2.0**64
     audio = sample.waveform
     if happens[0] < config.speed:
-        audio = _at_speed(audio, _between(config.speed_range, strength[0]), longest)
+        audio = _at_speed(audio, _between(config.speed_range, strength[0]), limits)
     if happens[1] < config.band:
         audio = _band_limited(audio, _between(config.band_range, strength[1]), sample.sampling_rate)
     if happens[2] < config.noise:
@@ -90,10 +97,11 @@ def _between(bounds: tuple[float, float], draw: float) -> float:
     return bounds[0] + draw * (bounds[1] - bounds[0])
 
 
-def _at_speed(audio: np.ndarray, speed: float, longest: int | None) -> np.ndarray:
+def _at_speed(audio: np.ndarray, speed: float, limits: PromptLimits) -> np.ndarray:
     hundredths = round(speed * _SPEED_GRID)
-    slowed = resample(audio, hundredths, _SPEED_GRID)  # fewer samples at the same rate: faster
-    return audio if longest is not None and len(slowed) > max(longest, len(audio)) else slowed
+    changed = resample(audio, hundredths, _SPEED_GRID)  # fewer samples at the same rate: faster
+    too_long = limits.longest is not None and len(changed) > max(limits.longest, len(audio))
+    return audio if too_long or len(changed) < limits.shortest else changed
 
 
 def _band_limited(audio: np.ndarray, highest: float, rate: int) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""WAV files as shards hold them: 16-bit PCM, mono, 16 kHz. Anything else is refused, not converted in silence.
+"""WAV files: written as shards hold them (16-bit PCM, mono, 16 kHz), and found in files of any other program.
 
-What it simplifies: no other encoding, and no chunk but the format and the data.
+A WAV file is a list of chunks, of which the format and the data matter. A program that writes to a pipe cannot know the
+length of its data when it writes the header, and leaves 0 or a huge number there; then the data is all that follows.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import wave
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
@@ -15,7 +17,11 @@ import numpy as np
 from megatron_cord.errors import CordError
 
 SAMPLING_RATE = 16000
-_ADVICE = f"convert it to 16-bit PCM, mono, {SAMPLING_RATE} Hz"
+#: Bytes a sample by the format's tag: integers, floats, A-law and μ-law. Any bytes are audio in them.
+_WIDTHS = {1: (1, 2, 3, 4), 3: (4, 8), 6: (1,), 7: (1,)}
+_EXTENSIBLE = 0xFFFE  # the tag stands further on
+_UNKNOWN_LENGTH = 0x7FFF0000  # programs that do not know the length write this or more
+_DESCRIPTION = struct.Struct("<HHIIHH")  # tag, channels, rate, bytes a second, bytes a frame, bits a sample
 
 
 def encode_wav(waveform: np.ndarray) -> bytes:
@@ -52,61 +58,100 @@ def encode_float_wav(waveform: np.ndarray) -> bytes:
     )
 
 
-def check_wav(file: BinaryIO, size: int, where: str) -> int:
-    """Read the header at the file's position, without the audio; return how many samples it has.
+@dataclass(frozen=True)
+class WavLayout:
+    """Where the audio lies in a WAV file, and how it is encoded.
+
+    Attributes:
+        tag: of the format: 1 integers, 3 floats, 6 A-law, 7 μ-law.
+        channels: in turn, sample by sample.
+        rate: Hz.
+        width: bytes of a sample of one channel.
+        offset: of the first sample, in bytes from the start of the file.
+        frames: samples of each channel.
+    """
+
+    tag: int
+    channels: int
+    rate: int
+    width: int
+    offset: int
+    frames: int
+
+    def rewrite(self, content: bytes) -> bytes:
+        """Return the file with the shortest header: its length right and no other chunk."""
+        frame = self.channels * self.width
+        data = content[self.offset : self.offset + self.frames * frame]
+        form = _DESCRIPTION.pack(self.tag, self.channels, self.rate, self.rate * frame, frame, 8 * self.width)
+        sizes = [struct.pack("<I", size) for size in (20 + len(form) + len(data), len(form), len(data))]
+        return b"RIFF" + sizes[0] + b"WAVEfmt " + sizes[1] + form + b"data" + sizes[2] + data
+
+
+def find_wav_audio(file: BinaryIO, size: int, where: str) -> WavLayout | None:
+    """Read the chunks of a WAV file from the file's position on, but not its audio.
 
     Args:
         file: a binary file; the WAV may lie in the middle of it.
         size: bytes of the WAV.
-        where: names the file and the sample in errors.
-
-    Raises:
-        CordError: when it is not a WAV file as described above, or too small for its audio.
-    """
-    with _open_wav(file, where) as header:
-        samples = header.getnframes()
-    _check_length(samples, size, where)
-    return samples
-
-
-def decode_wav(content: bytes, where: str) -> np.ndarray:
-    """Decode the audio of a WAV file.
+        where: names the recording in errors.
 
     Returns:
-        float32 [samples] in [-1, 1], at 16 kHz.
+        None for what is no WAV file, or one of an encoding whose length its bytes do not tell.
 
     Raises:
-        CordError: see ``check_wav``.
+        CordError: the header is damaged, or there is less audio than it says.
     """
-    with _open_wav(io.BytesIO(content), where) as recording:
-        count = recording.getnframes()
-        data = recording.readframes(count)
-    _check_length(count, len(data), where)
-    samples = np.frombuffer(data, dtype="<i2").astype(np.float32) / np.float32(32767.0)
-    waveform: np.ndarray = np.maximum(samples, np.float32(-1.0))
-    return waveform
+    start = file.tell()
+    head = file.read(min(12, size))
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        return None
+    form, place = b"", 12
+    while place + 8 <= size:
+        file.seek(start + place)
+        name, length = struct.unpack("<4sI", file.read(8))
+        place += 8
+        if name == b"fmt ":
+            form = file.read(min(length, 40, size - place))
+        elif name == b"data":
+            return _layout(form, place, _data_length(file, length, size - place, where), where)
+        place += length + length % 2  # chunks begin at even places
+    raise CordError(f"{where}: not a recording that can be read (a WAV file that ends before its audio)")
 
 
-def _check_length(samples: int, size: int, where: str) -> None:
-    if 2 * samples > size:
-        raise CordError(f"{where}: audio is cut off: {size} bytes for {samples} samples; make the file again")
+def _data_length(file: BinaryIO, length: int, rest: int, where: str) -> int:
+    """Return the bytes of the data chunk at whose beginning the file is."""
+    if length == 0 and not _are_chunks(file, rest):
+        return rest
+    if length <= rest:
+        return length
+    if length >= _UNKNOWN_LENGTH:
+        return rest
+    raise CordError(f"{where}: audio is cut off: {rest} of {length} bytes; make the file again")
 
 
-def _open_wav(file: BinaryIO, where: str) -> wave.Wave_read:
-    try:
-        recording = wave.Wave_read(file)
-    except (
-        wave.Error,
-        EOFError,
-        RuntimeError,
-    ) as error:  # the module raises a bare RuntimeError for some damaged headers
-        raise CordError(f"{where}: not a PCM WAV file ({str(error) or 'it ends too early'}); {_ADVICE}") from error
-    if recording.getsampwidth() != 2:
-        raise CordError(f"{where}: audio has {8 * recording.getsampwidth()} bits a sample; {_ADVICE}")
-    if recording.getnchannels() != 1:
-        raise CordError(f"{where}: audio has {recording.getnchannels()} channels; {_ADVICE}")
-    if recording.getframerate() != SAMPLING_RATE:
-        raise CordError(f"{where}: audio at {recording.getframerate()} Hz; {_ADVICE}")
-    if recording.getnframes() == 0:
-        raise CordError(f"{where}: audio has no samples; remove the sample or record it again")
-    return recording
+def _are_chunks(file: BinaryIO, rest: int) -> bool:
+    """Return whether the next bytes are chunks up to the file's end, such as a title behind a recording of nothing."""
+    start, place = file.tell(), 0
+    while place + 8 <= rest:
+        file.seek(start + place)
+        name, length = struct.unpack("<4sI", file.read(8))
+        if not name.isascii() or not name.decode("ascii").isprintable():
+            return False
+        place += 8 + length + length % 2
+    return place in (rest, rest + 1)
+
+
+def _layout(form: bytes, offset: int, length: int, where: str) -> WavLayout | None:
+    if len(form) < _DESCRIPTION.size:
+        raise CordError(f"{where}: not a recording that can be read (a WAV file without its format)")
+    tag, channels, rate, _, frame, _ = _DESCRIPTION.unpack(form[: _DESCRIPTION.size])
+    if tag == _EXTENSIBLE and len(form) >= 26:
+        tag = int.from_bytes(form[24:26], "little")
+    if tag not in _WIDTHS:
+        return None
+    if not 1 <= channels <= 64 or frame % channels or frame // channels not in _WIDTHS[tag]:
+        raise CordError(
+            f"{where}: not a recording that can be read (a WAV file of {channels} channels and {frame} bytes for a "
+            "sample of all)"
+        )
+    return WavLayout(tag, channels, rate, frame // channels, offset, length // frame)

@@ -12,6 +12,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import write_json
 
 MANIFEST_NAME = "manifest.json"
+PLAN_NAME = "plan.json"  #: beside the shards of `cord synthesize`, from its beginning
 _FORMAT = 1
 
 
@@ -67,10 +68,7 @@ class Manifest:
         """
         path = directory / MANIFEST_NAME
         if not path.is_file():
-            raise CordError(
-                f"{directory} has no {MANIFEST_NAME}: the shards are incomplete or absent; make them with "
-                "cord synthesize"
-            )
+            raise CordError(f"{directory} has no {MANIFEST_NAME}: {_what_else(directory)}")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != _FORMAT:
@@ -89,3 +87,17 @@ class Manifest:
             raise CordError(
                 f"{path} is not a manifest of shards ({reason}); delete the directory and make the shards again"
             ) from error
+
+
+def _what_else(directory: Path) -> str:
+    """Return what a directory without a manifest is, and what to do with it."""
+    if (directory / PLAN_NAME).is_file():
+        return "its synthesis is incomplete; run the same command again, which makes the rest"
+    names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+    if any(name.endswith(".tar") for name in names):
+        return (
+            "it is incomplete, or a set that another program made; to read all its shards give the pattern "
+            f"'{directory}/*.tar'"
+        )
+    found = ", ".join(names[:8]) or "nothing"
+    return f"it holds no shards (found: {found}); give the directory of a set, or a pattern of its tar files"

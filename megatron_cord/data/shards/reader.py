@@ -1,7 +1,8 @@
-"""Reads webdataset shards: tar files with ``{id}.wav`` and ``{id}.json`` for each sample (see ``shard_writer``).
+"""Reads webdataset shards: tar files with a recording and ``{id}.json`` for each sample (see ``writer``).
 
-Everything but the audio itself is checked when a data set is opened, so that a bad sample stops a run before its
-first step, or is left out for the whole of it. Only JSON and PCM are ever decoded: a shard cannot carry code.
+Everything is checked when a data set is opened, so that a bad sample stops a run before its first step, or is left out
+for the whole of it: WAV files of integers by their headers, for nothing else can be wrong with them, other recordings
+by decoding them. Only JSON and audio are ever decoded: a shard cannot carry code.
 
 What it simplifies: the index of offsets is built anew at every start, and shards are local, uncompressed files.
 """
@@ -9,20 +10,19 @@ What it simplifies: the index of offsets is built anew at every start, and shard
 from __future__ import annotations
 
 import glob
-import json
-import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_cord.data.audio.wav import SAMPLING_RATE, check_wav, decode_wav
-from megatron_cord.data.samples import Sample
+from megatron_cord.data.audio.decode import count_samples, decode_audio
+from megatron_cord.data.audio.wav import SAMPLING_RATE
+from megatron_cord.data.samples import PromptLimits, Sample
 from megatron_cord.data.shards.manifest import Manifest, ShardEntry
+from megatron_cord.data.shards.members import Parts, find_samples, read_members, shown
+from megatron_cord.data.shards.texts import read_texts
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import file_digest, fingerprint
-
-_BLOCK = 512  # bytes; tar's unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,9 @@ class _Entry:
     id: str
     json_offset: int
     json_size: int
-    wav_offset: int
-    wav_size: int
+    audio_offset: int
+    audio_size: int
+    samples: int = 0  # of audio
 
     @property
     def where(self) -> str:
@@ -67,7 +68,7 @@ class ShardDataset:
     Args:
         path: a directory with a manifest, a tar file, or a pattern such as "data/*.tar" (which looks at no manifest).
         max_skipped: the largest share of samples that may be left out.
-        longest: samples of audio beyond which a clip is left out; None takes all lengths.
+        limits: what prompts can be made of; other samples are left out.
         verify: compare every shard's SHA-256 with the manifest's, which reads all of them.
 
     Attributes:
@@ -75,12 +76,17 @@ class ShardDataset:
 
     Raises:
         CordError: naming shard and sample, when a shard is missing, truncated or not a tar; when a sample lacks audio
-            or text, has audio that is not 16-bit PCM, mono, 16 kHz, or no samples of it, or comes twice, and this is
-            more than may be skipped; and when there are no samples at all.
+            or text, has a field that nothing uses, audio that cannot be decoded or is outside the limits, or comes
+            twice, and this is more than may be skipped; and when there are no samples at all.
     """
 
     def __init__(
-        self, path: str | Path, *, max_skipped: float = 0.0, longest: int | None = None, verify: bool = False
+        self,
+        path: str | Path,
+        *,
+        max_skipped: float = 0.0,
+        limits: PromptLimits = PromptLimits(),  # noqa: B008  (it is immutable)
+        verify: bool = False,
     ) -> None:
         self._entries: list[_Entry] = []
         self.skipped: list[Skipped] = []
@@ -90,7 +96,7 @@ class ShardDataset:
             if problem is not None and (not max_skipped or verify or not shard.is_file()):
                 self._skip(Skipped(str(shard), f"{shard} {problem}", listed.samples if listed else 1), max_skipped)
                 continue
-            for found, item in enumerate(_index(shard, longest)):
+            for found, item in enumerate(_index(shard, limits)):
                 if isinstance(item, _Entry) and item.id in seen:
                     item = Skipped(
                         item.where, f"{item.where} is in {seen[item.id]} too; ids must be unique: remove one of them"
@@ -111,7 +117,7 @@ class ShardDataset:
                 f"{first.message}"
             )
         if not self._entries:
-            raise CordError(f"{path} holds no samples; make some with cord synthesize")
+            raise CordError(f"{path} holds no samples: its shards are empty")
 
     @property
     def fingerprint(self) -> str:
@@ -122,6 +128,21 @@ class ShardDataset:
         if not max_skipped:
             raise CordError(item.message)
         self.skipped.append(item)
+
+    def refuse_longer(self, longest: int) -> None:
+        """Refuse a set with a recording of more samples.
+
+        Raises:
+            CordError: naming the longest.
+        """
+        entry = max(self._entries, key=lambda entry: entry.samples)
+        if entry.samples > longest:
+            count = sum(entry.samples > longest for entry in self._entries)
+            raise CordError(
+                f"{entry.where}: {entry.samples / SAMPLING_RATE:.2f} s of audio, the encoder's window is "
+                f"{longest / SAMPLING_RATE:.2f} s ({count} of {len(self)} samples are longer); shorten them, or set "
+                "data.long_audio to cut or skip"
+            )
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -140,8 +161,8 @@ class ShardDataset:
         try:
             with entry.shard.open("rb") as file:
                 texts = _read_texts(file, entry)
-                file.seek(entry.wav_offset)
-                waveform = decode_wav(file.read(entry.wav_size), entry.where)
+                file.seek(entry.audio_offset)
+                waveform = decode_audio(file.read(entry.audio_size), entry.where)
         except OSError as error:
             raise CordError(
                 f"{entry.where}: cannot be read ({error.strerror}); the shard must stay in place during a run"
@@ -178,7 +199,8 @@ def _find_shards(path: str | Path) -> list[tuple[Path, ShardEntry | None]]:
         return [(directory / entry.name, entry) for entry in Manifest.read(directory).shards]
     matches = sorted(Path(match) for match in glob.glob(str(path)))  # noqa: PTH207 (absolute patterns, too)
     if not matches:
-        raise CordError(f"{path}: no such directory or shard; check the path, or make shards with cord synthesize")
+        beside = sorted(item.name for item in directory.parent.glob("*")) if directory.parent.is_dir() else []
+        raise CordError(f"{path}: no such directory or shard; check the path ({directory.parent} has {shown(beside)})")
     return [(match, None) for match in matches]
 
 
@@ -194,98 +216,41 @@ def _changed(shard: Path, listed: ShardEntry, verify: bool) -> str | None:
     return None
 
 
-def _index(shard: Path, longest: int | None) -> Iterator[_Entry | Skipped]:
+def _index(shard: Path, limits: PromptLimits) -> Iterator[_Entry | Skipped]:
     """Every sample of one shard, checked; last, if the shard ends too early, that it does."""
-    parts: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
         with shard.open("rb") as file:
-            members, problem = _members(file, shard)
-            for member in members:
-                # webdataset's convention: the key ends at the first dot of the file's name.
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                sample = parts.setdefault(key, {})
-                if extension in sample:
-                    where = f"{shard}: sample {key}"
-                    yield Skipped(where, f"{where} comes twice; ids must be unique: remove one of them")
-                sample.setdefault(extension, member)
-            if problem is not None and parts and not {"json", "wav"} <= next(reversed(parts.values())).keys():
-                parts.popitem()  # the sample at which the shard breaks off
-            for key, members_of_key in parts.items():
-                yield _checked(file, shard, key, members_of_key, longest)
+            members, problem = read_members(file, shard)
+            samples = find_samples(members)
+            if problem is not None and samples and (samples[-1].text is None or samples[-1].audio is None):
+                samples.pop()  # the sample at which the shard breaks off
+            for parts in samples:
+                yield _checked(file, shard, parts, limits)
     except OSError as error:
         problem = f"cannot be read ({error.strerror}); check that it is a file and may be read"
     if problem is not None:
         yield Skipped(str(shard), f"{shard} {problem}")
 
 
-def _checked(
-    file: BinaryIO, shard: Path, key: str, members: dict[str, tarfile.TarInfo], longest: int | None
-) -> _Entry | Skipped:
-    where = f"{shard}: sample {key}"
-    if "json" not in members:
-        return Skipped(where, f"{where} has no text ({key}.json is missing); add it or remove the sample")
-    if "wav" not in members:
-        return Skipped(where, f"{where} has no audio ({key}.wav is missing); add it or remove the sample")
-    text, audio = members["json"], members["wav"]
-    entry = _Entry(shard, key, text.offset_data, text.size, audio.offset_data, audio.size)
+def _checked(file: BinaryIO, shard: Path, parts: Parts, limits: PromptLimits) -> _Entry | Skipped:
+    where = f"{shard}: sample {parts.key}"
+    text, audio = parts.text, parts.audio
+    if text is None or audio is None:
+        missing = "text (.json)" if text is None else "audio (.wav, .flac …)"
+        return Skipped(where, f"{where} has no {missing}, only {shown(parts.names)}; add it or remove the sample")
+    if parts.twice:
+        return Skipped(where, f"{where} comes twice ({shown(parts.names)}); ids must be unique: remove one of them")
+    entry = _Entry(shard, parts.key, text.offset_data, text.size, audio.offset_data, audio.size)
     try:
-        _read_texts(file, entry)
-        file.seek(entry.wav_offset)
-        samples = check_wav(file, entry.wav_size, entry.where)
+        texts = _read_texts(file, entry)
+        file.seek(entry.audio_offset)
+        samples = count_samples(file, entry.audio_size, where)
     except CordError as error:
         return Skipped(where, str(error))
-    if longest is not None and samples > longest:
-        return Skipped(
-            where,
-            f"{where} has {samples / SAMPLING_RATE:.2f} s of audio, the longest allowed are "
-            f"{longest / SAMPLING_RATE:.2f} s",
-        )
-    return entry
-
-
-def _members(file: BinaryIO, shard: Path) -> tuple[list[tarfile.TarInfo], str | None]:
-    """Return the regular files of a tar that lie wholly in it, and what is wrong with the tar."""
-    members, end, size = [], 0, shard.stat().st_size
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                end = member.offset_data + (-(-member.size // _BLOCK) * _BLOCK if member.isreg() else 0)
-                if member.isreg() and member.offset_data + member.size <= size:
-                    members.append(member)
-    except (
-        tarfile.TarError,
-        ValueError,
-        OverflowError,
-        MemoryError,
-    ) as error:  # the last three: numbers in a damaged header
-        return members, f"is truncated or not a tar file ({error}); restore it or make the shards again"
-    # tarfile takes a damaged header for the end; a real end is two blocks of zeros.
-    file.seek(end)
-    if file.read(2 * _BLOCK) != bytes(2 * _BLOCK):
-        return members, f"is truncated or damaged at byte {end}; restore it or make the shards again"
-    return members, None
+    fault = limits.fault(samples, texts["question"])
+    return replace(entry, samples=samples) if fault is None else Skipped(where, f"{where} {fault}")
 
 
 def _read_texts(file: BinaryIO, entry: _Entry) -> dict[str, Any]:
-    """Read the sample's JSON object: a question, and texts or null."""
     file.seek(entry.json_offset)
-    try:
-        texts = json.loads(file.read(entry.json_size).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CordError(f"{entry.where}: its text is not JSON in UTF-8 ({error}); write it again") from error
-    if not isinstance(texts, dict):
-        raise CordError(f'{entry.where}: its JSON is no object; write {{"question": ...}}')
-    question = texts.get("question")
-    if not isinstance(question, str) or not question.strip():
-        raise CordError(f'{entry.where} has no text: its JSON needs a "question"; add it or remove the sample')
-    for name in ("answer", "solution", "voice"):
-        if not isinstance(texts.get(name), (str, type(None))):
-            raise CordError(f"{entry.where}: {name} is {texts[name]!r}; write text or leave it out")
-    choices = texts.get("choices")
-    if choices is not None and not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
-        raise CordError(f"{entry.where}: its choices are no list of texts; write one or leave them out")
-    if texts.get("id", entry.id) != entry.id:
-        raise CordError(f"{entry.where}: its JSON calls it {texts['id']!r}; file name and id must agree")
-    return texts
+    return read_texts(file.read(entry.json_size), entry.id, entry.where)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import wave
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from megatron_cord.data.audio.decode import decode_recording
 from megatron_cord.data.audio.resample import resample
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.openai_client import EndpointError, OpenAIClient, RequestRefusedError
@@ -60,22 +59,5 @@ class EndpointSynthesizer:
                 raise
             raise UtteranceRefusedError(str(error)) from error
         self._failed = 0
-        recording, rate = self._decode(content)
+        recording, rate = decode_recording(content, f"{self._config.url} answered something else than speech")
         return polish(resample(recording, rate, SAMPLING_RATE), utterance)
-
-    def _decode(self, content: bytes) -> tuple[np.ndarray, int]:
-        """Return a WAV file's recording, float32 [samples], and its rate in Hz."""
-        try:
-            with wave.open(io.BytesIO(content)) as file:
-                channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
-                data = file.readframes(-1)  # the header of a streamed WAV file does not know its length
-        except (wave.Error, EOFError, RuntimeError) as error:
-            raise CordError(
-                f"{self._config.url} answered something else than a WAV file ({error or 'it ends too early'})"
-            ) from error
-        if width != 2 or not 8000 <= rate <= 96000:
-            raise CordError(
-                f"{self._config.url} sends {8 * width}-bit audio at {rate} Hz; set it to 16-bit PCM of 8 to 96 kHz"
-            )
-        whole = len(data) // (2 * channels) * 2 * channels
-        return np.frombuffer(data[:whole], "<i2").astype(np.float32).reshape(-1, channels).mean(axis=1), rate

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_cord.data.audio.augmentation import AugmentationConfig, augment
 from megatron_cord.data.loader import SampleLoader
-from megatron_cord.data.samples import Sample
+from megatron_cord.data.samples import PromptLimits, Sample
 from megatron_cord.errors import CordError
 
 RATE = 16000
@@ -58,7 +58,7 @@ def test_the_speed_changes_length_and_pitch() -> None:
     assert len(fast) == RATE / 1.25 and loudness(fast, 550) > 100 * loudness(fast, 440)
     slow = AugmentationConfig(speed=1.0, speed_range=(0.5, 0.5))
     assert len(augment(sample(), slow, seed=0, step=0).waveform) == 2 * RATE
-    assert len(augment(sample(), slow, seed=0, step=0, longest=30000).waveform) == RATE
+    assert len(augment(sample(), slow, seed=0, step=0, limits=PromptLimits(longest=30000)).waveform) == RATE
 
 
 def test_the_band_ends() -> None:

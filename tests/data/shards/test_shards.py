@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cord.data.audio.wav import decode_wav, encode_wav
-from megatron_cord.data.samples import Sample
+from megatron_cord.data.audio.decode import decode_audio
+from megatron_cord.data.audio.wav import encode_wav
+from megatron_cord.data.samples import PromptLimits, Sample
 from megatron_cord.data.shards.manifest import Manifest
 from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.data.shards.writer import ShardWriter
@@ -212,17 +214,19 @@ def test_damaged_directories_are_named(tmp_path: Path, damage: Callable[[Path], 
         ((("k.wav", wav()), ("k.json", b'{"question": "\xff"}')), "sample k: its text is not JSON in UTF-8"),
         ((("k.wav", wav()), ("k.json", b"[" * 100000)), "sample k: its text is not JSON"),
         ((("k.wav", wav()), ("k.json", text(answer=5))), "sample k: answer is 5"),
-        ((("k.wav", wav()), ("k.json", text(id="other"))), "sample k: its JSON calls it 'other'"),
-        ((("k.wav", wav(rate=8000)), ("k.json", text())), "sample k: audio at 8000 Hz"),
-        ((("k.wav", wav(channels=2)), ("k.json", text())), "sample k: audio has 2 channels"),
-        ((("k.wav", wav(width=1)), ("k.json", text())), "sample k: audio has 8 bits"),
-        ((("k.wav", wav(frames=0)), ("k.json", text())), "sample k: audio has no samples"),
-        ((("k.wav", b"fLaC" * 20), ("k.json", text())), "sample k: not a PCM WAV"),
-        ((("k.wav", b""), ("k.json", text())), "sample k: not a PCM WAV"),
         (
-            (("k.wav", wav().replace(b"\x01\x00\x01\x00", b"\x03\x00\x01\x00", 1)), ("k.json", text())),
-            "sample k: not a PCM WAV",
+            (("k.wav", wav()), ("k.json", text(id="other"))),
+            "sample k: its JSON has the id 'other', its files have the name 'k'",
         ),
+        ((("k.wav", wav(frames=0)), ("k.json", text())), "sample k: the recording has no samples"),
+        ((("k.wav", b"fLaC" * 20), ("k.json", text())), "sample k: not a recording"),
+        ((("k.wav", b""), ("k.json", text())), "sample k: not a recording"),
+        ((("k.wav", wav()), ("k.json", text(system="Be brief."))), "sample k: its field 'system' is used by nothing"),
+        ((("k.wav", wav()), ("k.json", text(instruction="Sum up."))), "sample k: its field 'instruction' is used by"),
+        ((("k.wav", wav()), ("k.json", text(audio="k.wav"))), "sample k: its field 'audio' is a recording"),
+        ((("k.wav", wav()), ("k.json", b'{"question": "a", "question": "b"}')), "the field 'question' comes twice"),
+        ((("k.wav", wav()), ("k.json", b'{"text": "a", "label": 1}')), r"its fields: label, text\)"),
+        ((("k.txt", b"what"), ("k.json", text())), r"sample k has no audio \(.wav, .flac …\), only k.txt, k.json; add"),
         ((("k.wav", wav()), ("k.json", text()), ("k.json", text())), "sample k comes twice"),
         ((), "no samples"),
     ],
@@ -291,14 +295,14 @@ def test_damaged_wavs_never_crash(position: int, value: int, length: int) -> Non
     content = bytearray(encode_wav(AUDIO[:100]))
     content[position] = value
     try:
-        waveform = decode_wav(bytes(content[:length]), "x")
+        waveform = decode_audio(bytes(content[:length]), "x")
     except CordError:
         return
     assert waveform.ndim == 1 and np.abs(waveform).max() <= 1.0
 
 
 def damaged_set(directory: Path) -> Path:
-    """Write 12 samples in shards of four: one twice, one stereo, one without text, and a shard that breaks off."""
+    """Write 12 samples in shards of four: one twice, one cut off, one without text, and a shard that breaks off."""
     write(directory, count=12, shard_size=4)
     manifest = Manifest.read(directory)
     first, second, _ = (directory / entry.name for entry in manifest.shards)
@@ -306,7 +310,7 @@ def damaged_set(directory: Path) -> Path:
     tar(
         first,
         ("a.json", text()), ("a.wav", good),
-        ("b.json", text()), ("b.wav", wav(channels=2)),
+        ("b.json", text()), ("b.wav", wav()[:90]),
         ("c.wav", good),
         ("s-8.json", text()), ("s-8.wav", good),
     )  # fmt: skip
@@ -328,7 +332,7 @@ def test_damage_is_skipped_counted_and_bounded(tmp_path: Path) -> None:
     found = {item.message.removeprefix(f"{directory}/"): item.samples for item in dataset.skipped}
     assert sum(found.values()) == 5 and len(found) == 4
     for expected in (
-        "sample b: audio has 2 channels",
+        "sample b: audio is cut off",
         "sample c has no text",
         "shard-000001.tar is truncated",
         "sample s-8 is in",
@@ -380,7 +384,7 @@ def test_clips_of_ten_minutes_are_left_out(tmp_path: Path) -> None:
     writer.write(sample(0))
     writer.write(sample(1, waveform=np.zeros(600 * 16000, np.float32)))
     writer.close()
-    dataset = ShardDataset(tmp_path, max_skipped=0.5, longest=30 * 16000)
+    dataset = ShardDataset(tmp_path, max_skipped=0.5, limits=PromptLimits(longest=30 * 16000))
     assert (
         len(dataset) == 1
         and "sample s-1 has 600.00 s of audio, the longest allowed are 30.00 s" in dataset.skipped[0].message
@@ -411,3 +415,82 @@ def test_a_damaged_shard_never_crashes_the_reader(
         except CordError:
             continue
         assert item.question and item.waveform.ndim == 1
+
+
+def test_what_tar_writes_for_a_folder(tmp_path: Path) -> None:
+    """Catches "./q1.json" that is another sample than q1, and macOS's hidden files that are taken for samples."""
+    members = [
+        ("./q1.json", text(id="q1")), ("./q1.wav", wav()),
+        ("./._q1.json", b"\0\5\x16\7"), ("./._q1.wav", b"\0\5\x16\7"), ("./.DS_Store", b"Bud1"),
+        ("__MACOSX/._q2.wav", b"\0\5"), ("./set/q3.json", text(id="q3")), ("./set/q3.wav", wav()),
+    ]  # fmt: skip
+    dataset = ShardDataset(tar(tmp_path / "x.tar", *members))
+    assert dataset.ids == ["q1", "set/q3"] and dataset.skipped == []
+
+
+def test_names_and_texts_as_other_programs_write_them(tmp_path: Path) -> None:
+    """Catches extensions in capitals, a BOM, a numeric id and a dot in a name, each of which stopped a run."""
+    members = [
+        ("q1.JSON", text()), ("q1.WAV", wav()),
+        ("q2.json", b"\xef\xbb\xbf" + text(metadata={"level": 3})), ("q2.Flac", flac()),
+        ("3.json", text(id=3)), ("3.wav", wav()),
+        ("v1.0_a.json", text(id="v1.0_a")), ("v1.0_a.wav", wav()), ("v1.0_b.json", text()), ("v1.0_b.wav", wav()),
+        ("q4.wav", wav()), ("q4.json", text()), ("q4.words.json", b"[]"),
+    ]  # fmt: skip
+    dataset = ShardDataset(tar(tmp_path / "x.tar", *members))
+    assert dataset.ids == ["q1", "q2", "3", "v1.0_a", "v1.0_b", "q4"]
+    assert [len(dataset[i].waveform) for i in range(6)] == [100, 8000, 100, 100, 100, 100]
+    tar(tmp_path / "y.tar", ("007.json", text(id=7)), ("007.wav", wav()))
+    with pytest.raises(CordError, match="has the id 7, its files have the name '007'; make them agree"):
+        ShardDataset(tmp_path / "y.tar")
+
+
+def flac() -> bytes:
+    """Return half a second in stereo at 48 kHz."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.full((24000, 2), 0.25), 48000, format="FLAC")
+    return buffer.getvalue()
+
+
+def test_clips_too_short_for_the_encoder_are_counted(tmp_path: Path) -> None:
+    """Catches a clip of 10 ms that stops the run when its turn comes, and one that counts against no bound."""
+    members = [(f"{name}{end}", data) for name, frames in (("a", 16000), ("b", 160), ("c", 16000)) for end, data in
+               ((".json", text()), (".wav", wav(frames=frames)))]  # fmt: skip
+    path = tar(tmp_path / "x.tar", *members)
+    limits = PromptLimits(shortest=1121)
+    with pytest.raises(
+        CordError, match=r"sample b has 0\.010 s of audio, too short for the encoder, which takes 0\.070"
+    ):
+        ShardDataset(path, limits=limits)
+    dataset = ShardDataset(path, limits=limits, max_skipped=0.5)
+    assert dataset.ids == ["a", "c"] and sum(item.samples for item in dataset.skipped) == 1
+    with pytest.raises(CordError, match=r"1 of 3 samples cannot be used, more than max_skipped=0\.3"):
+        ShardDataset(path, limits=limits, max_skipped=0.3)
+
+
+def test_compressed_audio_is_checked_when_the_set_is_opened(tmp_path: Path) -> None:
+    """Catches half a FLAC file that is only found hours later."""
+    good, bad = flac(), flac()[:-40]
+    path = tar(tmp_path / "x.tar", ("a.json", text()), ("a.flac", good), ("b.json", text()), ("b.flac", bad))
+    with pytest.raises(CordError, match=r"sample b: audio is cut off: \d+ of 24000 samples"):
+        ShardDataset(path)
+    assert ShardDataset(path, max_skipped=0.5).ids == ["a"]
+
+
+def test_sets_without_a_manifest_are_described(tmp_path: Path) -> None:
+    """Catches the advice to synthesize a set that somebody recorded."""
+    tar(tmp_path / "train-0.tar", ("k.wav", wav()), ("k.json", text()))
+    with pytest.raises(CordError, match=r"incomplete, or a set that another program made; .* the pattern '.*/\*\.tar'"):
+        ShardDataset(tmp_path)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "readme.txt").touch()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "plan.json").touch()
+    for path, found in [
+        (tmp_path / "none", r"holds no shards \(found: readme\.txt\)"),
+        (tmp_path / "begun", "synthesis is incomplete; run the same command again"),
+        (tmp_path / "gone", r"no such directory or shard; check the path \(.* has begun, none, train-0\.tar\)"),
+    ]:
+        with pytest.raises(CordError, match=found) as caught:
+            ShardDataset(path)
+        assert "cord synthesize" not in str(caught.value)
