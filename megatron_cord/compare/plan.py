@@ -45,6 +45,8 @@ class CompareConfig:
         if self.ranks < 0 or self.jobs < 1:
             raise CordError("ranks cannot be negative, and jobs must be at least 1")
         methods_named(self.methods, self.own)
+        if unused := sorted(self.own.keys() - set(self.methods)):
+            raise CordError(f"own defines {unused[0]!r}, which methods does not name; add it there or remove it")
         for name in self.adjust.keys() - set(self.methods):
             raise CordError(
                 f"adjust names {name!r}, which is none of the methods; choose one of {', '.join(self.methods)}"

@@ -46,12 +46,12 @@ def find_unused(
     for name, value in row.items():
         if value is None or name in used or name in ignored or name == NOTES:
             continue
-        what = "is a recording, which nothing uses here" if _is_recording(name, value) else "is used by nothing here"
-        advice = f", name it with {how} to leave it aside," if how else ""
-        return (
-            f"its field {name!r} {what} (used are {', '.join(sorted(used))}); remove it{advice} or keep it under "
-            f"{NOTES!r}"
-        )
+        among = f"here (used are {', '.join(sorted(used))})"
+        if _is_recording(name, value):
+            aside = f", or name it with {how} if the text alone is meant" if how else ""
+            return f"its field {name!r} is a recording, which nothing uses {among}; remove it{aside}"
+        aside = f", name it with {how} to leave it aside," if how else ""
+        return f"its field {name!r} is used by nothing {among}; remove it{aside} or keep it under {NOTES!r}"
     return None
 
 

@@ -145,11 +145,14 @@ def test_defaults_are_the_components() -> None:
                     assert options[field.name] == field.default, (name, field.name)
 
 
-def test_voices_take_several_values() -> None:
+def test_options_that_take_several_values() -> None:
     """Catches `--voices a b`, which scripts use, read as a voice and a stray argument."""
     command = cli.load("synthesize")
     line = ["--voices", "a", "b", "--questions", "q", "--voices", "c"]
     assert command.make_context("x", line).params["voices"] == ("a", "b", "c")
+    line = ["--ignore-fields", "level", "type", "--questions", "q", "--voices", "a"]
+    params = command.make_context("x", line).params
+    assert params["ignore_fields"] == ("level", "type") and params["voices"] == ("a",)
 
 
 def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

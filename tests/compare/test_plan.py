@@ -73,6 +73,7 @@ def test_adjustments_of_one_method(tmp_path: Path) -> None:
         ("methods=[cord,ppo]", "'ppo' is unknown"),
         ("jobs=0", "jobs must be at least 1"),
         ("own={k3: [objective.topk=3]}\nmethods=[cord,k3]", "k3, seed 0: .*objective.topk"),
+        ("own={k3: [objective.token_weights.top_k=3]}", "own defines 'k3', which methods does not name"),
         ("settings=[]", "sft, seed 0: .*model.checkpoint is required"),
     ],
 )

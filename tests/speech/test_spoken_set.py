@@ -13,6 +13,7 @@ import pytest
 from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.speech.spoken_set import SpokenSetConfig, make_spoken_set, worker_context
+from megatron_cord.speech.synthesizers.config import SynthesizerConfig
 from tests.speech.questions import write_questions
 
 
@@ -89,3 +90,23 @@ def test_enormous_and_empty_texts(tmp_path: Path) -> None:
     assert any("characters, more than 2000" in reason for reason in reasons) and any(
         "no words" in reason for reason in reasons
     )
+
+
+def test_recordings_are_refused_before_anything_is_spoken(tmp_path: Path) -> None:
+    """Catches recordings replaced by a robot's voice, and a directory that is left behind by the refusal."""
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"question": "What is two plus two?", "answer": "4", "audio": "clips/1.wav"}\n')
+    with pytest.raises(CordError, match=r"line 1: its field 'audio' is a recording, which nothing uses here"):
+        make_spoken_set(SpokenSetConfig(str(questions)), tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+    made = make_spoken_set(SpokenSetConfig(str(questions), ignore_fields=("audio",)), tmp_path / "set")
+    assert made.manifest.samples == 1 and made.manifest.source["ignore_fields"] == ["audio"]
+
+
+def test_an_address_or_directory_that_the_backend_does_not_use_is_refused() -> None:
+    """Catches a set spoken by espeak-ng though its command names a speech server."""
+    for more in ({"url": "http://127.0.0.1:9/v1"}, {"directory": "kokoro"}):
+        with pytest.raises(
+            CordError, match=r"is for the backend (openai|kokoro), not espeak; choose that or remove it"
+        ):
+            SynthesizerConfig(**more)  # type: ignore[arg-type]

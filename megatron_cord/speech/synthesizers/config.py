@@ -41,6 +41,11 @@ class SynthesizerConfig:
             raise CordError("the backend kokoro needs the directory of its model and voices")
         if self.backend == "openai" and not self.url:
             raise CordError("the backend openai needs the endpoint's address, such as http://127.0.0.1:8880/v1")
+        for given, backend, what in ((self.directory, "kokoro", "directory"), (self.url, "openai", "url")):
+            if given is not None and self.backend != backend:
+                raise CordError(
+                    f"the {what} {given!r} is for the backend {backend}, not {self.backend}; choose that or remove it"
+                )
         if self.backend != "espeak" and not self.voices:
             raise CordError(f"the backend {self.backend} needs the names of its voices")
         if self.concurrency < 1 or self.tolerated < 0:
