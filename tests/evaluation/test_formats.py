@@ -135,7 +135,7 @@ def test_settings_of_a_set_that_nothing_uses_are_refused() -> None:
     """Catches audio_root given for shards, which hold their audio."""
     for more in ({"audio_root": "x"}, {"ignore": ("x",)}):
         with pytest.raises(CordError, match="of no use to a set of format shards"):
-            SetConfig("x", "shards", **more)  # type: ignore[arg-type]
+            SetConfig("x", "shards", **more)
 
 
 def test_voicebench(tmp_path: Path) -> None:

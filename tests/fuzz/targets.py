@@ -97,9 +97,18 @@ def answers(content: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target
-    for target in (shard, manifest, recording, jsonl, json_array, config, override, text, answers)
-} | {"flac": recording, "float_wav": recording}
+    "shard": shard,
+    "manifest": manifest,
+    "recording": recording,
+    "flac": recording,
+    "float_wav": recording,
+    "jsonl": jsonl,
+    "json_array": json_array,
+    "config": config,
+    "override": override,
+    "text": text,
+    "answers": answers,
+}
 
 
 def attempt(name: str, content: bytes) -> None:
