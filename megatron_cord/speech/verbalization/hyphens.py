@@ -10,7 +10,7 @@ from megatron_cord.speech.verbalization.numbers import CURRENCY, FRACTION, NUMBE
 
 VALUE = (
     rf"(?:{CURRENCY})?\s?(?:[0-9]+\s{FRACTION}|{FRACTION}|{NUMBER})"
-    rf"(?:\s?(?:[%°$€£¢]|{UNIT}|(?:{SCALE})\b)|(?:st|nd|rd|th)\b)?"
+    rf"(?:\s?(?:{UNIT}|[%°$€£¢]|(?:{SCALE})\b)|(?:st|nd|rd|th)\b)?"
 )
 _VALUE = re.compile(VALUE)
 _FAR = 200  # characters on each side in which an expression may lie
@@ -38,6 +38,7 @@ _RANGE_BEFORE = re.compile(
     r"|approximately|within|every|takes?|lasts?)\s*:?\s*$",
     re.IGNORECASE,
 )
+_EARLIER_IN_LIST = re.compile(r"(?:[0-9]+(?:\s?-\s?[0-9]+)?\s?(?:,|\band\b|\bor\b)(?:\s?(?:and|or)\b)?\s*)+$")
 _SCORE_BEFORE = re.compile(
     r"\b(?:scores?(?: of| is| was)?|scored|won|wins?|lost|loses?|leads?|led|drew|tied|beat (?:\w+ ){1,3}(?:by )?)\s*$",
     re.IGNORECASE,
@@ -70,7 +71,12 @@ def hyphen_between_values(text: str, start: int, end: int) -> str | None:
         re.search(r"[0-9]\s?-\s?$", text[max(0, start - _FAR) : text.rindex(left, 0, start)])
     )
     asked = bool(_SUM_BEFORE.search(before) or _SUM_AFTER.match(after) or expression.endswith(("=", "= ?")))
-    if ascending and not chained and _RANGE_BEFORE.search(before) and not _OPERATORS.search(expression):
+    if (
+        ascending
+        and not chained
+        and _RANGE_BEFORE.search(_EARLIER_IN_LIST.sub("", before))
+        and not _OPERATORS.search(expression)
+    ):
         return "and" if before.rstrip().lower().endswith("between") else "to"
     if _OPERATORS.search(expression) or re.search(r"[A-Za-zπ]", re.sub(VALUE, "", expression)):
         return "minus"

@@ -60,6 +60,9 @@ _SAME = str.maketrans(
         "∙": "·",
         "µ": "μ",
         "…": "...",
+        "º": "°",
+        "℃": "°C",
+        "℉": "°F",
     }
 )
 
@@ -79,6 +82,7 @@ def without_markup(text: str) -> str:
     text = _LINK.sub(r"\1", _ENTITY.sub(_character, _without_tags(text)))
     if _ADDRESS.search(text):
         raise UnspeakableError("it contains an address")
+    text = re.sub(r"°\s(?=[CF]\b)", "°", text)
     text = re.sub(r"[¼-¾⅐-⅞]", lambda m: f" {unicodedata.normalize('NFKC', m[0]).replace('⁄', '/')}", text)
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^({m[0].translate(_SUPERSCRIPTS)})", text)
     text = re.sub(r"(?<![A-Z])[₀-₉]+", lambda m: f"_({m[0].translate(_SUBSCRIPTS)})", text).translate(_SUBSCRIPTS)

@@ -28,11 +28,13 @@ _KNOWN = (
     "km cm mm nm mi ft yd kg g mg lb oz ml h min s ms mph Hz MHz GHz kW MW mV mA GB MB KB TB mol rpm hp ha atm Pa °C °F"
 )
 _SYMBOLS = {unit: unit for unit in _KNOWN.split()}
+_SYMBOLS |= {"KM": "km", "Km": "km", "kms": "km", "KG": "kg", "Kg": "kg", "kgs": "kg", "cms": "cm"}
 _SYMBOLS |= {"lbs": "lb", "mL": "ml", "hr": "h", "hrs": "h", "mins": "min", "sec": "s", "secs": "s", "kB": "KB"}
 #: Units that wetext lacks or takes for others.
 _NAMES = {
     **{
         "m": "meter",
+        "Ω": "ohm",
         "l": "liter",
         "L": "liter",
         "W": "watt",

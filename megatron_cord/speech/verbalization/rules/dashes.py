@@ -29,7 +29,7 @@ def _hyphen(place: Place) -> str:
     attached = not before[2] and not after[1]
     if re.match(r"\s+-\s?(?:[0-9.($]|[A-Za-z](?![A-Za-z]))", place.after):
         return " minus "  # "3 - -5"
-    is_word = [side.isalpha() and (len(side) > 1 or side in "aAI") for side in (left, right)]
+    is_word = [side.isalpha() and (len(side) > 1 or (side in "aAI" and not attached)) for side in (left, right)]
     if not left or (before[2] and not after[1]):
         return _sign(place, left)
     if attached and any(is_word):

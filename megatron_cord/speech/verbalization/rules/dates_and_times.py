@@ -20,7 +20,7 @@ from megatron_cord.speech.verbalization.numbers import number_words, ordinal_wor
 from megatron_cord.speech.verbalization.rules.place import Place, Rule, rule
 
 _APART = r"(?<![\w.,])"  # before a number that nothing touches
-_TIME = r"([0-9]{1,2})(?::([0-9]{2}))?(?!:?[0-9])(?:\s?([ap]\.m\.|[ap]m\b|[AP]\.M\.|[AP]M\b))?"
+_TIME = r"([0-9]{1,2})(?::([0-9]{2}))?(?!:?[0-9])(?:\s?([ap]\.m\b\.?|[ap]m\b|[AP]\.M\b\.?|[AP]M\b))?"
 _TIME_BEFORE = re.compile(
     r"\b(?:at|by|until|till|since|before|after|around|about|from|to|between|and|time(?: is| was)?|now|clock"
     r"|it(?: is|'s)|past|opens?|closes?|starts?|begins?|ends?|leaves?|arrives?|departs?)\s*$",
@@ -73,6 +73,13 @@ def _day_of_month(place: Place) -> str | None:
         return None
     name = MONTHS[month_number(month) - 1].capitalize()
     return f" {name} {ordinal_words(day)} "
+
+
+def _day_before_month(place: Place) -> str | None:
+    day, month = place.match.groups()
+    if month.lower() in {"may", "march"} or not 1 <= int(day) <= 31:
+        return None
+    return f" the {ordinal_words(day)} of {MONTHS[month_number(month) - 1].capitalize()} "
 
 
 def _time(place: Place) -> str | None:
@@ -129,10 +136,11 @@ DATES_AND_TIMES: tuple[Rule, ...] = (
     rule(r"(?<![\w.,/-])([0-9]{1,2})/([0-9]{1,2})/([0-9]{4})(?![\w/-])", _slashed_date),
     rule(r"(?<![\w.,/-])(?:0?[1-9]|1[0-2])/(?:19|20)[0-9]{2}(?![\w/-])", _short_date),
     rule(r"(?:(?<=\b[Oo]n )|(?<=\b[Dd]ue )|(?<=\bsince ))[0-9]{1,2}/[0-9]{1,2}(?![\w/-])", _short_date),
-    rule(r"(?<![\w.,/-])0[0-9]*/[0-9]+(?![\w/-])", _short_date),
+    rule(r"(?<![\w.,/-])0[0-9]+/[0-9]+(?![\w/-])", _short_date),
     rule(rf"(?<!\w)(?P<month>{MONTH})\s+{_DAY},?\s+{_YEAR_DIGITS}", _named_date),
     rule(rf"{_APART}(?:the\s+)?{_DAY}\s+(?:of\s+)?(?P<month>{MONTH}),?\s+{_YEAR_DIGITS}", _named_date),
     rule(rf"(?<!\w)({MONTH})\s+([0-9]{{1,2}})(?![\w]|\.[0-9])", _day_of_month),
+    rule(rf"{_APART}([0-9]{{1,2}})\s+({MONTH})(?!\w|,?\s+[0-9])", _day_before_month),
     rule(rf"{_APART}{_TIME}\s?-\s?{_TIME}(?!\w)", _time_range),
     rule(rf"{_APART}{_TIME}(?![\w])", _time),
     rule(r"(?<![\w.:])[0-9]+(?:\.[0-9]+)?(?:\s?:\s?[0-9]+(?:\.[0-9]+)?)+", _colon),

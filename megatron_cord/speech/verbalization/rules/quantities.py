@@ -29,15 +29,15 @@ _SPACE = rf"[\s{START}{END}]*"
 
 
 def _money(place: Place) -> str:
-    sign, number, scale = place.match.groups()
+    sign, minus, number, scale = place.match.groups()
     if re.match(r"\.?[0-9]|,[0-9]", place.after):
         raise UnspeakableError(f"it contains {(place.match[0] + place.after[:4]).strip()!r}, which is no number")
-    return f" {money_words(sign, number, scale)}"
+    return f" {'minus ' if minus else ''}{money_words(sign, number, scale)} "
 
 
 def _money_after(place: Place) -> str:
     number, scale, sign = place.match.groups()
-    return f" {money_words(sign, number, scale)}"
+    return f" {money_words(sign, number, scale)} "
 
 
 def _money_range(place: Place) -> str | None:
@@ -57,6 +57,10 @@ def _per_slash(place: Place) -> str | None:
 
 def _telephone(place: Place) -> str | None:
     return None if asked_for(place.text, place.match.start()) else f" {telephone_words(place.match[0])} "
+
+
+def _inches(place: Place) -> str:
+    return f" {number_words(place.match[1])} {'inch' if place.match[1] == '1' else 'inches'} "
 
 
 def _feet_and_inches(place: Place) -> str:
@@ -91,12 +95,13 @@ def _idiom(place: Place) -> str | None:
 
 
 QUANTITIES: tuple[Rule, ...] = (
-    rule(rf"({CURRENCY})({NUMBER})\s?-\s?({NUMBER})(?:\s?({SCALE})(?!\w))?", _money_range),
-    rule(rf"({CURRENCY})\s?({NUMBER})(?:{_SPACE}({SCALE})(?!\w))?(?:\s(?:dollars?|euros?|pounds?)\b)?", _money),
+    rule(rf"({CURRENCY})({NUMBER})\s?-\s?(?:\1)?({NUMBER})(?:\s?({SCALE})(?!\w))?", _money_range),
+    rule(rf"({CURRENCY})\s?([-−]?)({NUMBER})(?:{_SPACE}({SCALE})(?!\w))?(?:\s(?:dollars?|euros?|pounds?)\b)?", _money),
     rule(rf"{_APART}({NUMBER})\s?(?:({SCALE})\s?)?([$€£¥₹])(?![\w])", _money_after),
     rule(rf"{_APART}({NUMBER})\s?¢", _cents),
     rule(rf"\s?/\s?(?=(?:{_PER})\b)", _per_slash),
     rule(r"(?<![\w-])(?:\+?1[- ])?(?:\([0-9]{3}\) ?|[0-9]{3}[- ])[0-9]{3}-[0-9]{4}(?![\w-])", _telephone),
+    rule(rf"{_APART}({NUMBER})\s?in\.?(?=\s(?:long|wide|tall|high|deep|thick)\b)", _inches),
     rule(rf"{_APART}({NUMBER})\s?ft\.?\s({NUMBER})\s?in(?:\.(?=\s[a-z]))?(?!\w)", _feet_and_inches),
     rule(rf"(?<![\w.,])((?:[0-9]+\s+)?{FRACTION}|{NUMBER}){_SPACE}({UNIT})", _measure),
     rule(r"(?<![\w.,])([0-9]{1,9})(?:st|nd|rd|th)(?!\w)", _ordinal, re.IGNORECASE),
