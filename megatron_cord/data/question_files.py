@@ -1,6 +1,6 @@
 """Written questions from JSONL, Parquet or a saved Hugging Face dataset.
 
-A row is {"question": …, "answer": …, "solution": …, "choices": […], "id": …}.
+A row is {"question": …, "answer": …, "solution": …, "choices": …, "id": …}; `choices` tells how choices may be written.
 
 Only "question" is needed. A field that nothing uses ends the work, a recording above all: its words would be spoken
 anew by another voice. A row that cannot be used is a reject with its place and reason, not the end of the work;
@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from megatron_cord.data.choices import LETTERS, lettered
+from megatron_cord.data.choices import ChoicesError, lettered, read_choices
 from megatron_cord.data.fields import find_unused, listed, read_row
 from megatron_cord.data.saved_datasets import is_saved_dataset, saved_files, saved_rows
 from megatron_cord.errors import CordError
@@ -116,33 +116,22 @@ def _question(place: str, row: dict[str, Any], question: str, answer: str) -> Wr
     if not isinstance(text, str) or not text.strip():
         return Reject(name, f"it has no text in {question!r} (its fields: {listed(row)})")
     gold, solution = row.get(answer), row.get("solution")
+    if not isinstance(solution, (str, type(None))):
+        return Reject(name, f"its 'solution' is no text but {str(solution)[:40]!r}")
+    text = text.strip()
+    choices: tuple[str, ...] = ()
+    if row.get("choices") is not None:
+        try:
+            read = read_choices(row["choices"])
+            gold, choices = None if gold is None else read.letter_of(gold), read.texts
+        except ChoicesError as error:
+            return Reject(name, str(error))
+        text = f"{text} {lettered(choices)}"
     if isinstance(gold, (int, float)) and not isinstance(gold, bool):
         gold = str(gold)
     if not isinstance(gold, (str, type(None))):
-        return Reject(name, f"its {answer!r} is no text")
-    if not isinstance(solution, (str, type(None))):
-        return Reject(name, "its 'solution' is no text")
-    choices = row.get("choices")
-    if choices is None:
-        return WrittenQuestion(name, text.strip(), gold, solution)
-    return _with_choices(name, text.strip(), gold, solution, choices)
-
-
-def _with_choices(
-    name: str, text: str, gold: str | None, solution: str | None, choices: Any
-) -> WrittenQuestion | Reject:
-    if (
-        not isinstance(choices, list)
-        or not 2 <= len(choices) <= len(LETTERS)
-        or not all(isinstance(c, str) and c.strip() for c in choices)
-    ):
-        return Reject(name, f"its choices are not 2 to {len(LETTERS)} texts")
-    letters = LETTERS[: len(choices)]
-    if gold is not None and gold not in letters:
-        if gold not in choices:
-            return Reject(name, f"its answer {gold[:40]!r} is none of its choices, nor a letter up to {letters[-1]}")
-        gold = letters[choices.index(gold)]
-    return WrittenQuestion(name, f"{text} {lettered(choices)}", gold, solution, tuple(choices))
+        return Reject(name, f"its {answer!r} is no text but {str(gold)[:40]!r}")
+    return WrittenQuestion(name, text, gold, solution, choices)
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:

@@ -18,7 +18,6 @@ the rows, bytes included, are in memory.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cord.data.audio.decode import decode_audio
-from megatron_cord.data.choices import LETTERS, lettered
+from megatron_cord.data.choices import Choices, ChoicesError, lettered, read_choices, split_options
 from megatron_cord.data.fields import find_unused, listed
 from megatron_cord.data.question_files import Reject, read_rows
 from megatron_cord.data.shards.reader import ShardDataset
@@ -36,7 +35,6 @@ from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import SetConfig
 from megatron_cord.evaluation.questions import Question, QuestionSet
 
-_OPTION = re.compile(r"(?:^|\s)\(?([A-J])[.):]\s+(.+?)(?=\s+\(?[A-J][.):]\s|\s*$)", re.DOTALL)
 _BIG_BENCH_CHOICES = {"formal_fallacies": ("valid", "invalid"), "navigate": ("Yes", "No"), "web_of_lies": ("Yes", "No")}
 
 
@@ -51,7 +49,7 @@ class _Fields:
     text: str | None
     audio: Any
     answer: Any
-    choices: Any = None
+    choices: Choices | None = None
     instruction: str | None = None
     group: Any = None
 
@@ -142,7 +140,7 @@ def _from_rows(config: SetConfig) -> QuestionSet:
             questions.append(_question(name, _ADAPTERS[config.format](row), root, listed(row)))
             _refuse_unused(row, config, f"{path}, {place}")
             seen.add(name)
-        except _UnusableError as error:
+        except (_UnusableError, ChoicesError) as error:
             rejects.append(Reject(name, str(error)))
     return QuestionSet(questions, rejects)
 
@@ -164,36 +162,20 @@ def _question(name: str, fields: _Fields, root: Path, found: str) -> Question:
         raise _UnusableError(f"it has no answer (its fields: {found})")
     if isinstance(fields.answer, bool) or not isinstance(fields.answer, (str, int, float)):
         raise _UnusableError("its answer is no text")
-    answer = str(fields.answer).strip()
-    choices = _choices(fields.choices)
-    if choices:
-        letters = LETTERS[: len(choices)]
-        if answer not in letters or answer in choices:
-            same = [i for i, choice in enumerate(choices) if choice and choice.strip().casefold() == answer.casefold()]
-            if not same:
-                raise _UnusableError(
-                    f"its answer {answer[:40]!r} is none of its choices, nor a letter up to {letters[-1]}"
-                )
-            answer = letters[same[0]]
+    answer = str(fields.answer).strip() if fields.choices is None else fields.choices.letter_of(fields.answer)
     text = fields.text.strip() if fields.text and fields.text.strip() else None
     audio = None if fields.audio is None else _recording(fields.audio, root, name)
     if text is None and audio is None:
         raise _UnusableError(f"it has neither text nor recording (its fields: {found})")
     return Question(
-        name, answer, text, audio, choices, fields.instruction, None if fields.group is None else str(fields.group)
+        name,
+        answer,
+        text,
+        audio,
+        fields.choices.texts if fields.choices else (),
+        fields.instruction,
+        None if fields.group is None else str(fields.group),
     )
-
-
-def _choices(value: Any) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if (
-        not isinstance(value, (list, tuple))
-        or not 2 <= len(value) <= len(LETTERS)
-        or not all(isinstance(v, str) for v in value)
-    ):
-        raise _UnusableError(f"its choices are not 2 to {len(LETTERS)} texts")
-    return tuple(value)
 
 
 def _recording(value: Any, root: Path, name: str) -> Callable[[], np.ndarray]:
@@ -221,12 +203,12 @@ def _recording(value: Any, root: Path, name: str) -> Callable[[], np.ndarray]:
 
 
 def _plain(row: dict[str, Any]) -> _Fields:
-    text, choices = row.get("question"), row.get("choices")
-    instruction = row.get("instruction")
+    text, instruction = row.get("question"), row.get("instruction")
+    choices = None if row.get("choices") is None else read_choices(row["choices"])
     if isinstance(text, str) and choices and instruction is None:
-        text = f"{text.strip()} {lettered(_choices(choices))}"
+        text = f"{text.strip()} {lettered(choices.texts)}"
     elif isinstance(instruction, str) and choices:
-        instruction = f"{instruction.strip()} {lettered(_choices(choices))}"
+        instruction = f"{instruction.strip()} {lettered(choices.texts)}"
     return _Fields(text, row.get("audio"), row.get("answer"), choices, instruction, row.get("group"))
 
 
@@ -234,9 +216,8 @@ def _voicebench(row: dict[str, Any]) -> _Fields:
     prompt, reference = row.get("prompt"), row.get("reference")
     if not isinstance(prompt, str):
         raise _UnusableError(f"it has no text in 'prompt' (its fields: {listed(row)})")
-    options = dict(_OPTION.findall(prompt))
-    letters = LETTERS[: max(4, len(options))]
-    choices = [options.get(letter, "").strip().rstrip(".") for letter in letters]
+    options = split_options(prompt)
+    choices = Choices(options + ("",) * (4 - len(options)))
     return _Fields(prompt, row.get("audio"), reference, choices, group=row.get("domain"))
 
 
@@ -251,19 +232,21 @@ def _mmau(row: dict[str, Any]) -> _Fields:
     question, choices = row.get("question"), row.get("choices")
     if not isinstance(question, str) or choices is None:
         raise _UnusableError(f"it has no 'question' with 'choices' (its fields: {listed(row)})")
-    instruction = f"{question.strip()} {lettered(_choices(choices))}"
+    offered = read_choices(choices)
+    instruction = f"{question.strip()} {lettered(offered.texts)}"
     return _Fields(
-        None, row.get("audio_id", row.get("audio")), row.get("answer"), choices, instruction, row.get("task")
+        None, row.get("audio_id", row.get("audio")), row.get("answer"), offered, instruction, row.get("task")
     )
 
 
 def _big_bench_audio(row: dict[str, Any]) -> _Fields:
     category = row.get("category")
+    offered = _BIG_BENCH_CHOICES.get(str(category))
     return _Fields(
         text=row.get("transcript"),
         audio=row.get("audio", row.get("file_name")),
         answer=row.get("official_answer"),
-        choices=_BIG_BENCH_CHOICES.get(str(category)),
+        choices=None if offered is None else Choices(offered),
         group=category,
     )
 

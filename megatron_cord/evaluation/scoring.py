@@ -10,12 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_cord.reward.answers import answers_agree, extract_answer
-from megatron_cord.reward.choices import contains_phrase
-from megatron_cord.reward.comparison import Comparer, Comparison
-from megatron_cord.reward.stated import stated_answer
-
-_TAIL = 400  # characters from the end in which a free answer in words is looked for
+from megatron_cord.reward.comparison import Comparer, Comparison, match_answers
 
 
 @dataclass(frozen=True)
@@ -59,14 +54,5 @@ def is_correct(gold: str, choices: Sequence[str], response: str) -> bool:
 
 
 def _score(gold: str, choices: Sequence[str], response: str) -> Score:
-    if choices:
-        letter = extract_answer(response, choices=choices)
-        return Score(letter, letter == gold)
-    answer = extract_answer(response)
-    if answer is not None and answers_agree(answer, gold):
-        return Score(answer, True)
-    # A gold answer in words, where the response states none in a form that the rules know.
-    if not any(character.isdigit() for character in gold) and stated_answer(response) is None:
-        tail = response[-_TAIL:]
-        return Score(answer or " ".join(tail.split())[-80:] or None, contains_phrase(tail, gold))
-    return Score(answer, False)
+    match = match_answers(Comparison("", response, gold, bare=True, choices=tuple(choices)))
+    return Score(match.answer, match.agrees)

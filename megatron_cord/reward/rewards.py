@@ -57,6 +57,7 @@ class Answered:
         ended: it ended by itself, not at the length limit.
         teacher_answer: the teacher's text.
         gold: the data's answer; None if it has none.
+        choices: the texts behind the letters that the question offers; empty for a question that offers none.
     """
 
     sample_id: str
@@ -65,6 +66,7 @@ class Answered:
     ended: bool
     teacher_answer: str
     gold: str | None
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,9 @@ class Rewards:
         """
         comparisons: list[Comparison] = []
         if self.terms.agreement:
-            comparisons += [Comparison(a.question, a.response, a.teacher_answer) for a in answered]
+            comparisons += [Comparison(a.question, a.response, a.teacher_answer, choices=a.choices) for a in answered]
         if self.terms.gold:
-            comparisons += [Comparison(a.question, a.response, _gold(a), bare=True) for a in answered]
+            comparisons += [Comparison(a.question, a.response, _gold(a), True, a.choices) for a in answered]
         verdicts = iter(self.comparer.compare(comparisons))
         compared: dict[str, list[Verdict]] = {
             name: [next(verdicts) for _ in answered] for name in ("agreement", "gold") if getattr(self.terms, name)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cord.evaluation.scoring import is_correct, score_responses
-from megatron_cord.reward.comparison import Comparison, Verdict
+from megatron_cord.reward.comparison import AnswerMatcher, Comparison, Verdict
 
 METALS = ("iron", "wood", "natural gas", "gas")
 
@@ -31,6 +31,21 @@ METALS = ("iron", "wood", "natural gas", "gas")
 def test_free_answers(gold: str, response: str, right: bool) -> None:
     """Catches a gold word that counts inside another word, or although the response states another answer."""
     assert is_correct(gold, (), response) is right
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("It is Paris.", True),
+        ("It is not Paris.", False),
+        ("It is Paris or Rome.", False),
+        ("The answer is Rome.", False),
+    ],
+)
+def test_rewards_decide_alike(response: str, right: bool) -> None:
+    """Catches an answer in words that is right in an evaluation and gets no reward, or one that is denied."""
+    (verdict,) = AnswerMatcher().compare([Comparison("which", response, "Paris", bare=True)])
+    assert is_correct("Paris", (), response) is verdict.agrees is right
 
 
 class _Judge:

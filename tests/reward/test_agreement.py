@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from megatron_cord.reward import AnswerMatcher, Comparison, Verdict
+from megatron_cord.reward import Answered, AnswerMatcher, Comparison, Rewards, Verdict
+from megatron_cord.reward.rewards import TermWeights
 
 
 def compare(response: str, reference: str, *, bare: bool = False) -> bool:
@@ -35,3 +36,17 @@ def test_works_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert verdicts == [True]
+
+
+METALS = ("iron", "wood", "natural gas")
+
+
+def test_choices_reach_the_comparison() -> None:
+    """Catches choices that are lost on the way to the reward: a letter with its reason, and another wording."""
+    responses = ["The answer is B because it burns.", "option b", r"\boxed{\text{B}}", "It is wood.", "C or B", "C"]
+    for reference, bare in [("B", True), ("So the answer is wood.", False), ("**B**, wood", False)]:
+        comparisons = [Comparison("which", response, reference, bare, METALS) for response in responses]
+        assert [verdict.agrees for verdict in AnswerMatcher().compare(comparisons)] == [True] * 4 + [False] * 2
+        answered = [Answered("s", "which", response, True, reference, "B", METALS) for response in responses]
+        scores = Rewards(TermWeights(agreement=1.0, gold=1.0)).score(answered)
+        assert [score.total for score in scores] == [2.0] * 4 + [0.0] * 2
