@@ -61,6 +61,10 @@ _LATEX = [
     (r"$2^{1/2} \cdot 2^\frac{1}{3}$", "two to the power of one half times two to the power of one third"),
     (r"$\frac{a}{b} \div \frac{c}{d}$", "a over b divided by open parenthesis c over d close parenthesis"),
     (r"$y = mx$, $5\text{ km}$, \$5", "y equals m x, five kilometers, five dollars"),
+    (r"$ x = 1 $ on the $x$-axis, the $n$th of $5 \% $", "x equals one on the x-axis, the n th of five percent"),
+    ("He paid $5+tax or 6$.", "He paid five dollars plus tax or six dollars."),
+    ("pages $3$-$5$", "pages three to five"),
+    (r"$3\sqrt{2}$ and 5! - 3!", "three times the square root of two and five factorial minus three factorial"),
     (r"$\log_2 8$ for $5^{th}$ time", "log base two of eight for fifth time"),
 ]
 _ORDINARY = [
@@ -148,6 +152,9 @@ def test_what_is_said_is_what_is_asked(written: str, spoken: str) -> None:
         ("Total - 5 apples", "minus or a dash"),
         ("What is revenue - cost?", "minus or a dash"),
         ("the x-y plane", "minus"),
+        ("2—1", "minus or a range"),
+        ("f'(x) at 0", "derivative"),
+        (r"$\frac{dy}{dx}$", "derivative"),
         ("an interval a-b", "minus"),
         ("the F-16", "minus"),
         ("- 5 + 3", "list or a sign"),

@@ -82,7 +82,7 @@ def hyphen_between_values(text: str, start: int, end: int) -> str | None:
         return "minus"
     if asked and not (ascending and counted):
         return "minus"
-    if not before.strip() and not after.strip(" .?!\n") and not ascending and not chained:
+    if stands_alone(text, start) and not ascending and not chained:
         return "minus"  # nothing but "12-7"
     if _SCORE_BEFORE.search(before) and not chained:
         return "to"
@@ -97,6 +97,12 @@ def in_mathematics(text: str, place: int) -> bool:
     """Tell whether the expression around a place has operators of its own, or is asked for as a sum."""
     first, last = _expression(text, place)
     return bool(_OPERATORS.search(text[first:last]) or asked_for(text, place) or _SUM_AFTER.match(text, last))
+
+
+def stands_alone(text: str, place: int) -> bool:
+    """Tell whether a text is nothing but the expression around a place."""
+    first, last = _expression(text, place)
+    return not text[:first].strip() and not text[last:].strip(" .?!\n")
 
 
 def asked_for(text: str, place: int) -> bool:

@@ -15,9 +15,11 @@ START, END = "\ue000", "\ue001"  #: around each formula in the result
 _DEEPEST = 12
 _DELIMITED = re.compile(
     r"\$\$(?P<display>.+?)\$\$|\\\[(?P<bracket>.+?)\\\]|\\\((?P<paren>.+?)\\\)"
-    r"|(?<![A-Za-z0-9$\\])\$(?=\S)(?P<inline>(?:\\.|[^$\\\n])+?)(?<!\s)\$(?![A-Za-z0-9$])",
+    r"|(?<![A-Za-z0-9$\\])\$(?=\S)(?P<inline>(?:\\.|[^$\\\n])+?)(?<!\s)\$(?!(?!(?:st|nd|rd|th)\b)[A-Za-z0-9$])"
+    r"|(?<![A-Za-z0-9$\\])\$\s?(?P<spaced>(?:\\.|[^$\\\n])*?(?:\\[^$]|[\^_={])(?:\\.|[^$\\\n])*?)\s?\$(?![A-Za-z0-9$])",
     re.DOTALL,
 )
+_FUNCTIONS = {"sin", "cos", "tan", "log", "max", "min", "gcd", "lcm", "mod", "exp"}
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _SYMBOLS_BY_COMMANDS = {
     "×": "times",
@@ -76,7 +78,7 @@ def plain_mathematics(text: str) -> str:
     pieces, end = [], 0
     for match in _DELIMITED.finditer(text):
         content = next(group for group in match.groups() if group is not None)
-        if match["inline"] is not None and not _is_formula(content):
+        if (match["inline"] or match["spaced"]) and not _is_formula(content):
             continue
         pieces += [_Parser(text[end : match.start()], formula=False).parse(), _formula(content)]
         end = match.end()
@@ -85,10 +87,13 @@ def plain_mathematics(text: str) -> str:
 
 
 def _is_formula(content: str) -> bool:
-    r"""Tell "$x + 1$" from the prices in "$5 and $6"."""
-    if re.search(r"[\\^_=+{<>]", content):
+    r"""Tell "$x + 1$" from the prices in "$5 and $6" and "$5+tax or 6$"."""
+    words = [word for word in _WORD.findall(content) if word not in _FUNCTIONS]
+    if re.search(r"\\", content):
         return True
-    return not _WORD.search(content) or bool(re.fullmatch(r"[0-9]*[A-Za-z]{2,4}", content))
+    if re.search(r"[\^_=+{<>-]", content):
+        return all(len(word) < 3 or word.isupper() for word in words)
+    return not words or bool(re.fullmatch(r"[0-9]*[A-Za-z]{2,4}", content))
 
 
 def _formula(content: str) -> str:
@@ -174,7 +179,7 @@ class _Parser:
         if kind == "^" and source in {r"\circ", r"\degree", "°"}:
             self._out.append("°")
         elif kind == "^" and (ordinal := re.fullmatch(r"(?:\\(?:text|mathrm)\s*\{)?(st|nd|rd|th)\}?", source)):
-            self._out.append(ordinal[1])
+            self._out.append(ordinal[1] if "".join(self._out)[-1:].isdigit() else f" {ordinal[1]}")
         else:
             self._out.append(kind + _in_parentheses(self._inner(source)))
 
@@ -197,6 +202,8 @@ class _Parser:
 
     def _fraction(self, above: str, below: str) -> None:
         """Write a fraction; in parentheses where what stands beside it would be taken for a part of it."""
+        if re.match(r"\s*d(?![a-z]*[aeiou])", above) and re.fullmatch(r"\s*d\s*[a-z](?:\^.*)?\s*", below):
+            raise UnspeakableError("it contains a derivative")
         top, bottom = self._inner(above), self._inner(below)
         before, touches = "".join(self._out), _TOUCHING.match(self._text, self._at)
         if _WHOLE.fullmatch(top) and _WHOLE.fullmatch(bottom):

@@ -136,9 +136,15 @@ def _without_markdown(text: str) -> str:
 
 
 def _without_quotes(text: str) -> str:
-    if re.search(r"\d\s?['′]\s?\d|[′″]", text) or ('"' in text and text.count('"') % 2 and re.search(r'\d\s?"', text)):
+    """Remove quotation marks; apostrophes stay. Refuse marks of feet, inches, minutes, seconds and derivatives."""
+    text = re.sub(r"(?<!\w)'(?=\S)([^'\n]*)(?<=\S)'(?!\w)", r" \1 ", text)
+    if re.search(r"[0-9]\s?['′]\s?[0-9]|[′″]|[0-9]'(?!\w)", text) or (
+        text.count('"') % 2 and re.search(r'[0-9]\s?"', text)
+    ):
         raise UnspeakableError("it contains a mark that may be feet, inches, minutes or seconds")
-    if re.search(r"\d'(?![\w'])", text) and not re.search(r"(?:^|[\s(])'\w", text):
-        raise UnspeakableError("it contains a mark that may be feet, inches, minutes or seconds")
+    if re.search(r"(?<![A-Za-z])[A-Za-z]'(?![A-Za-z])", text):
+        raise UnspeakableError("it contains a mark that may be a derivative")
     text = re.sub(r"(?<!\w)'(?=\w)(?![0-9]0s)|(?<=[^\Ws])'(?!\w)", " ", text)
+    if re.search(r"[0-9)]\s?—\s?[0-9(]", text):
+        raise UnspeakableError("it contains a dash between values, which may be a minus or a range")
     return text.replace('"', " ").replace("`", " ").replace("—", ", ")

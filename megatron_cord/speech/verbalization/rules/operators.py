@@ -6,7 +6,7 @@ import re
 
 from megatron_cord.speech.verbalization.brackets import bracket_words
 from megatron_cord.speech.verbalization.errors import UnspeakableError
-from megatron_cord.speech.verbalization.hyphens import in_mathematics
+from megatron_cord.speech.verbalization.hyphens import in_mathematics, stands_alone
 from megatron_cord.speech.verbalization.numbers import NUMBER, number_words
 from megatron_cord.speech.verbalization.rules.place import Place, Rule, rule
 
@@ -81,7 +81,7 @@ def _letter_x(place: Place) -> str | None:
         return None
     if _is_shape(place):
         return " by "
-    if in_mathematics(place.text, place.match.start()):
+    if in_mathematics(place.text, place.match.start()) or stands_alone(place.text, place.match.start()):
         return " times "
     raise UnspeakableError("it contains an 'x' between numbers, which may be a letter, 'times' or 'by'")
 

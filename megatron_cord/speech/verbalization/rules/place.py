@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_cord.speech.verbalization.latex import END, START
 
 _FAR = 200  # characters of context; more would make long texts slow
-_MARKS = f"{START}{END}"
+_WITHOUT_MARKS = dict.fromkeys(map(ord, START + END))
 
 
 @dataclass(frozen=True)
@@ -21,28 +21,28 @@ class Place:
 
     @property
     def before(self) -> str:
-        """The text before the match, as far as it matters."""
-        return self.text[max(0, self.match.start() - _FAR) : self.match.start()]
+        """The text before the match, as far as it matters, without the marks of formulas."""
+        return self.text[max(0, self.match.start() - _FAR) : self.match.start()].translate(_WITHOUT_MARKS)
 
     @property
     def after(self) -> str:
-        """The text after the match, as far as it matters."""
-        return self.text[self.match.end() : self.match.end() + _FAR]
+        """The text after the match, as far as it matters, without the marks of formulas."""
+        return self.text[self.match.end() : self.match.end() + _FAR].translate(_WITHOUT_MARKS)
 
     @property
     def left(self) -> str:
         """The last character before the match that is no space; "" at the beginning."""
-        return self.before.rstrip(f" \t\n{_MARKS}")[-1:]
+        return self.before.rstrip()[-1:]
 
     @property
     def right(self) -> str:
         """The first character after the match that is no space; "" at the end."""
-        return self.after.lstrip(f" \t\n{_MARKS}")[:1]
+        return self.after.lstrip()[:1]
 
     @property
     def touching(self) -> tuple[str, str]:
         """The characters that touch the match on both sides."""
-        return self.before.strip(_MARKS)[-1:], self.after.strip(_MARKS)[:1]
+        return self.before[-1:], self.after[:1]
 
     @property
     def in_formula(self) -> bool:

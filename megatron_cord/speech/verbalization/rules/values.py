@@ -53,7 +53,8 @@ def _degrees(place: Place) -> str:
 def _exclamation(place: Place) -> str | None:
     if not re.search(r"[0-9)]$|(?<![^\W\d_])[b-zB-HJ-Z]$", place.before):
         return None
-    if place.in_formula or place.right in set("+*/×÷·^=−-?)") - {""}:
+    is_one_of_several = re.search(r"[0-9)]!\s?[-+*/×÷·−]", place.before) is not None
+    if is_one_of_several or place.in_formula or place.right in set("+*/×÷·^=−-?)") - {""}:
         return " factorial "
     if re.search(r"[0-9)]$", place.before):
         raise UnspeakableError("it contains a number with '!', which may be a factorial or an exclamation")

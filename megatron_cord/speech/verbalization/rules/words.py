@@ -80,6 +80,10 @@ def _about(place: Place) -> str:
     return " about "
 
 
+def _square_root(place: Place) -> str:
+    return " times the square root of " if re.search(r"[\w)]$", place.before) else " the square root of "
+
+
 def _dots(place: Place) -> str:
     if re.search(r"[0-9]\s?$", place.before) and re.match(r"\s?[0-9]", place.after):
         raise UnspeakableError("it contains dots between numbers")
@@ -106,10 +110,10 @@ WORDS: tuple[Rule, ...] = (
     rule(r"\s*&\s*", _between_words("and")),
     rule(r"\s+@\s+", _between_words("at")),
     rule(r"~\s?", _about),
-    rule(r"√|(?<!\w)sqrt(?=\()", lambda place: " the square root of "),
-    rule(r"(?<!\w)sin(?=\()", lambda place: " sine "),
-    rule(r"(?<!\w)cos(?=\()", lambda place: " cosine "),
-    rule(r"(?<!\w)tan(?=\()", lambda place: " tangent "),
+    rule(r"√|(?<!\w)sqrt(?=\()", _square_root),
+    rule(r"(?<!\w)sin(?=\(|\s[0-9xyztαβθ])", lambda place: " sine "),
+    rule(r"(?<!\w)cos(?=\(|\s[0-9xyztαβθ])", lambda place: " cosine "),
+    rule(r"(?<!\w)tan(?=\(|\s[0-9xyztαβθ])", lambda place: " tangent "),
     rule(r"∞", lambda place: " infinity "),
     rule(r"\.{2,}", _dots),
     rule(r"[A-Za-z]{2,3}(?![A-Za-z])", _letters),
