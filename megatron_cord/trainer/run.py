@@ -6,6 +6,7 @@ What it simplifies: one object on each rank, whose methods all ranks call togeth
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -297,6 +298,9 @@ class Run:
         rollouts, objective = result.rollouts, self.config.objective
         metrics: dict[str, Any] = result.metrics | rollout_metrics(rollouts, self.config.rollout.policy_rollouts)
         metrics |= self._rollout_times
+        clip_norm, norm = self.config.optimizer.clip_norm, metrics["grad_norm"]
+        if clip_norm:
+            metrics["gradient_clipped"] = norm if math.isnan(norm) else float(norm > clip_norm)
         version = self.progress.step - 1
         if objective.responses == "student":  # the teacher's responses come from another prompt
             cap = objective.policy_gradient.importance_cap

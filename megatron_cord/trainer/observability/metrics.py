@@ -74,8 +74,7 @@ class MetricsLog:
             list(evaluations),
             alerts or AlertConfig(),
         )
-        _keep_until(self._alerts_path, first_step)
-        self._holding = {alert.kind for alert in find_alerts(self._rows, self._evaluations, self._alerts)}
+        self._said = {alert.get("kind") for alert in _keep_until(self._alerts_path, first_step)}
         self._file = self.path.open("a")
         self._trackers = open_trackers(config or MetricsConfig(), directory, first_step, settings or {})
         columns = [
@@ -153,14 +152,14 @@ class MetricsLog:
             tracker.log(step, scalars)
 
     def _watch(self, step: int) -> int:
-        """Log what has begun to look wrong, once until it looks right again; return how many alerts hold."""
+        """Log what looks wrong, each kind once a run; return how many alerts hold."""
         found = find_alerts(self._rows, self._evaluations, self._alerts)
         for alert in found:
-            if alert.kind not in self._holding:
+            if alert.kind not in self._said:
+                self._said.add(alert.kind)
                 with self._alerts_path.open("a") as file:
                     file.write(json.dumps({"step": step} | asdict(alert)) + "\n")
                 logger.warning("alert at step %d: %s: %s", step, alert.kind, alert.words)
-        self._holding = {alert.kind for alert in found}
         return len(found)
 
     def _line(self, step: int, note: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 
 from megatron_cord.errors import CordError
 from megatron_cord.trainer.observability.alerts import AlertConfig, find_alerts
+from tests.trainer.test_train import alone
 
 STEPS = 200
 Curve = Callable[[float], float]
@@ -28,6 +31,9 @@ def history(curves: Mapping[str, Curve] | None = None, steps: int = STEPS) -> li
         "repetition": lambda t: 0.05,
         "zero_variance_groups": lambda t: 3 + 2 * t,
         "engine_logprob_difference": lambda t: 1e-3,
+        "kl": lambda t: 0.1 + 0.4 * math.exp(-4 * t),
+        "grad_norm": lambda t: 1 + 4 * math.exp(-4 * t),
+        "gradient_clipped": lambda t: 0.2,
     }
     rows = []
     for step in range(1, steps + 1):
@@ -35,7 +41,7 @@ def history(curves: Mapping[str, Curve] | None = None, steps: int = STEPS) -> li
             name: max(curve(step / steps) * (1 + 0.15 * float(rng.normal())), 0.0)
             for name, curve in (healthy | dict(curves or {})).items()
         }
-        rows.append({"step": step, "groups": 8, "skipped": False} | values)
+        rows.append({"step": step, "groups": 8, "skipped": False, "learning_rate": 3e-3} | values)
     return rows
 
 
@@ -78,6 +84,24 @@ def kinds(rows: list[dict[str, Any]], seen: list[dict[str, Any]] | None = None, 
             {"zero_variance_groups": lambda t: 4 if t < 0.5 else 8},
             "of the groups .mean reward 0.8",
         ),
+        (
+            "reward missing",
+            "zero_variance_groups",
+            {"zero_variance_groups": lambda t: 8, "reward": lambda t: 0.03},
+            r"of the groups \(mean reward 0.03\): right answers are too rare for L_seq",
+        ),
+        (
+            "diverging",
+            "kl_growth",
+            {"kl": lambda t: 0.2 if t < 0.5 else 0.8},
+            r"the divergence from the teacher is 0\.[78]\d* nats a token, [34]\.\d times .*_rate \(up to 0\.003\) is",
+        ),
+        (
+            "diverging",
+            "clipped",
+            {"gradient_clipped": lambda t: 0.1 if t < 0.6 else 1.0},
+            r"1\d\d% of the updates are clipped at optimizer.clip_norm, at first 1\d%",
+        ),
         ("entropy falling", "entropy_fall", {"entropy": lambda t: math.exp(-6 * t)}, "entropy fell from .* to 0.00"),
         (
             "logprob mismatch growing",
@@ -110,6 +134,9 @@ def test_each_is_raised_and_can_be_turned_off(kind: str, setting: str, curves: d
         {"engine_logprob_difference": lambda t: 1e-6 + 1e-3 * t},  # many times as much, but rounding
         {"engine_logprob_difference": lambda t: 0.05},  # bf16: large from the start
         {"reward": lambda t: -0.5 + 0.2 * t},  # a reward may be negative
+        {"kl": lambda t: 0.2 + 0.06 * t},  # a little farther from the teacher
+        {"grad_norm": lambda t: 5 * math.exp(-6 * t)},  # the gradient vanishes as the student arrives
+        {"gradient_clipped": lambda t: 0.9},  # as at first
     ],
 )
 def test_a_healthy_run_raises_nothing(curves: dict[str, Curve]) -> None:
@@ -127,6 +154,43 @@ def test_noise_alone_raises_nothing() -> None:
         assert [kinds(rows[:step], reward_fall=0.05) for step in range(40, 201, 5)] == [[]] * 33
 
 
+def test_a_learning_rate_that_is_much_too_high_is_seen_in_the_first_steps() -> None:
+    """Catches a student that is destroyed at its first update and that nothing says so of before forty steps."""
+    rows = [
+        {"step": 1, "kl": 0.4, "grad_norm": 3.0, "entropy": 0.8, "learning_rate": 3e-3},
+        *({"step": s, "kl": 2.0, "grad_norm": 0.01, "entropy": 0.01, "learning_rate": 3e-3} for s in range(2, 9)),
+    ]
+    assert [kinds(rows[:steps]) for steps in range(9)] == [[]] * 4 + [["diverging"]] * 5
+    assert find_alerts(rows[:4], [], AlertConfig())[0].words == (
+        "the divergence from the teacher is 2 nats a token, 5.0 times the untrained model's 0.4; "
+        "the gradient norm fell from 3 to 0.01; the student's entropy went from 0.8 to 0.01 nats a token: "
+        "optimizer.learning_rate (up to 0.003) is probably too high"
+    )
+    slow = [row | {"kl": 0.7} for row in rows[1:]]
+    assert kinds([rows[0], *slow]) == ["diverging"]  # less, but the gradient is gone
+    assert kinds([rows[0], *(row | {"grad_norm": 3.0} for row in slow)]) == []  # within the noise of single steps
+
+
+def test_single_steps_of_few_questions_raise_nothing() -> None:
+    """Catches thresholds within the noise of steps of eight questions, whose divergence varies by a quarter."""
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        rows = [{"step": s, "kl": abs(rng.normal(0.4, 0.1)), "grad_norm": abs(rng.normal(3, 1))} for s in range(1, 101)]
+        assert [kinds(rows[:steps]) for steps in range(1, 101)] == [[]] * 100, seed
+
+
+@pytest.mark.filterwarnings("ignore:::megatron")
+def test_real_runs(inputs: Path, tmp_path: Path) -> None:
+    """Catches an alert of a run as it should be, and none of the same run at a hundred times its learning rate."""
+    settings = ("train.steps=10", "checkpoint.interval=0", "metrics.tensorboard=false")
+    fine = alone(inputs, tmp_path / "fine", *settings)
+    assert not (fine / "alerts.jsonl").exists()
+    wrong = alone(inputs, tmp_path / "wrong", *settings, "optimizer.learning_rate=0.1")
+    (alert,) = [json.loads(line) for line in (wrong / "alerts.jsonl").read_text().splitlines()]
+    assert (alert["kind"], alert["step"]) == ("diverging", 6)
+    assert "times the untrained model's 0.474" in alert["words"] and "learning_rate (up to 0.1)" in alert["words"]
+
+
 def test_accuracy() -> None:
     """Catches a fall of text accuracy without an alert, an alert within the error of few questions, one at first."""
     (alert,) = find_alerts([], evaluations(0.4, 0.8, 0.6), AlertConfig())
@@ -137,6 +201,8 @@ def test_accuracy() -> None:
     for fine in ((), (0.4,), (0.4, 0.8, 0.75), (0.4, 0.8, 0.6, 0.85)):
         assert kinds([], evaluations(*fine)) == []
     assert kinds([], evaluations(0.8, 0.6, samples=10)) == []
+    assert kinds([], evaluations(1.0, 0.2, samples=8)) == []  # eight questions are no evaluation
+    assert kinds([], evaluations(1.0, 0.87, samples=30)) == []  # within noise, though all were right
     assert kinds([], evaluations(0.8, 0.6), accuracy_fall=None) == []
 
 

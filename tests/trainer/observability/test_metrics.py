@@ -131,6 +131,18 @@ def test_a_resumed_run_alerts_like_one_that_was_not_stopped(tmp_path: Path) -> N
         assert log_length(tmp_path / name, range(last + 1, 21), growth=2.0, first=last) == whole
 
 
+def test_an_alert_that_comes_and_goes_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches the same warning again and again where a metric lies at its threshold, also after a resumption."""
+    for first in (0, 20):
+        with MetricsLog(tmp_path, 100, first, alerts=AlertConfig(window=2), enabled=True) as log:
+            for step in range(first + 1, first + 21):
+                log.step(step, VALUES | {"response_tokens": 10 if step % 10 < 4 else 50})
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == len((tmp_path / "alerts.jsonl").read_text().splitlines()) == 1
+    held = [json.loads(line)["alerts"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert 0 in held[10:] and 1 in held[10:]
+
+
 def test_evaluations_alert_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches a fall of the accuracy without an alert, also where the run was resumed after it."""
     results = [
