@@ -7,12 +7,17 @@ the new weights go to the engine.
 
 from __future__ import annotations
 
+import logging
+
 from megatron_cord.config.loading import load_config
+from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import finalize, initialize
 from megatron_cord.runtime import entry
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.observability.metrics import Stopwatch
 from megatron_cord.trainer.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig) -> int:
@@ -34,8 +39,20 @@ def train(config: RunConfig) -> int:
             run.sync_weights()  # 5. Weight sync: the engine gets the new version
             watch.lap("weight_sync")
             run.finish_step(result, watch.total())  # 6. Record: metrics, rollouts, checkpoint, evaluation
+    if run.status == 0 and layout.is_main:
+        write_report(config.output_dir)
     finalize()
     return run.status
+
+
+def write_report(output_dir: str) -> None:
+    """Write report.html; a run that is done does not fail for want of its page."""
+    from megatron_cord.report.page.page import render  # draws: only one rank needs it, and only at the end
+
+    try:
+        logger.info("report: %s", render(output_dir))
+    except CordError as error:
+        logger.warning("there is no report of this run: %s", error)
 
 
 def main() -> int:

@@ -41,7 +41,7 @@ class EvaluationConfig:
     scored: int = 48  #: answers whose divergence from the teacher is computed token by token, for the report
     #: for `evaluate`: latest (of output_dir), base (model.checkpoint), or a checkpoint's directory
     checkpoint: str = "latest"
-    #: for `evaluate`: question sets by name, beside data.evaluation
+    #: question sets by name, beside data.evaluation: for `evaluate`, and for the evaluations of a training run
     sets: dict[str, SetConfig] = field(default_factory=dict)
     #: for `evaluate`: what to compare with: base, which is then evaluated too, or another evaluation's directory
     baseline: str | None = None

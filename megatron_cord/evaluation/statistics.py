@@ -64,6 +64,13 @@ def gap_closed(text: float, audio_before: float, audio_after: float) -> float | 
     return None if text <= audio_before else 1.0 - (text - audio_after) / (text - audio_before)
 
 
+def why_no_gap(text: float, audio: float) -> str:
+    """Say why there was no gap between these accuracies before training."""
+    if max(text, audio) == 0:
+        return "no answer was right, read or heard"
+    return "hearing was as good as reading" if text == audio else "hearing was better than reading"
+
+
 def standard_error(accuracy: float, samples: int) -> float:
     """Return the standard error of an accuracy over independent samples (binomial)."""
     return math.sqrt(accuracy * (1.0 - accuracy) / samples) if samples else 0.0

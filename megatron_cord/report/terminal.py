@@ -42,13 +42,14 @@ def evaluation_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Tab
 
 def _cells(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
     text = before["text_accuracy"]
+    no_gap = "no gap" if max(text, before["audio_accuracy"]) else "none right"
     closed = gap_closed(text, before["audio_accuracy"], after["audio_accuracy"])
     return (
         str(after["samples"]),
         _change(text, after["text_accuracy"]),
         _change(before["audio_accuracy"], after["audio_accuracy"]),
         _change(text - before["audio_accuracy"], text - after["audio_accuracy"]),
-        "no gap" if closed is None else f"{100 * closed:.0f} %",
+        no_gap if closed is None else f"{100 * closed:.0f} %",
     )
 
 

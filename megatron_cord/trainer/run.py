@@ -23,7 +23,7 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import HELDOUT
 from megatron_cord.evaluation.files import heldout_file, past_evaluations, read_result, step_label
-from megatron_cord.evaluation.formats import shard_questions
+from megatron_cord.evaluation.formats import load_set, shard_questions
 from megatron_cord.evaluation.runner import Evaluator
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import broadcast_json
@@ -81,10 +81,11 @@ class Run:
         )
         self._questions = config.data.open("train", self.prompts.limits)
         held_out = config.data.open("evaluation", self.prompts.limits)
+        sets = {name: load_set(given) for name, given in config.evaluation.sets.items()}
         self._build_model(resume_from)
         keep_data_record(self.directory, self._questions, resumed=self.progress.step > 0, writes=layout.is_main)
         self._build_rollout()
-        questions = {HELDOUT: shard_questions(held_out, config.evaluation.samples)}
+        questions = sets | {HELDOUT: shard_questions(held_out, config.evaluation.samples)}
         self.evaluator = Evaluator(config.evaluation, questions, self.prompts, self.directory, writes=layout.is_main)
         self.evaluator.prepare()
         self._open_outputs()
@@ -329,8 +330,11 @@ class Run:
         metrics = self.evaluator.answer_anew(self.engine, partial(measure_divergence, self._score_own, step))
         with self._saving_first():
             check_mismatch(metrics, self.config.rollout.max_logprob_mismatch, f"evaluation of step {step}")
-        result = self.evaluator.score(step_label(step), step)[HELDOUT]
+        results = self.evaluator.score(step_label(step), step)
+        result = results.pop(HELDOUT)
         self.log.evaluation({"step": step} | result)
+        for name, other in results.items():
+            self.log.question_set(step, name, other)
         before = heldout_file(self.directory, 0)
         if self.layout.is_main and step == self.config.train.steps and before.is_file():
             summary = summarize(

@@ -22,12 +22,15 @@ from safetensors.torch import save_file
 from transformers import AutoProcessor
 
 from megatron_cord.cli.main import invoke, load
+from megatron_cord.config.loading import load_config
 from megatron_cord.convert import read_tensors
 from megatron_cord.data.audio.wav import encode_wav
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import finalize
 from megatron_cord.speech.synthesizers.espeak import EspeakSynthesizer
 from megatron_cord.speech.synthesizers.protocol import Utterance, Voice
+from megatron_cord.train import train
+from megatron_cord.trainer.config import RunConfig
 from tests.gloo import run_ranks
 from tests.model.family_reference import save_whole
 from tests.model.full_size import write_full_size
@@ -102,8 +105,34 @@ def test_there_and_back_on_two_ranks(source: Path, tmp_path: Path) -> None:
     assert "check as audio" in outcomes[0][1][1] and "check as text" in outcomes[0][1][1]
     assert same(out, source) and len(list(out.glob("*.safetensors"))) > 2
     assert {path.name for path in source.iterdir()} - {"model.safetensors"} <= {path.name for path in out.iterdir()}
+    assert "No training run of megatron_cord is known" in (out / "README.md").read_text()
     AutoProcessor.from_pretrained(out)
     assert names(tmp_path) == ["checkpoint", "out"]
+
+
+def test_an_exported_run_has_a_card_of_its_own(tmp_path: Path) -> None:
+    """Catches the original model's card beside trained weights, and a card that is silent about what was trained."""
+    inputs = write_inputs(tmp_path)
+    original = "---\nlicense: apache-2.0\nlanguage: en\n---\n# The original\nBenchmarks of the original.\n"
+    (inputs / "checkpoint" / "README.md").write_text(original)
+    run = tmp_path / "run"
+    try:
+        train(load_config(RunConfig, None, overrides(inputs, run, "train.steps=2")))
+    finally:
+        finalize()
+    alone("export", run / "checkpoints" / "step_000002", tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "original" not in card and "# exported" in card and "license: apache-2.0" in card
+    for row in (
+        f"| from | `{inputs / 'checkpoint'}` |",
+        f"| data | `{inputs / 'train'}` |",
+        "| optimizer steps | 2 of 2 |",
+        "| divergence | reverse_kl |",
+        "| learning rate | 0.001 |",
+        "| frozen | nothing |",
+        f"| checkpoint | `{run / 'checkpoints' / 'step_000002'}` |",
+    ):
+        assert row in card, card
 
 
 def test_other_weights_are_told_apart(imported: Path, tmp_path: Path) -> None:

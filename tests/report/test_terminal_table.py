@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from megatron_cord.evaluation.files import heldout_file, read_result
+from megatron_cord.evaluation.statistics import why_no_gap
 from megatron_cord.report.terminal import evaluation_table
 from tests.report.fixture import VOICES
 
@@ -37,3 +39,18 @@ def test_numbers(finished_run: Path) -> None:
 def test_no_gap() -> None:
     """Catches a division by zero where hearing was as good as reading."""
     assert any("no gap" in line for line in printed(evaluation(0.9, 0.9), evaluation(0.9, 0.8)))
+
+
+def test_nothing_right_is_no_gap_that_was_closed() -> None:
+    """Catches a model that answers nothing and of which the table says that hearing was as good as reading."""
+    lines = printed(evaluation(0.0, 0.0), evaluation(0.0, 0.1))
+    assert any("none right" in line for line in lines) and not any("no gap" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "audio", "words"),
+    [(0.0, 0.0, "no answer was right"), (0.9, 0.9, "as good as reading"), (0.5, 0.6, "better than reading")],
+)
+def test_why_there_is_no_gap(text: float, audio: float, words: str) -> None:
+    """Catches one sentence for three different things."""
+    assert words in why_no_gap(text, audio)

@@ -24,6 +24,8 @@ from megatron_cord.convert.inventory import Entry, common_dtype, fake_model, inv
 from megatron_cord.convert.loading import find_sources
 from megatron_cord.convert.megatron_reader import SavedWeights
 from megatron_cord.convert.megatron_writer import save_weights
+from megatron_cord.convert.model_card import FILE_NAME as CARD
+from megatron_cord.convert.model_card import model_card, without_cards
 from megatron_cord.convert.spelling import published_tensors
 from megatron_cord.data.audio.decode import decode_audio
 from megatron_cord.data.prompts import PromptBuilder
@@ -139,7 +141,11 @@ def export_checkpoint(
         torch.distributed.barrier()
         kept = sum(all_gather_json(writer.write_files(saved.blocks, mine, advance)))
         if layout.is_main:
-            writer.publish(with_dtype(read_auxiliary_files(auxiliary_dir), precision))
+            files = with_dtype(read_auxiliary_files(auxiliary_dir), precision)
+            step = run_progress.read_progress(source, arch).step
+            settings = _settings_of(source) if step else {}  # an import lies anywhere
+            card = model_card(target.name, source, step, settings, files.get(CARD), _name(precision))
+            writer.publish(without_cards(files) | {CARD: card})
     torch.distributed.barrier()
     there = f", {kept} of them finished earlier" if kept else ""
     _print(layout, console, f"{target}: {len(saved.shapes)} tensors in {_name(precision)}, {len(shards)} files{there}")
@@ -190,7 +196,7 @@ def _auxiliary_dir_of(checkpoint: Path) -> Path:
     """Return where configuration and tokenizer are: inside the checkpoint, or where its run started from."""
     if (checkpoint / _AUXILIARY_FILES).is_dir():
         return checkpoint / _AUXILIARY_FILES
-    config = checkpoint.parent.parent / "config.yaml"
+    config = _config_of(checkpoint)
     try:
         return Path(yaml.safe_load(config.read_text())["model"]["checkpoint"])
     except (OSError, yaml.YAMLError, LookupError, TypeError):
@@ -198,6 +204,20 @@ def _auxiliary_dir_of(checkpoint: Path) -> Path:
             f"{checkpoint} does not name the Hugging Face checkpoint it began as ({config} is missing or damaged); "
             "give that with --hf HF_DIR"
         ) from None
+
+
+def _config_of(checkpoint: Path) -> Path:
+    """Return where the run that saved a checkpoint keeps its configuration."""
+    return checkpoint.parent.parent / "config.yaml"
+
+
+def _settings_of(checkpoint: Path) -> dict[str, Any]:
+    """Return the configuration of the run that saved a checkpoint; empty without a run."""
+    try:
+        settings = yaml.safe_load(_config_of(checkpoint).read_text())
+    except (OSError, yaml.YAMLError):
+        return {}
+    return settings if isinstance(settings, dict) and "model" in settings else {}
 
 
 def _fingerprint(checkpoint: Path) -> list[list[Any]]:

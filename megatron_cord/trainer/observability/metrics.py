@@ -147,6 +147,16 @@ class MetricsLog:
         ]
         self._watch(step)
 
+    def question_set(self, step: int, name: str, result: Mapping[str, Any]) -> None:
+        """Write the accuracies on a set beside data.evaluation; one that has no text or no audio has but the other."""
+        if not self._enabled:
+            return
+        given = {key: result.get(key) for key in ("text_accuracy", "audio_accuracy")}
+        accuracies = {key: value for key, value in given.items() if value is not None}
+        self._track(step, {f"evaluation/{name}/{key}": value for key, value in accuracies.items()})
+        shown = ", ".join(f"{key.replace('_', ' ')} {value:.1%}" for key, value in accuracies.items())
+        logger.info("step %d: %s: %s", step, name, shown)
+
     def _track(self, step: int, scalars: Mapping[str, float]) -> None:
         for tracker in self._trackers:
             tracker.log(step, scalars)
