@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import pytest
 
+from megatron_cord.reward import answers_agree
 from megatron_cord.speech import verbalize
 from tests.speech.spoken_mathematics import value_of
 
@@ -143,3 +144,15 @@ def test_differences_are_read_back_in_any_frame(frame: str) -> None:
         )
         expression = spoken.removeprefix(begin).removesuffix(end.rstrip())
         assert value_of(expression) == first - second, (first, second, spoken)
+
+
+def test_spoken_values_agree_with_written_ones() -> None:
+    """Would catch an answer in words that the reward takes for another value than the one that was spoken."""
+    draw = random.Random(5)
+    values = (_whole, _decimal, _fraction, _mixed, _percentage, _money, _negative)
+    for _ in range(_COUNT // 2):
+        written = draw.choice(values)(draw)
+        if "€" in written.plain and "." in written.plain:
+            continue  # cents are parts of dollars to the reward
+        spoken = verbalize(written.plain)
+        assert answers_agree(spoken, written.plain) and answers_agree(written.plain, spoken), (written.plain, spoken)

@@ -137,6 +137,8 @@ def _fraction(words: list[str]) -> Fraction | None:
     found = set()
     for place in range(1, len(words)):
         front = words[:place]
+        if "and" in front and front[front.index("and") - 1] not in SCALES:
+            continue  # "twenty and two thirds" is a mixed number, not "twenty two" thirds
         above = 1 if front == ["a"] else whole_number(front)
         below = _denominator(words[place:])
         if above is not None and below is not None and (above == 1) != words[-1].endswith("s"):
