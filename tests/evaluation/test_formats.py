@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -136,6 +137,19 @@ def test_settings_of_a_set_that_nothing_uses_are_refused() -> None:
     for more in ({"audio_root": "x"}, {"ignore": ("x",)}):
         with pytest.raises(CordError, match="of no use to a set of format shards"):
             SetConfig("x", "shards", **more)
+
+
+def test_saved_data_sets_with_recordings(tmp_path: Path) -> None:
+    """Catches an Audio column that is decoded by another decoder, or lost, and cache files read as questions."""
+    rows = [
+        {"question": f"What is {i}?", "answer": str(i), "audio": {"bytes": recording(), "path": None}} for i in (1, 2)
+    ]
+    data = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(sampling_rate=16000))
+    data.save_to_disk(str(tmp_path / "set"))
+    (tmp_path / "set" / "cache-0123.arrow").write_bytes(b"of map")
+    questions, rejects = load(tmp_path / "set")
+    assert [q.text for q in questions] == ["What is 1?", "What is 2?"] and not rejects
+    assert [len(q.sample().waveform) for q in questions] == [8000, 8000]
 
 
 def test_voicebench(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from megatron_cord.data.audio.wav import SAMPLING_RATE, find_wav_audio
+from megatron_cord.data.audio.wav import SAMPLING_RATE, WavLayout, find_wav_audio
 from megatron_cord.errors import CordError
 
 _LONGEST_SECONDS = 3600
@@ -58,11 +58,12 @@ def decode_recording(content: bytes, where: str) -> tuple[np.ndarray, int]:
     """
     layout = find_wav_audio(io.BytesIO(content), len(content), where)
     if layout is not None:
+        _check_length(layout, where)
         content = layout.rewrite(content)
     else:
         _refuse_cut(content, where)
     try:
-        with _Recording(io.BytesIO(content)) as file:
+        with _Recording(_Content(content)) as file:
             rate, limit = int(file.samplerate), _most_frames(file.samplerate, where)
             known = file.frames if file.frames < _MOST_FRAMES else None
             if known is not None and known > limit:
@@ -70,7 +71,7 @@ def decode_recording(content: bytes, where: str) -> tuple[np.ndarray, int]:
             kind, mp3 = ("int16" if file.subtype == "PCM_16" else "float32"), file.format == "MP3"
             blocks = _read_blocks(file, kind, limit, where)
     except (soundfile.SoundFileError, OSError, ValueError, MemoryError) as error:
-        reason = re.sub(r"<_io\.BytesIO[^>]*>", "it", " ".join(str(error).split()))[:120]
+        reason = re.sub(r"<[^>]*_Content[^>]*>", "it", " ".join(str(error).split()))[:120]
         raise CordError(f"{where}: not a recording that can be read ({reason})") from None
     audio = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     if len(audio) == 0:
@@ -100,12 +101,21 @@ def count_samples(file: BinaryIO, size: int, where: str) -> int:
     if layout is None or layout.tag == 3:  # floats may be no numbers
         file.seek(start)
         return len(decode_audio(file.read(size), where))
-    if layout.frames > _most_frames(layout.rate, where):
-        raise _too_long(layout.frames / layout.rate, where)
+    _check_length(layout, where)
     samples = (2 * layout.frames * SAMPLING_RATE + layout.rate) // (2 * layout.rate)
     if samples == 0:
         raise CordError(f"{where}: the recording has no samples")
     return samples
+
+
+class _Content(io.BytesIO):
+    """A file in which seeking before its beginning goes nowhere; an error there would be printed, not raised."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return super().seek(offset, whence)
+        except ValueError:
+            return self.tell()
 
 
 class _Recording(soundfile.SoundFile):  # type: ignore[misc]  # the package has no types
@@ -133,6 +143,11 @@ def _most_frames(rate: int, where: str) -> int:
     if not _RATES[0] <= rate <= _RATES[1]:
         raise CordError(f"{where}: a recording at {rate} Hz; rates from 4 to 384 kHz can be read")
     return _LONGEST_SECONDS * rate
+
+
+def _check_length(layout: WavLayout, where: str) -> None:
+    if layout.frames > _most_frames(layout.rate, where):
+        raise _too_long(layout.frames / layout.rate, where)
 
 
 def _too_long(seconds: float, where: str) -> CordError:

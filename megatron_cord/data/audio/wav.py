@@ -83,7 +83,9 @@ class WavLayout:
         frame = self.channels * self.width
         data = content[self.offset : self.offset + self.frames * frame]
         form = _DESCRIPTION.pack(self.tag, self.channels, self.rate, self.rate * frame, frame, 8 * self.width)
-        sizes = [struct.pack("<I", size) for size in (20 + len(form) + len(data), len(form), len(data))]
+        sizes = [
+            struct.pack("<I", min(size, 0xFFFFFFFF)) for size in (20 + len(form) + len(data), len(form), len(data))
+        ]
         return b"RIFF" + sizes[0] + b"WAVEfmt " + sizes[1] + form + b"data" + sizes[2] + data
 
 

@@ -189,7 +189,7 @@ class _Recordings:
     def _found(self) -> tuple[ShardDataset, dict[str, int]]:
         if not isinstance(self._data, str):
             raise CordError("the configuration names no data")
-        dataset = ShardDataset(self._data)
+        dataset = ShardDataset(self._data, max_skipped=1.0)  # what a run left out has no rollouts
         return dataset, {sample_id: index for index, sample_id in enumerate(dataset.ids)}
 
     def wav(self, sample_id: str) -> bytes | None:

@@ -137,6 +137,7 @@ def test_what_is_cut_off_is_damaged(kind: str) -> None:
         (encode_wav(TONE)[:12] + encode_wav(TONE)[36:], "without its format"),
         (encode_wav(TONE)[:30], "ends before its audio"),
         (encode(rate=1000), "1000 Hz"),
+        (encode_wav(TONE)[:24] + b"\xff\xff\xff\xff" + encode_wav(TONE)[28:], "4294967295 Hz"),
         (encode_float_wav(np.array([0.0, np.nan], np.float32)), "NaN"),
         (with_data_size(encode_wav(TONE)[:44], 9000), "cut off: 0 of 9000 bytes"),
     ],
