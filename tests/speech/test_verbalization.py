@@ -87,6 +87,14 @@ _ORDINARY = [
     ("20-25 °C, 25 ℃", "twenty to twenty five degrees Celsius, twenty five degrees Celsius"),
     ("$10-$20 million, $-5", "ten to twenty million dollars, minus five dollars"),
     ("a board 12 in long on 4 July", "a board twelve inches long on the fourth of July"),
+    (
+        "$100k/year, $1.2mil, a $3-million house",
+        "one hundred thousand dollars per year, one point two million dollars, a three million dollars house",
+    ),
+    (
+        "2-3 times a week, 5-10$ for 1.2M people",
+        "two to three times a week, five to ten dollars for one point two million people",
+    ),
     ("2 GB/minute", "two gigabytes per minute"),
     ("a 3-5 page essay in 3-5 business days", "a three to five page essay in three to five business days"),
     ("the divisor of $1313$", "the divisor of one thousand three hundred thirteen"),

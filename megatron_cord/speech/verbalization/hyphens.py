@@ -23,16 +23,16 @@ _EXPRESSION = re.compile(
 )
 _OPERATORS = re.compile(r"[+*×·÷^=−√<>≤≥≠]")
 _SUM_BEFORE = re.compile(
-    r"(?:\bwhat(?:'s| is| are| does| do)|\bhow much is|\bcalculate|\bcompute|\bevaluate|\bsimplify|\bsolve|\bfind"
-    r"|\bwork out|\btell me|\bdetermine"
-    r"|\bgive|\badd|\bsubtract|\bmultiply|\bequals?(?: to)?|\bplus|\bminus|\btimes|\bdivided by"
+    r"(?:\bwhat(?:'s| is| are| does| do)|\bhow (?:much|many) is|\bcalculate|\bcompute|\bevaluate|\bsimplify|\bsolve"
+    r"|\bfind|\bwork out|\btell me|\bdetermine|\bgive|\badd|\bsubtract|\bmultiply|\bequals?(?: to)?|\bplus|\bminus"
+    r"|\btimes|\bdivided by"
     r"|\b(?:value|result|answer|difference|expression|equation|sum|product)(?: (?:of|to|is|for|in))?)"
     r"(?: the)?\s*:?\s*$",
     re.IGNORECASE,
 )
 _SUM_AFTER = re.compile(r"\s*(?:is equal|equals?\b|is the same)", re.IGNORECASE)
 _RANGE_BEFORE = re.compile(
-    r"\b(?:pages?|pp?\.|chapters?|verses?|lines?|questions?|problems?|exercises?|sections?|items?|rows?|columns?|steps?"
+    r"\b(?:pages?|pp\.?|p\.|chapters?|verses?|lines?|questions?|problems?|exercises?|sections?|items?|rows?|columns?|steps?"
     r"|levels?|grades?|ages?|aged|years?|weeks?|days?|months?|hours?|numbers?|nos?\.|rooms?|figures?|tables?|articles?"
     r"|volumes?|episodes?|lessons?|units?|rounds?|stages?|seasons?|from|between|range(?: of| is)?|about|around"
     r"|approximately|within|every|takes?|lasts?)\s*:?\s*$",
@@ -45,7 +45,8 @@ _SCORE_BEFORE = re.compile(
 )
 _NOT_COUNTED = "was|has|plus|minus|times|equals|divides|does|this|yields|gives|makes|leaves"
 _COUNTED_AFTER = re.compile(
-    r"\s*(?:year|month|week|day|hour|minute|second|page|mile|foot|inch|point|people|men|women|children|percent|feet|teeth|mice|fish|sheep"
+    r"\s*(?:times (?:an?|per|each|every|as|more)|year|month|week|day|hour|minute|second|page|mile|foot|inch|point"
+    r"|people|men|women|children|percent|feet|teeth|mice|fish|sheep"
     rf"|(?:[a-z]+ )?(?!(?:{_NOT_COUNTED})\b)[a-z]{{3,}}s)\b"
 )
 _YEAR = re.compile(r"1[0-9]{3}|20[0-9]{2}")
@@ -65,7 +66,7 @@ def hyphen_between_values(text: str, start: int, end: int) -> str | None:
     before, expression, after = text[max(0, first - _FAR) : first], text[first:last].strip(), text[last : last + _FAR]
     low, high = _size(left), _size(right[0])
     ascending = low is not None and high is not None and low < high
-    counted = right[0].rstrip()[-1:] in set("%°") or bool(re.search(r"[A-Za-z]$", right[0]))
+    counted = right[0].rstrip()[-1:] in set("%°$€£") or bool(re.search(r"[A-Za-z]$", right[0]))
     counted = counted or bool(_COUNTED_AFTER.match(text[right.end() :]))
     chained = bool(re.match(r"\s?-\s?[0-9]", text[right.end() :])) or bool(
         re.search(r"[0-9]\s?-\s?$", text[max(0, start - _FAR) : text.rindex(left, 0, start)])

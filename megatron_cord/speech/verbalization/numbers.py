@@ -9,10 +9,18 @@ from megatron_cord.speech.verbalization.errors import UnspeakableError
 
 NUMBER = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9.])\.[0-9]+)"
 FRACTION = r"[0-9]{1,4}\s?/\s?[0-9]{1,4}(?![0-9/]|[.,][0-9])"
-SCALE = r"thousand|million|billion|trillion|bn|mn|tn|[kKmMbBT](?![\w'])"
+SCALE = r"thousand|million|billion|trillion|mil|bn|mn|tn|[kKmMbBT](?![\w'])"
 CURRENCY = r"(?:US|(?<![A-Za-z]))[$]|[€£¥₹]"
 
-_SCALES = {"k": "thousand", "m": "million", "mn": "million", "b": "billion", "bn": "billion", "t": "trillion"}
+_SCALES = {
+    "k": "thousand",
+    "m": "million",
+    "mn": "million",
+    "mil": "million",
+    "b": "billion",
+    "bn": "billion",
+    "t": "trillion",
+}
 _SCALES |= {"tn": "trillion"}
 _CURRENCIES = {
     "$": ("dollar", "dollars", "cent", "cents"),
@@ -63,11 +71,16 @@ def amount_words(number: str) -> str:
     return number_words(number)
 
 
+def scaled_words(number: str, scale: str) -> str:
+    """Spell "1.2" and "M" as "one point two million"."""
+    return f"{number_words(number)} {_SCALES.get(scale.lower(), scale.lower())}"
+
+
 def money_words(sign: str, number: str, scale: str | None = None) -> str:
     """Spell a sum of money: "five dollars and fifty cents", "one point two million dollars"."""
     one, many, part, parts = _CURRENCIES[sign]
     if scale:
-        return f"{number_words(number)} {_SCALES.get(scale.lower(), scale.lower())} {many}"
+        return f"{scaled_words(number, scale)} {many}"
     whole, _, decimals = number.replace(",", "").partition(".")
     if len(decimals) != 2 or not part or len(whole) > _LONGEST_NUMBER:
         return f"{number_words(number)} {one if number == '1' else many}"

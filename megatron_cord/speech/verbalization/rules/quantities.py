@@ -17,6 +17,7 @@ from megatron_cord.speech.verbalization.numbers import (
     money_words,
     number_words,
     ordinal_words,
+    scaled_words,
 )
 from megatron_cord.speech.verbalization.rules.place import Place, Rule, rule
 
@@ -47,12 +48,16 @@ def _money_range(place: Place) -> str | None:
     return f" {number_words(low)} to {money_words(sign, high, scale)} "
 
 
+def _scaled(place: Place) -> str:
+    return f" {scaled_words(*place.match.groups())} "
+
+
 def _cents(place: Place) -> str:
     return f" {number_words(place.match[1])} {'cent' if place.match[1] == '1' else 'cents'} "
 
 
 def _per_slash(place: Place) -> str | None:
-    return " per " if re.search(rf"(?:[0-9]|\b{UNIT}|[a-z]s|[$€£])\s?$", place.before) else None
+    return " per " if re.search(rf"(?:[0-9][kMB]?|\b{UNIT}|[a-z]s|[$€£])\s?$", place.before) else None
 
 
 def _telephone(place: Place) -> str | None:
@@ -96,8 +101,12 @@ def _idiom(place: Place) -> str | None:
 
 QUANTITIES: tuple[Rule, ...] = (
     rule(rf"({CURRENCY})({NUMBER})\s?-\s?(?:\1)?({NUMBER})(?:\s?({SCALE})(?!\w))?", _money_range),
-    rule(rf"({CURRENCY})\s?([-−]?)({NUMBER})(?:{_SPACE}({SCALE})(?!\w))?(?:\s(?:dollars?|euros?|pounds?)\b)?", _money),
+    rule(
+        rf"({CURRENCY})\s?([-−]?)({NUMBER})(?:(?:{_SPACE}|-)({SCALE})(?!\w))?(?:\s(?:dollars?|euros?|pounds?)\b)?",
+        _money,
+    ),
     rule(rf"{_APART}({NUMBER})\s?(?:({SCALE})\s?)?([$€£¥₹])(?![\w])", _money_after),
+    rule(rf"{_APART}({NUMBER})([kKMB])(?=\s(?:dollars|euros|pounds|people|users|views)\b)", _scaled),
     rule(rf"{_APART}({NUMBER})\s?¢", _cents),
     rule(rf"\s?/\s?(?=(?:{_PER})\b)", _per_slash),
     rule(r"(?<![\w-])(?:\+?1[- ])?(?:\([0-9]{3}\) ?|[0-9]{3}[- ])[0-9]{3}-[0-9]{4}(?![\w-])", _telephone),
