@@ -9,11 +9,12 @@ import re
 from dataclasses import dataclass
 
 from megatron_cord.reward.expressions import equal_expressions
-from megatron_cord.reward.moments import CalendarDate, TimeOfDay, parse_date, parse_time
+from megatron_cord.reward.moments import CalendarDate, TimeOfDay, parse_date, parse_time, spoken_year
 from megatron_cord.reward.numbers import Quantity, parse_quantity
 from megatron_cord.reward.ratios import parse_ratio
 from megatron_cord.reward.stated import LONGEST_ANSWER
 from megatron_cord.reward.wording.notation import normalized
+from megatron_cord.reward.wording.units import NO_UNIT
 
 #: Match a letter alone, and one with a text; "J. K. Rowling" has initials.
 LETTER = re.compile(r"\(?([A-Ja-j])\)?[.:]?")
@@ -45,6 +46,8 @@ def same_answer(a: str, b: str) -> bool:
         one, other = (ratio or parse_ratio(text, called=True) for ratio, text in zip(ratios, (a, b), strict=True))
         return one is not None and one == other
     first, second = _value(a), _value(b)
+    if any(_is_year(spoken, value) for spoken, value in ((a, second), (b, first))):
+        return True
     if isinstance(first, Quantity) and isinstance(second, Quantity):
         return first.agrees(second)
     if isinstance(first, Lettered) and isinstance(second, Lettered):
@@ -53,11 +56,19 @@ def same_answer(a: str, b: str) -> bool:
         return first == second
     if isinstance(first or second, (TimeOfDay, CalendarDate)):
         return False
-    return equal_expressions(normalized(a), normalized(b))
+    return equal_expressions(_expression(a, first), _expression(b, second))
 
 
 def _value(answer: str) -> Quantity | TimeOfDay | CalendarDate | Lettered | None:
     return parse_time(answer) or parse_date(answer) or parse_quantity(answer) or _lettered(answer)
+
+
+def _expression(answer: str, value: object) -> str:
+    return str(value.value) if isinstance(value, Quantity) and value.unit == NO_UNIT else normalized(answer)
+
+
+def _is_year(spoken: str, value: object) -> bool:
+    return isinstance(value, Quantity) and value.unit == NO_UNIT and value.value == spoken_year(spoken)
 
 
 def _lettered(answer: str) -> Lettered | None:

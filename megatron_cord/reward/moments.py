@@ -122,6 +122,20 @@ def _spoken(text: str) -> TimeOfDay | None:
     return None
 
 
+def spoken_year(text: str) -> int | None:
+    """Return 1945 for "nineteen forty five", which may be a time as well; None for anything else."""
+    words = re.sub(r"^in ", "", normalized(text).lower()).replace("-", " ").split() if len(text) <= _LONGEST else []
+    for place in range(1, min(len(words), 3)):
+        century, rest = _small(" ".join(words[:place])), words[place:]
+        short = rest[0] in {"oh", "o"}
+        year = _small(" ".join(rest[short:]))
+        if century is None or year is None:
+            continue
+        if 10 <= century <= 20 and (year < 10 if short else 10 <= year < 100):
+            return 100 * century + year
+    return None
+
+
 def _small(words: str) -> int | None:
     return int(words) if words.isdigit() and len(words) < 3 else whole_number(words.split()) if words else None
 

@@ -33,6 +33,8 @@ _LEADING = re.compile(
     r"(?![0-9/]|[.,:][0-9])"
 )
 _LARGE = {"k": 10**3, "m": 10**6, "mn": 10**6, "b": 10**9, "bn": 10**9}
+_ATTACHED_SCALE = re.compile(r"[-+]?[0-9.,]+[KMBT]")  # "5M" is no 5 meters; of money it is read as millions
+_CODES = {"usd": "$", "eur": "€", "gbp": "£"}
 _ORDINAL = re.compile(r"(?:the )?([0-9]+)(?:st|nd|rd|th)")
 _PARTS = re.compile(r"\s*(?:,\s*)?(?:and\s+)?(?=[0-9a-z])")
 
@@ -64,13 +66,17 @@ def parse_quantity(text: str) -> Quantity | None:
     """Return the text as one number with an optional unit, or None when it is anything else."""
     if len(text) > LONGEST_NUMBER:
         return None
-    text = plain_fractions(normalized(text)).lower().strip("{} ")
+    text = plain_fractions(normalized(text)).strip("{} ")
+    if _ATTACHED_SCALE.fullmatch(text):
+        return None
+    text = text.lower()
     if place := _ORDINAL.fullmatch(text):
         return Quantity(Fraction(int(place[1])), PLACE)
     return _in_digits(text) or _in_words(text)
 
 
 def _in_digits(text: str) -> Quantity | None:
+    text = re.sub(r"^(usd|eur|gbp) ?(?=[0-9.])", lambda m: _CODES[m[1]], text)
     match = _LEADING.match(re.sub(r"^(?:minus|negative) (?=[0-9.$])", "-", text))
     if match is None:
         return None
@@ -118,7 +124,7 @@ def _scaled(value: Fraction, words: list[str]) -> tuple[Fraction, list[str]]:
             value, words = value * part, words[1:]
     while words and words[0] in SCALES:
         value, words = value * SCALES[words[0]], words[1:]
-    return value, _of(words)
+    return value, _of(words) if words[:1] == ["of"] else words
 
 
 def _in_words(text: str) -> Quantity | None:
@@ -131,13 +137,14 @@ def _in_words(text: str) -> Quantity | None:
     for count in range(min(len(words), MOST_WORDS), 0, -1):
         value = read_number(words[:count])
         if value is not None:
-            return _with_unit(value, " ".join(_of(words[count:])), "", False)
+            return _with_unit(value, " ".join(_of(words[count:]) if value < 1 else words[count:]), "", False)
     return None
 
 
 def _of(words: list[str]) -> list[str]:
-    """Return the words behind a share without "of the"."""
-    return words[2:] if words[:2] == ["of", "the"] else words[1:] if words[:1] == ["of"] else words
+    """Return the words behind a share without "of the" or "an": "half an hour"."""
+    words = words[1:] if words[:1] == ["of"] else words
+    return words[1:] if words[:1] in (["the"], ["a"], ["an"]) and len(words) > 1 else words
 
 
 def _with_unit(value: Fraction, rest: str, currency: str, attached: bool) -> Quantity | None:
@@ -148,7 +155,7 @@ def _with_unit(value: Fraction, rest: str, currency: str, attached: bool) -> Qua
 def _compound(value: Fraction, rest: str) -> Quantity | None:
     """Return the sum of parts in falling units of one measure: "2 hours and 30 minutes"."""
     first, _, others = rest.strip().partition(" ")
-    unit = read_unit(first.rstrip(","), attached=True)
+    unit = read_unit(first.rstrip(","))
     if unit is None or unit in (NO_UNIT, PERCENT) or not others:
         return None
     part = parse_quantity(others[match.end() :] if (match := _PARTS.match(others)) else others)

@@ -33,6 +33,8 @@ def test_time_of_others_does_not_count() -> None:
         assert time.monotonic() - begun > 1.0, "nothing was hindered"
     finally:
         stop.set()
+        for other in others:
+            other.join()
 
 
 def test_code_that_does_not_end_is_interrupted() -> None:

@@ -76,7 +76,7 @@ _CHANGE_THE_VALUE = {
     ),
     *("squared", "cubed", "percent", "point", "if", "but", "until", "between", "twice", "double", "triple", "am", "pm"),
     *("pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "mod", "square", "root", "times", "ratio", "odds"),
-    *("o'clock", "because", "is", "are", "equals", "versus", "vs", "through", "score", "gross"),
+    *("o'clock", "because", "is", "are", "equals", "versus", "vs", "through", "score", "gross", "factorial"),
 }
 _RATES = {"a", "an", "each", "every", "per", "/"}
 _IRREGULAR = {
@@ -129,6 +129,8 @@ def read_unit(text: str, *, attached: bool = False) -> Unit | None:
         return NO_UNIT
     if text in {"%", "percent", "per cent", "pct"}:
         return PERCENT
+    if text in {"in", "degree", "degrees"}:
+        return Unit("inch" if text == "in" else "°")
     text = re.sub(r"\b(?:square|sq\.?) ([a-z]+)", lambda m: f"{_singular(m[1])}^2", text)
     text = re.sub(r"\bcubic ([a-z]+)", lambda m: f"{_singular(m[1])}^3", text)
     text = re.sub(r"^(?:°|degrees?) ?(?:celsius|c)\b", "°c", text)
@@ -137,8 +139,8 @@ def read_unit(text: str, *, attached: bool = False) -> Unit | None:
     words = re.sub(r"(?<=[a-z])\s?/\s?(?=[a-z])", " / ", text).split()
     if len(words) > _MOST_WORDS or not all(map(_leaves_the_value, words)):
         return None
-    if attached and not _known(words[0]):
-        return None
+    if attached and (not _known(words[0]) or (len(words[0]) == 1 and words[0] not in "mgshl°")):
+        return None  # a variable, unless it is the usual sign of a measure
     if len(words[0]) == 1 and not _known(words[0]):
         return None
     if len(words) > 1 and words[-1] in _UNITS and words[0] in {"us", "u.s"}:

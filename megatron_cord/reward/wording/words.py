@@ -14,6 +14,7 @@ from functools import lru_cache
 from text_to_num import alpha2digit, text2num
 
 MOST_WORDS = 40  #: longer ones are no number
+_LARGEST_POWER = 100
 SCALES = {
     **{"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12},
     **{"lakh": 10**5, "crore": 10**7, "dozen": 12, "dozens": 12},
@@ -94,6 +95,8 @@ def _unsigned(words: list[str]) -> Fraction | None:
         factor = _unsigned(words[:-1])
         if factor is not None and factor.denominator != 1:
             return factor * SCALES[words[-1]]  # "two and a half million"
+    if "power" in words:
+        return _power_of_ten(words)
     if "point" in words:
         return _decimal(words)
     if "over" in words:
@@ -110,6 +113,16 @@ def _times_dozen(words: list[str]) -> Fraction | None:
         words = words[:-1]  # "half a dozen"
     count = Fraction(1) if words in (["a"], []) else _unsigned(words)
     return None if count is None else count * 12
+
+
+def _power_of_ten(words: list[str]) -> Fraction | None:
+    """Return the value of "one point five times ten to the power of minus six"."""
+    match = re.fullmatch(r"(?:(.+) times )?ten to the power of (minus )?(.+)", " ".join(words))
+    factor = _unsigned(match[1].split()) if match and match[1] else Fraction(1)
+    exponent = whole_number(match[3].split()) if match else None
+    if match is None or factor is None or exponent is None or exponent > _LARGEST_POWER:
+        return None
+    return factor * Fraction(10) ** (-exponent if match[2] else exponent)
 
 
 def _decimal(words: list[str]) -> Fraction | None:
