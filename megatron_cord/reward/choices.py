@@ -39,7 +39,7 @@ _MENTION = re.compile(
     r"\(([A-Ja-j])\)|\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*:?\s*(?:is\s+)?\(?([A-J]|[a-j](?=\)))\b(?!')"
     r"|\b(?:[Oo]ption|[Cc]hoice)\s+([b-hj])\b(?!')"
     r"|(?<![\w'.])([B-HJ])(?![\w'])(?!\.\s?[A-Z]\.)"
-    r"|(?<![\w'.])([AI])(?=\s*(?:[,.;:)!?*]|$|(?:and|or|nor|is|are|was|because|since)\b))(?!\.\s?[A-Z]\.)"
+    r"|(?<![\w'.])([AI])(?=\s*(?:[,.;:)!?*]|$|(?:and|or|nor|is|are|was|because|since|over|not|rather|instead)\b))(?!\.\s?[A-Z]\.)"
 )
 _MARKED_MENTION = re.compile(r"\([A-J]\)|\b(?:option|choice|answer)\b", re.IGNORECASE)
 _ANOTHER = re.compile(
@@ -47,13 +47,15 @@ _ANOTHER = re.compile(
 )
 _REJECTED = re.compile(
     r"\b(?:not|no|never|neither|nor|wrong|incorrect|false|eliminated?|exclude[sd]?|rules?|ruled|cannot|unlike|except|"
-    r"instead\s+of|rather\s+than)\b|n't\b",
+    r"instead\s+of|rather\s+than)\b|n't\b|\bover(?=\s+(?:option\s+)?\(?[b-j]\b)",
     re.IGNORECASE,
 )
 _DENIED = re.compile(
     r"\b(?:not|never|neither|nor|wrong|incorrect|false|cannot|(?:instead|rather)\s+(?:of|than))\b|n't\b", re.I
 )
-_INSTEAD = re.compile(r",?\s+(?:and\s+)?(?:not|rather\s+than|instead\s+of|unlike)\s", re.IGNORECASE)
+_INSTEAD = re.compile(
+    r",?\s+(?:and\s+)?(?:not|rather\s+than|instead\s+of|unlike|over(?=\s+(?:option\s+)?\(?[a-j]\b))\s", re.IGNORECASE
+)
 _CLAUSE_END = re.compile(r"(?<=[.;!?])\s+|\n+|,?\s+(?=(?:but|so|hence|thus|therefore|while|whereas)\b)", re.IGNORECASE)
 _CONCLUSION = re.compile(r"\W*(?:so|thus|hence|therefore|finally|in conclusion|final answer)\b", re.IGNORECASE)
 _SYMBOLS = re.compile(r"[+=^*<>\\_]|\w-\d|\d[-/]\w")

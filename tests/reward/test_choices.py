@@ -114,6 +114,8 @@ GASES = ("oxygen", "helium", "argon", "neon")
         ("D is wrong. C is wrong. B", "B"),
         ("Wood is not a metal; iron is.", "A"),
         ("B\n\nWood burns, and C would be a gas.", "B"),
+        ("I pick A over B", "A"),
+        ("I prefer (C) over (B)", "C"),
         ("C or D", None),
         ("The answer is C or D.", None),
         ("B/C", None),
