@@ -9,7 +9,6 @@ evaluation continues where it was.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,13 +34,11 @@ from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.types import RolloutEngine
 from megatron_cord.rollout.weights import ShardedModelWeights
 from megatron_cord.runtime import entry
-from megatron_cord.runtime.files import fingerprint
+from megatron_cord.runtime.files import checkpoint_fingerprint
 from megatron_cord.runtime.progress import Bars
 from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints, load_weights
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.model_setup import build_student
-
-_ENDS = 1 << 20  # bytes at both ends of a file that stand for its content
 
 
 def evaluate(config: RunConfig) -> dict[str, Any]:
@@ -55,7 +52,7 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
     if config.evaluation.baseline == "base" and config.evaluation.checkpoint != "base":
         with _progress(layout, "base") as progress:
-            evaluator.answer("base", _fingerprint(checkpoint_directory(config.model.checkpoint)), engine, progress)
+            evaluator.answer("base", checkpoint_fingerprint(checkpoint_directory(config.model.checkpoint)), engine, progress)
     label, model, step = _load(config, layout, engine)
     with _progress(layout, label) as progress:
         evaluator.answer(label, model, engine, progress)
@@ -95,7 +92,7 @@ def _load(config: RunConfig, layout: Layout, engine: RolloutEngine) -> tuple[str
     """Give the engine the weights to evaluate; return the label, a fingerprint of the weights, and their step."""
     named = config.evaluation.checkpoint
     if named == "base":
-        return "base", _fingerprint(checkpoint_directory(config.model.checkpoint)), 0
+        return "base", checkpoint_fingerprint(checkpoint_directory(config.model.checkpoint)), 0
     checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.checkpoint)
     path = checkpoints.newest() if named == "latest" else Path(named)
     if path is None:
@@ -106,21 +103,7 @@ def _load(config: RunConfig, layout: Layout, engine: RolloutEngine) -> tuple[str
     model = build_student(replace(config.model, freeze=()), layout)  # all weights: the checkpoint may be of another run
     step = load_weights(path, model)
     engine.update_weights(ShardedModelWeights(model), step)
-    return path.resolve().name, _fingerprint(path), step
-
-
-def _fingerprint(checkpoint: Path) -> str:
-    """Return a fingerprint of a checkpoint: names, sizes, and both ends of its files."""
-    parts: list[str | int] = []
-    suffixes = {".safetensors", ".distcp", ".json", ".metadata"}
-    for path in sorted(path for path in checkpoint.iterdir() if path.suffix in suffixes):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            digest = hashlib.sha256(file.read(_ENDS))
-            file.seek(max(0, size - _ENDS))
-            digest.update(file.read())
-        parts += [path.name, size, digest.hexdigest()]
-    return fingerprint(parts)
+    return path.resolve().name, checkpoint_fingerprint(path), step
 
 
 @contextmanager

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import logging
 
-from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import finalize, initialize
 from megatron_cord.runtime import entry
-from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.config import RunConfig, load_run_config
 from megatron_cord.trainer.observability.metrics import Stopwatch
 from megatron_cord.trainer.run import Run
 
@@ -58,7 +57,8 @@ def write_report(output_dir: str) -> None:
 def main() -> int:
     """Entry point."""
     arguments = entry.parse_args(__doc__.splitlines()[0])
-    return train(load_config(RunConfig, arguments.config, arguments.overrides))
+    assert arguments.config is not None, "--config is required"
+    return train(load_run_config(arguments.config, arguments.overrides))
 
 
 if __name__ == "__main__":

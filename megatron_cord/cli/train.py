@@ -21,8 +21,7 @@ def command(config: Path, nproc_per_node: int | None, overrides: tuple[str, ...]
     """
     if nproc_per_node is not None:
         return launch_ranks(nproc_per_node, "megatron_cord.train", config, overrides)
-    from megatron_cord.config.loading import load_config
     from megatron_cord.train import train
-    from megatron_cord.trainer.config import RunConfig
+    from megatron_cord.trainer.config import load_run_config
 
-    return train(load_config(RunConfig, config, overrides))
+    return train(load_run_config(config, overrides))

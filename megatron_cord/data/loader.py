@@ -1,7 +1,8 @@
 """Which samples a step trains on, and on which rank: the same on every layout, and known from the step's number alone.
 
 Samples come in an endless row of epochs, each a shuffle of its own, drawn from (seed, epoch). A global batch is a
-stretch of that row, so the position in the data is one integer, and a run resumes exactly on another layout.
+stretch of that row, so the position in the data is one integer, and a run resumes exactly on another layout, also
+with another batch size: it goes on with the next sample of the row.
 
 The sample at position p of a batch belongs to data-parallel rank p mod DP: its ranks read, decode, augment and
 featurise it, generate its responses and train on them; no other rank does, and audio and features never travel between
@@ -135,6 +136,8 @@ class SampleLoader:
         rank: of this process among the data-parallel ones.
         world: how many they are; they need not divide the batch.
         workers: threads that read the next step's samples ahead.
+        first_step: the first step that will be asked for.
+        first_sample: how many samples were taken before it, with whatever batch size.
         change: what becomes of a sample at a step, such as its augmentation.
         prepare: makes prompts and features of samples, in the thread that reads them; None makes no prompts.
 
@@ -152,6 +155,8 @@ class SampleLoader:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
+        first_step: int = 0,
+        first_sample: int = 0,
         change: Callable[[Sample, int], Sample] | None = None,
         prepare: Callable[[Sequence[Sample]], list[PreparedSample]] | None = None,
     ) -> None:
@@ -164,6 +169,7 @@ class SampleLoader:
         self._source = source
         self._batch_size = batch_size
         self._seed = seed
+        self._first_step, self._first_sample = first_step, first_sample
         self._shuffle = shuffle
         self._rank, self._world = rank, world
         self._order = lru_cache(maxsize=2)(self._draw_order)
@@ -179,13 +185,19 @@ class SampleLoader:
 
     def epoch(self, step: int) -> float:
         """Return how many epochs are behind when ``step`` begins."""
-        return step * self._batch_size / len(self._source)
+        return self._position(step) / len(self._source)
 
     def indices(self, step: int) -> list[int]:
         """Return the numbers in the source of all samples of ``step``, counted from 0, by position."""
-        start = step * self._batch_size
+        start = self._position(step)
         places = (divmod(number, len(self._source)) for number in range(start, start + self._batch_size))
         return [int(self._order(epoch)[offset]) for epoch, offset in places]
+
+    def _position(self, step: int) -> int:
+        """Return how many samples were taken before a step."""
+        if step < self._first_step:
+            raise ValueError(f"step {step} is before the first, {self._first_step}")
+        return self._first_sample + (step - self._first_step) * self._batch_size
 
     @property
     def positions(self) -> tuple[int, ...]:

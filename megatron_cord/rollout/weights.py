@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -24,10 +24,13 @@ class ShardedModelWeights:
 
     Args:
         model: this rank's part.
+        changed: frozen parts of it that an engine does not have from the checkpoint it started with.
     """
 
-    def __init__(self, model: LALM) -> None:
+    def __init__(self, model: LALM, changed: Collection[str] = ()) -> None:
         self._model = model
+        modules = [getattr(model, part) for part in changed]
+        self._changed = {id(p) for module in modules if module is not None for p in module.parameters()}
 
     @property
     def in_main_replica(self) -> bool:
@@ -37,7 +40,7 @@ class ShardedModelWeights:
     def specs(self, *, full: bool) -> list[TensorSpec]:
         """Return names, shapes and dtypes without gathering a tensor. Collective over the replica's pipeline stages."""
         mine: dict[str, list[object]] = {}
-        parameters, select = global_parameters(self._model), _selection(full)
+        parameters, select = global_parameters(self._model), self._selection(full)
         rules = tensor_map_of(self._model).rules
         for rule in rules:
             parameter = parameters.get(rule.megatron)
@@ -54,7 +57,10 @@ class ShardedModelWeights:
 
     def tensors(self, *, full: bool, in_pieces: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Gather full tensors one by one over the replica's ranks."""
-        return export_tensors(self._model, _selection(full), in_pieces=in_pieces)
+        return export_tensors(self._model, self._selection(full), in_pieces=in_pieces)
+
+    def _selection(self, full: bool) -> Callable[[torch.nn.Parameter], bool] | None:
+        return None if full else lambda parameter: parameter.requires_grad or id(parameter) in self._changed
 
 
 class PlainWeights:
@@ -89,7 +95,3 @@ class PlainWeights:
             return {}
         stored = published_tensors(self._checkpoint_dir, load_architecture(self._checkpoint_dir))
         return {name: tensor for name, tensor in stored if name not in self._given}
-
-
-def _selection(full: bool) -> Callable[[torch.nn.Parameter], bool] | None:
-    return None if full else lambda parameter: parameter.requires_grad

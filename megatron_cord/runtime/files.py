@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+_ENDS = 1 << 20  # bytes at both ends of a file that stand for its content
 _SYNC_FILE_RANGE_WRITE = 2  # of Linux's fcntl.h
 
 
@@ -68,6 +69,20 @@ def fingerprint(parts: Iterable[str | int]) -> str:
         encoded = str(part).encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "big") + encoded)
     return digest.hexdigest()[:16]
+
+
+def checkpoint_fingerprint(checkpoint: Path) -> str:
+    """Return a fingerprint of a checkpoint's directory: names, sizes, and both ends of its files."""
+    parts: list[str | int] = []
+    suffixes = {".safetensors", ".distcp", ".json", ".metadata"}
+    for path in sorted(path for path in checkpoint.iterdir() if path.suffix in suffixes):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest = hashlib.sha256(file.read(_ENDS))
+            file.seek(max(0, size - _ENDS))
+            digest.update(file.read())
+        parts += [path.name, size, digest.hexdigest()]
+    return fingerprint(parts)
 
 
 def start_writing(descriptor: int, offset: int, length: int) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
+from megatron_cord.config.loading import load_config
 from megatron_cord.data.loader import DataConfig
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import EvaluationConfig
@@ -19,6 +23,8 @@ from megatron_cord.trainer.observability.trackers import MetricsConfig
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.step.optimizer import OptimizerConfig
 from megatron_cord.trainer.step.teacher import TeacherConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,14 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0  #: of data order, sampling and everything else that is drawn
-    #: auto: from the newest checkpoint in output_dir if there is one; never: start anew; or a checkpoint's directory
+    #: Where output_dir holds a checkpoint, the run goes on with its newest; resume and init_from say what happens where
+    #: it holds none. auto: the run begins; never: the same, and a checkpoint in output_dir is an error; or a directory,
+    #: of a checkpoint or of a run: its training goes on here, from its step and with its optimizer
     resume: str = "auto"
+    #: a new run begins with these weights in place of model.checkpoint's: a checkpoint, a run, or a Hugging Face
+    #: directory. The frozen teacher stays model.checkpoint
+    init_from: str | None = None
+    init_optimizer: bool = False  #: take the optimizer's moments from init_from, too; it must be a run's checkpoint
     replay: str | None = None  #: a rollout dump to train from, without an engine
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -82,7 +94,36 @@ class RunConfig:
                 "train.watchdog_seconds="
                 f"{self.train.watchdog_seconds:g}: else ranks that wait for servers are taken for stuck"
             )
+        if self.init_from is not None and self.resume not in ("auto", "never"):
+            raise CordError(
+                f"init_from={self.init_from} begins a run and resume={self.resume} continues one; give one of them"
+            )
+        if self.init_optimizer and self.init_from is None:
+            raise CordError("init_optimizer=true needs init_from, the run whose optimizer it is")
         if self.teacher.mode == "ema" and self.objective.responses == "teacher":
             raise CordError(
                 "objective.responses=teacher needs answers that teacher.mode=ema cannot generate; use frozen or live"
             )
+
+
+def load_run_config(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """Load a run's configuration; a run whose directory was moved goes on where its `config.yaml` lies now.
+
+    Raises:
+        CordError: anything is wrong in it.
+    """
+    config = load_config(RunConfig, path, overrides)
+    place = path.parent
+    is_run = path.name == "config.yaml" and any((place / name).exists() for name in ("checkpoints", "metrics.jsonl"))
+    chosen = any(override.partition("=")[0].strip() == "output_dir" for override in overrides)
+    if not is_run or chosen or place.resolve() == Path(config.output_dir).resolve():
+        return config
+    logger.info(
+        "%s names output_dir=%s, but lies in %s: the run was moved or copied, and goes on in %s (give output_dir=… for "
+        "another place)",
+        path,
+        config.output_dir,
+        place,
+        place,
+    )
+    return replace(config, output_dir=str(place))

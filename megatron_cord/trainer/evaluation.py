@@ -45,9 +45,18 @@ def measure_divergence(score: Scorer, version: int, responses: Sequence[AudioRes
 
 
 def summarize(
-    before: Mapping[str, Any], after: Mapping[str, Any], *, seconds: float, tp: int, steps: int
+    before: Mapping[str, Any], after: Mapping[str, Any], *, seconds: float, tp: int, steps: int, begun: int = 0
 ) -> dict[str, Any]:
-    """Return the run's summary from its first and last evaluation; gaps are to the original model's text accuracy."""
+    """Return the run's summary from its first and last evaluation; gaps are to the first one's text accuracy.
+
+    Args:
+        before: of the weights that the run began with.
+        after: of its last step.
+        seconds: spent in training.
+        tp: of its layout.
+        steps: of the whole training.
+        begun: the step after which the run began, where it continues another's.
+    """
     text = before["text_accuracy"]
     gap_before, gap_after = text - before["audio_accuracy"], text - after["audio_accuracy"]
     return {
@@ -62,4 +71,5 @@ def summarize(
         "seconds": seconds,
         "tp": tp,
         "steps": steps,
+        "begun_after_step": begun,
     }

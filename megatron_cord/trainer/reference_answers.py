@@ -1,8 +1,9 @@
 """Reference answers: the teacher's own answers to the text of the questions.
 
 The reward compares with them, and off-policy methods train on them. A frozen teacher answers all questions that the
-run will need before the engine gets any trained weights; the answers are kept in the run's directory, so that a resumed
-run has them. A live teacher answers each step with the weights that generate the step's responses. Answers are greedy.
+run will need before the engine gets any trained weights; the answers are kept in the run's directory for a resumed run,
+under the question's text, the teacher's files and the longest length: when one of these changes, the teacher answers
+anew. A live teacher answers each step with the weights that generate the step's responses. Answers are greedy.
 Audio is never read for them.
 """
 
@@ -22,7 +23,7 @@ from megatron_cord.data.samples import READ, PreparedSample, Prompt, Sample
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.types import GenerationRequest, Rollout
-from megatron_cord.runtime.files import write_atomic
+from megatron_cord.runtime.files import fingerprint, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +31,13 @@ logger = logging.getLogger(__name__)
 class TextSource(Protocol):
     """Samples by number without their audio, ``ShardDataset`` for example."""
 
-    def id_of(self, index: int) -> str:
-        """Return the id of a sample."""
-        ...
-
     def without_audio(self, index: int) -> Sample:
         """Read a sample without its audio."""
         ...
 
 
 class ReferenceAnswers:
-    """Answers by sample.
+    """Answers by sample and what it asks.
 
     Args:
         mode: "frozen" or "live".
@@ -48,6 +45,7 @@ class ReferenceAnswers:
         prompts: builds the text prompt.
         max_new_tokens: answers are cut there.
         path: the file in which a frozen teacher's answers are kept.
+        teacher: stands for the frozen teacher's weights.
     """
 
     def __init__(
@@ -57,16 +55,18 @@ class ReferenceAnswers:
         prompts: PromptBuilder,
         max_new_tokens: int,
         path: Path,
+        teacher: str = "",
     ) -> None:
         self.mode, self.engine, self.prompts = mode, engine, prompts
         self.max_new_tokens, self.path = max_new_tokens, path
+        self.teacher = teacher
         self._kept: dict[str, Rollout] = {}
 
     def prepare(self, source: TextSource, indices: Sequence[int], *, resumed: bool) -> None:
         """Generate the answers that a frozen teacher lacks. Collective; the engine must still have the initial weights.
 
         Args:
-            source: of the samples; each rank reads the text of its share of them.
+            source: of the samples, whose texts every rank reads.
             indices: numbers of all samples that the run will need.
             resumed: take the answers that this run has kept; a run that starts anew may have another model.
 
@@ -76,13 +76,13 @@ class ReferenceAnswers:
         if self.mode == "live":
             return
         self._kept = self._read() if resumed else {}
-        missing = {source.id_of(i): i for i in indices if source.id_of(i) not in self._kept}
+        asked = {self._key(sample): sample for sample in map(source.without_audio, dict.fromkeys(indices))}
+        missing = {key: sample for key, sample in asked.items() if key not in self._kept}
         if not missing:
             return
         logger.info("the teacher answers %d questions", len(missing))
         share = [
-            self._request(self.prompts.text_prompt(source.without_audio(i)))
-            for i in self.engine.share(list(missing.values()))
+            self._request(self.prompts.text_prompt(sample)) for sample in self.engine.share(list(missing.values()))
         ]
         answers = self.engine.generate_share(share, len(missing))
         self._kept |= dict(zip(missing, answers, strict=True))
@@ -96,13 +96,17 @@ class ReferenceAnswers:
 
     def rollouts(self, samples: Sequence[PreparedSample], generated: Sequence[Rollout]) -> list[Rollout]:
         """Return the answers to these samples, with what the engine made of `requests`."""
-        return list(generated) if self.mode == "live" else [self._kept[s.sample.id] for s in samples]
+        return list(generated) if self.mode == "live" else [self._kept[self._key(s.sample)] for s in samples]
+
+    def _key(self, sample: Sample) -> str:
+        """Stand for all that the answer depends on."""
+        return fingerprint([sample.id, sample.question, self.teacher, self.max_new_tokens])
 
     def _request(self, prompt: Prompt) -> GenerationRequest:
         return GenerationRequest(prompt, 0.0, self.max_new_tokens)
 
     def _write(self) -> None:
-        lines = [json.dumps({"sample": key} | asdict(rollout)) + "\n" for key, rollout in self._kept.items()]
+        lines = [json.dumps({"key": key} | asdict(rollout)) + "\n" for key, rollout in self._kept.items()]
         write_atomic(self.path, "".join(lines))
 
     def _read(self) -> dict[str, Rollout]:
@@ -112,7 +116,7 @@ class ReferenceAnswers:
         for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), start=1):
             try:
                 plain = json.loads(line)
-                kept[plain["sample"]] = Rollout.from_json(plain)
+                kept[plain["key"]] = Rollout.from_json(plain)
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise CordError(
                     f"{self.path}:{number} is damaged ({error}); delete the file, and the teacher answers anew"

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,7 @@ from megatron_cord.evaluation.config import HELDOUT
 from megatron_cord.evaluation.files import heldout_file, past_evaluations, read_result, step_label
 from megatron_cord.evaluation.formats import load_set, shard_questions
 from megatron_cord.evaluation.runner import Evaluator
+from megatron_cord.model.config import PARTS
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.reward.collective import build_rewards
@@ -33,25 +34,26 @@ from megatron_cord.rollout.schedule import Schedule, staleness
 from megatron_cord.rollout.types import Rollout, ScoredRollout, TokenResults
 from megatron_cord.rollout.weights import ShardedModelWeights
 from megatron_cord.runtime.exit_status import STOPPED
-from megatron_cord.runtime.files import write_json
+from megatron_cord.runtime.files import checkpoint_fingerprint, write_json
 from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
-from megatron_cord.trainer.checkpoint.directory import check_whole
-from megatron_cord.trainer.checkpoint.progress import Progress
+from megatron_cord.trainer.checkpoint.progress import MadeWith
 from megatron_cord.trainer.checkpoint.storage import make_writable
 from megatron_cord.trainer.collection import Collector, gather_rollouts, rollout_metrics
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.data_fingerprint import FILE_NAME as DATA_RECORD
 from megatron_cord.trainer.data_fingerprint import keep_data_record
 from megatron_cord.trainer.evaluation import measure_divergence, summarize
-from megatron_cord.trainer.model_setup import build_student
+from megatron_cord.trainer.model_setup import build_student, read_weights
 from megatron_cord.trainer.observability.logprob_mismatch import check_mismatch, importance_metrics, mismatch_metrics
 from megatron_cord.trainer.observability.metrics import MetricsLog
 from megatron_cord.trainer.observability.rollout_dump import RolloutDump, read_dump
 from megatron_cord.trainer.observability.watchdog import Watchdog
 from megatron_cord.trainer.reference_answers import ReferenceAnswers
+from megatron_cord.trainer.settings_changes import find_changes, record_changes, schedule_of
 from megatron_cord.trainer.signals import StopRequest
+from megatron_cord.trainer.start import find_start
 from megatron_cord.trainer.step.batches import TrainingSequence
-from megatron_cord.trainer.step.optimizer import build_optimizer, release, wrap_model
+from megatron_cord.trainer.step.optimizer import RateSchedule, build_optimizer, release, wrap_model
 from megatron_cord.trainer.step.step import StepResult, TrainStep
 from megatron_cord.trainer.step.teacher import Teacher
 
@@ -75,15 +77,18 @@ class Run:
         self.directory = Path(config.output_dir)
         make_writable(self.directory)
         self.checkpoints = Checkpoints(self.directory / "checkpoints", config.checkpoint)
-        resume_from = _resume_from(self.checkpoints, config.resume)
+        self.start = find_start(config, self.checkpoints)
+        self.progress = self.start.progress
         self.prompts = PromptBuilder(
             config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features
         )
         self._questions = config.data.open("train", self.prompts.limits)
         held_out = config.data.open("evaluation", self.prompts.limits)
         sets = {name: load_set(given) for name, given in config.evaluation.sets.items()}
-        self._build_model(resume_from)
-        keep_data_record(self.directory, self._questions, resumed=self.progress.step > 0, writes=layout.is_main)
+        before = self.progress.made_with
+        data = keep_data_record(self.directory, self._questions, before.data, main=layout.is_main)
+        self._describe(data)
+        self._build_model()
         self._build_rollout()
         questions = sets | {HELDOUT: shard_questions(held_out, config.evaluation.samples)}
         self.evaluator = Evaluator(config.evaluation, questions, self.prompts, self.directory, writes=layout.is_main)
@@ -94,26 +99,35 @@ class Run:
         self._rollout_times: dict[str, float] = {}
         self.status = 0
 
-    def _build_model(self, resume_from: Path | None) -> None:
-        """Build the student, its teacher and the optimizer, and load the checkpoint to resume from."""
-        config = self.config
+    def _describe(self, data: dict[str, Any]) -> None:
+        """Find what changed since the checkpoint, and what later checkpoints say about their run."""
+        config, before, settings = self.config, self.progress.made_with, to_dict(self.config)
+        planned = RateSchedule.of(config.optimizer, config.train.steps)
+        self.rates = schedule_of(self.start, planned, keep=config.optimizer.keep_schedule)
+        model = checkpoint_fingerprint(Path(config.model.checkpoint))
+        self.changes = find_changes(self.start, settings, self.rates, model)
+        trained = {*before.trained, *(part for part in PARTS if part not in config.model.freeze)}
+        made_with = MadeWith(settings, asdict(self.rates), data, model, sorted(trained), before.begun)
+        self.progress = replace(self.progress, made_with=made_with)
+
+    def _build_model(self) -> None:
+        """Build the student, its teacher and the optimizer, with the weights and states that the run begins with."""
+        config, start = self.config, self.start
         student = build_student(config.model, self.layout)
-        teacher = Teacher(config.teacher, student, config.model.checkpoint)
+        if start.weights is not None:
+            read_weights(start.weights, student)
+        trained = start.progress.made_with.trained
+        teacher = Teacher(config.teacher, student, config.model.checkpoint, has_trained="language_model" in trained)
         self.model = wrap_model(config.optimizer, student)
-        self.optimizer, self.scheduler = build_optimizer(config.optimizer, self.model, config.train.steps)
+        self.optimizer, self.scheduler = build_optimizer(config.optimizer, self.model, config.train.steps, self.rates)
         self.train_step = TrainStep(
             self.model, teacher, self.optimizer, self.scheduler, config.objective, config.train, self.prompts.pad_id
         )
-        self.progress = Progress(0, 0.0, 0, config.seed)
-        if resume_from is not None:
-            self.progress = self.checkpoints.load(
-                resume_from, self.model, self.optimizer, self.scheduler, teacher.average
-            )
-            if self.progress.seed != config.seed:
-                raise CordError(
-                    f"{resume_from} belongs to a run with seed={self.progress.seed}; resume with that seed or choose "
-                    "another output_dir"
-                )
+        if start.checkpoint is not None:
+            self.checkpoints.load(start.checkpoint, self.model, self.optimizer, teacher.average)
+        elif start.weights is not None and config.init_optimizer:
+            self.checkpoints.load(start.weights, self.model, self.optimizer, None)
+        self.scheduler.step(increment=self.progress.step)
         self.saved_step = self.progress.step
 
     def _build_rollout(self) -> None:
@@ -128,6 +142,7 @@ class Run:
             self.prompts,
             config.rollout.max_new_tokens,
             self.directory / "reference_answers.jsonl",
+            self.progress.made_with.model,
         )
         rewards = build_rewards(config.reward, self.directory, layout.replica_group)
         self.collector = Collector(config.rollout, config.objective, self._answers, rewards, config.seed)
@@ -139,6 +154,8 @@ class Run:
             rank=layout.dp_rank,
             world=layout.dp_size,
             workers=config.data.workers,
+            first_step=self.progress.step,
+            first_sample=self.progress.samples,
             change=lambda sample, step: augment(
                 sample, config.data.augmentation, seed=config.seed, step=step, limits=self.prompts.limits
             ),
@@ -193,21 +210,23 @@ class Run:
         release(self.model)
 
     def _begin(self) -> None:
-        if self.layout.is_main:
-            dump_config(self.config, self.directory / "config.yaml")
         step = self.progress.step
         if step:
             logger.info("resuming after step %d", step)
+        if self.layout.is_main:
+            record_changes(self.directory, self.start, self.changes)
+            dump_config(self.config, self.directory / "config.yaml")
         if skipped := sum(item.samples for item in self._questions.skipped):
             message = "%d samples of data.train cannot be used and are skipped; see %s"
             logger.info(message, skipped, self.directory / DATA_RECORD)
         if self.config.replay is None:
             self._prepare_answers()  # before the engine gets trained weights
-        if step:
+        if step or self.start.weights is not None:
             self._update_engine()
+        if step:
             self.schedule.restore(self.progress.ahead, step)
         # A run that was stopped between a checkpoint and its evaluation makes up for it.
-        if not step or (
+        if self.start.begins or (
             self._evaluation_is_due(step) and not broadcast_json(heldout_file(self.directory, step).is_file())
         ):
             self.evaluate(step)
@@ -216,9 +235,9 @@ class Run:
         """Let a frozen teacher answer what the run will need: the prompts of L_seq, or all of an off-policy run."""
         needed = self.collector.answered_per_step
         if needed:
-            steps = range(self.config.train.steps)
+            steps = range(self.progress.step, self.config.train.steps)
             indices = sorted({i for step in steps for i in self.loader.indices(step)[:needed]})
-            self._answers.prepare(self._questions, indices, resumed=self.progress.step > 0)
+            self._answers.prepare(self._questions, indices, resumed=not self.start.begins)
 
     # The parts of a step, in their order.
 
@@ -256,7 +275,13 @@ class Run:
         with self.schedule.training():
             result = self.train_step(self.collector.sequences(batch, rollouts), rollouts)
         skipped = self.progress.skipped_in_a_row + 1 if result.skipped else 0
-        self.progress = Progress(self.progress.step + 1, self.progress.seconds, skipped, self.config.seed)
+        self.progress = replace(
+            self.progress,
+            step=self.progress.step + 1,
+            samples=self.progress.samples + self.config.rollout.prompts_per_step,
+            skipped_in_a_row=skipped,
+            ahead={},
+        )
         if result.skipped:
             logger.info(
                 f"step {self.progress.step}: the loss or a gradient is not finite; the update is skipped ({skipped} "
@@ -335,7 +360,7 @@ class Run:
         self.log.evaluation({"step": step} | result)
         for name, other in results.items():
             self.log.question_set(step, name, other)
-        before = heldout_file(self.directory, 0)
+        before = heldout_file(self.directory, self.progress.made_with.begun)
         if self.layout.is_main and step == self.config.train.steps and before.is_file():
             summary = summarize(
                 read_result(before),
@@ -343,6 +368,7 @@ class Run:
                 seconds=round(self.progress.seconds, 1),
                 tp=self.layout.config.tp,
                 steps=step,
+                begun=self.progress.made_with.begun,
             )
             write_json(self.directory / "summary.json", summary)
 
@@ -355,7 +381,9 @@ class Run:
         return step == self.config.train.steps or bool(interval and step % interval == 0)
 
     def _update_engine(self) -> None:
-        self.engine.update_weights(ShardedModelWeights(self.model.module), self.progress.step)
+        self.engine.update_weights(
+            ShardedModelWeights(self.model.module, self.progress.made_with.trained), self.progress.step
+        )
 
     def _save(self) -> None:
         self._watchdog.phase("checkpoint", self.progress.step)
@@ -379,18 +407,3 @@ class Run:
         self.checkpoints.wait()
         logger.info(f"asked to stop after step {step}; the same command continues after step {self.saved_step}")
         self.status = STOPPED
-
-
-def _resume_from(checkpoints: Checkpoints, resume: str) -> Path | None:
-    """Return the checkpoint that the configuration's `resume` names; None begins anew."""
-    if resume == "auto":
-        return checkpoints.newest_undamaged()
-    if resume != "never":
-        return check_whole(Path(resume))
-    newest = checkpoints.newest()
-    if newest is not None:
-        raise CordError(
-            f"{newest} exists and resume=never was given; choose another output_dir, or resume=auto to continue that "
-            "run"
-        )
-    return None

@@ -90,12 +90,14 @@ class ShardDataset:
     ) -> None:
         self._entries: list[_Entry] = []
         self.skipped: list[Skipped] = []
+        self._shards: list[tuple[Path, ShardEntry | None]] = []
         seen: dict[str, Path] = {}
         for shard, listed in _find_shards(path):
             problem = _changed(shard, listed, verify) if listed else None
             if problem is not None and (not max_skipped or verify or not shard.is_file()):
                 self._skip(Skipped(str(shard), f"{shard} {problem}", listed.samples if listed else 1), max_skipped)
                 continue
+            self._shards.append((shard, listed if problem is None else None))
             for found, item in enumerate(_index(shard, limits)):
                 if isinstance(item, _Entry) and item.id in seen:
                     item = Skipped(
@@ -121,8 +123,13 @@ class ShardDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Stands for the samples and their order: 16 hexadecimal digits over their ids."""
-        return fingerprint(self.ids)
+        """Stands for the samples, their content and their order: 16 hexadecimal digits.
+
+        The content is that of the shards, by the manifest's checksums; a shard that no manifest lists, or that differs
+        from what it lists, is read for its own.
+        """
+        contents = [file_digest(shard) if listed is None else listed.sha256 for shard, listed in self._shards]
+        return fingerprint([*contents, *self.ids])
 
     def _skip(self, item: Skipped, max_skipped: float) -> None:
         if not max_skipped:

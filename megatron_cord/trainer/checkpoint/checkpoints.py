@@ -8,7 +8,6 @@ optimizer states load on any layout.
 from __future__ import annotations
 
 import logging
-import pickle
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,12 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cord.errors import CordError
@@ -31,6 +27,7 @@ from megatron_cord.parallel.objects import all_gather_json, broadcast_json
 from megatron_cord.trainer.checkpoint import manifest
 from megatron_cord.trainer.checkpoint.directory import CheckpointDirectory, check_whole
 from megatron_cord.trainer.checkpoint.progress import Progress, read_progress, write_progress
+from megatron_cord.trainer.checkpoint.restoring import restore
 from megatron_cord.trainer.checkpoint.storage import storage_problem
 from megatron_cord.trainer.checkpoint.writer import AsyncWrite
 from megatron_cord.trainer.step.moving_average import MovingAverage
@@ -49,6 +46,7 @@ class CheckpointConfig:
             raise CordError("checkpoint.interval and checkpoint.keep cannot be negative")
 
 
+logger = logging.getLogger(__name__)
 # The sharding of the distributed optimizer's states that any other layout can read.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 # Megatron's writers log their errors in addition to raising them.
@@ -165,38 +163,35 @@ class Checkpoints(CheckpointDirectory):
         path: Path,
         model: DistributedDataParallel,
         optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
         average: MovingAverage | None = None,
     ) -> Progress:
         """Restore everything from a checkpoint of any layout. Collective.
 
-        Learning rates and other settings of the optimizer are those of the configuration.
+        Learning rates and other settings of the optimizer are those of the configuration. A part that was frozen gets
+        new moments, one that is frozen now loses them; both are logged.
 
         Raises:
             CordError: not a whole checkpoint, a damaged one, one of another architecture, or one without the averages
                 that `average` needs.
         """
         progress = read_progress(path, model.module.arch)
-        if average is not None and not average.is_in(dist_checkpointing.load_tensors_metadata(str(path))):
+        if average is not None and progress.made_with.settings.get("teacher", {}).get("mode") != "ema":
             raise CordError(
                 f"{path} holds no moving average; resume with the run's own teacher.mode, or choose another output_dir"
             )
-        restored = _load(path, _state_dict(model, optimizer, average, is_loading=True))
-        model.load_state_dict(restored["model"])
+        restored = restore(path, _state_dict(model, optimizer, average, is_loading=True))
+        model.load_state_dict(restored.state["model"])
         if average is not None:
-            average.load_state_dict(restored["teacher"])
-        # Megatron-Core 0.19 matches groups by their learning rates too, and the configuration's may have changed since.
-        configured = [
-            {key: value for key, value in group.items() if key not in ("params", "step")}
-            for group in optimizer.param_groups
-        ]
-        for group in [*optimizer.param_groups, *_param_groups(restored["optimizer"])]:
-            for key in ("max_lr", "min_lr"):
-                group.pop(key, None)
-        optimizer.load_state_dict(restored["optimizer"])
-        for group, settings in zip(optimizer.param_groups, configured, strict=True):
-            group.update(settings)
-        scheduler.step(increment=progress.step)
+            average.load_state_dict(restored.state["teacher"])
+        for group in _param_groups(restored.state["optimizer"]):
+            group["step"] = restored.adam_steps or progress.step
+        optimizer.load_state_dict(restored.state["optimizer"])
+        for parts, words in (
+            (restored.fresh, "is trained from now on: its optimizer states begin at zero"),
+            (restored.dropped, "is not trained any more: its optimizer states are dropped"),
+        ):
+            for part in parts:
+                logger.info("%s %s", part, words)
         return progress
 
 
@@ -214,8 +209,7 @@ def load_weights(path: Path, model: LALM) -> int:
         CordError: as `Checkpoints.load`.
     """
     step = check_weights(path, model.arch)
-    restored = _load(path, {"model": model.sharded_state_dict()})
-    model.load_state_dict(restored["model"])
+    model.load_state_dict(restore(path, {"model": model.sharded_state_dict()}).state["model"])
     return step
 
 
@@ -239,15 +233,3 @@ def _state_dict(
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_SHARDING)),
     }
     return state if average is None else state | {"teacher": average.sharded_state_dict()}
-
-
-def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = dist_checkpointing.load(wanted, str(path))
-    except (CheckpointException, CheckpointingException, OSError, EOFError, pickle.UnpicklingError) as error:
-        # Only the readers' own errors. CheckpointException is no Exception, and would pass through every other handler.
-        raise CordError(
-            f"{path} is damaged ({type(error).__name__}); delete it to use the one before, "
-            "or choose another with resume=PATH"
-        ) from error
-    return state

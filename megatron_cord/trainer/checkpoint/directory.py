@@ -41,24 +41,28 @@ class CheckpointDirectory:
         names = broadcast_json(self._names())
         return self.directory / names[-1] if names else None
 
-    def newest_undamaged(self) -> Path | None:
+    def newest_undamaged(self, *, own: bool = True) -> Path | None:
         """Return the newest checkpoint whose files are as they were written; None if there never was one. Collective.
 
-        It is for a run that starts: damaged newer ones are renamed to `damaged_step_…`, with a warning, and leftovers
-        of a run that was killed are deleted.
+        Args:
+            own: for the run that starts: damaged newer ones are renamed to `damaged_step_…`, with a warning, and
+                leftovers of a run that was killed are deleted. Of another run nothing is changed.
 
         Raises:
             CordError: there are checkpoints, and all of them are damaged.
         """
-        if dist.get_rank() == 0:
+        if own and dist.get_rank() == 0:
             self.sweep()
         damaged: list[tuple[str, str]] = []
         names: list[str] = broadcast_json(self._names())
         for name in reversed(names):
             damage = find_damage(self.directory / name)
             if damage is None:
-                if dist.get_rank() == 0:
+                if own and dist.get_rank() == 0:
                     self._set_aside(damaged, name)
+                elif dist.get_rank() == 0:
+                    for other, found in damaged:
+                        logger.warning("%s is damaged (%s); using %s", self.directory / other, found, name)
                 return self.directory / name
             damaged.append((name, damage))
         if damaged:

@@ -37,19 +37,28 @@ def find_damage(directory: Path) -> str | None:
 
     Collective: each rank reads its share of the files.
     """
+    mine = _find_damage(directory, dist.get_rank(), dist.get_world_size())
+    return next((found for found in all_gather_json(mine) if found is not None), None)
+
+
+def find_damage_here(directory: Path) -> str | None:
+    """Return the same from this rank alone, which reads all files; None also for a checkpoint without a manifest."""
+    return _find_damage(directory, 0, 1) if (directory / NAME).is_file() else None
+
+
+def _find_damage(directory: Path, share: int, shares: int) -> str | None:
+    """Return what is wrong with a share of the files."""
     try:
         manifest = json.loads((directory / NAME).read_text())
         files: list[tuple[str, int, str]] = sorted(
             (name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
         )
     except FileNotFoundError:
-        mine: str | None = f"{NAME} is missing"
+        return f"{NAME} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        mine = f"{NAME} cannot be read"
-    else:
-        share = files[dist.get_rank() :: dist.get_world_size()]
-        mine = next(filter(None, (_compare(directory / name, size, checksum) for name, size, checksum in share)), None)
-    return next((found for found in all_gather_json(mine) if found is not None), None)
+        return f"{NAME} cannot be read"
+    found = (_compare(directory / name, size, checksum) for name, size, checksum in files[share::shares])
+    return next(filter(None, found), None)
 
 
 def _compare(path: Path, size: int, checksum: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,29 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.rollout.types import Rollout
 
-_STATE = "state.json"
+STATE = "state.json"
 _AHEAD = "rollouts.jsonl"  # only there if something was generated ahead
+
+
+@dataclass(frozen=True)
+class MadeWith:
+    """How the run that wrote a checkpoint was set.
+
+    Attributes:
+        settings: its configuration as plain maps, without secrets.
+        schedule: its learning rates, the fields of `RateSchedule`.
+        data: samples and fingerprint of what it trains on.
+        model: fingerprint of the files in `model.checkpoint`.
+        trained: parts of the model whose weights are not those of `model.checkpoint` any more.
+        begun: the step after which the run began in its directory; not 0 for one that continues another run.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""
+    trained: Sequence[str] = ()
+    begun: int = 0
 
 
 @dataclass(frozen=True)
@@ -21,10 +42,12 @@ class Progress:
     """What a run needs beside tensors. Data order and sampling are drawn from (seed, step), so the step is their state.
 
     Attributes:
-        step: optimizer steps made, which is also the position in the data and the version of the weights.
+        step: optimizer steps made, which is also the version of the weights.
         seconds: spent in training so far.
         skipped_in_a_row: steps without an update just before.
         seed: of the run, with which it must be resumed.
+        samples: taken from the data so far: the position in it.
+        made_with: the settings of the run.
         ahead: responses of later steps, by step and request (`Schedule.settle`), generated with weights that a resumed
             run no longer has.
     """
@@ -33,6 +56,8 @@ class Progress:
     seconds: float
     skipped_in_a_row: int
     seed: int
+    samples: int = 0
+    made_with: MadeWith = field(default_factory=MadeWith)
     ahead: Mapping[int, Mapping[str, Rollout]] = field(default_factory=dict)
 
 
@@ -47,29 +72,35 @@ def write_progress(checkpoint: Path, progress: Progress, arch: Architecture) -> 
         (checkpoint / _AHEAD).write_text("".join(lines))
     state = asdict(replace(progress, ahead={})) | {"architecture": asdict(arch)}
     del state["ahead"]
-    (checkpoint / _STATE).write_text(json.dumps(state, indent=1))
+    (checkpoint / STATE).write_text(json.dumps(state, indent=1))
 
 
-def read_progress(checkpoint: Path, arch: Architecture) -> Progress:
+def read_progress(checkpoint: Path, arch: Architecture | None = None) -> Progress:
     """Read a checkpoint's files.
+
+    Args:
+        checkpoint: its directory.
+        arch: the architecture that it must be of; None takes any.
 
     Raises:
         CordError: it is missing or damaged, or the checkpoint is of another architecture.
     """
     try:
-        state = json.loads((checkpoint / _STATE).read_text())
+        state = json.loads((checkpoint / STATE).read_text())
         architecture = state.pop("architecture")
-        progress = Progress(**state, ahead=_read_ahead(checkpoint / _AHEAD))
+        made_with = MadeWith(**state.pop("made_with", {}))
+        progress = Progress(**state, made_with=made_with, ahead=_read_ahead(checkpoint / _AHEAD))
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"{_STATE}: {error}"
+        reason = error.strerror if isinstance(error, OSError) else f"{STATE}: {error}"
         raise CordError(f"{checkpoint} is not a whole checkpoint ({reason}); choose another with resume=PATH") from None
-    saved, wanted = _flat(architecture), _flat(json.loads(json.dumps(asdict(arch))))
+    if arch is None:
+        return progress
+    saved, wanted = flatten(architecture), flatten(json.loads(json.dumps(asdict(arch))))
     differing = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     if differing:
         raise CordError(
-            f"{checkpoint} holds another architecture (it differs in {', '.join(differing)}); resume with the run's "
-            "own "
-            "model.checkpoint"
+            f"{checkpoint} holds another architecture (it differs in {', '.join(differing)}); use the "
+            "model.checkpoint that it was trained from"
         )
     return progress
 
@@ -82,9 +113,9 @@ def _read_ahead(path: Path) -> dict[int, dict[str, Rollout]]:
     return ahead
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested maps into one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

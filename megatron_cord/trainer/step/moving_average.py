@@ -7,7 +7,6 @@ averages, as the teacher's view is text alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +24,8 @@ class MovingAverage:
 
     Args:
         decay: d, between 0 and 1.
-        student: its trained parameters are averaged.
-        teacher: has the same weights now, and is given the averages.
+        student: its trained parameters are averaged, from their present values on.
+        teacher: is given the averages.
         offload: keep averages that are not the teacher's own tensors in host memory.
     """
 
@@ -37,7 +36,7 @@ class MovingAverage:
         self._followed: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for name, parameter in student.language_model.named_parameters():
             if parameter.requires_grad:
-                own = taught[name].data
+                own = taught[name].data.copy_(parameter.data)
                 average = own if own.dtype == torch.float32 else own.to("cpu" if offload else own.device, torch.float32)
                 self._followed[name] = (average, own, parameter)
 
@@ -58,11 +57,6 @@ class MovingAverage:
                 more = {"dtype": average.dtype} if isinstance(entry, ShardedTensor) else {}
                 state[name] = replace(entry, data=average, **more)
         return state
-
-    @staticmethod
-    def is_in(saved: Iterable[str]) -> bool:
-        """Return whether a checkpoint with tensors of these names has averages."""
-        return any(name.startswith(_PREFIX) for name in saved)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +29,50 @@ class OptimizerConfig:
     clip_norm: float = 1.0  #: global gradient norm; 0 turns clipping off
     distributed: bool = True  #: Megatron's distributed optimizer: states are split over data-parallel ranks
     overlap_communication: bool = False  #: reduce gradients while the backward pass runs
+    #: a resumed run keeps the learning rates of its checkpoint, whatever learning_rate, warmup_steps,
+    #: final_learning_rate_fraction and train.steps are now; after their last step the final rate stays
+    keep_schedule: bool = False
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
             raise CordError(f"optimizer.learning_rate must be positive, got {self.learning_rate}")
         if self.warmup_steps < 0:
             raise CordError(f"optimizer.warmup_steps cannot be negative, got {self.warmup_steps}")
+
+
+@dataclass(frozen=True)
+class RateSchedule:
+    """The learning rates of a run: a linear warm-up and a cosine, as Megatron's scheduler computes them.
+
+    Attributes:
+        peak: at the end of the warm-up.
+        final: at the last step, and after it.
+        warmup: steps of the warm-up.
+        steps: of the whole schedule.
+    """
+
+    peak: float
+    final: float
+    warmup: int
+    steps: int
+
+    @classmethod
+    def of(cls, config: OptimizerConfig, steps: int) -> RateSchedule:
+        """Return the schedule of a configuration, over so many steps."""
+        rate = config.learning_rate
+        return cls(rate, rate * config.final_learning_rate_fraction, min(config.warmup_steps, steps - 1), steps)
+
+    @property
+    def initial(self) -> float:
+        """The rate of the first step: not zero, which would waste it."""
+        return self.peak / (self.warmup + 1)
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of the update after so many steps."""
+        if self.warmup and step <= self.warmup:
+            return self.initial + (self.peak - self.initial) * step / self.warmup
+        share = min(1.0, (step - self.warmup) / (self.steps - self.warmup))
+        return self.final + (self.peak - self.final) * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
 def wrap_model(config: OptimizerConfig, model: LALM) -> DistributedDataParallel:
@@ -50,19 +89,20 @@ def wrap_model(config: OptimizerConfig, model: LALM) -> DistributedDataParallel:
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: DistributedDataParallel, steps: int
+    config: OptimizerConfig, model: DistributedDataParallel, steps: int, schedule: RateSchedule | None = None
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Build the optimizer of all parameters that are not frozen, and its schedule over `steps` steps.
+    """Build the optimizer of all parameters that are not frozen, and its schedule: the configuration's over `steps`.
 
     The model's configuration is given the functions with which Megatron's pipeline schedule finishes a step.
     """
     lalm: LALM = model.module
     dtype = lalm.config.params_dtype
+    schedule = schedule or RateSchedule.of(config, steps)
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
-            lr=config.learning_rate,
-            min_lr=config.learning_rate * config.final_learning_rate_fraction,
+            lr=schedule.peak,
+            min_lr=schedule.final,
             weight_decay=config.weight_decay,
             adam_beta1=config.beta1,
             adam_beta2=config.beta2,
@@ -75,14 +115,13 @@ def build_optimizer(
         ),
         [model],
     )
-    warmup = min(config.warmup_steps, steps - 1)
     scheduler = OptimizerParamScheduler(
         optimizer,
-        init_lr=config.learning_rate / (warmup + 1),  # not zero, which would waste the first step
-        max_lr=config.learning_rate,
-        min_lr=config.learning_rate * config.final_learning_rate_fraction,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=steps,
+        init_lr=schedule.initial,
+        max_lr=schedule.peak,
+        min_lr=schedule.final,
+        lr_warmup_steps=schedule.warmup,
+        lr_decay_steps=schedule.steps,
         lr_decay_style="cosine",
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,

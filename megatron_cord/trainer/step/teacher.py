@@ -40,16 +40,19 @@ class Teacher:
         config: which weights.
         student: the model that is trained; it is the teacher's model too where the weights are the same.
         checkpoint_dir: the initial weights.
+        has_trained: the student's language model has, or will be given, other weights than the initial ones, even if
+            it is frozen from now on.
     """
 
-    def __init__(self, config: TeacherConfig, student: LALM, checkpoint_dir: str) -> None:
+    def __init__(self, config: TeacherConfig, student: LALM, checkpoint_dir: str, *, has_trained: bool = False) -> None:
         self.offload = config.offload
         self.average: MovingAverage | None = None  #: of mode ema, unless the language model is frozen
         is_frozen = all(not p.requires_grad for p in student.language_model.parameters())
         frozen_everywhere = torch.tensor(float(is_frozen), device=student.layout.device)
         dist.all_reduce(frozen_everywhere, op=dist.ReduceOp.MIN, group=student.layout.pp_group)
-        if config.mode == "live" or bool(frozen_everywhere):
-            self.model = student  # a frozen language model is its own frozen teacher
+        is_student = bool(frozen_everywhere) and (config.mode == "ema" or not has_trained)
+        if config.mode == "live" or is_student:
+            self.model = student  # a frozen language model is its own frozen teacher, and its own average
         else:
             self.model = LALM(student.arch, student.layout, student.config.params_dtype, student.layers)
             read_into(self.model, checkpoint_dir)

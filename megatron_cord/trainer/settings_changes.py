@@ -1,0 +1,115 @@
+"""What changed between the run that wrote a checkpoint and the one that goes on from it: printed, and kept as a file.
+
+`settings_changes.jsonl` in the run's directory has a line for each start with other settings:
+
+    {"time", "step", "checkpoint", "changes": {"optimizer.learning_rate": [old, new]}, "notes": ["…"]}
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_cord.trainer.checkpoint.progress import flatten
+from megatron_cord.trainer.start import Start
+from megatron_cord.trainer.step.optimizer import RateSchedule
+
+logger = logging.getLogger(__name__)
+FILE_NAME = "settings_changes.jsonl"
+#: Settings that say where a run begins and lies, not what it does.
+_PLACE = ("output_dir", "resume", "init_from", "init_optimizer")
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is different.
+
+    Attributes:
+        settings: old and new value by dotted key.
+        notes: consequences in words.
+    """
+
+    settings: Mapping[str, tuple[Any, Any]]
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """Return a line for each change."""
+        return [f"{key}: {_shown(old)} → {_shown(new)}" for key, (old, new) in self.settings.items()] + [*self.notes]
+
+
+def find_changes(start: Start, settings: Mapping[str, Any], schedule: RateSchedule, model: str) -> Changes:
+    """Compare the settings of a run that goes on with those of its checkpoint.
+
+    Args:
+        start: where it goes on.
+        settings: the configuration now, as plain maps.
+        schedule: the learning rates now.
+        model: the fingerprint of `model.checkpoint` now.
+    """
+    before = start.progress.made_with
+    if start.checkpoint is None:
+        return Changes({}, ())
+    if not before.settings:
+        return Changes({}, (f"{start.checkpoint} does not say with which settings it was made",))
+    old, new = flatten(dict(before.settings)), flatten(json.loads(json.dumps(dict(settings))))
+    keys = [key for key in [*old, *(key for key in new if key not in old)] if key not in _PLACE]
+    changed = {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+    return Changes(changed, tuple(_notes(start, settings, changed, schedule, model)))
+
+
+def _notes(
+    start: Start, settings: Mapping[str, Any], changed: Mapping[str, Any], schedule: RateSchedule, model: str
+) -> list[str]:
+    progress, notes = start.progress, []
+    before = progress.made_with
+    was, now = str(before.settings.get("output_dir", "")), str(settings["output_dir"])
+    if not start.forked and Path(was).resolve() != Path(now).resolve():
+        notes.append(f"the run was moved or copied: it began in {was} and goes on in {now}")
+    if before.model != model:
+        notes.append("model.checkpoint holds other files than before: a frozen teacher has other weights from now on")
+    if "model.dtype" in changed:
+        notes.append("the weights are rounded to, or come from, another precision: losses will differ")
+    if "rollout.prompts_per_step" in changed:
+        notes.append(f"the data goes on after sample {progress.samples}; none is left out or comes twice")
+    if before.schedule:
+        kept = RateSchedule(**before.schedule)
+        rate, other = schedule.rate(progress.step), kept.rate(progress.step)
+        if abs(rate - other) > 1e-6 * other:
+            notes.append(
+                f"the learning rate of step {progress.step + 1} is {rate:.4g}, not {other:.4g} as planned before; "
+                "optimizer.keep_schedule=true keeps the rates of the checkpoint"
+            )
+        elif schedule == kept and settings["train"]["steps"] > kept.steps:
+            notes.append(f"the learning rate stays at {kept.final:.4g} after step {kept.steps}")
+    return notes
+
+
+def record_changes(directory: Path, start: Start, changes: Changes) -> None:
+    """Print the changes and append them to the run's file, on rank 0 alone; nothing if there are none."""
+    lines = changes.lines()
+    if not lines and not start.forked:
+        return
+    for line in lines:
+        logger.info("changed after step %d: %s", start.progress.step, line)
+    entry = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": start.progress.step,
+        "checkpoint": str(start.checkpoint),
+    }
+    with (directory / FILE_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry | {"changes": changes.settings, "notes": changes.notes}, ensure_ascii=False) + "\n")
+
+
+def schedule_of(start: Start, now: RateSchedule, *, keep: bool) -> RateSchedule:
+    """Return the learning rates that apply: those of the checkpoint where they are to be kept."""
+    before = start.progress.made_with.schedule
+    return RateSchedule(**before) if keep and before else now
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

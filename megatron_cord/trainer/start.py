@@ -1,0 +1,159 @@
+"""Where a run begins: with the newest checkpoint in its own directory, else as `resume` and `init_from` say.
+
+So the same command continues a run at every restart, also one that began with another run's weights. What belongs to
+another run is read and never changed.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_cord.errors import CordError
+from megatron_cord.model.config import PARTS
+from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
+from megatron_cord.trainer.checkpoint.directory import CheckpointDirectory, check_whole
+from megatron_cord.trainer.checkpoint.manifest import NAME as MANIFEST
+from megatron_cord.trainer.checkpoint.progress import STATE, Progress, read_progress
+from megatron_cord.trainer.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        progress: how far the run is.
+        checkpoint: what training goes on from; None for a new run.
+        weights: what a new run takes its weights from in place of `model.checkpoint`: a checkpoint or a Hugging Face
+            directory.
+        forked: training goes on from another run's checkpoint.
+    """
+
+    progress: Progress
+    checkpoint: Path | None = None
+    weights: Path | None = None
+    forked: bool = False
+
+    @property
+    def begins(self) -> bool:
+        """Whether the run begins in its directory now."""
+        return self.checkpoint is None or self.forked
+
+
+def find_start(config: RunConfig, checkpoints: Checkpoints) -> Start:
+    """Return where the run begins. Collective.
+
+    Raises:
+        CordError: the checkpoint that is named is not there, not whole, or of another kind of run; or output_dir holds
+            a run that the configuration does not continue.
+    """
+    check_model(config)
+    newest = checkpoints.newest()
+    if newest is not None and config.resume == "never":
+        raise CordError(
+            f"{newest} exists and resume=never was given; choose another output_dir, or resume=auto to continue that "
+            "run"
+        )
+    own = checkpoints.newest_undamaged()
+    if own is not None:
+        return _go_on(config, own)
+    if config.resume not in ("auto", "never"):
+        other = _find_checkpoint(Path(config.resume), f"resume={config.resume}", needs_optimizer=True)
+        progress = _check(config, other, read_progress(other))
+        logger.info("continuing the run of %s in %s, which holds no checkpoint yet", other, config.output_dir)
+        made_with = replace(progress.made_with, begun=progress.step)
+        return Start(replace(progress, made_with=made_with), checkpoint=other, forked=True)
+    return _begin(config)
+
+
+def check_model(config: RunConfig) -> None:
+    """Refuse a checkpoint that is not on this machine, before anything is built from it.
+
+    Raises:
+        CordError: naming what is there.
+    """
+    path = Path(config.model.checkpoint)
+    if not config.model.checkpoint.startswith("hf://") and not path.is_dir():
+        raise CordError(
+            f"model.checkpoint={path}: no such directory (looked at {path.absolute()}); give the directory of a "
+            "Hugging Face checkpoint on this machine"
+        )
+
+
+def _go_on(config: RunConfig, own: Path) -> Start:
+    progress = _check(config, own, read_progress(own))
+    began = progress.made_with.settings.get("init_from")
+    if config.init_from is not None and progress.made_with.settings and config.init_from != began:
+        raise CordError(
+            f"{own} belongs to a run that began with init_from={began or 'null'}, not {config.init_from}; choose "
+            "another output_dir for a new run"
+        )
+    if config.resume not in ("auto", "never") and Path(config.resume).resolve() != own.resolve():
+        logger.info(
+            "resume=%s counts only where output_dir holds no checkpoint: %s goes on (to go back, choose another "
+            "output_dir)",
+            config.resume,
+            own,
+        )
+    return Start(progress, checkpoint=own)
+
+
+def _begin(config: RunConfig) -> Start:
+    """Begin a new run."""
+    progress = Progress(0, 0.0, 0, config.seed)
+    if config.init_from is None:
+        return Start(progress)
+    given = Path(config.init_from)
+    if (given / "config.json").is_file():
+        if config.init_optimizer:
+            raise CordError(f"init_optimizer=true: {given} is a Hugging Face directory, which holds no optimizer")
+        source = given
+        logger.info("beginning with the weights of %s", given)
+    else:
+        source = _find_checkpoint(given, f"init_from={given}", needs_optimizer=config.init_optimizer)
+        words = "weights and optimizer" if config.init_optimizer else "weights"
+        logger.info("beginning with the %s of %s, at step 0", words, source)
+    return Start(replace(progress, made_with=replace(progress.made_with, trained=PARTS)), weights=source)
+
+
+def _find_checkpoint(path: Path, given: str, *, needs_optimizer: bool) -> Path:
+    """Return the checkpoint that a user names by its own directory or by its run's. Collective."""
+    if (path / STATE).is_file() and not needs_optimizer and not (path / MANIFEST).is_file():
+        return path  # was imported, and holds weights alone
+    if any((path / name).is_file() for name in (STATE, MANIFEST, "metadata.json")):
+        return check_whole(path)
+    folder = path / "checkpoints"
+    newest = CheckpointDirectory(folder).newest_undamaged(own=False) if folder.is_dir() else None
+    if newest is None:
+        if path.is_dir():
+            found = ", ".join(sorted(item.name for item in path.iterdir())[:6]) or "nothing"
+            reason = f"is neither a checkpoint nor a run with one (it holds {found})"
+        else:
+            reason = f"does not exist (looked at {path.absolute()})"
+        raise CordError(f"{given} {reason}; give the directory of a checkpoint, or of a run")
+    return newest
+
+
+def _check(config: RunConfig, checkpoint: Path, progress: Progress) -> Progress:
+    """Refuse what cannot be meant."""
+    if progress.seed != config.seed:
+        raise CordError(
+            f"{checkpoint} belongs to a run with seed={progress.seed}; resume with that seed or choose "
+            "another output_dir"
+        )
+    if progress.step > config.train.steps:
+        raise CordError(
+            f"{checkpoint} is after step {progress.step}, and train.steps={config.train.steps} lies behind it; raise "
+            "train.steps, or choose another output_dir"
+        )
+    shuffled = progress.made_with.settings.get("data", {}).get("shuffle", config.data.shuffle)
+    if shuffled != config.data.shuffle:
+        raise CordError(
+            f"{checkpoint} belongs to a run with data.shuffle={str(shuffled).lower()}: in another order, samples would "
+            "be left out or come twice; resume with that order or choose another output_dir"
+        )
+    return progress
