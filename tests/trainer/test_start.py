@@ -163,9 +163,7 @@ def test_a_path_that_is_older_does_not_win(
     assert losses(run)[:4] == losses(parent) and steps_of(run) == [1, 2, 3, 4, 5]
 
 
-def test_a_run_that_was_moved(
-    inputs: Path, parent: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_that_was_moved(inputs: Path, parent: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches a run that begins anew in the place it was moved from, and a move that nothing says."""
     shutil.copytree(parent, tmp_path / "old")
     config = tmp_path / "old" / "config.yaml"

@@ -106,31 +106,41 @@ def run_whole(cluster: Cluster, inputs: Path, output: Path, *more: str, **variab
     assert cluster.job(job)["JobState"] == "COMPLETED", (output / "job.log").read_text()
 
 
-def run_cut(cluster: Cluster, inputs: Path, output: Path, *more: str, **variables: str) -> str:
-    """Run, cut off by the time limit, queued again and resumed; return the log."""
+def run_cut(
+    cluster: Cluster, inputs: Path, output: Path, *more: str, steps: int = STEPS, times: int = 1, **variables: str
+) -> str:
+    """Run, cut off by the time limit so many times, each time queued again and resumed; return the log."""
     # Without an interval, what is saved before the end is saved for the signal.
     job = submit(cluster, inputs, output, "checkpoint.interval=0", *more, **variables)
-    cluster.wait(lambda: steps_done(output) >= 3, 900, "the first steps")
+    for restarts in range(times):
+        cut_off(cluster, output, job, restarts)
+        assert 3 <= steps_done(output) < steps
+    cluster.wait(lambda: has_ended(cluster, job), 1800, "the resumed run")
+    log = (output / "job.log").read_text()
+    assert cluster.job(job)["JobState"] == "COMPLETED" and log.count("resuming after step") >= times, log
+    return log
+
+
+def cut_off(cluster: Cluster, output: Path, job: str, restarts: int) -> None:
+    """Let the time limit end a job that was queued again so many times before, and start it once more."""
+    before = steps_done(output)
+    cluster.wait(lambda: steps_done(output) >= before + 3, 900, "the first steps")
     # SLURM looks at time limits twice a minute: the ranks stand still until it has, however fast they are.
     with standing_still(output) as ranks:
         # As if submitted with a limit that ends in one to two minutes, and a signal two minutes before it.
         hours, minutes, _ = map(int, cluster.job(job)["RunTime"].split(":"))
         cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
         cluster.wait(lambda: any(map(has_signal_pending, ranks)), 200, "the signal")
-    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", 200, "the job to be queued again")
+    again = str(restarts + 1)
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == again, 200, "the job to be queued again")
     log = (output / "job.log").read_text()
     assert (
         "the time limit is near" in log and "ended with status 75" in log and "queueing again, to resume from" in log
     ), log
-    assert 3 <= steps_done(output) < (SERVED_STEPS if variables else STEPS)
     # SLURM lets a job wait two minutes before it starts again; this one a moment, as its credential is revoked in the
     # second in which it is queued.
     cluster.wait(lambda: cluster.job(job)["JobState"] == "PENDING", 60, "the nodes to be clean")
     cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=01:00:00", "StartTime=now+5")
-    cluster.wait(lambda: has_ended(cluster, job), 1800, "the resumed run")
-    log = (output / "job.log").read_text()
-    assert cluster.job(job)["JobState"] == "COMPLETED" and "resuming after step" in log, log
-    return log
 
 
 def test_a_job_cut_off_by_its_time_limit_ends_like_one_that_was_not(
@@ -145,6 +155,23 @@ def test_a_job_cut_off_by_its_time_limit_ends_like_one_that_was_not(
     run_whole(cluster, inputs, whole, "parallel.tp=2")
     run_cut(cluster, inputs, cut, "parallel.tp=2")
     assert losses(cut) == losses(whole) and len(losses(cut)) == STEPS
+
+
+@pytest.mark.parametrize("key", ["resume", "init_from"])
+def test_a_fork_cut_off_twice_ends_like_one_that_was_not(
+    cluster: Cluster, inputs: Path, tmp_path: Path, key: str
+) -> None:
+    """Catches a fork that begins at the other run's checkpoint after each time limit, and so never ends."""
+    parent = tmp_path / "parent"
+    run_whole(cluster, inputs, parent, "parallel.tp=2", "train.steps=2")
+    steps = 2 * STEPS
+    fork = ("parallel.tp=2", f"{key}={parent}", f"train.steps={steps}")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_whole(cluster, inputs, whole, *fork)
+    run_cut(cluster, inputs, cut, *fork, steps=steps, times=2)
+    assert losses(cut) == losses(whole) and len(losses(cut)) == steps - (2 if key == "resume" else 0)
+    assert (cut / "summary.json").is_file() and not list((parent / "checkpoints").glob("damaged*"))
+    assert [path.name for path in (parent / "checkpoints").iterdir()] == ["step_000002"]
 
 
 def test_one_node_trains_and_one_serves(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
@@ -168,7 +195,7 @@ def test_one_node_trains_and_one_serves(cluster: Cluster, inputs: Path, tmp_path
     }
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_whole(cluster, inputs, whole, *greedy, **serving)
-    log = run_cut(cluster, inputs, cut, *greedy, **serving)
+    log = run_cut(cluster, inputs, cut, *greedy, steps=SERVED_STEPS, **serving)
     assert log.count("servers of") == 2 and log.count("training on n1, 2 ranks each") == 2
     assert losses(cut) == losses(whole) and len(losses(cut)) == SERVED_STEPS
     key = re.compile(r"MEGATRON_CORD_SERVER_KEY|Bearer")
