@@ -121,13 +121,13 @@ def test_a_jump_of_the_learning_rate_is_said_and_can_be_avoided(
         "train.steps: 4 → 8",
     ]
     rates = [line["learning_rate"] for line in metrics(jumped)]
-    assert f"the learning rate of step 3 is {rates[2]:.4g}, not {metrics(whole)[2]['learning_rate']:.4g}" in lines[2]
+    assert f"the learning rate of step 3 is {rates[2]:.4g}, not {metrics(whole)[2]['learning_rate']:.4g}" in lines[-1]
     kept = alone(inputs, stop_after(2, whole, tmp_path / "kept"), *FEW, *longer, "optimizer.keep_schedule=true")
     assert losses(kept)[:4] == losses(whole)
     assert [line["learning_rate"] for line in metrics(kept)][4:] == pytest.approx([1e-4] * 4)
     again = alone(inputs, stop_after(6, kept, tmp_path / "again"), *FEW, *longer, "optimizer.keep_schedule=true")
     assert losses(again) == losses(kept)
-    assert changes(kept)["notes"] == ["the learning rate stays at 0.0001 after step 4"]
+    assert changes(kept)["notes"][-1] == "the learning rate stays at 0.0001 after step 4"
 
 
 def test_the_schedule_is_megatrons(inputs: Path, tmp_path: Path) -> None:

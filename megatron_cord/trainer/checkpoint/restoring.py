@@ -24,7 +24,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cord.errors import CordError
@@ -85,9 +85,13 @@ def restore(path: Path, wanted: dict[str, Any]) -> Restored:
             common = _load(path, asked)
             values |= {int(i): common.pop(i) for i in asked}
     numbers = iter(range(len(leaves)))
-    state = dict_list_map_outplace(
-        lambda leaf: values[next(numbers)] if isinstance(leaf, ShardedBase) else leaf, wanted
-    )
+
+    def value_of(leaf: Any) -> Any:
+        if isinstance(leaf, ShardedBase):
+            return values[next(numbers)]
+        return leaf.unwrap() if isinstance(leaf, LocalNonpersistentObject) else leaf
+
+    state = dict_list_map_outplace(value_of, wanted)
     steps = [step for step in _find(common, "step") if isinstance(step, int)]
     fresh = _gather(leaf.key for leaf, source in zip(leaves, sources, strict=True) if source.name is None)
     used = _moments(_gather(leaf.key for leaf in leaves)) if "optimizer" in wanted else _moments(saved)
