@@ -107,7 +107,7 @@ def run_whole(cluster: Cluster, inputs: Path, output: Path, *more: str, **variab
 
 
 def run_cut(
-    cluster: Cluster, inputs: Path, output: Path, *more: str, steps: int = STEPS, times: int = 1, **variables: str
+    cluster: Cluster, inputs: Path, output: Path, steps: int, times: int, /, *more: str, **variables: str
 ) -> str:
     """Run, cut off by the time limit so many times, each time queued again and resumed; return the log."""
     # Without an interval, what is saved before the end is saved for the signal.
@@ -153,7 +153,7 @@ def test_a_job_cut_off_by_its_time_limit_ends_like_one_that_was_not(
     """
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_whole(cluster, inputs, whole, "parallel.tp=2")
-    run_cut(cluster, inputs, cut, "parallel.tp=2")
+    run_cut(cluster, inputs, cut, STEPS, 1, "parallel.tp=2")
     assert losses(cut) == losses(whole) and len(losses(cut)) == STEPS
 
 
@@ -168,7 +168,7 @@ def test_a_fork_cut_off_twice_ends_like_one_that_was_not(
     fork = ("parallel.tp=2", f"{key}={parent}", f"train.steps={steps}")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_whole(cluster, inputs, whole, *fork)
-    run_cut(cluster, inputs, cut, *fork, steps=steps, times=2)
+    run_cut(cluster, inputs, cut, steps, 2, *fork)
     assert losses(cut) == losses(whole) and len(losses(cut)) == steps - (2 if key == "resume" else 0)
     assert (cut / "summary.json").is_file() and not list((parent / "checkpoints").glob("damaged*"))
     assert [path.name for path in (parent / "checkpoints").iterdir()] == ["step_000002"]
@@ -195,7 +195,7 @@ def test_one_node_trains_and_one_serves(cluster: Cluster, inputs: Path, tmp_path
     }
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_whole(cluster, inputs, whole, *greedy, **serving)
-    log = run_cut(cluster, inputs, cut, *greedy, steps=SERVED_STEPS, **serving)
+    log = run_cut(cluster, inputs, cut, SERVED_STEPS, 1, *greedy, **serving)
     assert log.count("servers of") == 2 and log.count("training on n1, 2 ranks each") == 2
     assert losses(cut) == losses(whole) and len(losses(cut)) == SERVED_STEPS
     key = re.compile(r"MEGATRON_CORD_SERVER_KEY|Bearer")
