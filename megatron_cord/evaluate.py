@@ -52,7 +52,9 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
     if config.evaluation.baseline == "base" and config.evaluation.checkpoint != "base":
         with _progress(layout, "base") as progress:
-            evaluator.answer("base", checkpoint_fingerprint(checkpoint_directory(config.model.checkpoint)), engine, progress)
+            evaluator.answer(
+                "base", checkpoint_fingerprint(checkpoint_directory(config.model.checkpoint)), engine, progress
+            )
     label, model, step = _load(config, layout, engine)
     with _progress(layout, label) as progress:
         evaluator.answer(label, model, engine, progress)

@@ -25,6 +25,7 @@ from megatron_cord.evaluation.config import HELDOUT
 from megatron_cord.evaluation.files import heldout_file, past_evaluations, read_result, step_label
 from megatron_cord.evaluation.formats import load_set, shard_questions
 from megatron_cord.evaluation.runner import Evaluator
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.config import PARTS
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import broadcast_json
@@ -104,7 +105,7 @@ class Run:
         config, before, settings = self.config, self.progress.made_with, to_dict(self.config)
         planned = RateSchedule.of(config.optimizer, config.train.steps)
         self.rates = schedule_of(self.start, planned, keep=config.optimizer.keep_schedule)
-        model = checkpoint_fingerprint(Path(config.model.checkpoint))
+        model = checkpoint_fingerprint(checkpoint_directory(config.model.checkpoint))
         self.changes = find_changes(self.start, settings, self.rates, model)
         trained = {*before.trained, *(part for part in PARTS if part not in config.model.freeze)}
         made_with = MadeWith(settings, asdict(self.rates), data, model, sorted(trained), before.begun)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_cord.errors import CordError
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.config import PARTS
 from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
 from megatron_cord.trainer.checkpoint.directory import CheckpointDirectory, check_whole
@@ -51,7 +52,10 @@ def find_start(config: RunConfig, checkpoints: Checkpoints) -> Start:
         CordError: the checkpoint that is named is not there, not whole, or of another kind of run; or output_dir holds
             a run that the configuration does not continue.
     """
-    check_model(config)
+    try:
+        checkpoint_directory(config.model.checkpoint)  # at once, before anything is built from it
+    except CordError as error:
+        raise CordError(f"model.checkpoint: {error}") from None
     newest = checkpoints.newest()
     if newest is not None and config.resume == "never":
         raise CordError(
@@ -68,20 +72,6 @@ def find_start(config: RunConfig, checkpoints: Checkpoints) -> Start:
         made_with = replace(progress.made_with, begun=progress.step)
         return Start(replace(progress, made_with=made_with), checkpoint=other, forked=True)
     return _begin(config)
-
-
-def check_model(config: RunConfig) -> None:
-    """Refuse a checkpoint that is not on this machine, before anything is built from it.
-
-    Raises:
-        CordError: naming what is there.
-    """
-    path = Path(config.model.checkpoint)
-    if not config.model.checkpoint.startswith("hf://") and not path.is_dir():
-        raise CordError(
-            f"model.checkpoint={path}: no such directory (looked at {path.absolute()}); give the directory of a "
-            "Hugging Face checkpoint on this machine"
-        )
 
 
 def _go_on(config: RunConfig, own: Path) -> Start:
@@ -107,7 +97,8 @@ def _begin(config: RunConfig) -> Start:
     progress = Progress(0, 0.0, 0, config.seed)
     if config.init_from is None:
         return Start(progress)
-    given = Path(config.init_from)
+    named = config.init_from.startswith("hf:")
+    given = checkpoint_directory(config.init_from) if named else Path(config.init_from)
     if (given / "config.json").is_file():
         if config.init_optimizer:
             raise CordError(f"init_optimizer=true: {given} is a Hugging Face directory, which holds no optimizer")

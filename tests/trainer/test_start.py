@@ -136,7 +136,7 @@ def test_what_is_not_there_is_named_at_once(
     (tmp_path / "stuff").mkdir()
     (tmp_path / "stuff" / "notes.txt").touch()
     cases: dict[tuple[str, ...], str] = {
-        ("model.checkpoint=no/model",): r"model.checkpoint=no/model: no such directory \(looked at /",
+        ("model.checkpoint=no/model",): r"model.checkpoint: no/model does not exist; give a Hugging Face",
         ("resume=no/run",): r"resume=no/run does not exist \(looked at /",
         (f"resume={tmp_path / 'stuff'}",): r"is neither a checkpoint nor a run with one \(it holds notes.txt\)",
         ("init_from=no/run",): r"init_from=no/run does not exist",
