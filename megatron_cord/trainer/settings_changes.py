@@ -54,8 +54,6 @@ def find_changes(start: Start, settings: Mapping[str, Any], schedule: RateSchedu
     before = start.progress.made_with
     if start.checkpoint is None:
         return Changes({}, ())
-    if not before.settings:
-        return Changes({}, (f"{start.checkpoint} does not say with which settings it was made",))
     old, new = flatten(dict(before.settings)), flatten(json.loads(json.dumps(dict(settings))))
     keys = [key for key in [*old, *(key for key in new if key not in old)] if key not in _PLACE]
     changed = {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
@@ -76,16 +74,15 @@ def _notes(
         notes.append("the weights are rounded to, or come from, another precision: losses will differ")
     if "rollout.prompts_per_step" in changed:
         notes.append(f"the data goes on after sample {progress.samples}; none is left out or comes twice")
-    if before.schedule:
-        kept = RateSchedule(**before.schedule)
-        rate, other = schedule.rate(progress.step), kept.rate(progress.step)
-        if abs(rate - other) > 1e-6 * other:
-            notes.append(
-                f"the learning rate of step {progress.step + 1} is {rate:.4g}, not {other:.4g} as planned before; "
-                "optimizer.keep_schedule=true keeps the rates of the checkpoint"
-            )
-        elif schedule == kept and settings["train"]["steps"] > kept.steps:
-            notes.append(f"the learning rate stays at {kept.final:.4g} after step {kept.steps}")
+    kept = RateSchedule(**before.schedule)
+    rate, other = schedule.rate(progress.step), kept.rate(progress.step)
+    if abs(rate - other) > 1e-6 * other:
+        notes.append(
+            f"the learning rate of step {progress.step + 1} is {rate:.4g}, not {other:.4g} as planned before; "
+            "optimizer.keep_schedule=true keeps the rates of the checkpoint"
+        )
+    elif schedule == kept and settings["train"]["steps"] > kept.steps:
+        notes.append(f"the learning rate stays at {kept.final:.4g} after step {kept.steps}")
     return notes
 
 

@@ -76,8 +76,8 @@ def find_start(config: RunConfig, checkpoints: Checkpoints) -> Start:
 
 def _go_on(config: RunConfig, own: Path) -> Start:
     progress = _check(config, own, read_progress(own))
-    began = progress.made_with.settings.get("init_from")
-    if config.init_from is not None and progress.made_with.settings and config.init_from != began:
+    began = progress.made_with.settings["init_from"]
+    if config.init_from is not None and config.init_from != began:
         raise CordError(
             f"{own} belongs to a run that began with init_from={began or 'null'}, not {config.init_from}; choose "
             "another output_dir for a new run"
@@ -131,6 +131,11 @@ def _find_checkpoint(path: Path, given: str, *, needs_optimizer: bool) -> Path:
 
 def _check(config: RunConfig, checkpoint: Path, progress: Progress) -> Progress:
     """Refuse what cannot be meant."""
+    if not progress.made_with.settings:
+        raise CordError(
+            f"{checkpoint} was written by an earlier revision and does not say with which settings and data; "
+            f"init_from={checkpoint} takes its weights"
+        )
     if progress.seed != config.seed:
         raise CordError(
             f"{checkpoint} belongs to a run with seed={progress.seed}; resume with that seed or choose "
@@ -141,7 +146,7 @@ def _check(config: RunConfig, checkpoint: Path, progress: Progress) -> Progress:
             f"{checkpoint} is after step {progress.step}, and train.steps={config.train.steps} lies behind it; raise "
             "train.steps, or choose another output_dir"
         )
-    shuffled = progress.made_with.settings.get("data", {}).get("shuffle", config.data.shuffle)
+    shuffled = progress.made_with.settings["data"]["shuffle"]
     if shuffled != config.data.shuffle:
         raise CordError(
             f"{checkpoint} belongs to a run with data.shuffle={str(shuffled).lower()}: in another order, samples would "

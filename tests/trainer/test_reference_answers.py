@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,17 +22,15 @@ SAMPLES = make_samples(3)
 
 
 class Texts:
-    """The samples without their audio; counts what is read."""
+    """The samples without their audio, one of them perhaps with another question; counts what is read."""
 
-    def __init__(self) -> None:
+    def __init__(self, question: str = SAMPLES[1].question) -> None:
         self.read: list[int] = []
-
-    def id_of(self, index: int) -> str:
-        return SAMPLES[index].id
+        self.samples = [SAMPLES[0], replace(SAMPLES[1], question=question), SAMPLES[2]]
 
     def without_audio(self, index: int) -> Sample:
         self.read.append(index)
-        return replace(SAMPLES[index], waveform=np.zeros(0, np.float32))
+        return replace(self.samples[index], waveform=np.zeros(0, np.float32))
 
 
 def prepared(prompts: PromptBuilder, count: int = 3) -> list[PreparedSample]:
@@ -77,6 +76,23 @@ def test_a_resumed_run_has_the_same_answers(prompts: PromptBuilder, layout: Layo
     third, engine = make_answers(prompts, path, "three")
     third.prepare(Texts(), range(3), resumed=True)
     assert not engine.requests and third.rollouts(prepared(prompts), ()) == second.rollouts(prepared(prompts), ())
+
+
+def test_kept_answers_do_not_outlive_what_they_answer(prompts: PromptBuilder, layout: Layout, tmp_path: Path) -> None:
+    """Catches answers to an earlier question of the same id, of another teacher, or cut at another length."""
+    path = tmp_path / "answers.jsonl"
+    make_answers(prompts, path, "one")[0].prepare(Texts(), range(3), resumed=False)
+    other, engine = make_answers(prompts, path, "two")
+    texts = Texts("what is three plus one")
+    other.prepare(texts, range(3), resumed=True)
+    assert [request.prompt.sample_id for request in engine.requests] == [SAMPLES[1].id]
+    asked = prompts.prepare([texts.samples[1]], ["read"])
+    assert other.rollouts(asked, ())[0].text == "answer is two"
+    for settings in ({"teacher": "other"}, {"max_new_tokens": 9}):
+        engine = ScriptedEngine(prompts, lambda request: "answer is three")
+        given: dict[str, Any] = {"max_new_tokens": 8, "path": path} | settings
+        ReferenceAnswers("frozen", CollectiveEngine(engine), prompts, **given).prepare(Texts(), range(3), resumed=True)
+        assert len(engine.requests) == 3
 
 
 def test_a_new_run_asks_anew(prompts: PromptBuilder, layout: Layout, tmp_path: Path) -> None:

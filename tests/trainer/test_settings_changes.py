@@ -14,6 +14,8 @@ import torch
 
 from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
+from megatron_cord.report.page.overview import missing
+from megatron_cord.report.run.reading import read_run
 from megatron_cord.rollout.rollout_file import dump_files, read_rollouts
 from megatron_cord.trainer.step.optimizer import OptimizerConfig, RateSchedule
 from tests.tiny_run import losses, make_samples, metrics, overrides, write_inputs, write_shards
@@ -122,6 +124,7 @@ def test_a_jump_of_the_learning_rate_is_said_and_can_be_avoided(
     ]
     rates = [line["learning_rate"] for line in metrics(jumped)]
     assert f"the learning rate of step 3 is {rates[2]:.4g}, not {metrics(whole)[2]['learning_rate']:.4g}" in lines[-1]
+    assert "The settings changed after step 2: train.steps: 4 → 8." in missing(read_run(jumped))
     kept = alone(inputs, stop_after(2, whole, tmp_path / "kept"), *FEW, *longer, "optimizer.keep_schedule=true")
     assert losses(kept)[:4] == losses(whole)
     assert [line["learning_rate"] for line in metrics(kept)][4:] == pytest.approx([1e-4] * 4)

@@ -55,7 +55,7 @@ def overview(run: RunContents) -> dict[str, object]:
 
 
 def missing(run: RunContents) -> list[str]:
-    """Return which parts of the page are missing, and why."""
+    """Return which parts of the page are missing, and why, and what changed in the middle of the run."""
     notices = []
     if not run.summary:
         notices.append("The run has not finished (there is no summary.json): the numbers are those so far.")
@@ -70,6 +70,7 @@ def missing(run: RunContents) -> list[str]:
             "No rollouts were recorded: no divergence by position and no training rollouts (record.rollouts is the "
             "setting)."
         )
+    notices += [f"The settings changed {change}." for change in run.changes]
     return notices
 
 

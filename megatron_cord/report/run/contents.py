@@ -106,6 +106,7 @@ class RunContents:
         evaluations: ascending by step.
         rollout_files: the file of each dumped step, ascending.
         summary: of a finished run; empty before.
+        changes: of the settings, in words, in the order of the starts.
     """
 
     path: Path
@@ -116,6 +117,7 @@ class RunContents:
     evaluations: tuple[Evaluation, ...]
     rollout_files: Mapping[int, Path]
     summary: Mapping[str, Any]
+    changes: tuple[str, ...] = ()
 
     @cached_property
     def last_step(self) -> int:

@@ -55,6 +55,7 @@ def read_run(path: str | Path) -> RunContents:
         evaluations=tuple(_evaluation(file) for file in heldout_files(directory).values()),
         rollout_files=rollout_file.dump_files(directory / str(rollouts)) if rollouts else {},
         summary=_read_object(summary) if summary.is_file() else {},
+        changes=_read_changes(directory / "settings_changes.jsonl"),
     )
 
 
@@ -82,6 +83,17 @@ def _read_alerts(path: Path) -> tuple[RaisedAlert, ...]:
         return ()
     rows = [Fields(values, f"{path}:{line}") for line, values in _read_lines(path)]
     return tuple(RaisedAlert(row.integer("step"), row.text("kind"), row.text("words")) for row in rows)
+
+
+def _read_changes(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        return ()
+    words = []
+    for line, values in _read_lines(path):
+        step = Fields(values, f"{path}:{line}").integer("step")
+        changed = [f"{key}: {old} → {new}" for key, (old, new) in dict(values.get("changes", {})).items()]
+        words += [f"after step {step}: {text}" for text in [*changed, *values.get("notes", [])]]
+    return tuple(words)
 
 
 def _measured(value: float | None) -> float | None:

@@ -159,7 +159,6 @@ def _reading(path: Path, read: Callable[[], T]) -> T:
         pickle.UnpicklingError,
         KeyError,
         ValueError,
-        RuntimeError,
     ) as error:
         damage = find_damage_here(path)
         if damage is not None:
