@@ -96,6 +96,7 @@ def _begin(config: RunConfig) -> Start:
     """Begin a new run."""
     progress = Progress(0, 0.0, 0, config.seed)
     if config.init_from is None:
+        logger.info("a new run begins in %s", config.output_dir)
         return Start(progress)
     named = config.init_from.startswith("hf:")
     given = checkpoint_directory(config.init_from) if named else Path(config.init_from)
@@ -103,11 +104,11 @@ def _begin(config: RunConfig) -> Start:
         if config.init_optimizer:
             raise CordError(f"init_optimizer=true: {given} is a Hugging Face directory, which holds no optimizer")
         source = given
-        logger.info("beginning with the weights of %s", given)
+        logger.info("a new run begins in %s with the weights of %s", config.output_dir, given)
     else:
         source = _find_checkpoint(given, f"init_from={given}", needs_optimizer=config.init_optimizer)
         words = "weights and optimizer" if config.init_optimizer else "weights"
-        logger.info("beginning with the %s of %s, at step 0", words, source)
+        logger.info("a new run begins in %s with the %s of %s", config.output_dir, words, source)
     return Start(replace(progress, made_with=replace(progress.made_with, trained=PARTS)), weights=source)
 
 
