@@ -13,8 +13,8 @@ STAMP := $(VENV)/.installed
 SGLANG := .venv-sglang
 NEXT := .venv-next
 CODE := setup.py megatron_cord tests tools examples $(if $(wildcard benchmarks/*.py),benchmarks)
-# Tests: so many processes, each of which takes whole files; the longest files come first (tests/conftest.py).
-TEST_WORKERS ?= 2
+# Tests: so many processes, one more than the two cores as ranks often wait for each other; each takes whole files; the longest files come first (tests/conftest.py).
+TEST_WORKERS ?= 3
 IN_PARALLEL := --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # Two cores often run two ranks: one thread a process, or they fight for them.
 export OMP_NUM_THREADS ?= 1
