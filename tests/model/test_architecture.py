@@ -141,7 +141,7 @@ def test_damaged_configurations(tmp_path: Path, text: str, words: str) -> None:
 
 def test_no_configuration(tmp_path: Path) -> None:
     """Catches a missing directory that is reported as anything else."""
-    with pytest.raises(CordError, match=r"config\.json does not exist; model\.checkpoint must name"):
+    with pytest.raises(CordError, match=r"nowhere does not exist; give a Hugging Face checkpoint directory"):
         load_architecture(tmp_path / "nowhere")
 
 
