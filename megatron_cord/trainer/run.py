@@ -1,4 +1,4 @@
-"""A run: its components, put together from the configuration, and the parts of a step that `megatron_cord.train` calls.
+"""A run: its components put together, the parts of a step that `megatron_cord.train` calls, and what is between steps.
 
 What it simplifies: one object on each rank, whose methods all ranks call together in the same order.
 """
@@ -6,57 +6,45 @@ What it simplifies: one object on each rank, whose methods all ranks call togeth
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from megatron_cord.config.loading import dump_config, to_dict
-from megatron_cord.data.audio.augmentation import augment
-from megatron_cord.data.loader import Batch, SampleLoader
+from megatron_cord.data.loader import Batch
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import HELDOUT
-from megatron_cord.evaluation.files import heldout_file, past_evaluations, read_result, step_label
+from megatron_cord.evaluation.files import past_evaluations
 from megatron_cord.evaluation.formats import load_set, shard_questions
 from megatron_cord.evaluation.runner import Evaluator
-from megatron_cord.model.checkpoint_directory import checkpoint_directory
-from megatron_cord.model.config import PARTS
 from megatron_cord.parallel.layout import Layout
-from megatron_cord.parallel.objects import broadcast_json
-from megatron_cord.reward.collective import build_rewards
-from megatron_cord.rollout.engines import build_engine
-from megatron_cord.rollout.schedule import Schedule, staleness
 from megatron_cord.rollout.types import Rollout, ScoredRollout, TokenResults
 from megatron_cord.rollout.weights import ShardedModelWeights
 from megatron_cord.runtime.exit_status import STOPPED
-from megatron_cord.runtime.files import checkpoint_fingerprint, write_json
+from megatron_cord.trainer.building import build_rollout, build_training, describe
 from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
-from megatron_cord.trainer.checkpoint.progress import MadeWith
 from megatron_cord.trainer.checkpoint.storage import make_writable
-from megatron_cord.trainer.collection import Collector, gather_rollouts, rollout_metrics
+from megatron_cord.trainer.collection import gather_rollouts
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.data_fingerprint import FILE_NAME as DATA_RECORD
 from megatron_cord.trainer.data_fingerprint import keep_data_record
-from megatron_cord.trainer.evaluation import measure_divergence, summarize
-from megatron_cord.trainer.model_setup import build_student, read_weights
-from megatron_cord.trainer.observability.logprob_mismatch import check_mismatch, importance_metrics, mismatch_metrics
+from megatron_cord.trainer.evaluation import Evaluations
+from megatron_cord.trainer.observability.logprob_mismatch import check_mismatch
 from megatron_cord.trainer.observability.metrics import MetricsLog
 from megatron_cord.trainer.observability.rollout_dump import RolloutDump, read_dump
 from megatron_cord.trainer.observability.watchdog import Watchdog
-from megatron_cord.trainer.reference_answers import ReferenceAnswers
-from megatron_cord.trainer.settings_changes import find_changes, record_changes, schedule_of
+from megatron_cord.trainer.settings_changes import record_changes
 from megatron_cord.trainer.signals import StopRequest
 from megatron_cord.trainer.start import find_start
 from megatron_cord.trainer.step.batches import TrainingSequence
-from megatron_cord.trainer.step.optimizer import RateSchedule, build_optimizer, release, wrap_model
-from megatron_cord.trainer.step.step import StepResult, TrainStep
-from megatron_cord.trainer.step.teacher import Teacher
+from megatron_cord.trainer.step.optimizer import release
+from megatron_cord.trainer.step.step import StepResult
+from megatron_cord.trainer.step_metrics import step_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -86,89 +74,34 @@ class Run:
         self._questions = config.data.open("train", self.prompts.limits)
         held_out = config.data.open("evaluation", self.prompts.limits)
         sets = {name: load_set(given) for name, given in config.evaluation.sets.items()}
-        before = self.progress.made_with
-        data = keep_data_record(self.directory, self._questions, before.data, main=layout.is_main)
-        self._describe(data)
-        self._build_model()
-        self._build_rollout()
+        data = keep_data_record(self.directory, self._questions, self.progress.made_with.data, main=layout.is_main)
+        described = describe(config, self.start, data)
+        self.changes = described.changes
+        self.progress = replace(self.progress, made_with=described.made_with)
+        training = build_training(config, layout, self.start, self.checkpoints, described.rates, self.prompts.pad_id)
+        self.model, self.optimizer, self.train_step = training.model, training.optimizer, training.step
+        self.saved_step = self.progress.step
+        source = build_rollout(config, layout, self.progress, self.prompts, self._questions)
+        self.engine, self._answers, self.collector = source.engine, source.answers, source.collector
+        self.loader, self.schedule = source.loader, source.schedule
         questions = sets | {HELDOUT: shard_questions(held_out, config.evaluation.samples)}
-        self.evaluator = Evaluator(config.evaluation, questions, self.prompts, self.directory, writes=layout.is_main)
-        self.evaluator.prepare()
+        evaluator = Evaluator(config.evaluation, questions, self.prompts, self.directory, writes=layout.is_main)
+        evaluator.prepare()
         self._open_outputs()
+        self.evaluations = Evaluations(
+            evaluator,
+            self.log,
+            self.directory,
+            interval=config.evaluation.interval,
+            steps=config.train.steps,
+            begun=self.progress.made_with.begun,
+            tp=layout.config.tp,
+            writes=layout.is_main,
+        )
         self._stop = StopRequest()
         self._watchdog = Watchdog(config.train.watchdog_seconds, self.directory / "stacks", layout.rank)
         self._rollout_times: dict[str, float] = {}
         self.status = 0
-
-    def _describe(self, data: dict[str, Any]) -> None:
-        """Find what changed since the checkpoint, and what later checkpoints say about their run."""
-        config, before, settings = self.config, self.progress.made_with, to_dict(self.config)
-        planned = RateSchedule.of(config.optimizer, config.train.steps)
-        self.rates = schedule_of(self.start, planned, keep=config.optimizer.keep_schedule)
-        model = checkpoint_fingerprint(checkpoint_directory(config.model.checkpoint))
-        self.changes = find_changes(self.start, settings, self.rates, model)
-        trained = {*before.trained, *(part for part in PARTS if part not in config.model.freeze)}
-        made_with = MadeWith(settings, asdict(self.rates), data, model, sorted(trained), before.begun)
-        self.progress = replace(self.progress, made_with=made_with)
-
-    def _build_model(self) -> None:
-        """Build the student, its teacher and the optimizer, with the weights and states that the run begins with."""
-        config, start = self.config, self.start
-        student = build_student(config.model, self.layout)
-        if start.weights is not None:
-            read_weights(start.weights, student)
-        trained = start.progress.made_with.trained
-        teacher = Teacher(config.teacher, student, config.model.checkpoint, has_trained="language_model" in trained)
-        self.model = wrap_model(config.optimizer, student)
-        self.optimizer, self.scheduler = build_optimizer(config.optimizer, self.model, config.train.steps, self.rates)
-        self.train_step = TrainStep(
-            self.model, teacher, self.optimizer, self.scheduler, config.objective, config.train, self.prompts.pad_id
-        )
-        if start.checkpoint is not None:
-            self.checkpoints.load(start.checkpoint, self.model, self.optimizer, teacher.average)
-        elif start.weights is not None and config.init_optimizer:
-            self.checkpoints.load(start.weights, self.model, self.optimizer, None)
-        self.scheduler.step(increment=self.progress.step)
-        self.saved_step = self.progress.step
-
-    def _build_rollout(self) -> None:
-        """Build what makes a step's rollouts: loader, engine, reference answers, rewards, and their schedule."""
-        config, layout = self.config, self.layout
-        self.engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
-        self._answers = ReferenceAnswers(
-            # The engine has one set of weights, the student's: a moving average answers with them, as a live teacher
-            # does.
-            "frozen" if config.teacher.mode == "frozen" else "live",
-            self.engine,
-            self.prompts,
-            config.rollout.max_new_tokens,
-            self.directory / "reference_answers.jsonl",
-            self.progress.made_with.model,
-        )
-        rewards = build_rewards(config.reward, self.directory, layout.replica_group)
-        self.collector = Collector(config.rollout, config.objective, self._answers, rewards, config.seed)
-        self.loader = SampleLoader(
-            self._questions,
-            batch_size=config.rollout.prompts_per_step,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            rank=layout.dp_rank,
-            world=layout.dp_size,
-            workers=config.data.workers,
-            first_step=self.progress.step,
-            first_sample=self.progress.samples,
-            change=lambda sample, step: augment(
-                sample, config.data.augmentation, seed=config.seed, step=step, limits=self.prompts.limits
-            ),
-            prepare=partial(self.prompts.prepare, views=self.collector.views),
-        )
-        self.schedule = Schedule(
-            config.rollout.schedule,
-            self.engine.within(layout.replica_group),
-            self.loader.batch,
-            self.collector.requests,
-            config.train.steps,
-        )
 
     def _open_outputs(self) -> None:
         """Open the rollout dump and the metrics; what steps after the resumed one have left is dropped."""
@@ -227,9 +160,7 @@ class Run:
         if step:
             self.schedule.restore(self.progress.ahead, step)
         # A run that was stopped between a checkpoint and its evaluation makes up for it.
-        if self.start.begins or (
-            self._evaluation_is_due(step) and not broadcast_json(heldout_file(self.directory, step).is_file())
-        ):
+        if self.start.begins or self.evaluations.is_missing(step):
             self.evaluate(step)
 
     def _prepare_answers(self) -> None:
@@ -307,7 +238,7 @@ class Run:
         step = self.progress.step
         self._watchdog.phase("record", step)
         self.progress = replace(self.progress, seconds=self.progress.seconds + times["seconds"])
-        metrics = self._metrics(result) | times
+        metrics = step_metrics(self.config, result, step - 1, self._rollout_times) | times
         self.log.step(step, metrics | {"skipped": result.skipped})
         self.dump.write(step, result.rollouts)
         with self._saving_first():
@@ -318,24 +249,8 @@ class Run:
         # Weights that make no finite loss must not push out checkpoints of weights that did.
         if step == self.config.train.steps or (interval and step % interval == 0 and not result.skipped):
             self._save()
-        if self._evaluation_is_due(step):
+        if self.evaluations.is_due(step):
             self.evaluate(step)
-
-    def _metrics(self, result: StepResult) -> dict[str, Any]:
-        rollouts, objective = result.rollouts, self.config.objective
-        metrics: dict[str, Any] = result.metrics | rollout_metrics(rollouts, self.config.rollout.policy_rollouts)
-        metrics |= self._rollout_times
-        clip_norm, norm = self.config.optimizer.clip_norm, metrics["grad_norm"]
-        if clip_norm:
-            metrics["gradient_clipped"] = norm if math.isnan(norm) else float(norm > clip_norm)
-        version = self.progress.step - 1
-        if objective.responses == "student":  # the teacher's responses come from another prompt
-            cap = objective.policy_gradient.importance_cap
-            metrics |= mismatch_metrics(rollouts, version) | importance_metrics(rollouts, cap)
-        if self.config.replay is None:
-            generated = rollouts if objective.responses == "student" else []
-            metrics |= staleness([r.rollout for r in generated], version, None)
-        return metrics
 
     def _check_skipped(self, step: int) -> None:
         skipped = self.progress.skipped_in_a_row
@@ -353,33 +268,14 @@ class Run:
         if self.config.replay is not None:
             self._update_engine()
         self.progress = replace(self.progress, ahead=self.schedule.settle())  # the engine serves one caller at a time
-        metrics = self.evaluator.answer_anew(self.engine, partial(measure_divergence, self._score_own, step))
+        metrics = self.evaluations.answer(self.engine, self._score_own, step)
         with self._saving_first():
             check_mismatch(metrics, self.config.rollout.max_logprob_mismatch, f"evaluation of step {step}")
-        results = self.evaluator.score(step_label(step), step)
-        result = results.pop(HELDOUT)
-        self.log.evaluation({"step": step} | result)
-        for name, other in results.items():
-            self.log.question_set(step, name, other)
-        before = heldout_file(self.directory, self.progress.made_with.begun)
-        if self.layout.is_main and step == self.config.train.steps and before.is_file():
-            summary = summarize(
-                read_result(before),
-                result,
-                seconds=round(self.progress.seconds, 1),
-                tp=self.layout.config.tp,
-                steps=step,
-                begun=self.progress.made_with.begun,
-            )
-            write_json(self.directory / "summary.json", summary)
+        self.evaluations.write(step, self.progress.seconds)
 
     def _score_own(self, sequences: Sequence[TrainingSequence]) -> dict[int, TokenResults]:
         """Compute token results of sequences that all ranks pass; each data-parallel rank computes its share."""
         return self.train_step.score(sequences[self.layout.dp_rank :: self.layout.dp_size])
-
-    def _evaluation_is_due(self, step: int) -> bool:
-        interval = self.config.evaluation.interval
-        return step == self.config.train.steps or bool(interval and step % interval == 0)
 
     def _update_engine(self) -> None:
         self.engine.update_weights(
