@@ -8,7 +8,6 @@ _EPOCHS = "a run is as long as train.steps; an epoch has the number of samples o
 _MIN_RATE = "the last rate is optimizer.final_learning_rate_fraction of optimizer.learning_rate"
 _SCHEDULE = "the rate rises over optimizer.warmup_steps and falls by a cosine to optimizer.final_learning_rate_fraction"
 _PENALTY = "the divergence from the teacher is the loss, not a penalty: objective.divergence.kind"
-_SAMPLING = "responses are drawn from the whole distribution, at rollout.temperature and rollout.policy_temperature"
 
 #: A foreign name, with its section or without → the key here, or a sentence on how it is done here.
 SYNONYMS: dict[str, str] = {
@@ -85,8 +84,6 @@ SYNONYMS: dict[str, str] = {
     "rollout.max_tokens": "rollout.max_new_tokens",
     "rollout_max_response_len": "rollout.max_new_tokens",
     "rollout.name": "rollout.engine",
-    "top_p": _SAMPLING,
-    "rollout.top_k": _SAMPLING,
     # objective
     "kl_coef": _PENALTY,
     "kl_loss_coef": _PENALTY,
