@@ -48,9 +48,7 @@ class RolloutConfig:
         if self.temperature <= 0 or self.policy_temperature <= 0:
             raise CordError("rollout.temperature and rollout.policy_temperature must be positive")
         if not 0 < self.top_p <= 1:
-            raise CordError(
-                f"rollout.top_p is a share above 0 and at most 1, not {self.top_p}; 1 draws from all tokens"
-            )
+            raise CordError(f"rollout.top_p is above 0 and at most 1, not {self.top_p}; 1 draws from all tokens")
         if self.top_k < 0:
             raise CordError(f"rollout.top_k cannot be negative, got {self.top_k}; 0 draws from all tokens")
         if self.engine == "sglang" and bool(self.sglang.servers) == (self.sglang.servers_file is not None):

@@ -169,7 +169,7 @@ def test_samples_follow_the_softmax(engine: LocalEngine, checkpoint: Path, tempe
 
 
 def kept_by_hand(logits: list[float], top_p: float, top_k: int) -> set[int]:
-    """Return the ids that SGLang's rule keeps, one after the other: the sum of likelier ones at most p, fewer than k."""
+    """Return the ids that SGLang keeps, one by one: likelier ones sum up to at most p, and are fewer than k."""
     total = math.fsum(math.exp(z) for z in logits)
     kept, before = set[int](), 0.0
     for token in sorted(range(len(logits)), key=lambda i: -logits[i]):
@@ -212,7 +212,7 @@ def test_truncated_samples_are_of_the_likeliest_tokens(
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.8, 0), (0.3, 5), (1.0, 1), (1.0, 1000)])
 def test_the_kept_tokens_are_those_of_a_slow_reference(top_p: float, top_k: int) -> None:
-    """Catches an off-by-one at either bound, rows that get each other's, and a whole distribution that loses its end."""
+    """Catches an off-by-one at either bound, rows with another's bounds, a whole distribution that loses its end."""
     logits = 3 * torch.randn(20, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     bounds = torch.full((20,), top_p, dtype=torch.float64), torch.full((20,), top_k or 2**62)
     for row, kept in zip(logits.tolist(), likeliest(logits, *bounds), strict=True):
