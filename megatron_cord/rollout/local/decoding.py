@@ -146,7 +146,7 @@ def likeliest(logits: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     Returns:
         bool [B, V]; the likeliest token is always kept.
     """
-    probabilities, order = logits.softmax(-1).sort(-1, descending=True, stable=True)
+    probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities
     ranks = torch.arange(logits.shape[-1], device=logits.device)
     whole = (top_p >= 1)[:, None]  # else a sum that is rounded above 1 would leave out the last tokens
