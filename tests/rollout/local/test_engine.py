@@ -205,7 +205,7 @@ def test_truncated_samples_are_of_the_likeliest_tokens(
     assert counts[~allowed].sum() == 0
     degrees = int(allowed.sum()) - 1
     chi_square = ((counts - expected)[allowed] ** 2 / expected[allowed]).sum().item()
-    assert chi_square <= degrees + 4 * (2 * degrees) ** 0.5
+    assert chi_square <= degrees + 4 * (2 * degrees) ** 0.5 + 1e-6
     logprob = float(raw.log_softmax(-1)[rollouts[0].token_ids[0]])
     assert rollouts[0].logprobs[0] == pytest.approx(logprob, abs=1e-4)
 
