@@ -19,12 +19,17 @@ class KeyGroup(click.Group):
         return super().resolve_command(ctx, args if args[0] in self.commands else ["explain", *args])
 
 
-@click.group(cls=KeyGroup, no_args_is_help=True, subcommand_metavar="KEY | SECTION | check FILE [a.b=value]...")
+@click.group(
+    cls=KeyGroup,
+    no_args_is_help=True,
+    subcommand_metavar="KEY | SECTION | check FILE [a.b=value]... | parameters FILE [a.b=value]...",
+)
 def command() -> None:
     """Explain the keys of the configuration, and check a file.
 
     `cord config optimizer.learning_rate` explains one key: type, default, meaning and the dataclass that declares it;
-    `cord config rollout` the keys of a section; `cord config check FILE` what a run would use, without starting it.
+    `cord config rollout` the keys of a section; `cord config check FILE` what a run would use, without starting it;
+    `cord config parameters FILE` the names of the parameters that it trains, and their learning rates.
     """
 
 
@@ -46,3 +51,13 @@ def check(file: Path, show_all: bool, overrides: tuple[str, ...]) -> int:
     from megatron_cord.cli.actions.config import check_file
 
     return check_file(file, overrides, show_all=show_all)
+
+
+@command.command
+@click.argument("file", metavar="FILE", type=FILE)
+@overrides_argument
+def parameters(file: Path, overrides: tuple[str, ...]) -> int:
+    """Print the parameters that a run trains, by the groups of optimizer.groups, with their rates and sizes."""
+    from megatron_cord.cli.actions.parameters import list_parameters
+
+    return list_parameters(file, overrides)

@@ -6,8 +6,10 @@ _TEACHER = "the frozen teacher is model.checkpoint itself; teacher.mode chooses 
 _BATCH = "a step has rollout.prompts_per_step prompts, in microbatches of train.micro_batch_size sequences"
 _EPOCHS = "a run is as long as train.steps; an epoch has the number of samples over rollout.prompts_per_step steps"
 _MIN_RATE = "the last rate is optimizer.final_learning_rate_fraction of optimizer.learning_rate"
-_SCHEDULE = "the rate rises over optimizer.warmup_steps and falls by a cosine to optimizer.final_learning_rate_fraction"
+_DECAY = "the rate falls until the last of train.steps; optimizer.schedule=wsd falls over optimizer.decay_steps"
+_GROUPS = "parameters with a rate of their own are optimizer.groups.NAME.match and optimizer.groups.NAME.learning_rate"
 _PENALTY = "the divergence from the teacher is the loss, not a penalty: objective.divergence.kind"
+_SAMPLING = "responses are drawn from the whole distribution, at rollout.temperature and rollout.policy_temperature"
 
 #: A foreign name, with its section or without → the key here, or a sentence on how it is done here.
 SYNONYMS: dict[str, str] = {
@@ -41,9 +43,23 @@ SYNONYMS: dict[str, str] = {
     "num_warmup_steps": "optimizer.warmup_steps",
     "lr_warmup_iters": "optimizer.warmup_steps",
     "warmup_ratio": "the warm-up is optimizer.warmup_steps, a number of steps",
-    "lr_scheduler": _SCHEDULE,
-    "lr_scheduler_type": _SCHEDULE,
-    "lr_decay_style": _SCHEDULE,
+    "lr_scheduler": "optimizer.schedule",
+    "lr_scheduler_type": "optimizer.schedule",
+    "lr_decay_style": "optimizer.schedule",
+    "lr_schedule": "optimizer.schedule",
+    "lr_decay_steps": _DECAY,
+    "lr_decay_iters": _DECAY,
+    "num_decay_steps": "optimizer.decay_steps",
+    "lr_wsd_decay_iters": "optimizer.decay_steps",
+    "cooldown_steps": "optimizer.decay_steps",
+    "wsd_decay_ratio": "optimizer.decay_share",
+    "lr_wsd_decay_style": "optimizer.decay_shape",
+    "param_groups": _GROUPS,
+    "lr_mult": _GROUPS,
+    "layer_wise_lr": _GROUPS,
+    "encoder_lr": _GROUPS,
+    "adapter_lr": _GROUPS,
+    "projector_lr": _GROUPS,
     "adam_beta1": "optimizer.beta1",
     "adam_beta2": "optimizer.beta2",
     "adam_epsilon": "optimizer.epsilon",
@@ -84,6 +100,8 @@ SYNONYMS: dict[str, str] = {
     "rollout.max_tokens": "rollout.max_new_tokens",
     "rollout_max_response_len": "rollout.max_new_tokens",
     "rollout.name": "rollout.engine",
+    "top_p": _SAMPLING,
+    "rollout.top_k": _SAMPLING,
     # objective
     "kl_coef": _PENALTY,
     "kl_loss_coef": _PENALTY,

@@ -7,7 +7,7 @@ Shapes: N packed response tokens, B responses; ``cu_seqlens`` [B+1] as in ``toke
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.losses.checks import first_index
 from megatron_cord.losses.cord import advantages
 from megatron_cord.losses.responses import response_of_token
+from megatron_cord.losses.weight_schedule import WeightSchedule
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,15 @@ class PolicyGradientConfig:
 
     enabled: bool = True  #: whether L_seq is added to L_tok
     weight: float = 1.0  #: factor of L_seq; the paper has none
+    weight_schedule: WeightSchedule = field(default_factory=WeightSchedule)  #: how the factor changes
     importance_cap: float = 2.0  #: upper bound of the ratio of the trainer's to the engine's probability of a token
     normalize_std: bool = False  #: divide advantages by the group's standard deviation (GRPO), which the paper does not
 
     def __post_init__(self) -> None:
         if not self.importance_cap > 0:
             raise CordError(f"importance_cap must be positive, but is {self.importance_cap}")
+        if self.weight_schedule.kind != "constant" and not self.enabled:
+            raise CordError("weight_schedule has nothing to weigh: enabled is false")
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = False) -> Tensor:

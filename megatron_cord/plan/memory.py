@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from megatron_cord.plan.parameters import part_counts, rank_counts
+from megatron_cord.plan.parameters import matrix_counts, part_counts, rank_counts
 from megatron_cord.plan.work import Work
 
 if TYPE_CHECKING:
     from megatron_cord.model.architecture import Architecture, EncoderArchitecture
     from megatron_cord.model.config import ModelConfig, Tower
     from megatron_cord.trainer.config import RunConfig
+    from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 
 OVERHEAD = 4e9  #: bytes: CUDA context, NCCL's buffers, workspaces
 FRAGMENTATION = 0.05  #: of all else: what the allocator cannot use
@@ -32,7 +33,7 @@ class Memory:
         stage: the pipeline stage that this is.
         weights: of the student.
         gradients: fp32, of what is trained.
-        optimizer: fp32 weights and both moments; this rank's part if they are distributed.
+        optimizer: fp32 weights and moments; this rank's part if they are distributed, without those in host memory.
         teacher: a frozen teacher's second set of weights.
         teacher_hidden: its hidden states of the step's response tokens.
         engine: weights and key-value cache of a rollout engine in the same process.
@@ -75,15 +76,27 @@ def memory(config: RunConfig, arch: Architecture, work: Work, *, local_engine: b
     return max(stages, key=lambda m: m.total)
 
 
-def optimizer_bytes(trained: int, itemsize: int, dp: int, *, distributed: bool) -> float:
-    """Return bytes of two fp32 moments, and of fp32 weights beside 16-bit ones; a share of them if distributed."""
-    return trained * (12 if itemsize < 4 else 8) / (dp if distributed else 1)
+def optimizer_bytes(config: OptimizerConfig, trained: int, matrices: int, itemsize: int, dp: int) -> float:
+    """Return bytes of fp32 moments, and of fp32 weights beside 16-bit ones; a share of them if distributed.
+
+    AdamW has two moments, Muon one for matrices.
+
+    Args:
+        config: of the optimizer.
+        trained: parameters.
+        matrices: of them, in matrices inside layers.
+        itemsize: bytes of a weight.
+        dp: data-parallel ranks.
+    """
+    moments = 0 if config.offload else 8 * trained - (4 * matrices if config.kind == "muon" else 0)
+    return (moments + (4 * trained if itemsize < 4 else 0)) / (dp if config.distributed else 1)
 
 
 def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_engine: bool) -> Memory:
     tp, pp, item = config.parallel.tp, config.parallel.pp, config.model.torch_dtype.itemsize
     counts = rank_counts(arch, tp, pp, stage)
     trained = counts.trained(config.model.freeze)
+    matrices = matrix_counts(arch, tp, pp, stage).trained(config.model.freeze)
     last, lm = stage == pp - 1, arch.language
     has_copy = (
         config.teacher.mode != "live" and "language_model" not in config.model.freeze and config.objective.distils
@@ -103,7 +116,7 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
     used = {
         "weights": counts.total * item,
         "gradients": trained * 4,
-        "optimizer": optimizer_bytes(trained, item, work.dp, distributed=config.optimizer.distributed),
+        "optimizer": optimizer_bytes(config.optimizer, trained, matrices, item, work.dp),
         "teacher": counts.total * item if has_copy else 0,
         "teacher_hidden": hidden,
         "engine": _engine(arch, work, item) if local_engine else 0,

@@ -58,6 +58,20 @@ def rank_counts(arch: Architecture, tp: int, pp: int, stage: int) -> PartCounts:
     )
 
 
+def matrix_counts(arch: Architecture, tp: int, pp: int, stage: int) -> PartCounts:
+    """Count those of `rank_counts` that lie in matrices inside layers, which Muon updates."""
+    lm, enc, ad = arch.language, arch.encoder, arch.adapter
+    h, queries, keys = lm.hidden_size, lm.num_heads * lm.head_dim, lm.num_kv_heads * lm.head_dim
+    language = lm.num_layers // pp * ((2 * queries + 2 * keys) * h + 3 * h * lm.ffn_hidden_size) // tp
+    if stage > 0 or enc is None or ad is None:
+        return PartCounts(0, 0, language)
+    encoder = enc.num_layers * (4 * enc.hidden_size**2 + 2 * enc.hidden_size * enc.ffn_hidden_size) // tp
+    if ad.kind == "linear":
+        return PartCounts(encoder, enc.hidden_size * h, language)
+    width = enc.hidden_size * (1 if ad.kind == "convolution" else ad.stride)
+    return PartCounts(encoder, width * ad.hidden_size + ad.hidden_size * h, language)
+
+
 def _language_layer(lm: LanguageArchitecture, tp: int) -> int:
     h, queries, keys = lm.hidden_size, lm.num_heads * lm.head_dim, lm.num_kv_heads * lm.head_dim
     qkv = (queries + 2 * keys) * (h + lm.qkv_bias)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_cord.trainer.checkpoint.progress import flatten
 from megatron_cord.trainer.start import Start
-from megatron_cord.trainer.step.optimizer import RateSchedule
+from megatron_cord.trainer.step.optimizer.schedule import RateSchedule
 
 logger = logging.getLogger(__name__)
 FILE_NAME = "settings_changes.jsonl"
@@ -75,13 +75,16 @@ def _notes(
     if "rollout.prompts_per_step" in changed:
         notes.append(f"the data goes on after sample {progress.samples}; none is left out or comes twice")
     kept = RateSchedule(**before.schedule)
-    rate, other = schedule.rate(progress.step), kept.rate(progress.step)
-    if abs(rate - other) > 1e-6 * other:
-        notes.append(
-            f"the learning rate of step {progress.step + 1} is {rate:.4g}, not {other:.4g} as planned before; "
-            "optimizer.keep_schedule=true keeps the rates of the checkpoint"
-        )
-    elif schedule == kept and settings["train"]["steps"] > kept.steps:
+    jumped = False
+    for group in (None, *(name for name in schedule.factors if name in kept.factors)):
+        rate, other = schedule.rate(progress.step, group), kept.rate(progress.step, group)
+        if abs(rate - other) > 1e-6 * other:
+            jumped = True
+            notes.append(
+                f"the learning rate of {f'group {group} in ' if group else ''}step {progress.step + 1} is {rate:.4g}, "
+                f"not {other:.4g} as planned before; optimizer.keep_schedule=true keeps the rates of the checkpoint"
+            )
+    if not jumped and schedule == kept and settings["train"]["steps"] > kept.steps:
         notes.append(f"the learning rate stays at {kept.final:.4g} after step {kept.steps}")
     return notes
 
@@ -105,7 +108,11 @@ def record_changes(directory: Path, start: Start, changes: Changes) -> None:
 def schedule_of(start: Start, now: RateSchedule, *, keep: bool) -> RateSchedule:
     """Return the learning rates that apply: those of the checkpoint where they are to be kept."""
     before = start.progress.made_with.schedule
-    return RateSchedule(**before) if keep and before else now
+    if not keep or not before:
+        return now
+    kept = RateSchedule(**before)
+    factors = {name: kept.factors.get(name, factor) for name, factor in now.factors.items()}
+    return replace(kept, factors=factors)
 
 
 def _shown(value: Any) -> str:

@@ -32,7 +32,8 @@ from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, init
 from megatron_cord.trainer.config import TrainConfig
 from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.step.objective import ObjectiveConfig
-from megatron_cord.trainer.step.optimizer import OptimizerConfig, build_optimizer, release, wrap_model
+from megatron_cord.trainer.step.optimizer.building import build_optimizer, release, wrap_model
+from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 from megatron_cord.trainer.step.step import TrainStep
 from megatron_cord.trainer.step.teacher import Teacher, TeacherConfig
 from megatron_cord.verify.layout_reference import Outcome, Sizes, make_checkpoint, make_sequences, reference_step
@@ -59,6 +60,8 @@ class VerifyLayoutConfig:
             raise CordError("model.checkpoint: the check makes its own small model; set sizes.* to change it")
         if self.optimizer.weight_decay:
             raise CordError("optimizer.weight_decay: the reference has none; leave it at 0")
+        if self.optimizer.groups or self.optimizer.kind != "adam":
+            raise CordError("optimizer: the reference is AdamW with one learning rate; leave kind and groups out")
 
 
 @dataclass(frozen=True)

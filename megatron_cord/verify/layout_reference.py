@@ -20,7 +20,7 @@ from megatron_cord.losses import TokenWeightsConfig
 from megatron_cord.rollout.types import Rollout, ScoredRollout
 from megatron_cord.trainer.step.batches import TrainingSequence
 from megatron_cord.trainer.step.objective import ObjectiveConfig
-from megatron_cord.trainer.step.optimizer import OptimizerConfig
+from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 
 MELS, WINDOW = 8, 48
 PARTS = {"audio_encoder": "audio_tower", "adapter": "multi_modal_projector", "language_model": "language_model"}

@@ -36,9 +36,7 @@ def sets(inputs: Path) -> list[str]:
 
 def run(*settings: str) -> dict[str, Any]:
     try:
-        result = evaluate(load_config(RunConfig, None, settings))
-        assert result is not None
-        return result
+        return evaluate(load_config(RunConfig, None, settings))
     finally:
         finalize()
 

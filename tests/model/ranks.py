@@ -24,7 +24,8 @@ from megatron_cord.model.config import LayerConfig, Tower
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import ParallelConfig, initialize
-from megatron_cord.trainer.step.optimizer import OptimizerConfig, build_optimizer, wrap_model
+from megatron_cord.trainer.step.optimizer.building import build_optimizer, wrap_model
+from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 
 VOCAB_SIZE, AUDIO_ID = 101, 100  # no tensor-parallel size divides the vocabulary
 MELS, WINDOW = 8, 48

@@ -28,10 +28,11 @@ from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, init
 from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, part_counts, published, speed
 from megatron_cord.plan.memory import activation_bytes, encoder_layer_width, language_layer_width, optimizer_bytes
 from megatron_cord.plan.page import layouts_table
-from megatron_cord.plan.parameters import rank_counts
+from megatron_cord.plan.parameters import matrix_counts, rank_counts
 from megatron_cord.plan.speed import train_flops
 from megatron_cord.trainer.config import RunConfig
-from megatron_cord.trainer.step.optimizer import OptimizerConfig, build_optimizer, wrap_model
+from megatron_cord.trainer.step.optimizer.building import build_optimizer, wrap_model
+from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 from tests.gloo import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
@@ -105,15 +106,25 @@ def test_parameters_of_each_adapter(layout: Layout, checkpoint: Path, kind: Any)
     assert rank_counts(arch, 1, 1, 0).adapter == counts_of(LALM(arch, layout, torch.float32))[1]
 
 
-@pytest.mark.parametrize(("dtype", "distributed"), [("float32", True), ("bfloat16", True), ("bfloat16", False)])
-def test_bytes_of_training_state(layout: Layout, checkpoint: Path, dtype: Any, distributed: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("float32", {}),
+        ("bfloat16", {}),
+        ("bfloat16", {"distributed": False}),
+        ("bfloat16", {"kind": "muon"}),
+        ("bfloat16", {"offload": True}),
+    ],
+)
+def test_bytes_of_training_state(layout: Layout, checkpoint: Path, dtype: Any, options: dict[str, Any]) -> None:
     """Catches another precision of gradients, a main copy missing or counted twice, and frozen parts with states."""
+    settings = OptimizerConfig(**options)
     config = configured(checkpoint, f"model.dtype={dtype}", "model.freeze=[adapter]")
     arch = load_architecture(checkpoint)
     model = LALM(arch, layout, config.model.torch_dtype)
     model.adapter.requires_grad_(False)  # type: ignore[union-attr]
-    ddp = wrap_model(OptimizerConfig(distributed=distributed), model)
-    optimizer, _ = build_optimizer(OptimizerConfig(distributed=distributed), ddp, 2)
+    ddp = wrap_model(settings, model)
+    optimizer, _ = build_optimizer(settings, ddp, 2)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.main_grad.fill_(0.1)
@@ -125,15 +136,16 @@ def test_bytes_of_training_state(layout: Layout, checkpoint: Path, dtype: Any, d
     assert sum(p.numel() * p.element_size() for p in model.parameters()) == counts.total * item
     gradients = [p.main_grad for p in model.parameters() if p.requires_grad]
     assert sum(gradient.nbytes for gradient in gradients) == 4 * trained
-    inner = getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer
-    states = [
-        value for state in inner.state.values() for value in state.values() if torch.is_tensor(value) and value.dim()
-    ]
-    mains = [p for group in inner.param_groups for p in group["params"]] if item < 4 else []
-    assert sum(t.nbytes for t in [*states, *mains]) == optimizer_bytes(trained, item, 1, distributed=distributed)
-    assert (
-        optimizer_bytes(trained, item, 4, distributed=True) == optimizer_bytes(trained, item, 1, distributed=False) / 4
+    inner = [wrapper.optimizer for wrapper in getattr(optimizer, "chained_optimizers", [optimizer])]
+    states = [value for each in inner for state in each.state.values() for value in state.values() if value.dim()]
+    mains = [p for each in inner for group in each.param_groups for p in group["params"]] if item < 4 else []
+    on_device = mains if settings.offload else [*states, *mains]
+    matrices = matrix_counts(arch, 1, 1, 0).trained(("adapter",))
+    assert sum(t.nbytes for t in on_device) == optimizer_bytes(settings, trained, matrices, item, 1)
+    shared, whole = (
+        optimizer_bytes(replace(settings, distributed=d), trained, matrices, item, 4) for d in (True, False)
     )
+    assert shared == whole / 4
 
 
 RECOMPUTED = "model.recompute=[audio_encoder,language_model]"

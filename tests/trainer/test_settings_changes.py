@@ -17,7 +17,8 @@ from megatron_cord.errors import CordError
 from megatron_cord.report.page.overview import missing
 from megatron_cord.report.run.reading import read_run
 from megatron_cord.rollout.rollout_file import dump_files, read_rollouts
-from megatron_cord.trainer.step.optimizer import OptimizerConfig, RateSchedule
+from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
+from megatron_cord.trainer.step.optimizer.schedule import RateSchedule
 from tests.tiny_run import losses, make_samples, metrics, overrides, write_inputs, write_shards
 from tests.trainer.fault_ranks import run_forked
 from tests.trainer.test_train import alone, saved, stop_after

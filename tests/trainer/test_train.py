@@ -60,7 +60,6 @@ SPECIAL = {
     "tp2 sharing a live teacher": (TP2, "rollout.share=true", "teacher.mode=live"),
 }
 RUNS |= {name: (None, settings) for name, settings in SPECIAL.items()}
-CONTINUED = {resumed for resumed, _ in RUNS.values()}
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +71,21 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of all RUNS, each under its name."""
     root = tmp_path_factory.mktemp("runs")
-    run_ranks(run_all, 2, str(inputs), str(root))
+    run_ranks(run_all, 2, str(inputs), str(root), RUNS)
     return root
 
 
-def run_all(rank: int, inputs: str, root: str) -> None:
-    """Make all RUNS, one after the other, on one of two ranks."""
-    for number, (name, (resumed, settings)) in enumerate(RUNS.items()):
+def run_all(rank: int, inputs: str, root: str, runs: dict[str, tuple[str | None, tuple[str, ...]]]) -> None:
+    """Make runs such as RUNS, one after the other, on one of two ranks."""
+    continued = {resumed for resumed, _ in runs.values()}
+    for number, (name, (resumed, settings)) in enumerate(runs.items()):
         output = Path(root) / name
         if rank == 0 and resumed is not None:
             stop_after(2, Path(root) / resumed, output)
         dist.barrier()
         dist.destroy_process_group()
         join(rank, Path(root) / f"store{number}")
-        interval = 2 if name in CONTINUED else 0
+        interval = 2 if name in continued else 0
         train(
             load_config(
                 RunConfig,

@@ -18,7 +18,7 @@ from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import finalize, initialize
 from megatron_cord.trainer.model_setup import build_student
-from megatron_cord.trainer.step.optimizer import build_optimizer, release, wrap_model
+from megatron_cord.trainer.step.optimizer.building import build_optimizer, release, wrap_model
 from megatron_cord.verify import layout as verify_layout
 from megatron_cord.verify.layout import Row, VerifyLayoutConfig, compare, run_step
 from megatron_cord.verify.layout_reference import make_checkpoint

@@ -51,6 +51,7 @@ def check_file(file: Path, overrides: Sequence[str], *, show_all: bool) -> int:
     from megatron_cord.trainer.config import RunConfig  # seconds, which an explanation does without
 
     config = load_config(RunConfig, file, overrides)
+    _check_parameter_groups(config)
     if show_all:
         click.echo(to_yaml(config), nl=False)
         return 0
@@ -67,6 +68,15 @@ def check_file(file: Path, overrides: Sequence[str], *, show_all: bool) -> int:
     for warning in _warnings(config):
         click.echo(f"warning: {warning}", err=True)
     return 0
+
+
+def _check_parameter_groups(config: RunConfig) -> None:
+    """Refuse a group of parameters with none in it, as the run would; not where the checkpoint is not at hand."""
+    if config.optimizer.groups and (Path(config.model.checkpoint) / "config.json").is_file():
+        from megatron_cord.model.families import load_architecture
+        from megatron_cord.trainer.step.optimizer.groups import check_groups
+
+        check_groups(config.optimizer, load_architecture(config.model.checkpoint), config.model.freeze)
 
 
 def _print_key(key: Key) -> None:

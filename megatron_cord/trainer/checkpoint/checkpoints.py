@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,17 +40,10 @@ class CheckpointConfig:
     interval: int = 100  #: steps between checkpoints; the last step is always saved; 0 saves only that one
     keep: int = 2  #: newest checkpoints kept; 0 keeps all
     asynchronous: bool = True  #: train on while the disk writes; false: wait for it
-    #: keep the checkpoint of the best evaluation, too, whatever its age; evaluation.early_stopping.set and .metric say
-    #: which evaluation is the best, and checkpoints/best.json which it was
-    best: bool = False
-    #: steps between exports to Hugging Face directories, output_dir/exports/step_…, each with a model card; the last
-    #: step is exported, too. A process of its own makes them from checkpoints, while training goes on; 0: none
-    export_interval: int = 0
-    export_keep: int = 2  #: newest exports kept; 0 keeps all
 
     def __post_init__(self) -> None:
-        if min(self.interval, self.keep, self.export_interval, self.export_keep) < 0:
-            raise CordError("checkpoint: interval, keep, export_interval and export_keep cannot be negative")
+        if self.interval < 0 or self.keep < 0:
+            raise CordError("checkpoint.interval and checkpoint.keep cannot be negative")
 
 
 logger = logging.getLogger(__name__)
@@ -63,13 +55,12 @@ logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
 @dataclass(frozen=True)
 class _Pending:
-    """A checkpoint that is being written: its tensors, its hidden and final place, what completes it, since when."""
+    """A checkpoint that is being written: its tensors, its hidden and its final place, and how it is completed."""
 
     writing: AsyncWrite
     partial: Path
     final: Path
     complete: Callable[[], None]
-    begun: float
 
 
 class Checkpoints(CheckpointDirectory):
@@ -78,19 +69,12 @@ class Checkpoints(CheckpointDirectory):
     Args:
         directory: they are its subdirectories.
         config: retention.
-
-    Attributes:
-        write_seconds: that the last complete checkpoint took, until it was found to be complete; 0 before the first.
-        kept: steps whose checkpoints something else still needs; read on rank 0.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         super().__init__(directory)
         self.config = config
-        self.write_seconds = 0.0
-        self.kept: Collection[int] = ()
         self._pending: _Pending | None = None
-        self._best: Mapping[str, Any] | None = None  # of a checkpoint that is not complete yet
 
     def save(
         self,
@@ -104,7 +88,6 @@ class Checkpoints(CheckpointDirectory):
         Raises:
             CordError: the disk is full or not writable; earlier checkpoints are untouched.
         """
-        begun = time.monotonic()
         self.wait()
         final = self.path_of(progress.step)
         # A unique name: the writers of a run that was killed may live a moment longer.
@@ -119,7 +102,7 @@ class Checkpoints(CheckpointDirectory):
             if reason is None:
                 raise
             raise self._failure(final, reason) from error
-        self._pending = _Pending(writing, partial, final, lambda: write_progress(partial, progress, arch), begun)
+        self._pending = _Pending(writing, partial, final, lambda: write_progress(partial, progress, arch))
         if not self.config.asynchronous:
             self.wait()
 
@@ -149,27 +132,11 @@ class Checkpoints(CheckpointDirectory):
             name: checksum for part in all_gather_json(pending.writing.digests) for name, checksum in part.items()
         }
         self._on_main(pending.final, lambda: self._publish(pending, digests))
-        self.write_seconds = time.monotonic() - pending.begun
-
-    def keep_best(self, record: Mapping[str, Any]) -> None:
-        """Keep the checkpoint of record["step"] from now on as the best one; it may still be written. Collective.
-
-        Raises:
-            CordError: the disk is full or not writable.
-        """
-        self._best = record
-        self._on_main(self.path_of(record["step"]), self._mark_best)
-
-    def _mark_best(self) -> None:
-        if self._best is not None and self.mark_best(self._best):
-            self._best = None
 
     def _publish(self, pending: _Pending, digests: dict[str, str]) -> None:
         pending.complete()
         manifest.write_manifest(pending.partial, digests)
-        waiting = () if self._best is None else (int(self._best["step"]),)
-        self.publish(pending.partial, pending.final, self.config.keep, (*self.kept, *waiting))
-        self._mark_best()
+        self.publish(pending.partial, pending.final, self.config.keep)
 
     def _on_main(self, final: Path, action: Callable[[], None]) -> None:
         """Act on rank 0, and fail on all ranks together if it could not."""
@@ -221,6 +188,7 @@ class Checkpoints(CheckpointDirectory):
         optimizer.load_state_dict(restored.state["optimizer"])
         for parts, words in (
             (restored.fresh, "is trained from now on: its optimizer states begin at zero"),
+            (restored.changed, "has matrices of another kind of optimizer than before: their states begin at zero"),
             (restored.dropped, "is not trained any more: its optimizer states are dropped"),
         ):
             for part in parts:

@@ -5,6 +5,7 @@ optimizer or the frozen parts were. So a run may go on with another optimizer, o
 
     optimizer.state.{param,fp32_param}.NAME     the fp32 weight; where neither was saved, the weight NAME itself
     optimizer.state.{exp_avg,exp_avg_sq}.NAME   Adam's moments; zero for a tensor that had none
+    optimizer.state.momentum_buffer.NAME        Muon's momentum; likewise
     teacher.NAME                                a moving average; where there was none, the weight NAME
 
 What it simplifies: Adam counts its updates for all tensors together, so moments that begin at zero in the middle of a
@@ -34,7 +35,7 @@ from megatron_cord.trainer.checkpoint.manifest import find_damage_here
 T = TypeVar("T")
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.(.+)")
 _MASTERS = ("param", "fp32_param")  # the fp32 weights of the distributed optimizer, and of the other one
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 _TEACHER = "teacher."
 _PASSES = ("own", "masters", "averages")  # readings of the files; within one, a tensor goes to one place
 
@@ -46,13 +47,15 @@ class Restored:
     Attributes:
         state: as it was given, with tensors in the place of their descriptions.
         adam_steps: updates that the optimizer had made; 0 if the checkpoint does not tell.
-        fresh: parts of the model, such as the adapter, with tensors whose moments begin at zero.
+        fresh: parts of the model, such as the adapter, with tensors whose moments begin at zero as there were none.
+        changed: parts with tensors whose moments begin at zero as another kind of optimizer left others.
         dropped: parts with saved moments that are not used any more.
     """
 
     state: dict[str, Any]
     adam_steps: int
     fresh: tuple[str, ...]
+    changed: tuple[str, ...]
     dropped: tuple[str, ...]
 
 
@@ -93,9 +96,10 @@ def restore(path: Path, wanted: dict[str, Any]) -> Restored:
 
     state = dict_list_map_outplace(value_of, wanted)
     steps = [step for step in _find(common, "step") if isinstance(step, int)]
-    fresh = _gather(leaf.key for leaf, source in zip(leaves, sources, strict=True) if source.name is None)
-    used = _moments(_gather(leaf.key for leaf in leaves)) if "optimizer" in wanted else _moments(saved)
-    return Restored(state, max(steps, default=0), _parts(_moments(fresh)), _parts(_moments(saved) - used))
+    fresh = _moments(_gather(leaf.key for leaf, source in zip(leaves, sources, strict=True) if source.name is None))
+    had = _moments(saved)
+    used = _moments(_gather(leaf.key for leaf in leaves)) if "optimizer" in wanted else had
+    return Restored(state, max(steps, default=0), _parts(fresh - had), _parts(fresh & had), _parts(had - used))
 
 
 def _find_sources(path: Path, leaves: list[ShardedBase], saved: set[str]) -> list[_Source]:

@@ -8,7 +8,7 @@ Shapes: n response tokens of a microbatch on this context-parallel rank, b respo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -63,6 +63,13 @@ class ObjectiveConfig:
                 "objective.divergence.kind=sampled needs objective.responses=student: it is an estimate from tokens "
                 "that the student sampled"
             )
+
+    def at(self, step: int) -> ObjectiveConfig:
+        """Return the objective of the update after so many steps, with the policy gradient's weight of that step."""
+        policy = self.policy_gradient
+        if policy.weight_schedule.kind == "constant":
+            return self
+        return replace(self, policy_gradient=replace(policy, weight=policy.weight_schedule.at(policy.weight, step)))
 
     @property
     def distils(self) -> bool:

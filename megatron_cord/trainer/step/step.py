@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -22,7 +21,8 @@ from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.rollout.types import Rollout, ScoredRollout, TokenResults
 from megatron_cord.trainer.step.batches import Batching, Microbatch, TrainingSequence, make_microbatches
 from megatron_cord.trainer.step.objective import GlobalCounts, MicrobatchLoss, ObjectiveConfig, microbatch_loss
-from megatron_cord.trainer.step.optimizer import gradients_are_finite, join_reduction
+from megatron_cord.trainer.step.optimizer.building import gradients_are_finite, join_reduction
+from megatron_cord.trainer.step.optimizer.schedule import RateScheduler
 from megatron_cord.trainer.step.teacher import Teacher, whole_tokens
 
 
@@ -58,7 +58,7 @@ class TrainStep:
         model: DistributedDataParallel,
         teacher: Teacher,
         optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
+        scheduler: RateScheduler,
         objective: ObjectiveConfig,
         batches: Batching,
         pad_id: int,
@@ -84,12 +84,13 @@ class TrainStep:
         microbatches = self._microbatches(sequences)
         teacher_hidden = self.teacher.hidden_states(microbatches)
         teacher_done = time.perf_counter()
-        losses = self._forward_backward(microbatches, teacher_hidden, counts)
+        objective = self.objective.at(self.scheduler.num_steps)
+        losses = self._forward_backward(microbatches, teacher_hidden, counts, objective)
         tokens = self._gather_tokens(microbatches, losses)
         finite = self._everywhere(
             all(bool(torch.isfinite(loss.total)) for loss in losses) and gradients_are_finite(self.model)
         )
-        learning_rate = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
+        rates = self.scheduler.rates()
         grad_norm = float("nan")
         if finite:
             _, grad_norm, _ = self.optimizer.step()
@@ -98,17 +99,19 @@ class TrainStep:
         done = [replace(rollout, tokens=tokens.get(index)) for index, rollout in enumerate(rollouts)]
         metrics = self._metrics(losses, done) | {
             "grad_norm": float(grad_norm or 0.0),
-            "learning_rate": learning_rate,
+            **rates,
             "seconds_teacher": teacher_done - started,
             "seconds_train": time.perf_counter() - teacher_done,
         }
+        if objective.policy_gradient.weight_schedule.kind != "constant":
+            metrics["policy_weight"] = objective.policy_gradient.weight
         return StepResult(metrics, done, skipped=not finite)
 
     def score(self, sequences: Sequence[TrainingSequence]) -> dict[int, TokenResults]:
         """Compute token results of sequences, by their index, without training on them. Collective like a step."""
         microbatches = self._microbatches(sequences)
         teacher_hidden = self.teacher.hidden_states(microbatches)
-        losses = self._forward_backward(microbatches, teacher_hidden, GlobalCounts(1, 1), train=False)
+        losses = self._forward_backward(microbatches, teacher_hidden, GlobalCounts(1, 1), self.objective, train=False)
         return self._gather_tokens(microbatches, losses)
 
     def _count(self, rollouts: list[Rollout]) -> int:
@@ -126,6 +129,7 @@ class TrainStep:
         microbatches: list[Microbatch],
         teacher_hidden: list[Tensor | None],
         counts: GlobalCounts,
+        objective: ObjectiveConfig,
         *,
         train: bool = True,
     ) -> list[MicrobatchLoss]:
@@ -139,7 +143,7 @@ class TrainStep:
                 rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.student_rows.rows)
                 teacher_weight = None if teacher is None else self.teacher.output_weight
                 loss = microbatch_loss(
-                    self.objective,
+                    objective,
                     counts,
                     batch,
                     rows,
