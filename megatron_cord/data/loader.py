@@ -28,7 +28,7 @@ import numpy as np
 
 from megatron_cord.data.audio.augmentation import AugmentationConfig
 from megatron_cord.data.order import permutation
-from megatron_cord.data.samples import PreparedSample, PromptLimits, Sample
+from megatron_cord.data.samples import PreparedSample, PromptDefaults, PromptLimits, Sample
 from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 
@@ -39,6 +39,9 @@ class DataConfig:
 
     train: str = ""  #: shards to train on: a directory with a manifest, a tar file, or a pattern; training needs it
     evaluation: str = ""  #: shards to evaluate on, likewise
+    system: str | None = None  #: the system prompt of samples that bring none
+    #: text behind the recording, in the user's turn, of samples that bring neither an instruction nor turns
+    instruction: str | None = None
     shuffle: bool = True  #: a new order each epoch, drawn from the run's seed; otherwise the order of the shards
 
     #: Audio longer than the encoder's window: stop before the first step, cut it into several clips, or skip the
@@ -83,6 +86,7 @@ class DataConfig:
             path,
             max_skipped=self.max_skipped,
             limits=limits if self.long_audio == "skip" else replace(limits, longest=None),
+            defaults=PromptDefaults(self.system, self.instruction),
             verify=self.verify,
         )
         if self.long_audio == "error" and limits.longest is not None:

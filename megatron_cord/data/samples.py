@@ -1,23 +1,28 @@
 """Data as it travels between rooms: a sample, and the prompts made of it, one for each view.
 
-A view is how a model meets a sample: `HEAR` gives it the recording, `READ` the text. A `PreparedSample` is made once,
+A view is how a model meets a sample: `HEAR` gives it the recordings, `READ` their transcripts; the rest of the
+conversation is the same. A `PreparedSample` is made once,
 by the loader, on the ranks that generate from it and train on it; its features go with it to the microbatch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+from megatron_cord.data.turns import AudioPart, Part, TextPart, Turn, recordings_of, written
+from megatron_cord.errors import CordError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 View = Literal["hear", "read"]
-HEAR: View = "hear"  #: the recording, with an instruction if the sample has one
-READ: View = "read"  #: the question as text
+HEAR: View = "hear"  #: recordings as they are
+READ: View = "read"  #: transcripts in the place of recordings
 
 
 def _no_audio() -> np.ndarray:
@@ -26,20 +31,22 @@ def _no_audio() -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One spoken question and its text.
+    """One spoken question, or a conversation with recordings, and its text.
 
     Attributes:
         id: unique within a data set; names the sample in errors and records.
-        question: the text that is spoken.
-        waveform: float32 [samples] in [-1, 1], mono, at ``sampling_rate`` Hz; empty where the sample was read without
-            its audio.
+        question: the text that is spoken; with ``turns`` the last of them as one text.
+        waveform: of the (first) recording, float32 [samples] in [-1, 1], mono, at ``sampling_rate`` Hz; empty where the
+            sample was read without its audio.
         sampling_rate: Hz.
         answer: the gold final answer, for evaluation only; None if unknown.
         solution: a worked answer that ends in ``answer``; None if unknown.
         voice: name of the speaker; None if unknown.
         choices: the texts behind the letters A, B, … that the question offers; empty for a question that offers none.
-        instruction: text beside the recording, for a recording that is a sound and not a spoken question; None for
-            the recording alone.
+        instruction: text behind the recording in the user's turn; None for the recording alone, and with ``turns``.
+        system: the system prompt; None without one.
+        turns: a conversation that ends with the user's turn; empty for one user's turn of one recording.
+        others: recordings 1, 2, … of a sample with turns, each as ``waveform``, which is recording 0.
     """
 
     id: str
@@ -51,9 +58,106 @@ class Sample:
     voice: str | None = None
     choices: tuple[str, ...] = ()
     instruction: str | None = None
+    system: str | None = None
+    turns: tuple[Turn, ...] = ()
+    others: tuple[np.ndarray, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.turns:
+            if self.instruction is not None:
+                raise ValueError(f"sample {self.id}: with turns an instruction is a part of one of them")
+            object.__setattr__(self, "question", written(self.turns[-1].parts))
+
+    @property
+    def recordings(self) -> tuple[np.ndarray, ...]:
+        """All recordings by number."""
+        return (self.waveform, *self.others)
+
+    @property
+    def num_recordings(self) -> int:
+        """How many recordings the conversation refers to, whether they were read or not."""
+        return 1 + max(recordings_of(self.turns)) if self.turns else 1
+
+    def with_recordings(self, recordings: Sequence[np.ndarray]) -> Sample:
+        """Return the same sample with these recordings, one or more, by number."""
+        first, *others = recordings
+        return replace(self, waveform=first, others=tuple(others))
+
+    @property
+    def asked(self) -> str:
+        """What the last turn asks as one text, for the judge and for reports."""
+        return written(self.chat(HEAR)[-1].parts)
+
+    def played(self) -> np.ndarray:
+        """Return the recordings one after another, with a pause between them, for listeners; float32 [samples]."""
+        pause = np.zeros(self.sampling_rate // 2, np.float32)
+        parts = [part for recording in self.recordings for part in (pause, recording)]
+        return np.concatenate(parts[1:]) if self.others else self.waveform
+
+    def chat(self, view: View) -> tuple[Turn, ...]:
+        """Return the conversation as a view has it, the system prompt included: what prompts are made of.
+
+        Views differ in the parts that they make of a recording; everything else is the same in all of them.
+        """
+        beside = () if self.instruction is None else (TextPart(self.instruction),)
+        turns = self.turns or (Turn("user", (AudioPart(0, self.question), *beside)),)
+        system = () if self.system is None else (Turn("system", (TextPart(self.system),)),)
+        return (*system, *(Turn(turn.role, _FILTERS[view](turn.parts)) for turn in turns))
+
+    def texts(self, view: View) -> list[tuple[str, str]]:
+        """Return all texts that a view's prompt has, with the names of the parts they are in.
+
+        Texts that touch each other come joined, too: together they may be what neither is.
+        """
+        transcript = [("question", self.question)] if view == READ and not self.turns else []
+        named = [*transcript, ("instruction", self.instruction), ("system prompt", self.system)]
+        found = [(name, text) for name, text in named if text is not None]
+        turns = self.turns and self.chat(view)[-len(self.turns) :]
+        for number, turn in enumerate(turns, 1):
+            runs = groupby(turn.parts, key=lambda part: isinstance(part, TextPart))
+            found += [(f"turn {number}", written(tuple(run))) for is_text, run in runs if is_text]
+        return found
+
+
+def _as_text(parts: Sequence[Part]) -> tuple[Part, ...]:
+    return (TextPart(written(parts)),)
+
+
+#: What each view makes of a turn's parts.
+_FILTERS: Mapping[View, Callable[[Sequence[Part]], tuple[Part, ...]]] = {HEAR: tuple, READ: _as_text}
+
+
+@dataclass(frozen=True)
+class PromptDefaults:
+    """What the prompts of a data set have where a sample brings nothing of its own.
+
+    Attributes:
+        system: the system prompt.
+        instruction: text behind the recording; not for samples with turns, whose texts are all in these.
+    """
+
+    system: str | None = None
+    instruction: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, text in (("system", self.system), ("instruction", self.instruction)):
+            if text is not None and not text.strip():
+                raise CordError(f"{name} is empty; write a text, or null for none")
+
+    def complete(self, sample: Sample) -> Sample:
+        """Return the sample with what it lacks; the very same one if it lacks nothing."""
+        system = self.system if sample.system is None else sample.system
+        instruction = self.instruction if sample.instruction is None and not sample.turns else sample.instruction
+        if system is sample.system and instruction is sample.instruction:
+            return sample
+        return replace(sample, system=system, instruction=instruction)
 
 
 def _no_token(text: str) -> str | None:
+    return None
+
+
+def _no_fault(sample: Sample) -> str | None:
     return None
 
 
@@ -65,21 +169,36 @@ class PromptLimits:
         shortest: samples of audio, at 16 kHz, below which a clip is too short for the encoder.
         longest: beyond which it is too long; None takes all lengths.
         control_token: returns a control token of the tokenizer that stands in a text; None for a text without one.
+        chat_fault: returns what of a sample's conversation the chat template cannot write; None if it writes all.
     """
 
     shortest: int = 1
     longest: int | None = None
     control_token: Callable[[str], str | None] = _no_token
+    chat_fault: Callable[[Sample], str | None] = _no_fault
 
-    def fault(self, samples: int, question: str) -> str | None:
-        """Return why no prompt can be made of a sample: of so much audio, and with this question; None if one can."""
-        if samples < self.shortest:
-            least = self.shortest / 16000
-            return f"has {samples / 16000:.3f} s of audio, too short for the encoder, which takes {least:.3f} s or more"
-        if self.longest is not None and samples > self.longest:
-            return f"has {samples / 16000:.2f} s of audio, the longest allowed are {self.longest / 16000:.2f} s"
-        token = self.control_token(question)
-        return None if token is None else control_token_fault("question", token)
+    def fault(self, lengths: Sequence[int], sample: Sample) -> str | None:
+        """Return why no prompt can be made of a sample; None if one can.
+
+        Args:
+            lengths: of its recordings, in samples.
+            sample: with or without its audio.
+        """
+        for number, samples in enumerate(lengths):
+            where = f" in its recording {number}" if len(lengths) > 1 else ""
+            if samples < self.shortest:
+                seconds, least = samples / 16000, self.shortest / 16000
+                return (
+                    f"has {seconds:.3f} s of audio{where}, too short for the encoder, which takes {least:.3f} s or more"
+                )
+            if self.longest is not None and samples > self.longest:
+                return (
+                    f"has {samples / 16000:.2f} s of audio{where}, the longest allowed are {self.longest / 16000:.2f} s"
+                )
+        for part, text in (*sample.texts(READ), *sample.texts(HEAR)):
+            if (token := self.control_token(text)) is not None:
+                return control_token_fault(part, token)
+        return self.chat_fault(sample)
 
 
 def control_token_fault(part: str, token: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import HEAR, READ, Prompt, View
+from megatron_cord.data.turns import turns_json
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.questions import Question
 from megatron_cord.rollout.types import GenerationRequest, Rollout, RolloutEngine
@@ -77,9 +78,8 @@ Measure = Callable[[Sequence[AudioResponse]], Measured]
 
 def prepare(question: Question, prompts: PromptBuilder) -> PreparedQuestion:
     """Make the prompts of a question."""
-    views = [READ] * (question.text is not None) + [HEAR] * (question.audio is not None)
     try:
-        (prepared,) = prompts.prepare([question.sample()], views)
+        (prepared,) = prompts.prepare([question.sample()], question.views)
     except CordError as error:
         return PreparedQuestion(question, {}, reject=str(error))
     return PreparedQuestion(question, prepared.prompts)
@@ -148,9 +148,7 @@ class Journal:
 
     def __init__(self, path: Path, model: str | None, questions: Sequence[Question], max_new_tokens: int) -> None:
         self.path = path
-        parts = [
-            json.dumps([q.id, q.answer, q.text, q.audio is not None, q.choices, q.instruction]) for q in questions
-        ]  # a recording counts by whether there is one
+        parts = [json.dumps(_stands_for(question)) for question in questions]
         self._header = {"model": model, "questions": fingerprint(parts), "max_new_tokens": max_new_tokens}
 
     def read(self) -> dict[str, Answer]:
@@ -202,6 +200,13 @@ class Journal:
             raise CordError(
                 f"{self.path}: cannot be written ({error.strerror}); make room, and start again: answers are kept"
             ) from None
+
+
+def _stands_for(question: Question) -> list[Any]:
+    """Return what tells a question from others; a recording counts by whether there is one."""
+    q = question
+    chat = [q.system, turns_json(q.turns)] if q.system is not None or q.turns else []
+    return [q.id, q.answer, q.text, q.audio is not None, q.choices, q.instruction, *chat]
 
 
 def _from_json(plain: dict[str, Any]) -> Answer:

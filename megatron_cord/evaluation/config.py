@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_cord.data.samples import PromptDefaults
 from megatron_cord.errors import CordError
 
 Format = Literal["shards", "plain", "voicebench", "gsm8k", "mmau", "big_bench_audio"]
@@ -21,9 +22,17 @@ class SetConfig:
     format: Format = "plain"  #: how its rows are laid out
     audio_root: str | None = None  #: the folder that paths of recordings start from; null: the file's own
     samples: int = 0  #: how many questions, from the beginning; 0 takes all
+    system: str | None = None  #: the system prompt of questions that bring none
+    instruction: str | None = None  #: text behind the recording, or its transcript, of questions that bring none
     ignore: tuple[str, ...] = ()  #: fields of its rows to leave aside; others that nothing uses are refused
 
+    @property
+    def defaults(self) -> PromptDefaults:
+        """What the prompts of its questions have where these bring nothing of their own."""
+        return PromptDefaults(self.system, self.instruction)
+
     def __post_init__(self) -> None:
+        self.defaults  # noqa: B018  (refuses empty texts)
         if self.format == "shards" and (self.audio_root is not None or self.ignore):
             raise CordError("audio_root and ignore are of no use to a set of format shards; remove them")
         if self.samples < 0:

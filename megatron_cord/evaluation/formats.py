@@ -3,7 +3,7 @@
 | format | a row has |
 |---|---|
 | shards | what shards have; the recording speaks the question |
-| plain | answer, question or audio or both; also choices, instruction, group, id |
+| plain | answer, question or audio or both, or turns; also choices, instruction, system, group, id |
 | voicebench | prompt, reference (a letter), audio: OpenBookQA and MMSU of VoiceBench |
 | gsm8k | question, answer (a solution that ends in "#### 72", or the number), audio |
 | mmau | audio_id, question, choices, answer (one choice's text), task: a sound with a question in text beside it |
@@ -11,14 +11,14 @@
 
 Rows come from .jsonl, .json, .parquet or a data set that `datasets` saved. What a published set has beside these fields
 is of no use here; a field of the plain form that nothing uses is refused, as is one that would change what a published
-set asks, such as a system prompt. A recording is a path (from the file's folder, or from `audio_root`),
-or bytes in the row as Parquet files of spoken sets have them; it is read when its prompt is made. What it simplifies:
-the rows, bytes included, are in memory.
+set asks, such as a system prompt. `turns` are those of `megatron_cord.data.turns`. A recording is a path (from the
+file's folder, or from `audio_root`), or bytes in the row as Parquet files of spoken sets have them; it is read when its
+prompt is made. What it simplifies: the rows, bytes included, are in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,9 @@ from megatron_cord.data.audio.decode import decode_audio
 from megatron_cord.data.choices import Choices, ChoicesError, lettered, read_choices, split_options
 from megatron_cord.data.fields import find_unused, listed
 from megatron_cord.data.question_files import Reject, read_rows
+from megatron_cord.data.samples import PromptDefaults
 from megatron_cord.data.shards.reader import ShardDataset
+from megatron_cord.data.turns import TextPart, Turn, TurnsError, read_turns, written
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import SetConfig
 from megatron_cord.evaluation.questions import Question, QuestionSet
@@ -52,11 +54,14 @@ class _Fields:
     choices: Choices | None = None
     instruction: str | None = None
     group: Any = None
+    system: str | None = None
+    turns: tuple[Turn, ...] = ()
+    recordings: tuple[Any, ...] = ()  # of the turns, by number
 
 
 #: What the adapters read, beside "id".
 _USED: dict[str, tuple[str, ...]] = {
-    "plain": ("question", "audio", "answer", "choices", "instruction", "group"),
+    "plain": ("question", "audio", "answer", "choices", "instruction", "group", "system", "turns"),
     "voicebench": ("prompt", "audio", "reference", "domain"),
     "gsm8k": ("question", "audio", "question_audio", "answer"),
     "mmau": ("question", "audio_id", "audio", "choices", "answer", "task"),
@@ -76,7 +81,7 @@ def load_set(config: SetConfig) -> QuestionSet:
         CordError: no such file, one damaged as a whole, or none of its rows is a question.
     """
     if config.format == "shards":
-        return shard_questions(ShardDataset(config.path), config.samples)
+        return shard_questions(ShardDataset(config.path, defaults=config.defaults), config.samples)
     return _checked(_from_rows(config), f"{config.path}, read as format {config.format},")
 
 
@@ -92,25 +97,28 @@ def shard_questions(shards: ShardDataset, count: int) -> QuestionSet:
     """
     questions, rejects = [], []
     for index in range(min(count or len(shards), len(shards))):
-        texts = shards.texts(index)
-        if texts.get("answer") is None:
-            rejects.append(Reject(texts["id"], "it has no answer"))
+        sample = shards.without_audio(index)
+        if sample.answer is None:
+            rejects.append(Reject(sample.id, "it has no answer"))
             continue
         questions.append(
             Question(
-                id=texts["id"],
-                answer=texts["answer"],
-                text=texts["question"],
-                audio=partial(_waveform, shards, index),
-                choices=tuple(texts.get("choices") or ()),
-                group=texts.get("voice"),
+                id=sample.id,
+                answer=sample.answer,
+                text=sample.question,
+                audio=partial(_recordings, shards, index),
+                choices=sample.choices,
+                instruction=sample.instruction,
+                group=sample.voice,
+                system=sample.system,
+                turns=sample.turns,
             )
         )
     return _checked(QuestionSet(questions, rejects), "the set of shards")
 
 
-def _waveform(shards: ShardDataset, index: int) -> np.ndarray:
-    return shards[index].waveform
+def _recordings(shards: ShardDataset, index: int) -> Sequence[np.ndarray]:
+    return shards[index].recordings
 
 
 def _checked(found: QuestionSet, what: str) -> QuestionSet:
@@ -137,10 +145,11 @@ def _from_rows(config: SetConfig) -> QuestionSet:
         try:
             if name in seen:
                 raise _UnusableError("its id comes twice")
-            questions.append(_question(name, _ADAPTERS[config.format](row), root, listed(row)))
+            fields = _ADAPTERS[config.format](row)
+            questions.append(_question(name, fields, root, listed(row), config.defaults))
             _refuse_unused(row, config, f"{path}, {place}")
             seen.add(name)
-        except (_UnusableError, ChoicesError) as error:
+        except (_UnusableError, ChoicesError, TurnsError) as error:
             rejects.append(Reject(name, str(error)))
     return QuestionSet(questions, rejects)
 
@@ -154,8 +163,9 @@ def _refuse_unused(row: dict[str, Any], config: SetConfig, where: str) -> None:
         raise CordError(f"{where}: {unused}")
 
 
-def _question(name: str, fields: _Fields, root: Path, found: str) -> Question:
-    for what, value in (("question", fields.text), ("instruction", fields.instruction)):
+def _question(name: str, fields: _Fields, root: Path, found: str, defaults: PromptDefaults) -> Question:
+    named = (("question", fields.text), ("instruction", fields.instruction), ("system", fields.system))
+    for what, value in named:
         if not isinstance(value, (str, type(None))):
             raise _UnusableError(f"its {what} is no text")
     if fields.answer is None or fields.answer == "":
@@ -164,18 +174,28 @@ def _question(name: str, fields: _Fields, root: Path, found: str) -> Question:
         raise _UnusableError("its answer is no text")
     answer = str(fields.answer).strip() if fields.choices is None else fields.choices.letter_of(fields.answer)
     text = fields.text.strip() if fields.text and fields.text.strip() else None
-    audio = None if fields.audio is None else _recording(fields.audio, root, name)
+    references = fields.recordings or (() if fields.audio is None else (fields.audio,))
+    audio = _together([_recording(reference, root, name) for reference in references]) if references else None
     if text is None and audio is None:
         raise _UnusableError(f"it has neither text nor recording (its fields: {found})")
+    system, instruction = (text if text and text.strip() else None for text in (fields.system, fields.instruction))
+    if instruction is None and not fields.turns:
+        instruction = defaults.instruction
     return Question(
         name,
         answer,
         text,
         audio,
         fields.choices.texts if fields.choices else (),
-        fields.instruction,
+        instruction,
         None if fields.group is None else str(fields.group),
+        defaults.system if system is None else system,
+        fields.turns,
     )
+
+
+def _together(reads: Sequence[Callable[[], np.ndarray]]) -> Callable[[], Sequence[np.ndarray]]:
+    return lambda: [read() for read in reads]
 
 
 def _recording(value: Any, root: Path, name: str) -> Callable[[], np.ndarray]:
@@ -203,13 +223,33 @@ def _recording(value: Any, root: Path, name: str) -> Callable[[], np.ndarray]:
 
 
 def _plain(row: dict[str, Any]) -> _Fields:
-    text, instruction = row.get("question"), row.get("instruction")
+    text, instruction, system = row.get("question"), row.get("instruction"), row.get("system")
     choices = None if row.get("choices") is None else read_choices(row["choices"])
+    if row.get("turns") is not None:
+        if both := [name for name in ("question", "audio", "instruction") if row.get(name) is not None]:
+            raise _UnusableError(f"it has turns and {both[0]}; write all texts and recordings into the turns")
+        references: list[Any] = []
+        turns = read_turns(row["turns"], partial(_numbered, references))
+        if choices:
+            offered = TextPart(f"\n{lettered(choices.texts)}")
+            turns = (*turns[:-1], Turn("user", (*turns[-1].parts, offered)))
+        asked = written(turns[-1].parts)
+        return _Fields(
+            asked, None, row.get("answer"), choices, None, row.get("group"), system, turns, tuple(references)
+        )
     if isinstance(text, str) and choices and instruction is None:
         text = f"{text.strip()} {lettered(choices.texts)}"
     elif isinstance(instruction, str) and choices:
         instruction = f"{instruction.strip()} {lettered(choices.texts)}"
-    return _Fields(text, row.get("audio"), row.get("answer"), choices, instruction, row.get("group"))
+    return _Fields(text, row.get("audio"), row.get("answer"), choices, instruction, row.get("group"), system)
+
+
+def _numbered(references: list[Any], reference: Any) -> int:
+    """Return the number of a recording among those that came before; a path that comes again is the same recording."""
+    if not isinstance(reference, str) or reference not in references:
+        references.append(reference)
+        return len(references) - 1
+    return references.index(reference)
 
 
 def _voicebench(row: dict[str, Any]) -> _Fields:

@@ -9,7 +9,8 @@ import numpy as np
 
 from megatron_cord.data.audio.wav import SAMPLING_RATE
 from megatron_cord.data.question_files import Reject
-from megatron_cord.data.samples import Sample
+from megatron_cord.data.samples import HEAR, READ, Sample, View
+from megatron_cord.data.turns import Turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,32 +21,52 @@ class Question:
         id: unique in its set.
         answer: the gold answer: for choices the letter, else a number, an expression or words.
         text: the text prompt's words; None for a question without one.
-        audio: reads the recording, float32 [samples], mono, 16 kHz; None for a question without one.
+        audio: reads the recordings, each float32 [samples], mono, 16 kHz; None for a question without one.
         choices: the texts behind the letters A, B, …; "" for each whose text the set does not give apart from the
             question.
-        instruction: text beside the recording in the audio prompt; None where the recording is the whole question.
+        instruction: text behind the recording, or its transcript; None where the recording is the whole question.
         group: a category or a voice, by which accuracies are shown apart; None puts it into none.
+        system: the system prompt; None without one.
+        turns: a conversation, as in `Sample`; `text` is then its last turn's.
     """
 
     id: str
     answer: str
     text: str | None = None
-    audio: Callable[[], np.ndarray] | None = None
+    audio: Callable[[], Sequence[np.ndarray]] | None = None
     choices: tuple[str, ...] = ()
     instruction: str | None = None
     group: str | None = None
+    system: str | None = None
+    turns: tuple[Turn, ...] = ()
 
-    def sample(self) -> Sample:
-        """Read the recording, if there is one, and return the sample of which prompts are made."""
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The views that there are prompts of."""
+        return (READ,) * (self.text is not None) + (HEAR,) * (self.audio is not None)
+
+    @property
+    def asked(self) -> str:
+        """What is asked as one text, for the judge and for reports."""
+        return self.without_audio().asked
+
+    def without_audio(self) -> Sample:
+        """Return the sample of which prompts are made, its recordings not read."""
         return Sample(
             self.id,
             self.text or "",
-            np.zeros(0, np.float32) if self.audio is None else self.audio(),
-            SAMPLING_RATE,
-            self.answer,
+            sampling_rate=SAMPLING_RATE,
+            answer=self.answer,
             choices=self.choices,
             instruction=self.instruction,
+            system=self.system,
+            turns=self.turns,
         )
+
+    def sample(self) -> Sample:
+        """Read the recordings, if there are any, and return the sample of which prompts are made."""
+        sample = self.without_audio()
+        return sample if self.audio is None else sample.with_recordings(self.audio())
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,7 +41,7 @@ def score_set(
             {
                 "id": question.id,
                 "group": question.group,
-                "question": question.text or question.instruction or "",
+                "question": question.asked,
                 "answer": question.answer,
                 "choices": list(question.choices),
                 "text_response": answer.text_response,

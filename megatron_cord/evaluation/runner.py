@@ -50,6 +50,9 @@ class Evaluator:
         run: the directory under which each evaluated model gets `evaluations/LABEL`.
         comparer: decides about free answers on the rank that writes; None: rules.
         writes: whether this rank writes.
+
+    Raises:
+        CordError: the chat template cannot write more of a set's questions than evaluation.max_rejects allows.
     """
 
     def __init__(
@@ -66,6 +69,10 @@ class Evaluator:
         self._root = run / FOLDER
         self._answered: dict[str, _Answered] = {}  # by set, of the model that answered last
         self._prepared: dict[str, list[PreparedQuestion]] = {}
+        for name, chosen in sets.items():
+            asked = ((q, prompts.chat_fault(q.without_audio(), q.views)) for q in chosen.questions)
+            if faults := [Reject(question.id, f"it {fault}") for question, fault in asked if fault is not None]:
+                self._check_rejects(name, [*faults, *chosen.rejects])
 
     def directory(self, label: str) -> Path:
         """Return the directory of one model's evaluation."""

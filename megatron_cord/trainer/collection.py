@@ -157,7 +157,7 @@ class Collector:
         return ScoredRollout(
             rollout,
             role,
-            prepared.sample.question,
+            prepared.sample.asked,
             prepared.sample.voice,
             position,
             draw,
@@ -177,7 +177,7 @@ class Collector:
         ]
         scores = self.rewards.score(
             [
-                Answered(s.id, s.question, r.text, r.finish_reason == "stop", reference, s.answer, s.choices)
+                Answered(s.id, s.asked, r.text, r.finish_reason == "stop", reference, s.answer, s.choices)
                 for (position, _, reference), r in zip(owners, rollouts, strict=True)
                 for s in (batch.at(position).sample,)
             ]

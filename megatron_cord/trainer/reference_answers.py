@@ -2,8 +2,8 @@
 
 The reward compares with them, and off-policy methods train on them. A frozen teacher answers all questions that the
 run will need before the engine gets any trained weights; the answers are kept in the run's directory for a resumed run,
-under the question's text, the teacher's files and the longest length: when one of these changes, the teacher answers
-anew. A live teacher answers each step with the weights that generate the step's responses. Answers are greedy.
+under the conversation's text, the teacher's files and the longest length: when one of these changes, the teacher
+answers anew. A live teacher answers each step with the weights that generate the step's responses. Answers are greedy.
 Audio is never read for them.
 """
 
@@ -100,7 +100,9 @@ class ReferenceAnswers:
 
     def _key(self, sample: Sample) -> str:
         """Stand for all that the answer depends on."""
-        return fingerprint([sample.id, sample.question, self.teacher, self.max_new_tokens])
+        beside = sample.turns or sample.system is not None or sample.instruction is not None
+        chat = [repr(sample.chat(READ))] if beside else []
+        return fingerprint([sample.id, sample.question, self.teacher, self.max_new_tokens, *chat])
 
     def _request(self, prompt: Prompt) -> GenerationRequest:
         return GenerationRequest(prompt, 0.0, self.max_new_tokens)

@@ -12,7 +12,7 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megatron_cord.errors import CordError
-from tests.data.test_prompts import sample
+from tests.data.prompts.test_builder import sample
 from tests.model.family_reference import save
 from tests.model.ranks import VOCAB_SIZE
 

@@ -87,7 +87,7 @@ def test_what_an_endpoint_spoke_is_not_asked_for_again(tmp_path: Path) -> None:
         result = make_spoken_set(config, tmp_path / "set")
         assert len(server.requests) == before + 14, "ten and ten were kept"
     dataset = ShardDataset(tmp_path / "set")
-    assert [dataset.texts(i)["id"] for i in range(len(dataset))] == [f"q{i}" for i in range(34)] and not result.rejects
+    assert dataset.ids == [f"q{i}" for i in range(34)] and not result.rejects
     assert sorted(p.name for p in (tmp_path / "set").iterdir() if p.name.startswith(".")) == []
 
 

@@ -35,11 +35,12 @@ def check_shards(path: Path, *, digests: bool) -> int:
 def describe_shards(path: Path) -> int:
     """Print counts, lengths and voices; return 0."""
     dataset = ShardDataset(path, max_skipped=_ALL)
-    seconds, answers, voices = [], 0, Counter[str]()
+    seconds, answers, conversations, voices = [], 0, 0, Counter[str]()
     for index in range(len(dataset)):
         sample = dataset[index]
-        seconds.append(len(sample.waveform) / sample.sampling_rate)
+        seconds.append(sum(map(len, sample.recordings)) / sample.sampling_rate)
         answers += sample.answer is not None
+        conversations += bool(sample.turns)
         voices.update([sample.voice] if sample.voice else [])
     seconds.sort()
     table = Table("", "", show_header=False, box=None, pad_edge=False)
@@ -49,6 +50,8 @@ def describe_shards(path: Path) -> int:
     lengths = f"shortest {seconds[0]:.1f}, median {seconds[len(seconds) // 2]:.1f}, longest {seconds[-1]:.1f}"
     table.add_row("seconds", lengths)
     table.add_row("with gold answer", f"{answers}")
+    if conversations:
+        table.add_row("conversations", f"{conversations}")
     table.add_row("voices", ", ".join(f"{name} {count}" for name, count in sorted(voices.items())) or "–")
     table.add_row("fingerprint", dataset.fingerprint)
     if (path / MANIFEST_NAME).is_file():

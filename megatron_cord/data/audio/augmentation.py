@@ -12,7 +12,7 @@ band has no slope but that of a Fourier transform's edge, smoothed.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -62,10 +62,10 @@ def augment(
     step: int,
     limits: PromptLimits = PromptLimits(),  # noqa: B008  (it is immutable)
 ) -> Sample:
-    """Return the sample as it sounds at one step.
+    """Return the sample as it sounds at one step; each of its recordings has draws of its own.
 
     Args:
-        sample: its waveform is float32 [samples], not changed in place.
+        sample: its recordings are float32 [samples], not changed in place.
         config: what may happen to it.
         seed: of the run.
         step: counted from 0.
@@ -76,21 +76,33 @@ def augment(
     """
     if not config.changes:
         return sample
-    digest = hashlib.sha256(f"{seed}\x1f{step}\x1f{sample.id}".encode()).digest()
+    recordings, changed = sample.recordings, []
+    for number, waveform in enumerate(recordings):
+        draw = f"{seed}\x1f{step}\x1f{sample.id}" + (f"\x1f{number}" if number else "")
+        changed.append(_augment(waveform, sample.sampling_rate, config, draw, limits))
+    same = all(new is old for new, old in zip(changed, recordings, strict=True))
+    return sample if same else sample.with_recordings(changed)
+
+
+def _augment(
+    waveform: np.ndarray, rate: int, config: AugmentationConfig, draw: str, limits: PromptLimits
+) -> np.ndarray:
+    """Return one recording as it sounds; the very same array if nothing happens to it."""
+    digest = hashlib.sha256(draw.encode()).digest()
     draws = np.random.PCG64(np.random.SeedSequence(list(digest)))  # its raw stream never changes with numpy's version
     happens, strength = draws.random_raw(6).reshape(2, 3) / 2.0**64
-    audio = sample.waveform
+    audio = waveform
     if happens[0] < config.speed:
         audio = _at_speed(audio, _between(config.speed_range, strength[0]), limits)
     if happens[1] < config.band:
-        audio = _band_limited(audio, _between(config.band_range, strength[1]), sample.sampling_rate)
+        audio = _band_limited(audio, _between(config.band_range, strength[1]), rate)
     if happens[2] < config.noise:
         audio = _noisy(audio, _between(config.noise_snr, strength[2]), draws)
-    if audio is sample.waveform:
-        return sample
+    if audio is waveform:
+        return waveform
     peak = float(np.abs(audio).max(initial=0.0))
-    audio = (audio if peak <= 1.0 else audio / peak).astype(np.float32)
-    return replace(sample, waveform=audio)
+    scaled: np.ndarray = (audio if peak <= 1.0 else audio / peak).astype(np.float32)
+    return scaled
 
 
 def _between(bounds: tuple[float, float], draw: float) -> float:

@@ -1,14 +1,16 @@
 """Which files of a tar belong together as a sample, and what is wrong with the tar.
 
 webdataset's convention: files of one sample have one name, which ends at the first dot. Names with dots in them are
-read too: files that have one name up to the *last* dot, a JSON and a recording among them, are a sample. Extensions
-count in any case; "./" before a name and hidden files, such as macOS's ._q1.json, do not.
+read too: files that have one name up to the *last* dot, a JSON and a recording among them, are a sample. A sample with
+several recordings has them numbered: q1.json, q1.0.wav, q1.1.wav. Extensions count in any case; "./" before a name and
+hidden files, such as macOS's ._q1.json, do not.
 """
 
 from __future__ import annotations
 
+import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +19,19 @@ TEXT = "json"
 AUDIO = ("wav", "flac", "mp3", "ogg", "opus", "aiff", "aif")  #: extensions of recordings
 _BLOCK = 512  # bytes; tar's unit
 _SHOWN = 8
+_NUMBERED = re.compile(r"(?P<stem>.+)\.(?P<number>0|[1-9][0-9]{0,2})")
+
+
+@dataclass(frozen=True)
+class _File:
+    extension: str  # in lower case
+    number: int | None  # of a recording that has one
+    member: tarfile.TarInfo
+
+    @property
+    def place(self) -> int:
+        """Among the recordings."""
+        return -1 if self.number is None else self.number
 
 
 @dataclass(frozen=True)
@@ -26,15 +41,15 @@ class Parts:
     Attributes:
         key: their common name.
         text: the JSON; None without one.
-        audio: the recording; None without one.
-        twice: whether there are two of either.
+        audio: the recordings by number; a single one needs none. Empty without one.
+        fault: why they are no sample whatever is in them; None if they are one or lack a part.
         names: of all its files as the tar has them.
     """
 
     key: str
     text: tarfile.TarInfo | None
-    audio: tarfile.TarInfo | None
-    twice: bool
+    audio: tuple[tarfile.TarInfo, ...]
+    fault: str | None
     names: tuple[str, ...]
 
 
@@ -68,15 +83,23 @@ def find_samples(members: Sequence[tarfile.TarInfo]) -> list[Parts]:
     for _, path in paths:
         stem, extension = _at_last_dot(path)
         extensions.setdefault(stem, set()).add(extension)
-    whole = {stem for stem, found in extensions.items() if TEXT in found and not found.isdisjoint(AUDIO)}
-    grouped: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
+    described = {stem for stem, found in extensions.items() if TEXT in found}
+    recorded = {stem for stem, found in extensions.items() if not found.isdisjoint(AUDIO)}
+    several = {match["stem"] for stem in recorded if (match := _NUMBERED.fullmatch(stem))} & described
+    whole = described & recorded
+    grouped: dict[str, list[_File]] = {}
     for member, path in paths:
         key, extension = _at_last_dot(path)
-        if key not in whole:
-            folder, slash, name = path.rpartition("/")
-            stem, _, extension = name.partition(".")
-            key = f"{folder}{slash}{stem}"
-        grouped.setdefault(key, []).append((extension.lower(), member))
+        number = None
+        if key not in whole | several:
+            numbered = _NUMBERED.fullmatch(key) if extension in AUDIO else None
+            if numbered is not None and numbered["stem"] in several:
+                key, number = numbered["stem"], int(numbered["number"])
+            else:
+                folder, slash, name = path.rpartition("/")
+                stem, _, extension = name.partition(".")
+                key = f"{folder}{slash}{stem}"
+        grouped.setdefault(key, []).append(_File(extension.lower(), number, member))
     return [_parts(key, files) for key, files in grouped.items()]
 
 
@@ -100,11 +123,14 @@ def _path(name: str) -> str | None:
     return None if hidden or not parts else "/".join(parts)
 
 
-def _parts(key: str, files: Sequence[tuple[str, tarfile.TarInfo]]) -> Parts:
-    found: Mapping[str, list[tarfile.TarInfo]] = {
-        "text": [member for extension, member in files if extension == TEXT],
-        "audio": [member for extension, member in files if extension in AUDIO],
-    }
-    first = {part: members[0] if members else None for part, members in found.items()}
-    twice = any(len(members) > 1 for members in found.values())
-    return Parts(key, first["text"], first["audio"], twice, tuple(member.name for _, member in files))
+def _parts(key: str, files: Sequence[_File]) -> Parts:
+    texts = [file.member for file in files if file.extension == TEXT]
+    recordings = sorted((file for file in files if file.extension in AUDIO), key=lambda file: file.place)
+    numbers = [file.place for file in recordings]
+    names = tuple(file.member.name for file in files)
+    fault = None
+    if len(texts) > 1 or len(set(numbers)) < len(numbers):
+        fault = f"comes twice ({shown(names)}); ids must be unique: remove one of them"
+    elif numbers not in ([-1], list(range(len(numbers)))):
+        fault = f"has the files {shown(names)}; number all its recordings from 0, without gaps, as in {key}.0.wav"
+    return Parts(key, texts[0] if texts else None, tuple(file.member for file in recordings), fault, names)

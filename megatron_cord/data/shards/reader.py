@@ -1,4 +1,4 @@
-"""Reads webdataset shards: tar files with a recording and ``{id}.json`` for each sample (see ``writer``).
+"""Reads webdataset shards: tar files with recordings and ``{id}.json`` for each sample (see ``writer``).
 
 Everything is checked when a data set is opened, so that a bad sample stops a run before its first step, or is left out
 for the whole of it: WAV files of integers by their headers, for nothing else can be wrong with them, other recordings
@@ -10,17 +10,17 @@ What it simplifies: the index of offsets is built anew at every start, and shard
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from megatron_cord.data.audio.decode import count_samples, decode_audio
 from megatron_cord.data.audio.wav import SAMPLING_RATE
-from megatron_cord.data.samples import PromptLimits, Sample
+from megatron_cord.data.samples import PromptDefaults, PromptLimits, Sample
 from megatron_cord.data.shards.manifest import Manifest, ShardEntry
 from megatron_cord.data.shards.members import Parts, find_samples, read_members, shown
-from megatron_cord.data.shards.texts import read_texts
+from megatron_cord.data.shards.texts import read_sample
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import file_digest, fingerprint
 
@@ -33,13 +33,16 @@ class _Entry:
     id: str
     json_offset: int
     json_size: int
-    audio_offset: int
-    audio_size: int
-    samples: int = 0  # of audio
+    recordings: tuple[tuple[int, int], ...]  # offset and size of each
+    lengths: tuple[int, ...] = ()  # of each, in samples
 
     @property
     def where(self) -> str:
         return f"{self.shard}: sample {self.id}"
+
+    def where_recording(self, number: int) -> str:
+        """Name a recording in errors."""
+        return self.where if len(self.recordings) == 1 else f"{self.where}, recording {number}"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class ShardDataset:
         path: a directory with a manifest, a tar file, or a pattern such as "data/*.tar" (which looks at no manifest).
         max_skipped: the largest share of samples that may be left out.
         limits: what prompts can be made of; other samples are left out.
+        defaults: what prompts have where a sample brings nothing of its own.
         verify: compare every shard's SHA-256 with the manifest's, which reads all of them.
 
     Attributes:
@@ -86,8 +90,10 @@ class ShardDataset:
         *,
         max_skipped: float = 0.0,
         limits: PromptLimits = PromptLimits(),  # noqa: B008  (it is immutable)
+        defaults: PromptDefaults = PromptDefaults(),  # noqa: B008
         verify: bool = False,
     ) -> None:
+        self._defaults = defaults
         self._entries: list[_Entry] = []
         self.skipped: list[Skipped] = []
         self._shards: list[tuple[Path, ShardEntry | None]] = []
@@ -98,7 +104,7 @@ class ShardDataset:
                 self._skip(Skipped(str(shard), f"{shard} {problem}", listed.samples if listed else 1), max_skipped)
                 continue
             self._shards.append((shard, listed if problem is None else None))
-            for found, item in enumerate(_index(shard, limits)):
+            for found, item in enumerate(_index(shard, limits, defaults)):
                 if isinstance(item, _Entry) and item.id in seen:
                     item = Skipped(
                         item.where, f"{item.where} is in {seen[item.id]} too; ids must be unique: remove one of them"
@@ -126,10 +132,11 @@ class ShardDataset:
         """Stands for the samples, their content and their order: 16 hexadecimal digits.
 
         The content is that of the shards, by the manifest's checksums; a shard that no manifest lists, or that differs
-        from what it lists, is read for its own.
+        from what it lists, is read for its own. What a set gives its prompts is part of the samples.
         """
         contents = [file_digest(shard) if listed is None else listed.sha256 for shard, listed in self._shards]
-        return fingerprint([*contents, *self.ids])
+        given = [] if self._defaults == PromptDefaults() else [repr(self._defaults)]
+        return fingerprint([*contents, *self.ids, *given])
 
     def _skip(self, item: Skipped, max_skipped: float) -> None:
         if not max_skipped:
@@ -142,13 +149,15 @@ class ShardDataset:
         Raises:
             CordError: naming the longest.
         """
-        entry = max(self._entries, key=lambda entry: entry.samples)
-        if entry.samples > longest:
-            count = sum(entry.samples > longest for entry in self._entries)
+        longest_of = [max(entry.lengths) for entry in self._entries]
+        most = max(longest_of)
+        if most > longest:
+            entry = self._entries[longest_of.index(most)]
+            count = sum(samples > longest for samples in longest_of)
             raise CordError(
-                f"{entry.where}: {entry.samples / SAMPLING_RATE:.2f} s of audio, the encoder's window is "
-                f"{longest / SAMPLING_RATE:.2f} s ({count} of {len(self)} samples are longer); shorten them, or set "
-                "data.long_audio to cut or skip"
+                f"{entry.where_recording(entry.lengths.index(most))}: {most / SAMPLING_RATE:.2f} s of audio, the "
+                f"encoder's window is {longest / SAMPLING_RATE:.2f} s ({count} of {len(self)} samples are longer); "
+                "shorten them, or set data.long_audio to cut or skip"
             )
 
     def __len__(self) -> int:
@@ -167,36 +176,22 @@ class ShardDataset:
         entry = self._entries[index]
         try:
             with entry.shard.open("rb") as file:
-                texts = _read_texts(file, entry)
-                file.seek(entry.audio_offset)
-                waveform = decode_audio(file.read(entry.audio_size), entry.where)
+                sample = _read_sample(file, entry, self._defaults)
+                recordings = []
+                for number, (offset, size) in enumerate(entry.recordings):
+                    file.seek(offset)
+                    recordings.append(decode_audio(file.read(size), entry.where_recording(number)))
         except OSError as error:
             raise CordError(
                 f"{entry.where}: cannot be read ({error.strerror}); the shard must stay in place during a run"
             ) from error
-        return replace(_sample(entry, texts), waveform=waveform)
-
-    def texts(self, index: int) -> dict[str, Any]:
-        """Return a sample's JSON, without its audio: id, question, answer, solution, voice and choices."""
-        entry = self._entries[index]
-        with entry.shard.open("rb") as file:
-            return {"id": entry.id} | _read_texts(file, entry)
+        return sample.with_recordings(recordings)
 
     def without_audio(self, index: int) -> Sample:
         """Return a sample whose audio is neither read nor decoded, for what needs its text alone."""
-        return _sample(self._entries[index], self.texts(index))
-
-
-def _sample(entry: _Entry, texts: Mapping[str, Any]) -> Sample:
-    return Sample(
-        id=entry.id,
-        question=texts["question"],
-        sampling_rate=SAMPLING_RATE,
-        answer=texts.get("answer"),
-        solution=texts.get("solution"),
-        voice=texts.get("voice"),
-        choices=tuple(texts.get("choices") or ()),
-    )
+        entry = self._entries[index]
+        with entry.shard.open("rb") as file:
+            return _read_sample(file, entry, self._defaults)
 
 
 def _find_shards(path: str | Path) -> list[tuple[Path, ShardEntry | None]]:
@@ -223,41 +218,55 @@ def _changed(shard: Path, listed: ShardEntry, verify: bool) -> str | None:
     return None
 
 
-def _index(shard: Path, limits: PromptLimits) -> Iterator[_Entry | Skipped]:
+def _index(shard: Path, limits: PromptLimits, defaults: PromptDefaults) -> Iterator[_Entry | Skipped]:
     """Every sample of one shard, checked; last, if the shard ends too early, that it does."""
     try:
         with shard.open("rb") as file:
             members, problem = read_members(file, shard)
             samples = find_samples(members)
-            if problem is not None and samples and (samples[-1].text is None or samples[-1].audio is None):
+            if problem is not None and samples and (samples[-1].text is None or not samples[-1].audio):
                 samples.pop()  # the sample at which the shard breaks off
             for parts in samples:
-                yield _checked(file, shard, parts, limits)
+                yield _checked(file, shard, parts, limits, defaults)
     except OSError as error:
         problem = f"cannot be read ({error.strerror}); check that it is a file and may be read"
     if problem is not None:
         yield Skipped(str(shard), f"{shard} {problem}")
 
 
-def _checked(file: BinaryIO, shard: Path, parts: Parts, limits: PromptLimits) -> _Entry | Skipped:
+def _checked(
+    file: BinaryIO, shard: Path, parts: Parts, limits: PromptLimits, defaults: PromptDefaults
+) -> _Entry | Skipped:
     where = f"{shard}: sample {parts.key}"
     text, audio = parts.text, parts.audio
-    if text is None or audio is None:
+    if text is None or not audio:
         missing = "text (.json)" if text is None else "audio (.wav, .flac …)"
         return Skipped(where, f"{where} has no {missing}, only {shown(parts.names)}; add it or remove the sample")
-    if parts.twice:
-        return Skipped(where, f"{where} comes twice ({shown(parts.names)}); ids must be unique: remove one of them")
-    entry = _Entry(shard, parts.key, text.offset_data, text.size, audio.offset_data, audio.size)
+    if parts.fault is not None:
+        return Skipped(where, f"{where} {parts.fault}")
+    recordings = tuple((member.offset_data, member.size) for member in audio)
+    entry = _Entry(shard, parts.key, text.offset_data, text.size, recordings)
     try:
-        texts = _read_texts(file, entry)
-        file.seek(entry.audio_offset)
-        samples = count_samples(file, entry.audio_size, where)
+        sample = _read_sample(file, entry, defaults)
+        if sample.num_recordings != len(audio):
+            return Skipped(where, f"{where} {_miscounted(sample.num_recordings, parts)}")
+        lengths = []
+        for number, (offset, size) in enumerate(recordings):
+            file.seek(offset)
+            lengths.append(count_samples(file, size, entry.where_recording(number)))
     except CordError as error:
         return Skipped(where, str(error))
-    fault = limits.fault(samples, texts["question"])
-    return replace(entry, samples=samples) if fault is None else Skipped(where, f"{where} {fault}")
+    fault = limits.fault(lengths, sample)
+    return replace(entry, lengths=tuple(lengths)) if fault is None else Skipped(where, f"{where} {fault}")
 
 
-def _read_texts(file: BinaryIO, entry: _Entry) -> dict[str, Any]:
+def _miscounted(wanted: int, parts: Parts) -> str:
+    given = len(parts.audio)
+    if wanted > given:
+        return f"lacks its recording {given}: its turns have {wanted}, its files are {shown(parts.names)}; add it"
+    return f"has recording {wanted}, which its JSON does not mention ({shown(parts.names)}); remove it"
+
+
+def _read_sample(file: BinaryIO, entry: _Entry, defaults: PromptDefaults) -> Sample:
     file.seek(entry.json_offset)
-    return read_texts(file.read(entry.json_size), entry.id, entry.where)
+    return defaults.complete(read_sample(file.read(entry.json_size), entry.id, entry.where))

@@ -1,8 +1,9 @@
 """Writes webdataset shards: tar files with ``{id}.json`` and ``{id}.wav`` for each sample.
 
-The JSON holds id, question, answer, solution and voice; the WAV is 16-bit PCM, mono, 16 kHz. Whatever reads
-webdataset tars reads these. A shard is complete or invisible: it is written under a temporary name and renamed, and
-the directory's manifest comes last.
+A sample with several recordings has ``{id}.0.wav``, ``{id}.1.wav`` and so on. The JSON holds id, question (or turns),
+answer, solution and voice, and what there is of choices, instruction and system. WAVs are 16-bit PCM, mono, 16 kHz.
+Whatever reads webdataset tars reads these. A shard is complete or invisible: it is written under a temporary name and
+renamed, and the directory's manifest comes last.
 
 What it simplifies: one process writes, and a shard waits in memory until it is full.
 """
@@ -22,6 +23,7 @@ from webdataset import TarWriter
 from megatron_cord.data.audio.wav import SAMPLING_RATE, encode_wav
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from megatron_cord.data.turns import turns_json
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import atomic_file, file_digest
 
@@ -65,7 +67,7 @@ class ShardWriter:
             raise CordError(f"sample {sample.id} comes twice; ids must be unique")
         self._pending.append(encode_sample(sample))
         self._ids.add(sample.id)
-        self._seconds += len(sample.waveform) / SAMPLING_RATE
+        self._seconds += sum(map(len, sample.recordings)) / SAMPLING_RATE
         if sample.voice is not None:
             self._voices[sample.voice] += 1
         if len(self._pending) == self._shard_size:
@@ -105,20 +107,29 @@ def encode_sample(sample: Sample) -> dict[str, Any]:
         raise CordError(f"sample {sample.id} has no question; remove it")
     if sample.sampling_rate != SAMPLING_RATE:
         raise CordError(f"sample {sample.id}: audio at {sample.sampling_rate} Hz; resample it to {SAMPLING_RATE} Hz")
-    try:
-        audio = encode_wav(sample.waveform)
-    except ValueError as error:
-        raise CordError(f"sample {sample.id}: {error}; remove it or record it again") from error
-    texts: dict[str, Any] = {
-        "id": sample.id,
-        "question": sample.question,
-        "answer": sample.answer,
-        "solution": sample.solution,
-        "voice": sample.voice,
-    }
+    recordings = sample.recordings
+    if len(recordings) != sample.num_recordings:
+        raise CordError(
+            f"sample {sample.id} has {len(recordings)} recordings, its turns name {sample.num_recordings}; make them "
+            "agree"
+        )
+    audio = {}
+    for number, waveform in enumerate(recordings):
+        where = f"sample {sample.id}" if len(recordings) == 1 else f"sample {sample.id}, recording {number}"
+        try:
+            audio["wav" if len(recordings) == 1 else f"{number}.wav"] = encode_wav(waveform)
+        except ValueError as error:
+            raise CordError(f"{where}: {error}; remove it or record it again") from error
+    return {"__key__": sample.id, "json": json.dumps(_texts(sample), ensure_ascii=False).encode(), **audio}
+
+
+def _texts(sample: Sample) -> dict[str, Any]:
+    texts: dict[str, Any] = {"id": sample.id}
+    texts |= {"turns": turns_json(sample.turns)} if sample.turns else {"question": sample.question}
+    texts |= {"answer": sample.answer, "solution": sample.solution, "voice": sample.voice}
     if sample.choices:
         texts["choices"] = list(sample.choices)
-    return {"__key__": sample.id, "json": json.dumps(texts, ensure_ascii=False).encode(), "wav": audio}
+    return texts | {name: text for name in ("instruction", "system") if (text := getattr(sample, name)) is not None}
 
 
 def write_shard(path: Path, samples: Sequence[Mapping[str, Any]]) -> ShardEntry:

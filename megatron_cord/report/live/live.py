@@ -196,7 +196,7 @@ class _Recordings:
         with self._lock:
             dataset, places = self._found
         place = places.get(sample_id)
-        return None if place is None else encode_wav(np.clip(dataset[place].waveform, -1.0, 1.0))
+        return None if place is None else encode_wav(np.clip(dataset[place].played(), -1.0, 1.0))
 
 
 def _version_of(directory: Path, run: RunContents) -> str:

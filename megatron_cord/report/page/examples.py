@@ -71,7 +71,7 @@ def load_clips(data: object, ids: Sequence[str]) -> dict[str, str]:
         raise CordError("the configuration has no data.evaluation")
     dataset, wanted = ShardDataset(data, max_skipped=1.0), set(ids)  # what a run left out has no examples
     waveforms = {
-        sample_id: dataset[index].waveform for index, sample_id in enumerate(dataset.ids) if sample_id in wanted
+        sample_id: dataset[index].played() for index, sample_id in enumerate(dataset.ids) if sample_id in wanted
     }
     clips, spent = {}, 0
     for sample_id in ids:

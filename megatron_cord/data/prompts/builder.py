@@ -1,22 +1,21 @@
-"""Prompts: one sample as a token sequence for each view; they differ only where audio stands for text.
+"""Turns samples into prompts: one token sequence for each view; they differ only where audio stands for text.
 
 Chat template, tokenizer and feature extractor are the checkpoint's own. A builder keeps nothing about samples: what
-it builds travels with them (`data.samples.PreparedSample`). Simplification: one user turn with one recording, which a
-text may follow, or one text.
+it builds travels with them (`data.samples.PreparedSample`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import count
+from itertools import cycle
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 from jinja2 import TemplateError
 from transformers import GenerationConfig
 
-from megatron_cord.data.audio.features import FeatureConfig, FeatureExtractor, TorchFeatures
+from megatron_cord.data.audio.features import FeatureConfig
+from megatron_cord.data.prompts.clips import ClipMaker, FeatureBackend, LongAudio
+from megatron_cord.data.prompts.template import ChatTemplate
 from megatron_cord.data.samples import (
     HEAR,
     READ,
@@ -29,14 +28,10 @@ from megatron_cord.data.samples import (
     control_token_fault,
 )
 from megatron_cord.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
+from megatron_cord.data.turns import AudioPart, Turn
 from megatron_cord.errors import CordError
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import family_of, load_architecture
-
-_FEWEST_AUDIO_TOKENS = 2  # transformers takes a lone placeholder for one that is still to be expanded
-
-LongAudio = Literal["error", "cut", "skip"]
-FeatureBackend = Literal["torch", "dali", "dali_gpu"]
 
 
 class PromptBuilder:
@@ -63,7 +58,7 @@ class PromptBuilder:
         self, checkpoint_dir: str | Path, *, long_audio: LongAudio = "error", features: FeatureBackend = "torch"
     ) -> None:
         directory = checkpoint_directory(checkpoint_dir)
-        self._directory, self._long_audio = directory, long_audio
+        self._directory = directory
         self._arch = load_architecture(directory)  # first: an unsupported model may have a tokenizer of any kind
         self._tokenizer = load_tokenizer(directory)
         self.audio_token_id = self._arch.audio_token_id
@@ -76,26 +71,28 @@ class PromptBuilder:
         controls = {*self._tokenizer.control_ids, *self.eos_ids, self.audio_token_id}
         self._control_ids = {i for i in controls if i is not None and i != self._tokenizer.unknown_id}
         self._begins_control = {self._tokenizer.decode([index]).strip()[:1] for index in self._control_ids}
-        self._template: str | None = None
-        self._features: FeatureConfig | None = None
+        self._template = self._find_template()
+        self._clips: ClipMaker | None = None
         if self._arch.encoder is not None:
-            self._features = self._find_features(directory)
-            self._extract = _make_extractor(features, self._features)
-            family_template = family_of(self._arch).chat_template
-            if family_template is not None and not self._writes_placeholder():
-                self._template = family_template  # the published processing is code there, not a template
-            self._around_audio(1)
+            self._clips = ClipMaker(self._arch, self._find_features(directory), features, long_audio)
 
     @property
     def longest_clip(self) -> int | None:
         """Samples of audio that the encoder takes at once; None for a model without an audio encoder."""
-        return None if self._features is None else self._longest(self._features)
+        return None if self._clips is None else self._clips.longest
 
     @property
     def limits(self) -> PromptLimits:
         """What prompts can be made of, for a data set to be opened with."""
-        shortest = 1 if self._features is None else (self._fewest_frames() - 1) * self._features.hop_length + 1
-        return PromptLimits(shortest, self.longest_clip, self.control_token)
+        shortest = 1 if self._clips is None else self._clips.shortest
+        return PromptLimits(shortest, self.longest_clip, self.control_token, self.chat_fault)
+
+    def chat_fault(self, sample: Sample, views: Collection[View] = (HEAR, READ)) -> str | None:
+        """Return what of a sample's conversation the model or its chat template does not take; None if all."""
+        if self._clips is None and HEAR in views:
+            return f"has a recording, but {self._takes_no_audio}"
+        faults = (self._template.fault(sample.chat(view)) for view in views)
+        return next((fault for fault in faults if fault is not None), None)
 
     def control_token(self, text: str) -> str | None:
         """Return a control token that the tokenizer finds in a text, which would end a turn or stand for audio.
@@ -123,13 +120,13 @@ class PromptBuilder:
         return [PreparedSample(sample, made) for sample, made in zip(samples, prompts, strict=True)]
 
     def audio_prompt(self, sample: Sample) -> Prompt:
-        """Build the prompt of the recording. Threads may call it.
+        """Build the prompt of the recordings. Threads may call it.
 
         Each clip's features are float32 [n_mels, window frames].
 
         Raises:
-            CordError: audio that ``log_mel`` refuses (another rate …), longer than the encoder's window unless it may
-                be cut, or too short for the encoder; a model without an audio encoder.
+            CordError: audio that `ClipMaker.make` refuses, a model without an audio encoder, a control token in a text
+                beside the recordings, or a conversation that the chat template cannot write.
         """
         return self.audio_prompts([sample])[0]
 
@@ -137,90 +134,51 @@ class PromptBuilder:
         """Build one each, in the same order; features are made together."""
         if not samples:
             return []
-        if self._features is None:
-            raise CordError(
-                f"sample {samples[0].id}: a {self._arch.model_type} model takes no audio; choose a checkpoint with "
-                "an audio encoder"
-            )
-        windows = [
-            (i, waveform) for i, sample in enumerate(samples) for waveform in self._windows(sample, self._features)
-        ]
-        features = self._extract(
-            [waveform for _, waveform in windows],
-            [samples[i].id for i, _ in windows],
-            [samples[i].sampling_rate for i, _ in windows],
-        )
-        clips: list[list[AudioClip]] = [[] for _ in samples]
-        for (i, waveform), made in zip(windows, features, strict=True):
-            tokens = self._arch.num_audio_tokens(made.num_frames)
-            if tokens < _FEWEST_AUDIO_TOKENS:
-                seconds = len(waveform) / samples[i].sampling_rate
-                raise CordError(
-                    f"sample {samples[i].id}: audio of {seconds:.2f} s is too short for the encoder; drop the sample"
-                )
-            clips[i].append(AudioClip(waveform, made.log_mel, made.num_frames, tokens))
-        return [self._prompt_of_clips(sample, some) for sample, some in zip(samples, clips, strict=True)]
-
-    def _prompt_of_clips(self, sample: Sample, clips: Sequence[AudioClip]) -> Prompt:
-        self._refuse_control_token(sample, "instruction", sample.instruction or "")
-        first, *others = self._around_audio(len(clips), sample.instruction)
-        self._refuse_unknown_words(
-            sample, sample.instruction or "", [*first, *(index for after in others for index in after)]
-        )
-        ids = [*first]
-        for clip, after in zip(clips, others, strict=True):
-            ids += [self._arch.audio_token_id or 0] * clip.num_tokens + after
-        return Prompt(sample_id=sample.id, token_ids=tuple(ids), clips=tuple(clips))
-
-    def _windows(self, sample: Sample, features: FeatureConfig) -> list[np.ndarray]:
-        """Cut the recording into clips that the encoder can take, whole if it is short enough; nothing is left out."""
-        audio, longest = sample.waveform, self._longest(features)
-        # What is no mono recording at the right rate gets log_mel's error.
-        if sample.sampling_rate != features.sampling_rate or audio.ndim != 1 or len(audio) <= longest:
-            return [audio]
-        if self._long_audio != "cut":
-            seconds, window = (samples / features.sampling_rate for samples in (len(audio), longest))
-            raise CordError(
-                f"sample {sample.id}: {seconds:.2f} s of audio, the encoder's window is {window:.2f} s; "
-                "shorten it, or set data.long_audio to cut or skip"
-            )
-        starts = list(range(0, len(audio), longest))
-        # A rest too short for the encoder takes from its neighbour.
-        starts[-1] = min(starts[-1], len(audio) - self._fewest_frames() * features.hop_length)
-        return [audio[start:end] for start, end in zip(starts, [*starts[1:], len(audio)], strict=True)]
-
-    def _fewest_frames(self) -> int:
-        return next(frames for frames in count(1) if self._arch.num_audio_tokens(frames) >= _FEWEST_AUDIO_TOKENS)
-
-    def _longest(self, features: FeatureConfig) -> int:
-        assert self._arch.encoder is not None
-        return self._arch.encoder.max_clip_frames * features.hop_length
+        if self._clips is None:
+            raise CordError(f"sample {samples[0].id}: {self._takes_no_audio}")
+        clips = self._clips.make(samples)
+        return [self._prompt(sample, HEAR, some) for sample, some in zip(samples, clips, strict=True)]
 
     def text_prompt(self, sample: Sample) -> Prompt:
-        """Build the prompt of the question's text.
+        """Build the prompt of the transcripts.
 
         Raises:
-            CordError: an empty question, a control token in it, or words that a word-level vocabulary does not have.
+            CordError: an empty question, a control token in a text, words that a word-level vocabulary does not have,
+                or a conversation that the chat template cannot write.
         """
-        if not sample.question.strip():
+        spoken = [part for turn in sample.chat(HEAR) for part in turn.parts if isinstance(part, AudioPart)]
+        if not all(part.transcript.strip() for part in spoken):
             raise CordError(f"sample {sample.id}: the question is empty; give the text of what is said")
-        self._refuse_control_token(sample, "question", sample.question)
-        ids = self._tokenize([{"type": "text", "text": sample.question}])
-        self._refuse_unknown_words(sample, sample.question, ids)
-        return Prompt(sample_id=sample.id, token_ids=tuple(ids))
+        return self._prompt(sample, READ, [])
 
-    def _refuse_control_token(self, sample: Sample, part: str, text: str) -> None:
-        if (token := self.control_token(text)) is not None:
-            raise CordError(f"sample {sample.id} {control_token_fault(part, token)}")
+    def _prompt(self, sample: Sample, view: View, clips: Sequence[Sequence[AudioClip]]) -> Prompt:
+        """Build a view's prompt with these clips by recording."""
+        for part, text in sample.texts(view):
+            if (token := self.control_token(text)) is not None:
+                raise CordError(f"sample {sample.id} {control_token_fault(part, token)}")
+        chat = _with_clips(sample.chat(view), [len(some) for some in clips])
+        if (fault := self._template.fault(chat)) is not None:
+            raise CordError(f"sample {sample.id} {fault}")
+        first, *others = self._template.tokenize(chat)
+        self._refuse_unknown_words(sample, view, [*first, *(index for after in others for index in after)])
+        order = [part.recording for turn in chat for part in turn.parts if isinstance(part, AudioPart)]
+        inserted = _in_order(clips, order)
+        ids = [*first]
+        for clip, after in zip(inserted, others, strict=True):
+            ids += [self._arch.audio_token_id or 0] * clip.num_tokens + after
+        return Prompt(sample_id=sample.id, token_ids=tuple(ids), clips=tuple(inserted))
 
-    def _refuse_unknown_words(self, sample: Sample, text: str, ids: list[int]) -> None:
+    @property
+    def _takes_no_audio(self) -> str:
+        return f"a {self._arch.model_type} model takes no audio; choose a checkpoint with an audio encoder"
+
+    def _refuse_unknown_words(self, sample: Sample, view: View, ids: list[int]) -> None:
         unknown = self._tokenizer.unknown_id
         if unknown is not None and unknown in ids:
-            words = [word for word in text.split() if unknown in self._tokenizer.encode(word)]
-            raise CordError(
-                f"sample {sample.id}: words outside the model's vocabulary: {', '.join(words[:8])}; rephrase the "
-                "question"
-            )
+            texts = dict.fromkeys(word for _, text in sample.texts(view) for word in text.split())
+            words = [word for word in texts if unknown in self._tokenizer.encode(word)]
+            named = ", ".join(words[:8]) or "one that the chat template writes"
+            raise CordError(f"sample {sample.id}: words outside the model's vocabulary: {named}; rephrase the question")
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return token ids of plain text, without any special token added."""
@@ -259,34 +217,24 @@ class PromptBuilder:
         """Return each token's own text, specials included."""
         return [self._tokenizer.decode([index]) if index < len(self._tokenizer) else f"<{index}>" for index in ids]
 
-    def _tokenize(self, parts: list[dict[str, str]]) -> list[int]:
-        return self._tokenizer.encode(self._tokenizer.render([{"role": "user", "content": parts}], self._template))
-
-    def _tokenize_audio(self, clips: int, instruction: str | None = None) -> list[int]:
-        beside = [] if instruction is None else [{"type": "text", "text": instruction}]
-        return self._tokenize([{"type": "audio", "audio_url": "clip"}] * clips + beside)
-
-    def _around_audio(self, clips: int, instruction: str | None = None) -> list[list[int]]:
-        """Return the prompt of so many clips and an instruction, cut at the placeholders: clips + 1 pieces."""
-        pieces: list[list[int]] = [[]]
-        for index in self._tokenize_audio(clips, instruction):
-            if index == self.audio_token_id:
-                pieces.append([])
-            else:
-                pieces[-1].append(index)
-        if len(pieces) != clips + 1:
+    def _find_template(self) -> ChatTemplate:
+        """Return the checkpoint's template; the family's where its published processing is code, not a template."""
+        template = ChatTemplate(self._tokenizer, self.audio_token_id)
+        if self._arch.encoder is None:
+            return template
+        family_template = family_of(self._arch).chat_template
+        if family_template is not None:
+            try:
+                fits = template.placeholders(1) == 1
+            except (CordError, TemplateError):
+                fits = False
+            if not fits:
+                template = ChatTemplate(self._tokenizer, self.audio_token_id, family_template)
+        if (found := template.placeholders(1)) != 1:
             raise CordError(
-                f"{self._directory}: the chat template writes {len(pieces) - 1} placeholders for "
-                f"{'a clip; it must be one' if clips == 1 else f'{clips} clips; it must be one for each'}"
+                f"{self._directory}: the chat template writes {found} placeholders for a clip; it must be one"
             )
-        return pieces
-
-    def _writes_placeholder(self) -> bool:
-        """Return whether the checkpoint's own template has a place for a clip."""
-        try:
-            return self._tokenize_audio(1).count(self._arch.audio_token_id or 0) == 1
-        except (CordError, TemplateError):
-            return False
+        return template
 
     def _find_features(self, directory: Path) -> FeatureConfig:
         """Return the checkpoint's feature extractor; Whisper's where its processing is code."""
@@ -319,9 +267,20 @@ class PromptBuilder:
         return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
 
 
-def _make_extractor(backend: FeatureBackend, config: FeatureConfig) -> FeatureExtractor:
-    if backend == "torch":
-        return TorchFeatures(config)
-    from megatron_cord.data.audio.dali_features import DaliFeatures  # an extra, which takes seconds to import
+def _with_clips(chat: Sequence[Turn], clips: Sequence[int]) -> list[Turn]:
+    """Return the conversation with each recording as often as it has clips."""
+    return [
+        Turn(
+            turn.role,
+            tuple(
+                part for part in turn.parts for _ in range(clips[part.recording] if isinstance(part, AudioPart) else 1)
+            ),
+        )
+        for turn in chat
+    ]
 
-    return DaliFeatures(config, device="gpu" if backend == "dali_gpu" else "cpu")
+
+def _in_order(clips: Sequence[Sequence[AudioClip]], recordings: Sequence[int]) -> list[AudioClip]:
+    """Return the clips as they stand in a prompt, of the numbers of the recordings that they belong to."""
+    left = {number: cycle(some) for number, some in enumerate(clips)}  # a recording may stand in several places
+    return [next(left[number]) for number in recordings]

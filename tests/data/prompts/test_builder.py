@@ -260,14 +260,16 @@ def test_prompts_cannot_be_forged(builder: PromptBuilder, text: str) -> None:
     with pytest.raises(CordError) as caught:
         builder.audio_prompt(replace(sample(), instruction=text))
     assert f"sample s7 has {token!r} in its instruction, a control token of the model" in str(caught.value)
-    assert builder.limits.fault(16000, text) is not None and builder.limits.fault(16000, "what is 2 < 3 > 1") is None
+    limits = builder.limits
+    assert limits.fault([16000], replace(sample(), question=text)) is not None
+    assert limits.fault([16000], replace(sample(), question="what is 2 < 3 > 1")) is None
 
 
 def test_what_prompts_can_be_made_of(builder: PromptBuilder) -> None:
     """Catches limits that leave out what could be used, or let through what stops a run when its turn comes."""
     limits = builder.limits
     for samples, usable in [(limits.shortest - 1, False), (limits.shortest, True), (48000, True), (48001, False)]:
-        assert (limits.fault(samples, "what") is None) == usable
+        assert (limits.fault([samples], sample()) is None) == usable
         if usable:
             assert builder.audio_prompt(sample(samples)).clips[0].num_tokens >= 2
         else:
