@@ -118,7 +118,7 @@ def test_plain(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("format", "row", "field"),
     [
-        ("plain", {"question": "What?", "answer": "1", "system": "Be brief."}, "system"),
+        ("plain", {"question": "What?", "answer": "1", "context": "Iron rusts."}, "context"),
         ("plain", {"question": "What?", "answer": "1", "anwser": "2"}, "anwser"),
         ("gsm8k", {"question": "What?", "answer": "1", "instruction": "Sum up."}, "instruction"),
         ("big_bench_audio", {"transcript": "What?", "official_answer": "1", "system": "Be brief."}, "system"),
