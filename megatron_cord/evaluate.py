@@ -3,12 +3,13 @@
 Weights: `evaluation.checkpoint`. Questions: `data.evaluation`, `evaluation.sets`, or both. A plain Hugging Face
 checkpoint needs no training run:
 name it as model.checkpoint, with evaluation.checkpoint=base. `output_dir/evaluations/LABEL/` gets the answers to each
-set, each set's result, and results.json, results.md and results.html with intervals and comparisons. A killed
-evaluation continues where it was.
+set, each set's result, and results.json, results.md and results.html with intervals and comparisons. An evaluation
+that was killed, or stopped by Ctrl-C or a signal (exit status 75), continues where it was.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,20 +30,30 @@ from megatron_cord.evaluation.pages import tables
 from megatron_cord.evaluation.runner import Evaluator
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.parallel.layout import Layout, finalize, initialize
+from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.reward import Judge
 from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.types import RolloutEngine
 from megatron_cord.rollout.weights import ShardedModelWeights
 from megatron_cord.runtime import entry
+from megatron_cord.runtime.exit_status import STOPPED
 from megatron_cord.runtime.files import checkpoint_fingerprint
 from megatron_cord.runtime.progress import Bars
+from megatron_cord.runtime.stop_request import StopRequest
 from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints, load_weights
 from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.endings.agreement import any_rank
 from megatron_cord.trainer.model_setup import build_student
 
+logger = logging.getLogger(__name__)
 
-def evaluate(config: RunConfig) -> dict[str, Any]:
-    """Evaluate on this rank together with the others; return the content of results.json on each of them."""
+
+def evaluate(config: RunConfig) -> dict[str, Any] | None:
+    """Evaluate on this rank together with the others.
+
+    Returns:
+        the content of results.json, on each of them; None if a signal stopped the evaluation, with its answers kept.
+    """
     if not config.data.evaluation and not config.evaluation.sets:
         raise CordError("there are no questions: set data.evaluation to a directory of shards, or evaluation.sets")
     layout = initialize(config.parallel, config.seed)
@@ -50,22 +61,38 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features)
     evaluator = _evaluator(config, prompts, layout)
     engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
-    if config.evaluation.baseline == "base" and config.evaluation.checkpoint != "base":
-        with _progress(layout, "base") as progress:
-            evaluator.answer(
-                "base", checkpoint_fingerprint(checkpoint_directory(config.model.checkpoint)), engine, progress
-            )
-    label, model, step = _load(config, layout, engine)
-    with _progress(layout, label) as progress:
-        evaluator.answer(label, model, engine, progress)
-    result = evaluator.compare(label, step, _baseline(config, label))
-    for table in result_tables(result):
-        console.print(table)
-    page = evaluator.directory(label) / "results.html"
-    console.print(f"written to {page}, and .md and .json", highlight=False, soft_wrap=True)
+    result = None
+    with StopRequest("the questions in progress are answered and kept") as request:
+        answered = _answer_all(config, layout, evaluator, engine, lambda: any_rank([bool(request)], layout.device)[0])
+    if answered is None:
+        logger.info("asked to stop: the answers so far are kept; the same command continues")
+    else:
+        label, step = answered
+        result = evaluator.compare(label, step, _baseline(config, label))
+        for table in result_tables(result):
+            console.print(table)
+        page = evaluator.directory(label) / "results.html"
+        console.print(f"written to {page}, and .md and .json", highlight=False, soft_wrap=True)
     engine.close()
     finalize()
     return result
+
+
+def _answer_all(
+    config: RunConfig, layout: Layout, evaluator: Evaluator, engine: RolloutEngine, stop: Callable[[], bool]
+) -> tuple[str, int] | None:
+    """Answer with the baseline, where it is evaluated too, and with the model; return its label and step.
+
+    None if it was asked to stop before.
+    """
+    if config.evaluation.baseline == "base" and config.evaluation.checkpoint != "base":
+        base = checkpoint_fingerprint(checkpoint_directory(config.model.checkpoint))
+        with _progress(layout, "base") as progress:
+            if not evaluator.answer("base", base, engine, progress, stop):
+                return None
+    label, model, step = _load(config, layout, engine)
+    with _progress(layout, label) as progress:
+        return (label, step) if evaluator.answer(label, model, engine, progress, stop) else None
 
 
 def _evaluator(config: RunConfig, prompts: PromptBuilder, layout: Layout) -> Evaluator:
@@ -96,7 +123,17 @@ def _load(config: RunConfig, layout: Layout, engine: RolloutEngine) -> tuple[str
     if named == "base":
         return "base", checkpoint_fingerprint(checkpoint_directory(config.model.checkpoint)), 0
     checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.checkpoint)
-    path = checkpoints.newest() if named == "latest" else Path(named)
+    path: Path | None = Path(named)
+    if named == "latest":
+        path = checkpoints.newest()
+    elif named == "best":
+        record = broadcast_json(checkpoints.best())
+        if record is None:
+            raise CordError(
+                f"{checkpoints.directory} holds no best checkpoint: checkpoint.best was false, or there was no "
+                "evaluation yet; take evaluation.checkpoint=latest"
+            )
+        path = checkpoints.path_of(record["step"])
     if path is None:
         raise CordError(
             f"{checkpoints.directory} holds no checkpoint; train first, or evaluate the original model with "
@@ -134,10 +171,11 @@ def result_tables(result: dict[str, Any]) -> Iterator[Table]:
         yield table
 
 
-def main() -> None:
-    """Run the command."""
+def main() -> int:
+    """Run the command and return its exit status."""
     arguments = entry.parse_args(__doc__.splitlines()[0])
-    evaluate(load_config(RunConfig, arguments.config, arguments.overrides))
+    result = evaluate(load_config(RunConfig, arguments.config, arguments.overrides))
+    return 0 if result is not None else STOPPED
 
 
 if __name__ == "__main__":

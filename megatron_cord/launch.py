@@ -2,7 +2,8 @@
 
 All options are torchrun's. When a rank ends with a one-line error (status 2) or is interrupted, torchrun's report of
 failures is left out and the status is passed on; after a crash the report is printed. A port in use is found before any
-rank starts. SIGTERM and SIGUSR1 are passed on to the ranks, which have all the time they need to save a checkpoint;
+rank starts. SIGTERM, SIGUSR1 and Ctrl-C are passed on to the ranks, which have all the time they need to save a
+checkpoint; a second Ctrl-C ends them at once.
 ``--max-restarts`` starts the ranks again after a crash or a hang, but not when they were stopped by a signal or ended
 with an error that the user must mend first.
 """
@@ -32,8 +33,12 @@ from megatron_cord.errors import CordError
 from megatron_cord.runtime import entry, exit_status
 from megatron_cord.runtime.failures import port_in_use, release_claims
 
+logger = logging.getLogger(__name__)
+
 #: Statuses that a restart would lead to again.
 FINAL = (exit_status.USER_ERROR, exit_status.STOPPED, exit_status.INTERRUPTED)
+#: Signals that the ranks are given as a request to stop.
+PASSED_ON = (*exit_status.STOP_SIGNALS, signal.SIGINT)
 #: Statuses of ranks that have printed their error, or that were ended because another one did.
 EXPECTED = (*FINAL, exit_status.PEER_GONE, exit_status.HUNG, -signal.SIGTERM)
 
@@ -43,18 +48,32 @@ class Agent(LocalElasticAgent):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        for number in exit_status.STOP_SIGNALS:
+        for number in PASSED_ON:
             signal.signal(number, self._pass_on)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._remaining_restarts = 0
+        interrupted = number == signal.SIGINT
+        # Ranks of this terminal's process group get Ctrl-C themselves, and two of them end a rank: so another signal.
+        if not self._signal_ranks(signal.SIGTERM if interrupted else number):  # before they start, or between attempts
+            raise SignalException("a signal while no rank was running", signal.Signals(number))
+        if interrupted:
+            signal.signal(signal.SIGINT, self._end_at_once)
+            logger.info("Ctrl-C: the ranks finish what they do and save; a second Ctrl-C ends them at once")
+
+    def _end_at_once(self, number: int, frame: FrameType | None) -> None:
+        self._signal_ranks(signal.SIGKILL)
+        release_claims()
+        os._exit(exit_status.INTERRUPTED)
+
+    def _signal_ranks(self, number: int) -> int:
+        """Send a signal to the ranks; return how many it reached."""
         reached = 0
         for process in ({} if self._pcontext is None else self._pcontext.pids()).values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
                 reached += 1
-        if not reached:  # before they start, or between two attempts
-            raise SignalException("a signal while no rank was running", signal.Signals(number))
+        return reached
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
@@ -88,7 +107,7 @@ def launch(options: Sequence[str]) -> int:
     for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).addFilter(_is_news)
     # torchrun would end ranks 30 seconds after a signal that it handles itself.
-    names = {number.name for number in exit_status.STOP_SIGNALS}
+    names = {number.name for number in PASSED_ON}
     arguments.signals_to_handle = ",".join(name for name in arguments.signals_to_handle.split(",") if name not in names)
     launcher.LocalElasticAgent = Agent  # type: ignore[attr-defined]
     try:

@@ -16,8 +16,9 @@ from megatron_cord.cli.options import config_option, launch_ranks, overrides_arg
 def command(config: Path, nproc_per_node: int | None, overrides: tuple[str, ...]) -> int:
     """Train a model.
 
-    `cord config` describes the keys, `cord plan` estimates memory and time before a start. SIGTERM stops after the
-    current step with a checkpoint (exit status 75); the same command continues.
+    `cord config` describes the keys, `cord plan` estimates memory and time before a start. Ctrl-C and SIGTERM stop
+    after the current step with a checkpoint (exit status 75), and the same command continues; a second Ctrl-C leaves at
+    once (130).
     """
     if nproc_per_node is not None:
         return launch_ranks(nproc_per_node, "megatron_cord.train", config, overrides)

@@ -9,7 +9,6 @@ _MIN_RATE = "the last rate is optimizer.final_learning_rate_fraction of optimize
 _DECAY = "the rate falls until the last of train.steps; optimizer.schedule=wsd falls over optimizer.decay_steps"
 _GROUPS = "parameters with a rate of their own are optimizer.groups.NAME.match and optimizer.groups.NAME.learning_rate"
 _PENALTY = "the divergence from the teacher is the loss, not a penalty: objective.divergence.kind"
-_SAMPLING = "responses are drawn from the whole distribution, at rollout.temperature and rollout.policy_temperature"
 
 #: A foreign name, with its section or without → the key here, or a sentence on how it is done here.
 SYNONYMS: dict[str, str] = {
@@ -100,8 +99,6 @@ SYNONYMS: dict[str, str] = {
     "rollout.max_tokens": "rollout.max_new_tokens",
     "rollout_max_response_len": "rollout.max_new_tokens",
     "rollout.name": "rollout.engine",
-    "top_p": _SAMPLING,
-    "rollout.top_k": _SAMPLING,
     # objective
     "kl_coef": _PENALTY,
     "kl_loss_coef": _PENALTY,

@@ -40,6 +40,27 @@ class SetConfig:
 
 
 @dataclass(frozen=True)
+class EarlyStoppingConfig:
+    """Which of a training run's evaluations is the best one, and when evaluations that are no better end the run.
+
+    The evaluation before the first step does not count. `checkpoint.best` keeps the checkpoint of the best one.
+    """
+
+    set: str = HELDOUT  #: the set that counts: heldout is data.evaluation, others are those of evaluation.sets
+    #: the value that counts: accuracies are the better the higher, the gap between text and audio the lower
+    metric: Literal["audio_accuracy", "text_accuracy", "gap"] = "audio_accuracy"
+    #: so many evaluations in a row that are no better end the run, as if train.steps were made; 0 never does
+    patience: int = 0
+    min_delta: float = 0.0  #: a value that is better by no more than this is taken for no better
+
+    def __post_init__(self) -> None:
+        if self.patience < 0 or self.min_delta < 0:
+            raise CordError(
+                "evaluation.early_stopping.patience and evaluation.early_stopping.min_delta cannot be negative"
+            )
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """When to evaluate, on which questions, and how answers are scored."""
 
@@ -48,8 +69,9 @@ class EvaluationConfig:
     samples: int = 0  #: of data.evaluation, from its beginning; 0 takes all
     max_new_tokens: int = 200  #: the length at which answers are cut
     scored: int = 48  #: answers whose divergence from the teacher is computed token by token, for the report
-    #: for `evaluate`: latest (of output_dir), base (model.checkpoint), or a checkpoint's directory
+    #: for `evaluate`: latest or best (of output_dir), base (model.checkpoint), or a checkpoint's directory
     checkpoint: str = "latest"
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     #: question sets by name, beside data.evaluation: for `evaluate`, and for the evaluations of a training run
     sets: dict[str, SetConfig] = field(default_factory=dict)
     #: for `evaluate`: what to compare with: base, which is then evaluated too, or another evaluation's directory
@@ -66,6 +88,13 @@ class EvaluationConfig:
             raise CordError(
                 "evaluation.chunk and max_new_tokens must be at least 1, and max_rejects a share between 0 and 1"
             )
+        known = (HELDOUT, *self.sets)
+        if self.early_stopping.set not in known:
+            raise CordError(
+                f"evaluation.early_stopping.set={self.early_stopping.set} is none of the run's sets: {', '.join(known)}"
+            )
+        if self.early_stopping.patience and not self.interval:
+            raise CordError("evaluation.early_stopping.patience needs evaluations: set evaluation.interval above 0")
         for name in self.sets:
             if not re.fullmatch(r"[A-Za-z0-9_+-]{1,60}", name):
                 raise CordError(

@@ -36,8 +36,13 @@ def heldout_file(run: Path, step: int) -> Path:
 
 def heldout_files(run: Path) -> dict[int, Path]:
     """Return the results on data.evaluation by step, ascending."""
+    return set_files(run, HELDOUT)
+
+
+def set_files(run: Path, name: str) -> dict[int, Path]:
+    """Return the results on a set by step, ascending."""
     steps = {}
-    for path in (run / FOLDER).glob(f"step_*/{HELDOUT}.json"):
+    for path in (run / FOLDER).glob(f"step_*/{name}.json"):
         number = path.parent.name.removeprefix("step_")
         if number.isascii() and number.isdigit():
             steps[int(number)] = path

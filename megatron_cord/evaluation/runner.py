@@ -109,7 +109,14 @@ class Evaluator:
             self._answered[name] = _Answered({a.id: a for a in answers}, metrics, time.perf_counter() - begun)
         return {key: value for found in self._answered.values() for key, value in found.metrics.items()}
 
-    def answer(self, label: str, model: str, engine: RolloutEngine, progress: Progress = lambda *_: None) -> None:
+    def answer(
+        self,
+        label: str,
+        model: str,
+        engine: RolloutEngine,
+        progress: Progress = lambda *_: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
         """Answer what is not answered yet, `evaluation.chunk` questions at a time, each chunk kept on disk.
 
         Args:
@@ -117,6 +124,10 @@ class Evaluator:
             model: stands for the weights; kept answers of others are refused.
             engine: generates with them, collectively.
             progress: told what is done.
+            stop: asked before each chunk, by all ranks together, whether to end there; the same on all of them.
+
+        Returns:
+            whether everything is answered.
 
         Raises:
             CordError: kept answers are of another model, or the engine fails; what was answered is kept.
@@ -130,6 +141,8 @@ class Evaluator:
             missing = [question for question in questions if question.id not in answers]
             progress(name, len(questions) - len(missing), len(questions))
             for start in range(0, len(missing), self._config.chunk):
+                if stop():
+                    return False
                 prepared = [prepare(q, self._prompts) for q in missing[start : start + self._config.chunk]]
                 made, _ = generate_answers(prepared, engine, self._prompts, limit)
                 answers |= {answer.id: answer for answer in made}
@@ -137,6 +150,7 @@ class Evaluator:
                     journal.append(made)
                 progress(name, len(made), len(questions))
             self._answered[name] = _Answered(answers, seconds=time.perf_counter() - begun)
+        return True
 
     def score(self, label: str, step: int) -> dict[str, dict[str, Any]]:
         """Score the answers and write each set's result.

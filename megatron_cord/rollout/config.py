@@ -21,6 +21,10 @@ class RolloutConfig:
     policy_prompts_per_step: int = 8  #: the first of the step's prompts also give groups to L_seq
     policy_rollouts: int = 4  #: N, responses a group
     policy_temperature: float = 1.5  #: of the responses for L_seq
+    #: responses, those for L_seq too, are drawn from the likeliest tokens whose probabilities at their temperature
+    #: reach this sum; 1 draws from all. The loss stays that of the whole distribution
+    top_p: float = 1.0
+    top_k: int = 0  #: and from so many of the likeliest tokens at most; 0 draws from all
     share: bool = False  #: L_tok scores the responses of L_seq instead of sampling its own
     max_new_tokens: int = 200  #: responses are cut there
 
@@ -43,6 +47,10 @@ class RolloutConfig:
             )
         if self.temperature <= 0 or self.policy_temperature <= 0:
             raise CordError("rollout.temperature and rollout.policy_temperature must be positive")
+        if not 0 < self.top_p <= 1:
+            raise CordError(f"rollout.top_p is above 0 and at most 1, not {self.top_p}; 1 draws from all tokens")
+        if self.top_k < 0:
+            raise CordError(f"rollout.top_k cannot be negative, got {self.top_k}; 0 draws from all tokens")
         if self.engine == "sglang" and bool(self.sglang.servers) == (self.sglang.servers_file is not None):
             raise CordError(
                 "rollout.engine=sglang needs rollout.sglang.servers or rollout.sglang.servers_file, one of the two; "

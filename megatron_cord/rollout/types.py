@@ -29,19 +29,31 @@ class GenerationRequest:
         prompt: audio or text.
         temperature: 0 means greedy.
         max_new_tokens: the response is cut there, with finish_reason "length".
-        seed: the response depends on the weights, the prompt, the temperature and this seed alone, not on the batch
-            around it.
+        seed: the response depends on the weights, the prompt, the way it is sampled and this seed alone, not on the
+            batch around it.
+        top_p: tokens are drawn from the likeliest ones: those before which less than this much, or just this much,
+            of the probability at the temperature lies; 1 leaves none out.
+        top_k: and from so many of the likeliest at most; 0 leaves none out.
     """
 
     prompt: Prompt
     temperature: float
     max_new_tokens: int
     seed: int = 0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether tokens are drawn from a part of the distribution."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0)
 
     @property
     def key(self) -> str:
         """Names the response on any layout: equal keys of one step have equal responses."""
-        return f"{self.prompt.sample_id}\n{'audio' if self.prompt.clips else 'text'}\n{self.temperature}\n{self.seed}"
+        view = "audio" if self.prompt.clips else "text"
+        truncation = f"\n{self.top_p}\n{self.top_k}" if self.is_truncated else ""
+        return f"{self.prompt.sample_id}\n{view}\n{self.temperature}\n{self.seed}{truncation}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,8 @@ class Rollout:
     Attributes:
         prompt_id: the sample's id.
         token_ids: the response, with its end-of-sequence token if it stopped by itself.
-        logprobs: of each token by the engine, from unscaled (temperature 1), unmasked logits, natural logarithm.
+        logprobs: of each token by the engine, from unscaled (temperature 1), unmasked logits of all tokens, also where
+            top_p or top_k leave some out; natural logarithm.
         finish_reason: "stop" or "length"; "abort" where the engine's ``abort`` cut it short, and such a response is
             never trained on.
         versions: which weights made which tokens.

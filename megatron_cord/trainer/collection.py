@@ -137,7 +137,10 @@ class Collector:
     def _request(self, batch: Batch, position: int, draw: int, temperature: float) -> GenerationRequest:
         sample = batch.at(position)
         seed = self._seed(batch.step, sample, draw)
-        return GenerationRequest(sample.prompts[HEAR], temperature, self.config.max_new_tokens, seed)
+        config = self.config
+        return GenerationRequest(
+            sample.prompts[HEAR], temperature, config.max_new_tokens, seed, config.top_p, config.top_k
+        )
 
     def _seed(self, step: int, sample: PreparedSample, draw: int) -> int:
         return draw_seed(self.seed, step, sample.sample.id, draw)

@@ -32,6 +32,9 @@ class TrainConfig:
     """How long the run is, and how sequences are put into microbatches."""
 
     steps: int = 3000  #: optimizer steps; the paper's value
+    #: the run ends before so many hours are over, all its starts together, with its last checkpoint and evaluation in
+    #: time, and counts as finished; whichever of steps and hours is first. Learning rates follow steps alone. 0: no end
+    hours: float = 0.0
     packing: Literal["padded", "packed"] = "padded"  #: sequences padded to the longest, or one after the other
     micro_batch_size: int = 4  #: padded: sequences that go through the model together
     #: packed: tokens that do, student's and teacher's each; a longer sequence goes alone
@@ -45,6 +48,8 @@ class TrainConfig:
             raise CordError("train.steps and train.max_skipped_in_a_row must be at least 1")
         if self.micro_batch_size < 1 or self.tokens_per_microbatch < 1:
             raise CordError("train.micro_batch_size and train.tokens_per_microbatch must be at least 1")
+        if self.hours < 0:
+            raise CordError(f"train.hours cannot be negative, got {self.hours:g}; 0 sets no end")
         if self.watchdog_seconds < 0:
             raise CordError(f"train.watchdog_seconds cannot be negative, got {self.watchdog_seconds}")
 
@@ -100,6 +105,8 @@ class RunConfig:
             )
         if self.init_optimizer and self.init_from is None:
             raise CordError("init_optimizer=true needs init_from, the run whose optimizer it is")
+        if self.checkpoint.best and not self.evaluation.interval:
+            raise CordError("checkpoint.best=true needs evaluations to choose by: set evaluation.interval above 0")
         if self.teacher.mode == "ema" and self.objective.responses == "teacher":
             raise CordError(
                 "objective.responses=teacher needs answers that teacher.mode=ema cannot generate; use frozen or live"

@@ -1,20 +1,119 @@
-"""A training run's own evaluations: divergences from the teacher beside the answers, and the run's summary."""
+"""A training run's own evaluations: when they are due, divergences from the teacher beside the answers, the summary."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron_cord.evaluation.answers import AudioResponse, Measured
+from megatron_cord.evaluation.config import HELDOUT
+from megatron_cord.evaluation.files import heldout_file, heldout_files, read_result, step_label
+from megatron_cord.evaluation.runner import Evaluator
 from megatron_cord.evaluation.statistics import gap_closed
-from megatron_cord.rollout.types import ScoredRollout, TokenResults
+from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.rollout.types import RolloutEngine, ScoredRollout, TokenResults
+from megatron_cord.runtime.files import write_json
+from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.endings.best import Best, BestEvaluation, past_values, value_of
 from megatron_cord.trainer.observability.logprob_mismatch import mismatch_metrics
-from megatron_cord.trainer.observability.metrics import json_floats
+from megatron_cord.trainer.observability.metrics import MetricsLog, json_floats
+from megatron_cord.trainer.start import Start
 from megatron_cord.trainer.step.batches import TrainingSequence
 
 Scorer = Callable[[list[TrainingSequence]], dict[int, TokenResults]]
+
+
+class Evaluations:
+    """The evaluations of a training run. All ranks call its methods together.
+
+    Args:
+        config: of the run.
+        evaluator: answers and scores the run's question sets.
+        log: is told the accuracies.
+        start: where the run begins.
+        writes: whether this rank writes the summary.
+    """
+
+    def __init__(self, config: RunConfig, evaluator: Evaluator, log: MetricsLog, start: Start, *, writes: bool) -> None:
+        self._config, self._evaluator, self._log, self._writes = config, evaluator, log, writes
+        self._directory, self._begun = Path(config.output_dir), start.progress.made_with.begun
+        last = -1 if start.begins else start.progress.step
+        past = past_values(config.evaluation.early_stopping, self._directory, self._begun, last)
+        made = [step for step in heldout_files(self._directory) if step <= last]
+        made, past_pairs = broadcast_json([made, list(past.items())])
+        self._made = set(made)
+        self._best = BestEvaluation(config.evaluation.early_stopping, dict(past_pairs))
+
+    @property
+    def best(self) -> Best | None:
+        """The best evaluation after the run's beginning."""
+        return self._best.best
+
+    @property
+    def end_the_run(self) -> bool:
+        """Whether there was no better one for so long that the run ends."""
+        return self._best.is_over
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the weights after a step are to be evaluated."""
+        interval = self._config.evaluation.interval
+        return step == self._config.train.steps or bool(interval and step % interval == 0)
+
+    def is_made(self, step: int) -> bool:
+        """Return whether the weights after a step were evaluated."""
+        return step in self._made
+
+    def answer(self, engine: RolloutEngine, score: Scorer, step: int) -> dict[str, float]:
+        """Answer all questions with the engine's weights, those after a step; return the scalars measured.
+
+        Args:
+            engine: generates, collectively.
+            score: computes token results of sequences that all ranks pass.
+            step: made so far.
+        """
+        return self._evaluator.answer_anew(engine, partial(measure_divergence, score, step))
+
+    def write(self, step: int) -> bool:
+        """Score and write the answers to the questions after a step; return whether they are the best so far.
+
+        Raises:
+            CordError: the set of `evaluation.early_stopping` lacks the value that counts.
+        """
+        results = self._evaluator.score(step_label(step), step)
+        self._made.add(step)
+        counts = self._config.evaluation.early_stopping
+        self._log.evaluation({"step": step} | results[HELDOUT])
+        for name, other in results.items():
+            if name != HELDOUT:
+                self._log.question_set(step, name, other)
+        return step > self._begun and self._best.add(step, value_of(counts, results[counts.set]))
+
+    def finish(self, step: int, seconds: float, ended_by: str) -> None:
+        """Write the run's summary.
+
+        Args:
+            step: the last one.
+            seconds: spent in training.
+            ended_by: what ended the run: "steps", "hours" or "early_stopping".
+        """
+        before, after = (heldout_file(self._directory, at) for at in (self._begun, step))
+        if not self._writes or not before.is_file():
+            return
+        summary = summarize(
+            read_result(before),
+            read_result(after),
+            seconds=round(seconds, 1),
+            tp=self._config.parallel.tp,
+            steps=step,
+            begun=self._begun,
+            ended_by=ended_by,
+            best=None if self.best is None else asdict(self.best),
+        )
+        write_json(self._directory / "summary.json", summary)
 
 
 def measure_divergence(score: Scorer, version: int, responses: Sequence[AudioResponse]) -> Measured:
@@ -45,7 +144,15 @@ def measure_divergence(score: Scorer, version: int, responses: Sequence[AudioRes
 
 
 def summarize(
-    before: Mapping[str, Any], after: Mapping[str, Any], *, seconds: float, tp: int, steps: int, begun: int = 0
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    *,
+    seconds: float,
+    tp: int,
+    steps: int,
+    begun: int = 0,
+    ended_by: str = "steps",
+    best: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the run's summary from its first and last evaluation; gaps are to the first one's text accuracy.
 
@@ -54,8 +161,10 @@ def summarize(
         after: of its last step.
         seconds: spent in training.
         tp: of its layout.
-        steps: of the whole training.
+        steps: made.
         begun: the step after which the run began, where it continues another's.
+        ended_by: what ended the run: "steps", "hours" or "early_stopping".
+        best: the best evaluation: step, set, metric and value.
     """
     text = before["text_accuracy"]
     gap_before, gap_after = text - before["audio_accuracy"], text - after["audio_accuracy"]
@@ -72,4 +181,6 @@ def summarize(
         "tp": tp,
         "steps": steps,
         "begun_after_step": begun,
+        "ended_by": ended_by,
+        "best": best,
     }

@@ -70,7 +70,7 @@ def find_start(config: RunConfig, checkpoints: Checkpoints) -> Start:
         progress = _check(config, other, read_progress(other))
         logger.info("continuing the run of %s in %s, which holds no checkpoint yet", other, config.output_dir)
         made_with = replace(progress.made_with, begun=progress.step)
-        return Start(replace(progress, made_with=made_with), checkpoint=other, forked=True)
+        return Start(replace(progress, made_with=made_with, spent=0.0), checkpoint=other, forked=True)
     return _begin(config)
 
 

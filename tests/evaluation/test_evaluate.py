@@ -36,7 +36,9 @@ def sets(inputs: Path) -> list[str]:
 
 def run(*settings: str) -> dict[str, Any]:
     try:
-        return evaluate(load_config(RunConfig, None, settings))
+        result = evaluate(load_config(RunConfig, None, settings))
+        assert result is not None
+        return result
     finally:
         finalize()
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,17 @@ class CheckpointConfig:
     interval: int = 100  #: steps between checkpoints; the last step is always saved; 0 saves only that one
     keep: int = 2  #: newest checkpoints kept; 0 keeps all
     asynchronous: bool = True  #: train on while the disk writes; false: wait for it
+    #: keep the checkpoint of the best evaluation, too, whatever its age; evaluation.early_stopping.set and .metric say
+    #: which evaluation is the best, and checkpoints/best.json which it was
+    best: bool = False
+    #: steps between exports to Hugging Face directories, output_dir/exports/step_…, each with a model card; the last
+    #: step is exported, too. A process of its own makes them from checkpoints, while training goes on; 0: none
+    export_interval: int = 0
+    export_keep: int = 2  #: newest exports kept; 0 keeps all
 
     def __post_init__(self) -> None:
-        if self.interval < 0 or self.keep < 0:
-            raise CordError("checkpoint.interval and checkpoint.keep cannot be negative")
+        if min(self.interval, self.keep, self.export_interval, self.export_keep) < 0:
+            raise CordError("checkpoint: interval, keep, export_interval and export_keep cannot be negative")
 
 
 logger = logging.getLogger(__name__)
@@ -55,12 +63,13 @@ logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
 @dataclass(frozen=True)
 class _Pending:
-    """A checkpoint that is being written: its tensors, its hidden and its final place, and how it is completed."""
+    """A checkpoint that is being written: its tensors, its hidden and final place, what completes it, since when."""
 
     writing: AsyncWrite
     partial: Path
     final: Path
     complete: Callable[[], None]
+    begun: float
 
 
 class Checkpoints(CheckpointDirectory):
@@ -69,12 +78,19 @@ class Checkpoints(CheckpointDirectory):
     Args:
         directory: they are its subdirectories.
         config: retention.
+
+    Attributes:
+        write_seconds: that the last complete checkpoint took, until it was found to be complete; 0 before the first.
+        kept: steps whose checkpoints something else still needs; read on rank 0.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         super().__init__(directory)
         self.config = config
+        self.write_seconds = 0.0
+        self.kept: Collection[int] = ()
         self._pending: _Pending | None = None
+        self._best: Mapping[str, Any] | None = None  # of a checkpoint that is not complete yet
 
     def save(
         self,
@@ -88,6 +104,7 @@ class Checkpoints(CheckpointDirectory):
         Raises:
             CordError: the disk is full or not writable; earlier checkpoints are untouched.
         """
+        begun = time.monotonic()
         self.wait()
         final = self.path_of(progress.step)
         # A unique name: the writers of a run that was killed may live a moment longer.
@@ -102,7 +119,7 @@ class Checkpoints(CheckpointDirectory):
             if reason is None:
                 raise
             raise self._failure(final, reason) from error
-        self._pending = _Pending(writing, partial, final, lambda: write_progress(partial, progress, arch))
+        self._pending = _Pending(writing, partial, final, lambda: write_progress(partial, progress, arch), begun)
         if not self.config.asynchronous:
             self.wait()
 
@@ -132,11 +149,27 @@ class Checkpoints(CheckpointDirectory):
             name: checksum for part in all_gather_json(pending.writing.digests) for name, checksum in part.items()
         }
         self._on_main(pending.final, lambda: self._publish(pending, digests))
+        self.write_seconds = time.monotonic() - pending.begun
+
+    def keep_best(self, record: Mapping[str, Any]) -> None:
+        """Keep the checkpoint of record["step"] from now on as the best one; it may still be written. Collective.
+
+        Raises:
+            CordError: the disk is full or not writable.
+        """
+        self._best = record
+        self._on_main(self.path_of(record["step"]), self._mark_best)
+
+    def _mark_best(self) -> None:
+        if self._best is not None and self.mark_best(self._best):
+            self._best = None
 
     def _publish(self, pending: _Pending, digests: dict[str, str]) -> None:
         pending.complete()
         manifest.write_manifest(pending.partial, digests)
-        self.publish(pending.partial, pending.final, self.config.keep)
+        waiting = () if self._best is None else (int(self._best["step"]),)
+        self.publish(pending.partial, pending.final, self.config.keep, (*self.kept, *waiting))
+        self._mark_best()
 
     def _on_main(self, final: Path, action: Callable[[], None]) -> None:
         """Act on rank 0, and fail on all ranks together if it could not."""

@@ -1,24 +1,30 @@
 """The directory of a run's checkpoints: which exist, which of them are undamaged, which are deleted.
 
-`step_000100` appeared when it was whole. `.step_…` is half-written or half-deleted, and deleted at the next start.
+`step_000100` appeared when it was whole; `best.json` names the one of the best evaluation, which is not deleted.
+`.step_…` is half-written or half-deleted, and deleted at the next start.
 `damaged_step_…` was whole once, was found changed, and is kept so that the cause can be found.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.runtime.files import write_json
 from megatron_cord.trainer.checkpoint.manifest import find_damage
 
 logger = logging.getLogger(__name__)
 
+BEST = "best.json"  #: {"step", "set", "metric", "value"}: the evaluation that makes this step's checkpoint the best
 _VISIBLE = re.compile(r"step_(\d+)")
 
 
@@ -78,12 +84,42 @@ class CheckpointDirectory:
         self.sweep()
         partial.mkdir(parents=True)
 
-    def publish(self, partial: Path, final: Path, keep: int) -> None:
-        """Give a complete checkpoint its name; then delete all but the newest `keep` (0: keep all)."""
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints, ascending; on rank 0 alone."""
+        return [int(name.removeprefix("step_")) for name in self._names()]
+
+    def best(self) -> dict[str, Any] | None:
+        """Return the content of `best.json`; None if there is none, or its checkpoint is gone."""
+        try:
+            record = json.loads((self.directory / BEST).read_text(encoding="utf-8"))
+            return record if self.path_of(int(record["step"])).is_dir() else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def mark_best(self, record: Mapping[str, Any]) -> bool:
+        """Write `best.json` if the step's checkpoint is there, and return whether it is. On rank 0 alone."""
+        if not self.path_of(int(record["step"])).is_dir():
+            return False
+        write_json(self.directory / BEST, dict(record), sync=True)
+        return True
+
+    def publish(self, partial: Path, final: Path, keep: int, kept: Collection[int] = ()) -> None:
+        """Give a complete checkpoint its name; then delete all but the newest `keep` (0: keep all).
+
+        Args:
+            partial: where it is.
+            final: its name.
+            keep: so many of the newest stay.
+            kept: steps whose checkpoints stay, too, beside the best one's.
+        """
         if final.exists():
             final.replace(_deleted_name(final))
         partial.replace(final)
+        best = self.best()
+        kept_names = {self.path_of(step).name for step in (*kept, *(() if best is None else (best["step"],)))}
         for name in self._names()[:-keep] if keep else ():
+            if name in kept_names:
+                continue
             # Renamed first: a stop during the deletion must not leave half a checkpoint under the name of a whole one.
             old = self.directory / name
             old.replace(_deleted_name(old))

@@ -47,6 +47,8 @@ class Progress:
         skipped_in_a_row: steps without an update just before.
         seed: of the run, with which it must be resumed.
         samples: taken from the data so far: the position in it.
+        spent: seconds that the run's processes have taken in all, for `train.hours`.
+        longest: of them the longest step, checkpoint and evaluation.
         made_with: the settings of the run.
         ahead: responses of later steps, by step and request (`Schedule.settle`), generated with weights that a resumed
             run no longer has.
@@ -57,6 +59,8 @@ class Progress:
     skipped_in_a_row: int
     seed: int
     samples: int = 0
+    spent: float = 0.0
+    longest: Mapping[str, float] = field(default_factory=dict)
     made_with: MadeWith = field(default_factory=MadeWith)
     ahead: Mapping[int, Mapping[str, Rollout]] = field(default_factory=dict)
 

@@ -18,6 +18,7 @@ from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.config import RolloutConfig
 from megatron_cord.rollout.engines import build_engine
+from megatron_cord.rollout.local.decoding import likeliest
 from megatron_cord.rollout.local.engine import LocalEngine
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint
 from megatron_cord.rollout.sglang.config import SGLangConfig
@@ -117,6 +118,31 @@ def test_greedy_answers_are_transformers(servers: Servers) -> None:
                 ]
                 wanted = logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
                 assert torch.allclose(torch.tensor(rollout.logprobs), wanted, atol=1e-3), "temperature 1 scale"
+    engine.close()
+
+
+def test_truncated_samples_are_of_the_tokens_that_the_local_engine_keeps(servers: Servers) -> None:
+    """Catches another meaning of top_p and top_k than the local engine's, and log-probabilities of the part alone."""
+    engine, own = connect(servers)
+    local, temperature, top_p, top_k = LocalEngine(servers.checkpoint), 1.5, 0.5, 6
+    prompt = own.prompts.text_prompt(make_samples(1, seed=7)[0])
+    asked = [GenerationRequest(prompt, temperature, 8, seed, top_p, top_k) for seed in range(60)]
+    drawn, forbidden = set[int](), list(own.prompts.special_ids)
+    model = local._loaded()
+    with torch.no_grad():
+        for rollout in engine.generate(asked):
+            ids = torch.tensor([[*prompt.token_ids, *rollout.token_ids]])
+            logits = model.head(model.hidden(ids, None, None).last_hidden_state)[0, len(prompt.token_ids) - 1 : -1]
+            count = len(logits)
+            bounds = torch.full((count,), top_p + 1e-4, dtype=torch.float64), torch.full((count,), top_k)
+            kept = likeliest(logits.double() / temperature, *bounds)
+            kept[:, forbidden] = False
+            chosen = torch.tensor(rollout.token_ids)[:, None]
+            assert (kept.gather(1, chosen)[:, 0] | ~kept.any(-1)).all()
+            wanted = logits.log_softmax(-1).gather(1, chosen)[:, 0]
+            assert torch.allclose(torch.tensor(rollout.logprobs), wanted, atol=1e-3)
+            drawn.add(rollout.token_ids[0])
+    assert len(drawn) > 1
     engine.close()
 
 

@@ -255,6 +255,31 @@ def test_a_token_that_must_not_be_sampled_is_drawn_again(
     assert seeds[0] != seeds[1] and all(0 <= seed < 2**31 for seed in seeds)
 
 
+def test_truncated_sampling_is_the_servers(checkpoint: Path, stack: ExitStack) -> None:
+    """Catches bounds that are not sent, and a response drawn for ever where only forbidden tokens are left."""
+    server = FakeServer()
+    engine = connect(checkpoint, [server], stack)
+    own = engine.engine
+    assert isinstance(own, SGLangEngine)
+    forbidden = own.prompts.special_ids[0]
+
+    def reply(body: Reply) -> Reply:
+        likeliest = {"output_top_logprobs": [[[-0.1, forbidden, None], [-2.5, 8, None]]]}
+        ids = [3] if body.get("input_ids", [])[-1] == 8 else [forbidden]
+        answer = server.good(body, ids)
+        return answer | {"meta_info": answer["meta_info"] | likeliest}
+
+    server.manner = reply
+    (rollout,) = engine.generate(requests(1, top_p=0.5, top_k=3))
+    assert rollout.token_ids == (8, 3) and rollout.logprobs == (-2.5, -0.5)
+    sent = [body["sampling_params"] for body in server.asked]
+    assert all(sampling["top_p"] == 0.5 and sampling["top_k"] == 3 for sampling in sent) and len(sent) < 40
+    assert sent[-2]["max_new_tokens"] == 1 and len({sampling["sampling_seed"] for sampling in sent[:-2]}) > 10
+    server.manner = "good"
+    engine.generate(requests(1))
+    assert server.asked[-1]["sampling_params"]["top_p"] == 1.0 and server.asked[-1]["sampling_params"]["top_k"] == -1
+
+
 def test_audio_goes_as_text_with_one_placeholder(checkpoint: Path, stack: ExitStack) -> None:
     """Catches expanded placeholders, which SGLang refuses, audio that is rounded.
 

@@ -3,8 +3,8 @@
 Some tokens must never be sampled (an audio placeholder would need audio that is not there). Masking them on the server
 would change the log-probabilities, which SGLang takes after masks. So they end the server's answer instead, are
 dropped, and the position is drawn again: a sampled response is then one of the masked distribution, with
-log-probabilities of the unmasked one; a greedy response takes the likeliest token that is allowed. A trained model
-hardly ever needs it.
+log-probabilities of the unmasked one; a greedy response takes the likeliest token that is allowed, and so does one
+whose top_p or top_k leave, draw after draw, none but these. A trained model hardly ever needs it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal
 from megatron_cord.rollout.sglang.client.protocol import BadReplyError, Piece, PromptEncoder, read_piece, sampling
 from megatron_cord.rollout.types import GenerationRequest, Rollout, spans_of
 
+_DRAWS = 16  #: of one position in vain, after which the tokens left by top_p and top_k are taken for forbidden ones
 _GREEDY = 1e-6  #: below this temperature SGLang takes the likeliest token, so that another draw would bring the same
 
 
@@ -37,6 +38,7 @@ class PartialResponse:
         self._logprobs: list[float] = []
         self._versions: list[int] = []
         self._draws = 0
+        self._in_vain = 0  # draws of the present position
         self._likeliest = False  # the next token is chosen here, of the likeliest ones
         self._masked = False  # the server masks: no text can bring it to where a position is drawn again
         self.finish_reason: Literal["stop", "length"] | None = None
@@ -78,9 +80,11 @@ class PartialResponse:
         if redraw and self._likeliest:
             ids[-1], logprobs[-1] = self._allowed(piece, forbidden)
             redraw = False
-        self._likeliest = redraw and self.request.temperature < _GREEDY
-        self._draws += redraw
         kept = len(ids) - redraw
+        self._in_vain = (self._in_vain if kept == 0 else 0) + redraw
+        none_left = self.request.is_truncated and self._in_vain >= _DRAWS
+        self._likeliest = redraw and (self.request.temperature < _GREEDY or none_left)
+        self._draws += redraw
         self._ids += ids[:kept]
         self._logprobs += logprobs[:kept]
         self._versions += versions[:kept]

@@ -164,7 +164,7 @@ def sampling(
     """Return the sampling part of a request; log-probabilities come with every answer.
 
     Args:
-        request: its temperature.
+        request: its temperature, top_p and top_k.
         limit: the most new tokens.
         seed: of the server's noise, where that can be seeded.
         stop: ids that end the answer.
@@ -177,9 +177,9 @@ def sampling(
         "stop_token_ids": list(stop),
         "sampling_seed": seed,
         "skip_special_tokens": False,
-        # The model's own distribution, whatever the server's defaults are.
-        "top_p": 1.0,
-        "top_k": -1,
+        # Always given, whatever the server's defaults are.
+        "top_p": request.top_p,
+        "top_k": request.top_k or -1,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
     }

@@ -1,0 +1,51 @@
+"""What a run says of itself: its learning rates, what changed since its checkpoint, how later checkpoints were made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from megatron_cord.config.loading import to_dict
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
+from megatron_cord.model.config import PARTS
+from megatron_cord.runtime.files import checkpoint_fingerprint
+from megatron_cord.trainer.checkpoint.progress import MadeWith
+from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.settings_changes import Changes, find_changes, schedule_of
+from megatron_cord.trainer.start import Start
+from megatron_cord.trainer.step.optimizer.schedule import RateSchedule
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a run says of itself.
+
+    Attributes:
+        rates: its learning rates.
+        changes: what changed since the checkpoint that it goes on from.
+        made_with: what later checkpoints say about their run.
+    """
+
+    rates: RateSchedule
+    changes: Changes
+    made_with: MadeWith
+
+
+def describe(config: RunConfig, start: Start, data: dict[str, Any]) -> Description:
+    """Find what changed since the checkpoint, and what later checkpoints say about their run.
+
+    Args:
+        config: of the run.
+        start: where it begins.
+        data: samples and fingerprint of what it trains on.
+    """
+    before, settings = start.progress.made_with, to_dict(config)
+    planned = RateSchedule.of(config.optimizer, config.train.steps)
+    rates = schedule_of(start, planned, keep=config.optimizer.keep_schedule)
+    model = checkpoint_fingerprint(checkpoint_directory(config.model.checkpoint))
+    changes = find_changes(start, settings, rates, model)
+    trained = {*before.trained, *(part for part in PARTS if part not in config.model.freeze)}
+    made_with = replace(
+        before, settings=settings, schedule=asdict(rates), data=data, model=model, trained=sorted(trained)
+    )
+    return Description(rates, changes, made_with)

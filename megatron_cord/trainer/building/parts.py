@@ -1,0 +1,134 @@
+"""All parts of a run, put together from its configuration in the order in which they need each other."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_cord.config.loading import to_dict
+from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.data.shards.reader import ShardDataset
+from megatron_cord.evaluation.config import HELDOUT
+from megatron_cord.evaluation.files import past_evaluations
+from megatron_cord.evaluation.formats import load_set, shard_questions
+from megatron_cord.evaluation.runner import Evaluator
+from megatron_cord.parallel.layout import Layout
+from megatron_cord.runtime.stop_request import StopRequest
+from megatron_cord.trainer.building.description import describe
+from megatron_cord.trainer.building.rollout import RolloutSource, build_rollout
+from megatron_cord.trainer.building.training import Training, build_training
+from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
+from megatron_cord.trainer.checkpoint.exports import Exports
+from megatron_cord.trainer.checkpoint.progress import Progress
+from megatron_cord.trainer.checkpoint.saving import Saving
+from megatron_cord.trainer.checkpoint.storage import make_writable
+from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.data_fingerprint import keep_data_record
+from megatron_cord.trainer.endings.time_budget import TimeBudget
+from megatron_cord.trainer.evaluation import Evaluations
+from megatron_cord.trainer.observability.metrics import MetricsLog
+from megatron_cord.trainer.observability.rollout_dump import RolloutDump
+from megatron_cord.trainer.observability.watchdog import Watchdog
+from megatron_cord.trainer.settings_changes import Changes
+from megatron_cord.trainer.start import Start, find_start
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run consists of on this rank.
+
+    Attributes:
+        config: the whole configuration.
+        layout: this rank's place.
+        directory: of the run.
+        start: where it begins.
+        progress: how far it is then.
+        changes: settings that are others than those of the checkpoint that it goes on from.
+        questions: what it trains on.
+        training: what makes updates.
+        source: what makes rollouts.
+        dump: of rollouts.
+        log: of metrics.
+        evaluations: of the run.
+        saving: of its weights.
+        budget: of its time.
+        stop: takes note of requests to stop.
+        watchdog: finds a rank that hangs.
+    """
+
+    config: RunConfig
+    layout: Layout
+    directory: Path
+    start: Start
+    progress: Progress
+    changes: Changes
+    questions: ShardDataset
+    training: Training
+    source: RolloutSource
+    dump: RolloutDump
+    log: MetricsLog
+    evaluations: Evaluations
+    saving: Saving
+    budget: TimeBudget
+    stop: StopRequest
+    watchdog: Watchdog
+
+
+def put_together(config: RunConfig, layout: Layout) -> Parts:
+    """Build all parts of a run. All ranks call it together.
+
+    Raises:
+        CordError: anything that the run needs is missing or does not fit.
+    """
+    directory, main, begun = Path(config.output_dir), layout.is_main, time.monotonic()
+    make_writable(directory)
+    checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint)
+    start = find_start(config, checkpoints)
+    before = start.progress
+    budget = TimeBudget(config.train.hours, before.spent + time.monotonic() - begun, before.longest)
+    prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features)
+    questions = config.data.open("train", prompts.limits)
+    held_out = config.data.open("evaluation", prompts.limits)
+    sets = {name: load_set(given) for name, given in config.evaluation.sets.items()}
+    data = keep_data_record(directory, questions, before.made_with.data, main=main)
+    described = describe(config, start, data)
+    progress = replace(before, made_with=described.made_with)
+    training = build_training(config, layout, start, checkpoints, described.rates, prompts.pad_id)
+    source = build_rollout(config, layout, progress, prompts, questions)
+    sets |= {HELDOUT: shard_questions(held_out, config.evaluation.samples)}
+    evaluator = Evaluator(config.evaluation, sets, prompts, directory, writes=main)
+    evaluator.prepare()
+    # What steps after the resumed one have left in dump and metrics is dropped.
+    rollouts = None if config.record.rollouts is None else directory / config.record.rollouts
+    dump = RolloutDump(rollouts, prompts, progress.step, enabled=main)
+    log = MetricsLog(
+        directory,
+        config.train.steps,
+        progress.step,
+        config.metrics,
+        config.alerts,
+        evaluations=past_evaluations(directory, progress.step) if main else (),
+        settings=to_dict(config),
+        enabled=main,
+    )
+    exports = Exports(directory, checkpoints, config.checkpoint.export_interval, config.checkpoint.export_keep)
+    average = training.step.teacher.average
+    return Parts(
+        config=config,
+        layout=layout,
+        directory=directory,
+        start=start,
+        progress=progress,
+        changes=described.changes,
+        questions=questions,
+        training=training,
+        source=source,
+        dump=dump,
+        log=log,
+        evaluations=Evaluations(config, evaluator, log, start, writes=main),
+        saving=Saving(checkpoints, exports, training.model, training.optimizer, average, layout, progress.step),
+        budget=budget,
+        stop=StopRequest("the step is finished and saved"),
+        watchdog=Watchdog(config.train.watchdog_seconds, directory / "stacks", layout.rank),
+    )

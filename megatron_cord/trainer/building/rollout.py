@@ -1,0 +1,90 @@
+"""What makes the rollouts of a run's steps: loader, engine, reference answers, rewards, and their schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from megatron_cord.data.audio.augmentation import augment
+from megatron_cord.data.loader import Batch, SampleLoader
+from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.data.shards.reader import ShardDataset
+from megatron_cord.parallel.layout import Layout
+from megatron_cord.reward.collective import build_rewards
+from megatron_cord.rollout.collective import CollectiveEngine
+from megatron_cord.rollout.engines import build_engine
+from megatron_cord.rollout.schedule import Schedule
+from megatron_cord.trainer.checkpoint.progress import Progress
+from megatron_cord.trainer.collection import Collector
+from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.reference_answers import ReferenceAnswers
+
+
+@dataclass(frozen=True)
+class RolloutSource:
+    """What makes a step's rollouts.
+
+    Attributes:
+        engine: of all ranks.
+        answers: the teacher's reference answers.
+        collector: requests, rewards and sequences of a batch.
+        loader: gives each step its samples.
+        schedule: gives each step its responses.
+    """
+
+    engine: CollectiveEngine
+    answers: ReferenceAnswers
+    collector: Collector
+    loader: SampleLoader
+    schedule: Schedule[Batch]
+
+
+def build_rollout(
+    config: RunConfig, layout: Layout, progress: Progress, prompts: PromptBuilder, questions: ShardDataset
+) -> RolloutSource:
+    """Build loader, engine, reference answers, rewards, and their schedule.
+
+    Args:
+        config: of the run.
+        layout: this rank's place.
+        progress: how far the run is.
+        prompts: of the checkpoint.
+        questions: what the run trains on.
+    """
+    directory = Path(config.output_dir)
+    engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
+    answers = ReferenceAnswers(
+        # The engine has one set of weights, the student's: a moving average answers with them, as a live teacher does.
+        "frozen" if config.teacher.mode == "frozen" else "live",
+        engine,
+        prompts,
+        config.rollout.max_new_tokens,
+        directory / "reference_answers.jsonl",
+        progress.made_with.model,
+    )
+    rewards = build_rewards(config.reward, directory, layout.replica_group)
+    collector = Collector(config.rollout, config.objective, answers, rewards, config.seed)
+    loader = SampleLoader(
+        questions,
+        batch_size=config.rollout.prompts_per_step,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        rank=layout.dp_rank,
+        world=layout.dp_size,
+        workers=config.data.workers,
+        first_step=progress.step,
+        first_sample=progress.samples,
+        change=lambda sample, step: augment(
+            sample, config.data.augmentation, seed=config.seed, step=step, limits=prompts.limits
+        ),
+        prepare=partial(prompts.prepare, views=collector.views),
+    )
+    schedule = Schedule(
+        config.rollout.schedule,
+        engine.within(layout.replica_group),
+        loader.batch,
+        collector.requests,
+        config.train.steps,
+    )
+    return RolloutSource(engine, answers, collector, loader, schedule)

@@ -1,0 +1,65 @@
+"""What makes the updates of a run, with the weights and states that it begins with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_cord.model.families import load_architecture
+from megatron_cord.parallel.layout import Layout
+from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
+from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.model_setup import build_student, read_weights
+from megatron_cord.trainer.start import Start
+from megatron_cord.trainer.step.optimizer.building import build_optimizer, wrap_model
+from megatron_cord.trainer.step.optimizer.groups import check_groups
+from megatron_cord.trainer.step.optimizer.schedule import RateSchedule
+from megatron_cord.trainer.step.step import TrainStep
+from megatron_cord.trainer.step.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Training:
+    """What makes the updates.
+
+    Attributes:
+        model: the wrapped student.
+        optimizer: of the student.
+        step: the train step, with the teacher.
+    """
+
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    step: TrainStep
+
+
+def build_training(
+    config: RunConfig, layout: Layout, start: Start, checkpoints: Checkpoints, rates: RateSchedule, pad_id: int
+) -> Training:
+    """Build the student, its teacher and the optimizer, with the weights and states that the run begins with.
+
+    Args:
+        config: of the run.
+        layout: this rank's place.
+        start: where the run begins.
+        checkpoints: of the run; they read the one that it begins with.
+        rates: the learning rates.
+        pad_id: fills padding.
+    """
+    check_groups(config.optimizer, load_architecture(config.model.checkpoint), config.model.freeze)
+    student = build_student(config.model, layout)
+    if start.weights is not None:
+        read_weights(start.weights, student)
+    trained = start.progress.made_with.trained
+    teacher = Teacher(config.teacher, student, config.model.checkpoint, has_trained="language_model" in trained)
+    model = wrap_model(config.optimizer, student)
+    optimizer, scheduler = build_optimizer(config.optimizer, model, config.train.steps, rates)
+    step = TrainStep(model, teacher, optimizer, scheduler, config.objective, config.train, pad_id)
+    if start.checkpoint is not None:
+        checkpoints.load(start.checkpoint, model, optimizer, teacher.average)
+    elif start.weights is not None and config.init_optimizer:
+        checkpoints.load(start.weights, model, optimizer, None)
+    scheduler.step(increment=start.progress.step)
+    return Training(model, optimizer, step)
