@@ -25,7 +25,7 @@ ADVICE = (
     "set PIP_INDEX_ARGS='--extra-index-url ADDRESS' to an index with CPU builds, or TORCH to the path or address of a "
     "CPU wheel (make setup TORCH=…)"
 )
-EXTRAS = "dev,docs,speech,wandb"
+EXTRAS = "dev,docs,lhotse,speech,wandb"
 LOCK = Path("requirements.lock")
 
 

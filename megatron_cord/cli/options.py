@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,3 +40,16 @@ def launch_ranks(count: int, module: str, config: Path, overrides: tuple[str, ..
 
     options = ["--standalone", "--nproc-per-node", str(count), "-m", module]
     return launch([*options, "--config", str(config), *overrides])
+
+
+def spread_values(args: Sequence[str], names: Collection[str]) -> list[str]:
+    """Repeat an option before each of the values that follow it, as click reads several, for the options `names`."""
+    spread: list[str] = []
+    option = None
+    for word in args:
+        if word.startswith("-"):
+            option = word if word in names else None
+        elif option and spread[-1] != option:
+            spread.append(option)
+        spread.append(word)
+    return spread

@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from megatron_cord.cli.options import DIRECTORY
+from megatron_cord.cli.options import DIRECTORY, spread_values
 
 
 class SeveralValues(click.Command):
@@ -15,15 +15,7 @@ class SeveralValues(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Repeat the option before each value, as click reads several."""
-        spread: list[str] = []
-        option = None
-        for word in args:
-            if word.startswith("-"):
-                option = word if word in ("--voices", "--ignore-fields") else None
-            elif option and spread[-1] != option:
-                spread.append(option)
-            spread.append(word)
-        return super().parse_args(ctx, spread)
+        return super().parse_args(ctx, spread_values(args, ("--voices", "--ignore-fields")))
 
 
 @click.command(cls=SeveralValues)

@@ -28,6 +28,7 @@ from megatron_cord.errors import CordError
 
 _OTHER_FIELDS = ("id", "solution", "choices")
 _ID = re.compile(r"[A-Za-z0-9_+-]{1,120}")
+_BATCH = 100  # rows of Parquet that are in memory together; they may hold recordings
 _PART = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # as the hub names the parts of a split
 
 
@@ -189,12 +190,23 @@ def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
     number = 0
     for file in question_files(path):
         try:
-            table = pyarrow.parquet.read_table(file)
+            with pyarrow.parquet.ParquetFile(file) as table:
+                for batch in table.iter_batches(batch_size=_BATCH):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield f"row {number}", row
         except (pyarrow.ArrowException, OSError) as error:
             raise CordError(f"{file} cannot be read ({str(error).splitlines()[0][:120]}); write it again") from error
-        for row in table.to_pylist():
-            number += 1
-            yield f"row {number}", row
+
+
+def count_rows(path: Path) -> int | None:
+    """Return how many rows `read_rows` yields, blank lines included; None where only reading them tells."""
+    if path.suffix == ".jsonl":
+        with path.open("rb") as file:
+            return sum(1 for _ in file)
+    if path.suffix == ".parquet" or (path.is_dir() and not is_saved_dataset(path)):
+        return sum(int(pyarrow.parquet.read_metadata(file).num_rows) for file in question_files(path))
+    return None
 
 
 def question_files(path: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import numpy as np
 from megatron_cord.errors import CordError
 from megatron_cord.speech.synthesizers.protocol import SAMPLING_RATE
 
-_SILENT = 0.01  # amplitude
+_SILENT = 0.01  # amplitude, and share of a recording's peak
 _FRAME = 400  # samples: 25 ms
 
 
@@ -48,8 +48,8 @@ class QualityConfig:
             raise CordError("max_characters must be at least 1, and max_word_error_rate not negative")
 
 
-def recording_fault(waveform: np.ndarray, quality: QualityConfig) -> str | None:
-    """Return what is wrong with a recording, float32 [samples] at 16 kHz, or None."""
+def recording_fault(waveform: np.ndarray, quality: QualityConfig, *, min_peak: float = _SILENT) -> str | None:
+    """Return what is wrong with a recording, float32 [samples] at 16 kHz, or None; with a lower peak it is silent."""
     seconds = len(waveform) / SAMPLING_RATE
     if not np.isfinite(waveform).all():
         return "its recording is not finite"
@@ -61,7 +61,7 @@ def recording_fault(waveform: np.ndarray, quality: QualityConfig) -> str | None:
     peak = float(size.max())
     frames = size[: len(size) // _FRAME * _FRAME].reshape(-1, _FRAME)
     sounding = frames.max(axis=1, initial=0.0) >= _SILENT * peak
-    if peak < _SILENT or float((~sounding).mean()) > quality.max_silence:
+    if peak < min_peak or float((~sounding).mean()) > quality.max_silence:
         return "its recording is mostly silent"
     if float((size > 0.999 * peak).mean()) > quality.max_clipping:
         return "its recording is clipped"

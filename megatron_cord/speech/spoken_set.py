@@ -1,21 +1,15 @@
 """Make spoken shards of written questions: in parallel, resumable, with a reason for everything that is left out.
 
-Question number i always goes to shard i // shard_size, with a voice and a speed drawn from the seed. A shard is made by
-one worker, and a receipt beside it lists what went into it and what was rejected. So after an interruption a second
-call makes the shards without a receipt, and with a deterministic synthesizer (espeak-ng) the set is the same bit for
-bit as one made in one go.
+Question number i always goes to shard i // shard_size, with a voice and a speed drawn from the seed. So with a
+deterministic synthesizer (espeak-ng) a set that was interrupted is the same bit for bit as one made in one go.
 
-What it simplifies: one machine; progress is counted in shards' questions.
+What it simplifies: progress is counted in shards' questions.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import multiprocessing.context
-from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,17 +18,15 @@ import numpy as np
 
 from megatron_cord.data.order import permutation
 from megatron_cord.data.question_files import Reject, WrittenQuestion, question_files, read_questions
-from megatron_cord.data.shards.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, ShardEntry
-from megatron_cord.data.shards.writer import disk_errors
 from megatron_cord.errors import CordError
-from megatron_cord.runtime.files import file_digest, fingerprint, write_atomic, write_json
+from megatron_cord.runtime.files import file_digest, fingerprint
 from megatron_cord.speech.quality import QualityConfig
-from megatron_cord.speech.shard_job import Receipt, ShardJob, make_shard
+from megatron_cord.speech.receipts import Receipt
+from megatron_cord.speech.shard_job import ShardJob, make_shard
+from megatron_cord.speech.shard_set import ShardSet, claim, complete, make_all
 from megatron_cord.speech.synthesizers.config import SynthesizerConfig
 from megatron_cord.speech.synthesizers.espeak import ESPEAK_VOICES
 from megatron_cord.speech.synthesizers.protocol import Utterance, Voice
-
-_REJECTS_NAME = "rejects.jsonl"
 
 
 @dataclass(frozen=True)
@@ -77,22 +69,9 @@ class SpokenSetConfig:
             raise CordError(f"max_rejects is {self.max_rejects}; it is a share between 0 and 1")
 
 
-@dataclass(frozen=True)
-class SpokenSet:
-    """The outcome.
-
-    Attributes:
-        manifest: of the shards.
-        rejects: number of questions left out, by reason, the commonest first.
-    """
-
-    manifest: Manifest
-    rejects: dict[str, int]
-
-
 def make_spoken_set(
     config: SpokenSetConfig, output: str | Path, *, workers: int = 1, progress: Callable[[int, int], None] | None = None
-) -> SpokenSet:
+) -> ShardSet:
     """Make the set, or what is missing of it.
 
     Args:
@@ -108,26 +87,18 @@ def make_spoken_set(
     output = Path(output)
     questions, unread = written_questions(config)
     source = _source(config)
-    _claim(output, source)
+    claim(output, source)
     jobs = _jobs(config, questions, output)
     receipts = {job.name: receipt for job in jobs if (receipt := Receipt.read(output, job.name)) is not None}
     report = progress if progress is not None else lambda done, total: None
     report(sum(len(job.questions) for job in jobs if job.name in receipts), len(questions))
     missing = [job for job in jobs if job.name not in receipts]
-    if missing and workers == 1:
-        for job in missing:
-            receipts[job.name] = make_shard(job)
-            report(len(job.questions), len(questions))
-    elif missing:
-        with ProcessPoolExecutor(min(workers, len(missing)), mp_context=worker_context()) as pool:
-            futures = {pool.submit(make_shard, job): job for job in missing}
-            try:
-                for future in as_completed(futures):
-                    receipts[futures[future].name] = future.result()
-                    report(len(futures[future].questions), len(questions))
-            finally:
-                pool.shutdown(cancel_futures=True)
-    return _complete(config, output, source, [receipts[job.name] for job in jobs], unread, len(questions) + len(unread))
+    for job, receipt in make_all(missing, make_shard, min(workers, max(1, len(missing)))):
+        receipts[job.name] = receipt
+        report(len(job.questions), len(questions))
+    unusable = Receipt(None, {}, 0.0, unread)
+    ordered = [unusable, *(receipts[job.name] for job in jobs)]
+    return complete(output, source, ordered, max_rejects=config.max_rejects, what="questions")
 
 
 def written_questions(config: SpokenSetConfig) -> tuple[list[WrittenQuestion], list[Reject]]:
@@ -135,13 +106,6 @@ def written_questions(config: SpokenSetConfig) -> tuple[list[WrittenQuestion], l
     return read_questions(
         config.questions, question=config.question_field, answer=config.answer_field, ignored=config.ignore_fields
     )
-
-
-def worker_context() -> multiprocessing.context.ForkServerContext:
-    """Return the context of worker processes: forks of one process, which alone takes seconds to import all."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_cord.speech.shard_job"])
-    return context
 
 
 def _source(config: SpokenSetConfig) -> dict[str, Any]:
@@ -164,28 +128,6 @@ def _source(config: SpokenSetConfig) -> dict[str, Any]:
     return plain
 
 
-def _claim(output: Path, source: dict[str, Any]) -> None:
-    """Write the plan, or compare it with the one that is there."""
-    plan = output / PLAN_NAME
-    if not plan.is_file():
-        if (output / MANIFEST_NAME).exists():
-            raise CordError(
-                f"{output} holds a set of shards that was made otherwise; delete it or choose another directory"
-            )
-        with disk_errors(output):
-            write_json(plan, source)
-        return
-    try:
-        begun = json.loads(plan.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CordError(f"{plan} is damaged ({error}); delete {output} and begin anew") from error
-    changed = sorted(name for name in begun.keys() | source.keys() if begun.get(name) != source.get(name))
-    if changed:
-        raise CordError(
-            f"{output} was begun with other arguments ({', '.join(changed)}); delete it or choose another directory"
-        )
-
-
 def _jobs(config: SpokenSetConfig, questions: Sequence[WrittenQuestion], output: Path) -> list[ShardJob]:
     """Divide the questions. Voices take turns in a new order each time, so that each speaks equally often."""
     voices = config.synthesizer.voices or ESPEAK_VOICES
@@ -206,37 +148,3 @@ def _jobs(config: SpokenSetConfig, questions: Sequence[WrittenQuestion], output:
         for number, a in enumerate(range(0, len(questions), config.shard_size))
         for b in [a + config.shard_size]
     ]
-
-
-def _complete(
-    config: SpokenSetConfig,
-    output: Path,
-    source: dict[str, Any],
-    receipts: list[Receipt],
-    unread: list[Reject],
-    total: int,
-) -> SpokenSet:
-    rejects = unread + [reject for receipt in receipts for reject in receipt.rejects]
-    # Reasons that quote the question are counted by what comes before the quotation.
-    reasons = dict(Counter(reject.reason.split(" (")[0] for reject in rejects).most_common())
-    with disk_errors(output):
-        lines = "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
-        # A lone surrogate, which JSON may hold and UTF-8 may not, keeps its escape.
-        write_atomic(output / _REJECTS_NAME, lines.encode("utf-8", "backslashreplace"))
-        for orphan in [*output.glob(".*.partial"), *output.glob(".shard-*.part-*")]:
-            orphan.unlink(missing_ok=True)
-    voices: Counter[str] = Counter()
-    for receipt in receipts:
-        voices.update(receipt.voices)
-    shards: tuple[ShardEntry, ...] = tuple(r.shard for r in receipts if r.shard is not None)
-    if not shards or len(rejects) > config.max_rejects * total:
-        common = next(iter(reasons.items()))
-        raise CordError(
-            f"{len(rejects)} of {total} questions were left out, most often because {common[0]} ({common[1]} times); "
-            f"see {output / _REJECTS_NAME}, correct the questions, or allow it with a larger max_rejects"
-        )
-    seconds = round(sum(receipt.seconds for receipt in receipts), 3)
-    manifest = Manifest(shards, dict(sorted(voices.items())), seconds, source | {"rejects": reasons})
-    with disk_errors(output):
-        manifest.write(output)
-    return SpokenSet(manifest, reasons)

@@ -10,8 +10,11 @@ import numpy as np
 
 from megatron_cord.data.audio.wav import encode_wav
 from megatron_cord.errors import CordError
-from megatron_cord.runtime.openai_client import OpenAIClient
+from megatron_cord.runtime.openai_client import OpenAIClient, Patience
 from megatron_cord.speech.verbalization import UnspeakableError, verbalize
+
+_UNSPACED = "\u3040-\u30ff\u3400-\u9fff"  # kana and Han
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+(?:'[^\W_{_UNSPACED}]+)?")
 
 
 class Transcriber:
@@ -46,8 +49,33 @@ class Transcriber:
         return text
 
 
+def build_transcriber(url: str | None, model: str, api_key_env: str, patience: Patience) -> Transcriber | None:
+    """Return the transcriber at an address; None for none."""
+    if url is None:
+        return None
+    return Transcriber(OpenAIClient(url, api_key_env=api_key_env, patience=patience), model)
+
+
+def transcription_fault(
+    transcriber: Transcriber, text: str, recording: np.ndarray, max_word_error_rate: float
+) -> str | None:
+    """Return that a recording, float32 [samples] at 16 kHz, is misheard; None where it is not.
+
+    Raises:
+        EndpointError: the server is away.
+    """
+    transcript = transcriber.transcribe(recording)
+    rate = word_error_rate(text, transcript)
+    if rate <= max_word_error_rate:
+        return None
+    return f"it is misheard ({rate:.0%} of the words wrong: {transcript[:80]!r})"
+
+
 def word_error_rate(reference: str, transcript: str) -> float:
-    """Return wrong, missing and additional words per word of the reference; numbers are compared as words."""
+    """Return wrong, missing and additional words per word of the reference; numbers are compared as words.
+
+    Chinese and Japanese, which are written without spaces, are compared by characters.
+    """
     expected, words = _words(reference), _words(transcript)
     if not expected:
         raise ValueError("the reference has no words")
@@ -65,4 +93,4 @@ def word_error_rate(reference: str, transcript: str) -> float:
 def _words(text: str) -> list[str]:
     with contextlib.suppress(UnspeakableError):  # a transcript may be any text; it is then compared as it stands
         text = verbalize(text)
-    return re.findall(r"[^\W_]+(?:'[^\W_]+)?", text.casefold())
+    return _WORD.findall(text.casefold())

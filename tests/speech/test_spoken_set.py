@@ -12,7 +12,8 @@ import pytest
 
 from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
-from megatron_cord.speech.spoken_set import SpokenSetConfig, make_spoken_set, worker_context
+from megatron_cord.speech.shard_set import worker_context
+from megatron_cord.speech.spoken_set import SpokenSetConfig, make_spoken_set
 from megatron_cord.speech.synthesizers.config import SynthesizerConfig
 from tests.speech.questions import write_questions
 
@@ -40,7 +41,9 @@ def test_killed_twice_ends_as_one_identical_set(tmp_path: Path, count: int, shar
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     make_spoken_set(config, whole)
     for finished in (2, 5):
-        process = worker_context().Process(target=make_in_own_session, args=(config, broken, workers))
+        process = worker_context(make_spoken_set.__module__).Process(
+            target=make_in_own_session, args=(config, broken, workers)
+        )
         process.start()
         deadline = time.monotonic() + 240
         while (

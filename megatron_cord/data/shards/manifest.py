@@ -12,7 +12,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import write_json
 
 MANIFEST_NAME = "manifest.json"
-PLAN_NAME = "plan.json"  #: beside the shards of `cord synthesize`, from its beginning
+PLAN_NAME = "plan.json"  #: beside shards that are being made of rows, from their beginning
 _FORMAT = 1
 
 
@@ -92,7 +92,7 @@ class Manifest:
 def _what_else(directory: Path) -> str:
     """Return what a directory without a manifest is, and what to do with it."""
     if (directory / PLAN_NAME).is_file():
-        return "its synthesis is incomplete; run the same command again, which makes the rest"
+        return "it is incomplete; run the same command again, which makes the rest"
     names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
     if any(name.endswith(".tar") for name in names):
         return (

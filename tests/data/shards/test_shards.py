@@ -490,7 +490,7 @@ def test_sets_without_a_manifest_are_described(tmp_path: Path) -> None:
     (tmp_path / "begun" / "plan.json").touch()
     for path, found in [
         (tmp_path / "none", r"holds no shards \(found: readme\.txt\)"),
-        (tmp_path / "begun", "synthesis is incomplete; run the same command again"),
+        (tmp_path / "begun", "it is incomplete; run the same command again"),
         (tmp_path / "gone", r"no such directory or shard; check the path \(.* has begun, none, train-0\.tar\)"),
     ]:
         with pytest.raises(CordError, match=found) as caught:

@@ -1,0 +1,1 @@
+"""Where rows with recordings come from, each kind read by the library that defines it."""

@@ -1,0 +1,44 @@
+"""The interface of a source: rows in a fixed order, read one after the other and never held."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_cord.data.question_files import Reject
+
+
+class Source(ABC):
+    """Where rows come from.
+
+    Attributes:
+        name: for messages and the manifest: a file's name, without the directories above it.
+        root: what paths of recordings are relative to; None where they are addresses.
+        identity: what else decides which rows these are, as JSON values.
+    """
+
+    name: str
+    root: Path | None = None
+    identity: Mapping[str, Any] = {}
+
+    @abstractmethod
+    def rows(self) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
+        """Yield every row with its place ("line 12"), or why it is none.
+
+        Raises:
+            CordError: the source is missing or damaged as a whole.
+        """
+
+    def count(self) -> int | None:
+        """Return how many rows there are, where that is known without reading them."""
+        return None
+
+    def bookmark(self) -> Any | None:
+        """Return where reading goes on behind the last row, as a JSON value; None where reading again is cheap."""
+        return None
+
+    def resume(self, bookmark: Any) -> None:
+        """Have `rows` begin at a bookmark."""
+        raise NotImplementedError
