@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from webdataset import TarWriter
 
 from megatron_cord.data.audio.wav import SAMPLING_RATE, encode_wav
+from megatron_cord.data.fields import NOTES
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from megatron_cord.data.turns import turns_json
@@ -95,8 +96,12 @@ class ShardWriter:
         self._pending.clear()
 
 
-def encode_sample(sample: Sample) -> dict[str, Any]:
+def encode_sample(sample: Sample, *, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Encode a sample as webdataset's writer takes it.
+
+    Args:
+        sample: with its recordings.
+        metadata: notes to keep beside its texts.
 
     Raises:
         CordError: when the sample could not be read back: no question, an id with odd characters, bad audio.
@@ -120,7 +125,8 @@ def encode_sample(sample: Sample) -> dict[str, Any]:
             audio["wav" if len(recordings) == 1 else f"{number}.wav"] = encode_wav(waveform)
         except ValueError as error:
             raise CordError(f"{where}: {error}; remove it or record it again") from error
-    return {"__key__": sample.id, "json": json.dumps(_texts(sample), ensure_ascii=False).encode(), **audio}
+    texts = _texts(sample) | ({NOTES: dict(metadata)} if metadata else {})
+    return {"__key__": sample.id, "json": json.dumps(texts, ensure_ascii=False).encode(), **audio}
 
 
 def _texts(sample: Sample) -> dict[str, Any]:
@@ -132,8 +138,8 @@ def _texts(sample: Sample) -> dict[str, Any]:
     return texts | {name: text for name in ("instruction", "system") if (text := getattr(sample, name)) is not None}
 
 
-def write_shard(path: Path, samples: Sequence[Mapping[str, Any]]) -> ShardEntry:
-    """Write encoded samples as one shard, complete or invisible.
+def write_shard(path: Path, samples: Iterable[Mapping[str, Any]]) -> ShardEntry:
+    """Write encoded samples as one shard, complete or invisible; each is written before the next is taken.
 
     Raises:
         CordError: the disk is full or may not be written.
@@ -141,9 +147,11 @@ def write_shard(path: Path, samples: Sequence[Mapping[str, Any]]) -> ShardEntry:
     with disk_errors(path.parent):
         # A fixed time: equal samples make equal files.
         with atomic_file(path, sync=True) as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            count = 0
             for sample in samples:
                 tar.write(sample)
-        return ShardEntry(path.name, len(samples), path.stat().st_size, file_digest(path))
+                count += 1
+        return ShardEntry(path.name, count, path.stat().st_size, file_digest(path))
 
 
 @contextmanager
