@@ -60,26 +60,36 @@ def read_plan(output: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def claim(output: Path, source: Mapping[str, Any]) -> None:
+def claim(output: Path, source: Mapping[str, Any], *, noted: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write the plan, or compare it with the one that is there.
+
+    Args:
+        output: the directory.
+        source: the arguments that decide about the set.
+        noted: more to write, which need not be the same.
+
+    Returns:
+        What was noted at the beginning.
 
     Raises:
         CordError: the directory holds a set of other arguments.
     """
-    begun = read_plan(output)
+    begun, more = read_plan(output), dict(noted or {})
     if begun is None:
         if (output / MANIFEST_NAME).exists():
             raise CordError(
                 f"{output} holds a set of shards that was made otherwise; delete it or choose another directory"
             )
         with disk_errors(output):
-            write_json(output / PLAN_NAME, source)
-        return
+            write_json(output / PLAN_NAME, {**source, **more})
+        return more
+    then = {name: begun.pop(name) for name in more if name in begun}
     changed = sorted(name for name in begun.keys() | source.keys() if begun.get(name) != source.get(name))
     if changed:
         raise CordError(
             f"{output} was begun with other arguments ({', '.join(changed)}); delete it or choose another directory"
         )
+    return then
 
 
 def worker_context(module: str) -> multiprocessing.context.ForkServerContext:

@@ -41,12 +41,11 @@ def plan_recording_set(config: RecordingSetConfig, count: int, *, workers: int =
     if count < 1:
         raise CordError(f"{count} rows to measure with; give at least 1")
     source = open_source(config)
-    streamed = source.bookmark() is not None
     total = source.count()
-    if total is None and not streamed:
+    if total is None and not source.is_streamed:
         total = sum(1 for _ in source.rows())
     tried = count if total is None else min(count, total)
-    step = 1 if streamed or total is None else max(1, total // max(1, tried))
+    step = 1 if source.is_streamed or total is None else max(1, total // max(1, tried))
     with tempfile.TemporaryDirectory(prefix="megatron_cord-plan-") as folder:
         sample = replace(config, max_rejects=1.0, shard_size=max(1, min(config.shard_size, tried // (4 * workers))))
         made, rate = measure(

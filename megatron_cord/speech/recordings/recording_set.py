@@ -59,12 +59,14 @@ def make_from(
 ) -> ShardSet:
     """Make the set of a source, as `make_recording_set` does."""
     settings = _settings(source, config)
-    claim(output, settings)
+    at = config.source if source.is_streamed else str(Path(config.source).resolve())
+    moved = claim(output, settings, noted={"path": at}) != {"path": at}
     total = source.count()
     report = progress if progress is not None else lambda done, total: None
     receipts: dict[str, Receipt] = {}
     report(0, total)
-    for job, receipt in make_all(_jobs(source, config, output, receipts, report, total), make_recording_shard, workers):
+    jobs = _jobs(source, config, output, receipts, report, total, moved)
+    for job, receipt in make_all(jobs, make_recording_shard, workers):
         receipts[job.name] = receipt
         report(len(job.rows), total)
     if not receipts:
@@ -92,6 +94,7 @@ def _jobs(
     receipts: dict[str, Receipt],
     report: Progress,
     total: int | None,
+    moved: bool,
 ) -> Iterator[RecordingJob]:
     """Yield the shards to make, and fill in the receipts of those that are there."""
     seen = SeenIds()
@@ -100,15 +103,20 @@ def _jobs(
     rows = checked_rows(source, config, seen)
     while block := tuple(islice(rows, config.shard_size)):
         name = _name(number)
-        if (bookmark := source.bookmark()) is not None:
+        if source.is_streamed:
             with disk_errors(output):
-                write_json(_bookmark_file(output, number + 1), bookmark)
+                write_json(_bookmark_file(output, number + 1), source.bookmark())
         stands_for = rows_fingerprint(block)
         receipt = Receipt.read(output, name, stands_for)
         if receipt is not None and not _repaired(output, name, receipt, block):
             receipts[name] = receipt
             report(len(block), total)
         else:
+            if moved and Receipt.read(output, name, None) not in (None, receipt):
+                raise CordError(
+                    f"{output} holds shards of other rows than those of {config.source}, which has the same name; "
+                    "delete it or choose another directory"
+                )
             with disk_errors(output):
                 (output / MANIFEST_NAME).unlink(missing_ok=True)  # what it lists is about to change
             yield RecordingJob(output, name, block, stands_for, config)
@@ -117,6 +125,8 @@ def _jobs(
 
 def _resume(source: Source, output: Path, receipts: dict[str, Receipt], seen: SeenIds) -> int:
     """Have a source that is dear to read go on behind its first finished shards; return how many these are."""
+    if not source.is_streamed:
+        return 0
     number = 0
     there: dict[str, Receipt] = {}
     while (receipt := Receipt.read(output, _name(number), None)) is not None:

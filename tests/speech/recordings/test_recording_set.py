@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -169,6 +170,11 @@ def test_rows_are_corrected_and_continued_without_loss(tmp_path: Path) -> None:
     assert set_bytes(fresh) == set_bytes(tmp_path / "set")
     with pytest.raises(CordError, match=r"other arguments \(shard_size\)"):
         make_recording_set(RecordingSetConfig(str(path), shard_size=5), tmp_path / "set")
+    (tmp_path / "elsewhere").mkdir()
+    other = write_rows(tmp_path / "elsewhere" / "rows.jsonl", [rows[0] | {"audio": str(tmp_path / rows[0]["audio"])}])
+    with pytest.raises(CordError, match=r"holds shards of other rows than those of .*elsewhere/rows.jsonl"):
+        make_recording_set(RecordingSetConfig(str(other), shard_size=4, max_rejects=1.0), tmp_path / "set")
+    assert set_bytes(fresh) == set_bytes(tmp_path / "set")
 
 
 def test_an_unused_field_ends_the_work_and_costs_nothing(tmp_path: Path) -> None:
@@ -268,6 +274,15 @@ def test_the_command_makes_plans_checks_and_describes(tmp_path: Path, capsys: py
         with pytest.raises(CordError) as caught:
             cli.invoke(cli.cord, ["shards", *arguments], "cord")
         assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_commands_defaults_are_the_configurations() -> None:
+    """Would catch a default in the command that drifts from what it fills."""
+    given = cli.load("shards").make_context("shards", ["--from", "x"]).params
+    for owner in (RecordingSetConfig("x"), recording_quality()):
+        for field in dataclasses.fields(owner):
+            if field.name in given and field.name not in ("source", "fields"):
+                assert given[field.name] == getattr(owner, field.name), field.name
 
 
 def test_a_quiet_recording_is_no_silence(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ class HubRows(Source):
         CordError: there is no such set, revision, split or subset, or the hub is away.
     """
 
+    is_streamed = True
+
     def __init__(self, address: str, split: str | None, subset: str | None, commit: str | None) -> None:
         named = _NAME.fullmatch(address)
         if named is None:
@@ -74,7 +76,7 @@ class HubRows(Source):
         split = splits.get(self.identity["split"])
         return None if split is None else split.num_examples
 
-    def bookmark(self) -> Any | None:
+    def bookmark(self) -> Any:
         """Implement `Source.bookmark`."""
         return {"rows": self._rows, "state": self._data.state_dict()}
 

@@ -17,11 +17,13 @@ class Source(ABC):
         name: for messages and the manifest: a file's name, without the directories above it.
         root: what paths of recordings are relative to; None where they are addresses.
         identity: what else decides which rows these are, as JSON values.
+        is_streamed: rows are dear to read again, and reading can go on at a bookmark.
     """
 
     name: str
     root: Path | None = None
     identity: Mapping[str, Any] = {}
+    is_streamed: bool = False
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
@@ -35,10 +37,10 @@ class Source(ABC):
         """Return how many rows there are, where that is known without reading them."""
         return None
 
-    def bookmark(self) -> Any | None:
-        """Return where reading goes on behind the last row, as a JSON value; None where reading again is cheap."""
-        return None
+    def bookmark(self) -> Any:
+        """Return where reading goes on behind the last row, as a JSON value; of a streamed source alone."""
+        raise NotImplementedError
 
     def resume(self, bookmark: Any) -> None:
-        """Have `rows` begin at a bookmark."""
+        """Have `rows` begin at a bookmark; of a streamed source alone."""
         raise NotImplementedError
