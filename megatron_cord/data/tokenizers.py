@@ -1,4 +1,4 @@
-"""Tokenizers behind one small interface: Hugging Face's, and plain sentencepiece models.
+"""Tokenizers behind one small interface: Hugging Face's, plain sentencepiece models, and Mistral's.
 
 Each renders a conversation through the checkpoint's own chat template and turns text into ids and back. Special
 tokens that stand in a text are recognised, in a user's text too (`control_ids`); none is ever added. Simplification: a
@@ -15,6 +15,8 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from megatron_cord.data import mistral_tokenizer
+from megatron_cord.data.mistral_tokenizer import MistralTokenizer
 from megatron_cord.errors import CordError
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 
@@ -45,6 +47,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def has_feature_extractor(self) -> bool:
+        """Whether the checkpoint says how audio becomes features."""
+        ...
+
+    @property
     def control_ids(self) -> frozenset[int]:
         """Marks that a text can be turned into, so that it could end a turn or stand for audio."""
         ...
@@ -59,6 +66,14 @@ class Tokenizer(Protocol):
         Args:
             turns: of the conversation.
             template: Jinja; the checkpoint's own if None.
+
+        Raises:
+            CordError: there is no template.
+        """
+        ...
+
+    def chat_ids(self, turns: Turns, template: str | None = None) -> list[int]:
+        """Return the ids of the conversation that `render` renders.
 
         Raises:
             CordError: there is no template.
@@ -117,6 +132,10 @@ class HuggingFaceTokenizer:
             raise _no_template(self._directory)
         return str(owner.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
 
+    def chat_ids(self, turns: Turns, template: str | None = None) -> list[int]:
+        """See `Tokenizer`."""
+        return self.encode(self.render(turns, template))
+
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer`."""
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -153,6 +172,11 @@ class SentencePieceTokenizer:
         self.pad_id = _present(self._model.pad_id())
         self.unknown_id = _present(self._model.unk_id())
 
+    @property
+    def has_feature_extractor(self) -> bool:
+        """See `Tokenizer`: Whisper's sizes are the model's own."""
+        return False
+
     def _is_mark(self, index: int) -> bool:
         if self._model.IsControl(index) or self._model.IsUnknown(index):
             return True
@@ -171,6 +195,10 @@ class SentencePieceTokenizer:
         rendered: Any = render_jinja_template(conversations=[turns], chat_template=template, add_generation_prompt=True)
         return str(rendered[0][0])  # of one conversation; beside it stand the assistant's places in the text
 
+    def chat_ids(self, turns: Turns, template: str | None = None) -> list[int]:
+        """See `Tokenizer`."""
+        return self.encode(self.render(turns, template))
+
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer`."""
         return list(self._model.EncodeAsIds(text))
@@ -180,13 +208,15 @@ class SentencePieceTokenizer:
         return str(self._model.DecodeIds(list(ids)))
 
 
-def load_tokenizer(directory: str | Path) -> HuggingFaceTokenizer | SentencePieceTokenizer:
-    """Load the checkpoint's tokenizer: the sentencepiece model where there is nothing else, Hugging Face's otherwise.
+def load_tokenizer(directory: str | Path) -> HuggingFaceTokenizer | SentencePieceTokenizer | MistralTokenizer:
+    """Load the checkpoint's tokenizer: Hugging Face's, or the sentencepiece model or Mistral's where it is alone.
 
     Raises:
         CordError: there is none, or it cannot be read.
     """
     path = checkpoint_directory(directory)
+    if (path / mistral_tokenizer.FILE_NAME).is_file() and not (path / "tokenizer.json").is_file():
+        return MistralTokenizer(path)
     others = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "processor_config.json")
     if (path / "tokenizer.model").is_file() and not any((path / name).is_file() for name in others):
         return SentencePieceTokenizer(path)

@@ -7,7 +7,6 @@ it builds travels with them (`data.samples.PreparedSample`).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import cycle
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -27,8 +26,8 @@ from megatron_cord.data.samples import (
     View,
     control_token_fault,
 )
-from megatron_cord.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
-from megatron_cord.data.turns import AudioPart, Turn
+from megatron_cord.data.tokenizers import load_tokenizer
+from megatron_cord.data.turns import AudioPart, Part, Turn
 from megatron_cord.errors import CordError
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import family_of, load_architecture
@@ -156,17 +155,17 @@ class PromptBuilder:
         for part, text in sample.texts(view):
             if (token := self.control_token(text)) is not None:
                 raise CordError(f"sample {sample.id} {control_token_fault(part, token)}")
-        chat = _with_clips(sample.chat(view), [len(some) for some in clips])
+        chat, groups = _with_clips(sample.chat(view), clips, joined=family_of(self._arch).joins_windows)
         if (fault := self._template.fault(chat)) is not None:
             raise CordError(f"sample {sample.id} {fault}")
         first, *others = self._template.tokenize(chat)
         self._refuse_unknown_words(sample, view, [*first, *(index for after in others for index in after)])
-        order = [part.recording for turn in chat for part in turn.parts if isinstance(part, AudioPart)]
-        inserted = _in_order(clips, order)
         ids = [*first]
-        for clip, after in zip(inserted, others, strict=True):
-            ids += [self._arch.audio_token_id or 0] * clip.num_tokens + after
-        return Prompt(sample_id=sample.id, token_ids=tuple(ids), clips=tuple(inserted))
+        for group, after in zip(groups, others, strict=True):
+            ids += [self._arch.audio_token_id or 0] * sum(clip.num_tokens for clip in group) + after
+        return Prompt(
+            sample_id=sample.id, token_ids=tuple(ids), clips=tuple(clip for group in groups for clip in group)
+        )
 
     @property
     def _takes_no_audio(self) -> str:
@@ -240,7 +239,7 @@ class PromptBuilder:
         """Return the checkpoint's feature extractor; Whisper's where its processing is code."""
         encoder = self._arch.encoder
         assert encoder is not None
-        if isinstance(self._tokenizer, HuggingFaceTokenizer) and self._tokenizer.has_feature_extractor:
+        if self._tokenizer.has_feature_extractor:
             features = FeatureConfig.from_checkpoint(directory)
         else:
             features = FeatureConfig(
@@ -267,20 +266,26 @@ class PromptBuilder:
         return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
 
 
-def _with_clips(chat: Sequence[Turn], clips: Sequence[int]) -> list[Turn]:
-    """Return the conversation with each recording as often as it has clips."""
-    return [
-        Turn(
-            turn.role,
-            tuple(
-                part for part in turn.parts for _ in range(clips[part.recording] if isinstance(part, AudioPart) else 1)
-            ),
-        )
-        for turn in chat
-    ]
+def _with_clips(
+    chat: Sequence[Turn], clips: Sequence[Sequence[AudioClip]], *, joined: bool
+) -> tuple[list[Turn], list[Sequence[AudioClip]]]:
+    """Return the conversation as the template takes it, and the clips behind each of its placeholders.
 
-
-def _in_order(clips: Sequence[Sequence[AudioClip]], recordings: Sequence[int]) -> list[AudioClip]:
-    """Return the clips as they stand in a prompt, of the numbers of the recordings that they belong to."""
-    left = {number: cycle(some) for number, some in enumerate(clips)}  # a recording may stand in several places
-    return [next(left[number]) for number in recordings]
+    Args:
+        chat: of a view.
+        clips: by recording.
+        joined: whether the clips of a recording share a placeholder.
+    """
+    turns: list[Turn] = []
+    groups: list[Sequence[AudioClip]] = []
+    for turn in chat:
+        parts: list[Part] = []
+        for part in turn.parts:
+            if isinstance(part, AudioPart):
+                found = [clips[part.recording]] if joined else [[clip] for clip in clips[part.recording]]
+                groups += found
+                parts += [part] * len(found)
+            else:
+                parts.append(part)
+        turns.append(Turn(turn.role, tuple(parts)))
+    return turns, groups

@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from megatron_cord.data.mistral_tokenizer import ChatRefusedError
 from megatron_cord.data.tokenizers import Tokenizer
 from megatron_cord.data.turns import AudioPart, Part, TextPart, Turn, written
 from megatron_cord.errors import CordError
@@ -53,7 +54,7 @@ class ChatTemplate:
         if isinstance(form, str):
             raise CordError(form)
         pieces: list[list[int]] = [[]]
-        for index in self._tokenizer.encode(self._render(chat, form)):
+        for index in self._tokenizer.chat_ids(_messages(chat, form), self._template):
             if index == self._audio_token_id:
                 pieces.append([])
             else:
@@ -77,7 +78,7 @@ class ChatTemplate:
             TemplateError: the template takes no recordings.
         """
         turn = Turn("user", tuple(AudioPart(i, "") for i in range(clips)))
-        return self._count(self._render([turn], _LISTED[0]))
+        return self._count([turn], _LISTED[0])
 
     def _form(self, chat: Chat) -> Collection[str] | str:
         shape = tuple((turn.role, tuple(isinstance(part, AudioPart) for part in turn.parts)) for turn in chat)
@@ -91,7 +92,7 @@ class ChatTemplate:
         for listed in _LISTED:
             try:
                 self._check(chat, listed)
-            except (_UnwrittenError, TemplateError, TypeError) as error:
+            except (_UnwrittenError, ChatRefusedError, TemplateError, TypeError) as error:
                 what = f"{error}" if isinstance(error, _UnwrittenError) else f"refuses ({' '.join(str(error).split())})"
                 problems.append(what)
             else:
@@ -115,21 +116,23 @@ class ChatTemplate:
             )
             for turn, row in zip(chat, marks, strict=True)
         ]
-        rendered, begin = self._render(marked, listed), 0
+        rendered, begin = self._tokenizer.render(_messages(marked, listed), self._template), 0
         texts = [(turn.role, part.text) for turn in marked for part in turn.parts if isinstance(part, TextPart)]
         for role, text in texts:
             if rendered.count(text) != 1 or (begin := rendered.find(text, begin)) < 0:
                 raise _UnwrittenError(f"does not write as it is (the {role}'s text)")
         clips = sum(isinstance(part, AudioPart) for turn in chat for part in turn.parts)
-        if clips and (found := self._count(rendered)) != clips:
+        if clips and (found := self._count(marked, listed)) != clips:
             raise _UnwrittenError(f"writes with {found} placeholders for its {clips} clips")
 
-    def _count(self, rendered: str) -> int:
-        return self._tokenizer.encode(rendered).count(-1 if self._audio_token_id is None else self._audio_token_id)
+    def _count(self, chat: Chat, listed: Collection[str]) -> int:
+        """Return how many placeholders there are."""
+        ids = self._tokenizer.chat_ids(_messages(chat, listed), self._template)
+        return ids.count(-1 if self._audio_token_id is None else self._audio_token_id)
 
-    def _render(self, chat: Chat, listed: Collection[str]) -> str:
-        messages = [{"role": turn.role, "content": _content(turn.parts, turn.role in listed)} for turn in chat]
-        return self._tokenizer.render(messages, self._template)
+
+def _messages(chat: Chat, listed: Collection[str]) -> list[dict[str, Any]]:
+    return [{"role": turn.role, "content": _content(turn.parts, turn.role in listed)} for turn in chat]
 
 
 def _content(parts: Sequence[Part], listed: bool) -> str | list[dict[str, Any]]:

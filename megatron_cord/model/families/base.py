@@ -23,6 +23,8 @@ class Family:
         plain_class: module and name of the same model outside Megatron. The local engine generates with it, and
             `cord convert check` compares with it.
         chat_template: Jinja, for families whose published processing is code rather than a template.
+        joins_windows: whether a recording beyond the encoder's window stays one recording in the template's eyes, with
+            the placeholders of all its windows in one row; otherwise its windows stand there as recordings.
         sglang_max_clips: how many recordings one prompt may have on an SGLang server; None if SGLang servers do not
             serve the family.
     """
@@ -32,4 +34,5 @@ class Family:
     tensor_map: Callable[[Architecture], TensorMap]
     plain_class: str
     chat_template: str | None = None
+    joins_windows: bool = False
     sglang_max_clips: float | None = None

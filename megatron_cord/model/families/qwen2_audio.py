@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from transformers import PretrainedConfig
 
 from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
@@ -50,6 +52,6 @@ FAMILIES = (
         architecture,
         tensor_map,
         plain_class="transformers.Qwen2AudioForConditionalGeneration",
-        sglang_max_clips=1,
+        sglang_max_clips=math.inf,
     ),
 )

@@ -64,5 +64,6 @@ FAMILIES = (
         architecture,
         tensor_map,
         plain_class="transformers.VoxtralForConditionalGeneration",
+        joins_windows=True,
     ),
 )

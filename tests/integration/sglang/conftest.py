@@ -28,7 +28,7 @@ HEAD = "language_model.lm_head.weight"
 
 def write_talking_checkpoint(directory: Path) -> Path:
     """Write a random checkpoint of the quickstart's size, four buckets, that hardly ever generates a special token."""
-    create_checkpoint(directory, TinyModelConfig(window_seconds=1), WORDS, seed=0)
+    create_checkpoint(directory, TinyModelConfig(window_seconds=1), [*WORDS, "system"], seed=0)
     return make_talk(directory, HEAD)
 
 

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_cord.data.samples import HEAR, READ, Sample
+from megatron_cord.data.turns import AudioPart, TextPart, Turn
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.config import RolloutConfig
@@ -74,6 +76,20 @@ def compare(found: list[Rollout], wanted: list[Rollout]) -> tuple[float, float]:
     return equal / total, largest
 
 
+def conversations(count: int) -> list[Sample]:
+    """Return samples of two turns, three clips and, every other one, a system prompt."""
+    made = make_samples(3 * count, seed=8)
+    samples = []
+    for i in range(count):
+        group = made[3 * i : 3 * i + 3]
+        first, second, third = (AudioPart(j, sample.question) for j, sample in enumerate(group))
+        last = (TextPart("what is\n"), second, third, TextPart("answer"))
+        turns = (Turn("user", (first,)), Turn("assistant", (TextPart("two"),)), Turn("user", last))
+        chat = Sample(group[0].id, "", turns=turns, system="answer one" if i % 2 else None)
+        samples.append(chat.with_recordings([sample.waveform for sample in group]))
+    return samples
+
+
 def changed(servers: Servers, factor: float) -> PlainWeights:
     """Head, audio tower and projector, larger."""
     stored = load_file(servers.checkpoint / "model.safetensors")
@@ -96,6 +112,17 @@ def check_equal_to_local(
 
 def checksums(servers: Servers) -> list[list[dict[str, str]]]:
     return [Endpoint(url).checksums(60.0) for url in servers.supervisor.urls]
+
+
+def test_answers_in_conversations_are_transformers(servers: Servers) -> None:
+    """Catches a server that dies of a second clip, or that hears clips in another order or another clip's length."""
+    engine, _ = connect(servers)
+    local = LocalEngine(servers.checkpoint)
+    prepared = local.prompts.prepare(conversations(40))
+    asked = [GenerationRequest(item.prompts[view], 0.0, 12) for view in (HEAR, READ) for item in prepared]
+    share, largest = compare(engine.generate(asked), local.generate(asked))
+    print(f"conversations: {share:.2%} of tokens equal, log-probabilities within {largest:.2g}")
+    assert share >= 0.99 and largest < 1e-3
 
 
 def test_greedy_answers_are_transformers(servers: Servers) -> None:

@@ -78,8 +78,8 @@ class PromptEncoder:
             raise CordError(f"{where}: {marks} audio placeholders for {features} audio features; rebuild the prompt")
         if len(prompt.clips) > self.max_clips:
             raise CordError(
-                f"{where}: SGLang takes {self.max_clips} clip a prompt of this model, not {len(prompt.clips)}; "
-                "set data.long_audio to error or skip"
+                f"{where}: SGLang takes at most {self.max_clips} clips a prompt of this model, not "
+                f"{len(prompt.clips)}; use rollout.engine=local"
             )
         total = len(prompt.token_ids) + request.max_new_tokens
         if total > self.longest_prompt:

@@ -1,7 +1,10 @@
-"""SGLang's Qwen2-Audio, but the encoder does not attend to padding.
+"""SGLang's Qwen2-Audio, but the encoder does not attend to padding, and a prompt may have several clips.
 
 A clip fills the encoder's window with padding. transformers and the trainer mask it; SGLang 0.5.21 lets the encoder
 attend to it, and its answers and log-probabilities are another model's, the more so the shorter the clip.
+
+SGLang splits the clips of a prompt into one item each, but notes the lengths of all of them with the first item alone,
+and a server dies of the second. Here each clip's length is read from its own attention mask.
 """
 
 from __future__ import annotations
