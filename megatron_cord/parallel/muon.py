@@ -1,8 +1,8 @@
 """Muon for matrices that are split over tensor-parallel ranks.
 
-Megatron-Core's own Muon needs the package emerging-optimizers, which asks for Python 3.12 and of which no release fits
-Megatron-Core 0.16.1; torch's knows whole matrices only. So the update is written here, against a group that may have
-one member. States are named as in both of them, `momentum_buffer`. Sources: K. Jordan et al. 2024 (momentum, and
+Megatron-Core's own Muon needs the package emerging-optimizers, whose release 0.3.0 asks for Python 3.12 and does not
+fit Megatron-Core 0.16.1; torch's knows whole matrices only. So the update is written here, against a group that may
+have one member. States are named as in both of them, `momentum_buffer`. Sources: K. Jordan et al. 2024 (momentum, and
 Newton-Schulz with these coefficients); arXiv 2502.16982 (decay, and the scale at which AdamW's rates carry over).
 
 Simplification: every tensor-parallel rank gathers the matrix and computes all of its update, the same as the others.

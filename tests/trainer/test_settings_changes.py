@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from megatron_cord.errors import CordError
 from megatron_cord.report.page.overview import missing
 from megatron_cord.report.run.reading import read_run
 from megatron_cord.rollout.rollout_file import dump_files, read_rollouts
-from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
+from megatron_cord.trainer.checkpoint.progress import MadeWith, Progress
+from megatron_cord.trainer.settings_changes import schedule_of
+from megatron_cord.trainer.start import Start
+from megatron_cord.trainer.step.optimizer.config import OptimizerConfig, ParameterGroup
 from megatron_cord.trainer.step.optimizer.schedule import RateSchedule
 from tests.tiny_run import losses, make_samples, metrics, overrides, write_inputs, write_shards
 from tests.trainer.fault_ranks import run_forked
@@ -132,6 +136,21 @@ def test_a_jump_of_the_learning_rate_is_said_and_can_be_avoided(
     again = alone(inputs, stop_after(6, kept, tmp_path / "again"), *FEW, *longer, "optimizer.keep_schedule=true")
     assert losses(again) == losses(kept)
     assert changes(kept)["notes"][-1] == "the learning rate stays at 0.0001 after step 4"
+
+
+def test_rates_are_kept_by_group() -> None:
+    """Catches a group whose rate is that of the configuration where the checkpoint's rates shall be kept."""
+    adapter = ParameterGroup(learning_rate=4e-3)
+    before = RateSchedule.of(OptimizerConfig(learning_rate=1e-3, schedule="wsd", groups={"adapter": adapter}), 10)
+    groups = {"adapter": adapter, "new": ParameterGroup(learning_rate=5e-2)}
+    now = RateSchedule.of(OptimizerConfig(learning_rate=1e-2, groups=groups), 20)
+    written = json.loads(json.dumps(asdict(before)))
+    start = Start(Progress(3, 0.0, 0, 0, made_with=MadeWith(schedule=written)))
+    kept = schedule_of(start, now, keep=True)
+    for step in (3, 9):
+        assert kept.rate(step) == before.rate(step) and kept.rate(step, "adapter") == before.rate(step, "adapter")
+    assert kept.factors["new"] == pytest.approx(5.0)
+    assert schedule_of(start, now, keep=False) is now
 
 
 def test_the_schedule_is_megatrons(inputs: Path, tmp_path: Path) -> None:

@@ -146,9 +146,11 @@ def test_a_run_goes_on_with_other_groups_and_another_optimizer(
     assert (kept - 0.81 * fresh).norm() < (kept - 0.0 * fresh).norm(), "the moments went on from those of step 2"
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        alone(inputs, stop_after(2, one["adam"], tmp_path / "muon"), *ALONE, *GROUPS, "optimizer.kind=muon")
+        faster = "optimizer.groups.adapter.learning_rate=1e-2"
+        alone(inputs, stop_after(2, one["adam"], tmp_path / "muon"), *ALONE, *GROUPS, "optimizer.kind=muon", faster)
     said = "language_model has matrices of another kind of optimizer than before: their states begin at zero"
     assert said in caplog.messages
+    assert any("the learning rate of group adapter in step 3 is" in message for message in caplog.messages)
     assert not any(
         "is trained from now on" in message or "not trained any more" in message for message in caplog.messages
     )

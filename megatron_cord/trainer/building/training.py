@@ -47,6 +47,9 @@ def build_training(
         checkpoints: of the run; they read the one that it begins with.
         rates: the learning rates.
         pad_id: fills padding.
+
+    Raises:
+        CordError: a group of the optimizer has no parameter, or the checkpoint does not fit.
     """
     check_groups(config.optimizer, load_architecture(config.model.checkpoint), config.model.freeze)
     student = build_student(config.model, layout)
