@@ -45,7 +45,7 @@ from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.endings.agreement import any_rank
 from megatron_cord.trainer.model_setup import build_student
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("megatron_cord.evaluate")  # also where this page is __main__
 
 
 def evaluate(config: RunConfig) -> dict[str, Any] | None:

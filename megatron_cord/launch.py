@@ -33,7 +33,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.runtime import entry, exit_status
 from megatron_cord.runtime.failures import port_in_use, release_claims
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("megatron_cord.launch")  # also where this page is __main__
 
 #: Statuses that a restart would lead to again.
 FINAL = (exit_status.USER_ERROR, exit_status.STOPPED, exit_status.INTERRUPTED)

@@ -16,7 +16,7 @@ from megatron_cord.trainer.config import RunConfig, load_run_config
 from megatron_cord.trainer.observability.metrics import Stopwatch
 from megatron_cord.trainer.run import Run
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("megatron_cord.train")  # also where this page is __main__
 
 
 def train(config: RunConfig) -> int:

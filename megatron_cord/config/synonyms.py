@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-_TEACHER = "the frozen teacher is model.checkpoint itself; teacher.mode chooses another"
 _BATCH = "a step has rollout.prompts_per_step prompts, in microbatches of train.micro_batch_size sequences"
 _EPOCHS = "a run is as long as train.steps; an epoch has the number of samples over rollout.prompts_per_step steps"
 _MIN_RATE = "the last rate is optimizer.final_learning_rate_fraction of optimizer.learning_rate"
@@ -26,10 +25,9 @@ SYNONYMS: dict[str, str] = {
     "torch_dtype": "model.dtype",
     "gradient_checkpointing": "model.recompute",
     "activation_checkpointing": "model.recompute",
-    "teacher.path": _TEACHER,
-    "teacher.model": _TEACHER,
-    "teacher.checkpoint": _TEACHER,
-    "teacher_model_name_or_path": _TEACHER,
+    "teacher.path": "teacher.checkpoint",
+    "teacher.model": "teacher.checkpoint",
+    "teacher_model_name_or_path": "teacher.checkpoint",
     # optimizer
     "lr": "optimizer.learning_rate",
     "max_lr": "optimizer.learning_rate",

@@ -88,6 +88,10 @@ class Tokenizer(Protocol):
         """Return the text of token ids."""
         ...
 
+    def vocabulary(self) -> dict[int, str]:
+        """Return each id's token as the tokenizer spells it."""
+        ...
+
 
 class HuggingFaceTokenizer:
     """A tokenizer of transformers, with the processor that holds it if there is one.
@@ -143,6 +147,10 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer`."""
         return str(self._tokenizer.decode(list(ids)))
+
+    def vocabulary(self) -> dict[int, str]:
+        """See `Tokenizer`."""
+        return {index: token for token, index in self._tokenizer.get_vocab().items()}
 
 
 class SentencePieceTokenizer:
@@ -207,6 +215,10 @@ class SentencePieceTokenizer:
         """See `Tokenizer`."""
         return str(self._model.DecodeIds(list(ids)))
 
+    def vocabulary(self) -> dict[int, str]:
+        """See `Tokenizer`."""
+        return {index: str(self._model.IdToPiece(index)) for index in range(len(self))}
+
 
 def load_tokenizer(directory: str | Path) -> HuggingFaceTokenizer | SentencePieceTokenizer | MistralTokenizer:
     """Load the checkpoint's tokenizer: Hugging Face's, or the sentencepiece model or Mistral's where it is alone.
@@ -227,6 +239,19 @@ def load_tokenizer(directory: str | Path) -> HuggingFaceTokenizer | SentencePiec
         raise CordError(
             f"{path}: no processor or configuration to load ({first_line}); give a checkpoint directory"
         ) from error
+
+
+def vocabulary_difference(one: Tokenizer, other: Tokenizer) -> str | None:
+    """Return in words where two vocabularies differ, the first id and how many; None if all ids mean the same."""
+    ours, theirs = one.vocabulary(), other.vocabulary()
+    differing = sorted(index for index in ours.keys() | theirs.keys() if ours.get(index) != theirs.get(index))
+    if not differing:
+        return None
+    shown = [repr(words[differing[0]]) if differing[0] in words else "no token" for words in (ours, theirs)]
+    return (
+        f"{len(differing)} of {max(len(ours), len(theirs))} token ids mean something else, the first is "
+        f"{differing[0]}: {shown[0]} there and {shown[1]} here"
+    )
 
 
 def _present(index: int) -> int | None:

@@ -34,7 +34,7 @@ class Memory:
         weights: of the student.
         gradients: fp32, of what is trained.
         optimizer: fp32 weights and moments; this rank's part if they are distributed, without those in host memory.
-        teacher: a frozen teacher's second set of weights.
+        teacher: a frozen teacher's own set of weights.
         teacher_hidden: its hidden states of the step's response tokens.
         engine: weights and key-value cache of a rollout engine in the same process.
         activations: kept for the backward pass.
@@ -98,11 +98,11 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
     trained = counts.trained(config.model.freeze)
     matrices = matrix_counts(arch, tp, pp, stage).trained(config.model.freeze)
     last, lm = stage == pp - 1, arch.language
-    has_copy = (
-        config.teacher.mode != "live" and "language_model" not in config.model.freeze and config.objective.distils
-    )
+    teacher = work.teacher or arch
+    is_student = config.teacher.mode == "live" or "language_model" in config.model.freeze
+    has_copy = config.objective.distils and (work.teacher is not None or not is_student)
     hidden = (
-        -(-work.scored // work.dp) * work.response_tokens * lm.hidden_size * item
+        -(-work.scored // work.dp) * work.response_tokens * teacher.language.hidden_size * item
         if last and not config.teacher.offload
         else 0
     )
@@ -117,7 +117,7 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
         "weights": counts.total * item,
         "gradients": trained * 4,
         "optimizer": optimizer_bytes(config.optimizer, trained, matrices, item, work.dp),
-        "teacher": counts.total * item if has_copy else 0,
+        "teacher": rank_counts(teacher, tp, pp, stage).total * item if has_copy else 0,
         "teacher_hidden": hidden,
         "engine": _engine(arch, work, item) if local_engine else 0,
         "activations": activation_bytes(config, arch, work, stage),

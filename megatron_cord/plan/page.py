@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_cord.plan.devices import Gpu
 from megatron_cord.plan.memory import memory
@@ -36,7 +36,7 @@ HEADER = (
 )
 
 
-def layouts_table(config: RunConfig, arch: Architecture, gpu: Gpu, lengths: Mapping[str, float]) -> str:
+def layouts_table(config: RunConfig, arch: Architecture, gpu: Gpu, lengths: Mapping[str, Any]) -> str:
     """Return Markdown: GB a GPU and tokens a second of the configuration under common layouts."""
     return "\n".join([HEADER, *(_row(config, arch, gpu, lengths, *layout) for layout in LAYOUTS)])
 
@@ -45,7 +45,7 @@ def _row(
     config: RunConfig,
     arch: Architecture,
     gpu: Gpu,
-    lengths: Mapping[str, float],
+    lengths: Mapping[str, Any],
     gpus: int,
     tp: int,
     pp: int,
@@ -57,7 +57,7 @@ def _row(
         parallel=replace(config.parallel, tp=tp, pp=pp, sequence_parallel=tp > 1),
         model=replace(config.model, recompute=recompute),
     )
-    work = make_work(changed, arch, gpus, **lengths)  # type: ignore[arg-type]
+    work = make_work(changed, arch, gpus, **lengths)
     used, fast = (
         memory(changed, arch, work, local_engine=not rollout_gpus),
         speed(changed, arch, work, gpu, gpus, rollout_gpus),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_cord.errors import CordError
 from megatron_cord.plan.devices import Gpu
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def fitting(
-    config: RunConfig, arch: Architecture, gpu: Gpu, gpus: int, rollout_gpus: int = 0, **lengths: float
+    config: RunConfig, arch: Architecture, gpu: Gpu, gpus: int, rollout_gpus: int = 0, **lengths: Any
 ) -> list[str] | None:
     """Return the settings `a.b=value` under which the run fits and is fastest; None if none was found.
 
@@ -29,7 +29,7 @@ def fitting(
         gpu: as for `speed`.
         gpus: as for `speed`.
         rollout_gpus: as for `speed`.
-        **lengths: audio_seconds and text_tokens, as for `make_work`.
+        **lengths: audio_seconds, text_tokens and teacher, as for `make_work`.
     """
     best: tuple[float, list[str]] | None = None
     recomputed: tuple[tuple[Tower, ...], ...] = ((), ("language_model",), ("audio_encoder", "language_model"))
@@ -47,7 +47,7 @@ def fitting(
             train=replace(config.train, micro_batch_size=min(micro, config.train.micro_batch_size)),
         )
         try:
-            work = make_work(changed, arch, gpus, **lengths)  # type: ignore[arg-type]
+            work = make_work(changed, arch, gpus, **lengths)
         except CordError:
             continue
         if memory(changed, arch, work, local_engine=not rollout_gpus).total > gpu.memory:

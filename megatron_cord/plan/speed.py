@@ -87,9 +87,10 @@ def train_flops(config: RunConfig, arch: Architecture, work: Work) -> tuple[floa
     attention half of 4 H s a token and layer forward. The output layer works on responses alone.
     """
     lm = arch.language
-    matrices = part_counts(arch).language_model - (1 if lm.tied_embeddings else 2) * lm.vocab_size * lm.hidden_size
+    matrices = _matrices(arch)
     student = work.sequences * work.student_tokens
     teacher = work.scored * work.teacher_tokens if config.objective.distils else 0
+    teacher_arch = work.teacher or arch
     forward = _forward(matrices, arch, student, work.student_tokens)
     trains_language = "language_model" not in config.model.freeze
     trains_audio = not {"audio_encoder", "adapter"} <= set(config.model.freeze)
@@ -97,9 +98,10 @@ def train_flops(config: RunConfig, arch: Architecture, work: Work) -> tuple[floa
     again = forward if "language_model" in config.model.recompute else 0.0
     if config.model.recompute_granularity == "selective":  # not the four projections around the attention
         again *= 1 - 2.0 * student * _projections(arch) / forward
-    total = forward * (1 + backward) + _forward(matrices, arch, teacher, work.teacher_tokens)
-    output = 2 * lm.vocab_size * lm.hidden_size * work.response_tokens
-    total += output * (work.sequences * (2 + trains_language) + (work.scored if config.objective.distils else 0))
+    total = forward * (1 + backward) + _forward(_matrices(teacher_arch), teacher_arch, teacher, work.teacher_tokens)
+    output = 2 * lm.vocab_size * work.response_tokens
+    total += output * lm.hidden_size * work.sequences * (2 + trains_language)
+    total += output * teacher_arch.language.hidden_size * (work.scored if config.objective.distils else 0)
     if arch.encoder is not None:
         enc = arch.encoder
         frames = work.sequences * work.clips * enc.max_positions
@@ -119,6 +121,12 @@ def _projections(arch: Architecture) -> int:
     """Count the parameters of the matrices around the attention, over all layers."""
     lm = arch.language
     return lm.num_layers * 2 * lm.hidden_size * lm.head_dim * (lm.num_heads + lm.num_kv_heads)
+
+
+def _matrices(arch: Architecture) -> int:
+    """Count the parameters of the language model's layers."""
+    lm = arch.language
+    return part_counts(arch).language_model - (1 if lm.tied_embeddings else 2) * lm.vocab_size * lm.hidden_size
 
 
 def _forward(matrices: int, arch: Architecture, tokens: int, length: int) -> float:

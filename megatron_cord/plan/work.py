@@ -28,6 +28,7 @@ class Work:
         dp: data-parallel ranks.
         microbatches: of a data-parallel rank in a step.
         micro_batch: sequences of a microbatch.
+        teacher: the architecture of a teacher with a checkpoint of its own; None: the student's.
     """
 
     sequences: int
@@ -39,10 +40,17 @@ class Work:
     dp: int
     microbatches: int
     micro_batch: int
+    teacher: Architecture | None = None
 
 
 def make_work(
-    config: RunConfig, arch: Architecture, gpus: int, *, audio_seconds: float = 10.0, text_tokens: int = 60
+    config: RunConfig,
+    arch: Architecture,
+    gpus: int,
+    *,
+    audio_seconds: float = 10.0,
+    text_tokens: int = 60,
+    teacher: Architecture | None = None,
 ) -> Work:
     """Return the work of a step of this configuration.
 
@@ -53,11 +61,14 @@ def make_work(
         audio_seconds: of a question.
         text_tokens: of a question's text; half of it for the frame around the audio.
 
+        teacher: the architecture in `teacher.checkpoint`, where there is one.
+
     Raises:
         CordError: the layout does not divide the GPUs or the model.
     """
     parallel, rollout = config.parallel, config.rollout
-    arch.check_divisible(parallel.tp, parallel.pp)
+    for each in (arch, *filter(None, [teacher])):
+        each.check_divisible(parallel.tp, parallel.pp)
     if gpus % (parallel.tp * parallel.pp):
         raise CordError(
             f"{gpus} GPUs cannot be laid out with parallel.tp={parallel.tp} × parallel.pp={parallel.pp}; "
@@ -81,4 +92,5 @@ def make_work(
         dp=dp,
         microbatches=-(-share // micro),
         micro_batch=micro,
+        teacher=teacher,
     )

@@ -107,6 +107,15 @@ class RunConfig:
             raise CordError("init_optimizer=true needs init_from, the run whose optimizer it is")
         if self.checkpoint.best and not self.evaluation.interval:
             raise CordError("checkpoint.best=true needs evaluations to choose by: set evaluation.interval above 0")
+        answers = self.objective.responses == "teacher" or (
+            self.objective.policy_gradient.enabled and self.rollout.policy_prompts_per_step > 0
+        )
+        own_teacher = self.teacher.checkpoint is not None and self.replay is None
+        if own_teacher and answers and self.rollout.engine == "sglang" and not self.teacher.servers:
+            raise CordError(
+                "teacher.checkpoint gives the reference answers, and the servers of rollout.sglang run the student: "
+                "start servers of that checkpoint and name them in teacher.servers"
+            )
         if self.teacher.mode == "ema" and self.objective.responses == "teacher":
             raise CordError(
                 "objective.responses=teacher needs answers that teacher.mode=ema cannot generate; use frozen or live"

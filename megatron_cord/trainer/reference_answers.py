@@ -1,17 +1,18 @@
 """Reference answers: the teacher's own answers to the text of the questions.
 
 The reward compares with them, and off-policy methods train on them. A frozen teacher answers all questions that the
-run will need before the engine gets any trained weights; the answers are kept in the run's directory for a resumed run,
-under the conversation's text, the teacher's files and the longest length: when one of these changes, the teacher
-answers anew. A live teacher answers each step with the weights that generate the step's responses. Answers are greedy.
-Audio is never read for them.
+run will need before the engine gets any trained weights; one with a checkpoint of its own has an engine of its own for
+that. The answers are kept in the run's directory for a resumed run, under the conversation's text, the teacher's files
+and the longest length: when one of these changes, the teacher answers anew. A live teacher answers each step with the
+weights that generate the step's responses. Answers are greedy. Audio is never read for them.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, Protocol
@@ -41,7 +42,8 @@ class ReferenceAnswers:
 
     Args:
         mode: "frozen" or "live".
-        engine: generates a frozen teacher's answers, shared by all ranks.
+        engine: makes the engine that generates a frozen teacher's answers, shared by all ranks; called when answers are
+            missing.
         prompts: builds the text prompt.
         max_new_tokens: answers are cut there.
         path: the file in which a frozen teacher's answers are kept.
@@ -51,7 +53,7 @@ class ReferenceAnswers:
     def __init__(
         self,
         mode: Literal["frozen", "live"],
-        engine: CollectiveEngine,
+        engine: Callable[[], AbstractContextManager[CollectiveEngine]],
         prompts: PromptBuilder,
         max_new_tokens: int,
         path: Path,
@@ -63,7 +65,7 @@ class ReferenceAnswers:
         self._kept: dict[str, Rollout] = {}
 
     def prepare(self, source: TextSource, indices: Sequence[int], *, resumed: bool) -> None:
-        """Generate the answers that a frozen teacher lacks. Collective; the engine must still have the initial weights.
+        """Generate the answers that a frozen teacher lacks. Collective; the engine must have the teacher's weights.
 
         Args:
             source: of the samples, whose texts every rank reads.
@@ -81,10 +83,9 @@ class ReferenceAnswers:
         if not missing:
             return
         logger.info("the teacher answers %d questions", len(missing))
-        share = [
-            self._request(self.prompts.text_prompt(sample)) for sample in self.engine.share(list(missing.values()))
-        ]
-        answers = self.engine.generate_share(share, len(missing))
+        with self.engine() as engine:
+            share = [self._request(self.prompts.text_prompt(sample)) for sample in engine.share(list(missing.values()))]
+            answers = engine.generate_share(share, len(missing))
         self._kept |= dict(zip(missing, answers, strict=True))
         if dist.get_rank() == 0:
             self._write()

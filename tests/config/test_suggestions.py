@@ -26,7 +26,7 @@ KEYS = list(keys_of(RunConfig))
         ("per_device_train_batch_size", "train.micro_batch_size"),
         ("num_generations", "rollout.policy_rollouts"),
         ("rollout.n", "rollout.policy_rollouts"),
-        ("teacher.path", "teacher.mode"),
+        ("teacher.path", "teacher.checkpoint"),
         ("model.path", "model.checkpoint"),
         ("model_name_or_path", "model.checkpoint"),
         ("max_completion_length", "rollout.max_new_tokens"),

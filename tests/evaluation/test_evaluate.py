@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.evaluate import evaluate
+from megatron_cord.evaluation import runner
 from megatron_cord.parallel.layout import finalize
 from megatron_cord.report.run.reading import read_run
 from megatron_cord.train import train
@@ -88,6 +90,28 @@ def test_a_run_beside_its_start(inputs: Path, tmp_path: Path) -> None:
     assert shown[1].audio_accuracy == result["sets"]["heldout"]["audio_accuracy"]
 
 
+def test_ctrl_c_keeps_the_answers(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches answers that are lost, a chunk cut in its middle, a result of a part, and answers made twice."""
+    plain = [f"model.checkpoint={inputs / 'checkpoint'}", "evaluation.checkpoint=base", *sets(inputs)]
+    whole = run(f"output_dir={tmp_path / 'whole'}", *plain)
+    answer = runner.generate_answers
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return answer(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "generate_answers", interrupted)
+        settings = [f"output_dir={tmp_path / 'stopped'}", *plain]
+        assert evaluate(load_config(RunConfig, None, settings)) is None
+        finalize()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    directory = tmp_path / "stopped" / "evaluations" / "base"
+    assert len((directory / "spoken.jsonl").read_text().splitlines()) == 1 + 4
+    assert not (directory / "results.json").exists()
+    assert run(*settings) == whole
+
+
 def test_what_a_user_may_get_wrong(inputs: Path, tmp_path: Path) -> None:
     """Catches a traceback, or an evaluation of nothing."""
     plain = [f"output_dir={tmp_path}", f"model.checkpoint={inputs / 'checkpoint'}", "evaluation.checkpoint=base"]
@@ -95,6 +119,8 @@ def test_what_a_user_may_get_wrong(inputs: Path, tmp_path: Path) -> None:
         run(*plain)
     with pytest.raises(CordError, match="holds no checkpoint"):
         run(*plain[:2], *sets(inputs))
+    with pytest.raises(CordError, match="holds no best checkpoint"):
+        run(*plain[:2], *sets(inputs), "evaluation.checkpoint=best")
     with pytest.raises(CordError, match=r"needs reward\.judge\.base_url"):
         run(*plain, *sets(inputs), "evaluation.comparer=judge")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def make_collector(
     prompts: PromptBuilder, path: Path, seed: int = 0, rollout: RolloutConfig = ROLLOUT, **objective: Any
 ) -> Collector:
     engine = CollectiveEngine(ScriptedEngine(prompts, says))
-    answers = ReferenceAnswers("live", engine, prompts, 8, path / "answers.jsonl")
+    answers = ReferenceAnswers("live", lambda: nullcontext(engine), prompts, 8, path / "answers.jsonl")
     return Collector(rollout, ObjectiveConfig(**objective), answers, Rewards(), seed)
 
 
@@ -59,7 +60,8 @@ def score(collector: Collector, batch: Batch) -> list[ScoredRollout]:
 
 
 def engine_of(collector: Collector) -> ScriptedEngine:
-    engine = collector.answers.engine.engine
+    with collector.answers.engine() as collective:
+        engine = collective.engine
     assert isinstance(engine, ScriptedEngine)
     return engine
 

@@ -89,6 +89,32 @@ def test_a_request_to_stop_the_launcher(inputs: Path, undisturbed: Path, tmp_pat
     stopped_run_goes_on(inputs, undisturbed, output, errors)
 
 
+def test_ctrl_c_saves_and_a_second_one_leaves_at_once(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Catches Ctrl-C that loses steps, ranks that outlive the launcher, a second one that waits, and damage by it."""
+    output = tmp_path / "run"
+    process = start(settings(inputs, output, "checkpoint.interval=0"), launcher=["--max-restarts", "2"])
+    wait_for(process, lambda: steps_made(output) >= 2)
+    os.kill(process.pid, signal.SIGINT)
+    status, errors = finish(process)
+    assert status == exit_status.STOPPED and "Ctrl-C: the ranks finish what they do and save" in errors, errors
+    stopped_run_goes_on(inputs, undisturbed, output, errors)
+
+    output = tmp_path / "left"
+    process = start(settings(inputs, output, "checkpoint.interval=1"), launcher=["--max-restarts", "2"])
+    wait_for(process, lambda: steps_made(output) >= 2)
+    ended = ranks(process)
+    for rank in ended:
+        rank.suspend()  # as one that waits for a collective or a disk
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.3)
+    status, errors = finish(process)
+    assert status == exit_status.INTERRUPTED and "Traceback" not in errors, errors
+    assert not psutil.wait_procs(ended, timeout=10)[1]
+    status, errors = run_forked(settings(inputs, output), output.with_name("after.log"))
+    assert status == 0 and losses(output) == losses(undisturbed), errors
+
+
 def test_a_request_to_stop_one_rank(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Catches a signal to one rank that the others do not follow, as SLURM sends it."""
     output = tmp_path / "run"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def make_answers(
     prompts: PromptBuilder, path: Path, word: str, mode: str = "frozen"
 ) -> tuple[ReferenceAnswers, ScriptedEngine]:
     engine = ScriptedEngine(prompts, lambda request: f"answer is {word}")
-    return ReferenceAnswers(mode, CollectiveEngine(engine), prompts, 8, path), engine  # type: ignore[arg-type]
+    return ReferenceAnswers(mode, lambda: nullcontext(CollectiveEngine(engine)), prompts, 8, path), engine  # type: ignore[arg-type]
 
 
 def test_a_frozen_teacher_answers_once(
@@ -91,7 +93,9 @@ def test_kept_answers_do_not_outlive_what_they_answer(prompts: PromptBuilder, la
     for settings in ({"teacher": "other"}, {"max_new_tokens": 9}):
         engine = ScriptedEngine(prompts, lambda request: "answer is three")
         given: dict[str, Any] = {"max_new_tokens": 8, "path": path} | settings
-        ReferenceAnswers("frozen", CollectiveEngine(engine), prompts, **given).prepare(Texts(), range(3), resumed=True)
+        collective = CollectiveEngine(engine)
+        made = ReferenceAnswers("frozen", partial(nullcontext, collective), prompts, **given)
+        made.prepare(Texts(), range(3), resumed=True)
         assert len(engine.requests) == 3
 
 

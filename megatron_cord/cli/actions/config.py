@@ -93,7 +93,10 @@ def _wrapped(text: str, indent: str) -> list[str]:
 
 def _warnings(config: RunConfig) -> Iterator[str]:
     """Yield what would stop the run, or waste it, once it has started."""
-    for key, path in (("model.checkpoint", config.model.checkpoint), ("data.train", config.data.train)):
+    paths = {"model.checkpoint": config.model.checkpoint, "data.train": config.data.train}
+    if config.teacher.checkpoint is not None:
+        paths["teacher.checkpoint"] = config.teacher.checkpoint
+    for key, path in paths.items():
         if not path:
             yield f"{key} is not set; training requires it"
         elif not Path(path).exists() and not any(sign in path for sign in "*?[") and not path.startswith("hf://"):

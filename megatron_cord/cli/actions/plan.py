@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -42,11 +43,13 @@ def plan(
     # A published model's sizes are known; what the configuration calls its checkpoint does not matter then.
     config = _load(config_file, [*overrides, f"model.checkpoint={model}"] if model else overrides)
     arch = published(model) if model else _architecture(config.model.checkpoint)
-    device, lengths = GPUS[gpu], {"audio_seconds": audio_seconds, "text_tokens": text_tokens}
+    teacher = None if config.teacher.checkpoint is None else _architecture(config.teacher.checkpoint)
+    lengths: dict[str, Any] = {"audio_seconds": audio_seconds, "text_tokens": text_tokens, "teacher": teacher}
+    device = GPUS[gpu]
     if layouts:
         print(layouts_table(config, arch, device, lengths))
         return 0
-    work = make_work(config, arch, gpus, audio_seconds=audio_seconds, text_tokens=text_tokens)
+    work = make_work(config, arch, gpus, **lengths)
     report = Report(
         gpu=device,
         gpus=gpus,

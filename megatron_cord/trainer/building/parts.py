@@ -17,6 +17,7 @@ from megatron_cord.parallel.layout import Layout
 from megatron_cord.runtime.stop_request import StopRequest
 from megatron_cord.trainer.building.description import describe
 from megatron_cord.trainer.building.rollout import RolloutSource, build_rollout
+from megatron_cord.trainer.building.teacher_checkpoint import check_teacher
 from megatron_cord.trainer.building.training import Training, build_training
 from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
 from megatron_cord.trainer.checkpoint.exports import Exports
@@ -88,6 +89,8 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
     before = start.progress
     budget = TimeBudget(config.train.hours, before.spent + time.monotonic() - begun, before.longest)
     prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features)
+    if config.teacher.checkpoint is not None:
+        check_teacher(config.teacher.checkpoint, prompts, config.model.checkpoint)
     questions = config.data.open("train", prompts.limits)
     held_out = config.data.open("evaluation", prompts.limits)
     sets = {name: load_set(given) for name, given in config.evaluation.sets.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,11 +11,14 @@ from megatron_cord.data.audio.augmentation import augment
 from megatron_cord.data.loader import Batch, SampleLoader
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.shards.reader import ShardDataset
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.reward.collective import build_rewards
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.schedule import Schedule
+from megatron_cord.runtime.files import checkpoint_fingerprint
+from megatron_cord.trainer.building.teacher_checkpoint import answering_engine
 from megatron_cord.trainer.checkpoint.progress import Progress
 from megatron_cord.trainer.collection import Collector
 from megatron_cord.trainer.config import RunConfig
@@ -54,14 +58,17 @@ def build_rollout(
     """
     directory = Path(config.output_dir)
     engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
+    own = config.teacher.checkpoint
     answers = ReferenceAnswers(
         # The engine has one set of weights, the student's: a moving average answers with them, as a live teacher does.
         "frozen" if config.teacher.mode == "frozen" else "live",
-        engine,
+        (lambda: nullcontext(engine))
+        if own is None
+        else lambda: closing(answering_engine(config.rollout, config.teacher, layout.device)),
         prompts,
         config.rollout.max_new_tokens,
         directory / "reference_answers.jsonl",
-        progress.made_with.model,
+        progress.made_with.model if own is None else checkpoint_fingerprint(checkpoint_directory(own)),
     )
     rewards = build_rewards(config.reward, directory, layout.replica_group)
     collector = Collector(config.rollout, config.objective, answers, rewards, config.seed)

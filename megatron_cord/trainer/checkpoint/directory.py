@@ -115,6 +115,10 @@ class CheckpointDirectory:
         if final.exists():
             final.replace(_deleted_name(final))
         partial.replace(final)
+        self.rotate(keep, kept)
+
+    def rotate(self, keep: int, kept: Collection[int] = ()) -> None:
+        """Delete all checkpoints but the newest `keep` (0: keep all), the best one, and those of the steps `kept`."""
         best = self.best()
         kept_names = {self.path_of(step).name for step in (*kept, *(() if best is None else (best["step"],)))}
         for name in self._names()[:-keep] if keep else ():

@@ -35,11 +35,14 @@ class Exports:
         checkpoints: of the run.
         interval: steps between exports; 0: none.
         keep: so many of the newest stay; 0 keeps all.
+
+    Attributes:
+        interval: the same.
     """
 
     def __init__(self, run: Path, checkpoints: CheckpointDirectory, interval: int, keep: int) -> None:
         self.directory = run / FOLDER
-        self._checkpoints, self._interval, self._keep = checkpoints, interval, keep
+        self._checkpoints, self.interval, self._keep = checkpoints, interval, keep
         self._last: int | None = None
         self._failed: set[int] = set()
         self._process: subprocess.Popen[bytes] | None = None
@@ -47,7 +50,7 @@ class Exports:
 
     def is_due(self, step: int) -> bool:
         """Return whether the weights after this step are to be exported."""
-        return bool(self._interval) and (step % self._interval == 0 or step == self._last)
+        return bool(self.interval) and (step % self.interval == 0 or step == self._last)
 
     def finish_with(self, step: int) -> None:
         """Export the step with which the run ends, too."""

@@ -94,8 +94,11 @@ class Saving:
         while True:  # in short collective steps: a single one would last longer than a collective may
             busy, asked = any_rank([self._layout.is_main and self._exports.poll(), bool(request)], self._layout.device)
             if asked or not busy:
-                return not busy
+                break
             time.sleep(_TICK)
+        if self._layout.is_main and self._exports.interval:  # what stayed for its export
+            self._checkpoints.rotate(self._checkpoints.config.keep, self._exports.waiting)
+        return not busy
 
     def finish_with(self, step: int) -> None:
         """Take this step for the last one."""

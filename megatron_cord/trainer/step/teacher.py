@@ -1,4 +1,7 @@
-"""The teacher: a forward pass of the same model on its own view, for hidden states of response tokens, never logits."""
+"""The teacher: a forward pass on its own view, for hidden states of response tokens, never logits.
+
+It is the same model, or one with a checkpoint of its own, laid out over the ranks as the student is.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from megatron_cord.convert import read_into
 from megatron_cord.errors import CordError
+from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.trainer.step.batches import Microbatch, Rows
 from megatron_cord.trainer.step.moving_average import MovingAverage
@@ -24,6 +28,12 @@ class TeacherConfig:
     #: frozen: the initial weights; live: the student's current ones under stop-gradient; ema: their exponential
     #: moving average
     mode: Literal["frozen", "live", "ema"] = "frozen"
+    #: a Hugging Face directory, or hf://OWNER/NAME, of a teacher of its own in place of model.checkpoint: of another
+    #: size, or a text model, with the same vocabulary; it needs mode frozen
+    checkpoint: str | None = None
+    #: SGLang servers (http://host:port of each) that run teacher.checkpoint, for its reference answers; without them
+    #: the local engine gives these before the first step
+    servers: tuple[str, ...] = ()
     ema_decay: float = 0.999  #: of mode ema: the share of the average that an update keeps
     #: keep its hidden states, and float32 averages of a bfloat16 model, in host memory until they are needed
     offload: bool = False
@@ -31,6 +41,14 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.ema_decay < 1:
             raise CordError(f"teacher.ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+        if self.checkpoint is not None and self.mode != "frozen":
+            raise CordError(
+                f"teacher.mode={self.mode} takes the student's weights, and teacher.checkpoint others; set one of them"
+            )
+        if self.servers and self.checkpoint is None:
+            raise CordError(
+                "teacher.servers run teacher.checkpoint, which is not set; rollout.sglang is for the student"
+            )
 
 
 class Teacher:
@@ -39,7 +57,7 @@ class Teacher:
     Args:
         config: which weights.
         student: the model that is trained; it is the teacher's model too where the weights are the same.
-        checkpoint_dir: the initial weights.
+        checkpoint_dir: the initial weights, unless the teacher has a checkpoint of its own.
         has_trained: the student's language model has, or will be given, other weights than the initial ones, even if
             it is frozen from now on.
     """
@@ -51,11 +69,13 @@ class Teacher:
         frozen_everywhere = torch.tensor(float(is_frozen), device=student.layout.device)
         dist.all_reduce(frozen_everywhere, op=dist.ReduceOp.MIN, group=student.layout.pp_group)
         is_student = bool(frozen_everywhere) and (config.mode == "ema" or not has_trained)
-        if config.mode == "live" or is_student:
+        if config.checkpoint is None and (config.mode == "live" or is_student):
             self.model = student  # a frozen language model is its own frozen teacher, and its own average
         else:
-            self.model = LALM(student.arch, student.layout, student.config.params_dtype, student.layers)
-            read_into(self.model, checkpoint_dir)
+            own = config.checkpoint
+            arch = student.arch if own is None else load_architecture(own)
+            self.model = LALM(arch, student.layout, student.config.params_dtype, student.layers)
+            read_into(self.model, checkpoint_dir if own is None else own)
             self.model.requires_grad_(False)
             if config.mode == "ema":
                 self.average = MovingAverage(config.ema_decay, student, self.model, offload=config.offload)
