@@ -1,6 +1,7 @@
 """The result of a comparison: one JSON object, from which tables and charts are drawn.
 
-    {"title", "reference", "train", "settings", "budget", "machine", "before": {text_accuracy, audio_accuracy: Mean},
+    {"title", "reference", "train", "settings", "budget", "notes": what makes the comparison less than fair, in words,
+     "machine", "before": {text_accuracy, audio_accuracy: Mean},
      "methods": {NAME: {"title", "ablates", "settings", "responses", "runs": {SEED: summary or {"failure"}},
                         "text_accuracy", "audio_accuracy", "gap", "gap_closed", "seconds": Mean,
                         "difference": Mean, "questions": SignTest}}}
@@ -13,16 +14,17 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_cord.compare.finished import read_summary
 from megatron_cord.compare.methods import Method
 from megatron_cord.compare.plan import CompareConfig, PlannedRun
-from megatron_cord.compare.running import Outcome, read_summary
+from megatron_cord.compare.running import Outcome
 from megatron_cord.evaluation.files import heldout_file, read_result
 from megatron_cord.evaluation.statistics import Mean, mean_of, paired_difference, sign_test
 from megatron_cord.trainer.config import RunConfig
@@ -40,10 +42,12 @@ def gather(config: CompareConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]
         run = outcome.run
         runs[run.method] = run
         if outcome.failure is None:
-            summaries[run.method][run.seed] = read_summary(run)
-            answers[run.method][run.seed] = _right_answers(run)
+            summary = read_summary(run.directory)
+            summaries[run.method][run.seed] = summary
+            answers[run.method][run.seed] = _right_answers(run, summary)
         else:
             failures[run.method][run.seed] = outcome.failure
+    reference = config.chosen_reference
     # Before training, all methods of a seed are the same model.
     first = {seed: summary for by_seed in summaries.values() for seed, summary in by_seed.items()}
     methods = {}
@@ -54,17 +58,18 @@ def gather(config: CompareConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]
             summaries[name],
             failures[name],
         )
-        if name != config.reference:
-            ours, theirs = (_column(summaries[n], "audio_accuracy_after") for n in (config.reference, name))
+        if name != reference:
+            ours, theirs = (_column(summaries[n], "audio_accuracy_after") for n in (reference, name))
             difference = paired_difference(ours, theirs)
             methods[name]["difference"] = None if difference is None else asdict(difference)
-            methods[name]["questions"] = _questions(answers[config.reference], answers[name])
+            methods[name]["questions"] = _questions(answers[reference], answers[name])
     return {
         "title": config.title,
-        "reference": config.reference,
+        "reference": reference,
         "train": config.train,
         "settings": list(config.settings),
         "budget": _budget(next(iter(runs.values())).config) if runs else {},
+        "notes": _notes(config, runs, summaries, answers),
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),
@@ -106,6 +111,35 @@ def responses(config: RunConfig) -> dict[str, int]:
     return {"trained": alone + policy, "sampled": policy + (0 if objective.responses == "teacher" else alone)}
 
 
+def _notes(
+    config: CompareConfig,
+    runs: Mapping[str, PlannedRun],
+    summaries: Mapping[str, Runs],
+    answers: Mapping[str, Mapping[int, Mapping[str, bool]]],
+) -> list[str]:
+    """Return in words how what is compared differs beside its method: finished runs may have any settings."""
+    reference, notes = config.chosen_reference, []
+    if reference not in runs:
+        return notes
+    expected = _budget(runs[reference].config)
+    for name, run in runs.items():
+        given = _budget(run.config)
+        if differing := [key for key in expected if given[key] != expected[key]]:
+            shown = ", ".join(f"{given[key]} {key.replace('_', ' ')} (not {expected[key]})" for key in differing)
+            notes.append(f"{name} had another budget than {reference}: {shown}.")
+        for seed, summary in summaries[name].items():
+            ours = summaries[reference].get(seed)
+            if ours is not None and summary["audio_accuracy_before"] != ours["audio_accuracy_before"]:
+                notes.append(
+                    f"{name}, seed {seed}, began with another accuracy than {reference}: another model or set."
+                )
+            if seed in answers[reference] and answers[name][seed].keys() != answers[reference][seed].keys():
+                notes.append(f"{name}, seed {seed}, was evaluated on other questions than {reference}.")
+            if summary.get("ended_by", "steps") != "steps":
+                notes.append(f"{name}, seed {seed}, ended after step {summary['steps']} ({summary['ended_by']}).")
+    return notes
+
+
 def _budget(config: RunConfig) -> dict[str, int]:
     return {
         "steps": config.train.steps,
@@ -124,9 +158,9 @@ def _mean(values: Sequence[float]) -> dict[str, Any] | None:
     return None if mean is None else asdict(mean)
 
 
-def _right_answers(run: PlannedRun) -> dict[str, bool]:
+def _right_answers(run: PlannedRun, summary: Mapping[str, Any]) -> dict[str, bool]:
     """Return by id whether the trained model's answer to the audio is right."""
-    result = read_result(heldout_file(run.directory, run.config.train.steps))
+    result = read_result(heldout_file(run.directory, summary["steps"]))
     return {row["id"]: row["audio_correct"] for row in result["answers"]}
 
 

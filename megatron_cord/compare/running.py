@@ -7,8 +7,9 @@ were not. A stop signal is passed on to the runs, which save a checkpoint; the s
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import json
+import logging
 import os
 import signal
 import subprocess
@@ -23,7 +24,9 @@ from typing import IO, Any, Self
 
 from megatron_cord.compare.plan import CompareConfig, PlannedRun, is_complete, prepare_command
 from megatron_cord.errors import CordError
-from megatron_cord.runtime.exit_status import STOP_SIGNALS, STOPPED
+from megatron_cord.runtime.exit_status import INTERRUPTED, STOP_SIGNALS, STOPPED
+
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 
@@ -149,9 +152,15 @@ class Runner:
         return self._prepared.get(seed)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.stopped:
+            for process in self._active:
+                process.kill()
+            os._exit(INTERRUPTED)
         self.stopped = True
         for process in self._active:
             process.ask_to_stop()
+        if number == signal.SIGINT and self._active:
+            logger.info("Ctrl-C: the runs finish their step and save; a second Ctrl-C ends them at once")
 
 
 class _Process:
@@ -171,6 +180,11 @@ class _Process:
     def ask_to_stop(self) -> None:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the run's processes at once; its checkpoints stay whole."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def steps(self) -> int:
         """Return how many steps its metrics have."""
@@ -206,9 +220,3 @@ def _reason(log: Path, status: int) -> str:
     if named is not None:
         return named.removeprefix("error: ")
     return f"it ended with status {status}: {lines[-1].strip() if lines else 'no output'}"
-
-
-def read_summary(run: PlannedRun) -> dict[str, Any]:
-    """Return the summary of a complete run."""
-    summary: dict[str, Any] = json.loads((run.directory / "summary.json").read_text())
-    return summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from megatron_cord.cli.main import cord, invoke
 from megatron_cord.compare import tables
 from megatron_cord.compare.chart import draw
+from megatron_cord.compare.finished import finished_runs
 from megatron_cord.compare.plan import CompareConfig, PlannedRun, plan_runs
 from megatron_cord.compare.results import gather
 from megatron_cord.compare.running import Outcome
@@ -133,3 +136,46 @@ def test_the_documentation_shows_the_committed_results(example: str) -> None:
         assert (ROOT / f"{config.chart}.svg").is_file()
     else:
         assert f"<!-- {path.stem} -->" in page and f"<!-- /{path.stem} -->" in page
+
+
+def test_finished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches seeds that are not put together, pairs of other seeds, a run that is not over, and a silent difference.
+
+    Also results that are written where nobody asked for them.
+    """
+    config = CompareConfig("/dev/null", str(tmp_path), methods=("sft", "cord"), seeds=(0, 1), settings=SETTINGS)
+    runs = plan_runs(config)
+    for run in runs:
+        write_run(run, round(10 * AFTER[run.method][run.seed]))
+    directories = [str(run.directory) for run in runs]
+    assert invoke(cord, ["compare", *directories, "reference=cord"], "cord") == 0
+    page = capsys.readouterr().out
+    expected = gather(config, [Outcome(run) for run in runs])
+    assert row(page, "sft")[1:] == row(tables.main_table(expected), "SFT on the teacher's answers")[1:]
+    assert row(page, "cord")[2:5] == row(tables.main_table(expected), "CORD")[2:5]
+    assert "written" not in page and not (tmp_path / "comparison.json").exists()
+
+    shorter = CompareConfig(
+        "/dev/null", str(tmp_path / "other"), methods=("cord",), seeds=(0,), settings=(*SETTINGS, "train.steps=4")
+    )
+    (other,) = plan_runs(shorter)
+    write_run(other, 5)
+    given = [f"runs={json.dumps({'first': directories[2:3] or directories, 'short': [str(other.directory)]})}"]
+    assert invoke(cord, ["compare", *given, f"results={tmp_path / 'made'}"], "cord") == 0
+    page = capsys.readouterr().out
+    assert "- short had another budget than first: 4 steps (not 5)." in page
+    assert (tmp_path / "made.json").is_file() and (tmp_path / "made.svg").is_file()
+
+    (other.directory / "summary.json").unlink()
+    with pytest.raises(CordError, match=r"cord/seed-0 holds no finished run \(it has no summary\.json\)"):
+        invoke(cord, ["compare", *directories, str(other.directory)], "cord")
+    with pytest.raises(CordError, match=r"runs\.a: .* both have seed=0"):
+        finished_runs({"a": directories[:2]})
+
+
+def test_help_lists_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a key that only the source tells of."""
+    invoke(cord, ["compare", "--help"], "cord")
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(CompareConfig):
+        assert f"  {field.name} = " in text

@@ -226,9 +226,8 @@ def check_program(program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     if program.name in TRAINING:
         load_config(RunConfig, QUICKSTART, settings)
     elif other is not None:
-        load_config(
-            other, None, [f"{field.name}=x" for field in dataclasses.fields(other) if is_required(field)] + settings
-        )
+        needed = [f"{field.name}=x" for field in dataclasses.fields(other) if is_required(field)]
+        load_config(other, None, [*needed, *(["train=x", "output_dir=x"] if other is CompareConfig else []), *settings])
 
 
 def options_of(program: Program) -> set[str]:

@@ -15,9 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 
 from megatron_cord.compare import tables
 from megatron_cord.compare.chart import draw
+from megatron_cord.compare.finished import finished_runs, group_runs, read_summary
 from megatron_cord.compare.plan import CompareConfig, PlannedRun, plan_runs
 from megatron_cord.compare.results import gather
-from megatron_cord.compare.running import Listener, Outcome, Runner, read_summary
+from megatron_cord.compare.running import Listener, Outcome, Runner
 from megatron_cord.config.loading import load_config
 from megatron_cord.runtime.exit_status import STOPPED, USER_ERROR
 from megatron_cord.runtime.files import write_atomic
@@ -62,7 +63,7 @@ class Terminal(Listener):
 def _describe(outcome: Outcome, seconds: float) -> str:
     if outcome.failure is not None:
         return f"failed: {outcome.failure}"
-    summary = read_summary(outcome.run)
+    summary = read_summary(outcome.run.directory)
     before, after, closed = (summary[name] for name in ("audio_accuracy_before", "audio_accuracy_after", "gap_closed"))
     gap = "there was no gap" if closed is None else f"{closed:.0%} of the gap closed"
     return f"audio accuracy {before:.1%} → {after:.1%}, {gap}, {'was there' if outcome.found else f'{seconds:.0f} s'}"
@@ -71,6 +72,8 @@ def _describe(outcome: Outcome, seconds: float) -> str:
 def write(result: dict[str, Any], config: CompareConfig) -> None:
     """Write the outcome as JSON, Markdown and drawings, and into a page of the user's, each text whole."""
     path, chart = config.results_path, config.chart_path
+    if path is None or chart is None:
+        return
     texts = {
         path.with_name(f"{path.name}.json"): json.dumps(result, indent=1) + "\n",
         path.with_name(f"{path.name}.md"): tables.page(result),
@@ -84,11 +87,19 @@ def write(result: dict[str, Any], config: CompareConfig) -> None:
     draw(result, [chart.with_name(chart.name + suffix) for suffix in (".svg", ".png")])
 
 
-def compare(config_file: Path | None, overrides: Sequence[str]) -> int:
-    """Run what is missing of a comparison, write and print its tables; return the exit status."""
+def compare(config_file: Path | None, arguments: Sequence[str]) -> int:
+    """Run what is missing of a comparison, write and print its tables; return the exit status.
+
+    Args:
+        config_file: of the comparison.
+        arguments: directories of finished runs, and overrides.
+    """
+    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).is_dir()]
+    if directories := [Path(argument) for argument in arguments if argument not in overrides]:
+        overrides.append(f"runs={json.dumps(group_runs(directories), ensure_ascii=False)}")
     config = load_config(CompareConfig, config_file, overrides)
-    runs = plan_runs(config)
-    if config.page:
+    runs, finished = plan_runs(config), finished_runs(config.runs)
+    if config.page and config.results_path is not None:
         # Refuse now what would be refused at the end.
         tables.around(Path(config.page).read_text(encoding="utf-8"), config.results_path.name)
     listener = Terminal(len(runs))
@@ -96,10 +107,11 @@ def compare(config_file: Path | None, overrides: Sequence[str]) -> int:
         outcomes = runner.run()
     if runner.stopped:  # half a comparison does not replace a whole one
         config = replace(config, results="", chart="", page="")
-    result = gather(config, outcomes)
+    result = gather(config, [*outcomes, *(Outcome(run, found=True) for run in finished)])
     write(result, config)
     print(tables.page(result))
-    print(f"written: {config.results_path}.json and .md, {config.chart_path}.svg and .png")
+    if config.results_path is not None:
+        print(f"written: {config.results_path}.json and .md, {config.chart_path}.svg and .png")
     if runner.stopped:
         print(f"stopped with {len(outcomes)} of {len(runs)} runs done; the same command continues")
         return STOPPED
