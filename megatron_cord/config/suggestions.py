@@ -53,6 +53,11 @@ def suggest(path: str, keys: Collection[str]) -> str:
     return f"; did you mean {' or '.join(repr(key) for key in found)}?" if found else ""
 
 
+def explain_foreign(name: str) -> str | None:
+    """Return how another trainer's key is written here: a key, or a sentence; None for a name that is not known."""
+    return SYNONYMS.get(name.lower()) or SYNONYMS.get(name.rpartition(".")[2].lower())
+
+
 def _resembling(path: str, name: str, keys: Collection[str]) -> list[str]:
     """Return the key that looks like `path`, or those of the same last name, three at most."""
     last = {key: key.rpartition(".")[2] for key in keys}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-_BATCH = "a step has rollout.prompts_per_step prompts, in microbatches of train.micro_batch_size sequences"
+_ACCUMULATION = (
+    "accumulation steps follow from the size of a step: each data-parallel rank cuts its share of "
+    "rollout.prompts_per_step (and of L_seq's responses) into microbatches of train.micro_batch_size sequences, or of "
+    "train.tokens_per_microbatch tokens where they are packed, accumulates their gradients, and makes one update"
+)
 _EPOCHS = "a run is as long as train.steps; an epoch has the number of samples over rollout.prompts_per_step steps"
 _MIN_RATE = "the last rate is optimizer.final_learning_rate_fraction of optimizer.learning_rate"
 _DECAY = "the rate falls until the last of train.steps; optimizer.schedule=wsd falls over optimizer.decay_steps"
@@ -67,8 +71,9 @@ SYNONYMS: dict[str, str] = {
     "max_grad_norm": "optimizer.clip_norm",
     "gradient_clip_val": "optimizer.clip_norm",
     # batches and length
-    "gradient_accumulation_steps": f"gradients accumulate over the microbatches of a step: {_BATCH}",
-    "accumulate_grad_batches": f"gradients accumulate over the microbatches of a step: {_BATCH}",
+    "gradient_accumulation_steps": _ACCUMULATION,
+    "gradient_accumulation": _ACCUMULATION,
+    "accumulate_grad_batches": _ACCUMULATION,
     "per_device_train_batch_size": "train.micro_batch_size",
     "ppo_micro_batch_size_per_gpu": "train.micro_batch_size",
     "batch_size": "rollout.prompts_per_step",

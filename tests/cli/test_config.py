@@ -77,3 +77,11 @@ def test_an_explanation_is_kept(cache: Path, capsys: pytest.CaptureFixture[str])
     file = cache / "megatron_cord" / "reference.json"
     file.write_text(file.read_text().replace('"state": "', '"state": "x').replace('"3000"', '"1"'))
     assert run(capsys, "train.steps") == first
+
+
+def test_another_trainers_key_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a user who looks for accumulation steps and finds that there is no such key."""
+    text = " ".join(run(capsys, "gradient_accumulation_steps").split())
+    assert all(key in text for key in ("rollout.prompts_per_step", "train.micro_batch_size", "data-parallel rank"))
+    lines = run(capsys, "lr").splitlines()
+    assert lines[0] == "lr is optimizer.learning_rate here" and lines[2] == "optimizer.learning_rate"

@@ -11,7 +11,7 @@ import click
 from megatron_cord.cli.reference_cache import run_sections
 from megatron_cord.config.loading import load_config, to_dict, to_yaml
 from megatron_cord.config.reference import Key
-from megatron_cord.config.suggestions import suggest
+from megatron_cord.config.suggestions import explain_foreign, renamed, suggest
 from megatron_cord.errors import CordError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def explain_key(name: str) -> None:
-    """Print one key, or all keys of a section and those within it.
+    """Print one key, all keys of a section and those within it, or what another trainer's key is here.
 
     Raises:
         CordError: there is neither.
@@ -30,6 +30,14 @@ def explain_key(name: str) -> None:
         _print_key(keys[name])
         return
     found = [section for section in known if section.name == name or section.name.startswith(f"{name}.")]
+    foreign = explain_foreign(name)
+    if not found and foreign is not None and renamed(name) is None:
+        if foreign in keys:
+            click.echo(f"{name} is {foreign} here\n")
+            _print_key(keys[foreign])
+        else:
+            click.echo(f"{name}\n{click.wrap_text(foreign, 100, '  ', '  ')}")
+        return
     if not found:
         sections = ", ".join(section.name for section in known if section.name and "." not in section.name)
         raise CordError(f"there is no key or section '{name}'{suggest(name, list(keys))}; sections: {sections}")

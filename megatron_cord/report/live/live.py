@@ -202,7 +202,8 @@ class _Recordings:
 def _version_of(directory: Path, run: RunContents) -> str:
     """Return a fingerprint of sizes and times of the files that a page shows."""
     rollouts = run.setting("record.rollouts")
-    watched = [directory / name for name in ("config.yaml", "metrics.jsonl", "alerts.jsonl", "summary.json")]
+    names = ("config.yaml", "metrics.jsonl", "alerts.jsonl", "summary.json", "checkpoints/best.json")
+    watched = [directory / name for name in names]
     watched += heldout_files(directory).values()
     watched.append(directory / (rollouts if isinstance(rollouts, str) else "rollouts"))
     parts: list[str | int] = []

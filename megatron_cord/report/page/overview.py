@@ -75,7 +75,7 @@ def missing(run: RunContents) -> list[str]:
 
 
 def facts(run: RunContents) -> list[str]:
-    """Return steps, layout, teacher, seed and time in words."""
+    """Return steps, layout, teacher, seed, time, what ended the run early, and its best evaluation in words."""
     total = run.setting("train.steps")
     known = [
         f"{run.last_step} of {total} steps"
@@ -91,6 +91,13 @@ def facts(run: RunContents) -> list[str]:
         known.append(f"seed {run.setting('seed')}")
     if isinstance(seconds, (int, float)):
         known.append(format_duration(seconds))
+    endings = {"hours": "ended by train.hours", "early_stopping": "ended by early stopping"}
+    if (ending := endings.get(str(run.summary.get("ended_by")))) is not None:
+        known.append(ending)
+    best = run.best
+    if isinstance(best.get("step"), int) and isinstance(best.get("value"), (int, float)):
+        metric = str(best.get("metric")).replace("_", " ")
+        known.append(f"best after step {best['step']} ({metric} {best['value']:.1%} on {best.get('set')})")
     return known
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,8 @@ class RunContents:
         rollout_files: the file of each dumped step, ascending.
         summary: of a finished run; empty before.
         changes: of the settings, in words, in the order of the starts.
+        best: step, set, metric and value of the best evaluation, as the summary or `checkpoints/best.json` has it;
+            empty where there is none.
     """
 
     path: Path
@@ -118,6 +120,7 @@ class RunContents:
     rollout_files: Mapping[int, Path]
     summary: Mapping[str, Any]
     changes: tuple[str, ...] = ()
+    best: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def last_step(self) -> int:

@@ -45,7 +45,8 @@ def read_run(path: str | Path) -> RunContents:
     values = read_tree(config, ()).values
     section = values.get("record")
     rollouts = section.get("rollouts", ROLLOUTS) if isinstance(section, dict) else ROLLOUTS
-    summary = directory / "summary.json"
+    summary_file, best_file = directory / "summary.json", directory / "checkpoints" / "best.json"
+    summary = _read_object(summary_file) if summary_file.is_file() else {}
     return RunContents(
         path=directory,
         config=values,
@@ -54,8 +55,9 @@ def read_run(path: str | Path) -> RunContents:
         alerts=_read_alerts(directory / "alerts.jsonl"),
         evaluations=tuple(_evaluation(file) for file in heldout_files(directory).values()),
         rollout_files=rollout_file.dump_files(directory / str(rollouts)) if rollouts else {},
-        summary=_read_object(summary) if summary.is_file() else {},
+        summary=summary,
         changes=_read_changes(directory / "settings_changes.jsonl"),
+        best=summary.get("best") or (_read_object(best_file) if best_file.is_file() else {}),
     )
 
 

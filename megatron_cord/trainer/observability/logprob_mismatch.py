@@ -26,7 +26,7 @@ def mismatch_metrics(rollouts: Sequence[ScoredRollout], version: int) -> dict[st
         ``engine_logprob_difference``, its largest ``…_max`` and ``engine_kl`` over tokens of this version, where
         there are any; of older ones their share ``stale_tokens`` and ``stale_logprob_difference``, where there are
         any. The KL divergence KL(q‖p) is estimated by the mean of r − 1 − log r, r = p/q (never negative); it is
-        unbiased for tokens sampled at temperature 1. NaN where a log-probability is.
+        unbiased for tokens sampled at temperature 1 from all tokens. NaN where a log-probability is.
     """
     fresh, stale = list[float](), list[float]()
     for rollout, differences in _differences(rollouts):

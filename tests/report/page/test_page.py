@@ -171,3 +171,16 @@ def test_tool(run_copy: Path, tmp_path: Path) -> None:
         and errors.count("\n") == 1
         and "not a run directory" in errors
     )
+
+
+def test_the_best_evaluation_and_the_end_are_named(run: Path, tmp_path: Path) -> None:
+    """Catches a reader who has to look for the best step, in a finished run and in one that goes on."""
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    summary = json.loads((copy / "summary.json").read_text())
+    best = {"step": 60, "set": "heldout", "metric": "audio_accuracy", "value": 0.75}
+    (copy / "summary.json").write_text(json.dumps(summary | {"ended_by": "hours", "best": best}))
+    assert facts(read_run(copy))[-2:] == ["ended by train.hours", "best after step 60 (audio accuracy 75.0% on heldout)"]
+    (copy / "summary.json").unlink()
+    (copy / "checkpoints").mkdir(exist_ok=True)
+    (copy / "checkpoints" / "best.json").write_text(json.dumps(best | {"step": 40}))
+    assert facts(read_run(copy))[-1] == "best after step 40 (audio accuracy 75.0% on heldout)"
