@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ import pytest
 
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.files import step_label
+from megatron_cord.report.page.overview import facts
 from megatron_cord.report.page.page import render
+from megatron_cord.report.run.reading import read_run
 from tests.report.fixture import HOSTILE
 
 TOOL = Path(__file__).parents[3] / "tools" / "report.py"
@@ -173,14 +176,14 @@ def test_tool(run_copy: Path, tmp_path: Path) -> None:
     )
 
 
-def test_the_best_evaluation_and_the_end_are_named(run: Path, tmp_path: Path) -> None:
+def test_the_best_evaluation_and_the_end_are_named(run_copy: Path) -> None:
     """Catches a reader who has to look for the best step, in a finished run and in one that goes on."""
-    copy = Path(shutil.copytree(run, tmp_path / "copy"))
-    summary = json.loads((copy / "summary.json").read_text())
+    summary = json.loads((run_copy / "summary.json").read_text())
     best = {"step": 60, "set": "heldout", "metric": "audio_accuracy", "value": 0.75}
-    (copy / "summary.json").write_text(json.dumps(summary | {"ended_by": "hours", "best": best}))
-    assert facts(read_run(copy))[-2:] == ["ended by train.hours", "best after step 60 (audio accuracy 75.0% on heldout)"]
-    (copy / "summary.json").unlink()
-    (copy / "checkpoints").mkdir(exist_ok=True)
-    (copy / "checkpoints" / "best.json").write_text(json.dumps(best | {"step": 40}))
-    assert facts(read_run(copy))[-1] == "best after step 40 (audio accuracy 75.0% on heldout)"
+    (run_copy / "summary.json").write_text(json.dumps(summary | {"ended_by": "hours", "best": best}))
+    shown = ["ended by train.hours", "best after step 60 (audio accuracy 75.0% on heldout)"]
+    assert facts(read_run(run_copy))[-2:] == shown
+    (run_copy / "summary.json").unlink()
+    (run_copy / "checkpoints").mkdir(exist_ok=True)
+    (run_copy / "checkpoints" / "best.json").write_text(json.dumps(best | {"step": 40}))
+    assert facts(read_run(run_copy))[-1] == "best after step 40 (audio accuracy 75.0% on heldout)"
