@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import logging
 import os
 import sys
 import threading
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_cord.errors import CordError
-from megatron_cord.runtime.exit_status import BUG, INTERRUPTED, PEER_GONE, USER_ERROR
+from megatron_cord.runtime.exit_status import BUG, INTERRUPTED, PEER_GONE, STOPPED, USER_ERROR
 from megatron_cord.runtime.failures import explain, has_peers, lost_peer, report_once
 from megatron_cord.runtime.log import LEVELS, configure_logging
+from megatron_cord.runtime.stop_request import StoppedError
+
+logger = logging.getLogger(__name__)
 
 #: Statuses of processes that may leave peers in a collective.
 _ABANDONED = (BUG, INTERRUPTED, PEER_GONE, USER_ERROR)
@@ -95,7 +99,8 @@ def end(status: int) -> NoReturn:
 def status_of(main: Callable[[], int | None]) -> int:
     """Call `main` and return the exit status, with failures reported.
 
-    It is that of `main`, or 0; 2 after a user's error, in one line; 130 after Ctrl-C; 3 after a peer's end
+    It is that of `main`, or 0; 2 after a user's error, in one line; 75 after a request to stop; 130 after Ctrl-C where
+    none was possible; 3 after a peer's end
     (see ``megatron_cord.runtime.exit_status``); 1 after a bug beside peers, with its traceback. A bug of a process
     without peers is raised. A full disk and a port in use count as user errors.
     """
@@ -105,6 +110,9 @@ def status_of(main: Callable[[], int | None]) -> int:
         return main() or 0
     except KeyboardInterrupt:
         return INTERRUPTED
+    except StoppedError as stopped:
+        logger.info("%s", stopped)
+        return STOPPED
     except Exception as error:
         message = explain(error)
         if message is None:

@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 _SHOW_CURSOR = "\x1b[?25h"  #: a progress bar hides it, and a process that is ended at once does not show it again
 
 
+class StoppedError(Exception):
+    """Work ended at a request, with all that was done saved; its text says so, and the exit status is `STOPPED`."""
+
+
 class StopRequest:
     """Takes note of Ctrl-C and of `exit_status.STOP_SIGNALS` while it is entered; a context manager of the main thread.
 

@@ -4,7 +4,8 @@ The reward compares with them, and off-policy methods train on them. A frozen te
 run will need before the engine gets any trained weights; one with a checkpoint of its own has an engine of its own for
 that. The answers are kept in the run's directory for a resumed run, under the conversation's text, the teacher's files
 and the longest length: when one of these changes, the teacher answers anew. A live teacher answers each step with the
-weights that generate the step's responses. Answers are greedy. Audio is never read for them.
+weights that generate the step's responses. Answers are greedy. Audio is never read for them. A run that is stopped or
+killed while the teacher answers goes on behind the last portion that was written.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from megatron_cord.errors import CordError
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.types import GenerationRequest, Rollout
 from megatron_cord.runtime.files import fingerprint, write_atomic
+from megatron_cord.runtime.stop_request import StoppedError
 
 logger = logging.getLogger(__name__)
+_PORTION = 4096  #: questions after which the answers are written
 
 
 class TextSource(Protocol):
@@ -64,32 +67,42 @@ class ReferenceAnswers:
         self.teacher = teacher
         self._kept: dict[str, Rollout] = {}
 
-    def prepare(self, source: TextSource, indices: Sequence[int], *, resumed: bool) -> None:
+    def prepare(self, source: TextSource, indices: Sequence[int], stop: Callable[[], bool] = lambda: False) -> None:
         """Generate the answers that a frozen teacher lacks. Collective; the engine must have the teacher's weights.
 
         Args:
             source: of the samples, whose texts every rank reads.
             indices: numbers of all samples that the run will need.
-            resumed: take the answers that this run has kept; a run that starts anew may have another model.
+            stop: asked between two portions, by all ranks together, whether to end there; the same on all of them.
 
         Raises:
             CordError: the file of kept answers is damaged.
+            StoppedError: after `stop`; the answers so far are kept.
         """
         if self.mode == "live":
             return
-        self._kept = self._read() if resumed else {}
+        self._kept = self._read()
         asked = {self._key(sample): sample for sample in map(source.without_audio, dict.fromkeys(indices))}
         missing = {key: sample for key, sample in asked.items() if key not in self._kept}
         if not missing:
             return
         logger.info("the teacher answers %d questions", len(missing))
+        keys = list(missing)
         with self.engine() as engine:
-            share = [self._request(self.prompts.text_prompt(sample)) for sample in engine.share(list(missing.values()))]
-            answers = engine.generate_share(share, len(missing))
-        self._kept |= dict(zip(missing, answers, strict=True))
-        if dist.get_rank() == 0:
-            self._write()
-        dist.barrier()
+            for start in range(0, len(keys), _PORTION):
+                if start:
+                    logger.info("the teacher has answered %d of %d questions", start, len(keys))
+                    if stop():
+                        raise StoppedError(
+                            f"asked to stop: {start} of the teacher's {len(keys)} answers are kept; the same command "
+                            "continues"
+                        )
+                portion = keys[start : start + _PORTION]
+                share = [self._request(self.prompts.text_prompt(missing[key])) for key in engine.share(portion)]
+                self._kept |= dict(zip(portion, engine.generate_share(share, len(portion)), strict=True))
+                if dist.get_rank() == 0:
+                    self._write()
+                dist.barrier()
 
     def requests(self, samples: Sequence[PreparedSample]) -> list[GenerationRequest]:
         """Return what the engine has to generate for these samples now: nothing where the answers are kept."""

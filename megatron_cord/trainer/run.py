@@ -24,6 +24,7 @@ from megatron_cord.trainer.building.parts import put_together
 from megatron_cord.trainer.collection import gather_rollouts
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.data_fingerprint import FILE_NAME as DATA_RECORD
+from megatron_cord.trainer.endings.agreement import any_rank
 from megatron_cord.trainer.observability.logprob_mismatch import check_mismatch
 from megatron_cord.trainer.observability.rollout_dump import read_dump
 from megatron_cord.trainer.settings_changes import record_changes
@@ -106,7 +107,8 @@ class Run:
         if needed:
             steps = range(self._between.progress.step, self.config.train.steps)
             indices = sorted({i for step in steps for i in self._source.loader.indices(step)[:needed]})
-            self._source.answers.prepare(self._parts.questions, indices, resumed=not self._parts.start.begins)
+            stop, device = self._parts.stop, self.layout.device
+            self._source.answers.prepare(self._parts.questions, indices, lambda: any_rank([bool(stop)], device)[0])
 
     # The parts of a step, in their order.
 

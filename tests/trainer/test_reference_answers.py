@@ -16,6 +16,8 @@ from megatron_cord.data.samples import PreparedSample, Sample
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.rollout.collective import CollectiveEngine
+from megatron_cord.runtime.stop_request import StoppedError
+from megatron_cord.trainer import reference_answers
 from megatron_cord.trainer.reference_answers import ReferenceAnswers
 from tests.tiny_run import make_samples
 from tests.trainer.scripted_engine import ScriptedEngine
@@ -53,7 +55,7 @@ def test_a_frozen_teacher_answers_once(
     answers, engine = make_answers(prompts, tmp_path / "answers.jsonl", "one")
     texts = Texts()
     with caplog.at_level("INFO"):
-        answers.prepare(texts, [0, 1, 0], resumed=False)
+        answers.prepare(texts, [0, 1, 0])
     assert "the teacher answers 2 questions" in caplog.messages and texts.read == [0, 1]
     assert [(r.prompt.sample_id, r.temperature, r.prompt.clips) for r in engine.requests] == [
         (s.id, 0.0, ()) for s in SAMPLES[:2]
@@ -70,23 +72,23 @@ def test_a_resumed_run_has_the_same_answers(prompts: PromptBuilder, layout: Layo
     """
     path = tmp_path / "answers.jsonl"
     first, _ = make_answers(prompts, path, "one")
-    first.prepare(Texts(), [0, 1], resumed=False)
+    first.prepare(Texts(), [0, 1])
     second, engine = make_answers(prompts, path, "two")
-    second.prepare(Texts(), range(3), resumed=True)
+    second.prepare(Texts(), range(3))
     assert second.rollouts(prepared(prompts, 2), ()) == first.rollouts(prepared(prompts, 2), ())
     assert [r.prompt.sample_id for r in engine.requests] == [SAMPLES[2].id]
     third, engine = make_answers(prompts, path, "three")
-    third.prepare(Texts(), range(3), resumed=True)
+    third.prepare(Texts(), range(3))
     assert not engine.requests and third.rollouts(prepared(prompts), ()) == second.rollouts(prepared(prompts), ())
 
 
 def test_kept_answers_do_not_outlive_what_they_answer(prompts: PromptBuilder, layout: Layout, tmp_path: Path) -> None:
     """Catches answers to an earlier question of the same id, of another teacher, or cut at another length."""
     path = tmp_path / "answers.jsonl"
-    make_answers(prompts, path, "one")[0].prepare(Texts(), range(3), resumed=False)
+    make_answers(prompts, path, "one")[0].prepare(Texts(), range(3))
     other, engine = make_answers(prompts, path, "two")
     texts = Texts("what is three plus one")
-    other.prepare(texts, range(3), resumed=True)
+    other.prepare(texts, range(3))
     assert [request.prompt.sample_id for request in engine.requests] == [SAMPLES[1].id]
     asked = prompts.prepare([texts.samples[1]], ["read"])
     assert other.rollouts(asked, ())[0].text == "answer is two"
@@ -95,22 +97,37 @@ def test_kept_answers_do_not_outlive_what_they_answer(prompts: PromptBuilder, la
         given: dict[str, Any] = {"max_new_tokens": 8, "path": path} | settings
         collective = CollectiveEngine(engine)
         made = ReferenceAnswers("frozen", partial(nullcontext, collective), prompts, **given)
-        made.prepare(Texts(), range(3), resumed=True)
+        made.prepare(Texts(), range(3))
         assert len(engine.requests) == 3
 
 
-def test_a_new_run_asks_anew(prompts: PromptBuilder, layout: Layout, tmp_path: Path) -> None:
+def test_another_model_is_asked_anew(prompts: PromptBuilder, layout: Layout, tmp_path: Path) -> None:
     """Catches answers of another model, left by a run that never saved a checkpoint."""
     for word in ("one", "two"):
         answers, _ = make_answers(prompts, tmp_path / "answers.jsonl", word)
-        answers.prepare(Texts(), range(3), resumed=False)
+        answers.teacher = word
+        answers.prepare(Texts(), range(3))
         assert answers.rollouts(prepared(prompts), ())[0].text == f"answer is {word}"
+
+
+def test_a_stop_keeps_what_is_answered(
+    prompts: PromptBuilder, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches hours of answers that are lost with the last one, and questions that are asked twice."""
+    monkeypatch.setattr(reference_answers, "_PORTION", 2)
+    answers, engine = make_answers(prompts, tmp_path / "answers.jsonl", "one")
+    with pytest.raises(StoppedError, match="2 of the teacher's 3 answers are kept"):
+        answers.prepare(Texts(), range(3), lambda: True)
+    again, later = make_answers(prompts, tmp_path / "answers.jsonl", "one")
+    again.prepare(Texts(), range(3))
+    assert [r.prompt.sample_id for r in (*engine.requests, *later.requests)] == [s.id for s in SAMPLES]
+    assert len(again.rollouts(prepared(prompts), ())) == 3
 
 
 def test_lost_answers_are_asked_again(prompts: PromptBuilder, layout: Layout, tmp_path: Path) -> None:
     """Catches a run that cannot go on because a file, which its initial weights can make again, was lost."""
     answers, engine = make_answers(prompts, tmp_path / "answers.jsonl", "one")
-    answers.prepare(Texts(), range(3), resumed=True)
+    answers.prepare(Texts(), range(3))
     assert len(engine.requests) == len(answers.rollouts(prepared(prompts), ())) == 3
 
 
@@ -120,13 +137,13 @@ def test_a_damaged_file_is_named(prompts: PromptBuilder, layout: Layout, tmp_pat
     path = tmp_path / "answers.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(CordError, match=r"answers\.jsonl:1 is damaged .*; delete the file"):
-        make_answers(prompts, path, "one")[0].prepare(Texts(), range(3), resumed=True)
+        make_answers(prompts, path, "one")[0].prepare(Texts(), range(3))
 
 
 def test_a_live_teacher_answers_each_time(prompts: PromptBuilder, layout: Layout, tmp_path: Path) -> None:
     """Catches a live teacher's answers that are kept beyond the weights they came from."""
     answers, engine = make_answers(prompts, tmp_path / "answers.jsonl", "one", mode="live")
-    answers.prepare(Texts(), range(3), resumed=False)
+    answers.prepare(Texts(), range(3))
     assert not engine.requests and not list(tmp_path.iterdir())
     for _ in range(2):
         asked = answers.requests(prepared(prompts))
