@@ -14,7 +14,7 @@ class _WithKeys(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write each key with its default and its meaning."""
-        from megatron_cord.compare.plan import CompareConfig  # seconds, which other commands do without
+        from megatron_cord.compare.config import CompareConfig
         from megatron_cord.config.reference import sections
 
         with formatter.section("Keys"):

@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
+from megatron_cord.compare.config import CompareConfig
 from megatron_cord.compare.finished import read_summary
 from megatron_cord.compare.methods import Method
-from megatron_cord.compare.plan import CompareConfig, PlannedRun
+from megatron_cord.compare.plan import PlannedRun
 from megatron_cord.compare.running import Outcome
 from megatron_cord.evaluation.files import heldout_file, read_result
 from megatron_cord.evaluation.statistics import Mean, mean_of, paired_difference, sign_test
@@ -118,7 +119,7 @@ def _notes(
     answers: Mapping[str, Mapping[int, Mapping[str, bool]]],
 ) -> list[str]:
     """Return in words how what is compared differs beside its method: finished runs may have any settings."""
-    reference, notes = config.chosen_reference, []
+    reference, notes = config.chosen_reference, list[str]()
     if reference not in runs:
         return notes
     expected = _budget(runs[reference].config)

@@ -22,7 +22,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, Self
 
-from megatron_cord.compare.plan import CompareConfig, PlannedRun, is_complete, prepare_command
+from megatron_cord.compare.config import CompareConfig
+from megatron_cord.compare.plan import PlannedRun, is_complete, prepare_command
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.exit_status import INTERRUPTED, STOP_SIGNALS, STOPPED
 

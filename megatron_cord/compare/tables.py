@@ -23,8 +23,8 @@ def page(result: dict[str, Any]) -> str:
 def section(result: dict[str, Any]) -> str:
     """Return the budget, the tables, and the runs that failed."""
     parts = [budget(result), main_table(result)]
-    if result["notes"]:
-        parts.append("\n".join(f"- {note}" for note in result["notes"]))
+    if notes := result.get("notes"):  # older results have none
+        parts.append("\n".join(f"- {note}" for note in notes))
     if table := ablation_table(result):
         parts.append("What each part of CORD contributes:\n\n" + table)
     if failed := failures(result):

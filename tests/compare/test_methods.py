@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cord.compare.config import CompareConfig
 from megatron_cord.compare.methods import COMPARED, METHODS, methods_named
-from megatron_cord.compare.plan import CompareConfig, plan_runs
+from megatron_cord.compare.plan import plan_runs
 from megatron_cord.compare.results import responses
 from megatron_cord.config.loading import load_config
 from megatron_cord.data.loader import Batch

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cord.compare.config import CompareConfig
 from megatron_cord.compare.methods import ablation
-from megatron_cord.compare.plan import CompareConfig, PlannedRun, is_complete, plan_runs, prepare_command
+from megatron_cord.compare.plan import PlannedRun, is_complete, plan_runs, prepare_command
 from megatron_cord.config.loading import dump_config, load_config
 from megatron_cord.errors import CordError
 from megatron_cord.trainer.config import RunConfig

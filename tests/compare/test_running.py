@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from megatron_cord.compare import running
-from megatron_cord.compare.plan import CompareConfig, PlannedRun, plan_runs
+from megatron_cord.compare.config import CompareConfig
+from megatron_cord.compare.plan import PlannedRun, plan_runs
 from megatron_cord.compare.running import Listener, Outcome, Runner
 from megatron_cord.config.loading import dump_config
 from megatron_cord.errors import CordError

@@ -13,8 +13,9 @@ import pytest
 from megatron_cord.cli.main import cord, invoke
 from megatron_cord.compare import tables
 from megatron_cord.compare.chart import draw
+from megatron_cord.compare.config import CompareConfig
 from megatron_cord.compare.finished import finished_runs
-from megatron_cord.compare.plan import CompareConfig, PlannedRun, plan_runs
+from megatron_cord.compare.plan import PlannedRun, plan_runs
 from megatron_cord.compare.results import gather
 from megatron_cord.compare.running import Outcome
 from megatron_cord.config.loading import dump_config, load_config

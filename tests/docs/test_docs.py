@@ -23,7 +23,7 @@ import click
 import pytest
 
 from megatron_cord.cli.main import COMMANDS, cord, invoke, load
-from megatron_cord.compare.plan import CompareConfig
+from megatron_cord.compare.config import CompareConfig
 from megatron_cord.config.loading import load_config
 from megatron_cord.config.reference import sections
 from megatron_cord.errors import CordError

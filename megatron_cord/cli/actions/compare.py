@@ -15,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 
 from megatron_cord.compare import tables
 from megatron_cord.compare.chart import draw
+from megatron_cord.compare.config import CompareConfig
 from megatron_cord.compare.finished import finished_runs, group_runs, read_summary
-from megatron_cord.compare.plan import CompareConfig, PlannedRun, plan_runs
+from megatron_cord.compare.plan import PlannedRun, plan_runs
 from megatron_cord.compare.results import gather
 from megatron_cord.compare.running import Listener, Outcome, Runner
 from megatron_cord.config.loading import load_config
