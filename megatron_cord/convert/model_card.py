@@ -47,12 +47,13 @@ def model_card(
 
 
 def _trained(checkpoint: Path, step: int, settings: Mapping[str, Any], base: str) -> list[str]:
+    teacher = _setting(settings, "teacher", "checkpoint")
     rows = {
         "from": f"`{base}`",
         "data": f"`{_setting(settings, 'data', 'train')}`",
         "optimizer steps": f"{step} of {_setting(settings, 'train', 'steps')}",
         "questions a step": _setting(settings, "rollout", "prompts_per_step"),
-        "teacher": _setting(settings, "teacher", "mode"),
+        "teacher": f"`{teacher}`" if teacher else _setting(settings, "teacher", "mode"),
         "divergence": _setting(settings, "objective", "divergence", "kind"),
         "token weights": _setting(settings, "objective", "token_weights", "factors"),
         "policy gradient": _setting(settings, "objective", "policy_gradient", "enabled"),
@@ -62,7 +63,8 @@ def _trained(checkpoint: Path, step: int, settings: Mapping[str, Any], base: str
         "checkpoint": f"`{checkpoint}`",
     }
     return [
-        "Trained with megatron_cord: on-policy distillation from the same model reading the question to the model that",
+        f"Trained with megatron_cord: on-policy distillation from {'another' if teacher else 'the same'} model reading "
+        "the question to the model that",
         "hears it (CORD, arXiv 2601.16547).",
         "",
         "| | |",

@@ -58,9 +58,10 @@ class Exports:
 
     @property
     def waiting(self) -> list[int]:
-        """Steps whose checkpoints are there and whose exports are not, ascending."""
+        """Steps whose checkpoints are there and whose exports are not, ascending; no more than are kept."""
         newest = max(self._made(), default=0)
-        return [s for s in self._checkpoints.steps() if self.is_due(s) and s > newest and s not in self._failed]
+        due = [s for s in self._checkpoints.steps() if self.is_due(s) and s > newest and s not in self._failed]
+        return due[-self._keep :] if self._keep else due
 
     def poll(self) -> bool:
         """Note what has ended, begin what is next; return whether an export is in progress."""
