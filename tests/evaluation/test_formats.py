@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cord.data.audio.decode import decode_audio
+from megatron_cord.data.turns import AudioPart
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import Format, SetConfig
 from megatron_cord.evaluation.formats import load_set
@@ -113,6 +114,38 @@ def test_plain(tmp_path: Path) -> None:
     (moved := tmp_path / "elsewhere").mkdir()
     moved_set = write_rows(moved / "set.json", rows[:1])
     assert load(moved_set, audio_root=str(tmp_path))[0][0].sample().waveform.any()
+
+
+def test_conversations(tmp_path: Path) -> None:
+    """Catches turns whose recordings are mixed up, choices that are not offered, and defaults over what a row has."""
+    for name, seconds in (("a", 0.25), ("b", 0.5)):
+        (tmp_path / f"{name}.wav").write_bytes(recording(seconds))
+    last = [{"audio": "b.wav", "text": "and this"}, {"audio": "a.wav", "text": "what is it"}]
+    turns = [
+        {"role": "user", "content": [{"audio": "a.wav", "text": "what is it"}]},
+        {"role": "assistant", "content": "A dog."},
+        {"role": "user", "content": last},
+    ]
+    rows: list[dict[str, Any]] = [
+        {"id": "chat", "turns": turns, "answer": "cat", "choices": ["dog", "cat"], "system": "You hear animals."},
+        {"id": "plain", "question": "What?", "audio": "a.wav", "answer": "1"},
+        {"id": "own", "question": "What?", "audio": "a.wav", "answer": "1", "instruction": "In one word."},
+        {"id": "both", "question": "What?", "turns": turns, "answer": "1"},
+        {"id": "open", "turns": turns[:2], "answer": "1"},
+    ]
+    path = write_rows(tmp_path / "set.jsonl", rows)
+    questions, rejects = load(path, system="Be brief.", instruction="Answer.")
+    chat, plain, own = (question.sample() for question in questions)
+    assert [len(clip) for clip in chat.recordings] == [4000, 8000]
+    assert chat.asked == "and this\nwhat is it\nA. dog. B. cat." and questions[0].answer == "B"
+    assert [part.recording for part in chat.turns[2].parts if isinstance(part, AudioPart)] == [1, 0]
+    assert [sample.system for sample in (chat, plain, own)] == ["You hear animals.", "Be brief.", "Be brief."]
+    assert [sample.instruction for sample in (chat, plain, own)] == [None, "Answer.", "In one word."]
+    assert plain.asked == questions[1].asked == "What?\nAnswer."
+    assert rejects["both"] == "it has turns and question; write all texts and recordings into the turns"
+    assert "its last turn is the assistant's" in rejects["open"]
+    with pytest.raises(CordError, match="system is empty; write a text, or null for none"):
+        SetConfig(str(path), system="")
 
 
 @pytest.mark.parametrize(
@@ -253,7 +286,7 @@ JSON = st.recursive(
 )
 NAMES = [
     "question", "audio", "choices", "answer", "instruction", "group", "id", "prompt", "reference", "audio_id", "task",
-    "category", "official_answer", "file_name", "transcript",
+    "category", "official_answer", "file_name", "transcript", "turns", "system",
 ]  # fmt: skip
 
 

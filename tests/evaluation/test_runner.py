@@ -202,6 +202,21 @@ def test_rejects_are_counted_and_bounded(sets: dict[str, SetConfig], prompts: Pr
         strict.compare("base", 5, None)
 
 
+def test_a_set_that_the_template_cannot_write_is_refused_at_once(
+    sets: dict[str, SetConfig], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Catches an evaluation that answers everything else before it says that a set's system prompt has no place."""
+    directory = write_checkpoint(tmp_path_factory.mktemp("other"))
+    template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    refused = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    (directory / "chat_template.jinja").write_text(refused + template, encoding="utf-8")
+    prompts = PromptBuilder(directory)
+    evaluator(sets, prompts, tmp_path)
+    sets["read"] = dataclasses.replace(sets["read"], system="Be brief.")
+    with pytest.raises(CordError, match=r"set read: 5 of 5 .*: it has a system prompt, which .* \(no system role\)"):
+        evaluator(sets, prompts, tmp_path)
+
+
 @pytest.fixture
 def heldout(prompts: PromptBuilder, tmp_path: Path) -> Evaluator:
     """Return the evaluator of a training run on four of the samples, two of whose answers are measured."""

@@ -27,9 +27,9 @@ SAMPLES = make_samples(3)
 class Texts:
     """The samples without their audio, one of them perhaps with another question; counts what is read."""
 
-    def __init__(self, question: str = SAMPLES[1].question) -> None:
+    def __init__(self, question: str = SAMPLES[1].question, **more: Any) -> None:
         self.read: list[int] = []
-        self.samples = [SAMPLES[0], replace(SAMPLES[1], question=question), SAMPLES[2]]
+        self.samples = [SAMPLES[0], replace(SAMPLES[1], question=question, **more), SAMPLES[2]]
 
     def without_audio(self, index: int) -> Sample:
         self.read.append(index)
@@ -82,15 +82,20 @@ def test_a_resumed_run_has_the_same_answers(prompts: PromptBuilder, layout: Layo
 
 
 def test_kept_answers_do_not_outlive_what_they_answer(prompts: PromptBuilder, layout: Layout, tmp_path: Path) -> None:
-    """Catches answers to an earlier question of the same id, of another teacher, or cut at another length."""
+    """Catches answers to an earlier question of the same id, of another teacher, or cut at another length.
+
+    Also to the same question without an instruction that it has now.
+    """
     path = tmp_path / "answers.jsonl"
     make_answers(prompts, path, "one")[0].prepare(Texts(), range(3))
-    other, engine = make_answers(prompts, path, "two")
-    texts = Texts("what is three plus one")
-    other.prepare(texts, range(3))
-    assert [request.prompt.sample_id for request in engine.requests] == [SAMPLES[1].id]
-    asked = prompts.prepare([texts.samples[1]], ["read"])
-    assert other.rollouts(asked, ())[0].text == "answer is two"
+    kept = path.read_bytes()
+    for texts in (Texts("what is three plus one"), Texts(instruction="answer is one")):
+        path.write_bytes(kept)
+        other, engine = make_answers(prompts, path, "two")
+        other.prepare(texts, range(3))
+        assert [request.prompt.sample_id for request in engine.requests] == [SAMPLES[1].id]
+        asked = prompts.prepare([texts.samples[1]], ["read"])
+        assert other.rollouts(asked, ())[0].text == "answer is two"
     for settings in ({"teacher": "other"}, {"max_new_tokens": 9}):
         engine = ScriptedEngine(prompts, lambda request: "answer is three")
         given: dict[str, Any] = {"max_new_tokens": 8, "path": path} | settings

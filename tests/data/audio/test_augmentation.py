@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from megatron_cord.data.audio.augmentation import AugmentationConfig, augment
 from megatron_cord.data.loader import SampleLoader
 from megatron_cord.data.samples import PromptLimits, Sample
+from megatron_cord.data.turns import AudioPart, Turn
 from megatron_cord.errors import CordError
 
 RATE = 16000
@@ -88,6 +91,17 @@ def test_it_depends_on_seed_step_and_sample_alone() -> None:
     assert len({audio.tobytes() for audio in whole}) > 15
     other = augment(loud[0], ALL, seed=6, step=0).waveform
     assert not np.array_equal(other, augment(loud[0], ALL, seed=5, step=0).waveform)
+
+
+def test_every_recording_is_changed_by_draws_of_its_own() -> None:
+    """Catches recordings behind the first that stay as they are, or have the first one's noise again."""
+    turns = (Turn("user", (AudioPart(0, "what"), AudioPart(1, "and this"))),)
+    several = replace(sample(), question="", turns=turns, others=(LOW_AND_HIGH,))
+    config = AugmentationConfig(noise=1.0)
+    first, second = augment(several, config, seed=0, step=3).recordings
+    assert np.array_equal(first, augment(sample(), config, seed=0, step=3).waveform)
+    assert not np.array_equal(second, first) and not np.array_equal(second, LOW_AND_HIGH)
+    assert augment(several, AugmentationConfig(), seed=0, step=3) is several
 
 
 def test_silence_stays_silence() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_cord.convert import export_tensors, read_into
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
+from megatron_cord.data.turns import AudioPart, TextPart, Turn
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
@@ -36,7 +37,7 @@ def layout() -> Iterator[Layout]:
 
 
 def prompts(builder: PromptBuilder, *, hears: bool) -> list[Prompt]:
-    """Written questions of several lengths, and recordings of one, two and three clips."""
+    """Written questions of several lengths, recordings of one, two and three clips, and two in a conversation."""
     rng = np.random.default_rng(0)
     made = []
     for i, (question, length) in enumerate(
@@ -46,6 +47,16 @@ def prompts(builder: PromptBuilder, *, hears: bool) -> list[Prompt]:
         made.append(builder.text_prompt(sample))
         if hears:
             made.append(builder.audio_prompt(sample))
+    turns = (
+        Turn("user", (TextPart("what is\n"), AudioPart(0, "one"))),
+        Turn("assistant", (TextPart("three"),)),
+        Turn("user", (AudioPart(1, "plus two"),)),
+    )
+    chat = Sample("chat", "", turns=turns)
+    made.append(builder.text_prompt(chat))
+    if hears:
+        recordings = [(0.1 * rng.normal(size=length)).astype(np.float32) for length in (3000, 6000)]
+        made.append(builder.audio_prompt(chat.with_recordings(recordings)))
     return made
 
 
