@@ -1,6 +1,7 @@
 """Written questions from JSONL, Parquet or a saved Hugging Face dataset.
 
 A row is {"question": …, "answer": …, "solution": …, "choices": …, "id": …}; `choices` tells how choices may be written.
+"instruction" and "system" are texts of the prompt that are not spoken.
 
 Only "question" is needed. A field that nothing uses ends the work, a recording above all: its words would be spoken
 anew by another voice. A row that cannot be used is a reject with its place and reason, not the end of the work;
@@ -26,7 +27,8 @@ from megatron_cord.data.fields import find_unused, listed, read_row
 from megatron_cord.data.saved_datasets import is_saved_dataset, saved_files, saved_rows
 from megatron_cord.errors import CordError
 
-_OTHER_FIELDS = ("id", "solution", "choices")
+_PROMPT_FIELDS = ("instruction", "system")
+_OTHER_FIELDS = ("id", "solution", "choices", *_PROMPT_FIELDS)
 _ID = re.compile(r"[A-Za-z0-9_+-]{1,120}")
 _BATCH = 100  # rows of Parquet that are in memory together; they may hold recordings
 _PART = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # as the hub names the parts of a split
@@ -42,6 +44,8 @@ class WrittenQuestion:
         answer: the gold answer; for choices its letter. None if unknown.
         solution: a worked answer; None if there is none.
         choices: the texts behind the letters; empty where there is no choice.
+        instruction: text beside the spoken question; None without one.
+        system: the system prompt; None without one.
     """
 
     id: str
@@ -49,6 +53,8 @@ class WrittenQuestion:
     answer: str | None = None
     solution: str | None = None
     choices: tuple[str, ...] = ()
+    instruction: str | None = None
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ def read_questions(
         if isinstance(row, Reject):
             rejects.append(row)
             continue
-        result = _question(place, row, question, answer)
+        result = _question(place, {name: row[name] for name in row if name not in ignored}, question, answer)
         if isinstance(result, WrittenQuestion) and result.id in seen:
             result = Reject(result.id, "its id comes twice")
         if isinstance(result, Reject):
@@ -119,6 +125,12 @@ def _question(place: str, row: dict[str, Any], question: str, answer: str) -> Wr
     gold, solution = row.get(answer), row.get("solution")
     if not isinstance(solution, (str, type(None))):
         return Reject(name, f"its 'solution' is no text but {str(solution)[:40]!r}")
+    prompt: dict[str, str | None] = {}
+    for part in _PROMPT_FIELDS:
+        given = row.get(part)
+        if not isinstance(given, (str, type(None))):
+            return Reject(name, f"its {part!r} is no text but {str(given)[:40]!r}")
+        prompt[part] = (given or "").strip() or None
     text = text.strip()
     choices: tuple[str, ...] = ()
     if row.get("choices") is not None:
@@ -132,7 +144,7 @@ def _question(place: str, row: dict[str, Any], question: str, answer: str) -> Wr
         gold = str(gold)
     if not isinstance(gold, (str, type(None))):
         return Reject(name, f"its {answer!r} is no text but {str(gold)[:40]!r}")
-    return WrittenQuestion(name, text, gold, solution, choices)
+    return WrittenQuestion(name, text, gold, solution, choices, **prompt)
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:

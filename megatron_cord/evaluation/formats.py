@@ -70,7 +70,7 @@ _USED: dict[str, tuple[str, ...]] = {
 #: What changes a question wherever it stands.
 _ASKING = (
     "question", "prompt", "instruction", "instructions", "system", "system_prompt", "messages", "conversations",
-    "context", "passage", "choices", "options", "image",
+    "turns", "context", "passage", "choices", "options", "image",
 )  # fmt: skip
 
 

@@ -112,6 +112,8 @@ def _make_part(
             question.solution,
             voice,
             question.choices,
+            question.instruction,
+            question.system,
         )
         part.samples.append(encode_sample(sample))
         part.voices[voice] += 1

@@ -76,9 +76,9 @@ def test_recordings_are_not_replaced_by_a_synthesizer(tmp_path: Path, field: str
     assert len(questions) == 2 and rejects == []
 
 
-@pytest.mark.parametrize("field", ["system", "instruction", "anwser", "context", "group"])
+@pytest.mark.parametrize("field", ["system_prompt", "turns", "anwser", "context", "group"])
 def test_a_field_that_nothing_uses_is_refused(tmp_path: Path, field: str) -> None:
-    """Catches a system prompt, an instruction or a misspelt field that is dropped in silence."""
+    """Catches a context, a conversation or a misspelt field that is dropped in silence."""
     file = tmp_path / "q.jsonl"
     file.write_text(json.dumps({"question": "What?", "metadata": {"level": 3}, field: "x", "solution": None}))
     with pytest.raises(CordError, match=rf"line 1: its field '{field}' is used by nothing here \(used are answer, ch"):
@@ -86,6 +86,22 @@ def test_a_field_that_nothing_uses_is_refused(tmp_path: Path, field: str) -> Non
     file.write_text('{"question": "What?", "question": "Why?"}')
     with pytest.raises(CordError, match="the field 'question' comes twice"):
         read_questions(file)
+
+
+def test_texts_that_are_not_spoken(tmp_path: Path) -> None:
+    """Catches an instruction or a system prompt that is lost, read aloud, or kept although it is to be left aside."""
+    rows = [
+        {"id": "a", "question": "What?", "instruction": " Be brief. ", "system": "You are kind."},
+        {"id": "b", "question": "What?", "instruction": "", "system": None},
+        {"id": "c", "question": "What?", "system": 5},
+    ]
+    file = tmp_path / "q.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (a, b), (reject,) = read_questions(file)
+    assert (a.text, a.instruction, a.system) == ("What?", "Be brief.", "You are kind.")
+    assert (b.instruction, b.system) == (None, None) and reject.reason == "its 'system' is no text but '5'"
+    questions, rejects = read_questions(file, ignored=["system"])
+    assert [q.system for q in questions] == [None] * 3 and questions[0].instruction == "Be brief." and not rejects
 
 
 def test_saved_data_sets_are_what_their_state_names(tmp_path: Path) -> None:

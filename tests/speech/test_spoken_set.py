@@ -66,6 +66,21 @@ def test_killed_twice_ends_as_one_identical_set(tmp_path: Path, count: int, shar
     assert shard_bytes(broken) == shard_bytes(whole)
 
 
+def test_instructions_and_system_prompts_are_kept(tmp_path: Path) -> None:
+    """Catches what is not spoken lost on its way into the shards."""
+    row = {
+        "id": "a",
+        "question": "What is one plus two?",
+        "instruction": "Be brief.",
+        "system": "You add.",
+        "answer": "3",
+    }
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    make_spoken_set(SpokenSetConfig(str(tmp_path / "q.jsonl")), tmp_path / "set")
+    sample = ShardDataset(tmp_path / "set")[0]
+    assert (sample.question, sample.instruction, sample.system) == (row["question"], row["instruction"], row["system"])
+
+
 def test_other_arguments_and_too_many_rejects_are_refused(tmp_path: Path) -> None:
     """Would catch a set mixed from two configurations, and one that is mostly missing."""
     questions = write_questions(tmp_path / "q.jsonl", 4)
