@@ -14,6 +14,7 @@ from megatron_cord.parallel.layout import finalize, initialize
 from megatron_cord.runtime import entry
 from megatron_cord.trainer.config import RunConfig, load_run_config
 from megatron_cord.trainer.observability.metrics import Stopwatch
+from megatron_cord.trainer.observability.trackers.opening import check_trackers
 from megatron_cord.trainer.run import Run
 
 logger = logging.getLogger("megatron_cord.train")  # also where this page is __main__
@@ -26,6 +27,8 @@ def train(config: RunConfig) -> int:
         the exit status: 0, or `exit_status.STOPPED` for a run that was stopped before its last step.
     """
     layout = initialize(config.parallel, config.seed)
+    if layout.is_main:
+        check_trackers(config.metrics)  # before anything is computed
     with Run(config, layout) as run:
         for step in run.steps():
             watch = Stopwatch()

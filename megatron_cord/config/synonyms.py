@@ -132,7 +132,9 @@ SYNONYMS: dict[str, str] = {
     "test_freq": "evaluation.interval",
     "project_name": "metrics.wandb.project",
     "wandb_project": "metrics.wandb.project",
-    "report_to": "trackers are metrics.tensorboard and metrics.wandb.mode",
+    "mlflow_tracking_uri": "metrics.mlflow.tracking_uri",
+    "experiment_name": "metrics.mlflow.experiment",
+    "report_to": "trackers are metrics.tensorboard, and metrics.{wandb,mlflow,trackio,swanlab}.mode",
     # parallelism
     "tp_size": "parallel.tp",
     "pp_size": "parallel.pp",

@@ -19,7 +19,7 @@ from megatron_cord.rollout.config import RolloutConfig
 from megatron_cord.trainer.checkpoint.checkpoints import CheckpointConfig
 from megatron_cord.trainer.observability.alerts import AlertConfig
 from megatron_cord.trainer.observability.rollout_dump import RecordConfig
-from megatron_cord.trainer.observability.trackers import MetricsConfig
+from megatron_cord.trainer.observability.trackers.config import MetricsConfig
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 from megatron_cord.trainer.step.teacher import TeacherConfig

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cord.errors import CordError
+from megatron_cord.trainer.observability.trackers.tags import tag
 from tests.trainer.test_train import alone
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
@@ -38,6 +39,8 @@ def test_a_run_ends_with_its_report_and_reads_its_sets(
         }
         assert found.keys() == {"heldout", "sums", "spoken"}
         assert found["sums"]["samples"] == 1 and found["spoken"]["samples"] == found["heldout"]["samples"]
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert not [name for name in row if tag(name).startswith("other/") and name != "step"], "a metric without a group"
     assert "step 2: sums: text accuracy 0.0%" in caplog.text
     assert "step 2: spoken: text accuracy 0.0%, audio accuracy 0.0%" in caplog.text
 

@@ -27,7 +27,9 @@ from rich.text import Text
 from megatron_cord.runtime.files import write_atomic
 from megatron_cord.runtime.progress import Bars
 from megatron_cord.trainer.observability.alerts import AlertConfig, find_alerts
-from megatron_cord.trainer.observability.trackers import MetricsConfig, open_trackers
+from megatron_cord.trainer.observability.trackers.config import MetricsConfig
+from megatron_cord.trainer.observability.trackers.opening import open_trackers
+from megatron_cord.trainer.observability.trackers.tags import tag
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +114,7 @@ class MetricsLog:
             self._bar.stop()
             self._file.close()
             for tracker in self._trackers:
-                tracker.close()
+                tracker.close(failed=kind is not None)
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Write the metrics of the step numbered from 1."""
@@ -123,7 +125,8 @@ class MetricsLog:
         row["alerts"] = self._watch(step)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        self._track(step, {k: v for k, v in row.items() if k != "step" and v is not None and not isinstance(v, bool)})
+        scalars = {k: v for k, v in row.items() if k != "step" and v is not None and not isinstance(v, bool)}
+        self._track(step, {tag(name): value for name, value in scalars.items()})
         digits = {"loss": 4, "kl": 4, "reward": 2}
         note = "  ".join(
             f"{name} {metrics[name]:.{n}f}"

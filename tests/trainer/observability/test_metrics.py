@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_cord.trainer.observability.alerts import AlertConfig
 from megatron_cord.trainer.observability.metrics import MetricsLog
-from megatron_cord.trainer.observability.trackers import MetricsConfig
+from megatron_cord.trainer.observability.trackers.config import MetricsConfig
 
 VALUES: dict[str, Any] = {"loss": 1.25, "kl": 0.5, "skipped": False}
 
@@ -82,15 +82,15 @@ def test_tensorboard_has_every_scalar(tmp_path: Path) -> None:
     write(tmp_path, range(1, 6), entropy=2.0, loss=9.0)
     write(tmp_path, range(3, 5), first=2, entropy=1.0, kl=math.nan)
     curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in curves.Scalars("entropy")] == [
+    assert [(event.step, event.value) for event in curves.Scalars("loss/entropy")] == [
         (1, 2.0),
         (2, 2.0),
         (3, 1.0),
         (4, 1.0),
     ]
     assert [event.value for event in curves.Scalars("evaluation/audio_accuracy")] == [0.25]
-    assert [event.step for event in curves.Scalars("kl")] == [1, 2]
-    assert "skipped" not in curves.Tags()["scalars"]
+    assert [event.step for event in curves.Scalars("loss/kl")] == [1, 2]
+    assert not [tag for tag in curves.Tags()["scalars"] if "skipped" in tag]
 
 
 def test_no_tensorboard(tmp_path: Path) -> None:

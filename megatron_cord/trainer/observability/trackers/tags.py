@@ -1,0 +1,21 @@
+"""Tags of scalars in trackers: the metric's name in `metrics.jsonl` behind the group in which trackers show it."""
+
+from __future__ import annotations
+
+import re
+
+#: Group → which metrics it has. A metric's group is the first that matches its whole name.
+_GROUPS = {
+    "time": r"seconds(_.*)?",
+    "optimizer": r"learning_rate(_.*)?|grad_norm|gradient_.*|policy_weight|skipped",
+    "rollout": r"reward(_.*)?|groups|zero_variance_groups|response_tokens|truncated|repetition|judge_.*|staleness(_.*)?"
+    r"|engine_.*|stale_.*|importance_.*",
+    "loss": r".*loss.*|kl(_.*)?|entropy(_.*)?",
+    "run": r"alerts",
+}
+
+
+def tag(name: str) -> str:
+    """Return a metric's tag, GROUP/NAME; what no group has is in "other"."""
+    group = next((group for group, names in _GROUPS.items() if re.fullmatch(names, name)), "other")
+    return f"{group}/{name}"

@@ -1,0 +1,33 @@
+"""Tags of metrics: a group, and the name in metrics.jsonl."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_cord.trainer.observability.trackers.tags import tag
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("loss", "loss"),
+        ("loss_sequence", "loss"),
+        ("kl", "loss"),
+        ("entropy", "loss"),
+        ("reward_match", "rollout"),
+        ("zero_variance_groups", "rollout"),
+        ("engine_logprob_difference_max", "rollout"),
+        ("staleness", "rollout"),
+        ("judge_fallbacks", "rollout"),
+        ("learning_rate_adapter", "optimizer"),
+        ("grad_norm", "optimizer"),
+        ("gradient_clipped", "optimizer"),
+        ("seconds", "time"),
+        ("seconds_wait_rollouts", "time"),
+        ("alerts", "run"),
+        ("of_another_version", "other"),
+    ],
+)
+def test_each_metric_has_its_group(name: str, group: str) -> None:
+    """Catches a metric in a wrong group, or whose name is not that of metrics.jsonl."""
+    assert tag(name) == f"{group}/{name}"
