@@ -79,11 +79,14 @@ class EvaluationConfig:
     #: for `evaluate`: what compares free answers with gold ones: rules, or the model of reward.judge
     comparer: Literal["match", "judge"] = "match"
     chunk: int = 64  #: for `evaluate`: questions generated together, whose answers are then written to disk
+    #: for `evaluate`: questions of each set that results.html can play, the most telling first; 8 MB of recordings at
+    #: most, which are inside the page; 0: none
+    players: int = 20
     max_rejects: float = 0.02  #: the largest share of a set that may be left out because no prompt can be made of it
 
     def __post_init__(self) -> None:
-        if min(self.interval, self.samples, self.scored) < 0:
-            raise CordError("evaluation.interval, evaluation.samples and evaluation.scored cannot be negative")
+        if min(self.interval, self.samples, self.scored, self.players) < 0:
+            raise CordError("evaluation.interval, samples, scored and players cannot be negative")
         if self.chunk < 1 or self.max_new_tokens < 1 or not 0.0 <= self.max_rejects <= 1.0:
             raise CordError(
                 "evaluation.chunk and max_new_tokens must be at least 1, and max_rejects a share between 0 and 1"

@@ -1,6 +1,6 @@
 """Pages of results: Markdown, and one HTML file with the answers side by side.
 
-The HTML page loads nothing and runs no script.
+The HTML page loads nothing and runs no script; recordings are inside it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import jinja2
 
+from megatron_cord.evaluation.questions import Question
+from megatron_cord.evaluation.recordings import load_recordings
 from megatron_cord.evaluation.results import MODALITIES, Row
 from megatron_cord.runtime.files import write_atomic, write_json
 
@@ -29,17 +31,25 @@ _GAP_HEAD = [
 Table = tuple[str, list[str], list[list[str]]]  #: title, head, lines
 
 
-def write_pages(directory: Path, result: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> None:
+def write_pages(
+    directory: Path,
+    result: Mapping[str, Any],
+    rows: Mapping[str, Sequence[Row]],
+    questions: Mapping[str, Sequence[Question]],
+    players: int,
+) -> None:
     """Write `results.json`, `results.md` and `results.html`, each complete or not at all.
 
     Args:
         directory: of the evaluation.
         result: JSON values: model, step, baseline, sets, overall, forgetting.
         rows: of each set, for the examples.
+        questions: of each set, for their recordings.
+        players: questions of each set that the page can play, at most.
     """
     write_json(directory / "results.json", result)
     write_atomic(directory / "results.md", markdown(result))
-    write_atomic(directory / "results.html", html(result, rows))
+    write_atomic(directory / "results.html", html(result, rows, questions, players))
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
@@ -81,14 +91,23 @@ def markdown(result: Mapping[str, Any]) -> str:
     )
 
 
-def html(result: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> str:
-    """Return the page. Responses are untrusted text: the template escapes them."""
+def html(
+    result: Mapping[str, Any],
+    rows: Mapping[str, Sequence[Row]],
+    questions: Mapping[str, Sequence[Question]],
+    players: int,
+) -> str:
+    """Return the page, for arguments see `write_pages`. Responses are untrusted text: the template escapes them."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     examples = {name: _examples(some) for name, some in rows.items()}
     return environment.get_template("results.html").render(
-        result=result, tables=tables(result), examples=examples, modalities=MODALITIES
+        result=result,
+        tables=tables(result),
+        examples=examples,
+        modalities=MODALITIES,
+        recordings=load_recordings(examples, questions, players),
     )
 
 

@@ -216,7 +216,8 @@ class Evaluator:
             "overall": overall(results, rows, before),
             "forgetting": forgotten(results),
         }
-        write_pages(self.directory(label), result, rows)
+        questions = {name: chosen.questions for name, chosen in self._sets.items()}
+        write_pages(self.directory(label), result, rows, questions, self._config.players)
         return result
 
     def _score(

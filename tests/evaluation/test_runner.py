@@ -126,6 +126,7 @@ def test_results_and_changes_counted_by_hand(
         and SAMPLES[3].question in page
         and "<script" not in page
         and "://" not in page
+        and page.count("<audio ") == 20  # evaluation.players of the set that is heard, none of the one that is read
     )
     table = (tmp_path / FOLDER / "step_000005" / "results.md").read_text()
     assert (
