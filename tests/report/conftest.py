@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.report.fixture import write_run
+from tests.report.fixture import write_others, write_run
 
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a finished run, not to be changed."""
     return write_run(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="session")
+def several_runs(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Write three runs to compare, not to be changed: the finished one first."""
+    return [finished_run, *write_others(finished_run, tmp_path_factory.mktemp("others"))]
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,28 @@ def write_run(directory: Path, *, seed: int = 0) -> Path:
     }
     (run / "summary.json").write_text(json.dumps(summary))
     return run
+
+
+def write_others(run: Path, directory: Path) -> list[Path]:
+    """Write two more runs below ``directory``: one that stopped earlier on the same questions, one with others.
+
+    The first differs from ``run`` in two settings, and has a question set and an alert.
+    """
+    stopped = shutil.copytree(run, directory / "stopped")
+    (stopped / "summary.json").unlink()
+    shutil.rmtree(stopped / f"evaluations/step_{STEPS:06d}")
+    config = (stopped / "config.yaml").read_text().replace("tp: 2", "tp: 1")
+    (stopped / "config.yaml").write_text(f"{config}optimizer:\n  learning_rate: 0.0005\n  groups: {{}}\n")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    slower = [row | {"kl": row["kl"] * 1.5, "reward": row["reward"] * 0.7} for row in rows[:75]]
+    write_lines(stopped / "metrics.jsonl", slower)
+    write_lines(stopped / "alerts.jsonl", [{"step": 60, "kind": "collapse", "words": "the reward fell"}])
+    sums = {
+        "set": "sums", "step": 75, "samples": 40, "text_accuracy": 0.9, "groups": {}, "answers": [],
+        "estimates": {"text": {"value": 0.9, "error": 0.05, "low": 0.8, "high": 0.975}},
+    }  # fmt: skip
+    write_atomic(stopped / "evaluations/step_000075/sums.json", json.dumps(sums))
+    return [stopped, write_run(directory / "other", seed=1)]
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,14 +48,16 @@ class LiveRun:
 
     Args:
         directory: of the run.
+        lock: shared with other runs' pages, as matplotlib draws one chart at a time; None makes one.
+        among: whether it is one of several runs, to whose page it links.
 
     Raises:
         CordError: it is no run's.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._lock = threading.RLock()
+    def __init__(self, directory: Path, lock: threading.RLock | None = None, *, among: bool = False) -> None:
+        self.directory, self._among = directory, among
+        self._lock = lock or threading.RLock()
         self._looked = 0.0
         self._version = ""
         self._run = read_run(directory)
@@ -67,6 +69,18 @@ class LiveRun:
         with self._lock:
             self._look()
             return self._version
+
+    def contents(self) -> RunContents:
+        """Return the run as its files are now."""
+        return self._now()
+
+    def views(self, values: Mapping[str, str]) -> Mapping[str, Callable[[], str]]:
+        """Return what draws each page, by its path; values are those of the address."""
+        return {
+            "/": self.overview,
+            "/rollouts": lambda: self.rollouts(values),
+            "/compare": lambda: self.compare(values),
+        }
 
     def overview(self) -> str:
         """Return the page of alerts, the result so far, the gap, all curves, and time by phase."""
@@ -141,7 +155,7 @@ class LiveRun:
         return (
             templates()
             .get_template("live/error.html")
-            .render(name=self.directory.resolve().name, message=message, view="")
+            .render(name=self.directory.resolve().name, message=message, view="", links=_links(self._among))
         )
 
     def _draw(self, template: str, content: Mapping[str, Any]) -> str:
@@ -149,6 +163,7 @@ class LiveRun:
         heads = overview_heads(run) | {
             "version": self._version,
             "view": Path(template).stem,
+            "links": _links(self._among),
         }
         return templates().get_template(template).render(heads | dict(content))
 
@@ -166,6 +181,17 @@ class LiveRun:
             self._run = read_run(self.directory)
             self._pages.clear()
             self._version = version
+
+
+def _links(among: bool) -> list[tuple[str, str, str]]:
+    """Return address, title and view of each link between the views of a run."""
+    home = [("../", "All runs", "runs")] if among else []
+    return [
+        *home,
+        ("./", "Overview", "overview"),
+        ("rollouts", "Rollouts", "rollouts"),
+        ("compare", "Compare", "compare"),
+    ]
 
 
 def overview_heads(run: RunContents) -> dict[str, Any]:

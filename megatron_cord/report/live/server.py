@@ -1,4 +1,4 @@
-"""The server of the live page of one run, for this machine alone.
+"""The server of the live page of a run, or of several, for this machine alone.
 
 It listens on the loopback address, answers GET and HEAD, and has a fixed set of paths: no part of an address ever
 becomes a file's name. Requests under another name (DNS rebinding) are refused by their Host header. The policy sent
@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import parse_qsl, urlsplit
 
 from megatron_cord.errors import CordError
 from megatron_cord.report.live.live import LiveRun
+from megatron_cord.report.live.several import LiveRuns
 from megatron_cord.report.page.templates import asset
 
 HOST = "127.0.0.1"
@@ -41,14 +43,41 @@ _HEADERS = {
 }
 
 
-def make_server(directory: Path, port: int) -> ThreadingHTTPServer:
-    """Return a server of the run's page, listening but not yet answering; port 0 takes a free one.
+class LivePage(Protocol):
+    """What is served below one prefix."""
+
+    def version(self) -> str:
+        """Return what changes with the page's files."""
+        ...
+
+    def views(self, values: Mapping[str, str]) -> Mapping[str, Callable[[], str]]:
+        """Return what draws each page, by its path; values are those of the address."""
+        ...
+
+    def clip(self, name: str, sample_id: str) -> bytes | None:
+        """Return a recording of a data set; None if there is none."""
+        ...
+
+    def failed(self, message: str) -> str:
+        """Return the page of an error."""
+        ...
+
+
+def make_server(directories: Sequence[Path], port: int) -> ThreadingHTTPServer:
+    """Return a server of the runs' pages, listening but not yet answering; port 0 takes a free one.
+
+    One run's page is at /. Of several, / has the comparison, and /1/, /2/, … have their own pages.
 
     Raises:
         CordError: not a run directory, or the port is taken or not permitted.
     """
-    run = LiveRun(directory)
-    handler = type("Handler", (_Handler,), {"run": run})
+    pages: dict[str, LivePage]
+    if len(directories) == 1:
+        pages = {"": LiveRun(directories[0])}
+    else:
+        several = LiveRuns(directories)
+        pages = {"": several} | {f"/{number}": run for number, run in enumerate(several.runs, start=1)}
+    handler = type("Handler", (_Handler,), {"pages": pages})
     try:
         return ThreadingHTTPServer((HOST, port), handler)
     except (OSError, OverflowError) as error:
@@ -58,7 +87,7 @@ def make_server(directory: Path, port: int) -> ThreadingHTTPServer:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    run: LiveRun
+    pages: Mapping[str, LivePage]
     server_version, sys_version = "megatron_cord", ""
     timeout = 30  # seconds for a request to arrive
 
@@ -73,30 +102,31 @@ class _Handler(BaseHTTPRequestHandler):
             values = dict(parse_qsl(address.query, max_num_fields=40))
         except ValueError:
             return self._send(HTTPStatus.BAD_REQUEST, "text/plain", b"not an address\n")
-        if address.path in _FILES:
-            name, kind = _FILES[address.path]
+        number = re.fullmatch(r"(/\d{1,3})(/.*)", address.path)
+        prefix, path = number.groups() if number else ("", address.path)
+        if prefix not in self.pages:
+            return self._send(HTTPStatus.NOT_FOUND, "text/plain", b"there is no such page\n")
+        page = self.pages[prefix]
+        if path in _FILES:
+            name, kind = _FILES[path]
             return self._send(HTTPStatus.OK, kind, asset(name).encode())
-        if address.path == "/version":
-            return self._send(HTTPStatus.OK, "application/json", json.dumps(self.run.version()).encode())
-        if address.path == "/audio":
-            return self._audio(values)
-        views: Mapping[str, Callable[[], str]] = {
-            "/": self.run.overview,
-            "/rollouts": lambda: self.run.rollouts(values),
-            "/compare": lambda: self.run.compare(values),
-        }
-        if address.path not in views:
+        if path == "/version":
+            return self._send(HTTPStatus.OK, "application/json", json.dumps(page.version()).encode())
+        if path == "/audio":
+            return self._audio(page, values)
+        views = page.views(values)
+        if path not in views:
             return self._send(HTTPStatus.NOT_FOUND, "text/plain", b"there is no such page\n")
         try:
-            return self._page(HTTPStatus.OK, views[address.path]())
+            return self._page(HTTPStatus.OK, views[path]())
         except CordError as error:
-            return self._page(HTTPStatus.BAD_REQUEST, self.run.failed(str(error)))
+            return self._page(HTTPStatus.BAD_REQUEST, page.failed(str(error)))
 
     do_HEAD = do_GET  # noqa: N815 (the name that http.server calls)
 
-    def _audio(self, values: Mapping[str, str]) -> None:
+    def _audio(self, page: LivePage, values: Mapping[str, str]) -> None:
         try:
-            wav = self.run.clip(values.get("set", ""), values.get("id", ""))
+            wav = page.clip(values.get("set", ""), values.get("id", ""))
         except CordError as error:
             return self._send(HTTPStatus.NOT_FOUND, "text/plain", f"{error}\n".encode())
         if wav is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib
@@ -28,13 +28,21 @@ _VARIABLES = {
     "#030303": "var(--series-3)",
     "#030304": "var(--series-4)",
 }
+#: The same for charts whose lines are runs.
+_RUN_VARIABLES = {f"#04040{number}": f"var(--run-{number})" for number in range(1, 9)}
+MOST_RUNS = len(_RUN_VARIABLES)
 _INK, _RULE, *_SERIES = _VARIABLES
+_RUNS = list(_RUN_VARIABLES)
 _Dash = str | tuple[float, tuple[float, ...]]
 _DASHES: tuple[_Dash, ...] = (
     "-",
     (0, (5, 2)),
     (0, (1.5, 1.5)),
     (0, (6, 1.5, 1.5, 1.5)),
+    (0, (9, 2)),
+    (0, (3, 1.5)),
+    (0, (1, 2.5)),
+    (0, (6, 1.5, 1.5, 1.5, 1.5, 1.5)),
 )  # told apart without colours too
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -68,12 +76,16 @@ _Show = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Series:
-    """One line: ``y`` over ``x``, ascending in x, with a band of ``error`` on both sides if there is one."""
+    """One line: ``y`` over ``x``, ascending in x, with a band of ``error`` on both sides if there is one.
+
+    ``place`` chooses colour and dashes; None takes the line's number in the chart.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     error: Sequence[float] | None = None
+    place: int | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -100,8 +112,9 @@ def line_chart(
     markers: bool = False,
     fill_between: bool = False,
     smooth: bool = True,
+    of_runs: bool = False,
 ) -> Chart:
-    """Draw one to four series over a whole-numbered x.
+    """Draw one to four series over a whole-numbered x; of runs, up to eight.
 
     Args:
         key: prefix of the drawing's ids, unique on the page.
@@ -115,12 +128,16 @@ def line_chart(
         markers: a mark at each point.
         fill_between: shade the area between the first two series, which share their x.
         smooth: draw long series faint, with a moving average on top.
+        of_runs: each series is a run, with the colour that the page's own legend gives it; of long series the moving
+            average is drawn alone.
     """
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(5.0, 3.0) if wide else (3.4, 2.5), layout="constrained")
         axes = figure.add_subplot()
-        for colour, dash, line in zip(_SERIES, _DASHES, series, strict=False):
-            _draw(axes, line, colour, dash, "o" if markers else "", smooth)
+        colours = _RUNS if of_runs else _SERIES
+        for number, line in enumerate(series):
+            place = number if line.place is None else line.place
+            _draw(axes, line, colours[place], _DASHES[place], "o" if markers else "", smooth, faint=not of_runs)
         if fill_between:
             axes.fill_between(series[0].x, series[0].y, series[1].y, color=_SERIES[1], alpha=0.08, linewidth=0)
         axes.set_xlabel(x_label)
@@ -134,7 +151,7 @@ def line_chart(
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         elif from_zero:
             axes.set_ylim(0.0, max(axes.get_ylim()[1], 1e-9))
-        if len(series) > 1:
+        if len(series) > 1 and not of_runs:
             figure.legend(
                 loc="outside upper left",
                 ncols=min(len(series), 2 if len(series) > 3 else 3),
@@ -149,6 +166,11 @@ def line_chart(
     description = f"{title}: {y_label} over {x_label}. " + " ".join(_sentence(line, show) for line in series)
     header, rows = _table(x_label, series, show)
     return Chart(title, _adapt(buffer.getvalue(), key), description, header, rows)
+
+
+def css_dashes() -> list[str]:
+    """Return the dashes of a chart's lines as values of stroke-dasharray, for the legend of a page."""
+    return ["none" if isinstance(dash, str) else " ".join(f"{2 * part:g}" for part in dash[1]) for dash in _DASHES]
 
 
 def format_percent(share: float) -> str:
@@ -171,27 +193,20 @@ def moving_average(values: Sequence[float] | np.ndarray, window: int) -> np.ndar
     return means
 
 
-def _columns(labels: Sequence[str], wide: bool) -> int:
-    """As many columns as the legend has room for; it fills them from top to bottom."""
-    room = 360 if wide else 245  # points: the figure's width
-    for columns in range(len(labels), 1, -1):
-        rows = -(-len(labels) // columns)
-        longest = (max(map(len, labels[first : first + rows])) for first in range(0, len(labels), rows))
-        if (
-            sum(4.4 * characters + 34 for characters in longest) <= room
-        ):  # a character's width, and the line before it with its gaps
-            return columns
-    return 1
-
-
-def _draw(axes: Axes, line: Series, colour: str, dash: _Dash, marker: str, smooth: bool) -> None:
+def _draw(axes: Axes, line: Series, colour: str, dash: _Dash, marker: str, smooth: bool, *, faint: bool) -> None:
     x, y = np.asarray(line.x), np.asarray(line.y)
     if line.error is not None:
         axes.fill_between(
-            x, y - np.asarray(line.error), y + np.asarray(line.error), color=colour, alpha=0.18, linewidth=0
+            x,
+            y - np.asarray(line.error),
+            y + np.asarray(line.error),
+            color=colour,
+            alpha=0.18 if faint else 0.09,
+            linewidth=0,
         )
     if smooth and len(x) > _SMOOTH_FROM:
-        axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
+        if faint:
+            axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
         y = moving_average(y, max(5, len(y) // 20))
     axes.plot(
         x,
@@ -213,7 +228,7 @@ def _adapt(svg: str, key: str) -> Markup:
         r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true" focusable="false">', svg, count=1
     )
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{key}-", svg).replace("xlink:href", "href")
-    for stand_in, variable in _VARIABLES.items():
+    for stand_in, variable in (_VARIABLES | _RUN_VARIABLES).items():
         svg = svg.replace(stand_in, variable)
     return Markup(svg)  # trusted: no text of the run is drawn, only labels of this package and numbers
 

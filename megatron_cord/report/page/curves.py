@@ -25,7 +25,7 @@ _FEWEST_ROLLOUTS = 5  # at a position, for its mean to be drawn
 
 
 @dataclass(frozen=True)
-class _Metric:
+class Metric:
     """One chart over the steps: label -> the metric's key, or a function of the row."""
 
     key: str
@@ -41,21 +41,21 @@ def _zero_variance_share(row: Row) -> float | None:
     return None if not groups or zero_variance is None else zero_variance / groups
 
 
-_METRICS = (
-    _Metric("kl", "Divergence", "nats a token", {"student from teacher": "kl"}),
-    _Metric("reward", "Reward", "share", {"mean reward": "reward", "zero-variance groups": _zero_variance_share}),
-    _Metric(
+METRICS = (
+    Metric("kl", "Divergence", "nats a token", {"student from teacher": "kl"}),
+    Metric("reward", "Reward", "share", {"mean reward": "reward", "zero-variance groups": _zero_variance_share}),
+    Metric(
         "loss",
         "Loss",
         "loss",
         {"total": "loss", "token term": "loss_token", "sequence term": "loss_sequence"},
         from_zero=False,
     ),
-    _Metric("grad", "Gradient norm", "norm", {"before clipping": "grad_norm"}),
-    _Metric("length", "Response length", "tokens", {"mean": "response_tokens"}),
-    _Metric("endings", "Responses", "share", {"cut at the limit": "truncated", "repeated phrases": "repetition"}),
-    _Metric("entropy", "Entropy of the student", "nats a token", {"mean": "entropy"}),
-    _Metric(
+    Metric("grad", "Gradient norm", "norm", {"before clipping": "grad_norm"}),
+    Metric("length", "Response length", "tokens", {"mean": "response_tokens"}),
+    Metric("endings", "Responses", "share", {"cut at the limit": "truncated", "repeated phrases": "repetition"}),
+    Metric("entropy", "Entropy of the student", "nats a token", {"mean": "entropy"}),
+    Metric(
         "engine",
         "Log-probs, engine against trainer",
         "nats a token",
@@ -66,17 +66,17 @@ _METRICS = (
             "mean, older weights": "stale_logprob_difference",
         },
     ),
-    _Metric(
+    Metric(
         "staleness",
         "Age of the weights that sampled",
         "steps",
         {"mean": "staleness", "largest": "staleness_max"},
         smooth=False,
     ),
-    _Metric(
+    Metric(
         "judge", "Judge", "share", {"disagrees with matching": "judge_disagreement", "no answer": "judge_fallbacks"}
     ),
-    _Metric(
+    Metric(
         "seconds",
         "Time of a step",
         "seconds",
@@ -87,7 +87,7 @@ _METRICS = (
             "weight_sync": "seconds_weight_sync",
         },
     ),
-    _Metric("rate", "Learning rate", "rate", {"learning rate": "learning_rate"}, smooth=False),
+    Metric("rate", "Learning rate", "rate", {"learning rate": "learning_rate"}, smooth=False),
 )
 
 
@@ -141,8 +141,8 @@ def gap_chart(run: RunContents) -> Chart | None:
 def metric_charts(run: RunContents) -> list[Chart]:
     """Draw one chart for each metric that was measured."""
     charts = []
-    for metric in _METRICS:
-        lines = [(label, _points(run.metrics, source)) for label, source in metric.lines.items()]
+    for metric in METRICS:
+        lines = [(label, metric_points(run.metrics, source)) for label, source in metric.lines.items()]
         series = [Series(label, *zip(*points, strict=True)) for label, points in lines if points]
         if series:
             options = {"from_zero": metric.from_zero, "smooth": metric.smooth}
@@ -185,7 +185,8 @@ def _by_position(files: Sequence[tuple[int, Path]]) -> Series | None:
     )
 
 
-def _points(rows: Sequence[Row], source: str | Callable[[Row], float | None]) -> list[tuple[float, float]]:
+def metric_points(rows: Sequence[Row], source: str | Callable[[Row], float | None]) -> list[tuple[float, float]]:
+    """Return (step, value) where the metric was measured."""
     points = []
     for row in rows:
         value = row.get(source) if isinstance(source, str) else source(row)

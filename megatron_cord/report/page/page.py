@@ -7,9 +7,7 @@ it names. Responses are untrusted text: the template escapes them. It simplifies
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,9 +17,9 @@ from megatron_cord.errors import CordError
 from megatron_cord.report.page.examples import AUDIO_BUDGET, QUOTAS, choose_examples, load_clips, training_groups
 from megatron_cord.report.page.overview import missing, overview
 from megatron_cord.report.page.templates import asset, templates
+from megatron_cord.report.page.writing import write_page
 from megatron_cord.report.run.contents import RunContents
 from megatron_cord.report.run.reading import read_run
-from megatron_cord.runtime.files import write_atomic
 
 
 def render(run_dir: str | Path, output: str | Path | None = None) -> Path:
@@ -37,15 +35,7 @@ def render(run_dir: str | Path, output: str | Path | None = None) -> Path:
     run = read_run(run_dir)
     page = templates().get_template("page/page.html").render(_content(run))
     target = run.path / "report.html" if output is None else Path(output)
-    try:
-        if not target.parent.is_dir():  # a misspelt folder is refused, not made
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        write_atomic(target, page)
-    except OSError as error:
-        raise CordError(
-            f"{target}: cannot write the report: {error.strerror}; give another file with --output"
-        ) from None
-    return target
+    return write_page(target, page)
 
 
 def _content(run: RunContents) -> dict[str, object]:

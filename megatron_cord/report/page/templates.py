@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 
 from megatron_cord.evaluation.statistics import why_no_gap
-from megatron_cord.report.page.charts import format_number, format_percent
+from megatron_cord.report.page.charts import css_dashes, format_number, format_percent
 from megatron_cord.report.page.overview import format_duration
 from megatron_cord.report.page.tokens import LEVELS, WEIGHT_LEVELS, annotate
 
@@ -27,7 +27,7 @@ def templates() -> jinja2.Environment:
     )
     environment.filters |= {"percent": format_percent, "number": format_number, "duration": format_duration}
     environment.globals |= {"annotate": annotate, "levels": LEVELS, "weight_levels": WEIGHT_LEVELS}
-    environment.globals |= {"why_no_gap": why_no_gap}
+    environment.globals |= {"why_no_gap": why_no_gap, "dashes": css_dashes()}
     return environment
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cord.errors import CordError
+from megatron_cord.evaluation.files import heldout_file
 from megatron_cord.report.live import search as search_module
 from megatron_cord.report.live.live import LiveRun
 from megatron_cord.report.live.search import ORDERS, Query, mean_divergence, search
@@ -32,9 +34,9 @@ ROOT = Path(__file__).parents[3]
 
 
 @contextmanager
-def serving(run: Path) -> Iterator[int]:
-    """Return the port of a server of the run's page."""
-    with make_server(run, 0) as server:
+def serving(*runs: Path) -> Iterator[int]:
+    """Return the port of a server of the runs' pages."""
+    with make_server(runs, 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -86,7 +88,7 @@ def test_views(port: int) -> None:
 
 def test_it_listens_on_this_machine_alone(finished_run: Path) -> None:
     """Catches a page that the whole network can read."""
-    with make_server(finished_run, 0) as server:
+    with make_server([finished_run], 0) as server:
         assert server.server_address[0] == "127.0.0.1"
 
 
@@ -243,7 +245,7 @@ def test_it_follows_the_run(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     """Catches a page that needs an evaluation, a step or a rollout dump to be drawn."""
     with pytest.raises(CordError, match="is not a run directory"):
-        make_server(tmp_path, 0)
+        make_server([tmp_path], 0)
     (tmp_path / "config.yaml").write_text("train:\n  steps: 5\nrecord:\n  rollouts: null\n")
     live = LiveRun(tmp_path)
     assert (
@@ -297,3 +299,40 @@ def test_tool(finished_run: Path) -> None:
     finally:
         server.kill()
         server.communicate()
+
+
+def test_several_runs(several_runs: list[Path], tmp_path: Path) -> None:
+    """Catches a comparison that stands still, and a run's own page that is missing, another's, or without its way back.
+
+    Also recordings and versions of another run, and a damaged file in one of them that ends the server.
+    """
+    runs = [shutil.copytree(run, tmp_path / name) for run, name in zip(several_runs, "abc", strict=True)]
+    with serving(*runs) as port:
+        first = page(port, "/")
+        assert "Settings that differ" in first and 'href="2/"' in first and "var(--run-3)" in first
+        versions = {address: ask(port, f"{address}/version")[2] for address in ("", "/1", "/2", "/3")}
+        assert len(set(versions.values())) == 4
+        own = page(port, "/2/")
+        assert "<h1>b</h1>" in own and 'href="../"' in own and "Configuration" in own
+        assert f"{11 * STEPS} matches" in " ".join(page(port, "/1/rollouts").split())
+        answer = json.loads(heldout_file(runs[2], STEPS).read_text())["answers"][1]["id"]
+        assert ask(port, f"/3/audio?set=evaluation&id={answer}")[0] == 200
+        for address in (
+            "/4/",
+            "/0/",
+            "/1",
+            "/audio?set=evaluation&id=x",
+            "/rollouts",
+            f"/1/audio?id={answer}",
+            "/1/2/",
+        ):
+            assert ask(port, address)[0] == 404, address
+        time.sleep(2.1)  # files are looked at every two seconds
+        lines = (runs[1] / "metrics.jsonl").read_text().splitlines()
+        write_lines(runs[1] / "metrics.jsonl", [json.loads(line) for line in lines] + [{"step": 76, "kl": 0.1}])
+        assert ask(port, "/version")[2] != versions[""] and ask(port, "/1/version")[2] == versions["/1"]
+        assert "76 of 100 steps" in page(port, "/")
+        time.sleep(2.1)
+        (runs[1] / "metrics.jsonl").write_text("no JSON\n")
+        status, _, body = ask(port, "/")
+        assert status == 400 and b"metrics.jsonl:1: not valid JSON" in body
