@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_cord.data.question_files import WrittenQuestion
 from megatron_cord.errors import CordError
+from megatron_cord.runtime.stop_request import StoppedError
 from megatron_cord.speech.shard_set import ShardSet
 from megatron_cord.speech.spoken_set import SpokenSetConfig, make_spoken_set, written_questions
 
@@ -93,7 +94,10 @@ def measure(make: Callable[[Callable[[int, Any], None]], ShardSet], tried: int) 
             begun.append(time.perf_counter())
             first.append(done)
 
-    made = make(progress)
+    try:
+        made = make(progress)
+    except StoppedError:
+        raise KeyboardInterrupt from None  # nothing is kept of a measurement
     ended = time.perf_counter()
     # With one shard alone there is nothing behind the start to measure.
     several = len(begun) > 1 and first[0] < tried

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import multiprocessing.context
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -25,6 +26,8 @@ from megatron_cord.data.shards.manifest import MANIFEST_NAME, PLAN_NAME, Manifes
 from megatron_cord.data.shards.writer import disk_errors
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import write_atomic, write_json
+from megatron_cord.runtime.parent import end_with_parent
+from megatron_cord.runtime.stop_request import StoppedError, StopRequest
 from megatron_cord.speech.receipts import Receipt
 
 REJECTS_NAME = "rejects.jsonl"
@@ -104,20 +107,44 @@ def make_all(jobs: Iterable[Job], make: Callable[[Job], Receipt], workers: int) 
 
     Raises:
         CordError: what `make` and `jobs` raise, or a worker died. Finished shards stay, those in work are finished.
+        StoppedError: after Ctrl-C or another request to stop; likewise.
     """
-    if workers == 1:
-        for job in jobs:
-            yield job, make(job)
-        return
-    with ProcessPoolExecutor(workers, mp_context=worker_context(make.__module__)) as pool:
+    with StopRequest("the shards in work are finished") as request:
+        made = _make_here(jobs, make, request) if workers == 1 else _make_by_workers(jobs, make, workers, request)
+        yield from made
+        if request:
+            raise StoppedError(
+                "asked to stop: the shards that are finished are kept; the same command makes the others"
+            )
+
+
+def _make_here(
+    jobs: Iterable[Job], make: Callable[[Job], Receipt], request: StopRequest
+) -> Iterator[tuple[Job, Receipt]]:
+    for job in jobs:
+        if request:
+            return
+        yield job, make(job)
+
+
+def _make_by_workers(
+    jobs: Iterable[Job], make: Callable[[Job], Receipt], workers: int, request: StopRequest
+) -> Iterator[tuple[Job, Receipt]]:
+    context = worker_context(make.__module__)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_the_parent) as pool:
         pending: dict[Future[Receipt], Job] = {}
         try:
             for job in jobs:
+                if request:
+                    break
                 pending[pool.submit(make, job)] = job
                 if len(pending) >= workers + _WAITING:
                     yield from _ended(pending)
             while pending:
-                yield from _ended(pending)
+                for future in [future for future in pending if request and future.cancel()]:
+                    del pending[future]  # no worker has begun with it
+                if pending:
+                    yield from _ended(pending)
         except BrokenProcessPool:
             raise CordError(
                 "a worker process ended unexpectedly, as when memory is short; what is complete is kept: run the same "
@@ -125,6 +152,12 @@ def make_all(jobs: Iterable[Job], make: Callable[[Job], Receipt], workers: int) 
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _follow_the_parent() -> None:
+    """Leave Ctrl-C, which reaches all processes of a terminal, to the one that started this worker; end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
 def _ended(pending: dict[Future[Receipt], Job]) -> Iterator[tuple[Job, Receipt]]:

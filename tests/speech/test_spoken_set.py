@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 
 from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
+from megatron_cord.runtime import entry
+from megatron_cord.runtime.exit_status import STOPPED
 from megatron_cord.speech.shard_set import worker_context
 from megatron_cord.speech.spoken_set import SpokenSetConfig, make_spoken_set
 from megatron_cord.speech.synthesizers.config import SynthesizerConfig
@@ -79,6 +82,39 @@ def test_instructions_and_system_prompts_are_kept(tmp_path: Path) -> None:
     make_spoken_set(SpokenSetConfig(str(tmp_path / "q.jsonl")), tmp_path / "set")
     sample = ShardDataset(tmp_path / "set")[0]
     assert (sample.question, sample.instruction, sample.system) == (row["question"], row["instruction"], row["system"])
+
+
+def stopped_in_own_session(config: SpokenSetConfig, output: Path, workers: int) -> None:
+    os.setsid()  # Ctrl-C reaches its workers, too
+
+    def main() -> None:
+        make_spoken_set(config, output, workers=workers)
+
+    sys.exit(entry.status_of(main))
+
+
+@pytest.mark.parametrize(("workers", "count"), [(1, 200), pytest.param(2, 2000, marks=pytest.mark.slow)])
+def test_ctrl_c_finishes_the_shards_in_work(tmp_path: Path, workers: int, count: int) -> None:
+    """Catches a shard that is half-made, workers that are interrupted or stay, a traceback, a status of success."""
+    questions = write_questions(tmp_path / "q.jsonl", count)
+    config, broken = SpokenSetConfig(str(questions), shard_size=6), tmp_path / "broken"
+    process = worker_context(make_spoken_set.__module__).Process(
+        target=stopped_in_own_session, args=(config, broken, workers)
+    )
+    process.start()
+    deadline = time.monotonic() + 240
+    while len(list(broken.glob("*.receipt.json"))) < 2 and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert process.pid is not None
+    os.killpg(process.pid, signal.SIGINT)
+    process.join(120)
+    assert process.exitcode == STOPPED
+    made = len(list(broken.glob("*.receipt.json")))
+    assert 2 <= made < count // 6 and len(list(broken.glob("*.tar"))) == made
+    assert not list(broken.glob(".*.partial")) and not (broken / "manifest.json").exists()
+    make_spoken_set(config, broken, workers=workers)
+    make_spoken_set(config, tmp_path / "whole")
+    assert shard_bytes(broken) == shard_bytes(tmp_path / "whole")
 
 
 def test_other_arguments_and_too_many_rejects_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ interrupted is continued when the run goes on; one that fails is named, and does
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
@@ -18,13 +17,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_cord.runtime.parent import end_with_parent
 from megatron_cord.trainer.checkpoint.directory import CheckpointDirectory
 
 logger = logging.getLogger(__name__)
 FOLDER = "exports"
 _VISIBLE = re.compile(r"step_(\d+)")
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-_libc = ctypes.CDLL(None)
 
 
 class Exports:
@@ -139,7 +137,7 @@ def _quietly_with(parent: int) -> Callable[[], None]:
     def begin() -> None:
         os.nice(10)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent(signal.SIGTERM)
         if os.getppid() != parent:
             os._exit(1)
 

@@ -7,7 +7,6 @@ for a rank that is gone.
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import os
 import pickle
@@ -24,9 +23,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from megatron_cord.runtime.files import file_digest
-
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-_libc = ctypes.CDLL(None)
+from megatron_cord.runtime.parent import end_with_parent
 
 
 class AsyncWrite:
@@ -109,15 +106,11 @@ class _Results:
 
 def _write(write: Callable[..., None], rank: int, buckets: list[Any], results: _Results) -> None:
     """Write the buckets, in the child, and pass on results and checksums."""
-    os.register_at_fork(after_in_child=_end_with_parent)  # Megatron's function has children of its own
-    _end_with_parent()
+    os.register_at_fork(after_in_child=end_with_parent)  # Megatron's function has children of its own
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the rank decides
     inner: queue.SimpleQueue[Any] = queue.SimpleQueue()
     write(rank, buckets, inner)
     written = inner.get()
     paths = [] if isinstance(written, Exception) else [Path(bucket[0]) for bucket in buckets]
     results.put(written, {path.name: file_digest(path) for path in paths})
-
-
-def _end_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
