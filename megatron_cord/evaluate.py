@@ -25,7 +25,7 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import HELDOUT
 from megatron_cord.evaluation.files import FOLDER
-from megatron_cord.evaluation.formats import load_set, shard_questions
+from megatron_cord.evaluation.formats import judged_sets, load_set, shard_questions
 from megatron_cord.evaluation.pages import tables
 from megatron_cord.evaluation.runner import Evaluator
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
@@ -97,16 +97,25 @@ def _answer_all(
 
 def _evaluator(config: RunConfig, prompts: PromptBuilder, layout: Layout) -> Evaluator:
     output = Path(config.output_dir)
+    ready = bool(config.reward.judge.base_url and config.reward.judge.model)
+    judged = judged_sets(config.evaluation.sets)
+    if judged and not ready:
+        name, given = next(iter(judged.items()))
+        raise CordError(
+            f"evaluation.sets.{name} (format {given.format}) is scored by a judge; set reward.judge.base_url and "
+            "reward.judge.model, or leave the set out"
+        )
     sets = {name: load_set(given) for name, given in config.evaluation.sets.items()}
     if config.data.evaluation:
         shards = config.data.open("evaluation", prompts.limits)
         sets[HELDOUT] = shard_questions(shards, config.evaluation.samples)
-    judge = None
-    if config.evaluation.comparer == "judge":
-        if not (config.reward.judge.base_url and config.reward.judge.model):
-            raise CordError("evaluation.comparer=judge needs reward.judge.base_url and reward.judge.model")
-        judge = Judge(config.reward.judge, output / FOLDER / "judge_cache") if layout.is_main else None
-    return Evaluator(config.evaluation, sets, prompts, output, comparer=judge, writes=layout.is_main)
+    compares = config.evaluation.comparer == "judge"
+    if compares and not ready:
+        raise CordError("evaluation.comparer=judge needs reward.judge.base_url and reward.judge.model")
+    needed = layout.is_main and (compares or bool(judged))
+    judge = Judge(config.reward.judge, output / FOLDER / "judge_cache") if needed else None
+    comparer = judge if compares else None
+    return Evaluator(config.evaluation, sets, prompts, output, comparer=comparer, judge=judge, writes=layout.is_main)
 
 
 def _baseline(config: RunConfig, label: str) -> Path | None:

@@ -9,7 +9,12 @@ from typing import Literal
 from megatron_cord.data.samples import PromptDefaults
 from megatron_cord.errors import CordError
 
-Format = Literal["shards", "plain", "voicebench", "gsm8k", "mmau", "big_bench_audio"]
+Format = Literal[
+    "shards", "plain", "gsm8k", "mmau", "big_bench_audio", "mmsu", "mmar", "voicebench",
+    "voicebench/alpacaeval", "voicebench/alpacaeval_full", "voicebench/commoneval", "voicebench/wildvoice",
+    "voicebench/openbookqa", "voicebench/mmsu", "voicebench/sd-qa", "voicebench/ifeval", "voicebench/bbh",
+    "voicebench/advbench",
+]  # fmt: skip
 
 HELDOUT = "heldout"  #: the name of the set that data.evaluation makes
 
@@ -18,12 +23,14 @@ HELDOUT = "heldout"  #: the name of the set that data.evaluation makes
 class SetConfig:
     """One set of questions."""
 
-    path: str  #: a file, or a directory of shards, of Parquet files, or saved by `datasets`
+    path: str  #: a file, a directory of shards, of Parquet files, or saved by `datasets`, or hf://OWNER/NAME[@REVISION]
     format: Format = "plain"  #: how its rows are laid out
     audio_root: str | None = None  #: the folder that paths of recordings start from; null: the file's own
     samples: int = 0  #: how many questions, from the beginning; 0 takes all
     system: str | None = None  #: the system prompt of questions that bring none
     instruction: str | None = None  #: text behind the recording, or its transcript, of questions that bring none
+    subset: str | None = None  #: of a set on the hub that has several
+    split: str | None = None  #: of a set on the hub that has several
     ignore: tuple[str, ...] = ()  #: fields of its rows to leave aside; others that nothing uses are refused
 
     @property
@@ -35,6 +42,8 @@ class SetConfig:
         self.defaults  # noqa: B018  (refuses empty texts)
         if self.format == "shards" and (self.audio_root is not None or self.ignore):
             raise CordError("audio_root and ignore are of no use to a set of format shards; remove them")
+        if not self.path.startswith("hf://") and (self.subset is not None or self.split is not None):
+            raise CordError(f"subset and split choose from a set on the hub (hf://OWNER/NAME); {self.path} is none")
         if self.samples < 0:
             raise CordError(f"samples cannot be negative, got {self.samples}")
 

@@ -1,13 +1,12 @@
 """Where evaluations lie in a run's directory, and how they are written and read again.
 
-    evaluations/LABEL/SET.json             the result of one set with all answers; LABEL is step_000050, or base
     evaluations/LABEL/SET.json                  result of one set with all answers; LABEL: step_000050, or base
     evaluations/LABEL/SET.jsonl                 answers as they came (`evaluate`); a killed evaluation continues there
     evaluations/LABEL/SET.rejects.jsonl         questions of which no prompt could be made
     evaluations/LABEL/results.{json,md,html}    all sets of `evaluate` with their comparison
 
 SET.json: {"set", "model": LABEL, "step", "seconds", fields of `results.set_result`, "answers": rows of
-`results.score_set`}.
+`scoring.score_set`}.
 """
 
 from __future__ import annotations

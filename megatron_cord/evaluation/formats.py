@@ -4,22 +4,24 @@
 |---|---|
 | shards | what shards have; the recording speaks the question |
 | plain | answer, question or audio or both, or turns; also choices, instruction, system, group, id |
-| voicebench | prompt, reference (a letter), audio: OpenBookQA and MMSU of VoiceBench |
+| voicebench | prompt, reference (a letter), audio: OpenBookQA and MMSU of VoiceBench by the rules of this project |
+| voicebench/… | prompt, audio, and what `published.voicebench` reads: its subsets, each by its own rule |
+| mmsu, mmar | as published: sounds with a question in text beside them, by their own rules |
 | gsm8k | question, answer (a solution that ends in "#### 72", or the number), audio |
 | mmau | audio_id, question, choices, answer (one choice's text), task: a sound with a question in text beside it |
 | big_bench_audio | file_name or audio, official_answer, category, transcript |
 
-Rows come from .jsonl, .json, .parquet or a data set that `datasets` saved. What a published set has beside these fields
-is of no use here; a field of the plain form that nothing uses is refused, as is one that would change what a published
-set asks, such as a system prompt. `turns` are those of `megatron_cord.data.turns`. A recording is a path (from the
-file's folder, or from `audio_root`), or bytes in the row as Parquet files of spoken sets have them; it is read when its
-prompt is made. What it simplifies: the rows, bytes included, are in memory.
+Rows come from .jsonl, .json, .parquet, a data set that `datasets` saved, or one on the hub (hf://OWNER/NAME). What a
+published set has beside these fields is of no use here; a field of the plain form that nothing uses is refused, as is
+one that would change what a published set asks, such as a system prompt. `turns` are those of
+`megatron_cord.data.turns`. A recording is a path (from the file's folder, or from `audio_root`), or bytes in the row as
+Parquet files of spoken sets have them; it is read when its prompt is made. What it simplifies: the rows, bytes
+included, are in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,46 +29,20 @@ from typing import Any
 import numpy as np
 
 from megatron_cord.data.audio.decode import decode_audio
-from megatron_cord.data.choices import Choices, ChoicesError, lettered, read_choices, split_options
+from megatron_cord.data.choices import ChoicesError, lettered, read_choices
 from megatron_cord.data.fields import find_unused, listed
+from megatron_cord.data.hub_rows import PREFIX, hub_rows
 from megatron_cord.data.question_files import Reject, read_rows
 from megatron_cord.data.samples import PromptDefaults
 from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.data.turns import TextPart, Turn, TurnsError, read_turns, written
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import SetConfig
+from megatron_cord.evaluation.published.benchmarks import BENCHMARKS
+from megatron_cord.evaluation.published.rows import Fields, Published, UnusableError
+from megatron_cord.evaluation.published.voicebench import VOICEBENCH
 from megatron_cord.evaluation.questions import Question, QuestionSet
 
-_BIG_BENCH_CHOICES = {"formal_fallacies": ("valid", "invalid"), "navigate": ("Yes", "No"), "web_of_lies": ("Yes", "No")}
-
-
-class _UnusableError(ValueError):
-    """The reason why a row is no question."""
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """The parts of a row under one set of names."""
-
-    text: str | None
-    audio: Any
-    answer: Any
-    choices: Choices | None = None
-    instruction: str | None = None
-    group: Any = None
-    system: str | None = None
-    turns: tuple[Turn, ...] = ()
-    recordings: tuple[Any, ...] = ()  # of the turns, by number
-
-
-#: What the adapters read, beside "id".
-_USED: dict[str, tuple[str, ...]] = {
-    "plain": ("question", "audio", "answer", "choices", "instruction", "group", "system", "turns"),
-    "voicebench": ("prompt", "audio", "reference", "domain"),
-    "gsm8k": ("question", "audio", "question_audio", "answer"),
-    "mmau": ("question", "audio_id", "audio", "choices", "answer", "task"),
-    "big_bench_audio": ("transcript", "audio", "file_name", "official_answer", "category"),
-}
 #: What changes a question wherever it stands.
 _ASKING = (
     "question", "prompt", "instruction", "instructions", "system", "system_prompt", "messages", "conversations",
@@ -83,6 +59,12 @@ def load_set(config: SetConfig) -> QuestionSet:
     if config.format == "shards":
         return shard_questions(ShardDataset(config.path, defaults=config.defaults), config.samples)
     return _checked(_from_rows(config), f"{config.path}, read as format {config.format},")
+
+
+def judged_sets(sets: Mapping[str, SetConfig]) -> dict[str, SetConfig]:
+    """Return those of the sets whose rule needs a judge."""
+    rules = {name: _FORMATS[given.format].rule for name, given in sets.items() if given.format in _FORMATS}
+    return {name: sets[name] for name, rule in rules.items() if rule is not None and rule.judged}
 
 
 def shard_questions(shards: ShardDataset, count: int) -> QuestionSet:
@@ -128,13 +110,23 @@ def _checked(found: QuestionSet, what: str) -> QuestionSet:
     return found
 
 
+def _rows(config: SetConfig) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
+    """Yield the rows of a set with their places."""
+    if not config.path.startswith(PREFIX):
+        yield from read_rows(Path(config.path))
+        return
+    for number, row in enumerate(hub_rows(config.path, config.subset, config.split), 1):
+        yield f"row {number}", row
+
+
 def _from_rows(config: SetConfig) -> QuestionSet:
     path = Path(config.path)
     root = Path(config.audio_root) if config.audio_root else (path if path.is_dir() else path.parent)
     questions: list[Question] = []
     rejects: list[Reject] = []
     seen: set[str] = set()
-    for place, row in read_rows(path):
+    published = _FORMATS[config.format]
+    for place, row in _rows(config):
         if config.samples and len(questions) == config.samples:
             break
         if isinstance(row, Reject):
@@ -142,42 +134,43 @@ def _from_rows(config: SetConfig) -> QuestionSet:
             continue
         given = row.get("id")
         name = place.replace(" ", "-") if given is None else str(given)[:120]
+        if name in seen and config.format == "voicebench/bbh":  # where an id may be no more than the task's name
+            name = f"{name[:100]}-{place.replace(' ', '-')}"
         try:
             if name in seen:
-                raise _UnusableError("its id comes twice")
-            fields = _ADAPTERS[config.format](row)
+                raise UnusableError("its id comes twice")
+            fields = published.adapter(row)
             questions.append(_question(name, fields, root, listed(row), config.defaults))
-            _refuse_unused(row, config, f"{path}, {place}")
+            _refuse_unused(row, published.used, config, f"{path}, {place}")
             seen.add(name)
-        except (_UnusableError, ChoicesError, TurnsError) as error:
+        except (UnusableError, ChoicesError, TurnsError) as error:
             rejects.append(Reject(name, str(error)))
-    return QuestionSet(questions, rejects)
+    return QuestionSet(questions, rejects, published.rule)
 
 
-def _refuse_unused(row: dict[str, Any], config: SetConfig, where: str) -> None:
+def _refuse_unused(row: dict[str, Any], used: tuple[str, ...], config: SetConfig, where: str) -> None:
     """Refuse the whole set: such a field is in all rows, or a mistake."""
-    used = ("id", *_USED[config.format])
     counts = row if config.format == "plain" else {name: row[name] for name in _ASKING if name in row}
     how = "evaluation.sets.….ignore"
-    if (unused := find_unused(counts, used, ignored=config.ignore, how=how)) is not None:
+    if (unused := find_unused(counts, ("id", *used), ignored=config.ignore, how=how)) is not None:
         raise CordError(f"{where}: {unused}")
 
 
-def _question(name: str, fields: _Fields, root: Path, found: str, defaults: PromptDefaults) -> Question:
+def _question(name: str, fields: Fields, root: Path, found: str, defaults: PromptDefaults) -> Question:
     named = (("question", fields.text), ("instruction", fields.instruction), ("system", fields.system))
     for what, value in named:
         if not isinstance(value, (str, type(None))):
-            raise _UnusableError(f"its {what} is no text")
-    if fields.answer is None or fields.answer == "":
-        raise _UnusableError(f"it has no answer (its fields: {found})")
+            raise UnusableError(f"its {what} is no text")
+    if fields.answered and (fields.answer is None or fields.answer == ""):
+        raise UnusableError(f"it has no answer (its fields: {found})")
     if isinstance(fields.answer, bool) or not isinstance(fields.answer, (str, int, float)):
-        raise _UnusableError("its answer is no text")
+        raise UnusableError("its answer is no text")
     answer = str(fields.answer).strip() if fields.choices is None else fields.choices.letter_of(fields.answer)
     text = fields.text.strip() if fields.text and fields.text.strip() else None
     references = fields.recordings or (() if fields.audio is None else (fields.audio,))
     audio = _together([_recording(reference, root, name) for reference in references]) if references else None
     if text is None and audio is None:
-        raise _UnusableError(f"it has neither text nor recording (its fields: {found})")
+        raise UnusableError(f"it has neither text nor recording (its fields: {found})")
     system, instruction = (text if text and text.strip() else None for text in (fields.system, fields.instruction))
     if instruction is None and not fields.turns:
         instruction = defaults.instruction
@@ -191,6 +184,7 @@ def _question(name: str, fields: _Fields, root: Path, found: str, defaults: Prom
         None if fields.group is None else str(fields.group),
         defaults.system if system is None else system,
         fields.turns,
+        fields.groups,
     )
 
 
@@ -205,10 +199,10 @@ def _recording(value: Any, root: Path, name: str) -> Callable[[], np.ndarray]:
         content, path = value.get("bytes"), value.get("path")
     if content is not None:
         if not isinstance(content, bytes):
-            raise _UnusableError("its recording is no bytes")
+            raise UnusableError("its recording is no bytes")
         return lambda: decode_audio(content, f"recording of {name}")
     if not isinstance(path, str) or not path or "\0" in path:
-        raise _UnusableError("its recording is neither a path nor bytes")
+        raise UnusableError("its recording is neither a path nor bytes")
     file = root / path
 
     def read() -> np.ndarray:
@@ -222,26 +216,24 @@ def _recording(value: Any, root: Path, name: str) -> Callable[[], np.ndarray]:
     return read
 
 
-def _plain(row: dict[str, Any]) -> _Fields:
+def _plain(row: dict[str, Any]) -> Fields:
     text, instruction, system = row.get("question"), row.get("instruction"), row.get("system")
     choices = None if row.get("choices") is None else read_choices(row["choices"])
     if row.get("turns") is not None:
         if both := [name for name in ("question", "audio", "instruction") if row.get(name) is not None]:
-            raise _UnusableError(f"it has turns and {both[0]}; write all texts and recordings into the turns")
+            raise UnusableError(f"it has turns and {both[0]}; write all texts and recordings into the turns")
         references: list[Any] = []
         turns = read_turns(row["turns"], partial(_numbered, references))
         if choices:
             offered = TextPart(f"\n{lettered(choices.texts)}")
             turns = (*turns[:-1], Turn("user", (*turns[-1].parts, offered)))
         asked = written(turns[-1].parts)
-        return _Fields(
-            asked, None, row.get("answer"), choices, None, row.get("group"), system, turns, tuple(references)
-        )
+        return Fields(asked, None, row.get("answer"), choices, None, row.get("group"), system, turns, tuple(references))
     if isinstance(text, str) and choices and instruction is None:
         text = f"{text.strip()} {lettered(choices.texts)}"
     elif isinstance(instruction, str) and choices:
         instruction = f"{instruction.strip()} {lettered(choices.texts)}"
-    return _Fields(text, row.get("audio"), row.get("answer"), choices, instruction, row.get("group"), system)
+    return Fields(text, row.get("audio"), row.get("answer"), choices, instruction, row.get("group"), system)
 
 
 def _numbered(references: list[Any], reference: Any) -> int:
@@ -252,49 +244,8 @@ def _numbered(references: list[Any], reference: Any) -> int:
     return references.index(reference)
 
 
-def _voicebench(row: dict[str, Any]) -> _Fields:
-    prompt, reference = row.get("prompt"), row.get("reference")
-    if not isinstance(prompt, str):
-        raise _UnusableError(f"it has no text in 'prompt' (its fields: {listed(row)})")
-    options = split_options(prompt)
-    choices = Choices(options + ("",) * (4 - len(options)))
-    return _Fields(prompt, row.get("audio"), reference, choices, group=row.get("domain"))
-
-
-def _gsm8k(row: dict[str, Any]) -> _Fields:
-    answer = row.get("answer")
-    if isinstance(answer, str) and "####" in answer:
-        answer = answer.rsplit("####", 1)[1].strip().replace(",", "")
-    return _Fields(row.get("question"), row.get("audio", row.get("question_audio")), answer)
-
-
-def _mmau(row: dict[str, Any]) -> _Fields:
-    question, choices = row.get("question"), row.get("choices")
-    if not isinstance(question, str) or choices is None:
-        raise _UnusableError(f"it has no 'question' with 'choices' (its fields: {listed(row)})")
-    offered = read_choices(choices)
-    instruction = f"{question.strip()} {lettered(offered.texts)}"
-    return _Fields(
-        None, row.get("audio_id", row.get("audio")), row.get("answer"), offered, instruction, row.get("task")
-    )
-
-
-def _big_bench_audio(row: dict[str, Any]) -> _Fields:
-    category = row.get("category")
-    offered = _BIG_BENCH_CHOICES.get(str(category))
-    return _Fields(
-        text=row.get("transcript"),
-        audio=row.get("audio", row.get("file_name")),
-        answer=row.get("official_answer"),
-        choices=None if offered is None else Choices(offered),
-        group=category,
-    )
-
-
-_ADAPTERS: dict[str, Callable[[dict[str, Any]], _Fields]] = {
-    "plain": _plain,
-    "voicebench": _voicebench,
-    "gsm8k": _gsm8k,
-    "mmau": _mmau,
-    "big_bench_audio": _big_bench_audio,
+_FORMATS: dict[str, Published] = {
+    "plain": Published(_plain, ("question", "audio", "answer", "choices", "instruction", "group", "system", "turns")),
+    **VOICEBENCH,
+    **BENCHMARKS,
 }

@@ -66,6 +66,13 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     ]
     if groups:
         made.append(("Groups", ["set", "group", "questions", "text", "audio", "gap"], groups))
+    measures = [
+        [name, measure, *(f"{by[modality]:.3f}" if modality in by else "–" for modality in MODALITIES)]
+        for name, result_of_set in sets.items()
+        for measure, by in result_of_set.get("measures", {}).items()
+    ]
+    if measures:
+        made.append(("Measures of the sets' own rules", ["set", "mean of", "text", "audio"], measures))
     changes = {name: found["change"] for name, found in sets.items() if "gap_before" in found.get("change", {})}
     if changes:
         lines = [_gap_line(name, change) for name, change in changes.items()]

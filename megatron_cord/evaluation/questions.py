@@ -11,6 +11,7 @@ from megatron_cord.data.audio.wav import SAMPLING_RATE
 from megatron_cord.data.question_files import Reject
 from megatron_cord.data.samples import HEAR, READ, Sample, View
 from megatron_cord.data.turns import Turn
+from megatron_cord.evaluation.rules.rule import Rule
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +20,8 @@ class Question:
 
     Attributes:
         id: unique in its set.
-        answer: the gold answer: for choices the letter, else a number, an expression or words.
+        answer: the gold answer: for choices the letter, else a number, an expression or words; "" where a judge rates
+            the response by itself.
         text: the text prompt's words; None for a question without one.
         audio: reads the recordings, each float32 [samples], mono, 16 kHz; None for a question without one.
         choices: the texts behind the letters A, B, …; "" for each whose text the set does not give apart from the
@@ -28,6 +30,7 @@ class Question:
         group: a category or a voice, by which accuracies are shown apart; None puts it into none.
         system: the system prompt; None without one.
         turns: a conversation, as in `Sample`; `text` is then its last turn's.
+        groups: further groups.
     """
 
     id: str
@@ -39,6 +42,7 @@ class Question:
     group: str | None = None
     system: str | None = None
     turns: tuple[Turn, ...] = ()
+    groups: tuple[str, ...] = ()
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -71,7 +75,8 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class QuestionSet:
-    """The questions of a set in its order, and what of it is no usable question."""
+    """The questions of a set in its order, what of it is no usable question, and its own rule if it has one."""
 
     questions: Sequence[Question]
     rejects: Sequence[Reject] = ()
+    rule: Rule | None = None

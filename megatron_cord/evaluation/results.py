@@ -1,8 +1,10 @@
 """Results of a set's answers: accuracies with intervals, the gap, and changes since another evaluation.
 
 Rows are plain maps, as JSON has them: id, group, question, answer, choices, tokens, token_kl, cut, and for each
-modality ("text", "audio") `…_response`, `…_answer` (the answer found in the response) and `…_correct`. All p-values are
-McNemar's, two-sided, over the questions that both sides of a comparison answered.
+modality ("text", "audio") `…_response`, `…_answer` (the answer found in the response) and `…_correct`; where a set's
+rule gives parts of a point, `…_score`, which then stands for right and wrong everywhere, and `…_measures`. All p-values
+are McNemar's, two-sided, over the questions that both sides of a comparison answered; with parts of a point the sign
+test, which is the same test of what is better and worse.
 """
 
 from __future__ import annotations
@@ -15,54 +17,11 @@ from typing import Any
 import numpy as np
 
 from megatron_cord.data.question_files import Reject
-from megatron_cord.evaluation.answers import Answer
-from megatron_cord.evaluation.questions import Question
-from megatron_cord.evaluation.scoring import score_responses
 from megatron_cord.evaluation.statistics import estimate, gap_closed, gap_closed_draws, mcnemar, paired_draws
-from megatron_cord.reward.comparison import Comparer
 
 MODALITIES = ("text", "audio")
 SIGNIFICANT = 0.05
 Row = dict[str, Any]
-
-
-def score_set(
-    questions: Sequence[Question], answers: Mapping[str, Answer], comparer: Comparer | None
-) -> tuple[list[Row], list[Reject]]:
-    """Return a row for each question that was answered, and the rejects, both in the set's order."""
-    rows: list[Row] = []
-    rejects = []
-    for question in questions:
-        answer = answers[question.id]
-        if answer.reject is not None:
-            rejects.append(Reject(question.id, answer.reject))
-            continue
-        rows.append(
-            {
-                "id": question.id,
-                "group": question.group,
-                "question": question.asked,
-                "answer": question.answer,
-                "choices": list(question.choices),
-                "text_response": answer.text_response,
-                "audio_response": answer.audio_response,
-                "tokens": list(answer.tokens),
-                "token_kl": None if answer.token_kl is None else list(answer.token_kl),
-                "cut": list(answer.cut),
-            }
-        )
-    for modality in MODALITIES:
-        asked = [row for row in rows if row[f"{modality}_response"] is not None]
-        scores = score_responses(
-            [row["answer"] for row in asked],
-            [row["choices"] for row in asked],
-            [row[f"{modality}_response"] for row in asked],
-            [row["question"] for row in asked],
-            comparer,
-        )
-        for row, score in zip(asked, scores, strict=True):
-            row |= {f"{modality}_answer": score.answer, f"{modality}_correct": score.correct}
-    return rows, rejects
 
 
 def set_result(
@@ -71,7 +30,7 @@ def set_result(
     """Return the result of one set.
 
     Args:
-        rows: of `score_set`.
+        rows: of `scoring.score_set`.
         rejects: questions without an answer.
         before: rows of the same set by the model before; None compares nothing.
         seed: of the bootstrap; another one for each set makes their draws independent.
@@ -79,14 +38,15 @@ def set_result(
     Returns:
         JSON values. `samples`, and `text_accuracy`, `audio_accuracy` and their difference `gap` where there are such
         prompts; `groups`: the same by group; `estimates`: for "text", "audio" and "gap" the interval, the p-value of
-        the gap, and how many responses gave no answer or were cut; `rejects` by reason; `change` since `before`.
+        the gap, and how many responses gave no answer or were cut; `rejects` by reason; `measures`: means of the other
+        numbers of a set's own rule; `change` since `before`.
     """
     result: dict[str, Any] = {"samples": len(rows), **_accuracies(rows)}
     estimates: dict[str, Any] = {}
     for modality in MODALITIES:
         asked = [row for row in rows if f"{modality}_correct" in row]
         if asked:
-            outcomes = np.array([[row[f"{modality}_correct"]] for row in asked])
+            outcomes = np.array([[_value(row, modality)] for row in asked])
             estimates[modality] = asdict(estimate(float(outcomes.mean()), paired_draws(outcomes, seed)[:, 0])) | {
                 "samples": len(asked),
                 "unanswered": sum(row[f"{modality}_answer"] is None for row in asked),
@@ -94,13 +54,15 @@ def set_result(
             }
     both = [row for row in rows if all(f"{modality}_correct" in row for modality in MODALITIES)]
     if both:
-        text, audio = (np.array([row[f"{modality}_correct"] for row in both]) for modality in MODALITIES)
+        text, audio = (np.array([_value(row, modality) for row in both]) for modality in MODALITIES)
         draws = paired_draws(np.stack([text, audio], axis=1), seed)
         estimates["gap"] = asdict(estimate(float(text.mean() - audio.mean()), draws[:, 0] - draws[:, 1])) | {
             "samples": len(both),
             "p": mcnemar(text, audio),
         }
     result |= {"groups": _groups(rows), "estimates": estimates, "rejects": _reasons(rejects)}
+    if measures := _measures(rows):
+        result["measures"] = measures
     if before is not None:
         result["change"] = _change(before, rows, seed)
     return result
@@ -149,7 +111,9 @@ def _change(before: Sequence[Row], after: Sequence[Row], seed: int) -> dict[str,
     for modality in MODALITIES:
         key = f"{modality}_correct"
         pairs = [
-            (earlier[row["id"]][key], row[key]) for row in after if key in row and key in earlier.get(row["id"], {})
+            (_value(earlier[row["id"]], modality), _value(row, modality))
+            for row in after
+            if key in row and key in earlier.get(row["id"], {})
         ]
         if pairs:
             was, now = np.array(pairs).T
@@ -157,8 +121,8 @@ def _change(before: Sequence[Row], after: Sequence[Row], seed: int) -> dict[str,
             change[modality] = asdict(estimate(float(now.mean() - was.mean()), draws[:, 1] - draws[:, 0])) | {
                 "before": float(was.mean()),
                 "after": float(now.mean()),
-                "gained": int(np.sum(~was & now)),
-                "lost_answers": int(np.sum(was & ~now)),
+                "gained": int(np.sum(now > was)),
+                "lost_answers": int(np.sum(was > now)),
                 "samples": len(pairs),
                 "p": mcnemar(was, now),
             }
@@ -184,16 +148,15 @@ def _paired(before: Sequence[Row], after: Sequence[Row]) -> np.ndarray:
     """Return the outcomes of questions that both evaluations answered from text and audio.
 
     Returns:
-        bool [questions, 4]: text before and after, audio before and after.
+        bool, or float64 for parts of a point, [questions, 4]: text before and after, audio before and after.
     """
     earlier = {row["id"]: row for row in before}
-    keys = ("text_correct", "audio_correct")
     pairs = [(earlier[row["id"]], row) for row in after if row["id"] in earlier]
     return np.array(
         [
-            [side[key] for key in keys for side in pair]
+            [_value(side, modality) for modality in MODALITIES for side in pair]
             for pair in pairs
-            if all(key in side for key in keys for side in pair)
+            if all(f"{modality}_correct" in side for modality in MODALITIES for side in pair)
         ]
     )
 
@@ -201,21 +164,20 @@ def _paired(before: Sequence[Row], after: Sequence[Row]) -> np.ndarray:
 def _groups(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     by_group: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if row["group"] is not None:
-            by_group[row["group"]].append(row)
+        for group in (*([] if row["group"] is None else [row["group"]]), *row.get("groups", ())):
+            by_group[group].append(row)
     return {group: {"samples": len(some)} | _accuracies(some) for group, some in sorted(by_group.items())}
 
 
 def _accuracies(rows: Sequence[Row]) -> dict[str, float]:
     """Return accuracies by modality; the gap is over the questions that have both."""
     found = {
-        modality: [row[f"{modality}_correct"] for row in rows if f"{modality}_correct" in row]
-        for modality in MODALITIES
+        modality: [_value(row, modality) for row in rows if f"{modality}_correct" in row] for modality in MODALITIES
     }
     result = {f"{modality}_accuracy": sum(correct) / len(correct) for modality, correct in found.items() if correct}
     both = [row for row in rows if all(f"{modality}_correct" in row for modality in MODALITIES)]
     if both:
-        text, audio = (sum(row[f"{modality}_correct"] for row in both) / len(both) for modality in MODALITIES)
+        text, audio = (sum(_value(row, modality) for row in both) / len(both) for modality in MODALITIES)
         result["gap"] = text - audio
     return result
 
@@ -227,3 +189,18 @@ def _reasons(rejects: Sequence[Reject]) -> dict[str, int]:
 
 def _mean(values: Any) -> float:
     return float(np.mean(list(values)))
+
+
+def _value(row: Row, modality: str) -> bool | float:
+    """Return what a response counts: its part of a point, else whether it is right."""
+    return bool(row[f"{modality}_correct"]) if row.get(f"{modality}_score") is None else float(row[f"{modality}_score"])
+
+
+def _measures(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Return the means of the rule's other numbers, by name and modality."""
+    found: dict[str, dict[str, float]] = {}
+    for modality in MODALITIES:
+        measured = [row[f"{modality}_measures"] for row in rows if row.get(f"{modality}_measures")]
+        for name in measured[0] if measured else ():
+            found.setdefault(name, {})[modality] = sum(one[name] for one in measured) / len(measured)
+    return found

@@ -21,8 +21,10 @@ from megatron_cord.evaluation.config import EvaluationConfig
 from megatron_cord.evaluation.files import FOLDER, write_lines
 from megatron_cord.evaluation.pages import write_pages
 from megatron_cord.evaluation.questions import QuestionSet
-from megatron_cord.evaluation.results import Row, forgotten, overall, score_set, set_result
+from megatron_cord.evaluation.results import Row, forgotten, overall, set_result
+from megatron_cord.evaluation.scoring import score_set
 from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.reward import Judge
 from megatron_cord.reward.comparison import Comparer
 from megatron_cord.rollout.types import RolloutEngine
 from megatron_cord.runtime.files import write_atomic
@@ -49,6 +51,7 @@ class Evaluator:
         prompts: makes both prompts.
         run: the directory under which each evaluated model gets `evaluations/LABEL`.
         comparer: decides about free answers on the rank that writes; None: rules.
+        judge: scores the sets whose rule is judged, on the rank that writes.
         writes: whether this rank writes.
 
     Raises:
@@ -63,9 +66,11 @@ class Evaluator:
         run: Path,
         *,
         comparer: Comparer | None = None,
+        judge: Judge | None = None,
         writes: bool,
     ) -> None:
         self._config, self._sets, self._prompts, self._comparer, self._writes = config, sets, prompts, comparer, writes
+        self._judge = judge
         self._root = run / FOLDER
         self._answered: dict[str, _Answered] = {}  # by set, of the model that answered last
         self._prepared: dict[str, list[PreparedQuestion]] = {}
@@ -227,7 +232,7 @@ class Evaluator:
         rows: dict[str, list[Row]] = {}
         for seed, (name, chosen) in enumerate(self._sets.items()):
             answered = self._answered[name]
-            rows[name], unanswered = score_set(chosen.questions, answered.answers, self._comparer)
+            rows[name], unanswered = score_set(chosen, answered.answers, self._comparer, self._judge)
             rejects = [*chosen.rejects, *unanswered]
             path = self.directory(label) / f"{name}.rejects.jsonl"
             path.unlink(missing_ok=True)
@@ -249,7 +254,7 @@ class Evaluator:
         answers = Journal(path, None, questions, self._config.max_new_tokens).read()
         if missing := sum(question.id not in answers for question in questions):
             raise CordError(f"evaluation.baseline: {path} lacks {missing} answers; finish that evaluation first")
-        return score_set(questions, answers, self._comparer)[0]
+        return score_set(self._sets[name], answers, self._comparer, self._judge)[0]
 
     def _check_rejects(self, name: str, rejects: Sequence[Reject], path: Path | None = None) -> None:
         chosen = self._sets[name]

@@ -88,7 +88,8 @@ def paired_draws(outcomes: np.ndarray, seed: int = 0) -> np.ndarray:
     """Draw accuracies over questions taken with replacement.
 
     Args:
-        outcomes: bool [questions, K], right or wrong in each of K ways that a question was answered.
+        outcomes: bool [questions, K], right or wrong in each of K ways that a question was answered; or float64, parts
+            of a point.
         seed: of the draws.
 
     Returns:
@@ -113,13 +114,13 @@ def gap_closed_draws(text: np.ndarray, audio_before: np.ndarray, audio_after: np
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     """Return the two-sided p-value of equal accuracies (exact, McNemar 1947).
 
-    Only questions that one of the two alone has right count.
+    Only questions that one of the two alone has right count; of parts of a point those in which one has more.
 
     Args:
-        first: bool [questions], whether the first model is right.
+        first: bool or float [questions], whether the first model is right, or how much of a point it has.
         second: the same of the second model.
     """
-    gained, lost = int(np.sum(~first & second)), int(np.sum(first & ~second))
+    gained, lost = int(np.sum(second > first)), int(np.sum(first > second))
     differing = gained + lost
     if differing == 0:
         return 1.0

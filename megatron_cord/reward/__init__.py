@@ -3,6 +3,7 @@
 from megatron_cord.reward.answers import answers_agree, extract_answer
 from megatron_cord.reward.comparison import AnswerMatcher, Comparison, Verdict
 from megatron_cord.reward.judge.judge import Judge, JudgeConfig
+from megatron_cord.reward.judge.rating import OpenAnswer
 from megatron_cord.reward.rewards import Answered, RewardConfig, Rewards, Score
 from megatron_cord.reward.stated import states_answer
 
@@ -12,6 +13,7 @@ __all__ = [
     "Comparison",
     "Judge",
     "JudgeConfig",
+    "OpenAnswer",
     "RewardConfig",
     "Rewards",
     "Score",

@@ -123,6 +123,14 @@ def test_what_a_user_may_get_wrong(inputs: Path, tmp_path: Path) -> None:
         run(*plain[:2], *sets(inputs), "evaluation.checkpoint=best")
     with pytest.raises(CordError, match=r"needs reward\.judge\.base_url"):
         run(*plain, *sets(inputs), "evaluation.comparer=judge")
+    rated = ["evaluation.sets.talk.path=gone.jsonl", "evaluation.sets.talk.format=voicebench/alpacaeval"]
+    with pytest.raises(
+        CordError, match=r"sets\.talk \(format voicebench/alpacaeval\) is scored by a judge; set reward"
+    ):
+        run(*plain, *rated)
+    with pytest.raises(CordError, match=r"sets\.talk .* is scored by a judge, which a training run does not ask"):
+        train(load_config(RunConfig, None, overrides(inputs, tmp_path / "run", *rated)))
+    finalize()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class JudgeCache:
-    """Verdicts by key. Many threads of one process may use it, and other processes with other writers' numbers.
+    """Verdicts and ratings by key, for many threads of a process, and for other processes with other writers' numbers.
 
     Args:
         directory: all files in it are read once, at the start.
@@ -20,7 +20,7 @@ class JudgeCache:
 
     def __init__(self, directory: Path, writer: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._known: dict[str, bool] = {}
+        self._known: dict[str, bool | int] = {}
         for file in sorted(directory.glob("*.jsonl")):
             self._read(file)
         self._lock = threading.Lock()
@@ -30,13 +30,18 @@ class JudgeCache:
 
     def get(self, key: str) -> bool | None:
         """Return the verdict, or None."""
-        return self._known.get(key)
+        return found if isinstance(found := self._known.get(key), bool) else None
 
-    def put(self, key: str, agrees: bool) -> None:
-        """Append a verdict; it outlives the process as soon as this returns."""
+    def rating(self, key: str) -> int | None:
+        """Return the rating, or None."""
+        return None if isinstance(found := self._known.get(key), bool) else found
+
+    def put(self, key: str, answer: bool | int) -> None:
+        """Append a verdict or a rating; it outlives the process as soon as this returns."""
         with self._lock:
-            self._known[key] = agrees
-            self._append(json.dumps({"key": key, "agrees": agrees}) + "\n")
+            self._known[key] = answer
+            name = "agrees" if isinstance(answer, bool) else "rating"
+            self._append(json.dumps({"key": key, name: answer}) + "\n")
 
     def _append(self, text: str) -> None:
         with self._path.open("a") as file:
@@ -46,8 +51,8 @@ class JudgeCache:
         for line in file.read_bytes().splitlines():
             try:
                 entry = json.loads(line)
-                key, agrees = entry["key"], entry["agrees"]
+                key, answer = entry["key"], entry["rating"] if "rating" in entry else entry["agrees"]
             except (ValueError, KeyError, TypeError):
                 continue
-            if isinstance(key, str) and isinstance(agrees, bool):
-                self._known[key] = agrees
+            if isinstance(key, str) and type(answer) is (int if "rating" in entry else bool):
+                self._known[key] = answer

@@ -1,7 +1,7 @@
 """The LLM judge: a language model at an OpenAI-compatible endpoint (SGLang, vLLM, a hosted one) compares answers.
 
-Answers have a schema, are parsed strictly and kept on disk; concurrency, time and tries are bounded. Where the judge
-gives no answer, answer matching decides; that is counted, and logged once a step.
+It rates answers without a reference, too. What it says has a schema, is parsed strictly and kept on disk; concurrency,
+time and tries are bounded. Where it gives no verdict, answer matching decides; that is counted, and logged once a step.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_cord.errors import CordError
 from megatron_cord.reward.comparison import Comparison, Verdict, answers_match
 from megatron_cord.reward.judge.cache import JudgeCache
 from megatron_cord.reward.judge.prompt import ANSWER_SCHEMA, messages, parse_answer
+from megatron_cord.reward.judge.rating import RATING_SCHEMA, OpenAnswer, parse_rating, rating_messages
 from megatron_cord.runtime.openai_client import (
     AccessRefusedError,
     EndpointError,
@@ -91,55 +93,78 @@ class Judge:
             CordError: the endpoint refuses the key, the address or the model.
         """
         payloads = {_key(payload): payload for payload in map(self._payload, comparisons)}
-        unknown = [key for key in payloads if self._cache.get(key) is None]
-        if unknown:
-            with ThreadPoolExecutor(self.config.concurrency) as pool:
-                results = pool.map(lambda key: self._judge(key, payloads[key]), unknown)
-                problems = [problem for problem in results if problem is not None]
-            if problems:
-                logger.warning(
-                    "the judge gave no answer to %d of %d questions (%s); answers are matched instead",
-                    len(problems),
-                    len(unknown),
-                    problems[0],
-                )
+        unknown = {key: payload for key, payload in payloads.items() if self._cache.get(key) is None}
+        if problems := self._answer(unknown, parse_answer):
+            logger.warning(
+                "the judge gave no answer to %d of %d questions (%s); answers are matched instead",
+                len(problems),
+                len(unknown),
+                problems[0],
+            )
         return [self._verdict(comparison) for comparison in comparisons]
+
+    def rate(self, answers: Sequence[OpenAnswer]) -> list[int]:
+        """Return a rating from 1 to 5 for each, in the same order; equal ones are sent once.
+
+        Raises:
+            CordError: the endpoint refuses the key, the address or the model, or some have no rating after all tries;
+                the others are kept.
+        """
+        payloads = {answer: self._request(rating_messages(answer), "rating", RATING_SCHEMA) for answer in answers}
+        keys = {answer: _key(payload) for answer, payload in payloads.items()}
+        unknown = {key: payloads[answer] for answer, key in keys.items() if self._cache.rating(key) is None}
+        if problems := self._answer(unknown, parse_rating):
+            raise CordError(
+                f"the judge gave no rating to {len(problems)} of {len(answers)} responses ({problems[0]}); the others "
+                "are kept: start again when it answers"
+            )
+        return [rating for answer in answers if (rating := self._cache.rating(keys[answer])) is not None]
+
+    def _answer(self, unknown: Mapping[str, dict[str, object]], parse: Callable[[Any], bool | int]) -> list[str]:
+        """Get answers to requests into the cache; return the reasons for which some have none."""
+        if not unknown:
+            return []
+        with ThreadPoolExecutor(self.config.concurrency) as pool:
+            results = pool.map(lambda key: self._judge(key, unknown[key], parse), unknown)
+            return [problem for problem in results if problem is not None]
 
     def _verdict(self, comparison: Comparison) -> Verdict:
         answer, matched = self._cache.get(_key(self._payload(comparison))), answers_match(comparison)
         return Verdict(matched, matched, "fallback") if answer is None else Verdict(answer, matched, "judge")
 
     def _payload(self, comparison: Comparison) -> dict[str, object]:
+        return self._request(messages(comparison), "verdict", ANSWER_SCHEMA)
+
+    def _request(self, chat: list[dict[str, str]], name: str, schema: dict[str, object]) -> dict[str, object]:
         return {
             "model": self.config.model,
-            "messages": messages(comparison),
+            "messages": chat,
             "temperature": 0,
             "max_tokens": self.config.max_tokens,
             "response_format": {
                 "type": "json_schema",
-                "json_schema": {"name": "verdict", "strict": True, "schema": ANSWER_SCHEMA},
+                "json_schema": {"name": name, "strict": True, "schema": schema},
             },
         }
 
-    def _judge(self, key: str, payload: dict[str, object]) -> str | None:
+    def _judge(self, key: str, payload: dict[str, object], parse: Callable[[Any], bool | int]) -> str | None:
         """Get an answer into the cache; return the reason where there is none."""
         try:
-            agrees = self._client.post("chat/completions", parse=_parse_reply, json=payload)
+            answer = self._client.post("chat/completions", parse=lambda body: parse(_content(body)), json=payload)
         except AccessRefusedError as error:
             raise CordError(f"the judge refuses model {self.config.model}; check reward.judge: {error}") from None
         except EndpointError as error:
             return str(error)
-        self._cache.put(key, agrees)
+        self._cache.put(key, answer)
         return None
 
 
-def _parse_reply(body: bytes) -> bool:
-    """Return the verdict in a reply of the chat protocol. Raises ValueError for another one."""
+def _content(body: bytes) -> Any:
+    """Return what the model wrote in a reply of the chat protocol. Raises ValueError for another one."""
     try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
+        return json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         raise ValueError("a reply that is not of the chat protocol") from None
-    return parse_answer(content)
 
 
 def _key(payload: dict[str, object]) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 from megatron_cord.config.loading import to_dict
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.shards.reader import ShardDataset
+from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import HELDOUT
 from megatron_cord.evaluation.files import past_evaluations
-from megatron_cord.evaluation.formats import load_set, shard_questions
+from megatron_cord.evaluation.formats import judged_sets, load_set, shard_questions
 from megatron_cord.evaluation.runner import Evaluator
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.runtime.stop_request import StopRequest
@@ -83,6 +84,7 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
         CordError: anything that the run needs is missing or does not fit.
     """
     directory, main, begun = Path(config.output_dir), layout.is_main, time.monotonic()
+    _refuse_judged(config)
     make_writable(directory)
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint)
     start = find_start(config, checkpoints)
@@ -135,3 +137,12 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
         stop=StopRequest("the step is finished and saved"),
         watchdog=Watchdog(config.train.watchdog_seconds, directory / "stacks", layout.rank),
     )
+
+
+def _refuse_judged(config: RunConfig) -> None:
+    if judged := judged_sets(config.evaluation.sets):
+        name, given = next(iter(judged.items()))
+        raise CordError(
+            f"evaluation.sets.{name} (format {given.format}) is scored by a judge, which a training run does not "
+            "ask; leave it out here, and evaluate it with cord evaluate"
+        )
