@@ -85,7 +85,16 @@ def main() -> None:
     optimizer, scheduler = build_optimizer(config.optimizer, model, config.train.steps)
     prompts = PromptBuilder(config.model.checkpoint)
     engine = LocalEngine(config.model.checkpoint, LocalEngineConfig(device=str(layout.device)))
-    train = TrainStep(model, teacher, optimizer, scheduler, config.objective, config.train, prompts.pad_id)
+    train = TrainStep(
+        model,
+        teacher,
+        optimizer,
+        scheduler,
+        config.objective,
+        config.train,
+        prompts.pad_id,
+        config.rollout.max_new_tokens,
+    )
     teacher.hidden_states = timed(clock, "teacher", teacher.hidden_states)  # type: ignore[method-assign]
     optimizer.step = timed(clock, "optimizer", optimizer.step)
     step_module.microbatch_loss = timed(clock, "loss", step_module.microbatch_loss)  # type: ignore[attr-defined]

@@ -45,7 +45,15 @@ def _method(
     return Method(title, settings, ablates)
 
 
-#: By the name that configuration uses. The first seven are the comparison, the last two complete the ablation.
+def _policy(title: str, *settings: str) -> Method:
+    """Return a peer's algorithm: L_seq alone, with settings below objective.policy_gradient, or with a whole key."""
+    prefix = "objective.policy_gradient."
+    chosen = tuple(s if s.startswith("rollout.") else prefix + s for s in settings)
+    return Method(title, (*_method(title, "student", "none", policy=True).settings, *chosen))
+
+
+#: By the name that configuration uses. The first seven are the comparison, the next two complete the ablation; the last
+#: are peers' algorithms (docs/algorithms.md), which differ from each other where a step makes several updates.
 METHODS: dict[str, Method] = {
     "sft": _method("SFT on the teacher's answers", "teacher", "nll"),
     "off_policy_kl": _method("off-policy forward KL", "teacher", "forward_kl"),
@@ -62,6 +70,27 @@ METHODS: dict[str, Method] = {
     "grpo_reverse_kl": _method(
         "GRPO + reverse KL, unweighted", "student", "reverse_kl", policy=True, ablates="L_tok without weights + L_seq"
     ),
+    "grpo_clipped": _policy("GRPO, clipped", "surrogate=clipped", "normalization=response_mean", "normalize_std=true"),
+    "dr_grpo": _policy("Dr. GRPO", "surrogate=clipped", "normalization=max_length"),
+    "dapo": _policy(
+        "DAPO",
+        "surrogate=clipped",
+        "clip_high=0.28",
+        "normalization=token",
+        "normalize_std=true",
+        "filter_truncated=true",
+        "rollout.dynamic_sampling=3",
+    ),
+    "gspo": _policy(
+        "GSPO",
+        "surrogate=clipped",
+        "ratio=sequence",
+        "clip_low=3e-4",
+        "clip_high=4e-4",
+        "normalization=response_mean",
+        "normalize_std=true",
+    ),
+    "cispo": _policy("CISPO", "surrogate=cispo", "clip_high=4", "normalization=token", "normalize_std=true"),
 }
 COMPARED = tuple(METHODS)[:7]
 

@@ -12,6 +12,9 @@ _MIN_RATE = "the last rate is optimizer.final_learning_rate_fraction of optimize
 _DECAY = "the rate falls until the last of train.steps; optimizer.schedule=wsd falls over optimizer.decay_steps"
 _GROUPS = "parameters with a rate of their own are optimizer.groups.NAME.match and optimizer.groups.NAME.learning_rate"
 _PENALTY = "the divergence from the teacher is the loss, not a penalty: objective.divergence.kind"
+_ALGORITHM = "the terms are objective.divergence.kind and objective.policy_gradient.surrogate, compared in the docs"
+_CLIP = "the bounds are objective.policy_gradient.clip_low and its neighbour clip_high, with surrogate=clipped"
+_MINI_BATCH = "train.minibatches is the number of updates that a step's samples are split into"
 
 #: A foreign name, with its section or without → the key here, or a sentence on how it is done here.
 SYNONYMS: dict[str, str] = {
@@ -107,10 +110,26 @@ SYNONYMS: dict[str, str] = {
     "kl_loss_coef": _PENALTY,
     "use_kl_loss": _PENALTY,
     "init_kl_coef": _PENALTY,
-    "loss_type": "objective.divergence.kind",
-    "cliprange": "objective.policy_gradient.importance_cap",
-    "clip_ratio": "objective.policy_gradient.importance_cap",
+    "loss_type": _ALGORITHM,
+    "adv_estimator": _ALGORITHM,
+    "advantage_estimator": _ALGORITHM,
+    "cliprange": _CLIP,
+    "clip_ratio": _CLIP,
+    "eps_clip": _CLIP,
+    "clip_ratio_low": "objective.policy_gradient.clip_low",
+    "clip_ratio_high": "objective.policy_gradient.clip_high",
+    "epsilon_high": "objective.policy_gradient.clip_high",
+    "eps_clip_high": "objective.policy_gradient.clip_high",
+    "importance_sampling_level": "objective.policy_gradient.ratio",
+    "loss_agg_mode": "objective.policy_gradient.normalization",
+    "mask_truncated_completions": "objective.policy_gradient.filter_truncated",
     "scale_rewards": "objective.policy_gradient.normalize_std",
+    "filter_groups": "rollout.dynamic_sampling",
+    "num_iterations": "train.passes",
+    "ppo_epochs": "train.passes",
+    "ppo_mini_batch_size": _MINI_BATCH,
+    "mini_batch_size": _MINI_BATCH,
+    "steps_per_generation": "train.minibatches",
     # data, checkpoints, evaluation, trackers
     "dataset": "data.train",
     "train_files": "data.train",

@@ -1,4 +1,6 @@
-"""Beside L_seq (``cord.sequence_loss``): checked rewards, GRPO's normalisation, importance weights, sampled tokens.
+"""Beside L_seq (``cord.sequence_loss``): options, rewards, GRPO's normalisation, importance weights, sampled tokens.
+
+The options' terms are in ``surrogates``, their composition in ``policy_loss``.
 
 Shapes: N packed response tokens, B responses; ``cu_seqlens`` [B+1] as in ``token_weights``. A group is the responses to
     one prompt.
@@ -29,12 +31,40 @@ class PolicyGradientConfig:
     weight_schedule: WeightSchedule = field(default_factory=WeightSchedule)  #: how the factor changes
     importance_cap: float = 2.0  #: upper bound of the ratio of the trainer's to the engine's probability of a token
     normalize_std: bool = False  #: divide advantages by the group's standard deviation (GRPO), which the paper does not
+    #: a token's term: reinforce (the paper), A log p; clipped (PPO, GRPO, DAPO, GSPO), of the ratio to the policy
+    #: before the step's first update; cispo, A log p times that ratio, bounded; docs/algorithms.md compares them
+    surrogate: Literal["reinforce", "clipped", "cispo"] = "reinforce"
+    ratio: Literal["token", "sequence"] = "token"  #: of clipped and cispo: each token's own, or the response's (GSPO)
+    clip_low: float = 0.2  #: of clipped: a ratio below 1 - clip_low has no gradient where the advantage is negative
+    #: of clipped: a ratio above 1 + clip_high has no gradient where the advantage is positive; of cispo: the ratio's
+    #: upper bound is 1 + clip_high
+    clip_high: float = 0.2
+    #: what L_seq is divided by: objective (as objective.normalization), response (the number of responses, the paper),
+    #: response_mean (the same, of means over each response's tokens: GRPO, GSPO), token (the number of tokens: DAPO),
+    #: max_length (responses times rollout.max_new_tokens: Dr. GRPO)
+    normalization: Literal["objective", "response", "response_mean", "token", "max_length"] = "objective"
+    filter_truncated: bool = False  #: responses that were cut at rollout.max_new_tokens have no part in L_seq (DAPO)
 
     def __post_init__(self) -> None:
         if not self.importance_cap > 0:
             raise CordError(f"importance_cap must be positive, but is {self.importance_cap}")
         if self.weight_schedule.kind != "constant" and not self.enabled:
             raise CordError("weight_schedule has nothing to weigh: enabled is false")
+        if not (0 <= self.clip_low < 1 and self.clip_high >= 0):
+            raise CordError(
+                "objective.policy_gradient.clip_low must lie in [0, 1) and clip_high be at least 0, but they are "
+                f"{self.clip_low} and {self.clip_high}"
+            )
+        if self.ratio == "sequence" and not self.has_ratio:
+            raise CordError(
+                "objective.policy_gradient.ratio=sequence needs a surrogate that has a ratio; set "
+                "objective.policy_gradient.surrogate=clipped (GSPO) or cispo"
+            )
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether the term is of the ratio to the policy before the step's first update."""
+        return self.surrogate != "reinforce"
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = False) -> Tensor:

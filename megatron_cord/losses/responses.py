@@ -118,6 +118,24 @@ def response_of_token(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), lengths)
 
 
+def response_means(
+    values: Tensor, cu_seqlens: Tensor, lengths: Tensor, *, cp_group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Return of each token the mean of its whole response's values, [N], without gradient.
+
+    Args:
+        values: [N], used as numbers.
+        cu_seqlens: integers [B+1], of this rank's tokens; a response may be empty here.
+        lengths: [B], tokens of the whole responses, over all ranks.
+        cp_group: the ranks that share the responses, which pass the same B of them; collective over them.
+    """
+    response = response_of_token(values, cu_seqlens)
+    sums = values.new_zeros(len(lengths), dtype=torch.float64).index_add(0, response, values.detach().double())
+    if cp_group is not None and dist.get_world_size(cp_group) > 1:
+        dist.all_reduce(sums, group=cp_group)
+    return (sums / lengths.clamp(min=1))[response].to(values.dtype)
+
+
 def rank_in_response(responses: Responses, score: Tensor) -> Tensor:
     """Return of each token how many of its response have a larger score (or an equal one, earlier); int64 [M]."""
     by_score = torch.sort(score, descending=True, stable=True).indices

@@ -25,6 +25,9 @@ class RolloutConfig:
     #: reach this sum; 1 draws from all. The loss stays that of the whole distribution
     top_p: float = 1.0
     top_k: int = 0  #: and from so many of the likeliest tokens at most; 0 draws from all
+    #: so often a step replaces groups whose rewards are all equal by groups of its next prompts (DAPO); what is left
+    #: then stays as it is; 0 replaces none, as the paper
+    dynamic_sampling: int = 0
     share: bool = False  #: L_tok scores the responses of L_seq instead of sampling its own
     max_new_tokens: int = 200  #: responses are cut there
 
@@ -44,6 +47,18 @@ class RolloutConfig:
             raise CordError(
                 f"rollout.policy_prompts_per_step ({self.policy_prompts_per_step}) must lie between 0 and "
                 f"rollout.prompts_per_step ({self.prompts_per_step})"
+            )
+        if self.dynamic_sampling < 0:
+            raise CordError(f"rollout.dynamic_sampling cannot be negative, got {self.dynamic_sampling}")
+        if self.dynamic_sampling and self.policy_prompts_per_step == self.prompts_per_step:
+            raise CordError(
+                "rollout.dynamic_sampling takes the step's other prompts, and there are none: make "
+                f"rollout.prompts_per_step larger than rollout.policy_prompts_per_step ({self.policy_prompts_per_step})"
+            )
+        if self.dynamic_sampling and self.schedule.ahead:
+            raise CordError(
+                "rollout.dynamic_sampling needs rollout.schedule.ahead=0: which groups are replaced is known only "
+                "when a step's responses have their rewards"
             )
         if self.temperature <= 0 or self.policy_temperature <= 0:
             raise CordError("rollout.temperature and rollout.policy_temperature must be positive")

@@ -25,7 +25,9 @@ SCHEMA = pa.schema(
     [
         pa.field("step", pa.int32(), nullable=False),  # numbered from 1
         pa.field("id", pa.string(), nullable=False),  # of the sample
-        pa.field("role", pa.string(), nullable=False),  # distill (L_tok), policy (L_seq) or shared (both)
+        pa.field(
+            "role", pa.string(), nullable=False
+        ),  # distill (L_tok), policy (L_seq), shared (both) or replaced (none)
         pa.field("position", pa.int32(), nullable=False),  # of the sample in the step's batch, from 0
         pa.field("draw", pa.int32(), nullable=False),  # 0 of L_tok alone, 1 to N within a group of L_seq
         pa.field("seed", pa.int64()),  # that the engine sampled with; null for a greedy response

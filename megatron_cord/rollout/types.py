@@ -18,7 +18,8 @@ from torch import Tensor
 from megatron_cord.data.samples import Prompt
 from megatron_cord.reward import Score
 
-Role = Literal["distill", "policy", "shared"]  #: which part of the loss a rollout has: L_tok, L_seq, both
+#: which part of the loss a rollout has: L_tok, L_seq, both; none, as its group was replaced (dynamic sampling)
+Role = Literal["distill", "policy", "shared", "replaced"]
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class ScoredRollout:
 
     Attributes:
         rollout: the response.
-        role: "distill" for L_tok, "policy" for L_seq, "shared" for both.
+        role: "distill" for L_tok, "policy" for L_seq, "shared" for both, "replaced" for neither.
         question: text of the sample.
         voice: of the sample's recording; None if unknown.
         position: of the sample in the step's batch.
@@ -165,17 +166,17 @@ class ScoredRollout:
     @property
     def distilled(self) -> bool:
         """Whether it has a part in L_tok."""
-        return self.role != "policy"
+        return self.role in ("distill", "shared")
 
     @property
     def in_group(self) -> bool:
-        """Whether it was sampled for L_seq, and so counts in its denominator."""
-        return self.role != "distill"
+        """Whether it belongs to L_seq, and so counts in its denominator."""
+        return self.role in ("policy", "shared")
 
     @property
     def trained(self) -> bool:
         """Whether a step trains on it: policy rollouts of zero-variance groups have no gradient."""
-        return self.distilled or not self.zero_variance
+        return self.distilled or (self.in_group and not self.zero_variance)
 
     @property
     def order(self) -> tuple[bool, int, int]:

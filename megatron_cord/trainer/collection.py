@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,15 +68,16 @@ class Collector:
         """So many of a step's samples, from its first, need the teacher's answer."""
         if self.objective.responses == "teacher":
             return self.config.prompts_per_step
-        return self.config.policy_prompts_per_step if self.objective.policy_gradient.enabled else 0
+        if not self.objective.policy_gradient.enabled:
+            return 0
+        tried = self.config.policy_prompts_per_step * (1 + self.config.dynamic_sampling)
+        return min(tried, self.config.prompts_per_step)
 
     def requests(self, batch: Batch) -> list[GenerationRequest]:
         """Return what to generate for a batch: responses for L_tok, groups for L_seq, a live teacher's answers."""
         alone, policy = self._parts(batch)
         requests = [self._request(batch, p, 0, self.config.temperature) for p in alone]
-        requests += [
-            self._request(batch, p, draw, self.config.policy_temperature) for p in policy for draw in self._draws
-        ]
+        requests += self._group_requests(batch, policy)
         return requests + self.answers.requests(self._answered(batch, policy))
 
     def score(self, batch: Batch, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
@@ -97,8 +99,19 @@ class Collector:
             scored += self._groups(batch, policy, rollouts[len(alone) : groups], references)
         return scored
 
+    def more_requests(self, batch: Batch, positions: Sequence[int]) -> list[GenerationRequest]:
+        """Return what to generate for groups of further samples (dynamic sampling)."""
+        answers = self.answers.requests([batch.at(p) for p in positions])
+        return self._group_requests(batch, positions) + answers
+
+    def more_groups(self, batch: Batch, positions: Sequence[int], rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """Return the groups of `more_requests` with their rewards. Collective over the replica."""
+        groups = len(positions) * self.config.policy_rollouts
+        references = self.answers.rollouts([batch.at(p) for p in positions], rollouts[groups:])
+        return self._groups(batch, positions, rollouts[:groups], references)
+
     def sequences(self, batch: Batch, rollouts: Sequence[ScoredRollout]) -> list[TrainingSequence]:
-        """Return what this data-parallel rank trains on: zero-variance groups are left out of L_seq.
+        """Return what this data-parallel rank trains on: L_seq is without zero-variance groups and what is filtered.
 
         Args:
             batch: this rank's share of the samples.
@@ -106,8 +119,10 @@ class Collector:
         """
         own = set(batch.positions)
         sequences = []
-        for index, rollout in enumerate(rollouts):
-            if rollout.trained and rollout.position in own:
+        for index, given in enumerate(rollouts):
+            filtered = self.objective.filters(given)
+            rollout = replace(given, advantage=0.0) if filtered else given
+            if rollout.trained and rollout.position in own and (rollout.distilled or not filtered):
                 prompts = batch.at(rollout.position).prompts
                 teacher = prompts[READ] if rollout.distilled and self.objective.distils else None
                 sequences.append(TrainingSequence(prompts[HEAR], teacher, rollout, index))
@@ -141,6 +156,10 @@ class Collector:
         return GenerationRequest(
             sample.prompts[HEAR], temperature, config.max_new_tokens, seed, config.top_p, config.top_k
         )
+
+    def _group_requests(self, batch: Batch, positions: Sequence[int]) -> list[GenerationRequest]:
+        temperature = self.config.policy_temperature
+        return [self._request(batch, p, draw, temperature) for p in positions for draw in self._draws]
 
     def _seed(self, step: int, sample: PreparedSample, draw: int) -> int:
         return draw_seed(self.seed, step, sample.sample.id, draw)
@@ -212,36 +231,3 @@ def gather_rollouts(rollouts: Sequence[ScoredRollout], replica_group: dist.Proce
     shares = all_gather_json([rollout.to_json() for rollout in rollouts] if sends else [])
     gathered = (ScoredRollout.from_json(plain) for share in shares for plain in share)
     return sorted(gathered, key=lambda rollout: rollout.order)
-
-
-def repetition(token_ids: Sequence[int], size: int = 4) -> float:
-    """Return the share of n-grams that occur earlier in the response: near 1 for a loop, 0 for a short one."""
-    grams = [tuple(token_ids[i : i + size]) for i in range(len(token_ids) - size + 1)]
-    return 1.0 - len(set(grams)) / len(grams) if len(grams) > size else 0.0
-
-
-def rollout_metrics(rollouts: Sequence[ScoredRollout], policy_rollouts: int) -> dict[str, float]:
-    """Summarize how responses end and repeat themselves; with L_seq also rewards, groups, and the judge's share."""
-    metrics = {
-        "truncated": sum(r.rollout.finish_reason == "length" for r in rollouts) / max(len(rollouts), 1),
-        "repetition": sum(repetition(r.rollout.token_ids) for r in rollouts) / max(len(rollouts), 1),
-    }
-    rewarded = [r for r in rollouts if r.reward is not None]
-    if not rewarded:
-        return metrics
-    metrics |= {
-        "reward": sum(r.reward for r in rewarded if r.reward is not None) / len(rewarded),
-        "groups": len(rewarded) / policy_rollouts,
-        "zero_variance_groups": sum(r.zero_variance for r in rewarded) / policy_rollouts,
-    }
-    scores = [r.score for r in rewarded if r.score is not None]
-    names = list(scores[0].terms) if scores else []
-    if len(names) > 1:
-        metrics |= {f"reward_{name}": sum(s.terms[name] for s in scores) / len(scores) for name in names}
-    judged, fallbacks = sum(s.judged for s in scores), sum(s.fallbacks for s in scores)
-    if judged + fallbacks:
-        metrics |= {
-            "judge_fallbacks": fallbacks / (judged + fallbacks),
-            "judge_disagreement": sum(s.disagreements for s in scores) / max(judged, 1),
-        }
-    return metrics

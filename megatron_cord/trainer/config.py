@@ -31,10 +31,13 @@ logger = logging.getLogger(__name__)
 class TrainConfig:
     """How long the run is, and how sequences are put into microbatches."""
 
-    steps: int = 3000  #: optimizer steps; the paper's value
+    steps: int = 3000  #: each trains on rollout.prompts_per_step prompts; the paper's value
     #: the run ends before so many hours are over, all its starts together, with its last checkpoint and evaluation in
     #: time, and counts as finished; whichever of steps and hours is first. Learning rates follow steps alone. 0: no end
     hours: float = 0.0
+    #: a step's samples are split into so many mini-batches, each of which makes an optimizer update; 1 is the paper's
+    minibatches: int = 1
+    passes: int = 1  #: a step goes over its mini-batches so often
     packing: Literal["padded", "packed"] = "padded"  #: sequences padded to the longest, or one after the other
     micro_batch_size: int = 4  #: padded: sequences that go through the model together
     #: packed: tokens that do, student's and teacher's each; a longer sequence goes alone
@@ -46,6 +49,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.max_skipped_in_a_row < 1:
             raise CordError("train.steps and train.max_skipped_in_a_row must be at least 1")
+        if self.minibatches < 1 or self.passes < 1:
+            raise CordError("train.minibatches and train.passes must be at least 1")
         if self.micro_batch_size < 1 or self.tokens_per_microbatch < 1:
             raise CordError("train.micro_batch_size and train.tokens_per_microbatch must be at least 1")
         if self.hours < 0:
@@ -115,6 +120,19 @@ class RunConfig:
             raise CordError(
                 "teacher.checkpoint gives the reference answers, and the servers of rollout.sglang run the student: "
                 "start servers of that checkpoint and name them in teacher.servers"
+            )
+        groups = self.rollout.policy_prompts_per_step if self.objective.policy_gradient.enabled else 0
+        fewest = min(groups or self.rollout.prompts_per_step, self.rollout.prompts_per_step)
+        if self.train.minibatches > fewest:
+            raise CordError(
+                f"train.minibatches={self.train.minibatches} is more than the {fewest} prompts that a step has for "
+                f"{'L_seq (rollout.policy_prompts_per_step)' if groups else 'L_tok (rollout.prompts_per_step)'}: some "
+                "update would have nothing to train on"
+            )
+        if self.rollout.dynamic_sampling and not groups:
+            raise CordError(
+                "rollout.dynamic_sampling needs objective.policy_gradient.enabled=true and "
+                "rollout.policy_prompts_per_step above 0: it replaces groups of L_seq"
             )
         if self.teacher.mode == "ema" and self.objective.responses == "teacher":
             raise CordError(

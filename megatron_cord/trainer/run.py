@@ -24,6 +24,7 @@ from megatron_cord.trainer.building.parts import put_together
 from megatron_cord.trainer.collection import gather_rollouts
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.data_fingerprint import FILE_NAME as DATA_RECORD
+from megatron_cord.trainer.dynamic_sampling import replace_groups
 from megatron_cord.trainer.endings.agreement import any_rank
 from megatron_cord.trainer.observability.logprob_mismatch import check_mismatch
 from megatron_cord.trainer.observability.rollout_dump import read_dump
@@ -136,7 +137,12 @@ class Run:
         if self.config.replay is not None:
             ids = [self._parts.questions.id_of(i) for i in self._source.loader.indices(batch.step)]
             return read_dump(Path(self.config.replay), batch.step + 1, ids)
-        return gather_rollouts(self._source.collector.score(batch, rollouts), self.layout.replica_group)
+        source = self._source
+        scored = source.collector.score(batch, rollouts)
+        if self.config.rollout.dynamic_sampling:
+            engine = source.engine.within(self.layout.replica_group)
+            scored = replace_groups(self.config.rollout, source.collector, batch, scored, engine.generate)
+        return gather_rollouts(scored, self.layout.replica_group)
 
     def update(self, batch: Batch, rollouts: Sequence[ScoredRollout]) -> StepResult:
         """Make one optimizer step: teacher forward, student forward and backward, update."""

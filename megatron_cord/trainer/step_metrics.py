@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_cord.rollout.schedule import staleness
-from megatron_cord.trainer.collection import rollout_metrics
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.observability.logprob_mismatch import importance_metrics, mismatch_metrics
+from megatron_cord.trainer.rollout_metrics import rollout_metrics
 from megatron_cord.trainer.step.step import StepResult
 
 
@@ -23,7 +23,7 @@ def step_metrics(config: RunConfig, result: StepResult, version: int, times: Map
         times: seconds of its rollout.
     """
     rollouts, objective = result.rollouts, config.objective
-    metrics: dict[str, Any] = result.metrics | rollout_metrics(rollouts, config.rollout.policy_rollouts)
+    metrics: dict[str, Any] = result.metrics | rollout_metrics(rollouts, config.rollout, objective)
     metrics |= times
     clip_norm, norm = config.optimizer.clip_norm, metrics["grad_norm"]
     if clip_norm:

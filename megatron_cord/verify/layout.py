@@ -114,7 +114,9 @@ def run_step(config: VerifyLayoutConfig, layout: Layout) -> tuple[Outcome, Outco
         gradients.update(whole_gradients(wrapped))  # the optimizer is about to clip them
 
     model.config.finalize_model_grads_func = finish_and_keep
-    step = TrainStep(wrapped, teacher, optimizer, scheduler, OBJECTIVE, config.train, pad_id=0)
+    step = TrainStep(
+        wrapped, teacher, optimizer, scheduler, OBJECTIVE, config.train, pad_id=0, max_new_tokens=config.sizes.longest
+    )
     result = step(sequences[layout.dp_rank :: layout.dp_size], [s.response for s in sequences])
     weights = {name: tensor.clone() for name, tensor in export_tensors(model)}
     release(wrapped)

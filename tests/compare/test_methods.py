@@ -27,6 +27,7 @@ REQUIRED = ("output_dir=x", "model.checkpoint=x", "data.train=x", "data.evaluati
 SAMPLED = {
     "sft": (0, 0), "off_policy_kl": (0, 0), "grpo": (0, 6), "reverse_kl": (4, 0), "sampled": (4, 0), "jsd": (4, 0),
     "cord": (4, 6), "weighted_kl": (4, 0), "grpo_reverse_kl": (4, 6),
+    "grpo_clipped": (0, 6), "dr_grpo": (0, 6), "dapo": (0, 6), "gspo": (0, 6), "cispo": (0, 6),
 }  # fmt: skip
 
 

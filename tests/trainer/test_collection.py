@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, local
 from typing import Any
 
 import pytest
@@ -17,13 +20,11 @@ from megatron_cord.reward import Rewards
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.config import RolloutConfig
 from megatron_cord.rollout.types import GenerationRequest, ScoredRollout
-from megatron_cord.trainer.collection import (
-    Collector,
-    draw_seed,
-    repetition,
-    rollout_metrics,
-)
+from megatron_cord.trainer import dynamic_sampling
+from megatron_cord.trainer.collection import Collector, draw_seed
+from megatron_cord.trainer.dynamic_sampling import replace_groups
 from megatron_cord.trainer.reference_answers import ReferenceAnswers
+from megatron_cord.trainer.rollout_metrics import repetition, rollout_metrics
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from tests.tiny_run import NUMBERS, make_samples
 from tests.trainer.scripted_engine import ScriptedEngine
@@ -105,10 +106,13 @@ def test_groups_and_advantages(prompts: PromptBuilder, tmp_path: Path) -> None:
         (i, False) for i in range(4, 7)
     ]
     assert all((s.teacher is not None) == s.response.distilled and s.student.clips for s in made)
-    metrics, cut = rollout_metrics(collected, 3), sum(c.rollout.finish_reason == "length" for c in collected)
+    metrics, cut = (
+        rollout_metrics(collected, ROLLOUT, ObjectiveConfig()),
+        sum(c.rollout.finish_reason == "length" for c in collected),
+    )
     always = {"truncated": cut / 10, "repetition": 0.0}
     assert metrics == always | {"reward": pytest.approx(sum(rewards) / 6), "groups": 2, "zero_variance_groups": 1}
-    assert set(rollout_metrics(collected[:4], 3)) == set(always)
+    assert set(rollout_metrics(collected[:4], ROLLOUT, ObjectiveConfig())) == set(always)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -124,6 +128,66 @@ def test_ranks_share_the_step(prompts: PromptBuilder, tmp_path: Path, world: int
     assert sorted(parts, key=lambda rollout: rollout.order) == whole
     indices = [sequence.index for batch in batches for sequence in collector.sequences(batch, whole)]
     assert sorted(indices) == [s.index for s in collector.sequences(batch_of(collector, step=3), whole)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_groups_of_equal_rewards_are_replaced(prompts: PromptBuilder, tmp_path: Path, world: int) -> None:
+    """Catches groups whose replacement depends on the ranks, rounds that never end, and prompts of another step."""
+    rollout = replace(ROLLOUT, dynamic_sampling=3)  # the second group is of equal rewards, and so are all others
+    collector = make_collector(prompts, tmp_path, rollout=rollout)
+    assert collector.answered_per_step == 4
+    parts = [batch_of(collector, 3, rank, world) for rank in range(world)]
+    collected = run_rounds(collector, rollout, parts)
+    groups = {c.position: c for c in collected if c.draw == 1}
+    assert {position: c.role for position, c in groups.items()} == {
+        0: "policy", 1: "policy", 2: "replaced", 3: "replaced"
+    }  # fmt: skip
+    assert [c.zero_variance for c in groups.values()] == [False, True, True, True]
+    metrics = rollout_metrics(collected, rollout, ObjectiveConfig())
+    assert (metrics["groups"], metrics["zero_variance_groups"], metrics["replaced_groups"]) == (2, 1, 2)
+
+
+def run_rounds(collector: Collector, config: RolloutConfig, parts: list[Batch]) -> list[ScoredRollout]:
+    """Return what all data-parallel ranks collect, each a thread of this process, which exchange their groups."""
+    barrier, mine = Barrier(len(parts)), list[Any]([None] * len(parts))
+
+    def rank(number: int) -> list[ScoredRollout]:
+        def exchange(value: Any) -> list[Any]:
+            mine[number] = value
+            barrier.wait(30)
+            everyone = list(mine)
+            barrier.wait(30)
+            return everyone
+
+        exchanges.value = exchange
+        batch = parts[number]
+        return replace_groups(config, collector, batch, score(collector, batch), engine_of(collector).generate)
+
+    exchanges = local()
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(parts)) as pool:
+        patch.setattr(dynamic_sampling, "all_gather_json", lambda value: exchanges.value(value))
+        shares = list(pool.map(rank, range(len(parts))))
+    return sorted((c for share in shares for c in share), key=lambda c: c.order)
+
+
+def test_filtered_responses_have_no_part_in_l_seq(prompts: PromptBuilder, tmp_path: Path) -> None:
+    """Catches responses that were cut and are trained on, or are left out of L_tok where they have a part in it."""
+    for share in (False, True):
+        rollout = replace(ROLLOUT, share=share)
+        policy = PolicyGradientConfig(filter_truncated=True)
+        collector = make_collector(prompts, tmp_path, rollout=rollout, policy_gradient=policy)
+        batch = batch_of(collector, step=3)
+        collected = score(collector, batch)
+        first = next(i for i, c in enumerate(collected) if c.draw and not c.zero_variance)
+        cut = replace(collected[first].rollout, finish_reason="length")
+        collected[first] = replace(collected[first], rollout=cut)
+        assert collected[first].advantage != 0
+        made = {s.index: s for s in collector.sequences(batch, collected)}
+        assert (first in made) == share and first + 1 in made and made[first + 1].response.advantage != 0
+        if share:
+            assert made[first].response.advantage == 0 and made[first].response.distilled
+        objective = collector.objective
+        assert rollout_metrics(collected, rollout, objective)["filtered"] == pytest.approx(1 / 6)
 
 
 def test_views_are_those_that_a_step_needs(prompts: PromptBuilder, tmp_path: Path) -> None:

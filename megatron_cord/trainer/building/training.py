@@ -59,7 +59,9 @@ def build_training(
     teacher = Teacher(config.teacher, student, config.model.checkpoint, has_trained="language_model" in trained)
     model = wrap_model(config.optimizer, student)
     optimizer, scheduler = build_optimizer(config.optimizer, model, config.train.steps, rates)
-    step = TrainStep(model, teacher, optimizer, scheduler, config.objective, config.train, pad_id)
+    step = TrainStep(
+        model, teacher, optimizer, scheduler, config.objective, config.train, pad_id, config.rollout.max_new_tokens
+    )
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint, model, optimizer, teacher.average)
     elif start.weights is not None and config.init_optimizer:

@@ -22,6 +22,7 @@ from megatron_cord.model.lalm import ModelInput
 from megatron_cord.parallel.sequence_sharding import SequenceSharding
 from megatron_cord.rollout.types import Rollout, ScoredRollout
 from megatron_cord.trainer.step.packing import pack
+from megatron_cord.trainer.step.token_layout import Rows, pack_sequences, pad_sequences, round_up
 
 
 class Batching(Protocol):
@@ -40,6 +41,16 @@ class Batching(Protocol):
     @property
     def tokens_per_microbatch(self) -> int:
         """Of packed microbatches: tokens."""
+        ...
+
+    @property
+    def minibatches(self) -> int:
+        """Updates on disjoint shares of a step's rollouts."""
+        ...
+
+    @property
+    def passes(self) -> int:
+        """How often a step goes over its rollouts."""
         ...
 
 
@@ -76,19 +87,6 @@ class TrainingSequence:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """Where this rank's hidden states predict the response's tokens.
-
-    Attributes:
-        rows: int64 [n], rows of the hidden states, flattened from [S/CP, B] (packed: [T/CP, 1]).
-        tokens: int64 [n], which of the microbatch's N tokens they predict, ascending; None for all of them in order.
-    """
-
-    rows: Tensor
-    tokens: Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
 class Microbatch:
     """Sequences that go through the model together; either all of them have a part in L_tok or none has.
 
@@ -99,9 +97,12 @@ class Microbatch:
         target_ids: int64 [n], the response's tokens.
         positions: int64 [n], where in its response each is, from 0.
         cu_seqlens: int64 [B + 1], where each response begins among the n.
+        lengths: int64 [B], of the whole responses.
         engine_logprobs: float32 [n].
         advantages: float32 [B].
         sequences: what it was made of.
+        old_logprobs: float32 [n], the student's before the first of several updates, on the last stage; None where
+            there is a single one.
     """
 
     student: ModelInput
@@ -111,9 +112,11 @@ class Microbatch:
     target_ids: Tensor
     positions: Tensor
     cu_seqlens: Tensor
+    lengths: Tensor
     engine_logprobs: Tensor
     advantages: Tensor
     sequences: tuple[TrainingSequence, ...]
+    old_logprobs: Tensor | None = None
 
     @property
     def scored(self) -> bool:
@@ -163,7 +166,7 @@ def _neighbours(sequences: list[TrainingSequence], size: int) -> list[tuple[Trai
 def _packed(
     sequences: list[TrainingSequence], config: Batching, sharding: SequenceSharding
 ) -> list[tuple[TrainingSequence, ...]]:
-    lengths = [_round_up(max(s.student_tokens, s.teacher_tokens), sharding.chunks) for s in sequences]
+    lengths = [round_up(max(s.student_tokens, s.teacher_tokens), sharding.chunks) for s in sequences]
     return [tuple(sequences[i] for i in box) for box in pack(lengths, config.tokens_per_microbatch)]
 
 
@@ -171,7 +174,7 @@ def _microbatch(
     sequences: tuple[TrainingSequence, ...], packed: bool, pad_id: int, sharding: SequenceSharding, device: torch.device
 ) -> Microbatch:
     responses = [s.rollout.token_ids for s in sequences]
-    lay_out = _pack if packed else _pad
+    lay_out = pack_sequences if packed else pad_sequences
     student, student_rows = lay_out([s.student for s in sequences], responses, pad_id, sharding, device)
     teacher, teacher_rows = None, None
     prompts = [s.teacher for s in sequences if s.teacher is not None]
@@ -190,93 +193,10 @@ def _microbatch(
         target_ids=torch.tensor([t for r in responses for t in r], dtype=torch.int64)[tokens].to(device),
         positions=(tokens - response_cu_seqlens[sequence[tokens]]).to(device),
         cu_seqlens=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(device),
+        lengths=lengths.to(device),
         engine_logprobs=torch.tensor([p for s in sequences for p in s.rollout.logprobs], dtype=torch.float32)[
             tokens
         ].to(device),
         advantages=torch.tensor([s.response.advantage for s in sequences], dtype=torch.float32, device=device),
         sequences=sequences,
     )
-
-
-def _pad(
-    prompts: list[Prompt],
-    responses: list[tuple[int, ...]],
-    pad_id: int,
-    sharding: SequenceSharding,
-    device: torch.device,
-) -> tuple[ModelInput, Rows]:
-    """Lay out prompt, response and padding of each sequence in a row of its own."""
-    size = len(prompts)
-    longest = max(len(p.token_ids) + len(r) for p, r in zip(prompts, responses, strict=True))
-    longest = _round_up(longest, sharding.multiple_of)
-    token_ids = torch.full((size, longest), pad_id, dtype=torch.int64)
-    positions: list[int] = []
-    columns: list[int] = []
-    for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        start = len(prompt.token_ids)
-        token_ids[b, : start + len(response)] = torch.tensor(prompt.token_ids + response)
-        positions += range(
-            start - 1, start - 1 + len(response)
-        )  # the hidden state at position p predicts the token at p + 1
-        columns += [b] * len(response)
-    return _model_input(prompts, token_ids, None, device), _rows(
-        positions, columns, size, (0, longest), sharding, device
-    )
-
-
-def _pack(
-    prompts: list[Prompt],
-    responses: list[tuple[int, ...]],
-    pad_id: int,
-    sharding: SequenceSharding,
-    device: torch.device,
-) -> tuple[ModelInput, Rows]:
-    """Lay out sequences one after the other, each with its padding; the last is padded to what all of them need."""
-    token_ids: list[int] = []
-    cu_seqlens = [0]
-    positions: list[int] = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        start = cu_seqlens[-1] + len(prompt.token_ids)
-        positions += range(start - 1, start - 1 + len(response))
-        token_ids += prompt.token_ids + response
-        last = len(cu_seqlens) == len(prompts)
-        # Each sequence is cut into chunks; the whole, then, by sequence parallelism.
-        cu_seqlens.append(
-            _round_up(len(token_ids), sharding.multiple_of)
-            if last
-            else cu_seqlens[-1] + _round_up(start - cu_seqlens[-1] + len(response), sharding.chunks)
-        )
-        token_ids += [pad_id] * (cu_seqlens[-1] - len(token_ids))
-    model_input = _model_input(prompts, torch.tensor([token_ids]), tuple(cu_seqlens), device)
-    return model_input, _rows(positions, [0] * len(positions), 1, cu_seqlens, sharding, device)
-
-
-def _model_input(
-    prompts: list[Prompt], token_ids: Tensor, cu_seqlens: tuple[int, ...] | None, device: torch.device
-) -> ModelInput:
-    clips = [clip for prompt in prompts for clip in prompt.clips]
-    features = torch.stack([clip.features for clip in clips]).to(device) if clips else None
-    frames = torch.tensor([clip.num_frames for clip in clips], device=device) if clips else None
-    return ModelInput(token_ids.to(device), features, frames, tuple(p.sample_id for p in prompts), cu_seqlens)
-
-
-def _rows(
-    positions: list[int],
-    columns: list[int],
-    width: int,
-    cu_seqlens: Sequence[int],
-    sharding: SequenceSharding,
-    device: torch.device,
-) -> Rows:
-    """Find the tokens, predicted at (position, column) of [S, width], that this rank predicts, and their rows."""
-    mine = sharding.rows(cu_seqlens)
-    here = torch.full((cu_seqlens[-1],), -1)
-    here[mine] = torch.arange(len(mine))
-    local = here[torch.tensor(positions, dtype=torch.int64)]
-    tokens = (local >= 0).nonzero().squeeze(1)
-    rows = local * width + torch.tensor(columns, dtype=torch.int64)
-    return Rows(rows[tokens].to(device), None if sharding.cp == 1 else tokens.to(device))
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

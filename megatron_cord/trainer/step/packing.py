@@ -1,8 +1,14 @@
-"""How sequences are put into microbatches of a token budget. Plain lists of numbers in and out."""
+"""How a step's rollouts are dealt to mini-batches, and sequences to microbatches of a token budget.
+
+A mini-batch is what an update trains on, the same on every layout; a microbatch is what goes through the model at a
+time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from megatron_cord.rollout.types import ScoredRollout
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -28,3 +34,27 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
         boxes[box].append(item)
         room[box] -= lengths[item]
     return [sorted(items) for items in boxes]
+
+
+def split_minibatches(rollouts: Sequence[ScoredRollout], count: int) -> list[list[int]]:
+    """Deal the step's rollouts to mini-batches, in the order of their samples; a group stays together.
+
+    Responses of L_tok alone and groups are dealt apart, each kind evenly, so the two losses keep their proportion. A
+    stretch of samples makes a mini-batch, so data-parallel ranks, which hold every DP-th sample, have equal shares.
+
+    Args:
+        rollouts: of the step on all data-parallel ranks; those of replaced groups are in no mini-batch.
+        count: of mini-batches.
+
+    Returns:
+        for each mini-batch the indices of its rollouts, ascending; none where there are fewer samples than
+        mini-batches.
+    """
+    minibatches: list[list[int]] = [[] for _ in range(count)]
+    for grouped in (False, True):
+        members = [i for i, r in enumerate(rollouts) if (r.draw > 0) == grouped and (r.distilled or r.in_group)]
+        positions = sorted({rollouts[i].position for i in members})
+        number = {position: place * count // len(positions) for place, position in enumerate(positions)}
+        for i in members:
+            minibatches[number[rollouts[i].position]].append(i)
+    return [sorted(minibatch) for minibatch in minibatches]

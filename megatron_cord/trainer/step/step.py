@@ -1,12 +1,10 @@
-"""One optimizer step: teacher forward, student forward and backward through the pipeline, update."""
+"""One training step: teacher forward, student forward and backward through the pipeline, update; or several updates."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,14 +14,18 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_cord.losses import token_logprobs_from_hidden
 from megatron_cord.model.lalm import LALM
-from megatron_cord.parallel.objects import all_gather_json
-from megatron_cord.rollout.types import Rollout, ScoredRollout, TokenResults
+from megatron_cord.rollout.types import ScoredRollout, TokenResults
 from megatron_cord.trainer.step.batches import Batching, Microbatch, TrainingSequence, make_microbatches
-from megatron_cord.trainer.step.objective import GlobalCounts, MicrobatchLoss, ObjectiveConfig, microbatch_loss
+from megatron_cord.trainer.step.measurements import measure_step
+from megatron_cord.trainer.step.microbatch_loss import MicrobatchLoss, microbatch_loss
+from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig
 from megatron_cord.trainer.step.optimizer.building import gradients_are_finite, join_reduction
 from megatron_cord.trainer.step.optimizer.schedule import RateScheduler
-from megatron_cord.trainer.step.teacher import Teacher, whole_tokens
+from megatron_cord.trainer.step.packing import split_minibatches
+from megatron_cord.trainer.step.teacher import Teacher
+from megatron_cord.trainer.step.token_results import gather_token_results
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class StepResult:
     Attributes:
         metrics: scalars by name.
         rollouts: of the step over all ranks, with the token results of those that were trained on.
-        skipped: the update was left out because the loss or a gradient was not finite.
+        skipped: an update was left out because the loss or a gradient was not finite.
     """
 
     metrics: dict[str, float]
@@ -49,8 +51,9 @@ class TrainStep:
         teacher: the teacher.
         optimizer, scheduler: of the student.
         objective: what is minimised.
-        batches: how sequences are put into microbatches.
+        batches: how sequences are put into mini-batches, each of which makes an update, and microbatches.
         pad_id: fills padding.
+        max_new_tokens: of the longest possible response.
     """
 
     def __init__(
@@ -62,9 +65,11 @@ class TrainStep:
         objective: ObjectiveConfig,
         batches: Batching,
         pad_id: int,
+        max_new_tokens: int,
     ) -> None:
         self.model, self.teacher, self.optimizer, self.scheduler = model, teacher, optimizer, scheduler
         self.objective, self.batches, self.pad_id = objective, batches, pad_id
+        self.max_new_tokens = max_new_tokens
         self.lalm: LALM = model.module
         self.layout = self.lalm.layout
 
@@ -76,53 +81,88 @@ class TrainStep:
             rollouts: of the step on all data-parallel ranks, the same everywhere; zero-variance groups, which are not
                 trained on, count in L_seq's denominator.
         """
-        started = time.perf_counter()
-        counts = GlobalCounts(
-            self._count([r.rollout for r in rollouts if r.distilled]),
-            self._count([r.rollout for r in rollouts if r.in_group]),
-        )
-        microbatches = self._microbatches(sequences)
-        teacher_hidden = self.teacher.hidden_states(microbatches)
-        teacher_done = time.perf_counter()
-        objective = self.objective.at(self.scheduler.num_steps)
-        losses = self._forward_backward(microbatches, teacher_hidden, counts, objective)
-        tokens = self._gather_tokens(microbatches, losses)
-        finite = self._everywhere(
-            all(bool(torch.isfinite(loss.total)) for loss in losses) and gradients_are_finite(self.model)
-        )
-        rates = self.scheduler.rates()
-        grad_norm = float("nan")
-        if finite:
-            _, grad_norm, _ = self.optimizer.step()
-            self.teacher.follow()
+        timer = _Timer()
+        parts = split_minibatches(rollouts, self.batches.minibatches)
+        own = {s.index: s for s in sequences}
+        batches = [self._microbatches([own[i] for i in part if i in own]) for part in parts]
+        updates = len(parts) * self.batches.passes
+        if updates > 1 and self.objective.responses == "student":
+            batches = [self._with_old_logprobs(batch) for batch in batches]
+        objective, rates = self.objective.at(self.scheduler.num_steps), self.scheduler.rates()
+        tokens: dict[int, TokenResults] = {}
+        losses: list[MicrobatchLoss] = []
+        norms: list[float] = []
+        for number in range(updates):
+            part = number % len(parts)
+            counts = GlobalCounts.of(self.objective, [rollouts[i] for i in parts[part]], self.max_new_tokens)
+            made, norm = self._update(batches[part], counts, objective, timer)
+            losses += made
+            norms += [] if norm is None else [norm]
+            if number < len(parts):
+                tokens |= gather_token_results(batches[part], made, self.layout)
         self.scheduler.step(increment=1)
         done = [replace(rollout, tokens=tokens.get(index)) for index, rollout in enumerate(rollouts)]
-        metrics = self._metrics(losses, done) | {
-            "grad_norm": float(grad_norm or 0.0),
+        metrics = measure_step(losses, done, updates, self.objective, self.layout) | {
+            "grad_norm": sum(norms) / len(norms) if norms else float("nan"),
             **rates,
-            "seconds_teacher": teacher_done - started,
-            "seconds_train": time.perf_counter() - teacher_done,
+            "seconds_teacher": timer.teacher,
+            "seconds_train": time.perf_counter() - timer.started - timer.teacher,
         }
         if objective.policy_gradient.weight_schedule.kind != "constant":
             metrics["policy_weight"] = objective.policy_gradient.weight
-        return StepResult(metrics, done, skipped=not finite)
+        if updates > 1:
+            metrics |= {"updates": float(len(norms))}
+        return StepResult(metrics, done, skipped=len(norms) < updates)
 
     def score(self, sequences: Sequence[TrainingSequence]) -> dict[int, TokenResults]:
         """Compute token results of sequences, by their index, without training on them. Collective like a step."""
         microbatches = self._microbatches(sequences)
         teacher_hidden = self.teacher.hidden_states(microbatches)
         losses = self._forward_backward(microbatches, teacher_hidden, GlobalCounts(1, 1), self.objective, train=False)
-        return self._gather_tokens(microbatches, losses)
+        return gather_token_results(microbatches, losses, self.layout)
 
-    def _count(self, rollouts: list[Rollout]) -> int:
-        """Return what a loss over these responses is divided by; at least 1."""
-        by_token = self.objective.normalization == "token"
-        return max(1, sum(len(r.token_ids) for r in rollouts) if by_token else len(rollouts))
+    def _update(
+        self, microbatches: list[Microbatch], counts: GlobalCounts, objective: ObjectiveConfig, timer: _Timer
+    ) -> tuple[list[MicrobatchLoss], float | None]:
+        """Make one update; return the microbatches' losses, and the gradient norm, None where it was skipped."""
+        before = time.perf_counter()
+        teacher_hidden = self.teacher.hidden_states(microbatches)
+        timer.teacher += time.perf_counter() - before
+        losses = self._forward_backward(microbatches, teacher_hidden, counts, objective)
+        finite = self._everywhere(
+            all(bool(torch.isfinite(loss.total)) for loss in losses) and gradients_are_finite(self.model)
+        )
+        if not finite:
+            return losses, None
+        _, grad_norm, _ = self.optimizer.step()
+        self.teacher.follow()
+        return losses, float(grad_norm or 0.0)
 
     def _microbatches(self, sequences: Sequence[TrainingSequence]) -> list[Microbatch]:
         return make_microbatches(
             sequences, self.batches, self.pad_id, self.layout.sequence_sharding, self.layout.device
         )
+
+    def _with_old_logprobs(self, microbatches: list[Microbatch]) -> list[Microbatch]:
+        """Score the responses before the first of several updates, without a teacher."""
+        old: list[Tensor] = []
+
+        def loss_func(batch: Microbatch, teacher: Tensor | None, rows: Tensor) -> Tensor:
+            stats = token_logprobs_from_hidden(
+                rows,
+                self.lalm.output_weight,
+                batch.target_ids,
+                vocab_size=self.lalm.arch.language.vocab_size,
+                tp_group=self.layout.tp_group,
+                backend=self.objective.backend,
+                check_finite=False,  # the update that follows is skipped
+            )
+            old.append(stats.student_logprob.detach())
+            return stats.student_logprob.new_zeros(())
+
+        with torch.no_grad():
+            self._pipeline(microbatches, [None] * len(microbatches), loss_func, train=False)
+        return [replace(m, old_logprobs=o) for m, o in zip(microbatches, old, strict=True)] if old else microbatches
 
     def _forward_backward(
         self,
@@ -136,26 +176,48 @@ class TrainStep:
         """Run the pipeline schedule; return the microbatches' losses on the last stage and nothing elsewhere."""
         losses: list[MicrobatchLoss] = []
 
+        def loss_func(batch: Microbatch, teacher: Tensor | None, rows: Tensor) -> Tensor:
+            loss = microbatch_loss(
+                objective,
+                counts,
+                batch,
+                rows,
+                self.lalm.output_weight,
+                teacher,
+                None if teacher is None else self.teacher.output_weight,
+                self.lalm.arch.language.vocab_size,
+                self.layout.tp_group,
+                self.layout.cp_group,
+            )
+            losses.append(loss)
+            return loss.total
+
+        self._pipeline(microbatches, teacher_hidden, loss_func, train=train)
+        return losses
+
+    def _pipeline(
+        self,
+        microbatches: list[Microbatch],
+        teacher_hidden: list[Tensor | None],
+        loss_of: Callable[[Microbatch, Tensor | None, Tensor], Tensor],
+        *,
+        train: bool,
+    ) -> None:
+        """Run the student's forward passes, and where it trains the backward passes, through the pipeline schedule.
+
+        Args:
+            microbatches: of this rank.
+            teacher_hidden: of each.
+            loss_of: called on the last stage with a microbatch, its teacher's hidden states and the student's [n, H].
+            train: whether there are backward passes.
+        """
+
         def forward_step(batches: Any, model: Any) -> Any:
             batch, teacher = next(batches)
 
             def loss_func(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.student_rows.rows)
-                teacher_weight = None if teacher is None else self.teacher.output_weight
-                loss = microbatch_loss(
-                    objective,
-                    counts,
-                    batch,
-                    rows,
-                    self.lalm.output_weight,
-                    teacher,
-                    teacher_weight,
-                    self.lalm.arch.language.vocab_size,
-                    self.layout.tp_group,
-                    self.layout.cp_group,
-                )
-                losses.append(loss)
-                return loss.total, torch.tensor(1, device=hidden.device), {}
+                return loss_of(batch, teacher, rows), torch.tensor(1, device=hidden.device), {}
 
             return model(batch.student), loss_func
 
@@ -177,57 +239,16 @@ class TrainStep:
             self.lalm.config.finalize_model_grads_func(
                 [self.model], None, pg_collection=self.layout.groups
             )  # the others wait in it
-        return losses
-
-    def _gather_tokens(self, microbatches: list[Microbatch], losses: list[MicrobatchLoss]) -> dict[int, TokenResults]:
-        """Token results of all sequences of the step, by index, on every rank."""
-        mine: list[list[Any]] = []
-        if losses and dist.get_rank(self.layout.tp_group) == 0:
-            for batch, loss in zip(microbatches, losses, strict=True):
-                fields, stats, taught = [], loss.stats, batch.teacher is not None
-                kl, teacher_logprob = (stats.kl, stats.teacher_logprob) if taught else (None, None)
-                for values in (kl, loss.weights, stats.student_logprob, teacher_logprob):
-                    whole = (
-                        None
-                        if values is None
-                        else whole_tokens(values, batch.student_rows, batch.num_tokens, self.layout.cp_group)
-                    )
-                    fields.append(None if whole is None else whole.float().tolist())
-                borders = accumulate((len(s.rollout.token_ids) for s in batch.sequences), initial=0)
-                for sequence, (start, end) in zip(batch.sequences, pairwise(borders), strict=True):
-                    mine.append([sequence.index, *(None if f is None else f[start:end] for f in fields)])
-        if dist.get_rank(self.layout.cp_group) > 0:
-            mine = []  # the first of them has the same
-        return {index: TokenResults(*fields) for part in all_gather_json(mine) for index, *fields in part}
 
     def _everywhere(self, good: bool) -> bool:
         flag = torch.tensor(float(good), device=self.layout.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag)
 
-    def _metrics(self, losses: list[MicrobatchLoss], rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
-        sums = torch.zeros(4, dtype=torch.float64, device=self.layout.device)
-        if losses and dist.get_rank(self.layout.tp_group) == 0:
-            for loss in losses:
-                entropy = loss.stats.entropy
-                sums += torch.stack(
-                    [
-                        loss.token.double(),
-                        loss.sequence.double(),
-                        entropy.double().sum(),
-                        torch.tensor(float(entropy.numel()), dtype=torch.float64, device=entropy.device),
-                    ]
-                )
-        dist.all_reduce(sums)
-        token, sequence, entropy_sum, tokens = sums.tolist()
-        trained = [r for r in rollouts if r.tokens is not None]
-        kl = [value for r in trained if r.tokens is not None and r.tokens.kl is not None for value in r.tokens.kl]
-        unknown = math.nan  # where nothing was trained on, there is no mean: a zero would look like a collapse
-        return {
-            "loss": token + sequence,
-            "loss_token": token,
-            "loss_sequence": sequence,
-            "entropy": entropy_sum / tokens if tokens else unknown,
-            "kl": sum(kl) / len(kl) if kl else unknown,
-            "response_tokens": sum(len(r.rollout.token_ids) for r in trained) / len(trained) if trained else unknown,
-        }
+
+@dataclass
+class _Timer:
+    """Seconds of a step."""
+
+    started: float = field(default_factory=time.perf_counter)
+    teacher: float = 0.0  #: of its passes

@@ -17,8 +17,9 @@ from megatron_cord.convert import read_into
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
-from megatron_cord.trainer.step.batches import Microbatch, Rows
+from megatron_cord.trainer.step.batches import Microbatch
 from megatron_cord.trainer.step.moving_average import MovingAverage
+from megatron_cord.trainer.step.token_layout import Rows
 
 
 @dataclass(frozen=True)

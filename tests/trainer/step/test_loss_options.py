@@ -20,9 +20,12 @@ from megatron_cord.losses import (
 from megatron_cord.losses.implementations import output_layer
 from megatron_cord.model.lalm import ModelInput
 from megatron_cord.rollout.types import Rollout, ScoredRollout
-from megatron_cord.trainer.step import objective, teacher
-from megatron_cord.trainer.step.batches import Microbatch, Rows, TrainingSequence
-from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig, microbatch_loss
+from megatron_cord.trainer.step import microbatch_loss as microbatch_loss_module
+from megatron_cord.trainer.step import teacher
+from megatron_cord.trainer.step.batches import Microbatch, TrainingSequence
+from megatron_cord.trainer.step.microbatch_loss import microbatch_loss
+from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig
+from megatron_cord.trainer.step.token_layout import Rows
 
 
 def batch_of(lengths: list[int]) -> Microbatch:
@@ -38,6 +41,7 @@ def batch_of(lengths: list[int]) -> Microbatch:
         target_ids=torch.randint(0, 11, (tokens,), generator=generator),
         positions=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        lengths=torch.tensor(lengths),
         engine_logprobs=torch.zeros(tokens),
         advantages=torch.zeros(len(lengths)),
         sequences=tuple(TrainingSequence(Prompt("s", ()), None, response, i) for i in range(len(lengths))),
@@ -73,13 +77,13 @@ def test_gradients_do_not_depend_on_the_implementation(monkeypatch: pytest.Monke
     )  # chunks of at most 3 tokens, or of one longer response
     batch = replace(batch_of([4, 0, 2, 1]), advantages=torch.tensor([0.5, 0.0, -1.0, 0.5]))
     hidden, weight, other = torch.randn(3, 16, 6, generator=torch.Generator().manual_seed(1)).unbind(0)
-    calls, terms = [], objective._terms
+    calls, terms = [], microbatch_loss_module._terms
 
     def noted(*arguments: Any) -> Any:
         calls.append(arguments[3])
         return terms(*arguments)
 
-    monkeypatch.setattr(objective, "_terms", noted)
+    monkeypatch.setattr(microbatch_loss_module, "_terms", noted)
     gradients = {}
     for implementation in ("cached_grad", "recompute", "fused", "auto"):
         config = ObjectiveConfig(implementation=implementation)

@@ -13,8 +13,10 @@ from megatron_cord.errors import CordError
 from megatron_cord.losses import DivergenceConfig, PolicyGradientConfig, TokenWeightsConfig
 from megatron_cord.model.lalm import ModelInput
 from megatron_cord.rollout.types import Role, Rollout, ScoredRollout
-from megatron_cord.trainer.step.batches import Microbatch, Rows, TrainingSequence
-from megatron_cord.trainer.step.objective import GlobalCounts, MicrobatchLoss, ObjectiveConfig, microbatch_loss
+from megatron_cord.trainer.step.batches import Microbatch, TrainingSequence
+from megatron_cord.trainer.step.microbatch_loss import MicrobatchLoss, microbatch_loss
+from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig
+from megatron_cord.trainer.step.token_layout import Rows
 
 LENGTHS, HIDDEN, VOCABULARY, PADDED = [5, 1, 4], 6, 11, 16
 TOKENS = sum(LENGTHS)
@@ -49,6 +51,7 @@ def make_batch(advantages: list[float], *, scored: bool = True) -> Microbatch:
         target_ids=torch.randint(0, VOCABULARY, (TOKENS,), generator=generator),
         positions=torch.cat([torch.arange(length) for length in LENGTHS]),
         cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0),
+        lengths=torch.tensor(LENGTHS),
         engine_logprobs=-3 * torch.rand(TOKENS, generator=generator),
         advantages=torch.tensor(advantages),
         sequences=sequences,
@@ -70,7 +73,7 @@ def expected(config: ObjectiveConfig, batch: Microbatch, values: dict[str, Tenso
     log_q = (values["teacher"].double() @ values["teacher_weight"].double().T)[:, :VOCABULARY].log_softmax(-1)
     token_loss, sequence_loss, start = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
     for length, advantage in zip(LENGTHS, batch.advantages.tolist(), strict=True):
-        divergences = []
+        divergences, chosen_terms, ratios = [], list[Tensor](), list[float]()
         for n in range(start, start + length):
             chosen = log_p[n, int(batch.target_ids[n])]
             middle = (config.divergence.beta * log_q[n].exp() + (1 - config.divergence.beta) * log_p[n].exp()).log()
@@ -87,10 +90,16 @@ def expected(config: ObjectiveConfig, batch: Microbatch, values: dict[str, Tenso
                 "nll": -chosen,
                 "none": torch.zeros(()),
             }[config.divergence.kind])  # fmt: skip
-            if config.policy_gradient.enabled:
-                sequence_loss = (
-                    sequence_loss - config.policy_gradient.weight * advantage * ratio * chosen / COUNTS.policy
-                )
+            chosen_terms.append(chosen)
+            ratios.append(ratio)
+        policy = config.policy_gradient
+        for chosen, ratio in zip(chosen_terms, ratios, strict=True) if policy.enabled else ():
+            term, factor = chosen, ratio
+            if policy.surrogate == "clipped":  # of a single update: nothing is clipped
+                term = (chosen - chosen.detach()).exp()
+                factor = sum(ratios) / length if policy.ratio == "sequence" else ratio
+            mean = length if policy.normalization == "response_mean" else 1
+            sequence_loss = sequence_loss - policy.weight * advantage * factor * term / mean / COUNTS.policy
         largest = sorted(range(length), key=lambda t: -float(divergences[t]))[: config.token_weights.top_k]
         for t in range(length):
             weight = 1.0
