@@ -23,7 +23,7 @@ from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig
 from megatron_cord.rollout.types import GenerationRequest
 from megatron_cord.rollout.weights import PlainWeights
 from tests.integration.sglang.conftest import PYTHON, write_talking_step_audio_2
-from tests.integration.sglang.test_engine import compare
+from tests.integration.sglang.test_engine import compare, conversations
 from tests.tiny_run import finish, make_samples, metrics, overrides, start, write_shards
 
 pytestmark = [
@@ -47,8 +47,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
 
 
 def questions(checkpoint: Path) -> list[GenerationRequest]:
-    """Return a hundred spoken ones, of several clips each, and as many written ones."""
+    """Return a hundred spoken ones, of several clips each, as many written ones, and ten conversations of both."""
     prompts, samples = PromptBuilder(checkpoint, long_audio="cut"), make_samples(100, seed=7)
+    samples += [sample for sample in conversations(20) if sample.system is None]  # a word that the tokenizer lacks
     made = [prompts.audio_prompt(sample) for sample in samples] + [prompts.text_prompt(sample) for sample in samples]
     assert max(len(prompt.clips) for prompt in made) > 1
     return [GenerationRequest(prompt, 0.0, 12, i) for i, prompt in enumerate(made)]
