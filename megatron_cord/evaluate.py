@@ -22,6 +22,7 @@ from rich.table import Table
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.data.sets import open_evaluation
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import HELDOUT
 from megatron_cord.evaluation.files import FOLDER
@@ -107,7 +108,7 @@ def _evaluator(config: RunConfig, prompts: PromptBuilder, layout: Layout) -> Eva
         )
     sets = {name: load_set(given) for name, given in config.evaluation.sets.items()}
     if config.data.evaluation:
-        shards = config.data.open("evaluation", prompts.limits)
+        shards = open_evaluation(config.data, prompts.limits)
         sets[HELDOUT] = shard_questions(shards, config.evaluation.samples)
     compares = config.evaluation.comparer == "judge"
     if compares and not ready:

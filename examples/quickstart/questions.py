@@ -16,7 +16,7 @@ from functools import cache
 from typing import Literal
 
 from megatron_cord.data.number_words import cardinal
-from megatron_cord.data.order import permutation
+from megatron_cord.data.ordering.order import permutation
 from megatron_cord.errors import CordError
 
 Operation = Literal["plus", "minus"]

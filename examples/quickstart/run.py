@@ -83,6 +83,7 @@ QUICKSTART = Example(
 def prepare(example: Example, root: Path, config: RunConfig, console: Console) -> None:
     """Make the spoken data and the warmed-up checkpoint that the configuration names, where they are missing."""
     columns = (TextColumn("speaking {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    assert isinstance(config.data.train, str), "an example trains on the one set that it makes"
     data = {
         "train": Path(config.data.train),
         "heldout": Path(config.data.evaluation),

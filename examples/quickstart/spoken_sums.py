@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from examples.quickstart.questions import SUMS, Question, QuestionSource
-from megatron_cord.data.order import permutation
+from megatron_cord.data.ordering.order import permutation
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.shards.manifest import MANIFEST_NAME, Manifest
 from megatron_cord.data.shards.writer import ShardWriter

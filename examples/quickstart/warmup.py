@@ -32,7 +32,7 @@ from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from examples.quickstart.checkpoint import save_checkpoint
 from examples.quickstart.questions import Question
-from megatron_cord.data.order import permutation
+from megatron_cord.data.ordering.order import permutation
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError

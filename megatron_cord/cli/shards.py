@@ -141,19 +141,24 @@ def _named(pairs: tuple[str, ...]) -> dict[str, str]:
 
 
 @command.command
-@click.argument("path", metavar="DIR", type=DIRECTORY)
+@click.argument("paths", metavar="DIR...", nargs=-1, required=True)
 @click.option("--digests/--no-digests", default=True, show_default=True, help="Compare SHA-256 with the manifest's.")
-def check(path: Path, digests: bool) -> int:
-    """Read every sample, print what cannot be used, and exit with status 1 if there is any."""
+def check(paths: tuple[str, ...], digests: bool) -> int:
+    """Read every sample of sets, print what cannot be used, and exit with status 1 if there is any.
+
+    DIR is a directory of shards, a pattern, or the address of a directory, whose shards are copied to the cache for it.
+    """
     from megatron_cord.cli.actions.shards import check_shards
 
-    return check_shards(path, digests=digests)
+    return max([check_shards(path, digests=digests) for path in paths])
 
 
 @command.command
-@click.argument("path", metavar="DIR", type=DIRECTORY)
-def info(path: Path) -> int:
-    """Describe a directory of shards: samples, hours, voices, lengths and how it was made."""
+@click.argument("paths", metavar="DIR...", nargs=-1, required=True)
+def info(paths: tuple[str, ...]) -> int:
+    """Describe sets: samples, hours, voices, lengths and how they were made; an address by its manifest alone."""
     from megatron_cord.cli.actions.shards import describe_shards
 
-    return describe_shards(path)
+    for path in paths:
+        describe_shards(path, titled=len(paths) > 1)
+    return 0

@@ -232,11 +232,28 @@ def keys_of(cls: Any, path: str = "") -> Iterator[str]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         name, hint = _join(path, field.name), hints[field.name]
-        sections = [member for member in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(member)]
-        for member in sections:
-            yield from keys_of(member, f"{name}.NAME" if typing.get_origin(hint) is dict else name)
-        if not sections:
+        for section, below in sections_in(hint, name):
+            yield from keys_of(section, below)
+        if is_plain(hint):
             yield name
+
+
+def sections_in(hint: Any, path: str) -> Iterator[tuple[type, str]]:
+    """Yield the dataclasses within a field's type, each with its dotted name; names of a map are the user's."""
+    if dataclasses.is_dataclass(hint):
+        yield typing.cast(type, hint), path
+    elif typing.get_origin(hint) is dict:
+        yield from sections_in(typing.get_args(hint)[1], f"{path}.NAME")
+    elif typing.get_origin(hint) in (Union, types.UnionType):
+        for member in typing.get_args(hint):
+            yield from sections_in(member, path)
+
+
+def is_plain(hint: Any) -> bool:
+    """Return whether a field of this type may be a value, not only a section or a map of sections."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return any(is_plain(member) and member is not type(None) for member in typing.get_args(hint))
+    return next(sections_in(hint, ""), None) is None
 
 
 def _join(path: str, key: Any) -> str:

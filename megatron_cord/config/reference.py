@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_cord.config.loading import describe_type
+from megatron_cord.config.loading import describe_type, is_plain, sections_in
 
 REQUIRED = "required"
 
@@ -48,14 +48,11 @@ class Section:
 def sections(cls: type, name: str = "") -> Iterator[Section]:
     """Yield a configuration's sections, each before those within it."""
     hints, texts = typing.get_type_hints(cls), comments(cls)
-    keys, inner = [], []
+    keys, inner = [], list[tuple[type, str]]()
     for field in dataclasses.fields(cls):
         path, hint = f"{name}.{field.name}".lstrip("."), hints[field.name]
-        nested = next((member for member in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(member)), None)
-        if nested is not None:
-            # A map of sections has names that the user chooses.
-            inner.append((typing.cast(type, nested), f"{path}.NAME" if typing.get_origin(hint) is dict else path))
-        else:
+        inner += sections_in(hint, path)  # the names in a map of sections are the user's
+        if is_plain(hint):
             declared = next(
                 base for base in reversed(cls.__mro__) if field.name in vars(base).get("__annotations__", {})
             )

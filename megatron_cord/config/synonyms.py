@@ -15,6 +15,7 @@ _PENALTY = "the divergence from the teacher is the loss, not a penalty: objectiv
 _ALGORITHM = "the terms are objective.divergence.kind and objective.policy_gradient.surrogate, compared in the docs"
 _CLIP = "the bounds are objective.policy_gradient.clip_low and its neighbour clip_high, with surrogate=clipped"
 _MINI_BATCH = "train.minibatches is the number of updates that a step's samples are split into"
+_WEIGHTS = "several sets are data.train, a map of names to path and weight"
 
 #: A foreign name, with its section or without → the key here, or a sentence on how it is done here.
 SYNONYMS: dict[str, str] = {
@@ -135,6 +136,11 @@ SYNONYMS: dict[str, str] = {
     "train_files": "data.train",
     "train_dataset": "data.train",
     "data.path": "data.train",
+    "data_weights": _WEIGHTS,
+    "dataset_weights": _WEIGHTS,
+    "mixture_weights": _WEIGHTS,
+    "data.blend": _WEIGHTS,
+    "streaming": "data.stream",
     "val_files": "data.evaluation",
     "eval_dataset": "data.evaluation",
     "data.validation": "data.evaluation",

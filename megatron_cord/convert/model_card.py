@@ -50,7 +50,7 @@ def _trained(checkpoint: Path, step: int, settings: Mapping[str, Any], base: str
     teacher = _setting(settings, "teacher", "checkpoint")
     rows = {
         "from": f"`{base}`",
-        "data": f"`{_setting(settings, 'data', 'train')}`",
+        "data": _data(_setting(settings, "data", "train")),
         "optimizer steps": f"{step} of {_setting(settings, 'train', 'steps')}",
         "questions a step": _setting(settings, "rollout", "prompts_per_step"),
         "teacher": f"`{teacher}`" if teacher else _setting(settings, "teacher", "mode"),
@@ -71,6 +71,13 @@ def _trained(checkpoint: Path, step: int, settings: Mapping[str, Any], base: str
         "| --- | --- |",
         *(f"| {name} | {value} |" for name, value in rows.items()),
     ]
+
+
+def _data(train: Any) -> str:
+    """Return what was trained on: one path, or sets with their weights."""
+    if not isinstance(train, Mapping):
+        return f"`{train}`"
+    return ", ".join(f"{name} `{each.get('path')}` × {each.get('weight')}" for name, each in train.items())
 
 
 def _converted(checkpoint: Path) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cord.data.order import permutation
+from megatron_cord.data.ordering.order import permutation
 from megatron_cord.data.question_files import Reject, WrittenQuestion, question_files, read_questions
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import file_digest, fingerprint

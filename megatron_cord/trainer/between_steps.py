@@ -51,9 +51,14 @@ class BetweenSteps:
         is_best = parts.evaluations.write(step)
         parts.budget.took("evaluation", time.monotonic() - begun)
         if is_best and parts.config.checkpoint.best:
-            self._save_unsaved()
+            self.save_unsaved()
             if parts.saving.saved_step == step and parts.evaluations.best is not None:
                 parts.saving.keep_best(parts.evaluations.best)
+
+    def note_damage(self) -> None:
+        """Say which samples the ranks have found damaged, and keep it for checkpoints."""
+        self._parts.data.report_damage()
+        self.progress = self._parts.data.state(self.progress)
 
     def update_engine(self) -> None:
         """Give the trained weights to the engine, as the version that the step's number names."""
@@ -68,6 +73,11 @@ class BetweenSteps:
         self.progress = replace(self.progress, ahead=ahead, spent=budget.spent, longest=dict(budget.longest))
         parts.saving.save(self.progress)
         budget.took("checkpoint", max(time.monotonic() - begun, parts.saving.write_seconds))
+
+    def save_unsaved(self) -> None:
+        """Save the present step, unless it is saved or made no finite loss."""
+        if self.progress.step > self._parts.saving.saved_step and not self.progress.skipped_in_a_row:
+            self.save()
 
     def find_ending(self) -> Ending | None:
         """Return why no further step is made; None for one that is."""
@@ -89,7 +99,7 @@ class BetweenSteps:
             whether the run is finished; else the same command continues it.
         """
         parts, step = self._parts, self.progress.step
-        self._save_unsaved()
+        self.save_unsaved()
         if ending == "request":
             parts.saving.wait()
             saved = parts.saving.saved_step
@@ -106,11 +116,6 @@ class BetweenSteps:
             return True
         logger.info("asked to stop after the last step, before its export; the same command makes it")
         return False
-
-    def _save_unsaved(self) -> None:
-        """Save the present step, unless it is saved or made no finite loss."""
-        if self.progress.step > self._parts.saving.saved_step and not self.progress.skipped_in_a_row:
-            self.save()
 
     def _explain(self, ending: Ending) -> None:
         config, step = self._parts.config, self.progress.step

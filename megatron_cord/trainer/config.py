@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from megatron_cord.config.loading import load_config
-from megatron_cord.data.loader import DataConfig
+from megatron_cord.data.config import DataConfig
+from megatron_cord.data.shards.manifest import is_remote
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import EvaluationConfig
 from megatron_cord.model.config import ModelConfig
@@ -103,6 +104,12 @@ class RunConfig:
                 f"rollout.sglang.start_seconds={self.rollout.sglang.start_seconds:g} must be shorter than "
                 "train.watchdog_seconds="
                 f"{self.train.watchdog_seconds:g}: else ranks that wait for servers are taken for stuck"
+            )
+        copied = any(is_remote(each.path) for each in self.data.training_sets.values()) if self.data.train else False
+        if copied and 0 < self.train.watchdog_seconds <= self.data.fetch_seconds:
+            raise CordError(
+                f"data.fetch_seconds={self.data.fetch_seconds:g} must be shorter than train.watchdog_seconds="
+                f"{self.train.watchdog_seconds:g}: else ranks that wait for a shard are taken for stuck"
             )
         if self.init_from is not None and self.resume not in ("auto", "never"):
             raise CordError(

@@ -3,46 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_cord.data.shards.reader import ShardDataset
+from megatron_cord.data.sets import TrainingSets
+from megatron_cord.data.shards.streaming import StreamedShards
 from megatron_cord.errors import CordError
-from megatron_cord.parallel.objects import broadcast_json
-from megatron_cord.runtime.files import write_json
-
-FILE_NAME = "data.json"
+from megatron_cord.runtime.files import fingerprint
 
 
-def keep_data_record(directory: Path, data: ShardDataset, before: Mapping[str, Any], *, main: bool) -> dict[str, Any]:
-    """Compare the data with what a checkpoint was trained on, and write down what it is and what was skipped.
+def describe_sets(sets: TrainingSets, window: int) -> dict[str, Any]:
+    """Return what stands for the data: samples and fingerprint, and those of each set where there are several.
+
+    Shards without a manifest are read for it.
 
     Args:
-        directory: of the run.
-        data: what it trains on.
-        before: what this function returned to the run that wrote the checkpoint; empty for a new run.
-        main: whether this is rank 0, which alone reads the shards for it and writes the file. Collective.
+        sets: by name; a single one is called "".
+        window: `data.shuffle_shards`, on which the order of streamed sets depends.
+    """
+    described = {
+        name: {"samples": len(each), "fingerprint": each.fingerprint}
+        | ({"shuffle_shards": window} if isinstance(each, StreamedShards) else {})
+        for name, each in sets.items()
+    }
+    if "" in described:
+        return described[""]
+    samples = sum(len(each) for each in sets.values())
+    together = fingerprint([f"{name} {each['fingerprint']}" for name, each in sorted(described.items())])
+    return {"samples": samples, "fingerprint": together, "sets": described}
 
-    Returns:
-        samples and fingerprint.
+
+def check_same(now: Mapping[str, Any], before: Mapping[str, Any], listed: Path) -> None:
+    """Refuse data that a run did not begin with. Sets may be added and left out, but must not become others.
+
+    Args:
+        now: what `describe_sets` returns.
+        before: the same of the run that wrote the checkpoint; empty for a new run.
+        listed: the file that lists what is skipped, for the message.
 
     Raises:
         CordError: the run would see other samples, the same with other content, or in another order.
     """
-    now: dict[str, Any] = broadcast_json({"samples": len(data), "fingerprint": data.fingerprint} if main else None)
-    if before and before != now:
-        what = (
-            "other text, audio, answers or order"
-            if before["samples"] == now["samples"]
-            else f"{now['samples']} usable samples"
-        )
+    if not before:
+        return
+    sets, known = _by_name(now), _by_name(before)
+    if not sets.keys() & known.keys():
         raise CordError(
-            f"data.train has {what} ({now['fingerprint']}), but the run began with {before['samples']} usable samples "
-            f"({before['fingerprint']}): its steps would be others than those of its seed. Restore the data, or begin "
-            f"a run in another output_dir, with init_from for the weights ({directory / FILE_NAME} lists what was "
-            "skipped)"
+            f"data.train is {_shown(sets)}, but the run began with {_shown(known)}: begin a run in another output_dir, "
+            "with init_from for the weights"
         )
-    if main:
-        write_json(directory / FILE_NAME, now | {"skipped": [asdict(item) for item in data.skipped]})
-    return now
+    for name in sets.keys() & known.keys():
+        _check_set(f"data.train{name and '.' + name}", sets[name], known[name], listed)
+
+
+def _check_set(key: str, now: Mapping[str, Any], before: Mapping[str, Any], listed: Path) -> None:
+    if now == before:
+        return
+    one, other = now.get("shuffle_shards"), before.get("shuffle_shards")
+    if one != other:
+        how = {None: "by an index of all samples"}
+        raise CordError(
+            f"{key} is read {how.get(one, f'as a stream, with data.shuffle_shards={one}')}, but the run began with it "
+            f"{how.get(other, f'as a stream, with data.shuffle_shards={other}')}: in another order, samples would be "
+            "left out or come twice; set data.stream and data.shuffle_shards as before, or choose another output_dir"
+        )
+    what = (
+        "other text, audio, answers or order"
+        if before["samples"] == now["samples"]
+        else f"{now['samples']} usable samples"
+    )
+    raise CordError(
+        f"{key} has {what} ({now['fingerprint']}), but the run began with {before['samples']} usable samples "
+        f"({before['fingerprint']}): its steps would be others than those of its seed. Restore the data, or begin "
+        f"a run in another output_dir, with init_from for the weights ({listed} lists what was skipped)"
+    )
+
+
+def _by_name(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return dict(record["sets"]) if "sets" in record else {"": record}
+
+
+def _shown(sets: Mapping[str, Any]) -> str:
+    return "one set without a name" if "" in sets else f"the sets {', '.join(sorted(sets))}"

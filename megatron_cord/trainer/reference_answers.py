@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch.distributed as dist
 
@@ -30,14 +30,6 @@ from megatron_cord.runtime.stop_request import StoppedError
 
 logger = logging.getLogger(__name__)
 _PORTION = 4096  #: questions after which the answers are written
-
-
-class TextSource(Protocol):
-    """Samples by number without their audio, ``ShardDataset`` for example."""
-
-    def without_audio(self, index: int) -> Sample:
-        """Read a sample without its audio."""
-        ...
 
 
 class ReferenceAnswers:
@@ -67,12 +59,11 @@ class ReferenceAnswers:
         self.teacher = teacher
         self._kept: dict[str, Rollout] = {}
 
-    def prepare(self, source: TextSource, indices: Sequence[int], stop: Callable[[], bool] = lambda: False) -> None:
+    def prepare(self, samples: Sequence[Sample], stop: Callable[[], bool] = lambda: False) -> None:
         """Generate the answers that a frozen teacher lacks. Collective; the engine must have the teacher's weights.
 
         Args:
-            source: of the samples, whose texts every rank reads.
-            indices: numbers of all samples that the run will need.
+            samples: all that the run will need, without their audio; the same on every rank.
             stop: asked between two portions, by all ranks together, whether to end there; the same on all of them.
 
         Raises:
@@ -82,7 +73,7 @@ class ReferenceAnswers:
         if self.mode == "live":
             return
         self._kept = self._read()
-        asked = {self._key(sample): sample for sample in map(source.without_audio, dict.fromkeys(indices))}
+        asked = {self._key(sample): sample for sample in samples}
         missing = {key: sample for key, sample in asked.items() if key not in self._kept}
         if not missing:
             return
@@ -110,7 +101,16 @@ class ReferenceAnswers:
 
     def rollouts(self, samples: Sequence[PreparedSample], generated: Sequence[Rollout]) -> list[Rollout]:
         """Return the answers to these samples, with what the engine made of `requests`."""
-        return list(generated) if self.mode == "live" else [self._kept[self._key(s.sample)] for s in samples]
+        return list(generated) if self.mode == "live" else [self._answer(s.sample) for s in samples]
+
+    def _answer(self, sample: Sample) -> Rollout:
+        try:
+            return self._kept[self._key(sample)]
+        except KeyError:  # it stands in for a damaged sample, in a place that no answered one could take
+            raise CordError(
+                f"sample {sample.id} stands in for a damaged one, and the teacher has not answered it; run the same "
+                "command again, which makes the answer first"
+            ) from None
 
     def _key(self, sample: Sample) -> str:
         """Stand for all that the answer depends on."""

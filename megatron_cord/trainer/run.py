@@ -15,6 +15,7 @@ from typing import Self
 
 from megatron_cord.config.loading import dump_config
 from megatron_cord.data.loader import Batch
+from megatron_cord.data.ordering.damage import DamageLimitError
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.rollout.types import Rollout, ScoredRollout
@@ -23,7 +24,6 @@ from megatron_cord.trainer.between_steps import BetweenSteps
 from megatron_cord.trainer.building.parts import put_together
 from megatron_cord.trainer.collection import gather_rollouts
 from megatron_cord.trainer.config import RunConfig
-from megatron_cord.trainer.data_fingerprint import FILE_NAME as DATA_RECORD
 from megatron_cord.trainer.dynamic_sampling import replace_groups
 from megatron_cord.trainer.endings.agreement import any_rank
 from megatron_cord.trainer.observability.logprob_mismatch import check_mismatch
@@ -32,6 +32,7 @@ from megatron_cord.trainer.settings_changes import record_changes
 from megatron_cord.trainer.step.optimizer.building import release
 from megatron_cord.trainer.step.step import StepResult
 from megatron_cord.trainer.step_metrics import step_metrics
+from megatron_cord.trainer.training_data import FILE_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +88,9 @@ class Run:
         if self.layout.is_main:
             record_changes(parts.directory, parts.start, parts.changes)
             dump_config(self.config, parts.directory / "config.yaml")
-        if skipped := sum(item.samples for item in parts.questions.skipped):
+        if skipped := parts.data.skipped:
             message = "%d samples of data.train cannot be used and are skipped; see %s"
-            logger.info(message, skipped, parts.directory / DATA_RECORD)
+            logger.info(message, skipped, parts.directory / FILE_NAME)
         if self.config.replay is None:
             self._prepare_answers()  # before the engine gets trained weights
         if step or parts.start.weights is not None:
@@ -105,11 +106,11 @@ class Run:
     def _prepare_answers(self) -> None:
         """Let a frozen teacher answer what the run will need: the prompts of L_seq, or all of an off-policy run."""
         needed = self._source.collector.answered_per_step
-        if needed:
-            steps = range(self._between.progress.step, self.config.train.steps)
-            indices = sorted({i for step in steps for i in self._source.loader.indices(step)[:needed]})
+        if needed and self._source.answers.mode == "frozen":
+            texts = self._source.loader.texts(range(self._between.progress.step, self.config.train.steps), needed)
+            self._between.note_damage()
             stop, device = self._parts.stop, self.layout.device
-            self._source.answers.prepare(self._parts.questions, indices, lambda: any_rank([bool(stop)], device)[0])
+            self._source.answers.prepare(list(texts.values()), lambda: any_rank([bool(stop)], device)[0])
 
     # The parts of a step, in their order.
 
@@ -121,9 +122,20 @@ class Run:
         self.status = 0 if self._between.end(ending) else STOPPED
 
     def batch(self, step: int) -> Batch:
-        """Return this data-parallel rank's samples of the step, with their prompts and features."""
+        """Return this data-parallel rank's samples of the step, with their prompts and features.
+
+        Raises:
+            DamageLimitError: more of the data is damaged than may be left out; what was trained is saved before.
+        """
         source = self._source
-        return source.loader.batch(step) if self.config.replay is not None else source.schedule.batch(step)
+        try:
+            batch = source.loader.batch(step) if self.config.replay is not None else source.schedule.batch(step)
+        except DamageLimitError:  # on all ranks together
+            self._between.save_unsaved()
+            self._parts.saving.wait()
+            raise
+        self._between.note_damage()
+        return batch
 
     def generate(self, batch: Batch) -> list[Rollout]:
         """Return the engine's responses to the batch, and begin the steps ahead; empty in a replay."""
@@ -135,7 +147,7 @@ class Run:
     def score(self, batch: Batch, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Return the step's rollouts on all ranks with rewards and advantages; in a replay, from the dump."""
         if self.config.replay is not None:
-            ids = [self._parts.questions.id_of(i) for i in self._source.loader.indices(batch.step)]
+            ids = [self._parts.data.row.id_of(address) for address in self._source.loader.addresses(batch.step)]
             return read_dump(Path(self.config.replay), batch.step + 1, ids)
         source = self._source
         scored = source.collector.score(batch, rollouts)
@@ -184,6 +196,7 @@ class Run:
         between.progress = replace(between.progress, seconds=between.progress.seconds + times["seconds"])
         parts.budget.took("step", times["seconds"])
         metrics = step_metrics(self.config, result, step - 1, self._rollout_times) | times
+        metrics |= parts.data.metrics(between.progress.samples)
         parts.log.step(step, metrics | {"skipped": result.skipped})
         parts.dump.write(step, result.rollouts)
         with parts.saving.first():

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_cord.data.ordering.row import Phase
 from megatron_cord.trainer.checkpoint.progress import flatten
 from megatron_cord.trainer.start import Start
 from megatron_cord.trainer.step.optimizer.schedule import RateSchedule
@@ -72,6 +73,10 @@ def _notes(
         notes.append("model.checkpoint holds other files than before: a frozen teacher has other weights from now on")
     if "model.dtype" in changed:
         notes.append("the weights are rounded to, or come from, another precision: losses will differ")
+    if progress.mixture and any(key.startswith("data.train.") for key in changed):
+        taken = Phase(**progress.mixture).taken(progress.samples)
+        shown = ", ".join(f"{name} {count}" for name, count in taken.items())
+        notes.append(f"each set goes on after what was taken of it: {shown}")
     if "rollout.prompts_per_step" in changed:
         notes.append(f"the data goes on after sample {progress.samples}; none is left out or comes twice")
     kept = RateSchedule(**before.schedule)

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from megatron_cord.cli.options import config_option, overrides_argument
 from megatron_cord.data.audio.wav import encode_wav
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.log import LEVEL_VARIABLE, configure_logging
+from tests.tiny_run import make_samples, write_shards
 
 ROOT = Path(cli.__file__).parents[2]
 HEAVY = ("torch", "megatron.core", "wandb", "transformers", "pyarrow", "numpy", "matplotlib", "math_verify")
@@ -198,6 +200,26 @@ def test_shards_are_checked_and_described(tmp_path: Path, capsys: pytest.Capture
     assert cli.invoke(cli.cord, ["shards", "info", str(good)], "cord") == 0
     output = capsys.readouterr().out
     assert "shortest 1.0, median 1.0, longest 1.0" in output and "2" in output
+
+
+def test_several_sets_and_addresses_are_checked_and_described(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a set that is left out, damage behind an address that passes, and a status of the last set alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, count in (("a", 4), ("b", 5)):
+        write_shards(tmp_path / name, make_samples(count))
+    address = f"file://{tmp_path}/b"
+    assert cli.invoke(cli.cord, ["shards", "info", str(tmp_path / "a"), address], "cord") == 0
+    output = capsys.readouterr().out
+    assert output.count("samples") == 2 and address in output and "voice0 3, voice1 2" in output
+    assert cli.invoke(cli.cord, ["shards", "check", str(tmp_path / "a"), address], "cord") == 0
+    (tmp_path / "b" / "shard-000001.tar").unlink()
+    shutil.rmtree(tmp_path / "cache")
+    assert cli.invoke(cli.cord, ["shards", "check", address, str(tmp_path / "a")], "cord") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "shard-000001.tar: it is not there" in lines[-3] and "5 samples, 1 problems" in lines[-2]
+    assert "a: 4 samples, 0 problems" in lines[-1]
 
 
 @pytest.mark.slow

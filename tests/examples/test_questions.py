@@ -14,7 +14,7 @@ from examples.quickstart.questions import (
     training_questions,
     vocabulary,
 )
-from megatron_cord.data.order import permutation
+from megatron_cord.data.ordering.order import permutation
 from megatron_cord.errors import CordError
 
 WORDS = {number_in_words(n): n for n in range(40)}

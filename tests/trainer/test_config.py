@@ -8,6 +8,7 @@ import pytest
 
 from megatron_cord.config.loading import dump_config, load_config
 from megatron_cord.data.samples import PromptLimits
+from megatron_cord.data.sets import open_training
 from megatron_cord.errors import CordError
 from megatron_cord.trainer.config import RunConfig
 
@@ -80,7 +81,7 @@ def test_what_is_required() -> None:
             load_config(RunConfig, None, [setting for setting in REQUIRED if setting != missing])
     without = load_config(RunConfig, None, REQUIRED[:2])
     with pytest.raises(CordError, match=r"^data\.train is required: set it .* to a directory of shards"):
-        without.data.open("train", PromptLimits())
+        open_training(without.data, PromptLimits())
 
 
 def test_question_sets_are_named_maps() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,15 +26,13 @@ SAMPLES = make_samples(3)
 
 
 class Texts:
-    """The samples without their audio, one of them perhaps with another question; counts what is read."""
+    """The samples without their audio, one of them perhaps with another question."""
 
     def __init__(self, question: str = SAMPLES[1].question, **more: Any) -> None:
-        self.read: list[int] = []
         self.samples = [SAMPLES[0], replace(SAMPLES[1], question=question, **more), SAMPLES[2]]
 
-    def without_audio(self, index: int) -> Sample:
-        self.read.append(index)
-        return replace(self.samples[index], waveform=np.zeros(0, np.float32))
+    def take(self, numbers: Iterable[int]) -> list[Sample]:
+        return [replace(self.samples[number], waveform=np.zeros(0, np.float32)) for number in numbers]
 
 
 def prepared(prompts: PromptBuilder, count: int = 3) -> list[PreparedSample]:
@@ -50,12 +49,12 @@ def make_answers(
 def test_a_frozen_teacher_answers_once(
     prompts: PromptBuilder, layout: Layout, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches sampled answers, answers to the audio, and a sample that is read or answered again by a later step."""
+    """Catches sampled answers, answers to the audio, and a sample that is answered again by a later step."""
     answers, engine = make_answers(prompts, tmp_path / "answers.jsonl", "one")
     texts = Texts()
     with caplog.at_level("INFO"):
-        answers.prepare(texts, [0, 1, 0])
-    assert "the teacher answers 2 questions" in caplog.messages and texts.read == [0, 1]
+        answers.prepare(texts.take([0, 1, 0]))
+    assert "the teacher answers 2 questions" in caplog.messages
     assert [(r.prompt.sample_id, r.temperature, r.prompt.clips) for r in engine.requests] == [
         (s.id, 0.0, ()) for s in SAMPLES[:2]
     ]
@@ -71,13 +70,13 @@ def test_a_resumed_run_has_the_same_answers(prompts: PromptBuilder, layout: Layo
     """
     path = tmp_path / "answers.jsonl"
     first, _ = make_answers(prompts, path, "one")
-    first.prepare(Texts(), [0, 1])
+    first.prepare(Texts().take([0, 1]))
     second, engine = make_answers(prompts, path, "two")
-    second.prepare(Texts(), range(3))
+    second.prepare(Texts().take(range(3)))
     assert second.rollouts(prepared(prompts, 2), ()) == first.rollouts(prepared(prompts, 2), ())
     assert [r.prompt.sample_id for r in engine.requests] == [SAMPLES[2].id]
     third, engine = make_answers(prompts, path, "three")
-    third.prepare(Texts(), range(3))
+    third.prepare(Texts().take(range(3)))
     assert not engine.requests and third.rollouts(prepared(prompts), ()) == second.rollouts(prepared(prompts), ())
 
 
@@ -87,12 +86,12 @@ def test_kept_answers_do_not_outlive_what_they_answer(prompts: PromptBuilder, la
     Also to the same question without an instruction that it has now.
     """
     path = tmp_path / "answers.jsonl"
-    make_answers(prompts, path, "one")[0].prepare(Texts(), range(3))
+    make_answers(prompts, path, "one")[0].prepare(Texts().take(range(3)))
     kept = path.read_bytes()
     for texts in (Texts("what is three plus one"), Texts(instruction="answer is one")):
         path.write_bytes(kept)
         other, engine = make_answers(prompts, path, "two")
-        other.prepare(texts, range(3))
+        other.prepare(texts.take(range(3)))
         assert [request.prompt.sample_id for request in engine.requests] == [SAMPLES[1].id]
         asked = prompts.prepare([texts.samples[1]], ["read"])
         assert other.rollouts(asked, ())[0].text == "answer is two"
@@ -101,7 +100,7 @@ def test_kept_answers_do_not_outlive_what_they_answer(prompts: PromptBuilder, la
         given: dict[str, Any] = {"max_new_tokens": 8, "path": path} | settings
         collective = CollectiveEngine(engine)
         made = ReferenceAnswers("frozen", lambda kept=collective: nullcontext(kept), prompts, **given)  # type: ignore[misc]
-        made.prepare(Texts(), range(3))
+        made.prepare(Texts().take(range(3)))
         assert len(engine.requests) == 3
 
 
@@ -110,7 +109,7 @@ def test_another_model_is_asked_anew(prompts: PromptBuilder, layout: Layout, tmp
     for word in ("one", "two"):
         answers, _ = make_answers(prompts, tmp_path / "answers.jsonl", word)
         answers.teacher = word
-        answers.prepare(Texts(), range(3))
+        answers.prepare(Texts().take(range(3)))
         assert answers.rollouts(prepared(prompts), ())[0].text == f"answer is {word}"
 
 
@@ -121,9 +120,9 @@ def test_a_stop_keeps_what_is_answered(
     monkeypatch.setattr(reference_answers, "_PORTION", 2)
     answers, engine = make_answers(prompts, tmp_path / "answers.jsonl", "one")
     with pytest.raises(StoppedError, match="2 of the teacher's 3 answers are kept"):
-        answers.prepare(Texts(), range(3), lambda: True)
+        answers.prepare(Texts().take(range(3)), lambda: True)
     again, later = make_answers(prompts, tmp_path / "answers.jsonl", "one")
-    again.prepare(Texts(), range(3))
+    again.prepare(Texts().take(range(3)))
     assert [r.prompt.sample_id for r in (*engine.requests, *later.requests)] == [s.id for s in SAMPLES]
     assert len(again.rollouts(prepared(prompts), ())) == 3
 
@@ -131,7 +130,7 @@ def test_a_stop_keeps_what_is_answered(
 def test_lost_answers_are_asked_again(prompts: PromptBuilder, layout: Layout, tmp_path: Path) -> None:
     """Catches a run that cannot go on because a file, which its initial weights can make again, was lost."""
     answers, engine = make_answers(prompts, tmp_path / "answers.jsonl", "one")
-    answers.prepare(Texts(), range(3))
+    answers.prepare(Texts().take(range(3)))
     assert len(engine.requests) == len(answers.rollouts(prepared(prompts), ())) == 3
 
 
@@ -141,13 +140,13 @@ def test_a_damaged_file_is_named(prompts: PromptBuilder, layout: Layout, tmp_pat
     path = tmp_path / "answers.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(CordError, match=r"answers\.jsonl:1 is damaged .*; delete the file"):
-        make_answers(prompts, path, "one")[0].prepare(Texts(), range(3))
+        make_answers(prompts, path, "one")[0].prepare(Texts().take(range(3)))
 
 
 def test_a_live_teacher_answers_each_time(prompts: PromptBuilder, layout: Layout, tmp_path: Path) -> None:
     """Catches a live teacher's answers that are kept beyond the weights they came from."""
     answers, engine = make_answers(prompts, tmp_path / "answers.jsonl", "one", mode="live")
-    answers.prepare(Texts(), range(3))
+    answers.prepare(Texts().take(range(3)))
     assert not engine.requests and not list(tmp_path.iterdir())
     for _ in range(2):
         asked = answers.requests(prepared(prompts))

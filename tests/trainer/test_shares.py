@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.data.audio.features import TorchFeatures
-from megatron_cord.data.shards import reader
+from megatron_cord.data.shards import entries
 from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
 from tests.gloo import run_ranks
@@ -46,7 +46,7 @@ class Counted:
         self.featurised: list[str] = []
 
     def __enter__(self) -> Counted:
-        self._decode, self._extract = reader.decode_audio, TorchFeatures.__call__  # type: ignore[attr-defined]
+        self._decode, self._extract = entries.decode_audio, TorchFeatures.__call__  # type: ignore[attr-defined]
 
         def decode(content: bytes, where: str) -> Any:
             self.decoded.append(where.rpartition(" ")[2])
@@ -56,12 +56,12 @@ class Counted:
             self.featurised.extend(names)
             return self._extract(features, waveforms, names, rates)
 
-        reader.decode_audio = decode  # type: ignore[attr-defined]
+        entries.decode_audio = decode  # type: ignore[attr-defined]
         TorchFeatures.__call__ = extract  # type: ignore[assignment, method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
-        reader.decode_audio = self._decode  # type: ignore[attr-defined]
+        entries.decode_audio = self._decode  # type: ignore[attr-defined]
         TorchFeatures.__call__ = self._extract  # type: ignore[method-assign]
         self.decoded, self.featurised = (
             [name for name in names if name.startswith("s1-")] for names in (self.decoded, self.featurised)

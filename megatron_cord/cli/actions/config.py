@@ -12,6 +12,7 @@ from megatron_cord.cli.reference_cache import run_sections
 from megatron_cord.config.loading import load_config, to_dict, to_yaml
 from megatron_cord.config.reference import Key
 from megatron_cord.config.suggestions import explain_foreign, renamed, suggest
+from megatron_cord.data.shards.manifest import is_remote
 from megatron_cord.errors import CordError
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ def check_file(file: Path, overrides: Sequence[str], *, show_all: bool) -> int:
             click.echo(f"{key} = {_text(value)}{default_text}")
     for key in ("output_dir", "model.checkpoint"):
         click.echo(f"{key} = {used[key]}")
+    if isinstance(config.data.train, dict):
+        total = sum(each.weight for each in config.data.train.values())
+        shares = (f"{name} {each.weight / total:.1%}" for name, each in config.data.train.items())
+        click.echo(f"shares of the samples: {', '.join(shares)}")
     for warning in _warnings(config):
         click.echo(f"warning: {warning}", err=True)
     return 0
@@ -101,13 +106,13 @@ def _wrapped(text: str, indent: str) -> list[str]:
 
 def _warnings(config: RunConfig) -> Iterator[str]:
     """Yield what would stop the run, or waste it, once it has started."""
-    paths = {"model.checkpoint": config.model.checkpoint, "data.train": config.data.train}
+    paths = {"model.checkpoint": config.model.checkpoint, **_training_paths(config)}
     if config.teacher.checkpoint is not None:
         paths["teacher.checkpoint"] = config.teacher.checkpoint
     for key, path in paths.items():
         if not path:
             yield f"{key} is not set; training requires it"
-        elif not Path(path).exists() and not any(sign in path for sign in "*?[") and not path.startswith("hf://"):
+        elif not Path(path).exists() and not any(sign in path for sign in "*?[") and not is_remote(path):
             yield f"{key}: {path} does not exist here"
     if not config.data.evaluation and config.evaluation.interval:
         yield "data.evaluation is not set: the run is not evaluated"
@@ -115,6 +120,14 @@ def _warnings(config: RunConfig) -> Iterator[str]:
         yield "rollout.engine=sglang needs rollout.sglang.servers or rollout.sglang.servers_file (cord serve writes it)"
     if config.rollout.engine == "local" and (config.rollout.sglang.servers or config.rollout.sglang.servers_file):
         yield "rollout.sglang.servers and rollout.sglang.servers_file are not used by rollout.engine=local"
+
+
+def _training_paths(config: RunConfig) -> dict[str, str]:
+    """Return the keys of `data.train` that hold paths, with these."""
+    train = config.data.train
+    if isinstance(train, str):
+        return {"data.train": train}
+    return {f"data.train.{name}.path": each.path for name, each in train.items()}
 
 
 def _flat(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""Check and describe a directory of shards through the reader that training uses."""
+"""Check and describe sets of shards through the readers that training uses."""
 
 from __future__ import annotations
 
@@ -9,31 +9,59 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cord.data.shards.manifest import MANIFEST_NAME, Manifest
+from megatron_cord.data.ordering.damage import DamagedError
+from megatron_cord.data.sets import default_cache
+from megatron_cord.data.shards.cache import ShardCache
+from megatron_cord.data.shards.manifest import MANIFEST_NAME, Manifest, is_remote
 from megatron_cord.data.shards.reader import ShardDataset
+from megatron_cord.data.shards.streaming import StreamedShards, read_manifest
 from megatron_cord.errors import CordError
 
 #: The share of unusable samples that opening allows here, so that all of them are listed.
 _ALL = 1.0
+_CACHE_BYTES, _PATIENCE = 10_000_000_000, 60.0  # of copies of shards behind an address; seconds
 
 
-def check_shards(path: Path, *, digests: bool) -> int:
+def check_shards(path: str, *, digests: bool) -> int:
     """Decode every sample; print a line for each that cannot be used, or shard that was changed; return 1 if any is."""
-    dataset = ShardDataset(path, max_skipped=_ALL, verify=digests)
-    problems = [item.message for item in dataset.skipped]
-    for index in range(len(dataset)):
+    problems = []
+    dataset: ShardDataset | StreamedShards
+    if is_remote(path):
+        dataset = StreamedShards(path, window=1, cache=ShardCache(default_cache(), _CACHE_BYTES, _PATIENCE))
+    else:
+        dataset = ShardDataset(path, max_skipped=_ALL, verify=digests)
+        problems = [item.message for item in dataset.skipped]
+    index = 0
+    while index < len(dataset):
         try:
             dataset[index]
+            index += 1
+        except DamagedError as error:
+            problems.append(str(error))
+            index = error.last
         except CordError as error:
             problems.append(str(error))
+            index += 1
+    dataset.close()
     for problem in problems:
         print(problem)
     print(f"{path}: {len(dataset)} samples, {len(problems)} problems")
     return 1 if problems else 0
 
 
-def describe_shards(path: Path) -> int:
-    """Print counts, lengths and voices; return 0."""
+def describe_shards(path: str, *, titled: bool) -> None:
+    """Print counts, lengths and voices, under the path if it is one of several."""
+    table = Table("", "", show_header=False, box=None, pad_edge=False)
+    if titled:
+        print(path)
+    if is_remote(path):
+        _add_manifest(table, read_manifest(path, _PATIENCE), alone=True)
+    else:
+        _add_contents(table, path)
+    Console(soft_wrap=True).print(table)
+
+
+def _add_contents(table: Table, path: str) -> None:
     dataset = ShardDataset(path, max_skipped=_ALL)
     seconds, answers, conversations, voices = [], 0, 0, Counter[str]()
     for index in range(len(dataset)):
@@ -43,7 +71,6 @@ def describe_shards(path: Path) -> int:
         conversations += bool(sample.turns)
         voices.update([sample.voice] if sample.voice else [])
     seconds.sort()
-    table = Table("", "", show_header=False, box=None, pad_edge=False)
     table.add_row("samples", f"{len(dataset)}")
     table.add_row("left out", f"{sum(item.samples for item in dataset.skipped)}")
     table.add_row("audio", f"{sum(seconds) / 3600:.2f} h")
@@ -54,9 +81,15 @@ def describe_shards(path: Path) -> int:
         table.add_row("conversations", f"{conversations}")
     table.add_row("voices", ", ".join(f"{name} {count}" for name, count in sorted(voices.items())) or "–")
     table.add_row("fingerprint", dataset.fingerprint)
-    if (path / MANIFEST_NAME).is_file():
-        manifest = Manifest.read(path)
-        table.add_row("shards", f"{len(manifest.shards)}, {sum(shard.bytes for shard in manifest.shards) / 1e9:.3f} GB")
-        table.add_row("made from", json.dumps(dict(manifest.source), ensure_ascii=False))
-    Console(soft_wrap=True).print(table)
-    return 0
+    if (Path(path) / MANIFEST_NAME).is_file():
+        _add_manifest(table, Manifest.read(Path(path)), alone=False)
+
+
+def _add_manifest(table: Table, manifest: Manifest, *, alone: bool) -> None:
+    """Add what a manifest says; beside the samples themselves, what they do not say."""
+    if alone:
+        table.add_row("samples", f"{manifest.samples}")
+        table.add_row("audio", f"{manifest.seconds / 3600:.2f} h")
+        table.add_row("voices", ", ".join(f"{name} {count}" for name, count in manifest.voices.items()) or "–")
+    table.add_row("shards", f"{len(manifest.shards)}, {sum(shard.bytes for shard in manifest.shards) / 1e9:.3f} GB")
+    table.add_row("made from", json.dumps(dict(manifest.source), ensure_ascii=False))

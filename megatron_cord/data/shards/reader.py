@@ -1,63 +1,25 @@
 """Reads webdataset shards: tar files with recordings and ``{id}.json`` for each sample (see ``writer``).
 
 Everything is checked when a data set is opened, so that a bad sample stops a run before its first step, or is left out
-for the whole of it: WAV files of integers by their headers, for nothing else can be wrong with them, other recordings
-by decoding them. Only JSON and audio are ever decoded: a shard cannot carry code.
+for the whole of it.
 
 What it simplifies: the index of offsets is built anew at every start, and shards are local, uncompressed files.
+`StreamedShards` reads sets that are too large for that.
 """
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 
-from megatron_cord.data.audio.decode import count_samples, decode_audio
-from megatron_cord.data.audio.wav import SAMPLING_RATE
 from megatron_cord.data.samples import PromptDefaults, PromptLimits, Sample
-from megatron_cord.data.shards.manifest import Manifest, ShardEntry
-from megatron_cord.data.shards.members import Parts, find_samples, read_members, shown
-from megatron_cord.data.shards.texts import read_sample
+from megatron_cord.data.shards.entries import Entry, Skipped, index_shard, read_entry, read_entry_text
+from megatron_cord.data.shards.manifest import Manifest, ShardEntry, shard_fault
+from megatron_cord.data.shards.members import shown
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import file_digest, fingerprint
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """Where one sample lies: offsets in bytes from the start of its shard."""
-
-    shard: Path
-    id: str
-    json_offset: int
-    json_size: int
-    recordings: tuple[tuple[int, int], ...]  # offset and size of each
-    lengths: tuple[int, ...] = ()  # of each, in samples
-
-    @property
-    def where(self) -> str:
-        return f"{self.shard}: sample {self.id}"
-
-    def where_recording(self, number: int) -> str:
-        """Name a recording in errors."""
-        return self.where if len(self.recordings) == 1 else f"{self.where}, recording {number}"
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """What a data set leaves out.
-
-    Attributes:
-        place: the shard, or the shard and the sample.
-        message: what is wrong with it; begins with the place.
-        samples: how many samples that is, as far as the manifest tells.
-    """
-
-    place: str
-    message: str
-    samples: int = 1
 
 
 class ShardDataset:
@@ -94,18 +56,18 @@ class ShardDataset:
         verify: bool = False,
     ) -> None:
         self._defaults = defaults
-        self._entries: list[_Entry] = []
+        self._entries: list[Entry] = []
         self.skipped: list[Skipped] = []
         self._shards: list[tuple[Path, ShardEntry | None]] = []
         seen: dict[str, Path] = {}
         for shard, listed in _find_shards(path):
-            problem = _changed(shard, listed, verify) if listed else None
+            problem = shard_fault(shard, listed, verify=verify) if listed else None
             if problem is not None and (not max_skipped or verify or not shard.is_file()):
                 self._skip(Skipped(str(shard), f"{shard} {problem}", listed.samples if listed else 1), max_skipped)
                 continue
             self._shards.append((shard, listed if problem is None else None))
-            for found, item in enumerate(_index(shard, limits, defaults)):
-                if isinstance(item, _Entry) and item.id in seen:
+            for found, item in enumerate(index_shard(shard, limits, defaults)):
+                if isinstance(item, Entry) and item.id in seen:
                     item = Skipped(
                         item.where, f"{item.where} is in {seen[item.id]} too; ids must be unique: remove one of them"
                     )
@@ -149,16 +111,10 @@ class ShardDataset:
         Raises:
             CordError: naming the longest.
         """
-        longest_of = [max(entry.lengths) for entry in self._entries]
-        most = max(longest_of)
-        if most > longest:
-            entry = self._entries[longest_of.index(most)]
-            count = sum(samples > longest for samples in longest_of)
-            raise CordError(
-                f"{entry.where_recording(entry.lengths.index(most))}: {most / SAMPLING_RATE:.2f} s of audio, the "
-                f"encoder's window is {longest / SAMPLING_RATE:.2f} s ({count} of {len(self)} samples are longer); "
-                "shorten them, or set data.long_audio to cut or skip"
-            )
+        entry = max(self._entries, key=lambda entry: entry.longest)
+        if entry.longest > longest:
+            count = sum(entry.longest > longest for entry in self._entries)
+            raise CordError(entry.too_long(longest, f" ({count} of {len(self)} samples are longer)"))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -173,25 +129,25 @@ class ShardDataset:
         return self._entries[index].id
 
     def __getitem__(self, index: int) -> Sample:
-        entry = self._entries[index]
+        return self._read(self._entries[index], read_entry)
+
+    def without_audio(self, index: int) -> Sample:
+        """Return a sample whose audio is neither read nor decoded, for what needs its text alone."""
+        return self._read(self._entries[index], read_entry_text)
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Do nothing: all shards are indexed, and whole files (see `StreamedShards`)."""
+
+    def close(self) -> None:
+        """Do nothing: nothing is open."""
+
+    def _read(self, entry: Entry, read: Callable[[Entry, PromptDefaults], Sample]) -> Sample:
         try:
-            with entry.shard.open("rb") as file:
-                sample = _read_sample(file, entry, self._defaults)
-                recordings = []
-                for number, (offset, size) in enumerate(entry.recordings):
-                    file.seek(offset)
-                    recordings.append(decode_audio(file.read(size), entry.where_recording(number)))
+            return read(entry, self._defaults)
         except OSError as error:
             raise CordError(
                 f"{entry.where}: cannot be read ({error.strerror}); the shard must stay in place during a run"
             ) from error
-        return sample.with_recordings(recordings)
-
-    def without_audio(self, index: int) -> Sample:
-        """Return a sample whose audio is neither read nor decoded, for what needs its text alone."""
-        entry = self._entries[index]
-        with entry.shard.open("rb") as file:
-            return _read_sample(file, entry, self._defaults)
 
 
 def _find_shards(path: str | Path) -> list[tuple[Path, ShardEntry | None]]:
@@ -204,69 +160,3 @@ def _find_shards(path: str | Path) -> list[tuple[Path, ShardEntry | None]]:
         beside = sorted(item.name for item in directory.parent.glob("*")) if directory.parent.is_dir() else []
         raise CordError(f"{path}: no such directory or shard; check the path ({directory.parent} has {shown(beside)})")
     return [(match, None) for match in matches]
-
-
-def _changed(shard: Path, listed: ShardEntry, verify: bool) -> str | None:
-    """How a shard differs from what the manifest says."""
-    if not shard.is_file():
-        return "is missing, but the manifest lists it; restore it or make the shards again"
-    size = shard.stat().st_size
-    if size != listed.bytes:
-        return f"has {size} of {listed.bytes} bytes: truncated or changed; restore it or make the shards again"
-    if verify and file_digest(shard) != listed.sha256:
-        return "does not have the checksum that the manifest lists; restore it or make the shards again"
-    return None
-
-
-def _index(shard: Path, limits: PromptLimits, defaults: PromptDefaults) -> Iterator[_Entry | Skipped]:
-    """Every sample of one shard, checked; last, if the shard ends too early, that it does."""
-    try:
-        with shard.open("rb") as file:
-            members, problem = read_members(file, shard)
-            samples = find_samples(members)
-            if problem is not None and samples and (samples[-1].text is None or not samples[-1].audio):
-                samples.pop()  # the sample at which the shard breaks off
-            for parts in samples:
-                yield _checked(file, shard, parts, limits, defaults)
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror}); check that it is a file and may be read"
-    if problem is not None:
-        yield Skipped(str(shard), f"{shard} {problem}")
-
-
-def _checked(
-    file: BinaryIO, shard: Path, parts: Parts, limits: PromptLimits, defaults: PromptDefaults
-) -> _Entry | Skipped:
-    where = f"{shard}: sample {parts.key}"
-    text, audio = parts.text, parts.audio
-    if text is None or not audio:
-        missing = "text (.json)" if text is None else "audio (.wav, .flac …)"
-        return Skipped(where, f"{where} has no {missing}, only {shown(parts.names)}; add it or remove the sample")
-    if parts.fault is not None:
-        return Skipped(where, f"{where} {parts.fault}")
-    recordings = tuple((member.offset_data, member.size) for member in audio)
-    entry = _Entry(shard, parts.key, text.offset_data, text.size, recordings)
-    try:
-        sample = _read_sample(file, entry, defaults)
-        if sample.num_recordings != len(audio):
-            return Skipped(where, f"{where} {_miscounted(sample.num_recordings, parts)}")
-        lengths = []
-        for number, (offset, size) in enumerate(recordings):
-            file.seek(offset)
-            lengths.append(count_samples(file, size, entry.where_recording(number)))
-    except CordError as error:
-        return Skipped(where, str(error))
-    fault = limits.fault(lengths, sample)
-    return replace(entry, lengths=tuple(lengths)) if fault is None else Skipped(where, f"{where} {fault}")
-
-
-def _miscounted(wanted: int, parts: Parts) -> str:
-    given = len(parts.audio)
-    if wanted > given:
-        return f"lacks its recording {given}: its turns have {wanted}, its files are {shown(parts.names)}; add it"
-    return f"has recording {wanted}, which its JSON does not mention ({shown(parts.names)}); remove it"
-
-
-def _read_sample(file: BinaryIO, entry: _Entry, defaults: PromptDefaults) -> Sample:
-    file.seek(entry.json_offset)
-    return defaults.complete(read_sample(file.read(entry.json_size), entry.id, entry.where))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from urllib.parse import urlencode
 import numpy as np
 
 from megatron_cord.data.audio.wav import encode_wav
+from megatron_cord.data.shards.manifest import is_remote
 from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.files import heldout_files
@@ -62,7 +63,9 @@ class LiveRun:
         self._version = ""
         self._run = read_run(directory)
         self._pages: dict[str, str] = {}
-        self._audio = {name: _Recordings(self._run.setting(f"data.{name}")) for name in SETS}
+        self._audio = {
+            name: _Recordings(path) for each in SETS for name, path in _paths(each, self._run.setting(f"data.{each}"))
+        }
 
     def version(self) -> str:
         """Return a fingerprint of the run's files, which changes with them."""
@@ -148,6 +151,9 @@ class LiveRun:
     def clip(self, name: str, sample_id: str) -> bytes | None:
         """Return a sample's recording as WAV; None if there is none. Raises CordError where shards cannot be read."""
         recordings = self._audio.get(name)
+        if recordings is None:  # of several sets, a sample's id begins with its set's name
+            part, _, sample_id = sample_id.partition("/")
+            recordings = self._audio.get(f"{name}/{part}")
         return None if recordings is None else recordings.wav(sample_id)
 
     def failed(self, message: str) -> str:
@@ -204,6 +210,14 @@ def overview_heads(run: RunContents) -> dict[str, Any]:
     }
 
 
+def _paths(name: str, data: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the names under which a setting's sets are asked for, with their paths."""
+    if isinstance(data, Mapping):
+        yield from ((f"{name}/{part}", each.get("path")) for part, each in data.items())
+    else:
+        yield name, data
+
+
 class _Recordings:
     """The recordings of a data set, opened at the first use."""
 
@@ -215,6 +229,8 @@ class _Recordings:
     def _found(self) -> tuple[ShardDataset, dict[str, int]]:
         if not isinstance(self._data, str):
             raise CordError("the configuration names no data")
+        if is_remote(self._data):
+            raise CordError(f"{self._data} is an address; the page plays recordings of local shards")
         dataset = ShardDataset(self._data, max_skipped=1.0)  # what a run left out has no rollouts
         return dataset, {sample_id: index for index, sample_id in enumerate(dataset.ids)}
 

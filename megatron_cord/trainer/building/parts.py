@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_cord.config.loading import to_dict
 from megatron_cord.data.prompts import PromptBuilder
-from megatron_cord.data.shards.reader import ShardDataset
+from megatron_cord.data.sets import open_evaluation
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import HELDOUT
 from megatron_cord.evaluation.files import past_evaluations
@@ -26,7 +26,6 @@ from megatron_cord.trainer.checkpoint.progress import Progress
 from megatron_cord.trainer.checkpoint.saving import Saving
 from megatron_cord.trainer.checkpoint.storage import make_writable
 from megatron_cord.trainer.config import RunConfig
-from megatron_cord.trainer.data_fingerprint import keep_data_record
 from megatron_cord.trainer.endings.time_budget import TimeBudget
 from megatron_cord.trainer.evaluation import Evaluations
 from megatron_cord.trainer.observability.metrics import MetricsLog
@@ -34,6 +33,7 @@ from megatron_cord.trainer.observability.rollout_dump import RolloutDump
 from megatron_cord.trainer.observability.watchdog import Watchdog
 from megatron_cord.trainer.settings_changes import Changes
 from megatron_cord.trainer.start import Start, find_start
+from megatron_cord.trainer.training_data import TrainingData
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Parts:
         start: where it begins.
         progress: how far it is then.
         changes: settings that are others than those of the checkpoint that it goes on from.
-        questions: what it trains on.
+        data: what it trains on.
         training: what makes updates.
         source: what makes rollouts.
         dump: of rollouts.
@@ -65,7 +65,7 @@ class Parts:
     start: Start
     progress: Progress
     changes: Changes
-    questions: ShardDataset
+    data: TrainingData
     training: Training
     source: RolloutSource
     dump: RolloutDump
@@ -93,14 +93,13 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
     prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features)
     if config.teacher.checkpoint is not None:
         check_teacher(config.teacher.checkpoint, prompts, config.model.checkpoint)
-    questions = config.data.open("train", prompts.limits)
-    held_out = config.data.open("evaluation", prompts.limits)
+    data = TrainingData(config, prompts.limits, before, main=main)
+    held_out = open_evaluation(config.data, prompts.limits)
     sets = {name: load_set(given) for name, given in config.evaluation.sets.items()}
-    data = keep_data_record(directory, questions, before.made_with.data, main=main)
-    described = describe(config, start, data)
-    progress = replace(before, made_with=described.made_with)
+    described = describe(config, start, data.record)
+    progress = data.state(replace(before, made_with=described.made_with))
     training = build_training(config, layout, start, checkpoints, described.rates, prompts.pad_id)
-    source = build_rollout(config, layout, progress, prompts, questions)
+    source = build_rollout(config, layout, progress, prompts, data.row)
     sets |= {HELDOUT: shard_questions(held_out, config.evaluation.samples)}
     evaluator = Evaluator(config.evaluation, sets, prompts, directory, writes=main)
     evaluator.prepare()
@@ -126,7 +125,7 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
         start=start,
         progress=progress,
         changes=described.changes,
-        questions=questions,
+        data=data,
         training=training,
         source=source,
         dump=dump,

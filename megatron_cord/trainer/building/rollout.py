@@ -9,10 +9,11 @@ from pathlib import Path
 
 from megatron_cord.data.audio.augmentation import augment
 from megatron_cord.data.loader import Batch, SampleLoader
+from megatron_cord.data.ordering.row import Row
 from megatron_cord.data.prompts import PromptBuilder
-from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.parallel.layout import Layout
+from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.reward.collective import build_rewards
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.engines import build_engine
@@ -45,7 +46,7 @@ class RolloutSource:
 
 
 def build_rollout(
-    config: RunConfig, layout: Layout, progress: Progress, prompts: PromptBuilder, questions: ShardDataset
+    config: RunConfig, layout: Layout, progress: Progress, prompts: PromptBuilder, row: Row
 ) -> RolloutSource:
     """Build loader, engine, reference answers, rewards, and their schedule.
 
@@ -54,7 +55,7 @@ def build_rollout(
         layout: this rank's place.
         progress: how far the run is.
         prompts: of the checkpoint.
-        questions: what the run trains on.
+        row: the samples that the run trains on.
     """
     directory = Path(config.output_dir)
     engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
@@ -73,10 +74,8 @@ def build_rollout(
     rewards = build_rewards(config.reward, directory, layout.replica_group)
     collector = Collector(config.rollout, config.objective, answers, rewards, config.seed)
     loader = SampleLoader(
-        questions,
+        row,
         batch_size=config.rollout.prompts_per_step,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
         rank=layout.dp_rank,
         world=layout.dp_size,
         workers=config.data.workers,
@@ -86,6 +85,7 @@ def build_rollout(
             sample, config.data.augmentation, seed=config.seed, step=step, limits=prompts.limits
         ),
         prepare=partial(prompts.prepare, views=collector.views),
+        agree=all_gather_json,
     )
     schedule = Schedule(
         config.rollout.schedule,

@@ -49,6 +49,8 @@ class Progress:
         samples: taken from the data so far: the position in it.
         spent: seconds that the run's processes have taken in all, for `train.hours`.
         longest: of them the longest step, checkpoint and evaluation.
+        mixture: of the data's sets, the fields of `Phase`; empty for a run that has taken no sample.
+        damaged: samples of each set that turned out to be damaged, as ranges of numbers.
         made_with: the settings of the run.
         ahead: responses of later steps, by step and request (`Schedule.settle`), generated with weights that a resumed
             run no longer has.
@@ -61,6 +63,8 @@ class Progress:
     samples: int = 0
     spent: float = 0.0
     longest: Mapping[str, float] = field(default_factory=dict)
+    mixture: Mapping[str, Any] = field(default_factory=dict)
+    damaged: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
     made_with: MadeWith = field(default_factory=MadeWith)
     ahead: Mapping[int, Mapping[str, Rollout]] = field(default_factory=dict)
 

@@ -12,6 +12,7 @@ from megatron_cord.data.loader import SampleLoader
 from megatron_cord.data.samples import PromptLimits, Sample
 from megatron_cord.data.turns import AudioPart, Turn
 from megatron_cord.errors import CordError
+from tests.data.ordering.sets import row_of
 
 RATE = 16000
 TIME = np.arange(RATE) / RATE
@@ -78,7 +79,7 @@ def test_it_depends_on_seed_step_and_sample_alone() -> None:
 
     def batches(workers: int, steps: range) -> list[np.ndarray]:
         loader = SampleLoader(
-            loud, batch_size=4, seed=5, workers=workers, change=lambda s, step: augment(s, ALL, seed=5, step=step)
+            row_of(loud, 5), batch_size=4, workers=workers, change=lambda s, step: augment(s, ALL, seed=5, step=step)
         )
         heard = [prepared.sample.waveform for step in steps for prepared in loader.batch(step).samples]
         loader.close()

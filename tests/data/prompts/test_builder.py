@@ -15,9 +15,10 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast, Qwen2AudioProcessor, WhisperFeatureExtractor
 
 from examples.quickstart.checkpoint import TinyModelConfig, build_tokenizer, create_checkpoint
-from megatron_cord.data.loader import DataConfig
+from megatron_cord.data.config import DataConfig
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Sample
+from megatron_cord.data.sets import open_training
 from megatron_cord.data.shards.writer import ShardWriter
 from megatron_cord.errors import CordError
 from tests.model.family_reference import DECODER, STEP_ENCODER
@@ -288,9 +289,9 @@ def test_a_recording_beyond_the_window_is_found_at_once(
     writer.close()
     config = DataConfig(str(tmp_path), long_audio=long_audio, max_skipped=0.5)
     if opens:
-        assert len(config.open("train", builder.limits)) == (2 if long_audio == "cut" else 1)
+        assert len(open_training(config, builder.limits)[""]) == (2 if long_audio == "cut" else 1)
     else:
         with pytest.raises(
             CordError, match=r"s48001: 3\.00 s of audio, the encoder's .* \(1 of 2 samples are longer\)"
         ):
-            config.open("train", builder.limits)
+            open_training(config, builder.limits)

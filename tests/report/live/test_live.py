@@ -15,11 +15,15 @@ import time
 import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
 import pytest
+import yaml
 
+from megatron_cord.data.audio.wav import encode_wav
+from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.files import heldout_file
 from megatron_cord.report.live import search as search_module
@@ -29,6 +33,7 @@ from megatron_cord.report.live.server import make_server
 from megatron_cord.report.run.reading import read_run
 from megatron_cord.rollout.rollout_file import dump_file
 from tests.report.fixture import HOSTILE, STEPS, rewrite, write_lines
+from tests.tiny_run import make_samples, write_shards
 
 ROOT = Path(__file__).parents[3]
 
@@ -173,6 +178,24 @@ def test_audio(port: int, finished_run: Path) -> None:
     for nonsense in ("bytes=9-4", "bytes=99999999-", "bytes=-5", "lines=1-2", "bytes=0-1,3-4"):
         assert ask(port, f"/audio?set=evaluation&id={answer.id}", extra={"Range": nonsense})[::2] == (200, body)
     assert ask(port, f"/audio?set=train&id={answer.id}")[0] == 404  # the configuration names no data.train
+
+
+def test_audio_of_several_sets(run_copy: Path, tmp_path: Path) -> None:
+    """Catches a recording of another set with the same id, and an address that is taken for a directory."""
+    for seed, name in enumerate(("a", "b")):
+        write_shards(tmp_path / name, [replace(make_samples(1, seed=seed)[0], id="q1")])
+    config = yaml.safe_load((run_copy / "config.yaml").read_text())
+    config.setdefault("data", {})["train"] = {
+        **{name: {"path": str(tmp_path / name), "weight": 1.0} for name in ("a", "b")},
+        "c": {"path": "https://nowhere.invalid/c", "weight": 1.0},
+    }
+    (run_copy / "config.yaml").write_text(yaml.safe_dump(config))
+    with serving(run_copy) as port:
+        for name in ("a", "b"):
+            status, _, body = ask(port, f"/audio?set=train&id={name}/q1")
+            assert status == 200 and body == encode_wav(ShardDataset(tmp_path / name)[0].waveform)
+        assert [ask(port, f"/audio?set=train&id={name}/q1")[0] for name in ("c", "d")] == [404, 404]
+        assert ask(port, "/audio?set=train&id=q1")[0] == 404
 
 
 @pytest.mark.parametrize(
