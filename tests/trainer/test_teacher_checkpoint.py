@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,16 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt
 from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
+from megatron_cord.parallel.layout import Layout
+from megatron_cord.rollout.config import RolloutConfig
 from megatron_cord.rollout.local.engine import LocalEngine
+from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.types import GenerationRequest, ScoredRollout
-from megatron_cord.trainer.building.teacher_checkpoint import check_teacher
+from megatron_cord.trainer.building.teacher_checkpoint import answering_engine, check_teacher
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.observability.rollout_dump import read_dump
+from megatron_cord.trainer.step.teacher import TeacherConfig
+from tests.rollout.sglang.fake_sglang import FakeServer, answer_to
 from tests.tiny_run import losses, overrides, write_checkpoint
 from tests.trainer.fault_ranks import run_forked
 from tests.trainer.test_train import alone
@@ -116,6 +123,21 @@ def test_a_teacher_that_does_not_fit_is_named(inputs: Path, teacher: Path, tmp_p
         check_teacher(str(other), prompts, student)
     with pytest.raises(CordError, match=r"^teacher\.checkpoint: .*nowhere does not exist"):
         check_teacher(str(tmp_path / "nowhere"), prompts, student)
+
+
+def test_its_own_servers_answer(inputs: Path, teacher: Path, layout: Layout) -> None:
+    """Catches questions that go to the student's servers, or to servers of another model."""
+    prompts = PromptBuilder(inputs / "checkpoint")
+    asked = GenerationRequest(prompts.text_prompt(ShardDataset(inputs / "train")[0]), 0.0, 6)
+    with FakeServer() as own, FakeServer() as students:
+        own.info["model_type"] = "llama"
+        rollout = RolloutConfig(engine="sglang", sglang=SGLangConfig(servers=(students.url,), start_seconds=20.0))
+        settings = TeacherConfig(checkpoint=str(teacher), servers=(own.url,))
+        with closing(answering_engine(rollout, settings, layout.device)) as engine:
+            (answer,) = engine.generate([asked])
+        assert answer.token_ids == tuple(answer_to(asked.prompt.token_ids)) and not students.asked
+        with pytest.raises(CordError, match="serves a qwen2_audio model"):
+            answering_engine(rollout, replace(settings, servers=(students.url,)), layout.device)
 
 
 @pytest.mark.parametrize(
