@@ -38,6 +38,7 @@ class Recorded(ABC):
 
         Raises:
             UnreadableError: it is missing or no recording; the message begins with what is wrong.
+            CordError: what gives it is away.
         """
 
 
@@ -134,6 +135,13 @@ class RecordedAddress(Recorded):
                 content: bytes = file.read(_LARGEST)
         except FileNotFoundError:
             raise UnreadableError(f"its file is missing ({self.address})") from None
+        except ValueError as error:
+            raise UnreadableError(f"its file has an address that is none ({self.address}: {error})") from None
+        except OSError as error:
+            raise CordError(
+                f"{self.address}: the hub does not give it ({str(error)[:120]}); what is complete is kept: call again "
+                "when the hub is well"
+            ) from None
         return decoded(content, self.address)
 
 

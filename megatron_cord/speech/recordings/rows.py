@@ -95,7 +95,7 @@ def rows_fingerprint(rows: tuple[Recording | Reject, ...]) -> str:
     return fingerprint(r.identity if isinstance(r, Recording) else f"{r.id}\0{r.reason}" for r in rows)
 
 
-def _recording(name: str, row: Mapping[str, Any], notes: Any, root: Path | None, language: str | None) -> Recording:
+def _recording(name: str, row: Mapping[str, Any], notes: Any, root: Path | str, language: str | None) -> Recording:
     metadata = _metadata(notes)
     if not 0 < len(name) <= _LONGEST_ID:
         raise _UnusableError(f"its id has other than 1 to {_LONGEST_ID} characters ({len(name)})")
@@ -134,7 +134,7 @@ def _text(row: Mapping[str, Any], name: str) -> str | None:
 
 
 def _conversation(
-    name: str, row: Mapping[str, Any], root: Path | None, texts: Mapping[str, str | None], choices: tuple[str, ...]
+    name: str, row: Mapping[str, Any], root: Path | str, texts: Mapping[str, str | None], choices: tuple[str, ...]
 ) -> tuple[Sample, tuple[Recorded, ...]]:
     """Return a sample of turns and its recordings, numbered as they come."""
     if both := [field_name for field_name in ("question", "instruction", "audio") if row.get(field_name) is not None]:
@@ -150,7 +150,7 @@ def _conversation(
     return Sample(id=name, question="", choices=choices, turns=turns, **given), tuple(recorded)  # type: ignore[arg-type]
 
 
-def _recorded(value: Any, root: Path | None, what: str) -> Recorded:
+def _recorded(value: Any, root: Path | str, what: str) -> Recorded:
     if isinstance(value, Recorded):
         return value
     if isinstance(value, Mapping):  # as the `datasets` library stores a column of type Audio
@@ -159,9 +159,18 @@ def _recorded(value: Any, root: Path | None, what: str) -> Recorded:
         value = value.get("path")
     if not isinstance(value, str) or not value or "\0" in value:
         raise TurnsError(f"{what} is {_shown(value)}, neither a path nor bytes")
-    if root is None:
-        return RecordedAddress(value)
-    return RecordedFile(root / value, value)
+    if isinstance(root, Path):
+        return RecordedFile(root / value, value)
+    address = value if "://" in value else f"{root}/{value}"
+    *members, archive = address.split("::")  # "zip://a.wav::hf://…" is a member of an archive
+    inside = archive.removeprefix(f"{root}/")
+    if inside == archive or not {"", ".", ".."}.isdisjoint(inside.split("/")) or not all(map(_is_zipped, members)):
+        raise TurnsError(f"{what} is {_shown(value)}, which lies outside of the set")
+    return RecordedAddress(address)
+
+
+def _is_zipped(address: str) -> bool:
+    return address.startswith("zip://")
 
 
 def _metadata(notes: Any) -> dict[str, Any]:

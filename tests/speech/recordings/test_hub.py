@@ -16,7 +16,7 @@ import soundfile
 
 from megatron_cord.data.shards.reader import ShardDataset
 from tests.speech.recordings.fake_hub import COMMIT, FakeHub
-from tests.speech.recordings.made import voice
+from tests.speech.recordings.made import rejects, voice
 from tests.tiny_run import ROOT
 
 SECOND = "data/train-00001-of-00002.parquet"
@@ -47,6 +47,12 @@ def files() -> dict[str, bytes]:
         SECOND: parquet(10, 7),
         "data/test-00000-of-00001.parquet": parquet(90, 2),
     }
+
+
+def flac(number: int) -> bytes:
+    sound = io.BytesIO()
+    soundfile.write(sound, voice(0.5, 22050, seed=number), 22050, format="FLAC")
+    return sound.getvalue()
 
 
 def shards(hub: FakeHub, home: Path, *arguments: str) -> tuple[int, str]:
@@ -81,3 +87,19 @@ def test_a_streamed_set_goes_on_where_the_hub_failed(files: dict[str, bytes], tm
         assert len(sample.waveform) == pytest.approx((0.3 + 0.05 * (index % 5)) * 16000, abs=1)
     source = json.loads((tmp_path / "set" / "manifest.json").read_text())["source"]
     assert (source["revision"], source["split"]) == (COMMIT, "train")
+
+
+def test_rows_name_files_of_the_set_and_no_others(tmp_path: Path) -> None:
+    """Would catch a file of this machine, or of another server, that a published set has put into a user's shards."""
+    outside = ["/etc/hostname", "../x.flac", "file:///etc/hostname", "http://127.0.0.1:1/x.flac", "zip://a::file:///x"]
+    outside += ["zip://a::rows", f"file:///etc/hostname::hf://datasets/lab/speech@{COMMIT}/rows.jsonl"]
+    paths = ["clips/one 1.flac", "clips/none.flac", *outside]
+    rows = [{"audio": path, "sentence": f"Where is {number}?"} for number, path in enumerate(paths)]
+    card = b"---\nconfigs:\n- config_name: default\n  data_files: rows.jsonl\n---\n"
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with FakeHub("lab/speech", {"README.md": card, "rows.jsonl": lines, "clips/one 1.flac": flac(1)}) as hub:
+        status, said = shards(hub, tmp_path / "home", "--output", str(tmp_path / "set"), "--max-rejects", "1")
+    assert status == 0 and "1 samples" in said, said
+    reasons = rejects(tmp_path / "set")
+    assert reasons.pop("row-2").startswith("its file is missing")
+    assert len(reasons) == len(outside) and all("lies outside of the set" in reason for reason in reasons.values())

@@ -79,7 +79,7 @@ class CutRows(Source):
         except ImportError:
             raise CordError(f"{path} holds lhotse's cuts; pip install megatron_cord[lhotse] to read them") from None
         self.name = path.name
-        self.root = path if path.is_dir() else path.parent
+        self.root = self._folder = path if path.is_dir() else path.parent
         self.identity = {}
         self._path, self._lhotse = path, lhotse
 
@@ -112,7 +112,7 @@ class CutRows(Source):
             name: value for name, value in custom.items() if name not in _LOADING and not hasattr(value, "to_dict")
         }
         said = {"question": supervision.text, "voice": supervision.speaker, "language": supervision.language}
-        return {**plain, **said, "id": cut.id, "audio": RecordedCut(cut, self.root or Path())}
+        return {**plain, **said, "id": cut.id, "audio": RecordedCut(cut, self._folder)}
 
 
 def holds_cuts(path: Path) -> bool:

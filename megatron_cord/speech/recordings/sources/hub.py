@@ -39,7 +39,7 @@ class HubRows(Source):
         import datasets
         from huggingface_hub import HfApi
 
-        self.name, self.root, self._rows = address, None, 0
+        self.name, self._rows = address, 0
         where = f"hf://datasets/{named['name']}"  # never a directory of that name
         try:
             commit = commit or HfApi().dataset_info(named["name"], revision=named["revision"]).sha
@@ -55,7 +55,7 @@ class HubRows(Source):
             raise
         except Exception as error:  # requests', the hub's and the library's own are of no common kind
             raise CordError(f"{address}: the hub does not give it ({_first_line(error)}); check the name") from None
-        self._data = data
+        self._data, self.root = data, f"{where}@{commit}"
         self.identity = {"revision": commit, "subset": subset, "split": split}
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
@@ -64,6 +64,11 @@ class HubRows(Source):
             for row in self._data:
                 self._rows += 1
                 yield f"row {self._rows}", row
+        except ImportError as error:
+            raise CordError(
+                f"{self.name}: {_first_line(error)} Or give hf://OWNER/NAME@refs/convert/parquet, a copy that the hub "
+                "makes of most sets"
+            ) from None
         except Exception as error:  # as above; what the rows are used for raises elsewhere
             raise CordError(
                 f"{self.name}: cannot be read behind row {self._rows} ({_first_line(error)}); what is complete is "

@@ -15,13 +15,13 @@ class Source(ABC):
 
     Attributes:
         name: for messages and the manifest: a file's name, without the directories above it.
-        root: what paths of recordings are relative to; None where they are addresses.
+        root: what paths of recordings are relative to: a directory, or an address that they may not leave.
         identity: what else decides which rows these are, as JSON values.
         is_streamed: rows are dear to read again, and reading can go on at a bookmark.
     """
 
     name: str
-    root: Path | None = None
+    root: Path | str
     identity: Mapping[str, Any] = {}
     is_streamed: bool = False
 
