@@ -49,7 +49,7 @@ class Query:
     """A query; None sets no condition. Bounds are inclusive, and values that were not measured lie outside of any."""
 
     text: str = ""  #: in question, response, teacher's answer or id, whatever the case
-    role: str = ""  #: distill, policy or shared
+    role: str = ""  #: distill, policy, shared or replaced
     reward_from: float | None = None
     reward_to: float | None = None
     divergence_from: float | None = None  #: mean over the response's tokens, nats
