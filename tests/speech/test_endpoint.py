@@ -114,6 +114,7 @@ def test_round_trip() -> None:
     """Would catch a wrong word count, and numbers that count as wrong for being written in digits."""
     assert word_error_rate("what is 21 plus 2", "What is twenty one plus two?") == 0.0
     assert word_error_rate("one two three four", "one too four") == 0.5
+    assert word_error_rate("今天天气很好", "今天天气不好") == pytest.approx(1 / 6)  # by characters
     with OpenAIServer(speak) as server:
         client = OpenAIClient(server.url)
         assert Transcriber(client, "whisper").transcribe(np.full(1600, 0.1, np.float32)) == "what is nine"
