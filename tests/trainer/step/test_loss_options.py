@@ -15,6 +15,7 @@ from megatron_cord.losses import (
     PolicyGradientConfig,
     TokenWeightsConfig,
     divergence_from_hidden,
+    token_logprobs_from_hidden,
     token_weights,
 )
 from megatron_cord.losses.implementations import output_layer
@@ -70,13 +71,26 @@ def test_divergence_and_weights_reach_the_loss(options: DivergenceConfig, implem
     assert leaf.grad is not None and leaf.grad.abs().sum() > 0
 
 
-def test_gradients_do_not_depend_on_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a loss that depends on its chunks: CORD's weights and the policy gradient, with an empty response."""
+@pytest.mark.parametrize(
+    "policy",
+    [
+        PolicyGradientConfig(),
+        PolicyGradientConfig(surrogate="clipped", ratio="sequence", normalization="response_mean"),
+        PolicyGradientConfig(surrogate="cispo", clip_high=0.1),
+    ],
+    ids=lambda policy: policy.surrogate,
+)
+def test_gradients_do_not_depend_on_the_implementation(
+    policy: PolicyGradientConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a loss that depends on its chunks: CORD's weights, L_seq and its ratios, with an empty response."""
     monkeypatch.setattr(
         output_layer, "CHUNK_ELEMENTS", {"cpu": 3 * 16}
     )  # chunks of at most 3 tokens, or of one longer response
     batch = replace(batch_of([4, 0, 2, 1]), advantages=torch.tensor([0.5, 0.0, -1.0, 0.5]))
     hidden, weight, other = torch.randn(3, 16, 6, generator=torch.Generator().manual_seed(1)).unbind(0)
+    now = token_logprobs_from_hidden(hidden[:7], weight, batch.target_ids, vocab_size=11).student_logprob
+    batch = replace(batch, old_logprobs=now + torch.linspace(-0.15, 0.15, 7), engine_logprobs=now)
     calls, terms = [], microbatch_loss_module._terms
 
     def noted(*arguments: Any) -> Any:
@@ -84,14 +98,18 @@ def test_gradients_do_not_depend_on_the_implementation(monkeypatch: pytest.Monke
         return terms(*arguments)
 
     monkeypatch.setattr(microbatch_loss_module, "_terms", noted)
-    gradients = {}
+    gradients, seen = {}, list[torch.Tensor]()
     for implementation in ("cached_grad", "recompute", "fused", "auto"):
-        config = ObjectiveConfig(implementation=implementation)
+        config = ObjectiveConfig(policy_gradient=policy, implementation=implementation)
         leaves = hidden[:7].clone().requires_grad_(), weight.clone().requires_grad_()
         loss = microbatch_loss(config, GlobalCounts(4, 3), batch, leaves[0], leaves[1], other[:7], other, 11, None)
         (8.0 * loss.total).backward()  # type: ignore[no-untyped-call]  # scaled, as the pipeline schedule does
         torch.testing.assert_close(loss.total.detach(), loss.token + loss.sequence)
         gradients[implementation] = [leaf.grad for leaf in leaves]
+        if policy.has_ratio:
+            assert loss.ratios is not None
+            seen.append(torch.cat([loss.ratios.sums, loss.ratios.largest[None]]))
+            torch.testing.assert_close(seen[-1], seen[0])
         lengths = {"cached_grad": [7], "recompute": [7]}.get(implementation, [4, 3])
         assert [len(responses.positions) for responses in calls[-len(lengths) :]] == lengths
     assert len(calls) == 6  # each token once
