@@ -11,18 +11,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-import numpy as np
-
-from megatron_cord.data.audio.wav import encode_wav
-from megatron_cord.data.shards.manifest import is_remote
-from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.files import heldout_files
+from megatron_cord.report.live.recordings import Recordings
 from megatron_cord.report.live.search import ORDERS, PAGE, Query, mean_divergence, search
 from megatron_cord.report.page.examples import kind_of
 from megatron_cord.report.page.overview import facts, missing, overview
@@ -64,7 +59,7 @@ class LiveRun:
         self._run = read_run(directory)
         self._pages: dict[str, str] = {}
         self._audio = {
-            name: _Recordings(path) for each in SETS for name, path in _paths(each, self._run.setting(f"data.{each}"))
+            name: Recordings(path) for each in SETS for name, path in _paths(each, self._run.setting(f"data.{each}"))
         }
 
     def version(self) -> str:
@@ -216,29 +211,6 @@ def _paths(name: str, data: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{name}/{part}", each.get("path")) for part, each in data.items())
     else:
         yield name, data
-
-
-class _Recordings:
-    """The recordings of a data set, opened at the first use."""
-
-    def __init__(self, data: object) -> None:
-        self._data = data
-        self._lock = threading.Lock()
-
-    @cached_property
-    def _found(self) -> tuple[ShardDataset, dict[str, int]]:
-        if not isinstance(self._data, str):
-            raise CordError("the configuration names no data")
-        if is_remote(self._data):
-            raise CordError(f"{self._data} is an address; the page plays recordings of local shards")
-        dataset = ShardDataset(self._data, max_skipped=1.0)  # what a run left out has no rollouts
-        return dataset, {sample_id: index for index, sample_id in enumerate(dataset.ids)}
-
-    def wav(self, sample_id: str) -> bytes | None:
-        with self._lock:
-            dataset, places = self._found
-        place = places.get(sample_id)
-        return None if place is None else encode_wav(np.clip(dataset[place].played(), -1.0, 1.0))
 
 
 def _version_of(directory: Path, run: RunContents) -> str:

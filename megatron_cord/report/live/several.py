@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from megatron_cord.report.comparison.page import comparison
+from megatron_cord.report.comparison.questions import DividingQuestion, dividing_questions
 from megatron_cord.report.comparison.runs import check_runs
 from megatron_cord.report.live.live import LiveRun
 from megatron_cord.report.page.templates import templates
@@ -42,7 +44,9 @@ class LiveRuns:
         with self._lock:
             version = self.version()
             if version != self._drawn:
-                content = comparison([run.contents() for run in self.runs])
+                runs = [run.contents() for run in self.runs]
+                questions = dividing_questions(runs)
+                content = comparison(runs, questions, {item.question.id: _address(item) for item in questions})
                 heads = {"version": version, "view": "overview", "links": [], "linked": True}
                 self._page = templates().get_template("live/runs.html").render(content | heads)
                 self._drawn = version
@@ -54,3 +58,9 @@ class LiveRuns:
     def failed(self, message: str) -> str:
         """Return the page of an error."""
         return templates().get_template("live/error.html").render(name="Runs", message=message, view="", links=[])
+
+
+def _address(item: DividingQuestion) -> str:
+    """Return where the recording of a question is served: by the first run that was asked it."""
+    place = next(number for number, answer in enumerate(item.answers, start=1) if answer is not None)
+    return f"{place}/audio?set=evaluation&id={quote(item.question.id, safe='')}"

@@ -15,6 +15,7 @@ from megatron_cord.cli.main import cord, invoke
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.files import heldout_file
 from megatron_cord.report.comparison.page import render_comparison
+from megatron_cord.report.comparison.questions import MOST, dividing_questions
 from megatron_cord.report.comparison.results import results
 from megatron_cord.report.comparison.runs import labels
 from megatron_cord.report.comparison.settings import differing_settings
@@ -68,6 +69,31 @@ def test_results(several_runs: list[Path]) -> None:
     assert stopped.difference.estimate.value == pytest.approx(expected) and 0 < stopped.difference.p <= 1
     low, high = stopped.difference.estimate.low, stopped.difference.estimate.high
     assert low is not None and high is not None and low <= expected <= high
+
+
+def test_questions_that_divide(several_runs: list[Path], page: str) -> None:
+    """Catches a question that all runs heard alike, an answer of another run or step, and a missing recording."""
+    runs = [read_run(run) for run in several_runs]
+    questions = dividing_questions(runs)
+    assert 0 < len(questions) <= MOST
+    for item in questions:
+        given = [answer.audio_correct for answer in item.answers if answer is not None]
+        assert True in given and False in given
+        for run, answer in zip(runs, item.answers, strict=True):
+            assert answer is None or answer in run.evaluations[-1].answers
+            assert (answer is None) == all(a.id != item.question.id for a in run.evaluations[-1].answers)
+    assert page.count("<audio ") == page.count("data:audio/wav;base64,") == len(questions)
+    assert dividing_questions(runs[:1]) == [] and dividing_questions([runs[0], runs[0]]) == []
+
+
+def test_without_the_recordings(several_runs: list[Path], tmp_path: Path) -> None:
+    """Catches a page that fails, or is silent without a word, where the shards are elsewhere."""
+    moved = [shutil.copytree(run, tmp_path / run.name) for run in several_runs[:2]]
+    for run in moved:
+        text = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(re.sub(r"evaluation: .*", f"evaluation: {tmp_path / 'nowhere'}", text))
+    page = render_comparison(moved, tmp_path / "page.html").read_text()
+    assert "<audio" not in page and "No audio: " in page and "Questions that divide the runs" in page
 
 
 def test_question_sets(page: str) -> None:

@@ -333,6 +333,8 @@ def test_several_runs(several_runs: list[Path], tmp_path: Path) -> None:
     with serving(*runs) as port:
         first = page(port, "/")
         assert "Settings that differ" in first and 'href="2/"' in first and "var(--run-3)" in first
+        clip = re.search(r'src="([12]/audio[^"]*)"', first)
+        assert clip is not None and ask(port, "/" + unescape(clip[1]))[0] == 200
         versions = {address: ask(port, f"{address}/version")[2] for address in ("", "/1", "/2", "/3")}
         assert len(set(versions.values())) == 4
         own = page(port, "/2/")
