@@ -24,6 +24,11 @@ from megatron_cord.trainer.observability.trackers.tags import tag
         ("gradient_clipped", "optimizer"),
         ("seconds", "time"),
         ("seconds_wait_rollouts", "time"),
+        ("ratio_max", "loss"),
+        ("clipped_low", "loss"),
+        ("updates", "optimizer"),
+        ("replaced_groups", "rollout"),
+        ("damaged_samples", "data"),
         ("alerts", "run"),
         ("of_another_version", "other"),
     ],
@@ -31,3 +36,4 @@ from megatron_cord.trainer.observability.trackers.tags import tag
 def test_each_metric_has_its_group(name: str, group: str) -> None:
     """Catches a metric in a wrong group, or whose name is not that of metrics.jsonl."""
     assert tag(name) == f"{group}/{name}"
+    assert tag(tag(name)) == tag(name) or group == "other"
