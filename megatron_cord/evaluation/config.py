@@ -80,6 +80,7 @@ class EvaluationConfig:
     scored: int = 48  #: answers whose divergence from the teacher is computed token by token, for the report
     #: for `evaluate`: latest or best (of output_dir), base (model.checkpoint), or a checkpoint's directory
     checkpoint: str = "latest"
+    #: when a run ends because its evaluations get no better
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     #: question sets by name, beside data.evaluation: for `evaluate`, and for the evaluations of a training run
     sets: dict[str, SetConfig] = field(default_factory=dict)
