@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,9 +38,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def submit(cluster: Cluster, inputs: Path, output: Path, *more: str, **variables: str) -> str:
+def submit(
+    cluster: Cluster, inputs: Path, output: Path, *more: str, nodes: Sequence[str] = ("--nodes=2",), **variables: str
+) -> str:
     """Submit a run on two nodes, one rank each unless the script's variables differ; return the job's id."""
-    output.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
     (output / "empty.yaml").touch()
     environment = {
         "CORD_PYTHON": sys.executable,
@@ -51,14 +53,13 @@ def submit(cluster: Cluster, inputs: Path, output: Path, *more: str, **variables
     environment |= variables
     options = [
         "--parsable",
-        "--nodes=2",
         "--time=60",
         "--signal=B:USR1@120",
         f"--job-name={output.name}",
         f"--output={output}/job.log",
     ]
     settings = [s for s in overrides(inputs, output, f"train.steps={STEPS}", *more) if not s.startswith("output_dir=")]
-    command = ["sbatch", *options, SCRIPT, str(output / "empty.yaml"), *settings]
+    command = ["sbatch", *options, *nodes, SCRIPT, str(output / "empty.yaml"), *settings]
     return cluster.call(*command, cwd=ROOT, environment=environment).strip()
 
 
@@ -107,11 +108,19 @@ def run_whole(cluster: Cluster, inputs: Path, output: Path, *more: str, **variab
 
 
 def run_cut(
-    cluster: Cluster, inputs: Path, output: Path, steps: int, times: int, /, *more: str, **variables: str
+    cluster: Cluster,
+    inputs: Path,
+    output: Path,
+    steps: int,
+    times: int,
+    /,
+    *more: str,
+    nodes: Sequence[str] = ("--nodes=2",),
+    **variables: str,
 ) -> str:
     """Run, cut off by the time limit so many times, each time queued again and resumed; return the log."""
     # Without an interval, what is saved before the end is saved for the signal.
-    job = submit(cluster, inputs, output, "checkpoint.interval=0", *more, **variables)
+    job = submit(cluster, inputs, output, "checkpoint.interval=0", *more, nodes=nodes, **variables)
     for restarts in range(times):
         cut_off(cluster, output, job, restarts)
         assert 3 <= steps_done(output) < steps
@@ -177,6 +186,7 @@ def test_a_fork_cut_off_twice_ends_like_one_that_was_not(
 def test_one_node_trains_and_one_serves(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
     """Catches servers that are not started, not found, left behind or of other weights, and a loss curve with a seam.
 
+    The run that is cut off is a heterogeneous job, whose second component serves; the other one is a job of two nodes.
     Greedy responses and L_tok alone: on a CPU SGLang does not follow seeds, and two runs that sample would see other
     responses.
     """
@@ -189,14 +199,14 @@ def test_one_node_trains_and_one_serves(cluster: Cluster, inputs: Path, tmp_path
         f"train.steps={SERVED_STEPS}",
     ]
     serving = {
-        "CORD_SERVER_NODES": "1",
         "CORD_RANKS": "2",
         "CORD_SERVER_ARGS": f"--device cpu --dtype float32 --python {SGLANG}",
     }
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run_whole(cluster, inputs, whole, *greedy, **serving)
-    log = run_cut(cluster, inputs, cut, SERVED_STEPS, 1, *greedy, **serving)
-    assert log.count("servers of") == 2 and log.count("training on n1, 2 ranks each") == 2
+    run_whole(cluster, inputs, whole, *greedy, CORD_SERVER_NODES="1", **serving)
+    components = ("--nodes=1", ":", "--nodes=1", "--ntasks-per-node=1")
+    log = run_cut(cluster, inputs, cut, SERVED_STEPS, 1, *greedy, nodes=components, **serving)
+    assert log.count("servers of") == 2 and log.count("training on n1, in") == 2
     assert losses(cut) == losses(whole) and len(losses(cut)) == SERVED_STEPS
     key = re.compile(r"MEGATRON_CORD_SERVER_KEY|Bearer")
     for output in (whole, cut):
@@ -208,6 +218,29 @@ def test_one_node_trains_and_one_serves(cluster: Cluster, inputs: Path, tmp_path
         if str(inputs) in " ".join(p.info["cmdline"] or []) or "sglang" in (p.info["cmdline"] or [""])[0]
     ]
     assert not [p for p in left if any(parent.name() == "slurmstepd" for parent in p.parents())]
+
+
+def test_a_chain_of_jobs_continues_a_run_and_ends_with_it(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
+    """Catches a job that requeues itself although it may not, one that begins anew, and jobs that wait for nothing.
+
+    Data and checkpoint come from copies on the node's disk.
+    """
+    output, stage = tmp_path / "chain", tmp_path / "disk"
+    more = ("parallel.tp=2", "checkpoint.interval=0")
+    variables = {"CORD_AGAIN": "chain", "CORD_STAGE": str(stage)}
+    jobs: list[str] = []
+    for _ in range(3):
+        nodes = ("--nodes=2", *([f"--dependency=afterany:{jobs[-1]}"] if jobs else []))
+        jobs.append(submit(cluster, inputs, output, *more, nodes=nodes, **variables))
+    cluster.wait(lambda: steps_done(output) >= 3, 900, "the first steps")
+    with standing_still(output) as ranks:
+        cluster.call("scancel", "--batch", "--signal=USR1", jobs[0])
+        cluster.wait(lambda: any(map(has_signal_pending, ranks)), 60, "the signal")
+    cluster.wait(lambda: has_ended(cluster, jobs[2]), 1800, "the chain")
+    log = (output / "job.log").read_text()
+    assert [cluster.job(job)["JobState"] for job in jobs] == ["FAILED", "COMPLETED", "CANCELLED"], log
+    assert log.count("resuming after step") >= 1 and len(losses(output)) == STEPS, log
+    assert {path.name.rpartition("-")[0] for path in stage.iterdir()} >= {"checkpoint", "train"}
 
 
 def test_a_job_that_cannot_start_is_not_tried_again(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
