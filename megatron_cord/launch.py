@@ -99,6 +99,8 @@ def launch(options: Sequence[str]) -> int:
     """
     arguments = torchrun.parse_args(list(options))  # type: ignore[no-untyped-call]
     if not torch.cuda.is_available():
+        if arguments.nproc_per_node == "gpu":
+            raise CordError("--nproc-per-node gpu, but torch finds no GPU; give a number of ranks to train on CPUs")
         # More threads than cores collapse; torchrun would set it with a banner.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     _check_port(arguments)
