@@ -79,6 +79,7 @@ bench: $(STAMP) ## measure the loss against baselines; some minutes, writes benc
 	$(BIN)/python -m benchmarks.loss all
 
 lint: $(STAMP) ## rules and formatting
+	$(BIN)/shellcheck .ci/run examples/*/*.sh examples/*/*.sbatch
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
