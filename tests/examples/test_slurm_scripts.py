@@ -116,6 +116,8 @@ def test_servers_of_a_heterogeneous_job(site: Site, tmp_path: Path) -> None:
     """Catches servers placed among the trainer's nodes, or as many of them as the trainer's nodes have GPUs."""
     variables = {
         "SLURM_HET_SIZE": "2",
+        "SLURM_JOB_ID_HET_GROUP_0": "7",
+        "SLURM_JOB_ID_HET_GROUP_1": "8",
         "SLURM_JOB_NODELIST_HET_GROUP_0": "n1,n2",
         "SLURM_JOB_NODELIST_HET_GROUP_1": "s3",
         "SLURM_JOB_CPUS_PER_NODE_HET_GROUP_0": "64(x2)",
@@ -127,6 +129,7 @@ def test_servers_of_a_heterogeneous_job(site: Site, tmp_path: Path) -> None:
     servers, environment = roles["--job-name=servers"]
     assert {"--het-group=1", "--nodelist=s3", "--cpus-per-task=16"} <= servers
     assert (environment["CORD_SERVERS"], environment["CORD_ADDRESSES"]) == ("2", "s3=10.0.0.3")
+    assert all("--jobs=7,8" in arguments for arguments, _ in site.calls("squeue"))
     trainer, _ = roles["--job-name=trainer"]
     assert {"--het-group=0", "--nodelist=n1,n2", "--cpus-per-task=64", "rollout.sglang.min_servers=2"} <= trainer
 
