@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from megatron_cord.config.loading import load_config
-from megatron_cord.data.loader import DataConfig
+from megatron_cord.data.config import DataConfig
 from megatron_cord.data.shards.manifest import MANIFEST_NAME, Manifest
 from megatron_cord.errors import CordError
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
