@@ -96,6 +96,11 @@ class MistralTokenizer:
         """Return the text of token ids."""
         return str(self._backend.decode(list(ids)))
 
+    def vocabulary(self) -> dict[int, str]:
+        """Return each id's token as the tokenizer spells it."""
+        ids = list(range(len(self)))
+        return dict(zip(ids, map(str, self._backend.convert_ids_to_tokens(ids)), strict=True))
+
 
 def _content(content: Any) -> Any:
     if isinstance(content, str):

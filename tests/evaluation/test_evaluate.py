@@ -15,7 +15,7 @@ import pytest
 from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.evaluate import evaluate
-from megatron_cord.evaluation import runner
+from megatron_cord.evaluation.answers import generate_answers
 from megatron_cord.parallel.layout import finalize
 from megatron_cord.report.run.reading import read_run
 from megatron_cord.train import train
@@ -94,14 +94,13 @@ def test_ctrl_c_keeps_the_answers(inputs: Path, tmp_path: Path, monkeypatch: pyt
     """Catches answers that are lost, a chunk cut in its middle, a result of a part, and answers made twice."""
     plain = [f"model.checkpoint={inputs / 'checkpoint'}", "evaluation.checkpoint=base", *sets(inputs)]
     whole = run(f"output_dir={tmp_path / 'whole'}", *plain)
-    answer = runner.generate_answers
 
     def interrupted(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
-        return answer(*arguments)
+        return generate_answers(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(runner, "generate_answers", interrupted)
+        patched.setattr("megatron_cord.evaluation.runner.generate_answers", interrupted)
         settings = [f"output_dir={tmp_path / 'stopped'}", *plain]
         assert evaluate(load_config(RunConfig, None, settings)) is None
         finalize()

@@ -48,7 +48,7 @@ class Site:
             (self.programs / name).write_text(_RECORDER)
             (self.programs / name).chmod(0o755)
 
-    def run(self, script: str, *arguments: str, status: int = 0, **variables: str) -> str:
+    def run(self, script: str, *arguments: str, status: str = "0", **variables: str) -> str:
         """Run a script; return its output and errors."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
         environment |= {"PATH": f"{self.programs}:{os.environ['PATH']}", "RECORD": str(self.record), **variables}
@@ -56,7 +56,7 @@ class Site:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60
         )
-        assert done.returncode == status, done.stderr
+        assert str(done.returncode) == status, done.stderr
         return done.stdout + done.stderr
 
     def calls(self, name: str) -> list[tuple[list[str], dict[str, str]]]:
@@ -64,7 +64,7 @@ class Site:
         rows: list[Any] = [json.loads(line) for line in self.record.read_text().splitlines()]
         return [(arguments, environment) for program, arguments, environment in rows if program == name]
 
-    def job(self, output: Path, *overrides: str, status: int = 0, **variables: str) -> str:
+    def job(self, output: Path, *overrides: str, status: str = "0", **variables: str) -> str:
         """Run the batch script as SLURM would on two nodes of 96 and 64 CPUs."""
         allocation = {
             "SLURM_JOB_ID": "7",
@@ -138,11 +138,11 @@ def test_a_chain_of_jobs_ends_with_the_run(site: Site, tmp_path: Path) -> None:
     """Catches a requeue where users may not, and jobs that go on waiting for a run that is finished or cannot start."""
     output = tmp_path / "run"
     site.job(output, CORD_AGAIN="chain")
-    site.job(output, CORD_AGAIN="chain", SRUN_STATUS="2", status=2)
+    site.job(output, CORD_AGAIN="chain", SRUN_STATUS="2", status="2")
     assert len(site.calls("scancel")) == 2 and all("--name=test" in arguments for arguments, _ in site.calls("scancel"))
     site.record.unlink()
     (site.programs / "srun").write_text(f"#!/bin/bash\nmkdir -p {output}/checkpoints/step_000003\nexit 75\n")
-    log = site.job(output, CORD_AGAIN="chain", status=75)
+    log = site.job(output, CORD_AGAIN="chain", status="75")
     assert "the next job of this name resumes from" in log
     assert not site.calls("scancel")
     assert not [arguments for arguments, _ in site.calls("scontrol") if "requeue" in arguments]
@@ -154,7 +154,7 @@ def test_submitting(site: Site) -> None:
     site.run("submit.sh", "chains", "2+1", "--gres=gpu:4", "--cpus-per-task=32", "--mem=100G")
     site.run("submit.sh", "chains", "2+1", CORD_SERVER_OPTIONS="--partition=small --gpus-per-node=1")
     site.run("submit.sh", "chains", CORD_JOBS="3", SBATCH_MEM_PER_NODE="100G")
-    site.run("submit.sh", "chains", "1", "--mem", "100G", status=2)
+    site.run("submit.sh", "chains", "1", "--mem", "100G", status="2")
     plain, shared, mixed, *chain = [arguments for arguments, _ in site.calls("sbatch")]
     assert {"--nodes=2", "--gpus-per-node=8", "--exclusive", "--mem=0", "--account=me"} <= {*plain}
     assert plain[-2:] == ["examples/chains/config.yaml", "train.steps=3"]
@@ -191,7 +191,7 @@ def test_a_node_reads_its_site_first(site: Site, tmp_path: Path) -> None:
         *("--master-addr", "10.0.0.1", "--master-port", "2000", "--numa-binding=node"),
         *("-m", "megatron_cord.train", "--config", "c.yaml", "train.steps=3"),
     ]
-    assert "cannot be read" in site.job(tmp_path / "run", status=2, CORD_PROLOGUE=str(tmp_path / "none.sh"))
+    assert "cannot be read" in site.job(tmp_path / "run", status="2", CORD_PROLOGUE=str(tmp_path / "none.sh"))
 
 
 def test_staging_is_continued_and_checked(tmp_path: Path) -> None:
