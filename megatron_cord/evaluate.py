@@ -91,7 +91,7 @@ def _answer_all(
         with _progress(layout, "base") as progress:
             if not evaluator.answer("base", base, engine, progress, stop):
                 return None
-    label, model, step = _load(config, layout, engine)
+    label, model, step = load_evaluated(config, layout, engine)
     with _progress(layout, label) as progress:
         return (label, step) if evaluator.answer(label, model, engine, progress, stop) else None
 
@@ -127,8 +127,12 @@ def _baseline(config: RunConfig, label: str) -> Path | None:
     return Path(config.output_dir) / FOLDER / "base" if named == "base" else Path(named)
 
 
-def _load(config: RunConfig, layout: Layout, engine: RolloutEngine) -> tuple[str, str, int]:
-    """Give the engine the weights to evaluate; return the label, a fingerprint of the weights, and their step."""
+def load_evaluated(config: RunConfig, layout: Layout, engine: RolloutEngine) -> tuple[str, str, int]:
+    """Give the engine the weights to evaluate; return the label, a fingerprint of the weights, and their step.
+
+    Raises:
+        CordError: there is no such checkpoint.
+    """
     named = config.evaluation.checkpoint
     if named == "base":
         return "base", checkpoint_fingerprint(checkpoint_directory(config.model.checkpoint)), 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import pkgutil
@@ -17,6 +18,8 @@ from tests.test_architecture import imports, source_of
 
 #: What the interpreter of a server imports, which has SGLang and lacks the project.
 OF_SERVERS = ("megatron_cord.rollout.sglang.plugin.", "megatron_cord.model.families.step_audio_2.sglang_model")
+#: What lmms-eval imports, which is not installed beside the project unless its extra is.
+OF_LMMS_EVAL = "megatron_cord.lmms_eval.model"
 # Forks after the slow packages are imported, which know nothing of the project, and before Megatron-Core is, whose
 # place in the order matters.
 IMPORT_EACH = """
@@ -48,7 +51,8 @@ print(json.dumps(problems))
 def modules() -> list[str]:
     """Return the names of all modules that the trainer's interpreter can import."""
     found = [module.name for module in pkgutil.walk_packages(megatron_cord.__path__, "megatron_cord.")]
-    return [name for name in found if not name.startswith(OF_SERVERS)]
+    absent = () if importlib.util.find_spec("lmms_eval") else (OF_LMMS_EVAL,)
+    return [name for name in found if not name.startswith((*OF_SERVERS, *absent))]
 
 
 def problems_of(names: list[str]) -> dict[str, str]:
