@@ -20,6 +20,7 @@ from megatron_cord.parallel.layout import finalize
 from megatron_cord.report.run.reading import read_run
 from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
+from tests.openai_server import OpenAIServer, Reply
 from tests.tiny_run import ROOT, free_port, overrides, write_inputs
 
 
@@ -64,6 +65,24 @@ def test_a_plain_checkpoint(inputs: Path, tmp_path: Path, capsys: pytest.Capture
     )
     before = (directory / "spoken.jsonl").stat().st_mtime_ns
     assert run(*plain) == result and (directory / "spoken.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_set_that_is_rated(inputs: Path, tmp_path: Path) -> None:
+    """Catches a judge that the command does not ask, and a rating that reaches neither result nor page."""
+    path = tmp_path / "alpacaeval.jsonl"
+    path.write_text('{"prompt": "what is one plus two"}\n{"prompt": "what is two plus two"}\n')
+    reply = Reply(json.dumps({"choices": [{"message": {"content": '{"rating": 4}'}}]}).encode())
+    with OpenAIServer(lambda _: reply) as judge:
+        result = run(
+            f"output_dir={tmp_path}", f"model.checkpoint={inputs / 'checkpoint'}", "evaluation.checkpoint=base",
+            f"evaluation.sets.talk.path={path}", "evaluation.sets.talk.format=voicebench/alpacaeval",
+            "evaluation.max_new_tokens=4", f"reward.judge.base_url={judge.url}", "reward.judge.model=judge",
+            "reward.judge.timeout=60",
+        )  # fmt: skip
+    assert result["sets"]["talk"]["text_accuracy"] == 0.8 and result["sets"]["talk"]["measures"] == {
+        "rating": {"text": 4.0}
+    }
+    assert "| talk | rating | 4.000 | – |" in (tmp_path / "evaluations" / "base" / "results.md").read_text()
 
 
 def test_a_run_beside_its_start(inputs: Path, tmp_path: Path) -> None:
