@@ -206,7 +206,7 @@ def test_one_node_trains_and_one_serves(cluster: Cluster, inputs: Path, tmp_path
     run_whole(cluster, inputs, whole, *greedy, CORD_SERVER_NODES="1", **serving)
     components = ("--nodes=1", ":", "--nodes=1", "--ntasks-per-node=1")
     log = run_cut(cluster, inputs, cut, SERVED_STEPS, 1, *greedy, nodes=components, **serving)
-    assert log.count("servers of") == 2 and log.count("training on n1, in") == 2
+    assert log.count("servers on") == 2 and log.count("training on n1, in") == 2
     assert losses(cut) == losses(whole) and len(losses(cut)) == SERVED_STEPS
     key = re.compile(r"MEGATRON_CORD_SERVER_KEY|Bearer")
     for output in (whole, cut):
