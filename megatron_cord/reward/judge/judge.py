@@ -96,7 +96,7 @@ class Judge:
         unknown = {key: payload for key, payload in payloads.items() if self._cache.get(key) is None}
         if problems := self._answer(unknown, parse_answer):
             logger.warning(
-                "the judge gave no answer to %d of %d questions (%s); answers are matched instead",
+                "the judge gave no answer to %d of %d questions (%s); rewards compare these by rules instead",
                 len(problems),
                 len(unknown),
                 problems[0],
