@@ -27,13 +27,16 @@ while [[ ${1:-} == --* ]]; do
     given+=("$1")
     shift
 done
-asks_for() { # whether an option, here or in SBATCH_… variables, matches
-    { printf '%s\n' "${given[@]}"; env | sed -n 's/^SBATCH_\([A-Z_]*\)=.*/--\1/p' | tr 'A-Z_' 'a-z-'; } | grep -Eq "^--($1)"
+asks_for() { # whether an option among the others matches: asks_for PATTERN OPTIONS …
+    printf '%s\n' "${@:2}" | grep -E "^--($1)" >/dev/null # not -q, which would end printf early
 }
-options=(--job-name="$example" --time="${SBATCH_TIMELIMIT:-1-00:00:00}")
-asks_for 'gpus|gres' || options+=(--gpus-per-node=8)
-asks_for 'mem|cpus-per|oversubscribe' || options+=(--exclusive --mem=0)
-options+=("${given[@]}")
+add_defaults() { # print the options of one component, with what they leave open
+    asks_for 'gpus|gres' "$@" || echo --gpus-per-node=8
+    asks_for 'mem|cpus-per|oversubscribe' "$@" || printf '%s\n' --exclusive --mem=0
+}
+mapfile -t environment < <(env | sed -n 's/^SBATCH_\([A-Z_]*\)=.*/--\1/p' | tr 'A-Z_' 'a-z-')
+mapfile -t defaults < <(add_defaults "${given[@]}" "${environment[@]}")
+options=(--job-name="$example" --time="${SBATCH_TIMELIMIT:-1-00:00:00}" "${defaults[@]}" "${given[@]}")
 servers=()
 if [[ -n ${CORD_SERVER_OPTIONS:-} ]]; then
     ((CORD_SERVER_NODES)) || {
@@ -41,7 +44,8 @@ if [[ -n ${CORD_SERVER_OPTIONS:-} ]]; then
         exit 2
     }
     read -ra servers <<<"$CORD_SERVER_OPTIONS"
-    servers=(: --nodes="$CORD_SERVER_NODES" --ntasks-per-node=1 "${servers[@]}")
+    mapfile -t defaults < <(add_defaults "${servers[@]}" "${environment[@]}")
+    servers=(: --nodes="$CORD_SERVER_NODES" --ntasks-per-node=1 "${defaults[@]}" "${servers[@]}")
 else
     nodes=$((nodes + CORD_SERVER_NODES))
 fi

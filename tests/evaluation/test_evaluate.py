@@ -118,12 +118,13 @@ def test_ctrl_c_keeps_the_answers(inputs: Path, tmp_path: Path, monkeypatch: pyt
         os.kill(os.getpid(), signal.SIGINT)
         return generate_answers(*arguments)
 
+    before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patched:
         patched.setattr("megatron_cord.evaluation.runner.generate_answers", interrupted)
         settings = [f"output_dir={tmp_path / 'stopped'}", *plain]
         assert evaluate(load_config(RunConfig, None, settings)) is None
         finalize()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     directory = tmp_path / "stopped" / "evaluations" / "base"
     assert len((directory / "spoken.jsonl").read_text().splitlines()) == 1 + 4
     assert not (directory / "results.json").exists()

@@ -31,6 +31,8 @@ if name == "scontrol" and "hostnames" in sys.argv:
     print(*sys.argv[-1].split(","), sep="\\n")
 if name == "scontrol" and "node" in sys.argv:
     print(f"NodeName={{sys.argv[-1]}} NodeAddr=10.0.0.{{sys.argv[-1][-1]}} Port=1")
+if name == "scontrol" and "job" in sys.argv:
+    print("JobId=8 JobName=test TresPerNode=gres:gpu:l40s:4 Power=")
 if name == "sbatch" and "--parsable" in sys.argv:
     print(100 + sum(1 for _ in open(os.environ["RECORD"])))
 if name == "srun":
@@ -124,6 +126,9 @@ def test_servers_of_a_heterogeneous_job(site: Site, tmp_path: Path) -> None:
         "SLURM_JOB_CPUS_PER_NODE_HET_GROUP_1": "16",
         "SLURM_GPUS_PER_NODE_HET_GROUP_1": "l40s:2",
     }
+    site.job(tmp_path / "gres", **(variables | {"SLURM_GPUS_PER_NODE_HET_GROUP_1": ""}))
+    assert {environment["CORD_SERVERS"] for _, environment in site.calls("srun")} == {"4"}
+    site.record.unlink()
     site.job(tmp_path / "run", **variables)
     roles = {arguments[0]: (set(arguments), environment) for arguments, environment in site.calls("srun")}
     servers, environment = roles["--job-name=servers"]
@@ -151,7 +156,8 @@ def test_a_chain_of_jobs_ends_with_the_run(site: Site, tmp_path: Path) -> None:
 def test_submitting(site: Site) -> None:
     """Catches GPUs or whole nodes asked for although the user said what a node has, and a chain out of order."""
     site.run("submit.sh", "chains", "2", "--account=me", "train.steps=3")
-    site.run("submit.sh", "chains", "2+1", "--gres=gpu:4", "--cpus-per-task=32", "--mem=100G")
+    many = {"SBATCH_ACCOUNT": "me", "SBATCH_QOS": "high", "SBATCH_PARTITION": "large"}
+    site.run("submit.sh", "chains", "2+1", "--gres=gpu:4", "--cpus-per-task=32", "--mem=100G", **many)
     site.run("submit.sh", "chains", "2+1", CORD_SERVER_OPTIONS="--partition=small --gpus-per-node=1")
     site.run("submit.sh", "chains", CORD_JOBS="3", SBATCH_MEM_PER_NODE="100G")
     site.run("submit.sh", "chains", "1", "--mem", "100G", status="2")
@@ -162,7 +168,15 @@ def test_submitting(site: Site) -> None:
     assert not {"--gpus-per-node=8", "--exclusive", "--mem=0"} & {*shared}
     colon = mixed.index(":")
     assert "--nodes=2" in mixed[:colon]
-    assert {"--nodes=1", "--partition=small", "--gpus-per-node=1", "--ntasks-per-node=1"} <= {*mixed[colon:]}
+    of_servers = {
+        "--nodes=1",
+        "--partition=small",
+        "--gpus-per-node=1",
+        "--ntasks-per-node=1",
+        "--exclusive",
+        "--mem=0",
+    }
+    assert of_servers <= {*mixed[colon:]} and "--gpus-per-node=8" not in mixed[colon:]
     assert len(chain) == 3 and "--exclusive" not in chain[0]
     dependencies = [[word for word in arguments if word.startswith("--dependency")] for arguments in chain]
     assert [len(each) for each in dependencies] == [0, 1, 1] and dependencies[1] != dependencies[2]

@@ -63,7 +63,7 @@ SEEDS: dict[str, bytes] = {
     "manifest": json.dumps(
         {
             "format": 1,
-            "shards": [{"name": "x.tar", "samples": 1, "bytes": 2, "sha256": "00"}],
+            "shards": [{"name": "x.tar", "samples": 1, "bytes": 2, "sha256": "00" * 32}],
             "voices": {},
             "seconds": 1.0,
             "source": {},

@@ -49,9 +49,7 @@ def task_of(name: str) -> str | None:
 
 def yes_or_no(response: str, task: str) -> str | None:
     """Return "Yes" or "No" as a response answers a task's question; None for neither."""
-    text = " ".join(
-        response.lower().replace("**", " ").replace("<|turn_end|>", " ").replace("<|user|>", " ").split(" ")
-    )
+    text = response.lower().replace("**", " ").replace("<|turn_end|>", " ").replace("<|user|>", " ")
     if stated := [match["said"] for match in _STATED.finditer(text)]:
         return "Yes" if stated[-1] in ("yes", "true") else "No"
     matter = re.compile(TASKS[task] or "")
