@@ -37,6 +37,14 @@ class Reply:
     manner: Literal["whole", "slow", "hang", "drip"] = "whole"
 
 
+def wait_for_threads(count: int) -> None:
+    """Wait until no more threads than so many are there, at most 10 s, and fail if there are."""
+    deadline = time.monotonic() + 10
+    while threading.active_count() > count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= count, threading.enumerate()
+
+
 class OpenAIServer:
     """A context manager.
 

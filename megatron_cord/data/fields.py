@@ -18,10 +18,22 @@ def read_row(text: str) -> Any:
     """Read JSON in which no object has a field twice; of two values Python's reader would drop the first.
 
     Raises:
-        ValueError: it is no JSON, or has such an object.
+        ValueError: it is no JSON, or has such an object, or a text that UTF-8 has no form for.
         RecursionError: it is nested too deeply.
     """
-    return json.loads(text, object_pairs_hook=_object)
+    row = json.loads(text, object_pairs_hook=_object)
+    if "\\ud" in text.lower() and (fault := find_surrogate(row)) is not None:  # UTF-8 itself holds none
+        raise ValueError(fault)
+    return row
+
+
+def find_surrogate(value: Any) -> str | None:
+    """Return that a text of a JSON value has half of a surrogate pair, which no file can hold; None without one."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        return f"a text of it has a lone surrogate ({error.object[error.start]!a}), which is no character"
+    return None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.runtime.openai_client import EndpointError
 from megatron_cord.speech.quality import QualityConfig, recording_fault
 from megatron_cord.speech.receipts import Part, Receipt, make_with_receipt
-from megatron_cord.speech.synthesizers.build import build_synthesizer
+from megatron_cord.speech.synthesizers.build import open_synthesizer
 from megatron_cord.speech.synthesizers.config import SynthesizerConfig
 from megatron_cord.speech.synthesizers.protocol import (
     SAMPLING_RATE,
@@ -23,7 +23,7 @@ from megatron_cord.speech.synthesizers.protocol import (
     Utterance,
     UtteranceRefusedError,
 )
-from megatron_cord.speech.transcription import Transcriber, build_transcriber, transcription_fault
+from megatron_cord.speech.transcription import Transcriber, open_transcriber, transcription_fault
 from megatron_cord.speech.verbalization import UnspeakableError, verbalize
 
 _BATCH = 50  # utterances a call of the synthesizer; part of what makes a set reproducible
@@ -60,10 +60,6 @@ def make_shard(job: ShardJob) -> Receipt:
 
 
 def _make_shard(job: ShardJob) -> Receipt:
-    synthesizer = build_synthesizer(job.synthesizer)
-    transcriber = build_transcriber(
-        job.quality.asr_url, job.quality.asr_model, job.synthesizer.api_key_env, job.synthesizer.patience
-    )
     rejects: list[Reject] = []
     speakable: list[tuple[WrittenQuestion, Utterance]] = []
     for question, utterance in zip(job.questions, job.utterances, strict=True):
@@ -74,14 +70,16 @@ def _make_shard(job: ShardJob) -> Receipt:
         else:
             speakable.append((question, Utterance(text, utterance.voice)))
     size = _PART if job.is_costly else _BATCH
-    return make_with_receipt(
-        job.directory,
-        job.name,
-        (speakable[start : start + size] for start in range(0, len(speakable), size)),
-        lambda batch: _make_part(batch, synthesizer, transcriber, job.quality),
-        keep_parts=job.is_costly,
-        rejects=rejects,
-    )
+    recognizer = job.quality.asr_url, job.quality.asr_model, job.synthesizer.api_key_env, job.synthesizer.patience
+    with open_synthesizer(job.synthesizer) as synthesizer, open_transcriber(*recognizer) as transcriber:
+        return make_with_receipt(
+            job.directory,
+            job.name,
+            (speakable[start : start + size] for start in range(0, len(speakable), size)),
+            lambda batch: _make_part(batch, synthesizer, transcriber, job.quality),
+            keep_parts=job.is_costly,
+            rejects=rejects,
+        )
 
 
 def _make_part(

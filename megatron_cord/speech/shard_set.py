@@ -32,6 +32,8 @@ from megatron_cord.speech.receipts import Receipt
 
 REJECTS_NAME = "rejects.jsonl"
 _WAITING = 2  # jobs that are held beside those in work
+_MOST_BYTES = 2 << 30  # of jobs that are held; a larger one is held alone
+_ADDRESSES = ("url", "asr_url")  # names of arguments
 
 Job = TypeVar("Job")
 
@@ -68,7 +70,8 @@ def claim(output: Path, source: Mapping[str, Any], *, noted: Mapping[str, Any] |
 
     Args:
         output: the directory.
-        source: the arguments that decide about the set.
+        source: the arguments that decide about the set. An endpoint may move: of its address counts whether there is
+            one.
         noted: more to write, which need not be the same.
 
     Returns:
@@ -87,12 +90,21 @@ def claim(output: Path, source: Mapping[str, Any], *, noted: Mapping[str, Any] |
             write_json(output / PLAN_NAME, {**source, **more})
         return more
     then = {name: begun.pop(name) for name in more if name in begun}
-    changed = sorted(name for name in begun.keys() | source.keys() if begun.get(name) != source.get(name))
+    changed = sorted(
+        name for name in begun.keys() | source.keys() if _compared(begun.get(name)) != _compared(source.get(name))
+    )
     if changed:
         raise CordError(
             f"{output} was begun with other arguments ({', '.join(changed)}); delete it or choose another directory"
         )
     return then
+
+
+def _compared(argument: Any) -> Any:
+    """Return an argument as it is compared with what a set was begun with."""
+    if not isinstance(argument, Mapping):
+        return argument
+    return {name: value is not None if name in _ADDRESSES else value for name, value in argument.items()}
 
 
 def worker_context(module: str) -> multiprocessing.context.ForkServerContext:
@@ -102,15 +114,25 @@ def worker_context(module: str) -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def make_all(jobs: Iterable[Job], make: Callable[[Job], Receipt], workers: int) -> Iterator[tuple[Job, Receipt]]:
+def make_all(
+    jobs: Iterable[Job], make: Callable[[Job], Receipt], workers: int, *, weigh: Callable[[Job], int] = lambda job: 0
+) -> Iterator[tuple[Job, Receipt]]:
     """Make shards in parallel; yield them as they are done. Jobs are taken when a worker is about to be free.
+
+    Args:
+        jobs: one for each shard.
+        make: makes one.
+        workers: processes.
+        weigh: returns the bytes that a job takes; those that are held together are bounded.
 
     Raises:
         CordError: what `make` and `jobs` raise, or a worker died. Finished shards stay, those in work are finished.
         StoppedError: after Ctrl-C or another request to stop; likewise.
     """
     with StopRequest("the shards in work are finished") as request:
-        made = _make_here(jobs, make, request) if workers == 1 else _make_by_workers(jobs, make, workers, request)
+        made = (
+            _make_here(jobs, make, request) if workers == 1 else _make_by_workers(jobs, make, workers, weigh, request)
+        )
         yield from made
         if request:
             raise StoppedError(
@@ -128,7 +150,11 @@ def _make_here(
 
 
 def _make_by_workers(
-    jobs: Iterable[Job], make: Callable[[Job], Receipt], workers: int, request: StopRequest
+    jobs: Iterable[Job],
+    make: Callable[[Job], Receipt],
+    workers: int,
+    weigh: Callable[[Job], int],
+    request: StopRequest,
 ) -> Iterator[tuple[Job, Receipt]]:
     context = worker_context(make.__module__)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_the_parent) as pool:
@@ -138,7 +164,9 @@ def _make_by_workers(
                 if request:
                     break
                 pending[pool.submit(make, job)] = job
-                if len(pending) >= workers + _WAITING:
+                while not request and (
+                    len(pending) >= workers + _WAITING or sum(map(weigh, pending.values())) > _MOST_BYTES
+                ):
                     yield from _ended(pending)
             while pending:
                 for future in [future for future in pending if request and future.cancel()]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
 from megatron_cord.data.audio.wav import encode_wav
 from megatron_cord.errors import CordError
-from megatron_cord.runtime.openai_client import OpenAIClient, Patience
+from megatron_cord.runtime.openai_client import OpenAIClient, Patience, RequestRefusedError
 from megatron_cord.speech.verbalization import UnspeakableError, verbalize
 
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff"  # kana and Han
@@ -49,22 +50,28 @@ class Transcriber:
         return text
 
 
-def build_transcriber(url: str | None, model: str, api_key_env: str, patience: Patience) -> Transcriber | None:
-    """Return the transcriber at an address; None for none."""
+@contextlib.contextmanager
+def open_transcriber(url: str | None, model: str, api_key_env: str, patience: Patience) -> Iterator[Transcriber | None]:
+    """Enter with the transcriber at an address, or None for none; its connections end with the block."""
     if url is None:
-        return None
-    return Transcriber(OpenAIClient(url, api_key_env=api_key_env, patience=patience), model)
+        yield None
+        return
+    with contextlib.closing(OpenAIClient(url, api_key_env=api_key_env, patience=patience)) as client:
+        yield Transcriber(client, model)
 
 
 def transcription_fault(
     transcriber: Transcriber, text: str, recording: np.ndarray, max_word_error_rate: float
 ) -> str | None:
-    """Return that a recording, float32 [samples] at 16 kHz, is misheard; None where it is not.
+    """Return that a recording, float32 [samples] at 16 kHz, is misheard or refused; else None.
 
     Raises:
         EndpointError: the server is away.
     """
-    transcript = transcriber.transcribe(recording)
+    try:
+        transcript = transcriber.transcribe(recording)
+    except RequestRefusedError as error:
+        return f"the recognizer refused it ({error})"
     rate = word_error_rate(text, transcript)
     if rate <= max_word_error_rate:
         return None

@@ -29,12 +29,15 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         b'{"id": "a", "question": "What again?"}',
         b'{"id": "../x", "question": "What?"}',
         b'{"id": "b", "question": "What?", "answer": [1]}',
+        b'{"id": "c", "question": "What?", "choices": ["half of a smile \\uD83D", "none"]}',
+        b'{"id": "d", "question": "What is \\ud83d\\ude00?"}',
     ]
     file.write_bytes(b"\n".join(rows))
     questions, rejects = read_questions(file)
     assert [(q.id, q.text, q.answer) for q in questions] == [
         ("line-1", "Which is a metal? A. iron. B. wood.", "B"),
         ("a", "What?", "4"),
+        ("d", "What is \U0001f600?", None),
     ]
     reasons = {r.id: r.reason for r in rejects}
     assert (
@@ -42,6 +45,7 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     )
     assert "no JSON object" in reasons["line 5"] and "its fields: text" in reasons["line-6"] and "twice" in reasons["a"]
     assert "other characters" in reasons["line 9"] and "'answer'" in reasons["b"]
+    assert "lone surrogate ('\\ud83d')" in reasons["line 11"]
     file.write_text("")
     with pytest.raises(CordError, match="no usable question"):
         read_questions(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import threading
 import wave
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from megatron_cord.speech.quality import QualityConfig
 from megatron_cord.speech.spoken_set import SpokenSetConfig, make_spoken_set
 from megatron_cord.speech.synthesizers.config import SynthesizerConfig
 from megatron_cord.speech.transcription import Transcriber, word_error_rate
-from tests.openai_server import OpenAIServer, Reply, Request
+from tests.openai_server import OpenAIServer, Reply, Request, wait_for_threads
 from tests.speech.questions import write_questions
 
 ONE_TRY = Patience(tries=1)
@@ -52,7 +53,11 @@ def speak_late(requests: list[Request]) -> Reply:
 
 
 def test_an_endpoint_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Would catch a busy endpoint or a refused text that ends the work, a lost key, and stereo at 24 kHz kept."""
+    """Would catch a busy endpoint or a refused text that ends the work, a lost key, and stereo at 24 kHz kept.
+
+    Also connections and a thread that stay behind for each shard.
+    """
+    threads = threading.active_count()
     monkeypatch.setenv("SPEECH_API_KEY", "not-to-be-shown")
     file = tmp_path / "q.jsonl"
     file.write_text(
@@ -62,8 +67,9 @@ def test_an_endpoint_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
     with OpenAIServer(speak_late) as server:
         synthesizer = SynthesizerConfig("openai", ("amy",), url=server.url, patience=Patience(backoff=0.01))
-        config = SpokenSetConfig(str(file), max_rejects=0.5, synthesizer=synthesizer)
+        config = SpokenSetConfig(str(file), shard_size=2, max_rejects=0.5, synthesizer=synthesizer)
         result = make_spoken_set(config, tmp_path / "set")
+    wait_for_threads(threads)
     assert {request.key for request in server.requests} == {"Bearer not-to-be-shown"}
     assert result.manifest.samples == 2 and list(result.rejects) == ["the synthesizer refused it"]
     assert abs(len(ShardDataset(tmp_path / "set")[0].waveform) - 16000) < 400

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,11 @@ class Recorded(ABC):
     def file(self) -> Path | None:
         """The file that a user may repair, for one of its own."""
         return None
+
+    @property
+    def held(self) -> int:
+        """The bytes that it takes in memory before it is read, references aside."""
+        return 0
 
     @abstractmethod
     def read(self) -> np.ndarray:
@@ -83,6 +90,11 @@ class RecordedBytes(Recorded):
     def identity(self) -> str:
         """By its content."""
         return f"bytes {hashlib.blake2b(self.content, digest_size=16).hexdigest()}"
+
+    @property
+    def held(self) -> int:
+        """Its content."""
+        return len(self.content)
 
     def read(self) -> np.ndarray:
         """Implement `Recorded.read`."""
@@ -137,9 +149,12 @@ class RecordedAddress(Recorded):
             raise UnreadableError(f"its file is missing ({self.address})") from None
         except ValueError as error:
             raise UnreadableError(f"its file has an address that is none ({self.address}: {error})") from None
-        except OSError as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            raise UnreadableError(f"its archive is damaged ({self.address}: {error})") from None
+        except Exception as error:  # OSError, httpx's, the hub's and the file systems' own are of no common kind
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise CordError(
-                f"{self.address}: the hub does not give it ({str(error)[:120]}); what is complete is kept: call again "
+                f"{self.address}: the hub does not give it ({reason}); what is complete is kept: call again "
                 "when the hub is well"
             ) from None
         return decoded(content, self.address)

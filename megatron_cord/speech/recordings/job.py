@@ -20,7 +20,7 @@ from megatron_cord.speech.recordings.audio import UnreadableError
 from megatron_cord.speech.recordings.config import MIN_PEAK, RecordingSetConfig
 from megatron_cord.speech.recordings.language import language_fault
 from megatron_cord.speech.recordings.rows import Recording
-from megatron_cord.speech.transcription import Transcriber, build_transcriber, transcription_fault
+from megatron_cord.speech.transcription import Transcriber, open_transcriber, transcription_fault
 
 _PART = 10  # rows that are in memory together, and between two writings where these cost time
 
@@ -43,6 +43,11 @@ class RecordingJob:
     fingerprint: str
     config: RecordingSetConfig
 
+    @property
+    def bytes(self) -> int:
+        """What its recordings take in memory before they are read."""
+        return sum(recorded.held for row in self.rows if isinstance(row, Recording) for recorded in row.recorded)
+
 
 def make_recording_shard(job: RecordingJob) -> Receipt:
     """Make one shard.
@@ -51,16 +56,17 @@ def make_recording_shard(job: RecordingJob) -> Receipt:
         CordError: the recognizer or the disk fails; nothing of the shard is visible then.
     """
     quality = job.config.quality
-    transcriber = build_transcriber(quality.asr_url, quality.asr_model, job.config.api_key_env, job.config.patience)
+    recognizer = quality.asr_url, quality.asr_model, job.config.api_key_env, job.config.patience
     try:
-        return make_with_receipt(
-            job.directory,
-            job.name,
-            (job.rows[start : start + _PART] for start in range(0, len(job.rows), _PART)),
-            lambda rows: _make_part(rows, transcriber, job.config),
-            keep_parts=transcriber is not None,
-            rows=job.fingerprint,
-        )
+        with open_transcriber(*recognizer) as transcriber:
+            return make_with_receipt(
+                job.directory,
+                job.name,
+                (job.rows[start : start + _PART] for start in range(0, len(job.rows), _PART)),
+                lambda rows: _make_part(rows, transcriber, job.config),
+                keep_parts=transcriber is not None,
+                rows=job.fingerprint,
+            )
     except EndpointError as error:
         raise CordError(f"{error}; what is complete is kept: call again when the endpoint is well") from error
 

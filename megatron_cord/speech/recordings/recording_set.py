@@ -66,7 +66,7 @@ def make_from(
     receipts: dict[str, Receipt] = {}
     report(0, total)
     jobs = _jobs(source, config, output, receipts, report, total, moved)
-    for job, receipt in make_all(jobs, make_recording_shard, workers):
+    for job, receipt in make_all(jobs, make_recording_shard, workers, weigh=lambda job: job.bytes):
         receipts[job.name] = receipt
         report(len(job.rows), total)
     if not receipts:

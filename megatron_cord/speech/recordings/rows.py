@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cord.data.choices import ChoicesError, read_choices
-from megatron_cord.data.fields import NOTES, find_unused, listed
+from megatron_cord.data.fields import NOTES, find_surrogate, find_unused, listed
 from megatron_cord.data.question_files import Reject
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.turns import TurnsError, read_turns, turns_json
@@ -43,13 +43,18 @@ class Recording:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def identity(self) -> str:
-        """Stands for everything that decides about the sample."""
+    def texts(self) -> list[Any]:
+        """What stands in the row beside recordings and notes, as JSON values."""
         sample = self.sample
         texts = [sample.id, sample.question, sample.answer, sample.solution, sample.voice, list(sample.choices)]
         prompt = [sample.instruction, sample.system, turns_json(sample.turns), self.language]
+        return [*texts, *prompt]
+
+    @property
+    def identity(self) -> str:
+        """Stands for everything that decides about the sample."""
         audio = [recorded.identity for recorded in self.recorded]
-        return json.dumps([*texts, *prompt, audio, dict(self.notes)], default=str)
+        return json.dumps([*self.texts, audio, dict(self.notes)], default=str)
 
 
 class _UnusableError(ValueError):
@@ -120,7 +125,11 @@ def _recording(name: str, row: Mapping[str, Any], notes: Any, root: Path | str, 
             raise _UnusableError(f"it has no recording, its 'audio' (its fields: {listed(row)})")
         sample = Sample(id=safe, question=question.strip(), choices=choices, **texts)  # type: ignore[arg-type]
         recorded = (_recorded(row["audio"], root, "its 'audio'"),)
-    return Recording(sample, recorded, stated, metadata)
+    made = Recording(sample, recorded, stated, metadata)
+    # Names in a tar may have bytes that are no UTF-8, and not all readers refuse such texts.
+    if (fault := find_surrogate([*made.texts, metadata])) is not None:
+        raise _UnusableError(fault)
+    return made
 
 
 def _text(row: Mapping[str, Any], name: str) -> str | None:

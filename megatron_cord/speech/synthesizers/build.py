@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
 from megatron_cord.speech.synthesizers.config import SynthesizerConfig
 from megatron_cord.speech.synthesizers.endpoint import EndpointSynthesizer
 from megatron_cord.speech.synthesizers.espeak import EspeakSynthesizer
@@ -10,16 +13,19 @@ from megatron_cord.speech.synthesizers.piper import PiperSynthesizer
 from megatron_cord.speech.synthesizers.protocol import SpeechSynthesizer
 
 
-def build_synthesizer(config: SynthesizerConfig) -> SpeechSynthesizer:
-    """Build the configured backend.
+@contextmanager
+def open_synthesizer(config: SynthesizerConfig) -> Iterator[SpeechSynthesizer]:
+    """Enter with the configured backend; the connections of an endpoint end with the block.
 
     Raises:
         CordError: its package, or one of its files, is missing.
     """
     if config.backend == "piper":
-        return PiperSynthesizer()
-    if config.backend == "kokoro":
-        return KokoroSynthesizer(config.directory or "")
-    if config.backend == "openai":
-        return EndpointSynthesizer(config)
-    return EspeakSynthesizer()
+        yield PiperSynthesizer()
+    elif config.backend == "kokoro":
+        yield KokoroSynthesizer(config.directory or "")
+    elif config.backend == "openai":
+        with closing(EndpointSynthesizer(config)) as synthesizer:
+            yield synthesizer
+    else:
+        yield EspeakSynthesizer()

@@ -38,6 +38,10 @@ class EndpointSynthesizer:
         with ThreadPoolExecutor(self._config.concurrency) as pool:
             return list(pool.map(self._speak, utterances))
 
+    def close(self) -> None:
+        """End the connections."""
+        self._client.close()
+
     def _speak(self, utterance: Utterance) -> np.ndarray:
         voice = utterance.voice
         if voice.pitch != 1.0:

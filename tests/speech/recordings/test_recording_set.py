@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from megatron_cord.runtime.openai_client import Patience
 from megatron_cord.speech.recordings.config import RecordingSetConfig, recording_quality
 from megatron_cord.speech.recordings.recording_set import make_recording_set
 from megatron_cord.speech.shard_set import worker_context
-from tests.openai_server import OpenAIServer, Reply, Request
+from tests.openai_server import OpenAIServer, Reply, Request, wait_for_threads
 from tests.speech.recordings.made import rejects, set_bytes, voice, write_rows, write_set, write_voice
 
 
@@ -247,6 +248,38 @@ def test_a_recognizer_leaves_out_what_it_mishears(tmp_path: Path) -> None:
         result = make_recording_set(config, tmp_path / "set")
         assert len(server.requests) == 15 + 14
     assert result.rejects == {"it is misheard": 2} and set(rejects(tmp_path / "set")) == {"r3", "r15"}
+
+
+def test_a_recognizer_that_refuses_one_recording_and_moves(tmp_path: Path) -> None:
+    """Would catch a refused recording that stops the set for good, connections and a thread that stay for each shard.
+
+    Also a set that has to be deleted because its recognizer has another address, and one that is checked in part.
+    """
+    rows = write_set(tmp_path, 6)
+    texts = [json.loads(line)["question"] for line in rows.read_text().splitlines()]
+    threads = threading.active_count()
+
+    def transcribe(requests: list[Request]) -> Reply:
+        place = len(requests) - 1
+        return Reply(b"too large", 413) if place == 2 else Reply(json.dumps({"text": texts[place]}).encode())
+
+    def config(url: str | None) -> RecordingSetConfig:
+        return RecordingSetConfig(str(rows), shard_size=2, quality=recording_quality(asr_url=url))
+
+    with OpenAIServer(transcribe) as server:
+        result = make_recording_set(config(server.url), tmp_path / "set")
+    wait_for_threads(threads)
+    assert result.rejects == {"the recognizer refused it": 1} and result.manifest.samples == 5
+    assert "status 413: too large" in rejects(tmp_path / "set")["r2"]
+    before = set_bytes(tmp_path / "set")
+    (tmp_path / "set" / "shard-000000.tar").unlink()
+    with OpenAIServer(transcribe) as moved:
+        make_recording_set(config(moved.url), tmp_path / "set")
+        assert len(moved.requests) == 2
+    after = set_bytes(tmp_path / "set")
+    assert before["shard-000000.tar"] == after["shard-000000.tar"] and before.keys() == after.keys()
+    with pytest.raises(CordError, match=r"other arguments \(quality\)"):
+        make_recording_set(config(None), tmp_path / "set")
 
 
 def test_the_command_makes_plans_checks_and_describes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import httpx
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -17,9 +19,16 @@ import soundfile
 from megatron_cord.data.audio.decode import decode_audio
 from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.errors import CordError
+from megatron_cord.speech import shard_set
+from megatron_cord.speech.recordings import recording_set
+from megatron_cord.speech.recordings.audio import RecordedAddress, UnreadableError
 from megatron_cord.speech.recordings.config import RecordingSetConfig
 from megatron_cord.speech.recordings.plan import plan_recording_set
 from megatron_cord.speech.recordings.recording_set import make_recording_set
+from megatron_cord.speech.recordings.rows import rows_fingerprint
+from megatron_cord.speech.recordings.sources.files import FileRows
+from megatron_cord.speech.recordings.sources.open_source import open_source
+from megatron_cord.speech.recordings.sources.tars import find_tars
 from tests.speech.recordings.made import rejects, voice, write_rows, write_set, write_voice
 
 
@@ -34,8 +43,19 @@ def lengths(directory: Path) -> list[float]:
     return [round(len(dataset[i].waveform) / 16000, 2) for i in range(len(dataset))]
 
 
-def test_parquet_with_bytes_and_paths(tmp_path: Path) -> None:
-    """Would catch a column of type Audio that is read as a path, and row groups that are read in another order."""
+def test_parquet_with_bytes_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a column of type Audio that is read as a path, and row groups that are read in another order.
+
+    Also the recordings of many shards in memory, waiting for workers.
+    """
+    made: list[int] = []  # shards, when each block of rows is looked at
+
+    def counted(rows: Any) -> str:
+        made.append(len(list((tmp_path / "set").glob("*.receipt.json"))))
+        return rows_fingerprint(rows)
+
+    monkeypatch.setattr(recording_set, "rows_fingerprint", counted)
+    monkeypatch.setattr(shard_set, "_MOST_BYTES", 1)
     write_voice(tmp_path / "outside.ogg", 0.9)
     rows = [
         {"audio": {"bytes": encoded(i), "path": f"{i}.flac"}, "sentence": f"Number {i}?", "answer": i} for i in range(4)
@@ -44,6 +64,7 @@ def test_parquet_with_bytes_and_paths(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=2)
     config = RecordingSetConfig(str(tmp_path / "rows.parquet"), fields={"question": "sentence"}, shard_size=2)
     make_recording_set(config, tmp_path / "set", workers=2)
+    assert made == [0, 1, 2]
     assert lengths(tmp_path / "set") == [0.3, 0.4, 0.5, 0.6, 0.9]
     assert ShardDataset(tmp_path / "set").ids == [f"row-{i}" for i in range(1, 6)]
 
@@ -100,6 +121,48 @@ def test_tars_of_other_programs(tmp_path: Path) -> None:
     (tmp_path / "packed.tar.gz").touch()
     with pytest.raises(CordError, match=r"packed.tar.gz is compressed"):
         make_recording_set(RecordingSetConfig(str(tmp_path / "packed.tar.gz")), tmp_path / "packed")
+
+
+def test_tars_are_added_and_have_any_names(tmp_path: Path) -> None:
+    """Would catch finished shards that are lost with each tar that is added, and a name that is no UTF-8."""
+    texts, times = {"question": "Which?"}, []
+    for number, name in enumerate(("u", "n\udce9")):
+        files = {f"{name}.flac": encoded(number), f"{name}.json": json.dumps(texts).encode()}
+        write_tar(tmp_path / f"a-{number}.tar", files)
+        config = RecordingSetConfig(str(tmp_path / "a-*.tar"), shard_size=1, max_rejects=0.5)
+        made = make_recording_set(config, tmp_path / "set")
+        times.append((tmp_path / "set" / "shard-000000.tar").stat().st_mtime_ns)
+    assert times[0] == times[1] and made.manifest.samples == 1
+    assert "lone surrogate" in rejects(tmp_path / "set")["n\udce9"]
+
+
+def test_a_file_of_rows_with_tar_in_its_name(tmp_path: Path) -> None:
+    """Would catch rows that are read as a tar, alone or beside tars."""
+    rows = write_rows(tmp_path / "commands.target.jsonl", [])
+    (tmp_path / "a.tar").touch()
+    (tmp_path / ".b.tar.partial").touch()
+    assert isinstance(open_source(RecordingSetConfig(str(rows))), FileRows)
+    assert find_tars(str(tmp_path)) == [tmp_path / "a.tar"]
+    (tmp_path / "c.tar.gz").touch()
+    for given in (tmp_path, tmp_path / "*.tar*", tmp_path / "c.tar.gz"):
+        with pytest.raises(CordError, match=r"c\.tar\.gz is compressed"):
+            open_source(RecordingSetConfig(str(given)))
+
+
+def test_an_address_that_fails_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a damaged archive that ends the work, and a row that is left out because the hub was away."""
+    fsspec.filesystem("memory").pipe("/damaged.zip", b"no archive")
+    with pytest.raises(UnreadableError, match=r"its archive is damaged \(zip://a.wav::memory://damaged.zip: "):
+        RecordedAddress("zip://a.wav::memory://damaged.zip").read()
+    for error in (httpx.ConnectError("refused"), httpx.ReadTimeout(""), httpx.RemoteProtocolError("cut"), OSError("x")):
+
+        def fail(*arguments: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(fsspec, "open", fail)
+        with pytest.raises(CordError, match=r"the hub does not give it .*what is complete is kept") as caught:
+            RecordedAddress("hf://datasets/lab/speech@1/a.wav").read()
+        assert not isinstance(caught.value, UnreadableError)
 
 
 def test_shards_of_this_project_are_such_tars(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from megatron_cord.speech.recordings.sources.cuts import CutRows, holds_cuts
 from megatron_cord.speech.recordings.sources.files import FileRows
 from megatron_cord.speech.recordings.sources.hub import PREFIX, HubRows
 from megatron_cord.speech.recordings.sources.source import Source
-from megatron_cord.speech.recordings.sources.tars import TarRows, find_tars
+from megatron_cord.speech.recordings.sources.tars import TarRows, find_tars, is_tar
 
 
 def open_source(config: RecordingSetConfig, begun: Mapping[str, Any] | None = None) -> Source:
@@ -34,7 +34,7 @@ def open_source(config: RecordingSetConfig, begun: Mapping[str, Any] | None = No
         if value is not None:
             raise CordError(f"--{name} {value} is for a set on the hub, hf://OWNER/NAME; {config.source} has none")
     path = Path(config.source)
-    if ".tar" in path.name:
+    if is_tar(path):
         return TarRows(config.source)
     if not path.exists():
         raise CordError(

@@ -21,6 +21,8 @@ from megatron_cord.speech.recordings.audio import RecordedMember
 from megatron_cord.speech.recordings.sources.source import Source
 
 _TRANSCRIPT = "txt"
+_PACKED = (".gz", ".bz2", ".xz", ".zst")
+_ENDINGS = (".tar", ".tgz", *(f".tar{ending}" for ending in _PACKED))
 
 
 class TarRows(Source):
@@ -37,7 +39,7 @@ class TarRows(Source):
         self._tars = find_tars(path)
         self.name = Path(path).name
         self.root = Path(path).parent
-        self.identity = {"tars": [f"{tar.name}, {tar.stat().st_size} bytes" for tar in self._tars]}
+        self.identity = {}  # rows name their tar: others may be added
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
         """Implement `Source.rows`."""
@@ -53,6 +55,11 @@ class TarRows(Source):
                 yield tar.name, Reject(tar.name, f"the tar {problem}")
 
 
+def is_tar(path: Path) -> bool:
+    """Return whether a path, or a pattern, has the name of a tar, compressed or not."""
+    return path.name.removesuffix("*").endswith(_ENDINGS)
+
+
 def find_tars(path: str) -> list[Path]:
     """Return the tars of a path in their order; none for a directory without any.
 
@@ -60,10 +67,10 @@ def find_tars(path: str) -> list[Path]:
         CordError: they are compressed, or a pattern matches nothing.
     """
     given = Path(path)
-    found = sorted(given.glob("*.tar*")) if given.is_dir() else sorted(map(Path, glob.glob(path)))  # noqa: PTH207
+    found = sorted(filter(is_tar, given.iterdir()) if given.is_dir() else map(Path, glob.glob(path)))  # noqa: PTH207
     if not found and not given.is_dir():
         raise CordError(f"{path}: no such file; check the path")
-    if packed := next((tar for tar in found if tar.name.endswith((".gz", ".bz2", ".xz", ".zst", ".tgz"))), None):
+    if packed := next((tar for tar in found if tar.name.endswith((*_PACKED, ".tgz"))), None):
         raise CordError(f"{packed} is compressed, so that no sample in it can be found; unpack it to a plain .tar")
     return found
 
