@@ -35,7 +35,7 @@ class Memory:
         gradients: fp32, of what is trained.
         optimizer: fp32 weights and moments; this rank's part if they are distributed, without those in host memory.
         teacher: a frozen teacher's own set of weights.
-        teacher_hidden: its hidden states of the step's response tokens.
+        teacher_hidden: its hidden states of an update's response tokens.
         engine: weights and key-value cache of a rollout engine in the same process.
         activations: kept for the backward pass.
         loss: what the divergence keeps, and its logits.
@@ -102,7 +102,7 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
     is_student = config.teacher.mode == "live" or "language_model" in config.model.freeze
     has_copy = config.objective.distils and (work.teacher is not None or not is_student)
     hidden = (
-        -(-work.scored // work.dp) * work.response_tokens * teacher.language.hidden_size * item
+        -(-work.scored // (work.dp * work.minibatches)) * work.response_tokens * teacher.language.hidden_size * item
         if last and not config.teacher.offload
         else 0
     )

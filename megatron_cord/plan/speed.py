@@ -58,7 +58,8 @@ def speed(config: RunConfig, arch: Architecture, work: Work, gpu: Gpu, gpus: int
     bubble = (work.microbatches + config.parallel.pp - 1) / work.microbatches
     train = _pair([(useful + again) * bubble / (gpus * gpu.peak * mfu) for mfu in MFU])
     engines = (rollout_gpus or gpus) // (SERVER_GPUS if rollout_gpus else 1)
-    rounds = -(-work.sequences // (engines * RUNNING))
+    first, *further = (-(-count // (engines * RUNNING)) for count in (work.sequences, *work.resampled))
+    rounds = (first + sum(further), first)  # further rounds of dynamic sampling at the slow end alone
     batch = min(RUNNING, -(-work.sequences // engines))
     lm, item = arch.language, config.model.torch_dtype.itemsize
     cache = batch * work.student_tokens * 2 * lm.num_layers * lm.num_kv_heads * lm.head_dim * item
@@ -68,7 +69,7 @@ def speed(config: RunConfig, arch: Architecture, work: Work, gpu: Gpu, gpus: int
         token = [max(pair) for pair in zip(token, EAGER_STEP, strict=True)]
     prefill = 2 * part_counts(arch).language_model * work.student_tokens * batch
     rollout = _pair(
-        [rounds * (work.response_tokens * t + prefill / (gpu.peak * m)) for t, m in zip(token, MFU, strict=True)]
+        [n * (work.response_tokens * t + prefill / (gpu.peak * m)) for n, t, m in zip(rounds, token, MFU, strict=True)]
     )
     whole = [a + b for a, b in zip(rollout, train, strict=True)]
     return Speed(
@@ -84,7 +85,8 @@ def train_flops(config: RunConfig, arch: Architecture, work: Work) -> tuple[floa
     """Return the operations of a step's training over all ranks, teacher and student, and those of recomputation.
 
     A matrix of P elements costs 2 P a token forward, and 2 P each for the gradients of its input and of itself; causal
-    attention half of 4 H s a token and layer forward. The output layer works on responses alone.
+    attention half of 4 H s a token and layer forward. The output layer works on responses alone. Each pass costs the
+    same; before the first of several updates, the student's own responses are scored once more.
     """
     lm = arch.language
     matrices = _matrices(arch)
@@ -100,7 +102,9 @@ def train_flops(config: RunConfig, arch: Architecture, work: Work) -> tuple[floa
         again *= 1 - 2.0 * student * _projections(arch) / forward
     total = forward * (1 + backward) + _forward(_matrices(teacher_arch), teacher_arch, teacher, work.teacher_tokens)
     output = 2 * lm.vocab_size * work.response_tokens
-    total += output * lm.hidden_size * work.sequences * (2 + trains_language)
+    logits = output * lm.hidden_size * work.sequences
+    total += logits * (2 + trains_language)
+    scoring = forward + logits
     total += output * teacher_arch.language.hidden_size * (work.scored if config.objective.distils else 0)
     if arch.encoder is not None:
         enc = arch.encoder
@@ -111,10 +115,12 @@ def train_flops(config: RunConfig, arch: Architecture, work: Work) -> tuple[floa
         )
         trains_encoder = "audio_encoder" not in config.model.freeze
         total += audio * (3 if trains_encoder else 1)
+        scoring += audio
         if trains_encoder and "audio_encoder" in config.model.recompute:
             projections = 8.0 * enc.hidden_size**2 * enc.num_layers * frames
             again += audio - (projections if config.model.recompute_granularity == "selective" else 0.0)
-    return total, again
+    scored_before = work.minibatches * work.passes > 1 and config.objective.responses == "student"
+    return total * work.passes + (scoring if scored_before else 0.0), again * work.passes
 
 
 def _projections(arch: Architecture) -> int:

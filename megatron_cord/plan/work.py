@@ -26,9 +26,12 @@ class Work:
         response_tokens: of a sequence.
         clips: of a sequence.
         dp: data-parallel ranks.
-        microbatches: of a data-parallel rank in a step.
+        microbatches: of a data-parallel rank in an update.
         micro_batch: sequences of a microbatch.
         teacher: the architecture of a teacher with a checkpoint of its own; None: the student's.
+        minibatches: into which the sequences are split.
+        passes: over them; each minibatch of a pass is an update.
+        resampled: responses of each further round of dynamic sampling, at most.
     """
 
     sequences: int
@@ -41,6 +44,9 @@ class Work:
     microbatches: int
     micro_batch: int
     teacher: Architecture | None = None
+    minibatches: int = 1
+    passes: int = 1
+    resampled: tuple[int, ...] = ()
 
 
 def make_work(
@@ -80,7 +86,9 @@ def make_work(
     scored = policy if rollout.share else rollout.prompts_per_step
     sequences = scored if rollout.share else scored + policy
     audio = arch.num_audio_tokens(round(audio_seconds * FRAMES_A_SECOND)) if arch.encoder is not None else 0
-    share = -(-sequences // dp)
+    share = -(-sequences // (dp * config.train.minibatches))
+    spare, groups = rollout.prompts_per_step - rollout.policy_prompts_per_step, rollout.policy_prompts_per_step
+    rounds = [min(groups, spare - groups * number) for number in range(rollout.dynamic_sampling if enabled else 0)]
     micro = min(config.train.micro_batch_size, share)
     return Work(
         sequences=sequences,
@@ -93,4 +101,7 @@ def make_work(
         microbatches=-(-share // micro),
         micro_batch=micro,
         teacher=teacher,
+        minibatches=config.train.minibatches,
+        passes=config.train.passes,
+        resampled=tuple(prompts * rollout.policy_rollouts for prompts in rounds if prompts > 0),
     )

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ from megatron_cord.data.samples import READ, PreparedSample, Prompt, Sample
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.types import GenerationRequest, Rollout
-from megatron_cord.runtime.files import fingerprint, write_atomic
+from megatron_cord.runtime.files import fingerprint
 from megatron_cord.runtime.stop_request import StoppedError
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class ReferenceAnswers:
         self.max_new_tokens, self.path = max_new_tokens, path
         self.teacher = teacher
         self._kept: dict[str, Rollout] = {}
+        self._whole = 0  # bytes of the file's whole lines
 
     def prepare(self, samples: Sequence[Sample], stop: Callable[[], bool] = lambda: False) -> None:
         """Generate the answers that a frozen teacher lacks. Collective; the engine must have the teacher's weights.
@@ -90,9 +92,10 @@ class ReferenceAnswers:
                         )
                 portion = keys[start : start + _PORTION]
                 share = [self._request(self.prompts.text_prompt(missing[key])) for key in engine.share(portion)]
-                self._kept |= dict(zip(portion, engine.generate_share(share, len(portion)), strict=True))
+                answers = dict(zip(portion, engine.generate_share(share, len(portion)), strict=True))
+                self._kept |= answers
                 if dist.get_rank() == 0:
-                    self._write()
+                    self._append(answers)
                 dist.barrier()
 
     def requests(self, samples: Sequence[PreparedSample]) -> list[GenerationRequest]:
@@ -108,8 +111,9 @@ class ReferenceAnswers:
             return self._kept[self._key(sample)]
         except KeyError:  # it stands in for a damaged sample, in a place that no answered one could take
             raise CordError(
-                f"sample {sample.id} stands in for a damaged one, and the teacher has not answered it; run the same "
-                "command again, which makes the answer first"
+                f"sample {sample.id} stands in for a damaged one, and the teacher answered before that was known; run "
+                "the same command again: it has the answer made first if a checkpoint was written since. If it stops "
+                "here again, restore what the run's data.json lists as damaged"
             ) from None
 
     def _key(self, sample: Sample) -> str:
@@ -121,19 +125,26 @@ class ReferenceAnswers:
     def _request(self, prompt: Prompt) -> GenerationRequest:
         return GenerationRequest(prompt, 0.0, self.max_new_tokens)
 
-    def _write(self) -> None:
-        lines = [json.dumps({"key": key} | asdict(rollout)) + "\n" for key, rollout in self._kept.items()]
-        write_atomic(self.path, "".join(lines))
+    def _append(self, answers: Mapping[str, Rollout]) -> None:
+        lines = [json.dumps({"key": key} | asdict(rollout)) + "\n" for key, rollout in answers.items()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            file.truncate(self._whole)  # a kill may have left a part of a line
+            file.write("".join(lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._whole = self.path.stat().st_size
 
     def _read(self) -> dict[str, Rollout]:
-        if not self.path.is_file():
-            return {}
+        """Return the kept answers; a last line without its end was cut by a kill, and its question is asked again."""
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        self._whole = content.rfind(b"\n") + 1
         kept = {}
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(content[: self._whole].splitlines(), start=1):
             try:
                 plain = json.loads(line)
                 kept[plain["key"]] = Rollout.from_json(plain)
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise CordError(
                     f"{self.path}:{number} is damaged ({error}); delete the file, and the teacher answers anew"
                 ) from None

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_cord.config.flattening import flatten
 from megatron_cord.data.ordering.row import Phase
-from megatron_cord.trainer.checkpoint.progress import flatten
 from megatron_cord.trainer.start import Start
 from megatron_cord.trainer.step.optimizer.schedule import RateSchedule
 
@@ -55,7 +55,8 @@ def find_changes(start: Start, settings: Mapping[str, Any], schedule: RateSchedu
     before = start.progress.made_with
     if start.checkpoint is None:
         return Changes({}, ())
-    old, new = flatten(dict(before.settings)), flatten(json.loads(json.dumps(dict(settings))))
+    flat = (flatten(before.settings), flatten(json.loads(json.dumps(dict(settings)))))
+    old, new = ({key: value for key, value in each.items() if value != {}} for each in flat)  # keys below say it
     keys = [key for key in [*old, *(key for key in new if key not in old)] if key not in _PLACE]
     changed = {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
     return Changes(changed, tuple(_notes(start, settings, changed, schedule, model)))
@@ -110,13 +111,23 @@ def record_changes(directory: Path, start: Start, changes: Changes) -> None:
         file.write(json.dumps(entry | {"changes": changes.settings, "notes": changes.notes}, ensure_ascii=False) + "\n")
 
 
-def schedule_of(start: Start, now: RateSchedule, *, keep: bool) -> RateSchedule:
-    """Return the learning rates that apply: those of the checkpoint where they are to be kept."""
+def schedule_of(start: Start, now: RateSchedule, *, keep: bool, own: Collection[str]) -> RateSchedule:
+    """Return the learning rates that apply: those of the checkpoint where they are to be kept.
+
+    A group that the checkpoint lacks gets the peak that the configuration gives it.
+
+    Args:
+        start: where the run goes on.
+        now: the learning rates of the configuration.
+        keep: whether the checkpoint's are to be kept.
+        own: the groups to which the configuration gives a learning rate; others have that of the schedule.
+    """
     before = start.progress.made_with.schedule
     if not keep or not before:
         return now
     kept = RateSchedule(**before)
-    factors = {name: kept.factors.get(name, factor) for name, factor in now.factors.items()}
+    new = {name: factor * now.peak / kept.peak if name in own else 1.0 for name, factor in now.factors.items()}
+    factors = {name: kept.factors.get(name, factor) for name, factor in new.items()}
     return replace(kept, factors=factors)
 
 

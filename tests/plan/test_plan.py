@@ -29,7 +29,7 @@ from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, part
 from megatron_cord.plan.memory import activation_bytes, encoder_layer_width, language_layer_width, optimizer_bytes
 from megatron_cord.plan.page import layouts_table
 from megatron_cord.plan.parameters import matrix_counts, rank_counts
-from megatron_cord.plan.speed import train_flops
+from megatron_cord.plan.speed import RUNNING, train_flops
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.step.optimizer.building import build_optimizer, wrap_model
 from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
@@ -211,6 +211,31 @@ def test_operations_are_those_of_the_products(checkpoint: Path) -> None:
     assert again == 0 and flops == pytest.approx(
         6 * layers * student + 2 * layers * teacher + attention + (6 + 2) * output, rel=1e-3
     )
+
+
+def test_several_updates_and_further_rounds_cost_their_time(checkpoint: Path) -> None:
+    """Catches plans of GRPO and DAPO without their passes, minibatches, and rounds of dynamic sampling."""
+    arch, gpu = replace(published("qwen2_audio_7b"), encoder=None, adapter=None), GPUS["h100"]
+    groups = "rollout={prompts_per_step: 64, policy_prompts_per_step: 24, policy_rollouts: 64}"
+    one, four, resampled = (
+        configured(checkpoint, groups, "parallel.pp=2", RECOMPUTED, *more)
+        for more in ((), ("train.minibatches=2", "train.passes=2"), ("rollout.dynamic_sampling=3",))
+    )
+    works = [make_work(config, arch, 8) for config in (one, four, resampled)]
+    (flops, again), (more, more_again), _ = (
+        train_flops(config, arch, work) for config, work in zip((one, four, resampled), works, strict=True)
+    )
+    lm, work = arch.language, works[0]
+    output = lm.vocab_size * lm.hidden_size
+    layers = part_counts(arch).language_model - 2 * output + lm.num_layers * lm.hidden_size * work.student_tokens
+    scoring = 2 * work.sequences * (layers * work.student_tokens + output * work.response_tokens)
+    assert more == pytest.approx(2 * flops + scoring, rel=1e-9) and more_again == 2 * again
+    assert memory(four, arch, works[1]).teacher_hidden == memory(one, arch, works[0]).teacher_hidden / 2
+    assert works[1].microbatches == -(-works[0].microbatches // 2)
+    assert works[2].resampled == (24 * 64, 16 * 64)
+    plain, longer = (speed(c, arch, w, gpu, 8).rollout for c, w in zip((one, resampled), works[::2], strict=True))
+    waves = [-(-count // (8 * RUNNING)) for count in (works[2].sequences, *works[2].resampled)]
+    assert longer[0] == pytest.approx(plain[0] * sum(waves) / waves[0]) and longer[1] == plain[1]
 
 
 def test_settings_for_a_run_that_does_not_fit(checkpoint: Path) -> None:

@@ -116,15 +116,46 @@ def test_another_model_is_asked_anew(prompts: PromptBuilder, layout: Layout, tmp
 def test_a_stop_keeps_what_is_answered(
     prompts: PromptBuilder, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches hours of answers that are lost with the last one, and questions that are asked twice."""
+    """Catches hours of answers that are lost with the last one, and questions that are asked twice.
+
+    Also a file that is written anew with each portion, in time that grows with the square of the questions.
+    """
     monkeypatch.setattr(reference_answers, "_PORTION", 2)
-    answers, engine = make_answers(prompts, tmp_path / "answers.jsonl", "one")
+    path = tmp_path / "answers.jsonl"
+    answers, engine = make_answers(prompts, path, "one")
     with pytest.raises(StoppedError, match="2 of the teacher's 3 answers are kept"):
         answers.prepare(Texts().take(range(3)), lambda: True)
-    again, later = make_answers(prompts, tmp_path / "answers.jsonl", "one")
+    first = path.stat().st_ino
+    again, later = make_answers(prompts, path, "one")
     again.prepare(Texts().take(range(3)))
+    assert path.stat().st_ino == first and len(path.read_text().splitlines()) == 3
     assert [r.prompt.sample_id for r in (*engine.requests, *later.requests)] == [s.id for s in SAMPLES]
     assert len(again.rollouts(prepared(prompts), ())) == 3
+
+
+def test_a_line_that_a_kill_cut_is_asked_again(prompts: PromptBuilder, layout: Layout, tmp_path: Path) -> None:
+    """Catches a run that cannot go on after a kill while answers were written, and a next line behind half a one."""
+    path = tmp_path / "answers.jsonl"
+    make_answers(prompts, path, "one")[0].prepare(Texts().take(range(2)))
+    path.write_bytes(path.read_bytes()[:-9])
+    again, engine = make_answers(prompts, path, "one")
+    again.prepare(Texts().take(range(3)))
+    assert [r.prompt.sample_id for r in engine.requests] == [s.id for s in SAMPLES[1:]]
+    after, engine = make_answers(prompts, path, "one")
+    after.prepare(Texts().take(range(3)))
+    assert not engine.requests and after.rollouts(prepared(prompts), ()) == again.rollouts(prepared(prompts), ())
+
+
+def test_an_answer_that_cannot_be_made_now_names_the_way_out(
+    prompts: PromptBuilder, layout: Layout, tmp_path: Path
+) -> None:
+    """Catches a traceback, and advice that leads to the same stop again where no checkpoint knows of the damage."""
+    answers, _ = make_answers(prompts, tmp_path / "answers.jsonl", "one")
+    answers.prepare(Texts().take([0, 1]))
+    with pytest.raises(
+        CordError, match=rf"sample {SAMPLES[2].id} stands in .* restore what the run's data\.json lists"
+    ):
+        answers.rollouts(prepared(prompts), ())
 
 
 def test_lost_answers_are_asked_again(prompts: PromptBuilder, layout: Layout, tmp_path: Path) -> None:

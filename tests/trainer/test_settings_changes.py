@@ -139,18 +139,22 @@ def test_a_jump_of_the_learning_rate_is_said_and_can_be_avoided(
 
 
 def test_rates_are_kept_by_group() -> None:
-    """Catches a group whose rate is that of the configuration where the checkpoint's rates shall be kept."""
+    """Catches a group whose rate is that of the configuration where the checkpoint's rates shall be kept.
+
+    Also a new group with another peak than it is given, and one that has no rate of its own beside the kept ones.
+    """
     adapter = ParameterGroup(learning_rate=4e-3)
     before = RateSchedule.of(OptimizerConfig(learning_rate=1e-3, schedule="wsd", groups={"adapter": adapter}), 10)
-    groups = {"adapter": adapter, "new": ParameterGroup(learning_rate=5e-2)}
+    undecayed = ParameterGroup(weight_decay=0.0)
+    groups = {"adapter": adapter, "new": ParameterGroup(learning_rate=5e-2), "undecayed": undecayed}
     now = RateSchedule.of(OptimizerConfig(learning_rate=1e-2, groups=groups), 20)
     written = json.loads(json.dumps(asdict(before)))
     start = Start(Progress(3, 0.0, 0, 0, made_with=MadeWith(schedule=written)))
-    kept = schedule_of(start, now, keep=True)
+    kept = schedule_of(start, now, keep=True, own=["adapter", "new"])
     for step in (3, 9):
         assert kept.rate(step) == before.rate(step) and kept.rate(step, "adapter") == before.rate(step, "adapter")
-    assert kept.factors["new"] == pytest.approx(5.0)
-    assert schedule_of(start, now, keep=False) is now
+    assert kept.rate(3, "new") == pytest.approx(5e-2) and kept.rate(3, "undecayed") == before.rate(3)
+    assert schedule_of(start, now, keep=False, own=["adapter", "new"]) is now
 
 
 def test_the_schedule_is_megatrons(inputs: Path, tmp_path: Path) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from megatron_cord.config.flattening import flat_texts
 from megatron_cord.report.run.contents import RunContents
 
 #: Settings that name a run and say nothing of its training.
@@ -24,15 +23,7 @@ class DifferingSetting:
 
 def differing_settings(runs: Sequence[RunContents]) -> list[DifferingSetting]:
     """Return the settings that are not the same in all runs, in the order of the configuration."""
-    flat = [dict(_flatten(run.config)) for run in runs]
+    flat = [flat_texts(run.config) for run in runs]
     keys = dict.fromkeys(key for settings in flat for key in settings if key not in _NAMES)
     rows = [DifferingSetting(key, tuple(settings.get(key, _ABSENT) for settings in flat)) for key in keys]
     return [row for row in rows if len(set(row.values)) > 1]
-
-
-def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in section.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

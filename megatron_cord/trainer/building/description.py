@@ -41,7 +41,8 @@ def describe(config: RunConfig, start: Start, data: dict[str, Any]) -> Descripti
     """
     before, settings = start.progress.made_with, to_dict(config)
     planned = RateSchedule.of(config.optimizer, config.train.steps)
-    rates = schedule_of(start, planned, keep=config.optimizer.keep_schedule)
+    own = [name for name, group in config.optimizer.groups.items() if group.learning_rate is not None]
+    rates = schedule_of(start, planned, keep=config.optimizer.keep_schedule, own=own)
     model = checkpoint_fingerprint(checkpoint_directory(config.model.checkpoint))
     changes = find_changes(start, settings, rates, model)
     trained = {*before.trained, *(part for part in PARTS if part not in config.model.freeze)}

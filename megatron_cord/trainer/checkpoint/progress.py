@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_cord.config.flattening import flatten
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.rollout.types import Rollout
@@ -119,11 +120,3 @@ def _read_ahead(path: Path) -> dict[int, dict[str, Rollout]]:
         plain = json.loads(line)
         ahead.setdefault(plain["step"], {})[plain["request"]] = Rollout.from_json(plain)
     return ahead
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested maps into one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -7,14 +7,15 @@ never from the configuration. An offline run writes a database in its directory,
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_cord.config.flattening import flat_texts
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import write_atomic
 from megatron_cord.trainer.observability.trackers.config import MlflowConfig
@@ -74,7 +75,8 @@ class Mlflow:
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        self._client.log_batch(self._run, metrics=[Metric(name, value, now, step) for name, value in scalars.items()])
+        metrics = [Metric(allowed_name(name), value, now, step) for name, value in scalars.items()]
+        self._client.log_batch(self._run, metrics=metrics)
 
     def close(self, *, failed: bool) -> None:
         """See `Tracker`."""
@@ -88,15 +90,12 @@ class Mlflow:
         artifacts = (folder / "artifacts").as_uri() if config.mode == "offline" else None
         experiment = known.experiment_id if known else self._client.create_experiment(config.experiment, artifacts)
         run: str = self._client.create_run(experiment, run_name=run_name(config.name, directory)).info.run_id
-        parameters = [Param(key, value[:_LONGEST]) for key, value in _flatten(settings)]
+        parameters = [Param(allowed_name(key), value[:_LONGEST]) for key, value in flat_texts(settings).items()]
         for start in range(0, len(parameters), _PARAMETERS):
             self._client.log_batch(run, params=parameters[start : start + _PARAMETERS])
         return run
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def allowed_name(name: str) -> str:
+    """Return a name with _ for each character that MLflow refuses in names, such as the + in that of a set."""
+    return re.sub(r"[^/\w.\- :]", "_", name)

@@ -39,7 +39,8 @@ class Tracker(Protocol):
 class PatientTracker:
     """A tracker whose failures end no run: named once; what it missed is recorded when it works again.
 
-    It is tried again after a pause that doubles, so that a server that is gone does not slow each step down.
+    It is tried again after a pause that doubles, so that a server that is gone does not slow each step down. A record
+    that is refused twice while the one behind it is taken is left out, and counted: it would hold up all others.
 
     Args:
         name: for messages.
@@ -51,6 +52,7 @@ class PatientTracker:
         self._name, self._tracker, self._clock = name, tracker, clock
         self._pending: deque[tuple[int, dict[str, float]]] = deque(maxlen=_PENDING)
         self._pause, self._not_before, self._named, self._missed = _PAUSES[0], 0.0, False, 0
+        self._refusals = 0  # of the first pending record
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """See `Tracker`."""
@@ -61,7 +63,7 @@ class PatientTracker:
 
     def close(self, *, failed: bool) -> None:
         """See `Tracker`. What could not be recorded is counted."""
-        self._send()
+        self._send(patience=1)  # there is no later time
         try:
             self._tracker.close(failed=failed)
         except Exception as error:
@@ -69,17 +71,39 @@ class PatientTracker:
         if missed := self._missed + len(self._pending):
             logger.warning("%s lacks %d records; metrics.jsonl has them", self._name, missed)
 
-    def _send(self) -> None:
-        try:
-            while self._pending:
+    def _send(self, patience: int = 2) -> None:
+        """Record what is pending, up to a failure; leave out a record that alone is refused `patience` times."""
+        while self._pending:
+            try:
                 self._tracker.log(*self._pending[0])
-                self._pending.popleft()
-        except Exception as error:  # a client's errors have no common type
-            self._failed(error)
-        else:
-            self._pause = _PAUSES[0]
+            except Exception as error:  # a client's errors have no common type
+                self._refusals += 1
+                if self._refusals < patience or not self._takes_the_next():
+                    self._failed(error)
+                    return
+                self._name_failure(error)
+                self._missed += 1
+            self._pending.popleft()
+            self._refusals = 0
+        self._pause = _PAUSES[0]
+
+    def _takes_the_next(self) -> bool:
+        """Record what comes after the first pending record; return whether that worked."""
+        if len(self._pending) < 2:
+            return False
+        try:
+            self._tracker.log(*self._pending[1])
+        except Exception:  # the tracker's fault, not the first record's
+            return False
+        del self._pending[1]
+        return True
 
     def _failed(self, error: Exception) -> None:
+        self._name_failure(error)
+        self._not_before = self._clock() + self._pause
+        self._pause = min(2 * self._pause, _PAUSES[1])
+
+    def _name_failure(self, error: Exception) -> None:
         if not self._named:
             logger.warning(
                 "%s fails (%s: %s); the run goes on and tries again; metrics.jsonl has every step",
@@ -88,8 +112,6 @@ class PatientTracker:
                 shortened(error),
             )
         self._named = True
-        self._not_before = self._clock() + self._pause
-        self._pause = min(2 * self._pause, _PAUSES[1])
 
 
 def require(package: str, key: str, extra: str | None = None) -> None:

@@ -61,9 +61,12 @@ class OptimizerConfig:
     learning_rate: float = 3e-5  #: at the end of the warm-up; the paper's value
     #: after the warm-up: cosine and linear fall until the last step, constant stays, wsd stays and falls at the end
     schedule: ScheduleKind = "cosine"
-    final_learning_rate_fraction: float = 0.1  #: of learning_rate, reached at the last step; constant never falls
+    #: of learning_rate: approached, and reached after the last step; constant never falls
+    final_learning_rate_fraction: float = 0.1
     warmup_steps: int = 0  #: linear from zero
-    decay_steps: int | None = None  #: wsd: how many of the last steps it falls over
+    decay_steps: int | None = (
+        None  #: wsd: over how many of the last steps it falls, at least 2: the first has the full rate
+    )
     decay_share: float | None = None  #: wsd: the same as a share of train.steps; 0.1 if neither is given
     decay_shape: Shape | None = None  #: wsd: how it falls; linear if null. sqrt is 1 - √share
     #: by name: parameters with a rate or a weight decay of their own, as in {adapter: {learning_rate: 3.0e-4}}; the
@@ -120,8 +123,11 @@ class OptimizerConfig:
             raise CordError(
                 f"two schedules at once: decay_steps={self.decay_steps} and decay_share={self.decay_share}; give one"
             )
-        if self.decay_steps is not None and self.decay_steps < 1:
-            raise CordError(f"decay_steps must be at least 1, got {self.decay_steps}; schedule=constant has no decay")
+        if self.decay_steps is not None and self.decay_steps < 2:
+            raise CordError(
+                f"decay_steps must be at least 2, got {self.decay_steps}: the first of them has the full rate; "
+                "schedule=constant has no decay"
+            )
         if self.decay_share is not None and not 0 < self.decay_share <= 1:
             raise CordError(f"decay_share must be above 0 and at most 1, got {self.decay_share}")
         if not 0 <= final <= 1:

@@ -17,10 +17,11 @@ class RateSchedule:
 
     Attributes:
         peak: at the end of the warm-up.
-        final: at the last step, and after it.
+        final: approached, and reached after the last step, as Megatron does.
         warmup: steps of the warm-up.
         steps: of the whole schedule.
-        decay: the last steps, over which the rate falls; null: all behind the warm-up, and 0: none.
+        decay: the last steps, over which the rate falls, the first of them at the full rate; null: all behind the
+            warm-up, and 0: none.
         shape: how it falls.
         factors: of groups of parameters: their rates as a multiple of these.
     """
@@ -38,7 +39,7 @@ class RateSchedule:
         """Return the schedule of a configuration, over so many steps.
 
         Raises:
-            CordError: the run is too short for its warm-up and its decay.
+            CordError: the run is too short for its warm-up and its decay, or its decay for a rate below the peak.
         """
         rate, warmup = config.learning_rate, min(config.warmup_steps, steps - 1)
         final = rate * config.final_learning_rate_fraction
@@ -46,7 +47,7 @@ class RateSchedule:
         if config.schedule == "constant":
             return cls(rate, rate, warmup, steps, 0, factors=factors)
         if config.schedule == "wsd":
-            decay = config.decay_steps or max(1, round(steps * (config.decay_share or DECAY_SHARE)))
+            decay = config.decay_steps or _share_of(steps, config.decay_share)
             if config.warmup_steps + decay > steps:
                 raise CordError(
                     f"optimizer.warmup_steps={config.warmup_steps} and a decay of {decay} steps do not fit into "
@@ -72,6 +73,18 @@ class RateSchedule:
             return self.peak
         share = (step - self.steps + decay) / decay
         return self.final + (self.peak - self.final) * remaining(self.shape, min(1.0, max(0.0, share)))
+
+
+def _share_of(steps: int, share: float | None) -> int:
+    """Return the steps of a decay over a share of a run; of two at least, as the first has the full rate."""
+    if share is None:
+        return min(steps, max(2, round(steps * DECAY_SHARE)))
+    if (decay := round(steps * share)) < 2:
+        raise CordError(
+            f"optimizer.decay_share={share} of train.steps={steps} is a decay of {decay} steps, and it takes 2: the "
+            "first has the full rate; raise optimizer.decay_share, or take optimizer.schedule=constant"
+        )
+    return decay
 
 
 class HasParamGroups(Protocol):

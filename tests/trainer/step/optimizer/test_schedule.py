@@ -92,7 +92,7 @@ def test_a_schedule_without_its_newer_fields_is_the_cosine() -> None:
             "two schedules at once: final_learning_rate_fraction=0.*schedule=constant never falls",
         ),
         (["optimizer.schedule=wsd", "optimizer.decay_share=1.5"], "decay_share must be above 0 and at most 1"),
-        (["optimizer.schedule=wsd", "optimizer.decay_steps=0"], "decay_steps must be at least 1"),
+        (["optimizer.schedule=wsd", "optimizer.decay_steps=1"], "decay_steps must be at least 2, got 1: the first of"),
         (["optimizer.final_learning_rate_fraction=2"], "must lie between 0 and 1"),
         (["optimizer.groups.a.match=adapter.*"], r"optimizer\.groups\.a: a group needs a learning_rate"),
         (["optimizer.groups.a.learning_rate=0"], "learning_rate must be positive.*model.freeze"),
@@ -119,6 +119,14 @@ def test_a_run_too_short_for_its_decay_is_refused() -> None:
     config = OptimizerConfig(schedule="wsd", warmup_steps=30, decay_steps=20)
     with pytest.raises(CordError, match=r"warmup_steps=30 and a decay of 20 steps do not fit into train\.steps=40"):
         RateSchedule.of(config, STEPS)
+
+
+def test_a_decay_lowers_the_rate() -> None:
+    """Catches a decay of one step, after which the run ends without an update below the peak."""
+    with pytest.raises(CordError, match=r"decay_share=0\.02 of train\.steps=40 is a decay of 1 steps, and it takes 2"):
+        RateSchedule.of(OptimizerConfig(schedule="wsd", decay_share=0.02), STEPS)
+    short = RateSchedule.of(OptimizerConfig(schedule="wsd"), 5)
+    assert [short.rate(3), short.rate(4)] == pytest.approx([3e-5, 1.65e-5])
 
 
 def test_the_policy_gradients_weight_moves_between_its_ends() -> None:
