@@ -13,6 +13,8 @@ from megatron_cord.data.audio.augmentation import AugmentationConfig
 from megatron_cord.errors import CordError
 
 _MOST_SETS = 255
+# Also in a later part of a chain ("zip://…::https://…"). Beyond HTTP a name alone is no secret, as in "abfs://BOX@…".
+_CREDENTIALS = re.compile(r"(?:^|::)(?:https?://[^/]*@|[a-z][a-z0-9+.-]*://[^/@]*:[^/@]*@)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class TrainingSetConfig:
     def __post_init__(self) -> None:
         if not self.path:
             raise CordError("path is empty; give a directory of shards, or leave the set out")
+        _refuse_credentials("path", self.path)
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise CordError(f"weight is {self.weight:g}; give a number above 0, or leave the set out")
 
@@ -80,7 +83,10 @@ class DataConfig:
             raise CordError(f"data.shuffle_shards must be at least 1, got {self.shuffle_shards}")
         if self.cache_bytes < 1 or self.fetch_seconds < 0:
             raise CordError("data.cache_bytes must be at least 1, and data.fetch_seconds cannot be negative")
-        if not isinstance(self.train, str):
+        _refuse_credentials("data.evaluation", self.evaluation)
+        if isinstance(self.train, str):
+            _refuse_credentials("data.train", self.train)
+        else:
             _check_sets(self.train)
         if self.workers < 0:
             raise CordError(f"data.workers cannot be negative, got {self.workers}")
@@ -97,6 +103,15 @@ class DataConfig:
                 "data.train is required: set it in the configuration or as data.train=…, to a directory of shards"
             )
         return {"": TrainingSetConfig(self.train)} if isinstance(self.train, str) else self.train
+
+
+def _refuse_credentials(key: str, address: str) -> None:
+    """Refuse an address that cannot be shown. Raises CordError, which does not show it either."""
+    if _CREDENTIALS.search(address):
+        raise CordError(
+            f"{key} holds a name or a password, which would reach logs and every copy of the configuration; take it "
+            "out of the address, and give it to fsspec in the environment (FSSPEC_HTTPS for https)"
+        )
 
 
 def _check_sets(sets: dict[str, TrainingSetConfig]) -> None:

@@ -114,10 +114,16 @@ class SampleLoader:
         """Over all ranks."""
         return self._batch_size
 
-    def addresses(self, step: int) -> list[Address]:
-        """Return all samples of ``step``, counted from 0, by position, as far as damage is known."""
+    def addresses(self, step: int, first: int | None = None) -> list[Address]:
+        """Return the samples of ``step``, counted from 0, by position, as far as damage is known.
+
+        Args:
+            step: whose batch.
+            first: so many from its beginning; None returns all.
+        """
         start = self.position(step)
-        return [self.row.at(position, self._batch_size) for position in range(start, start + self._batch_size)]
+        count = self._batch_size if first is None else min(first, self._batch_size)
+        return [self.row.at(position, self._batch_size) for position in range(start, start + count)]
 
     def position(self, step: int) -> int:
         """Return how many samples were taken before a step."""
@@ -160,7 +166,7 @@ class SampleLoader:
         read: dict[Address, Sample | Damage] = {}
         while True:
             # In the order of the shards, so that each is opened once.
-            wanted = sorted({address for step in steps for address in self.addresses(step)[:first]})
+            wanted = sorted({address for step in steps for address in self.addresses(step, first)})
             lacking = [address for address in wanted if address not in read]
             said = time.monotonic()
             for count, address in enumerate(lacking):
@@ -185,6 +191,7 @@ class SampleLoader:
         return bool(everywhere)
 
     def _own(self, step: int) -> list[Address]:
+        # Of the whole batch, so that all ranks raise together where a set has no sample left.
         return self.addresses(step)[self._rank :: self._world]
 
     def _begin(self, step: int) -> list[_Reading]:

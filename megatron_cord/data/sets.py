@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from heapq import nlargest
 from pathlib import Path
 
 from megatron_cord.data.config import DataConfig, TrainingSetConfig
@@ -53,11 +54,13 @@ def open_training(config: DataConfig, limits: PromptLimits) -> TrainingSets:
     cache = ShardCache(directory, config.cache_bytes, config.fetch_seconds)
     opened = {name: _open(config, each, limits, cache) for name, each in sets.items()}
     streams = [each for each in opened.values() if isinstance(each, StreamedShards) and is_remote(each.path)]
-    needed = sum(2 * config.shuffle_shards * max(shard.bytes for shard in each.manifest.shards) for each in streams)
+    together = 2 * config.shuffle_shards
+    needed = sum(sum(nlargest(together, (shard.bytes for shard in each.manifest.shards))) for each in streams)
     if needed > config.cache_bytes:
         raise CordError(
-            f"data.cache_bytes={config.cache_bytes} is too small for {needed} bytes, two times data.shuffle_shards="
-            f"{config.shuffle_shards} shards of each set behind an address; raise it, or lower data.shuffle_shards"
+            f"data.cache_bytes={config.cache_bytes} is too small for {needed} bytes, up to two times "
+            f"data.shuffle_shards={config.shuffle_shards} shards of each set behind an address; raise it, or lower "
+            "data.shuffle_shards"
         )
     return opened
 

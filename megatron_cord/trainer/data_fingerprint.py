@@ -33,12 +33,23 @@ def describe_sets(sets: TrainingSets, window: int) -> dict[str, Any]:
     return {"samples": samples, "fingerprint": together, "sets": described}
 
 
+def with_past_sets(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to a description the sets that are left out now, as "past_sets", so that they are checked once they are back.
+
+    Args:
+        now: what `describe_sets` returns.
+        before: what this returned to the run that wrote the checkpoint; empty for a new run.
+    """
+    past = {name: each for name, each in _by_name(before).items() if name not in _by_name(now)} if before else {}
+    return dict(now) | ({"past_sets": past} if past else {})
+
+
 def check_same(now: Mapping[str, Any], before: Mapping[str, Any], listed: Path) -> None:
     """Refuse data that a run did not begin with. Sets may be added and left out, but must not become others.
 
     Args:
         now: what `describe_sets` returns.
-        before: the same of the run that wrote the checkpoint; empty for a new run.
+        before: what `with_past_sets` returned to the run that wrote the checkpoint; empty for a new run.
         listed: the file that lists what is skipped, for the message.
 
     Raises:
@@ -80,7 +91,8 @@ def _check_set(key: str, now: Mapping[str, Any], before: Mapping[str, Any], list
 
 
 def _by_name(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return dict(record["sets"]) if "sets" in record else {"": record}
+    """Return the record of each set, those of the past included."""
+    return {**record["sets"], **record.get("past_sets", {})} if "sets" in record else {"": record}
 
 
 def _shown(sets: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.runtime.files import write_json
 from megatron_cord.trainer.checkpoint.progress import Progress
 from megatron_cord.trainer.config import RunConfig
-from megatron_cord.trainer.data_fingerprint import check_same, describe_sets
+from megatron_cord.trainer.data_fingerprint import check_same, describe_sets, with_past_sets
 
 logger = logging.getLogger(__name__)
 FILE_NAME = "data.json"
@@ -35,7 +35,7 @@ class TrainingData:
 
     Attributes:
         row: the samples.
-        record: samples and fingerprint, for checkpoints.
+        record: samples and fingerprint, for checkpoints, with those of sets that are left out now.
 
     Raises:
         CordError: a set cannot be opened, or the run that goes on began with other data.
@@ -46,8 +46,9 @@ class TrainingData:
         self._sets: TrainingSets = open_training(config.data, limits)
         self._several = "" not in self._sets
         window = config.data.shuffle_shards
-        self.record: dict[str, Any] = broadcast_json(describe_sets(self._sets, window) if main else None)
-        check_same(self.record, progress.made_with.data, self._path)
+        described: dict[str, Any] = broadcast_json(describe_sets(self._sets, window) if main else None)
+        check_same(described, progress.made_with.data, self._path)
+        self.record = with_past_sets(described, progress.made_with.data)
         skipped = {name: _left_out(each) for name, each in self._sets.items()}
         sizes = {name: len(each) + skipped[name] for name, each in self._sets.items()}
         self._damage = DamageLog(sizes, skipped, config.data.max_skipped, progress.damaged)

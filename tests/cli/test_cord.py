@@ -6,9 +6,9 @@ import dataclasses
 import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -205,8 +205,13 @@ def test_shards_are_checked_and_described(tmp_path: Path, capsys: pytest.Capture
 def test_several_sets_and_addresses_are_checked_and_described(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a set that is left out, damage behind an address that passes, and a status of the last set alone."""
+    """Catches a set that is left out, damage behind an address that passes, and a status of the last set alone.
+
+    Also a check that removes the copies of a run from its cache, or leaves its own behind.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     for name, count in (("a", 4), ("b", 5)):
         write_shards(tmp_path / name, make_samples(count))
     address = f"file://{tmp_path}/b"
@@ -215,7 +220,7 @@ def test_several_sets_and_addresses_are_checked_and_described(
     assert output.count("samples") == 2 and address in output and "voice0 3, voice1 2" in output
     assert cli.invoke(cli.cord, ["shards", "check", str(tmp_path / "a"), address], "cord") == 0
     (tmp_path / "b" / "shard-000001.tar").unlink()
-    shutil.rmtree(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists() and not list((tmp_path / "temporary").iterdir())
     assert cli.invoke(cli.cord, ["shards", "check", address, str(tmp_path / "a")], "cord") == 1
     lines = capsys.readouterr().out.splitlines()
     assert "shard-000001.tar: it is not there" in lines[-3] and "5 samples, 1 problems" in lines[-2]

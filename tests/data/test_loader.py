@@ -23,6 +23,7 @@ from megatron_cord.config.loading import dump_config, load_config
 from megatron_cord.data.config import DataConfig, TrainingSetConfig
 from megatron_cord.data.loader import SampleLoader
 from megatron_cord.data.ordering.damage import DamageLimitError
+from megatron_cord.data.ordering.row import Address
 from megatron_cord.data.samples import PreparedSample, Sample
 from megatron_cord.data.shards.writer import ShardWriter
 from megatron_cord.errors import CordError
@@ -315,6 +316,20 @@ def test_texts_of_many_steps() -> None:
     read = other.texts(range(5), 2)
     assert set(read) == {address for step in range(5) for address in other.addresses(step)[:2]}
     assert not broken.broken & {address.number for address in read}
+
+
+def test_texts_of_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a start that works out all samples of all steps for the few whose texts are read."""
+    source, asked = loader(batch_size=400), list[int]()
+    at = source.row.at
+
+    def noted(position: int, batch_size: int) -> Address:
+        asked.append(position)
+        return at(position, batch_size)
+
+    monkeypatch.setattr(source.row, "at", noted)
+    source.texts(range(2), 3)
+    assert asked == [0, 1, 2, 400, 401, 402]
 
 
 def test_what_may_be_skipped_is_said() -> None:

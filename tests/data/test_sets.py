@@ -56,8 +56,35 @@ def test_one_set_has_the_order_of_the_run_s_seed(directory: Path) -> None:
 def test_a_cache_that_cannot_hold_what_is_read(directory: Path, tmp_path: Path) -> None:
     """Would catch copies that push each other out for ever."""
     config = DataConfig(f"file://{directory}", cache_dir=str(tmp_path / "cache"), cache_bytes=100_000)
-    with pytest.raises(CordError, match=r"data\.cache_bytes=100000 is too small for \d+ bytes, two times"):
+    with pytest.raises(CordError, match=r"data\.cache_bytes=100000 is too small for \d+ bytes, up to two times"):
         open_training(config, PromptLimits())
+
+
+def test_a_cache_that_holds_the_whole_set(directory: Path, tmp_path: Path) -> None:
+    """Would catch a set of few shards that is refused for want of room that its copies never take."""
+    size = sum(shard.stat().st_size for shard in directory.glob("*.tar"))
+    place = str(tmp_path / "cache")
+    opened = open_training(DataConfig(f"file://{directory}", cache_dir=place, cache_bytes=size), PromptLimits())
+    opened[""].close()
+    with pytest.raises(CordError, match=rf"is too small for {size} bytes"):
+        open_training(DataConfig(f"file://{directory}", cache_dir=place, cache_bytes=size - 1), PromptLimits())
+
+
+@pytest.mark.parametrize(
+    "address", ["https://me:secret@x/y", "https://secret@x/y", "s3://me:secret@x", "a::http://secret@x"]
+)
+def test_a_password_in_an_address(address: str) -> None:
+    """Would catch a password that reaches config.yaml and logs, also by the refusal itself."""
+    for refused in (
+        lambda: DataConfig(address),
+        lambda: DataConfig(evaluation=address),
+        lambda: TrainingSetConfig(address),
+    ):
+        with pytest.raises(CordError, match=r"holds a name or a password") as error:
+            refused()
+        assert "secret" not in str(error.value)
+    for plain in ("hf://datasets/o/n@v1/x", "abfs://box@account/x", "https://x:80/y@z", "data/a:b@c/*.tar"):
+        assert DataConfig(plain).train == plain
 
 
 def test_what_has_no_address(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

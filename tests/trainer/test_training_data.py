@@ -97,7 +97,10 @@ def test_resumed_at_any_step_with_other_workers_and_ranks(inputs: Path, whole: P
 def test_other_weights_go_on_behind_what_was_taken(
     inputs: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches shares that make up for the past, sets that begin again, and a change that nobody is told of."""
+    """Catches shares that make up for the past, sets that begin again, and a change that nobody is told of.
+
+    Also a set that is left out for a while and comes back with other content.
+    """
     run = stop_after(3, whole, tmp_path / "run")
     with caplog.at_level(logging.INFO):
         alone(inputs, run, *settings(inputs, a=1, b=1), "train.steps=9")
@@ -111,6 +114,10 @@ def test_other_weights_go_on_behind_what_was_taken(
     with pytest.raises(CordError, match=r"data\.train is one set without a name, but the run began with the sets a, b"):
         alone(inputs, run, *settings(inputs), f"data.train={inputs / 'a'}", "train.steps=9")
     other = copy_of(inputs, tmp_path / "other")
+    shutil.rmtree(other / "c")
+    write_shards(other / "c", make_samples(8, seed=6))
+    with pytest.raises(CordError, match=r"data\.train\.c has other text, audio, answers or order"):
+        alone(other, run, *settings(other), "train.steps=10")
     shutil.rmtree(other / "b")
     write_shards(other / "b", make_samples(7, seed=5))
     with pytest.raises(CordError, match=r"data\.train\.b has other text, audio, answers or order"):

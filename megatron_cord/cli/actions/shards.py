@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cord.data.ordering.damage import DamagedError
-from megatron_cord.data.sets import default_cache
 from megatron_cord.data.shards.cache import ShardCache
 from megatron_cord.data.shards.manifest import MANIFEST_NAME, Manifest, is_remote
 from megatron_cord.data.shards.reader import ShardDataset
@@ -19,18 +19,23 @@ from megatron_cord.errors import CordError
 
 #: The share of unusable samples that opening allows here, so that all of them are listed.
 _ALL = 1.0
-_CACHE_BYTES, _PATIENCE = 10_000_000_000, 60.0  # of copies of shards behind an address; seconds
+_PATIENCE = 60.0  # seconds for which a connection that fails is tried again
+_ONE_COPY = 1  # bytes for copies, which each shard exceeds: the one that is read is the only one kept
 
 
 def check_shards(path: str, *, digests: bool) -> int:
     """Decode every sample; print a line for each that cannot be used, or shard that was changed; return 1 if any is."""
-    problems = []
-    dataset: ShardDataset | StreamedShards
     if is_remote(path):
-        dataset = StreamedShards(path, window=1, cache=ShardCache(default_cache(), _CACHE_BYTES, _PATIENCE))
-    else:
-        dataset = ShardDataset(path, max_skipped=_ALL, verify=digests)
-        problems = [item.message for item in dataset.skipped]
+        # Not the cache of runs: one that trains would have to fetch again what another bound removes there.
+        with tempfile.TemporaryDirectory(prefix="megatron_cord_") as directory:
+            cache = ShardCache(Path(directory), _ONE_COPY, _PATIENCE)
+            return _report(path, StreamedShards(path, window=1, cache=cache), [])
+    dataset = ShardDataset(path, max_skipped=_ALL, verify=digests)
+    return _report(path, dataset, [item.message for item in dataset.skipped])
+
+
+def _report(path: str, dataset: ShardDataset | StreamedShards, problems: list[str]) -> int:
+    """Decode every sample, print the problems, those already known first, and return 1 if there are any."""
     index = 0
     while index < len(dataset):
         try:

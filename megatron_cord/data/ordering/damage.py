@@ -106,7 +106,7 @@ class DamageLog:
         sizes: samples of each set, those included that were left out when it was opened.
         skipped: how many that were.
         max_skipped: the largest share of a set that may be left out.
-        before: what `state` returned to the run that goes on.
+        before: what `state` returned to the run that goes on; what it has of other sets is kept for when they are back.
     """
 
     def __init__(
@@ -117,7 +117,8 @@ class DamageLog:
         before: Mapping[str, Sequence[Sequence[int]]] | None = None,
     ) -> None:
         self._sizes, self._skipped, self._max_skipped = dict(sizes), dict(skipped), max_skipped
-        self._known = {name: Ranges((before or {}).get(name, ())) for name in sizes}
+        known = dict.fromkeys(sizes, ()) | dict(before or {})
+        self._known = {name: Ranges(ranges) for name, ranges in known.items()}
         self.found: list[tuple[int, Damage]] = []  #: by this process: step, counted from 0, and damage
 
     def covers(self, name: str, number: int) -> bool:

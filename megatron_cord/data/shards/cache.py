@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,8 @@ _CHUNK = 4 << 20  # bytes
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts
 _SILENCE = 30.0  # seconds after which a connection without a byte is broken
 _ABANDONED = 3600.0  # seconds after which a part that nobody writes to is a killed process's
+_COPY = re.compile(r"[0-9a-f]{64}\.tar")  # others in the directory, such as a user's own, are never removed
+_PARTIAL = re.compile(r"\.[0-9a-f]{64}\.tar\.partial")
 _GONE = (FileNotFoundError, EntryNotFoundError, RepositoryNotFoundError)
 
 
@@ -117,11 +120,13 @@ class RemoteFile:
 
     def _attempt(self, copy: Callable[[int], Iterator[int]], restart: Callable[[], None]) -> None:
         """Copy to the end; after a failure go on where it stopped, or anew, with growing pauses."""
-        begun, done, pause, failures = time.monotonic(), 0, _FIRST_PAUSE, 0
+        begun, done, furthest, pause, failures = time.monotonic(), 0, 0, _FIRST_PAUSE, 0
         while True:
             try:
                 for now in copy(done):
-                    begun, done, pause = time.monotonic(), now, _FIRST_PAUSE  # it comes: patience begins again
+                    done = now
+                    if now > furthest:  # more than ever came: patience begins again
+                        begun, furthest, pause = time.monotonic(), now, _FIRST_PAUSE
                     if self.stopping.is_set():
                         raise FetchError(f"{self.address}: given up, as the run ends")
                 return
@@ -232,13 +237,14 @@ class ShardCache:
         """Remove what was not used for longest until so many bytes more are within the limit."""
         with FileLock(self.directory / ".lock"):
             total, copies = needed, []
-            for path in self.directory.glob(".*.partial"):
+            files = list(self.directory.iterdir())
+            for path in (file for file in files if _PARTIAL.fullmatch(file.name)):
                 with contextlib.suppress(FileNotFoundError):
                     if time.time() - path.stat().st_mtime > _ABANDONED:
                         path.unlink()
                     else:
                         total += path.stat().st_size
-            for path in self.directory.glob("*.tar"):
+            for path in (file for file in files if _COPY.fullmatch(file.name)):
                 with contextlib.suppress(FileNotFoundError):
                     copies.append((path.stat().st_mtime, path.stat().st_size, path))
             total += sum(size for _, size, _ in copies)

@@ -41,6 +41,15 @@ def test_the_bound_is_a_share_of_each_set() -> None:
         again.learn([Damage("a", 20, 21, "w")], 5)
 
 
+def test_damage_of_a_set_that_is_left_out_for_a_while() -> None:
+    """Would catch damage that is forgotten with its set, so that a set that comes back has other samples."""
+    first = DamageLog({"a": 100, "b": 10}, {"a": 0, "b": 0}, 0.5, {"b": [(0, 2)]})
+    without = DamageLog({"a": 100}, {"a": 0}, 0.5, first.state())
+    without.learn([Damage("a", 5, 6, "x")], 3)
+    again = DamageLog({"a": 100, "b": 10}, {"a": 0, "b": 0}, 0.5, without.state())
+    assert again.covers("b", 1) and again.covers("a", 5) and again.count("b") == 2
+
+
 def test_nothing_may_be_skipped_by_default() -> None:
     """Would catch a sample that is left out though nobody allowed it."""
     with pytest.raises(CordError, match=r"^the shard is gone$"):

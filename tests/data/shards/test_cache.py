@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +117,27 @@ def test_connections_that_fail_are_tried_again(server: Server, remote: Path, tmp
     assert file_digest(path) == wanted.sha256 and (server.breaks, server.fails) == (0, 0)
 
 
+def test_patience_ends_where_the_same_bytes_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a source that breaks and cannot seek, of which the same half counts as progress each time."""
+    monkeypatch.setattr(cache, "_FIRST_PAUSE", 0.01)
+    begun: list[int] = []
+
+    def half(_: RemoteFile, done: int, add: Callable[[bytes], None]) -> Iterator[int]:
+        begun.append(done)
+        if done:
+            raise ValueError("cannot seek")
+        for now in range(1, 6):
+            add(b"x")
+            yield now
+        if len(begun) < 100:
+            raise ConnectionError("it broke")
+
+    monkeypatch.setattr(RemoteFile, "_copy", half)
+    with pytest.raises(FetchError, match=r"http://x: .* attempts in"):
+        RemoteFile("http://x", 0.2).read()
+    assert begun[:3] == [0, 5, 0]
+
+
 def test_what_does_not_come_is_said_in_one_line(server: Server, remote: Path, tmp_path: Path) -> None:
     """Would catch patience without end, patience with what is not there, and a shard that was changed."""
     copies = ShardCache(tmp_path / "cache", 10 * SIZE, 0.2)
@@ -139,17 +160,24 @@ def test_what_does_not_come_is_said_in_one_line(server: Server, remote: Path, tm
 
 
 def test_the_bound_holds_and_what_is_used_stays(remote: Path, tmp_path: Path) -> None:
-    """Would catch a disk that fills up, and a copy that is removed though others were not used for longer."""
+    """Would catch a disk that fills up, and a copy that is removed though others were not used for longer.
+
+    Also a user's own file that is removed because it lies in the same directory, such as $TMPDIR.
+    """
     copies = ShardCache(tmp_path / "cache", 3 * SIZE, 0.0)
     entries = [entry(remote, number) for number in range(5)]
     for number, each in enumerate(entries[:3]):
         path = copies.fetch(f"file://{remote}/{each.name}", each)
         os.utime(path, (1000 + number, 1000 + number))
     copies.fetch(f"file://{remote}/{entries[0].name}", entries[0])  # used again: the oldest is number 1 now
-    (tmp_path / "cache" / ".x.tar.partial").write_bytes(b"of a killed process")
-    os.utime(tmp_path / "cache" / ".x.tar.partial", (1000, 1000))
+    partial = tmp_path / "cache" / f".{'0' * 64}.tar.partial"
+    own = [tmp_path / "cache" / name for name in ("results.tar", ".upload.partial", f"{'0' * 64}-old.tar")]
+    for file in (partial, *own):
+        file.write_bytes(b"of a killed process, or a user's")
+        os.utime(file, (1000, 1000))
     copies.fetch(f"file://{remote}/{entries[3].name}", entries[3])
-    assert names(tmp_path / "cache") == sorted(f"{entries[number].sha256}.tar" for number in (0, 2, 3))
+    kept = [f"{entries[number].sha256}.tar" for number in (0, 2, 3)]
+    assert names(tmp_path / "cache") == sorted([*kept, *(file.name for file in own)])
 
 
 def fetch_slowly(directory: Path, address: str, wanted: ShardEntry) -> None:

@@ -65,6 +65,11 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
+        if "@" in parts.netloc:
+            raise CordError(
+                "a server's address holds a name or a password, which would reach logs; give its key in a file or in "
+                "MEGATRON_CORD_SERVER_KEY"
+            )
         if parts.scheme != "http" or not parts.hostname or not parts.port:
             raise CordError(f"server address {self.url!r} is not of the form http://host:port")
         if not (self.api_key.isascii() and self.api_key.isprintable()):

@@ -108,6 +108,13 @@ def test_addresses(url: str) -> None:
         Endpoint(url)
 
 
+def test_a_password_in_an_address() -> None:
+    """Catches a password that stands in config.yaml and in every message about the server."""
+    with pytest.raises(CordError, match="holds a name or a password") as caught:
+        Endpoint("http://me:secret@127.0.0.1:30000")
+    assert "secret" not in str(caught.value)
+
+
 def test_another_machine_needs_a_key() -> None:
     """Catches weights that anyone on the network could replace."""
     with pytest.raises(CordError, match="has no API key"):
