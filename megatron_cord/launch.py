@@ -54,7 +54,8 @@ class Agent(LocalElasticAgent):
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._remaining_restarts = 0
         interrupted = number == signal.SIGINT
-        # Ranks of this terminal's process group get Ctrl-C themselves, and two of them end a rank: so another signal.
+        # torch starts ranks in sessions of their own, so Ctrl-C reaches them from here alone; as SIGTERM, because each
+        # of them would explain Ctrl-C to the user, and a second one ends a rank at once.
         if not self._signal_ranks(signal.SIGTERM if interrupted else number):  # before they start, or between attempts
             raise SignalException("a signal while no rank was running", signal.Signals(number))
         if interrupted:

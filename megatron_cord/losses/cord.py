@@ -14,8 +14,8 @@ prompt x^t of the same question.
     L       = L_tok + L_seq                                                       total_loss
 
 Variants stand beside this page and are composed with it: other divergences in ``divergences``, other token weights in
-``token_weights``, what GRPO and sampled-token distillation add in ``policy_gradient``. ``trainer.step.objective``
-composes them as configured.
+``token_weights``, what GRPO and sampled-token distillation add in ``policy_gradient``, ratios of several updates in
+``surrogates``; ``policy_loss`` is L_seq as configured. ``trainer.step.microbatch_loss`` composes L.
 
 Shapes: N packed response tokens here, M tokens of whole responses, B responses; ``cu_seqlens`` [B+1].
 """

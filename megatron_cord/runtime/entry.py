@@ -18,6 +18,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.runtime.exit_status import BUG, INTERRUPTED, PEER_GONE, STOPPED, USER_ERROR
 from megatron_cord.runtime.failures import explain, has_peers, lost_peer, report_once
 from megatron_cord.runtime.log import LEVELS, configure_logging
+from megatron_cord.runtime.parent import end_with_parent
 from megatron_cord.runtime.stop_request import StoppedError
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,13 @@ def parse_args(description: str, *, config_required: bool = True, arguments: Seq
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Configure logging, call `main`, and end the process with the status of `status_of`."""
+    """Configure logging, call `main`, and end the process with the status of `status_of`.
+
+    A rank that torchrun or ``megatron_cord.launch`` started ends with that process: it is in a session of its own,
+    which a signal to the launcher's group does not reach, and would keep its GPU and its memory.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     end(status_of(main))
 
 

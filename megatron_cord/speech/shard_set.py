@@ -183,8 +183,9 @@ def _make_by_workers(
 
 
 def _follow_the_parent() -> None:
-    """Leave Ctrl-C, which reaches all processes of a terminal, to the one that started this worker; end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave Ctrl-C and SIGUSR1, which may reach all processes, to the one that started this worker; end with it."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
 

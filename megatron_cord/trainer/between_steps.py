@@ -48,7 +48,7 @@ class BetweenSteps:
         metrics = parts.evaluations.answer(parts.source.engine, self._score_own, step)
         with parts.saving.first():
             check_mismatch(metrics, parts.config.rollout.max_logprob_mismatch, f"evaluation of step {step}")
-        is_best = parts.evaluations.write(step)
+            is_best = parts.evaluations.write(step)
         parts.budget.took("evaluation", time.monotonic() - begun)
         if is_best and parts.config.checkpoint.best:
             self.save_unsaved()

@@ -44,7 +44,8 @@ class TrainConfig:
     #: packed: tokens that do, student's and teacher's each; a longer sequence goes alone
     tokens_per_microbatch: int = 8192
     max_skipped_in_a_row: int = 5  #: so many steps without a finite loss stop the run
-    #: a longer phase of a step is taken for a hang: the rank writes its stacks and ends; 0 waits on
+    #: a longer phase of a step (each round of sampling and each update is one) is taken for a hang: the rank writes its
+    #: stacks and ends; 0 waits on
     watchdog_seconds: float = 480.0
 
     def __post_init__(self) -> None:

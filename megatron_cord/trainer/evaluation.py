@@ -24,6 +24,7 @@ from megatron_cord.trainer.observability.metrics import MetricsLog, json_floats
 from megatron_cord.trainer.start import Start
 from megatron_cord.trainer.step.batches import TrainingSequence
 
+SUMMARY = "summary.json"
 Scorer = Callable[[list[TrainingSequence]], dict[int, TokenResults]]
 
 
@@ -90,7 +91,13 @@ class Evaluations:
         for name, other in results.items():
             if name != HELDOUT:
                 self._log.question_set(step, name, other)
-        return step > self._begun and self._best.add(step, value_of(counts, results[counts.set]))
+        value = value_of(counts, results[counts.set])  # one that is missing is named before the first step
+        return step > self._begun and self._best.add(step, value)
+
+    def withdraw_summary(self) -> None:
+        """Remove the summary of a run that was finished and goes on, for as long as it is not finished again."""
+        if self._writes:
+            (self._directory / SUMMARY).unlink(missing_ok=True)
 
     def finish(self, step: int, seconds: float, ended_by: str) -> None:
         """Write the run's summary.
@@ -113,7 +120,7 @@ class Evaluations:
             ended_by=ended_by,
             best=None if self.best is None else asdict(self.best),
         )
-        write_json(self._directory / "summary.json", summary)
+        write_json(self._directory / SUMMARY, summary)
 
 
 def measure_divergence(score: Scorer, version: int, responses: Sequence[AudioResponse]) -> Measured:

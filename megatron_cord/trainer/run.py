@@ -18,7 +18,7 @@ from megatron_cord.data.loader import Batch
 from megatron_cord.data.ordering.damage import DamageLimitError
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import Layout
-from megatron_cord.rollout.types import Rollout, ScoredRollout
+from megatron_cord.rollout.types import GenerationRequest, Rollout, ScoredRollout
 from megatron_cord.runtime.exit_status import STOPPED
 from megatron_cord.trainer.between_steps import BetweenSteps
 from megatron_cord.trainer.building.parts import put_together
@@ -116,7 +116,10 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Yield the steps that remain, counted from 0; then end the run, or stop it."""
+        first = self._between.progress.step
         while (ending := self._between.find_ending()) is None:
+            if self._between.progress.step == first:
+                self._parts.evaluations.withdraw_summary()
             self._watchdog.phase("rollout", self._between.progress.step + 1)
             yield self._between.progress.step
         self.status = 0 if self._between.end(ending) else STOPPED
@@ -153,15 +156,25 @@ class Run:
         scored = source.collector.score(batch, rollouts)
         if self.config.rollout.dynamic_sampling:
             engine = source.engine.within(self.layout.replica_group)
-            scored = replace_groups(self.config.rollout, source.collector, batch, scored, engine.generate)
+
+            def generate(requests: Sequence[GenerationRequest]) -> list[Rollout]:
+                self._watchdog.phase("rollout", batch.step + 1)  # a round lasts as long as a rollout
+                return engine.generate(requests)
+
+            scored = replace_groups(self.config.rollout, source.collector, batch, scored, generate)
         return gather_rollouts(scored, self.layout.replica_group)
 
     def update(self, batch: Batch, rollouts: Sequence[ScoredRollout]) -> StepResult:
-        """Make one optimizer step: teacher forward, student forward and backward, update."""
+        """Make one step's updates, each with teacher forward, student forward and backward."""
         progress = self._between.progress
-        self._watchdog.phase("update", progress.step + 1)
+
+        def begin_update() -> None:
+            self._watchdog.phase("update", progress.step + 1)
+
+        begin_update()
         with self._source.schedule.training():
-            result = self._parts.training.step(self._source.collector.sequences(batch, rollouts), rollouts)
+            sequences = self._source.collector.sequences(batch, rollouts)
+            result = self._parts.training.step(sequences, rollouts, begin_update)
         skipped = progress.skipped_in_a_row + 1 if result.skipped else 0
         self._between.progress = replace(
             progress,

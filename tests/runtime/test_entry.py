@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -149,6 +151,29 @@ def test_a_finished_process_takes_nothing_down() -> None:
         [sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=60, env=environment, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "thread\nat exit\n", "")
+
+
+RANK = """
+import os, time
+from megatron_cord.runtime import entry
+entry.run(lambda: print(os.getpid(), flush=True) or time.sleep(120))
+"""
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
+
+
+def test_a_rank_ends_with_its_launcher() -> None:
+    """Catches ranks that live on, and hold their GPU and the log's lock, after their launcher was killed."""
+    environment = os.environ | {"PYTHONPATH": str(Path(entry.__file__).parents[2]), "TORCHELASTIC_RUN_ID": "run"}
+    command = [sys.executable, "-c", LAUNCHER, RANK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as launcher:
+        assert launcher.stdout is not None
+        rank = int(launcher.stdout.readline())
+        launcher.kill()
+        try:
+            launcher.communicate(timeout=10)  # until the rank, too, has closed its end
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
 
 
 def test_a_full_disk_is_found_behind_other_errors() -> None:

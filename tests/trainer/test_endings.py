@@ -14,6 +14,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.endings.agreement import any_rank
 from megatron_cord.trainer.endings.time_budget import TimeBudget
+from megatron_cord.trainer.run import Run
 from tests.gloo import run_ranks
 from tests.tiny_run import metrics, overrides
 from tests.trainer.fault_ranks import run_forked
@@ -76,7 +77,10 @@ def test_evaluations_that_are_no_better_end_a_run(inputs: Path, tmp_path: Path) 
 def test_a_run_whose_time_is_over(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches an end without checkpoint, evaluation or summary, other learning rates, and time that a start forgets."""
+    """Catches an end without checkpoint, evaluation or summary, other learning rates, time that a start forgets.
+
+    Also the summary of a finished run that stays while the run goes on.
+    """
     whole = alone(inputs, tmp_path / "whole")
     with monkeypatch.context() as patched:
         patched.setattr(TimeBudget, "spent", property(lambda budget: 7000.0 if "step" in budget.longest else 0.0))
@@ -85,8 +89,13 @@ def test_a_run_whose_time_is_over(
     assert (summary(run)["steps"], summary(run)["ended_by"]) == (1, "hours")
     assert names(run / "checkpoints") == ["step_000001"] and list(accuracies(run)) == [1]
     alone(inputs, run, "train.hours=2", "checkpoint.interval=0")
-    assert len(metrics(run)) == 1
-    alone(inputs, run, "train.hours=20", "checkpoint.interval=0")
+    assert len(metrics(run)) == 1 and summary(run)["ended_by"] == "hours"
+    shown: list[bool] = []
+    batch = Run.batch
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "batch", lambda *given: (shown.append((run / "summary.json").exists()), batch(*given))[1])
+        alone(inputs, run, "train.hours=20", "checkpoint.interval=0")
+    assert shown == [False] * 4
     assert summary(run)["ended_by"] == "steps"
     rates = [[line["learning_rate"] for line in metrics(each)] for each in (whole, run)]
     assert rates[0] == rates[1]

@@ -18,6 +18,7 @@ from megatron_cord.parallel.layout import finalize
 from megatron_cord.rollout.rollout_file import dump_file, read_rollouts
 from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.observability.watchdog import Watchdog
 from tests.gloo import run_ranks
 from tests.tiny_run import metrics, overrides
 from tests.trainer.test_train import join
@@ -86,6 +87,17 @@ def alone(inputs: Path, output: Path, *settings: str) -> Path:
     finally:
         finalize()
     return output
+
+
+def test_each_round_and_update_has_its_time(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rounds of sampling, or updates, that together last longer than the watchdog lets a phase last."""
+    phases: list[str] = []
+    monkeypatch.setattr(Watchdog, "phase", lambda _, name, step: phases.append(f"{name} {step}"))
+    run = alone(inputs, tmp_path / "run", *ALGORITHMS["dapo"], "checkpoint.interval=0")
+    replaced = [line["step"] for line in metrics(run) if line["replaced_groups"]]
+    assert replaced, "the test's own data must give some group equal rewards"
+    assert all(phases.count(f"rollout {step}") > 1 for step in replaced)
+    assert [phases.count(f"update {step}") for step in (1, 2)] == [1 + 2 * 2] * 2
 
 
 def figures(run: Path) -> list[dict[str, Any]]:

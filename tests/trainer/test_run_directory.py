@@ -50,3 +50,13 @@ def test_a_missing_set_stops_the_run_at_its_start(inputs: Path, tmp_path: Path) 
     with pytest.raises(CordError, match=r"nowhere\.jsonl"):
         alone(inputs, tmp_path / "run", f"evaluation.sets.sums.path={tmp_path / 'nowhere.jsonl'}")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_value_that_no_evaluation_has_stops_the_run_before_its_first_step(inputs: Path, tmp_path: Path) -> None:
+    """Catches a set without the value of evaluation.early_stopping that ends the run after steps which are lost."""
+    questions = tmp_path / "sums.jsonl"
+    questions.write_text('{"id": "a", "question": "what is one plus two", "answer": "3"}\n')
+    sets = (f"evaluation.sets.sums.path={questions}", "evaluation.early_stopping.set=sums")
+    with pytest.raises(CordError, match=r"metric=audio_accuracy: the set sums has none"):
+        alone(inputs, tmp_path / "run", *sets, "train.steps=1", "checkpoint.interval=0")
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()

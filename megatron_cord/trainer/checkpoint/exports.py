@@ -2,7 +2,7 @@
 
 Rank 0 starts `cord convert export` as a process of its own, for one checkpoint after the other; the directory
 `exports/step_000100` is whole when it appears. A checkpoint stays until its export is made. An export that was
-interrupted is continued when the run goes on; one that fails is named, and does not end the run.
+interrupted is continued, by the same run or its next start; one that fails is named, and does not end the run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_cord.runtime.parent import end_with_parent
@@ -57,6 +58,8 @@ class Exports:
     @property
     def waiting(self) -> list[int]:
         """Steps whose checkpoints are there and whose exports are not, ascending; no more than are kept."""
+        if not self.interval:
+            return []
         newest = max(self._made(), default=0)
         due = [s for s in self._checkpoints.steps() if self.is_due(s) and s > newest and s not in self._failed]
         return due[-self._keep :] if self._keep else due
@@ -66,7 +69,7 @@ class Exports:
         if self._process is not None and self._process.poll() is not None:
             self._ended(self._process.returncode)
             self._process = None
-        if self._process is None and (waiting := self.waiting):
+        while self._process is None and (waiting := self.waiting):  # one that cannot begin does not wait any more
             self._begin(waiting[0])
         return self._process is not None
 
@@ -88,19 +91,22 @@ class Exports:
         return self.directory / f".step_{step:06d}.log"
 
     def _begin(self, step: int) -> None:
-        self.directory.mkdir(exist_ok=True)
         self._step = step
         source, target = self._checkpoints.path_of(step), self._path_of(step)
         command = [sys.executable, "-m", "megatron_cord.cli", "convert", "export", str(source), str(target)]
-        with self._log_of(step).open("wb") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=_environment(),
-                preexec_fn=_quietly_with(os.getpid()),
-            )
+        try:
+            self.directory.mkdir(exist_ok=True)
+            with self._log_of(step).open("wb") as log:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=_environment(),
+                    preexec_fn=_quietly_with(os.getpid()),
+                )
+        except (OSError, subprocess.SubprocessError) as error:
+            self._fail(step, f"the export cannot begin ({error})")
 
     def _ended(self, status: int) -> None:
         step, target = self._step, self._path_of(self._step)
@@ -110,17 +116,17 @@ class Exports:
             for old in self._made()[: -self._keep] if self._keep else ():
                 shutil.rmtree(self._path_of(old), ignore_errors=True)
             return
+        if status == -signal.SIGTERM:  # as a scheduler stops all processes of a job; the run itself, too, or it goes on
+            return
+        lines: list[str] = []
+        with suppress(OSError):
+            lines = self._log_of(step).read_text(errors="replace").strip().splitlines()
+        self._fail(step, lines[-1].removeprefix("error: ") if lines else f"the export ended with status {status}")
+
+    def _fail(self, step: int, reason: str) -> None:
         self._failed.add(step)
-        lines = self._log_of(step).read_text(errors="replace").strip().splitlines() or [
-            f"it ended with status {status}"
-        ]
-        logger.warning(
-            "step %d is not exported: %s; the run goes on (later: cord convert export %s %s)",
-            step,
-            lines[-1].removeprefix("error: ") if lines else f"the export ended with status {status}",
-            self._checkpoints.path_of(step),
-            target,
-        )
+        message = "step %d is not exported: %s; the run goes on (later: cord convert export %s %s)"
+        logger.warning(message, step, reason, self._checkpoints.path_of(step), self._path_of(step))
 
 
 def _environment() -> dict[str, str]:
@@ -132,11 +138,12 @@ def _environment() -> dict[str, str]:
 
 
 def _quietly_with(parent: int) -> Callable[[], None]:
-    """Return what the new process does first: make way for training, leave Ctrl-C to the run, end with it."""
+    """Return what the new process does first: make way for training, leave requests to stop to the run, end with it."""
 
     def begin() -> None:
         os.nice(10)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGUSR1):  # these may reach every process of a terminal or a job
+            signal.signal(number, signal.SIG_IGN)
         end_with_parent(signal.SIGTERM)
         if os.getppid() != parent:
             os._exit(1)

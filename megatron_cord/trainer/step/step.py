@@ -73,13 +73,19 @@ class TrainStep:
         self.lalm: LALM = model.module
         self.layout = self.lalm.layout
 
-    def __call__(self, sequences: Sequence[TrainingSequence], rollouts: Sequence[ScoredRollout]) -> StepResult:
+    def __call__(
+        self,
+        sequences: Sequence[TrainingSequence],
+        rollouts: Sequence[ScoredRollout],
+        begin_update: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         """Train on the step's sequences. Collective over all ranks.
 
         Args:
             sequences: of this data-parallel rank.
             rollouts: of the step on all data-parallel ranks, the same everywhere; zero-variance groups, which are not
                 trained on, count in L_seq's denominator.
+            begin_update: called before each update.
         """
         timer = _Timer()
         parts = split_minibatches(rollouts, self.batches.minibatches)
@@ -93,6 +99,7 @@ class TrainStep:
         losses: list[MicrobatchLoss] = []
         norms: list[float] = []
         for number in range(updates):
+            begin_update()
             part = number % len(parts)
             counts = GlobalCounts.of(self.objective, [rollouts[i] for i in parts[part]], self.max_new_tokens)
             made, norm = self._update(batches[part], counts, objective, timer)
