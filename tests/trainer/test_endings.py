@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_cord.config.loading import load_config
+from megatron_cord.data.loader import Batch
 from megatron_cord.errors import CordError
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.endings.agreement import any_rank
@@ -92,8 +93,13 @@ def test_a_run_whose_time_is_over(
     assert len(metrics(run)) == 1 and summary(run)["ended_by"] == "hours"
     shown: list[bool] = []
     batch = Run.batch
+
+    def look(of: Run, step: int) -> Batch:
+        shown.append((run / "summary.json").exists())
+        return batch(of, step)
+
     with monkeypatch.context() as patched:
-        patched.setattr(Run, "batch", lambda *given: (shown.append((run / "summary.json").exists()), batch(*given))[1])
+        patched.setattr(Run, "batch", look)
         alone(inputs, run, "train.hours=20", "checkpoint.interval=0")
     assert shown == [False] * 4
     assert summary(run)["ended_by"] == "steps"
