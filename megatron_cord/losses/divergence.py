@@ -387,14 +387,15 @@ def _make_shard(
     rank, num_ranks = (0, 1) if tp_group is None else (dist.get_rank(tp_group), dist.get_world_size(tp_group))
     true_size = check_vocabulary(vocab_size, columns * num_ranks)
     check_targets(target_ids, num_tokens, true_size)
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     return VocabularyShard(
         divergence=divergence,
         temperature=temperature,
         start=rank * columns,
         columns=min(max(true_size - rank * columns, 0), columns),
-        dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
+        dtype=dtype,
         group=tp_group,
-        backend=choose_backend(backend, target_ids.device, num_tokens * columns),
+        backend=choose_backend(backend, target_ids.device, num_tokens * columns, dtype),
         sequence_parallel=sequence_parallel,
     )
 

@@ -180,6 +180,7 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
             tensor_model_parallel_size=config.tp,
             pipeline_model_parallel_size=config.pp,
             context_parallel_size=config.cp,
+            create_gloo_process_groups=portability.needs_gloo_groups(),
         )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     present = tuple(group.size() for group in (groups.tp, groups.pp, groups.cp))

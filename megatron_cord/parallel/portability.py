@@ -52,6 +52,15 @@ def backend() -> str:
     return "nccl" if has_cuda() else "gloo"
 
 
+def needs_gloo_groups() -> bool:
+    """Return whether Megatron-Core shall make gloo groups beside its others, for optimizer states on the host.
+
+    None of its calls here uses them, and on CUDA they would meet over network interfaces of their own, a common failure
+    on several machines. Without CUDA they stay: all groups are gloo's.
+    """
+    return not has_cuda()
+
+
 def has_transformer_engine() -> bool:
     """Return whether transformer-engine's layers can be used: it is installed, and its kernels have a GPU."""
     from megatron.core.extensions import transformer_engine

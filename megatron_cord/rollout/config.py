@@ -71,3 +71,8 @@ class RolloutConfig:
                 "rollout.engine=sglang needs rollout.sglang.servers or rollout.sglang.servers_file, one of the two; "
                 "cord serve starts servers and writes such a file"
             )
+        if self.engine == "sglang" and self.schedule.colocated and self.weight_sync.transport == "process_group":
+            raise CordError(
+                "rollout.schedule.colocated puts servers on the trainer's GPUs, and NCCL refuses a process group with "
+                "two ranks on one GPU; set rollout.weight_sync.transport to shared_memory, or to disk"
+            )

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Generic, Literal, TypeVar
 
+import torch
+
 from megatron_cord.errors import CordError
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.objects import all_gather_json
@@ -152,11 +154,18 @@ class Schedule(Generic[B]):
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Keep a colocated engine out of the trainer's memory while it works."""
+        """Keep a colocated engine out of the trainer's memory while it works. All ranks together.
+
+        No rank begins before the engine's memory is free, and the engine takes it back when every rank has given up
+        what torch keeps for later allocations.
+        """
         if self._releasable is not None:
             self._releasable.release_memory()
+            all_gather_json(None)  # one rank alone speaks to the servers, which lie on all ranks' devices
         yield
         if self._releasable is not None:
+            torch.cuda.empty_cache()
+            all_gather_json(None)
             self._releasable.restore_memory()
 
     @contextmanager

@@ -25,6 +25,7 @@ from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.losses import TokenStats, distillation_loss, divergence_from_logits
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
+from megatron_cord.parallel.tf32 import full_float32
 
 #: Largest relative error ‖a − b‖ / ‖b‖ of values and of gradients. A divergence of 4e-4 is a difference of logits a
 #: hundred times larger than it, so the 1e-7 of fp32 logits shows a hundredfold in the gradient, and more in the
@@ -79,7 +80,8 @@ def verify_loss(overrides: Sequence[str]) -> int:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     layout = initialize(ParallelConfig(tp=config.tp or world), config.seed)
     try:
-        checks = run_checks(config, layout.tp_group, layout.device)
+        with full_float32():
+            checks = run_checks(config, layout.tp_group, layout.device)
         if dist.get_rank() == 0:
             where = torch.cuda.get_device_name() if layout.device.type == "cuda" else "CPU"
             print_table(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +29,6 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
-from megatron_cord.parallel import portability
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError
@@ -38,8 +37,8 @@ from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfi
 from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig, WeightSyncReport, build_weight_sync
 from megatron_cord.rollout.sglang.weight_sync.sessions import differing
 from megatron_cord.rollout.weights import ShardedModelWeights
+from megatron_cord.verify.placement import Place, Placement, Transport, agree_on_placement
 
-Transport = Literal["process_group", "shared_memory", "disk"]
 TRANSPORTS: tuple[Transport, ...] = ("process_group", "shared_memory", "disk")
 _SHARD_BYTES = 5_000_000_000
 
@@ -56,6 +55,9 @@ class VerifyWeightSyncConfig:
     #: of the servers that are started; auto: cuda where there is one
     server_device: Literal["auto", "cpu", "cuda"] = "auto"
     python: Path = Path(ENVIRONMENT) / "bin" / "python"  #: the interpreter that SGLang is installed for
+    #: cuda: of a GPU's free memory, for the weights and cache of each server that is started; unset: the processes of
+    #: a GPU divide four fifths of it
+    memory_fraction: float | None = None
     start_seconds: float = 600.0  #: how long a server may take to start
     transports: tuple[Transport, ...] = TRANSPORTS  #: which to check
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  #: of the trainer's weights and the servers'
@@ -65,6 +67,8 @@ class VerifyWeightSyncConfig:
     def __post_init__(self) -> None:
         if not self.transports:
             raise CordError("transports names nothing to check")
+        if self.memory_fraction is not None and not 0 < self.memory_fraction < 1:
+            raise CordError(f"memory_fraction is {self.memory_fraction}; it must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -100,17 +104,20 @@ def verify_weight_sync(overrides: Sequence[str]) -> int:
     config = load_config(VerifyWeightSyncConfig, None, overrides)
     layout = initialize(config.parallel, seed=0)
     try:
+        placement, transports, skipped = agree_on_placement(
+            config.server_device, config.memory_fraction, config.transports, check_running=bool(config.servers)
+        )
         with tempfile.TemporaryDirectory(prefix="verify-weight-sync-") as work:
-            checks = run_checks(config, layout, Path(work))
+            checks = run_checks(replace(config, transports=transports), placement, layout, Path(work))
         passed = all(check.passed for check in checks)
         if layout.is_main:
-            print_table(checks)
+            print_table(checks, skipped)
         return 0 if broadcast_json(passed) else 1
     finally:
         finalize()
 
 
-def run_checks(config: VerifyWeightSyncConfig, layout: Layout, work: Path) -> list[Check]:
+def run_checks(config: VerifyWeightSyncConfig, placement: Placement, layout: Layout, work: Path) -> list[Check]:
     """Check all transports; the list is rank 0's, other ranks get an empty one."""
     dtype = getattr(torch, config.dtype)
     model = changed_model(config.checkpoint, layout, dtype)
@@ -125,9 +132,12 @@ def run_checks(config: VerifyWeightSyncConfig, layout: Layout, work: Path) -> li
         if layout.is_main:
             try:
                 check_version(config.python)
-                started = [_start(config, export, work / "fresh.log", stack)]
+                started = [_start(config, placement.fresh, export, work / "fresh.log", stack)]
+                if placement.share_gpu:
+                    started[0].wait()
                 if not config.servers:
-                    started.append(_start(config, checkpoint_directory(config.checkpoint), work / "server.log", stack))
+                    base = checkpoint_directory(config.checkpoint)
+                    started.append(_start(config, placement.checked, base, work / "server.log", stack))
                 for server in started:
                     server.wait()
                 fresh, timeout = started[0].endpoint, config.weight_sync.timeout_seconds
@@ -145,14 +155,14 @@ def run_checks(config: VerifyWeightSyncConfig, layout: Layout, work: Path) -> li
     return checks
 
 
-def _start(config: VerifyWeightSyncConfig, checkpoint: Path, log: Path, stack: ExitStack) -> SglangServer:
+def _start(config: VerifyWeightSyncConfig, place: Place, checkpoint: Path, log: Path, stack: ExitStack) -> SglangServer:
     """Start a server on this machine, ended with the stack."""
-    device: Literal["cpu", "cuda"] = "cuda" if portability.has_cuda() else "cpu"
-    if config.server_device != "auto":
-        device = config.server_device
     settings = ServerConfig(
         checkpoint.resolve(),
-        device=device,
+        device=place.device,
+        gpus=place.gpus,
+        memory_fraction=place.memory_fraction,
+        max_total_tokens=8192,
         dtype=config.dtype,
         python=config.python,
         start_timeout=config.start_seconds,
@@ -224,8 +234,8 @@ def _write(model: LALM, source: ShardedModelWeights, checkpoint: Path, target: P
     dist.barrier()
 
 
-def print_table(checks: Sequence[Check]) -> None:
-    """Print one row a transport and server; below, what differs."""
+def print_table(checks: Sequence[Check], skipped: Mapping[Transport, str]) -> None:
+    """Print one row a transport and server; below, what differs and what could not be checked."""
     names = ("transport", "server", "MB", "buckets", "seconds", "tensors equal", "outputs", "")
     table = Table(*names, box=None, header_style="bold", pad_edge=False)
     for check in checks:
@@ -251,3 +261,5 @@ def print_table(checks: Sequence[Check]) -> None:
             console.print(
                 f"{check.transport}, {check.server}: {escape('; '.join(filter(None, reasons)))}", highlight=False
             )
+    for transport, reason in skipped.items():
+        console.print(f"{transport}: skipped, as {escape(reason)}", highlight=False)

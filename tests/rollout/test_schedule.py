@@ -8,12 +8,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_cord.data.samples import Prompt
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.collective import CollectiveEngine
+from megatron_cord.rollout.config import RolloutConfig
 from megatron_cord.rollout.schedule import Schedule, ScheduleConfig, staleness
+from megatron_cord.rollout.sglang.config import SGLangConfig
+from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig
 from megatron_cord.rollout.types import GenerationRequest, Rollout, VersionSpan, WeightSource
 from megatron_cord.rollout.weights import PlainWeights
 
@@ -259,3 +263,42 @@ def test_failures_and_old_weights_are_reported() -> None:
     with pytest.raises(CordError, match="the engine is broken"):
         failing.rollouts(0)
     failing.close()
+
+
+def test_the_trainer_gives_up_its_cache_before_a_colocated_engine_takes_its_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches a server that finds its memory in the cache of torch's allocator, on any rank.
+
+    Also a rank that trains before the server has freed its memory.
+    """
+    events: list[str] = []
+
+    class ReleasableEngine(SteppedEngine):
+        def release_memory(self) -> None:
+            events.append("release")
+
+        def restore_memory(self) -> None:
+            events.append("restore")
+
+    schedule = make(ReleasableEngine(), ahead=0, colocated=True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("empty"))
+    monkeypatch.setattr("megatron_cord.rollout.schedule.all_gather_json", lambda _: events.append("meet"))
+    with schedule.training():
+        events.append("train")
+    assert events == ["release", "meet", "train", "empty", "meet", "restore"]
+    events.clear()
+    with make(SteppedEngine(), ahead=0).training():
+        pass
+    assert events == []
+
+
+def test_colocated_servers_need_a_transport_that_works() -> None:
+    """Catches a run that ends at its first weight sync: NCCL refuses two ranks on one GPU."""
+    sglang = SGLangConfig(servers=("http://127.0.0.1:30000",))
+    colocated = ScheduleConfig(colocated=True)
+    with pytest.raises(CordError, match=r"set rollout.weight_sync.transport to shared_memory, or to disk"):
+        RolloutConfig(engine="sglang", sglang=sglang, schedule=colocated)
+    for transport in ("shared_memory", "disk"):
+        weight_sync = WeightSyncConfig(transport=transport)
+        RolloutConfig(engine="sglang", sglang=sglang, schedule=colocated, weight_sync=weight_sync)

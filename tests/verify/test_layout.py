@@ -6,6 +6,7 @@ import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,12 +17,15 @@ from megatron.core import parallel_state
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
+from megatron_cord.parallel import portability
 from megatron_cord.parallel.layout import finalize, initialize
+from megatron_cord.parallel.tf32 import tf32_in_use
+from megatron_cord.trainer.checkpoint.checkpoints import _state_dict
 from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.step.optimizer.building import build_optimizer, release, wrap_model
 from megatron_cord.verify import layout as verify_layout
 from megatron_cord.verify.layout import Row, VerifyLayoutConfig, compare, run_step
-from megatron_cord.verify.layout_reference import make_checkpoint
+from megatron_cord.verify.layout_reference import Outcome, make_checkpoint
 from tests.gloo import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +150,59 @@ def test_a_wrong_gradient_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     )  # the update is skipped
     assert verify_layout.verify_layout(small) == 1
     assert "weight of" in capsys.readouterr().out
+
+
+@pytest.fixture
+def products_in_tf32() -> Iterator[None]:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_check_is_without_tf32(wrong: bool, products_in_tf32: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a float32 check that fails on a GPU by TF32, torch's default in convolutions, and one that changes it.
+
+    Also when the check ends in an error.
+    """
+    during: list[tuple[bool, bool]] = []
+
+    def step(*_: object) -> tuple[Outcome, Outcome]:
+        during.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        if wrong:
+            raise CordError("stopped")
+        outcome = Outcome(1.0, {}, {"weight": torch.ones(1)})
+        return outcome, outcome
+
+    monkeypatch.setattr(verify_layout, "run_step", step)
+    said = tf32_in_use()
+    assert said == "convolutions TF32, matrix products TF32"
+    if wrong:
+        with pytest.raises(CordError, match="stopped"):
+            verify_layout.verify_layout([])
+    else:
+        verify_layout.verify_layout([])
+    assert during == [(False, False)] and tf32_in_use() == said
+
+
+def test_no_gloo_groups_on_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches gloo groups beside NCCL's, and an optimizer or its checkpoint that needs them."""
+    monkeypatch.setattr(portability, "needs_gloo_groups", lambda: False)
+    config = load_config(VerifyLayoutConfig, None, ["sizes.layers=1", "sizes.encoder_layers=1", "sizes.sequences=3"])
+    layout = initialize(config.parallel, config.seed)
+    try:
+        with pytest.raises(AssertionError):
+            parallel_state.get_data_parallel_group_gloo()
+        make_checkpoint(tmp_path, config.sizes, config.seed)
+        wrapped = wrap_model(config.optimizer, build_student(replace(config.model, checkpoint=str(tmp_path)), layout))
+        optimizer, _ = build_optimizer(config.optimizer, wrapped, steps=2)
+        assert {"model", "optimizer"} <= _state_dict(wrapped, optimizer, None, is_loading=True).keys()
+        release(wrapped)
+    finally:
+        finalize()
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not portability.needs_gloo_groups()
 
 
 @pytest.mark.parametrize(

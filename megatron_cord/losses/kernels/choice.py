@@ -26,16 +26,18 @@ BACKENDS = ("auto", "eager", "compile", "triton")
 COMPILE_ELEMENTS = 2**24
 
 
-def choose_backend(name: str, device: torch.device, elements: int = 0) -> Backend:
+def choose_backend(name: str, device: torch.device, elements: int = 0, dtype: torch.dtype = torch.float32) -> Backend:
     """Return the backend of that name for tensors on the device.
 
-    "auto" is triton on CUDA where it is installed. On a CPU it is compile for calls of so many logits that compiling
-    pays, where there is a compiler, else eager: a function of the call alone, so that a run repeats itself to the bit.
+    "auto" is triton on CUDA where it is installed, but eager for float64, which triton refuses. On a CPU it is compile
+    for calls of so many logits that compiling pays, where there is a compiler, else eager: a function of the call
+    alone, so that a run repeats itself to the bit.
 
     Args:
         name: one of ``BACKENDS``.
         device: of the tensors.
         elements: logits of the call, N · V/TP.
+        dtype: in which the call computes, float32 or float64.
 
     Raises:
         CordError: an unknown name, or triton where it is not installed or cannot run.
@@ -43,7 +45,7 @@ def choose_backend(name: str, device: torch.device, elements: int = 0) -> Backen
     if name not in BACKENDS:
         raise CordError(f"backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if name == "auto":
-        if device.type == "cuda" and _triton_is_installed():
+        if device.type == "cuda" and dtype == torch.float32 and _triton_is_installed():
             name = "triton"
         else:
             name = "compile" if device.type == "cpu" and elements >= COMPILE_ELEMENTS and _has_compiler() else "eager"

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from megatron_cord.errors import CordError
-from megatron_cord.losses import divergence_from_logits
+from megatron_cord.losses import divergence, divergence_from_logits
 from megatron_cord.losses.divergences import make_divergence
+from megatron_cord.losses.kernels import choice
+from megatron_cord.losses.kernels.backend import Backend
 from megatron_cord.losses.kernels.eager import EagerBackend
 from megatron_cord.losses.shard import StoredLogits, VocabularyShard
 
@@ -65,3 +67,23 @@ def test_backends_that_cannot_run_are_named() -> None:
     assert math.isclose(
         float(divergence_from_logits(logits, logits, target, backend="auto").entropy), math.log(4), rel_tol=1e-6
     )
+
+
+def test_auto_takes_float64_to_a_backend_that_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches auto on CUDA that chooses triton for float64, which triton refuses, and one that never chooses it."""
+    chosen, cuda = object(), torch.device("cuda")
+    monkeypatch.setattr(choice, "_triton_is_installed", lambda: True)
+    monkeypatch.setattr(choice, "_triton", lambda: chosen)
+    assert choice.choose_backend("auto", cuda, 1, torch.float32) is chosen
+    assert isinstance(choice.choose_backend("auto", cuda, 1, torch.float64), EagerBackend)
+    asked: list[torch.dtype] = []
+
+    def choose(name: str, device: torch.device, elements: int, dtype: torch.dtype) -> Backend:
+        asked.append(dtype)
+        return choice.choose_backend(name, device, elements, dtype)
+
+    monkeypatch.setattr(divergence, "choose_backend", choose)
+    for dtype in (torch.bfloat16, torch.float64):
+        logits = torch.zeros(1, 4, dtype=dtype)
+        divergence_from_logits(logits, logits, torch.tensor([0]))
+    assert asked == [torch.float32, torch.float64]

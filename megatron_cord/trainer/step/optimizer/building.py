@@ -8,6 +8,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from megatron_cord.model.lalm import LALM
+from megatron_cord.parallel import portability
 from megatron_cord.parallel.host_adam import HostAdam
 from megatron_cord.parallel.muon import Muon
 from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
@@ -61,7 +62,10 @@ def build_optimizer(
         optimizer = build_muon(config, megatron_config, settings, lalm)
     else:
         optimizer = get_megatron_optimizer(
-            megatron_config, [model], megatron_overrides(settings) if own_groups else None
+            megatron_config,
+            [model],
+            megatron_overrides(settings) if own_groups else None,
+            use_gloo_process_groups=portability.needs_gloo_groups(),
         )
     if config.offload:
         _move_to_host(optimizer)
