@@ -2,6 +2,7 @@
 #
 #   PYTHON          the interpreter to create .venv with, 3.11 or later
 #   TORCH           what pip shall install as torch instead of the CPU build it finds: a version, or the path or address of a wheel
+#   DEVICE          cpu or cuda: what .venv is for; it remembers
 #   PIP_INDEX_ARGS  options for every pip install, such as --index-url for a mirror
 PYTHON ?= python3
 TORCH ?=
@@ -9,6 +10,7 @@ PIP_INDEX_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+DEVICE ?= $(or $(shell cat $(VENV)/.device 2>/dev/null),cpu)
 STAMP := $(VENV)/.installed
 SGLANG := .venv-sglang
 NEXT := .venv-next
@@ -18,8 +20,12 @@ TEST_WORKERS ?= 3
 IN_PARALLEL := --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # Two cores often run two ranks: one thread a process, or they fight for them.
 export OMP_NUM_THREADS ?= 1
+# Ranks refuse to leave a machine's GPUs idle unless this says so: targets of an environment for the CPU mean the CPU.
+ifeq ($(DEVICE),cpu)
+quickstart test test-full test-next test-slurm coverage: export CUDA_VISIBLE_DEVICES :=
+endif
 
-.PHONY: setup lock sglang-env quickstart test test-full test-next test-sglang test-slurm test-browser docs bench lint format typecheck coverage clean help
+.PHONY: setup setup-cuda dry-run-cuda lock sglang-env quickstart test test-full test-next test-sglang test-slurm test-browser docs bench lint format typecheck coverage clean help
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,8 +35,19 @@ setup: $(STAMP) ## create .venv and install everything into it; does nothing whe
 $(STAMP): pyproject.toml requirements.lock tools/install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed; set PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python tools/install.py --torch '$(TORCH)' --pip-args '$(PIP_INDEX_ARGS)'
+	$(BIN)/python tools/install.py --device '$(DEVICE)' --torch '$(TORCH)' --pip-args '$(PIP_INDEX_ARGS)'
+	@echo $(DEVICE) > $(VENV)/.device
 	@touch $@
+
+# A stamp of an environment for the CPU must not hide that this one is missing.
+setup-cuda: ## for NVIDIA GPUs: .venv with torch's CUDA build, transformer-engine and the tests, and .venv-sglang; needs the CUDA toolkit
+	@test ! -e $(SGLANG) || test "$$(cat $(SGLANG)/.device 2>/dev/null)" = cuda || { echo 'error: $(SGLANG) was made for the CPU; remove it first: rm -r $(SGLANG)'; exit 2; }
+	@test "$$(cat $(VENV)/.device 2>/dev/null)" = cuda || rm -f $(STAMP)
+	$(MAKE) setup DEVICE=cuda
+	$(MAKE) sglang-env SGLANG_DEVICE=cuda
+
+dry-run-cuda: $(STAMP) ## whether pip finds versions for both CUDA environments; metadata only, nothing is installed
+	$(BIN)/python -m tools.resolve
 
 lock: ## write the exact versions of .venv to requirements.lock, which setup uses as constraints
 	$(BIN)/python -m tools.lock
@@ -40,6 +57,7 @@ sglang-env: $(SGLANG)/.installed ## create .venv-sglang with the rollout server 
 $(SGLANG)/.installed: pyproject.toml requirements.lock tools/install.py tools/install_sglang.py
 	$(PYTHON) -m venv $(SGLANG)
 	$(SGLANG)/bin/python -m tools.install_sglang --device '$(or $(SGLANG_DEVICE),cpu)' --torch '$(TORCH)' --pip-args '$(PIP_INDEX_ARGS)'
+	@echo '$(or $(SGLANG_DEVICE),cpu)' > $(SGLANG)/.device
 	@touch $@
 
 test-sglang: $(STAMP) $(SGLANG)/.installed ## the tests that start the real server; minutes

@@ -14,7 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from tools.install import extra_requirements, install_torch, locked_version, pip, torch_is_there
+from tools.install import extra_requirements, install_cuda_torch, install_torch, locked_version, pip, torch_is_there
 
 #: Installed without their own requirements, which need CUDA.
 _ALONE = [
@@ -35,16 +35,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
-        "--torch", default="", help="requirement, path or address to install as torch; default: the CPU build (cpu)"
+        "--torch", default="", help="requirement, path or address to install as torch; default: the device's build"
     )
     parser.add_argument("--pip-args", default="", help="options for every pip install, in one text")
     given = parser.parse_args()
     options = shlex.split(given.pip_args)
+    torch = locked_version("torch")
     (sglang,) = extra_requirements("sglang")
     if given.device == "cuda":
-        finish(pip([*options, sglang]), sglang)
+        install_cuda_torch(given.torch, torch, options)
+        # The cuda-tile that SGLang pins is a stub: it downloads the wheel from NVIDIA's own index as pip builds it.
+        finish(pip([*options, sglang]), f"{sglang} (its cuda-tile downloads from NVIDIA's index while it installs)")
         return
-    torch, transformers = locked_version("torch"), f"transformers=={locked_version('transformers')}"
+    transformers = f"transformers=={locked_version('transformers')}"
     if not torch_is_there(torch):
         install_torch(given.torch, torch, options)
     print(f"installing {sglang} for CPU; some minutes, 3 GB …", flush=True)

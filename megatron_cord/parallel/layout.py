@@ -155,7 +155,7 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     """Join the ranks that torchrun started (one rank without torchrun) and make the process groups.
 
     Raises:
-        CordError: the number of ranks is not a multiple of tp × pp × cp.
+        CordError: the number of ranks is not a multiple of tp × pp × cp, or torch cannot use this machine's GPUs.
         RuntimeError: the ranks have another layout already.
     """
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
@@ -165,6 +165,7 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
             f"{world} ranks cannot be laid out with parallel.tp={config.tp} × parallel.pp={config.pp} × "
             f"parallel.cp={config.cp}; start a multiple of {math.prod(sizes)} ranks (torchrun --nproc-per-node)"
         )
+    portability.refuse_idle_gpus()
     if portability.has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():

@@ -19,12 +19,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import distributed_c10d
 from torch.utils._device import _device_constructors
 
+from megatron_cord.errors import CordError
+
+DEVICES = Path("/dev")  #: where the driver shows a machine's GPUs, whatever torch can use
 _CPU = torch.device("cpu")
 _FACTORIES = (
     *("empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "linspace", "eye", "rand", "randn", "randint"),
@@ -40,6 +44,26 @@ _CUDA_TYPES = {
 def has_cuda() -> bool:
     """Return whether this process computes on CUDA devices."""
     return torch.cuda.is_available()
+
+
+def refuse_idle_gpus() -> None:
+    """Refuse to compute on the CPU of a machine that has GPUs, unless an empty CUDA_VISIBLE_DEVICES asks for that.
+
+    Raises:
+        CordError: /dev has a GPU that torch cannot use.
+    """
+    gpus = sorted(DEVICES.glob("nvidia[0-9]*"))
+    if not gpus or has_cuda() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
+    reason = (
+        f"is built for CUDA {torch.version.cuda} but cannot use it (compare the driver's version in nvidia-smi)"
+        if torch.version.cuda
+        else "is a build without CUDA: make setup-cuda installs the other one"
+    )
+    raise CordError(
+        f"this machine has {gpus[0]}, but torch {torch.__version__} {reason}; to compute on CPUs, set "
+        "CUDA_VISIBLE_DEVICES= (empty)"
+    )
 
 
 def device() -> torch.device:

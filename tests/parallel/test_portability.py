@@ -11,10 +11,30 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_cord.parallel import portability
+from megatron_cord.errors import CordError
+from megatron_cord.parallel import layout, portability
 from megatron_cord.parallel.fused_adam import FusedAdam
 
 without_cuda = pytest.mark.skipif(portability.has_cuda(), reason="this machine has CUDA, where the layer does nothing")
+
+
+@without_cuda
+@pytest.mark.parametrize("visible", [None, "0", "", "-1"])
+def test_gpus_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, visible: str | None) -> None:
+    """Catches ranks that train on the CPUs of a GPU machine unnoticed, and ones that may not where CPUs are meant."""
+    monkeypatch.setattr(portability, "DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "nvidiactl").touch()
+    portability.refuse_idle_gpus()  # a driver without a GPU
+    (tmp_path / "nvidia0").touch()
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if visible in ("", "-1"):
+        portability.refuse_idle_gpus()
+        return
+    with pytest.raises(CordError, match=r"nvidia0, but torch .* without CUDA.*make setup-cuda.*CUDA_VISIBLE_DEVICES="):
+        layout.initialize(layout.ParallelConfig(), 1)
+
 
 FACTORIES: dict[str, Callable[..., torch.Tensor]] = {
     "empty": lambda **k: torch.empty(2, **k),
