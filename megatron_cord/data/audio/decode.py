@@ -22,6 +22,7 @@ from megatron_cord.errors import CordError
 
 _LONGEST_SECONDS = 3600
 _RATES = (4000, 384000)
+_HIGHEST = 100.0  # a float beyond is damage, or an integer that was not scaled; a loud recording passes 1 by little
 _BLOCK = 1 << 18  # samples of all channels that are read together
 _MOST_FRAMES = 1 << 62  # beyond it libsndfile does not know the length
 _MP3_SLACK = 2304  # frames by which an MP3's header may differ from what is decoded: two of its own frames
@@ -80,6 +81,8 @@ def decode_recording(content: bytes, where: str) -> tuple[np.ndarray, int]:
         raise CordError(f"{where}: audio is cut off: {len(audio)} of {known} samples; make the file again")
     if not np.isfinite(audio).all():
         raise CordError(f"{where}: the recording holds NaN or infinite samples")
+    if (highest := float(np.abs(audio).max())) > _HIGHEST:
+        raise CordError(f"{where}: the recording has samples up to {highest:.3g}; floats must lie between -1 and 1")
     return audio, rate
 
 

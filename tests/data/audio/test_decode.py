@@ -189,3 +189,13 @@ def _short(kind: str) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, np.linspace(-0.5, 0.5, 2000).reshape(-1, 2), 24000, format=kind)
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize("highest", [32767.0, 1.3e38])
+def test_floats_beyond_all_measure_are_refused(highest: float) -> None:
+    """Catches integers that were written as floats, which would be clipped to noise, and a resampler that overflows."""
+    file = io.BytesIO()
+    samples = np.linspace(-highest, highest, 4000, dtype=np.float32)
+    soundfile.write(file, samples, 44100, subtype="FLOAT", format="WAV")
+    with pytest.raises(CordError, match="floats must lie between -1 and 1"):
+        decode_audio(file.getvalue(), "x")
