@@ -7,10 +7,11 @@ neither apex nor transformer-engine is present.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 
@@ -57,22 +58,45 @@ class FusedAdam(torch.optim.Optimizer):
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             if not params:
                 continue
-            beta1, beta2 = group["betas"]
-            # torch counts the step before it uses it, so each call gets a fresh count of the steps already made.
-            steps = [torch.tensor(float(group["step"] - 1)) for _ in params]
-            adamw(
-                params,
-                [p.grad for p in params if p.grad is not None],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                steps,
-                foreach=True,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            gradients = [p.grad for p in params if p.grad is not None]
+            update(group, params, gradients, [self.state[p] for p in params], foreach=True)
+
+
+def update(
+    group: Mapping[str, Any],
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    *,
+    foreach: bool | None = None,
+    fused: bool | None = None,
+) -> None:
+    """Update weights in place by AdamW, with the settings and the step of a param group.
+
+    Args:
+        group: `step` counts this update.
+        weights: one tensor a parameter.
+        gradients: likewise.
+        states: their `exp_avg` and `exp_avg_sq`, updated in place.
+        foreach: one kernel of torch's for all tensors.
+        fused: one kernel for all steps of a tensor's update.
+    """
+    beta1, beta2 = group["betas"]
+    adamw(
+        list(weights),
+        list(gradients),
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        # torch counts the step before it uses it, so each call gets a fresh count of the steps already made.
+        [torch.tensor(float(group["step"] - 1)) for _ in weights],
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+        foreach=foreach,
+        fused=fused,
+    )

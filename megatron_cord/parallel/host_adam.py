@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
+
+from megatron_cord.parallel.fused_adam import update
 
 
 def keep_on_host(optimizer: torch.optim.Optimizer) -> None:
@@ -62,24 +63,7 @@ class HostAdam(torch.optim.Optimizer):
             gradients, weights = [_to_host(p.grad) for p in params], [_to_host(p) for p in params]
             if params[0].is_cuda:
                 torch.cuda.current_stream(params[0].device).synchronize()
-            beta1, beta2 = group["betas"]
-            adamw(
-                weights,
-                gradients,
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                # torch counts the step before it uses it.
-                [torch.tensor(float(group["step"] - 1)) for _ in params],
-                fused=True,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            update(group, weights, gradients, [self.state[p] for p in params], fused=True)
             for parameter, weight in zip(params, weights, strict=True):
                 if parameter.is_cuda:
                     parameter.copy_(weight, non_blocking=True)
