@@ -141,7 +141,7 @@ def _from_rows(config: SetConfig) -> QuestionSet:
                 raise UnusableError("its id comes twice")
             fields = published.adapter(row)
             questions.append(_question(name, fields, root, listed(row), config.defaults))
-            _refuse_unused(row, published.used, config, f"{path}, {place}")
+            _refuse_unused(row, published.used, config, f"{config.path}, {place}")
             seen.add(name)
         except (UnusableError, ChoicesError, TurnsError) as error:
             rejects.append(Reject(name, str(error)))

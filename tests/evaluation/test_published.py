@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
+from huggingface_hub import HfApi
 
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.answers import Answer
@@ -219,15 +221,26 @@ def test_a_set_of_another_format_is_named(tmp_path: Path, format: Format, row: d
 
 
 def test_a_set_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a subset that is guessed, recordings decoded elsewhere, and a traceback for a hub that is away."""
+    """Catches a subset that is guessed, recordings decoded elsewhere, and a traceback for a hub that is away.
+
+    Also a local directory of that name in the set's place, and a revision that changes while it is read.
+    """
     rows = [{"prompt": OPTIONS, "reference": "A", "audio": AUDIO}]
     data = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio()).to_iterable_dataset()
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda *_, **__: ["mmsu", "openbookqa"])
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: ["test"])
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    asked: list[tuple[str, str]] = []
+
+    def load(name: str, *_: Any, revision: str, **__: Any) -> Any:
+        asked.append((name, revision))
+        return data
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
     address = "hf://someone/voicebench"
     found = load_set(SetConfig(address, "voicebench/openbookqa", subset="openbookqa"))
     assert [q.answer for q in found.questions] == ["A"] and len(found.questions[0].sample().waveform) == 8000
+    assert asked == [("hf://datasets/someone/voicebench", "c0ffee")]
     with pytest.raises(CordError, match="has several subsets; set subset to one of mmsu, openbookqa"):
         load_set(SetConfig(address, "voicebench/openbookqa"))
     with pytest.raises(CordError, match="has no split 'train'; set split to one of test"):

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_cord.data.hub_rows import PREFIX
 from megatron_cord.data.saved_datasets import is_saved_dataset
 from megatron_cord.errors import CordError
 from megatron_cord.speech.recordings.config import RecordingSetConfig
 from megatron_cord.speech.recordings.sources.cuts import CutRows, holds_cuts
 from megatron_cord.speech.recordings.sources.files import FileRows
-from megatron_cord.speech.recordings.sources.hub import PREFIX, HubRows
+from megatron_cord.speech.recordings.sources.hub import HubRows
 from megatron_cord.speech.recordings.sources.source import Source
 from megatron_cord.speech.recordings.sources.tars import TarRows, find_tars, is_tar
 
