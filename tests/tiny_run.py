@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -101,6 +102,20 @@ def overrides(inputs: Path, output: Path, *more: str) -> list[str]:
         "evaluation.scored=2",
         *more,
     ]
+
+
+def make_run(settings: Sequence[str]) -> int:
+    """Train on this rank by these settings; return the exit status.
+
+    Without the report at the end: drawing it takes as long as all the rest of a run of five steps.
+    """
+    # Not above: most who write tiny inputs do without Megatron-Core, whose import takes seconds.
+    from megatron_cord.config.loading import load_config
+    from megatron_cord.train import train
+    from megatron_cord.trainer.config import RunConfig
+
+    with mock.patch("megatron_cord.train.write_report"):
+        return train(load_config(RunConfig, None, settings))
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

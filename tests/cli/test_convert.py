@@ -22,19 +22,16 @@ from safetensors.torch import save_file
 from transformers import AutoProcessor
 
 from megatron_cord.cli.main import invoke, load
-from megatron_cord.config.loading import load_config
 from megatron_cord.convert import read_tensors
 from megatron_cord.data.audio.wav import encode_wav
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import finalize
 from megatron_cord.speech.synthesizers.espeak import EspeakSynthesizer
 from megatron_cord.speech.synthesizers.protocol import Utterance, Voice
-from megatron_cord.train import train
-from megatron_cord.trainer.config import RunConfig
 from tests.gloo import run_ranks
 from tests.model.family_reference import save_whole
 from tests.model.full_size import write_full_size
-from tests.tiny_run import ROOT, finish, overrides, start, write_checkpoint, write_inputs
+from tests.tiny_run import ROOT, finish, make_run, overrides, start, write_checkpoint, write_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 
@@ -117,7 +114,7 @@ def test_an_exported_run_has_a_card_of_its_own(tmp_path: Path) -> None:
     (inputs / "checkpoint" / "README.md").write_text(original)
     run = tmp_path / "run"
     try:
-        train(load_config(RunConfig, None, overrides(inputs, run, "train.steps=2")))
+        make_run(overrides(inputs, run, "train.steps=2"))
     finally:
         finalize()
     alone("export", run / "checkpoints" / "step_000002", tmp_path / "exported")

@@ -18,10 +18,9 @@ from megatron_cord.evaluate import evaluate
 from megatron_cord.evaluation.answers import generate_answers
 from megatron_cord.parallel.layout import finalize
 from megatron_cord.report.run.reading import read_run
-from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
 from tests.openai_server import OpenAIServer, Reply
-from tests.tiny_run import ROOT, free_port, overrides, write_inputs
+from tests.tiny_run import ROOT, free_port, make_run, overrides, write_inputs
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +89,7 @@ def test_a_run_beside_its_start(inputs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     settings = overrides(inputs, run_dir, "train.steps=2", "optimizer.learning_rate=0.05")
     try:
-        train(load_config(RunConfig, None, settings))
+        make_run(settings)
     finally:
         finalize()
     result = run(*settings, *sets(inputs), "evaluation.baseline=base")
@@ -148,7 +147,7 @@ def test_what_a_user_may_get_wrong(inputs: Path, tmp_path: Path) -> None:
     ):
         run(*plain, *rated)
     with pytest.raises(CordError, match=r"sets\.talk .* is scored by a judge, which a training run does not ask"):
-        train(load_config(RunConfig, None, overrides(inputs, tmp_path / "run", *rated)))
+        make_run(overrides(inputs, tmp_path / "run", *rated))
     finalize()
 
 

@@ -15,12 +15,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_cord.config.loading import load_config
 from megatron_cord.runtime import entry
-from megatron_cord.train import train
 from megatron_cord.trainer.collection import Collector
-from megatron_cord.trainer.config import RunConfig
-from tests.tiny_run import free_port
+from tests.tiny_run import free_port, make_run
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["megatron_cord.train", "tests.trainer.fault_ranks"])
@@ -125,7 +122,7 @@ def _rank(rank: int, world: int, port: int, settings: list[str], log: str, stuck
         Collector.score = _never_answer if stuck == "rollout" else _never_let_go  # type: ignore[method-assign, assignment]
     if halt:
         Collector.score = _scoring_until(halt - 1, Collector.score)  # type: ignore[method-assign, assignment]
-    entry.run(lambda: train(load_config(RunConfig, None, settings)))
+    entry.run(lambda: make_run(settings))
 
 
 def _scoring_until(

@@ -9,13 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
 
-from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.rollout_file import dump_files
-from megatron_cord.train import train
-from megatron_cord.trainer.config import RunConfig
 from tests.gloo import run_ranks
-from tests.tiny_run import losses, metrics, overrides, write_inputs
+from tests.tiny_run import losses, make_run, metrics, overrides, write_inputs
 from tests.trainer.fault_ranks import Ranks, run_forked
 from tests.trainer.test_train import alone, join, stop_after
 
@@ -83,7 +80,7 @@ def test_unfinished_responses(inputs: Path, tmp_path: Path, on_weight_sync: str)
 def two_ranks(rank: int, inputs: str, output: str) -> None:
     dist.destroy_process_group()
     join(rank, Path(output).with_suffix(".store"))
-    train(load_config(RunConfig, None, overrides(Path(inputs), Path(output), AHEAD)))
+    make_run(overrides(Path(inputs), Path(output), AHEAD))
     join(rank, Path(output).with_suffix(".after"))
 
 

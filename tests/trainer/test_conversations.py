@@ -9,15 +9,12 @@ from pathlib import Path
 import pytest
 
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
-from megatron_cord.config.loading import load_config
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.turns import AudioPart, TextPart, Turn
 from megatron_cord.parallel.layout import finalize
 from megatron_cord.report.page.examples import load_clips
 from megatron_cord.rollout.rollout_file import dump_file, read_rollouts
-from megatron_cord.train import train
-from megatron_cord.trainer.config import RunConfig
-from tests.tiny_run import SIZES, WORDS, losses, make_samples, overrides, write_shards
+from tests.tiny_run import SIZES, WORDS, losses, make_run, make_samples, overrides, write_shards
 from tests.trainer.fault_ranks import run_forked
 
 
@@ -59,7 +56,7 @@ def test_losses_are_the_same_on_two_ranks_and_packed(inputs: Path, tmp_path: Pat
     """
     settings = ["train.steps=2", "data.system=what is plus", "data.augmentation.noise=1.0"]
     try:
-        train(load_config(RunConfig, None, overrides(inputs, tmp_path / "one", *settings)))
+        make_run(overrides(inputs, tmp_path / "one", *settings))
     finally:
         finalize()
     settings += ["parallel.tp=2", "parallel.sequence_parallel=true"]

@@ -8,17 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import finalize
-from megatron_cord.train import train
-from megatron_cord.trainer.config import RunConfig
-from tests.tiny_run import losses, overrides
+from tests.tiny_run import losses, make_run, overrides
 
 
 def run(inputs: Path, output: Path, *settings: str) -> None:
     try:
-        train(load_config(RunConfig, None, overrides(inputs, output, *settings)))
+        make_run(overrides(inputs, output, *settings))
     finally:
         finalize()
 

@@ -16,11 +16,10 @@ from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import finalize
 from megatron_cord.rollout.rollout_file import dump_file, read_rollouts
-from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.observability.watchdog import Watchdog
 from tests.gloo import run_ranks
-from tests.tiny_run import metrics, overrides
+from tests.tiny_run import make_run, metrics, overrides
 from tests.trainer.test_train import join
 
 POLICY = "objective.policy_gradient."
@@ -76,14 +75,14 @@ def run_all(rank: int, inputs: str, root: str) -> None:
         join(rank, Path(root) / f"store{number}")
         settings = (*ALGORITHMS[algorithm], *LAYOUTS[layout], "checkpoint.interval=0")
         output = Path(root) / f"{algorithm} {layout}"
-        train(load_config(RunConfig, None, overrides(Path(inputs), output, *settings)))
+        make_run(overrides(Path(inputs), output, *settings))
         join(rank, Path(root) / f"store{number}-after")
 
 
 def alone(inputs: Path, output: Path, *settings: str) -> Path:
     """Make a run on this process alone."""
     try:
-        train(load_config(RunConfig, None, overrides(inputs, output, *settings)))
+        make_run(overrides(inputs, output, *settings))
     finally:
         finalize()
     return output

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
+from megatron_cord.parallel.layout import finalize
+from megatron_cord.train import train
+from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.observability.trackers.tags import tag
+from tests.tiny_run import overrides
 from tests.trainer.test_train import alone
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
@@ -22,14 +27,19 @@ def test_a_run_ends_with_its_report_and_reads_its_sets(
     caplog.set_level(logging.INFO, logger="megatron_cord")
     questions = tmp_path / "sums.jsonl"
     questions.write_text('{"id": "a", "question": "what is one plus two", "answer": "3"}\n')
-    run = alone(
+    run = tmp_path / "run"
+    settings = overrides(
         inputs,
-        tmp_path / "run",
+        run,
         "train.steps=2",
         "checkpoint.interval=0",
         f"evaluation.sets.sums.path={questions}",
         f"evaluation.sets.spoken={{path: {inputs / 'heldout'}, format: shards}}",
     )
+    try:
+        train(load_config(RunConfig, None, settings))
+    finally:
+        finalize()
     page = (run / "report.html").read_text()
     assert "no answer was right, read or heard" in page and "as good as reading" not in page
     assert f"report: {run / 'report.html'}" in caplog.text

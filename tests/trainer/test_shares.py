@@ -10,13 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_cord.config.loading import load_config
 from megatron_cord.data.audio.features import TorchFeatures
 from megatron_cord.data.shards import entries
-from megatron_cord.train import train
-from megatron_cord.trainer.config import RunConfig
 from tests.gloo import run_ranks
-from tests.tiny_run import losses, overrides, write_inputs
+from tests.tiny_run import losses, make_run, overrides, write_inputs
 from tests.trainer.test_train import alone, saved
 
 WORLD, BATCH, STEPS = 4, 8, 2
@@ -77,7 +74,7 @@ def run_all(rank: int, inputs: str, root: str) -> dict[str, tuple[list[str], lis
         join(rank, Path(root) / f"store{number}")
         with Counted() as counted:
             config = overrides(Path(inputs), Path(root) / name, *SETTINGS, *settings)
-            train(load_config(RunConfig, None, config))
+            make_run(config)
         seen[name] = (counted.decoded, counted.featurised)
         join(rank, Path(root) / f"store{number}-after")
     return seen

@@ -19,15 +19,12 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemReader  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import finalize
 from megatron_cord.rollout.rollout_file import dump_file, read_rollouts
-from megatron_cord.train import train
-from megatron_cord.trainer.config import RunConfig
 from tests.gloo import run_ranks
-from tests.tiny_run import losses, metrics, overrides, write_inputs
+from tests.tiny_run import losses, make_run, metrics, overrides, write_inputs
 from tests.trainer.fault_ranks import Ranks, run_forked
 
 TP2, PP2 = "parallel.tp=2", "parallel.pp=2"
@@ -86,13 +83,7 @@ def run_all(rank: int, inputs: str, root: str, runs: dict[str, tuple[str | None,
         dist.destroy_process_group()
         join(rank, Path(root) / f"store{number}")
         interval = 2 if name in continued else 0
-        train(
-            load_config(
-                RunConfig,
-                None,
-                overrides(Path(inputs), output, "checkpoint.keep=0", f"checkpoint.interval={interval}", *settings),
-            )
-        )
+        make_run(overrides(Path(inputs), output, "checkpoint.keep=0", f"checkpoint.interval={interval}", *settings))
         join(rank, Path(root) / f"store{number}-after")
 
 
@@ -113,7 +104,7 @@ def stop_after(step: int, run: Path, copy: Path) -> Path:
 def alone(inputs: Path, output: Path, *settings: str) -> Path:
     """Make a run on this process alone."""
     try:
-        train(load_config(RunConfig, None, overrides(inputs, output, *settings)))
+        make_run(overrides(inputs, output, *settings))
     finally:
         finalize()
     return output

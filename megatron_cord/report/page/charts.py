@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -161,7 +162,9 @@ def line_chart(
             )
         buffer = io.StringIO()
         nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)  # savefig would draw twice
     show = format_percent if percent else format_number
     description = f"{title}: {y_label} over {x_label}. " + " ".join(_sentence(line, show) for line in series)
     header, rows = _table(x_label, series, show)

@@ -9,16 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import Layout, finalize
 from megatron_cord.runtime.files import file_digest
-from megatron_cord.train import train
 from megatron_cord.trainer.checkpoint import writer as writing
 from megatron_cord.trainer.checkpoint.directory import CheckpointDirectory
 from megatron_cord.trainer.checkpoint.manifest import find_damage, write_manifest
-from megatron_cord.trainer.config import RunConfig
-from tests.tiny_run import losses, overrides
+from tests.tiny_run import losses, make_run, overrides
 from tests.trainer.fault_ranks import Ranks
 
 
@@ -40,7 +37,7 @@ def small(directory: Path, step: int) -> Path:
 def alone(inputs: Path, output: Path, *settings: str) -> Path:
     """Run in this process alone."""
     try:
-        train(load_config(RunConfig, None, overrides(inputs, output, *settings)))
+        make_run(overrides(inputs, output, *settings))
     finally:
         finalize()
     return output
