@@ -70,8 +70,8 @@ class WeightGradient:
     """∂L/∂student_weight of this rank's shard, [V/TP, H], summed in fp32.
 
     Megatron's DistributedDataParallel gives a parameter an fp32 ``main_grad``. Where there is one the sum goes straight
-    into it, as Megatron's own fused layers do: ``grad_added_to_main_grad`` is set, and autograd gets zeros without
-    memory, to which a tied embedding's gradient may be added. Where all tokens of a span are known at once, ``written``
+    into it, as Megatron's own fused layers do: ``grad_added_to_main_grad`` is set, and autograd gets a sparse tensor
+    without entries, to which a tied embedding's gradient may be added. Where all tokens of a span are known at once, ``written``
     is the number of rows that ``write`` will fill, each once; then the sum is inside the product, and no memory but the
     result's is needed.
     """
@@ -110,7 +110,11 @@ class WeightGradient:
         if not self._in_place:
             return self.total.to(self._weight.dtype)
         self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return self._weight.new_zeros(()).expand(self._weight.shape)
+        # Autograd would clone expanded zeros to their full size, [V/TP, H], and DDP's hooks want a gradient, not None.
+        weight = self._weight
+        return torch.sparse_coo_tensor(
+            size=weight.shape, dtype=weight.dtype, device=weight.device, check_invariants=False
+        )
 
 
 def gradient_dtype(hidden: Tensor, logits_dtype: torch.dtype) -> torch.dtype:

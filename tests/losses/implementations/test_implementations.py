@@ -60,6 +60,22 @@ def test_main_grad_takes_the_weights_gradient(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_main_grad_costs_no_second_gradient(implementation: str) -> None:
+    """Catches a gradient of the weight's size that autograd makes beside DDP's buffer, only to be thrown away."""
+    hidden, weight, *others = arguments(make(torch.bfloat16))
+    weight.main_grad = torch.zeros(weight.shape)  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    loss, _ = weighted_loss(ONES, hidden, weight, *others, implementation=implementation)
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradient = weight.grad
+    assert gradient is not None and gradient.shape == weight.shape  # DDP's hooks refuse None when they overlap
+    parts = [gradient._indices(), gradient._values()] if gradient.is_sparse else [gradient]
+    assert sum(part.untyped_storage().nbytes() for part in parts) == 0
+    weight.main_grad.add_(gradient)  # type: ignore[attr-defined]  # as DDP's hook does for a tied weight
+    assert weight.main_grad.any()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_an_unused_infinite_row_poisons_nothing(implementation: str) -> None:
     """Catches 0 · NaN: with an infinite divergence of weight zero, the gradients must be those without it."""
     weight, teacher_weight = torch.randn(2, 6, 2, generator=torch.Generator().manual_seed(0)).unbind(0)
