@@ -71,9 +71,9 @@ class WeightGradient:
 
     Megatron's DistributedDataParallel gives a parameter an fp32 ``main_grad``. Where there is one the sum goes straight
     into it, as Megatron's own fused layers do: ``grad_added_to_main_grad`` is set, and autograd gets a sparse tensor
-    without entries, to which a tied embedding's gradient may be added. Where all tokens of a span are known at once, ``written``
-    is the number of rows that ``write`` will fill, each once; then the sum is inside the product, and no memory but the
-    result's is needed.
+    without entries, to which a tied embedding's gradient may be added. Where all tokens of a span are known at once,
+    ``written`` is the number of rows that ``write`` will fill, each once; then the sum is inside the product, and no
+    memory but the result's is needed.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, *, written: int | None = None) -> None:
