@@ -17,7 +17,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -29,8 +29,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api as launcher
 
+from megatron_cord.config.source import read_tree
 from megatron_cord.errors import CordError
-from megatron_cord.runtime import entry, exit_status
+from megatron_cord.runtime import device_queues, entry, exit_status
 from megatron_cord.runtime.failures import port_in_use, release_claims
 
 logger = logging.getLogger("megatron_cord.launch")  # also where this page is __main__
@@ -104,6 +105,8 @@ def launch(options: Sequence[str]) -> int:
             raise CordError("--nproc-per-node gpu, but torch finds no GPU; give a number of ranks to train on CPUs")
         # More threads than cores collapse; torchrun would set it with a banner.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    else:
+        device_queues.set_for_ranks(*_parallel_sizes(arguments.training_script_args))
     _check_port(arguments)
     if arguments.max_restarts and arguments.rdzv_backend == "static":
         _leave_static_rendezvous(arguments)
@@ -153,6 +156,24 @@ def _leave_static_rendezvous(arguments: argparse.Namespace) -> None:
     arguments.rdzv_backend, arguments.rdzv_id = "c10d", f"launch-{os.getpid()}"
     arguments.rdzv_endpoint = f"127.0.0.1:{arguments.master_port or 0}"  # 0: any free one
     arguments.local_addr = arguments.local_addr or "127.0.0.1"
+
+
+def _parallel_sizes(arguments: Sequence[str]) -> tuple[int, int]:
+    """Return parallel.tp and parallel.cp of a program's arguments, ``--config FILE`` and ``a.b=value``.
+
+    They are 1 where they are not given, or wrong, of which the ranks will complain.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        known, others = parser.parse_known_args(list(arguments))
+        overrides = [word for word in others if "=" in word and not word.startswith("-")]
+        parallel = read_tree(known.config, overrides).values.get("parallel")
+    except (CordError, argparse.ArgumentError):
+        return 1, 1
+    sizes = parallel if isinstance(parallel, Mapping) else {}
+    tp, cp = (size if isinstance(size := sizes.get(name, 1), int) else 1 for name in ("tp", "cp"))
+    return tp, cp
 
 
 def _check_port(arguments: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ state.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from megatron_cord.errors import CordError
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.parallel.sequence_sharding import SequenceSharding
+from megatron_cord.runtime.device_queues import missing_setting
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,9 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     portability.refuse_idle_gpus()
     if portability.has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        told = missing_setting(config.tp, config.cp, torch.cuda.get_device_capability()[0])
+        if told and os.environ.get("RANK", "0") == "0":
+            logger.warning(told)
     if not dist.is_initialized():
         timeout = timedelta(minutes=config.timeout_minutes)
         if "WORLD_SIZE" in os.environ:
