@@ -75,6 +75,7 @@ def stopped_run_goes_on(inputs: Path, undisturbed: Path, output: Path, errors: s
     assert losses(output) == losses(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_the_launcher(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Catches a signal that kills, that one rank alone follows, a stop without a checkpoint.
 
@@ -89,8 +90,8 @@ def test_a_request_to_stop_the_launcher(inputs: Path, undisturbed: Path, tmp_pat
     stopped_run_goes_on(inputs, undisturbed, output, errors)
 
 
-def test_ctrl_c_saves_and_a_second_one_leaves_at_once(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Catches Ctrl-C that loses steps, ranks that outlive the launcher, a second one that waits, and damage by it."""
+def test_ctrl_c_saves(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Catches Ctrl-C that loses steps, or that kills the ranks before they have saved."""
     output = tmp_path / "run"
     process = start(settings(inputs, output, "checkpoint.interval=0"), launcher=["--max-restarts", "2"])
     wait_for(process, lambda: steps_made(output) >= 2)
@@ -99,6 +100,10 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(inputs: Path, undisturbed:
     assert status == exit_status.STOPPED and "Ctrl-C: the ranks finish what they do and save" in errors, errors
     stopped_run_goes_on(inputs, undisturbed, output, errors)
 
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_leaves_at_once(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Catches a second Ctrl-C that waits for ranks that hang, ranks that outlive the launcher, and damage by it."""
     output = tmp_path / "left"
     process = start(settings(inputs, output, "checkpoint.interval=1"), launcher=["--max-restarts", "2"])
     wait_for(process, lambda: steps_made(output) >= 2)
@@ -253,6 +258,7 @@ def test_a_rank_that_never_comes(inputs: Path, tmp_path: Path) -> None:
     assert log.startswith("error: another rank is gone (timed out after") and log.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_node_that_is_lost(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Catches ranks that wait for a node that is gone, launcher and all.
 
@@ -297,7 +303,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield place
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_disk_that_fills_up(inputs: Path, undisturbed: Path, disk: Path, tmp_path: Path, asynchronous: bool) -> None:
     """Catches a run that goes on without its metrics, records or checkpoints.
 

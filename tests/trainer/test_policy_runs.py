@@ -14,13 +14,12 @@ import torch.distributed as dist
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
-from megatron_cord.parallel.layout import finalize
 from megatron_cord.rollout.rollout_file import dump_file, read_rollouts
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.observability.watchdog import Watchdog
 from tests.gloo import run_ranks
 from tests.tiny_run import make_run, metrics, overrides
-from tests.trainer.test_train import join
+from tests.trainer.test_train import alone, join
 
 POLICY = "objective.policy_gradient."
 UPDATES = ("train.minibatches=2", "train.passes=2", "train.steps=2", "rollout.policy_temperature=1.0")
@@ -77,15 +76,6 @@ def run_all(rank: int, inputs: str, root: str) -> None:
         output = Path(root) / f"{algorithm} {layout}"
         make_run(overrides(Path(inputs), output, *settings))
         join(rank, Path(root) / f"store{number}-after")
-
-
-def alone(inputs: Path, output: Path, *settings: str) -> Path:
-    """Make a run on this process alone."""
-    try:
-        make_run(overrides(inputs, output, *settings))
-    finally:
-        finalize()
-    return output
 
 
 def test_each_round_and_update_has_its_time(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
