@@ -1,9 +1,9 @@
-"""A block's statistics and gradient as Triton kernels: each reads its logits once and keeps the rest in registers.
+"""The backend of Triton kernels, and the gradient's: each reads its logits once and keeps the rest in registers.
 
-One program has one token. The statistics kernel runs over the block's columns online, as ``merge_stats`` does over
-blocks; the gradient kernel has a column tile to each program. The second pass of the two-pass divergences stays eager
-torch. float64 inputs are refused. On a CPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which is slow
-and for tests.
+A program of the statistics kernel (``triton_statistics``) has one token, one of the gradient kernel a tile of a token's
+columns. The second pass of the two-pass divergences stays eager torch. float64 inputs are refused. On a CPU the kernels
+run in Triton's interpreter (TRITON_INTERPRET=1), which is slow and for tests; for a GPU that is not there
+``tools/aot_kernels.py`` compiles them.
 
 Shapes: N tokens; a block is [N, columns], its rows contiguous or not.
 """
@@ -19,11 +19,14 @@ from megatron_cord.errors import CordError
 from megatron_cord.losses.divergences import Divergence, ForwardKL, JensenShannon, NoTeacher, ReverseKL, TopK
 from megatron_cord.losses.kernels.backend import UpstreamGrads
 from megatron_cord.losses.kernels.eager import EagerBackend
+from megatron_cord.losses.kernels.triton_statistics import statistics_kernel
 from megatron_cord.losses.statistics import GlobalStats, PartialStats
 
-#: Columns that a program works on at a time, and its warps.
+#: Columns that a program works on at a time, its warps, their threads, and the bytes that a thread loads at once.
 TILE_COLUMNS = 4096
 WARPS = 8
+LANES = 32 * WARPS
+LOAD_BYTES = 16
 
 #: The divergences by number, for the kernels.
 CODES: dict[type, int] = {NoTeacher: 0, ReverseKL: 1, ForwardKL: 2, JensenShannon: 3, TopK: 4}
@@ -51,7 +54,9 @@ class TritonBackend:
         student, teacher = _rows_together(student), _rows_together(teacher)
         out = torch.empty(8, num_tokens, dtype=torch.float32, device=student.device)
         if num_tokens > 0:
-            _statistics_kernel[(num_tokens,)](
+            width = _load_width(student, teacher)
+            lanes = min(LANES, TILE_COLUMNS // width)
+            statistics_kernel[(num_tokens,)](
                 student,
                 teacher,
                 target,
@@ -62,7 +67,9 @@ class TritonBackend:
                 teacher.stride(0),
                 1.0 / temperature,
                 divergence_code=CODES[type(divergence)],
-                tile_columns=_tile(columns),
+                repeats=TILE_COLUMNS // (lanes * width),
+                lanes=lanes,
+                width=width,
                 num_warps=WARPS,
             )
         return PartialStats(*out.unbind(0))
@@ -94,10 +101,9 @@ class TritonBackend:
         given = torch.stack(
             [torch.zeros_like(stats.entropy) if grad is None else grad.to(torch.float32) for grad in upstream]
         )
-        tile = _tile(columns)
         target_out = out if out.stride(1) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
         beta = divergence.beta if isinstance(divergence, JensenShannon) else 0.5
-        _gradient_kernel[(num_tokens, triton.cdiv(columns, tile))](
+        _gradient_kernel[(num_tokens, triton.cdiv(columns, TILE_COLUMNS))](
             student,
             teacher,
             target,
@@ -114,7 +120,7 @@ class TritonBackend:
             divergence_code=CODES[type(divergence)] if present[0] else 0,
             with_entropy=present[1],
             with_logprob=present[2],
-            tile_columns=tile,
+            tile_columns=TILE_COLUMNS,
             num_warps=WARPS,
         )
         if target_out is not out:
@@ -125,91 +131,15 @@ def _rows_together(block: Tensor) -> Tensor:
     return block if block.stride(1) == 1 else block.contiguous()
 
 
-def _tile(columns: int) -> int:
-    return min(TILE_COLUMNS, int(triton.next_power_of_2(max(columns, 1))))
+def _load_width(*blocks: Tensor) -> int:
+    """Return how many columns a thread loads at once: 1 where rows do not begin where Triton loads several.
 
-
-@triton.jit
-def _safe(maximum):  # type: ignore[no-untyped-def]
-    """Return the maximum to subtract: 0 for a part without mass, so that −inf − (−inf) does not arise."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
-
-
-@triton.jit
-def _difference(a, b):  # type: ignore[no-untyped-def]
-    """Return a − b where a has mass and 0 elsewhere; +inf where b has none."""
-    return tl.where(a == float("-inf"), 0.0, tl.where(b == float("-inf"), float("inf"), a - b))
-
-
-@triton.jit
-def _weighted(exp_a, a, b):  # type: ignore[no-untyped-def]
-    """Return e^a (a − b); +inf where b has no mass and a has, even if e^a underflows."""
-    difference = _difference(a, b)
-    return tl.where(difference == float("inf"), float("inf"), exp_a * difference)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _statistics_kernel(  # type: ignore[no-untyped-def]
-    student,
-    teacher,
-    target,
-    out,
-    num_tokens,
-    columns,
-    student_stride,
-    teacher_stride,
-    scale,
-    divergence_code: tl.constexpr,
-    tile_columns: tl.constexpr,
-):
-    """Write the fields of ``PartialStats`` to out [8, N]. m: maxima; l: Σ e^s; b: Σ e^s s; a: the divergence's sum."""
-    row = tl.program_id(0).to(tl.int64)
-    infinity = float("inf")
-    m_s, m_t = -infinity, -infinity
-    l_s, l_t, b, a = 0.0, 0.0, 0.0, 0.0
-    for first in range(0, columns, tile_columns):
-        column = first + tl.arange(0, tile_columns)
-        inside = column < columns
-        z_s = tl.load(student + row * student_stride + column, mask=inside, other=-infinity).to(tl.float32)
-        new_s = tl.maximum(m_s, tl.max(z_s, 0))
-        s = (z_s - _safe(new_s)) * scale
-        shift_s = tl.where(m_s == -infinity, 0.0, (m_s - _safe(new_s)) * scale)
-        exp_s, factor_s = tl.exp(s), tl.exp(shift_s)
-        if divergence_code != 0:
-            z_t = tl.load(teacher + row * teacher_stride + column, mask=inside, other=-infinity).to(tl.float32)
-            new_t = tl.maximum(m_t, tl.max(z_t, 0))
-            t = (z_t - _safe(new_t)) * scale
-            shift_t = tl.where(m_t == -infinity, 0.0, (m_t - _safe(new_t)) * scale)
-            exp_t, factor_t = tl.exp(t), tl.exp(shift_t)
-            if divergence_code == 1:
-                a = tl.where(a == infinity, infinity, factor_s * (a + l_s * (shift_s - shift_t))) + tl.sum(
-                    _weighted(exp_s, s, t), 0
-                )
-            if divergence_code == 2:
-                a = tl.where(a == infinity, infinity, factor_t * (a + l_t * (shift_t - shift_s))) + tl.sum(
-                    _weighted(exp_t, t, s), 0
-                )
-            l_t = factor_t * l_t + tl.sum(exp_t, 0)
-            m_t = new_t
-        b = factor_s * (b + l_s * shift_s) + tl.sum(exp_s * tl.where(s == -infinity, 0.0, s), 0)
-        l_s = factor_s * l_s + tl.sum(exp_s, 0)
-        m_s = new_s
-    chosen = tl.load(target + row)
-    held = (chosen >= 0) & (chosen < columns)
-    y_s = tl.load(student + row * student_stride + chosen, mask=held, other=-infinity).to(tl.float32)
-    y_t = y_s
-    if divergence_code != 0:
-        y_t = tl.load(teacher + row * teacher_stride + chosen, mask=held, other=-infinity).to(tl.float32)
-    else:
-        m_t, l_t = m_s, l_s
-    tl.store(out + row, m_s)
-    tl.store(out + num_tokens + row, l_s)
-    tl.store(out + 2 * num_tokens + row, b)
-    tl.store(out + 3 * num_tokens + row, a)
-    tl.store(out + 4 * num_tokens + row, m_t)
-    tl.store(out + 5 * num_tokens + row, l_t)
-    tl.store(out + 6 * num_tokens + row, y_s)
-    tl.store(out + 7 * num_tokens + row, y_t)
+    Triton takes for granted no more than that a stride is a multiple of 16; else one thread's columns would be spread
+    over several.
+    """
+    if any(block.data_ptr() % LOAD_BYTES or block.stride(0) % 16 for block in blocks):
+        return 1
+    return LOAD_BYTES // max(block.element_size() for block in blocks)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -255,8 +185,8 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         if divergence_code == 3:
             minus_delta = tl.where(none, 0.0, log_q - log_p) + tl.log(beta)
             other = tl.log(1.0 - beta)
-            larger = tl.maximum(minus_delta, other)
-            u = -(1.0 - beta) * (larger + tl.log(tl.exp(minus_delta - larger) + tl.exp(other - larger)))
+            smaller = tl.exp(-tl.abs(minus_delta - other))
+            u = -(1.0 - beta) * (tl.maximum(minus_delta, other) + tl.log(1.0 + smaller))
             gradient = weight * p * (tl.where(none, 0.0, u) - inner)
         if divergence_code == 4:
             delta = tl.where(z_t >= tl.load(stats + 8 * num_tokens + row), log_p - log_q, inner)

@@ -1,4 +1,4 @@
-"""``python -m tests.losses.kernels.backend_check BACKEND``: a backend against eager torch, in its own process."""
+"""``python -m tests.losses.kernels.backend_check BACKEND [DEVICE]``: against float64, in a process of its own."""
 
 from __future__ import annotations
 
@@ -20,50 +20,64 @@ DIVERGENCES: list[Divergence] = [
 ]
 
 
-def main(name: str) -> None:
+def main(name: str, device: str = "cpu") -> None:
     """Raise where a field differs."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (3.0 * torch.randn(2, 9, 77, generator=generator)).unbind(0)
-    student[:, 40:60] = -math.inf  # whole tiles and single columns without mass
-    teacher[:, 40:60] = -math.inf
+    student[:5, 40:60] = -math.inf  # whole tiles and single columns without mass; the other rows are finite
+    teacher[:5, 40:60] = -math.inf
     student[3, :32], teacher[4, 70] = -math.inf, -math.inf  # … and an infinite divergence each way
     student[5] += 1e4
+    student[6, 70], student[7, 3] = 40.0, 50.0  # maxima far above the other tiles'
+    student[8, 30] = teacher[8, 30] = torch.finfo(torch.bfloat16).min  # as some mask logits
     target = torch.randint(0, 77, (9,), generator=generator)
     target[2] = 100  # another shard's
     weights = torch.randn(3, 9, generator=generator)
     weights[0, 3:5] = 0.0  # where the divergence is infinite
-    backend, eager = choose_backend(name, student.device), EagerBackend()
-    if name == "triton":
-        from megatron_cord.losses.kernels import triton_kernels
-
-        triton_kernels.TILE_COLUMNS = 32  # several tiles, the last one narrower
-    cases = list(itertools.product(DIVERGENCES, (1.0, 0.5), (torch.float32, torch.bfloat16)))
+    student, teacher, target, weights = (tensor.to(device) for tensor in (student, teacher, target, weights))
+    backend, exact = choose_backend(name, student.device), EagerBackend()
+    cases = list(itertools.product(DIVERGENCES, (1.0, 0.5), (torch.float32, torch.bfloat16), (77,)))
     terms = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
     if name == "compile":
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it would be eager that is compared
-        cases, terms = [(divergence, 0.5, torch.bfloat16) for divergence in DIVERGENCES], [(True, True, True)]
-    for divergence, temperature, dtype in cases:
+        cases, terms = [(divergence, 0.5, torch.bfloat16, 77) for divergence in DIVERGENCES], [(True, True, True)]
+    if name == "triton":
+        from megatron_cord.losses.kernels import triton_kernels
+
+        triton_kernels.TILE_COLUMNS, triton_kernels.LANES = 32, 4  # several tiles, the last one narrower
+        shapes = ((torch.float16, 64), (torch.float32, 70), (torch.bfloat16, 7))  # whole tiles, a part, less than one
+        cases += [(divergence, 1.0, *shape) for divergence in DIVERGENCES for shape in shapes]
+    for divergence, temperature, dtype, columns in cases:
         outcomes = []
-        for candidate in (backend, eager):
-            shard = VocabularyShard(divergence, temperature, 0, 77, torch.float32, None, candidate)
-            logits = StoredLogits(student.to(dtype), teacher.T.contiguous().T)  # the teacher's rows are not contiguous
+        for candidate, precision in ((backend, torch.float32), (exact, torch.float64)):
+            shard = VocabularyShard(divergence, temperature, 0, columns, precision, None, candidate)
+            mine, other = student.to(dtype), teacher.T.contiguous().T  # rows need not be contiguous
+            if columns < 77:
+                mine, other = (aligned(block[:, 77 - columns :].to(dtype)) for block in (student, teacher))
+            logits = StoredLogits(mine, other)
             stats = shard.stats(logits, target)
             gradients = []
-            for present in terms:
+            for present in terms if columns == 77 else terms[:1]:
                 given: UpstreamGrads = tuple(
                     weight if here else None for weight, here in zip(weights, present, strict=True)
                 )  # type: ignore[assignment]
-                out = torch.full((9, 77), torch.nan, dtype=dtype)
+                out = torch.full_like(mine, torch.nan, dtype=precision if candidate is exact else dtype)
                 shard.gradient(logits, target, stats, given, out)
                 gradients.append(out)
             outcomes.append((stats, gradients))
-        rtol, atol = (1e-2, 1e-3) if dtype == torch.bfloat16 else (1e-4, 2e-5)
-        for mine, other in zip(outcomes[0][0], outcomes[1][0], strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-5, equal_nan=True)
-        for mine, other in zip(outcomes[0][1], outcomes[1][1], strict=True):
-            torch.testing.assert_close(mine, other, rtol=rtol, atol=atol, equal_nan=True)
+        rtol, atol = (1e-4, 2e-5) if dtype == torch.float32 else (1e-2, 1e-3)
+        for result, expected in zip(outcomes[0][0], outcomes[1][0], strict=True):
+            torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=2e-5, equal_nan=True)
+        for result, expected in zip(outcomes[0][1], outcomes[1][1], strict=True):
+            torch.testing.assert_close(result.double(), expected, rtol=rtol, atol=atol, equal_nan=True)
     print(f"{name}: {len(cases)} cases equal")
 
 
+def aligned(block: torch.Tensor) -> torch.Tensor:
+    """Return the block with rows that begin at multiples of 16 elements, which are loaded several columns at a time."""
+    rows = block.new_zeros(len(block), 80)[:, : block.shape[1]]
+    return rows.copy_(block)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

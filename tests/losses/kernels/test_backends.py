@@ -1,4 +1,4 @@
-"""All backends against eager torch: the statistics' and the gradient's every field, and the backends' names."""
+"""All backends against float64: the statistics' and the gradient's every field, and the backends' names."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from megatron_cord.losses.shard import StoredLogits, VocabularyShard
 ROOT = Path(__file__).parents[3]
 
 
-def run_check(backend: str, **environment: str) -> None:
+def run_check(backend: str, device: str = "cpu", **environment: str) -> None:
     """Compare in a process of its own: Triton and torch.compile read their switches once, when they are imported."""
-    command = [sys.executable, "-m", "tests.losses.kernels.backend_check", backend]
+    command = [sys.executable, "-m", "tests.losses.kernels.backend_check", backend, device]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
