@@ -25,7 +25,7 @@ ifeq ($(DEVICE),cpu)
 quickstart test test-full test-next test-slurm coverage: export CUDA_VISIBLE_DEVICES :=
 endif
 
-.PHONY: setup setup-cuda dry-run-cuda lock sglang-env quickstart test test-full test-next test-sglang test-slurm test-browser docs bench lint format typecheck coverage clean help
+.PHONY: setup setup-cuda dry-run-cuda lock sglang-env quickstart test test-full test-next test-sglang test-slurm test-browser test-gpu gpu-hour docs bench lint format typecheck coverage clean help
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -90,6 +90,12 @@ test-browser: $(STAMP) ## the report and the live page in Chromium, which Debian
 	@command -v chromium chromium-browser google-chrome >/dev/null || apt-get install -y --no-install-recommends chromium
 	$(BIN)/python -m pytest -rs tests/integration/browser
 
+test-gpu: $(STAMP) ## the tests that need a CUDA device; without one each is skipped with that reason
+	$(BIN)/python -m pytest -rs -m gpu tests/integration/gpu
+
+gpu-hour: $(STAMP) ## what only a GPU can tell, part by part in ten minutes; writes benchmarks/results/gpu-hour/
+	PYTHON=$(BIN)/python benchmarks/gpu_hour.sh
+
 docs: $(STAMP) ## the documentation as a site in site/, any broken link or page being an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
@@ -97,7 +103,7 @@ bench: $(STAMP) ## measure the loss against baselines; some minutes, writes benc
 	$(BIN)/python -m benchmarks.loss all
 
 lint: $(STAMP) ## rules and formatting
-	$(BIN)/shellcheck .ci/run examples/*/*.sh examples/*/*.sbatch
+	$(BIN)/shellcheck .ci/run benchmarks/*.sh examples/*/*.sh examples/*/*.sbatch
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

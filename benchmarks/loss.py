@@ -41,6 +41,7 @@ SIZES = {"loss": (512, 32768, 256), "layer": (512, 32768, 256), "ranks": (256, 3
 SIZES |= {"loss-kept": SIZES["loss"], "layer-kept": SIZES["layer"]}
 if CUDA:
     SIZES = dict.fromkeys(SIZES, (8192, 151936, 3584))
+SETTABLE = ("loss", "layer", "memory")
 PARTS = ("loss", "layer", "loss-kept", "layer-kept", "memory", "ranks", "sweep")
 SWEEP_V = [(256, v, 256) for v in (4096, 8192, 16384, 32768, 65536)]
 SWEEP_N = [(n, 16384, 256) for n in (64, 128, 256, 512, 1024)]
@@ -248,7 +249,13 @@ def main() -> None:
     parser.add_argument("part", choices=["all", *PARTS, "plot", "peak", "rank", "turns"])
     parser.add_argument("rest", nargs="*", help="of peak: sizes and candidates, as JSON; of turns: the part")
     parser.add_argument("--turns", type=int, default=7, help="of each candidate; half as many in the sweep")
+    parser.add_argument("--sizes", type=int, nargs=3, metavar=("N", "V", "H"), help="of loss, layer and memory")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file that gets the figures")
     arguments = parser.parse_args()
+    if arguments.sizes is not None:
+        if arguments.part not in SETTABLE:
+            parser.error(f"--sizes is for {', '.join(SETTABLE)}, not for {arguments.part}")
+        SIZES[arguments.part] = tuple(arguments.sizes)
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64
     if arguments.part == "peak":
@@ -275,16 +282,16 @@ def main() -> None:
         return
     if arguments.part != "plot":
         whole = arguments.part == "all"
-        kept = {} if whole or not RESULTS.exists() else json.loads(RESULTS.read_text())
+        kept = {} if whole or not arguments.results.exists() else json.loads(arguments.results.read_text())
         parts = [part for part in PARTS if not (CUDA and part.endswith("-kept"))] if whole else [arguments.part]
-        run_parts(parts, arguments.turns, kept)
+        run_parts(parts, arguments.turns, kept, arguments.results)
     if arguments.part in ("all", "sweep", "plot"):
         from benchmarks.loss_plot import plot
 
-        plot(json.loads(RESULTS.read_text())["sweep"], ROOT / "docs" / "images" / "loss.svg")
+        plot(json.loads(arguments.results.read_text())["sweep"], ROOT / "docs" / "images" / "loss.svg")
 
 
-def run_parts(parts: list[str], turns: int, results: dict[str, Any]) -> None:
+def run_parts(parts: list[str], turns: int, results: dict[str, Any], file: Path) -> None:
     """Measure, print, and write each part beside ``results`` when it is done."""
     results["machine"] = machine()
     for part in parts:
@@ -302,8 +309,8 @@ def run_parts(parts: list[str], turns: int, results: dict[str, Any]) -> None:
                 entries = with_kept_memory(part, turns) if part.endswith("-kept") else take_turns_at(part, turns)
             print_table(part, entries, key)
             results[part] = {"sizes": SIZES[part], "candidates": entries}
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import logging
 
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import finalize, initialize
+from megatron_cord.parallel.portability import device_name
+from megatron_cord.plan.utilisation import Utilisation
 from megatron_cord.runtime import entry
 from megatron_cord.trainer.config import RunConfig, load_run_config
 from megatron_cord.trainer.observability.metrics import Stopwatch
@@ -29,7 +31,7 @@ def train(config: RunConfig) -> int:
     layout = initialize(config.parallel, config.seed)
     if layout.is_main:
         check_trackers(config.metrics)  # before anything is computed
-    with Run(config, layout) as run:
+    with Run(config, layout, Utilisation(config, layout.world_size, device_name())) as run:
         for step in run.steps():
             watch = Stopwatch()
             batch = run.batch(step)  # 1. Data: this rank's share of the samples, prepared once

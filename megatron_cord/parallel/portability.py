@@ -17,6 +17,7 @@ import contextlib
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -69,6 +70,11 @@ def refuse_idle_gpus() -> None:
 def device() -> torch.device:
     """Return the device that this process computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
+
+
+def device_name() -> str:
+    """Return the name of the device that this process computes on."""
+    return torch.cuda.get_device_name() if has_cuda() else "CPU"
 
 
 def backend() -> str:
@@ -210,6 +216,17 @@ class _InertStream:
         return True
 
 
+class _HostEvent(_InertStream):
+    """An event whose work is done as soon as it is recorded: it keeps the host's clock."""
+
+    def record(self, *_: Any) -> None:
+        self._seconds = time.perf_counter()
+
+    def elapsed_time(self, end: _HostEvent) -> float:
+        """Return milliseconds, as CUDA's events do."""
+        return 1000 * (end._seconds - self._seconds)
+
+
 def _patch_streams() -> None:
     @contextlib.contextmanager
     def stream_context(*_: Any) -> Iterator[None]:
@@ -219,7 +236,7 @@ def _patch_streams() -> None:
     _replace(
         torch.cuda,
         Stream=_InertStream,
-        Event=_InertStream,
+        Event=_HostEvent,
         stream=stream_context,
         current_stream=lambda *_: stream,
         default_stream=lambda *_: stream,

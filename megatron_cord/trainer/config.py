@@ -19,6 +19,7 @@ from megatron_cord.reward import RewardConfig
 from megatron_cord.rollout.config import RolloutConfig
 from megatron_cord.trainer.checkpoint.checkpoints import CheckpointConfig
 from megatron_cord.trainer.observability.alerts import AlertConfig
+from megatron_cord.trainer.observability.profiler import ProfileConfig
 from megatron_cord.trainer.observability.rollout_dump import RecordConfig
 from megatron_cord.trainer.observability.trackers.config import MetricsConfig
 from megatron_cord.trainer.step.objective import ObjectiveConfig
@@ -47,6 +48,7 @@ class TrainConfig:
     #: a longer phase of a step (each round of sampling and each update is one) is taken for a hang: the rank writes its
     #: stacks and ends; 0 waits on
     watchdog_seconds: float = 480.0
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.max_skipped_in_a_row < 1:

@@ -9,15 +9,19 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from torch.profiler import record_function
 
 from megatron_cord.config.loading import dump_config
 from megatron_cord.data.loader import Batch
 from megatron_cord.data.ordering.damage import DamageLimitError
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import Layout
+from megatron_cord.parallel.memory_use import reset_peak
 from megatron_cord.rollout.types import GenerationRequest, Rollout, ScoredRollout
 from megatron_cord.runtime.exit_status import STOPPED
 from megatron_cord.trainer.between_steps import BetweenSteps
@@ -28,6 +32,7 @@ from megatron_cord.trainer.dynamic_sampling import replace_groups
 from megatron_cord.trainer.endings.agreement import any_rank
 from megatron_cord.trainer.observability.logprob_mismatch import check_mismatch
 from megatron_cord.trainer.observability.rollout_dump import read_dump
+from megatron_cord.trainer.observability.throughput import StepWork, Utilise, measure_throughput
 from megatron_cord.trainer.settings_changes import record_changes
 from megatron_cord.trainer.step.optimizer.building import release
 from megatron_cord.trainer.step.step import StepResult
@@ -43,17 +48,22 @@ class Run:
     Args:
         config: the whole configuration.
         layout: this rank's place.
+        utilise: returns the metrics of model FLOP utilisation.
 
     Attributes:
         status: the exit status: 0, or `exit_status.STOPPED`.
     """
 
-    def __init__(self, config: RunConfig, layout: Layout) -> None:
+    def __init__(self, config: RunConfig, layout: Layout, utilise: Utilise) -> None:
         self.config, self.layout = config, layout
         self._parts = put_together(config, layout)
+        step = self._parts.training.step
+        self._utilise = partial(utilise, step.lalm.arch, step.teacher.model.arch)
         self._source, self._watchdog = self._parts.source, self._parts.watchdog
         self._between = BetweenSteps(self._parts)
         self._rollout_times: dict[str, float] = {}
+        self._generated: list[Rollout] = []
+        self._work = StepWork.of((), ())
         self.status = 0
 
     def __enter__(self) -> Self:
@@ -73,6 +83,7 @@ class Run:
         if kind is None:
             self._parts.saving.wait()
         self._parts.saving.close()
+        self._parts.profiler.end()  # a step that failed
         self._watchdog.__exit__(kind, error, trace)
         self._parts.stop.__exit__(kind, error, trace)
         self._parts.log.__exit__(kind, error, trace)
@@ -121,7 +132,10 @@ class Run:
             if self._between.progress.step == first:
                 self._parts.evaluations.withdraw_summary()
             self._watchdog.phase("rollout", self._between.progress.step + 1)
+            reset_peak()
+            self._parts.profiler.begin(self._between.progress.step + 1)
             yield self._between.progress.step
+            self._parts.profiler.end()
         self.status = 0 if self._between.end(ending) else STOPPED
 
     def batch(self, step: int) -> Batch:
@@ -140,13 +154,15 @@ class Run:
         self._between.note_damage()
         return batch
 
+    @record_function("cord.rollout")
     def generate(self, batch: Batch) -> list[Rollout]:
         """Return the engine's responses to the batch, and begin the steps ahead; empty in a replay."""
         if self.config.replay is not None:
             return []
-        rollouts, self._rollout_times = self._source.schedule.rollouts(batch.step)
-        return rollouts
+        self._generated, self._rollout_times = self._source.schedule.rollouts(batch.step)
+        return self._generated
 
+    @record_function("cord.reward")
     def score(self, batch: Batch, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Return the step's rollouts on all ranks with rewards and advantages; in a replay, from the dump."""
         if self.config.replay is not None:
@@ -164,6 +180,7 @@ class Run:
             scored = replace_groups(self.config.rollout, source.collector, batch, scored, generate)
         return gather_rollouts(scored, self.layout.replica_group)
 
+    @record_function("cord.update")
     def update(self, batch: Batch, rollouts: Sequence[ScoredRollout]) -> StepResult:
         """Make one step's updates, each with teacher forward, student forward and backward."""
         progress = self._between.progress
@@ -174,6 +191,7 @@ class Run:
         begin_update()
         with self._source.schedule.training():
             sequences = self._source.collector.sequences(batch, rollouts)
+            self._work = StepWork.of(self._generated, sequences)
             result = self._parts.training.step(sequences, rollouts, begin_update)
         skipped = progress.skipped_in_a_row + 1 if result.skipped else 0
         self._between.progress = replace(
@@ -190,6 +208,7 @@ class Run:
             )
         return result
 
+    @record_function("cord.weight_sync")
     def sync_weights(self) -> None:
         """Give the trained weights to the engine, as the version that the step's number names."""
         self._watchdog.phase("weight_sync", self._between.progress.step)
@@ -197,6 +216,7 @@ class Run:
             with self._source.schedule.syncing_weights():
                 self._between.update_engine()
 
+    @record_function("cord.record")
     def finish_step(self, result: StepResult, times: dict[str, float]) -> None:
         """Record the step; save and evaluate when it is time.
 
@@ -209,6 +229,9 @@ class Run:
         between.progress = replace(between.progress, seconds=between.progress.seconds + times["seconds"])
         parts.budget.took("step", times["seconds"])
         metrics = step_metrics(self.config, result, step - 1, self._rollout_times) | times
+        seconds = {name: value for name, value in metrics.items() if name.startswith("seconds")}
+        passes = self.config.train.passes
+        metrics |= measure_throughput(self._work, seconds, passes, self.layout, self._utilise)
         metrics |= parts.data.metrics(between.progress.samples)
         parts.log.step(step, metrics | {"skipped": result.skipped})
         parts.dump.write(step, result.rollouts)

@@ -29,6 +29,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.losses import TokenWeightsConfig
 from megatron_cord.model.config import ModelConfig
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
+from megatron_cord.parallel.portability import device_name
 from megatron_cord.parallel.tf32 import full_float32, tf32_in_use
 from megatron_cord.trainer.config import TrainConfig
 from megatron_cord.trainer.model_setup import build_student
@@ -88,11 +89,10 @@ def verify_layout(overrides: Sequence[str]) -> int:
         with full_float32():
             rows = compare(*run_step(config, layout), config.model.dtype)
         if layout.is_main:
-            where = torch.cuda.get_device_name() if layout.device.type == "cuda" else "CPU"
             sizes = (
                 f"TP={config.parallel.tp} PP={config.parallel.pp} CP={config.parallel.cp} DP={layout.dp_group.size()}"
             )
-            print_table(rows, f"layout on {where}: {sizes}, {config.train.packing}, {config.model.dtype}")
+            print_table(rows, f"layout on {device_name()}: {sizes}, {config.train.packing}, {config.model.dtype}")
             if layout.device.type == "cuda" and config.model.dtype == "float32":
                 print(f"checked without TF32; a run in float32 here uses: {training}")
         return 0 if all(row.passed for row in rows) else 1

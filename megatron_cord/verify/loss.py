@@ -25,6 +25,7 @@ from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.losses import TokenStats, distillation_loss, divergence_from_logits
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
+from megatron_cord.parallel.portability import device_name
 from megatron_cord.parallel.tf32 import full_float32
 
 #: Largest relative error ‖a − b‖ / ‖b‖ of values and of gradients. A divergence of 4e-4 is a difference of logits a
@@ -83,10 +84,10 @@ def verify_loss(overrides: Sequence[str]) -> int:
         with full_float32():
             checks = run_checks(config, layout.tp_group, layout.device)
         if dist.get_rank() == 0:
-            where = torch.cuda.get_device_name() if layout.device.type == "cuda" else "CPU"
             print_table(
                 checks,
-                f"loss on {where}: {config.dtype}, TP={dist.get_world_size(layout.tp_group)}, backend {config.backend}",
+                f"loss on {device_name()}: {config.dtype}, TP={dist.get_world_size(layout.tp_group)}, "
+                f"backend {config.backend}",
             )
         return 0 if all(check.passed for check in checks) else 1
     finally:

@@ -140,6 +140,10 @@ def _metrics(step: int, rng: np.random.Generator) -> dict[str, Any]:
         "seconds_train": 0.1,
         "seconds_update": 0.13,  # teacher and train, and what lies between
         "seconds_weight_sync": 0.01,
+        "tokens_per_second": 900.0 * noise[6],
+        "tokens_per_second_teacher": 4000.0,
+        "model_flop_utilisation": 0.3 * noise[6],
+        "memory_peak_gb": 42.0,
         "of_another_version": "text",
     }
 

@@ -131,7 +131,14 @@ def test_a_run_leaves_what_it_should(one: Path) -> None:
             "alerts",
             "seconds",
             "engine_logprob_difference",
+            "seconds_teacher",
+            "seconds_forward_backward",
+            "seconds_optimizer",
+            "tokens_per_second_generate",
+            "memory_host_gb",
         } <= line.keys()
+        assert 0 < line["tokens_per_second"] < line["tokens_per_second_forward_backward"]
+        assert line["tokens_student"] == 1.0 * round(line["tokens_per_second"] * line["seconds"])
         assert line["engine_logprob_difference_max"] < 1e-4 and not line["skipped"]
     assert any(line["loss_sequence"] != 0 for line in metrics(one)), (
         "the test's own data must give some group different rewards"
@@ -182,6 +189,9 @@ def test_every_layout_is_the_same_run(runs: Path, one: Path, name: str) -> None:
     assert losses(runs / name)[0] == pytest.approx(losses(one)[0], rel=1e-5)
     for got, wanted in zip(losses(runs / name), losses(one), strict=True):
         assert got == pytest.approx(wanted, rel=1e-4)
+    counts = ("tokens_generated", "tokens_teacher", "tokens_student")
+    for line, other in zip(metrics(runs / name), metrics(one), strict=True):
+        assert [line[count] for count in counts] == [other[count] for count in counts]
 
 
 @pytest.mark.parametrize("name", [name for name, (resumed, _) in RUNS.items() if resumed is not None])

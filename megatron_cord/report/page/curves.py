@@ -87,6 +87,25 @@ METRICS = (
             "weight_sync": "seconds_weight_sync",
         },
     ),
+    Metric(
+        "speed",
+        "Speed",
+        "tokens a second",
+        {
+            "whole step": "tokens_per_second",
+            "generation": "tokens_per_second_generate",
+            "teacher": "tokens_per_second_teacher",
+            "forward and backward": "tokens_per_second_forward_backward",
+        },
+    ),
+    Metric("utilisation", "Model FLOP utilisation", "share of the peak", {"update": "model_flop_utilisation"}),
+    Metric(
+        "memory",
+        "Peak memory, fullest rank",
+        "GB",
+        {"device, tensors": "memory_peak_gb", "device, reserved": "memory_reserved_gb", "host": "memory_host_gb"},
+        smooth=False,
+    ),
     Metric("rate", "Learning rate", "rate", {"learning rate": "learning_rate"}, smooth=False),
 )
 

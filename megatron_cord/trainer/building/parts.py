@@ -29,6 +29,7 @@ from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.endings.time_budget import TimeBudget
 from megatron_cord.trainer.evaluation import Evaluations
 from megatron_cord.trainer.observability.metrics import MetricsLog
+from megatron_cord.trainer.observability.profiler import Profiler
 from megatron_cord.trainer.observability.rollout_dump import RolloutDump
 from megatron_cord.trainer.observability.watchdog import Watchdog
 from megatron_cord.trainer.settings_changes import Changes
@@ -57,6 +58,7 @@ class Parts:
         budget: of its time.
         stop: takes note of requests to stop.
         watchdog: finds a rank that hangs.
+        profiler: records chosen steps.
     """
 
     config: RunConfig
@@ -75,6 +77,7 @@ class Parts:
     budget: TimeBudget
     stop: StopRequest
     watchdog: Watchdog
+    profiler: Profiler
 
 
 def put_together(config: RunConfig, layout: Layout) -> Parts:
@@ -85,6 +88,7 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
     """
     directory, main, begun = Path(config.output_dir), layout.is_main, time.monotonic()
     _refuse_judged(config)
+    profiler = Profiler(config.train.profile, directory, layout.rank, layout.world_size)
     make_writable(directory)
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint)
     start = find_start(config, checkpoints)
@@ -135,6 +139,7 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
         budget=budget,
         stop=StopRequest("the step is finished and saved"),
         watchdog=Watchdog(config.train.watchdog_seconds, directory / "stacks", layout.rank),
+        profiler=profiler,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig
 from megatron_cord.trainer.step.optimizer.building import gradients_are_finite, join_reduction
 from megatron_cord.trainer.step.optimizer.schedule import RateScheduler
 from megatron_cord.trainer.step.packing import split_minibatches
+from megatron_cord.trainer.step.phases import Phases
 from megatron_cord.trainer.step.teacher import Teacher
 from megatron_cord.trainer.step.token_results import gather_token_results
 
@@ -87,7 +88,7 @@ class TrainStep:
                 trained on, count in L_seq's denominator.
             begin_update: called before each update.
         """
-        timer = _Timer()
+        started, phases = time.perf_counter(), Phases()
         parts = split_minibatches(rollouts, self.batches.minibatches)
         own = {s.index: s for s in sequences}
         batches = [self._microbatches([own[i] for i in part if i in own]) for part in parts]
@@ -102,7 +103,7 @@ class TrainStep:
             begin_update()
             part = number % len(parts)
             counts = GlobalCounts.of(self.objective, [rollouts[i] for i in parts[part]], self.max_new_tokens)
-            made, norm = self._update(batches[part], counts, objective, timer)
+            made, norm = self._update(batches[part], counts, objective, phases)
             losses += made
             norms += [] if norm is None else [norm]
             if number < len(parts):
@@ -112,8 +113,8 @@ class TrainStep:
         metrics = measure_step(losses, done, updates, self.objective, self.layout) | {
             "grad_norm": sum(norms) / len(norms) if norms else float("nan"),
             **rates,
-            "seconds_teacher": timer.teacher,
-            "seconds_train": time.perf_counter() - timer.started - timer.teacher,
+            **(seconds := phases.seconds()),
+            "seconds_train": time.perf_counter() - started - seconds["seconds_teacher"],
         }
         if objective.policy_gradient.weight_schedule.kind != "constant":
             metrics["policy_weight"] = objective.policy_gradient.weight
@@ -129,20 +130,21 @@ class TrainStep:
         return gather_token_results(microbatches, losses, self.layout)
 
     def _update(
-        self, microbatches: list[Microbatch], counts: GlobalCounts, objective: ObjectiveConfig, timer: _Timer
+        self, microbatches: list[Microbatch], counts: GlobalCounts, objective: ObjectiveConfig, phases: Phases
     ) -> tuple[list[MicrobatchLoss], float | None]:
         """Make one update; return the microbatches' losses, and the gradient norm, None where it was skipped."""
-        before = time.perf_counter()
-        teacher_hidden = self.teacher.hidden_states(microbatches)
-        timer.teacher += time.perf_counter() - before
-        losses = self._forward_backward(microbatches, teacher_hidden, counts, objective)
+        with phases.phase("teacher"):
+            teacher_hidden = self.teacher.hidden_states(microbatches)
+        with phases.phase("forward_backward"):
+            losses = self._forward_backward(microbatches, teacher_hidden, counts, objective)
         finite = self._everywhere(
             all(bool(torch.isfinite(loss.total)) for loss in losses) and gradients_are_finite(self.model)
         )
         if not finite:
             return losses, None
-        _, grad_norm, _ = self.optimizer.step()
-        self.teacher.follow()
+        with phases.phase("optimizer"):
+            _, grad_norm, _ = self.optimizer.step()
+            self.teacher.follow()
         return losses, float(grad_norm or 0.0)
 
     def _microbatches(self, sequences: Sequence[TrainingSequence]) -> list[Microbatch]:
@@ -251,11 +253,3 @@ class TrainStep:
         flag = torch.tensor(float(good), device=self.layout.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag)
-
-
-@dataclass
-class _Timer:
-    """Seconds of a step."""
-
-    started: float = field(default_factory=time.perf_counter)
-    teacher: float = 0.0  #: of its passes

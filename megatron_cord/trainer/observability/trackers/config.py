@@ -63,7 +63,14 @@ class MetricsConfig:
     """Where metrics go beside metrics.jsonl and the terminal."""
 
     tensorboard: bool = True  #: event files in output_dir/tensorboard
+    #: dense bfloat16 peak of one device, in 1e12 floating-point operations a second, for model_flop_utilisation; null
+    #: takes the published peak of a GPU that `cord plan` has
+    device_peak_tflops: float | None = None
     wandb: WandbConfig = field(default_factory=WandbConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     trackio: TrackioConfig = field(default_factory=TrackioConfig)
     swanlab: SwanlabConfig = field(default_factory=SwanlabConfig)
+
+    def __post_init__(self) -> None:
+        if self.device_peak_tflops is not None and self.device_peak_tflops <= 0:
+            raise CordError(f"metrics.device_peak_tflops must be above 0, got {self.device_peak_tflops:g}")

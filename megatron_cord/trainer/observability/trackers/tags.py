@@ -7,6 +7,9 @@ import re
 #: Group → which metrics it has. A metric's group is the first that matches its whole name.
 _GROUPS = {
     "time": r"seconds(_.*)?",
+    "speed": r"tokens_per_second(_.*)?|model_tflops|model_flop_utilisation",
+    "tokens": r"tokens_.*",
+    "memory": r"memory_.*",
     "optimizer": r"learning_rate(_.*)?|grad_norm|gradient_.*|policy_weight|updates|skipped",
     "rollout": r"reward(_.*)?|(.*_)?groups|filtered|response_tokens|truncated|repetition|judge_.*|staleness(_.*)?"
     r"|engine_.*|stale_.*|importance_.*",
