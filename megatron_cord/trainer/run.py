@@ -83,7 +83,7 @@ class Run:
         if kind is None:
             self._parts.saving.wait()
         self._parts.saving.close()
-        self._parts.profiler.end()  # a step that failed
+        self._parts.profiler.close()
         self._watchdog.__exit__(kind, error, trace)
         self._parts.stop.__exit__(kind, error, trace)
         self._parts.log.__exit__(kind, error, trace)

@@ -87,7 +87,7 @@ class Profiler:
         self._profile.start()
 
     def end(self) -> None:
-        """End the step and write what was recorded of it. Without a recorded step, and called again, it does nothing.
+        """End the step and write what was recorded of it; do nothing if none is recorded.
 
         Raises:
             CordError: the files cannot be written.
@@ -110,6 +110,13 @@ class Profiler:
                 "train.profile.steps"
             ) from None
         logger.info("profile of step %s on rank %d: %s", self._step, self._rank, trace)
+
+    def close(self) -> None:
+        """Write what was recorded of a step that failed; a failure to do so must not hide the step's own."""
+        try:
+            self.end()
+        except Exception as error:  # a device that failed may refuse its trace in many ways
+            logger.warning("the profile of step %s is lost: %s", self._step, error)
 
     @property
     def _keeps_history(self) -> bool:

@@ -148,3 +148,12 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     profiler.begin(1)
     with pytest.raises(CordError, match=r"step000001-rank00000.*cannot write the profile: .*train.profile.steps"):
         profiler.end()
+
+
+def test_a_profile_that_cannot_be_written_hides_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a failed step whose own error is replaced by that of its profile."""
+    (tmp_path / "profile").write_text("a file where the directory should be")
+    profiler = Profiler(ProfileConfig(steps=(1,)), tmp_path, 0, 1)
+    profiler.begin(1)
+    profiler.close()
+    assert "the profile of step 1 is lost: " in caplog.text
