@@ -1,7 +1,7 @@
 """Profiles of chosen steps: a trace of operations for chrome://tracing or Perfetto, and what they allocated.
 
-A trace has the step's phases as named spans (`cord.rollout`, `cord.teacher`, …), the operations of all threads, and on
-CUDA the kernels. What is profiled is slower, by the profiler's own work for each operation.
+A trace has the step's phases as named spans (`cord.rollout`, `cord.teacher`, …), the operations, and on CUDA the
+kernels. What is profiled is slower, by the profiler's own work for each operation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class ProfileConfig:
 
     steps: tuple[int, ...] = ()  #: the steps, numbered from 1 as in metrics.jsonl; none: nothing is profiled
     ranks: tuple[int, ...] = (0,)  #: global ranks that write their profile
-    #: also what allocates memory: in the trace, and on CUDA as a snapshot for https://pytorch.org/memory_viz
+    #: also what allocates memory: on CUDA as a snapshot for https://pytorch.org/memory_viz, on the CPU in the trace,
+    #: which then has the training thread alone
     memory: bool = False
     shapes: bool = False  #: also the shapes of each operation's inputs
     stacks: bool = False  #: also the source lines that call each operation; large and slow
@@ -81,8 +82,9 @@ class Profiler:
             record_shapes=config.shapes,
             profile_memory=config.memory,
             with_stack=config.stacks,
-            # Rollouts that are generated ahead have a thread of their own.
-            experimental_config=_ExperimentalConfig(profile_all_threads=True),
+            # Rollouts that are generated ahead have a thread of their own. torch 2.13 records no memory with all threads;
+            # on CUDA the history has it.
+            experimental_config=_ExperimentalConfig(profile_all_threads=self._keeps_history or not config.memory),
         )
         self._profile.start()
 
