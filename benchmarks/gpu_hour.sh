@@ -68,7 +68,7 @@ part() { # NAME LIMIT NEEDS COMMAND…: NEEDS are names joined by commas, or -
     timeout --kill-after=10 "$limit" "$@" > "$log" 2>&1 < /dev/null
     status=$?
     case $status in
-        0) record "$name" pass $((SECONDS - begun)) "$(tail -n 1 "$log")" ;;
+        0) record "$name" pass $((SECONDS - begun)) "$(tail -n 1 "$log" | tr -s " ")" ;;
         124 | 137) record "$name" FAIL $((SECONDS - begun)) "not done after $limit s; see $log" ;;
         *) record "$name" FAIL $((SECONDS - begun)) "status $status; see $log" ;;
     esac

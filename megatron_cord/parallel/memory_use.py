@@ -11,7 +11,7 @@ _GB = 1e9  #: of all figures, as GPUs are sold and as `cord plan` prints
 
 def reset_peak() -> None:
     """Let the device's peaks begin anew from what is held now."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -22,7 +22,7 @@ def peak_memory() -> dict[str, float]:
     `memory_peak_gb` of tensors, and `memory_reserved_gb` of what torch took from the device for them.
     """
     peaks = {"memory_host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GB}  # Linux: KiB
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         peaks["memory_peak_gb"] = torch.cuda.max_memory_allocated() / _GB
         peaks["memory_reserved_gb"] = torch.cuda.max_memory_reserved() / _GB
     return peaks

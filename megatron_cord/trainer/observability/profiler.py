@@ -82,8 +82,8 @@ class Profiler:
             record_shapes=config.shapes,
             profile_memory=config.memory,
             with_stack=config.stacks,
-            # Rollouts that are generated ahead have a thread of their own. torch 2.13 records no memory with all threads;
-            # on CUDA the history has it.
+            # Rollouts that are generated ahead have a thread of their own. With all threads torch 2.13 records no
+            # memory, which on CUDA the history has.
             experimental_config=_ExperimentalConfig(profile_all_threads=self._keeps_history or not config.memory),
         )
         self._profile.start()

@@ -33,7 +33,7 @@ def test_a_phase_is_as_long_as_its_kernels() -> None:
     phases = Phases()
     begun = time.perf_counter()
     with phases.phase("kernels"):
-        torch.cuda._sleep(CYCLES)
+        torch.cuda._sleep(CYCLES)  # type: ignore[no-untyped-call]
     queued = time.perf_counter() - begun
     with phases.phase("waiting"):
         torch.cuda.synchronize()
@@ -44,7 +44,7 @@ def test_a_phase_is_as_long_as_its_kernels() -> None:
 
 def test_copies_to_pinned_memory_are_ordered() -> None:
     """Catches hidden states on the host that are read back before they are there, and memory that is not pinned."""
-    torch.cuda._sleep(CYCLES)
+    torch.cuda._sleep(CYCLES)  # type: ignore[no-untyped-call]
     values = torch.arange(1 << 20, device="cuda", dtype=torch.float32)
     host = _on_host(values)
     assert host.is_pinned()
@@ -53,7 +53,7 @@ def test_copies_to_pinned_memory_are_ordered() -> None:
 
 def test_work_of_another_thread_waits_for_what_it_needs() -> None:
     """Catches a stream of its own that starts before the tensors it reads are computed."""
-    torch.cuda._sleep(CYCLES)
+    torch.cuda._sleep(CYCLES)  # type: ignore[no-untyped-call]
     values = torch.ones(1 << 20, device="cuda")
     read: list[float] = []
     on_own_stream(values.device, lambda: read.append(float(values.sum())))()
