@@ -17,6 +17,7 @@ from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.observability.profiler import ProfileConfig, Profiler
 from tests.tiny_run import overrides
 from tests.trainer.test_train import alone
+from tests.trainer.test_train_ends import broken_inputs
 
 PHASES = ("rollout", "reward", "update", "teacher", "forward_backward", "optimizer", "weight_sync", "record")
 
@@ -57,8 +58,9 @@ def test_a_trace_has_the_phases_and_all_threads(inputs: Path, tmp_path: Path) ->
 
 def test_a_step_that_fails_leaves_its_trace(inputs: Path, tmp_path: Path) -> None:
     """Catches a profile that is lost with the step that it was to explain."""
-    with pytest.raises(CordError, match="logprob mismatch"):
-        alone(inputs, tmp_path / "run", "train.profile.steps=[1]", "rollout.max_logprob_mismatch=1e-30")
+    broken = broken_inputs(inputs, tmp_path / "inputs")
+    with pytest.raises(CordError, match="2 steps in a row had no finite loss"):
+        alone(broken, tmp_path / "run", "train.profile.steps=[2]", "train.max_skipped_in_a_row=2")
     (path,) = (tmp_path / "run" / "profile").iterdir()
     assert {"rollout", "update", "record"} <= spans_of(read_trace(path)).keys()
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_cord.data.samples import Prompt
-from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
+from megatron_cord.parallel.layout import Layout, ParallelConfig, initialize
 from megatron_cord.rollout.types import Rollout, ScoredRollout, VersionSpan
 from megatron_cord.trainer.observability.throughput import StepWork, measure_throughput
 from megatron_cord.trainer.step.batches import TrainingSequence
@@ -23,21 +23,19 @@ def utilise(work: StepWork, seconds: float) -> dict[str, float]:
     return {"sequences": float(work.sequences), "clips": float(work.clips), "update": seconds}
 
 
-def measure(rank: int, tp: int, passes: int) -> dict[str, float]:
+def measure(rank: int, tp: int) -> dict[str, float]:
     """Measure a step whose second rank is slower, and has twice the work where it is another replica."""
     layout = initialize(ParallelConfig(tp=tp), seed=0)
     own = StepWork(*(2 * value for value in OWN.__dict__.values())) if layout.dp_rank else OWN
     seconds = {"generate": 2.0, "teacher": 0.5, "forward_backward": 1.0, "update": 2.0}
     slower = {f"seconds_{name}": value * (1 + rank) for name, value in seconds.items()}
-    metrics = measure_throughput(own, slower | {"seconds": 10.0}, passes, layout, utilise)
-    finalize()
-    return metrics
+    return measure_throughput(own, slower | {"seconds": 10.0}, 1, layout, utilise)
 
 
 @pytest.mark.parametrize(("tp", "replicas"), [(2, 1), (1, 3)], ids=["one replica", "two replicas, one twice as large"])
 def test_replicas_add_up_and_the_slowest_rank_counts(tp: int, replicas: int) -> None:
     """Catches tokens counted once a tensor-parallel rank, and rates of the rank that waits for others."""
-    first, second = run_ranks(measure, 2, tp, 1)
+    first, second = run_ranks(measure, 2, tp)
     assert first.pop("memory_host_gb") == second.pop("memory_host_gb") > 0
     assert first == second == {
         "tokens_generated": 100 * replicas,
@@ -53,9 +51,8 @@ def test_replicas_add_up_and_the_slowest_rank_counts(tp: int, replicas: int) -> 
     }  # fmt: skip
 
 
-def test_passes_and_phases_without_tokens(one_rank: None) -> None:
+def test_passes_and_phases_without_tokens(layout: Layout) -> None:
     """Catches a rate of one pass for the seconds of two, and rates of zero where nothing was generated or taught."""
-    layout = initialize(ParallelConfig(), seed=0)
     seconds = dict.fromkeys(("seconds_teacher", "seconds_forward_backward", "seconds_update", "seconds"), 1.0)
     idle = replace(OWN, generated_tokens=0, scored=0, teacher_tokens=0)
     metrics = measure_throughput(idle, seconds, 2, layout, utilise)
