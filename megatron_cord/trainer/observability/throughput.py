@@ -74,8 +74,7 @@ def measure_throughput(
         layout: this rank's place.
         utilise: returns the metrics of utilisation, from the work of all ranks and the seconds of its updates.
     """
-    work = _sum_over_replicas(own, layout)
-    largest = _largest({**seconds, **peak_memory()}, layout)
+    work, largest = _over_ranks(own, {**seconds, **peak_memory()}, layout)
     tokens = {
         "generate": work.generated_tokens,
         "teacher": passes * work.teacher_tokens,
@@ -94,16 +93,13 @@ def measure_throughput(
     return metrics | {name: value for name, value in largest.items() if name.startswith("memory_")}
 
 
-def _sum_over_replicas(own: StepWork, layout: Layout) -> StepWork:
-    """Add up what each replica has; its ranks all have the same."""
-    counts = torch.tensor(list(asdict(own).values()), dtype=torch.int64, device=layout.device)
-    if dist.get_rank(layout.replica_group):
-        counts.zero_()
-    dist.all_reduce(counts)
-    return StepWork(*counts.tolist())
-
-
-def _largest(values: Mapping[str, float], layout: Layout) -> dict[str, float]:
-    largest = torch.tensor(list(values.values()), dtype=torch.float64, device=layout.device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return dict(zip(values, largest.tolist(), strict=True))
+def _over_ranks(own: StepWork, values: Mapping[str, float], layout: Layout) -> tuple[StepWork, dict[str, float]]:
+    """Return the sum of all replicas' work, and the largest of each value, by a single exchange."""
+    first_of_replica = dist.get_rank(layout.replica_group) == 0  # the others have the same work
+    counts = [count * first_of_replica for count in asdict(own).values()]
+    mine = torch.tensor([*counts, *values.values()], dtype=torch.float64, device=layout.device)
+    gathered = mine.new_empty(layout.world_size, len(mine))
+    dist.all_gather(list(gathered.unbind()), mine)
+    columns = list(zip(*gathered.tolist(), strict=True))
+    work = StepWork(*(round(sum(column)) for column in columns[: len(counts)]))
+    return work, {name: max(column) for name, column in zip(values, columns[len(counts) :], strict=True)}

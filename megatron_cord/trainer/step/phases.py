@@ -16,6 +16,7 @@ class Phases:
 
     def __init__(self) -> None:
         self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self._last: Any = None  # the event behind all others
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -26,11 +27,11 @@ class Phases:
             yield
         end.record()
         self._spans[name].append((begin, end))
+        self._last = end
 
     def seconds(self) -> dict[str, float]:
-        """Return `seconds_PHASE` of all phases so far. It waits until the device has ended them."""
-        for spans in self._spans.values():
-            spans[-1][1].synchronize()
+        """Return `seconds_PHASE` of all phases so far, at least one. It waits until the device has ended them."""
+        self._last.synchronize()
         return {
             f"seconds_{name}": sum(begin.elapsed_time(end) for begin, end in spans) / 1000
             for name, spans in self._spans.items()
