@@ -54,7 +54,7 @@ record() { # NAME STATUS SECONDS REASON
 }
 
 part() { # NAME LIMIT NEEDS COMMAND…: NEEDS are names joined by commas, or -
-    local name=$1 limit=$2 needs=$3 need left begun status log
+    local name=$1 limit=$2 needs=$3 need left begun status log says
     shift 3
     [ -z "$LISTING" ] || { NAMES="$NAMES $name"; return 0; }
     [[ -z $CHOSEN || $CHOSEN == *",$name,"* ]] || return 0
@@ -66,9 +66,9 @@ part() { # NAME LIMIT NEEDS COMMAND…: NEEDS are names joined by commas, or -
     [ $left -lt "$limit" ] && limit=$left
     begun=$SECONDS log=$OUTPUT/$name.log
     timeout --kill-after=10 "$limit" "$@" > "$log" 2>&1 < /dev/null
-    status=$?
+    status=$? says=$(tail -n 1 "$log" | tr -s ' ')
     case $status in
-        0) record "$name" pass $((SECONDS - begun)) "$(tail -n 1 "$log" | tr -s " ")" ;;
+        0) record "$name" pass $((SECONDS - begun)) "${says//"$WORK/run"/$OUTPUT}" ;;
         124 | 137) record "$name" FAIL $((SECONDS - begun)) "not done after $limit s; see $log" ;;
         *) record "$name" FAIL $((SECONDS - begun)) "status $status; see $log" ;;
     esac
@@ -101,8 +101,9 @@ all_parts() {
         "data.evaluation=$WORK/heldout" evaluation.interval=0 evaluation.max_new_tokens=4 evaluation.scored=2 \
         train.steps=3 'train.profile={steps: [3], memory: true}' checkpoint.interval=0 metrics.tensorboard=false \
         objective.token_weights.top_k=2 "${TRAIN[@]}"
-    [ -e "$WORK/run/metrics.jsonl" ] && cp "$WORK/run/metrics.jsonl" "$OUTPUT"
-    [ -e "$WORK/run/profile" ] && cp -r "$WORK/run/profile" "$OUTPUT"
+    for kept in metrics.jsonl report.html profile; do
+        [ -e "$WORK/run/$kept" ] && cp -r "$WORK/run/$kept" "$OUTPUT"
+    done
     part loss-time 100 - "$PYTHON" -m benchmarks.loss layer "${BENCHMARK[@]}" --results "$OUTPUT/loss.json"
     part loss-memory 100 - "$PYTHON" -m benchmarks.loss memory "${BENCHMARK[@]}" --results "$OUTPUT/loss.json"
     part server 120 sglang "$PYTHON" -m benchmarks.gpu_hour.server "$WORK/checkpoint" "$SGLANG_PYTHON" "$OUTPUT/server.json"
@@ -115,7 +116,7 @@ for name in ${CHOSEN//,/ }; do
 done
 # Figures of an earlier run must not pass for those of this one.
 for name in $NAMES; do rm -f "$OUTPUT/$name.log"; done
-rm -rf "$OUTPUT"/{metrics.jsonl,loss.json,server.json,profile,summary.json,summary.md}
+rm -rf "$OUTPUT"/{metrics.jsonl,report.html,loss.json,server.json,profile,summary.json,summary.md}
 : > "$RECORD"
 LISTING='' SECONDS=0
 all_parts

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.figures import publish
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Sample
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
@@ -24,6 +23,7 @@ from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.server.process import ServerConfig, SglangServer
 from megatron_cord.rollout.types import GenerationRequest
 from megatron_cord.runtime import entry
+from megatron_cord.runtime.files import write_json
 
 PROMPTS, NEW_TOKENS = 32, 48
 START_SECONDS = 100.0
@@ -62,7 +62,8 @@ def main() -> int:
         finally:
             server.stop()
             finalize()
-    publish({"seconds_until_ready": round(start, 1), "tokens_per_second": round(rates[-1], 1)}, file)
+    write_json(file, {"seconds_until_ready": round(start, 1), "tokens_per_second": round(rates[-1], 1)})
+    print(f"ready after {start:.1f} s; {rates[-1]:.1f} tokens a second")
     return 0
 
 
