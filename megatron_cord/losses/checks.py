@@ -23,14 +23,16 @@ def check_matrix(name: str, tensor: Tensor, device: torch.device) -> None:
         raise CordError(f"{name} is on {tensor.device}, but target_ids is on {device}; move them together")
 
 
-def check_targets(target_ids: Tensor, num_tokens: int, vocab_size: int) -> None:
-    """Refuse all but int64 [N], each in [0, vocab_size)."""
+def check_targets(target_ids: Tensor, num_tokens: int, vocab_size: int, *, values: bool = True) -> None:
+    """Refuse all but int64 [N], each in [0, vocab_size); without ``values`` look at type and shape alone."""
     if target_ids.dtype != torch.int64:
         raise CordError(f"target_ids must be int64, but is {target_ids.dtype}")
     if tuple(target_ids.shape) != (num_tokens,):
         raise CordError(
             f"target_ids must have shape [{num_tokens}], one for each token, but has {list(target_ids.shape)}"
         )
+    if not values:
+        return
     outside = (target_ids < 0) | (target_ids >= vocab_size)
     if outside.any():
         index = first_index(outside)

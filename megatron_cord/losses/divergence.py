@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cord.errors import CordError
+from megatron_cord.losses import checks
 from megatron_cord.losses.autograd import DivergenceFromLogits, apply_function
 from megatron_cord.losses.checks import (
     check_cu_seqlens,
     check_distributions,
     check_matrix,
-    check_targets,
     check_temperature,
     check_vocabulary,
 )
@@ -196,6 +196,7 @@ def distillation_loss(
     chunk_tokens: int | None = None,
     backend: str = "auto",
     check_finite: bool = True,
+    check_targets: bool = True,
 ) -> tuple[Tensor, TokenStats]:
     """Return the loss that ``chunk_loss`` makes of all tokens, and their statistics without gradient.
 
@@ -220,12 +221,14 @@ def distillation_loss(
         sequence_parallel: whether hidden states are split over the ranks.
         implementation: "fused", "cached_grad", "recompute" or "auto"; "fused" is impossible without a teacher, where
             recompute is taken.
-        cu_seqlens: integers [B+1]; chunks then hold whole sequences. None: a chunk ends anywhere.
+        cu_seqlens: integers [B+1], best in host memory; chunks then hold whole sequences. None: a chunk ends anywhere.
         splittable: whether ``chunk_loss`` may be called for a part of the tokens. False under context parallelism,
             where a response's weights need the tokens of other ranks; "fused" is then refused.
         chunk_tokens: tokens a chunk.
         backend: what computes.
         check_finite: whether NaN is refused.
+        check_targets: whether targets outside the vocabulary are refused, for which the host waits for the device;
+            False for a caller that has looked at them on the host. What they lead to is undefined then.
 
     Raises:
         CordError: as ``divergence_from_hidden``; "fused" where it is impossible.
@@ -242,6 +245,7 @@ def distillation_loss(
             chunk_tokens=chunk_tokens,
             backend=backend,
             check_finite=check_finite,
+            check_targets=check_targets,
         )
         return chunk_loss(stats, slice(0, len(target_ids))), stats.detach()
     divergence = make_divergence(kind, beta=beta, k=k)
@@ -249,6 +253,7 @@ def distillation_loss(
         (student_hidden, student_weight, teacher_hidden, teacher_weight, target_ids),
         (divergence, temperature, vocab_size, tp_group, backend),
         sequence_parallel,
+        check_targets,
     )
     chunks = _chunks(inputs, shard, chunk_tokens, cu_seqlens)
     chosen = _choose(implementation, inputs, shard, can_fuse=splittable)
@@ -272,6 +277,7 @@ def token_logprobs_from_hidden(
     chunk_tokens: int | None = None,
     backend: str = "auto",
     check_finite: bool = True,
+    check_targets: bool = True,
 ) -> TokenStats:
     """Return entropy and log-probabilities of the student alone: ``divergence_from_hidden`` without a teacher.
 
@@ -286,6 +292,7 @@ def token_logprobs_from_hidden(
         chunk_tokens: tokens a chunk.
         backend: what computes.
         check_finite: whether NaN is refused.
+        check_targets: as in ``distillation_loss``.
 
     Returns:
         entropy and student_logprob, differentiable; kl is 0, and teacher_logprob the student's own.
@@ -297,6 +304,7 @@ def token_logprobs_from_hidden(
         (hidden, weight, None, None, target_ids),
         (NO_TEACHER, temperature, vocab_size, tp_group, backend),
         sequence_parallel,
+        check_targets,
     )
     stats = GlobalStats(*apply_function(Recompute, *inputs, shard, _chunks(inputs, shard, chunk_tokens, None)))
     return _token_stats(stats._replace(divergence=stats.divergence.detach()), check_finite)
@@ -309,7 +317,7 @@ _Definition = tuple[Divergence, float, int | None, dist.ProcessGroup | None, str
 
 
 def _hidden_inputs(
-    inputs: _Inputs, definition: _Definition, sequence_parallel: bool
+    inputs: _Inputs, definition: _Definition, sequence_parallel: bool, check_values: bool = True
 ) -> tuple[_Inputs, VocabularyShard]:
     """Check hidden states and weights, gather them under sequence parallelism, and describe this rank's columns."""
     student_hidden, student_weight, teacher_hidden, teacher_weight, target_ids = inputs
@@ -334,7 +342,16 @@ def _hidden_inputs(
         teacher_hidden = None if teacher_hidden is None else gather_tokens(teacher_hidden, tp_group)
     shape = (student_hidden.shape[0], student_weight.shape[0])
     shard = _make_shard(
-        divergence, temperature, vocab_size, tp_group, target_ids, shape, dtypes, backend, sequence_parallel
+        divergence,
+        temperature,
+        vocab_size,
+        tp_group,
+        target_ids,
+        shape,
+        dtypes,
+        backend,
+        sequence_parallel,
+        check_values,
     )
     return (student_hidden, student_weight, teacher_hidden, teacher_weight, target_ids), shard
 
@@ -380,13 +397,14 @@ def _make_shard(
     dtypes: set[torch.dtype],
     backend: str,
     sequence_parallel: bool = False,
+    check_values: bool = True,
 ) -> VocabularyShard:
     """Check what all public functions share, and describe this rank's columns; ``shape`` is [N, V/TP]."""
     check_temperature(temperature)
     num_tokens, columns = shape
     rank, num_ranks = (0, 1) if tp_group is None else (dist.get_rank(tp_group), dist.get_world_size(tp_group))
     true_size = check_vocabulary(vocab_size, columns * num_ranks)
-    check_targets(target_ids, num_tokens, true_size)
+    checks.check_targets(target_ids, num_tokens, true_size, values=check_values)
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     return VocabularyShard(
         divergence=divergence,

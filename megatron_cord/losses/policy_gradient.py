@@ -154,7 +154,12 @@ def truncated_importance_weights(
     if level == "sequence":
         sequence = response_of_token(student_logprob, cu_seqlens)
         log_ratio = log_ratio.new_zeros(len(cu_seqlens) - 1).index_add(0, sequence, log_ratio)[sequence]
-    return log_ratio.clamp(max=math.log(cap)).exp()  # truncated before exp, which then cannot overflow
+    return truncated_ratio(log_ratio, cap)
+
+
+def truncated_ratio(log_ratio: Tensor, cap: float) -> Tensor:
+    """Return min(e^x, cap) of [N], without gradient; truncated before exp, which then cannot overflow."""
+    return log_ratio.detach().clamp(max=math.log(cap)).exp()
 
 
 def sampled_reverse_kl(student_logprob: Tensor, teacher_logprob: Tensor, importance_weights: Tensor) -> Tensor:

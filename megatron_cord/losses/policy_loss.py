@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cord.losses.cord import sequence_loss
-from megatron_cord.losses.policy_gradient import PolicyGradientConfig, truncated_importance_weights
+from megatron_cord.losses.policy_gradient import PolicyGradientConfig, truncated_ratio
 from megatron_cord.losses.responses import response_means, response_of_token
 from megatron_cord.losses.surrogates import cispo_terms, clipped_terms, sequence_ratio, token_ratio
 
@@ -68,12 +68,13 @@ def policy_loss(
         loss, ratios = _reinforce(config, tokens, count), None
     else:
         loss, ratios = _surrogate(config, tokens, count, cp_group)
-    return (loss * torch.nan if broken.any() else loss), ratios  # NaN: nothing to learn from
+    # NaN: nothing to learn from. A branch would wait for the device.
+    return loss * torch.where(broken.any(), torch.nan, 1.0), ratios
 
 
 def importance_weights(logprob: Tensor, tokens: PolicyTokens, cap: float) -> Tensor:
     """Return ρ_t = min(p / p_engine, cap), [N]; where the engine has no log-probability, a number to be replaced."""
-    return truncated_importance_weights(logprob, tokens.engine_logprob.nan_to_num(), tokens.cu_seqlens, cap=cap)
+    return truncated_ratio(logprob - tokens.engine_logprob.nan_to_num().to(logprob.dtype), cap)
 
 
 def _reinforce(config: PolicyGradientConfig, tokens: PolicyTokens, count: int) -> Tensor:
@@ -117,12 +118,12 @@ def _length_of_token(tokens: PolicyTokens) -> Tensor:
 def _ratio_stats(config: PolicyGradientConfig, ratio: Tensor, advantages: Tensor) -> RatioStats:
     """Return statistics of the tokens with an advantage; clipped is what has no gradient, of CISPO what is bounded."""
     counted = advantages != 0
-    ratio, advantages = ratio[counted].double(), advantages[counted]
     high = ratio > 1.0 + config.clip_high
     low = ratio < 1.0 - config.clip_low
     if config.surrogate == "cispo":
-        low = torch.zeros_like(low)
+        low, high = torch.zeros_like(low), high & counted
     else:
         low, high = low & (advantages < 0), high & (advantages > 0)
-    sums = torch.stack([ratio.new_tensor(float(len(ratio))), ratio.sum(), low.double().sum(), high.double().sum()])
+    ratio = torch.where(counted, ratio, 0.0).double()  # selecting the counted ones would wait for their number
+    sums = torch.stack([counted.double().sum(), ratio.sum(), low.double().sum(), high.double().sum()])
     return RatioStats(sums, ratio.max() if len(ratio) else ratio.new_zeros(()))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_cord.errors import CordError
 from megatron_cord.losses.checks import check_cu_seqlens
+from megatron_cord.parallel.transfers import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,7 @@ class Responses:
     sequence: Tensor  #: int64 [M], which of the B sequences
     position: Tensor  #: int64 [M], from 0
     length: Tensor  #: int64 [M], of the token's sequence
+    num_sequences: int  #: B
     mine: Tensor | None  #: int64 [N], where this rank's tokens are; None: all of them, in order
 
     def take(self, values: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ def whole_responses(
     Args:
         kl: [N].
         cu_seqlens: integers [B+1]; sequence i is the tokens [cu_seqlens[i], cu_seqlens[i+1]) of this rank. A sequence
-            may be empty here.
+            may be empty here. In host memory they are checked without waiting for the device.
         entropy: [N], on all ranks or on none.
         positions: int64 [N], each token's position in its whole response, from 0; needed with ``cp_group``.
         cp_group: the ranks that share the sequences; all pass the same B sequences in the same order.
@@ -66,10 +68,10 @@ def whole_responses(
             raise CordError(f"{name} has shape {list(tensor.shape)}, but kl {list(kl.shape)}")
     kl = kl.detach()
     entropy = None if entropy is None else entropy.detach().to(kl.dtype)
-    cu_seqlens = cu_seqlens.to(device=kl.device, dtype=torch.int64)
+    cu_seqlens = to_device(cu_seqlens.long(), kl.device)
     if cp_group is None or dist.get_world_size(cp_group) == 1:
-        sequence, position, length = _locate(cu_seqlens)
-        return Responses(kl, entropy, sequence, position, length, None)
+        sequence, position, length = _locate(cu_seqlens, len(kl))
+        return Responses(kl, entropy, sequence, position, length, len(cu_seqlens) - 1, None)
     if positions is None:
         raise CordError("positions is needed with cp_group: the position of each of this rank's tokens in its response")
     return _from_all_ranks(kl, entropy, cu_seqlens, positions.to(kl.device), cp_group)
@@ -86,12 +88,12 @@ def _from_all_ranks(
     padded[:, : kl.shape[0]] = torch.stack(columns)
     gathered = _gather(padded, ranks, group)  # [CP, columns, most]
     numbers = torch.cat([gathered[rank, :, :count] for rank, count in enumerate(counts)], dim=1)  # [columns, M]
-    sequences = torch.cat([_locate(one)[0] for one in all_cu_seqlens])
+    sequences = torch.cat([_locate(one, count)[0] for one, count in zip(all_cu_seqlens, counts, strict=True)])
     by_position = torch.argsort(numbers[1], stable=True)
     order = by_position[torch.argsort(sequences[by_position], stable=True)]
     numbers = numbers[:, order]
     lengths = all_cu_seqlens.diff(dim=1).sum(0)
-    sequence, position, length = _locate(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+    sequence, position, length = _locate(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), sum(counts))
     wrong = numbers[1] != position
     if wrong.any():
         raise CordError(
@@ -107,6 +109,7 @@ def _from_all_ranks(
         sequence,
         position,
         length,
+        len(lengths),
         place[first : first + counts[me]],
     )
 
@@ -114,8 +117,7 @@ def _from_all_ranks(
 def response_of_token(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Return of each of the tokens [N] the index of its response; int64 [N]."""
     check_cu_seqlens(cu_seqlens, tokens.shape[0])
-    lengths = cu_seqlens.to(tokens.device).diff()
-    return torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), lengths)
+    return _sequence_of_token(to_device(cu_seqlens, tokens.device).diff(), len(tokens))
 
 
 def response_means(
@@ -145,12 +147,18 @@ def rank_in_response(responses: Responses, score: Tensor) -> Tensor:
     return rank
 
 
-def _locate(cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _locate(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return of each token, int64 [N]: its sequence, its position there from 0, and that sequence's length."""
     lengths = cu_seqlens.diff()
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
-    position = torch.arange(len(sequence), device=cu_seqlens.device) - cu_seqlens[sequence]
+    sequence = _sequence_of_token(lengths, num_tokens)
+    position = torch.arange(num_tokens, device=cu_seqlens.device) - cu_seqlens[sequence]
     return sequence, position, lengths[sequence]
+
+
+def _sequence_of_token(lengths: Tensor, num_tokens: int) -> Tensor:
+    """Return int64 [N] from [B]; the number of tokens, known on the host, would have to be read from the device."""
+    numbers = torch.arange(len(lengths), device=lengths.device)
+    return torch.repeat_interleave(numbers, lengths, output_size=num_tokens)
 
 
 def _gather(mine: Tensor, ranks: int, group: dist.ProcessGroup) -> Tensor:

@@ -147,8 +147,8 @@ def _normalised(responses: Responses, values: Tensor) -> Tensor:
 
 def _per_sequence(responses: Responses, values: Tensor, how: str) -> Tensor:
     """Return a response's sum, amin or amax, for each of its tokens."""
-    sequences = int(responses.sequence[-1]) + 1 if len(values) else 0
-    total = values.new_zeros(sequences).scatter_reduce(0, responses.sequence, values, how, include_self=False)
+    zeros = values.new_zeros(responses.num_sequences)
+    total = zeros.scatter_reduce(0, responses.sequence, values, how, include_self=False)
     return total[responses.sequence]
 
 

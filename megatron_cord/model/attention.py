@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_cord.parallel.sequence_sharding import natural_order, zigzag_rows
+from megatron_cord.parallel.transfers import to_device
 
 
 @dataclass
@@ -38,9 +39,14 @@ def packed_sequences(cu_seqlens: tuple[int, ...], device: torch.device) -> Packe
     """Describe the sequences [cu_seqlens[i], cu_seqlens[i+1]).
 
     They include padding, which stands behind the real tokens, so that these do not attend to it.
+
+    Args:
+        cu_seqlens: B + 1 numbers.
+        device: where the layers read them as tensors: transformer-engine's kernels do on the GPU. Megatron's unfused
+            rotary embedding makes numbers of them for each layer, which on the host costs no wait.
     """
     lengths = [end - start for start, end in pairwise(cu_seqlens)]
-    on_device = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+    on_device = to_device(torch.tensor(cu_seqlens, dtype=torch.int32), device)
     longest = max(lengths)
     return PackedSequences(
         qkv_format="thd",
@@ -113,11 +119,11 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
         ranks, rank = self.cp_group.size(), self.cp_group.rank()
         size = key.shape[-1]
         both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.cp_group)
-        both = both.index_select(0, natural_order(cu_seqlens, ranks).to(both.device))
+        both = both.index_select(0, to_device(natural_order(cu_seqlens, ranks), both.device))
         pieces = []
         for start, end in pairwise(cu_seqlens):
             mine = zigzag_rows((0, end - start), ranks, rank)
-            seen = (torch.arange(end - start)[None] <= mine[:, None]).to(query.device)
+            seen = torch.arange(end - start, device=query.device)[None] <= to_device(mine, query.device)[:, None]
             here = query[start // ranks : end // ranks]
             pieces.append(
                 _attend(here, both[start:end, ..., :size], both[start:end, ..., size:], seen, is_causal=False)

@@ -32,8 +32,9 @@ from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.attention import packed_sequences
 from megatron_cord.model.config import LayerConfig
 from megatron_cord.model.encoder import AudioEncoder
-from megatron_cord.model.transformer import block_spec, language_config
+from megatron_cord.model.transformer import block_spec, language_config, uses_transformer_engine
 from megatron_cord.parallel.layout import Layout
+from megatron_cord.parallel.transfers import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +44,12 @@ class ModelInput:
     Attributes:
         token_ids: int64 [B, S], right-padded; packed, [1, T], the sequences one after the other.
         features: float32 [C, mels, frames] of all clips in the batch's order; None without audio.
-        num_frames: int64 [C], valid frames of each clip; None without audio.
+        num_frames: int64 [C] in host memory, valid frames of each clip; None without audio.
         sample_ids: B names, for errors.
         cu_seqlens: B + 1 numbers from 0 to T: where each packed sequence begins, its padding included; None for a
             padded microbatch.
+        host_token_ids: token_ids in host memory, where placeholders are found without waiting for the device; None:
+            they are read from the device.
     """
 
     token_ids: Tensor
@@ -54,6 +57,7 @@ class ModelInput:
     num_frames: Tensor | None
     sample_ids: tuple[str, ...]
     cu_seqlens: tuple[int, ...] | None = None
+    host_token_ids: Tensor | None = None
 
 
 class _HiddenStateGPT(GPTModel):  # type: ignore[misc]
@@ -82,6 +86,7 @@ class LALM(MegatronModule):  # type: ignore[misc]
         super().__init__(config)
         self.arch, self.layout, self.layers = arch, layout, layers
         self.pre_process, self.post_process = layout.is_first_stage, layout.is_last_stage
+        self._cu_seqlens_device = layout.device if uses_transformer_engine(layers) else torch.device("cpu")
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = arch.language.tied_embeddings
         self.audio_encoder: AudioEncoder | None = None
@@ -139,10 +144,10 @@ class LALM(MegatronModule):  # type: ignore[misc]
             decoder_input = self._embed(batch)
             if self.layout.config.cp > 1:
                 rows = self.layout.sequence_sharding.rows(batch.cu_seqlens or (0, decoder_input.shape[0]))
-                decoder_input = decoder_input.index_select(0, rows.to(decoder_input.device))
+                decoder_input = decoder_input.index_select(0, to_device(rows, decoder_input.device))
             if self.config.sequence_parallel:
                 decoder_input = scatter_to_sequence_parallel_region(decoder_input, group=self.layout.tp_group)
-        packed = None if batch.cu_seqlens is None else packed_sequences(batch.cu_seqlens, batch.token_ids.device)
+        packed = None if batch.cu_seqlens is None else packed_sequences(batch.cu_seqlens, self._cu_seqlens_device)
         hidden: Tensor = self.language_model(
             batch.token_ids, None, None, decoder_input=decoder_input, packed_seq_params=packed
         )
@@ -158,13 +163,14 @@ class LALM(MegatronModule):  # type: ignore[misc]
 
         Args:
             features: float32 [C, mels, frames].
-            num_frames: int64 [C], valid frames of each clip.
+            num_frames: int64 [C] in host memory, valid frames of each clip.
         """
         assert self.audio_encoder is not None
         assert self.adapter is not None
-        audio: Tensor = self.adapter(self.audio_encoder(features, num_frames))  # [C, tokens of the window, H]
-        tokens = self.arch.num_audio_tokens(num_frames)  # [C]
-        return audio[torch.arange(audio.shape[1], device=audio.device)[None] < tokens[:, None]]
+        frames = to_device(num_frames, features.device)
+        audio: Tensor = self.adapter(self.audio_encoder(features, frames))  # [C, tokens of the window, H]
+        is_token = torch.arange(audio.shape[1])[None] < self.arch.num_audio_tokens(num_frames)[:, None]
+        return audio.flatten(0, 1).index_select(0, to_device(_true_rows(is_token), audio.device))
 
     def _embed(self, batch: ModelInput) -> Tensor:
         """Return word embeddings [S, B, H] with audio features in the placeholders' rows."""
@@ -178,7 +184,8 @@ class LALM(MegatronModule):  # type: ignore[misc]
                 )
             return embedded
         tokens = [] if batch.num_frames is None else self.arch.num_audio_tokens(batch.num_frames).tolist()
-        is_placeholder = torch.eq(batch.token_ids, self.arch.audio_token_id)  # [B, S]
+        token_ids = batch.token_ids.cpu() if batch.host_token_ids is None else batch.host_token_ids
+        is_placeholder = torch.eq(token_ids, self.arch.audio_token_id)  # [B, S], on the host
         _check_placeholders(_placeholders_per_sample(is_placeholder, batch.cu_seqlens), tokens, batch.sample_ids)
         if batch.features is None:
             return embedded
@@ -186,8 +193,13 @@ class LALM(MegatronModule):  # type: ignore[misc]
         audio = self.encode_audio(batch.features, batch.num_frames)
         sequence, size, hidden = embedded.shape
         rows = embedded.transpose(0, 1).reshape(-1, hidden)
-        rows = rows.index_copy(0, is_placeholder.reshape(-1).nonzero().squeeze(1), audio.to(rows.dtype))
+        rows = rows.index_copy(0, to_device(_true_rows(is_placeholder), rows.device), audio.to(rows.dtype))
         return rows.reshape(size, sequence, hidden).transpose(0, 1).contiguous()
+
+
+def _true_rows(mask: Tensor) -> Tensor:
+    """Return int64 [n], where a mask in host memory is true, its dimensions taken as one."""
+    return mask.reshape(-1).nonzero().squeeze(1)
 
 
 def _placeholders_per_sample(is_placeholder: Tensor, cu_seqlens: tuple[int, ...] | None) -> list[int]:

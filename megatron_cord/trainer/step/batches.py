@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from megatron_cord.data.samples import Prompt
+from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import ModelInput
 from megatron_cord.parallel.sequence_sharding import SequenceSharding
+from megatron_cord.parallel.transfers import to_device
 from megatron_cord.rollout.types import Rollout, ScoredRollout
 from megatron_cord.trainer.step.packing import pack
 from megatron_cord.trainer.step.token_layout import Rows, pack_sequences, pad_sequences, round_up
@@ -96,7 +98,7 @@ class Microbatch:
         teacher, teacher_rows: the same for the teacher; None if none is asked. Its n may be another.
         target_ids: int64 [n], the response's tokens.
         positions: int64 [n], where in its response each is, from 0.
-        cu_seqlens: int64 [B + 1], where each response begins among the n.
+        cu_seqlens: int64 [B + 1] in host memory, where each response begins among the n.
         lengths: int64 [B], of the whole responses.
         engine_logprobs: float32 [n].
         advantages: float32 [B].
@@ -124,9 +126,29 @@ class Microbatch:
         return self.sequences[0].response.distilled
 
     @property
+    def rewarded(self) -> bool:
+        """Whether any of its sequences has a part in L_seq."""
+        return any(s.response.advantage for s in self.sequences)
+
+    @property
     def num_tokens(self) -> int:
         """N."""
         return sum(len(s.rollout.token_ids) for s in self.sequences)
+
+
+def check_responses(sequences: Sequence[TrainingSequence], vocab_size: int) -> None:
+    """Refuse responses with tokens outside the vocabulary, while they are still on the host.
+
+    Raises:
+        CordError: an engine with another vocabulary.
+    """
+    for sequence in sequences:
+        outside = [token for token in sequence.rollout.token_ids if not 0 <= token < vocab_size]
+        if outside:
+            raise CordError(
+                f"sample {sequence.student.sample_id}: the response has token {outside[0]}, outside the vocabulary "
+                f"[0, {vocab_size}); the engine's checkpoint must be the trainer's"
+            )
 
 
 def make_microbatches(
@@ -182,21 +204,22 @@ def _microbatch(
         teacher, teacher_rows = lay_out(prompts, responses, pad_id, sharding, device)
     lengths = torch.tensor([len(r) for r in responses])
     response_cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    tokens = torch.arange(int(response_cu_seqlens[-1])) if student_rows.tokens is None else student_rows.tokens.cpu()
+    tokens = torch.arange(int(response_cu_seqlens[-1])) if student_rows.tokens is None else student_rows.tokens
     sequence = torch.repeat_interleave(lengths)  # of each of the N tokens
     counts = sequence[tokens].bincount(minlength=len(sequences))
+    target_ids = torch.tensor([t for r in responses for t in r], dtype=torch.int64)
+    engine_logprobs = torch.tensor([p for s in sequences for p in s.rollout.logprobs], dtype=torch.float32)
+    advantages = torch.tensor([s.response.advantage for s in sequences], dtype=torch.float32)
     return Microbatch(
         student=student,
         student_rows=student_rows,
         teacher=teacher,
         teacher_rows=teacher_rows,
-        target_ids=torch.tensor([t for r in responses for t in r], dtype=torch.int64)[tokens].to(device),
-        positions=(tokens - response_cu_seqlens[sequence[tokens]]).to(device),
-        cu_seqlens=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(device),
-        lengths=lengths.to(device),
-        engine_logprobs=torch.tensor([p for s in sequences for p in s.rollout.logprobs], dtype=torch.float32)[
-            tokens
-        ].to(device),
-        advantages=torch.tensor([s.response.advantage for s in sequences], dtype=torch.float32, device=device),
+        target_ids=to_device(target_ids[tokens], device),
+        positions=to_device(tokens - response_cu_seqlens[sequence[tokens]], device),
+        cu_seqlens=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+        lengths=to_device(lengths, device),
+        engine_logprobs=to_device(engine_logprobs[tokens], device),
+        advantages=to_device(advantages, device),
         sequences=sequences,
     )

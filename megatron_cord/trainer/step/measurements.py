@@ -40,7 +40,7 @@ def measure_step(
                 loss.token.double(),
                 loss.sequence.double(),
                 entropy.double().sum(),
-                torch.tensor(float(entropy.numel()), dtype=torch.float64, device=entropy.device),
+                entropy.new_full((), entropy.numel(), dtype=torch.float64),
             ]
         )
     dist.all_reduce(sums)

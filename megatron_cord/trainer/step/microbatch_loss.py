@@ -97,7 +97,10 @@ def microbatch_loss(
         cu_seqlens=batch.cu_seqlens if alone else None,
         splittable=alone,
         backend=config.backend,
-        check_finite=False,  # a distribution that is not finite makes a loss that is not, and the step is skipped
+        # A distribution that is not finite makes a loss that is not, and the step is skipped; the targets were checked
+        # before they went to the device.
+        check_finite=False,
+        check_targets=False,
     )
     weights = [term.weights for term in terms if term.weights is not None]
     ratios = [term.ratios for term in terms if term.ratios is not None]
@@ -115,7 +118,7 @@ def microbatch_loss(
 class _Responses:
     """Whole responses of a microbatch: n tokens, b responses."""
 
-    cu_seqlens: Tensor  #: int64 [b + 1]
+    cu_seqlens: Tensor  #: int64 [b + 1], in host memory
     positions: Tensor  #: int64 [n], in their responses
     lengths: Tensor  #: int64 [b], of the whole responses
     old_logprobs: Tensor | None  #: [n], before the step's first update; None: there is one update
@@ -137,7 +140,7 @@ def _responses(config: ObjectiveConfig, batch: Microbatch, rows: slice) -> _Resp
         batch.engine_logprobs[rows],
         batch.advantages[first:last],
         batch.scored,
-        config.policy_gradient.enabled and bool(batch.advantages.any()),
+        config.policy_gradient.enabled and batch.rewarded,
     )
 
 

@@ -17,7 +17,13 @@ from torch import Tensor
 from megatron_cord.losses import token_logprobs_from_hidden
 from megatron_cord.model.lalm import LALM
 from megatron_cord.rollout.types import ScoredRollout, TokenResults
-from megatron_cord.trainer.step.batches import Batching, Microbatch, TrainingSequence, make_microbatches
+from megatron_cord.trainer.step.batches import (
+    Batching,
+    Microbatch,
+    TrainingSequence,
+    check_responses,
+    make_microbatches,
+)
 from megatron_cord.trainer.step.measurements import measure_step
 from megatron_cord.trainer.step.microbatch_loss import MicrobatchLoss, microbatch_loss
 from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig
@@ -137,8 +143,9 @@ class TrainStep:
             teacher_hidden = self.teacher.hidden_states(microbatches)
         with phases.phase("forward_backward"):
             losses = self._forward_backward(microbatches, teacher_hidden, counts, objective)
+        totals = [loss.total.detach() for loss in losses]
         finite = self._everywhere(
-            all(bool(torch.isfinite(loss.total)) for loss in losses) and gradients_are_finite(self.model)
+            (not totals or bool(torch.stack(totals).isfinite().all())) and gradients_are_finite(self.model)
         )
         if not finite:
             return losses, None
@@ -148,6 +155,7 @@ class TrainStep:
         return losses, float(grad_norm or 0.0)
 
     def _microbatches(self, sequences: Sequence[TrainingSequence]) -> list[Microbatch]:
+        check_responses(sequences, self.lalm.arch.language.vocab_size)
         return make_microbatches(
             sequences, self.batches, self.pad_id, self.layout.sequence_sharding, self.layout.device
         )
@@ -165,6 +173,7 @@ class TrainStep:
                 tp_group=self.layout.tp_group,
                 backend=self.objective.backend,
                 check_finite=False,  # the update that follows is skipped
+                check_targets=False,  # checked before they went to the device
             )
             old.append(stats.student_logprob.detach())
             return stats.student_logprob.new_zeros(())
@@ -226,7 +235,7 @@ class TrainStep:
 
             def loss_func(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.student_rows.rows)
-                return loss_of(batch, teacher, rows), torch.tensor(1, device=hidden.device), {}
+                return loss_of(batch, teacher, rows), torch.ones((), dtype=torch.int64, device=hidden.device), {}
 
             return model(batch.student), loss_func
 

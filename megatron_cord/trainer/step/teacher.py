@@ -17,6 +17,7 @@ from megatron_cord.convert import read_into
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
+from megatron_cord.parallel.transfers import to_device, to_host
 from megatron_cord.trainer.step.batches import Microbatch
 from megatron_cord.trainer.step.moving_average import MovingAverage
 from megatron_cord.trainer.step.token_layout import Rows
@@ -99,6 +100,8 @@ class Teacher:
             for each microbatch [n, H] on the last stage, of the tokens that this rank's student scores, in host memory
             with ``offload``; None on other stages and for a microbatch without a teacher's input.
         """
+        if self.average is not None:
+            self.average.wait()  # the student's next update, too, must not overtake the average of the last one
         taught = [m for m in microbatches if m.teacher is not None]
         if not taught:
             return [None] * len(microbatches)
@@ -112,8 +115,8 @@ class Teacher:
                 if batch.student_rows.tokens is not None:
                     # Prompts differ in length, so the tokens are split over the ranks differently than the student's.
                     whole = whole_tokens(rows, batch.teacher_rows, batch.num_tokens, self.model.layout.cp_group)
-                    rows = whole.index_select(0, batch.student_rows.tokens)
-                return hidden.new_zeros(()), torch.tensor(0), {"hidden": _on_host(rows) if self.offload else rows}
+                    rows = whole.index_select(0, to_device(batch.student_rows.tokens, whole.device))
+                return hidden.new_zeros(()), torch.tensor(0), {"hidden": to_host(rows) if self.offload else rows}
 
             return model(batch.teacher), collect
 
@@ -134,12 +137,7 @@ def whole_tokens(values: Tensor, rows: Rows, num_tokens: int, cp_group: dist.Pro
     """Gather [N, …] of each context-parallel rank's [n, …], without gradient, on all of them. Collective."""
     if rows.tokens is None:
         return values.detach()
-    whole = values.new_zeros(num_tokens, *values.shape[1:]).index_copy(0, rows.tokens, values.detach())
+    tokens = to_device(rows.tokens, values.device)
+    whole = values.new_zeros(num_tokens, *values.shape[1:]).index_copy(0, tokens, values.detach())
     dist.all_reduce(whole, group=cp_group)
     return whole
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    """Copy to pinned host memory without blocking; a later copy back on the same stream is ordered after it."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-    return host.copy_(tensor, non_blocking=True)

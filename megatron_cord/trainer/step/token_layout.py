@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_cord.data.samples import Prompt
 from megatron_cord.model.lalm import ModelInput
 from megatron_cord.parallel.sequence_sharding import SequenceSharding
+from megatron_cord.parallel.transfers import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,8 @@ class Rows:
 
     Attributes:
         rows: int64 [n], rows of the hidden states, flattened from [S/CP, B] (packed: [T/CP, 1]).
-        tokens: int64 [n], which of the microbatch's N tokens they predict, ascending; None for all of them in order.
+        tokens: int64 [n] in host memory, which of the microbatch's N tokens they predict, ascending; None for all of
+            them in order.
     """
 
     rows: Tensor
@@ -86,9 +88,10 @@ def _model_input(
     prompts: list[Prompt], token_ids: Tensor, cu_seqlens: tuple[int, ...] | None, device: torch.device
 ) -> ModelInput:
     clips = [clip for prompt in prompts for clip in prompt.clips]
-    features = torch.stack([clip.features for clip in clips]).to(device) if clips else None
-    frames = torch.tensor([clip.num_frames for clip in clips], device=device) if clips else None
-    return ModelInput(token_ids.to(device), features, frames, tuple(p.sample_id for p in prompts), cu_seqlens)
+    features = to_device(torch.stack([clip.features for clip in clips]), device) if clips else None
+    frames = torch.tensor([clip.num_frames for clip in clips]) if clips else None
+    names = tuple(p.sample_id for p in prompts)
+    return ModelInput(to_device(token_ids, device), features, frames, names, cu_seqlens, host_token_ids=token_ids)
 
 
 def _rows(
@@ -106,7 +109,7 @@ def _rows(
     local = here[torch.tensor(positions, dtype=torch.int64)]
     tokens = (local >= 0).nonzero().squeeze(1)
     rows = local * width + torch.tensor(columns, dtype=torch.int64)
-    return Rows(rows[tokens].to(device), None if sharding.cp == 1 else tokens.to(device))
+    return Rows(to_device(rows[tokens], device), None if sharding.cp == 1 else tokens)
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import all_gather_json
@@ -30,20 +32,25 @@ def gather_token_results(
     """
     mine: list[list[Any]] = []
     if losses and dist.get_rank(layout.tp_group) == 0:
-        for batch, loss in zip(microbatches, losses, strict=True):
-            fields, stats, taught = [], loss.stats, batch.teacher is not None
-            kl, teacher_logprob = (stats.kl, stats.teacher_logprob) if taught else (None, None)
-            student_logprob = stats.student_logprob if batch.old_logprobs is None else batch.old_logprobs
-            for values in (kl, loss.weights, student_logprob, teacher_logprob):
-                whole = (
-                    None
-                    if values is None
-                    else whole_tokens(values, batch.student_rows, batch.num_tokens, layout.cp_group)
-                )
-                fields.append(None if whole is None else whole.float().tolist())
+        tensors = [_fields(batch, loss, layout) for batch, loss in zip(microbatches, losses, strict=True)]
+        flat = [field for fields in tensors for field in fields if field is not None]
+        numbers = iter(torch.cat(flat).tolist())  # one read: each waits for the device
+        for batch, fields in zip(microbatches, tensors, strict=True):
+            lists = [None if field is None else list(islice(numbers, len(field))) for field in fields]
             borders = accumulate((len(s.rollout.token_ids) for s in batch.sequences), initial=0)
             for sequence, (start, end) in zip(batch.sequences, pairwise(borders), strict=True):
-                mine.append([sequence.index, *(None if f is None else f[start:end] for f in fields)])
+                mine.append([sequence.index, *(None if values is None else values[start:end] for values in lists)])
     if dist.get_rank(layout.cp_group) > 0:
         mine = []  # the first of them has the same
     return {index: TokenResults(*fields) for part in all_gather_json(mine) for index, *fields in part}
+
+
+def _fields(batch: Microbatch, loss: MicrobatchLoss, layout: Layout) -> list[Tensor | None]:
+    """Return kl, weight and both log-probabilities of a microbatch's N tokens, float32 [N]; None for what it lacks."""
+    stats, taught = loss.stats, batch.teacher is not None
+    kl, teacher_logprob = (stats.kl, stats.teacher_logprob) if taught else (None, None)
+    student_logprob = stats.student_logprob if batch.old_logprobs is None else batch.old_logprobs
+    return [
+        None if values is None else whole_tokens(values, batch.student_rows, batch.num_tokens, layout.cp_group).float()
+        for values in (kl, loss.weights, student_logprob, teacher_logprob)
+    ]

@@ -20,9 +20,9 @@ from megatron_cord.losses import (
 )
 from megatron_cord.losses.implementations import output_layer
 from megatron_cord.model.lalm import ModelInput
+from megatron_cord.parallel.transfers import to_host
 from megatron_cord.rollout.types import Rollout, ScoredRollout
 from megatron_cord.trainer.step import microbatch_loss as microbatch_loss_module
-from megatron_cord.trainer.step import teacher
 from megatron_cord.trainer.step.batches import Microbatch, TrainingSequence
 from megatron_cord.trainer.step.microbatch_loss import microbatch_loss
 from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig
@@ -138,5 +138,5 @@ def test_unknown_token_weights_are_refused() -> None:
 def test_hidden_states_survive_the_way_to_the_host() -> None:
     """Catches a copy of another type or order."""
     rows = torch.randn(5, 3, dtype=torch.float64).to(torch.bfloat16).T
-    copied = teacher._on_host(rows)
+    copied = to_host(rows)
     assert torch.equal(copied, rows) and copied.device.type == "cpu" and copied.dtype == torch.bfloat16

@@ -1,0 +1,369 @@
+"""The rules of CUDA and NCCL as two torch modes.
+
+`PythonView` is what Python code sees: ``device``, ``is_cuda``, ``to``, factories. `Operators` sees every operator,
+those of the autograd engine too, and refuses what CUDA and NCCL refuse: an operator on a host and a device tensor, a
+host tensor in a collective of NCCL, NumPy's view of device memory, host memory that a queued copy still writes, the
+device in a forked process. Both count what makes the host wait.
+
+Modes are per thread, and so is their state; `machine.install` enters them in every thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.pretend_gpu import streams
+from tests.pretend_gpu.memory import (
+    Transfer,
+    hosts_of,
+    is_pinned,
+    lies_on_device,
+    named_device,
+    note_transfer,
+    pin,
+    place,
+    storage_of,
+    tensors_of,
+    transfers_of,
+)
+from tests.pretend_gpu.record import RECORD
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+#: Operators that take host and device tensors together on real CUDA.
+_MIXED = {"copy_", "_to_copy", "lift_fresh", "set_", "_foreach_copy_", "detach", "alias", "resize_", "record_stream"}
+#: Operators whose result's size, or whose Python value, is read from the device.
+_WAITING = {
+    *("_local_scalar_dense", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive"),
+    *("is_nonzero", "equal", "bincount", "histc", "_pack_padded_sequence"),
+}
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+_TYPES = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+}
+#: Names of groups that were made with the backend gloo, which take host tensors.
+host_groups: set[str] = set()
+
+
+class _State(threading.local):
+    """Of one thread's modes."""
+
+    factories_on_device = False  #: where an operator without tensors puts what it makes
+    moving_to: bool | None = None  #: where `_to_copy` puts its result, in a call of Tensor.to
+    inside_distributed = False  #: gloo's own copies are not NCCL's
+
+
+_state = _State()
+
+
+@contextlib.contextmanager
+def _with(**values: Any) -> Iterator[None]:
+    before = {name: getattr(_state, name) for name in values}
+    vars(_state).update(values)
+    try:
+        yield
+    finally:
+        vars(_state).update(before)
+
+
+def factories_on_device() -> contextlib.AbstractContextManager[None]:
+    """Let operators without tensors make device tensors, as the autograd engine's do."""
+    return _with(factories_on_device=True)
+
+
+@contextlib.contextmanager
+def pretending() -> Iterator[None]:
+    """Put this thread under the rules."""
+    with PythonView(), Operators():
+        yield
+
+
+class PythonView(TorchFunctionMode):
+    """What Python sees of marked tensors."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        if name == "__get__":
+            return self._property(func, args)
+        if first is not None and first.device.type != "cpu":
+            return func(*args, **kwargs)
+        special = getattr(self, f"_{name.strip('_')}", None) if first is not None else None
+        if special is not None and name in _METHODS:
+            answer = special(func, first, args, kwargs)
+            if answer is not NotImplemented:
+                return answer
+        if name in ("mm", "addmm") and "out_dtype" in kwargs:
+            return _low_precision(name, args, kwargs)
+        return self._call(func, name, args, kwargs)
+
+    def _call(self, func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Call the function, with what it makes placed where its arguments say."""
+        asked = named_device(kwargs.get("device"))
+        if asked is not None:
+            kwargs["device"] = CPU
+        pinned = kwargs.pop("pin_memory", False)
+        given = tensors_of(args, kwargs)
+        if (getattr(func, "__module__", "") or "").startswith("torch.distributed"):
+            with _with(inside_distributed=True):
+                return func(*args, **kwargs)
+        if asked and name in ("tensor", "as_tensor") and not given:
+            RECORD.wait(f"torch.{name}(…, device=cuda): a copy from pageable memory")
+        if name == "new_tensor" and given and lies_on_device(given[0]):
+            RECORD.wait("new_tensor: a copy from pageable memory")
+        with _with(factories_on_device=any(map(lies_on_device, given)) if asked is None else asked):
+            out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and not any(out is tensor for tensor in given):
+            if asked is not None:
+                shared = any(storage_of(out) is storage_of(tensor) for tensor in given)
+                out = out.clone() if shared and name == "as_tensor" and asked != lies_on_device(given[0]) else out
+                place(out, on_device=asked)
+            if pinned:
+                pin(out)
+        return out
+
+    @staticmethod
+    def _property(func: Callable[..., Any], args: Sequence[Any]) -> Any:
+        name, tensor = getattr(getattr(func, "__self__", None), "__name__", ""), args[0]
+        if name not in ("device", "is_cuda", "is_cpu") or not isinstance(tensor, Tensor) or tensor.device.type != "cpu":
+            return func(*args)
+        on_device = lies_on_device(tensor)
+        return {"device": GPU if on_device else CPU, "is_cuda": on_device, "is_cpu": not on_device}[name]
+
+    # The methods of `_METHODS`, each (func, tensor, args, kwargs); NotImplemented leaves the call to torch.
+
+    @staticmethod
+    def _type(func: Any, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if len(args) > 1 or kwargs:
+            return NotImplemented
+        return _TYPES.get(func(tensor), func(tensor)) if lies_on_device(tensor) else func(tensor)
+
+    @staticmethod
+    def _get_device(func: Any, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return 0 if lies_on_device(tensor) else -1
+
+    @staticmethod
+    def _numpy(func: Any, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if lies_on_device(tensor):
+            RECORD.fault("TypeError: can't convert cuda:0 device type tensor to numpy")
+        _check_settled([tensor], [])
+        return NotImplemented
+
+    _array = _numpy
+
+    @staticmethod
+    def _tolist(func: Any, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if lies_on_device(tensor):
+            _wait_for_current_stream("tolist")
+        _check_settled([tensor], [])
+        return NotImplemented
+
+    @staticmethod
+    def _pin_memory(func: Any, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if lies_on_device(tensor):
+            RECORD.fault("RuntimeError: cannot pin 'torch.cuda.FloatTensor': only dense CPU tensors can be pinned")
+        pinned = tensor if is_pinned(tensor) else tensor.clone()
+        pin(pinned)
+        return pinned
+
+    @staticmethod
+    def _is_pinned(func: Any, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return is_pinned(tensor)
+
+    @staticmethod
+    def _repeat_interleave(func: Any, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        counted = len(args) < 2 or isinstance(args[1], Tensor)
+        if counted and lies_on_device(tensor) and kwargs.get("output_size") is None:
+            RECORD.wait("repeat_interleave without output_size")
+        return NotImplemented
+
+    @staticmethod
+    def _cuda(func: Any, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return _moved(tensor, True, tensor.dtype, non_blocking=bool(kwargs.get("non_blocking")), copy=False)
+
+    @staticmethod
+    def _cpu(func: Any, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return _moved(tensor, False, tensor.dtype, non_blocking=False, copy=False)
+
+    @staticmethod
+    def _to(func: Any, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        target, dtype = named_device(kwargs.get("device")), kwargs.get("dtype")
+        flags = []
+        for argument in args[1:]:
+            if isinstance(argument, Tensor):
+                target, dtype = lies_on_device(argument), argument.dtype
+            elif isinstance(argument, torch.dtype):
+                dtype = argument
+            elif isinstance(argument, bool):
+                flags.append(argument)
+            elif argument is not None:
+                target = named_device(argument)
+                if target is None:
+                    return NotImplemented  # meta
+        if named_device(kwargs.get("device")) is None and kwargs.get("device") is not None:
+            return NotImplemented
+        return _moved(
+            tensor,
+            lies_on_device(tensor) if target is None else target,
+            dtype or tensor.dtype,
+            non_blocking=bool(kwargs.get("non_blocking", flags[0] if flags else False)),
+            copy=bool(kwargs.get("copy", flags[1] if len(flags) > 1 else False)),
+        )
+
+
+_METHODS = {
+    *("type", "get_device", "numpy", "__array__", "tolist", "pin_memory", "is_pinned", "repeat_interleave"),
+    *("cuda", "cpu", "to"),
+}
+
+
+class Operators(TorchDispatchMode):
+    """What the operators are given."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        namespace, name = func._schema.name.split("::")
+        given = tensors_of(args, kwargs)
+        if any(tensor.device.type != "cpu" for tensor in given):
+            return func(*args, **kwargs)
+        if namespace == "c10d":
+            _check_collective(name, given, (args, kwargs))
+            return func(*args, **kwargs)
+        on_device = [lies_on_device(tensor) for tensor in given]
+        if any(on_device):
+            _check_mixture(func, name, given, args, on_device)
+            if name in _WAITING or (name in _INDEXING and _reads_mask(name, args)):
+                _wait_for_current_stream({"_local_scalar_dense": "item, bool, int or float"}.get(name, name))
+        if name == "copy_" and not _state.inside_distributed and on_device[0] != on_device[1]:
+            non_blocking = bool(kwargs.get("non_blocking", len(args) > 2 and args[2]))
+            host, device = (given[1], given[0]) if on_device[0] else (given[0], given[1])
+            if host.dim() or on_device[1]:
+                _note_copy(host, device, to_device=on_device[0], non_blocking=non_blocking)
+        elif name not in ("detach", "alias", "_to_copy") and not func.is_view:
+            _check_settled([t for t, there in zip(given, on_device, strict=True) if not there], _written(func, args))
+        out = func(*args, **kwargs)
+        where = any(on_device) if given else _state.factories_on_device
+        if name == "_to_copy" and _state.moving_to is not None:
+            where = _state.moving_to
+        storages = [storage_of(tensor) for tensor in given]
+        for made in tensors_of(out):
+            storage = storage_of(made)
+            if storage is not None and not any(storage is other for other in storages):
+                storage.on_device = where
+        return out
+
+
+def _check_mixture(func: Any, name: str, given: list[Tensor], args: Sequence[Any], on_device: list[bool]) -> None:
+    """Refuse host and device tensors in one operator; device tensors in a process that was forked."""
+    if os.getpid() != RECORD.pid:
+        RECORD.fault(f"RuntimeError: {func._schema.name} on a device tensor: cannot use CUDA in a forked subprocess")
+    if all(on_device) or name in _MIXED:
+        return
+    hosts = list(hosts_of(given))
+    if hosts and name in _INDEXING and on_device[0]:
+        _wait_for_current_stream("index of a device tensor by a host tensor: a copy from pageable memory")
+    elif hosts:
+        shapes = [tuple(host.shape) for host in hosts]
+        RECORD.fault(f"RuntimeError: {func._schema.name} on tensors of cuda:0 and of the cpu, {shapes}")
+
+
+def _reads_mask(name: str, args: Sequence[Any]) -> bool:
+    """Return whether an index is a mask, whose ones are counted; a scalar put by a mask is a masked_fill."""
+    if not any(index.dtype in (torch.bool, torch.uint8) for index in tensors_of(args[1:2])):
+        return False
+    return name == "index" or not (isinstance(args[2], Tensor) and args[2].numel() == 1 and not lies_on_device(args[2]))
+
+
+def _check_collective(name: str, given: list[Tensor], arguments: Any) -> None:
+    """Refuse host tensors in NCCL's collectives and device tensors in those of groups of gloo."""
+    leaves = torch.utils._pytree.tree_leaves(arguments)
+    groups = [leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in str(leaf._type())]
+    names = [dist.ProcessGroup.unbox(group).group_name for group in groups]
+    takes_hosts = any(name in host_groups for name in names)
+    for tensor in given:
+        if tensor.numel() and name != "barrier" and lies_on_device(tensor) == takes_hosts:
+            backend, kind = ("gloo", "device") if takes_hosts else ("NCCL", "host")
+            RECORD.fault(f"{backend} {name} of a {kind} tensor {tuple(tensor.shape)} {tensor.dtype}")
+
+
+def _check_settled(read: list[Tensor], written: list[Tensor]) -> None:
+    """Refuse host memory that a queued copy still writes, or, to be written, that one still reads."""
+    for tensor in read:
+        if any(transfer.host == "written" for transfer in transfers_of(tensor)):
+            RECORD.fault(f"a race: host memory {tuple(tensor.shape)} is used before its copy from the device is done")
+    for tensor in written:
+        if not lies_on_device(tensor) and transfers_of(tensor):
+            RECORD.fault(f"a race: host memory {tuple(tensor.shape)} is written before its copy is done")
+
+
+def _written(func: Any, args: Sequence[Any]) -> list[Tensor]:
+    """Return the positional tensors that an operator writes to."""
+    return [
+        value
+        for argument, value in zip(func._schema.arguments, args, strict=False)
+        if isinstance(value, Tensor) and argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def _wait_for_current_stream(kind: str) -> None:
+    RECORD.wait(kind)
+    streams.finish(streams.current_stream().transfers)
+
+
+def _note_copy(host: Tensor, device: Tensor, *, to_device: bool, non_blocking: bool) -> None:
+    """Count a copy that the host waits for; queue one that it does not, in order with earlier ones of that memory."""
+    stream = streams.current_stream()
+    for earlier in transfers_of(host):
+        if earlier not in stream.transfers and "written" in (earlier.host, "read" if to_device else "written"):
+            RECORD.fault(f"a race: two streams copy host memory {tuple(host.shape)} without a wait between them")
+    if non_blocking and is_pinned(host):
+        transfer = Transfer("read" if to_device else "written")
+        note_transfer(host, transfer)
+        stream.transfers.add(transfer)
+        return
+    where = "pinned" if is_pinned(host) else "pageable"
+    _wait_for_current_stream(f"copy {'to' if to_device else 'from'} the device, {where} memory")
+
+
+def _moved(tensor: Tensor, target: bool, dtype: torch.dtype, *, non_blocking: bool, copy: bool) -> Tensor:
+    """Return what Tensor.to returns."""
+    here = lies_on_device(tensor)
+    if target == here and dtype == tensor.dtype:
+        return tensor.clone() if copy else tensor
+    with _with(moving_to=target):
+        moved: Tensor = torch.ops.aten._to_copy.default(tensor, dtype=dtype)
+    if target != here and not (here and non_blocking):
+        host, device = (tensor, moved) if target else (moved, tensor)
+        _note_copy(host, device, to_device=target, non_blocking=non_blocking)
+    elif target != here:  # torch pins what it copies to without blocking
+        pin(moved)
+        _note_copy(moved, tensor, to_device=False, non_blocking=True)
+    return moved
+
+
+def _low_precision(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """Compute products with ``out_dtype``, which torch has on CUDA alone."""
+    dtype, out = kwargs.pop("out_dtype"), kwargs.pop("out", None)
+    if not all(lies_on_device(tensor) for tensor in tensors_of(args)):
+        RECORD.fault(f"RuntimeError: {name} with out_dtype of host tensors")
+    if out is not None and out.dtype != dtype:
+        RECORD.fault(f"RuntimeError: {name} into {out.dtype}, but out_dtype is {dtype}")
+    result: Tensor = getattr(torch, name)(*(a.to(dtype) if isinstance(a, Tensor) else a for a in args), **kwargs)
+    place(result, on_device=True)
+    return result if out is None else out.copy_(result)
