@@ -12,17 +12,19 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from tests.pretend_gpu.budgets import BUDGETS, Budget
 from tests.pretend_gpu.record import RECORD, ROOT, PretendError
 
 #: What a rank can run, by name: module and function, which takes the job's arguments.
 WORK = {
     "train": "tests.pretend_gpu.work:run_training",
     "evaluate": "tests.pretend_gpu.work:run_evaluation",
+    "weight_sync": "tests.pretend_gpu.work:run_weight_sync",
 }
 
 
@@ -45,12 +47,26 @@ class Outcome:
         faults: what CUDA or NCCL would have refused, with the line.
         waits: of the host for the device.
         microbatches: made, by phase.
+        steps: in which there was each phase.
     """
 
     error: str
     faults: list[str]
     waits: list[Wait]
-    microbatches: dict[str, int] = field(default_factory=dict)
+    microbatches: dict[str, int]
+    steps: dict[str, int]
+
+    def check_waits(self, budgets: Mapping[str, Budget] = BUDGETS) -> None:
+        """Check the host's waits in each phase against its budget.
+
+        Raises:
+            AssertionError: a phase waits more often; with the lines, the most frequent first.
+        """
+        for phase, budget in budgets.items():
+            allowed = budget.step * self.steps.get(phase, 0) + budget.microbatch * self.microbatches.get(phase, 0)
+            assert self.waits_in(phase) <= allowed, (
+                f"{self.waits_in(phase)} waits in phase {phase}, where {allowed} are allowed:\n{self.table(phase)}"
+            )
 
     def waits_in(self, phase: str) -> int:
         """Return the waits of a phase."""
@@ -101,10 +117,7 @@ class Jobs:
               file=self._process.stdin, flush=True)  # fmt: skip
         line = self._process.stdout.readline()
         assert line, "the process that forks the ranks has ended"
-        return [
-            Outcome(found["error"], found["faults"], [Wait(*wait) for wait in found["waits"]], found["microbatches"])
-            for found in json.loads(line)
-        ]
+        return [Outcome(**found | {"waits": [Wait(*wait) for wait in found["waits"]]}) for found in json.loads(line)]
 
 
 def main() -> None:
@@ -135,7 +148,7 @@ def _fork_ranks(job: dict[str, Any]) -> list[dict[str, Any]]:
             ranks.append(pid)
         for pid in ranks:
             os.waitpid(pid, 0)
-        ended = {"error": "the rank ended without a report", "faults": [], "waits": [], "microbatches": {}}
+        ended = {"error": "the rank ended without a report", "faults": [], "waits": [], "microbatches": {}, "steps": {}}
         return [json.loads(file.read_text()) if file.exists() else ended for file in files]
 
 
@@ -168,6 +181,7 @@ def _be_rank(rank: int, port: int, job: dict[str, Any], file: Path) -> None:
         "faults": [f"{what} @ {line} ({times}×)" for (what, line), times in RECORD.faults.items()],
         "waits": [[*key, times] for key, times in RECORD.waits.items()],
         "microbatches": dict(RECORD.microbatches),
+        "steps": RECORD.steps,
     }
     file.write_text(json.dumps(found))
     os._exit(0)

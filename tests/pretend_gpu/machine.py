@@ -147,7 +147,7 @@ def observe_run() -> None:
     begin, make = Watchdog.phase, step.make_microbatches
 
     def phase(self: Watchdog, name: str, number: int) -> None:
-        RECORD.begin(name)
+        RECORD.begin(name, number)
         begin(self, name, number)
 
     def make_microbatches(*args: Any) -> Any:

@@ -7,20 +7,13 @@ lives, so views share it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-
-@dataclass(eq=False)
-class Transfer:
-    """A copy between pinned memory and the device that was queued and not waited for."""
-
-    host: Literal["written", "read"]  #: what it does to the host's memory
-    done: bool = False  #: the host has waited for it
+from tests.pretend_gpu.streams import Moment
 
 
 def tensors_of(*values: Any) -> list[Tensor]:
@@ -61,15 +54,23 @@ def is_pinned(tensor: Tensor) -> bool:
     return bool(getattr(storage_of(tensor), "pinned", False))
 
 
-def note_transfer(host: Tensor, transfer: Transfer) -> None:
-    """Remember a copy that reads or writes host memory later."""
-    storage = storage_of(host)
-    storage.transfers = [*transfers_of(host), transfer]
+def note_use(tensor: Tensor, moment: Moment, *, writes: bool) -> None:
+    """Remember that queued work reads or writes the tensor's memory, on the device or, by a copy, on the host."""
+    storage = storage_of(tensor)
+    if storage is None:
+        return
+    if writes:
+        storage.written, storage.read = moment, {}
+    else:
+        storage.read = getattr(storage, "read", {}) | {moment.stream: moment}
 
 
-def transfers_of(host: Tensor) -> list[Transfer]:
-    """Return the copies that still read or write this memory."""
-    return [transfer for transfer in getattr(storage_of(host), "transfers", ()) if not transfer.done]
+def earlier_uses(tensor: Tensor, *, writes: bool) -> list[Moment]:
+    """Return the queued work that a new use of the memory must come after: the last write, and reads before a write."""
+    storage = storage_of(tensor)
+    written = getattr(storage, "written", None)
+    reads = list(getattr(storage, "read", {}).values()) if writes else []
+    return reads if written is None else [written, *reads]
 
 
 def named_device(value: Any) -> bool | None:

@@ -2,8 +2,8 @@
 
 `PythonView` is what Python code sees: ``device``, ``is_cuda``, ``to``, factories. `Operators` sees every operator,
 those of the autograd engine too, and refuses what CUDA and NCCL refuse: an operator on a host and a device tensor, a
-host tensor in a collective of NCCL, NumPy's view of device memory, host memory that a queued copy still writes, the
-device in a forked process. Both count what makes the host wait.
+host tensor in a collective of NCCL, NumPy's view of device memory, memory that work queued on another stream, or a copy
+that was not waited for, still uses, the device in a forked process. Both count what makes the host wait.
 
 Modes are per thread, and so is their state; `machine.install` enters them in every thread.
 """
@@ -22,21 +22,20 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.pretend_gpu import streams
 from tests.pretend_gpu.memory import (
-    Transfer,
+    earlier_uses,
     hosts_of,
     is_pinned,
     lies_on_device,
     named_device,
-    note_transfer,
+    note_use,
     pin,
     place,
     storage_of,
     tensors_of,
-    transfers_of,
 )
 from tests.pretend_gpu.record import RECORD
+from tests.pretend_gpu.streams import current_stream, wait_for_current_stream
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 #: Operators that take host and device tensors together on real CUDA.
@@ -46,6 +45,7 @@ _WAITING = {
     *("_local_scalar_dense", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive"),
     *("is_nonzero", "equal", "bincount", "histc", "_pack_padded_sequence"),
 }
+_WITHOUT_MEMORY = {"detach", "alias", "lift_fresh", "set_", "resize_"}  #: neither read nor written here
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 _TYPES = {
     "torch.FloatTensor": "torch.cuda.FloatTensor",
@@ -160,7 +160,7 @@ class PythonView(TorchFunctionMode):
     def _numpy(func: Any, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if lies_on_device(tensor):
             RECORD.fault("TypeError: can't convert cuda:0 device type tensor to numpy")
-        _check_settled([tensor], [])
+        _check_host_use(tensor, writes=False)
         return NotImplemented
 
     _array = _numpy
@@ -168,8 +168,8 @@ class PythonView(TorchFunctionMode):
     @staticmethod
     def _tolist(func: Any, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if lies_on_device(tensor):
-            _wait_for_current_stream("tolist")
-        _check_settled([tensor], [])
+            wait_for_current_stream("tolist")
+        _check_host_use(tensor, writes=False)
         return NotImplemented
 
     @staticmethod
@@ -244,19 +244,25 @@ class Operators(TorchDispatchMode):
             return func(*args, **kwargs)
         if namespace == "c10d":
             _check_collective(name, given, (args, kwargs))
+            _use_on_device([tensor for tensor in given if lies_on_device(tensor)], written=given)
             return func(*args, **kwargs)
         on_device = [lies_on_device(tensor) for tensor in given]
         if any(on_device):
             _check_mixture(func, name, given, args, on_device)
             if name in _WAITING or (name in _INDEXING and _reads_mask(name, args)):
-                _wait_for_current_stream({"_local_scalar_dense": "item, bool, int or float"}.get(name, name))
-        if name == "copy_" and not _state.inside_distributed and on_device[0] != on_device[1]:
+                wait_for_current_stream({"_local_scalar_dense": "item, bool, int or float"}.get(name, name))
+        written = _written(func, args, kwargs)
+        if name == "copy_" and on_device[0] != on_device[1]:
             non_blocking = bool(kwargs.get("non_blocking", len(args) > 2 and args[2]))
             host, device = (given[1], given[0]) if on_device[0] else (given[0], given[1])
-            if host.dim() or on_device[1]:
-                _note_copy(host, device, to_device=on_device[0], non_blocking=non_blocking)
-        elif name not in ("detach", "alias", "_to_copy") and not func.is_view:
-            _check_settled([t for t, there in zip(given, on_device, strict=True) if not there], _written(func, args))
+            _copy(host, device, to_device=on_device[0], non_blocking=non_blocking)
+        elif (
+            not func.is_view and name not in _WITHOUT_MEMORY and not (name == "_to_copy" and _changes_place(on_device))
+        ):
+            _use_on_device([t for t, there in zip(given, on_device, strict=True) if there], written)
+            for tensor, there in zip(given, on_device, strict=True):
+                if not there:
+                    _check_host_use(tensor, writes=any(tensor is other for other in written))
         out = func(*args, **kwargs)
         where = any(on_device) if given else _state.factories_on_device
         if name == "_to_copy" and _state.moving_to is not None:
@@ -266,7 +272,14 @@ class Operators(TorchDispatchMode):
             storage = storage_of(made)
             if storage is not None and not any(storage is other for other in storages):
                 storage.on_device = where
+                if where:
+                    note_use(made, current_stream().queue(), writes=True)
         return out
+
+
+def _changes_place(on_device: list[bool]) -> bool:
+    """Return whether a call of Tensor.to moves its tensor, which `_moved` then queues as a copy."""
+    return _state.moving_to is not None and _state.moving_to != on_device[0]
 
 
 def _check_mixture(func: Any, name: str, given: list[Tensor], args: Sequence[Any], on_device: list[bool]) -> None:
@@ -277,7 +290,7 @@ def _check_mixture(func: Any, name: str, given: list[Tensor], args: Sequence[Any
         return
     hosts = list(hosts_of(given))
     if hosts and name in _INDEXING and on_device[0]:
-        _wait_for_current_stream("index of a device tensor by a host tensor: a copy from pageable memory")
+        wait_for_current_stream("index of a device tensor by a host tensor: a copy from pageable memory")
     elif hosts:
         shapes = [tuple(host.shape) for host in hosts]
         RECORD.fault(f"RuntimeError: {func._schema.name} on tensors of cuda:0 and of the cpu, {shapes}")
@@ -302,43 +315,50 @@ def _check_collective(name: str, given: list[Tensor], arguments: Any) -> None:
             RECORD.fault(f"{backend} {name} of a {kind} tensor {tuple(tensor.shape)} {tensor.dtype}")
 
 
-def _check_settled(read: list[Tensor], written: list[Tensor]) -> None:
-    """Refuse host memory that a queued copy still writes, or, to be written, that one still reads."""
-    for tensor in read:
-        if any(transfer.host == "written" for transfer in transfers_of(tensor)):
-            RECORD.fault(f"a race: host memory {tuple(tensor.shape)} is used before its copy from the device is done")
-    for tensor in written:
-        if not lies_on_device(tensor) and transfers_of(tensor):
-            RECORD.fault(f"a race: host memory {tuple(tensor.shape)} is written before its copy is done")
-
-
-def _written(func: Any, args: Sequence[Any]) -> list[Tensor]:
-    """Return the positional tensors that an operator writes to."""
-    return [
-        value
-        for argument, value in zip(func._schema.arguments, args, strict=False)
-        if isinstance(value, Tensor) and argument.alias_info is not None and argument.alias_info.is_write
-    ]
-
-
-def _wait_for_current_stream(kind: str) -> None:
-    RECORD.wait(kind)
-    streams.finish(streams.current_stream().transfers)
-
-
-def _note_copy(host: Tensor, device: Tensor, *, to_device: bool, non_blocking: bool) -> None:
-    """Count a copy that the host waits for; queue one that it does not, in order with earlier ones of that memory."""
-    stream = streams.current_stream()
-    for earlier in transfers_of(host):
-        if earlier not in stream.transfers and "written" in (earlier.host, "read" if to_device else "written"):
-            RECORD.fault(f"a race: two streams copy host memory {tuple(host.shape)} without a wait between them")
-    if non_blocking and is_pinned(host):
-        transfer = Transfer("read" if to_device else "written")
-        note_transfer(host, transfer)
-        stream.transfers.add(transfer)
+def _use_on_device(used: list[Tensor], written: list[Tensor]) -> None:
+    """Queue work on device tensors, behind earlier uses of their memory or refused."""
+    if not used:
         return
-    where = "pinned" if is_pinned(host) else "pageable"
-    _wait_for_current_stream(f"copy {'to' if to_device else 'from'} the device, {where} memory")
+    for tensor in used:
+        writes = any(tensor is other for other in written)
+        if not all(moment.is_before_next for moment in earlier_uses(tensor, writes=writes)):
+            RECORD.fault(f"a race: another stream still uses {tuple(tensor.shape)}; this one has not waited for it")
+    moment = current_stream().queue()
+    for tensor in used:
+        note_use(tensor, moment, writes=any(tensor is other for other in written))
+
+
+def _check_host_use(tensor: Tensor, *, writes: bool) -> None:
+    """Refuse host memory that a queued copy still writes or, to be written, that one still reads."""
+    if not all(moment.is_done for moment in earlier_uses(tensor, writes=writes)):
+        RECORD.fault(f"a race: host memory {tuple(tensor.shape)} is used before the host waited for its copy")
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors that an operator writes to."""
+    named = [
+        kwargs.get(argument.name) if argument.kwarg_only else args[place] if place < len(args) else None
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return tensors_of(named)
+
+
+def _copy(host: Tensor, device: Tensor, *, to_device: bool, non_blocking: bool) -> None:
+    """Queue a copy; the host waits for it unless it is non-blocking and from or to pinned memory."""
+    if _state.inside_distributed or (to_device and host.dim() == 0):
+        return  # a number as an argument of a kernel
+    waits = not (non_blocking and is_pinned(host))
+    if waits:
+        _check_host_use(host, writes=not to_device)
+    elif not all(moment.is_before_next for moment in earlier_uses(host, writes=not to_device)):
+        RECORD.fault(f"a race: two streams copy host memory {tuple(host.shape)} without a wait between them")
+    _use_on_device([device], [device] if to_device else [])
+    if waits:
+        where = "pinned" if is_pinned(host) else "pageable"
+        wait_for_current_stream(f"copy {'to' if to_device else 'from'} the device, {where} memory")
+    else:
+        note_use(host, current_stream().queue(), writes=not to_device)
 
 
 def _moved(tensor: Tensor, target: bool, dtype: torch.dtype, *, non_blocking: bool, copy: bool) -> Tensor:
@@ -348,12 +368,11 @@ def _moved(tensor: Tensor, target: bool, dtype: torch.dtype, *, non_blocking: bo
         return tensor.clone() if copy else tensor
     with _with(moving_to=target):
         moved: Tensor = torch.ops.aten._to_copy.default(tensor, dtype=dtype)
-    if target != here and not (here and non_blocking):
+    if target != here:
+        if here and non_blocking:
+            pin(moved)  # as torch does with memory that it copies to without blocking
         host, device = (tensor, moved) if target else (moved, tensor)
-        _note_copy(host, device, to_device=target, non_blocking=non_blocking)
-    elif target != here:  # torch pins what it copies to without blocking
-        pin(moved)
-        _note_copy(moved, tensor, to_device=False, non_blocking=True)
+        _copy(host, device, to_device=target, non_blocking=non_blocking)
     return moved
 
 

@@ -34,6 +34,7 @@ class Record:
         self.microbatches: Counter[str] = Counter()
         self.pid = os.getpid()
         self._phase = "start"
+        self._begun: set[tuple[str, int]] = set()
         self._lock = threading.Lock()
 
     @property
@@ -42,9 +43,15 @@ class Record:
         thread = threading.current_thread()
         return self._phase if thread is threading.main_thread() else f"thread {thread.name.rstrip('0123456789_-')}"
 
-    def begin(self, phase: str) -> None:
-        """Begin a phase of the main thread."""
+    def begin(self, phase: str, step: int) -> None:
+        """Begin a phase of a step, in the main thread."""
         self._phase = phase
+        self._begun.add((phase, step))
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """In how many steps there was each phase."""
+        return dict(Counter(phase for phase, _ in self._begun))
 
     def fault(self, what: str) -> None:
         """Count a fault and raise it."""

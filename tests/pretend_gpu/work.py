@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.evaluate import evaluate
-from megatron_cord.parallel.layout import finalize
+from megatron_cord.model.families import load_architecture
+from megatron_cord.model.lalm import LALM
+from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint
+from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig, build_weight_sync
+from megatron_cord.rollout.weights import ShardedModelWeights
 from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
+from tests.rollout.sglang.fake_sglang import FakeServer
 
 torch.set_num_threads(1)
 
@@ -28,14 +33,15 @@ def run_evaluation(settings: Sequence[str]) -> None:
     finalize()
 
 
-def leave_device_in_child(_: Sequence[str]) -> None:
-    """Use the device in a forked process, as an asynchronous checkpoint must not; for the rules' own tests."""
-    tensor = torch.ones(2, device="cuda")
-    child = os.fork()
-    if child == 0:
-        try:
-            tensor.add(1)
-        except RuntimeError:
-            os._exit(3)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+def run_weight_sync(arguments: Sequence[str]) -> None:
+    """Send all weights of a checkpoint, in many buckets, to a server by files, which a thread of its own writes."""
+    checkpoint, directory, tp = arguments
+    layout = initialize(ParallelConfig(tp=int(tp)), seed=0)
+    model = LALM(load_architecture(checkpoint), layout, torch.bfloat16)
+    config = WeightSyncConfig(transport="disk", directory=directory, bucket_bytes=1 << 14, timeout_seconds=30)
+    with FakeServer() as server:
+        sync = build_weight_sync(config, checkpoint)
+        report = sync.update(ShardedModelWeights(model), 1, [Endpoint(server.url)], full=True)
+        sync.close()
+    assert report.current and report.buckets > 2, report
+    finalize()

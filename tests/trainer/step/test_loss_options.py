@@ -29,11 +29,13 @@ from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig
 from megatron_cord.trainer.step.token_layout import Rows
 
 
-def batch_of(lengths: list[int]) -> Microbatch:
+def batch_of(lengths: list[int], advantages: list[float] | None = None) -> Microbatch:
+    advantages = advantages or [0.0] * len(lengths)
     generator = torch.Generator().manual_seed(0)
     tokens = sum(lengths)
     nothing = ModelInput(torch.zeros(1, 1, dtype=torch.int64), None, None, ())
     response = ScoredRollout(Rollout("s", (), (), "stop", (), ""), "distill")
+    responses = [replace(response, advantage=advantage) for advantage in advantages]
     return Microbatch(
         student=nothing,
         student_rows=Rows(torch.arange(tokens), None),
@@ -44,8 +46,8 @@ def batch_of(lengths: list[int]) -> Microbatch:
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         lengths=torch.tensor(lengths),
         engine_logprobs=torch.zeros(tokens),
-        advantages=torch.zeros(len(lengths)),
-        sequences=tuple(TrainingSequence(Prompt("s", ()), None, response, i) for i in range(len(lengths))),
+        advantages=torch.tensor(advantages),
+        sequences=tuple(TrainingSequence(Prompt("s", ()), None, each, i) for i, each in enumerate(responses)),
     )
 
 
@@ -87,7 +89,7 @@ def test_gradients_do_not_depend_on_the_implementation(
     monkeypatch.setattr(
         output_layer, "CHUNK_ELEMENTS", {"cpu": 3 * 16}
     )  # chunks of at most 3 tokens, or of one longer response
-    batch = replace(batch_of([4, 0, 2, 1]), advantages=torch.tensor([0.5, 0.0, -1.0, 0.5]))
+    batch = batch_of([4, 0, 2, 1], [0.5, 0.0, -1.0, 0.5])
     hidden, weight, other = torch.randn(3, 16, 6, generator=torch.Generator().manual_seed(1)).unbind(0)
     now = token_logprobs_from_hidden(hidden[:7], weight, batch.target_ids, vocab_size=11).student_logprob
     batch = replace(batch, old_logprobs=now + torch.linspace(-0.15, 0.15, 7), engine_logprobs=now)

@@ -1,0 +1,27 @@
+"""How often the host may wait for the device in each phase of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Waits of a phase in one step: so many, and more for each microbatch."""
+
+    step: int
+    microbatch: int = 0
+
+
+#: Of one update a step, on any layout without context or pipeline parallelism. An update reads from the device: whether
+#: the losses and the gradients are finite here and on all ranks (3, and a flag that is sent), the gradient norm (1, and
+#: an empty flag of Megatron's that is sent), the token results and the measurements.
+BUDGETS = {
+    "update": Budget(8),
+    "weight_sync": Budget(0),
+    "record": Budget(1),
+}
+#: Context parallelism reads how many tokens the other ranks hold, and checks their positions.
+CONTEXT_PARALLEL = BUDGETS | {"update": Budget(8, microbatch=3)}
+#: Megatron's pipeline schedule sends the shapes of what it will send, and reads those that come, for each microbatch.
+PIPELINE = BUDGETS | {"update": Budget(8, microbatch=6)}
