@@ -22,10 +22,10 @@ IN_PARALLEL := --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reo
 export OMP_NUM_THREADS ?= 1
 # Ranks refuse to leave a machine's GPUs idle unless this says so: targets of an environment for the CPU mean the CPU.
 ifeq ($(DEVICE),cpu)
-quickstart test test-full test-next test-slurm coverage: export CUDA_VISIBLE_DEVICES :=
+quickstart test test-full test-next test-pretend test-slurm coverage: export CUDA_VISIBLE_DEVICES :=
 endif
 
-.PHONY: setup setup-cuda dry-run-cuda lock sglang-env quickstart test test-full test-next test-sglang test-slurm test-browser test-gpu gpu-hour docs bench lint format typecheck coverage clean help
+.PHONY: setup setup-cuda dry-run-cuda lock sglang-env quickstart test test-full test-next test-pretend test-sglang test-slurm test-browser test-gpu gpu-hour docs bench lint format typecheck coverage clean help
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -75,6 +75,10 @@ test-full: lint typecheck ## all tests, slow ones included, but those of test-sl
 test-next: $(NEXT)/.installed ## the tests of everything that Megatron-Core computes, with 0.19.2 in the place of 0.16.1; Python 3.12 has 0.19.2 anyway
 	$(NEXT)/bin/python -c 'from importlib.metadata import version as v; print("Megatron-Core", v("megatron-core")); assert v("megatron-core") == "0.19.2"'
 	$(NEXT)/bin/python -m pytest $(IN_PARALLEL) -m 'not slow and not slurm' tests/model tests/parallel tests/convert tests/trainer tests/verify/test_layout.py
+
+test-pretend: $(STAMP) $(NEXT)/.installed ## runs on pretended GPUs, by the rules of CUDA and NCCL: all layouts and options, with Megatron-Core of .venv and 0.19.2
+	$(BIN)/python -m pytest $(IN_PARALLEL) tests/pretend_gpu
+	$(NEXT)/bin/python -m pytest $(IN_PARALLEL) tests/pretend_gpu
 
 # All of .venv behind one package of its own. Megatron-Core 0.19.2 asks for Python 3.12 in its metadata; what is used here runs on 3.11.
 $(NEXT)/.installed: $(STAMP)

@@ -18,6 +18,7 @@ from megatron_cord.convert.spelling import as_published
 from megatron_cord.model.lalm import LALM
 from megatron_cord.model.tensor_map import TensorRule
 from megatron_cord.parallel.layout import Layout
+from megatron_cord.parallel.transfers import to_device
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -95,16 +96,15 @@ def _broadcast_from_owner(full: Tensor | None, layout: Layout) -> Tensor | None:
     """Return the tensor of the first stage that holds it, on every stage; None if no stage does."""
     if layout.config.pp == 1:
         return full
-    header = torch.zeros(8, dtype=torch.int64, device=layout.device)  # has it, dtype, number of dimensions, sizes
-    if full is not None:
-        header[:3] = torch.tensor([1, _DTYPES.index(full.dtype), full.dim()])
-        header[3 : 3 + full.dim()] = torch.tensor(full.shape)
-    headers = [torch.empty_like(header) for _ in range(layout.config.pp)]
-    dist.all_gather(headers, header, group=layout.pp_group)
-    owners = [stage for stage, h in enumerate(headers) if h[0]]
+    own = [] if full is None else [1, _DTYPES.index(full.dtype), full.dim(), *full.shape]
+    header = to_device(torch.tensor(own + [0] * (8 - len(own))), layout.device)  # has it, dtype, dimensions, sizes
+    headers = torch.empty(8 * layout.config.pp, dtype=torch.int64, device=layout.device)
+    dist.all_gather_into_tensor(headers, header, group=layout.pp_group)
+    rows = headers.view(-1, 8).tolist()  # the host waits once a tensor
+    owners = [stage for stage, row in enumerate(rows) if row[0]]
     if not owners:
         return None
-    _, dtype, dims, *sizes = headers[owners[0]].tolist()
+    _, dtype, dims, *sizes = rows[owners[0]]
     if full is None or layout.pp_rank != owners[0]:
         full = torch.empty(sizes[:dims], dtype=_DTYPES[dtype], device=layout.device)
     full = full.contiguous()

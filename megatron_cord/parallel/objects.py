@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_cord.parallel import portability
+from megatron_cord.parallel.transfers import to_device
 
 
 def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -24,13 +25,15 @@ def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[
     if world == 1:
         return [json.loads(text)]
     device = portability.device()
-    payload = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor([payload.numel()], device=device), group=group)
-    longest = int(max(sizes))
-    buffers = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(world)]
-    dist.all_gather(buffers, torch.nn.functional.pad(payload, (0, longest - payload.numel())), group=group)
-    return [json.loads(bytes(buffer[: int(size)].cpu().numpy())) for buffer, size in zip(buffers, sizes, strict=True)]
+    payload = to_device(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8), device)
+    sizes = torch.empty(world, dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, sizes.new_full((1,), len(payload)), group=group)
+    counts = sizes.tolist()  # the host waits here and below, not for each rank
+    padded = torch.nn.functional.pad(payload, (0, max(counts) - len(payload)))
+    gathered = torch.empty(world * max(counts), dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(gathered, padded, group=group)
+    rows = gathered.cpu().view(world, -1).numpy()
+    return [json.loads(bytes(row[:count])) for row, count in zip(rows, counts, strict=True)]
 
 
 def broadcast_json(value: Any, source: int = 0) -> Any:

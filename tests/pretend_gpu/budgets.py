@@ -15,13 +15,14 @@ class Budget:
 
 #: Of one update a step, on any layout without context or pipeline parallelism. An update reads from the device: whether
 #: the losses and the gradients are finite here and on all ranks (3, and a flag that is sent), the gradient norm (1, and
-#: an empty flag of Megatron's that is sent), the token results and the measurements.
+#: an empty flag of Megatron's that is sent), the token results and the measurements (2), and among several ranks their
+#: token results (2).
 BUDGETS = {
-    "update": Budget(8),
+    "update": Budget(10),
     "weight_sync": Budget(0),
     "record": Budget(1),
 }
 #: Context parallelism reads how many tokens the other ranks hold, and checks their positions.
-CONTEXT_PARALLEL = BUDGETS | {"update": Budget(8, microbatch=3)}
+CONTEXT_PARALLEL = BUDGETS | {"update": Budget(10, microbatch=2)}
 #: Megatron's pipeline schedule sends the shapes of what it will send, and reads those that come, for each microbatch.
-PIPELINE = BUDGETS | {"update": Budget(8, microbatch=6)}
+PIPELINE = BUDGETS | {"update": Budget(10, microbatch=6)}

@@ -113,7 +113,7 @@ def _put_engine_on_device() -> None:
 
     def apply_in_view(self: Any, *args: Any) -> Any:
         with PythonView():
-            return apply(self, *args)
+            return apply(self, *args)  # type: ignore[no-untyped-call]
 
     for owner, name, value in (
         (torch.autograd, "_engine_run_backward", on_device),
@@ -142,9 +142,9 @@ def _put_threads_under_rules() -> None:
 def observe_run() -> None:
     """Note the phases of a training run and its microbatches."""
     from megatron_cord.trainer.observability.watchdog import Watchdog
-    from megatron_cord.trainer.step import step
+    from megatron_cord.trainer.step import batches, step
 
-    begin, make = Watchdog.phase, step.make_microbatches
+    begin, make = Watchdog.phase, batches.make_microbatches
 
     def phase(self: Watchdog, name: str, number: int) -> None:
         RECORD.begin(name, number)

@@ -85,7 +85,7 @@ def factories_on_device() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def pretending() -> Iterator[None]:
     """Put this thread under the rules."""
-    with PythonView(), Operators():
+    with PythonView(), Operators():  # type: ignore[no-untyped-call]
         yield
 
 
@@ -231,7 +231,7 @@ _METHODS = {
 }
 
 
-class Operators(TorchDispatchMode):
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What the operators are given."""
 
     def __torch_dispatch__(
@@ -244,7 +244,7 @@ class Operators(TorchDispatchMode):
             return func(*args, **kwargs)
         if namespace == "c10d":
             _check_collective(name, given, (args, kwargs))
-            _use_on_device([tensor for tensor in given if lies_on_device(tensor)], written=given)
+            _use_on_device([tensor for tensor in given if lies_on_device(tensor)], _received(name, args))
             return func(*args, **kwargs)
         on_device = [lies_on_device(tensor) for tensor in given]
         if any(on_device):
@@ -326,6 +326,13 @@ def _use_on_device(used: list[Tensor], written: list[Tensor]) -> None:
     moment = current_stream().queue()
     for tensor in used:
         note_use(tensor, moment, writes=any(tensor is other for other in written))
+
+
+def _received(name: str, args: Sequence[Any]) -> list[Tensor]:
+    """Return the tensors that a collective writes: all, or its first argument, where it has outputs of their own."""
+    if name == "send":
+        return []
+    return tensors_of(args[:1]) if "gather" in name or "scatter" in name or "alltoall" in name else tensors_of(args)
 
 
 def _check_host_use(tensor: Tensor, *, writes: bool) -> None:

@@ -34,6 +34,10 @@ def host(*shape: int) -> Tensor:
     return torch.ones(*shape or (4, 4))
 
 
+def new_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
 def pinned(*shape: int) -> Tensor:
     return torch.ones(*shape or (4, 4), pin_memory=True)
 
@@ -49,7 +53,7 @@ class HostTensorInBackward(torch.autograd.Function):
 
 
 def in_backward() -> None:
-    HostTensorInBackward.apply(device().requires_grad_()).sum().backward()
+    HostTensorInBackward.apply(device().requires_grad_()).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def in_thread() -> None:
@@ -115,12 +119,12 @@ def write_while_copy_reads() -> None:
 
 def other_stream_reads_too_early() -> None:
     made = device()
-    with torch.cuda.stream(torch.cuda.Stream()):
+    with torch.cuda.stream(new_stream()):
         made.sum()
 
 
 def other_stream_writes_too_early() -> None:
-    made, stream = device(), torch.cuda.Stream()
+    made, stream = device(), new_stream()
     stream.wait_stream(torch.cuda.current_stream())
     made.sum()
     with torch.cuda.stream(stream):
@@ -166,7 +170,7 @@ WAITS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: torch.repeat_interleave(device(2).long(), device(2).long()),
         "repeat_interleave without output_size",
     ),
-    "unique": (lambda: device().unique(), "_unique2"),
+    "unique": (lambda: torch.unique(device()), "_unique2"),
     "tensor": (lambda: torch.tensor([1.0, 2.0], device="cuda"), "torch.tensor"),
     "to device, pageable": (lambda: host().to("cuda", non_blocking=True), "copy to the device, pageable"),
     "to device, pinned": (lambda: pinned().to("cuda"), "copy to the device, pinned"),
@@ -182,7 +186,7 @@ def hidden_states_to_host_and_back() -> None:
 
 
 def other_stream_waits() -> None:
-    made, stream = device(), torch.cuda.Stream()
+    made, stream = device(), new_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         made.add_(1)
@@ -203,7 +207,7 @@ def python_sees_the_device() -> None:
         assert other.is_cuda
     assert not host().is_cuda and not torch.zeros(3).is_cuda and made.new_zeros(2, device="cpu").is_cpu
     leaf = device().requires_grad_()
-    (leaf * leaf).sum().backward()
+    (leaf * leaf).sum().backward()  # type: ignore[no-untyped-call]
     assert leaf.grad is not None and leaf.grad.is_cuda
 
 

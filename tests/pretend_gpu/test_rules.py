@@ -33,7 +33,8 @@ def test_faults_in_the_product(jobs: Jobs, tmp_path: Path) -> None:
     one_step = settings(inputs, tmp_path / "flag", "train.steps=1")
     (outcome,) = jobs.try_run(f"{SEEDED}:flag_on_the_host", one_step)
     assert "NCCL allreduce_ of a host tensor" in outcome.error
-    moving = settings(inputs, tmp_path / "average", "train.steps=2", "teacher.mode=ema", "teacher.offload=true")
+    ema = ("teacher.mode=ema", "teacher.offload=true", "model.dtype=bfloat16", "checkpoint.interval=0")
+    moving = settings(inputs, tmp_path / "average", *ema)
     (outcome,) = jobs.try_run(f"{SEEDED}:average_without_order", moving)
     assert "another stream still uses" in outcome.error
     (outcome,) = jobs.run(f"{SEEDED}:blocking_copies", settings(inputs, tmp_path / "copies", "train.steps=1"))

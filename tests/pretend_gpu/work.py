@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -38,7 +39,7 @@ def run_weight_sync(arguments: Sequence[str]) -> None:
     checkpoint, directory, tp = arguments
     layout = initialize(ParallelConfig(tp=int(tp)), seed=0)
     model = LALM(load_architecture(checkpoint), layout, torch.bfloat16)
-    config = WeightSyncConfig(transport="disk", directory=directory, bucket_bytes=1 << 14, timeout_seconds=30)
+    config = WeightSyncConfig(transport="disk", directory=Path(directory), bucket_bytes=1 << 20, timeout_seconds=30)
     with FakeServer() as server:
         sync = build_weight_sync(config, checkpoint)
         report = sync.update(ShardedModelWeights(model), 1, [Endpoint(server.url)], full=True)
