@@ -12,6 +12,7 @@ from transformers import Qwen2AudioForConditionalGeneration
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt
+from megatron_cord.errors import CordError
 from megatron_cord.model.config import ModelConfig
 from megatron_cord.model.lalm import ModelInput
 from megatron_cord.parallel.layout import Layout
@@ -19,7 +20,7 @@ from megatron_cord.parallel.sequence_sharding import SequenceSharding
 from megatron_cord.rollout.types import Rollout, ScoredRollout
 from megatron_cord.trainer.config import TrainConfig
 from megatron_cord.trainer.model_setup import build_student
-from megatron_cord.trainer.step.batches import TrainingSequence, make_microbatches
+from megatron_cord.trainer.step.batches import TrainingSequence, check_responses, make_microbatches
 from tests.tiny_run import make_samples
 
 RESPONSES = [(9, 10, 11, 3), (12,), (8, 8, 9, 13, 14, 3), (10, 3), (11, 12, 3)]
@@ -35,6 +36,13 @@ def sequences(prompts: PromptBuilder) -> list[TrainingSequence]:
         response = ScoredRollout(rollout, "shared" if scored else "policy", advantage=0.5 * i)
         made.append(TrainingSequence(prompts.audio_prompt(sample), teacher, response, i))
     return made
+
+
+def test_tokens_outside_the_vocabulary(prompts: PromptBuilder) -> None:
+    """Catches an engine's token that no row of the output layer stands for, which the device would not notice."""
+    check_responses(sequences(prompts), vocab_size=15)
+    with pytest.raises(CordError, match=r"sample s0-2: the response has token 14, outside the vocabulary \[0, 14\)"):
+        check_responses(sequences(prompts), vocab_size=14)
 
 
 def reference(model: Any, prompt: Prompt, response: tuple[int, ...]) -> Tensor:
