@@ -13,16 +13,19 @@ class Budget:
     microbatch: int = 0
 
 
-#: Of one update a step, on any layout without context or pipeline parallelism. An update reads from the device: whether
-#: the losses and the gradients are finite here and on all ranks (3, and a flag that is sent), the gradient norm (1, and
-#: an empty flag of Megatron's that is sent), the token results and the measurements (2), and among several ranks their
-#: token results (2).
+#: Of one update a step, on any layout without tensor, context or pipeline parallelism. An update reads from the device
+#: whether the losses and the gradients are finite here and on all ranks (3, and a flag that is sent), the gradient norm
+#: (1, and an empty flag of Megatron's that is sent), the token results and the measurements (2), and among several
+#: ranks their token results (2).
 BUDGETS = {
     "update": Budget(10),
     "weight_sync": Budget(0),
     "record": Budget(1),
 }
+#: The backward pass of Megatron's vocabulary-parallel embedding counts the rows that it masks.
+TENSOR_PARALLEL = BUDGETS | {"update": Budget(10, microbatch=1)}
 #: Context parallelism reads how many tokens the other ranks hold, and checks their positions.
-CONTEXT_PARALLEL = BUDGETS | {"update": Budget(10, microbatch=2)}
-#: Megatron's pipeline schedule sends the shapes of what it will send, and reads those that come, for each microbatch.
-PIPELINE = BUDGETS | {"update": Budget(10, microbatch=6)}
+CONTEXT_PARALLEL = BUDGETS | {"update": Budget(10, microbatch=3)}
+#: Megatron's pipeline schedule sends the shapes of what it will send, and reads those that come, for each microbatch; a
+#: weight sync reads what each tensor is.
+PIPELINE = {"update": Budget(10, microbatch=6), "record": Budget(1)}

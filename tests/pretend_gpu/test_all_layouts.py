@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretend_gpu.budgets import BUDGETS, CONTEXT_PARALLEL, PIPELINE
+from tests.pretend_gpu.budgets import BUDGETS, CONTEXT_PARALLEL, PIPELINE, TENSOR_PARALLEL
 from tests.pretend_gpu.jobs import Jobs
 from tests.pretend_gpu.runs import settings
-from tests.tiny_run import write_inputs
+from tests.tiny_run import write_checkpoint, write_inputs
 
 pytestmark = pytest.mark.slow
 
 LAYOUTS = {
     "dp2": (2, BUDGETS),
-    "tp2": (2, BUDGETS),
-    "tp2 sequence_parallel": (2, BUDGETS),
+    "tp2": (2, TENSOR_PARALLEL),
+    "tp2 sequence_parallel": (2, TENSOR_PARALLEL),
     "pp2": (2, PIPELINE),
     "cp2": (2, CONTEXT_PARALLEL),
     "tp2 pp2": (4, PIPELINE),
@@ -94,7 +94,7 @@ def test_losses(jobs: Jobs, inputs: Path, tmp_path: Path, kind: str, implementat
     outcome.check_waits()
     if implementation == "recompute":
         for outcome in jobs.run("train", settings(inputs, tmp_path / "two", *loss, "parallel.tp=2"), ranks=2):
-            outcome.check_waits()
+            outcome.check_waits(TENSOR_PARALLEL)
 
 
 @pytest.mark.parametrize("factors", ["top_fraction", "entropy", "tip", "remaining*position", "uniform"])
@@ -113,6 +113,7 @@ def test_options(jobs: Jobs, inputs: Path, tmp_path: Path, name: str) -> None:
     jobs.run("train", settings(inputs, tmp_path / "run", *OPTIONS[name]))
 
 
-def test_weight_sync_of_shards(jobs: Jobs, inputs: Path, tmp_path: Path) -> None:
+def test_weight_sync_of_shards(jobs: Jobs, tmp_path: Path) -> None:
     """Catches gathers of shards into memory of the wrong kind."""
-    jobs.run("weight_sync", [str(inputs / "checkpoint"), str(tmp_path), "2"], ranks=2)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", hidden_size=128, ffn_size=1024, layers=4)
+    jobs.run("weight_sync", [str(checkpoint), str(tmp_path), "2"], ranks=2)

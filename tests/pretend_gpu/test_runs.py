@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretend_gpu.budgets import CONTEXT_PARALLEL
+from tests.pretend_gpu.budgets import CONTEXT_PARALLEL, TENSOR_PARALLEL
 from tests.pretend_gpu.jobs import Jobs
 from tests.pretend_gpu.runs import settings
-from tests.tiny_run import write_inputs
+from tests.tiny_run import write_checkpoint, write_inputs
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_other_layouts_of_a_run(jobs: Jobs, inputs: Path, tmp_path: Path) -> Non
     outcome.check_waits()
     sharded = settings(inputs, output, *packed, "parallel.tp=2", "parallel.sequence_parallel=true")
     for outcome in jobs.run("train", sharded, ranks=2):
-        outcome.check_waits()
+        outcome.check_waits(TENSOR_PARALLEL)
 
 
 def test_context_parallelism(jobs: Jobs, inputs: Path, tmp_path: Path) -> None:
@@ -56,6 +56,7 @@ def test_context_parallelism(jobs: Jobs, inputs: Path, tmp_path: Path) -> None:
         outcome.check_waits(CONTEXT_PARALLEL)
 
 
-def test_weight_sync(jobs: Jobs, inputs: Path, tmp_path: Path) -> None:
+def test_weight_sync(jobs: Jobs, tmp_path: Path) -> None:
     """Catches buckets that are sent before they are filled, and tensors sent from the wrong memory."""
-    jobs.run("weight_sync", [str(inputs / "checkpoint"), str(tmp_path), "1"])
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", hidden_size=128, ffn_size=1024, layers=4)
+    jobs.run("weight_sync", [str(checkpoint), str(tmp_path), "1"])
