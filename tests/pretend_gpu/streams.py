@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -83,9 +84,10 @@ class Event:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.clock: Clock = {}
+        self._seconds = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
-        self.clock = dict((stream or current_stream()).clock)
+        self.clock, self._seconds = dict((stream or current_stream()).clock), time.perf_counter()
 
     def wait(self, stream: Stream | None = None) -> None:
         (stream or current_stream()).wait_event(self)
@@ -93,8 +95,8 @@ class Event:
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, _: Event) -> float:
-        return 0.0
+    def elapsed_time(self, end: Event) -> float:
+        return 1000 * (end._seconds - self._seconds)
 
     def synchronize(self) -> None:
         RECORD.wait("event.synchronize")
