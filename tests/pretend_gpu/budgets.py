@@ -14,9 +14,9 @@ class Budget:
 
 
 #: Of one update a step, on any layout without tensor, context or pipeline parallelism. An update reads from the device
-#: whether the losses and the gradients are finite here and on all ranks (3, and a flag that is sent), the gradient norm
-#: (1, and an empty flag of Megatron's that is sent), the token results and the measurements (2), and among several
-#: ranks their token results (2).
+#: whether the losses and the gradients are finite here and on all ranks (3), the gradient norm (1, and an empty flag of
+#: Megatron's that is sent), the token results, the measurements and the phases' times (3), and among several ranks, to
+#: tell all of them the token results (2).
 BUDGETS = {
     "update": Budget(10),
     "weight_sync": Budget(0),

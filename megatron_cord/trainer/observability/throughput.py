@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.memory_use import peak_memory
+from megatron_cord.parallel.transfers import to_device
 from megatron_cord.rollout.types import Rollout
 from megatron_cord.trainer.step.batches import TrainingSequence
 
@@ -97,7 +98,7 @@ def _over_ranks(own: StepWork, values: Mapping[str, float], layout: Layout) -> t
     """Return the sum of all replicas' work, and the largest of each value, by a single exchange."""
     first_of_replica = dist.get_rank(layout.replica_group) == 0  # the others have the same work
     counts = [count * first_of_replica for count in asdict(own).values()]
-    mine = torch.tensor([*counts, *values.values()], dtype=torch.float64, device=layout.device)
+    mine = to_device(torch.tensor([*counts, *values.values()], dtype=torch.float64), layout.device)
     gathered = mine.new_empty(layout.world_size, len(mine))
     dist.all_gather(list(gathered.unbind()), mine)
     columns = list(zip(*gathered.tolist(), strict=True))

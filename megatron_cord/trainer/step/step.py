@@ -259,6 +259,6 @@ class TrainStep:
             )  # the others wait in it
 
     def _everywhere(self, good: bool) -> bool:
-        flag = torch.tensor(float(good), device=self.layout.device)
+        flag = torch.full((), float(good), device=self.layout.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag)
