@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +17,10 @@ from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGene
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.local.decoding import likeliest
 from megatron_cord.rollout.local.engine import LocalEngine, LocalEngineConfig
 from megatron_cord.rollout.types import GenerationRequest, VersionSpan, spans_of
 from megatron_cord.rollout.weights import PlainWeights
+from tests.rollout.local.test_sampling import kept_by_hand
 
 WORDS = [
     "what",
@@ -168,17 +167,6 @@ def test_samples_follow_the_softmax(engine: LocalEngine, checkpoint: Path, tempe
     assert chi_square < degrees + 4 * (2 * degrees) ** 0.5
 
 
-def kept_by_hand(logits: list[float], top_p: float, top_k: int) -> set[int]:
-    """Return the ids that SGLang keeps, one by one: likelier ones sum up to at most p, and are fewer than k."""
-    total = math.fsum(math.exp(z) for z in logits)
-    kept, before = set[int](), 0.0
-    for token in sorted(range(len(logits)), key=lambda i: -logits[i]):
-        if before <= top_p and (not top_k or len(kept) < top_k):
-            kept.add(token)
-        before += math.exp(logits[token]) / total
-    return kept
-
-
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.5, 0), (1.0, 4), (0.7, 6), (1e-9, 0)])
 def test_truncated_samples_are_of_the_likeliest_tokens(
     engine: LocalEngine, checkpoint: Path, top_p: float, top_k: int
@@ -208,15 +196,6 @@ def test_truncated_samples_are_of_the_likeliest_tokens(
     assert chi_square <= degrees + 4 * (2 * degrees) ** 0.5 + 1e-6
     logprob = float(raw.log_softmax(-1)[rollouts[0].token_ids[0]])
     assert rollouts[0].logprobs[0] == pytest.approx(logprob, abs=1e-4)
-
-
-@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.8, 0), (0.3, 5), (1.0, 1), (1.0, 1000)])
-def test_the_kept_tokens_are_those_of_a_slow_reference(top_p: float, top_k: int) -> None:
-    """Catches an off-by-one at either bound, rows with another's bounds, a whole distribution that loses its end."""
-    logits = 3 * torch.randn(20, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    bounds = torch.full((20,), top_p, dtype=torch.float64), torch.full((20,), top_k or 2**62)
-    for row, kept in zip(logits.tolist(), likeliest(logits, *bounds), strict=True):
-        assert set(kept.nonzero().flatten().tolist()) == kept_by_hand(row, top_p, top_k)
 
 
 def test_endings(engine: LocalEngine) -> None:
