@@ -177,7 +177,7 @@ class Schedule(Generic[B]):
         else:
             if self._abortable is not None:
                 self._abortable.abort()
-            self._wait()
+            self.wait()
         self._waited += time.perf_counter() - begun
         yield
         if self._pausable is not None:
@@ -185,6 +185,11 @@ class Schedule(Generic[B]):
         for opened in self._open.values():  # what was aborted, or was not made as the engine had lost its means
             if opened.begun and opened.unfinished and (opened.future is None or opened.future.done()):
                 self._submit(opened)
+
+    def wait(self) -> None:
+        """Wait until the engine has answered what was begun, so that it may serve another caller. Not collective."""
+        for opened in self._open.values():
+            opened.wait()
 
     def settle(self) -> dict[int, dict[str, Rollout]]:
         """Wait for all that is being generated; return the responses of later steps for a checkpoint.
@@ -238,10 +243,6 @@ class Schedule(Generic[B]):
         else:
             job = portability.on_own_stream(portability.device(), lambda: opened.generate(self._engine.engine))
             opened.future = self._background.submit(job)
-
-    def _wait(self) -> None:
-        for opened in self._open.values():
-            opened.wait()
 
     def _finish(self, step: int) -> list[Rollout]:
         """Wait for a step's responses, and exchange them with the ranks that share its requests."""

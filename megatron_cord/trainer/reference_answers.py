@@ -1,11 +1,11 @@
 """Reference answers: the teacher's own answers to the text of the questions.
 
-The reward compares with them, and off-policy methods train on them. A frozen teacher answers all questions that the
-run will need before the engine gets any trained weights; one with a checkpoint of its own has an engine of its own for
-that. The answers are kept in the run's directory for a resumed run, under the conversation's text, the teacher's files
-and the longest length: when one of these changes, the teacher answers anew. A live teacher answers each step with the
-weights that generate the step's responses. Answers are greedy. Audio is never read for them. A run that is stopped or
-killed while the teacher answers goes on behind the last portion that was written.
+The reward compares with them, and off-policy methods train on them. A frozen teacher answers while the run's engine has
+its weights for text (`AnswersInTime`); one with a checkpoint of its own has an engine of its own for that. The answers
+are kept in the run's directory for a resumed run, under the conversation's text, the teacher's files and the longest
+length: when one of these changes, the teacher answers anew. A live teacher answers each step with the weights that
+generate the step's responses. Answers are greedy. Audio is never read for them. A run that is stopped or killed while
+the teacher answers goes on behind the last portion that was written.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import READ, PreparedSample, Prompt, Sample
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.collective import CollectiveEngine
-from megatron_cord.rollout.types import GenerationRequest, Rollout
+from megatron_cord.rollout.types import GenerationRequest, Rollout, spans_of
 from megatron_cord.runtime.files import fingerprint
 from megatron_cord.runtime.stop_request import StoppedError
 
@@ -58,14 +58,14 @@ class ReferenceAnswers:
         self.mode, self.engine, self.prompts = mode, engine, prompts
         self.max_new_tokens, self.path = max_new_tokens, path
         self.teacher = teacher
-        self._kept: dict[str, Rollout] = {}
+        self._kept: dict[str, Rollout] | None = None  # until the file is read
         self._whole = 0  # bytes of the file's whole lines
 
     def prepare(self, samples: Sequence[Sample], stop: Callable[[], bool] = lambda: False) -> None:
-        """Generate the answers that a frozen teacher lacks. Collective; the engine must have the teacher's weights.
+        """Generate the answers that a frozen teacher lacks. Collective; for text the engine must have its weights.
 
         Args:
-            samples: all that the run will need, without their audio; the same on every rank.
+            samples: those that need an answer, without their audio; the same on every rank.
             stop: asked between two portions, by all ranks together, whether to end there; the same on all of them.
 
         Raises:
@@ -74,7 +74,8 @@ class ReferenceAnswers:
         """
         if self.mode == "live":
             return
-        self._kept = self._read()
+        if self._kept is None:
+            self._kept = self._read()
         asked = {self._key(sample): sample for sample in samples}
         missing = {key: sample for key, sample in asked.items() if key not in self._kept}
         if not missing:
@@ -92,7 +93,8 @@ class ReferenceAnswers:
                         )
                 portion = keys[start : start + _PORTION]
                 share = [self._request(self.prompts.text_prompt(missing[key])) for key in engine.share(portion)]
-                answers = dict(zip(portion, engine.generate_share(share, len(portion)), strict=True))
+                generated = map(_as_initial, engine.generate_share(share, len(portion)))
+                answers = dict(zip(portion, generated, strict=True))
                 self._kept |= answers
                 if dist.get_rank() == 0:
                     self._append(answers)
@@ -108,7 +110,7 @@ class ReferenceAnswers:
 
     def _answer(self, sample: Sample) -> Rollout:
         try:
-            return self._kept[self._key(sample)]
+            return (self._kept or {})[self._key(sample)]
         except KeyError:  # it stands in for a damaged sample, in a place that no answered one could take
             raise CordError(
                 f"sample {sample.id} stands in for a damaged one, and the teacher answered before that was known; run "
@@ -149,3 +151,8 @@ class ReferenceAnswers:
                     f"{self.path}:{number} is damaged ({error}); delete the file, and the teacher answers anew"
                 ) from None
         return kept
+
+
+def _as_initial(answer: Rollout) -> Rollout:
+    """Return an answer as one of version 0, whose weights for text a later version of the engine still has."""
+    return replace(answer, versions=spans_of([0] * len(answer.token_ids)))

@@ -103,7 +103,8 @@ class Run:
             message = "%d samples of data.train cannot be used and are skipped; see %s"
             logger.info(message, skipped, parts.directory / FILE_NAME)
         if self.config.replay is None:
-            self._prepare_answers()  # before the engine gets trained weights
+            stop, device = parts.stop, self.layout.device  # before the engine gets trained weights
+            self._source.answers.begin(step, between.note_damage, lambda: any_rank([bool(stop)], device)[0])
         if step or parts.start.weights is not None:
             between.update_engine()
         if step:
@@ -113,15 +114,6 @@ class Run:
         # A run that was stopped between a checkpoint and its evaluation makes up for it.
         if parts.start.begins or (parts.evaluations.is_due(step) and not parts.evaluations.is_made(step)):
             between.evaluate()
-
-    def _prepare_answers(self) -> None:
-        """Let a frozen teacher answer what the run will need: the prompts of L_seq, or all of an off-policy run."""
-        needed = self._source.collector.answered_per_step
-        if needed and self._source.answers.mode == "frozen":
-            texts = self._source.loader.texts(range(self._between.progress.step, self.config.train.steps), needed)
-            self._between.note_damage()
-            stop, device = self._parts.stop, self.layout.device
-            self._source.answers.prepare(list(texts.values()), lambda: any_rank([bool(stop)], device)[0])
 
     # The parts of a step, in their order.
 
@@ -159,7 +151,12 @@ class Run:
         """Return the engine's responses to the batch, and begin the steps ahead; empty in a replay."""
         if self.config.replay is not None:
             return []
-        self._generated, self._rollout_times = self._source.schedule.rollouts(batch.step)
+        source = self._source
+        if source.answers.lacks(batch.step):
+            source.schedule.wait()
+            source.answers.make(batch.step)
+            self._watchdog.phase("rollout", batch.step + 1)  # the step's responses have their own time
+        self._generated, self._rollout_times = source.schedule.rollouts(batch.step)
         return self._generated
 
     @record_function("cord.reward")

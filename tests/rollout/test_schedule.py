@@ -206,11 +206,11 @@ def test_a_weight_sync_brings_a_lost_engine_back() -> None:
     engine = LosingEngine(lost=False)
     schedule = make(engine)
     schedule.rollouts(0)
-    schedule._wait()
+    schedule.wait()
     engine.lost = True
     schedule._open[1].made.clear()
     schedule._submit(schedule._open[1])  # step 1 again, by an engine that is lost
-    schedule._wait()
+    schedule.wait()
     assert len(schedule._open[1].made) == 1
     sync_weights(schedule, engine, 1)
     assert [r.versions[0].version for r in schedule.rollouts(1)[0]] == [0, 1]

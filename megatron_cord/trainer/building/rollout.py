@@ -17,13 +17,17 @@ from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.reward.collective import build_rewards
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.engines import build_engine
+from megatron_cord.rollout.local.engine import LocalEngineConfig
 from megatron_cord.rollout.schedule import Schedule
 from megatron_cord.runtime.files import checkpoint_fingerprint
+from megatron_cord.trainer.answers_in_time import AnswersInTime
 from megatron_cord.trainer.building.teacher_checkpoint import answering_engine
 from megatron_cord.trainer.checkpoint.progress import Progress
 from megatron_cord.trainer.collection import Collector
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.reference_answers import ReferenceAnswers
+
+_BATCH = LocalEngineConfig.max_batch_size  #: reference answers that a rank makes together, at the least
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,14 @@ class RolloutSource:
 
     Attributes:
         engine: of all ranks.
-        answers: the teacher's reference answers.
+        answers: when the teacher's reference answers are made.
         collector: requests, rewards and sequences of a batch.
         loader: gives each step its samples.
         schedule: gives each step its responses.
     """
 
     engine: CollectiveEngine
-    answers: ReferenceAnswers
+    answers: AnswersInTime
     collector: Collector
     loader: SampleLoader
     schedule: Schedule[Batch]
@@ -94,4 +98,12 @@ def build_rollout(
         collector.requests,
         config.train.steps,
     )
-    return RolloutSource(engine, answers, collector, loader, schedule)
+    in_time = AnswersInTime(
+        answers,
+        loader,
+        collector.answered_per_step,
+        config.train.steps,
+        # A frozen language model reads and answers text with the teacher's weights at every step.
+        _BATCH * layout.world_size if own is None and "language_model" not in progress.made_with.trained else None,
+    )
+    return RolloutSource(engine, in_time, collector, loader, schedule)
