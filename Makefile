@@ -107,7 +107,7 @@ bench: $(STAMP) ## measure the loss against baselines; some minutes, writes benc
 	$(BIN)/python -m benchmarks.loss all
 
 lint: $(STAMP) ## rules and formatting
-	$(BIN)/shellcheck .ci/run benchmarks/*.sh examples/*/*.sh examples/*/*.sbatch
+	$(BIN)/shellcheck .ci/run benchmarks/*.sh examples/*.sh examples/*/*.sh examples/*/*.sbatch
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

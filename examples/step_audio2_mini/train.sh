@@ -1,6 +1,3 @@
 #!/bin/bash
-# Train on this node's GPUs: examples/step_audio2_mini/train.sh [a.b=value …]
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-exec "${CORD_PYTHON:-.venv/bin/python}" -m megatron_cord.launch --nproc-per-node "${CORD_RANKS:-gpu}" -m megatron_cord.train \
-    --config examples/step_audio2_mini/config.yaml "$@"
+# Train on this machine's GPUs, the last half of which run rollout servers: examples/step_audio2_mini/train.sh [a.b=value …]
+exec "$(dirname "${BASH_SOURCE[0]}")/../train.sh" step_audio2_mini "$@"

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from tests.tiny_run import ROOT
 
 SCRIPTS = ROOT / "examples" / "slurm"
 _RECORDER = f"""#!{sys.executable}
-import json, os, sys
+import json, os, sys, time
 name = os.path.basename(sys.argv[0])
-kept = {{key: value for key, value in os.environ.items() if key.startswith(("CORD_", "SITE"))}}
+kept = {{key: value for key, value in os.environ.items() if key.startswith(("CORD_", "SITE", "CUDA_"))}}
 with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps([name, sys.argv[1:], kept]) + "\\n")
 if name == "scontrol" and "hostnames" in sys.argv:
@@ -35,6 +36,10 @@ if name == "scontrol" and "job" in sys.argv:
     print("JobId=8 JobName=test TresPerNode=gres:gpu:l40s:4 Power=")
 if name == "sbatch" and "--parsable" in sys.argv:
     print(100 + sum(1 for _ in open(os.environ["RECORD"])))
+if "examples.slurm.setting" in sys.argv:
+    print(sys.argv[3])
+if os.environ.get("STAYS") in sys.argv:
+    time.sleep(60)
 if name == "srun":
     sys.exit(int(os.environ.get("SRUN_STATUS", "0")))
 """
@@ -133,10 +138,58 @@ def test_servers_of_a_heterogeneous_job(site: Site, tmp_path: Path) -> None:
     roles = {arguments[0]: (set(arguments), environment) for arguments, environment in site.calls("srun")}
     servers, environment = roles["--job-name=servers"]
     assert {"--het-group=1", "--nodelist=s3", "--cpus-per-task=16"} <= servers
-    assert (environment["CORD_SERVERS"], environment["CORD_ADDRESSES"]) == ("2", "s3=10.0.0.3")
+    assert (environment["CORD_SERVERS"], environment["CORD_SERVER_ADDRESSES"]) == ("2", "s3=10.0.0.3")
     assert all("--jobs=7,8" in arguments for arguments, _ in site.calls("squeue"))
     trainer, _ = roles["--job-name=trainer"]
     assert {"--het-group=0", "--nodelist=n1,n2", "--cpus-per-task=64", "rollout.sglang.min_servers=2"} <= trainer
+
+
+def test_servers_on_half_of_each_nodes_gpus(site: Site, tmp_path: Path) -> None:
+    """Catches ranks and servers on the same GPU, servers that no node starts, and a signal to save that ends them."""
+    site.job(tmp_path / "run", CORD_SERVER_GPUS="half")
+    ((arguments, environment),) = site.calls("srun")
+    assert {"--job-name=trainer", "rollout.engine=sglang", "rollout.sglang.min_servers=4"} <= {*arguments}
+    assert environment["CORD_SERVER_ADDRESSES"].split() == ["n1=10.0.0.1", "n2=10.0.0.2"]
+    assert "leaves none to train on" in site.job(tmp_path / "none", status="2", CORD_SERVER_GPUS="4")
+    site.record.unlink()
+    variables = {
+        **{name: environment[name] for name in environment if name.startswith("CORD_")},
+        "CORD_PYTHON": "python",
+        "SLURMD_NODENAME": "n2",
+        "SLURM_PROCID": "1",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
+    site.run("node.sh", *arguments[arguments.index("trainer") :], **variables)
+    calls = {words[0] if "serve" in words[0] else words[1]: (words, kept) for words, kept in site.calls("python")}
+    served, _ = calls["tools/serve_rollout.py"]
+    assert {"model.checkpoint", "--gpus", "2,3", "--count", "2", "--host", "10.0.0.2"} <= {*served}
+    assert f"{environment['CORD_SERVERS_FILES']}/n2.json" in served
+    launched, kept = calls["megatron_cord.launch"]
+    assert kept["CUDA_VISIBLE_DEVICES"] == "0,1" and launched[launched.index("--nproc-per-node") + 1] == "2"
+
+
+def test_training_on_one_machine(site: Site) -> None:
+    """Catches servers that outlive the training or share its GPUs, and a training that waits for servers that ended."""
+    gpus = {"CORD_PYTHON": "python", "CUDA_VISIBLE_DEVICES": "0,1,4,5"}
+    begun = time.monotonic()
+    site.run("../train.sh", "qwen2_audio_7b", "train.steps=3", STAYS="tools/serve_rollout.py", **gpus)
+    assert time.monotonic() - begun < 30
+    *settings, first, second = (words for words, _ in site.calls("python"))
+    served, launched = (first, second) if "tools/serve_rollout.py" in first else (second, first)
+    assert [words[2] for words in settings] == ["model.checkpoint", "output_dir"]
+    assert {"model.checkpoint", "output_dir/servers.json", "--gpus", "4,5", "--count", "2"} <= {*served}
+    assert launched[:4] == ["-m", "megatron_cord.launch", "--nproc-per-node", "2"]
+    assert launched[-5:] == [
+        *("examples/qwen2_audio_7b/config.yaml", "train.steps=3", "rollout.engine=sglang"),
+        *("rollout.sglang.servers_file=output_dir/servers.json", "rollout.sglang.min_servers=2"),
+    ]
+    assert "servers ended" in site.run("../train.sh", "chains", STAYS="megatron_cord.launch", status="143", **gpus)
+    site.record.unlink()
+    site.run("../train.sh", "chains", CORD_SERVERS="0", **gpus)
+    ((launched, kept),) = site.calls("python")
+    assert launched[-1] == "rollout.engine=local" and kept["CUDA_VISIBLE_DEVICES"] == "0,1,4,5"
+    assert "leaves none" in site.run("../train.sh", "chains", CORD_SERVERS="4", status="2", **gpus)
 
 
 def test_a_chain_of_jobs_ends_with_the_run(site: Site, tmp_path: Path) -> None:
