@@ -44,8 +44,8 @@ def same(left: Path, right: Path) -> bool:
 
 
 def all_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def built(*given: Any) -> AnswersInTime:
-        return AnswersInTime(*given[:-1], None)
+    def built(answers: Any, loader: Any, per_step: int, steps: int, at_a_time: int | None) -> AnswersInTime:
+        return AnswersInTime(answers, loader, per_step, steps, None)
 
     monkeypatch.setattr(building, "AnswersInTime", built)
 

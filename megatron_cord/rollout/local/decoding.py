@@ -72,7 +72,9 @@ def sample_batch(
     positions = positions[:, -1:]
     done = torch.zeros(len(requests), dtype=torch.bool, device=device)
     lengths = torch.zeros_like(limits)
-    ids, logprobs, stopped = [], [], torch.zeros_like(done)
+    ids: list[Tensor] = []
+    logprobs: list[Tensor] = []
+    stopped = torch.zeros_like(done)
     while True:
         logits = model.head(output.last_hidden_state[:, -1])
         total = log_sum_exp(logits)  # before the sampler masks some

@@ -27,7 +27,7 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Te
         key: two.
     """
     # A round treats words 0 and 2 alike, and words 1 and 3: stacked, half as many operations do.
-    shape = torch.broadcast_shapes(*(word.shape for word in (*counter, *key)))
+    shape = torch.broadcast_shapes(*(word.shape for word in (*counter, *key)))  # type: ignore[no-untyped-call]
     even, odd = (torch.stack([counter[i].expand(shape) for i in pair]) for pair in ((0, 2), (1, 3)))
     keys = torch.stack([word.expand(shape) for word in key])
     multipliers, steps = (

@@ -99,7 +99,7 @@ def gumbel_max(logits: Tensor, temperatures: Tensor, numbers: Tensor) -> Tensor:
         temperatures: float32 [n, 1].
         numbers: independent standard Gumbel numbers, float64 [n, levels · branches].
     """
-    *of_parts, of_tokens = numbers.split(_BRANCHES, dim=-1)
+    *of_parts, of_tokens = torch.split(numbers, _BRANCHES, dim=-1)
     levels: list[Tensor] = []  # probabilities of parts, from the smallest parts
     for _ in of_parts:
         levels.append(_sums(levels[-1]) if levels else _smallest_parts(logits, temperatures))
@@ -111,13 +111,13 @@ def gumbel_max(logits: Tensor, temperatures: Tensor, numbers: Tensor) -> Tensor:
 
 def log_sum_exp(logits: Tensor) -> Tensor:
     """Return the logarithms [B] of the sums of exp(logits [B, V])."""
-    return torch.cat([rows.logsumexp(-1) for rows in logits.split(_rows(logits))])
+    return torch.cat([rows.logsumexp(-1) for rows in torch.split(logits, _rows(logits))])
 
 
 def _smallest_parts(logits: Tensor, temperatures: Tensor) -> Tensor:
     """Return the probabilities [n, ⌈V / branches⌉] of parts of successive tokens."""
     rows = _rows(logits)
-    chunks = zip(logits.split(rows), temperatures.split(rows), strict=True)
+    chunks = zip(torch.split(logits, rows), torch.split(temperatures, rows), strict=True)
     return torch.cat([_sums((some / own).softmax(-1)) for some, own in chunks])
 
 
@@ -141,7 +141,7 @@ def _levels(vocabulary: int) -> int:
 def _sums(level: Tensor) -> Tensor:
     """Return the sums [n, ⌈S / branches⌉] of successive columns of [n, S], the last of which may be fewer."""
     whole, rest = divmod(level.shape[-1], _BRANCHES)
-    sums = [level[:, : whole * _BRANCHES].unflatten(-1, (whole, _BRANCHES)).sum(-1)]
+    sums = [level[:, : whole * _BRANCHES].view(-1, whole, _BRANCHES).sum(-1)]
     return torch.cat([*sums, level[:, -rest:].sum(-1, keepdim=True)], dim=-1) if rest else sums[0]
 
 

@@ -70,7 +70,7 @@ def test_successive_tokens_are_independent() -> None:
     kinds = torch.searchsorted(torch.tensor([0, 100, 300, 600]), found)
     for first, second in ((kinds[:-1], kinds[1:]), (kinds[:, :-1], kinds[:, 1:])):
         pairs = torch.bincount((4 * first + second).flatten(), minlength=16)
-        assert abs(chi_square(pairs, torch.full((16,), pairs.sum() / 16))) < 4
+        assert abs(chi_square(pairs, pairs.sum() / 16 * torch.ones(16))) < 4
 
 
 def test_a_token_depends_on_its_own_response_alone() -> None:
