@@ -155,6 +155,7 @@ class Run:
         if source.answers.lacks(batch.step):
             source.schedule.wait()
             source.answers.make(batch.step)
+            self._between.note_damage()
             self._watchdog.phase("rollout", batch.step + 1)  # the step's responses have their own time
         self._generated, self._rollout_times = source.schedule.rollouts(batch.step)
         return self._generated
