@@ -98,12 +98,8 @@ def build_rollout(
         collector.requests,
         config.train.steps,
     )
-    in_time = AnswersInTime(
-        answers,
-        loader,
-        collector.answered_per_step,
-        config.train.steps,
-        # A frozen language model reads and answers text with the teacher's weights at every step.
-        _BATCH * layout.world_size if own is None and "language_model" not in progress.made_with.trained else None,
-    )
+    # A language model that is and was frozen reads and answers text with the frozen teacher's weights at every step.
+    is_frozen = "language_model" in config.model.freeze and "language_model" not in progress.made_with.trained
+    at_a_time = _BATCH * layout.world_size if is_frozen and own is None else None
+    in_time = AnswersInTime(answers, loader, collector.answered_per_step, config.train.steps, at_a_time)
     return RolloutSource(engine, in_time, collector, loader, schedule)
