@@ -20,8 +20,8 @@ from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.config import RolloutConfig
 from megatron_cord.rollout.engines import build_engine
-from megatron_cord.rollout.local.decoding import likeliest
 from megatron_cord.rollout.local.engine import LocalEngine
+from megatron_cord.rollout.local.sampling import likeliest
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.engine import SGLangEngine
