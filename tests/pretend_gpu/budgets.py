@@ -26,6 +26,7 @@ BUDGETS = {
 TENSOR_PARALLEL = BUDGETS | {"update": Budget(10, microbatch=1)}
 #: Context parallelism reads how many tokens the other ranks hold, and checks their positions.
 CONTEXT_PARALLEL = BUDGETS | {"update": Budget(10, microbatch=3)}
-#: Megatron's pipeline schedule sends the shapes of what it will send, and reads those that come, for each microbatch; a
-#: weight sync reads what each tensor is.
-PIPELINE = {"update": Budget(10, microbatch=6), "record": Budget(1)}
+#: Megatron's pipeline schedule sends the shapes of what it will send, reads those that come, and waits for the device
+#: after each exchange (`batch_p2p_sync`): for each microbatch, in the passes of teacher and student. A weight sync
+#: reads what each tensor is.
+PIPELINE = {"update": Budget(10, microbatch=12), "record": Budget(1)}
