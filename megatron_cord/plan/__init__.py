@@ -9,7 +9,8 @@ from megatron_cord.plan.memory import Memory, memory
 from megatron_cord.plan.parameters import PartCounts, part_counts
 from megatron_cord.plan.published import PUBLISHED, published
 from megatron_cord.plan.search import fitting
-from megatron_cord.plan.speed import Speed, speed
+from megatron_cord.plan.speed import Speed, speed, train_flops
+from megatron_cord.plan.traffic import Traffic, traffic
 from megatron_cord.plan.work import Work, make_work
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Memory",
     "PartCounts",
     "Speed",
+    "Traffic",
     "Work",
     "fitting",
     "make_work",
@@ -26,4 +28,6 @@ __all__ = [
     "part_counts",
     "published",
     "speed",
+    "traffic",
+    "train_flops",
 ]

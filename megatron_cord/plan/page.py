@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 #: training GPUs, tp, pp, recomputed towers, GPUs of rollout servers (0: local engine)
 LAYOUTS: tuple[tuple[int, int, int, tuple[Tower, ...], int], ...] = (
+    (4, 2, 1, (), 4),
+    (4, 2, 1, ("language_model",), 4),
+    (4, 4, 1, (), 4),
     (8, 1, 1, ("language_model",), 0),
     (8, 2, 1, ("language_model",), 0),
     (8, 4, 1, (), 0),
     (8, 4, 1, ("language_model",), 0),
     (8, 2, 2, ("language_model",), 0),
     (8, 4, 2, ("language_model",), 0),
+    (32, 2, 1, (), 16),
     (32, 2, 1, ("language_model",), 16),
     (32, 4, 1, (), 16),
     (32, 4, 1, ("language_model",), 16),

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_cord.plan.devices import Gpu
 from megatron_cord.plan.memory import Memory
 from megatron_cord.plan.parameters import PartCounts
-from megatron_cord.plan.speed import BANDWIDTH, MFU, Speed
+from megatron_cord.plan.speed import BANDWIDTH, LINKS, PRODUCTS, Speed
 from megatron_cord.plan.work import Work
 
 
@@ -40,15 +40,18 @@ class Report:
             "work": asdict(self.work),
             "memory_bytes": memory,
             "speed": asdict(self.speed),
-            "assumed": {"mfu": MFU, "bandwidth": BANDWIDTH},
+            "assumed": {"products": PRODUCTS, "links": LINKS, "bandwidth": BANDWIDTH},
         }
 
     def speed_text(self) -> str:
         """Return seconds and tokens in words, each as a range."""
         (slow_r, fast_r), (slow_t, fast_t) = self.speed.rollout, self.speed.train
         slow, fast = self.speed.tokens_per_second
+        shares = ", ".join(
+            f"{low:.0%}–{high:.0%} of {what}"
+            for what, (low, high) in (("the peak", PRODUCTS), ("the links", LINKS), ("the bandwidth", BANDWIDTH))
+        )
         return (
             f"a step of {self.work.sequences} sequences: rollout {fast_r:.0f}–{slow_r:.0f} s, training "
-            f"{fast_t:.1f}–{slow_t:.1f} s; {slow:,.0f}–{fast:,.0f} tokens/s, at {MFU[0]:.0%}–{MFU[1]:.0%} of the peak "
-            f"and {BANDWIDTH[0]:.0%}–{BANDWIDTH[1]:.0%} of the bandwidth"
+            f"{fast_t:.1f}–{slow_t:.1f} s; {slow:,.0f}–{fast:,.0f} tokens/s, at {shares}"
         )

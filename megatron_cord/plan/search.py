@@ -1,4 +1,4 @@
-"""The search for settings under which a run fits: the fastest of the layouts and savings that do."""
+"""The search for settings under which a run fits: the fastest of the layouts and savings that do, traffic counted."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ def fitting(
 ) -> list[str] | None:
     """Return the settings `a.b=value` under which the run fits and is fastest; None if none was found.
 
+    They are those that differ from the configuration's own, so none where these are the fastest already.
+
     Args:
-        config: the run that does not fit; only layout, recomputation and microbatch change.
+        config: of the run; only layout, recomputation and microbatch change.
         arch: of the model.
         gpu: as for `speed`.
         gpus: as for `speed`.

@@ -1,7 +1,6 @@
-"""Time of a step by a roofline: products at a part of the peak, decoding at a part of the memory's bandwidth.
+"""Time of a step by a roofline: operations, bytes of memory and bytes between ranks over parts of the GPU's rates.
 
-The result is a range, the low and the high end of published figures of such systems. Left out: communication that is
-not hidden (part of the range), and weight sync.
+The result is a range. Left out: weight sync, checkpoints, and what `cord plan --trace` simulates besides.
 """
 
 from __future__ import annotations
@@ -11,13 +10,16 @@ from typing import TYPE_CHECKING
 
 from megatron_cord.plan.devices import Gpu
 from megatron_cord.plan.parameters import part_counts
+from megatron_cord.plan.traffic import traffic
 from megatron_cord.plan.work import Work
 
 if TYPE_CHECKING:
     from megatron_cord.model.architecture import Architecture
     from megatron_cord.trainer.config import RunConfig
 
-MFU = (0.25, 0.45)  #: of the peak, that training reaches
+#: of the peak, that a layer reaches: large products alone come near 0.8; norms, activations and launches take the rest
+PRODUCTS = (0.35, 0.6)
+LINKS = (0.6, 0.85)  #: of NVLink's and the network's bandwidth, that rings of large messages reach
 BANDWIDTH = (0.4, 0.7)  #: of the memory's, that decoding reaches
 EAGER_STEP = (0.06, 0.03)  #: seconds a token that transformers takes at least, whatever the GPU (local engine)
 RUNNING = 64  #: responses that an engine decodes together
@@ -31,7 +33,7 @@ class Speed:
     Attributes:
         flops: floating-point operations of training, over all GPUs; what is computed again does not count.
         rollout: seconds.
-        train: seconds, teacher and pipeline bubble included.
+        train: seconds, teacher, pipeline bubble and what ranks send each other included.
         tokens_per_second: student's tokens, audio and prompt included, a second of the whole step.
         response_tokens_per_second: the same for the responses' tokens alone.
     """
@@ -56,7 +58,14 @@ def speed(config: RunConfig, arch: Architecture, work: Work, gpu: Gpu, gpus: int
     """
     useful, again = train_flops(config, arch, work)
     bubble = (work.microbatches + config.parallel.pp - 1) / work.microbatches
-    train = _pair([(useful + again) * bubble / (gpus * gpu.peak * mfu) for mfu in MFU])
+    sent = [traffic(config, arch, work, stage) for stage in range(config.parallel.pp)]
+    train = _pair(
+        [
+            (useful + again) * bubble / (gpus * gpu.peak * products)
+            + max(each.seconds(config, work, gpu, links) for each in sent)
+            for products, links in zip(PRODUCTS, LINKS, strict=True)
+        ]
+    )
     engines = (rollout_gpus or gpus) // (SERVER_GPUS if rollout_gpus else 1)
     first, *further = (-(-count // (engines * RUNNING)) for count in (work.sequences, *work.resampled))
     rounds = (first + sum(further), first)  # further rounds of dynamic sampling at the slow end alone
@@ -68,9 +77,8 @@ def speed(config: RunConfig, arch: Architecture, work: Work, gpu: Gpu, gpus: int
     if not rollout_gpus:
         token = [max(pair) for pair in zip(token, EAGER_STEP, strict=True)]
     prefill = 2 * part_counts(arch).language_model * work.student_tokens * batch
-    rollout = _pair(
-        [n * (work.response_tokens * t + prefill / (gpu.peak * m)) for n, t, m in zip(rounds, token, MFU, strict=True)]
-    )
+    products = [prefill / (gpu.peak * part) for part in PRODUCTS]
+    rollout = _pair([n * (work.response_tokens * t + p) for n, t, p in zip(rounds, token, products, strict=True)])
     whole = [a + b for a, b in zip(rollout, train, strict=True)]
     return Speed(
         flops=useful,

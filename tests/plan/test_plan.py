@@ -25,7 +25,7 @@ from megatron_cord.model.architecture import AdapterArchitecture, Architecture
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
-from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, part_counts, published, speed
+from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, part_counts, published, speed, traffic
 from megatron_cord.plan.memory import activation_bytes, encoder_layer_width, language_layer_width, optimizer_bytes
 from megatron_cord.plan.page import layouts_table
 from megatron_cord.plan.parameters import matrix_counts, rank_counts
@@ -261,6 +261,21 @@ def test_the_page_has_the_tables_of_the_tool(name: str) -> None:
     assert table in (ROOT / "docs" / "plan.md").read_text(), f"make docs/plan.md's table again:\n{table}"
 
 
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_examples_have_the_layout_that_is_chosen(name: str) -> None:
+    """Catches an example with another layout or recomputation than the fastest that fits, servers on half of a node."""
+    config = load_config(RunConfig, ROOT / "examples" / name / "config.yaml")
+    assert fitting(config, published(name), GPUS["h100"], 4, 4) == []
+    slower = replace(config, parallel=replace(config.parallel, tp=4), model=replace(config.model, recompute=()))
+    sent = [
+        traffic(each, published(name), make_work(each, published(name), 8), 0)
+        for each in (config, replace(config, parallel=replace(config.parallel, tp=4)))
+    ]
+    assert 2 * (sent[0].tp + sent[0].dp) < sent[1].tp + sent[1].dp
+    settings = fitting(slower, published(name), GPUS["h100"], 4, 4)
+    assert settings is not None and "parallel.tp=2" in settings
+
+
 def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the tool on the 7B's example."""
     command = [sys.executable, "tools/plan.py", "--config", "examples/qwen2_audio_7b/config.yaml", *arguments]
@@ -270,6 +285,8 @@ def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_tool_answers_and_refuses() -> None:
     """Catches JSON that says something else than the exit status, advice that is missing, and tracebacks."""
+    done = plan("--model", "qwen2_audio_7b", "--gpus", "8,64")
+    assert done.returncode == 2 and "several numbers are for --trace" in done.stderr
     done = plan("--model", "qwen2_audio_7b", "--json", "parallel.tp=1", "parallel.sequence_parallel=false")
     assert done.returncode == 1 and json.loads(done.stdout)["fits"] is False and json.loads(done.stdout)["suggestion"]
     done = plan("--model", "qwen2_audio_7b", "--gpus", "6")

@@ -26,18 +26,25 @@ def plan(
     config_file: Path,
     overrides: Sequence[str],
     *,
-    gpus: int,
+    gpus: str,
     rollout_gpus: int,
     gpu: str,
     model: str | None,
     audio_seconds: float,
     text_tokens: int,
     layouts: bool,
+    trace: bool,
     as_json: bool,
 ) -> int:
     """Print the estimate of a configuration; return 1 if the run does not fit, else 0."""
-    if gpus < 1 or rollout_gpus < 0:
-        raise CordError("--gpus must be at least 1 and --rollout-gpus cannot be negative")
+    counts = _counts(gpus, several=trace)
+    first = counts[0]
+    if rollout_gpus < 0:
+        raise CordError("--rollout-gpus cannot be negative")
+    if trace and layouts:
+        raise CordError(
+            "--trace runs the layout of the configuration, and --layouts prints a table of others; give one"
+        )
     if model is not None and model not in PUBLISHED:
         raise CordError(f"--model {model}: choose one of {', '.join(sorted(PUBLISHED))}")
     # A published model's sizes are known; what the configuration calls its checkpoint does not matter then.
@@ -49,21 +56,38 @@ def plan(
     if layouts:
         print(layouts_table(config, arch, device, lengths))
         return 0
-    work = make_work(config, arch, gpus, **lengths)
+    work = make_work(config, arch, first, **lengths)
+    if trace:
+        from megatron_cord.cli.actions.plan_trace import Request, print_trace
+
+        print_trace(Request(config, arch, device, counts, rollout_gpus, lengths), as_json=as_json)
+        return 0 if memory(config, arch, work, local_engine=not rollout_gpus).total <= device.memory else 1
     report = Report(
         gpu=device,
-        gpus=gpus,
+        gpus=first,
         parameters=part_counts(arch),
         work=work,
         memory=memory(config, arch, work, local_engine=not rollout_gpus),
-        speed=speed(config, arch, work, device, gpus, rollout_gpus),
+        speed=speed(config, arch, work, device, first, rollout_gpus),
     )
-    suggestion = None if report.fits else fitting(config, arch, device, gpus, rollout_gpus, **lengths)
+    suggestion = fitting(config, arch, device, first, rollout_gpus, **lengths)
     if as_json:
         print(json.dumps(report.to_json() | {"suggestion": suggestion}, indent=1))
     else:
         _print(report, suggestion)
     return 0 if report.fits else 1
+
+
+def _counts(given: str, *, several: bool) -> list[int]:
+    """Return the numbers of GPUs."""
+    parts = [part.strip() for part in given.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise CordError(
+            f"--gpus {given}: give a number of at least 1, or with --trace several with commas, as 8,64,512"
+        )
+    if len(parts) > 1 and not several:
+        raise CordError(f"--gpus {given}: several numbers are for --trace; give one")
+    return [int(part) for part in parts]
 
 
 def _load(config_file: Path, overrides: Sequence[str]) -> RunConfig:
@@ -101,4 +125,6 @@ def _print(report: Report, suggestion: list[str] | None) -> None:
     if not report.fits:
         advice = "no layout of these GPUs was found that does; use more or larger ones, or rollout servers of their own"
         verdict += f"; {advice if suggestion is None else 'set ' + ' '.join(suggestion)}"
+    elif suggestion:
+        verdict += f"; the fastest that fits, with what ranks send each other counted: {' '.join(suggestion)}"
     console.print(verdict, highlight=False, soft_wrap=True)

@@ -1,0 +1,152 @@
+"""Trace one rank of each pipeline stage through a step of training: model, teacher, optimizer and step are the run's.
+
+Simplifications: layers are Megatron's with torch's attention, as transformer-engine's need its library; all sequences
+have the planned lengths; ranks of a stage do alike, so the first of each stands for them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_cord.errors import CordError
+from megatron_cord.parallel import portability
+from megatron_cord.parallel.layout import Layout, finalize, initialize
+from megatron_cord.plan.devices import Gpu
+from megatron_cord.plan.trace.counting import CountingMode
+from megatron_cord.plan.trace.records import RankTrace
+from megatron_cord.plan.trace.samples import make_rollouts, make_sequences
+from megatron_cord.plan.trace.substitutes import substituted
+from megatron_cord.plan.work import Work
+from megatron_cord.trainer.model_setup import build_student
+from megatron_cord.trainer.step.batches import Microbatch
+from megatron_cord.trainer.step.optimizer.building import build_optimizer, wrap_model
+from megatron_cord.trainer.step.step import TrainStep
+from megatron_cord.trainer.step.teacher import Teacher
+
+if TYPE_CHECKING:
+    from megatron_cord.model.architecture import Architecture
+    from megatron_cord.trainer.config import RunConfig
+
+
+def trace_step(
+    config: RunConfig, arch: Architecture, work: Work, gpu: Gpu, *, audio_seconds: float = 10.0
+) -> list[RankTrace]:
+    """Return the trace of the first rank of each pipeline stage.
+
+    Args:
+        config: of the run.
+        arch: of the student.
+        work: of a step, with the number of data-parallel ranks.
+        gpu: whose memory the loss may take.
+        audio_seconds: of a question.
+
+    Raises:
+        CordError: torch sees a GPU, another process group is open, or the configuration is one that no trace covers.
+    """
+    if portability.has_cuda():
+        raise CordError("cord plan --trace computes nothing and needs no GPU: set CUDA_VISIBLE_DEVICES= (empty)")
+    if dist.is_initialized():
+        raise CordError("a trace makes process groups of its own; call it outside of torchrun")
+    config = replace(config, model=replace(config.model, layers="torch"))
+    return [_trace_rank(config, arch, work, gpu, stage, audio_seconds) for stage in range(config.parallel.pp)]
+
+
+def _trace_rank(
+    config: RunConfig, arch: Architecture, work: Work, gpu: Gpu, stage: int, audio_seconds: float
+) -> RankTrace:
+    begun = time.perf_counter()
+    parallel = config.parallel
+    ranks_of_stage = parallel.tp * parallel.cp * work.dp
+    world, rank = ranks_of_stage * parallel.pp, ranks_of_stage * stage  # Megatron's order: tp, cp, dp, pp
+    cut = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
+    mode = CountingMode((-(-work.student_tokens // cut), work.micro_batch, arch.language.hidden_size))
+    teacher_arch = work.teacher or arch
+    with _fake_ranks(world, rank), substituted(mode, arch, teacher_arch, gpu.memory), mode:
+        layout = initialize(parallel, config.seed)
+        mode.groups.update(_names(layout))
+        state: dict[str, int] = {}
+
+        def built(name: str) -> None:
+            state[name] = mode.bytes - sum(state.values())
+
+        student = build_student(config.model, layout)
+        built("weights")
+        teacher = Teacher(config.teacher, student, config.model.checkpoint)
+        built("teacher")
+        model = wrap_model(config.optimizer, student)
+        built("gradients")
+        optimizer, scheduler = build_optimizer(config.optimizer, model, config.train.steps)
+        built("optimizer")
+        step = TrainStep(
+            model, teacher, optimizer, scheduler, config.objective, config.train, 0, config.rollout.max_new_tokens
+        )
+        finish = student.config.finalize_model_grads_func
+        student.config.finalize_model_grads_func = mode.within("gradient_reduction", finish)
+        trained: list[Microbatch] = []
+        taught: list[Microbatch] = []
+        for owner, method, name, seen in (
+            (teacher, "hidden_states", "teacher", taught),
+            (step, "_pipeline", "forward_backward", trained),
+            (optimizer, "step", "optimizer", []),
+        ):
+            setattr(owner, method, _noting(mode.within(name, getattr(owner, method)), seen))
+        rollouts = make_rollouts(config, work)
+        sequences = make_sequences(config, arch, work, rollouts, layout.dp_rank, audio_seconds)
+        mode.restart()
+        result = step(sequences, rollouts)
+        if result.skipped:
+            raise CordError("trace: the step skipped its update, so its optimizer was not counted")
+        phases = mode.results()
+        state["optimizer"] += phases["optimizer"].grown
+        return RankTrace(
+            stage=stage,
+            rank=rank,
+            world=world,
+            parameters=sum(p.numel() for p in student.parameters()),
+            trained=sum(p.numel() for p in student.parameters() if p.requires_grad),
+            state_bytes=state,
+            sequences=sum(len(batch.sequences) for batch in trained),
+            taught=sum(len(batch.sequences) for batch in taught if batch.teacher is not None),
+            microbatches=len(trained),
+            taught_microbatches=sum(batch.teacher is not None for batch in taught),
+            phases=phases,
+            seconds=time.perf_counter() - begun,
+        )
+
+
+def _noting(function: Callable[..., Any], seen: list[Microbatch]) -> Callable[..., Any]:
+    """Return the function, whose first argument, if it has one, is a list of microbatches that are noted."""
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        seen.extend(args[0] if args else ())
+        return function(*args, **kwargs)
+
+    return noted
+
+
+@contextmanager
+def _fake_ranks(world: int, rank: int) -> Iterator[None]:
+    """Be one of so many ranks that answer nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        finalize()
+
+
+def _names(layout: Layout) -> dict[str, str]:
+    """Return what process groups are called in the result, by their own names."""
+    groups = {"world": dist.group.WORLD, "pp": layout.pp_group, "dp": layout.dp_group, "cp": layout.cp_group}
+    named = {group.group_name: name for name, group in groups.items() if group is not None}
+    for attribute in ("dp_cp", "intra_dp_cp"):
+        group = getattr(layout.groups, attribute, None)
+        if group is not None:
+            named[group.group_name] = "dp"
+    return named | {layout.tp_group.group_name: "tp"}

@@ -1,0 +1,123 @@
+"""What a trace replaces of the product, all in one place: what needs files, numbers, a GPU or other ranks.
+
+Each replacement has the shapes, the memory and the products of what it stands for on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.optimizer import clip_grads
+from torch import Tensor
+
+from megatron_cord.losses import divergence as loss
+from megatron_cord.losses import shard
+from megatron_cord.losses.divergences import Divergence
+from megatron_cord.losses.implementations import choice, output_layer
+from megatron_cord.losses.kernels import matmul
+from megatron_cord.losses.kernels.backend import UpstreamGrads
+from megatron_cord.losses.statistics import GlobalStats, PartialStats
+from megatron_cord.model.architecture import Architecture
+from megatron_cord.model.lalm import LALM
+from megatron_cord.parallel import huge_pages, layout, portability
+from megatron_cord.plan.trace.counting import CountingMode
+from megatron_cord.trainer import model_setup
+from megatron_cord.trainer.step import teacher
+
+
+class ShapedBackend:
+    """``Backend`` with the Triton kernels' inputs and outputs: they read a block once and keep nothing else."""
+
+    def partial_stats(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        divergence: Divergence,
+        temperature: float,
+        dtype: torch.dtype,
+    ) -> PartialStats:
+        """Return eight scalars a token, [N]."""
+        return PartialStats(*(student.new_empty(len(student), dtype=dtype) for _ in PartialStats._fields))
+
+    def second_sums(
+        self, student: Tensor, teacher: Tensor, stats: GlobalStats, divergence: Divergence, temperature: float
+    ) -> Tensor:
+        """Return the second pass's sums, [sums, N]."""
+        return student.new_empty(divergence.num_sums, len(student), dtype=stats.entropy.dtype)
+
+    def gradient(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        stats: GlobalStats,
+        divergence: Divergence,
+        temperature: float,
+        upstream: UpstreamGrads,
+        out: Tensor,
+    ) -> None:
+        """Leave ``out`` [N, columns] as it is: the kernel writes there and nowhere else."""
+
+
+@contextmanager
+def substituted(mode: CountingMode, arch: Architecture, teacher_arch: Architecture, memory: float) -> Iterator[None]:
+    """Replace, within the context, what a trace cannot run.
+
+    Args:
+        mode: counts.
+        arch: of the student.
+        teacher_arch: of a teacher with a checkpoint of its own.
+        memory: bytes of the GPU, for choices that depend on what is free.
+    """
+
+    def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+        """Stand for the product of 16-bit matrices with a float32 result, which a GPU's GEMM writes by itself."""
+        mode.add_flops(2.0 * len(left) * len(right) * left.shape[1])
+        return out
+
+    def norm(_: int, __: Tensor, tensors: list[list[Tensor]], *___: Any) -> tuple[Tensor, None]:
+        """Stand for the fused kernel of the gradients' norm, [1]."""
+        return tensors[0][0].new_empty(1), None
+
+    def nothing(*_: Any, **__: Any) -> None:
+        """Do nothing."""
+
+    replaced: list[tuple[object, str, Any]] = [
+        # Weights have no numbers, so no files are read.
+        (model_setup, "read_into", nothing),
+        (teacher, "read_into", nothing),
+        (model_setup, "load_architecture", lambda _: arch),
+        (teacher, "load_architecture", lambda _: teacher_arch),
+        # Moving would take fake parameters' marks from them, and there is one device.
+        (LALM, "to", lambda self, *_, **__: self),
+        # What the loss takes of a GPU.
+        (loss, "choose_backend", lambda *_, **__: ShapedBackend()),
+        (matmul, "multiplies_bfloat16", lambda: True),
+        (matmul, "bfloat16_product", lambda: product),
+        (choice, "free_bytes", lambda _: max(0, int(memory - mode.bytes))),
+        (huge_pages, "_madvise", lambda: None),
+        # The fused kernels of gradient clipping; without a GPU, Megatron has slow ones that read numbers.
+        (clip_grads, "l2_norm_impl", norm),
+        (clip_grads, "multi_tensor_scale_impl", nothing),
+        # Groups of the one backend that needs no other ranks.
+        (portability, "needs_gloo_groups", lambda: False),
+        (layout, "_replica_group", lambda _, solo: solo),
+    ]
+    tables = (output_layer.CHUNK_ELEMENTS, shard.BLOCK_COLUMNS)
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    sizes = [table["cpu"] for table in tables]
+    try:
+        for owner, name, replacement in replaced:
+            setattr(owner, name, replacement)
+        for table in tables:
+            table["cpu"] = table["cuda"]
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+        for table, size in zip(tables, sizes, strict=True):
+            table["cpu"] = size

@@ -1,0 +1,108 @@
+"""Bytes that a rank sends in a step, by kind of parallelism, as rings of NCCL send them.
+
+The language model's layers gather their input before each column-parallel matrix and reduce-scatter the output of each
+row-parallel one (with sequence parallelism; else they all-reduce the output), and the same backward. Left out: what
+takes kilobytes. Legend: T tokens of a rank in a step, H hidden, n ranks of a ring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_cord.plan.devices import NODE, Gpu
+from megatron_cord.plan.parameters import rank_counts
+from megatron_cord.plan.work import Work
+
+if TYPE_CHECKING:
+    from megatron_cord.model.architecture import Architecture
+    from megatron_cord.model.config import Tower
+    from megatron_cord.trainer.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends in a step.
+
+    Attributes:
+        tp: tensor-parallel, hidden states and their gradients.
+        dp: data-parallel, gradients and new weights.
+        pp: to the neighbouring stages.
+    """
+
+    tp: float
+    dp: float
+    pp: float
+
+    def seconds(self, config: RunConfig, work: Work, gpu: Gpu, share: float) -> float:
+        """Return the time that they take one after the other.
+
+        Args:
+            config: the layout; groups of at most eight neighbouring GPUs use NVLink, others the network.
+            work: the data-parallel ranks.
+            gpu: its link and network.
+            share: of both that is reached.
+        """
+        tp, dp, pp = (config.parallel.tp * config.parallel.cp, work.dp, config.parallel.pp)
+        reaches = ((self.tp, tp), (self.dp, tp * dp), (self.pp, tp * dp * pp))
+        return sum(sent / ((gpu.link if reach <= NODE else gpu.network) * share) for sent, reach in reaches)
+
+
+def traffic(config: RunConfig, arch: Architecture, work: Work, stage: int) -> Traffic:
+    """Return the bytes of a rank of a pipeline stage.
+
+    Args:
+        config: of the run.
+        arch: of the model.
+        work: of a step.
+        stage: from 0.
+    """
+    tp, pp, item, lm = config.parallel.tp, config.parallel.pp, config.model.torch_dtype.itemsize, arch.language
+    sequences = -(-work.sequences // work.dp) * work.passes
+    taught = -(-work.scored // work.dp) * work.passes if config.objective.distils else 0
+    teacher = (work.teacher or arch).language
+    width = lm.hidden_size * item / config.parallel.cp
+    student = sequences * work.student_tokens * width
+    read = taught * work.teacher_tokens * teacher.hidden_size * item / config.parallel.cp
+    trains_audio = not {"audio_encoder", "adapter"} <= set(config.model.freeze)
+    trains_language = "language_model" not in config.model.freeze
+    backward = trains_language or (trains_audio and arch.encoder is not None)
+    layers = lm.num_layers // pp
+    whole = layers * student * _layer(config, "language_model", trains=trains_language, backward=backward)
+    whole += teacher.num_layers // pp * read * 4
+    if stage == 0:  # the embedding's sum, and under sequence parallelism what leaves it in the backward pass
+        whole += 2 * (student + read) + (student if backward and config.parallel.sequence_parallel else 0)
+        if arch.encoder is not None:
+            frames = sequences * work.clips * arch.encoder.max_positions * arch.encoder.hidden_size * item
+            trains = "audio_encoder" not in config.model.freeze
+            whole += arch.encoder.num_layers * frames * _layer(config, "audio_encoder", trains=trains, backward=trains)
+            whole += frames if config.parallel.sequence_parallel else 0
+    if stage == pp - 1:
+        whole += student + read if config.parallel.sequence_parallel else 0
+        whole += 2 * sequences * work.response_tokens * lm.hidden_size * 4 / config.parallel.cp  # the loss's gradient
+    trained = rank_counts(arch, tp, pp, stage).trained(config.model.freeze)
+    updates = work.minibatches * work.passes
+    cut = tp if config.parallel.sequence_parallel else 1
+    hops = (stage < pp - 1) * (student + read) + (stage > 0 and backward) * student
+    return Traffic(
+        tp=whole * (tp - 1) / tp,
+        # Gradients are fp32; an all-reduce sends twice what a reduce-scatter does, of which the gathering of weights
+        # is the other half.
+        dp=updates * trained * (4 + (item if config.optimizer.distributed else 4)) * (work.dp - 1) / work.dp,
+        pp=hops / cut,
+    )
+
+
+def _layer(config: RunConfig, tower: Tower, *, trains: bool, backward: bool) -> int:
+    """Return how many times a layer sends T · H elements, over (n − 1) / n: an all-reduce counts as two.
+
+    Forward two gathers and two reduce-scatters; backward the same for the gradients, and for the weights' gradients
+    the input of both column-parallel matrices is gathered once more.
+    """
+    forward, again = 4, 0
+    if tower in config.model.recompute and backward:
+        again = 4 if config.model.recompute_granularity == "full" else 2  # all of the layer, or its MLP
+    if not backward:
+        return forward
+    inputs = 2 if trains and config.parallel.sequence_parallel else 0
+    return forward + again + 4 + inputs

@@ -1,0 +1,130 @@
+"""A traced step against the formulas of plans: each was written without the other.
+
+The model is small and its sizes are odd, so that a wrong formula does not come out right by chance.
+"""
+
+from __future__ import annotations
+
+import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_cord.config.loading import load_config
+from megatron_cord.errors import CordError
+from megatron_cord.model.architecture import (
+    AdapterArchitecture,
+    Architecture,
+    EncoderArchitecture,
+    LanguageArchitecture,
+)
+from megatron_cord.plan import GPUS, make_work, memory, traffic, train_flops
+from megatron_cord.plan.memory import optimizer_bytes
+from megatron_cord.plan.parameters import rank_counts
+from megatron_cord.plan.trace.records import RankTrace
+from megatron_cord.plan.trace.step import trace_step
+from megatron_cord.trainer.config import RunConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ARCH = Architecture(
+    model_type="qwen2_audio",
+    encoder=EncoderArchitecture(
+        num_mels=16, hidden_size=96, num_layers=3, num_heads=4, ffn_hidden_size=336, max_positions=48
+    ),
+    language=LanguageArchitecture(
+        hidden_size=192, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=32, ffn_hidden_size=496, vocab_size=4992,
+        max_positions=512, rope_theta=10000.0, norm_epsilon=1e-5, qkv_bias=True, tied_embeddings=False,
+    ),
+    audio_token_id=7,
+    adapter=AdapterArchitecture("linear"),
+)  # fmt: skip
+SECONDS = 0.96  # a whole window
+LAYOUTS = {
+    "tp2 dp2": (4, ("parallel.tp=2", "parallel.sequence_parallel=true")),
+    "tp2 dp2, all-reduce": (4, ("parallel.tp=2",)),
+    "tp2 pp2 dp2, recomputed": (
+        8, ("parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true", "model.recompute=[language_model]"),
+    ),
+    "dp4, encoder trained": (4, ("model.freeze=[]",)),
+    "tp2 dp1, selective": (
+        2,
+        ("parallel.tp=2", "parallel.sequence_parallel=true", "model.recompute=[audio_encoder,language_model]",
+         "model.recompute_granularity=selective", "model.freeze=[]"),
+    ),
+}  # fmt: skip
+
+
+def configured(*more: str) -> RunConfig:
+    """Return a run's configuration."""
+    settings = [
+        "output_dir=x", "model.checkpoint=x", "data.train=x", "data.evaluation=x", "train.micro_batch_size=4",
+        "model.freeze=[audio_encoder,adapter]", "rollout.prompts_per_step=16", "rollout.policy_prompts_per_step=8",
+        "rollout.policy_rollouts=2", "rollout.max_new_tokens=40", "objective.implementation=fused",
+    ]  # fmt: skip
+    return load_config(RunConfig, None, [*settings, *more])
+
+
+def traced(gpus: int, *more: str) -> tuple[RunConfig, Any, list[RankTrace]]:
+    """Trace a step of this configuration."""
+    config = configured(*more)
+    work = make_work(config, ARCH, gpus, audio_seconds=SECONDS, text_tokens=30)
+    return config, work, trace_step(config, ARCH, work, GPUS["h100"], audio_seconds=SECONDS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_formulas_of_plans_are_what_the_code_does(layout: str) -> None:
+    """Catches a formula that lags behind the code: bytes of states, operations, bytes sent, and activations."""
+    gpus, settings = LAYOUTS[layout]
+    config, work, traces = traced(gpus, *settings)
+    parallel, item = config.parallel, 2
+    assert len(traces) == parallel.pp
+    for trace in traces:
+        counts = rank_counts(ARCH, parallel.tp, parallel.pp, trace.stage)
+        assert trace.parameters == counts.total
+        assert trace.trained == counts.trained(config.model.freeze)
+        assert trace.state_bytes["weights"] == counts.total * item
+        assert trace.state_bytes["gradients"] == pytest.approx(4 * trace.trained, rel=0.01)  # buffers are padded
+        planned = optimizer_bytes(config.optimizer, trace.trained, 0, item, work.dp)
+        assert trace.state_bytes["optimizer"] == pytest.approx(planned, rel=0.01)
+        sent = traffic(config, ARCH, work, trace.stage)
+        for group in ("tp", "dp", "pp"):
+            counted = sum(phase.sent(group) for phase in trace.phases.values())
+            assert counted == pytest.approx(getattr(sent, group), rel=0.02, abs=20_000), (trace.stage, group)
+    ranks = work.dp * parallel.tp
+    assert ranks * sum(t.flops for t in traces) == pytest.approx(sum(train_flops(config, ARCH, work)), rel=0.04)
+    used = memory(config, ARCH, work, local_engine=False)
+    busiest = traces[used.stage]
+    in_step = busiest.phases["forward_backward"].peak + busiest.phases["optimizer"].grown
+    assert used.total - used.overhead == pytest.approx(in_step, rel=0.1)
+
+
+def test_a_stage_of_a_thousand_ranks() -> None:
+    """Catches groups, or shares of the optimizer, that are only right in small worlds."""
+    config, work, (first, last) = traced(
+        1024, "parallel.tp=4", "parallel.pp=2", "parallel.sequence_parallel=true", "rollout.prompts_per_step=256"
+    )
+    assert work.dp == 128 and first.world == 1024 and last.rank == 512
+    reduced = [c for c in last.phases["gradient_reduction"].collectives if c.group == "dp"]
+    assert [(c.kind, c.ranks) for c in reduced] == [("reduce_scatter", 128)]
+    assert last.state_bytes["optimizer"] == pytest.approx(12 * last.trained / 128, rel=0.1)
+    assert traffic(config, ARCH, work, 1).dp == pytest.approx(
+        sum(phase.sent("dp") for phase in last.phases.values()), rel=0.02
+    )
+
+
+def test_what_no_trace_covers_is_refused() -> None:
+    """Catches a trace inside of a run, whose process groups it would end."""
+    from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
+
+    config = configured()
+    work = make_work(config, ARCH, 1, audio_seconds=SECONDS)
+    initialize(ParallelConfig(), seed=0)
+    try:
+        with pytest.raises(CordError, match="process groups of its own"):
+            trace_step(config, ARCH, work, GPUS["h100"])
+    finally:
+        finalize()
+    with pytest.raises(CordError, match="cannot be laid out"):
+        make_work(replace(config, parallel=replace(config.parallel, tp=2)), ARCH, 3)
