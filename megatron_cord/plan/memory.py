@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 OVERHEAD = 4e9  #: bytes: CUDA context, NCCL's buffers, workspaces
 FRAGMENTATION = 0.05  #: of all else: what the allocator cannot use
-_CHUNK = 256e6  #: bytes of logits that exist at once in the loss, student and teacher
+_CHUNK = 2**29  #: bytes of a model's logits that exist at once in the loss on a GPU (output_layer.CHUNK_ELEMENTS)
 _ENGINE_BATCH = 64  #: responses that the local engine generates together
 
 
@@ -97,7 +97,7 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
     counts = rank_counts(arch, tp, pp, stage)
     trained = counts.trained(config.model.freeze)
     matrices = matrix_counts(arch, tp, pp, stage).trained(config.model.freeze)
-    last, lm = stage == pp - 1, arch.language
+    last = stage == pp - 1
     teacher = work.teacher or arch
     is_student = config.teacher.mode == "live" or "language_model" in config.model.freeze
     has_copy = config.objective.distils and (work.teacher is not None or not is_student)
@@ -106,13 +106,7 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
         if last and not config.teacher.offload
         else 0
     )
-    loss = 0.0
-    if last:
-        rows = work.micro_batch * work.response_tokens
-        kept = (
-            rows * lm.padded_vocab_size(tp) / tp * min(item, 4) if config.objective.implementation != "recompute" else 0
-        )
-        loss = kept + 2 * min(_CHUNK, rows * lm.padded_vocab_size(tp) / tp * 4)
+
     used = {
         "weights": counts.total * item,
         "gradients": trained * 4,
@@ -121,9 +115,23 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
         "teacher_hidden": hidden,
         "engine": _engine(arch, work, item) if local_engine else 0,
         "activations": activation_bytes(config, arch, work, stage),
-        "loss": loss,
+        "loss": _loss(config, arch, work) if last else 0.0,
     }
     return Memory(stage=stage, **used, overhead=OVERHEAD + FRAGMENTATION * sum(used.values()))
+
+
+def _loss(config: RunConfig, arch: Architecture, work: Work) -> float:
+    """Return bytes of the divergence: what its implementation keeps, and both models' logits of a chunk.
+
+    Fused, which auto takes wherever it can, keeps both gradients in fp32; cached_grad one of the logits.
+    """
+    tp, lm, implementation = config.parallel.tp, arch.language, config.objective.implementation
+    rows, columns = work.micro_batch * work.response_tokens, lm.padded_vocab_size(tp) / tp
+    kept = {
+        "recompute": 0.0,
+        "cached_grad": rows * columns * min(config.model.torch_dtype.itemsize, 4),
+    }.get(implementation, 4.0 * (rows + columns) * lm.hidden_size)
+    return kept + 2 * min(_CHUNK, rows * columns * 4)
 
 
 def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: int) -> float:
