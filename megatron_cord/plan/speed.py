@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_cord.plan.devices import Gpu
-from megatron_cord.plan.parameters import part_counts
+from megatron_cord.plan.parameters import part_counts, rank_counts
 from megatron_cord.plan.traffic import traffic
 from megatron_cord.plan.work import Work
 
@@ -56,16 +56,10 @@ def speed(config: RunConfig, arch: Architecture, work: Work, gpu: Gpu, gpus: int
         gpus: that train.
         rollout_gpus: that run servers; 0 for the local engine on the training ranks.
     """
-    useful, again = train_flops(config, arch, work)
-    bubble = (work.microbatches + config.parallel.pp - 1) / work.microbatches
-    sent = [traffic(config, arch, work, stage) for stage in range(config.parallel.pp)]
-    train = _pair(
-        [
-            (useful + again) * bubble / (gpus * gpu.peak * products)
-            + max(each.seconds(config, work, gpu, links) for each in sent)
-            for products, links in zip(PRODUCTS, LINKS, strict=True)
-        ]
-    )
+    useful, _ = train_flops(config, arch, work)
+    seconds = [_stage_seconds(config, arch, work, gpu, gpus, stage) for stage in range(config.parallel.pp)]
+    count = work.microbatches  # of which the stages behind the busiest one wait for the first, and it for their last
+    train = _pair([max(end) + (sum(end) - max(end)) / count for end in zip(*seconds, strict=True)])
     engines = (rollout_gpus or gpus) // (SERVER_GPUS if rollout_gpus else 1)
     first, *further = (-(-count // (engines * RUNNING)) for count in (work.sequences, *work.resampled))
     rounds = (first + sum(further), first)  # further rounds of dynamic sampling at the slow end alone
@@ -89,8 +83,60 @@ def speed(config: RunConfig, arch: Architecture, work: Work, gpu: Gpu, gpus: int
     )
 
 
+def _stage_seconds(
+    config: RunConfig, arch: Architecture, work: Work, gpu: Gpu, gpus: int, stage: int
+) -> tuple[float, float]:
+    """Return the seconds that a pipeline stage works and communicates in a step, slow and fast."""
+    tp, pp = config.parallel.tp, config.parallel.pp
+    done = operations(config, arch, work)
+    flops = done.layers / pp + (done.first if stage == 0 else 0.0) + (done.last if stage == pp - 1 else 0.0)
+    counts = rank_counts(arch, tp, pp, stage)
+    item = config.model.torch_dtype.itemsize
+    moved = sum(bytes_of_passes(counts.total, counts.trained(config.model.freeze), item))
+    moved *= work.microbatches * work.minibatches * work.passes
+    sent = traffic(config, arch, work, stage)
+    return _pair(
+        [
+            flops * pp / (gpus * gpu.peak * products)
+            + moved / (gpu.bandwidth * memory)
+            + sent.seconds(config, work, gpu, links)
+            for products, memory, links in zip(PRODUCTS, BANDWIDTH, LINKS, strict=True)
+        ]
+    )
+
+
+def bytes_of_passes(parameters: int, trained: int, item: int) -> tuple[float, float]:
+    """Return bytes of weights and gradients that a microbatch's forward and backward pass move, whatever its size.
+
+    Each reads the weights; the gradient of a trained one is written, read, and added to its fp32 sum. So small
+    microbatches cost time.
+
+    Args:
+        parameters: of the rank.
+        trained: of them.
+        item: bytes of a weight.
+    """
+    return parameters * item, parameters * item + trained * (2 * item + 8)
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Operations of a step's training over all ranks, with those of recomputation."""
+
+    layers: float  #: of the language models' layers, the same on every pipeline stage
+    first: float  #: of the audio encoder, on the first stage
+    last: float  #: of the output layer, on the last
+    again: float  #: of all these, what is computed again
+
+
 def train_flops(config: RunConfig, arch: Architecture, work: Work) -> tuple[float, float]:
-    """Return the operations of a step's training over all ranks, teacher and student, and those of recomputation.
+    """Return the operations of a step's training over all ranks, teacher and student, and those of recomputation."""
+    done = operations(config, arch, work)
+    return done.layers + done.first + done.last - done.again, done.again
+
+
+def operations(config: RunConfig, arch: Architecture, work: Work) -> Operations:
+    """Return the operations of a step by where they are done.
 
     A matrix of P elements costs 2 P a token forward, and 2 P each for the gradients of its input and of itself; causal
     attention half of 4 H s a token and layer forward. The output layer works on responses alone. Each pass costs the
@@ -108,12 +154,12 @@ def train_flops(config: RunConfig, arch: Architecture, work: Work) -> tuple[floa
     again = forward if "language_model" in config.model.recompute else 0.0
     if config.model.recompute_granularity == "selective":  # not the four projections around the attention
         again *= 1 - 2.0 * student * _projections(arch) / forward
-    total = forward * (1 + backward) + _forward(_matrices(teacher_arch), teacher_arch, teacher, work.teacher_tokens)
+    layers = forward * (1 + backward) + _forward(_matrices(teacher_arch), teacher_arch, teacher, work.teacher_tokens)
     output = 2 * lm.vocab_size * work.response_tokens
     logits = output * lm.hidden_size * work.sequences
-    total += logits * (2 + trains_language)
-    scoring = forward + logits
-    total += output * teacher_arch.language.hidden_size * (work.scored if config.objective.distils else 0)
+    last = logits * (2 + trains_language)
+    last += output * teacher_arch.language.hidden_size * (work.scored if config.objective.distils else 0)
+    audio = first = audio_again = 0.0
     if arch.encoder is not None:
         enc = arch.encoder
         frames = work.sequences * work.clips * enc.max_positions
@@ -122,13 +168,18 @@ def train_flops(config: RunConfig, arch: Architecture, work: Work) -> tuple[floa
             + 4 * enc.hidden_size * enc.max_positions * enc.num_layers * frames
         )
         trains_encoder = "audio_encoder" not in config.model.freeze
-        total += audio * (3 if trains_encoder else 1)
-        scoring += audio
+        first = audio * (3 if trains_encoder else 1)
         if trains_encoder and "audio_encoder" in config.model.recompute:
             projections = 8.0 * enc.hidden_size**2 * enc.num_layers * frames
-            again += audio - (projections if config.model.recompute_granularity == "selective" else 0.0)
+            audio_again = audio - (projections if config.model.recompute_granularity == "selective" else 0.0)
     scored_before = work.minibatches * work.passes > 1 and config.objective.responses == "student"
-    return total * work.passes + (scoring if scored_before else 0.0), again * work.passes
+    before = (forward, audio, logits) if scored_before else (0.0, 0.0, 0.0)
+    return Operations(
+        layers=(layers + again) * work.passes + before[0],
+        first=(first + audio_again) * work.passes + before[1],
+        last=last * work.passes + before[2],
+        again=(again + audio_again) * work.passes,
+    )
 
 
 def _projections(arch: Architecture) -> int:

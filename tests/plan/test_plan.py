@@ -20,7 +20,9 @@ import pytest
 import torch
 
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
+from megatron_cord.cli.actions.plan import gpu_counts
 from megatron_cord.config.loading import load_config
+from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import AdapterArchitecture, Architecture
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
@@ -276,6 +278,15 @@ def test_examples_have_the_layout_that_is_chosen(name: str) -> None:
     assert settings is not None and "parallel.tp=2" in settings
 
 
+def test_numbers_of_gpus() -> None:
+    """Catches several numbers of which all but the first are ignored, and a traceback for what is no number."""
+    assert gpu_counts("8, 64", several=True) == [8, 64]
+    with pytest.raises(CordError, match="several numbers are for --trace"):
+        gpu_counts("8,64", several=False)
+    with pytest.raises(CordError, match="--gpus 0: give a number"):
+        gpu_counts("0", several=False)
+
+
 def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the tool on the 7B's example."""
     command = [sys.executable, "tools/plan.py", "--config", "examples/qwen2_audio_7b/config.yaml", *arguments]
@@ -285,13 +296,11 @@ def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_tool_answers_and_refuses() -> None:
     """Catches JSON that says something else than the exit status, advice that is missing, and tracebacks."""
-    done = plan("--model", "qwen2_audio_7b", "--gpus", "8,64")
-    assert done.returncode == 2 and "several numbers are for --trace" in done.stderr
     done = plan("--model", "qwen2_audio_7b", "--json", "parallel.tp=1", "parallel.sequence_parallel=false")
     assert done.returncode == 1 and json.loads(done.stdout)["fits"] is False and json.loads(done.stdout)["suggestion"]
-    done = plan("--model", "qwen2_audio_7b", "--gpus", "6")
+    done = plan("--model", "qwen2_audio_7b", "--gpus", "7")
     assert (
         done.returncode == 2
-        and done.stderr.startswith("error: 6 GPUs cannot be laid out")
+        and done.stderr.startswith("error: 7 GPUs cannot be laid out")
         and done.stderr.count("\n") == 1
     )

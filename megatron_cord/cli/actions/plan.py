@@ -14,7 +14,7 @@ from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.families import load_architecture
-from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, part_counts, published, speed
+from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, published, speed
 from megatron_cord.plan.page import layouts_table
 from megatron_cord.plan.report import Report
 from megatron_cord.trainer.config import RunConfig
@@ -37,7 +37,7 @@ def plan(
     as_json: bool,
 ) -> int:
     """Print the estimate of a configuration; return 1 if the run does not fit, else 0."""
-    counts = _counts(gpus, several=trace)
+    counts = gpu_counts(gpus, several=trace)
     first = counts[0]
     if rollout_gpus < 0:
         raise CordError("--rollout-gpus cannot be negative")
@@ -78,7 +78,7 @@ def plan(
     return 0 if report.fits else 1
 
 
-def _counts(given: str, *, several: bool) -> list[int]:
+def gpu_counts(given: str, *, several: bool) -> list[int]:
     """Return the numbers of GPUs."""
     parts = [part.strip() for part in given.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):

@@ -64,7 +64,8 @@ class OutputLayers:
         if teacher is None or self.teacher_hidden is None:
             return False
         same = (
-            student.data_ptr() == teacher.data_ptr()
+            student.untyped_storage()._cdata == teacher.untyped_storage()._cdata
+            and student.storage_offset() == teacher.storage_offset()
             and student.stride() == teacher.stride()
             and student.shape == teacher.shape
         )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from megatron_cord.plan.devices import NODE, Gpu
 from megatron_cord.plan.simulation.pipeline import run_pipeline
 from megatron_cord.plan.simulation.rates import End, Rates
-from megatron_cord.plan.speed import SERVER_GPUS, speed
+from megatron_cord.plan.speed import SERVER_GPUS, bytes_of_passes, speed
 from megatron_cord.plan.work import Work
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ class _Step:
         return (staging + waits) / settings.interval
 
     def _pass(self, trace: RankTrace, phase: str, backward: bool, sequences: int, batches: int) -> tuple[float, float]:
-        """Return the seconds of one microbatch's pass on a stage: products, and tensor-parallel collectives."""
+        """Return the seconds of one microbatch's pass on a stage: products and memory; collectives within layers."""
         if not batches or phase not in trace.phases:
             return 0.0, 0.0
         counted = trace.phases[phase]
@@ -232,7 +232,8 @@ class _Step:
             + c.calls / calls * self.rates.wait(self.replica, self.end)
             for c in within
         )
-        return flops * scale / self.operations, taken
+        moved = bytes_of_passes(trace.parameters, trace.trained, self.item)[backward]
+        return flops * scale / self.operations + moved / self.bandwidth, taken
 
     def _replicas(self, speeds: Sequence[float]) -> Iterator[list[float]]:
         """Yield the factors of each replica's stages; those of a replica whose GPUs are alike once."""

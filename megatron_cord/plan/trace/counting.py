@@ -67,21 +67,21 @@ class _Phase:
 
 
 class CountingMode(TorchDispatchMode):  # type: ignore[misc]
-    """Run on fake tensors and count.
+    """Run on fake tensors and count."""
 
-    Args:
-        received: the shape [S, B, H] of what pipeline stages send each other.
-    """
-
-    def __init__(self, received: Sequence[int]) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.bytes = 0  #: that exist now
         self.groups: dict[str, str] = {}  #: by the name of a process group, what it is called in the result
-        self._received = torch.tensor(received, dtype=torch.int64)
+        self._received: tuple[Iterator[Sequence[int]], Iterator[Sequence[int]]] = (iter(()), iter(()))
         self._phases: dict[str, _Phase] = {}
         self._phase = self._phases.setdefault("rest", _Phase())
         self._sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def expect(self, shapes: Sequence[Sequence[int]]) -> None:
+        """Say what other pipeline stages send next, [S, B, H] of each microbatch; gradients have the same shapes."""
+        self._received = (iter(shapes), iter(shapes))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -213,7 +213,8 @@ class CountingMode(TorchDispatchMode):  # type: ignore[misc]
         if name == "recv_":
             (received,) = args[0]
             if not received.is_floating_point():
-                received.copy_(self._received)
+                is_gradient = args[2] > ProcessGroup.unbox(args[1]).rank()
+                received.copy_(torch.tensor(next(self._received[is_gradient])))
         elif name == "allgather_":
             for outputs, mine in zip(args[0], args[1], strict=True):
                 if not isinstance(mine, FakeTensor):

@@ -7,7 +7,7 @@ have the planned lengths; ranks of a stage do alike, so the first of each stands
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_cord.errors import CordError
+from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.layout import Layout, finalize, initialize
 from megatron_cord.plan.devices import Gpu
@@ -65,8 +66,7 @@ def _trace_rank(
     parallel = config.parallel
     ranks_of_stage = parallel.tp * parallel.cp * work.dp
     world, rank = ranks_of_stage * parallel.pp, ranks_of_stage * stage  # Megatron's order: tp, cp, dp, pp
-    cut = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
-    mode = CountingMode((-(-work.student_tokens // cut), work.micro_batch, arch.language.hidden_size))
+    mode = CountingMode()
     teacher_arch = work.teacher or arch
     with _fake_ranks(world, rank), substituted(mode, arch, teacher_arch, gpu.memory), mode:
         layout = initialize(parallel, config.seed)
@@ -89,14 +89,24 @@ def _trace_rank(
         )
         finish = student.config.finalize_model_grads_func
         student.config.finalize_model_grads_func = mode.within("gradient_reduction", finish)
+        optimizer.step = mode.within("optimizer", optimizer.step)  # type: ignore[method-assign]
         trained: list[Microbatch] = []
         taught: list[Microbatch] = []
-        for owner, method, name, seen in (
-            (teacher, "hidden_states", "teacher", taught),
-            (step, "_pipeline", "forward_backward", trained),
-            (optimizer, "step", "optimizer", []),
-        ):
-            setattr(owner, method, _noting(mode.within(name, getattr(owner, method)), seen))
+
+        def read(batches: list[Microbatch]) -> Any:
+            these = [batch for batch in batches if batch.teacher is not None]
+            taught.extend(these)
+            mode.expect([_sent(batch.teacher, teacher.model) for batch in these if batch.teacher is not None])
+            return hidden_states(batches)
+
+        def learn(batches: list[Microbatch], *args: Any, **kwargs: Any) -> None:
+            trained.extend(batches)
+            mode.expect([_sent(batch.student, student) for batch in batches])
+            pipeline(batches, *args, **kwargs)
+
+        hidden_states = mode.within("teacher", teacher.hidden_states)
+        pipeline = mode.within("forward_backward", step._pipeline)
+        teacher.hidden_states, step._pipeline = read, learn  # type: ignore[method-assign]
         rollouts = make_rollouts(config, work)
         sequences = make_sequences(config, arch, work, rollouts, layout.dp_rank, audio_seconds)
         mode.restart()
@@ -113,22 +123,19 @@ def _trace_rank(
             trained=sum(p.numel() for p in student.parameters() if p.requires_grad),
             state_bytes=state,
             sequences=sum(len(batch.sequences) for batch in trained),
-            taught=sum(len(batch.sequences) for batch in taught if batch.teacher is not None),
+            taught=sum(len(batch.sequences) for batch in taught),
             microbatches=len(trained),
-            taught_microbatches=sum(batch.teacher is not None for batch in taught),
+            taught_microbatches=len(taught),
             phases=phases,
             seconds=time.perf_counter() - begun,
         )
 
 
-def _noting(function: Callable[..., Any], seen: list[Microbatch]) -> Callable[..., Any]:
-    """Return the function, whose first argument, if it has one, is a list of microbatches that are noted."""
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        seen.extend(args[0] if args else ())
-        return function(*args, **kwargs)
-
-    return noted
+def _sent(given: ModelInput, model: LALM) -> tuple[int, int, int]:
+    """Return the shape [S, B, H] of what a stage sends of a microbatch to the next one."""
+    sharding = model.layout.sequence_sharding
+    batch, length = given.token_ids.shape
+    return length // (sharding.cp * sharding.sequence_parallel), batch, model.arch.language.hidden_size
 
 
 @contextmanager

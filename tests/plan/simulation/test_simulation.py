@@ -32,7 +32,7 @@ def test_a_pipeline_of_equal_stages(stages: int, microbatches: int) -> None:
 def test_a_slow_stage_sets_the_pace() -> None:
     """Catches stages that do not wait for each other: all but the first and last passes wait for the slow one."""
     ran = run_pipeline([1.0, 3.0, 1.0], [2.0, 6.0, 2.0], 10)
-    assert ran.seconds == pytest.approx(1 + 10 * 9 + 2 + 1 + 2)
+    assert ran.seconds == pytest.approx(1 + 10 * 9 + 2)
     late = run_pipeline([1.0, 1.0], [2.0, 2.0], 4, send=0.5)
     assert late.seconds > run_pipeline([1.0, 1.0], [2.0, 2.0], 4).seconds
 
@@ -74,11 +74,12 @@ def test_seconds_of_passes_are_operations_and_bytes_over_rates() -> None:
     made = step(configured())
     operations = rates.peak.slow * rates.products.slow
     sent = 2 * 10**10 / 2 / (rates.link.slow * rates.transport.slow) + 800 * rates.latency.slow
-    assert made.seconds["forward_backward"] == pytest.approx(6e14 / operations + sent)
-    assert made.seconds["teacher"] == pytest.approx(1e14 / operations)
+    moved = 10**9 / (rates.memory.slow * rates.memory_share.slow)  # a byte of each parameter; of 4 microbatches
+    assert made.seconds["forward_backward"] == pytest.approx(6e14 / operations + 4 * 16 * moved + sent)
+    assert made.seconds["teacher"] == pytest.approx(1e14 / operations + 4 * 2 * moved)
     reduced = 4e9 * 3 / 4 / (rates.link.slow * rates.transport.slow) + rates.latency.slow
     assert made.seconds["gradient_reduction"] == pytest.approx(reduced)
-    assert made.bubble == 0 and made.stragglers > 0
+    assert made.bubble == pytest.approx(0, abs=1e-9) and made.stragglers > 0
     assert step(configured(), end="fast").total < made.total
 
 
