@@ -14,7 +14,7 @@ from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.families import load_architecture
-from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, published, speed
+from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, part_counts, published, speed
 from megatron_cord.plan.page import layouts_table
 from megatron_cord.plan.report import Report
 from megatron_cord.trainer.config import RunConfig

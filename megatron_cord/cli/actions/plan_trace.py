@@ -26,6 +26,7 @@ _OPERATIONS = (
     ("forward", "forward_backward", "forward_flops"),
     ("backward", "forward_backward", "backward_flops"),
 )
+_WIDTH = 120  #: columns of what is printed into a file
 _OF_IT = {"bubble": "in pipeline bubbles", "stragglers": "for slow GPUs", "collectives": "in collectives"}
 
 
@@ -69,6 +70,8 @@ def print_trace(request: Request, *, as_json: bool) -> None:
         print(json.dumps(result, indent=1))
         return
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
     console.print(_stages(traces), _collectives(traces))
     console.print(_compared(traces, flops, work.dp * config.parallel.tp * config.parallel.cp), highlight=False)
     console.print(_steps(scaled, request.gpu), _rates(rates))

@@ -63,6 +63,22 @@ class ShapedBackend:
         """Leave ``out`` [N, columns] as it is: the kernel writes there and nowhere else."""
 
 
+class FusedNorm(torch.autograd.Function):
+    """RMSNorm as CUDA's kernel has it: of its input [..., H] it keeps that, and a number in fp32 for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the shape of the input."""
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return the shapes of both inputs."""
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
 @contextmanager
 def substituted(mode: CountingMode, arch: Architecture, teacher_arch: Architecture, memory: float) -> Iterator[None]:
     """Replace, within the context, what a trace cannot run.
@@ -94,6 +110,8 @@ def substituted(mode: CountingMode, arch: Architecture, teacher_arch: Architectu
         (teacher, "load_architecture", lambda _: teacher_arch),
         # Moving would take fake parameters' marks from them, and there is one device.
         (LALM, "to", lambda self, *_, **__: self),
+        # Without a GPU, torch forms this norm step by step in fp32 and keeps the steps.
+        (torch.nn.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x, self.weight)),
         # What the loss takes of a GPU.
         (loss, "choose_backend", lambda *_, **__: ShapedBackend()),
         (matmul, "multiplies_bfloat16", lambda: True),
