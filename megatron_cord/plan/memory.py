@@ -93,7 +93,7 @@ def optimizer_bytes(config: OptimizerConfig, trained: int, matrices: int, itemsi
 
 
 def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_engine: bool) -> Memory:
-    tp, pp, item = config.parallel.tp, config.parallel.pp, config.model.torch_dtype.itemsize
+    tp, pp, cp, item = config.parallel.tp, config.parallel.pp, config.parallel.cp, config.model.torch_dtype.itemsize
     counts = rank_counts(arch, tp, pp, stage)
     trained = counts.trained(config.model.freeze)
     matrices = matrix_counts(arch, tp, pp, stage).trained(config.model.freeze)
@@ -102,7 +102,11 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
     is_student = config.teacher.mode == "live" or "language_model" in config.model.freeze
     has_copy = config.objective.distils and (work.teacher is not None or not is_student)
     hidden = (
-        -(-work.scored // (work.dp * work.minibatches)) * work.response_tokens * teacher.language.hidden_size * item
+        -(-work.scored // (work.dp * work.minibatches))
+        * work.response_tokens
+        * teacher.language.hidden_size
+        * item
+        / cp
         if last and not config.teacher.offload
         else 0
     )
@@ -110,7 +114,7 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
     used = {
         "weights": counts.total * item,
         "gradients": trained * 4,
-        "optimizer": optimizer_bytes(config.optimizer, trained, matrices, item, work.dp),
+        "optimizer": optimizer_bytes(config.optimizer, trained, matrices, item, work.dp * cp),
         "teacher": rank_counts(teacher, tp, pp, stage).total * item if has_copy else 0,
         "teacher_hidden": hidden,
         "engine": _engine(arch, work, item) if local_engine else 0,
@@ -126,7 +130,7 @@ def _loss(config: RunConfig, arch: Architecture, work: Work) -> float:
     Fused, which auto takes wherever it can, keeps both gradients in fp32; cached_grad one of the logits.
     """
     tp, lm, implementation = config.parallel.tp, arch.language, config.objective.implementation
-    rows, columns = work.micro_batch * work.response_tokens, lm.padded_vocab_size(tp) / tp
+    rows, columns = work.micro_batch * work.response_tokens / config.parallel.cp, lm.padded_vocab_size(tp) / tp
     kept = {
         "recompute": 0.0,
         "cached_grad": rows * columns * min(config.model.torch_dtype.itemsize, 4),
@@ -137,7 +141,7 @@ def _loss(config: RunConfig, arch: Architecture, work: Work) -> float:
 def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: int) -> float:
     """Return bytes that autograd keeps of the microbatches in flight; a 1F1B pipeline has pp − stage of them."""
     tp, pp, item, lm = config.parallel.tp, config.parallel.pp, config.model.torch_dtype.itemsize, arch.language
-    tokens = work.student_tokens * work.micro_batch
+    tokens = work.student_tokens * work.micro_batch / config.parallel.cp
     cut = tp if config.parallel.sequence_parallel else 1
     trains_audio = not {"audio_encoder", "adapter"} <= set(config.model.freeze)
     needs_language = "language_model" not in config.model.freeze or trains_audio

@@ -37,8 +37,6 @@ def fitting(
     recomputed: tuple[tuple[Tower, ...], ...] = ((), ("language_model",), ("audio_encoder", "language_model"))
     choices = product((1, 2, 4, 8), (1, 2, 4), recomputed, (config.train.micro_batch_size, 2, 1))
     for tp, pp, recompute, micro in choices:
-        if gpus % (tp * pp):
-            continue
         parallel = replace(
             config.parallel, tp=tp, pp=pp, sequence_parallel=config.parallel.sequence_parallel and tp > 1
         )

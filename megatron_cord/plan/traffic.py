@@ -2,7 +2,7 @@
 
 The language model's layers gather their input before each column-parallel matrix and reduce-scatter the output of each
 row-parallel one (with sequence parallelism; else they all-reduce the output), and the same backward. Left out: what
-takes kilobytes. Legend: T tokens of a rank in a step, H hidden, n ranks of a ring.
+context-parallel ranks send each other, and what takes kilobytes. Legend: T tokens of a rank in a step, H hidden, n ranks of a ring.
 """
 
 from __future__ import annotations
@@ -82,13 +82,13 @@ def traffic(config: RunConfig, arch: Architecture, work: Work, stage: int) -> Tr
         whole += 2 * sequences * work.response_tokens * lm.hidden_size * 4 / config.parallel.cp  # the loss's gradient
     trained = rank_counts(arch, tp, pp, stage).trained(config.model.freeze)
     updates = work.minibatches * work.passes
-    cut = tp if config.parallel.sequence_parallel else 1
+    cut, replicas = tp if config.parallel.sequence_parallel else 1, work.dp * config.parallel.cp
     hops = (stage < pp - 1) * (student + read) + (stage > 0 and backward) * student
     return Traffic(
         tp=whole * (tp - 1) / tp,
         # Gradients are fp32; an all-reduce sends twice what a reduce-scatter does, of which the gathering of weights
         # is the other half.
-        dp=updates * trained * (4 + (item if config.optimizer.distributed else 4)) * (work.dp - 1) / work.dp,
+        dp=updates * trained * (4 + (item if config.optimizer.distributed else 4)) * (replicas - 1) / replicas,
         pp=hops / cut,
     )
 

@@ -75,12 +75,13 @@ def make_work(
     parallel, rollout = config.parallel, config.rollout
     for each in (arch, *filter(None, [teacher])):
         each.check_divisible(parallel.tp, parallel.pp)
-    if gpus % (parallel.tp * parallel.pp):
+    if gpus % (parallel.tp * parallel.pp * parallel.cp):
+        cp = f" × parallel.cp={parallel.cp}" if parallel.cp > 1 else ""
         raise CordError(
-            f"{gpus} GPUs cannot be laid out with parallel.tp={parallel.tp} × parallel.pp={parallel.pp}; "
+            f"{gpus} GPUs cannot be laid out with parallel.tp={parallel.tp} × parallel.pp={parallel.pp}{cp}; "
             "give a multiple of it"
         )
-    dp = gpus // (parallel.tp * parallel.pp)
+    dp = gpus // (parallel.tp * parallel.pp * parallel.cp)
     enabled = config.objective.policy_gradient.enabled
     policy = rollout.policy_prompts_per_step * rollout.policy_rollouts if enabled else 0
     scored = policy if rollout.share else rollout.prompts_per_step

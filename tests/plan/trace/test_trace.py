@@ -122,6 +122,17 @@ def test_a_stage_of_a_thousand_ranks() -> None:
     )
 
 
+@pytest.mark.slow
+def test_context_parallel_ranks() -> None:
+    """Catches ranks that share sequences and are taken for replicas, or whose exchange is not counted."""
+    config, work, (trace,) = traced(4, "parallel.cp=2", "objective.implementation=cached_grad")
+    assert (work.dp, trace.world) == (2, 4)
+    assert trace.phases["forward_backward"].sent("cp") > 0
+    assert [c.ranks for c in trace.phases["gradient_reduction"].collectives if c.kind == "reduce_scatter"] == [4]
+    # Its attention has a mask in place of the causal one, so it is counted whole.
+    assert trace.flops * 4 == pytest.approx(sum(train_flops(config, ARCH, work)), rel=0.15)
+
+
 def test_the_command_prints_what_was_traced(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches tables and JSON that differ from the records, and a number of GPUs that is not simulated."""
     config = configured("parallel.tp=2", "rollout.policy_prompts_per_step=0", "objective.policy_gradient.enabled=false")
