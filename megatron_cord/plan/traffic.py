@@ -2,7 +2,8 @@
 
 The language model's layers gather their input before each column-parallel matrix and reduce-scatter the output of each
 row-parallel one (with sequence parallelism; else they all-reduce the output), and the same backward. Left out: what
-context-parallel ranks send each other, and what takes kilobytes. Legend: T tokens of a rank in a step, H hidden, n ranks of a ring.
+context-parallel ranks send each other, and what takes kilobytes.
+Legend: T tokens of a rank in a step, H hidden, n ranks of a ring.
 """
 
 from __future__ import annotations
