@@ -137,8 +137,11 @@ class CountingMode(TorchDispatchMode):  # type: ignore[misc]
         return out
 
     def _run_real(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        """Run for numbers; without a tensor to start from, floating-point numbers are not made."""
-        if not tensors:
+        """Run for numbers; without a tensor to start from, floating-point numbers are not made.
+
+        Sparse tensors without entries, which have no storage, are real.
+        """
+        if not tensors and kwargs.get("layout") in (None, torch.strided):
             with self.fake:
                 out = func(*args, **kwargs)
             if isinstance(out, Tensor) and out.is_floating_point() and out.dim():
@@ -179,6 +182,8 @@ class CountingMode(TorchDispatchMode):  # type: ignore[misc]
 
     def _note(self, tensor: Tensor) -> None:
         """Count a storage that is new, until it is freed."""
+        if tensor.layout != torch.strided:
+            return
         storage = tensor.untyped_storage()
         if hasattr(storage, "is_counted"):
             return
