@@ -66,11 +66,11 @@ class _Phase:
         return PhaseTrace(self.forward_flops, self.backward_flops, self.peak, self.grown, collectives)
 
 
-class CountingMode(TorchDispatchMode):  # type: ignore[misc]
+class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Run on fake tensors and count."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.bytes = 0  #: that exist now
         self.groups: dict[str, str] = {}  #: by the name of a process group, what it is called in the result

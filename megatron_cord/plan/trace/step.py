@@ -89,7 +89,7 @@ def _trace_rank(
         )
         finish = student.config.finalize_model_grads_func
         student.config.finalize_model_grads_func = mode.within("gradient_reduction", finish)
-        optimizer.step = mode.within("optimizer", optimizer.step)  # type: ignore[method-assign]
+        optimizer.step = mode.within("optimizer", optimizer.step)
         trained: list[Microbatch] = []
         taught: list[Microbatch] = []
 
@@ -106,7 +106,7 @@ def _trace_rank(
 
         hidden_states = mode.within("teacher", teacher.hidden_states)
         pipeline = mode.within("forward_backward", step._pipeline)
-        teacher.hidden_states, step._pipeline = read, learn  # type: ignore[method-assign]
+        teacher.hidden_states, step._pipeline = read, learn  # type: ignore[method-assign,assignment]
         rollouts = make_rollouts(config, work)
         sequences = make_sequences(config, arch, work, rollouts, layout.dp_rank, audio_seconds)
         mode.restart()
@@ -151,9 +151,9 @@ def _fake_ranks(world: int, rank: int) -> Iterator[None]:
 def _names(layout: Layout) -> dict[str, str]:
     """Return what process groups are called in the result, by their own names."""
     groups = {"world": dist.group.WORLD, "pp": layout.pp_group, "dp": layout.dp_group, "cp": layout.cp_group}
-    named = {group.group_name: name for name, group in groups.items() if group is not None}
+    named = {str(group.group_name): name for name, group in groups.items() if group is not None}
     for attribute in ("dp_cp", "intra_dp_cp"):
         group = getattr(layout.groups, attribute, None)
         if group is not None:
-            named[group.group_name] = "dp"
-    return named | {layout.tp_group.group_name: "tp"}
+            named[str(group.group_name)] = "dp"
+    return named | {str(layout.tp_group.group_name): "tp"}

@@ -73,7 +73,7 @@ class FusedNorm(torch.autograd.Function):
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Return the shapes of both inputs."""
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight)
@@ -111,7 +111,7 @@ def substituted(mode: CountingMode, arch: Architecture, teacher_arch: Architectu
         # Moving would take fake parameters' marks from them, and there is one device.
         (LALM, "to", lambda self, *_, **__: self),
         # Without a GPU, torch forms this norm step by step in fp32 and keeps the steps.
-        (torch.nn.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x, self.weight)),
+        (torch.nn.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x, self.weight)),  # type: ignore[no-untyped-call]
         # What the loss takes of a GPU.
         (loss, "choose_backend", lambda *_, **__: ShapedBackend()),
         (matmul, "multiplies_bfloat16", lambda: True),
