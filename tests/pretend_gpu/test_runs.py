@@ -32,7 +32,7 @@ def test_a_run_with_threads(jobs: Jobs, inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     run = settings(inputs, output, "rollout.schedule.ahead=1", "data.workers=1", "train.micro_batch_size=1")
     (outcome,) = jobs.run("train", run)
-    assert outcome.microbatches["update"] > 10 and outcome.steps["update"] == 2
+    assert outcome.microbatches["update"] >= 8 and outcome.steps["update"] == 2
     outcome.check_waits()
     assert any(wait.phase == "thread rollouts" for wait in outcome.waits)
     jobs.run("evaluate", run)
