@@ -118,6 +118,17 @@ def on_own_stream(target: torch.device, work: Callable[[], None]) -> Callable[[]
     return wrapped
 
 
+def mark_stream() -> Any:
+    """Return a mark behind everything that this thread has queued on its stream, for `wait_for_mark` elsewhere."""
+    return torch.cuda.current_stream().record_event() if has_cuda() else None
+
+
+def wait_for_mark(mark: Any) -> None:
+    """Let what this thread queues from now on begin after the mark, without blocking the host; None is no mark."""
+    if mark is not None:
+        torch.cuda.current_stream().wait_event(mark)
+
+
 @functools.cache
 def install() -> None:
     """Make Megatron-Core run without CUDA, and its distributed optimizer without apex and transformer-engine.
