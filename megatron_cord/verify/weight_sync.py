@@ -30,7 +30,7 @@ from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
-from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.parallel.objects import broadcast_json, run_on_main
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError
 from megatron_cord.rollout.sglang.client.probe import Outputs, outputs_of
 from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfig, SglangServer, check_version
@@ -128,8 +128,9 @@ def run_checks(config: VerifyWeightSyncConfig, placement: Placement, layout: Lay
     with ExitStack() as stack:
         servers: list[Endpoint] = []
         expected: Expected | None = None
-        problem = None
-        if layout.is_main:
+
+        def prepare() -> None:
+            nonlocal servers, expected
             try:
                 check_version(config.python)
                 started = [_start(config, placement.fresh, export, work / "fresh.log", stack)]
@@ -146,10 +147,10 @@ def run_checks(config: VerifyWeightSyncConfig, placement: Placement, layout: Lay
                 servers = [server.endpoint for server in started[1:]] or [
                     Endpoint(url, config.api_key) for url in config.servers
                 ]
-            except (CordError, ServerError) as error:
-                problem = str(error)
-        if problem := broadcast_json(problem):
-            raise CordError(problem)
+            except ServerError as error:
+                raise CordError(str(error)) from error
+
+        run_on_main(prepare)
         for number, transport in enumerate(config.transports, start=1):
             checks += _check(config, transport, number, source, servers, expected, dtype)
     return checks

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
-from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.parallel.objects import run_on_main
 from megatron_cord.rollout.sglang.client.addresses import Addresses
 from megatron_cord.rollout.sglang.client.batch import Batch
 from megatron_cord.rollout.sglang.client.partial_response import PartialResponse, aborted
@@ -159,16 +159,12 @@ class SGLangEngine:
 
     def _connect(self, count: int) -> int:
         """Find `count` servers, with the checkpoint's weights; return how many tokens they take, response included."""
-        outcome: list[object] = [None, 0, []]
-        if dist.get_rank() == 0:
-            try:
-                servers, longest = self._control.connect(count)
-                outcome = [None, longest, [server.url for server in servers]]
-            except CordError as error:
-                outcome[0] = str(error)
-        problem, longest, urls = broadcast_json(outcome)
-        if problem:
-            raise CordError(problem)
+
+        def find() -> tuple[int, list[str]]:
+            servers, longest = self._control.connect(count)
+            return longest, [server.url for server in servers]
+
+        longest, urls = run_on_main(find)
         self._pool.set(self._control.endpoints(urls))
         return int(longest)
 
@@ -176,25 +172,20 @@ class SGLangEngine:
         """Sync weights, as often as it takes until a server has them."""
         assert self._source is not None
         deadline = time.monotonic() + self._config.start_seconds
-        main = dist.get_rank() == 0
         refused = ""
+
+        def find() -> list[str]:
+            if refused:
+                if time.monotonic() > deadline:
+                    raise CordError(
+                        f"no rollout server takes the weights of version {version}: {refused}; look at the "
+                        "servers' logs"
+                    )
+                time.sleep(_RETRY_SECONDS)
+            return [server.url for server in self._control.answering(deadline)]
+
         while True:
-            found: list[object] = [None, []]
-            if main:
-                try:
-                    if refused:
-                        if time.monotonic() > deadline:
-                            raise CordError(
-                                f"no rollout server takes the weights of version {version}: {refused}; look at the "
-                                "servers' logs"
-                            )
-                        time.sleep(_RETRY_SECONDS)
-                    found[1] = [server.url for server in self._control.answering(deadline)]
-                except CordError as error:
-                    found[0] = str(error)
-            problem, urls = broadcast_json(found)
-            if problem:
-                raise CordError(problem)
+            urls = run_on_main(find)
             report = self._weight_sync.update(
                 self._source,
                 version,
@@ -202,7 +193,7 @@ class SGLangEngine:
                 full=self._all_tensors,
                 flush_cache=not (self.paused and self._config.pause == "in_place"),
             )
-            if main:
+            if dist.get_rank() == 0:
                 for url, reason in report.failed.items():
                     logger.warning(
                         "rollout: %s did not get the weights of version %d, and is left out until it has: %s",
