@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
-from megatron_cord.data.samples import Prompt
+from megatron_cord.data.samples import Sample
 from megatron_cord.parallel import portability
 from megatron_cord.rollout.local.engine import LocalEngine
 from megatron_cord.rollout.types import GenerationRequest
@@ -71,7 +71,7 @@ class Update:
     def specs(self, *, full: bool) -> Any:
         raise NotImplementedError
 
-    def tensors(self, *, full: bool) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, *, full: bool, in_pieces: bool = False) -> Iterator[tuple[str, Tensor]]:
         self._device.access("write")
         yield HEAD, self._tensor
 
@@ -94,15 +94,16 @@ def test_weights_and_tokens_are_in_order(tmp_path: Path, monkeypatch: pytest.Mon
         return forward(*arguments, **settings)
 
     monkeypatch.setattr(model, "hidden", hidden)
-    requests = [GenerationRequest(Prompt(f"sample{i}", (5, 6, 7)), 1.0, 64, seed=i) for i in range(8)]
+    prompt = engine.prompts.text_prompt(Sample(id="sample", question="what is one plus two"))
+    requests = [GenerationRequest(prompt, 1.0, 64, seed=i) for i in range(8)]
     thread = threading.Thread(target=engine.generate, args=(requests,))
     thread.start()
-    assert started.wait(60)
+    assert started.wait(20)
     for version in (1, 2, 3):
         engine.pause()
         engine.update_weights(Update(device, head.detach().clone()), version)
         engine.resume()
-    thread.join(60)
+    thread.join(20)
     engine.generate(requests[:1])  # by another thread, after all of it
     assert not thread.is_alive() and not device.races, device.races[:3]
     order = device.accesses

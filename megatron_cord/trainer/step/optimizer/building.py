@@ -15,6 +15,7 @@ from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 from megatron_cord.trainer.step.optimizer.groups import megatron_overrides, settings_of
 from megatron_cord.trainer.step.optimizer.muon import begin_states, build_muon
 from megatron_cord.trainer.step.optimizer.schedule import RateSchedule, RateScheduler
+from megatron_cord.trainer.step.optimizer.states import describe_in_place
 
 
 def wrap_model(config: OptimizerConfig, model: LALM) -> DistributedDataParallel:
@@ -67,6 +68,7 @@ def build_optimizer(
             megatron_overrides(settings) if own_groups else None,
             use_gloo_process_groups=portability.needs_gloo_groups(),
         )
+    describe_in_place(optimizer)
     if config.offload:
         _move_to_host(optimizer)
     scheduler = RateScheduler(optimizer, schedule, weight_decay)
