@@ -22,20 +22,21 @@ IN_PARALLEL := --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reo
 export OMP_NUM_THREADS ?= 1
 # Ranks refuse to leave a machine's GPUs idle unless this says so: targets of an environment for the CPU mean the CPU.
 ifeq ($(DEVICE),cpu)
-quickstart test test-full test-next test-pretend test-slurm coverage: export CUDA_VISIBLE_DEVICES :=
+quickstart test test-full test-next test-pretend test-te test-slurm coverage: export CUDA_VISIBLE_DEVICES :=
 endif
 
-.PHONY: setup setup-cuda dry-run-cuda lock sglang-env quickstart test test-full test-next test-pretend test-sglang test-slurm test-browser test-gpu gpu-hour docs bench lint format typecheck coverage clean help
+.PHONY: setup setup-cuda dry-run-cuda lock sglang-env quickstart test test-full test-next test-pretend test-te test-sglang test-slurm test-browser test-gpu gpu-hour docs bench lint format typecheck coverage clean help
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## create .venv and install everything into it; does nothing when that is done
 
-$(STAMP): pyproject.toml requirements.lock tools/install.py
+$(STAMP): pyproject.toml requirements.lock tools/install.py tools/install_transformer_engine.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed; set PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python tools/install.py --device '$(DEVICE)' --torch '$(TORCH)' --pip-args '$(PIP_INDEX_ARGS)'
+	$(BIN)/python -m tools.install_transformer_engine --pip-args '$(PIP_INDEX_ARGS)'
 	@echo $(DEVICE) > $(VENV)/.device
 	@touch $@
 
@@ -85,7 +86,12 @@ $(NEXT)/.installed: $(STAMP)
 	$(PYTHON) -m venv $(NEXT)
 	$(NEXT)/bin/python -m pip install $(PIP_INDEX_ARGS) --quiet --no-deps --ignore-requires-python megatron-core==0.19.2
 	$(NEXT)/bin/python tools/borrow_packages.py $(BIN)/python
+	$(NEXT)/bin/python -m tools.install_transformer_engine --pip-args '$(PIP_INDEX_ARGS)'
 	@touch $@
+
+test-te: $(STAMP) $(NEXT)/.installed ## transformer-engine's own Python code under the model, slow cases too: 2.11 with Megatron-Core 0.16, 2.20 with 0.19
+	$(BIN)/python -m pytest -rs tests/transformer_engine
+	$(NEXT)/bin/python -m pytest -rs tests/transformer_engine
 
 test-slurm: $(STAMP) ## as root: the batch script on a real SLURM of two virtual nodes (installed by apt if it is missing), torchrun over two networks
 	$(BIN)/python -m pytest -m slurm tests/integration/slurm

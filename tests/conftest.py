@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 configure_logging("info", rank=0)  # log lines are written to standard error, as in a process of its own
 
 #: Folders and files whose tests start ranks or whole runs: minutes of work, with which the workers begin.
-LONG = ("trainer", "verify", "pretend_gpu", "convert", "model", "evaluation")
+LONG = ("trainer", "verify", "pretend_gpu", "transformer_engine", "convert", "model", "evaluation")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

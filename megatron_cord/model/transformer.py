@@ -19,6 +19,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import EncoderArchitecture, LanguageArchitecture
 from megatron_cord.model.attention import SdpaAttention
 from megatron_cord.model.config import LayerConfig
+from megatron_cord.model.fusions import Fusions
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.layout import ParallelConfig
 
@@ -38,9 +39,27 @@ def uses_transformer_engine(layers: LayerConfig) -> bool:
     return present and layers.implementation != "torch"
 
 
-def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, object]:
-    """Return the settings that both towers share; fusions that need CUDA kernels follow the device."""
-    cuda = portability.has_cuda()
+def choose_fusions(layers: LayerConfig) -> Fusions:
+    """Return the fused kernels of layers on this process's device. Raises as ``uses_transformer_engine``."""
+    return Fusions(portability.has_cuda(), uses_transformer_engine(layers))
+
+
+def accumulate_into_main_grad(model: torch.nn.Module, layers: LayerConfig) -> None:
+    """Let transformer-engine's matrices add their gradients to the ``main_grad`` that DDP has given their weights.
+
+    Their backward pass then marks a weight by ``grad_added_to_main_grad``, as the loss does for the output weight.
+    Without DDP they would fail, so they are not built with it; and Megatron's configuration keeps the fusion off,
+    because its output layer would demand apex's extension for a product that the loss makes here. Frozen weights, which
+    have no ``main_grad``, get no gradient.
+    """
+    if choose_fusions(layers).gradient_accumulation:
+        for module in model.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
+
+
+def _common(parallel: ParallelConfig, dtype: torch.dtype, fusions: Fusions) -> dict[str, object]:
+    """Return the settings that both towers share."""
     return {
         "tensor_model_parallel_size": parallel.tp,
         "sequence_parallel": parallel.sequence_parallel,
@@ -53,12 +72,10 @@ def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, object]:
         "attention_softmax_in_fp32": True,
         # Every weight comes from a checkpoint; initialising them first would cost time and random numbers.
         "perform_initialization": False,
-        "use_cpu_initialization": not cuda,
+        "use_cpu_initialization": not portability.has_cuda(),
         "masked_softmax_fusion": False,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        # Fused weight-gradient accumulation is an apex kernel that writes into main_grad.
-        "gradient_accumulation_fusion": False,
+        "bias_dropout_fusion": fusions.bias_residual,
+        "gradient_accumulation_fusion": False,  # see accumulate_into_main_grad
     }
 
 
@@ -75,8 +92,9 @@ def encoder_config(
         layernorm_epsilon=1e-5,
         activation_func=torch.nn.functional.gelu,
         add_bias_linear=True,
+        bias_activation_fusion=False,
         **layers.recomputation("audio_encoder"),
-        **_common(parallel, dtype),
+        **_common(parallel, dtype, choose_fusions(layers)),
     )
 
 
@@ -84,6 +102,7 @@ def language_config(
     arch: LanguageArchitecture, parallel: ParallelConfig, dtype: torch.dtype, layers: LayerConfig
 ) -> TransformerConfig:
     """Configure a Llama-like decoder: RMSNorm, SwiGLU, grouped-query attention, optional biases on the fused qkv."""
+    fusions = choose_fusions(layers)
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -103,8 +122,10 @@ def language_config(
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,  # the loss is already normalised by global counts and not divided again
+        bias_activation_fusion=fusions.swiglu,
+        apply_rope_fusion=fusions.rope,
         **layers.recomputation("language_model"),
-        **_common(parallel, dtype),
+        **_common(parallel, dtype, fusions),
     )
 
 

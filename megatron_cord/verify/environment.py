@@ -144,6 +144,7 @@ def survey(root: Path) -> list[Part]:
     gpus = _gpus()
     parts = [Part("Python", platform.python_version(), "in use", sys.executable, required=True)]
     parts += [examine(package, cuda=bool(gpus)) for package in PACKAGES]
+    parts.append(_fused_kernels(cuda=bool(gpus)))
     parts.append(_sglang(root / ".venv-sglang" / "bin" / "python"))
     return parts + _devices(gpus)
 
@@ -158,6 +159,21 @@ def examine(package: Package, *, cuda: bool) -> Part:
         return Part(package.name, version, "broken", f"{failure}; without it: {package.missed}", package.required)
     used = package.use == "always" or (package.use == "cuda" and cuda)
     return Part(package.name, version, "in use" if used else "available", package.purpose, package.required)
+
+
+def _fused_kernels(*, cuda: bool) -> Part:
+    """Return the line of what training with ``model.layers=auto`` fuses."""
+    if not cuda:
+        return Part("fused kernels", "", "missing", "none of the layers' are used without a GPU")
+    failure, fused = _run(
+        sys.executable,
+        "from megatron_cord.model.config import LayerConfig\n"
+        "from megatron_cord.model.transformer import choose_fusions\n"
+        "print(choose_fusions(LayerConfig()))",
+    )
+    if failure:
+        return Part("fused kernels", "", "broken", failure)
+    return Part("fused kernels", "", "in use", f"in the layers: {fused.strip().splitlines()[-1]}")
 
 
 def _version(distribution: str) -> str:

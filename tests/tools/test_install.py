@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-from tools import install, resolve
+from tools import install, install_transformer_engine, resolve
 
 ROOT = Path(install.__file__).parents[1]
 
@@ -67,6 +69,8 @@ def test_the_dockerfile_follows_the_pins(monkeypatch: pytest.MonkeyPatch) -> Non
     assert tests.rindex("\nFROM base\n") > 0  # the image without tests is the default
     versions = {version for name, version in resolve.NO_WHEEL if name == "transformer_engine_torch"}
     assert {f"=={version}" for version in versions} == {str(old.specifier), str(new.specifier)}
+    tested = install_transformer_engine.VERSIONS
+    assert [f"=={tested[line][0]}" for line in ("0.16", "0.19")] == [str(old.specifier), str(new.specifier)]
 
 
 def test_the_dry_run_resolves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,3 +87,24 @@ def test_the_dry_run_resolves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve.objection(good) == ""
     assert "no CUDA libraries" in resolve.objection({"torch": "2.13.0+cpu", "triton": triton})
     assert re.search(rf"runs Triton 9.9, but .* names {triton}", resolve.objection(good | {"triton": "9.9"}))
+
+
+def test_other_files_than_those_of_the_hash_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches another transformer-engine than the one that was looked at, and half of one taken for it."""
+    version = install_transformer_engine.version_for_megatron()
+    wheel = tmp_path / f"transformer_engine-{version}-py3-none-any.whl"
+    metadata = f"transformer_engine-{version}.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(
+            f"{metadata}/METADATA", f"Metadata-Version: 2.1\nName: transformer-engine\nVersion: {version}\n"
+        )
+        archive.writestr(f"{metadata}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{metadata}/RECORD", "")
+    monkeypatch.setattr(install_transformer_engine, "folder", lambda: tmp_path / "share" / version)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    options = ["--no-index", "--find-links", str(tmp_path)]
+    assert not install_transformer_engine.install(options)
+    assert not install_transformer_engine.folder().exists()
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setattr(install_transformer_engine, "_wanted", lambda: (version, digest))
+    assert install_transformer_engine.install(options) and install_transformer_engine.folder().is_dir()

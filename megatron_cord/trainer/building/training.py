@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cord.model.families import load_architecture
+from megatron_cord.model.transformer import choose_fusions
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
 from megatron_cord.trainer.config import RunConfig
@@ -18,6 +20,8 @@ from megatron_cord.trainer.step.optimizer.groups import check_groups
 from megatron_cord.trainer.step.optimizer.schedule import RateSchedule
 from megatron_cord.trainer.step.step import TrainStep
 from megatron_cord.trainer.step.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ def build_training(
     """
     check_groups(config.optimizer, load_architecture(config.model.checkpoint), config.model.freeze)
     student = build_student(config.model, layout)
+    if layout.is_main:
+        logger.info("fused kernels: %s", choose_fusions(config.model.layer_config))
     if start.weights is not None:
         read_weights(start.weights, student)
     trained = start.progress.made_with.trained

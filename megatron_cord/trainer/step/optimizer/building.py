@@ -8,6 +8,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from megatron_cord.model.lalm import LALM
+from megatron_cord.model.transformer import accumulate_into_main_grad
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.host_adam import HostAdam
 from megatron_cord.parallel.muon import Muon
@@ -28,7 +29,9 @@ def wrap_model(config: OptimizerConfig, model: LALM) -> DistributedDataParallel:
         use_distributed_optimizer=_has_distributed_buffers(config),
         overlap_grad_reduce=config.overlap_communication,
     )
-    return DistributedDataParallel(model.config, ddp_config, model, pg_collection=model.layout.groups)
+    wrapped = DistributedDataParallel(model.config, ddp_config, model, pg_collection=model.layout.groups)
+    accumulate_into_main_grad(model, model.layers)
+    return wrapped
 
 
 def build_optimizer(

@@ -1,0 +1,244 @@
+"""What ranks with transformer-engine compute; importing this installs it, so only they import it."""
+
+from __future__ import annotations
+
+import tests.transformer_engine.preload  # noqa: F401  # isort: skip (before megatron.core)
+import megatron_cord.parallel  # noqa: F401  # isort: skip (likewise)
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformer_engine.pytorch as te
+from megatron.core import parallel_state
+from megatron.core.optimizer import Adam
+from torch import Tensor
+
+from megatron_cord.config.loading import load_config
+from megatron_cord.convert import export_tensors, import_tensors
+from megatron_cord.model import transformer
+from megatron_cord.model.fusions import Fusions
+from megatron_cord.model.lalm import LALM, ModelInput
+from megatron_cord.parallel.fused_adam import FusedAdam
+from megatron_cord.parallel.layout import ParallelConfig, initialize
+from megatron_cord.trainer.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from megatron_cord.trainer.checkpoint.progress import Progress
+from megatron_cord.trainer.model_setup import build_student
+from megatron_cord.trainer.step.optimizer.building import build_optimizer, release, wrap_model
+from megatron_cord.trainer.step.step import TrainStep
+from megatron_cord.trainer.step.teacher import Teacher, TeacherConfig
+from megatron_cord.verify import layout as verify_layout
+from megatron_cord.verify.layout import VerifyLayoutConfig
+from megatron_cord.verify.layout_reference import make_checkpoint, make_sequences
+from tests.model.ranks import make_batches
+from tests.model.test_architecture import ARCHITECTURE
+
+SMALL = ["sizes.layers=2", "sizes.encoder_layers=1"]
+PACKED, SP = "train.packing=packed", "parallel.sequence_parallel=true"
+RECOMPUTED = "model.recompute=[audio_encoder, language_model]"
+
+
+@contextmanager
+def layers_of(kind: str) -> Iterator[None]:
+    """Choose layers, with what is fused on a GPU, on this device that is none."""
+    kept = transformer.uses_transformer_engine, transformer.choose_fusions
+    engine = kind == "transformer_engine"
+    transformer.uses_transformer_engine = lambda layers: engine
+    transformer.choose_fusions = lambda layers: Fusions(cuda=True, transformer_engine=engine)
+    try:
+        yield
+    finally:
+        transformer.uses_transformer_engine, transformer.choose_fusions = kept
+
+
+def layout(_rank: int, overrides: Sequence[str], kind: str = "transformer_engine") -> Any:
+    """Return what `verify layout` finds: loss, gradients and weights after a step against float64."""
+    config = load_config(VerifyLayoutConfig, None, [*SMALL, *overrides])
+    with layers_of(kind):
+        return verify_layout.compare(
+            *verify_layout.run_step(config, initialize(config.parallel, config.seed)), config.model.dtype
+        )
+
+
+def names(_rank: int) -> dict[str, Any]:
+    """Compare both kinds of layers under the same published tensors: names, outputs, keys of checkpoints, fusions."""
+    here = initialize(ParallelConfig(), seed=0)
+    models = {}
+    for kind in ("torch", "transformer_engine"):
+        with layers_of(kind):
+            models[kind] = LALM(ARCHITECTURE, here, torch.float32)
+    plain, fused = models.values()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in plain.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    tensors = {name: tensor.clone() for name, tensor in export_tensors(plain)}
+    import_tensors(plain, tensors.items())  # zeros where a family has nothing
+    import_tensors(fused, tensors.items())
+    exported = dict(export_tensors(fused))
+    batch = make_batches()[1].input
+    return {
+        "norms inside": [name for name, _ in fused.named_parameters() if name.endswith("layer_norm_weight")],
+        "same tensors": exported.keys() == tensors.keys()
+        and all(torch.equal(exported[name], tensors[name]) for name in tensors),
+        "difference": float((fused(batch) - plain(batch)).abs().max()),
+        "keys": [_keys(model) for model in models.values()],
+        "kinds": sorted({type(module).__mro__[1].__module__ for module in fused.modules()}),
+        "config": {name: getattr(fused.config, name) for name in ("apply_rope_fusion", "bias_activation_fusion")},
+    }
+
+
+def _keys(model: LALM) -> set[str]:
+    return {
+        getattr(value, "key", name)
+        for name, value in model.sharded_state_dict().items()
+        if not name.endswith("_extra_state")
+    }
+
+
+def accumulation(_rank: int) -> dict[str, Any]:
+    """Return which weights' gradients were added to main_grad by their products, beside those that are trained."""
+    config = load_config(VerifyLayoutConfig, None, [*SMALL, "model.freeze=[audio_encoder]"])
+    with layers_of("transformer_engine"), tempfile.TemporaryDirectory() as directory:
+        make_checkpoint(Path(directory), config.sizes, config.seed)
+        student = build_student(replace(config.model, checkpoint=directory), initialize(config.parallel, config.seed))
+        frozen = student.language_model.decoder.layers[0].mlp.linear_fc1.weight.requires_grad_(False)
+        wrapped = wrap_model(config.optimizer, student)
+        wrapped.zero_grad_buffer()
+        hidden = wrapped(ModelInput(torch.arange(12).view(2, 6), None, None, ("first", "second")))
+        hidden.square().sum().backward()
+    matrices = {
+        name: module.weight
+        for name, module in student.named_modules()
+        if isinstance(module, te.Linear | te.LayerNormLinear)
+    }
+    release(wrapped)
+    return {
+        "added": {name for name, weight in matrices.items() if getattr(weight, "grad_added_to_main_grad", False)},
+        "trained": {name for name, weight in matrices.items() if weight.requires_grad},
+        "zero": [
+            name for name, weight in matrices.items() if weight.requires_grad and not weight.main_grad.count_nonzero()
+        ],
+        "frozen": frozen.grad is None and not hasattr(frozen, "main_grad"),
+        "left": [name for name, weight in matrices.items() if weight.grad is not None],
+        "output layer": student.language_model.output_layer.gradient_accumulation_fusion,
+    }
+
+
+def checkpoint(_rank: int, before: Sequence[str], after: Sequence[str], kind: str) -> float:
+    """Return the largest difference in a weight of two steps on one layout, and of one step each on two."""
+    with tempfile.TemporaryDirectory() as name:
+        directories: list[str] = [name]
+        dist.broadcast_object_list(directories)
+        directory = Path(directories[0])
+        kept, path = _steps(before, "transformer_engine", directory, resumes=False)
+        parallel_state.destroy_model_parallel()
+        resumed, _ = _steps(after, kind, directory, resumes=True, path=path)
+        dist.barrier()
+    return max(float((resumed[name] - tensor).abs().max()) for name, tensor in kept.items())
+
+
+def _steps(
+    overrides: Sequence[str], kind: str, directory: Path, *, resumes: bool, path: Path | None = None
+) -> tuple[dict[str, Tensor], Path]:
+    """Train two steps with a checkpoint between them, or the second one from that checkpoint; return the weights."""
+    config = load_config(VerifyLayoutConfig, None, [*SMALL, *overrides])
+    here = initialize(config.parallel, config.seed)
+    sequences = make_sequences(config.sizes, config.seed)
+    with layers_of(kind):
+        source = directory / f"weights{dist.get_rank()}-{resumes}"
+        source.mkdir()
+        make_checkpoint(source, config.sizes, config.seed)
+        model = build_student(replace(config.model, checkpoint=str(source)), here)
+        teacher = Teacher(TeacherConfig(), model, str(source))
+        wrapped = wrap_model(config.optimizer, model)
+        optimizer, scheduler = build_optimizer(config.optimizer, wrapped, steps=10)
+        step = TrainStep(
+            *(wrapped, teacher, optimizer, scheduler, verify_layout.OBJECTIVE, config.train),
+            pad_id=0,
+            max_new_tokens=config.sizes.longest,
+        )
+        share, responses = sequences[here.dp_rank :: here.dp_size], [s.response for s in sequences]
+        checkpoints = Checkpoints(directory / "checkpoints", CheckpointConfig(asynchronous=False))
+        progress = Progress(step=1, seconds=0.0, skipped_in_a_row=0, seed=0)
+        if path is None:
+            step(share, responses)
+            checkpoints.save(progress, wrapped, optimizer)
+        else:
+            checkpoints.load(path, wrapped, optimizer)
+            scheduler.step(increment=1)
+        step(share, responses)
+    weights = {name: tensor.clone() for name, tensor in export_tensors(model)}
+    release(wrapped)
+    return weights, checkpoints.path_of(1)
+
+
+def adam(_rank: int) -> dict[str, Any]:
+    """Compare transformer-engine's FusedAdam with this project's over three steps, as Megatron builds them."""
+    parameters, states = [], []
+    for kind in (Adam, FusedAdam):
+        generator = torch.Generator().manual_seed(0)
+        mine = [torch.nn.Parameter(torch.randn(5, 3, generator=generator)) for _ in range(2)]
+        groups = [{"params": [mine[0]], "weight_decay": 0.1}, {"params": [mine[1]], "weight_decay": 0.0}]
+        optimizer = kind(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0, adam_w_mode=True)
+        for _ in range(3):
+            for parameter in mine:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        parameters.append(mine)
+        states.append([optimizer.state[parameter] for parameter in mine])
+    return {
+        "module": Adam.__module__,
+        "parameters": max(float((a - b).abs().max()) for a, b in zip(*parameters, strict=True)),
+        "states": [set(each) for each in (states[0][0], states[1][0])],
+        "moments": max(
+            float((a[name] - b[name]).abs().max())
+            for a, b in zip(*states, strict=True)
+            for name in ("exp_avg", "exp_avg_sq")
+        ),
+    }
+
+
+LAYOUTS: dict[str, list[str]] = {
+    "dp2 packed": [PACKED],
+    "tp2 sp packed": ["parallel.tp=2", SP, PACKED],
+    "pp2, recomputed": ["parallel.pp=2", RECOMPUTED],
+    "tp2, frozen encoder": ["parallel.tp=2", "model.freeze=[audio_encoder]"],
+}
+MORE_LAYOUTS: dict[str, list[str]] = {
+    "dp2, overlapped": ["optimizer.overlap_communication=true"],
+    "dp2 packed in bfloat16": [PACKED, "model.dtype=bfloat16"],
+    "tp2 sp in bfloat16": ["parallel.tp=2", SP, "model.dtype=bfloat16"],
+    "tp2 sp packed, recomputed selectively": [
+        *("parallel.tp=2", SP, PACKED, RECOMPUTED),
+        "model.recompute_granularity=selective",
+    ],
+    "pp2 packed, frozen language model": ["parallel.pp=2", PACKED, "model.freeze=[language_model]"],
+    "dp2, ordinary optimizer": ["optimizer.distributed=false"],
+}
+CASES: dict[str, Callable[[int], Any]] = {
+    "names": names,
+    "accumulation": accumulation,
+    "adam": adam,
+    "torch layers, fused": partial(layout, overrides=[PACKED], kind="torch"),
+    "checkpoint tp2 to pp2": partial(
+        checkpoint, before=["parallel.tp=2"], after=["parallel.pp=2"], kind="transformer_engine"
+    ),
+    "checkpoint tp2 to torch layers": partial(checkpoint, before=["parallel.tp=2"], after=[], kind="torch"),
+    **{name: partial(layout, overrides=overrides) for name, overrides in (LAYOUTS | MORE_LAYOUTS).items()},
+}
+
+
+def run_cases(rank: int, cases: Sequence[str]) -> dict[str, Any]:
+    """Run cases one after the other, each with its own process groups."""
+    found = {}
+    for name in cases:
+        found[name] = CASES[name](rank)
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+    return found
