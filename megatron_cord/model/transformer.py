@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +54,8 @@ def accumulate_into_main_grad(model: torch.nn.Module, layers: LayerConfig) -> No
     have no ``main_grad``, get no gradient.
     """
     if choose_fusions(layers).gradient_accumulation:
-        for module in model.modules():
+        modules: Iterable[Any] = model.modules()
+        for module in modules:
             if hasattr(module, "fuse_wgrad_accumulation"):
                 module.fuse_wgrad_accumulation = True
 

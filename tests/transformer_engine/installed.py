@@ -51,9 +51,9 @@ def _answer_for_a_device() -> None:
     cuda.is_current_stream_capturing = lambda: False
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_: None
     # Its modules refuse tensors of a CPU; for everyone else they stay what they are.
-    available, on_device = cuda.is_available, torch.Tensor.is_cuda
-    cuda.is_available = lambda: _is_asked_by_engine() or available()
     tensor: Any = torch.Tensor
+    available, on_device = cuda.is_available, tensor.is_cuda
+    cuda.is_available = lambda: _is_asked_by_engine() or available()
     tensor.is_cuda = property(lambda self: _is_asked_by_engine() or on_device.__get__(self))
 
 
