@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +40,10 @@ from megatron_cord.runtime.exit_status import STOPPED
 from megatron_cord.runtime.files import checkpoint_fingerprint
 from megatron_cord.runtime.progress import Bars
 from megatron_cord.runtime.stop_request import StopRequest
-from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints, load_weights
+from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.endings.agreement import any_rank
-from megatron_cord.trainer.model_setup import build_student
+from megatron_cord.trainer.model_setup import build_saved
 
 logger = logging.getLogger("megatron_cord.evaluate")  # also where this page is __main__
 
@@ -153,8 +152,7 @@ def load_evaluated(config: RunConfig, layout: Layout, engine: RolloutEngine) -> 
             f"{checkpoints.directory} holds no checkpoint; train first, or evaluate the original model with "
             "evaluation.checkpoint=base"
         )
-    model = build_student(replace(config.model, freeze=()), layout)  # all weights: the checkpoint may be of another run
-    step = load_weights(path, model)
+    model, step = build_saved(path, config.model, layout)
     engine.update_weights(ShardedModelWeights(model), step)
     return path.resolve().name, checkpoint_fingerprint(path), step
 

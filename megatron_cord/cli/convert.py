@@ -69,8 +69,9 @@ def import_(**options: Any) -> int:
     show_default=True,
     help="Keep what an interrupted export finished.",
 )
+@click.option("--adapter", is_flag=True, help="Write the LoRA of the checkpoint as a PEFT directory, unmerged.")
 def export(**options: Any) -> int:
-    """Export a checkpoint into a complete Hugging Face directory."""
+    """Export a checkpoint into a complete Hugging Face directory; LoRA is merged into the weights."""
     from megatron_cord.cli.actions import convert
 
     return convert.run(convert.export_checkpoint, **options)

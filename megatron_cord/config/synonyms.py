@@ -36,6 +36,14 @@ SYNONYMS: dict[str, str] = {
     "teacher.path": "teacher.checkpoint",
     "teacher.model": "teacher.checkpoint",
     "teacher_model_name_or_path": "teacher.checkpoint",
+    # LoRA
+    "lora_r": "model.lora.rank",
+    "lora_rank": "model.lora.rank",
+    "lora_alpha": "model.lora.alpha",
+    "lora_dropout": "model.lora.dropout",
+    "target_modules": "model.lora.targets",
+    "lora_target_modules": "model.lora.targets",
+    "modules_to_save": "model.lora.whole",
     # optimizer
     "lr": "optimizer.learning_rate",
     "max_lr": "optimizer.learning_rate",

@@ -137,7 +137,10 @@ def _indexed(index: Path) -> list[Path]:
 def _instead(root: Path, others: list[Path]) -> str:
     """Say what lies in a directory without a model's weights, and what to do with it."""
     if any(path.name.startswith("adapter_model") for path in others):
-        return " of a model but an adapter's; merge it into its base model and save that (peft: merge_and_unload)"
+        return (
+            " of a model but an adapter's; merge it into its base model and save that (peft: merge_and_unload), or "
+            "name its base here and the adapter as init_from, with model.lora"
+        )
     if others:
         return f" of a model in Hugging Face's layout but {', '.join(p.name for p in others)}; use its converted form"
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in root.glob(pattern))

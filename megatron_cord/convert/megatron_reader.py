@@ -29,7 +29,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import LALM
 from megatron_cord.model.tensor_map import TensorRule
 
-_BLOCK = 1 << 25  # bytes that are read and written at a time
+BLOCK = 1 << 25  #: bytes that are read and written at a time
 
 
 class _Chunk(NamedTuple):
@@ -53,15 +53,17 @@ class SavedWeights:
     Args:
         checkpoint: a directory that `dist_checkpointing` wrote.
         model: the whole model of fake tensors, on one rank.
+        partial: the checkpoint may lack tensors, as one of adapters does.
 
     Attributes:
         shapes: of the Hugging Face tensors, by name, in the order of export.
+        present: the names of those that the checkpoint holds.
 
     Raises:
         CordError: it is no checkpoint, or lacks a tensor.
     """
 
-    def __init__(self, checkpoint: Path, model: LALM) -> None:
+    def __init__(self, checkpoint: Path, model: LALM, *, partial: bool = False) -> None:
         self._directory, self._rules = checkpoint, tensor_map_of(model).by_hf_name
         self._entries = _entries(model)
         self.shapes = {entry.name: entry.shape for entry in inventory(model)}
@@ -74,11 +76,14 @@ class SavedWeights:
         self._saved: dict[str, TensorStorageMetadata] = {}
         for key in {entry.key for entry in self._entries.values()}:
             saved = self._metadata.state_dict_metadata.get(key)
+            if saved is None and partial:
+                continue
             if not isinstance(saved, TensorStorageMetadata):
                 raise CordError(
                     f"{checkpoint} is damaged (it has no tensor {key}); import it again, or take another checkpoint"
                 )
             self._saved[key] = saved
+        self.present = {name for name in self.shapes if self._entries[self._rules[name].megatron].key in self._saved}
 
     def common_dtype(self) -> torch.dtype:
         """Return the precision that all tensors have.
@@ -105,7 +110,7 @@ class SavedWeights:
         saved = self._saved[entry.key]
         rows, dtype = saved.size[len(entry.layer)], saved.properties.dtype
         part, chunks = rule.hf.index(name), list(self._chunks(entry))
-        step = max(1, _BLOCK // max(1, prod(shape[1:]) * dtype.itemsize))
+        step = max(1, BLOCK // max(1, prod(shape[1:]) * dtype.itemsize))
         buffer = torch.empty(min(step, shape[0]), *shape[1:], dtype=dtype)
         for start in range(0, shape[0], step):
             out = buffer[: min(step, shape[0] - start)]

@@ -16,7 +16,6 @@ _FUSED_NORMS = {
     ".self_attention.linear_qkv.layer_norm_": ".input_layernorm.",
     ".mlp.linear_fc1.layer_norm_": ".pre_mlp_layernorm.",
 }
-_LAYERS = "language_model.decoder.layers."
 
 
 def tensor_map_of(model: LALM) -> TensorMap:
@@ -27,22 +26,23 @@ def tensor_map_of(model: LALM) -> TensorMap:
 def global_parameters(model: LALM) -> dict[str, torch.nn.Parameter]:
     """Return this rank's parameters under their names in the whole model: layers are numbered over all stages.
 
-    With tied embeddings, the last stage's copy has the name of the first stage's original.
+    With tied embeddings, the last stage's copy has the name of the first stage's original. LoRA is left out.
     """
-    return {rename_to_global(model, name): parameter for name, parameter in model.named_parameters()}
+    added = {id(parameter) for parameter in model.lora.parameters()} if model.lora is not None else set()
+    return {
+        rename_to_global(model, name): parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in added
+    }
 
 
 def rename_to_global(model: LALM, name: str) -> str:
     """Return the name in the whole model of one of this rank's parameters."""
     for fused, separate in _FUSED_NORMS.items():
         name = name.replace(fused, separate)
-    if name.startswith(_LAYERS):
-        number, rest = name.removeprefix(_LAYERS).split(".", 1)
-        offset = model.language_model.decoder.layers[0].layer_number - 1
-        return f"{_LAYERS}{int(number) + offset}.{rest}"
     if model.share_embeddings_and_output_weights and name == "language_model.output_layer.weight":
         return "language_model.embedding.word_embeddings.weight"
-    return name
+    return model.global_name(name)
 
 
 def hf_shapes(parameter: Tensor, rule: TensorRule, layout: Layout) -> dict[str, torch.Size]:

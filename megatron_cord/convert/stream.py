@@ -29,6 +29,8 @@ def export_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield full tensors under their published Hugging Face names, gathered over tensor ranks and pipeline stages.
 
+    Weights that have LoRA are yielded merged with it: W + scale · B A.
+
     Collective: every rank of the model's tensor and pipeline groups must consume the whole iterator, and each gets
     every tensor.
 
@@ -49,8 +51,11 @@ def export_tensors(
         parameter = parameters.get(rule.megatron)
         if parameter is not None and select is not None and not select(parameter):
             parameter = None
-        full = None if parameter is None else _gather(parameter.detach(), rule, layout)
-        full = _broadcast_from_owner(full, layout)
+        shard = None if parameter is None else parameter.detach()
+        if shard is not None and model.lora is not None:
+            shard = model.lora.merged(rule.megatron, shard)
+        full = None if shard is None else gather(shard, rule.layout.shard_dim, layout)
+        full = broadcast_from_owner(full, layout)
         if full is not None:
             parts = (rule.layout.views if in_pieces else rule.layout.split)(full, layout.config.tp)
             for name, tensor in zip(rule.hf, parts, strict=True):
@@ -78,13 +83,12 @@ def import_tensors(model: LALM, tensors: Iterable[tuple[str, Tensor]]) -> None:
         parts = incomplete.setdefault(rule.megatron, {})
         parts[name] = tensor
         if len(parts) == len(rule.hf_names):
-            _fill(audit.parameters[rule.megatron], rule, incomplete.pop(rule.megatron), model.layout)
+            fill_shard(audit.parameters[rule.megatron], rule, incomplete.pop(rule.megatron), model.layout)
     check_problems(audit.problems())
 
 
-def _gather(shard: Tensor, rule: TensorRule, layout: Layout) -> Tensor:
-    """Return all tensor-parallel shards in one tensor."""
-    dim = rule.layout.shard_dim
+def gather(shard: Tensor, dim: int | None, layout: Layout) -> Tensor:
+    """Return all tensor-parallel shards along a dimension in one tensor; None: every rank has all of it. Collective."""
     if dim is None or layout.config.tp == 1:
         return shard
     shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(layout.config.tp)]
@@ -92,8 +96,8 @@ def _gather(shard: Tensor, rule: TensorRule, layout: Layout) -> Tensor:
     return torch.cat(shards, dim=dim)
 
 
-def _broadcast_from_owner(full: Tensor | None, layout: Layout) -> Tensor | None:
-    """Return the tensor of the first stage that holds it, on every stage; None if no stage does."""
+def broadcast_from_owner(full: Tensor | None, layout: Layout) -> Tensor | None:
+    """Return the tensor of the first stage that holds it, on every stage; None if no stage does. Collective."""
     if layout.config.pp == 1:
         return full
     own = [] if full is None else [1, _DTYPES.index(full.dtype), full.dim(), *full.shape]
@@ -112,7 +116,7 @@ def _broadcast_from_owner(full: Tensor | None, layout: Layout) -> Tensor | None:
     return full
 
 
-def _fill(parameter: Tensor, rule: TensorRule, parts: dict[str, Tensor], layout: Layout) -> None:
+def fill_shard(parameter: Tensor, rule: TensorRule, parts: dict[str, Tensor], layout: Layout) -> None:
     """Write this rank's shard from tensors of the right shapes."""
     tp, dim = layout.config.tp, rule.layout.shard_dim
     rows = parameter.shape[0] * (tp if dim == 0 else 1)

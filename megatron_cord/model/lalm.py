@@ -8,6 +8,7 @@ Legend: B sequences, S padded length, T packed tokens, C clips, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,17 +25,22 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.adapters import Adapter, build_adapter
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.attention import packed_sequences
-from megatron_cord.model.config import LayerConfig
+from megatron_cord.model.config import PARTS, LayerConfig, LoraConfig
 from megatron_cord.model.encoder import AudioEncoder
+from megatron_cord.model.lora.adapters import LoraAdapters
+from megatron_cord.model.lora.targets import find_targets
 from megatron_cord.model.transformer import block_spec, language_config, uses_transformer_engine
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.transfers import to_device
+
+_LAYERS, _LORA = "language_model.decoder.layers.", "lora."
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +115,53 @@ class LALM(MegatronModule):  # type: ignore[misc]
             scatter_embedding_sequence_parallel=False,
             pg_collection=layout.groups,
         )
+        self.lora: LoraAdapters | None = None
         _mark_sharded_weights(self)
         self.to(layout.device)
+
+    def add_lora(self, config: LoraConfig, freeze: Collection[str], seed: int) -> None:
+        """Freeze all parts but those that are trained whole, and put LoRA beside their matrices.
+
+        Args:
+            config: of LoRA.
+            freeze: parts that get none.
+            seed: of its initial values and its dropout.
+
+        Raises:
+            CordError: a pattern that matches no matrix.
+        """
+        targets = find_targets(self.arch, config, freeze)
+        for part in PARTS:
+            module = getattr(self, part)
+            if module is not None and part not in config.whole:
+                module.requires_grad_(False)
+        modules = {self.global_name(name): module for name, module in self.named_modules()}
+        towers: dict[str, TransformerConfig] = {
+            part: self.config if part == "language_model" else self.audio_config for part in PARTS
+        }
+        self.lora = LoraAdapters(modules, towers, targets, config, self.layout, seed)
+        # Without a gradient at its input, a recomputed layer, or a pipeline stage, would have no backward pass.
+        self.language_model.decoder.register_forward_pre_hook(_require_gradient, with_kwargs=True)
+        if self.audio_encoder is not None and self.lora.has("audio_encoder"):
+            self.audio_encoder.block.register_forward_pre_hook(_require_gradient, with_kwargs=True)
+
+    @property
+    def audio_config(self) -> TransformerConfig:
+        """The configuration of encoder and adapter; the language model's where there are none."""
+        return self.config if self.audio_encoder is None else self.audio_encoder.config
+
+    def global_name(self, name: str) -> str:
+        """Return the name in the whole model of one of this stage's modules or parameters.
+
+        Layers are numbered over all stages; LoRA is named after the matrix beside which it is.
+        """
+        if name.startswith(_LORA):
+            return name.removeprefix(_LORA).replace("/", ".")
+        if not name.startswith(_LAYERS):
+            return name
+        number, dot, rest = name.removeprefix(_LAYERS).partition(".")
+        offset = self.language_model.decoder.layers[0].layer_number - 1
+        return f"{_LAYERS}{int(number) + offset}{dot}{rest}"
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the previous stage's activations from the pipeline schedule."""
@@ -195,6 +246,13 @@ class LALM(MegatronModule):  # type: ignore[misc]
         rows = embedded.transpose(0, 1).reshape(-1, hidden)
         rows = rows.index_copy(0, to_device(_true_rows(is_placeholder), rows.device), audio.to(rows.dtype))
         return rows.reshape(size, sequence, hidden).transpose(0, 1).contiguous()
+
+
+def _require_gradient(_: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Let the hidden states that enter a tower require a gradient, in a forward pass that has a backward pass."""
+    hidden = inputs[0] if inputs else named["hidden_states"]
+    if torch.is_grad_enabled() and hidden is not None and not hidden.requires_grad:
+        hidden.requires_grad_(True)
 
 
 def _true_rows(mask: Tensor) -> Tensor:

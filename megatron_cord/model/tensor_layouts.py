@@ -58,6 +58,10 @@ class TensorLayout(ABC):
     def pieces(self, rows: int) -> list[Piece]:
         """Return, in order, what the rows of a single rank's tensor consist of; rows counts them, padding included."""
 
+    def runs(self, tp: int) -> int:
+        """Return into how many runs a shard's rows of each part are cut, which alternate with those of other parts."""
+        return 1
+
     def ranges(self, rows: int, tp: int, rank: int) -> list[tuple[int, int]]:
         """Return which of those rows are this rank's, in its shard's order."""
         if self.shard_dim != 0:
@@ -161,6 +165,10 @@ class Qkv(TensorLayout):
         rest = full.shape[1:]
         grouped = full.reshape(self.num_groups, sum(self._heads), self.head_dim, *rest)
         return [piece.flatten(1, 2) for piece in torch.split(grouped, self._heads, dim=1)]
+
+    @override
+    def runs(self, tp: int) -> int:
+        return self.num_groups // tp
 
     @override
     def pieces(self, rows: int) -> list[Piece]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from megatron_cord.plan.lora import lora_count, trained_count
 from megatron_cord.plan.parameters import matrix_counts, part_counts, rank_counts
 from megatron_cord.plan.work import Work
 
@@ -31,7 +32,7 @@ class Memory:
 
     Attributes:
         stage: the pipeline stage that this is.
-        weights: of the student.
+        weights: of the student, LoRA included.
         gradients: fp32, of what is trained.
         optimizer: fp32 weights and moments; this rank's part if they are distributed, without those in host memory.
         teacher: a frozen teacher's own set of weights.
@@ -95,11 +96,12 @@ def optimizer_bytes(config: OptimizerConfig, trained: int, matrices: int, itemsi
 def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_engine: bool) -> Memory:
     tp, pp, cp, item = config.parallel.tp, config.parallel.pp, config.parallel.cp, config.model.torch_dtype.itemsize
     counts = rank_counts(arch, tp, pp, stage)
-    trained = counts.trained(config.model.freeze)
-    matrices = matrix_counts(arch, tp, pp, stage).trained(config.model.freeze)
+    added = lora_count(config.model, arch, tp, pp, stage)
+    trained = trained_count(config.model, arch, tp, pp, stage)
+    matrices = matrix_counts(arch, tp, pp, stage).trained(config.model.trained_parts)
     last = stage == pp - 1
     teacher = work.teacher or arch
-    is_student = config.teacher.mode == "live" or "language_model" in config.model.freeze
+    is_student = config.teacher.mode == "live" or "language_model" not in config.model.trained_parts
     has_copy = config.objective.distils and (work.teacher is not None or not is_student)
     hidden = (
         -(-work.scored // (work.dp * work.minibatches))
@@ -112,7 +114,7 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
     )
 
     used = {
-        "weights": counts.total * item,
+        "weights": (counts.total + added) * item,
         "gradients": trained * 4,
         "optimizer": optimizer_bytes(config.optimizer, trained, matrices, item, work.dp * cp),
         "teacher": rank_counts(teacher, tp, pp, stage).total * item if has_copy else 0,

@@ -6,6 +6,7 @@ of the audio encoder has a key bias that Whisper lacks. Legend: H hidden, F ffn 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,11 +28,11 @@ class PartCounts:
         """The sum of all parts."""
         return self.audio_encoder + self.adapter + self.language_model
 
-    def trained(self, freeze: tuple[str, ...]) -> int:
-        """Return how many are trained: those of frozen parts left out."""
-        encoder = 0 if "audio_encoder" in freeze else self.audio_encoder - self.positions
-        adapter = 0 if "adapter" in freeze else self.adapter
-        return encoder + adapter + (0 if "language_model" in freeze else self.language_model)
+    def trained(self, parts: Collection[str]) -> int:
+        """Return how many are trained where the weights of these parts are."""
+        encoder = self.audio_encoder - self.positions if "audio_encoder" in parts else 0
+        adapter = self.adapter if "adapter" in parts else 0
+        return encoder + adapter + (self.language_model if "language_model" in parts else 0)
 
 
 def part_counts(arch: Architecture) -> PartCounts:

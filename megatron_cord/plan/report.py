@@ -22,6 +22,7 @@ class Report:
     work: Work
     memory: Memory
     speed: Speed
+    weight_sync: tuple[int, int]  #: bytes with merged weights, and where servers merge LoRA themselves
 
     @property
     def fits(self) -> bool:
@@ -39,9 +40,18 @@ class Report:
             "parameters": parameters,
             "work": asdict(self.work),
             "memory_bytes": memory,
+            "weight_sync_bytes": {"merged": self.weight_sync[0], "lora": self.weight_sync[1]},
             "speed": asdict(self.speed),
             "assumed": {"products": PRODUCTS, "links": LINKS, "bandwidth": BANDWIDTH},
         }
+
+    def weight_sync_text(self) -> str:
+        """Return what a weight sync sends, in words."""
+        merged, lora = self.weight_sync
+        text = f"a weight sync sends {merged / 1e9:.2f} GB"
+        return (
+            text if merged == lora else f"{text} of merged weights, or {lora / 1e9:.2f} GB to servers that merge LoRA"
+        )
 
     def speed_text(self) -> str:
         """Return seconds and tokens in words, each as a range."""

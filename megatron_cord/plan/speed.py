@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_cord.model.config import PARTS
 from megatron_cord.plan.devices import Gpu
+from megatron_cord.plan.lora import trained_count
 from megatron_cord.plan.parameters import part_counts, rank_counts
 from megatron_cord.plan.traffic import traffic
 from megatron_cord.plan.work import Work
@@ -92,7 +94,7 @@ def _stage_seconds(
     flops = done.layers / pp + (done.first if stage == 0 else 0.0) + (done.last if stage == pp - 1 else 0.0)
     counts = rank_counts(arch, tp, pp, stage)
     item = config.model.torch_dtype.itemsize
-    moved = sum(bytes_of_passes(counts.total, counts.trained(config.model.freeze), item))
+    moved = sum(bytes_of_passes(counts.total, trained_count(config.model, arch, tp, pp, stage), item))
     moved *= work.microbatches * work.minibatches * work.passes
     sent = traffic(config, arch, work, stage)
     return _pair(
@@ -140,7 +142,8 @@ def operations(config: RunConfig, arch: Architecture, work: Work) -> Operations:
 
     A matrix of P elements costs 2 P a token forward, and 2 P each for the gradients of its input and of itself; causal
     attention half of 4 H s a token and layer forward. The output layer works on responses alone. Each pass costs the
-    same; before the first of several updates, the student's own responses are scored once more.
+    same; frozen weights have no gradient of their own, and LoRA's products are left out as small. Before the first
+    of several updates, the student's own responses are scored once more.
     """
     lm = arch.language
     matrices = _matrices(arch)
@@ -148,9 +151,9 @@ def operations(config: RunConfig, arch: Architecture, work: Work) -> Operations:
     teacher = work.scored * work.teacher_tokens if config.objective.distils else 0
     teacher_arch = work.teacher or arch
     forward = _forward(matrices, arch, student, work.student_tokens)
-    trains_language = "language_model" not in config.model.freeze
-    trains_audio = not {"audio_encoder", "adapter"} <= set(config.model.freeze)
-    backward = (1 + trains_language) if trains_language or trains_audio else 0
+    trains_language = "language_model" in config.model.trained_parts
+    reaches = set(PARTS) - set(config.model.freeze)  # gradients do, of the weights or of LoRA
+    backward = 1 + trains_language if reaches else 0
     again = forward if "language_model" in config.model.recompute else 0.0
     if config.model.recompute_granularity == "selective":  # not the four projections around the attention
         again *= 1 - 2.0 * student * _projections(arch) / forward
@@ -167,9 +170,8 @@ def operations(config: RunConfig, arch: Architecture, work: Work) -> Operations:
             2 * part_counts(arch).audio_encoder * frames
             + 4 * enc.hidden_size * enc.max_positions * enc.num_layers * frames
         )
-        trains_encoder = "audio_encoder" not in config.model.freeze
-        first = audio * (3 if trains_encoder else 1)
-        if trains_encoder and "audio_encoder" in config.model.recompute:
+        first = audio * (1 + ("audio_encoder" in reaches) + ("audio_encoder" in config.model.trained_parts))
+        if "audio_encoder" in reaches and "audio_encoder" in config.model.recompute:
             projections = 8.0 * enc.hidden_size**2 * enc.num_layers * frames
             audio_again = audio - (projections if config.model.recompute_granularity == "selective" else 0.0)
     scored_before = work.minibatches * work.passes > 1 and config.objective.responses == "student"

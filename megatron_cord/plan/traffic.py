@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_cord.plan.devices import NODE, Gpu
-from megatron_cord.plan.parameters import rank_counts
+from megatron_cord.plan.lora import trained_count
 from megatron_cord.plan.work import Work
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ def traffic(config: RunConfig, arch: Architecture, work: Work, stage: int) -> Tr
     student = sequences * work.student_tokens * width
     read = taught * work.teacher_tokens * teacher.hidden_size * item / config.parallel.cp
     trains_audio = not {"audio_encoder", "adapter"} <= set(config.model.freeze)
-    trains_language = "language_model" not in config.model.freeze
-    backward = trains_language or (trains_audio and arch.encoder is not None)
+    trains_language = "language_model" in config.model.trained_parts  # beside LoRA, weights have no gradient
+    backward = "language_model" not in config.model.freeze or (trains_audio and arch.encoder is not None)
     layers = lm.num_layers // pp
     whole = layers * student * _layer(config, "language_model", trains=trains_language, backward=backward)
     whole += teacher.num_layers // pp * read * 4
@@ -75,13 +75,13 @@ def traffic(config: RunConfig, arch: Architecture, work: Work, stage: int) -> Tr
         whole += 2 * (student + read) + (student if backward and config.parallel.sequence_parallel else 0)
         if arch.encoder is not None:
             frames = sequences * work.clips * arch.encoder.max_positions * arch.encoder.hidden_size * item
-            trains = "audio_encoder" not in config.model.freeze
-            whole += arch.encoder.num_layers * frames * _layer(config, "audio_encoder", trains=trains, backward=trains)
+            trains, reached = "audio_encoder" in config.model.trained_parts, "audio_encoder" not in config.model.freeze
+            whole += arch.encoder.num_layers * frames * _layer(config, "audio_encoder", trains=trains, backward=reached)
             whole += frames if config.parallel.sequence_parallel else 0
     if stage == pp - 1:
         whole += student + read if config.parallel.sequence_parallel else 0
         whole += 2 * sequences * work.response_tokens * lm.hidden_size * 4 / config.parallel.cp  # the loss's gradient
-    trained = rank_counts(arch, tp, pp, stage).trained(config.model.freeze)
+    trained = trained_count(config.model, arch, tp, pp, stage)
     updates = work.minibatches * work.passes
     cut, replicas = tp if config.parallel.sequence_parallel else 1, work.dp * config.parallel.cp
     hops = (stage < pp - 1) * (student + read) + (stage > 0 and backward) * student

@@ -231,12 +231,20 @@ class WeightSource(Protocol):
         """Whether this rank belongs to the replica of rank 0, the only one whose weights go to servers."""
         ...
 
-    def specs(self, *, full: bool) -> list[TensorSpec]:
+    @property
+    def lora_scale(self) -> float | None:
+        """What multiplies B A where weights have LoRA; None where none has, and ``merged`` makes no difference."""
+        ...
+
+    def specs(self, *, full: bool, merged: bool = True) -> list[TensorSpec]:
         """Return what `tensors` will yield, in its order."""
         ...
 
-    def tensors(self, *, full: bool, in_pieces: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, *, full: bool, in_pieces: bool = False, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor); every rank of the replica must consume the whole iterator.
+
+        Without ``merged``, and never with ``full``, LoRA takes the place of the weights beside which it is: A [r, in]
+        as MODULE.lora_A.weight, then B [out, r] as MODULE.lora_B.weight.
 
         With ``in_pieces`` a tensor may have a dimension more than its spec, [pieces, rows of a piece, ...], its rows
         being those of all pieces: a view where the whole tensor would be a copy.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from megatron_cord.convert import export_tensors
 from megatron_cord.convert.hf_reader import StoredTensor
 from megatron_cord.convert.names import global_parameters, hf_shapes, tensor_map_of
+from megatron_cord.convert.peft.stream import adapter_shapes, export_adapters
 from megatron_cord.convert.spelling import published_tensors
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
@@ -22,6 +24,8 @@ from megatron_cord.rollout.types import TensorSpec
 class ShardedModelWeights:
     """A `WeightSource` of a model that is sharded over the trainer's ranks, read when it is consumed, not before.
 
+    Weights with LoRA are merged with it, or left out, and A and B yielded in their place.
+
     Args:
         model: this rank's part.
         changed: frozen parts of it that an engine does not have from the checkpoint it started with.
@@ -31,36 +35,55 @@ class ShardedModelWeights:
         self._model = model
         modules = [getattr(model, part) for part in changed]
         self._changed = {id(p) for module in modules if module is not None for p in module.parameters()}
+        self._adapted = set() if model.lora is None else {id(weight) for weight in model.lora.weights()}
 
     @property
     def in_main_replica(self) -> bool:
         """Whether this rank's shards belong to the replica of rank 0."""
         return dist.get_rank(self._model.layout.dp_group) == 0
 
-    def specs(self, *, full: bool) -> list[TensorSpec]:
+    @property
+    def lora_scale(self) -> float | None:
+        """What multiplies B A of the model's LoRA."""
+        return None if self._model.lora is None else self._model.lora.config.scale
+
+    def specs(self, *, full: bool, merged: bool = True) -> list[TensorSpec]:
         """Return names, shapes and dtypes without gathering a tensor. Collective over the replica's pipeline stages."""
         mine: dict[str, list[object]] = {}
-        parameters, select = global_parameters(self._model), self._selection(full)
+        parameters, select = global_parameters(self._model), self._selection(full, merged)
         rules = tensor_map_of(self._model).rules
         for rule in rules:
             parameter = parameters.get(rule.megatron)
             if parameter is not None and (select is None or select(parameter)):
-                dtype = str(parameter.dtype).removeprefix("torch.")
                 shapes = hf_shapes(parameter, rule, self._model.layout)
-                mine |= {name: [dtype, list(shape)] for name, shape in shapes.items()}
+                mine |= {name: [_plain(parameter.dtype), list(shape)] for name, shape in shapes.items()}
+        added: list[str] = []
+        if not merged and self._model.lora is not None:
+            shapes_and_dtypes = adapter_shapes(self._model)
+            mine |= {name: [_plain(dtype), list(shape)] for name, (shape, dtype) in shapes_and_dtypes.items()}
+            added = [name for target in self._model.lora.targets for name in target.names()]
         found: dict[str, TensorSpec] = {}
         for share in all_gather_json(mine, self._model.layout.pp_group):
             found |= {
                 name: TensorSpec(name, tuple(shape), getattr(torch, dtype)) for name, (dtype, shape) in share.items()
             }
-        return [found[name] for rule in rules for name in rule.hf_names if name in found]
+        names = chain((name for rule in rules for name in rule.hf_names), added)
+        return [found[name] for name in names if name in found]
 
-    def tensors(self, *, full: bool, in_pieces: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, *, full: bool, in_pieces: bool = False, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Gather full tensors one by one over the replica's ranks."""
-        return export_tensors(self._model, self._selection(full), in_pieces=in_pieces)
+        whole = export_tensors(self._model, self._selection(full, merged), in_pieces=in_pieces)
+        return whole if merged or self._model.lora is None else chain(whole, export_adapters(self._model))
 
-    def _selection(self, full: bool) -> Callable[[torch.nn.Parameter], bool] | None:
-        return None if full else lambda parameter: parameter.requires_grad or id(parameter) in self._changed
+    def _selection(self, full: bool, merged: bool) -> Callable[[torch.nn.Parameter], bool] | None:
+        if full:
+            return None
+        chosen = self._changed | (self._adapted if merged else set())
+        return lambda parameter: parameter.requires_grad or id(parameter) in chosen
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class PlainWeights:
@@ -79,12 +102,17 @@ class PlainWeights:
         """Whether this is rank 0: each rank is a replica of its own."""
         return not dist.is_initialized() or dist.get_rank() == 0
 
-    def specs(self, *, full: bool) -> list[TensorSpec]:
+    @property
+    def lora_scale(self) -> None:
+        """None: there is no LoRA."""
+        return
+
+    def specs(self, *, full: bool, merged: bool = True) -> list[TensorSpec]:
         """Return the given tensors' specs, then those of the checkpoint's others."""
         given = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self._given.items()]
         return given + [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in self._others(full).items()]
 
-    def tensors(self, *, full: bool, in_pieces: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, *, full: bool, in_pieces: bool = False, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Yield tensors in the order of `specs`."""
         yield from self._given.items()
         for name, stored in self._others(full).items():

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -71,10 +71,11 @@ def fingerprint(parts: Iterable[str | int]) -> str:
     return digest.hexdigest()[:16]
 
 
-def checkpoint_fingerprint(checkpoint: Path) -> str:
-    """Return a fingerprint of a checkpoint's directory: names, sizes, and both ends of its files."""
+def checkpoint_fingerprint(
+    checkpoint: Path, suffixes: Collection[str] = (".safetensors", ".distcp", ".json", ".metadata")
+) -> str:
+    """Return a fingerprint of a checkpoint's directory: names, sizes, and both ends of its files of these kinds."""
     parts: list[str | int] = []
-    suffixes = {".safetensors", ".distcp", ".json", ".metadata"}
     for path in sorted(path for path in checkpoint.iterdir() if path.suffix in suffixes):
         size = path.stat().st_size
         with path.open("rb") as file:

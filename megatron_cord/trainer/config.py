@@ -118,6 +118,11 @@ class RunConfig:
             raise CordError(
                 f"init_from={self.init_from} begins a run and resume={self.resume} continues one; give one of them"
             )
+        if self.model.lora.enabled and self.optimizer.kind == "muon":
+            raise CordError(
+                "optimizer.kind=muon makes whole matrices orthogonal, and model.lora trains factors of them; set "
+                "optimizer.kind=adam"
+            )
         if self.init_optimizer and self.init_from is None:
             raise CordError("init_optimizer=true needs init_from, the run whose optimizer it is")
         if self.checkpoint.best and not self.evaluation.interval:

@@ -10,9 +10,11 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_cord.convert.peft.directory import is_adapter
 from megatron_cord.errors import CordError
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.config import PARTS
+from megatron_cord.trainer.checkpoint.adapters import check_lora
 from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
 from megatron_cord.trainer.checkpoint.directory import CheckpointDirectory, check_whole
 from megatron_cord.trainer.checkpoint.manifest import NAME as MANIFEST
@@ -100,16 +102,33 @@ def _begin(config: RunConfig) -> Start:
         return Start(progress)
     named = config.init_from.startswith("hf:")
     given = checkpoint_directory(config.init_from) if named else Path(config.init_from)
-    if (given / "config.json").is_file():
+    if is_adapter(given):
+        if not config.model.lora.enabled:
+            raise CordError(
+                f"init_from={given} is a LoRA adapter: set model.lora.rank and .alpha to its own "
+                "(adapter_config.json), or merge it into its base"
+            )
+        if config.init_optimizer:
+            raise CordError(f"init_optimizer=true: {given} is a PEFT directory, which holds no optimizer")
+        source = given
+        logger.info("a new run begins in %s with the adapter of %s", config.output_dir, given)
+    elif (given / "config.json").is_file():
+        if config.model.lora.enabled:
+            raise CordError(
+                f"init_from={given} holds whole weights, and with model.lora those of model.checkpoint stay: name it "
+                "as model.checkpoint, and the weights of a frozen teacher, if they are others, as teacher.checkpoint"
+            )
         if config.init_optimizer:
             raise CordError(f"init_optimizer=true: {given} is a Hugging Face directory, which holds no optimizer")
         source = given
         logger.info("a new run begins in %s with the weights of %s", config.output_dir, given)
     else:
         source = _find_checkpoint(given, f"init_from={given}", needs_optimizer=config.init_optimizer)
+        check_lora(source, read_progress(source), config.model, f"init_from={given}")
         words = "weights and optimizer" if config.init_optimizer else "weights"
         logger.info("a new run begins in %s with the %s of %s", config.output_dir, words, source)
-    return Start(replace(progress, made_with=replace(progress.made_with, trained=PARTS)), weights=source)
+    changed = config.model.lora.whole if config.model.lora.enabled else PARTS
+    return Start(replace(progress, made_with=replace(progress.made_with, trained=changed)), weights=source)
 
 
 def _find_checkpoint(path: Path, given: str, *, needs_optimizer: bool) -> Path:
@@ -137,6 +156,7 @@ def _check(config: RunConfig, checkpoint: Path, progress: Progress) -> Progress:
             f"{checkpoint} was written by an earlier revision and does not say with which settings and data; "
             f"init_from={checkpoint} takes its weights"
         )
+    check_lora(checkpoint, progress, config.model, str(checkpoint))
     if progress.seed != config.seed:
         raise CordError(
             f"{checkpoint} belongs to a run with seed={progress.seed}; resume with that seed or choose "

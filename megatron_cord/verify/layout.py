@@ -13,6 +13,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from torch import Tensor
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.convert import export_tensors
+from megatron_cord.convert.peft.stream import export_adapters, import_adapters
 from megatron_cord.errors import CordError
 from megatron_cord.losses import TokenWeightsConfig
-from megatron_cord.model.config import ModelConfig
+from megatron_cord.model.config import PARTS, ModelConfig
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.parallel.portability import device_name
 from megatron_cord.parallel.tf32 import full_float32, tf32_in_use
@@ -38,7 +40,14 @@ from megatron_cord.trainer.step.optimizer.building import build_optimizer, relea
 from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 from megatron_cord.trainer.step.step import TrainStep
 from megatron_cord.trainer.step.teacher import Teacher, TeacherConfig
-from megatron_cord.verify.layout_reference import Outcome, Sizes, make_checkpoint, make_sequences, reference_step
+from megatron_cord.verify.layout_reference import (
+    LoraReference,
+    Outcome,
+    Sizes,
+    make_checkpoint,
+    make_sequences,
+    reference_step,
+)
 
 #: Largest relative error of loss, gradients and weights after the step, by the type of the weights.
 TOLERANCES = {"float32": (1e-5, 1e-5, 1e-5), "bfloat16": (2e-2, 1e-1, 2e-2)}
@@ -60,6 +69,8 @@ class VerifyLayoutConfig:
     def __post_init__(self) -> None:
         if self.model.checkpoint:
             raise CordError("model.checkpoint: the check makes its own small model; set sizes.* to change it")
+        if self.model.lora.dropout:
+            raise CordError("model.lora.dropout: the reference draws no masks; leave it at 0")
         if self.optimizer.weight_decay:
             raise CordError("optimizer.weight_decay: the reference has none; leave it at 0")
         if self.optimizer.groups or self.optimizer.kind != "adam":
@@ -106,8 +117,15 @@ def run_step(config: VerifyLayoutConfig, layout: Layout) -> tuple[Outcome, Outco
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         reference = make_checkpoint(directory, config.sizes, config.seed)
-        expected = reference_step(reference, sequences, OBJECTIVE, config.optimizer, config.model.freeze)
         model = build_student(replace(config.model, checkpoint=name), layout)
+        lora = None
+        if model.lora is not None:
+            names = [name for target in model.lora.targets for name in target.names()]
+            lora = LoraReference(reference, names, config.model.lora.rank, config.model.lora.scale, config.seed)
+            whole = dict(export_tensors(model, select=lambda parameter: parameter.requires_grad))  # as it is
+            import_adapters(model, lora.factors | whole, "the reference")
+        untrained = set(PARTS) - set(config.model.trained_parts)
+        expected = reference_step(reference, sequences, OBJECTIVE, config.optimizer, untrained, lora)
         teacher = Teacher(TeacherConfig(), model, name)
     wrapped = wrap_model(config.optimizer, model)
     optimizer, scheduler = build_optimizer(config.optimizer, wrapped, steps=10)
@@ -124,6 +142,8 @@ def run_step(config: VerifyLayoutConfig, layout: Layout) -> tuple[Outcome, Outco
     )
     result = step(sequences[layout.dp_rank :: layout.dp_size], [s.response for s in sequences])
     weights = {name: tensor.clone() for name, tensor in export_tensors(model)}
+    if model.lora is not None:
+        weights |= {name: tensor.clone() for name, tensor in export_adapters(model)}
     release(wrapped)
     return Outcome(result.metrics["loss"], gradients, weights), expected
 
@@ -143,10 +163,9 @@ def whole_gradients(wrapped: DistributedDataParallel) -> dict[str, Tensor]:
     kept = {parameter: parameter.data for parameter in wrapped.module.parameters() if parameter.requires_grad}
     for parameter in kept:
         parameter.data = parameter.main_grad
-    gradients = {
-        name: tensor.clone()
-        for name, tensor in export_tensors(wrapped.module, select=lambda parameter: parameter.requires_grad)
-    }
+    trained = export_tensors(wrapped.module, select=lambda parameter: parameter.requires_grad)
+    added = export_adapters(wrapped.module) if wrapped.module.lora is not None else ()
+    gradients = {name: tensor.clone() for name, tensor in chain(trained, added)}
     for parameter, data in kept.items():
         parameter.data = data
     return gradients

@@ -5,7 +5,10 @@ Nothing of the trainer's arithmetic is used here. Legend: T response tokens, V v
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -152,9 +155,10 @@ def reference_step(
     sequences: list[TrainingSequence],
     objective: ObjectiveConfig,
     optimizer: OptimizerConfig,
-    freeze: tuple[str, ...],
+    freeze: Collection[str],
+    lora: LoraReference | None = None,
 ) -> Outcome:
-    """Return one step in float64, one sequence after the other; a frozen teacher of the same weights."""
+    """Return one step in float64, one sequence after the other; a frozen teacher of the same weights, without LoRA."""
     model = model.double().train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(
@@ -167,7 +171,7 @@ def reference_step(
         log_p = _log_probabilities(model, sequence.student, sequence.rollout)  # [T, V]
         log_p_t = log_p.gather(1, response[:, None])[:, 0]
         if sequence.teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), nullcontext() if lora is None else lora.disabled():
                 log_q = _log_probabilities(model, sequence.teacher, sequence.rollout)
             divergence = (log_p.exp() * (log_p - log_q)).sum(1)
             loss = loss + (_weights(divergence.detach(), objective.token_weights) * divergence).sum() / scored
@@ -180,14 +184,76 @@ def reference_step(
             sequences
         )
     loss.backward()  # type: ignore[no-untyped-call]
-    trained = {_published(n): p for n, p in model.named_parameters() if p.requires_grad}
+    factors = {} if lora is None else lora.factors
+    trained = {_published(n): p for n, p in model.named_parameters() if p.requires_grad} | factors
     gradients = {name: parameter.grad.clone() for name, parameter in trained.items() if parameter.grad is not None}
     torch.nn.utils.clip_grad_norm_(trained.values(), optimizer.clip_norm)
     betas = (optimizer.beta1, optimizer.beta2)
     torch.optim.AdamW(
         trained.values(), lr=optimizer.learning_rate, betas=betas, eps=optimizer.epsilon, weight_decay=0.0
     ).step()
-    return Outcome(loss.item(), gradients, {_published(n): p.detach().clone() for n, p in model.named_parameters()})
+    weights = {_published(n): p for n, p in model.named_parameters()}
+    merged = {} if lora is None else lora.merged()
+    return Outcome(loss.item(), gradients, {n: p.detach().clone() for n, p in (weights | merged | factors).items()})
+
+
+class LoraReference:
+    """LoRA of the reference: a linear layer computes with W + scale · B A, formed as one matrix in float64.
+
+    Args:
+        model: the reference.
+        names: of A and B, in pairs, by the published name of a layer of the model: MODULE.lora_A.weight.
+        rank: of A and B.
+        scale: of their product.
+        seed: of their values; none is zero.
+
+    Attributes:
+        factors: A [rank, in] and B [out, rank] by name.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2AudioForConditionalGeneration,
+        names: Sequence[str],
+        rank: int,
+        scale: float,
+        seed: int,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.factors: dict[str, Tensor] = {}
+        self._scale, self._enabled = scale, True
+        self._layers: dict[str, torch.nn.Linear] = {}
+        layers = {_published(f"{n}.weight"): m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        for name in names:
+            module, _, factor = name.removesuffix(".weight").rpartition(".")
+            layer = layers[f"{module}.weight"]
+            size = (rank, layer.in_features) if factor == "lora_A" else (layer.out_features, rank)
+            drawn = torch.randn(size, generator=generator) * size[1] ** -0.5
+            if factor == "lora_B":
+                drawn *= 0.5 / scale  # so that W still has a part in the sum
+            self.factors[name] = drawn.double().requires_grad_(True)
+            if module not in self._layers:
+                self._layers[module] = layer
+                layer.forward = partial(self._forward, module)  # type: ignore[method-assign]
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Compute without LoRA."""
+        self._enabled = False
+        yield
+        self._enabled = True
+
+    def merged(self) -> dict[str, Tensor]:
+        """Return the weights of all its layers, by published name."""
+        return {f"{module}.weight": self._weight(module) for module in self._layers}
+
+    def _weight(self, module: str) -> Tensor:
+        a, b = (self.factors[f"{module}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
+        return self._layers[module].weight + self._scale * b @ a
+
+    def _forward(self, module: str, x: Tensor) -> Tensor:
+        layer = self._layers[module]
+        return torch.nn.functional.linear(x, self._weight(module) if self._enabled else layer.weight, layer.bias)
 
 
 def _log_probabilities(model: Qwen2AudioForConditionalGeneration, prompt: Prompt, rollout: Rollout) -> Tensor:

@@ -68,7 +68,7 @@ def read(saved: SavedWeights) -> dict[str, Tensor]:
 @pytest.mark.parametrize("block", [1, 4000, 1 << 25])
 def test_tensors_come_in_portions(checkpoint: Path, model: LALM, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """Catches a portion that begins within a head, the gate or the vocabulary and is taken from elsewhere."""
-    monkeypatch.setattr(megatron_reader, "_BLOCK", block)
+    monkeypatch.setattr(megatron_reader, "BLOCK", block)
     given, wanted = read(SavedWeights(checkpoint, model)), published_tensors(build(tied=False))
     assert given.keys() == wanted.keys() and all(torch.equal(given[name], tensor) for name, tensor in wanted.items())
 

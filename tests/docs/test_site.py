@@ -125,5 +125,5 @@ def test_types_and_defaults() -> None:
     assert "| `teacher.mode` | one of frozen, live, ema |" in text
     assert "| `metrics.wandb.mode` | one of off, offline, online | `off` |" in text
     assert markdown("rollout").count("## ") == 1
-    with pytest.raises(CordError, match="there is no section rolout; choose one of model, data"):
+    with pytest.raises(CordError, match=r"there is no section rolout; choose one of model, model\.lora, data"):
         markdown("rolout")

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from megatron_cord.cli.actions.plan import gpu_counts
 from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import AdapterArchitecture, Architecture
+from megatron_cord.model.config import LoraConfig, ModelConfig
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, part_counts, published, speed, traffic
+from megatron_cord.plan.lora import lora_count, merged_count
 from megatron_cord.plan.memory import activation_bytes, encoder_layer_width, language_layer_width, optimizer_bytes
 from megatron_cord.plan.page import layouts_table
 from megatron_cord.plan.parameters import matrix_counts, rank_counts
@@ -98,6 +100,63 @@ def test_parameters_of_each_rank(checkpoint: Path) -> None:
             assert [planned.audio_encoder, planned.adapter, planned.language_model] == counts
 
 
+def lora_on_rank(_rank: int, arch: Architecture, settings: Sequence[ModelConfig]) -> list[int]:
+    """Build this rank's part of two stages on two tensor-parallel ranks; return the parameters of each LoRA."""
+    layout = initialize(ParallelConfig(tp=2, pp=2), seed=0)
+    counts = []
+    for config in settings:
+        model = LALM(arch, layout, torch.float32)
+        model.add_lora(config.lora, config.freeze, seed=0)
+        assert model.lora is not None
+        counts.append(sum(parameter.numel() for parameter in model.lora.parameters()))
+    return counts
+
+
+LORA = [
+    ModelConfig("", lora=LoraConfig(rank=3)),
+    ModelConfig(
+        "", lora=LoraConfig(rank=5, targets=("q_proj", "down_proj", "*.layers.2.*")), freeze=("audio_encoder",)
+    ),
+]
+
+
+@pytest.mark.slow
+def test_lora_of_each_rank(checkpoint: Path) -> None:
+    """Catches a factor that is counted as cut and is whole, or the other way round, and one on the wrong stage."""
+    arch = load_architecture(checkpoint)
+    for rank, built in enumerate(run_ranks(lora_on_rank, 4, arch, LORA)):
+        assert [lora_count(config, arch, 2, 2, rank // 2) for config in LORA] == built
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "stacking"])
+def test_lora_of_each_adapter(layout: Layout, checkpoint: Path, kind: Any) -> None:
+    """Catches a size of LoRA, and of the matrices that are merged with it, that is only Qwen2-Audio's."""
+    arch = load_architecture(checkpoint)
+    adapter = AdapterArchitecture(kind, hidden_size=36, stride=2, kernel_size=3, bias=True)
+    kinds = {"linear": "qwen2_audio", "convolution": "step_audio_2", "stacking": "voxtral"}
+    arch = replace(arch, adapter=adapter, model_type=kinds[kind])
+    for config in LORA:
+        model = LALM(arch, layout, torch.float32)
+        model.add_lora(config.lora, config.freeze, seed=0)
+        assert model.lora is not None
+        assert lora_count(config, arch) == sum(parameter.numel() for parameter in model.lora.parameters())
+        assert merged_count(config, arch) == sum(weight.numel() for weight in model.lora.weights())
+
+
+def test_lora_in_a_plan() -> None:
+    """Catches base weights that are counted with gradients, states or a teacher's copy beside LoRA."""
+    arch = published("qwen2_audio_7b")
+    plain = configured("qwen2_audio_7b", "parallel.tp=2", "model.recompute=[language_model]")
+    lora = replace(plain, model=replace(plain.model, lora=LoraConfig(rank=16)))
+    before, after = (memory(config, arch, make_work(config, arch, 8)) for config in (plain, lora))
+    assert after.teacher == 0 and after.gradients < before.gradients / 50 and after.optimizer < before.optimizer / 50
+    assert after.weights - before.weights == lora_count(lora.model, arch, 2) * 2
+    assert (
+        train_flops(lora, arch, make_work(lora, arch, 8))[0]
+        < 0.8 * train_flops(plain, arch, make_work(plain, arch, 8))[0]
+    )
+
+
 @pytest.mark.parametrize("kind", ["linear", "convolution", "stacking"])
 def test_parameters_of_each_adapter(layout: Layout, checkpoint: Path, kind: Any) -> None:
     """Catches a formula that only knows Qwen2-Audio's projection."""
@@ -132,7 +191,7 @@ def test_bytes_of_training_state(layout: Layout, checkpoint: Path, dtype: Any, o
             parameter.main_grad.fill_(0.1)
     optimizer.step()
     counts = rank_counts(arch, 1, 1, 0)
-    trained = counts.trained(("adapter",))
+    trained = counts.trained(("audio_encoder", "language_model"))
     item = config.model.torch_dtype.itemsize
     assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(p.numel() * p.element_size() for p in model.parameters()) == counts.total * item
@@ -142,7 +201,7 @@ def test_bytes_of_training_state(layout: Layout, checkpoint: Path, dtype: Any, o
     states = [value for each in inner for state in each.state.values() for value in state.values() if value.dim()]
     mains = [p for each in inner for group in each.param_groups for p in group["params"]] if item < 4 else []
     on_device = mains if settings.offload else [*states, *mains]
-    matrices = matrix_counts(arch, 1, 1, 0).trained(("adapter",))
+    matrices = matrix_counts(arch, 1, 1, 0).trained(("audio_encoder", "language_model"))
     assert sum(t.nbytes for t in on_device) == optimizer_bytes(settings, trained, matrices, item, 1)
     shared, whole = (
         optimizer_bytes(replace(settings, distributed=d), trained, matrices, item, 4) for d in (True, False)

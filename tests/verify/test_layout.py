@@ -30,6 +30,7 @@ from tests.gloo import run_ranks
 
 ROOT = Path(__file__).parents[2]
 PACKED, SP = "train.packing=packed", "parallel.sequence_parallel=true"
+LORA = ["model.lora.rank=3", "model.lora.alpha=6"]
 TWO_RANKS = {
     "tp2 sp": ["parallel.tp=2", SP],
     "pp2": ["parallel.pp=2"],
@@ -37,6 +38,22 @@ TWO_RANKS = {
     "dp2 packed": [PACKED],
     "tp2 sp packed, frozen encoder": ["parallel.tp=2", SP, PACKED, "model.freeze=[audio_encoder]"],
     "cp2 packed, recomputed": ["parallel.cp=2", PACKED, "model.recompute=[audio_encoder, language_model]"],
+    "tp2 sp, lora": [*LORA, "parallel.tp=2", SP],
+    "tp2 packed, lora on some, adapter whole": [
+        *LORA,
+        "parallel.tp=2",
+        PACKED,
+        "model.lora.targets=['*.layers.1.*', q_proj, v_proj]",
+        "model.lora.whole=[adapter]",
+    ],
+    "pp2, lora on the last layers": [*LORA, "parallel.pp=2", "model.lora.targets=['*.layers.3.*']"],
+    "cp2 packed, lora recomputed": [
+        *LORA,
+        "parallel.cp=2",
+        PACKED,
+        "model.freeze=[audio_encoder, adapter]",
+        "model.recompute=[audio_encoder, language_model]",
+    ],
 }
 MORE_ON_TWO_RANKS = {
     "tp2": ["parallel.tp=2"],
@@ -91,6 +108,7 @@ def run_cases(_rank: int, cases: dict[str, list[str]]) -> dict[str, list[Row]]:
 
 
 def check(rows: list[Row]) -> None:
+    """Every comparison passed, and there were some."""
     assert sum(row.name.startswith("gradient") for row in rows) > 1
     assert sum(row.name.startswith("weight") for row in rows) > 80
     assert not [row for row in rows if not row.passed]

@@ -84,12 +84,17 @@ def check_file(file: Path, overrides: Sequence[str], *, show_all: bool) -> int:
 
 
 def _check_parameter_groups(config: RunConfig) -> None:
-    """Refuse a group of parameters with none in it, as the run would; not where the checkpoint is not at hand."""
-    if config.optimizer.groups and (Path(config.model.checkpoint) / "config.json").is_file():
+    """Refuse a group of parameters, or a target of LoRA, with none in it; not where the checkpoint is not at hand."""
+    patterns = config.optimizer.groups or config.model.lora.enabled
+    if patterns and (Path(config.model.checkpoint) / "config.json").is_file():
         from megatron_cord.model.families import load_architecture
+        from megatron_cord.model.lora.targets import find_targets
         from megatron_cord.trainer.step.optimizer.groups import check_groups
 
-        check_groups(config.optimizer, load_architecture(config.model.checkpoint), config.model.freeze)
+        arch = load_architecture(config.model.checkpoint)
+        if config.model.lora.enabled:
+            find_targets(arch, config.model.lora, config.model.freeze)
+        check_groups(config.optimizer, arch, config.model)
 
 
 def _print_key(key: Key) -> None:

@@ -22,10 +22,10 @@ from megatron_cord.convert.hf_reader import stored_tensors
 from megatron_cord.convert.hf_writer import HFDirectoryWriter, check_vacant, plan_shards
 from megatron_cord.convert.inventory import Entry, common_dtype, fake_model, inventory
 from megatron_cord.convert.loading import find_sources
-from megatron_cord.convert.megatron_reader import SavedWeights
 from megatron_cord.convert.megatron_writer import save_weights
 from megatron_cord.convert.model_card import FILE_NAME as CARD
 from megatron_cord.convert.model_card import model_card, without_cards
+from megatron_cord.convert.peft.directory import write_adapter
 from megatron_cord.convert.spelling import published_tensors
 from megatron_cord.data.audio.decode import decode_audio
 from megatron_cord.data.prompts import PromptBuilder
@@ -34,6 +34,7 @@ from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.data.tokenizers import load_tokenizer
 from megatron_cord.errors import CordError
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
+from megatron_cord.model.config import ModelConfig
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
@@ -41,8 +42,11 @@ from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.runtime.progress import Bars
 from megatron_cord.runtime.quiet import no_progress_bars
 from megatron_cord.trainer.checkpoint import progress as run_progress
+from megatron_cord.trainer.checkpoint.adapters import holds_adapters
 from megatron_cord.trainer.checkpoint.checkpoints import check_weights, load_weights
+from megatron_cord.trainer.checkpoint.saved_adapter import open_saved, saved_adapter
 from megatron_cord.trainer.checkpoint.storage import storage_problem
+from megatron_cord.trainer.model_setup import build_saved
 
 #: The folder of a converted checkpoint with configuration, tokenizer and processor.
 _AUXILIARY_FILES = "huggingface"
@@ -108,10 +112,12 @@ def export_checkpoint(
     max_shard_size: str,
     hf: Path | None,
     resume: str,
+    adapter: bool,
 ) -> int:
-    """Export the checkpoint `source` into the Hugging Face directory `target`.
+    """Export the checkpoint `source` into the Hugging Face directory `target`; LoRA is merged into its base's weights.
 
-    The ranks share the files; each reads from the checkpoint what its own are made of.
+    The ranks share the files; each reads from the checkpoint what its own are made of. With `adapter`, LoRA is written
+    as a PEFT directory instead, by the first rank.
     """
     console = Console()
     auxiliary_dir = hf or _auxiliary_dir_of(source)
@@ -122,7 +128,13 @@ def export_checkpoint(
         check_vacant(target)
         check_weights(source, arch)
     model = fake_model(arch, layout)
-    saved = SavedWeights(source, model)
+    saved = open_saved(source, model, auxiliary_dir)
+    if adapter:
+        if layout.is_main:
+            write_adapter(target, saved_adapter(source, saved), arch)
+        torch.distributed.barrier()
+        _print(layout, console, f"{target}: a PEFT adapter of {auxiliary_dir}")
+        return 0
     precision = _dtype(dtype) or saved.common_dtype()
     shards = plan_shards(saved.shapes, precision, _bytes(max_shard_size))
     if dry_run:
@@ -170,8 +182,11 @@ def check_checkpoint(
     layout = initialize(ParallelConfig(tp=tp, pp=pp), seed=0)
     prompts = _prompts(source, text, audio, data) if arch.encoder is not None else [_text_prompt(source, text)]
     inputs = [_model_input(prompt, layout) for prompt in prompts]
-    model = LALM(arch, layout, torch.float32)
-    load_weights(target, model)
+    if holds_adapters(run_progress.read_progress(target)):
+        model, _ = build_saved(target, ModelConfig(str(_auxiliary_dir_of(target)), dtype="float32"), layout)
+    else:
+        model = LALM(arch, layout, torch.float32)
+        load_weights(target, model)
     reference = None
     if layout.rank == layout.world_size - 1:  # always on a last stage
         reference = comparison.load_reference(source)

@@ -18,6 +18,7 @@ from megatron_cord.convert.names import rename_to_global
 from megatron_cord.model.families import load_architecture
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.model_setup import choose_trained
 from megatron_cord.trainer.step.optimizer.groups import check_groups, group_of, settings_of
 from megatron_cord.trainer.step.optimizer.schedule import RateSchedule
 
@@ -30,12 +31,10 @@ def list_parameters(file: Path, overrides: Sequence[str]) -> int:
     """
     config = load_config(RunConfig, file, overrides)
     arch = load_architecture(config.model.checkpoint)
-    check_groups(config.optimizer, arch, config.model.freeze)
+    check_groups(config.optimizer, arch, config.model)
     joined = torch.distributed.is_initialized()
     model = fake_model(arch, initialize(ParallelConfig(), seed=0))
-    for part in config.model.freeze:
-        if (module := getattr(model, part)) is not None:
-            module.requires_grad_(False)
+    choose_trained(config.model, model, config.seed)
     schedule = RateSchedule.of(config.optimizer, config.train.steps)
     settings = settings_of(config.optimizer, schedule.factors, model)
     groups: dict[str | None, list[tuple[str, torch.nn.Parameter]]] = {name: [] for name in config.optimizer.groups}

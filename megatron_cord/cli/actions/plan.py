@@ -15,6 +15,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.families import load_architecture
 from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, part_counts, published, speed
+from megatron_cord.plan.lora import sync_bytes
 from megatron_cord.plan.page import layouts_table
 from megatron_cord.plan.report import Report
 from megatron_cord.trainer.config import RunConfig
@@ -69,6 +70,7 @@ def plan(
         work=work,
         memory=memory(config, arch, work, local_engine=not rollout_gpus),
         speed=speed(config, arch, work, device, first, rollout_gpus),
+        weight_sync=sync_bytes(config.model, arch),
     )
     suggestion = fitting(config, arch, device, first, rollout_gpus, **lengths)
     if as_json:
@@ -117,7 +119,7 @@ def _print(report: Report, suggestion: list[str] | None) -> None:
     counts = report.parameters
     console.print(
         f"parameters: {counts.total:,} (audio encoder {counts.audio_encoder:,}, adapter {counts.adapter:,}, "
-        f"language model {counts.language_model:,})\n{report.speed_text()}",
+        f"language model {counts.language_model:,})\n{report.speed_text()}\n{report.weight_sync_text()}",
         highlight=False,
     )
     used = f"{report.memory.total / 1e9:.1f} of {report.gpu.memory / 1e9:.0f} GB"

@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_cord.config.loading import to_dict
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
-from megatron_cord.model.config import PARTS
 from megatron_cord.runtime.files import checkpoint_fingerprint
+from megatron_cord.trainer.checkpoint.adapters import base_fingerprint
 from megatron_cord.trainer.checkpoint.progress import MadeWith
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.settings_changes import Changes, find_changes, schedule_of
@@ -45,8 +45,14 @@ def describe(config: RunConfig, start: Start, data: dict[str, Any]) -> Descripti
     rates = schedule_of(start, planned, keep=config.optimizer.keep_schedule, own=own)
     model = checkpoint_fingerprint(checkpoint_directory(config.model.checkpoint))
     changes = find_changes(start, settings, rates, model)
-    trained = {*before.trained, *(part for part in PARTS if part not in config.model.freeze)}
+    trained = {*before.trained, *config.model.trained_parts}
     made_with = replace(
-        before, settings=settings, schedule=asdict(rates), data=data, model=model, trained=sorted(trained)
+        before,
+        settings=settings,
+        schedule=asdict(rates),
+        data=data,
+        model=model,
+        base=base_fingerprint(config.model.checkpoint),
+        trained=sorted(trained),
     )
     return Description(rates, changes, made_with)

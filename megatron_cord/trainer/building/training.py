@@ -55,12 +55,12 @@ def build_training(
     Raises:
         CordError: a group of the optimizer has no parameter, or the checkpoint does not fit.
     """
-    check_groups(config.optimizer, load_architecture(config.model.checkpoint), config.model.freeze)
-    student = build_student(config.model, layout)
+    check_groups(config.optimizer, load_architecture(config.model.checkpoint), config.model)
+    student = build_student(config.model, layout, config.seed)
     if layout.is_main:
         logger.info("fused kernels: %s", choose_fusions(config.model.layer_config))
     if start.weights is not None:
-        read_weights(start.weights, student)
+        read_weights(start.weights, student, config.model)
     trained = start.progress.made_with.trained
     teacher = Teacher(config.teacher, student, config.model.checkpoint, has_trained="language_model" in trained)
     model = wrap_model(config.optimizer, student)

@@ -213,7 +213,7 @@ class Checkpoints(CheckpointDirectory):
                 f"{path} holds no moving average; resume with the run's own teacher.mode, or choose another output_dir"
             )
         restored = restore(path, _state_dict(model, optimizer, average, is_loading=True))
-        model.load_state_dict(restored.state["model"])
+        model.load_state_dict(restored.state["model"], strict=model.module.lora is None)
         if average is not None:
             average.load_state_dict(restored.state["teacher"])
         for group in _param_groups(restored.state["optimizer"]):
@@ -237,13 +237,13 @@ def _param_groups(state: Any) -> Iterator[dict[str, Any]]:
 
 
 def load_weights(path: Path, model: LALM) -> int:
-    """Restore only the weights, for evaluation and export; return the checkpoint's step. Collective.
+    """Restore only the weights, of a model with LoRA the adapters; return the checkpoint's step. Collective.
 
     Raises:
         CordError: as `Checkpoints.load`.
     """
     step = check_weights(path, model.arch)
-    model.load_state_dict(restore(path, {"model": model.sharded_state_dict()}).state["model"])
+    model.load_state_dict(restore(path, {"model": _weights(model)}).state["model"], strict=model.lora is None)
     return step
 
 
@@ -258,10 +258,19 @@ def check_weights(path: Path, arch: Architecture) -> int:
     return read_progress(path, arch).step
 
 
+def _weights(model: LALM) -> dict[str, Any]:
+    """Describe the tensors that a checkpoint holds: the model's, but with LoRA only what is trained."""
+    state: dict[str, Any] = model.sharded_state_dict()
+    if model.lora is None:
+        return state
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: entry for name, entry in state.items() if name in trained}
+
+
 def _state_dict(
     model: DistributedDataParallel, optimizer: MegatronOptimizer, average: MovingAverage | None, *, is_loading: bool
 ) -> dict[str, Any]:
-    weights = model.module.sharded_state_dict()
+    weights = _weights(model.module)
     state = {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_SHARDING)),

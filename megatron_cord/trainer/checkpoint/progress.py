@@ -26,6 +26,7 @@ class MadeWith:
         schedule: its learning rates, the fields of `RateSchedule`.
         data: samples and fingerprint of what it trains on.
         model: fingerprint of the files in `model.checkpoint`.
+        base: fingerprint of its weights alone, which LoRA adapters are beside.
         trained: parts of the model whose weights are not those of `model.checkpoint` any more.
         begun: the step after which the run began in its directory; not 0 for one that continues another run.
     """
@@ -34,6 +35,7 @@ class MadeWith:
     schedule: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     model: str = ""
+    base: str = ""
     trained: Sequence[str] = ()
     begun: int = 0
 

@@ -107,6 +107,8 @@ class TrainStep:
         norms: list[float] = []
         for number in range(updates):
             begin_update()
+            if self.lalm.lora is not None:
+                self.lalm.lora.reseed(self.scheduler.num_steps, number)
             part = number % len(parts)
             counts = GlobalCounts.of(self.objective, [rollouts[i] for i in parts[part]], self.max_new_tokens)
             made, norm = self._update(batches[part], counts, objective, phases)
@@ -239,6 +241,8 @@ class TrainStep:
 
             return model(batch.student), loss_func
 
+        if self.lalm.lora is not None:
+            self.lalm.lora.train(train)  # for its dropout
         if train:
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()

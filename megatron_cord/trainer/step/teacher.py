@@ -1,10 +1,12 @@
 """The teacher: a forward pass on its own view, for hidden states of response tokens, never logits.
 
-It is the same model, or one with a checkpoint of its own, laid out over the ranks as the student is.
+It is the same model, with LoRA off if it is frozen, or one with a checkpoint of its own, laid out over the ranks as the
+student is.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,13 +69,21 @@ class Teacher:
     def __init__(self, config: TeacherConfig, student: LALM, checkpoint_dir: str, *, has_trained: bool = False) -> None:
         self.offload = config.offload
         self.average: MovingAverage | None = None  #: of mode ema, unless the language model is frozen
+        lora = student.lora
+        if config.mode == "ema" and lora is not None and lora.has("language_model"):
+            raise CordError(
+                "teacher.mode=ema keeps no average of LoRA adapters; with model.lora take frozen, which is the model "
+                "with its adapters off, or live"
+            )
         is_frozen = all(not p.requires_grad for p in student.language_model.parameters())
         frozen_everywhere = torch.tensor(float(is_frozen), device=student.layout.device)
         dist.all_reduce(frozen_everywhere, op=dist.ReduceOp.MIN, group=student.layout.pp_group)
         is_student = bool(frozen_everywhere) and (config.mode == "ema" or not has_trained)
         if config.checkpoint is None and (config.mode == "live" or is_student):
             self.model = student  # a frozen language model is its own frozen teacher, and its own average
+            self._lora, self._without_lora = lora, config.mode == "frozen"
         else:
+            self._lora = None
             own = config.checkpoint
             arch = student.arch if own is None else load_architecture(own)
             self.model = LALM(arch, student.layout, student.config.params_dtype, student.layers)
@@ -91,6 +101,13 @@ class Teacher:
         """Move the average, if there is one, towards the student's updated weights."""
         if self.average is not None:
             self.average.update()
+
+    def _weights(self) -> AbstractContextManager[None]:
+        """Return the context in which the model has the teacher's weights: with LoRA, a frozen one is without it."""
+        if self._lora is None:
+            return nullcontext()
+        self._lora.eval()
+        return self._lora.disabled() if self._without_lora else nullcontext()
 
     @torch.no_grad()
     def hidden_states(self, microbatches: list[Microbatch]) -> list[Tensor | None]:
@@ -120,15 +137,16 @@ class Teacher:
 
             return model(batch.teacher), collect
 
-        collected = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(taught),
-            model=[self.model],
-            num_microbatches=len(taught),
-            seq_length=max(m.teacher.token_ids.shape[1] for m in taught if m.teacher is not None),
-            micro_batch_size=max(len(m.sequences) for m in taught),
-            forward_only=True,
-        )
+        with self._weights():
+            collected = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(taught),
+                model=[self.model],
+                num_microbatches=len(taught),
+                seq_length=max(m.teacher.token_ids.shape[1] for m in taught if m.teacher is not None),
+                micro_batch_size=max(len(m.sequences) for m in taught),
+                forward_only=True,
+            )
         hidden = iter([entry["hidden"] for entry in collected])
         return [next(hidden, None) if m.teacher is not None else None for m in microbatches]
 

@@ -14,8 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_cord.convert import read_into
 from megatron_cord.data.samples import HEAR, READ, Sample
 from megatron_cord.data.turns import AudioPart, TextPart, Turn
+from megatron_cord.model.config import LoraConfig
+from megatron_cord.model.families import load_architecture
+from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.config import RolloutConfig
@@ -27,7 +31,7 @@ from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.engine import SGLangEngine
 from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig
 from megatron_cord.rollout.types import GenerationRequest, Rollout, TensorSpec, WeightSource
-from megatron_cord.rollout.weights import PlainWeights
+from megatron_cord.rollout.weights import PlainWeights, ShardedModelWeights
 from tests.integration.sglang.conftest import Servers
 from tests.tiny_run import make_samples
 
@@ -258,19 +262,49 @@ def test_kill_during_generation(servers: Servers) -> None:
     engine.close()
 
 
+def test_lora_alone_reaches_both_servers(servers: Servers) -> None:
+    """Catches adapters that a server loses, merges with another weight, or adds to those of the version before.
+
+    They are on encoder and language model, and change at each of three weight syncs; the local engine has the sums.
+    """
+    model = LALM(load_architecture(servers.checkpoint), initialize(ParallelConfig(), seed=0), torch.float32)
+    read_into(model, servers.checkpoint)
+    model.add_lora(LoraConfig(rank=4, alpha=8, whole=("adapter",)), (), seed=0)
+    assert model.lora is not None
+    source, local, (engine, inner) = ShardedModelWeights(model), LocalEngine(servers.checkpoint), connect(servers)
+    asked, generator, answers = questions(local, 10), torch.Generator().manual_seed(0), []
+    for version in (1, 2, 3):
+        for parameter in model.lora.parameters():
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        report = inner._weight_sync.update(source, version, inner._control.endpoints(servers.supervisor.urls))
+        assert report.merged == (version == 1) and len(report.current) == 2, report
+        inner.update_weights(source, version)
+        local.update_weights(source, version)
+        found = engine.generate(asked)
+        share, largest = compare(found, local.generate(asked))
+        print(f"LoRA, version {version}: {report.nbytes} bytes, {share:.2%} of tokens equal, within {largest:.2g}")
+        assert share >= 0.99 and largest < 1e-3
+        answers.append([rollout.token_ids for rollout in found])
+    assert answers[0] != answers[1] != answers[2] != answers[0]
+    one, two = checksums(servers)
+    assert one == two
+    engine.close()
+
+
 class Killing:
     """Weights in whose middle a server is killed."""
 
     in_main_replica = True
+    lora_scale = None
 
     def __init__(self, weights: WeightSource, pid: int) -> None:
         self.weights = weights
         self.pid: int | None = pid
 
-    def specs(self, *, full: bool) -> list[TensorSpec]:
+    def specs(self, *, full: bool, merged: bool = True) -> list[TensorSpec]:
         return self.weights.specs(full=full)
 
-    def tensors(self, *, full: bool, in_pieces: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, *, full: bool, in_pieces: bool = False, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
         for number, pair in enumerate(self.weights.tensors(full=full, in_pieces=in_pieces)):
             if number == 20 and self.pid is not None:
                 os.killpg(self.pid, signal.SIGKILL)

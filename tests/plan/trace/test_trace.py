@@ -91,7 +91,7 @@ def test_formulas_of_plans_are_what_the_code_does(layout: str) -> None:
     for trace in traces:
         counts = rank_counts(ARCH, parallel.tp, parallel.pp, trace.stage)
         assert trace.parameters == counts.total
-        assert trace.trained == counts.trained(config.model.freeze)
+        assert trace.trained == counts.trained(config.model.trained_parts)
         assert trace.state_bytes["weights"] == pytest.approx(counts.total * item, rel=1e-3)  # masks of key biases
         assert trace.state_bytes["gradients"] == pytest.approx(4 * trace.trained, rel=0.01)  # buffers are padded
         planned = optimizer_bytes(config.optimizer, trace.trained, 0, item, work.dp)

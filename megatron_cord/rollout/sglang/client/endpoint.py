@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from megatron_cord.errors import CordError
+from megatron_cord.rollout.sglang.plugin.lora_merge import BASE
 from megatron_cord.rollout.sglang.plugin.weights import ABILITY
 
 Result = TypeVar("Result")
@@ -45,10 +46,12 @@ class Abilities:
     Attributes:
         ranks: processes over which its model is sharded.
         streams: whether it takes all buckets behind one request, as servers do that this project starts.
+        base: the identity of the checkpoint's weights that it can merge LoRA with; None if it cannot.
     """
 
     ranks: int
     streams: bool
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,10 @@ class Endpoint:
                 raise ServerError(
                     f"{self.url} runs with {name}={info[name]}; start it with 1, and more servers instead", 200
                 )
-        return Abilities(int(info.get("tp_size", 1)), info.get(ABILITY) is True)
+        base = info.get(BASE)
+        return Abilities(
+            int(info.get("tp_size", 1)), info.get(ABILITY) is True, base if isinstance(base, str) else None
+        )
 
     def weight_version(self, timeout: float) -> str:
         """Return the version that the server names for its weights."""

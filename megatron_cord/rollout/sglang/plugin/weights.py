@@ -10,6 +10,8 @@ can do this; others are sent one bucket a request.
 Shared memory. SGLang maps a buffer for each bucket and unmaps it, though a trainer has but two of them. Here they stay
 mapped until a session that uses others, or the server's end.
 
+LoRA. A stream of adapters alone is merged with the server's own checkpoint while it arrives (``lora_merge.py``).
+
 A group that is left on a GPU is aborted, so that a server survives a trainer, or another server, that is gone in the
 middle of a broadcast.
 
@@ -23,6 +25,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -126,6 +129,7 @@ class Buffers:
 
 def install() -> None:
     """Replace SGLang's receivers, in a process that has not made its model yet."""
+    import lora_merge
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
@@ -136,6 +140,7 @@ def install() -> None:
     mapped: dict[int, Tensor] = {}
     used: set[int] = set()  # in this session
     buffers: dict[str, Buffers] = {}  # by device
+    base: dict[str, Any] = {}  # of the checkpoint that the server was started with
 
     def receive(
         self: Any,
@@ -151,16 +156,18 @@ def install() -> None:
                 self, names=names, dtypes=dtypes, shapes=shapes, group_name=group_name, load_format=load_format
             )
         group = self._model_update_group[group_name]
-        counts = [int(count) for count in load_format.removeprefix(STREAMED).split(",")]
+        sizes, _, scale = load_format.removeprefix(STREAMED).partition(lora_merge.LORA)
+        counts = [int(count) for count in sizes.split(",")]
         specs = [
             Spec(name, getattr(torch, dtype), shape) for name, dtype, shape in zip(names, dtypes, shapes, strict=True)
         ]
-        return Stream(
+        stream = Stream(
             specs,
             counts,
             lambda flat: torch.distributed.broadcast(flat, 0, group=group, async_op=True),
             buffers.setdefault(self.device, Buffers(self.device)),
         )
+        return lora_merge.merged(stream, float(scale), base["checkpoint"]) if scale else stream
 
     def keep_and_load(self: Any, named_tensors: Any, load_format: str | None = None) -> Any:
         if load_format == "flattened_bucket" and (flat := named_tensors["flattened_tensor"]).device.type == "cpu":
@@ -175,7 +182,12 @@ def install() -> None:
         end_session(self, **settings)
 
     def init_info_with_ability(self: Any) -> dict[str, Any]:
-        return init_info(self) | {ABILITY: self.draft_worker is None}  # type: ignore[no-any-return]
+        # In each process that holds the model, before its first weight sync.
+        checkpoint = Path(self.server_args.model_path)
+        known = lora_merge.identity(checkpoint)
+        if known is not None:
+            base["checkpoint"] = lora_merge.Base(checkpoint)
+        return init_info(self) | {ABILITY: self.draft_worker is None, lora_merge.BASE: known}  # type: ignore[no-any-return]
 
     def leave(self: Any, group_name: str) -> tuple[bool, str]:
         # NCCL's plain end waits for what is in flight, and a broadcast whose sender is gone never ends.

@@ -52,7 +52,11 @@ class DiskTransport:
             ) from None
         return bucket_bytes
 
-    def start(self, plans: Sequence[BucketPlan]) -> None:
+    def merges(self, servers: Sequence[Endpoint], base: str) -> bool:
+        """Return False: SGLang's own receivers take whole weights alone."""
+        return False
+
+    def start(self, plans: Sequence[BucketPlan], lora_scale: float | None = None) -> None:
         """Do nothing: servers read when all is written."""
 
     def buffer(self, index: int, nbytes: int) -> Tensor:

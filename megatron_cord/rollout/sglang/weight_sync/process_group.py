@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, call_each
+from megatron_cord.rollout.sglang.plugin.lora_merge import LORA
 from megatron_cord.rollout.sglang.plugin.weights import STREAMED
 from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, TwoBuffers
 from megatron_cord.rollout.sglang.weight_sync.group import ServerGroup
@@ -57,10 +58,18 @@ class ProcessGroupTransport:
             self._group = ServerGroup(ranks, self._address, self._timeout)
         return min(bucket_bytes, _STREAM_BYTES) if self._streams else bucket_bytes
 
-    def start(self, plans: Sequence[BucketPlan]) -> None:
+    def merges(self, servers: Sequence[Endpoint], base: str) -> bool:
+        """Return whether all servers take streams and run a checkpoint with these weights."""
+        abilities, failures = call_each(servers, lambda server: server.abilities(self._timeout))
+        same = all(found.streams and found.base == base for found in abilities.values())
+        return self._stream and not failures and same
+
+    def start(self, plans: Sequence[BucketPlan], lora_scale: float | None = None) -> None:
         """Announce a stream."""
+        assert self._streams or lora_scale is None, "only servers that take streams merge LoRA"
         if self._streams:
-            self._announce(plans, STREAMED + ",".join(str(len(plan.specs)) for plan in plans))
+            scale = "" if lora_scale is None else f"{LORA}{lora_scale!r}"
+            self._announce(plans, STREAMED + ",".join(str(len(plan.specs)) for plan in plans) + scale)
 
     def buffer(self, index: int, nbytes: int) -> Tensor:
         """Return one of two, uint8 [≥ nbytes]."""

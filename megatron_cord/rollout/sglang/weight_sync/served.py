@@ -14,7 +14,9 @@ import torch
 
 from megatron_cord.convert.spelling import published_tensors
 from megatron_cord.errors import CordError
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import load_architecture
+from megatron_cord.rollout.sglang.plugin.lora_merge import identity
 from megatron_cord.rollout.types import TensorSpec
 
 #: What weights are sent in; a model that is quantised to anything else must be loaded from a checkpoint.
@@ -30,6 +32,30 @@ def served_specs(checkpoint_dir: str | Path, dtype: torch.dtype | None = None) -
     """
     stored = published_tensors(checkpoint_dir, load_architecture(checkpoint_dir))
     return {name: TensorSpec(name, tuple(t.shape), dtype or t.dtype) for name, t in stored}
+
+
+def base_of(checkpoint_dir: str | Path) -> str | None:
+    """Return the identity of the checkpoint's weights, with which servers that run it merge LoRA.
+
+    None where its files do not spell all names as they are published: a server looks for these in its own files.
+    """
+    stored = published_tensors(checkpoint_dir, load_architecture(checkpoint_dir))
+    if any(name != tensor.name for name, tensor in stored):
+        return None
+    return identity(checkpoint_directory(checkpoint_dir))
+
+
+def with_lora(served: Mapping[str, TensorSpec], specs: Iterable[TensorSpec]) -> dict[str, TensorSpec]:
+    """Return the servers' tensors and the factors that fit them, A [r, in] and B [out, r], of LoRA that is sent."""
+    places = dict(served)
+    for spec in specs:
+        module, _, factor = spec.name.removesuffix(".weight").rpartition(".")
+        weight = served.get(f"{module}.weight")
+        if weight is not None and factor in ("lora_A", "lora_B"):
+            rows, columns = weight.shape
+            shape = (spec.shape[0], columns) if factor == "lora_A" else (rows, spec.shape[1])
+            places[spec.name] = TensorSpec(spec.name, shape, spec.dtype)
+    return places
 
 
 def check_fits_server(specs: Sequence[TensorSpec], served: Mapping[str, TensorSpec], full: bool) -> None:

@@ -64,7 +64,11 @@ class SharedMemoryTransport:
         self._servers = list(servers)
         return bucket_bytes
 
-    def start(self, plans: Sequence[BucketPlan]) -> None:
+    def merges(self, servers: Sequence[Endpoint], base: str) -> bool:
+        """Return False: SGLang's own receivers take whole weights alone."""
+        return False
+
+    def start(self, plans: Sequence[BucketPlan], lora_scale: float | None = None) -> None:
         """Make the buffers."""
         nbytes = max(plan.nbytes for plan in plans)
         if not self._buffers or nbytes > self._nbytes:

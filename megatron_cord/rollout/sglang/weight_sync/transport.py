@@ -47,8 +47,22 @@ class WeightTransport(Protocol):
         """
         ...
 
-    def start(self, plans: Sequence[BucketPlan]) -> None:
-        """Prepare for these buckets, which are sent next in their order."""
+    def merges(self, servers: Sequence[Endpoint], base: str) -> bool:
+        """Return whether all these servers take LoRA alone and merge it with this base.
+
+        Args:
+            servers: that would get it.
+            base: `plugin.lora_merge.identity` of its weights.
+        """
+        ...
+
+    def start(self, plans: Sequence[BucketPlan], lora_scale: float | None = None) -> None:
+        """Prepare for these buckets, which are sent next in their order.
+
+        Args:
+            plans: the buckets.
+            lora_scale: what multiplies B A, where LoRA is among them for servers to merge.
+        """
         ...
 
     def buffer(self, index: int, nbytes: int) -> Tensor:

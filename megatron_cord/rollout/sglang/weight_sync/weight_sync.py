@@ -4,7 +4,7 @@ One weight sync: read servers' versions; plan what is sent, and check it against
     gather
 bucket k+1 from the trainer's ranks while bucket k is sent; close the sessions; name the version, and read it back. A
 server that fails anywhere is left out and reported; its weights are of no version. Trained tensors alone are sent,
-unless a server does not have the last version: then all.
+unless a server does not have the last version: then all. LoRA is sent as it is to servers that can merge it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, fill, pl
 from megatron_cord.rollout.sglang.weight_sync.config import WeightSyncConfig
 from megatron_cord.rollout.sglang.weight_sync.disk import DiskTransport
 from megatron_cord.rollout.sglang.weight_sync.process_group import ProcessGroupTransport
-from megatron_cord.rollout.sglang.weight_sync.served import check_fits_server, sent_specs, served_specs
+from megatron_cord.rollout.sglang.weight_sync.served import (
+    base_of,
+    check_fits_server,
+    sent_specs,
+    served_specs,
+    with_lora,
+)
 from megatron_cord.rollout.sglang.weight_sync.sessions import Sessions, compare_checksums, name_version
 from megatron_cord.rollout.sglang.weight_sync.shared_memory import SharedMemoryTransport
 from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailedError, WeightTransport
@@ -45,6 +51,7 @@ class WeightSyncReport:
         failed: of those that do not, with the reason. Their weights may be half of one version and half of another:
             discard or restart them.
         full: whether frozen tensors were sent, too.
+        merged: whether all tensors were sent as they are used; else LoRA was, and the servers merged it.
         tensors: how many were sent to each server.
         nbytes: of them.
         buckets: that they were sent in.
@@ -55,6 +62,7 @@ class WeightSyncReport:
     current: tuple[str, ...]
     failed: dict[str, str]
     full: bool
+    merged: bool
     tensors: int
     nbytes: int
     buckets: int
@@ -68,10 +76,17 @@ class WeightSync:
         config: how.
         transport: sends the buckets.
         served: the servers' model, by tensor name.
+        base: the identity of its weights, with which servers may merge LoRA; None: they are never sent it.
     """
 
-    def __init__(self, config: WeightSyncConfig, transport: WeightTransport, served: Mapping[str, TensorSpec]) -> None:
-        self._config, self._transport, self._served = config, transport, served
+    def __init__(
+        self,
+        config: WeightSyncConfig,
+        transport: WeightTransport,
+        served: Mapping[str, TensorSpec],
+        base: str | None = None,
+    ) -> None:
+        self._config, self._transport, self._served, self._base = config, transport, served, base
         self._version: int | None = None
 
     def update(
@@ -113,15 +128,22 @@ class WeightSync:
                 self._transport.abandon()
             full = full or behind
         specs: list[TensorSpec] = []
-        buckets = 0
-        while (order := broadcast_json({"full": full} if alive else None)) is not None:
-            full = bool(order["full"])
-            specs = self._plan(source, full)
+        buckets, merged = 0, True
+        while True:
+            if main and alive:
+                merged = full or source.lora_scale is None or not self._can_merge(alive)
+            order = broadcast_json({"full": full, "merged": merged} if alive else None)
+            if order is None:
+                break
+            full, merged = bool(order["full"]), bool(order["merged"])
+            specs = self._plan(source, full, merged)
             lost = {}
             problem = None
             if main:
                 try:
-                    lost, buckets, done = self._attempt(source.tensors(full=full, in_pieces=True), specs, alive)
+                    tensors = source.tensors(full=full, in_pieces=True, merged=merged)
+                    scale = None if merged else source.lora_scale
+                    lost, buckets, done = self._attempt(tensors, specs, alive, scale)
                 except CordError as error:
                     problem, done = str(error), True
                 else:
@@ -130,7 +152,7 @@ class WeightSync:
                 alive = without(alive, lost)
                 failed |= {server.url: str(error) for server, error in lost.items()}
             elif source.in_main_replica:
-                deque(source.tensors(full=full, in_pieces=True), maxlen=0)
+                deque(source.tensors(full=full, in_pieces=True, merged=merged), maxlen=0)
             outcome = broadcast_json([problem, done] if main else None)
             if outcome[0]:
                 raise CordError(outcome[0])
@@ -140,7 +162,7 @@ class WeightSync:
         nbytes = sum(spec.nbytes for spec in specs)
         current = tuple(server.url for server in alive)
         report = WeightSyncReport(
-            version, current, failed, full, len(specs), nbytes, buckets, time.perf_counter() - start
+            version, current, failed, full, merged, len(specs), nbytes, buckets, time.perf_counter() - start
         )
         plain = broadcast_json(asdict(report))
         return WeightSyncReport(**plain | {"current": tuple(plain["current"])})
@@ -149,14 +171,18 @@ class WeightSync:
         """Free buffers and leave groups; safe to call twice."""
         self._transport.close()
 
-    def _plan(self, source: WeightSource, full: bool) -> list[TensorSpec]:
+    def _can_merge(self, servers: list[Endpoint]) -> bool:
+        return self._base is not None and self._transport.merges(servers, self._base)
+
+    def _plan(self, source: WeightSource, full: bool, merged: bool) -> list[TensorSpec]:
         """Return what is sent, on rank 0; raise on all ranks if it does not fit."""
         problem = None
-        specs = source.specs(full=full) if source.in_main_replica else []
+        specs = source.specs(full=full, merged=merged) if source.in_main_replica else []
         if dist.get_rank() == 0:
             try:
-                check_fits_server(specs, self._served, full)
-                specs = sent_specs(specs, self._served)
+                served = self._served if merged else with_lora(self._served, specs)
+                check_fits_server(specs, served, full)
+                specs = sent_specs(specs, served)
             except CordError as error:
                 problem = str(error)
         problem = broadcast_json(problem)
@@ -169,7 +195,11 @@ class WeightSync:
         return plan_buckets(specs, bucket_bytes)
 
     def _attempt(
-        self, tensors: Iterator[tuple[str, Tensor]], specs: list[TensorSpec], servers: list[Endpoint]
+        self,
+        tensors: Iterator[tuple[str, Tensor]],
+        specs: list[TensorSpec],
+        servers: list[Endpoint],
+        lora_scale: float | None,
     ) -> tuple[dict[Endpoint, ServerError], int, bool]:
         """Send everything once.
 
@@ -183,7 +213,7 @@ class WeightSync:
         try:
             if remaining := without(servers, failures):
                 plans = self._plan_buckets(specs, self._transport.open(remaining, self._config.bucket_bytes))
-                self._transport.start(plans)
+                self._transport.start(plans, lora_scale)
                 failures |= self._send(tensors, plans)
                 failures |= self._transport.finish()
                 done = True
@@ -245,4 +275,4 @@ def build_weight_sync(
         transport = SharedMemoryTransport(config.timeout_seconds)
     else:
         transport = DiskTransport(config.directory, config.timeout_seconds)
-    return WeightSync(config, transport, served_specs(checkpoint_dir, served_dtype))
+    return WeightSync(config, transport, served_specs(checkpoint_dir, served_dtype), base_of(checkpoint_dir))

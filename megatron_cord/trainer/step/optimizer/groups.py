@@ -7,10 +7,8 @@ alone before anything is built.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
@@ -18,9 +16,11 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron_cord.convert.names import rename_to_global
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
-from megatron_cord.model.config import PARTS
+from megatron_cord.model.config import ModelConfig
 from megatron_cord.model.families import family_of
 from megatron_cord.model.lalm import LALM
+from megatron_cord.model.lora.targets import find_targets
+from megatron_cord.model.patterns import matches, nearest
 from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 
 
@@ -39,40 +39,44 @@ class GroupSettings:
 
 def group_of(config: OptimizerConfig, name: str) -> str | None:
     """Return the first group that matches a parameter, by its name in the whole model; None if none does."""
-    return next((group for group, given in config.groups.items() if _matches(given.match or group, name)), None)
+    return next((group for group, given in config.groups.items() if matches(given.match or group, name)), None)
 
 
-def check_groups(config: OptimizerConfig, arch: Architecture, freeze: Collection[str]) -> None:
+def check_groups(config: OptimizerConfig, arch: Architecture, model: ModelConfig) -> None:
     """Refuse a group that no parameter is in.
 
     Args:
         config: with the groups.
         arch: of the model.
-        freeze: parts that are not trained.
+        model: which of its parts are trained, and how.
 
     Raises:
         CordError: it names what the pattern may have meant.
     """
     if not config.groups:
         return
-    parts = [part for part in PARTS if part not in freeze]
     rules = family_of(arch).tensor_map(arch).rules
     names = [rule.megatron for rule in rules]
-    trained = [name for name in names if name.partition(".")[0] in parts]
+    trained = [name for name in names if name.partition(".")[0] in model.trained_parts]
+    untrained = "model.freeze leaves"
+    if model.lora.enabled:
+        untrained = "model.lora leaves"
+        added = [n for target in find_targets(arch, model.lora, model.freeze) for n in target.names().values()]
+        trained, names = trained + added, names + added
     members = {group_of(config, name) for name in trained}
     for group, given in config.groups.items():
         if group in members:
             continue
         pattern = given.match or group
-        if matching := [name for name in trained if _matches(pattern, name)]:
+        if matching := [name for name in trained if matches(pattern, name)]:
             taken = group_of(config, matching[0])
             reason = f"matches only parameters that the group {taken} before it takes"
-        elif matching := [name for name in names if _matches(pattern, name)]:
-            reason = f"matches only parameters that model.freeze leaves untrained, such as {matching[0]}"
-        elif found := next((rule for rule in rules if any(_matches(pattern, n) for n in rule.hf_names)), None):
+        elif matching := [name for name in names if matches(pattern, name)]:
+            reason = f"matches only parameters that {untrained} untrained, such as {matching[0]}"
+        elif found := next((rule for rule in rules if any(matches(pattern, n) for n in rule.hf_names)), None):
             reason = f"is a Hugging Face name; that tensor is, or is part of, {found.megatron} here"
         else:
-            near = _nearest(pattern, names)
+            near = nearest(pattern, names)
             reason = f"matches no parameter{f'; nearest: {near}' if near else ''}"
         raise CordError(f"optimizer.groups.{group}: {pattern!r} {reason} (cord config parameters FILE lists the names)")
 
@@ -110,21 +114,3 @@ def megatron_overrides(
         key(wanted): {"lr_mult": wanted.lr_mult, "wd_mult": wanted.weight_decay}
         for wanted in dict.fromkeys(settings.values())
     }
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
-
-
-def _nearest(pattern: str, names: Collection[str]) -> str | None:
-    """Return the name with a run of words that contains, or is most like, the pattern without its stars."""
-    wanted = pattern.strip("*.")
-    runs: dict[str, str] = {}
-    for name in names:
-        words = name.split(".")
-        for start in range(len(words)):
-            for end in range(start + 1, len(words) + 1):
-                runs.setdefault(".".join(words[start:end]), name)
-    containing = min((run for run in runs if wanted in run), key=len, default=None)
-    found = [containing] if containing else difflib.get_close_matches(wanted, runs, n=1)
-    return runs[found[0]] if found else None

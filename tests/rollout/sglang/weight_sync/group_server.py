@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -21,6 +22,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed import distributed_c10d
 
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint
+from megatron_cord.rollout.sglang.plugin.lora_merge import BASE, LORA, Base, identity, merged
 from megatron_cord.rollout.sglang.plugin.weights import ABILITY, STREAMED, Buffers, Spec, Stream
 
 WORDS = {"refuses": "no room", "refuses late": "too late"}
@@ -32,12 +34,13 @@ class GroupServer:
     Args:
         manner: "good"; "old": takes no streams; "refuses" at once, "refuses late", "dies" or "hangs", each after the
             first bucket but for the first.
+        checkpoint: with whose weights it merges LoRA; None: it does not.
     """
 
-    def __init__(self, manner: str = "good") -> None:
+    def __init__(self, manner: str = "good", checkpoint: Path | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(manner, theirs), daemon=True)
+        self._process = context.Process(target=_serve, args=(manner, checkpoint, theirs), daemon=True)
         self._process.start()
         theirs.close()
         self.endpoint = Endpoint(f"http://127.0.0.1:{ours.recv()}")
@@ -51,11 +54,11 @@ class GroupServer:
 
     @property
     def loaded(self) -> dict[str, list[float]]:
-        """First and last element of each tensor that came."""
+        """First and last element of each tensor that was loaded."""
         return self.endpoint.get("/loaded", 10)
 
 
-def _serve(manner: str, ready: Any) -> None:
+def _serve(manner: str, checkpoint: Path | None, ready: Any) -> None:
     torch.set_num_threads(1)
     state: dict[str, Any] = {"version": "default", "groups": {}, "loaded": {}, "requests": 0}
 
@@ -63,7 +66,9 @@ def _serve(manner: str, ready: Any) -> None:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            info = {"tp_size": 1, "weight_version": state["version"]} | ({} if manner == "old" else {ABILITY: True})
+            base = None if checkpoint is None else identity(checkpoint)
+            info = {"tp_size": 1, "weight_version": state["version"], BASE: base}
+            info |= {} if manner == "old" else {ABILITY: True}
             self._answer(200, {"/loaded": state["loaded"] | {"requests": [state["requests"]]}}.get(self.path, info))
 
         def do_POST(self) -> None:
@@ -81,7 +86,7 @@ def _serve(manner: str, ready: Any) -> None:
             elif self.path == "/update_weights_from_distributed":
                 state["requests"] += 1
                 try:
-                    for name, tensor in _received(body, state["groups"][body["group_name"]], manner):
+                    for name, tensor in _received(body, state["groups"][body["group_name"]], manner, checkpoint):
                         state["loaded"][name] = [float(tensor.flatten()[0]), float(tensor.flatten()[-1])]
                 except Exception as error:
                     return self._answer(400, {"success": False, "message": str(error)})
@@ -119,12 +124,14 @@ def _join(body: dict[str, Any]) -> dist.ProcessGroup:
     return group
 
 
-def _received(body: dict[str, Any], group: dist.ProcessGroup, manner: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _received(
+    body: dict[str, Any], group: dist.ProcessGroup, manner: str, checkpoint: Path | None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield what SGLang's model is given to load."""
     specs = [
         Spec(n, getattr(torch, d), s) for n, d, s in zip(body["names"], body["dtypes"], body["shapes"], strict=True)
     ]
-    load_format = body["load_format"]
+    load_format, _, scale = body["load_format"].partition(LORA)
     streamed = load_format.startswith(STREAMED)
     if streamed and manner == "old":
         raise RuntimeError(f"asked for {load_format}")
@@ -145,4 +152,9 @@ def _received(body: dict[str, Any], group: dist.ProcessGroup, manner: str) -> It
                 time.sleep(1000)
         return dist.broadcast(flat, 0, group=group, async_op=True)
 
-    yield from Stream(specs, counts, receive, Buffers("cpu"))
+    stream = Stream(specs, counts, receive, Buffers("cpu"))
+    if scale:
+        assert checkpoint is not None
+        yield from merged(stream, float(scale), Base(checkpoint))
+    else:
+        yield from stream

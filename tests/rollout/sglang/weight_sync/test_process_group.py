@@ -22,14 +22,15 @@ class Source:
     """Tensors of two dtypes, some of them larger than a bucket."""
 
     in_main_replica = True
+    lora_scale = None
     sizes = (3, MIB // 2, 7, 2 * MIB, 5, MIB // 8, 9)
 
-    def specs(self, *, full: bool) -> list[TensorSpec]:
+    def specs(self, *, full: bool, merged: bool = True) -> list[TensorSpec]:
         return [
             TensorSpec(str(i), (n,), torch.bfloat16 if i % 3 == 2 else torch.float32) for i, n in enumerate(self.sizes)
         ]
 
-    def tensors(self, *, full: bool, in_pieces: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, *, full: bool, in_pieces: bool = False, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
         for i, spec in enumerate(self.specs(full=full)):
             yield spec.name, torch.linspace(i, i + 0.5, spec.shape[0]).to(spec.dtype)
 

@@ -69,15 +69,16 @@ class Source:
     """Tensors of 1 MiB each."""
 
     in_main_replica = True
+    lora_scale = None
 
     def __init__(self, count: int, shape: tuple[int, ...] = (1 << 18,)) -> None:
         self.shape, self.count, self.drained = shape, count, False
         self.given = [threading.Event() for _ in range(count)]
 
-    def specs(self, *, full: bool) -> list[TensorSpec]:
+    def specs(self, *, full: bool, merged: bool = True) -> list[TensorSpec]:
         return [TensorSpec(str(i), self.shape, torch.float32) for i in range(self.count)]
 
-    def tensors(self, *, full: bool, in_pieces: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, *, full: bool, in_pieces: bool = False, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
         for i in range(self.count):
             self.given[i].set()
             yield str(i), torch.full(self.shape, float(i))
@@ -101,7 +102,10 @@ class Recording:
         self.sent = []
         return bucket_bytes
 
-    def start(self, plans: Sequence[BucketPlan]) -> None:
+    def merges(self, servers: Sequence[Endpoint], base: str) -> bool:
+        return False
+
+    def start(self, plans: Sequence[BucketPlan], lora_scale: float | None = None) -> None:
         self.planned = len(plans)
 
     def buffer(self, index: int, nbytes: int) -> Tensor:

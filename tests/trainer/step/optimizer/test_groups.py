@@ -9,6 +9,7 @@ import pytest
 
 from megatron_cord.cli.main import cord, invoke
 from megatron_cord.errors import CordError
+from megatron_cord.model.config import ModelConfig
 from megatron_cord.model.families import load_architecture
 from megatron_cord.trainer.step.optimizer.config import OptimizerConfig, ParameterGroup
 from megatron_cord.trainer.step.optimizer.groups import check_groups, group_of
@@ -59,7 +60,7 @@ def test_patterns_parts_and_prefixes_match() -> None:
 def test_a_group_without_parameters_is_refused(checkpoint: Path, patterns: dict[str, str | None], message: str) -> None:
     """Catches a typo with which the default rate trains, and a message that does not help."""
     with pytest.raises(CordError, match=message):
-        check_groups(config(**patterns), load_architecture(checkpoint), ["audio_encoder"])
+        check_groups(config(**patterns), load_architecture(checkpoint), ModelConfig("", freeze=("audio_encoder",)))
 
 
 def test_the_command_lists_groups_and_names(
@@ -84,3 +85,23 @@ def test_the_command_lists_groups_and_names(
     assert sum(int(cells[2].replace(",", "")) for cells in table.values()) == len(listed)
     with pytest.raises(CordError, match="nearest: adapter"):
         invoke(cord, ["config", "check", str(file), "optimizer.groups.adaptor.learning_rate=1"], "cord")
+
+
+def test_lora_is_listed_and_grouped(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches LoRA that no pattern reaches, frozen weights beside it in the list, and targets that no check sees."""
+    monkeypatch.setenv("COLUMNS", "120")
+    file = tmp_path / "run.yaml"
+    lora = "{rank: 2, targets: [q_proj], whole: [adapter]}"
+    file.write_text(f"output_dir: out\nmodel: {{checkpoint: {checkpoint}, lora: {lora}}}\n")
+    groups = "optimizer.groups.b={match: '*.lora_B', learning_rate: 1.0e-2}"
+    assert invoke(cord, ["config", "parameters", str(file), groups], "cord") == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [found.groups() for line in lines if (found := re.fullmatch(r"(\S+)  (\S+)  ([\d × ]+)", line))]
+    listed = {name: group for group, name, _ in names}
+    q = "language_model.decoder.layers.1.self_attention.linear_qkv.q_proj"
+    assert listed[f"{q}.lora_A"] == "-" and listed[f"{q}.lora_B"] == "b" and listed["adapter.linear.weight"] == "-"
+    assert all(".q_proj.lora_" in name or name.startswith("adapter.") for name in listed)
+    with pytest.raises(CordError, match=r"nearest: .*q_proj"):
+        invoke(cord, ["config", "check", str(file), "model.lora.targets=[q_porj]"], "cord")

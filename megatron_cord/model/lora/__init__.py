@@ -1,0 +1,1 @@
+"""LoRA: which matrices, one matrix's branch, and all branches of a model."""

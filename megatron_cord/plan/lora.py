@@ -1,0 +1,119 @@
+"""Parameters of LoRA: those that a rank holds, and those of the whole model.
+
+Legend: r rank, H hidden, F ffn size, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_cord.plan.parameters import part_counts, rank_counts
+
+if TYPE_CHECKING:
+    from megatron_cord.model.architecture import AdapterArchitecture, Architecture
+    from megatron_cord.model.config import ModelConfig
+    from megatron_cord.model.lora.targets import LoraTarget
+
+_LAYERS = "language_model.decoder.layers."
+
+
+def lora_count(config: ModelConfig, arch: Architecture, tp: int = 1, pp: int = 1, stage: int = 0) -> int:
+    """Count A and B on one tensor-parallel rank of a pipeline stage (from 0); by default those of the whole model.
+
+    Raises:
+        CordError: as `find_targets`.
+    """
+    if not config.lora.enabled:
+        return 0
+    from megatron_cord.model.lora.targets import find_targets  # imports torch, which this room does not need otherwise
+
+    total = 0
+    for target in find_targets(arch, config.lora, config.freeze):
+        if _stage_of(target, arch, pp) == stage:
+            rows, columns = _sizes(target, arch)
+            cut_rows, cut_columns = (tp if target.layout.shard_dim == dim else 1 for dim in (0, 1))
+            for part, size in zip(target.parts, rows, strict=True):
+                if part is not None:
+                    total += config.lora.rank * (size // cut_rows + columns // cut_columns)
+    return total
+
+
+def trained_count(config: ModelConfig, arch: Architecture, tp: int, pp: int, stage: int) -> int:
+    """Count what is trained on one tensor-parallel rank of a pipeline stage: whole weights and LoRA.
+
+    Raises:
+        CordError: as `find_targets`.
+    """
+    return rank_counts(arch, tp, pp, stage).trained(config.trained_parts) + lora_count(config, arch, tp, pp, stage)
+
+
+def merged_count(config: ModelConfig, arch: Architecture) -> int:
+    """Count the parameters of the matrices that have LoRA: what a weight sync of merged weights sends.
+
+    Raises:
+        CordError: as `find_targets`.
+    """
+    if not config.lora.enabled:
+        return 0
+    from megatron_cord.model.lora.targets import find_targets
+
+    sizes = (_sizes(target, arch) for target in find_targets(arch, config.lora, config.freeze))
+    return sum(sum(rows) * columns for rows, columns in sizes)
+
+
+def sync_bytes(config: ModelConfig, arch: Architecture) -> tuple[int, int]:
+    """Return what a weight sync sends: with merged weights, and where servers merge LoRA themselves.
+
+    Raises:
+        CordError: as `find_targets`.
+    """
+    whole = part_counts(arch).trained(config.trained_parts)
+    item = config.torch_dtype.itemsize
+    return (whole + merged_count(config, arch)) * item, (whole + lora_count(config, arch)) * item
+
+
+def _stage_of(target: LoraTarget, arch: Architecture, pp: int) -> int:
+    if not target.module.startswith(_LAYERS):
+        return 0
+    layer = int(target.module.removeprefix(_LAYERS).partition(".")[0])
+    return layer // (arch.language.num_layers // pp)
+
+
+def _sizes(target: LoraTarget, arch: Architecture) -> tuple[tuple[int, ...], int]:
+    """Return the rows of each part of a matrix, and its columns."""
+    part, _, name = target.module.partition(".")
+    kind = name.rpartition(".")[2]
+    if part == "adapter":
+        assert arch.adapter is not None
+        assert arch.encoder is not None
+        return _adapter_sizes(arch.adapter, kind, arch.encoder.hidden_size, arch.language.hidden_size)
+    if part == "language_model":
+        lm = arch.language
+        h, f, queries, keys = (
+            lm.hidden_size,
+            lm.ffn_hidden_size,
+            lm.num_heads * lm.head_dim,
+            lm.num_kv_heads * lm.head_dim,
+        )
+        return {
+            "linear_qkv": ((queries, keys, keys), h),
+            "linear_proj": ((h,), queries),
+            "linear_fc1": ((f, f), h),
+            "linear_fc2": ((h,), f),
+        }[kind]
+    assert arch.encoder is not None
+    h, f = arch.encoder.hidden_size, arch.encoder.ffn_hidden_size
+    return {
+        "linear_qkv": ((h, h, h), h),
+        "linear_proj": ((h,), h),
+        "linear_fc1": ((f,), h),
+        "linear_fc2": ((h,), f),
+    }[kind]
+
+
+def _adapter_sizes(adapter: AdapterArchitecture, kind: str, audio: int, out: int) -> tuple[tuple[int], int]:
+    if kind == "linear":
+        return (out,), audio
+    if kind == "linear2":
+        return (out,), adapter.hidden_size
+    return (adapter.hidden_size,), audio * (adapter.stride if adapter.kind == "stacking" else 1)
