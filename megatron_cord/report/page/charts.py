@@ -164,7 +164,7 @@ def line_chart(
         nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)  # savefig would draw twice
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)  # type: ignore[no-untyped-call]  # savefig would draw twice
     show = format_percent if percent else format_number
     description = f"{title}: {y_label} over {x_label}. " + " ".join(_sentence(line, show) for line in series)
     header, rows = _table(x_label, series, show)

@@ -11,8 +11,8 @@ from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, init
 from megatron_cord.parallel.memory_use import peak_memory, reset_peak
 from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.parallel.portability import on_own_stream
+from megatron_cord.parallel.transfers import to_host
 from megatron_cord.trainer.step.phases import Phases
-from megatron_cord.trainer.step.teacher import _on_host
 
 pytestmark = pytest.mark.gpu
 CYCLES = 200_000_000  # about a tenth of a second
@@ -46,7 +46,7 @@ def test_copies_to_pinned_memory_are_ordered() -> None:
     """Catches hidden states on the host that are read back before they are there, and memory that is not pinned."""
     torch.cuda._sleep(CYCLES)  # type: ignore[no-untyped-call]
     values = torch.arange(1 << 20, device="cuda", dtype=torch.float32)
-    host = _on_host(values)
+    host = to_host(values)
     assert host.is_pinned()
     assert torch.equal(host.to("cuda", non_blocking=True), values)
 

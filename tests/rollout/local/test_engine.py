@@ -244,7 +244,7 @@ def test_bad_updates_keep_the_version(fresh: LocalEngine) -> None:
     """Catches silent acceptance of a wrong name or shape, and a version that counts before the stream has ended."""
 
     class Broken(PlainWeights):
-        def tensors(self, *, full: bool, in_pieces: bool = False) -> Iterator[tuple[str, Tensor]]:
+        def tensors(self, *, full: bool, in_pieces: bool = False, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
             yield "multi_modal_projector.linear.bias", torch.zeros(128)
             raise ConnectionError
 

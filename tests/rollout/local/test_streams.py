@@ -71,7 +71,7 @@ class Update:
     def specs(self, *, full: bool) -> Any:
         raise NotImplementedError
 
-    def tensors(self, *, full: bool, in_pieces: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, *, full: bool, in_pieces: bool = False, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
         self._device.access("write")
         yield HEAD, self._tensor
 

@@ -58,7 +58,10 @@ class StatesInPlace(DistributedOptimizer):  # type: ignore[misc]
             for name in sorted(own.keys() - {"step"}):
                 whole = collect(own[name].detach(), pieces, owner, group)
                 if whole is not None:
-                    changed = {"key": f"optimizer.state.{name}.{leaf.key}", "data": whole.reshape(leaf.data.shape)}
+                    changed: dict[str, Any] = {
+                        "key": f"optimizer.state.{name}.{leaf.key}",
+                        "data": whole.reshape(leaf.data.shape),
+                    }
                     if not isinstance(leaf, ShardedTensorFactory):
                         changed["dtype"] = whole.dtype
                     states_here[name] = replace(leaf, replica_id=(*leaf.replica_id[:-1], 0), **changed)
