@@ -20,6 +20,7 @@ from megatron_cord.data.samples import Sample
 from megatron_cord.parallel import portability
 from megatron_cord.rollout.local.engine import LocalEngine
 from megatron_cord.rollout.types import GenerationRequest
+from megatron_cord.rollout.weights import PlainWeights
 
 HEAD = "language_model.lm_head.weight"
 
@@ -62,18 +63,16 @@ class Device:
             stream.before.add(number)
 
 
-class Update:
+class Update(PlainWeights):
     """A source of one tensor, whose copy is a write."""
 
     def __init__(self, device: Device, tensor: Tensor) -> None:
-        self._device, self._tensor = device, tensor
-
-    def specs(self, *, full: bool) -> Any:
-        raise NotImplementedError
+        super().__init__({HEAD: tensor})
+        self._device = device
 
     def tensors(self, *, full: bool, in_pieces: bool = False, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
         self._device.access("write")
-        yield HEAD, self._tensor
+        return super().tensors(full=full, in_pieces=in_pieces, merged=merged)
 
 
 def test_weights_and_tokens_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
