@@ -19,6 +19,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.nn.functional.relu,
     "gelu": torch.nn.functional.gelu,
 }
+_EPSILON = 1e-6  # of Ultravox's norms; no configuration has it
 
 
 class LinearAdapter(MegatronModule):  # type: ignore[misc]
@@ -80,11 +81,39 @@ class StackingAdapter(MegatronModule):  # type: ignore[misc]
         return tokens
 
 
-Adapter = LinearAdapter | ConvolutionAdapter | StackingAdapter
+class GatedStackingAdapter(MegatronModule):  # type: ignore[misc]
+    """Neighbouring features side by side, then SwiGLU between two RMSNorms (Ultravox); no layer has a bias.
+
+    A clip's last stack is filled with zeros, which the encoder puts behind a clip's features (`tail_frames`).
+    """
+
+    def __init__(
+        self, arch: AdapterArchitecture, sizes: tuple[int, int], config: TransformerConfig, device: torch.device
+    ) -> None:
+        super().__init__(config)
+        audio, out = sizes
+        self.stride = arch.stride
+        kind = {"dtype": config.params_dtype, "device": device}
+        self.norm_in = torch.nn.RMSNorm(audio * arch.stride, eps=_EPSILON, **kind)
+        self.linear1 = torch.nn.Linear(audio * arch.stride, arch.mlp_rows, bias=False, **kind)
+        self.norm_mid = torch.nn.RMSNorm(arch.hidden_size, eps=_EPSILON, **kind)
+        self.linear2 = torch.nn.Linear(arch.hidden_size, out, bias=False, **kind)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map [C, T, H_audio] to [C, T / stride, H], rounded up."""
+        whole = torch.nn.functional.pad(features, (0, 0, 0, -features.shape[1] % self.stride))
+        stacks = whole.reshape(len(whole), -1, self.linear1.in_features)
+        values, gate = self.linear1(self.norm_in(stacks)).chunk(2, dim=-1)
+        tokens: Tensor = self.linear2(self.norm_mid(torch.nn.functional.silu(gate) * values))
+        return tokens
+
+
+Adapter = LinearAdapter | ConvolutionAdapter | StackingAdapter | GatedStackingAdapter
 _KINDS: dict[str, type[Adapter]] = {
     "linear": LinearAdapter,
     "convolution": ConvolutionAdapter,
     "stacking": StackingAdapter,
+    "gated_stacking": GatedStackingAdapter,
 }
 
 

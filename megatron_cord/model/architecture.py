@@ -59,18 +59,25 @@ class AdapterArchitecture:
     """The part that maps the encoder's features to the language model's width, and to a number of tokens."""
 
     #: linear: one projection; convolution: a strided convolution, then an MLP; stacking: neighbours side by side, then
-    #: an MLP
-    kind: Literal["linear", "convolution", "stacking"]
-    hidden_size: int = 0  #: of the MLP; linear has none
+    #: an MLP; gated_stacking: the same with SwiGLU between two RMSNorms, and zeros in what the last stack lacks
+    kind: Literal["linear", "convolution", "stacking", "gated_stacking"]
+    hidden_size: int = 0  #: of the MLP, behind its gate; linear has none
     stride: int = 1  #: features that become one token
     kernel_size: int = 1  #: of the convolution, whose padding is 1
-    activation: Literal["relu", "gelu"] = "gelu"  #: of the MLP
+    activation: Literal["relu", "gelu"] = "gelu"  #: of the MLP without a gate
     bias: bool = True  #: of the projections
+
+    @property
+    def mlp_rows(self) -> int:
+        """Rows of the MLP's first layer; with a gate, values and gate one after the other."""
+        return self.hidden_size * (2 if self.kind == "gated_stacking" else 1)
 
     def num_tokens(self, num_features: Count) -> Count:
         """Return how many tokens the adapter makes of so many features."""
         if self.kind == "convolution":
             return (num_features + 2 - self.kernel_size) // self.stride + 1
+        if self.kind == "gated_stacking":
+            return (num_features + self.stride - 1) // self.stride
         return num_features // self.stride
 
 

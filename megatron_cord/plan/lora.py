@@ -116,4 +116,4 @@ def _adapter_sizes(adapter: AdapterArchitecture, kind: str, audio: int, out: int
         return (out,), audio
     if kind == "linear2":
         return (out,), adapter.hidden_size
-    return (adapter.hidden_size,), audio * (adapter.stride if adapter.kind == "stacking" else 1)
+    return (adapter.mlp_rows,), audio * (1 if adapter.kind == "convolution" else adapter.stride)

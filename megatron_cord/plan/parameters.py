@@ -70,7 +70,7 @@ def matrix_counts(arch: Architecture, tp: int, pp: int, stage: int) -> PartCount
     if ad.kind == "linear":
         return PartCounts(encoder, enc.hidden_size * h, language)
     width = enc.hidden_size * (1 if ad.kind == "convolution" else ad.stride)
-    return PartCounts(encoder, width * ad.hidden_size + ad.hidden_size * h, language)
+    return PartCounts(encoder, width * ad.mlp_rows + ad.hidden_size * h, language)
 
 
 def _language_layer(lm: LanguageArchitecture, tp: int) -> int:
@@ -95,4 +95,6 @@ def _adapter(arch: Architecture) -> int:
         return (audio + ad.bias) * out
     convolution = audio * audio * ad.kernel_size + audio if ad.kind == "convolution" else 0
     width = audio if ad.kind == "convolution" else audio * ad.stride
+    if ad.kind == "gated_stacking":  # two norms, and no biases
+        return width + width * ad.mlp_rows + (1 + out) * ad.hidden_size
     return convolution + (width + ad.bias) * ad.hidden_size + (ad.hidden_size + ad.bias) * out

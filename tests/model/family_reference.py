@@ -1,8 +1,8 @@
 """Small reference models of odd sizes for the families beside Qwen2-Audio.
 
-Qwen2, Llama and Voxtral are transformers' own. Step-Audio 2 exists as remote code only: the plain model that the
-local engine generates with is written from the published description and file names, one clip at a time, and shares
-no layer with Megatron's.
+Qwen2, Llama and Voxtral are transformers' own. Step-Audio 2 and Ultravox exist as remote code only: the plain models
+that the local engine generates with are written from the published description and file names, one clip at a time, and
+share no layer with Megatron's.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from transformers import (
 from examples.quickstart.checkpoint import CHAT_TEMPLATE, SPECIAL_TOKENS, published_name
 from megatron_cord.model.families.step_audio_2.audio import StepAudio2Config
 from megatron_cord.model.families.step_audio_2.plain_model import StepAudio2
+from megatron_cord.model.families.ultravox.configuration import UltravoxConfig
+from megatron_cord.model.families.ultravox.plain_model import Ultravox
 from tests.model.ranks import AUDIO_ID, MELS, VOCAB_SIZE, WINDOW, Batch, make_batches
 from tests.model.reference import Expected, one_step, randomise
 
@@ -55,6 +57,19 @@ STEP_ENCODER = {
     "kernel_size": 3,
     "adapter_stride": 2,
 }
+
+
+def ultravox_config(*, tied: bool) -> dict[str, Any]:
+    """Return config.json of an Ultravox around Qwen2, whose projections have biases."""
+    return {
+        "model_type": "ultravox", "architectures": ["UltravoxModel"], "audio_token_index": AUDIO_ID,
+        "audio_config": {
+            "model_type": "whisper", "num_mel_bins": MELS, "d_model": 24, "encoder_layers": 2,
+            "encoder_attention_heads": 2, "encoder_ffn_dim": 20, "max_source_positions": WINDOW // 2,
+        },
+        "text_config": DECODER | {"model_type": "qwen2", "tie_word_embeddings": tied},
+        "stack_factor": 5, "hidden_size": 14, "projector_ln_mid": True, "dtype": "float32",
+    }  # fmt: skip
 
 
 def _mask(batch: Batch) -> Tensor:
@@ -83,6 +98,8 @@ def build(family: str, tied: bool) -> Any:
         )
         text = LlamaConfig(**DECODER, head_dim=10, tie_word_embeddings=False)
         model = voxtral(VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_ID))
+    elif family == "ultravox":
+        model = Ultravox(UltravoxConfig(**ultravox_config(tied=tied)))
     else:
         model = StepAudio2(
             StepAudio2Config(audio_encoder_config=STEP_ENCODER, text_config=DECODER, audio_token_id=AUDIO_ID)
@@ -96,11 +113,11 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
     inputs = {"input_ids": batch.input.token_ids, "attention_mask": _mask(batch)}
     if batch.input.features is not None:
         inputs["input_features"] = batch.input.features
-    if not isinstance(model, StepAudio2):
+    if not isinstance(model, StepAudio2 | Ultravox):
         return torch.as_tensor(model(**inputs).logits)
     if batch.input.num_frames is not None:
         inputs["feature_attention_mask"] = (torch.arange(WINDOW)[None] < batch.input.num_frames[:, None]).long()
-    return torch.as_tensor(model.lm_head(model.hidden(**inputs).last_hidden_state))
+    return torch.as_tensor(model.get_output_embeddings()(model.hidden(**inputs).last_hidden_state))
 
 
 def published(family: str, name: str) -> str:
@@ -123,6 +140,8 @@ def save(directory: Path, family: str, tied: bool) -> None:
             "auto_map": {"AutoConfig": "configuration_step_audio_2.StepAudio2Config"},
         }  # fmt: skip
         (directory / "config.json").write_text(json.dumps(config))
+    elif family == "ultravox":
+        (directory / "config.json").write_text(json.dumps(ultravox_config(tied=tied)))
     else:
         model.config.save_pretrained(directory)
 

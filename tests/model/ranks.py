@@ -38,6 +38,7 @@ TOKENS: dict[str, Callable[[int], int]] = {
     "qwen2_audio": lambda frames: (frames + 1) // 2 // 2,
     "step_audio_2": lambda frames: ((frames + 1) // 2 // 2 + 1) // 2,
     "voxtral": lambda _: WINDOW // 2 // 4,
+    "ultravox": lambda frames: -(-((frames + 1) // 2) // 5),
 }
 
 

@@ -19,6 +19,7 @@ ADAPTERS = {
     "convolution": AdapterArchitecture("convolution", 7, stride=2, kernel_size=3, activation="relu"),
     "wide convolution": AdapterArchitecture("convolution", 7, stride=4, kernel_size=7),
     "stacking": AdapterArchitecture("stacking", 7, stride=4, bias=False),
+    "gated stacking": AdapterArchitecture("gated_stacking", 7, stride=4, bias=False),
     "stacking of three": AdapterArchitecture("stacking", 7, stride=3, activation="relu"),
 }
 
@@ -31,6 +32,9 @@ def by_hand(arch: AdapterArchitecture, weights: dict[str, Tensor], x: Tensor) ->
 
     if arch.kind == "linear":
         return torch.stack([linear("linear", v) for v in x])
+    if arch.kind == "gated_stacking":
+        stacks = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % arch.stride)).split(arch.stride)
+        return torch.stack([gated(weights, torch.cat([*stack])) for stack in stacks])
     activation = torch.relu if arch.activation == "relu" else torch.nn.functional.gelu
     rows = []
     if arch.kind == "stacking":
@@ -43,6 +47,17 @@ def by_hand(arch: AdapterArchitecture, weights: dict[str, Tensor], x: Tensor) ->
             seen = padded[start : start + arch.kernel_size]  # [kernel, H_audio]
             rows.append(torch.nn.functional.gelu((weights["conv.weight"] * seen.T).sum((1, 2)) + weights["conv.bias"]))
     return torch.stack([linear("linear2", activation(linear("linear1", row))) for row in rows])
+
+
+def gated(weights: dict[str, Tensor], stack: Tensor) -> Tensor:
+    """Return one token of Ultravox's projector."""
+
+    def norm(name: str, v: Tensor) -> Tensor:
+        return weights[f"{name}.weight"] * v / ((v * v).mean() + 1e-6).sqrt()
+
+    both = weights["linear1.weight"] @ norm("norm_in", stack)
+    value, gate = both[: len(both) // 2], both[len(both) // 2 :]
+    return weights["linear2.weight"] @ norm("norm_mid", value * gate / (1 + (-gate).exp()))
 
 
 @pytest.mark.parametrize("name", list(ADAPTERS))

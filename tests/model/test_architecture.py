@@ -122,7 +122,10 @@ def test_layouts_that_divide() -> None:
     [
         ("{", "is not a model configuration"),
         ("[]", "is not a model configuration"),
-        ("{}", "model_type None is not supported; supported: llama, qwen2, qwen2_audio, step_audio_2, voxtral"),
+        (
+            "{}",
+            "model_type None is not supported; supported: llama, qwen2, qwen2_audio, step_audio_2, ultravox, voxtral",
+        ),
         ('{"model_type": "llava"}', "model_type 'llava' is not supported"),
         ('{"model_type": ["qwen2_audio"]}', "is not supported"),
         ('{"model_type": "qwen2_audio", "text_config": 5}', "is damaged"),

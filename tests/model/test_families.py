@@ -34,6 +34,9 @@ CASES = {
     "step-tp2-sp": Case(ParallelConfig(tp=2, sequence_parallel=True), family="step_audio_2"),
     "step-pp2": Case(ParallelConfig(pp=2), family="step_audio_2"),
     "step-tp2-pp2": Case(ParallelConfig(tp=2, pp=2), family="step_audio_2", recompute=("audio_encoder",)),
+    "ultravox-dp": Case(ParallelConfig(), family="ultravox"),
+    "ultravox-tp2-sp-tied": Case(ParallelConfig(tp=2, sequence_parallel=True), family="ultravox", tied=True),
+    "ultravox-tp2-pp2-tied": Case(ParallelConfig(tp=2, pp=2), family="ultravox", tied=True),
     "voxtral-dp": Case(ParallelConfig(), family="voxtral"),
     "voxtral-tp2-sp": Case(ParallelConfig(tp=2, sequence_parallel=True), family="voxtral"),
     "voxtral-pp2": Case(ParallelConfig(pp=2), family="voxtral"),
@@ -94,7 +97,7 @@ def test_a_step_equals_adamw(name: str) -> None:
     assert all(outcome.key_bias == 0.0 for outcome in outcomes()[name])
 
 
-@pytest.mark.parametrize("family", ["step_audio_2", "voxtral"])
+@pytest.mark.parametrize("family", ["step_audio_2", "ultravox", "voxtral"])
 def test_tokens_are_counted(family: str, tmp_path: Path) -> None:
     """Catches a count that is off where lengths do not divide, for single clips and for tensors of them."""
     save(tmp_path, family, tied=False)
@@ -143,6 +146,10 @@ def test_a_text_model_refuses_audio(tmp_path: Path) -> None:
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("voxtral", {"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
         ("step_audio_2", {"audio_encoder_config": {"n_mels": 8}}, "is damaged"),
+        ("ultravox", {"text_model_id": "meta-llama/Llama-3.2-1B-Instruct"}, "text_model_id is 'meta-llama"),
+        ("ultravox", {"projector_ln_mid": False}, "projector_ln_mid is False"),
+        ("ultravox", {"hidden_size": 15}, "the remainder of hidden_size by 2 is 1"),
+        ("ultravox", {"text_config": {"model_type": "gemma"}}, "text_config.model_type is 'gemma'"),
     ],
 )
 def test_settings_that_would_compute_something_else(

@@ -128,12 +128,17 @@ def test_lora_of_each_rank(checkpoint: Path) -> None:
         assert [lora_count(config, arch, 2, 2, rank // 2) for config in LORA] == built
 
 
-@pytest.mark.parametrize("kind", ["linear", "convolution", "stacking"])
+@pytest.mark.parametrize("kind", ["linear", "convolution", "stacking", "gated_stacking"])
 def test_lora_of_each_adapter(layout: Layout, checkpoint: Path, kind: Any) -> None:
     """Catches a size of LoRA, and of the matrices that are merged with it, that is only Qwen2-Audio's."""
     arch = load_architecture(checkpoint)
     adapter = AdapterArchitecture(kind, hidden_size=36, stride=2, kernel_size=3, bias=True)
-    kinds = {"linear": "qwen2_audio", "convolution": "step_audio_2", "stacking": "voxtral"}
+    kinds = {
+        "linear": "qwen2_audio",
+        "convolution": "step_audio_2",
+        "stacking": "voxtral",
+        "gated_stacking": "ultravox",
+    }
     arch = replace(arch, adapter=adapter, model_type=kinds[kind])
     for config in LORA:
         model = LALM(arch, layout, torch.float32)
@@ -157,7 +162,7 @@ def test_lora_in_a_plan() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["linear", "convolution", "stacking"])
+@pytest.mark.parametrize("kind", ["linear", "convolution", "stacking", "gated_stacking"])
 def test_parameters_of_each_adapter(layout: Layout, checkpoint: Path, kind: Any) -> None:
     """Catches a formula that only knows Qwen2-Audio's projection."""
     arch = replace(

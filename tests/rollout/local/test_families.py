@@ -27,7 +27,7 @@ from tests.model.family_reference import save_whole
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 
 WORDS = ["what", "is", "one", "plus", "two", "three"]
-FAMILIES = {"llama": False, "qwen2": True, "step_audio_2": False, "voxtral": False}
+FAMILIES = {"llama": False, "qwen2": True, "step_audio_2": False, "ultravox": True, "voxtral": False}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,138 @@
+"""What a graft takes: a text model and a Whisper in Hugging Face directories, read as far as their headers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from megatron_cord.convert.hf_reader import StoredTensor, stored_tensors
+from megatron_cord.convert.spelling import published_tensors
+from megatron_cord.errors import CordError
+from megatron_cord.model.architecture import LanguageArchitecture
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
+from megatron_cord.model.families import FAMILIES, load_architecture
+from megatron_cord.model.families.ultravox.family import QKV_BIAS
+
+#: The encoder's sizes, as Whisper's config.json names them.
+_SIZES = (
+    "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins", "max_source_positions",
+    "activation_function", "scale_embedding",
+)  # fmt: skip
+#: Of Whisper's features; the model takes no others.
+HOP_LENGTH, N_FFT, SAMPLING_RATE = 160, 400, 16000
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A text model.
+
+    Attributes:
+        directory: where it lies.
+        config: its config.json.
+        language: its sizes.
+        tensors: by published name.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    language: LanguageArchitecture
+    tensors: dict[str, StoredTensor]
+
+
+@dataclass(frozen=True)
+class Whisper:
+    """The encoder of a Whisper.
+
+    Attributes:
+        directory: where it lies.
+        config: its sizes, as an Ultravox configuration has them.
+        tensors: by name within the encoder.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+
+def read_text_model(given: Path) -> TextModel:
+    """Read a text model's configuration and the headers of its weights.
+
+    Raises:
+        CordError: as `load_architecture` and `published_tensors`; or it is no text model.
+    """
+    arch = load_architecture(given)
+    if arch.model_type not in QKV_BIAS:
+        raise CordError(
+            f"{given} is a model of the family {arch.model_type}, which has an encoder already; give a text model "
+            f"({', '.join(QKV_BIAS)})"
+        )
+    directory = checkpoint_directory(given)
+    config = json.loads((directory / "config.json").read_text())
+    return TextModel(directory, config, arch.language, dict(published_tensors(directory, arch)))
+
+
+def read_whisper(given: Path) -> Whisper:
+    """Read a Whisper's configuration, the headers of its weights and what it says of its features.
+
+    Raises:
+        CordError: it is no Whisper, its files are damaged, or its features are not those that its encoder takes.
+    """
+    directory = checkpoint_directory(given)
+    path = directory / "config.json"
+    model_type = _json(path).get("model_type")
+    if model_type != "whisper":
+        other = ", a text model or a speech model: the Whisper comes second" if model_type in FAMILIES else ""
+        raise CordError(
+            f"{path}: model_type is {model_type!r}{other}; give a Whisper's directory, such as that of "
+            "openai/whisper-tiny or openai/whisper-large-v3"
+        )
+    try:
+        whole = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = {"model_type": "whisper", **{name: getattr(whole, name) for name in _SIZES}}
+    except (ValueError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())
+        raise CordError(f"{path} is damaged ({type(error).__name__}: {why}); download the checkpoint again") from None
+    _check_features(directory / "preprocessor_config.json", config)
+    tensors = {}
+    for tensor in stored_tensors(directory):
+        before, found, name = tensor.name.partition("encoder.")
+        if found and before in ("", "model."):
+            tensors[name] = tensor
+    return Whisper(directory, config, tensors)
+
+
+def _check_features(path: Path, config: dict[str, Any]) -> None:
+    """Refuse features of other sizes than the encoder's; without the file they are Whisper's usual ones."""
+    if not path.is_file():
+        return
+    content = _json(path)
+    expected = {
+        "feature_size": config["num_mel_bins"],
+        "n_samples": 2 * config["max_source_positions"] * HOP_LENGTH,
+        "hop_length": HOP_LENGTH,
+        "n_fft": N_FFT,
+        "sampling_rate": SAMPLING_RATE,
+    }
+    for name, wanted in expected.items():
+        if (found := content.get(name, wanted)) != wanted:
+            raise CordError(
+                f"{path}: {name} is {found!r}, but the encoder takes {wanted} (config.json: num_mel_bins "
+                f"{config['num_mel_bins']}, max_source_positions {config['max_source_positions']}); copy both files "
+                "from the same Whisper"
+            )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CordError(f"{path} does not exist; give a Hugging Face checkpoint directory") from None
+    except (OSError, ValueError) as error:
+        raise CordError(f"{path} is not readable JSON ({error}); download the checkpoint again") from None
+    if not isinstance(content, dict):
+        raise CordError(f"{path} holds no JSON object; download the checkpoint again")
+    return content

@@ -1,0 +1,85 @@
+"""Ultravox (fixie.ai, version 0.5 and later): Whisper's encoder at a clip's own length, stacked frames, SwiGLU, an LLM.
+
+transformers has no class for it. Names, order of the projector's parts and the place of its norms are those of the
+published files. `cord graft` makes such a checkpoint of a text model and a Whisper.
+
+Simplifications: a clip is computed as if it were alone in its batch, whatever it is padded to, and silence follows it
+in the features of its last frames, where the published processing reflects the recording's end. Published checkpoints
+that leave the language model or the encoder to another repository (text_model_id, audio_model_id) are refused.
+"""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
+from megatron_cord.model.families.base import Family
+from megatron_cord.model.families.parts import decoder_architecture, decoder_rules, encoder_rules, pair, require
+from megatron_cord.model.families.ultravox.configuration import UltravoxConfig
+from megatron_cord.model.tensor_map import TensorMap
+
+#: The language models that it may have, and whether their query, key and value projections have biases.
+QKV_BIAS = {"llama": False, "qwen2": True}
+
+
+def architecture(config: PretrainedConfig) -> Architecture:
+    """Return the sizes of an Ultravox checkpoint from its configuration."""
+    audio, text = config.audio_config, config.text_config
+    require(
+        {
+            **{name: (getattr(config, name, None), None) for name in ("text_model_id", "audio_model_id")},
+            "audio_latency_block_size": (getattr(config, "audio_latency_block_size", None), None),
+            "num_projector_layers": (getattr(config, "num_projector_layers", 0), 0),
+            "projector_act": (config.projector_act, "swiglu"),
+            "projector_ln_mid": (config.projector_ln_mid, True),
+            "the remainder of hidden_size by 2": (config.hidden_size % 2, 0),
+            "audio_config.activation_function": (audio.activation_function, "gelu"),
+            "audio_config.scale_embedding": (audio.scale_embedding, False),
+        }
+    )
+    if text.model_type not in QKV_BIAS:
+        require({"text_config.model_type": (text.model_type, " or ".join(QKV_BIAS))})
+    return Architecture(
+        model_type=UltravoxConfig.model_type,
+        encoder=EncoderArchitecture(
+            num_mels=audio.num_mel_bins,
+            hidden_size=audio.d_model,
+            num_layers=audio.encoder_layers,
+            num_heads=audio.encoder_attention_heads,
+            ffn_hidden_size=audio.encoder_ffn_dim,
+            max_positions=audio.max_source_positions,
+            pooling=1,
+            tail_frames=0,
+        ),
+        language=decoder_architecture(text, qkv_bias=QKV_BIAS[text.model_type], where="text_config."),
+        audio_token_id=config.audio_token_index,
+        adapter=AdapterArchitecture("gated_stacking", config.hidden_size // 2, stride=config.stack_factor, bias=False),
+    )
+
+
+def tensor_map(arch: Architecture) -> TensorMap:
+    """Return published names against Megatron names and layouts, for the whole model."""
+    assert arch.encoder is not None
+    projector = {"norm_in": "ln_pre", "linear1": "linear_1", "norm_mid": "ln_mid", "linear2": "linear_2"}
+    return TensorMap(
+        [
+            *encoder_rules(arch.encoder, "audio_tower"),
+            *(
+                rule
+                for megatron, hf in projector.items()
+                for rule in pair(f"adapter.{megatron}", f"multi_modal_projector.{hf}", bias=False)
+            ),
+            *decoder_rules(arch.language, "language_model.model", "language_model.lm_head.weight"),
+        ]
+    )
+
+
+FAMILIES = (
+    Family(
+        UltravoxConfig.model_type,
+        architecture,
+        tensor_map,
+        plain_class="megatron_cord.model.families.ultravox.plain_model.Ultravox",
+        joins_windows=True,
+    ),
+)
