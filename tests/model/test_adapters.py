@@ -33,8 +33,8 @@ def by_hand(arch: AdapterArchitecture, weights: dict[str, Tensor], x: Tensor) ->
     if arch.kind == "linear":
         return torch.stack([linear("linear", v) for v in x])
     if arch.kind == "gated_stacking":
-        stacks = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % arch.stride)).split(arch.stride)
-        return torch.stack([gated(weights, torch.cat([*stack])) for stack in stacks])
+        stacks = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % arch.stride)).reshape(-1, arch.stride * AUDIO)
+        return torch.stack([gated(weights, stack) for stack in stacks])
     activation = torch.relu if arch.activation == "relu" else torch.nn.functional.gelu
     rows = []
     if arch.kind == "stacking":

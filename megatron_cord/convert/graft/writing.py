@@ -6,10 +6,10 @@ Legend: V rows of the word embedding, H the language model's width, D the encode
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def graft(llm: Path, whisper: Path, target: Path, projector: Projector, dtype: t
     except OSError as error:
         raise CordError(f"{target} could not be written ({error.strerror}); free some space and graft again") from None
     counts = {
-        part: sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
+        part: sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
         for part, prefix in (("encoder", _TOWER), ("projector", _PROJECTOR), ("language model", _LANGUAGE))
     }
     return Grafted(arch, counts, precision)
@@ -230,12 +230,14 @@ def _new(name: str, shape: tuple[int, ...], norm: float, scale: float, generator
     if len(shape) == 1:
         return torch.full(shape, norm)
     size = scale / norm if name.endswith("linear_2.weight") else 1.0
-    return torch.randn(shape, generator=generator) * size * shape[1] ** -0.5
+    return torch.randn(shape, generator=generator).mul_(size / math.sqrt(shape[1]))
 
 
 def _row_scale(embedding: StoredTensor) -> float:
     """Return the root mean square of the word embedding's elements."""
-    return float(torch.linalg.vector_norm(embedding.read(), dtype=torch.float32)) / prod(embedding.shape) ** 0.5
+    return float(torch.linalg.vector_norm(embedding.read(), dtype=torch.float32)) / math.sqrt(
+        math.prod(embedding.shape)
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

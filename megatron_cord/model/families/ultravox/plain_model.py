@@ -54,9 +54,10 @@ class Ultravox(PreTrainedModel):
 
     def __init__(self, config: UltravoxConfig) -> None:
         super().__init__(config)
-        self.audio_tower: Any = WhisperEncoder(config.audio_config)  # type: ignore[no-untyped-call]
+        self.audio_tower: Any = WhisperEncoder(config.audio_config)
         self.multi_modal_projector = Projector(config)
-        self.language_model: Any = AutoModelForCausalLM.from_config(config.text_config)
+        # In the precision of the whole, whatever the language model's own configuration has.
+        self.language_model: Any = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
