@@ -6,6 +6,7 @@ import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,14 @@ def sample(seconds: float) -> Sample:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a text model whose config.json is spelt as published ones are, and a Whisper."""
     root = tmp_path_factory.mktemp("sources")
-    return write_llm(root / "llm"), write_whisper(root / "whisper")
+    llm = write_llm(root / "llm")
+    config = json.loads((llm / "config.json").read_text())
+    del config["rope_parameters"], config["dtype"]
+    published = config | {"rope_theta": 1e5, "rope_scaling": None, "torch_dtype": "bfloat16"}
+    (llm / "config.json").write_text(json.dumps(published))
+    return llm, write_whisper(root / "whisper")
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +134,8 @@ def test_weights_are_those_of_the_sources(sources: tuple[Path, Path], grafted: P
     assert all(torch.equal(tensors[name], tensor) for name, tensor in towers.items())
     with torch.no_grad():
         tokens = PlainModel(grafted, torch.float32)._model.encode_audio(torch.randn(8, 2 * WINDOW), 120)
+    language, rows = load_architecture(grafted).language, len(own) + 1
+    assert language == replace(load_architecture(sources[0]).language, vocab_size=rows) and language.rope_theta == 1e5
     assert tokens.shape == (15, 24) and 0.5 < float(tokens.std() / own.float().std()) < 2
 
 

@@ -11,7 +11,9 @@ from tests.tiny_run import WORDS, make_samples, metrics, overrides, write_shards
 from tests.trainer.fault_ranks import run_forked
 
 
-@pytest.mark.parametrize("family", ["step_audio_2", pytest.param("voxtral", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["step_audio_2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ultravox", "voxtral"))]
+)
 def test_a_family_is_trained(family: str, tmp_path: Path) -> None:
     """Catches a family that can be converted but not trained: prompts that its model does not take.
 
