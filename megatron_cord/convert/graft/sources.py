@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from megatron_cord.convert.hf_reader import StoredTensor, stored_tensors
@@ -93,7 +94,7 @@ def read_whisper(given: Path) -> Whisper:
     try:
         whole = AutoConfig.from_pretrained(directory, local_files_only=True)
         config = {"model_type": "whisper", **{name: getattr(whole, name) for name in _SIZES}}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())
         raise CordError(f"{path} is damaged ({type(error).__name__}: {why}); download the checkpoint again") from None
     _check_features(directory / "preprocessor_config.json", config)
