@@ -26,7 +26,7 @@ from megatron_cord.runtime import entry
 from megatron_cord.runtime.files import write_json
 
 PROMPTS, NEW_TOKENS = 32, 48
-START_SECONDS = 100.0
+START_SECONDS = 170.0  #: the first start on a machine compiles; benchmarks/gpu_hour.sh ends this part after 200
 
 
 def main() -> int:

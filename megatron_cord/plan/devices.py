@@ -40,7 +40,12 @@ GPUS = {
 }
 
 
+#: Parts of the CUDA names of cards that are slower than the SXM version of the same GPU.
+_SLOWER = ("h100 pcie", "nvl")
+
+
 def peak_of(device_name: str) -> float | None:
-    """Return the dense bf16 peak of a device by its CUDA name; None if it is not known."""
-    matches = [gpu.peak for key, gpu in GPUS.items() if key in device_name.lower()]
+    """Return the dense bf16 peak of a device by its CUDA name; None if it is not known, as of cards with less power."""
+    name = device_name.lower()
+    matches = [gpu.peak for key, gpu in GPUS.items() if key in name and not any(card in name for card in _SLOWER)]
     return matches[0] if matches else None

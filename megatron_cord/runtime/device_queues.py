@@ -34,7 +34,8 @@ def missing_setting(tp: int, cp: int, compute_capability: int) -> str:
         return ""
     return (
         f"{VARIABLE} is {value or 'not set'}: collectives of tensor and context parallelism may wait for products "
-        f"instead of overlapping with them; start the ranks with {VARIABLE}=1, as megatron_cord.launch does by itself"
+        f"instead of overlapping with them; start the ranks with {VARIABLE}=1 (megatron_cord.launch gives it to those "
+        "of a configuration with parallel.tp or parallel.cp above 1, unless the environment has another value)"
     )
 
 

@@ -61,6 +61,8 @@ class TrainConfig:
             raise CordError(f"train.hours cannot be negative, got {self.hours:g}; 0 sets no end")
         if self.watchdog_seconds < 0:
             raise CordError(f"train.watchdog_seconds cannot be negative, got {self.watchdog_seconds}")
+        if beyond := [step for step in self.profile.steps if step > self.steps]:
+            raise CordError(f"train.profile.steps names step {beyond[0]}, and train.steps={self.steps} is the last")
 
 
 @dataclass(frozen=True)

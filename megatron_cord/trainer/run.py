@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -137,26 +138,25 @@ class Run:
             DamageLimitError: more of the data is damaged than may be left out; what was trained is saved before.
         """
         source = self._source
-        try:
-            batch = source.loader.batch(step) if self.config.replay is not None else source.schedule.batch(step)
-        except DamageLimitError:  # on all ranks together
-            self._between.save_unsaved()
-            self._parts.saving.wait()
-            raise
-        self._between.note_damage()
-        return batch
+        with self._reading():
+            return source.loader.batch(step) if self.config.replay is not None else source.schedule.batch(step)
 
     @record_function("cord.rollout")
     def generate(self, batch: Batch) -> list[Rollout]:
-        """Return the engine's responses to the batch, and begin the steps ahead; empty in a replay."""
+        """Return the engine's responses to the batch, and begin the steps ahead; empty in a replay.
+
+        Raises:
+            DamageLimitError: as `batch`, of the questions whose reference answers are made before.
+        """
         if self.config.replay is not None:
             return []
         source = self._source
         if source.answers.lacks(batch.step):
             source.schedule.wait()
-            source.answers.make(batch.step)
-            self._between.note_damage()
-            self._watchdog.phase("rollout", batch.step + 1)  # the step's responses have their own time
+            self._watchdog.phase("rollout", batch.step + 1)  # the answers have their own time, as the responses have
+            with self._reading():
+                source.answers.make(batch.step)
+            self._watchdog.phase("rollout", batch.step + 1)
         self._generated, self._rollout_times = source.schedule.rollouts(batch.step)
         return self._generated
 
@@ -242,6 +242,17 @@ class Run:
             between.save()
         if parts.evaluations.is_due(step):
             between.evaluate()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Note the damage that is found in the data; where it is more than may be left out, save what was trained."""
+        try:
+            yield
+        except DamageLimitError:  # on all ranks together
+            self._between.save_unsaved()
+            self._parts.saving.wait()
+            raise
+        self._between.note_damage()
 
     def _check_skipped(self, step: int) -> None:
         skipped = self._between.progress.skipped_in_a_row

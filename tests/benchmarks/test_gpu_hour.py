@@ -14,8 +14,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PARTS = [
-    "environment", "loss-float32", "loss-bfloat16", "layout-torch", "layout-te", "inputs", "train", "loss-time",
-    "loss-memory", "server", "weight-sync",
+    "environment", "loss-float32", "loss-bfloat16", "layout-torch", "layout-te", "inputs", "train", "server",
+    "weight-sync", "loss-time", "loss-memory",
 ]  # fmt: skip
 #: An interpreter: the real one for the script's own modules; a part ends well, ends badly, or does not end.
 PRETENDER = """#!/usr/bin/env bash

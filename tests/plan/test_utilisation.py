@@ -48,13 +48,14 @@ def test_the_share_is_that_of_the_plans_operations(more: tuple[str, ...]) -> Non
     assert metrics["model_flop_utilisation"] == pytest.approx(flops / 20 / 8 / GPUS["h100"].peak)
 
 
-def test_an_unknown_device_is_said_once_and_has_no_share(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("device", ["NVIDIA GeForce RTX 3090", "NVIDIA H100 PCIe", "NVIDIA H100 NVL"])
+def test_an_unknown_device_is_said_once_and_has_no_share(device: str, caplog: pytest.LogCaptureFixture) -> None:
     """Catches a utilisation of some other device's peak, and a metric that is missing without a word."""
     caplog.set_level(logging.INFO)
     work, _ = planned_step(configured())
-    unknown = Utilisation(configured(), 8, "NVIDIA GeForce RTX 3090")
+    unknown = Utilisation(configured(), 8, device)
     assert [unknown(ARCH, ARCH, work, seconds) for seconds in (1.0, 2.0)] == [{}, {}]
-    assert [record.getMessage().count("RTX 3090 is not known") for record in caplog.records] == [1]
+    assert [record.getMessage().count(f"the peak of {device} is not known") for record in caplog.records] == [1]
     assert Utilisation(configured(), 8, "CPU")(ARCH, ARCH, work, 1.0) == {} and len(caplog.records) == 1
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_cord.data.loader import SampleLoader
+from megatron_cord.data.ordering.damage import DamageLimitError
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.rollout.collective import CollectiveEngine
@@ -19,7 +20,7 @@ from megatron_cord.trainer.answers_in_time import AnswersInTime
 from megatron_cord.trainer.building import rollout as building
 from megatron_cord.trainer.reference_answers import ReferenceAnswers
 from tests.data.ordering.sets import Listed, row_of
-from tests.tiny_run import losses, make_samples, overrides
+from tests.tiny_run import losses, make_samples, metrics, overrides
 from tests.trainer.fault_ranks import run_forked
 from tests.trainer.scripted_engine import ScriptedEngine
 from tests.trainer.test_train import alone, stop_after
@@ -102,6 +103,25 @@ def test_weights_that_change_what_is_read_have_all_answers_made_first(
             alone(inputs, tmp_path / str(number), *settings, "train.steps=3")
         assert not [message for message in caplog.messages if "questions at a time" in message]
         assert "the teacher answers 6 questions" in caplog.messages
+
+
+def test_a_limit_of_damage_found_by_answers_loses_no_step(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches steps that are trained and not saved when questions read ahead show more damage than may be left out."""
+    monkeypatch.setattr(building, "_BATCH", 3)
+    read = SampleLoader.texts
+
+    def texts(loader: SampleLoader, steps: range, first: int) -> Any:
+        if steps.start:
+            raise DamageLimitError("too many samples are damaged")
+        return read(loader, steps, first)
+
+    monkeypatch.setattr(SampleLoader, "texts", texts)
+    with pytest.raises(DamageLimitError):
+        alone(inputs, tmp_path / "run", *FROZEN, "checkpoint.interval=0")
+    made = [line["step"] for line in metrics(tmp_path / "run")]
+    assert made and (tmp_path / "run" / "checkpoints" / f"step_{made[-1]:06d}").is_dir()
 
 
 def test_a_sample_that_stands_in_for_a_damaged_one_is_answered(

@@ -12,6 +12,7 @@ from megatron_cord.parallel.memory_use import peak_memory, reset_peak
 from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.parallel.portability import on_own_stream
 from megatron_cord.parallel.transfers import to_host
+from megatron_cord.trainer.endings.agreement import any_rank
 from megatron_cord.trainer.step.phases import Phases
 
 pytestmark = pytest.mark.gpu
@@ -19,10 +20,11 @@ CYCLES = 200_000_000  # about a tenth of a second
 
 
 def test_a_world_of_one_over_nccl() -> None:
-    """Catches a group, or an exchange of objects, that NCCL refuses."""
+    """Catches a group, or a collective on the device, that NCCL refuses."""
     layout: Layout = initialize(ParallelConfig(), seed=0)
     try:
         assert torch.distributed.get_backend() == "nccl" and layout.device.type == "cuda"
+        assert any_rank([True, False], layout.device) == [True, False]
         assert all_gather_json({"a": 1}) == [{"a": 1}]
     finally:
         finalize()
@@ -30,6 +32,8 @@ def test_a_world_of_one_over_nccl() -> None:
 
 def test_a_phase_is_as_long_as_its_kernels() -> None:
     """Catches a phase that counts the time to queue kernels, and gives theirs to the phase that waits for them."""
+    torch.cuda._sleep(1)  # type: ignore[no-untyped-call]  # the context and the kernel's code are loaded by their first use
+    torch.cuda.synchronize()
     phases = Phases()
     begun = time.perf_counter()
     with phases.phase("kernels"):

@@ -137,6 +137,7 @@ def test_on_cuda_a_snapshot_of_memory_is_written(tmp_path: Path, monkeypatch: py
     ("setting", "words"),
     [
         ("train.profile.steps=[0]", "train.profile.steps are numbered from 1, got 0"),
+        ("train.profile.steps=[2,6]", "train.profile.steps names step 6, and train.steps=5 is the last"),
         ("train.profile={steps: [1], ranks: []}", "train.profile.ranks names no rank"),
         ("train.profile.ranks=[-1]", "train.profile.ranks are numbered from 0, got -1"),
     ],
