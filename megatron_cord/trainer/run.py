@@ -153,7 +153,7 @@ class Run:
         source = self._source
         if source.answers.lacks(batch.step):
             source.schedule.wait()
-            self._watchdog.phase("rollout", batch.step + 1)  # the answers have their own time, as the responses have
+            self._watchdog.rest()  # shards of later steps may have to be fetched first, for however long
             with self._reading():
                 source.answers.make(batch.step)
             self._watchdog.phase("rollout", batch.step + 1)

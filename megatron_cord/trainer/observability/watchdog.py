@@ -6,7 +6,7 @@ the same; their lines show a collective, its line shows the culprit. If even the
 library keeps the interpreter's lock, a timer that needs no lock writes the stacks half a minute later and exits with
 status 1.
 
-Simplification: phases without a bound of their own (start, evaluation) are not watched; there
+Simplification: phases without a bound of their own (start, evaluation, reference answers) are not watched; there
 `parallel.timeout_minutes` ends the ranks that wait.
 """
 
