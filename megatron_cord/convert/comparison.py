@@ -99,7 +99,8 @@ def load_reference(hf_dir: Path) -> Callable[[ModelInput], Tensor]:
     @torch.no_grad()
     def logits(given: ModelInput) -> Tensor:
         ids = given.token_ids.cpu()
-        features, frames = (None if tensor is None else tensor.cpu() for tensor in (given.features, given.num_frames))
+        features = None if given.features is None else given.features.cpu()
+        frames = None if given.num_frames is None else torch.tensor(given.num_frames)
         hidden = model.hidden(ids, features, frames, attention_mask=torch.ones_like(ids)).last_hidden_state
         return model.head(hidden).to(given.token_ids.device)
 

@@ -1,12 +1,13 @@
 """Adapters: from the audio encoder's features to the language model's width. The architecture says which of them.
 
-They are small beside both towers, so every tensor-parallel rank holds all of them.
-Legend: C clips, T features a clip, H_audio and H the widths of encoder and language model.
+They are small beside both towers, so every tensor-parallel rank holds all of them. Clips stand one after the other:
+clip i has counts[i] of the F features, and becomes tokens[i] of the N tokens.
+Legend: C clips, H_audio and H the widths of encoder and language model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -14,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_cord.model.architecture import AdapterArchitecture
+from megatron_cord.model.packed_rows import first_rows
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.nn.functional.relu,
@@ -31,9 +33,9 @@ class LinearAdapter(MegatronModule):  # type: ignore[misc]
         super().__init__(config)
         self.linear = torch.nn.Linear(*sizes, bias=arch.bias, dtype=config.params_dtype, device=device)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map [C, T, H_audio] to [C, T, H]."""
-        projected: Tensor = self.linear(features)
+    def forward(self, features: Tensor, counts: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Map [F, H_audio] to [N, H]."""
+        projected: Tensor = self.linear(first_rows(features, counts, tokens))
         return projected
 
 
@@ -51,11 +53,14 @@ class ConvolutionAdapter(MegatronModule):  # type: ignore[misc]
         self.linear2 = torch.nn.Linear(arch.hidden_size, out, bias=arch.bias, **kind)
         self.activation = _ACTIVATIONS[arch.activation]
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map [C, T, H_audio] to [C, tokens, H]."""
-        x = torch.nn.functional.gelu(self.conv(features.transpose(1, 2))).transpose(1, 2)
-        tokens: Tensor = self.linear2(self.activation(self.linear1(x)))
-        return tokens
+    def forward(self, features: Tensor, counts: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Map [F, H_audio] to [N, H]; behind a clip the convolution sees zeros."""
+        apart = list(torch.split(features, list(counts)))
+        clips = torch.nn.utils.rnn.pad_sequence(apart, batch_first=True)  # [C, longest, H_audio]
+        x = torch.nn.functional.gelu(self.conv(clips.transpose(1, 2))).transpose(1, 2)
+        x = torch.cat([clip[:count] for clip, count in zip(x, tokens, strict=True)])
+        mapped: Tensor = self.linear2(self.activation(self.linear1(x)))
+        return mapped
 
 
 class StackingAdapter(MegatronModule):  # type: ignore[misc]
@@ -73,18 +78,18 @@ class StackingAdapter(MegatronModule):  # type: ignore[misc]
         self.linear2 = torch.nn.Linear(arch.hidden_size, out, bias=arch.bias, dtype=config.params_dtype, device=device)
         self.activation = _ACTIVATIONS[arch.activation]
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map [C, T, H_audio] to [C, T / stride, H]."""
-        clips, count, _ = features.shape
-        whole = features[:, : count // self.stride * self.stride].reshape(clips, count // self.stride, -1)
-        tokens: Tensor = self.linear2(self.activation(self.linear1(whole)))
-        return tokens
+    def forward(self, features: Tensor, counts: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Map [F, H_audio] to [N, H]."""
+        whole = first_rows(features, counts, [count * self.stride for count in tokens])
+        stacks = whole.reshape(-1, self.stride * whole.shape[1])
+        mapped: Tensor = self.linear2(self.activation(self.linear1(stacks)))
+        return mapped
 
 
 class GatedStackingAdapter(MegatronModule):  # type: ignore[misc]
     """Neighbouring features side by side, then SwiGLU between two RMSNorms (Ultravox); no layer has a bias.
 
-    A clip's last stack is filled with zeros, which the encoder puts behind a clip's features (`tail_frames`).
+    A clip's last stack is filled with zeros.
     """
 
     def __init__(
@@ -99,13 +104,14 @@ class GatedStackingAdapter(MegatronModule):  # type: ignore[misc]
         self.norm_mid = torch.nn.RMSNorm(arch.hidden_size, eps=_EPSILON, **kind)
         self.linear2 = torch.nn.Linear(arch.hidden_size, out, bias=False, **kind)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map [C, T, H_audio] to [C, T / stride, H], rounded up."""
-        whole = torch.nn.functional.pad(features, (0, 0, 0, -features.shape[1] % self.stride))
-        stacks = whole.reshape(len(whole), -1, self.linear1.in_features)
+    def forward(self, features: Tensor, counts: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Map [F, H_audio] to [N, H]."""
+        clips = zip(torch.split(features, list(counts)), tokens, strict=True)
+        whole = [torch.nn.functional.pad(clip, (0, 0, 0, count * self.stride - len(clip))) for clip, count in clips]
+        stacks = torch.cat(whole).reshape(-1, self.linear1.in_features)
         values, gate = self.linear1(self.norm_in(stacks)).chunk(2, dim=-1)
-        tokens: Tensor = self.linear2(self.norm_mid(torch.nn.functional.silu(gate) * values))
-        return tokens
+        mapped: Tensor = self.linear2(self.norm_mid(torch.nn.functional.silu(gate) * values))
+        return mapped
 
 
 Adapter = LinearAdapter | ConvolutionAdapter | StackingAdapter | GatedStackingAdapter

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
-
-from torch import Tensor
+from typing import Literal
 
 from megatron_cord.errors import CordError
-
-Count = TypeVar("Count", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -43,15 +39,33 @@ class EncoderArchitecture:
         """Log-mel frames of the longest clip."""
         return self.window_frames - (self.tail_frames or 0) if self.clip_frames is None else self.clip_frames
 
-    def frames_after_convolutions(self, num_frames: Count) -> Count:
+    def frames_after_convolutions(self, num_frames: int) -> int:
         """Return how many of the encoder's positions carry audio when num_frames of its input do."""
         return (num_frames - 1) // 2 + 1
 
-    def num_features(self, num_frames: Count) -> Count:
-        """Return how many features the encoder makes of a clip."""
+    def computed_positions(self, num_frames: int) -> int:
+        """Return how many positions of a clip the layers compute, those of the frames that end it included."""
         if self.encodes_padding:
-            return 0 * num_frames + self.max_positions // self.pooling
-        return self.frames_after_convolutions(num_frames) // self.pooling
+            return self.max_positions
+        return self.frames_after_convolutions(num_frames + (self.tail_frames or 0))
+
+    def attended_positions(self, num_frames: int) -> int:
+        """Return how many of these, from the first on, the others attend to."""
+        return self.max_positions if self.encodes_padding else self.frames_after_convolutions(num_frames)
+
+    def seen_frames(self, num_frames: int) -> int:
+        """Return how many log-mel frames the convolutions see to make the computed positions.
+
+        Each convolution looks one frame ahead. With `tail_frames` there is nothing behind these: the convolutions' own
+        zeros.
+        """
+        if self.tail_frames is not None:
+            return num_frames + self.tail_frames
+        return min(self.window_frames, 2 * self.computed_positions(num_frames) + 1)
+
+    def num_features(self, num_frames: int) -> int:
+        """Return how many features the encoder makes of a clip's audio."""
+        return self.attended_positions(num_frames) // self.pooling
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,7 @@ class AdapterArchitecture:
         """Rows of the MLP's first layer; with a gate, values and gate one after the other."""
         return self.hidden_size * (2 if self.kind == "gated_stacking" else 1)
 
-    def num_tokens(self, num_features: Count) -> Count:
+    def num_tokens(self, num_features: int) -> int:
         """Return how many tokens the adapter makes of so many features."""
         if self.kind == "convolution":
             return (num_features + 2 - self.kernel_size) // self.stride + 1
@@ -122,8 +136,8 @@ class Architecture:
     audio_token_id: int | None
     adapter: AdapterArchitecture | None
 
-    def num_audio_tokens(self, num_frames: Count) -> Count:
-        """Return how many placeholders a clip of num_frames log-mel frames takes; one number or a tensor of them.
+    def num_audio_tokens(self, num_frames: int) -> int:
+        """Return how many placeholders a clip of num_frames log-mel frames takes.
 
         Raises:
             ValueError: a plain text model takes no audio.

@@ -2,7 +2,9 @@
 
 It replaces DotProductAttention in Megatron's layer specification, which materialises the scores and supports neither
 packed sequences nor context parallelism. Padded batches are [S, B, heads, D] and rely on right padding: under the
-causal mask real tokens never attend to padding. Packed ones are [T, heads, D] with the sequences one after the other.
+causal mask real tokens never attend to padding. Packed ones are [T, heads, D] with the sequences one after the other;
+without a causal mask there is no other kind: transformer-engine, which shares this interface, leaves the rows of padded
+queries uninitialised, and 0 · NaN in them would poison the gradients of the matrices around it.
 Simplification: under context parallelism keys and values of all ranks are gathered before the scores are formed, and
 packed sequences take one kernel call each; transformer-engine does both better.
 
@@ -11,8 +13,9 @@ Legend: S padded length, B sequences, T packed tokens, Q query heads, G key-valu
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -32,30 +35,64 @@ from megatron_cord.parallel.transfers import to_device
 class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     """Megatron's description of packed sequences, with cu_seqlens as numbers: a read from the device would block."""
 
-    cu_seqlens: tuple[int, ...] = ()
+    cu_seqlens: tuple[int, ...] = ()  #: of the queries
+    cu_seqlens_keys: tuple[int, ...] = ()  #: the same where all rows are attended to
+    key_rows: Tensor | None = None  #: int64, the rows that are attended to; None for all
 
 
-def packed_sequences(cu_seqlens: tuple[int, ...], device: torch.device) -> PackedSequences:
+def packed_sequences(
+    cu_seqlens: tuple[int, ...], device: torch.device, attended: Sequence[int] | None = None
+) -> PackedSequences:
     """Describe the sequences [cu_seqlens[i], cu_seqlens[i+1]).
 
-    They include padding, which stands behind the real tokens, so that these do not attend to it.
+    They may include padding behind the real tokens. Under a causal mask these do not attend to it; otherwise `attended`
+    says how many of a sequence's rows are attended to, and where these are not all, the attention needs
+    `select_key_rows`.
 
     Args:
         cu_seqlens: B + 1 numbers.
         device: where the layers read them as tensors: transformer-engine's kernels do on the GPU. Megatron's unfused
             rotary embedding makes numbers of them for each layer, which on the host costs no wait.
+        attended: rows of each sequence, from its first on, that are attended to; None for all of them.
     """
     lengths = [end - start for start, end in pairwise(cu_seqlens)]
-    on_device = to_device(torch.tensor(cu_seqlens, dtype=torch.int32), device)
-    longest = max(lengths)
+    keys = lengths if attended is None else list(attended)
+    cu_seqlens_keys = tuple(accumulate(keys, initial=0))
+    key_rows = None
+    if keys != lengths:
+        rows = [row for start, count in zip(cu_seqlens, keys, strict=False) for row in range(start, start + count)]
+        key_rows = to_device(torch.tensor(rows), device)
     return PackedSequences(
         qkv_format="thd",
-        cu_seqlens_q=on_device,
-        cu_seqlens_kv=on_device,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        cu_seqlens_q=to_device(torch.tensor(cu_seqlens, dtype=torch.int32), device),
+        cu_seqlens_kv=to_device(torch.tensor(cu_seqlens_keys, dtype=torch.int32), device),
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(keys),
         cu_seqlens=cu_seqlens,
+        cu_seqlens_keys=cu_seqlens_keys,
+        key_rows=key_rows,
     )
+
+
+def select_key_rows(core_attention: torch.nn.Module) -> None:
+    """Give a core attention, `SdpaAttention` or transformer-engine's, the keys and values of `key_rows` alone.
+
+    The others then have neither scores nor gradients, whatever a kernel does with rows between sequences. To
+    transformer-engine this is cross-attention: its unfused kernel would mask keys by the numbers of queries otherwise.
+    """
+
+    def select(_: torch.nn.Module, arguments: Any, named: dict[str, Any]) -> Any:
+        rows = named["packed_seq_params"].key_rows
+        if rows is None:
+            return None
+        query, key, value, *others = arguments
+        return (query, key.index_select(0, rows), value.index_select(0, rows), *others), named
+
+    core_attention.register_forward_pre_hook(select, with_kwargs=True)
+    modules: Iterable[Any] = core_attention.modules()
+    for module in modules:
+        if hasattr(module, "attention_type"):
+            module.attention_type = "cross"
 
 
 class SdpaAttention(MegatronModule):  # type: ignore[misc]
@@ -91,9 +128,9 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
 
         Args:
             query: [S/CP, B, Q/TP, D], or [T/CP, Q/TP, D] packed.
-            key: the same with G/TP heads.
+            key: the same with G/TP heads; packed and not causal, of the rows that are attended to.
             value: as key.
-            attention_mask: bool [B, 1, 1, S], True where a key is padding; only read by non-causal attention.
+            attention_mask: of Megatron's interface; not read.
             attn_mask_type: of Megatron's interface; the type given at construction holds.
             attention_bias: of Megatron's interface; must be None.
             packed_seq_params: where the packed sequences begin and end; None for a padded batch.
@@ -105,11 +142,18 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
             raise ValueError("SdpaAttention takes no attention bias")
         if packed_seq_params is not None:
             query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
-            return self._causal(query, key, value, packed_seq_params.cu_seqlens).squeeze(1)
-        if self.is_causal:
-            ranks = 1 if self.cp_group is None else self.cp_group.size()
-            return self._causal(query, key, value, (0, query.shape[0] * ranks))
-        return _attend(query, key, value, None if attention_mask is None else ~attention_mask, is_causal=False)
+            if self.is_causal:
+                return self._causal(query, key, value, packed_seq_params.cu_seqlens).squeeze(1)
+            queries, keys = pairwise(packed_seq_params.cu_seqlens), pairwise(packed_seq_params.cu_seqlens_keys)
+            pieces = [
+                _attend(query[a:b], key[c:d], value[c:d], None, is_causal=False)
+                for (a, b), (c, d) in zip(queries, keys, strict=True)
+            ]
+            return torch.cat(pieces).squeeze(1)
+        if not self.is_causal:
+            raise ValueError("SdpaAttention without a causal mask takes packed sequences")
+        ranks = 1 if self.cp_group is None else self.cp_group.size()
+        return self._causal(query, key, value, (0, query.shape[0] * ranks))
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: tuple[int, ...]) -> Tensor:
         """Return [T/CP, B, Q/TP · D] of sequences that stand one after the other along the first dimension."""

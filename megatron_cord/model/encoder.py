@@ -1,14 +1,18 @@
 """The audio tower: a Whisper-style encoder on Megatron's tensor-parallel layers.
 
+Only what a clip needs is computed: its own positions, packed one clip after the other, without the rest of the
+encoder's window. Families whose encoder takes the silence in (`EncoderArchitecture.encodes_padding`) need all of it.
 Under sequence parallelism the positions of all clips are split over the tensor-parallel ranks between the layers'
-matrices; a window that they do not divide gets masked positions at its end. Simplification: clips are padded to the
-encoder's whole window, as the published models expect.
-Legend: C clips, T positions after the convolutions, H_audio the encoder's width.
+matrices; what a number that they do not divide lacks is a sequence of zeros of its own, so that no row is undefined.
+Simplification: the convolutions take one clip at a time.
+Legend: C clips, T positions of all clips after the convolutions, F their features, H_audio the encoder's width.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,7 +24,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_cord.model.architecture import EncoderArchitecture
+from megatron_cord.model.attention import packed_sequences, select_key_rows
 from megatron_cord.model.config import LayerConfig
+from megatron_cord.model.packed_rows import first_rows
 from megatron_cord.model.transformer import block_spec, encoder_config
 from megatron_cord.parallel.layout import Layout
 
@@ -51,67 +57,61 @@ class AudioEncoder(MegatronModule):  # type: ignore[misc]
         groups = copy.copy(layout.groups)
         groups.pp = groups.cp = layout.solo  # this block is whole here, however the language model is split
         self._tp_group = layout.tp_group
-        self._padding = -arch.max_positions % layout.config.tp if config.sequence_parallel else 0
-        mask = AttnMaskType.no_mask if arch.encodes_padding and not self._padding else AttnMaskType.padding
-        self.block = TransformerBlock(
-            config, block_spec(config, mask, layers), post_layer_norm=False, pg_collection=groups
-        )
+        # transformer-engine takes packed sequences under this type; there is no mask.
+        spec = block_spec(config, AttnMaskType.padding, layers)
+        self.block = TransformerBlock(config, spec, post_layer_norm=False, pg_collection=groups)
         self.layer_norm = torch.nn.LayerNorm(hidden, eps=config.layernorm_epsilon, dtype=dtype, device=layout.device)
         for layer in self.block.layers:
             _keep_key_bias_zero(layer.self_attention.linear_qkv.bias, hidden // arch.num_heads)
+            if arch.tail_frames:
+                select_key_rows(layer.self_attention.core_attention)
             layer.mlp.__class__ = WholeMLP
 
-    def forward(self, features: Tensor, num_frames: Tensor) -> Tensor:
+    def forward(self, features: Tensor, num_frames: Sequence[int]) -> Tensor:
         """Encode clips.
 
         Args:
             features: [C, mels, frames], clips padded to the window.
-            num_frames: [C] int64, the valid frames of each clip.
+            num_frames: C numbers, the valid frames of each clip.
 
         Returns:
-            [C, frames / 2 / pooling, H_audio]; only the first `EncoderArchitecture.num_features` of each clip are
-            meaningful.
+            [F, H_audio], clip i with `num_outputs(num_frames[i])` of them.
         """
-        end = None if self.arch.tail_frames is None else num_frames + self.arch.tail_frames
-        x = _zero_from(end, features.to(self.conv1.weight.dtype))
-        x = _zero_from(end, torch.nn.functional.gelu(self.conv1(x)))
-        x = torch.nn.functional.gelu(self.conv2(x))  # [C, H_audio, T]
-        x = x.permute(2, 0, 1) + self.embed_positions[:, None]  # [T, C, H_audio]
-        x = self._layers(x, num_frames)
-        x = torch.nn.functional.avg_pool1d(x.permute(1, 2, 0), kernel_size=self.arch.pooling)  # [C, H_audio, T/pooling]
-        x = self.layer_norm(x.transpose(1, 2))
-        return x if end is None else _zero_from(self.arch.num_features(end), x.transpose(1, 2)).transpose(1, 2)
+        lengths = [self.arch.computed_positions(frames) for frames in num_frames]
+        attended = [self.arch.attended_positions(frames) for frames in num_frames]
+        convolved = [self._convolve(*clip) for clip in zip(features, num_frames, lengths, strict=True)]
+        x = self._layers(torch.cat(convolved), lengths, attended)  # [T, H_audio]
+        pooled = [length // self.arch.pooling for length in lengths]
+        x = first_rows(x, lengths, [count * self.arch.pooling for count in pooled])
+        encoded: Tensor = self.layer_norm(x.reshape(-1, self.arch.pooling, x.shape[-1]).mean(1))
+        return encoded
 
-    def _layers(self, x: Tensor, num_frames: Tensor) -> Tensor:
-        """Run the transformer's layers on x [T, C, H_audio], which is the same on all tensor-parallel ranks."""
-        positions = x.shape[0]
+    def num_outputs(self, num_frames: int) -> int:
+        """Return how many features `forward` gives of a clip, those of the frames that end it included."""
+        return self.arch.computed_positions(num_frames) // self.arch.pooling
+
+    def _convolve(self, clip: Tensor, num_frames: int, positions: int) -> Tensor:
+        """Map a clip [mels, frames] to [positions, H_audio], with the embedding of the positions."""
+        seen = clip[None, :, : self.arch.seen_frames(num_frames)].to(self.conv1.weight.dtype)
+        x = torch.nn.functional.gelu(self.conv1(seen))
+        x = torch.nn.functional.gelu(self.conv2(x))[0, :, :positions]
+        return x.T + self.embed_positions[:positions]
+
+    def _layers(self, x: Tensor, lengths: list[int], attended: list[int]) -> Tensor:
+        """Run the transformer's layers on x [T, H_audio], which is the same on all tensor-parallel ranks."""
+        total = x.shape[0]
+        x = x.unsqueeze(1)  # Megatron's batch dimension
         if self.config.sequence_parallel:
-            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self._padding))
+            if padding := -total % self.config.tensor_model_parallel_size:
+                x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding))
+                lengths, attended = [*lengths, padding], [*attended, padding]
             x = scatter_to_sequence_parallel_region(x, group=self._tp_group)
-        x = self.block(x.contiguous(), attention_mask=self._padding_mask(num_frames, positions))
+        packed = packed_sequences(tuple(accumulate(lengths, initial=0)), x.device, attended)
+        x = self.block(x.contiguous(), attention_mask=None, packed_seq_params=packed)
         if self.config.sequence_parallel:
             # What follows is computed on every rank alike, so that each has the whole gradient already.
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self._tp_group)
-            x = x[:positions]
-        return x
-
-    def _padding_mask(self, num_frames: Tensor, positions: int) -> Tensor | None:
-        """Return bool [C, 1, 1, T + padding], True where a position is masked; None if no position is."""
-        if not self.arch.encodes_padding:
-            valid = self.arch.frames_after_convolutions(num_frames)
-        elif self._padding:
-            valid = torch.full_like(num_frames, positions)
-        else:
-            return None
-        numbers = torch.arange(positions + self._padding, device=num_frames.device)
-        return (numbers[None] >= valid[:, None])[:, None, None, :]
-
-
-def _zero_from(start: Tensor | None, x: Tensor) -> Tensor:
-    """Return x [C, channels, T] with zeros from each clip's start [C] on: a clip does not depend on its padding."""
-    if start is None:
-        return x
-    return x * (torch.arange(x.shape[-1], device=x.device)[None] < start[:, None])[:, None, :]
+        return x[:total, 0]
 
 
 class WholeMLP(MLP):  # type: ignore[misc]

@@ -50,7 +50,7 @@ class ModelInput:
     Attributes:
         token_ids: int64 [B, S], right-padded; packed, [1, T], the sequences one after the other.
         features: float32 [C, mels, frames] of all clips in the batch's order; None without audio.
-        num_frames: int64 [C] in host memory, valid frames of each clip; None without audio.
+        num_frames: C numbers, valid frames of each clip; None without audio.
         sample_ids: B names, for errors.
         cu_seqlens: B + 1 numbers from 0 to T: where each packed sequence begins, its padding included; None for a
             padded microbatch.
@@ -60,7 +60,7 @@ class ModelInput:
 
     token_ids: Tensor
     features: Tensor | None
-    num_frames: Tensor | None
+    num_frames: tuple[int, ...] | None
     sample_ids: tuple[str, ...]
     cu_seqlens: tuple[int, ...] | None = None
     host_token_ids: Tensor | None = None
@@ -209,19 +209,19 @@ class LALM(MegatronModule):  # type: ignore[misc]
             )
         return hidden
 
-    def encode_audio(self, features: Tensor, num_frames: Tensor) -> Tensor:
+    def encode_audio(self, features: Tensor, num_frames: tuple[int, ...]) -> Tensor:
         """Return the features of all clips at the language model's width, [tokens of all clips, H]; first stage only.
 
         Args:
             features: float32 [C, mels, frames].
-            num_frames: int64 [C] in host memory, valid frames of each clip.
+            num_frames: C numbers, valid frames of each clip.
         """
         assert self.audio_encoder is not None
         assert self.adapter is not None
-        frames = to_device(num_frames, features.device)
-        audio: Tensor = self.adapter(self.audio_encoder(features, frames))  # [C, tokens of the window, H]
-        is_token = torch.arange(audio.shape[1])[None] < self.arch.num_audio_tokens(num_frames)[:, None]
-        return audio.flatten(0, 1).index_select(0, to_device(_true_rows(is_token), audio.device))
+        counts = [self.audio_encoder.num_outputs(frames) for frames in num_frames]
+        tokens = [self.arch.num_audio_tokens(frames) for frames in num_frames]
+        audio: Tensor = self.adapter(self.audio_encoder(features, num_frames), counts, tokens)
+        return audio
 
     def _embed(self, batch: ModelInput) -> Tensor:
         """Return word embeddings [S, B, H] with audio features in the placeholders' rows."""
@@ -234,7 +234,7 @@ class LALM(MegatronModule):  # type: ignore[misc]
                     "which takes text alone; give it text prompts"
                 )
             return embedded
-        tokens = [] if batch.num_frames is None else self.arch.num_audio_tokens(batch.num_frames).tolist()
+        tokens = [self.arch.num_audio_tokens(frames) for frames in batch.num_frames or ()]
         token_ids = batch.token_ids.cpu() if batch.host_token_ids is None else batch.host_token_ids
         is_placeholder = torch.eq(token_ids, self.arch.audio_token_id)  # [B, S], on the host
         _check_placeholders(_placeholders_per_sample(is_placeholder, batch.cu_seqlens), tokens, batch.sample_ids)

@@ -156,7 +156,7 @@ def block_spec(
 
     Args:
         config: of the tower.
-        mask: causal, padding (with a mask of the padding) or no_mask.
+        mask: causal; or padding, for packed sequences without a mask.
         layers: the implementation.
         pp_rank: this stage.
     """

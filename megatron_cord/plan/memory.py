@@ -1,7 +1,9 @@
 """Memory of one GPU by purpose; the fullest pipeline stage must fit.
 
 Exact: weights, gradients, optimizer states. Counted from the tensors that autograd keeps of each layer: activations.
-Allowances: everything else (CUDA context, NCCL's buffers, workspaces, fragmentation).
+Allowances: everything else (CUDA context, NCCL's buffers, workspaces, fragmentation). A checkpoint's portions of
+optimizer states (trainer/step/optimizer/states.py, 0.13 GB at a time) come between steps, when activations and the loss
+have left more room than that, so they add nothing.
 Legend: s tokens of a sequence, b sequences of a microbatch, H hidden, F ffn size.
 """
 
@@ -159,11 +161,11 @@ def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: i
     audio = 0.0
     if stage == 0 and arch.encoder is not None and "audio_encoder" not in config.model.freeze:
         enc = arch.encoder
-        frames = enc.max_positions * work.clips * work.micro_batch
+        positions = work.clip_positions * work.clips * work.micro_batch
         h = enc.hidden_size
         whole, selective = (encoder_layer_width(enc, tp, cut, selective=selective) for selective in (False, True))
-        audio = frames * _kept(config.model, "audio_encoder", enc.num_layers, whole, selective, h / cut)
-        audio += frames * (2 * enc.num_mels + 6 * h)  # convolutions at twice the rate, their GELUs, the last norm
+        audio = positions * _kept(config.model, "audio_encoder", enc.num_layers, whole, selective, h / cut)
+        audio += positions * (2 * enc.num_mels + 6 * h)  # convolutions at twice the rate, their GELUs, the last norm
     in_flight = min(pp - stage, work.microbatches)
     return in_flight * (language + audio) * item
 

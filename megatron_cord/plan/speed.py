@@ -165,14 +165,14 @@ def operations(config: RunConfig, arch: Architecture, work: Work) -> Operations:
     audio = first = audio_again = 0.0
     if arch.encoder is not None:
         enc = arch.encoder
-        frames = work.sequences * work.clips * enc.max_positions
+        positions = work.sequences * work.clips * work.clip_positions
         audio = (
-            2 * part_counts(arch).audio_encoder * frames
-            + 4 * enc.hidden_size * enc.max_positions * enc.num_layers * frames
+            2 * part_counts(arch).audio_encoder * positions
+            + 4 * enc.hidden_size * work.clip_positions * enc.num_layers * positions
         )
         first = audio * (1 + ("audio_encoder" in reaches) + ("audio_encoder" in config.model.trained_parts))
         if "audio_encoder" in reaches and "audio_encoder" in config.model.recompute:
-            projections = 8.0 * enc.hidden_size**2 * enc.num_layers * frames
+            projections = 8.0 * enc.hidden_size**2 * enc.num_layers * positions
             audio_again = audio - (projections if config.model.recompute_granularity == "selective" else 0.0)
     scored_before = work.minibatches * work.passes > 1 and config.objective.responses == "student"
     before = (forward, audio, logits) if scored_before else (0.0, 0.0, 0.0)

@@ -74,10 +74,10 @@ def traffic(config: RunConfig, arch: Architecture, work: Work, stage: int) -> Tr
     if stage == 0:  # the embedding's sum, and under sequence parallelism what leaves it in the backward pass
         whole += 2 * (student + read) + (student if backward and config.parallel.sequence_parallel else 0)
         if arch.encoder is not None:
-            frames = sequences * work.clips * arch.encoder.max_positions * arch.encoder.hidden_size * item
+            audio = sequences * work.clips * work.clip_positions * arch.encoder.hidden_size * item
             trains, reached = "audio_encoder" in config.model.trained_parts, "audio_encoder" not in config.model.freeze
-            whole += arch.encoder.num_layers * frames * _layer(config, "audio_encoder", trains=trains, backward=reached)
-            whole += frames if config.parallel.sequence_parallel else 0
+            whole += arch.encoder.num_layers * audio * _layer(config, "audio_encoder", trains=trains, backward=reached)
+            whole += audio if config.parallel.sequence_parallel else 0
     if stage == pp - 1:
         whole += student + read if config.parallel.sequence_parallel else 0
         whole += 2 * sequences * work.response_tokens * lm.hidden_size * 4 / config.parallel.cp  # the loss's gradient

@@ -63,6 +63,7 @@ class Utilisation:
 def flops_of(config: RunConfig, student: Architecture, teacher: Architecture, work: StepWork) -> float:
     """Return the floating-point operations that a step's updates need, over all devices."""
     train = config.train
+    frames = round(work.clip_frames / max(work.clips, 1))
     mean = Work(
         sequences=work.sequences,
         scored=work.scored,
@@ -70,6 +71,7 @@ def flops_of(config: RunConfig, student: Architecture, teacher: Architecture, wo
         teacher_tokens=round(work.teacher_tokens / max(work.scored, 1)),
         response_tokens=round(work.response_tokens / work.sequences),
         clips=round(work.clips / work.sequences),
+        clip_positions=student.encoder.computed_positions(frames) if student.encoder is not None and frames else 0,
         dp=1,
         microbatches=1,
         micro_batch=1,

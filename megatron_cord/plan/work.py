@@ -25,6 +25,7 @@ class Work:
         teacher_tokens: the same with the question's text in place of the audio.
         response_tokens: of a sequence.
         clips: of a sequence.
+        clip_positions: that the encoder's layers compute of a clip.
         dp: data-parallel ranks.
         microbatches: of a data-parallel rank in an update.
         micro_batch: sequences of a microbatch.
@@ -40,6 +41,7 @@ class Work:
     teacher_tokens: int
     response_tokens: int
     clips: int
+    clip_positions: int
     dp: int
     microbatches: int
     micro_batch: int
@@ -86,7 +88,9 @@ def make_work(
     policy = rollout.policy_prompts_per_step * rollout.policy_rollouts if enabled else 0
     scored = policy if rollout.share else rollout.prompts_per_step
     sequences = scored if rollout.share else scored + policy
-    audio = arch.num_audio_tokens(round(audio_seconds * FRAMES_A_SECOND)) if arch.encoder is not None else 0
+    frames = round(audio_seconds * FRAMES_A_SECOND)
+    audio = 0 if arch.encoder is None else arch.num_audio_tokens(frames)
+    positions = 0 if arch.encoder is None else arch.encoder.computed_positions(frames)
     share = -(-sequences // (dp * config.train.minibatches))
     spare, groups = rollout.prompts_per_step - rollout.policy_prompts_per_step, rollout.policy_prompts_per_step
     rounds = [min(groups, spare - groups * number) for number in range(rollout.dynamic_sampling if enabled else 0)]
@@ -98,6 +102,7 @@ def make_work(
         teacher_tokens=text_tokens + rollout.max_new_tokens,
         response_tokens=rollout.max_new_tokens,
         clips=int(arch.encoder is not None),
+        clip_positions=positions,
         dp=dp,
         microbatches=-(-share // micro),
         micro_batch=micro,

@@ -116,7 +116,7 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
     if not isinstance(model, StepAudio2 | Ultravox):
         return torch.as_tensor(model(**inputs).logits)
     if batch.input.num_frames is not None:
-        inputs["feature_attention_mask"] = (torch.arange(WINDOW)[None] < batch.input.num_frames[:, None]).long()
+        inputs["feature_attention_mask"] = (torch.arange(WINDOW) < torch.tensor(batch.input.num_frames)[:, None]).long()
     return torch.as_tensor(model.get_output_embeddings()(model.hidden(**inputs).last_hidden_state))
 
 

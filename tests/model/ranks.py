@@ -125,7 +125,7 @@ def _batch(
     # What follows the frames is noise, so that a model that attends to it gives other logits.
     features = torch.randn(len(frames), MELS, WINDOW, generator=generator) if frames else None
     names = tuple(f"sample{i}" for i in range(len(rows)))
-    model_input = ModelInput(token_ids, features, torch.tensor(frames) if frames else None, names)
+    model_input = ModelInput(token_ids, features, tuple(frames) if frames else None, names)
     return Batch(model_input, tuple(map(len, rows)), weights)
 
 

@@ -119,7 +119,7 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
     inputs = {"input_ids": batch.input.token_ids, "attention_mask": mask.long()}
     if batch.input.features is not None and batch.input.num_frames is not None:
         inputs["input_features"] = batch.input.features
-        inputs["feature_attention_mask"] = (torch.arange(WINDOW)[None] < batch.input.num_frames[:, None]).long()
+        inputs["feature_attention_mask"] = (torch.arange(WINDOW) < torch.tensor(batch.input.num_frames)[:, None]).long()
     logits: Tensor = model(**inputs).logits
     return logits
 

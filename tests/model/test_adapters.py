@@ -63,14 +63,15 @@ def gated(weights: dict[str, Tensor], stack: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", list(ADAPTERS))
 @pytest.mark.parametrize("features", [8, 9, 10, 11, 25])
 def test_adapters(name: str, features: int) -> None:
-    """Catches a wrong stride, padding, order within a stack or activation, and a wrong count of tokens."""
+    """Catches a wrong stride, padding, order within a stack or activation, a wrong count of tokens, and mixed clips."""
     arch = ADAPTERS[name]
     config = encoder_config(EncoderArchitecture(8, AUDIO, 1, 1, 4, 8), ParallelConfig(), torch.float64, LayerConfig())
     torch.manual_seed(0)
     adapter = build_adapter(arch, (AUDIO, OUT), config, torch.device("cpu"))
-    x = torch.randn(2, features, AUDIO, dtype=torch.float64)
+    clips = [torch.randn(count, AUDIO, dtype=torch.float64) for count in (features, 12)]
+    counts = [len(clip) for clip in clips]
     with torch.no_grad():
-        given = adapter(x)
-        wanted = torch.stack([by_hand(arch, dict(adapter.named_parameters()), clip) for clip in x])
+        given = adapter(torch.cat(clips), counts, [arch.num_tokens(count) for count in counts])
+        wanted = torch.cat([by_hand(arch, dict(adapter.named_parameters()), clip) for clip in clips])
     torch.testing.assert_close(given, wanted, rtol=0, atol=1e-12)
-    assert given.shape == (2, arch.num_tokens(features), OUT)
+    assert given.shape == (sum(arch.num_tokens(count) for count in counts), OUT)

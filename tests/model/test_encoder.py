@@ -1,4 +1,7 @@
-"""The audio encoder under sequence parallelism in windows that the ranks do not divide; test_lalm has the others."""
+"""The audio encoder under sequence parallelism in numbers of positions that the ranks do not divide.
+
+test_lalm and test_families compare it with transformers'.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,17 @@ from megatron_cord.parallel.layout import ParallelConfig, initialize
 from tests.gloo import run_ranks
 from tests.model.test_architecture import ENCODER
 
-POSITIONS, FRAMES = 23, (46, 31, 3)
+WINDOW = 23  # positions
+#: Architecture, the clips' frames, and how many positions they are, worked out by hand.
 CASES = {
-    "masked": replace(ENCODER, max_positions=POSITIONS),
-    "encodes padding": replace(ENCODER, max_positions=POSITIONS, pooling=1, encodes_padding=True),
-    "tail": replace(ENCODER, max_positions=POSITIONS, tail_frames=2),
-    "divides": replace(ENCODER, max_positions=24),
+    "short clips": (replace(ENCODER, max_positions=WINDOW), (46, 31, 3), 23 + 16 + 2),
+    "encodes padding": (
+        replace(ENCODER, max_positions=WINDOW, pooling=1, encodes_padding=True),
+        (46, 31, 3),
+        3 * WINDOW,
+    ),
+    "tail": (replace(ENCODER, max_positions=WINDOW, tail_frames=2), (44, 31, 3), 23 + 17 + 3),
+    "divides": (replace(ENCODER, max_positions=WINDOW), (46, 29, 3), 23 + 15 + 2),
 }
 
 
@@ -34,7 +42,7 @@ def differences(_rank: int) -> dict[str, tuple[float, float, list[tuple[int, ...
         for each case the largest difference of features and of gradients, and the shapes of its layers' inputs.
     """
     found = {}
-    for name, arch in CASES.items():
+    for name, (arch, frames, _) in CASES.items():
         results = []
         seen: list[tuple[int, ...]] = []
         for sequence_parallel in (False, True):
@@ -53,9 +61,9 @@ def differences(_rank: int) -> dict[str, tuple[float, float, list[tuple[int, ...
             )
             generator = torch.Generator().manual_seed(1)
             clips = torch.randn(
-                len(FRAMES), arch.num_mels, arch.window_frames, generator=generator, dtype=torch.float64
+                len(frames), arch.num_mels, arch.window_frames, generator=generator, dtype=torch.float64
             )
-            features = encoder(clips, torch.tensor(FRAMES))
+            features = encoder(clips, frames)
             weights = torch.randn(features.shape, generator=generator, dtype=torch.float64)
             (features * weights).sum().backward()
             results.append((features.detach(), _gradients(encoder)))
@@ -82,12 +90,12 @@ def _gradients(encoder: AudioEncoder) -> dict[str, Tensor]:
 
 @pytest.mark.filterwarnings("ignore:::megatron")
 def test_sequence_parallelism_changes_nothing() -> None:
-    """Catches positions that are lost or attended to where ranks do not divide the window, and unsplit layers.
+    """Catches positions that are lost, computed in vain or attended to where ranks do not divide them.
 
-    It also catches a gradient that is counted twice or for a slice only.
+    It also catches unsplit layers, and a gradient that is counted twice or for a slice only.
     """
     for outcome in run_ranks(differences, 2):
         for name, (features, gradients, seen) in outcome.items():
             assert features < 1e-12 and gradients < 1e-11, (name, features, gradients)
-            positions = CASES[name].max_positions
-            assert [shape[0] for shape in seen] == [positions, (positions + 1) // 2]
+            positions = CASES[name][2]
+            assert [shape[:2] for shape in seen] == [(positions, 1), ((positions + 1) // 2, 1)]

@@ -231,7 +231,7 @@ def test_bytes_of_activations(layout: Layout, checkpoint: Path, settings: tuple[
     model = LALM(arch, layout, torch.float32, config.model.layer_config)
     for name in config.model.freeze:
         getattr(model, name).requires_grad_(False)
-    frames = torch.full((4,), 48)
+    frames = (48,) * 4
     tokens = torch.full((4, work.student_tokens), 8)
     tokens[:, : int(arch.num_audio_tokens(48))] = arch.audio_token_id  # type: ignore[assignment]
     assert arch.encoder is not None
@@ -255,7 +255,7 @@ def test_bytes_of_activations(layout: Layout, checkpoint: Path, settings: tuple[
         if SELECTIVE in settings:
             language -= language_layer_width(arch, 1, selective=True)
             audio -= encoder_layer_width(arch.encoder, 1, selective=True)
-        planned -= 4 * 4 * (work.student_tokens * language + arch.encoder.max_positions * audio)
+        planned -= 4 * 4 * (work.student_tokens * language + work.clip_positions * audio)
     assert hidden.requires_grad and planned == pytest.approx(measured, rel=0.2)
 
 
@@ -334,7 +334,7 @@ def test_examples_have_the_layout_that_is_chosen(name: str) -> None:
     assert fitting(config, published(name), GPUS["h100"], 4, 4) == []
     slower = replace(config, parallel=replace(config.parallel, tp=4), model=replace(config.model, recompute=()))
     sent = [
-        traffic(each, published(name), make_work(each, published(name), 8), 0)
+        traffic(each, published(name), make_work(each, published(name), 4), 0)
         for each in (config, replace(config, parallel=replace(config.parallel, tp=4)))
     ]
     assert sent[0].tp + sent[0].dp < 0.6 * (sent[1].tp + sent[1].dp)

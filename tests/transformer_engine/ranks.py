@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_cord.config.loading import load_config
 from megatron_cord.convert import export_tensors, import_tensors
 from megatron_cord.model import transformer
+from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.fusions import Fusions
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.fused_adam import FusedAdam
@@ -37,7 +38,7 @@ from megatron_cord.verify import layout as verify_layout
 from megatron_cord.verify.layout import VerifyLayoutConfig
 from megatron_cord.verify.layout_reference import make_checkpoint, make_sequences
 from tests.model.ranks import make_batches
-from tests.model.test_architecture import ARCHITECTURE
+from tests.model.test_architecture import ARCHITECTURE, ENCODER
 
 SMALL = ["sizes.layers=2", "sizes.encoder_layers=1"]
 PACKED, SP = "train.packing=packed", "parallel.sequence_parallel=true"
@@ -68,18 +69,7 @@ def layout(_rank: int, overrides: Sequence[str], kind: str = "transformer_engine
 
 def names(_rank: int) -> dict[str, Any]:
     """Compare both kinds of layers under the same published tensors: names, outputs, keys of checkpoints, fusions."""
-    here = initialize(ParallelConfig(), seed=0)
-    models = {}
-    for kind in ("torch", "transformer_engine"):
-        with layers_of(kind):
-            models[kind] = LALM(ARCHITECTURE, here, torch.float32)
-    plain, fused = models.values()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in plain.parameters():
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    tensors = {name: tensor.clone() for name, tensor in export_tensors(plain)}
-    import_tensors(plain, tensors.items())  # zeros where a family has nothing
-    import_tensors(fused, tensors.items())
+    plain, fused, tensors = _both_kinds(ARCHITECTURE)
     exported = dict(export_tensors(fused))
     batch = make_batches()[1].input
     return {
@@ -87,10 +77,45 @@ def names(_rank: int) -> dict[str, Any]:
         "same tensors": exported.keys() == tensors.keys()
         and all(torch.equal(exported[name], tensors[name]) for name in tensors),
         "difference": float((fused(batch) - plain(batch)).abs().max()),
-        "keys": [_keys(model) for model in models.values()],
+        "keys": [_keys(model) for model in (plain, fused)],
         "kinds": sorted({type(module).__mro__[1].__module__ for module in fused.modules()}),
         "config": {name: getattr(fused.config, name) for name in ("apply_rope_fusion", "bias_activation_fusion")},
     }
+
+
+def clips(_rank: int) -> float:
+    """Return the largest difference between both kinds of layers in clips' features and their frames' gradients.
+
+    Frames that end a clip attend and are not attended to, so there are more queries than keys.
+    """
+    encoder = replace(ENCODER, tail_frames=2)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(3, encoder.num_mels, encoder.window_frames, generator=generator)
+    results = []
+    for model in _both_kinds(replace(ARCHITECTURE, encoder=encoder))[:2]:
+        features = noise.clone().requires_grad_()
+        encoded = model.encode_audio(features, (44, 31, 9))
+        torch.autograd.backward(encoded.square().sum())
+        results.append((encoded.detach(), torch.as_tensor(features.grad)))
+    assert all(tensor.count_nonzero() for tensor in results[0])
+    return max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
+
+
+def _both_kinds(arch: Architecture) -> tuple[LALM, LALM, dict[str, Tensor]]:
+    """Return the model with Megatron's layers and with transformer-engine's, and the random tensors that both have."""
+    here = initialize(ParallelConfig(), seed=0)
+    models = []
+    for kind in ("torch", "transformer_engine"):
+        with layers_of(kind):
+            models.append(LALM(arch, here, torch.float32))
+    plain, fused = models
+    generator = torch.Generator().manual_seed(0)
+    for parameter in plain.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    tensors = {name: tensor.clone() for name, tensor in export_tensors(plain)}
+    import_tensors(plain, tensors.items())  # zeros where a family has nothing
+    import_tensors(fused, tensors.items())
+    return plain, fused, tensors
 
 
 def _keys(model: LALM) -> set[str]:
@@ -223,6 +248,7 @@ MORE_LAYOUTS: dict[str, list[str]] = {
 }
 CASES: dict[str, Callable[[int], Any]] = {
     "names": names,
+    "clips": clips,
     "accumulation": accumulation,
     "adam": adam,
     "torch layers, fused": partial(layout, overrides=[PACKED], kind="torch"),

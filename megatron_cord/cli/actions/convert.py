@@ -282,7 +282,7 @@ def _model_input(prompt: Prompt, layout: Layout) -> ModelInput:
     return ModelInput(
         token_ids=torch.tensor([prompt.token_ids], device=layout.device),
         features=torch.stack([clip.features for clip in prompt.clips]).to(layout.device) if prompt.clips else None,
-        num_frames=torch.tensor([clip.num_frames for clip in prompt.clips]) if prompt.clips else None,
+        num_frames=tuple(clip.num_frames for clip in prompt.clips) if prompt.clips else None,
         sample_ids=(prompt.sample_id,),
     )
 

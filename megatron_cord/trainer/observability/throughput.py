@@ -28,6 +28,7 @@ class StepWork:
         teacher_tokens: the same of the scored sequences, as the teacher takes them.
         response_tokens: of the sequences.
         clips: of audio.
+        clip_frames: log-mel frames of the clips, without padding.
     """
 
     generated_tokens: int
@@ -37,6 +38,7 @@ class StepWork:
     teacher_tokens: int
     response_tokens: int
     clips: int
+    clip_frames: int
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout], sequences: Sequence[TrainingSequence]) -> StepWork:
@@ -49,6 +51,7 @@ class StepWork:
             teacher_tokens=sum(s.teacher_tokens for s in sequences),
             response_tokens=sum(len(s.rollout.token_ids) for s in sequences),
             clips=sum(len(s.student.clips) for s in sequences),
+            clip_frames=sum(clip.num_frames for s in sequences for clip in s.student.clips),
         )
 
 

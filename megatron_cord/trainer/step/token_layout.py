@@ -89,7 +89,7 @@ def _model_input(
 ) -> ModelInput:
     clips = [clip for prompt in prompts for clip in prompt.clips]
     features = to_device(torch.stack([clip.features for clip in clips]), device) if clips else None
-    frames = torch.tensor([clip.num_frames for clip in clips]) if clips else None
+    frames = tuple(clip.num_frames for clip in clips) if clips else None
     names = tuple(p.sample_id for p in prompts)
     return ModelInput(to_device(token_ids, device), features, frames, names, cu_seqlens, host_token_ids=token_ids)
 

@@ -64,7 +64,7 @@ def prompts(builder: PromptBuilder, *, hears: bool) -> list[Prompt]:
 def megatron_logits(model: LALM, prompt: Prompt, response: tuple[int, ...]) -> Tensor:
     """[response, V] of one sequence."""
     features = torch.stack([clip.features for clip in prompt.clips]) if prompt.clips else None
-    frames = torch.tensor([clip.num_frames for clip in prompt.clips]) if prompt.clips else None
+    frames = tuple(clip.num_frames for clip in prompt.clips) if prompt.clips else None
     hidden = model(ModelInput(torch.tensor([prompt.token_ids + response]), features, frames, (prompt.sample_id,)))
     logits = (hidden @ model.output_weight.t())[:, 0, : model.arch.language.vocab_size]
     own: Tensor = logits[len(prompt.token_ids) - 1 : -1]

@@ -14,7 +14,14 @@ from megatron_cord.trainer.step.batches import TrainingSequence
 from tests.gloo import run_ranks
 
 OWN = StepWork(
-    generated_tokens=100, sequences=4, scored=3, student_tokens=200, teacher_tokens=90, response_tokens=80, clips=4
+    generated_tokens=100,
+    sequences=4,
+    scored=3,
+    student_tokens=200,
+    teacher_tokens=90,
+    response_tokens=80,
+    clips=4,
+    clip_frames=4000,
 )
 
 
@@ -68,5 +75,12 @@ def test_the_work_of_sequences() -> None:
     scored = ScoredRollout(rollout, "distill")
     sequences = [TrainingSequence(student, teacher, scored, 0), TrainingSequence(student, None, scored, 1)]
     assert StepWork.of([rollout] * 5, sequences) == StepWork(
-        generated_tokens=15, sequences=2, scored=1, student_tokens=26, teacher_tokens=7, response_tokens=6, clips=0
+        generated_tokens=15,
+        sequences=2,
+        scored=1,
+        student_tokens=26,
+        teacher_tokens=7,
+        response_tokens=6,
+        clips=0,
+        clip_frames=0,
     )
