@@ -214,7 +214,7 @@ def test_slips_are_one_line(sources: tuple[Path, Path], grafted: Path, tmp_path:
     elif case == "shape":
         tensors["model.norm.weight"] = torch.ones(5, dtype=torch.bfloat16)
         save_file(tensors, weights)
-        message = "model.norm.weight is [5], config.json says [24]"
+        message = "model.norm.weight is [5], wanted is [24]"
     elif case == "odd":
         options = ["--hidden-size", "13"]
         message = "--hidden-size 13 is odd"

@@ -1,4 +1,4 @@
-"""What a graft takes: a text model and a Whisper in Hugging Face directories, read as far as their headers."""
+"""What a graft takes, read as far as the headers: a text model in a Hugging Face directory, and a Whisper."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
+from megatron_cord.convert.graft import ctranslate2
 from megatron_cord.convert.hf_reader import StoredTensor, stored_tensors
 from megatron_cord.convert.spelling import published_tensors
 from megatron_cord.errors import CordError
@@ -77,12 +78,23 @@ def read_text_model(given: Path) -> TextModel:
 
 
 def read_whisper(given: Path) -> Whisper:
-    """Read a Whisper's configuration, the headers of its weights and what it says of its features.
+    """Read a Whisper's sizes, the headers of its weights and what it says of its features.
+
+    Args:
+        given: a directory of Hugging Face's files, or of CTranslate2's.
 
     Raises:
         CordError: it is no Whisper, its files are damaged, or its features are not those that its encoder takes.
     """
     directory = checkpoint_directory(given)
+    converted = directory / ctranslate2.FILE_NAME
+    config, tensors = ctranslate2.read_encoder(converted) if converted.is_file() else _read_published(directory)
+    _check_features(directory / "preprocessor_config.json", config)
+    return Whisper(directory, config, tensors)
+
+
+def _read_published(directory: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """Return the encoder's sizes and its tensors from Hugging Face's files."""
     path = directory / "config.json"
     model_type = _json(path).get("model_type")
     if model_type != "whisper":
@@ -97,13 +109,12 @@ def read_whisper(given: Path) -> Whisper:
     except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())
         raise CordError(f"{path} is damaged ({type(error).__name__}: {why}); download the checkpoint again") from None
-    _check_features(directory / "preprocessor_config.json", config)
     tensors = {}
     for tensor in stored_tensors(directory):
         before, found, name = tensor.name.partition("encoder.")
         if found and before in ("", "model."):
             tensors[name] = tensor
-    return Whisper(directory, config, tensors)
+    return config, tensors
 
 
 def _check_features(path: Path, config: dict[str, Any]) -> None:
@@ -121,9 +132,9 @@ def _check_features(path: Path, config: dict[str, Any]) -> None:
     for name, wanted in expected.items():
         if (found := content.get(name, wanted)) != wanted:
             raise CordError(
-                f"{path}: {name} is {found!r}, but the encoder takes {wanted} (config.json: num_mel_bins "
-                f"{config['num_mel_bins']}, max_source_positions {config['max_source_positions']}); copy both files "
-                "from the same Whisper"
+                f"{path}: {name} is {found!r}, but the encoder takes {wanted} (num_mel_bins "
+                f"{config['num_mel_bins']}, max_source_positions {config['max_source_positions']}); take all "
+                "files from the same Whisper"
             )
 
 

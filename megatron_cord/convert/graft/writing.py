@@ -82,7 +82,7 @@ def graft(llm: Path, whisper: Path, target: Path, projector: Projector, dtype: t
 
     Args:
         llm: Hugging Face directory of a text model.
-        whisper: Hugging Face directory of a Whisper.
+        whisper: Hugging Face or CTranslate2 directory of a Whisper.
         target: the new directory.
         projector: its sizes.
         dtype: of the weights; the text model's if None.
@@ -166,7 +166,7 @@ def _check_tensors(shapes: dict[str, tuple[int, ...]], text: TextModel, ears: Wh
             if own not in tensors:
                 problems.append(f"{own} is missing")
             elif tensors[own].shape != wanted:
-                problems.append(f"{own} is {list(tensors[own].shape)}, config.json says {list(wanted)}")
+                problems.append(f"{own} is {list(tensors[own].shape)}, wanted is {list(wanted)}")
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise CordError(f"{directory}: {'; '.join(problems[:3])}{more}; download the checkpoint again")
