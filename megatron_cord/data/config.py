@@ -28,6 +28,8 @@ class TrainingSetConfig:
     stream: bool | None = None  #: as data.stream; null takes that
     system: str | None = None  #: as data.system; null takes that
     instruction: str | None = None  #: as data.instruction; null takes that
+    #: which views stand for others in this set, {NAME: OTHER}: where the objective names NAME, its samples take OTHER
+    views: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.path:

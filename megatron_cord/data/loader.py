@@ -78,7 +78,7 @@ class SampleLoader:
         first_step: the first step that will be asked for.
         first_sample: how many samples were taken before it, with whatever batch size.
         change: what becomes of a sample at a step, such as its augmentation.
-        prepare: makes prompts and features of samples, in the thread that reads them; None makes no prompts.
+        prepare: makes prompts and features of samples at a step, in the thread that reads them; None makes no prompts.
         agree: makes what a rank has found known to all ranks, collectively; by default this process is alone.
     """
 
@@ -93,7 +93,7 @@ class SampleLoader:
         first_step: int = 0,
         first_sample: int = 0,
         change: Callable[[Sample, int], Sample] | None = None,
-        prepare: Callable[[Sequence[Sample]], list[PreparedSample]] | None = None,
+        prepare: Callable[[Sequence[Sample], int], list[PreparedSample]] | None = None,
         agree: Agree = lambda value: [value],
     ) -> None:
         if batch_size < 1:
@@ -210,7 +210,7 @@ class SampleLoader:
         samples = [sample for sample in read if isinstance(sample, Sample)]
         if self._change is not None:
             samples = [self._change(sample, step) for sample in samples]
-        prepared = iter(self._prepare(samples) if samples else ())
+        prepared = iter(self._prepare(samples, step) if samples else ())
         return [item if isinstance(item, Damage) else next(prepared) for item in read]
 
 
@@ -223,5 +223,5 @@ def _attempt(read: Callable[[Address], Sample], address: Address) -> Sample | Da
         return Damage(address.set, address.number, address.number + 1, str(error))
 
 
-def _without_prompts(samples: Sequence[Sample]) -> list[PreparedSample]:
+def _without_prompts(samples: Sequence[Sample], step: int) -> list[PreparedSample]:
     return [PreparedSample(sample, {}) for sample in samples]

@@ -1,8 +1,8 @@
 """Data as it travels between rooms: a sample, and the prompts made of it, one for each view.
 
 A view is how a model meets a sample: `HEAR` gives it the recordings, `READ` their transcripts; the rest of the
-conversation is the same. A `PreparedSample` is made once,
-by the loader, on the ranks that generate from it and train on it; its features go with it to the microbatch.
+conversation is the same. Further views are configured (`data.views`). A `PreparedSample` is made once, by the loader,
+on the ranks that generate from it and train on it; its features go with it to the microbatch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,9 +20,9 @@ from megatron_cord.errors import CordError
 if TYPE_CHECKING:
     from torch import Tensor
 
-View = Literal["hear", "read"]
-HEAR: View = "hear"  #: recordings as they are
-READ: View = "read"  #: transcripts in the place of recordings
+ViewName = str
+HEAR: ViewName = "hear"  #: recordings as they are
+READ: ViewName = "read"  #: transcripts in the place of recordings
 
 
 def _no_audio() -> np.ndarray:
@@ -47,6 +47,8 @@ class Sample:
         system: the system prompt; None without one.
         turns: a conversation that ends with the user's turn; empty for one user's turn of one recording.
         others: recordings 1, 2, … of a sample with turns, each as ``waveform``, which is recording 0.
+        metadata: notes of the shard, from which configured views may take texts; nothing else uses them.
+        view_names: which configured view stands for the one that is named, where the sample's set chooses others.
     """
 
     id: str
@@ -61,6 +63,8 @@ class Sample:
     system: str | None = None
     turns: tuple[Turn, ...] = ()
     others: tuple[np.ndarray, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    view_names: Mapping[ViewName, ViewName] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.turns:
@@ -94,17 +98,22 @@ class Sample:
         parts = [part for recording in self.recordings for part in (pause, recording)]
         return np.concatenate(parts[1:]) if self.others else self.waveform
 
-    def chat(self, view: View) -> tuple[Turn, ...]:
-        """Return the conversation as a view has it, the system prompt included: what prompts are made of.
+    @property
+    def spoken(self) -> tuple[Turn, ...]:
+        """The turns with their recordings, without the system prompt and the instruction beside a recording."""
+        return self.turns or (Turn("user", (AudioPart(0, self.question),)),)
+
+    def chat(self, view: ViewName) -> tuple[Turn, ...]:
+        """Return the conversation as `HEAR` or `READ` has it, the system prompt included: what prompts are made of.
 
         Views differ in the parts that they make of a recording; everything else is the same in all of them.
         """
         beside = () if self.instruction is None else (TextPart(self.instruction),)
-        turns = self.turns or (Turn("user", (AudioPart(0, self.question), *beside)),)
+        turns = self.turns or (Turn("user", (*self.spoken[0].parts, *beside)),)
         system = () if self.system is None else (Turn("system", (TextPart(self.system),)),)
         return (*system, *(Turn(turn.role, _FILTERS[view](turn.parts)) for turn in turns))
 
-    def texts(self, view: View) -> list[tuple[str, str]]:
+    def texts(self, view: ViewName) -> list[tuple[str, str]]:
         """Return all texts that a view's prompt has, with the names of the parts they are in.
 
         Texts that touch each other come joined, too: together they may be what neither is.
@@ -124,7 +133,7 @@ def _as_text(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 
 #: What each view makes of a turn's parts.
-_FILTERS: Mapping[View, Callable[[Sequence[Part]], tuple[Part, ...]]] = {HEAR: tuple, READ: _as_text}
+_FILTERS: Mapping[ViewName, Callable[[Sequence[Part]], tuple[Part, ...]]] = {HEAR: tuple, READ: _as_text}
 
 
 @dataclass(frozen=True)
@@ -134,10 +143,12 @@ class PromptDefaults:
     Attributes:
         system: the system prompt.
         instruction: text behind the recording; not for samples with turns, whose texts are all in these.
+        view_names: as a sample's. Not in its ``repr``, which stands for the data's texts in fingerprints.
     """
 
     system: str | None = None
     instruction: str | None = None
+    view_names: Mapping[ViewName, ViewName] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for name, text in (("system", self.system), ("instruction", self.instruction)):
@@ -148,9 +159,9 @@ class PromptDefaults:
         """Return the sample with what it lacks; the very same one if it lacks nothing."""
         system = self.system if sample.system is None else sample.system
         instruction = self.instruction if sample.instruction is None and not sample.turns else sample.instruction
-        if system is sample.system and instruction is sample.instruction:
+        if system is sample.system and instruction is sample.instruction and self.view_names == sample.view_names:
             return sample
-        return replace(sample, system=system, instruction=instruction)
+        return replace(sample, system=system, instruction=instruction, view_names=self.view_names)
 
 
 def _no_token(text: str) -> str | None:
@@ -248,4 +259,4 @@ class PreparedSample:
     """
 
     sample: Sample
-    prompts: Mapping[View, Prompt]
+    prompts: Mapping[ViewName, Prompt]

@@ -95,7 +95,9 @@ def _defaults(config: DataConfig, each: TrainingSetConfig | None = None) -> Prom
     """Return what a set gives its prompts: its own, else what all sets give theirs."""
     system, instruction = (each.system, each.instruction) if each is not None else (None, None)
     return PromptDefaults(
-        config.system if system is None else system, config.instruction if instruction is None else instruction
+        config.system if system is None else system,
+        config.instruction if instruction is None else instruction,
+        {} if each is None else each.views,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cord.data.prompts import PromptBuilder
-from megatron_cord.data.samples import HEAR, READ, Prompt, View
+from megatron_cord.data.samples import HEAR, READ, Prompt, ViewName
 from megatron_cord.data.turns import turns_json
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.questions import Question
@@ -51,7 +51,7 @@ class PreparedQuestion:
     """A question with the prompts of the views that it has; `reject`: why there are none."""
 
     question: Question
-    prompts: Mapping[View, Prompt]
+    prompts: Mapping[ViewName, Prompt]
     reject: str | None = None
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_cord.data.audio.wav import SAMPLING_RATE
 from megatron_cord.data.question_files import Reject
-from megatron_cord.data.samples import HEAR, READ, Sample, View
+from megatron_cord.data.samples import HEAR, READ, Sample, ViewName
 from megatron_cord.data.turns import Turn
 from megatron_cord.evaluation.rules.rule import Rule
 
@@ -45,7 +45,7 @@ class Question:
     groups: tuple[str, ...] = ()
 
     @property
-    def views(self) -> tuple[View, ...]:
+    def views(self) -> tuple[ViewName, ...]:
         """The views that there are prompts of."""
         return (READ,) * (self.text is not None) + (HEAR,) * (self.audio is not None)
 

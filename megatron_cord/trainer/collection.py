@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_cord.data.loader import Batch
-from megatron_cord.data.samples import HEAR, READ, PreparedSample, View
+from megatron_cord.data.samples import READ, PreparedSample, ViewName
 from megatron_cord.losses import group_advantages, has_reward_variance
 from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.reward import Answered
@@ -56,12 +56,12 @@ class Collector:
         self.answers, self.rewards, self.seed = answers, rewards, seed
 
     @property
-    def views(self) -> tuple[View, ...]:
-        """The views that samples are prepared for: the student's, and the teacher's where a step needs it."""
+    def views(self) -> tuple[ViewName, ...]:
+        """The views that samples are prepared for: the student's, and those of the teacher that a step needs."""
         answers_now = self.answers.mode == "live" and (
             self.objective.policy_gradient.enabled or self.objective.responses == "teacher"
         )
-        return (HEAR, READ) if self.objective.distils or answers_now else (HEAR,)
+        return tuple(dict.fromkeys((*self.objective.views, *((READ,) if answers_now else ()))))
 
     @property
     def answered_per_step(self) -> int:
@@ -124,8 +124,9 @@ class Collector:
             rollout = replace(given, advantage=0.0) if filtered else given
             if rollout.trained and rollout.position in own and (rollout.distilled or not filtered):
                 prompts = batch.at(rollout.position).prompts
-                teacher = prompts[READ] if rollout.distilled and self.objective.distils else None
-                sequences.append(TrainingSequence(prompts[HEAR], teacher, rollout, index))
+                compared = rollout.distilled and self.objective.distils
+                teacher = prompts[self.objective.teacher_view] if compared else None
+                sequences.append(TrainingSequence(prompts[self.objective.student_view], teacher, rollout, index))
         return sequences
 
     @property
@@ -153,9 +154,8 @@ class Collector:
         sample = batch.at(position)
         seed = self._seed(batch.step, sample, draw)
         config = self.config
-        return GenerationRequest(
-            sample.prompts[HEAR], temperature, config.max_new_tokens, seed, config.top_p, config.top_k
-        )
+        prompt = sample.prompts[self.objective.student_view]
+        return GenerationRequest(prompt, temperature, config.max_new_tokens, seed, config.top_p, config.top_k)
 
     def _group_requests(self, batch: Batch, positions: Sequence[int]) -> list[GenerationRequest]:
         temperature = self.config.policy_temperature

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from megatron_cord.config.loading import load_config
 from megatron_cord.data.config import DataConfig
 from megatron_cord.data.shards.manifest import is_remote
+from megatron_cord.data.views import ViewConfig, Views, check_student
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import EvaluationConfig
 from megatron_cord.model.config import ModelConfig
@@ -74,6 +75,8 @@ class RunConfig:
     output_dir: str  #: metrics, rollout dump, checkpoints and evaluations go there
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
+    #: ways in which a model meets a sample, by name, beside the built-in hear and read (docs/data.md)
+    views: dict[str, ViewConfig] = field(default_factory=dict)
     seed: int = 0  #: of data order, sampling and everything else that is drawn
     #: Where output_dir holds a checkpoint, the run goes on with its newest; resume and init_from say what happens where
     #: it holds none. auto: the run begins; never: the same, and a checkpoint in output_dir is an error; or a directory,
@@ -116,6 +119,7 @@ class RunConfig:
                 f"data.fetch_seconds={self.data.fetch_seconds:g} must be shorter than train.watchdog_seconds="
                 f"{self.train.watchdog_seconds:g}: else ranks that wait for a shard are taken for stuck"
             )
+        self._check_views()
         if self.init_from is not None and self.resume not in ("auto", "never"):
             raise CordError(
                 f"init_from={self.init_from} begins a run and resume={self.resume} continues one; give one of them"
@@ -155,6 +159,27 @@ class RunConfig:
             raise CordError(
                 "objective.responses=teacher needs answers that teacher.mode=ema cannot generate; use frozen or live"
             )
+
+    def _check_views(self) -> None:
+        views, objective = Views(self.views), self.objective
+        check_student(views.named(objective.student_view, "objective.student_view"), "objective.student_view")
+        views.named(objective.teacher_view, "objective.teacher_view")
+        sets = self.data.train if isinstance(self.data.train, dict) else {}
+        for name, given in ((name, each.views) for name, each in sets.items()):
+            for stands, other in given.items():
+                key = f"data.train.{name}.views.{stands}"
+                if stands not in objective.views:
+                    raise CordError(f"{key}: the objective has the views {', '.join(objective.views)}")
+                view = views.named(other, key)
+                if stands == objective.student_view:
+                    check_student(view, key)
+
+    @property
+    def has_equal_views(self) -> bool:
+        """Whether student and teacher are compared on the same view."""
+        teacher, student = self.objective.teacher_view, self.objective.student_view
+        same = teacher == student or (teacher in self.views and self.views.get(student) == self.views[teacher])
+        return self.objective.distils and same
 
 
 def load_run_config(path: Path, overrides: Sequence[str]) -> RunConfig:

@@ -210,7 +210,7 @@ def test_workers_read_ahead_and_each_sample_once() -> None:
     source = _Slow()
     prepared: list[str] = []
 
-    def prepare(samples: Sequence[Sample]) -> list[PreparedSample]:
+    def prepare(samples: Sequence[Sample], step: int) -> list[PreparedSample]:
         prepared.extend(s.id for s in samples)
         return [PreparedSample(s, {}) for s in samples]
 
@@ -227,7 +227,7 @@ def test_workers_read_ahead_and_each_sample_once() -> None:
 def test_a_sample_that_cannot_be_read_is_named_where_it_is_asked_for() -> None:
     """Would catch a worker that dies in silence, and a run that waits for it."""
 
-    def fail(samples: Sequence[Sample]) -> list[PreparedSample]:
+    def fail(samples: Sequence[Sample], step: int) -> list[PreparedSample]:
         raise CordError(f"sample {samples[0].id} is broken")
 
     broken = SampleLoader(row_of(SAMPLES), batch_size=4, workers=2, prepare=fail)

@@ -84,12 +84,27 @@ def augment(
     return sample if same else sample.with_recordings(changed)
 
 
+def add_noise(waveform: np.ndarray, snr: float, draw: str) -> np.ndarray:
+    """Return a recording, float32 [samples] in [-1, 1], with white or pink noise.
+
+    Args:
+        waveform: not changed in place.
+        snr: power of the speech over that of the noise, dB.
+        draw: stands for the noise: equal draws make equal noise.
+    """
+    return _within_one(_noisy(waveform, snr, _draws(draw)))
+
+
+def limit_band(waveform: np.ndarray, highest: float, rate: int) -> np.ndarray:
+    """Return a recording, float32 [samples] in [-1, 1], without what lies above a frequency, Hz."""
+    return _within_one(_band_limited(waveform, highest, rate))
+
+
 def _augment(
     waveform: np.ndarray, rate: int, config: AugmentationConfig, draw: str, limits: PromptLimits
 ) -> np.ndarray:
     """Return one recording as it sounds; the very same array if nothing happens to it."""
-    digest = hashlib.sha256(draw.encode()).digest()
-    draws = np.random.PCG64(np.random.SeedSequence(list(digest)))  # its raw stream never changes with numpy's version
+    draws = _draws(draw)
     happens, strength = draws.random_raw(6).reshape(2, 3) / 2.0**64
     audio = waveform
     if happens[0] < config.speed:
@@ -98,8 +113,15 @@ def _augment(
         audio = _band_limited(audio, _between(config.band_range, strength[1]), rate)
     if happens[2] < config.noise:
         audio = _noisy(audio, _between(config.noise_snr, strength[2]), draws)
-    if audio is waveform:
-        return waveform
+    return waveform if audio is waveform else _within_one(audio)
+
+
+def _draws(draw: str) -> np.random.PCG64:
+    digest = hashlib.sha256(draw.encode()).digest()
+    return np.random.PCG64(np.random.SeedSequence(list(digest)))  # its raw stream never changes with numpy's version
+
+
+def _within_one(audio: np.ndarray) -> np.ndarray:
     peak = float(np.abs(audio).max(initial=0.0))
     scaled: np.ndarray = (audio if peak <= 1.0 else audio / peak).astype(np.float32)
     return scaled

@@ -6,7 +6,8 @@ it builds travels with them (`data.samples.PreparedSample`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -23,11 +24,12 @@ from megatron_cord.data.samples import (
     Prompt,
     PromptLimits,
     Sample,
-    View,
+    ViewName,
     control_token_fault,
 )
 from megatron_cord.data.tokenizers import load_tokenizer
 from megatron_cord.data.turns import AudioPart, Part, Turn
+from megatron_cord.data.views import Filter, PlainView, View, ViewConfig, Views, filtered
 from megatron_cord.errors import CordError
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import family_of, load_architecture
@@ -41,8 +43,10 @@ class PromptBuilder:
         long_audio: what to do with audio longer than the encoder's window: refuse it, or cut it into clips, each with
             its own placeholders. "skip" refuses it too: the data set leaves such samples out.
         features: what computes them: torch, or NVIDIA DALI (extra dali) on the CPU or on this process's GPU.
+        views: those beside `HEAR` and `READ`.
 
     Attributes:
+        views: all of them.
         eos_ids: tokens that end a response.
         pad_id: fills batches.
         audio_token_id: the placeholder, one for each audio feature; None for a model without an audio encoder.
@@ -54,8 +58,14 @@ class PromptBuilder:
     """
 
     def __init__(
-        self, checkpoint_dir: str | Path, *, long_audio: LongAudio = "error", features: FeatureBackend = "torch"
+        self,
+        checkpoint_dir: str | Path,
+        *,
+        long_audio: LongAudio = "error",
+        features: FeatureBackend = "torch",
+        views: Mapping[ViewName, ViewConfig] | None = None,
     ) -> None:
+        self.views = Views(views or {})
         directory = checkpoint_directory(checkpoint_dir)
         self._directory = directory
         self._arch = load_architecture(directory)  # first: an unsupported model may have a tokenizer of any kind
@@ -82,16 +92,26 @@ class PromptBuilder:
 
     @property
     def limits(self) -> PromptLimits:
-        """What prompts can be made of, for a data set to be opened with."""
+        """What the prompts of `HEAR` and `READ` can be made of, for a data set to be opened with."""
         shortest = 1 if self._clips is None else self._clips.shortest
         return PromptLimits(shortest, self.longest_clip, self.control_token, self.chat_fault)
 
-    def chat_fault(self, sample: Sample, views: Collection[View] = (HEAR, READ)) -> str | None:
-        """Return what of a sample's conversation the model or its chat template does not take; None if all."""
-        if self._clips is None and HEAR in views:
+    def limits_for(self, views: Collection[ViewName]) -> PromptLimits:
+        """Return what the prompts of `HEAR`, `READ` and these views can be made of."""
+        together = tuple(dict.fromkeys((HEAR, READ, *views)))
+        return replace(self.limits, chat_fault=lambda sample: self.chat_fault(sample, together))
+
+    def chat_fault(self, sample: Sample, views: Collection[ViewName] = (HEAR, READ)) -> str | None:
+        """Return what of a sample's conversation the views, the model or its chat template do not take; None if all."""
+        chosen = [self.views.of(sample, name) for name in views]
+        if self._clips is None and any(view.filters is not None for view in chosen):
             return f"has a recording, but {self._takes_no_audio}"
-        faults = (self._template.fault(sample.chat(view)) for view in views)
-        return next((fault for fault in faults if fault is not None), None)
+        for view in chosen:
+            # Texts of the plain views are looked at beside this (`PromptLimits.fault`).
+            fault = view.fault(sample) or (None if isinstance(view, PlainView) else self._control_fault(sample, view))
+            if fault is not None or (fault := self._template.fault(view.chat(sample))) is not None:
+                return fault
+        return None
 
     def control_token(self, text: str) -> str | None:
         """Return a control token that the tokenizer finds in a text, which would end a turn or stand for audio.
@@ -103,20 +123,29 @@ class PromptBuilder:
         found = [index for index in self._tokenizer.encode(text) if index in self._control_ids]
         return self._tokenizer.decode(found[:1]) if found else None
 
-    def prepare(self, samples: Sequence[Sample], views: Collection[View] = (HEAR, READ)) -> list[PreparedSample]:
+    def prepare(
+        self, samples: Sequence[Sample], views: Collection[ViewName] = (HEAR, READ), *, draw: str = ""
+    ) -> list[PreparedSample]:
         """Build the prompts of these views for each sample; features are made together. Threads may call it.
 
+        Args:
+            samples: with their recordings where a view has any.
+            views: by name; the names stay where a sample's set has others stand for them.
+            draw: stands for what the views' filters draw, beside the sample.
+
         Raises:
-            CordError: as `audio_prompt` and `text_prompt`.
+            CordError: as `audio_prompt` and `text_prompt`, or a sample lacks a part of a view.
         """
-        prompts: list[dict[View, Prompt]] = [{} for _ in samples]
-        if HEAR in views:
-            for made, prompt in zip(prompts, self.audio_prompts(samples), strict=True):
-                made[HEAR] = prompt
-        if READ in views:
-            for made, sample in zip(prompts, samples, strict=True):
-                made[READ] = self.text_prompt(sample)
-        return [PreparedSample(sample, made) for sample, made in zip(samples, prompts, strict=True)]
+        chosen = [{name: self.views.of(sample, name) for name in views} for sample in samples]
+        clips = self._make_clips(samples, chosen, draw)
+        prepared = []
+        for number, (sample, each) in enumerate(zip(samples, chosen, strict=True)):
+            made = {
+                name: self._prompt(sample, view, [] if view.filters is None else clips[number, view.filters])
+                for name, view in each.items()
+            }
+            prepared.append(PreparedSample(sample, made))
+        return prepared
 
     def audio_prompt(self, sample: Sample) -> Prompt:
         """Build the prompt of the recordings. Threads may call it.
@@ -131,12 +160,7 @@ class PromptBuilder:
 
     def audio_prompts(self, samples: Sequence[Sample]) -> list[Prompt]:
         """Build one each, in the same order; features are made together."""
-        if not samples:
-            return []
-        if self._clips is None:
-            raise CordError(f"sample {samples[0].id}: {self._takes_no_audio}")
-        clips = self._clips.make(samples)
-        return [self._prompt(sample, HEAR, some) for sample, some in zip(samples, clips, strict=True)]
+        return [prepared.prompts[HEAR] for prepared in self.prepare(samples, (HEAR,))]
 
     def text_prompt(self, sample: Sample) -> Prompt:
         """Build the prompt of the transcripts.
@@ -145,17 +169,37 @@ class PromptBuilder:
             CordError: an empty question, a control token in a text, words that a word-level vocabulary does not have,
                 or a conversation that the chat template cannot write.
         """
-        spoken = [part for turn in sample.chat(HEAR) for part in turn.parts if isinstance(part, AudioPart)]
-        if not all(part.transcript.strip() for part in spoken):
-            raise CordError(f"sample {sample.id}: the question is empty; give the text of what is said")
-        return self._prompt(sample, READ, [])
+        return self.prepare([sample], (READ,))[0].prompts[READ]
+
+    def _make_clips(
+        self, samples: Sequence[Sample], views: Sequence[Mapping[ViewName, View]], draw: str
+    ) -> dict[tuple[int, tuple[Filter, ...]], list[list[AudioClip]]]:
+        """Return clips by recording for each sample, by its number, and each chain of filters that its views have."""
+        wanted = [(i, view.filters) for i, each in enumerate(views) for view in each.values()]
+        keys = list(dict.fromkeys((i, filters) for i, filters in wanted if filters is not None))
+        if not keys:
+            return {}
+        if self._clips is None:
+            raise CordError(f"sample {samples[keys[0][0]].id}: {self._takes_no_audio}")
+        clips = self._clips.make([filtered(samples[i], filters, draw) for i, filters in keys])
+        return dict(zip(keys, clips, strict=True))
+
+    def _control_fault(self, sample: Sample, view: View) -> str | None:
+        """Return which control token stands in a view's texts; None without one."""
+        for part, text in view.texts(sample):
+            if (token := self.control_token(text)) is not None:
+                return control_token_fault(part, token)
+        return None
 
     def _prompt(self, sample: Sample, view: View, clips: Sequence[Sequence[AudioClip]]) -> Prompt:
         """Build a view's prompt with these clips by recording."""
-        for part, text in sample.texts(view):
-            if (token := self.control_token(text)) is not None:
-                raise CordError(f"sample {sample.id} {control_token_fault(part, token)}")
-        chat, groups = _with_clips(sample.chat(view), clips, joined=family_of(self._arch).joins_windows)
+        if view.filters is None:
+            spoken = [part for turn in sample.spoken for part in turn.parts if isinstance(part, AudioPart)]
+            if not all(part.transcript.strip() for part in spoken):
+                raise CordError(f"sample {sample.id}: the question is empty; give the text of what is said")
+        if (fault := view.fault(sample) or self._control_fault(sample, view)) is not None:
+            raise CordError(f"sample {sample.id} {fault}")
+        chat, groups = _with_clips(view.chat(sample), clips, joined=family_of(self._arch).joins_windows)
         if (fault := self._template.fault(chat)) is not None:
             raise CordError(f"sample {sample.id} {fault}")
         first, *others = self._template.tokenize(chat)
@@ -174,7 +218,7 @@ class PromptBuilder:
     def _refuse_unknown_words(self, sample: Sample, view: View, ids: list[int]) -> None:
         unknown = self._tokenizer.unknown_id
         if unknown is not None and unknown in ids:
-            texts = dict.fromkeys(word for _, text in sample.texts(view) for word in text.split())
+            texts = dict.fromkeys(word for _, text in view.texts(sample) for word in text.split())
             words = [word for word in texts if unknown in self._tokenizer.encode(word)]
             named = ", ".join(words[:8]) or "one that the chat template writes"
             raise CordError(f"sample {sample.id}: words outside the model's vocabulary: {named}; rephrase the question")

@@ -95,7 +95,7 @@ class StreamedShards:
     @property
     def fingerprint(self) -> str:
         """Stands for the samples, their content and their order, by the manifest: 16 hexadecimal digits."""
-        given = [] if self._limits.defaults == PromptDefaults() else [repr(self._limits.defaults)]
+        given = [] if repr(self._limits.defaults) == repr(PromptDefaults()) else [repr(self._limits.defaults)]
         return fingerprint([*(f"{shard.sha256} {shard.samples}" for shard in self.manifest.shards), *given])
 
     def __getitem__(self, index: int) -> Sample:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_cord.data.audio.wav import SAMPLING_RATE
-from megatron_cord.data.fields import find_unused, listed, read_row
+from megatron_cord.data.fields import NOTES, find_unused, listed, read_row
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.turns import Turn, TurnsError, read_turns, recordings_of
 from megatron_cord.errors import CordError
@@ -70,7 +70,14 @@ def read_sample(content: bytes, key: str, where: str) -> Sample:
         instruction=texts.get("instruction"),
         system=texts.get("system"),
         turns=turns,
+        metadata=_metadata(texts),
     )
+
+
+def _metadata(texts: dict[str, Any]) -> dict[str, Any]:
+    """Return the notes; those that are no object stay unread, as nothing can name what is in them."""
+    notes = texts.get(NOTES)
+    return notes if isinstance(notes, dict) else {}
 
 
 def _turns(texts: dict[str, Any], where: str) -> tuple[Turn, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,8 @@ from megatron_cord.trainer.observability.watchdog import Watchdog
 from megatron_cord.trainer.settings_changes import Changes
 from megatron_cord.trainer.start import Start, find_start
 from megatron_cord.trainer.training_data import TrainingData
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,21 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
     start = find_start(config, checkpoints)
     before = start.progress
     budget = TimeBudget(config.train.hours, before.spent + time.monotonic() - begun, before.longest)
-    prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features)
+    prompts = PromptBuilder(
+        config.model.checkpoint,
+        long_audio=config.data.long_audio,
+        features=config.data.features,
+        views=config.views,
+    )
+    if config.has_equal_views and config.teacher.checkpoint is None and main:
+        logger.warning(
+            "student and teacher are the same model on the same view (%s): their divergence is 0 %s",
+            config.objective.student_view,
+            "until they part" if config.teacher.mode != "live" else "and trains nothing",
+        )
     if config.teacher.checkpoint is not None:
         check_teacher(config.teacher.checkpoint, prompts, config.model.checkpoint)
-    data = TrainingData(config, prompts.limits, before, main=main)
+    data = TrainingData(config, prompts.limits_for(config.objective.views), before, main=main)
     held_out = open_evaluation(config.data, prompts.limits)
     sets = {name: load_set(given) for name, given in config.evaluation.sets.items()}
     described = describe(config, start, data.record)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from megatron_cord.data.audio.augmentation import augment
@@ -88,7 +87,7 @@ def build_rollout(
         change=lambda sample, step: augment(
             sample, config.data.augmentation, seed=config.seed, step=step, limits=prompts.limits
         ),
-        prepare=partial(prompts.prepare, views=collector.views),
+        prepare=lambda samples, step: prompts.prepare(samples, collector.views, draw=f"{config.seed}\x1f{step}"),
         agree=all_gather_json,
     )
     schedule = Schedule(

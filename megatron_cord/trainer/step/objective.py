@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from megatron_cord.data.samples import HEAR, READ
 from megatron_cord.errors import CordError
 from megatron_cord.losses import DivergenceConfig, PolicyGradientConfig, TokenWeightsConfig
 from megatron_cord.rollout.types import ScoredRollout
@@ -21,6 +22,10 @@ class ObjectiveConfig:
 
     #: whose responses L_tok scores: the student's (on-policy) or the teacher's (off-policy)
     responses: Literal["student", "teacher"] = "student"
+    #: which view (views) the student answers and is trained on
+    student_view: str = HEAR
+    #: which view the teacher scores the responses on; its reference answers are always to read
+    teacher_view: str = READ
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)  #: D_t
     token_weights: TokenWeightsConfig = field(default_factory=TokenWeightsConfig)  #: w_t
     policy_gradient: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)  #: L_seq
@@ -55,6 +60,11 @@ class ObjectiveConfig:
         if policy.weight_schedule.kind == "constant":
             return self
         return replace(self, policy_gradient=replace(policy, weight=policy.weight_schedule.at(policy.weight, step)))
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views whose prompts go through the model: the student's, and the teacher's where it is compared."""
+        return (self.student_view, self.teacher_view) if self.distils else (self.student_view,)
 
     @property
     def distils(self) -> bool:

@@ -1,0 +1,98 @@
+"""Training with views of its own for student and teacher."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
+from megatron_cord.config.loading import load_config
+from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.errors import CordError
+from megatron_cord.parallel.layout import finalize
+from megatron_cord.rollout.local.engine import LocalEngine
+from megatron_cord.rollout.types import GenerationRequest
+from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.step.step import TrainStep
+from tests.tiny_run import SIZES, WORDS, make_run, make_samples, metrics, overrides, write_shards
+
+CANARY = "canary"
+INFORMED = 'views={informed: {user: [text, "answer is {answer}"]}}'
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write samples whose answer is a word that occurs nowhere else."""
+    directory = tmp_path_factory.mktemp("inputs")
+    create_checkpoint(directory / "checkpoint", TinyModelConfig(**SIZES), [*WORDS, CANARY], seed=0)
+    for name, count, seed in (("train", 6, 1), ("heldout", 3, 2)):
+        write_shards(directory / name, [replace(s, answer=CANARY) for s in make_samples(count, seed=seed)])
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def _finalized() -> Iterator[None]:
+    yield
+    finalize()
+
+
+def test_privileged_parts_reach_the_teacher_alone(inputs: Path, tmp_path: Path) -> None:
+    """Catches an answer in the prompt of a rollout, a reference answer or an evaluation, and a teacher without it."""
+    builder = PromptBuilder(inputs / "checkpoint")
+    canary = builder.encode(CANARY)[-1]
+    requests: list[GenerationRequest] = []
+    taught: list[bool] = []
+    generate, step = LocalEngine.generate, TrainStep.__call__
+
+    def spy(engine: Any, asked: Sequence[GenerationRequest]) -> Any:
+        requests.extend(asked)
+        return generate(engine, asked)
+
+    def trained(self: Any, sequences: Any, *more: Any) -> Any:
+        taught.extend(canary in s.teacher.token_ids for s in sequences if s.teacher is not None)
+        assert not any(canary in s.student.token_ids for s in sequences)
+        return step(self, sequences, *more)
+
+    with mock.patch.object(LocalEngine, "generate", spy), mock.patch.object(TrainStep, "__call__", trained):
+        settings = [INFORMED, "objective.teacher_view=informed", "train.steps=1", "evaluation.interval=1"]
+        make_run(overrides(inputs, tmp_path / "run", *settings))
+    assert taught and all(taught)
+    asked = {(request.prompt.sample_id[:2], bool(request.prompt.clips)) for request in requests}
+    assert asked >= {("s1", True), ("s2", True), ("s2", False)}
+    assert not any(canary in request.prompt.token_ids for request in requests)
+
+
+def test_equal_views_have_no_divergence(inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a teacher that is given another prompt than its view's: KL and gradient are 0 to rounding."""
+    views = 'views={same: {user: [audio, "instruction?"]}}'
+    settings = [views, "objective.teacher_view=same", "objective.student_view=hear", "train.steps=1"]
+    with caplog.at_level(logging.WARNING):
+        make_run(overrides(inputs, tmp_path / "run", *settings, "objective.policy_gradient.enabled=false"))
+    (line,) = metrics(tmp_path / "run")
+    assert abs(line["kl"]) < 1e-6 and line["grad_norm"] < 1e-4
+    settings[1] = "objective.teacher_view=hear"
+    config = load_config(RunConfig, None, overrides(inputs, tmp_path / "other", *settings))
+    assert config.has_equal_views
+
+
+def test_unknown_and_privileged_views_are_refused(inputs: Path, tmp_path: Path) -> None:
+    """Catches a run that begins with a view that is not there, or whose student is given the answer."""
+
+    def load(*settings: str) -> RunConfig:
+        return load_config(RunConfig, None, overrides(inputs, tmp_path / "run", *settings))
+
+    with pytest.raises(CordError, match=r"objective\.teacher_view=tells is no view"):
+        load("objective.teacher_view=tells")
+    with pytest.raises(CordError, match=r"objective\.student_view=informed gives the student the answer"):
+        load(INFORMED, "objective.student_view=informed")
+    sets = f"data.train={{a: {{path: {inputs / 'train'}, views: {{hear: informed}}}}}}"
+    with pytest.raises(CordError, match=r"data\.train\.a\.views\.hear=informed gives the student the answer"):
+        load(INFORMED, sets)
+    with pytest.raises(CordError, match=r"data\.train\.a\.views\.other: the objective has the views hear, read"):
+        load(INFORMED, sets.replace("hear:", "other:"))
