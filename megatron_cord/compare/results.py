@@ -108,7 +108,7 @@ def responses(config: RunConfig) -> dict[str, int]:
     """Return how many responses a step trains on, and how many of them the student samples."""
     objective, rollout = config.objective, config.rollout
     policy = rollout.policy_prompts_per_step * rollout.policy_rollouts if objective.policy_gradient.enabled else 0
-    alone = 0 if objective.divergence.kind == "none" or (rollout.share and policy) else rollout.prompts_per_step
+    alone = 0 if rollout.share and policy else rollout.prompts_per_step * len(objective.draws)
     return {"trained": alone + policy, "sampled": policy + (0 if objective.responses == "teacher" else alone)}
 
 

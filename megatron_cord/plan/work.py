@@ -86,7 +86,8 @@ def make_work(
     dp = gpus // (parallel.tp * parallel.pp * parallel.cp)
     enabled = config.objective.policy_gradient.enabled
     policy = rollout.policy_prompts_per_step * rollout.policy_rollouts if enabled else 0
-    scored = policy if rollout.share else rollout.prompts_per_step
+    responses = sum(term.responses for term in config.objective.terms)
+    scored = policy if rollout.share else rollout.prompts_per_step * responses
     sequences = scored if rollout.share else scored + policy
     frames = round(audio_seconds * FRAMES_A_SECOND)
     audio = 0 if arch.encoder is None else arch.num_audio_tokens(frames)

@@ -76,7 +76,7 @@ class Collector:
     def requests(self, batch: Batch) -> list[GenerationRequest]:
         """Return what to generate for a batch: responses for L_tok, groups for L_seq, a live teacher's answers."""
         alone, policy = self._parts(batch)
-        requests = [self._request(batch, p, 0, self.config.temperature) for p in alone]
+        requests = [self._request(batch, p, draw, self.config.temperature) for p, draw in alone]
         requests += self._group_requests(batch, policy)
         return requests + self.answers.requests(self._answered(batch, policy))
 
@@ -91,8 +91,8 @@ class Collector:
         alone, policy = self._parts(batch)
         groups = len(alone) + len(policy) * self.config.policy_rollouts
         scored = [
-            self._scored(batch, position, 0, rollout, "distill")
-            for position, rollout in zip(alone, rollouts, strict=False)
+            self._scored(batch, position, draw, rollout, "distill")
+            for (position, draw), rollout in zip(alone, rollouts, strict=False)
         ]
         if policy:
             references = self.answers.rollouts(self._answered(batch, policy), rollouts[groups:])
@@ -124,9 +124,12 @@ class Collector:
             rollout = replace(given, advantage=0.0) if filtered else given
             if rollout.trained and rollout.position in own and (rollout.distilled or not filtered):
                 prompts = batch.at(rollout.position).prompts
-                compared = rollout.distilled and self.objective.distils
-                teacher = prompts[self.objective.teacher_view] if compared else None
-                sequences.append(TrainingSequence(prompts[self.objective.student_view], teacher, rollout, index))
+                if rollout.distilled:
+                    term = self.objective.term_of(rollout.draw)
+                    teacher = prompts[term.teacher] if term.distils else None
+                    sequences.append(TrainingSequence(prompts[term.student], teacher, rollout, index, term.name))
+                else:
+                    sequences.append(TrainingSequence(prompts[self.objective.student_view], None, rollout, index))
         return sequences
 
     @property
@@ -138,13 +141,14 @@ class Collector:
     def _has_groups(self) -> bool:
         return self.objective.policy_gradient.enabled and self.config.policy_prompts_per_step > 0
 
-    def _parts(self, batch: Batch) -> tuple[list[int], list[int]]:
-        """Positions of samples that get a response for L_tok alone, and of samples that get a group."""
+    def _parts(self, batch: Batch) -> tuple[list[tuple[int, int]], list[int]]:
+        """Return position and number of each response for L_tok alone, and positions of samples that get a group."""
         if self.objective.responses == "teacher":
             return [], []
         policy = [p for p in batch.positions if self._has_groups and p < self.config.policy_prompts_per_step]
         shared = self.config.share and self._has_groups
-        return [] if shared or self.objective.divergence.kind == "none" else list(batch.positions), policy
+        draws = () if shared else self.objective.draws
+        return [(position, draw) for position in batch.positions for draw in draws], policy
 
     def _answered(self, batch: Batch, policy: Sequence[int]) -> list[PreparedSample]:
         """Return the samples to which the step needs the teacher's answer."""
@@ -154,7 +158,8 @@ class Collector:
         sample = batch.at(position)
         seed = self._seed(batch.step, sample, draw)
         config = self.config
-        prompt = sample.prompts[self.objective.student_view]
+        view = self.objective.student_view if draw > 0 else self.objective.term_of(draw).rollout
+        prompt = sample.prompts[view]
         return GenerationRequest(prompt, temperature, config.max_new_tokens, seed, config.top_p, config.top_k)
 
     def _group_requests(self, batch: Batch, positions: Sequence[int]) -> list[GenerationRequest]:

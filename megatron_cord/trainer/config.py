@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from megatron_cord.config.loading import load_config
 from megatron_cord.data.config import DataConfig
 from megatron_cord.data.shards.manifest import is_remote
-from megatron_cord.data.views import ViewConfig, Views, check_student
+from megatron_cord.data.views import View, ViewConfig, Views, check_student
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import EvaluationConfig
 from megatron_cord.model.config import ModelConfig
@@ -150,6 +150,10 @@ class RunConfig:
                 f"{'L_seq (rollout.policy_prompts_per_step)' if groups else 'L_tok (rollout.prompts_per_step)'}: some "
                 "update would have nothing to train on"
             )
+        if self.objective.streams and self.rollout.share:
+            raise CordError(
+                "rollout.share=true has L_seq's responses stand for L_tok's, and objective.streams have their own"
+            )
         if self.rollout.dynamic_sampling and not groups:
             raise CordError(
                 "rollout.dynamic_sampling needs objective.policy_gradient.enabled=true and "
@@ -162,24 +166,44 @@ class RunConfig:
 
     def _check_views(self) -> None:
         views, objective = Views(self.views), self.objective
-        check_student(views.named(objective.student_view, "objective.student_view"), "objective.student_view")
+        given = {"objective.student_view": objective.student_view}
+        for term in objective.terms if objective.streams else ():
+            given |= {f"objective.streams.{term.name}.{k}": getattr(term, k) for k in ("student", "rollout")}
+            views.named(term.teacher, f"objective.streams.{term.name}.teacher")
         views.named(objective.teacher_view, "objective.teacher_view")
+        for key, name in given.items():
+            self._check_student(views.named(name, key), key)
         sets = self.data.train if isinstance(self.data.train, dict) else {}
-        for name, given in ((name, each.views) for name, each in sets.items()):
-            for stands, other in given.items():
+        for name, each in sets.items():
+            for stands, other in each.views.items():
                 key = f"data.train.{name}.views.{stands}"
                 if stands not in objective.views:
                     raise CordError(f"{key}: the objective has the views {', '.join(objective.views)}")
                 view = views.named(other, key)
-                if stands == objective.student_view:
-                    check_student(view, key)
+                if stands in given.values():
+                    self._check_student(view, key)
+
+    def _check_student(self, view: View, key: str) -> None:
+        """Refuse a view that the student cannot be given, or on which nothing of it can be trained."""
+        check_student(view, key)
+        if "audio" in view.parts:
+            return
+        if "language_model" in self.model.freeze and not self.model.lora.enabled:
+            raise CordError(
+                f"{key}={view.name} has no audio, and model.freeze keeps the language model: nothing could be "
+                "trained on it; leave the language model out of model.freeze, or choose a view with audio"
+            )
+        if self.optimizer.overlap_communication:
+            raise CordError(
+                f"{key}={view.name} has no audio, so the encoder gets no gradient, which "
+                "optimizer.overlap_communication=true would wait for; set it to false"
+            )
 
     @property
-    def has_equal_views(self) -> bool:
-        """Whether student and teacher are compared on the same view."""
-        teacher, student = self.objective.teacher_view, self.objective.student_view
-        same = teacher == student or (teacher in self.views and self.views.get(student) == self.views[teacher])
-        return self.objective.distils and same
+    def equal_views(self) -> tuple[str, ...]:
+        """The views on which student and teacher are compared with each other as they are."""
+        compared = ((term.student, term.teacher) for term in self.objective.terms if term.distils)
+        return tuple(one for one, other in compared if self.views.get(one, one) == self.views.get(other, other))
 
 
 def load_run_config(path: Path, overrides: Sequence[str]) -> RunConfig:

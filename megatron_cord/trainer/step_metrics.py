@@ -30,7 +30,8 @@ def step_metrics(config: RunConfig, result: StepResult, version: int, times: Map
         metrics["gradient_clipped"] = norm if math.isnan(norm) else float(norm > clip_norm)
     if objective.responses == "student":  # the teacher's responses come from another prompt
         cap = objective.policy_gradient.importance_cap
-        metrics |= mismatch_metrics(rollouts, version) | importance_metrics(rollouts, cap)
+        same = [r for r in rollouts if r.in_group or objective.term_of(r.draw).on_policy]
+        metrics |= mismatch_metrics(same, version) | importance_metrics(rollouts, cap)
     if config.replay is None:
         generated = rollouts if objective.responses == "student" else []
         metrics |= staleness([r.rollout for r in generated], version, None)

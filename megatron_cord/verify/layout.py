@@ -30,11 +30,13 @@ from megatron_cord.convert.peft.stream import export_adapters, import_adapters
 from megatron_cord.errors import CordError
 from megatron_cord.losses import TokenWeightsConfig
 from megatron_cord.model.config import PARTS, ModelConfig
+from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.parallel.portability import device_name
 from megatron_cord.parallel.tf32 import full_float32, tf32_in_use
 from megatron_cord.trainer.config import TrainConfig
 from megatron_cord.trainer.model_setup import build_student
+from megatron_cord.trainer.step.batches import TrainingSequence
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.step.optimizer.building import build_optimizer, release, wrap_model
 from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
@@ -127,6 +129,27 @@ def run_step(config: VerifyLayoutConfig, layout: Layout) -> tuple[Outcome, Outco
         untrained = set(PARTS) - set(config.model.trained_parts)
         expected = reference_step(reference, sequences, OBJECTIVE, config.optimizer, untrained, lora)
         teacher = Teacher(TeacherConfig(), model, name)
+    return train_once(config, layout, model, teacher, OBJECTIVE, sequences), expected
+
+
+def train_once(
+    config: VerifyLayoutConfig,
+    layout: Layout,
+    model: LALM,
+    teacher: Teacher,
+    objective: ObjectiveConfig,
+    sequences: Sequence[TrainingSequence],
+) -> Outcome:
+    """Return what one step of the trainer makes in the layout. Collective over all ranks.
+
+    Args:
+        config: how the student is trained.
+        layout: this rank's place.
+        model: the student.
+        teacher: its teacher.
+        objective: what is minimised.
+        sequences: of all data-parallel ranks.
+    """
     wrapped = wrap_model(config.optimizer, model)
     optimizer, scheduler = build_optimizer(config.optimizer, wrapped, steps=10)
     gradients: dict[str, Tensor] = {}
@@ -138,14 +161,14 @@ def run_step(config: VerifyLayoutConfig, layout: Layout) -> tuple[Outcome, Outco
 
     model.config.finalize_model_grads_func = finish_and_keep
     step = TrainStep(
-        wrapped, teacher, optimizer, scheduler, OBJECTIVE, config.train, pad_id=0, max_new_tokens=config.sizes.longest
+        wrapped, teacher, optimizer, scheduler, objective, config.train, pad_id=0, max_new_tokens=config.sizes.longest
     )
     result = step(sequences[layout.dp_rank :: layout.dp_size], [s.response for s in sequences])
     weights = {name: tensor.clone() for name, tensor in export_tensors(model)}
     if model.lora is not None:
         weights |= {name: tensor.clone() for name, tensor in export_adapters(model)}
     release(wrapped)
-    return Outcome(result.metrics["loss"], gradients, weights), expected
+    return Outcome(result.metrics["loss"], gradients, weights)
 
 
 def whole_gradients(wrapped: DistributedDataParallel) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def test_equal_views_have_no_divergence(inputs: Path, tmp_path: Path, caplog: py
     assert abs(line["kl"]) < 1e-6 and line["grad_norm"] < 1e-4
     settings[1] = "objective.teacher_view=hear"
     config = load_config(RunConfig, None, overrides(inputs, tmp_path / "other", *settings))
-    assert config.has_equal_views
+    assert config.equal_views == ("hear",)
 
 
 def test_unknown_and_privileged_views_are_refused(inputs: Path, tmp_path: Path) -> None:
@@ -96,3 +96,36 @@ def test_unknown_and_privileged_views_are_refused(inputs: Path, tmp_path: Path) 
         load(INFORMED, sets)
     with pytest.raises(CordError, match=r"data\.train\.a\.views\.other: the objective has the views hear, read"):
         load(INFORMED, sets.replace("hear:", "other:"))
+
+
+def test_streams_are_trained_in_one_step(inputs: Path, tmp_path: Path) -> None:
+    """Catches a stream's responses to another view, left out, or trained on with another's weight or denominator."""
+    common = ["train.steps=1", "objective.policy_gradient.enabled=false", "objective.normalization=token"]
+    terms = {"a": "{student: hear, teacher: read", "b": "{student: read, teacher: hear, responses: 2"}
+    alone = {}
+    for name, term in terms.items():
+        settings = [*common, f"objective.streams={{{name}: {term}}}}}"]
+        make_run(overrides(inputs, tmp_path / name, *settings))
+        (line,) = metrics(tmp_path / name)
+        alone[name] = line["loss"]
+        assert line[f"stream/{name}/loss"] == pytest.approx(line["loss"]) and line[f"stream/{name}/kl"] > 0
+        finalize()
+    make_run(overrides(inputs, tmp_path / "plain", *common))
+    (line,) = metrics(tmp_path / "plain")
+    assert line["loss"] == alone["a"]
+    finalize()
+    requests: list[GenerationRequest] = []
+    generate = LocalEngine.generate
+
+    def spy(engine: Any, asked: Sequence[GenerationRequest]) -> Any:
+        requests.extend(asked)
+        return generate(engine, asked)
+
+    both = f"objective.streams={{a: {terms['a']}, weight: 0.25}}, b: {terms['b']}, weight: 2}}}}"
+    with mock.patch.object(LocalEngine, "generate", spy):
+        make_run(overrides(inputs, tmp_path / "both", *common, both, "train.packing=packed"))
+    (line,) = metrics(tmp_path / "both")
+    trained = [bool(r.prompt.clips) for r in requests if r.prompt.sample_id.startswith("s1")]
+    assert sorted(trained) == [False] * 8 + [True] * 4
+    assert line["stream/a/loss"] == pytest.approx(0.25 * alone["a"], rel=1e-5)
+    assert line["loss"] == pytest.approx(line["stream/a/loss"] + line["stream/b/loss"], rel=1e-6)

@@ -179,11 +179,13 @@ class Views:
 
 
 def check_student(view: View, key: str) -> None:
-    """Refuse a student's view that holds what a student is to find out.
+    """Refuse a student's view that holds what a student is to find out, or no question.
 
     Raises:
-        CordError: it has the answer or its solution.
+        CordError: it has the answer or its solution, or neither audio nor text.
     """
+    if not {"audio", "text"} & view.parts:
+        raise CordError(f"{key}={view.name} has neither audio nor text: the student would not see the question")
     if given := [part for part in _PRIVILEGED if part in view.parts]:
         raise CordError(
             f"{key}={view.name} gives the student the {given[0]}, of which nothing may reach rollouts or evaluations; "

@@ -103,10 +103,10 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
         features=config.data.features,
         views=config.views,
     )
-    if config.has_equal_views and config.teacher.checkpoint is None and main:
+    if config.equal_views and config.teacher.checkpoint is None and main:
         logger.warning(
             "student and teacher are the same model on the same view (%s): their divergence is 0 %s",
-            config.objective.student_view,
+            ", ".join(config.equal_views),
             "until they part" if config.teacher.mode != "live" else "and trains nothing",
         )
     if config.teacher.checkpoint is not None:

@@ -65,12 +65,14 @@ class TrainingSequence:
         teacher: the prompt of the teacher's view; None where no teacher is compared.
         response: the rollout with its part in the loss.
         index: of the response in the step's list of rollouts over all ranks.
+        stream: the name of its term in L_tok; "" without one, or where there is a single one.
     """
 
     student: Prompt
     teacher: Prompt | None
     response: ScoredRollout
     index: int
+    stream: str = ""
 
     @property
     def rollout(self) -> Rollout:
@@ -90,7 +92,7 @@ class TrainingSequence:
 
 @dataclass(frozen=True, eq=False)
 class Microbatch:
-    """Sequences that go through the model together; either all of them have a part in L_tok or none has.
+    """Sequences that go through the model together, all of the same stream, or none of them with a part in L_tok.
 
     Attributes:
         student: the student's input.
@@ -131,6 +133,11 @@ class Microbatch:
         return any(s.response.advantage for s in self.sequences)
 
     @property
+    def stream(self) -> str:
+        """The name of its sequences' term in L_tok."""
+        return self.sequences[0].stream
+
+    @property
     def num_tokens(self) -> int:
         """N."""
         return sum(len(s.rollout.token_ids) for s in self.sequences)
@@ -158,7 +165,7 @@ def make_microbatches(
     sharding: SequenceSharding,
     device: torch.device,
 ) -> list[Microbatch]:
-    """Put sequences into microbatches, those of L_tok first. Ranks that share sequences make the same ones.
+    """Put sequences into microbatches, those of L_tok first, stream by stream; ranks that share them make the same.
 
     Args:
         sequences: of this data-parallel rank.
@@ -168,8 +175,8 @@ def make_microbatches(
         device: where the tensors go.
     """
     microbatches = []
-    for scored in (True, False):
-        alike = [s for s in sequences if s.response.distilled == scored]
+    for unscored, stream in sorted({(not s.response.distilled, s.stream) for s in sequences}):
+        alike = [s for s in sequences if (not s.response.distilled, s.stream) == (unscored, stream)]
         kind = sorted(alike, key=lambda s: (s.student_tokens, s.index))
         for members in (
             _packed(kind, config, sharding)

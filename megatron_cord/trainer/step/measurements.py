@@ -49,7 +49,7 @@ def measure_step(
     trained = [r for r in rollouts if r.tokens is not None]
     kl = [value for r in trained if r.tokens is not None and r.tokens.kl is not None for value in r.tokens.kl]
     unknown = math.nan  # where nothing was trained on, there is no mean: a zero would look like a collapse
-    metrics = {
+    metrics = _stream_metrics(counted, trained, updates, objective, layout) | {
         "loss": token + sequence,
         "loss_token": token,
         "loss_sequence": sequence,
@@ -59,6 +59,34 @@ def measure_step(
     }
     if objective.policy_gradient.enabled and objective.policy_gradient.has_ratio:
         metrics |= _ratio_metrics([loss.ratios for loss in counted if loss.ratios is not None], layout)
+    return metrics
+
+
+def _stream_metrics(
+    losses: Sequence[MicrobatchLoss],
+    rollouts: Sequence[ScoredRollout],
+    updates: int,
+    objective: ObjectiveConfig,
+    layout: Layout,
+) -> dict[str, float]:
+    """Return each stream's weighted loss, divergence and length of responses; empty where streams have no names."""
+    names = list(objective.streams)
+    sums = torch.zeros(len(names), dtype=torch.float64, device=layout.device)
+    for loss in losses:
+        if loss.stream:
+            sums[names.index(loss.stream)] += loss.token.double()
+    if names:
+        dist.all_reduce(sums)
+    metrics: dict[str, float] = {}
+    for name, loss_sum in zip(names, sums.tolist(), strict=True):
+        own = [r for r in rollouts if r.distilled and objective.term_of(r.draw).name == name]
+        kl = [value for r in own if r.tokens is not None and r.tokens.kl is not None for value in r.tokens.kl]
+        tokens = sum(len(r.rollout.token_ids) for r in own)
+        metrics |= {
+            f"stream/{name}/loss": loss_sum / updates,
+            f"stream/{name}/kl": sum(kl) / len(kl) if kl else math.nan,
+            f"stream/{name}/response_tokens": tokens / len(own) if own else math.nan,
+        }
     return metrics
 
 

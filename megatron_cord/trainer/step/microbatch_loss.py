@@ -30,6 +30,7 @@ class MicrobatchLoss:
         stats: of the n response tokens of this rank.
         weights: w_t, [n]; None where the microbatch is not scored token by token.
         ratios: statistics of L_seq's ratios; None without any.
+        stream: of the microbatch.
     """
 
     total: Tensor
@@ -38,6 +39,7 @@ class MicrobatchLoss:
     stats: TokenStats
     weights: Tensor | None
     ratios: RatioStats | None = None
+    stream: str = ""
 
 
 def microbatch_loss(
@@ -51,12 +53,13 @@ def microbatch_loss(
     vocab_size: int,
     tp_group: dist.ProcessGroup | None,
     cp_group: dist.ProcessGroup | None = None,
+    weight: float = 1.0,
 ) -> MicrobatchLoss:
     """Return the loss of one microbatch, or of this context-parallel rank's n tokens of it: the ranks' losses add up.
 
     Args:
-        config: the objective.
-        counts: the step's global denominators.
+        config: the objective, with the stream's own divergence and token weights.
+        counts: the step's global denominators, of the stream.
         batch: the microbatch.
         student_hidden: [n, H], at the rows that predict the response.
         student_weight: [V/TP, H].
@@ -66,6 +69,7 @@ def microbatch_loss(
         tp_group: the vocabulary's shards.
         cp_group: the ranks that share the responses. Token weights then need the tokens of all of them, so the loss of
             a chunk cannot be computed alone (implementation fused).
+        weight: λ of the stream.
     """
     alone = cp_group is None or dist.get_world_size(cp_group) == 1
     if config.implementation == "fused" and not alone:
@@ -78,7 +82,7 @@ def microbatch_loss(
     terms: list[_Terms] = []  # of each call below, in the order of the tokens
 
     def chunk_loss(stats: TokenStats, rows: slice) -> Tensor:
-        terms.append(_terms(config, counts, stats, _responses(config, batch, rows), cp_group))
+        terms.append(_terms(config, counts, stats, _responses(config, batch, rows), cp_group, weight))
         return cord.total_loss(terms[-1].token, terms[-1].sequence)
 
     total, stats = distillation_loss(
@@ -111,6 +115,7 @@ def microbatch_loss(
         stats,
         torch.cat(weights) if weights else None,
         reduce(RatioStats.merged, ratios) if ratios else None,
+        batch.stream,
     )
 
 
@@ -160,8 +165,9 @@ def _terms(
     stats: TokenStats,
     responses: _Responses,
     cp_group: dist.ProcessGroup | None,
+    weight: float,
 ) -> _Terms:
-    """Return L_tok and L_seq of these responses, whose stats are [n]."""
+    """Return λ L_tok and L_seq of these responses, whose stats are [n]."""
     # A term that is absent must not have a gradient of zero, which costs a pass; but some gradient the pipeline needs.
     zero = stats.kl.new_zeros(()) if responses.scored or responses.rewarded else stats.student_logprob.sum() * 0.0
     token, sequence, weights, ratios = zero, zero, None, None
@@ -189,7 +195,7 @@ def _terms(
             # NaN where the engine's weights are broken: nothing to learn from.
             ratio = ratio.masked_fill(responses.engine_logprobs.isnan(), torch.nan)
             divergence = sampled_reverse_kl(stats.student_logprob, stats.teacher_logprob, ratio)
-        token = cord.token_loss(divergence, weights, counts.scored)
+        token = weight * cord.token_loss(divergence, weights, counts.scored)
     if responses.rewarded:
         loss, ratios = policy_loss(policy, tokens, counts.policy, cp_group=cp_group)
         sequence = policy.weight * loss

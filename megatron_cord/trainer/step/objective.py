@@ -1,11 +1,13 @@
 """The objective of a run: L = L_tok + L_seq, which of their variants, and what each is divided by.
 
-Dividing both terms by tokens instead of responses (``normalization``) keeps their ratio where lengths are alike, and
-makes the learning rate independent of the length. ``microbatch_loss`` composes the terms.
+L_tok may be a sum over streams (`streams`). Dividing both terms by tokens instead of responses (``normalization``)
+keeps their ratio where lengths are alike, and makes the learning rate independent of the length. ``microbatch_loss``
+composes the terms.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -14,6 +16,7 @@ from megatron_cord.data.samples import HEAR, READ
 from megatron_cord.errors import CordError
 from megatron_cord.losses import DivergenceConfig, PolicyGradientConfig, TokenWeightsConfig
 from megatron_cord.rollout.types import ScoredRollout
+from megatron_cord.trainer.step.streams import Stream, StreamConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class ObjectiveConfig:
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)  #: D_t
     token_weights: TokenWeightsConfig = field(default_factory=TokenWeightsConfig)  #: w_t
     policy_gradient: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)  #: L_seq
+    #: several terms of L_tok by name, each with responses, views, a divergence and a weight of its own; empty: the
+    #: single one that the keys here describe
+    streams: dict[str, StreamConfig] = field(default_factory=dict)
     #: both losses are divided by the number of responses (the paper) or of their tokens
     normalization: Literal["response", "token"] = "response"
     #: how the divergence's gradient is formed; docs/loss.md compares them
@@ -38,6 +44,9 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         kind, policy = self.divergence.kind, self.policy_gradient.enabled
+        if self.streams:
+            self._check_streams()
+            return
         if kind == "none" and not policy:
             raise CordError(
                 "objective.divergence.kind is none and objective.policy_gradient.enabled is false: nothing is left to "
@@ -62,14 +71,62 @@ class ObjectiveConfig:
         return replace(self, policy_gradient=replace(policy, weight=policy.weight_schedule.at(policy.weight, step)))
 
     @property
+    def terms(self) -> tuple[Stream, ...]:
+        """The streams in their order; the single one without a name is called ""."""
+        return tuple(self._resolved(name, each) for name, each in (self.streams or {"": StreamConfig()}).items())
+
+    @property
+    def draws(self) -> tuple[int, ...]:
+        """Numbers of the responses that a prompt gets for L_tok alone, streams in turn: 0, −1, …; none if it is off."""
+        if self.divergence.kind == "none" and not self.streams:
+            return ()
+        return tuple(range(0, -sum(term.responses for term in self.terms), -1))
+
+    def term_of(self, draw: int) -> Stream:
+        """Return the stream of a response, by its number; that of L_tok's part in groups, too."""
+        terms = self.terms
+        owners = [term for term in terms for _ in range(term.responses)]
+        return terms[0] if draw > 0 else owners[-draw]
+
+    def within(self, stream: str) -> ObjectiveConfig:
+        """Return the objective with a stream's own divergence and token weights; the very same for ""."""
+        if not stream:
+            return self
+        term = self._resolved(stream, self.streams[stream])
+        return replace(self, streams={}, divergence=term.divergence, token_weights=term.token_weights)
+
+    @property
     def views(self) -> tuple[str, ...]:
-        """The views whose prompts go through the model: the student's, and the teacher's where it is compared."""
-        return (self.student_view, self.teacher_view) if self.distils else (self.student_view,)
+        """The views whose prompts go through the model or an engine."""
+        policy = (self.student_view,) if self.policy_gradient.enabled else ()
+        return tuple(dict.fromkeys((*policy, *(view for term in self.terms for view in term.views))))
 
     @property
     def distils(self) -> bool:
         """Whether a teacher's distributions are compared."""
-        return self.divergence.needs_teacher
+        return any(term.distils for term in self.terms)
+
+    def _resolved(self, name: str, given: StreamConfig) -> Stream:
+        student = self.student_view if given.student is None else given.student
+        return Stream(
+            name,
+            student if given.rollout is None else given.rollout,
+            student,
+            self.teacher_view if given.teacher is None else given.teacher,
+            given.weight,
+            given.responses,
+            self.divergence if given.divergence is None else given.divergence,
+            self.token_weights if given.token_weights is None else given.token_weights,
+        )
+
+    def _check_streams(self) -> None:
+        for name in self.streams:
+            if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name):
+                raise CordError(f"objective.streams: the name {name!r} has others than letters, digits, '_' and '-'")
+        if self.responses == "teacher":
+            raise CordError("objective.streams need objective.responses=student: they are of the student's responses")
+        for term in self.terms:
+            term.check()
 
     @property
     def policy_normalization(self) -> Literal["response", "response_mean", "token", "max_length"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,7 +110,7 @@ class TrainStep:
             if self.lalm.lora is not None:
                 self.lalm.lora.reseed(self.scheduler.num_steps, number)
             part = number % len(parts)
-            counts = GlobalCounts.of(self.objective, [rollouts[i] for i in parts[part]], self.max_new_tokens)
+            counts = self._counts([rollouts[i] for i in parts[part]])
             made, norm = self._update(batches[part], counts, objective, phases)
             losses += made
             norms += [] if norm is None else [norm]
@@ -134,11 +134,17 @@ class TrainStep:
         """Compute token results of sequences, by their index, without training on them. Collective like a step."""
         microbatches = self._microbatches(sequences)
         teacher_hidden = self.teacher.hidden_states(microbatches)
-        losses = self._forward_backward(microbatches, teacher_hidden, GlobalCounts(1, 1), self.objective, train=False)
+        losses = self._forward_backward(
+            microbatches, teacher_hidden, {"": GlobalCounts(1, 1)}, self.objective, train=False
+        )
         return gather_token_results(microbatches, losses, self.layout)
 
     def _update(
-        self, microbatches: list[Microbatch], counts: GlobalCounts, objective: ObjectiveConfig, phases: Phases
+        self,
+        microbatches: list[Microbatch],
+        counts: Mapping[str, GlobalCounts],
+        objective: ObjectiveConfig,
+        phases: Phases,
     ) -> tuple[list[MicrobatchLoss], float | None]:
         """Make one update; return the microbatches' losses, and the gradient norm, None where it was skipped."""
         with phases.phase("teacher"):
@@ -155,6 +161,14 @@ class TrainStep:
             _, grad_norm, _ = self.optimizer.step()
             self.teacher.follow()
         return losses, float(grad_norm or 0.0)
+
+    def _counts(self, rollouts: Sequence[ScoredRollout]) -> dict[str, GlobalCounts]:
+        """Return an update's denominators by stream, and under "" those of what belongs to none."""
+        named = {"": [r for r in rollouts if not (self.objective.streams and r.distilled)]} | {
+            name: [r for r in rollouts if r.distilled and self.objective.term_of(r.draw).name == name]
+            for name in self.objective.streams
+        }
+        return {n: GlobalCounts.of(self.objective, some, self.max_new_tokens) for n, some in named.items()}
 
     def _microbatches(self, sequences: Sequence[TrainingSequence]) -> list[Microbatch]:
         check_responses(sequences, self.lalm.arch.language.vocab_size)
@@ -188,18 +202,20 @@ class TrainStep:
         self,
         microbatches: list[Microbatch],
         teacher_hidden: list[Tensor | None],
-        counts: GlobalCounts,
+        counts: Mapping[str, GlobalCounts],
         objective: ObjectiveConfig,
         *,
         train: bool = True,
     ) -> list[MicrobatchLoss]:
         """Run the pipeline schedule; return the microbatches' losses on the last stage and nothing elsewhere."""
         losses: list[MicrobatchLoss] = []
+        objectives = {stream: objective.within(stream) for stream in counts}
+        weights = {term.name: term.weight for term in objective.terms}
 
         def loss_func(batch: Microbatch, teacher: Tensor | None, rows: Tensor) -> Tensor:
             loss = microbatch_loss(
-                objective,
-                counts,
+                objectives[batch.stream],
+                counts[batch.stream],
                 batch,
                 rows,
                 self.lalm.output_weight,
@@ -208,6 +224,7 @@ class TrainStep:
                 self.lalm.arch.language.vocab_size,
                 self.layout.tp_group,
                 self.layout.cp_group,
+                weights.get(batch.stream, 1.0),  # no stream's: L_seq alone
             )
             losses.append(loss)
             return loss.total

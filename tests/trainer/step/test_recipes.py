@@ -1,0 +1,213 @@
+"""Each recipe's loss and gradients against its paper's equation, written out in float64, on one rank and on layouts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_cord.config.loading import load_config
+from megatron_cord.data.samples import Prompt
+from megatron_cord.data.views import Views
+from megatron_cord.errors import CordError
+from megatron_cord.losses import DivergenceConfig
+from megatron_cord.model.config import ModelConfig
+from megatron_cord.parallel.layout import initialize
+from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.model_setup import build_student
+from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.objective import ObjectiveConfig
+from megatron_cord.trainer.step.streams import StreamConfig
+from megatron_cord.trainer.step.teacher import Teacher, TeacherConfig
+from megatron_cord.verify.layout import Row, VerifyLayoutConfig, compare, train_once
+from megatron_cord.verify.layout_reference import (
+    PARTS,
+    Outcome,
+    Sizes,
+    _log_probabilities,
+    _published,
+    make_checkpoint,
+    make_sequences,
+)
+from tests.gloo import run_ranks
+from tests.tiny_run import ROOT
+
+RECIPES = ROOT / "examples" / "recipes"
+SIZES = Sizes(layers=2, heads=4, kv_heads=2, sequences=4, longest=9)
+LAYOUTS = {
+    "tp2 packed": ["parallel.tp=2", "parallel.sequence_parallel=true", "train.packing=packed"],
+    "pp2": ["parallel.pp=2"],
+    "cp2 packed": ["parallel.cp=2", "train.packing=packed"],
+}
+#: The equation of a response: from log p and log q, [T, V], its tokens [T] and the engine's log-probabilities [T].
+Equation = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor, tokens: Tensor, engine: Tensor) -> Tensor:
+    """Σ_t Σ_v p (log p − log q)."""
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def jensen_shannon(log_p: Tensor, log_q: Tensor, tokens: Tensor, engine: Tensor) -> Tensor:
+    """Σ_t ½ KL(q‖m) + ½ KL(p‖m), m = (p + q)/2."""
+    p, q = log_p.exp(), log_q.exp()
+    log_m = ((p + q) / 2).log()
+    return (p * (log_p - log_m) + q * (log_q - log_m)).sum() / 2
+
+
+def sampled(log_p: Tensor, log_q: Tensor, tokens: Tensor, engine: Tensor) -> Tensor:
+    """−Σ_t min(p/p_engine, 2) A_t log p(y_t), A_t = log q(y_t) − log p(y_t) a number."""
+    student, teacher = (values.gather(1, tokens[:, None])[:, 0] for values in (log_p, log_q))
+    weight = (student.detach() - engine).exp().clamp(max=2.0)
+    return -(weight * (teacher - student).detach() * student).sum()
+
+
+def cord_weighted(log_p: Tensor, log_q: Tensor, tokens: Tensor, engine: Tensor) -> Tensor:
+    """Σ_t w_t D_t; responses here have fewer tokens than K, so that all of them have α."""
+    divergence = (log_p.exp() * (log_p - log_q)).sum(1)
+    return (2.0 * torch.linspace(2.0, 1.0, len(tokens), dtype=torch.float64) * divergence).sum()
+
+
+#: Of each recipe: its equation, and whether the sum is divided by tokens or by responses.
+EQUATIONS: dict[str, tuple[Equation, str]] = {
+    "cord": (cord_weighted, "response"),
+    "x_opd": (sampled, "token"),
+    "x3_opd": (reverse_kl, "token"),
+    "para_bridge": (jensen_shannon, "token"),
+    "echo_distill": (reverse_kl, "token"),
+    "sdft": (reverse_kl, "token"),
+    "gkd": (jensen_shannon, "token"),
+}
+#: λ of each stream, in the order in which they stand
+WEIGHTS = {"x_opd": (0.5, 0.5)}
+
+
+def load_recipe(name: str) -> RunConfig:
+    """Return a recipe with what a user must give."""
+    given = ["output_dir=out", "model.checkpoint=checkpoint", "data.train=train", "data.evaluation=heldout"]
+    return load_config(RunConfig, RECIPES / f"{name}.yaml", given)
+
+
+def make_step(recipe: RunConfig, objective: ObjectiveConfig) -> list[TrainingSequence]:
+    """Return responses of each stream, two at most to a sample; each view of a sample has a prompt of its own."""
+    views, prompts = Views(recipe.views), dict[tuple[str, int], Prompt]()
+    for number, name in enumerate(objective.views):
+        for position, made in enumerate(make_sequences(SIZES, seed=number)):
+            words = tuple(token for token in made.student.token_ids if token != SIZES.vocabulary - 1)
+            hears = views.named(name, "a view").filters is not None
+            prompts[name, position] = made.student if hears else Prompt(made.student.sample_id, words)
+    sequences: list[TrainingSequence] = []
+    for term in objective.terms:
+        draws = [draw for draw in objective.draws if objective.term_of(draw).name == term.name]
+        for draw in draws[:2]:
+            for position, made in enumerate(make_sequences(SIZES, seed=10 - draw)):
+                response = replace(made.response, role="distill", position=position, draw=draw, advantage=0.0)
+                student, teacher = prompts[term.student, position], prompts[term.teacher, position]
+                sequences.append(TrainingSequence(student, teacher, response, len(sequences), term.name))
+    return sequences
+
+
+def expected(directory: Path, recipe: str, sequences: list[TrainingSequence], frozen: tuple[str, ...]) -> Outcome:
+    """Return loss and gradients of the recipe's equation: one sequence after the other."""
+    model = make_checkpoint(directory, SIZES, seed=0).double().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("embed_positions" not in name and not any(PARTS[part] in name for part in frozen))
+    equation, divided = EQUATIONS[recipe]
+    streams = list(dict.fromkeys(s.stream for s in sequences))
+    loss = torch.zeros((), dtype=torch.float64)
+    for stream, weight in zip(streams, WEIGHTS.get(recipe, (1.0,)), strict=True):
+        own = [s for s in sequences if s.stream == stream]
+        count = sum(len(s.rollout.token_ids) for s in own) if divided == "token" else len(own)
+        for sequence in own:
+            assert sequence.teacher is not None
+            log_p = _log_probabilities(model, sequence.student, sequence.rollout)
+            with torch.no_grad():
+                log_q = _log_probabilities(model, sequence.teacher, sequence.rollout)
+            tokens = torch.tensor(sequence.rollout.token_ids)
+            engine = torch.tensor(sequence.rollout.logprobs, dtype=torch.float64)
+            loss = loss + weight * equation(log_p, log_q, tokens, engine) / count
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = {_published(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return Outcome(loss.item(), gradients, {})
+
+
+def run_recipes(_rank: int, names: list[str], settings: list[str]) -> dict[str, list[Row]]:
+    """Return what differs from the oracle, by recipe."""
+    config = load_config(VerifyLayoutConfig, None, settings)
+    layout = initialize(config.parallel, config.seed)
+    found = {}
+    for name in names:
+        recipe = load_recipe(name)
+        objective = replace(recipe.objective, policy_gradient=replace(recipe.objective.policy_gradient, enabled=False))
+        sequences = make_step(recipe, objective)
+        with tempfile.TemporaryDirectory() as directory:
+            reference = expected(Path(directory), name, sequences, recipe.model.freeze)
+            student = build_student(ModelConfig(directory, dtype="float32", freeze=recipe.model.freeze), layout)
+            teacher = Teacher(TeacherConfig(), student, directory)
+        actual = train_once(config, layout, student, teacher, objective, sequences)
+        weights = {"not compared": torch.ones(1)}
+        found[name] = compare(replace(actual, weights=weights), replace(reference, weights=weights), "float32")
+    parallel_state.destroy_model_parallel()
+    return found
+
+
+@cache
+def on_ranks(layout: str) -> dict[str, list[Row]]:
+    ranks = 1 if layout == "one rank" else 2
+    found: dict[str, list[Row]] = run_ranks(run_recipes, ranks, list(EQUATIONS), LAYOUTS.get(layout, []))[0]
+    return found
+
+
+@pytest.mark.parametrize("recipe", EQUATIONS)
+def test_recipes_equal_their_oracles(recipe: str) -> None:
+    """Catches another divergence, weight, view, denominator or frozen part than the recipe's paper has."""
+    check(on_ranks("one rank")[recipe])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("recipe", EQUATIONS)
+def test_recipes_on_layouts(recipe: str, layout: str) -> None:
+    """Catches streams that meet in one packed microbatch, or a rank that weighs a stream by its own share."""
+    check(on_ranks(layout)[recipe])
+
+
+def check(rows: list[Row]) -> None:
+    assert sum(row.name.startswith("gradient") for row in rows) > 20
+    failed = [row for row in rows if not row.passed]
+    assert not failed, failed[:5]
+
+
+def test_a_single_stream_is_the_objective_without_streams() -> None:
+    """Catches a stream that changes what is drawn or trained on where nothing but its name is new."""
+    plain = ObjectiveConfig()
+    named = ObjectiveConfig(streams={"only": StreamConfig()})
+    assert plain.draws == named.draws == (0,)
+    (one,), (other,) = plain.terms, named.terms
+    assert replace(one, name="only") == other and plain.views == named.views
+    assert named.within("only") == plain and plain.within("") is plain
+
+
+def test_what_cannot_be_meant_is_refused() -> None:
+    """Catches streams that would be left out, or trained on with a wrong gradient."""
+    sampled_elsewhere = StreamConfig(rollout="read", divergence=DivergenceConfig("sampled"))
+    for streams, message in (
+        ({"a": StreamConfig(divergence=DivergenceConfig("none"))}, "leave the stream out"),
+        ({"a": sampled_elsewhere}, "samples from the view read and trains on hear"),
+        ({"a b": StreamConfig()}, "the name 'a b'"),
+    ):
+        with pytest.raises(CordError, match=message):
+            ObjectiveConfig(streams=streams)
+    with pytest.raises(CordError, match="responses=student"):
+        ObjectiveConfig(streams={"a": StreamConfig()}, responses="teacher")
+    with pytest.raises(CordError, match="weight is 0"):
+        StreamConfig(weight=0.0)
+    with pytest.raises(CordError, match="responses is 0"):
+        StreamConfig(responses=0)
