@@ -28,6 +28,9 @@ class CompareConfig:
     #: names of compare/methods.py or of `own`, in the order in which they run and are shown
     methods: tuple[str, ...] = COMPARED
     own: dict[str, tuple[str, ...]] = field(default_factory=dict)  #: more methods: name → settings on top of CORD's
+    #: more methods: name → a recipe's file, such as examples/recipes/gkd.yaml, its views, objective and teacher;
+    #: optimizer, model and rollout are those of `train`
+    recipes: dict[str, str] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)  #: of data order, sampling and everything else that is drawn
     #: the method, or the name of `runs`, whose differences from the others are given; empty: cord, or the first of
     #: `runs` where no method is trained
@@ -51,9 +54,10 @@ class CompareConfig:
             raise CordError("seeds must be different and not negative")
         if self.ranks < 0 or self.jobs < 1:
             raise CordError("ranks cannot be negative, and jobs must be at least 1")
-        methods_named(self.methods, self.own)
-        if unused := sorted(self.own.keys() - set(self.methods)):
-            raise CordError(f"own defines {unused[0]!r}, which methods does not name; add it there or remove it")
+        methods_named(self.methods, self.own, self.recipes)
+        for key, given in (("own", self.own), ("recipes", self.recipes)):
+            if unused := sorted(given.keys() - set(self.methods)):
+                raise CordError(f"{key} defines {unused[0]!r}, which methods does not name; add it there or remove it")
         for name in self.adjust.keys() - set(self.methods):
             raise CordError(
                 f"adjust names {name!r}, which is none of the methods; choose one of {', '.join(self.methods)}"
@@ -83,7 +87,7 @@ class CompareConfig:
     @property
     def trained(self) -> dict[str, Method]:
         """The methods that are trained, by name."""
-        return methods_named(self.methods, self.own) if self.train else {}
+        return methods_named(self.methods, self.own, self.recipes) if self.train else {}
 
     @property
     def chosen(self) -> dict[str, Method]:

@@ -6,9 +6,12 @@ other settings, the budget among them, are the run's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_cord.config.flattening import flatten
+from megatron_cord.config.source import read_tree
 from megatron_cord.errors import CordError
 
 
@@ -50,6 +53,14 @@ def _policy(title: str, *settings: str) -> Method:
     prefix = "objective.policy_gradient."
     chosen = tuple(s if s.startswith("rollout.") else prefix + s for s in settings)
     return Method(title, (*_method(title, "student", "none", policy=True).settings, *chosen))
+
+
+def _recipe(name: str, path: str) -> Method:
+    """Return a recipe's views, objective and teacher as a method; its other settings are the runs' to say."""
+    given = read_tree(path, ()).values
+    chosen = {section: given[section] for section in ("views", "objective", "teacher") if section in given}
+    settings = (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flatten(chosen).items())
+    return Method(name.replace("_", " "), tuple(settings))
 
 
 #: By the name that configuration uses. The first seven are the comparison, the next two complete the ablation; the last
@@ -95,18 +106,30 @@ METHODS: dict[str, Method] = {
 COMPARED = tuple(METHODS)[:7]
 
 
-def methods_named(names: Sequence[str], own: Mapping[str, Sequence[str]]) -> dict[str, Method]:
-    """Return the methods by name; ``own`` are the user's: settings on top of CORD's.
+def methods_named(
+    names: Sequence[str], own: Mapping[str, Sequence[str]], recipes: Mapping[str, str] | None = None
+) -> dict[str, Method]:
+    """Return the methods by name.
+
+    Args:
+        names: of methods.
+        own: the user's: settings on top of CORD's.
+        recipes: paths of recipes by name; only those that are named are read.
 
     Raises:
-        CordError: an unknown name, a name that comes twice, or one of the user's that is taken.
+        CordError: an unknown name, a name that comes twice, one of the user's that is taken, or a recipe that cannot be
+            read.
     """
-    taken = own.keys() & METHODS.keys()
-    if taken:
-        raise CordError(f"own.{min(taken)}: this name is one of the project's methods; choose another")
+    recipes = recipes or {}
+    for key, taken in (("own", own.keys() & METHODS.keys()), ("recipes", recipes.keys() & METHODS.keys())):
+        if taken:
+            raise CordError(f"{key}.{min(taken)}: this name is one of the project's methods; choose another")
+    if twice := own.keys() & recipes.keys():
+        raise CordError(f"own and recipes both define {min(twice)!r}; choose another name for one of them")
     known = METHODS | {
         name: Method(name.replace("_", " "), (*METHODS["cord"].settings, *settings)) for name, settings in own.items()
     }
+    known |= {name: _recipe(name, path) for name, path in recipes.items() if name in names}
     if len(set(names)) != len(names):
         raise CordError(f"methods: {next(n for n in names if names.count(n) > 1)} comes twice")
     for name in names:

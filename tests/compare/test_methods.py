@@ -19,7 +19,7 @@ from megatron_cord.losses import TokenWeightsConfig
 from megatron_cord.rollout.types import GenerationRequest, Rollout
 from megatron_cord.trainer.collection import Collector
 from megatron_cord.trainer.config import RunConfig
-from tests.tiny_run import make_samples
+from tests.tiny_run import ROOT, make_samples
 from tests.trainer.step.test_objective import assert_as_expected
 
 REQUIRED = ("output_dir=x", "model.checkpoint=x", "data.train=x", "data.evaluation=x")
@@ -102,3 +102,14 @@ def test_methods_of_the_users_own(tmp_path: Path) -> None:
         methods_named(["dpo"], {"mine": ()})
     with pytest.raises(CordError, match="sft comes twice"):
         methods_named(["sft", "cord", "sft"], {})
+
+
+def test_recipes_are_methods() -> None:
+    """Catches a recipe that is read in part, or whose settings a run does not take."""
+    path = str(ROOT / "examples" / "recipes" / "x3_opd.yaml")
+    method = methods_named(["x3"], {}, {"x3": path})["x3"]
+    config = load_config(RunConfig, None, [*REQUIRED, *method.settings])
+    assert config.objective == load_config(RunConfig, Path(path), REQUIRED).objective
+    assert config.objective.teacher_view == "informed" and "{answer}" in config.views["informed"].user[1]
+    with pytest.raises(CordError, match=r"recipes\.sft: this name is one of the project's"):
+        methods_named(["sft"], {}, {"sft": path})
