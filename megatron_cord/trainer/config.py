@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.data.config import DataConfig
+from megatron_cord.data.samples import HEAR, READ
 from megatron_cord.data.shards.manifest import is_remote
 from megatron_cord.data.views import View, ViewConfig, Views, check_student
 from megatron_cord.errors import CordError
@@ -177,6 +178,11 @@ class RunConfig:
         for name, each in sets.items():
             for stands, other in each.views.items():
                 key = f"data.train.{name}.views.{stands}"
+                if stands in (HEAR, READ):
+                    raise CordError(
+                        f"{key}: {stands} is the same in all sets, as reference answers are made of it; "
+                        "make a view of its own for the objective, for which others may stand"
+                    )
                 if stands not in objective.views:
                     raise CordError(f"{key}: the objective has the views {', '.join(objective.views)}")
                 view = views.named(other, key)

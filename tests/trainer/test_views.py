@@ -91,11 +91,14 @@ def test_unknown_and_privileged_views_are_refused(inputs: Path, tmp_path: Path) 
         load("objective.teacher_view=tells")
     with pytest.raises(CordError, match=r"objective\.student_view=informed gives the student the answer"):
         load(INFORMED, "objective.student_view=informed")
-    sets = f"data.train={{a: {{path: {inputs / 'train'}, views: {{hear: informed}}}}}}"
-    with pytest.raises(CordError, match=r"data\.train\.a\.views\.hear=informed gives the student the answer"):
-        load(INFORMED, sets)
+    both = INFORMED[:-1] + ", noisy: {user: [audio|noise(10)]}}"
+    sets = f"data.train={{a: {{path: {inputs / 'train'}, views: {{noisy: informed}}}}}}"
+    with pytest.raises(CordError, match=r"data\.train\.a\.views\.noisy=informed gives the student the answer"):
+        load(both, sets, "objective.student_view=noisy")
+    with pytest.raises(CordError, match=r"data\.train\.a\.views\.read: read is the same in all sets"):
+        load(INFORMED, sets.replace("noisy:", "read:"))
     with pytest.raises(CordError, match=r"data\.train\.a\.views\.other: the objective has the views hear, read"):
-        load(INFORMED, sets.replace("hear:", "other:"))
+        load(INFORMED, sets.replace("noisy:", "other:"))
 
 
 def test_streams_are_trained_in_one_step(inputs: Path, tmp_path: Path) -> None:
