@@ -45,7 +45,7 @@ def test_each_reaches_the_loss(method: str) -> None:
 
 def test_no_two_are_the_same() -> None:
     """Catches a copy with another title."""
-    assert len({run_config(method).objective for method in METHODS}) == len(METHODS)
+    assert len({repr(run_config(method).objective) for method in METHODS}) == len(METHODS)
     assert len(COMPARED) == 7 and run_config("cord").objective == load_config(RunConfig, None, REQUIRED).objective
 
 
