@@ -152,6 +152,7 @@ def report(
         teacher_tokens=length,
         response_tokens=responses // sequences,
         clips=0,
+        clip_positions=0,
         dp=1,
         microbatches=setting.steps,
         micro_batch=setting.prompts,
