@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+import megatron_cord.train  # noqa: F401  what `make_run` imports, before the ranks are forked
 from megatron_cord.config.loading import load_config
 from megatron_cord.evaluate import evaluate
 from megatron_cord.model.families import load_architecture
@@ -15,16 +16,16 @@ from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint
 from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig, build_weight_sync
 from megatron_cord.rollout.weights import ShardedModelWeights
-from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
 from tests.rollout.sglang.fake_sglang import FakeServer
+from tests.tiny_run import make_run
 
 torch.set_num_threads(1)
 
 
 def run_training(settings: Sequence[str]) -> None:
     """Train with these settings."""
-    status = train(load_config(RunConfig, None, list(settings)))
+    status = make_run(settings)
     assert status == 0, f"the run ended with status {status}"
 
 
