@@ -63,7 +63,7 @@ class Outcome:
             AssertionError: a phase waits more often; with the lines, the most frequent first.
         """
         for phase, budget in budgets.items():
-            allowed = budget.step * self.steps.get(phase, 0) + budget.microbatch * self.microbatches.get(phase, 0)
+            allowed = budget.allowed(self.steps.get(phase, 0), self.microbatches.get(phase, 0))
             assert self.waits_in(phase) <= allowed, (
                 f"{self.waits_in(phase)} waits in phase {phase}, where {allowed} are allowed:\n{self.table(phase)}"
             )

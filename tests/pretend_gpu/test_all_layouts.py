@@ -113,6 +113,16 @@ def test_options(jobs: Jobs, inputs: Path, tmp_path: Path, name: str) -> None:
     jobs.run("train", settings(inputs, tmp_path / "run", *OPTIONS[name]))
 
 
+def test_lora(jobs: Jobs, inputs: Path, tmp_path: Path) -> None:
+    """Catches faults and waits of LoRA's matrices and dropout, whole and split, and of a resume as split ones."""
+    lora = ("model.lora.rank=4", "model.lora.dropout=0.3", "rollout.max_logprob_mismatch=null", "train.packing=packed")
+    run = settings(inputs, tmp_path / "run", *lora)
+    (outcome,) = jobs.run("train", [*run, "train.steps=1"])
+    outcome.check_waits()
+    for outcome in jobs.run("train", [*run, "parallel.tp=2", "parallel.sequence_parallel=true"], ranks=2):
+        outcome.check_waits(TENSOR_PARALLEL)
+
+
 def test_weight_sync_of_shards(jobs: Jobs, tmp_path: Path) -> None:
     """Catches gathers of shards into memory of the wrong kind."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", hidden_size=128, ffn_size=1024, layers=4)
