@@ -42,6 +42,7 @@ OPTIONS = {
     "dynamic sampling": ("rollout.dynamic_sampling=1",),
     "ahead, restart": ("rollout.schedule.ahead=1", "rollout.schedule.on_weight_sync=restart"),
     "ahead, continue": ("rollout.schedule.ahead=1", "rollout.schedule.on_weight_sync=continue"),
+    "ahead, reference answers in time": ("rollout.schedule.ahead=1", "model.freeze=[language_model]"),
     "top_p": ("rollout.top_p=0.9", "rollout.top_k=5"),
     "several updates": (
         "train.minibatches=2",
