@@ -114,6 +114,13 @@ def test_options(jobs: Jobs, inputs: Path, tmp_path: Path, name: str) -> None:
     jobs.run("train", settings(inputs, tmp_path / "run", *OPTIONS[name]))
 
 
+def test_streams(jobs: Jobs, inputs: Path, tmp_path: Path) -> None:
+    """Catches losses of streams that are read one by one."""
+    streams = "objective.streams={hear: {}, read: {student: read, teacher: read, weight: 0.5}}"
+    for outcome in jobs.run("train", settings(inputs, tmp_path / "run", streams, "parallel.tp=2"), ranks=2):
+        outcome.check_waits(TENSOR_PARALLEL)
+
+
 def test_lora(jobs: Jobs, inputs: Path, tmp_path: Path) -> None:
     """Catches faults and waits of LoRA's matrices and dropout, whole and split, and of a resume as split ones."""
     lora = ("model.lora.rank=4", "model.lora.dropout=0.3", "rollout.max_logprob_mismatch=null", "train.packing=packed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -28,14 +28,15 @@ def measure_step(
         losses: of this rank's microbatches in all updates; empty but on the last pipeline stage.
         rollouts: of the step, with token results.
         updates: how many there were; the losses are their means.
-        objective: whether L_seq has ratios, which then are measured too.
+        objective: its streams, and whether L_seq has ratios, which then are measured too.
         layout: this rank's place.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=layout.device)
+    names = list(objective.streams)
+    sums = torch.zeros(4 + len(names), dtype=torch.float64, device=layout.device)
     counted = losses if dist.get_rank(layout.tp_group) == 0 else ()
     for loss in counted:
         entropy = loss.stats.entropy
-        sums += torch.stack(
+        sums[:4] += torch.stack(
             [
                 loss.token.double(),
                 loss.sequence.double(),
@@ -43,13 +44,15 @@ def measure_step(
                 entropy.new_full((), entropy.numel(), dtype=torch.float64),
             ]
         )
+        if loss.stream:
+            sums[4 + names.index(loss.stream)] += loss.token.double()
     dist.all_reduce(sums)
-    token, sequence, entropy_sum, tokens = sums.tolist()
+    token, sequence, entropy_sum, tokens, *of_streams = sums.tolist()
     token, sequence = token / updates, sequence / updates
     trained = [r for r in rollouts if r.tokens is not None]
     kl = [value for r in trained if r.tokens is not None and r.tokens.kl is not None for value in r.tokens.kl]
     unknown = math.nan  # where nothing was trained on, there is no mean: a zero would look like a collapse
-    metrics = _stream_metrics(counted, trained, updates, objective, layout) | {
+    metrics = _stream_metrics(dict(zip(names, of_streams, strict=True)), trained, updates, objective) | {
         "loss": token + sequence,
         "loss_token": token,
         "loss_sequence": sequence,
@@ -63,22 +66,11 @@ def measure_step(
 
 
 def _stream_metrics(
-    losses: Sequence[MicrobatchLoss],
-    rollouts: Sequence[ScoredRollout],
-    updates: int,
-    objective: ObjectiveConfig,
-    layout: Layout,
+    losses: Mapping[str, float], rollouts: Sequence[ScoredRollout], updates: int, objective: ObjectiveConfig
 ) -> dict[str, float]:
-    """Return each stream's weighted loss, divergence and length of responses; empty where streams have no names."""
-    names = list(objective.streams)
-    sums = torch.zeros(len(names), dtype=torch.float64, device=layout.device)
-    for loss in losses:
-        if loss.stream:
-            sums[names.index(loss.stream)] += loss.token.double()
-    if names:
-        dist.all_reduce(sums)
+    """Return each stream's weighted loss, divergence and length of responses, from the sums of its losses by name."""
     metrics: dict[str, float] = {}
-    for name, loss_sum in zip(names, sums.tolist(), strict=True):
+    for name, loss_sum in losses.items():
         own = [r for r in rollouts if r.distilled and objective.term_of(r.draw).name == name]
         kl = [value for r in own if r.tokens is not None and r.tokens.kl is not None for value in r.tokens.kl]
         tokens = sum(len(r.rollout.token_ids) for r in own)
