@@ -188,7 +188,11 @@ def test_real_runs(inputs: Path, tmp_path: Path) -> None:
     wrong = alone(inputs, tmp_path / "wrong", *settings, "optimizer.learning_rate=0.1")
     (alert,) = [json.loads(line) for line in (wrong / "alerts.jsonl").read_text().splitlines()]
     assert (alert["kind"], alert["step"]) == ("diverging", 6)
-    assert "times the untrained model's 0.474" in alert["words"] and "learning_rate (up to 0.1)" in alert["words"]
+    untrained = json.loads((wrong / "metrics.jsonl").read_text().splitlines()[0])["kl"]
+    assert (
+        f"times the untrained model's {untrained:.3g}" in alert["words"]
+        and "learning_rate (up to 0.1)" in alert["words"]
+    )
 
 
 def test_accuracy() -> None:
