@@ -131,7 +131,7 @@ def test_a_sample_that_stands_in_for_a_damaged_one_is_answered(
     samples = make_samples(40)
     listed = Listed([replace(sample, waveform=np.zeros(0, np.float32)) for sample in samples])
     loader = SampleLoader(
-        row_of(listed, max_skipped=0.5), batch_size=2, prepare=lambda given: prompts.prepare(given, ["read"])
+        row_of(listed, max_skipped=0.5), batch_size=2, prepare=lambda given, _: prompts.prepare(given, ["read"])
     )
     engine = ScriptedEngine(prompts, lambda request: "answer is one")
     made = ReferenceAnswers(
