@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_cord.model.config import PARTS
 from megatron_cord.plan.devices import Gpu
 from megatron_cord.plan.lora import trained_count
 from megatron_cord.plan.parameters import part_counts, rank_counts
@@ -145,6 +144,8 @@ def operations(config: RunConfig, arch: Architecture, work: Work) -> Operations:
     same; frozen weights have no gradient of their own, and LoRA's products are left out as small. Before the first
     of several updates, the student's own responses are scored once more.
     """
+    from megatron_cord.model.config import PARTS  # its room imports torch, which plans do without
+
     lm = arch.language
     matrices = _matrices(arch)
     student = work.sequences * work.student_tokens

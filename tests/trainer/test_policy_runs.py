@@ -27,6 +27,7 @@ UPDATES = ("train.minibatches=2", "train.passes=2", "train.steps=2", "rollout.po
 ALGORITHMS: dict[str, tuple[str, ...]] = {
     "gspo": (
         *UPDATES,
+        "seed=5",  # of eight, one with rewards that differ in both steps
         *(f"{POLICY}surrogate=clipped", f"{POLICY}ratio=sequence", f"{POLICY}normalization=response_mean"),
         *(f"{POLICY}clip_low=3e-4", f"{POLICY}clip_high=4e-4", f"{POLICY}normalize_std=true"),
         "rollout.share=true",

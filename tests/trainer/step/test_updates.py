@@ -100,7 +100,9 @@ def test_updates_equal_the_reference(tmp_path: Path, layout: Layout, minibatches
     weights, old, ratios, norms = expected(model, minibatches, passes)
     for name, tensor in export_tensors(student):
         if name in weights:
-            torch.testing.assert_close(tensor.double(), weights[name], rtol=1e-4, atol=1e-4)  # of updates of 3e-3
+            torch.testing.assert_close(
+                tensor.double(), weights[name], rtol=1e-4, atol=3e-4
+            )  # of updates of 3e-3, near 0 by chance
     for rollout, logprobs in zip(result.rollouts, old, strict=True):
         assert rollout.tokens is not None
         assert rollout.tokens.student_logprobs == pytest.approx(logprobs.tolist(), rel=1e-4, abs=1e-5)
