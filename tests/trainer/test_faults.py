@@ -202,6 +202,7 @@ def kill_at_random(inputs: Path, undisturbed: Path, directory: Path, kills: int,
     )
 
 
+@pytest.mark.slow
 def test_ranks_killed_at_random(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Catches whatever a kill can leave behind that a resumed run trips over or silently differs by.
 

@@ -63,7 +63,7 @@ def test_streams_where_all_take_them(manners: tuple[str, str]) -> None:
         weight_sync.close()
 
 
-@pytest.mark.parametrize("manner", ["refuses", "refuses late", "dies", "hangs"])
+@pytest.mark.parametrize("manner", ["refuses", "refuses late", "dies", pytest.param("hangs", marks=pytest.mark.slow)])
 def test_one_fails_and_the_other_gets_everything(manner: str) -> None:
     """Catches a rank that waits for the dead, the wrong server blamed.
 
