@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_cord.errors import CordError
+
 _ENDS = 1 << 20  # bytes at both ends of a file that stand for its content
 _SYNC_FILE_RANGE_WRITE = 2  # of Linux's fcntl.h
 
@@ -54,6 +56,25 @@ def write_atomic(path: Path | str, content: str | bytes, *, sync: bool = False) 
 def write_json(path: Path | str, value: Any, *, sync: bool = False) -> None:
     """Write `value` as indented JSON in UTF-8, as `atomic_file` does."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", sync=sync)
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Args:
+        path: of the file.
+        remedy: what the user should do about a damaged one, for the message.
+
+    Raises:
+        CordError: it cannot be read, is not JSON in UTF-8, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CordError(f"{path} is not readable JSON ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise CordError(f"{path} holds no JSON object; {remedy}")
+    return content
 
 
 def file_digest(path: Path | str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from megatron_cord.model.architecture import LanguageArchitecture
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import FAMILIES, load_architecture
 from megatron_cord.model.families.ultravox.family import QKV_BIAS
+from megatron_cord.runtime.files import read_json_object
 
 #: The encoder's sizes, as Whisper's config.json names them.
 _SIZES = (
@@ -73,7 +73,7 @@ def read_text_model(given: Path) -> TextModel:
             f"({', '.join(QKV_BIAS)})"
         )
     directory = checkpoint_directory(given)
-    config = json.loads((directory / "config.json").read_text())
+    config = read_json_object(directory / "config.json", "download the checkpoint again")
     return TextModel(directory, config, arch.language, dict(published_tensors(directory, arch)))
 
 
@@ -96,7 +96,9 @@ def read_whisper(given: Path) -> Whisper:
 def _read_published(directory: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """Return the encoder's sizes and its tensors from Hugging Face's files."""
     path = directory / "config.json"
-    model_type = _json(path).get("model_type")
+    if not path.is_file():
+        raise CordError(f"{path} does not exist; give a Hugging Face checkpoint directory")
+    model_type = read_json_object(path, "download the checkpoint again").get("model_type")
     if model_type != "whisper":
         other = ", a text model or a speech model: the Whisper comes second" if model_type in FAMILIES else ""
         raise CordError(
@@ -121,7 +123,7 @@ def _check_features(path: Path, config: dict[str, Any]) -> None:
     """Refuse features of other sizes than the encoder's; without the file they are Whisper's usual ones."""
     if not path.is_file():
         return
-    content = _json(path)
+    content = read_json_object(path, "download the checkpoint again")
     expected = {
         "feature_size": config["num_mel_bins"],
         "n_samples": 2 * config["max_source_positions"] * HOP_LENGTH,
@@ -136,15 +138,3 @@ def _check_features(path: Path, config: dict[str, Any]) -> None:
                 f"{config['num_mel_bins']}, max_source_positions {config['max_source_positions']}); take all "
                 "files from the same Whisper"
             )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CordError(f"{path} does not exist; give a Hugging Face checkpoint directory") from None
-    except (OSError, ValueError) as error:
-        raise CordError(f"{path} is not readable JSON ({error}); download the checkpoint again") from None
-    if not isinstance(content, dict):
-        raise CordError(f"{path} holds no JSON object; download the checkpoint again")
-    return content

@@ -11,7 +11,6 @@ them.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_cord.errors import CordError
+from megatron_cord.runtime.files import read_json_object
 
 MAX_FREQUENCY = 8000.0  #: Hz; WhisperFeatureExtractor does not make it configurable
 FLOOR = 1e-10  #: of the mel spectrum
@@ -89,12 +89,8 @@ class FeatureConfig:
 
     @classmethod
     def _from_file(cls, path: Path) -> FeatureConfig:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CordError(f"{path} is not readable JSON ({error}); copy it from the original checkpoint") from error
-        if isinstance(content, dict):
-            content = content.get("feature_extractor", content)
+        content = read_json_object(path, "copy it from the original checkpoint")
+        content = content.get("feature_extractor", content)
         if not isinstance(content, dict):
             raise CordError(f"{path} holds no JSON object; copy it from the original checkpoint")
         for key in ("dither", "do_normalize", "padding_value"):
