@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2Model
 
+from megatron_cord.model.families.plain_clips import place_clips
 from megatron_cord.model.families.step_audio_2.audio import Adapter, Encoder, StepAudio2Config
 
 
@@ -62,10 +63,6 @@ class StepAudio2(PreTrainedModel):
         """
         embedded = self.get_input_embeddings()(input_ids)
         if input_features is not None and feature_attention_mask is not None:
-            lengths = feature_attention_mask.sum(1).tolist()
-            audio = torch.cat(
-                [self.encode_audio(clip, frames) for clip, frames in zip(input_features, lengths, strict=True)]
-            )
             is_placeholder = torch.eq(input_ids, self.config.placeholder)
-            embedded = embedded.masked_scatter(is_placeholder[..., None], audio.to(embedded.dtype))
+            embedded = place_clips(embedded, is_placeholder, input_features, feature_attention_mask, self.encode_audio)
         return self.model(inputs_embeds=embedded, **settings)

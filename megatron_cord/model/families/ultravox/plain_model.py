@@ -15,6 +15,7 @@ from torch.nn.functional import gelu, pad, silu
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from megatron_cord.model.families.plain_clips import place_clips
 from megatron_cord.model.families.ultravox.configuration import UltravoxConfig
 
 
@@ -98,10 +99,6 @@ class Ultravox(PreTrainedModel):
         """
         embedded = self.get_input_embeddings()(input_ids)
         if input_features is not None and feature_attention_mask is not None:
-            lengths = feature_attention_mask.sum(1).tolist()
-            audio = torch.cat(
-                [self.encode_audio(clip, frames) for clip, frames in zip(input_features, lengths, strict=True)]
-            )
             is_placeholder = torch.eq(input_ids, self.config.audio_token_index)
-            embedded = embedded.masked_scatter(is_placeholder[..., None], audio.to(embedded.dtype))
+            embedded = place_clips(embedded, is_placeholder, input_features, feature_attention_mask, self.encode_audio)
         return self.language_model.model(inputs_embeds=embedded, **settings)
