@@ -12,9 +12,8 @@ class Fusions:
     Whisper's GELU is exact and Megatron's fused one an approximation (tanh), so the encoder's activation is not fused.
     """
 
-    cuda: (
-        bool  #: the layers are computed on a GPU, where torch.compile makes Megatron's fused functions one kernel each
-    )
+    #: the layers are computed on a GPU, where torch.compile makes Megatron's fused functions one kernel each
+    cuda: bool
     transformer_engine: bool  #: they are transformer-engine's
 
     @property

@@ -91,20 +91,20 @@ def graft(llm: Path, whisper: Path, target: Path, projector: Projector, dtype: t
         CordError: the target exists, a source is not what it must be or lacks tensors, or the disk is too small.
     """
     check_vacant(target)
-    text, ears = read_text_model(llm), read_whisper(whisper)
+    text, audio = read_text_model(llm), read_whisper(whisper)
     files, placeholder = with_placeholder(text.directory, text.language.vocab_size)
     precision = dtype or common_dtype(list(text.tensors.values()))
-    fields = _configuration(text, ears, projector, placeholder, precision)
+    fields = _configuration(text, audio, projector, placeholder, precision)
     arch = architecture(UltravoxConfig(**fields))
     shapes = _shapes(fields, arch)
-    _check_tensors(shapes, text, ears)
+    _check_tensors(shapes, text, audio)
     shards = plan_shards(shapes, precision, _SHARD_BYTES)
     _check_disk(target, sum(shard.nbytes(precision) for shard in shards))
-    files |= _auxiliary_files(text, ears, fields)
+    files |= _auxiliary_files(text, audio, fields)
     writer = HFDirectoryWriter(target, shards, precision)
     try:
         writer.begin(resume=False)
-        writer.write(_tensors(shapes, text, ears, projector))
+        writer.write(_tensors(shapes, text, audio, projector))
         writer.publish(files)
     except OSError as error:
         raise CordError(f"{target} could not be written ({error.strerror}); free some space and graft again") from None
@@ -116,7 +116,7 @@ def graft(llm: Path, whisper: Path, target: Path, projector: Projector, dtype: t
 
 
 def _configuration(
-    text: TextModel, ears: Whisper, projector: Projector, placeholder: int, dtype: torch.dtype
+    text: TextModel, audio: Whisper, projector: Projector, placeholder: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return the content of config.json."""
     vocabulary = max(text.language.vocab_size, placeholder + 1)
@@ -124,7 +124,7 @@ def _configuration(
     return {
         "architectures": ["UltravoxModel"],
         "model_type": UltravoxConfig.model_type,
-        "audio_config": ears.config,
+        "audio_config": audio.config,
         "text_config": language | {"vocab_size": vocabulary, "dtype": _name(dtype)},
         "audio_model_id": None,
         "text_model_id": None,
@@ -151,11 +151,11 @@ def _shapes(fields: dict[str, Any], arch: Architecture) -> dict[str, tuple[int, 
     }
 
 
-def _check_tensors(shapes: dict[str, tuple[int, ...]], text: TextModel, ears: Whisper) -> None:
+def _check_tensors(shapes: dict[str, tuple[int, ...]], text: TextModel, audio: Whisper) -> None:
     """Raise CordError unless both sources have every tensor that is copied, in the shape of its configuration."""
     for directory, tensors, prefix in (
         (text.directory, text.tensors, _LANGUAGE),
-        (ears.directory, ears.tensors, _TOWER),
+        (audio.directory, audio.tensors, _TOWER),
     ):
         problems = []
         for name, shape in shapes.items():
@@ -180,12 +180,12 @@ def _check_disk(target: Path, nbytes: int) -> None:
         )
 
 
-def _auxiliary_files(text: TextModel, ears: Whisper, fields: dict[str, Any]) -> dict[str, bytes]:
+def _auxiliary_files(text: TextModel, audio: Whisper, fields: dict[str, Any]) -> dict[str, bytes]:
     """Return configuration, feature extractor, and the text model's generation settings and licences."""
-    samples = 2 * ears.config["max_source_positions"] * HOP_LENGTH
+    samples = 2 * audio.config["max_source_positions"] * HOP_LENGTH
     extractor = {
         "feature_extractor_type": "WhisperFeatureExtractor",
-        "feature_size": ears.config["num_mel_bins"],
+        "feature_size": audio.config["num_mel_bins"],
         "sampling_rate": SAMPLING_RATE,
         "hop_length": HOP_LENGTH,
         "n_fft": N_FFT,
@@ -207,14 +207,14 @@ def _auxiliary_files(text: TextModel, ears: Whisper, fields: dict[str, Any]) -> 
 
 
 def _tensors(
-    shapes: dict[str, tuple[int, ...]], text: TextModel, ears: Whisper, projector: Projector
+    shapes: dict[str, tuple[int, ...]], text: TextModel, audio: Whisper, projector: Projector
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor by published name, each read or made when it is its turn."""
     generator = torch.Generator().manual_seed(projector.seed)
     scale = _row_scale(text.tensors[_BY_TOKEN[0]])
     for name, shape in shapes.items():
         if name.startswith(_TOWER):
-            yield name, ears.tensors[name.removeprefix(_TOWER)].read()
+            yield name, audio.tensors[name.removeprefix(_TOWER)].read()
         elif name.startswith(_PROJECTOR):
             yield name, _new(name, shape, projector.norm_init, scale, generator)
         else:

@@ -45,10 +45,8 @@ class Sampler:
         self._sampled: Tensor | slice = indices(sampled) if self._greedy else slice(None)
         self._temperatures = torch.tensor([requests[row].temperature for row in sampled], device=device)[:, None]
         self._keys = torch.tensor([_key(requests[row]) for row in sampled], device=device).view(-1, 2)
-        self._numbers = (
-            range(0),
-            torch.empty(0),
-        )  #: positions, and their Gumbel numbers [positions, n, levels · branches]
+        #: positions, and their Gumbel numbers [positions, n, levels · branches]
+        self._numbers = (range(0), torch.empty(0))
         self._truncated = indices(truncated)
         temperatures = [requests[row].temperature for row in truncated]
         self._truncated_temperatures = torch.tensor(temperatures, dtype=torch.float64, device=device)[:, None]
