@@ -96,6 +96,25 @@ class AdapterArchitecture:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are lowered for sequences longer than those of pre-training (`rotary.py` computes them).
+
+    Only the fields of its kind have a meaning.
+    """
+
+    #: linear: all by one factor; llama3 and yarn: low ones by the factor, high ones not, those between in proportion
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_positions: int = 0  #: of pre-training, by which llama3 and yarn tell low from high
+    low_freq_factor: float = 1.0  #: llama3: periods over pre-training's length, below which a frequency is low
+    high_freq_factor: float = 4.0  #: llama3: above which it is high
+    beta_slow: float = 1.0  #: yarn: turns over pre-training's length, below which a frequency is low
+    beta_fast: float = 32.0  #: yarn: above which it is high
+    truncate: bool = True  #: yarn: bounds between low and high are whole dimensions
+    attention_factor: float = 1.0  #: yarn: by which rotated queries and keys are multiplied
+
+
+@dataclass(frozen=True)
 class LanguageArchitecture:
     """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
@@ -111,6 +130,8 @@ class LanguageArchitecture:
     norm_epsilon: float
     qkv_bias: bool
     tied_embeddings: bool
+    qk_norm: bool = False  #: an RMSNorm over each query's and each key's head before the rotation, as in Qwen3
+    rope_scaling: RopeScaling | None = None
 
     def padded_vocab_size(self, tp: int) -> int:
         """Return the rows of the embedding and the output layer, [V_padded, H]: a multiple of 64 and of tp."""

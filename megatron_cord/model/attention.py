@@ -96,7 +96,7 @@ def select_key_rows(core_attention: torch.nn.Module) -> None:
 
 
 class SdpaAttention(MegatronModule):  # type: ignore[misc]
-    """softmax(Q Kᵀ / √D) V for this rank's heads; Megatron's interface of a core attention."""
+    """softmax(Q Kᵀ / √D) V for this rank's heads, or another scale; Megatron's interface of a core attention."""
 
     def __init__(
         self,
@@ -104,10 +104,12 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
+        softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config)
+        self.scale = softmax_scale  # None: 1/√D
         self.is_causal = attn_mask_type == AttnMaskType.causal
         self.cp_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
 
@@ -146,7 +148,7 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
                 return self._causal(query, key, value, packed_seq_params.cu_seqlens).squeeze(1)
             queries, keys = pairwise(packed_seq_params.cu_seqlens), pairwise(packed_seq_params.cu_seqlens_keys)
             pieces = [
-                _attend(query[a:b], key[c:d], value[c:d], None, is_causal=False)
+                self._attend(query[a:b], key[c:d], value[c:d], None, is_causal=False)
                 for (a, b), (c, d) in zip(queries, keys, strict=True)
             ]
             return torch.cat(pieces).squeeze(1)
@@ -158,7 +160,9 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
     def _causal(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: tuple[int, ...]) -> Tensor:
         """Return [T/CP, B, Q/TP · D] of sequences that stand one after the other along the first dimension."""
         if self.cp_group is None:
-            pieces = [_attend(query[a:b], key[a:b], value[a:b], None, is_causal=True) for a, b in pairwise(cu_seqlens)]
+            pieces = [
+                self._attend(query[a:b], key[a:b], value[a:b], None, is_causal=True) for a, b in pairwise(cu_seqlens)
+            ]
             return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         ranks, rank = self.cp_group.size(), self.cp_group.rank()
         size = key.shape[-1]
@@ -170,17 +174,18 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
             seen = torch.arange(end - start, device=query.device)[None] <= to_device(mine, query.device)[:, None]
             here = query[start // ranks : end // ranks]
             pieces.append(
-                _attend(here, both[start:end, ..., :size], both[start:end, ..., size:], seen, is_causal=False)
+                self._attend(here, both[start:end, ..., :size], both[start:end, ..., size:], seen, is_causal=False)
             )
         return torch.cat(pieces)
 
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
-    """Return [S, B, heads · D]; mask is True where a key is attended to, broadcast to [B, heads, S, S of the keys]."""
-    sequence, batch, heads, _ = query.shape
-    repeat = heads // key.shape[2]
-    if repeat > 1:
-        key, value = key.repeat_interleave(repeat, dim=2), value.repeat_interleave(repeat, dim=2)
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, D]
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-    return out.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
+        """Return [S, B, heads · D]; mask is True where a key is attended to, broadcast to [B, heads, S, S of keys]."""
+        sequence, batch, heads, _ = query.shape
+        repeat = heads // key.shape[2]
+        if repeat > 1:
+            key, value = key.repeat_interleave(repeat, dim=2), value.repeat_interleave(repeat, dim=2)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, D]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale
+        )
+        return out.permute(2, 0, 1, 3).reshape(sequence, batch, -1)

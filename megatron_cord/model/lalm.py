@@ -36,6 +36,7 @@ from megatron_cord.model.config import PARTS, LayerConfig, LoraConfig
 from megatron_cord.model.encoder import AudioEncoder
 from megatron_cord.model.lora.adapters import LoraAdapters
 from megatron_cord.model.lora.targets import find_targets
+from megatron_cord.model.rotary import inverse_frequencies
 from megatron_cord.model.transformer import block_spec, language_config, uses_transformer_engine
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.transfers import to_device
@@ -115,6 +116,9 @@ class LALM(MegatronModule):  # type: ignore[misc]
             scatter_embedding_sequence_parallel=False,
             pg_collection=layout.groups,
         )
+        if arch.language.rope_scaling is not None:
+            # Megatron moves them to the device with the first microbatch.
+            self.language_model.rotary_pos_emb.inv_freq = inverse_frequencies(arch.language)
         self.lora: LoraAdapters | None = None
         _mark_sharded_weights(self)
         self.to(layout.device)

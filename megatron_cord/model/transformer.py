@@ -21,6 +21,7 @@ from megatron_cord.model.architecture import EncoderArchitecture, LanguageArchit
 from megatron_cord.model.attention import SdpaAttention
 from megatron_cord.model.config import LayerConfig
 from megatron_cord.model.fusions import Fusions
+from megatron_cord.model.rotary import softmax_scale
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.layout import ParallelConfig
 
@@ -103,7 +104,7 @@ def encoder_config(
 def language_config(
     arch: LanguageArchitecture, parallel: ParallelConfig, dtype: torch.dtype, layers: LayerConfig
 ) -> TransformerConfig:
-    """Configure a Llama-like decoder: RMSNorm, SwiGLU, grouped-query attention, optional biases on the fused qkv."""
+    """Configure a Llama-like decoder: RMSNorm, SwiGLU, grouped-query attention; biases on the fused qkv, or QK norm."""
     fusions = choose_fusions(layers)
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -118,6 +119,8 @@ def language_config(
         gated_linear_unit=True,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        softmax_scale=softmax_scale(arch),
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
         # Batches differ in length, so stages exchange shapes; Megatron ties that to this dispatcher, experts or not.
@@ -160,7 +163,8 @@ def block_spec(
         layers: the implementation.
         pp_rank: this stage.
     """
-    layer, norm = _transformer_engine_layer() if uses_transformer_engine(layers) else _torch_layer(config)
+    make_layer = _transformer_engine_layer if uses_transformer_engine(layers) else _torch_layer
+    layer, norm = make_layer(config)
     attention = replace(layer.submodules.self_attention, params={"attn_mask_type": mask})
     layer = replace(layer, submodules=replace(layer.submodules, self_attention=attention))
     return TransformerBlockSubmodules(
@@ -170,20 +174,23 @@ def block_spec(
 
 def _torch_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
     """Return the specification of a layer and the norm after the last one; norms are modules of their own."""
-    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     attention = spec.submodules.self_attention
-    attention = replace(attention, submodules=replace(attention.submodules, core_attention=SdpaAttention))
+    parts = replace(attention.submodules, core_attention=SdpaAttention)
+    if config.qk_layernorm:
+        parts = replace(parts, q_layernorm=Norm, k_layernorm=Norm)
+    attention = replace(attention, submodules=parts)
     return replace(
         spec,
         submodules=replace(spec.submodules, self_attention=attention, input_layernorm=Norm, pre_mlp_layernorm=Norm),
     ), Norm
 
 
-def _transformer_engine_layer() -> tuple[ModuleSpec, type]:
+def _transformer_engine_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
     """Return the same of transformer-engine.
 
     A norm before a column-parallel matrix is part of that matrix, under names that `megatron_cord.convert` maps back.
     """
     from megatron.core.extensions.transformer_engine import TENorm
 
-    return get_gpt_layer_with_transformer_engine_spec(), TENorm
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm

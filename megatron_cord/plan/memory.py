@@ -186,7 +186,7 @@ def language_layer_width(arch: Architecture, tp: int, cut: int = 1, *, selective
 
     Inputs and outputs of both norms; queries, keys and values for every head, the attention's output twice; both halves
     of fc1, the activated one, and their product. With selective recomputation the fused projection, rotated queries and
-    keys, the output once, and nothing of the MLP.
+    keys, the output once, and nothing of the MLP. A norm of queries and keys keeps its inputs.
 
     Args:
         arch: of the model.
@@ -195,9 +195,11 @@ def language_layer_width(arch: Architecture, tp: int, cut: int = 1, *, selective
         selective: with selective recomputation.
     """
     lm = arch.language
+    heads = lm.num_heads + lm.num_kv_heads
+    normed = heads * lm.head_dim / tp if lm.qk_norm else 0.0
     if selective:
-        return 4 * lm.hidden_size / cut + 3 * (lm.num_heads + lm.num_kv_heads) * lm.head_dim / tp
-    return 4 * lm.hidden_size / cut + (5 * lm.num_heads * lm.head_dim + 4 * lm.ffn_hidden_size) / tp
+        return 4 * lm.hidden_size / cut + 3 * heads * lm.head_dim / tp + normed
+    return 4 * lm.hidden_size / cut + (5 * lm.num_heads * lm.head_dim + 4 * lm.ffn_hidden_size) / tp + normed
 
 
 def encoder_layer_width(enc: EncoderArchitecture, tp: int, cut: int = 1, *, selective: bool = False) -> float:

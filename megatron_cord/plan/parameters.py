@@ -76,7 +76,8 @@ def matrix_counts(arch: Architecture, tp: int, pp: int, stage: int) -> PartCount
 def _language_layer(lm: LanguageArchitecture, tp: int) -> int:
     h, queries, keys = lm.hidden_size, lm.num_heads * lm.head_dim, lm.num_kv_heads * lm.head_dim
     qkv = (queries + 2 * keys) * (h + lm.qkv_bias)
-    return (qkv + queries * h + 3 * h * lm.ffn_hidden_size) // tp + 2 * h
+    norms = 2 * h + (2 * lm.head_dim if lm.qk_norm else 0)
+    return (qkv + queries * h + 3 * h * lm.ffn_hidden_size) // tp + norms
 
 
 def _encoder(enc: EncoderArchitecture, tp: int) -> int:

@@ -16,11 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
+    AutoConfig,
+    AutoModelForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     WhisperConfig,
     WhisperModel,
 )
@@ -51,10 +49,8 @@ def write_llm(directory: Path, kind: str = "llama", rows: int = len(MARKS) + len
         "num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 256,
         "tie_word_embeddings": tied,
     }  # fmt: skip
-    llama: Any = LlamaForCausalLM
-    qwen2: Any = Qwen2ForCausalLM
     torch.manual_seed(0)
-    model = llama(LlamaConfig(**sizes)) if kind == "llama" else qwen2(Qwen2Config(**sizes))
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
     model.to(torch.bfloat16).save_pretrained(directory)
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*MARKS, *WORDS])}, unk_token=MARKS[0]))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

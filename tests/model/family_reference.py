@@ -1,8 +1,8 @@
 """Small reference models of odd sizes for the families beside Qwen2-Audio.
 
-Qwen2, Llama and Voxtral are transformers' own. Step-Audio 2 and Ultravox exist as remote code only: the plain models
-that the local engine generates with are written from the published description and file names, one clip at a time, and
-share no layer with Megatron's.
+FAMILY+TEXT is a family with another text model than its published one. Text models and Voxtral are transformers' own.
+Step-Audio 2 and Ultravox exist as remote code only: the plain models that the local engine generates with are written
+from the published description and file names, one clip at a time, and share no layer with Megatron's.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
+    Qwen2AudioConfig,
+    Qwen2AudioEncoderConfig,
+    Qwen2AudioForConditionalGeneration,
     VoxtralConfig,
     VoxtralEncoderConfig,
     VoxtralForConditionalGeneration,
@@ -35,6 +37,7 @@ from megatron_cord.model.families.ultravox.configuration import UltravoxConfig
 from megatron_cord.model.families.ultravox.plain_model import Ultravox
 from tests.model.ranks import AUDIO_ID, MELS, VOCAB_SIZE, WINDOW, Batch, make_batches
 from tests.model.reference import Expected, one_step, randomise
+from tests.model.reference import logits_of as qwen2_audio_logits
 
 DECODER: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -47,6 +50,25 @@ DECODER: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
 }
+#: What each text model has of its own; the scalings are short, so that the few positions here are rotated otherwise.
+TEXT: dict[str, dict[str, Any]] = {
+    "llama": {
+        "head_dim": 10,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 48,
+        },
+    },
+    "mistral": {
+        "head_dim": 10, "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 48,
+            "beta_fast": 8.0,
+        },
+    },
+    "qwen2": {},
+    "qwen3": {"head_dim": 10, "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}},
+}  # fmt: skip
 STEP_ENCODER = {
     "n_mels": MELS,
     "n_audio_ctx": WINDOW // 2,
@@ -59,15 +81,20 @@ STEP_ENCODER = {
 }
 
 
-def ultravox_config(*, tied: bool) -> dict[str, Any]:
-    """Return config.json of an Ultravox around Qwen2, whose projections have biases."""
+def text_config(kind: str, *, tied: bool) -> dict[str, Any]:
+    """Return config.json of a text model."""
+    return DECODER | {"model_type": kind, "tie_word_embeddings": tied, "dtype": "float32"} | TEXT[kind]
+
+
+def ultravox_config(kind: str, *, tied: bool) -> dict[str, Any]:
+    """Return config.json of an Ultravox around a text model."""
     return {
         "model_type": "ultravox", "architectures": ["UltravoxModel"], "audio_token_index": AUDIO_ID,
         "audio_config": {
             "model_type": "whisper", "num_mel_bins": MELS, "d_model": 24, "encoder_layers": 2,
             "encoder_attention_heads": 2, "encoder_ffn_dim": 20, "max_source_positions": WINDOW // 2,
         },
-        "text_config": DECODER | {"model_type": "qwen2", "tie_word_embeddings": tied},
+        "text_config": text_config(kind, tied=tied),
         "stack_factor": 5, "hidden_size": 14, "projector_ln_mid": True, "dtype": "float32",
     }  # fmt: skip
 
@@ -79,14 +106,26 @@ def _mask(batch: Batch) -> Tensor:
 def build(family: str, tied: bool) -> Any:
     """Build a random model of the family."""
     torch.manual_seed(1)
-    qwen2: Any = Qwen2ForCausalLM
-    llama: Any = LlamaForCausalLM
     voxtral: Any = VoxtralForConditionalGeneration
+    qwen2_audio: Any = Qwen2AudioForConditionalGeneration
     model: Any
-    if family == "qwen2":
-        model = qwen2(Qwen2Config(**DECODER, tie_word_embeddings=tied, dtype="float32"))
-    elif family == "llama":
-        model = llama(LlamaConfig(**DECODER, head_dim=10, tie_word_embeddings=tied, dtype="float32"))
+    family, _, kind = family.partition("+")
+    if family in TEXT:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**text_config(family, tied=tied)))
+    elif family == "qwen2_audio":
+        encoder = Qwen2AudioEncoderConfig(
+            num_mel_bins=MELS,
+            d_model=24,
+            encoder_layers=2,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=20,
+            max_source_positions=WINDOW // 2,
+        )
+        config = Qwen2AudioConfig(
+            audio_config=encoder, text_config=text_config(kind, tied=False), audio_token_index=AUDIO_ID
+        )
+        config._attn_implementation = "eager"
+        model = qwen2_audio(config)
     elif family == "voxtral":
         audio = VoxtralEncoderConfig(
             num_mel_bins=MELS,
@@ -99,7 +138,7 @@ def build(family: str, tied: bool) -> Any:
         text = LlamaConfig(**DECODER, head_dim=10, tie_word_embeddings=False)
         model = voxtral(VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_ID))
     elif family == "ultravox":
-        model = Ultravox(UltravoxConfig(**ultravox_config(tied=tied)))
+        model = Ultravox(UltravoxConfig(**ultravox_config(kind or "qwen2", tied=tied)))
     else:
         model = StepAudio2(
             StepAudio2Config(audio_encoder_config=STEP_ENCODER, text_config=DECODER, audio_token_id=AUDIO_ID)
@@ -110,6 +149,8 @@ def build(family: str, tied: bool) -> Any:
 
 def logits_of(model: Any, batch: Batch) -> Tensor:
     """Return logits [B, S, V]; those of padding are meaningless."""
+    if isinstance(model, Qwen2AudioForConditionalGeneration):
+        return qwen2_audio_logits(model, batch)
     inputs = {"input_ids": batch.input.token_ids, "attention_mask": _mask(batch)}
     if batch.input.features is not None:
         inputs["input_features"] = batch.input.features
@@ -122,7 +163,7 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
 
 def published(family: str, name: str) -> str:
     """Return the name in a checkpoint's files of a parameter of the reference."""
-    return published_name(name) if family == "voxtral" else name
+    return published_name(name) if family.partition("+")[0] in ("voxtral", "qwen2_audio") else name
 
 
 def save(directory: Path, family: str, tied: bool) -> None:
@@ -140,8 +181,9 @@ def save(directory: Path, family: str, tied: bool) -> None:
             "auto_map": {"AutoConfig": "configuration_step_audio_2.StepAudio2Config"},
         }  # fmt: skip
         (directory / "config.json").write_text(json.dumps(config))
-    elif family == "ultravox":
-        (directory / "config.json").write_text(json.dumps(ultravox_config(tied=tied)))
+    elif family.startswith("ultravox"):
+        kind = family.partition("+")[2] or "qwen2"
+        (directory / "config.json").write_text(json.dumps(ultravox_config(kind, tied=tied)))
     else:
         model.config.save_pretrained(directory)
 
@@ -154,7 +196,8 @@ def save_whole(directory: Path, family: str, words: Sequence[str], *, tied: bool
     """
     directory.mkdir(parents=True)
     save(directory, family, tied)
-    spelt = family == "qwen2"  # transformers makes Qwen2's own class of its tokenizer, which spells by bytes
+    # transformers makes Qwen2's own class of these tokenizers, which spells by bytes
+    spelt = family in ("qwen2", "qwen3")
     known = [
         *SPECIAL_TOKENS[:5],
         SPECIAL_TOKENS[6],
@@ -174,7 +217,7 @@ def save_whole(directory: Path, family: str, words: Sequence[str], *, tied: bool
         chat_template=CHAT_TEMPLATE,
     )
     tokenizer.save_pretrained(directory)
-    if family in ("voxtral", "qwen2_audio"):
+    if family.partition("+")[0] in ("voxtral", "qwen2_audio"):
         extractor = {
             "feature_extractor_type": "WhisperFeatureExtractor",
             "feature_size": MELS,

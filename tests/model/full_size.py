@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from examples.quickstart.checkpoint import published_name
 from megatron_cord.convert.hf_writer import Shard, plan_shards
@@ -52,10 +52,34 @@ STEP_TEXT = {
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
 }
+#: Llama-3.1-8B, Mistral-7B-v0.3 and Qwen3-8B.
+TEXT: dict[str, dict[str, Any]] = {
+    "llama": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+    },
+    "mistral": {
+        "vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0, "sliding_window": None,
+    },
+    "qwen3": {
+        "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None, "use_sliding_window": False,
+    },
+}  # fmt: skip
 
 
 def full_size_config(family: str) -> Any:
-    """Return the sizes of Qwen2-Audio-7B or Step-Audio 2 mini, as published."""
+    """Return the sizes of a family's published model."""
+    if family in TEXT:
+        return AutoConfig.for_model(family, **TEXT[family])
     if family == "qwen2_audio":
         return Qwen2AudioConfig(audio_config=ENCODER, text_config=QWEN2, audio_token_index=151646)
     return StepAudio2Config(audio_encoder_config=STEP_ENCODER, text_config=STEP_TEXT)
@@ -63,9 +87,9 @@ def full_size_config(family: str) -> Any:
 
 def full_size_shapes(family: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor by its published name, from a model without memory."""
-    kind = Qwen2AudioForConditionalGeneration if family == "qwen2_audio" else StepAudio2
+    kinds: dict[str, Any] = {"qwen2_audio": Qwen2AudioForConditionalGeneration, "step_audio_2": StepAudio2}
     with torch.device("meta"):
-        model = kind(full_size_config(family))
+        model = kinds.get(family, AutoModelForCausalLM.from_config)(full_size_config(family))
     name_of = published_name if family == "qwen2_audio" else str
     return {name_of(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
@@ -76,8 +100,8 @@ def write_full_size(directory: Path, family: str, max_bytes: int = 10**12) -> di
     if family == "qwen2_audio":
         full_size_config(family).save_pretrained(directory)
     else:
-        config = {"model_type": family, "audio_encoder_config": STEP_ENCODER, "text_config": STEP_TEXT}
-        (directory / "config.json").write_text(json.dumps(config))
+        audio = {"audio_encoder_config": STEP_ENCODER, "text_config": STEP_TEXT}
+        (directory / "config.json").write_text(json.dumps({"model_type": family} | TEXT.get(family, audio)))
     shards: list[Shard] = plan_shards(shapes, torch.bfloat16, max_bytes)
     for shard in shards:
         header = shard.header(torch.bfloat16)

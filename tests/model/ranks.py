@@ -98,6 +98,7 @@ def make_batches(family: str = "qwen2_audio") -> list[Batch]:
             [("text", 1), ("clip", 26), ("text", 3)],
         ],
     ]
+    family = family.partition("+")[0]
     if family not in TOKENS:
         samples = [[[("text", size) for _, size in sample] for sample in batch] for batch in samples]
     return [_batch(generator, TOKENS.get(family), batch) for batch in samples]

@@ -122,7 +122,8 @@ def test_layouts_that_divide() -> None:
         ("[]", "is not a model configuration"),
         (
             "{}",
-            "model_type None is not supported; supported: llama, qwen2, qwen2_audio, step_audio_2, ultravox, voxtral",
+            "model_type None is not supported; supported: llama, mistral, qwen2, qwen2_audio, qwen3, step_audio_2, "
+            "ultravox, voxtral",
         ),
         ('{"model_type": "llava"}', "model_type 'llava' is not supported"),
         ('{"model_type": ["qwen2_audio"]}', "is not supported"),
@@ -149,10 +150,10 @@ def test_no_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "settings"),
     [
-        ("text_config", {"model_type": "mistral"}),
+        ("text_config", {"model_type": "gemma"}),
         ("text_config", {"hidden_act": "gelu"}),
         ("text_config", {"use_sliding_window": True}),
-        ("text_config", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+        ("text_config", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
         ("audio_config", {"activation_function": "relu"}),
     ],
 )

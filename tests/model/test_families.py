@@ -22,6 +22,10 @@ from tests.model.ranks import AUDIO_ID, MELS, TOKENS, WINDOW, Case, Outcome, mak
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")  # about arguments that Megatron-Core itself leaves out
 
 CASES = {
+    "audio-llama-tp2-pp2": Case(ParallelConfig(tp=2, pp=2), family="qwen2_audio+llama"),
+    "audio-mistral-dp": Case(ParallelConfig(), family="qwen2_audio+mistral"),
+    "audio-qwen3-tp2-sp": Case(ParallelConfig(tp=2, sequence_parallel=True), family="qwen2_audio+qwen3"),
+    "mistral-tp2": Case(ParallelConfig(tp=2), family="mistral"),
     "qwen2-dp": Case(ParallelConfig(), family="qwen2"),
     "qwen2-tp2": Case(ParallelConfig(tp=2), family="qwen2"),
     "qwen2-pp2-tied": Case(ParallelConfig(pp=2), family="qwen2", tied=True),
@@ -29,6 +33,8 @@ CASES = {
     "llama-tp2-tied": Case(ParallelConfig(tp=2), family="llama", tied=True),
     "llama-pp2": Case(ParallelConfig(pp=2), family="llama"),
     "llama-tp2-pp2": Case(ParallelConfig(tp=2, pp=2), family="llama"),
+    "qwen3-tp2": Case(ParallelConfig(tp=2), family="qwen3"),
+    "qwen3-tp2-pp2-sp-tied": Case(ParallelConfig(tp=2, pp=2, sequence_parallel=True), family="qwen3", tied=True),
     "step-dp": Case(ParallelConfig(), family="step_audio_2"),
     "step-tp2": Case(ParallelConfig(tp=2), family="step_audio_2"),
     "step-tp2-sp": Case(ParallelConfig(tp=2, sequence_parallel=True), family="step_audio_2"),
@@ -37,6 +43,7 @@ CASES = {
     "ultravox-dp": Case(ParallelConfig(), family="ultravox"),
     "ultravox-tp2-sp-tied": Case(ParallelConfig(tp=2, sequence_parallel=True), family="ultravox", tied=True),
     "ultravox-tp2-pp2-tied": Case(ParallelConfig(tp=2, pp=2), family="ultravox", tied=True),
+    "ultravox-qwen3-tp2": Case(ParallelConfig(tp=2), family="ultravox+qwen3"),
     "voxtral-dp": Case(ParallelConfig(), family="voxtral"),
     "voxtral-tp2-sp": Case(ParallelConfig(tp=2, sequence_parallel=True), family="voxtral"),
     "voxtral-pp2": Case(ParallelConfig(pp=2), family="voxtral"),
@@ -138,10 +145,12 @@ def test_a_text_model_refuses_audio(tmp_path: Path) -> None:
         ("llama", {"attention_bias": True}, "attention_bias is True"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_parameters.rope_type is 'linear'",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_parameters.rope_type is 'dynamic', but only 'default, linear, llama3 or yarn' is supported",
         ),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("mistral", {"sliding_window": 32}, "sliding_window is 32"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is {'sliding_attention'}"),
         ("voxtral", {"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
         ("step_audio_2", {"audio_encoder_config": {"n_mels": 8}}, "is damaged"),
         ("ultravox", {"text_model_id": "meta-llama/Llama-3.2-1B-Instruct"}, "text_model_id is 'meta-llama"),

@@ -16,7 +16,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import LanguageArchitecture
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import FAMILIES, load_architecture
-from megatron_cord.model.families.ultravox.family import QKV_BIAS
+from megatron_cord.model.families.decoder import DECODERS
 from megatron_cord.runtime.files import read_json_object
 
 #: The encoder's sizes, as Whisper's config.json names them.
@@ -67,10 +67,10 @@ def read_text_model(given: Path) -> TextModel:
         CordError: as `load_architecture` and `published_tensors`; or it is no text model.
     """
     arch = load_architecture(given)
-    if arch.model_type not in QKV_BIAS:
+    if arch.model_type not in DECODERS:
         raise CordError(
             f"{given} is a model of the family {arch.model_type}, which has an encoder already; give a text model "
-            f"({', '.join(QKV_BIAS)})"
+            f"({', '.join(DECODERS)})"
         )
     directory = checkpoint_directory(given)
     config = read_json_object(directory / "config.json", "download the checkpoint again")

@@ -27,6 +27,7 @@ class Family:
             the placeholders of all its windows in one row; otherwise its windows stand there as recordings.
         sglang_max_clips: how many recordings one prompt may have on an SGLang server; None if SGLang servers do not
             serve the family.
+        sglang_serves: whether they serve such an architecture of it; by default, any.
     """
 
     model_type: str
@@ -36,3 +37,4 @@ class Family:
     chat_template: str | None = None
     joins_windows: bool = False
     sglang_max_clips: float | None = None
+    sglang_serves: Callable[[Architecture], bool] = lambda _: True

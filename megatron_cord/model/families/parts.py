@@ -1,17 +1,16 @@
-"""Parts that families share: Whisper's encoder and a Llama-like decoder, in configurations and in checkpoints.
+"""What families share beside `decoder.py`: Whisper's encoder in checkpoints, and the refusal of settings.
 
-A family passes the prefixes under which its checkpoints keep these parts, and its own spelling where it departs from
+A family passes the prefix under which its checkpoints keep the encoder, and its own spelling where it departs from
 Hugging Face's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from megatron_cord.errors import CordError
-from megatron_cord.model.architecture import EncoderArchitecture, LanguageArchitecture
-from megatron_cord.model.tensor_layouts import Column, GateUp, Qkv, Replicated, Row, Vocabulary
+from megatron_cord.model.architecture import EncoderArchitecture
+from megatron_cord.model.tensor_layouts import Column, Qkv, Replicated, Row
 from megatron_cord.model.tensor_map import TensorRule
 
 #: The parts of an encoder as Hugging Face's Whisper-like models spell them; those of a layer after its number.
@@ -42,42 +41,6 @@ def require(settings: Mapping[str, tuple[object, object]]) -> None:
     for name, (given, supported) in settings.items():
         if given != supported:
             raise CordError(f"{name} is {given!r}, but only {supported!r} is supported; use another checkpoint")
-
-
-def decoder_architecture(config: Any, *, qkv_bias: bool, where: str = "") -> LanguageArchitecture:
-    """Return the sizes of a Qwen2 or Llama decoder from its Hugging Face configuration.
-
-    Args:
-        config: of the decoder.
-        qkv_bias: whether its query, key and value projections have biases.
-        where: prefix of its settings' names in errors.
-
-    Raises:
-        CordError: a setting under which the model would compute something else.
-    """
-    require(
-        {
-            f"{where}hidden_act": (config.hidden_act, "silu"),
-            f"{where}use_sliding_window": (getattr(config, "use_sliding_window", None) or False, False),
-            f"{where}rope_parameters.rope_type": (config.rope_parameters.get("rope_type", "default"), "default"),
-            f"{where}attention_bias": (getattr(config, "attention_bias", False), False),
-            f"{where}mlp_bias": (getattr(config, "mlp_bias", False), False),
-        }
-    )
-    return LanguageArchitecture(
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        ffn_hidden_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-        rope_theta=float(config.rope_parameters["rope_theta"]),
-        norm_epsilon=config.rms_norm_eps,
-        qkv_bias=qkv_bias,
-        tied_embeddings=bool(config.tie_word_embeddings),
-    )
 
 
 def encoder_rules(enc: EncoderArchitecture, tower: str, spelling: Mapping[str, str] | None = None) -> list[TensorRule]:
@@ -119,40 +82,3 @@ def pair(megatron: str, hf: str, *, bias: bool = True) -> list[TensorRule]:
         TensorRule(f"{megatron}.{part}", (f"{hf}.{part}",), Replicated())
         for part in (("weight", "bias") if bias else ("weight",))
     ]
-
-
-def decoder_rules(lm: LanguageArchitecture, root: str, head: str) -> list[TensorRule]:
-    """Return the rules of the language model's tensors.
-
-    Args:
-        lm: its sizes.
-        root: the prefix of all names but the output layer's.
-        head: the output layer's name; there is none if embeddings are tied.
-    """
-    mega, vocabulary = "language_model", Vocabulary(lm.vocab_size)
-    qkv = Qkv(lm.num_heads, lm.num_kv_heads, lm.head_dim)
-    rules = [TensorRule(f"{mega}.embedding.word_embeddings.weight", (f"{root}.embed_tokens.weight",), vocabulary)]
-    for i in range(lm.num_layers):
-        hf, mg = f"{root}.layers.{i}", f"{mega}.decoder.layers.{i}"
-        rules += [
-            TensorRule(f"{mg}.input_layernorm.weight", (f"{hf}.input_layernorm.weight",), Replicated()),
-            TensorRule(
-                f"{mg}.self_attention.linear_qkv.weight", tuple(f"{hf}.self_attn.{p}_proj.weight" for p in "qkv"), qkv
-            ),
-            TensorRule(f"{mg}.self_attention.linear_proj.weight", (f"{hf}.self_attn.o_proj.weight",), Row()),
-            TensorRule(f"{mg}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",), Replicated()),
-            TensorRule(
-                f"{mg}.mlp.linear_fc1.weight", (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"), GateUp()
-            ),
-            TensorRule(f"{mg}.mlp.linear_fc2.weight", (f"{hf}.mlp.down_proj.weight",), Row()),
-        ]
-        if lm.qkv_bias:
-            rules.append(
-                TensorRule(
-                    f"{mg}.self_attention.linear_qkv.bias", tuple(f"{hf}.self_attn.{p}_proj.bias" for p in "qkv"), qkv
-                )
-            )
-    rules.append(TensorRule(f"{mega}.decoder.final_layernorm.weight", (f"{root}.norm.weight",), Replicated()))
-    if not lm.tied_embeddings:
-        rules.append(TensorRule(f"{mega}.output_layer.weight", (head,), vocabulary))
-    return rules

@@ -1,4 +1,7 @@
-"""Qwen2-Audio (Chu et al. 2024): Whisper's encoder, average pooling by two, one linear projection, Qwen2."""
+"""Qwen2-Audio (Chu et al. 2024): Whisper's encoder, average pooling by two, one linear projection, Qwen2.
+
+The class in transformers takes any text model, and so does this family: those of `decoder.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,15 @@ from transformers import PretrainedConfig
 
 from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
 from megatron_cord.model.families.base import Family
-from megatron_cord.model.families.parts import decoder_architecture, decoder_rules, encoder_rules, pair, require
+from megatron_cord.model.families.decoder import decoder_architecture, decoder_rules
+from megatron_cord.model.families.parts import encoder_rules, pair, require
 from megatron_cord.model.tensor_map import TensorMap
 
 
 def architecture(config: PretrainedConfig) -> Architecture:
     """Return the sizes of a Qwen2-Audio checkpoint from its Hugging Face configuration."""
     audio, text = config.audio_config, config.text_config
-    require({"text_config.model_type": (text.model_type, "qwen2")})
-    language = decoder_architecture(text, qkv_bias=True, where="text_config.")
+    language = decoder_architecture(text, where="text_config.")
     require({"audio_config.activation_function": (audio.activation_function, "gelu")})
     return Architecture(
         model_type="qwen2_audio",
@@ -53,5 +56,7 @@ FAMILIES = (
         tensor_map,
         plain_class="transformers.Qwen2AudioForConditionalGeneration",
         sglang_max_clips=math.inf,
+        # SGLang's class builds a Qwen2, whatever the configuration names.
+        sglang_serves=lambda arch: arch.language.qkv_bias,
     ),
 )

@@ -6,18 +6,19 @@ from transformers import PretrainedConfig
 
 from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
 from megatron_cord.model.families.base import Family
-from megatron_cord.model.families.parts import decoder_architecture, decoder_rules, encoder_rules, pair, require
+from megatron_cord.model.families.decoder import decoder_architecture, decoder_rules
+from megatron_cord.model.families.parts import encoder_rules, pair, require
 from megatron_cord.model.tensor_map import TensorMap
 
 
 def architecture(config: PretrainedConfig) -> Architecture:
     """Return the sizes of a Voxtral checkpoint from its Hugging Face configuration."""
     audio, text = config.audio_config, config.text_config
-    language = decoder_architecture(text, qkv_bias=False, where="text_config.")
+    require({"text_config.model_type": (text.model_type, "llama")})
+    language = decoder_architecture(text, where="text_config.")
     stride, rest = divmod(audio.intermediate_size, audio.hidden_size)
     require(
         {
-            "text_config.model_type": (text.model_type, "llama"),
             "audio_config.activation_function": (audio.activation_function, "gelu"),
             "projector_hidden_act": (config.projector_hidden_act, "gelu"),
             "the remainder of audio_config.intermediate_size by hidden_size": (rest, 0),

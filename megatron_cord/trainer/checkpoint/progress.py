@@ -107,7 +107,10 @@ def read_progress(checkpoint: Path, arch: Architecture | None = None) -> Progres
     if arch is None:
         return progress
     saved, wanted = flatten(architecture), flatten(json.loads(json.dumps(asdict(arch))))
-    differing = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
+    # What an older version did not know of an architecture, it did not have: such fields are off by default.
+    differing = sorted(
+        key for key in saved.keys() | wanted.keys() if (saved.get(key) or None) != (wanted.get(key) or None)
+    )
     if differing:
         raise CordError(
             f"{checkpoint} holds another architecture (it differs in {', '.join(differing)}); use the "

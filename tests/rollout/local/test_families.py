@@ -27,7 +27,16 @@ from tests.model.family_reference import save_whole
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 
 WORDS = ["what", "is", "one", "plus", "two", "three"]
-FAMILIES = {"llama": False, "qwen2": True, "step_audio_2": False, "ultravox": True, "voxtral": False}
+FAMILIES = {
+    "llama": False,
+    "mistral": False,
+    "qwen2": True,
+    "qwen2_audio+llama": False,
+    "qwen3": True,
+    "step_audio_2": False,
+    "ultravox": True,
+    "voxtral": False,
+}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from transformers import PretrainedConfig
 
 from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
 from megatron_cord.model.families.base import Family
-from megatron_cord.model.families.parts import decoder_architecture, decoder_rules, encoder_rules, pair
+from megatron_cord.model.families.decoder import decoder_architecture, decoder_rules
+from megatron_cord.model.families.parts import encoder_rules, pair
 from megatron_cord.model.families.step_audio_2.audio import ADAPTER_HIDDEN_SIZE, TAIL_FRAMES
 from megatron_cord.model.tensor_map import TensorMap
 
@@ -65,7 +66,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
     return Architecture(
         model_type="step_audio_2",
         encoder=encoder,
-        language=decoder_architecture(config.text_config, qkv_bias=True, where="text_config."),
+        language=decoder_architecture(config.text_config, where="text_config."),
         audio_token_id=config.placeholder,
         adapter=adapter,
     )

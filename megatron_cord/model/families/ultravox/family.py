@@ -14,12 +14,10 @@ from transformers import PretrainedConfig
 
 from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
 from megatron_cord.model.families.base import Family
-from megatron_cord.model.families.parts import decoder_architecture, decoder_rules, encoder_rules, pair, require
+from megatron_cord.model.families.decoder import decoder_architecture, decoder_rules
+from megatron_cord.model.families.parts import encoder_rules, pair, require
 from megatron_cord.model.families.ultravox.configuration import UltravoxConfig
 from megatron_cord.model.tensor_map import TensorMap
-
-#: The language models that it may have, and whether their query, key and value projections have biases.
-QKV_BIAS = {"llama": False, "qwen2": True}
 
 
 def architecture(config: PretrainedConfig) -> Architecture:
@@ -37,8 +35,6 @@ def architecture(config: PretrainedConfig) -> Architecture:
             "audio_config.scale_embedding": (audio.scale_embedding, False),
         }
     )
-    if text.model_type not in QKV_BIAS:
-        require({"text_config.model_type": (text.model_type, " or ".join(QKV_BIAS))})
     return Architecture(
         model_type=UltravoxConfig.model_type,
         encoder=EncoderArchitecture(
@@ -51,7 +47,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
             pooling=1,
             tail_frames=0,
         ),
-        language=decoder_architecture(text, qkv_bias=QKV_BIAS[text.model_type], where="text_config."),
+        language=decoder_architecture(text, where="text_config."),
         audio_token_id=config.audio_token_index,
         adapter=AdapterArchitecture("gated_stacking", config.hidden_size // 2, stride=config.stack_factor, bias=False),
     )

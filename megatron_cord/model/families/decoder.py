@@ -1,0 +1,163 @@
+"""The language model that families share, Llama's decoder and its relatives, in configurations and in checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_cord.model.architecture import LanguageArchitecture, RopeScaling
+from megatron_cord.model.families.parts import require
+from megatron_cord.model.tensor_layouts import GateUp, Qkv, Replicated, Row, Vocabulary
+from megatron_cord.model.tensor_map import TensorRule
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How a model type departs from Llama's decoder."""
+
+    qkv_bias: bool = False  #: query, key and value projections have biases
+    qk_norm: bool = False  #: queries and keys are normed
+
+
+#: The decoders, by model type.
+DECODERS = {"llama": Decoder(), "mistral": Decoder(), "qwen2": Decoder(qkv_bias=True), "qwen3": Decoder(qk_norm=True)}
+
+
+def decoder_architecture(config: Any, where: str = "") -> LanguageArchitecture:
+    """Return the sizes of a decoder from its Hugging Face configuration.
+
+    Args:
+        config: of the decoder.
+        where: prefix of its settings' names in errors.
+
+    Raises:
+        CordError: another model type, or a setting under which the model would compute something else.
+    """
+    if config.model_type not in DECODERS:
+        require({f"{where}model_type": (config.model_type, " or ".join(DECODERS))})
+    require(
+        {
+            f"{where}hidden_act": (config.hidden_act, "silu"),
+            f"{where}use_sliding_window": (getattr(config, "use_sliding_window", None) or False, False),
+            f"{where}sliding_window": (getattr(config, "sliding_window", None), None),
+            f"{where}layer_types": (set(getattr(config, "layer_types", None) or ()) - {"full_attention"}, set()),
+            f"{where}attention_bias": (getattr(config, "attention_bias", False), False),
+            f"{where}mlp_bias": (getattr(config, "mlp_bias", False), False),
+        }
+    )
+    kind = DECODERS[config.model_type]
+    return LanguageArchitecture(
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        ffn_hidden_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        rope_theta=float(config.rope_parameters["rope_theta"]),
+        norm_epsilon=config.rms_norm_eps,
+        qkv_bias=kind.qkv_bias,
+        tied_embeddings=bool(config.tie_word_embeddings),
+        qk_norm=kind.qk_norm,
+        rope_scaling=_rope_scaling(config.rope_parameters, config.max_position_embeddings, f"{where}rope_parameters."),
+    )
+
+
+def _rope_scaling(given: Mapping[str, Any], max_positions: int, where: str) -> RopeScaling | None:
+    """Return how rotary frequencies are scaled; None if they are not.
+
+    Args:
+        given: the configuration's rope_parameters, as transformers completes them.
+        max_positions: of the model.
+        where: prefix of their names in errors.
+    """
+    kind = given.get("rope_type", "default")
+    require({f"{where}partial_rotary_factor": (given.get("partial_rotary_factor", 1.0), 1.0)})
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", float(given["factor"]))
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3",
+            float(given["factor"]),
+            given["original_max_position_embeddings"],
+            low_freq_factor=float(given["low_freq_factor"]),
+            high_freq_factor=float(given["high_freq_factor"]),
+        )
+    if kind == "yarn":
+        original = given["original_max_position_embeddings"]
+        factor = given["factor"] or max_positions / original
+        return RopeScaling(
+            "yarn",
+            float(factor),
+            original,
+            beta_slow=float(given.get("beta_slow") or 1),
+            beta_fast=float(given.get("beta_fast") or 32),
+            truncate=bool(given.get("truncate", True)),
+            attention_factor=_attention_factor(given, factor),
+        )
+    require({f"{where}rope_type": (kind, "default, linear, llama3 or yarn")})
+    return None
+
+
+def _attention_factor(given: Mapping[str, Any], factor: float) -> float:
+    """Return YaRN's factor of rotated queries and keys: as given, or 0.1 ln(factor) + 1 (its equation 22).
+
+    With mscale and mscale_all_dim the logarithm is multiplied by each, and the first is divided by the second.
+    """
+    if given.get("attention_factor") is not None:
+        return float(given["attention_factor"])
+
+    def grown(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    scales = given.get("mscale"), given.get("mscale_all_dim")
+    return grown(scales[0]) / grown(scales[1]) if scales[0] and scales[1] else grown(1.0)
+
+
+def decoder_rules(lm: LanguageArchitecture, root: str, head: str) -> list[TensorRule]:
+    """Return the rules of the language model's tensors.
+
+    Args:
+        lm: its sizes.
+        root: the prefix of all names but the output layer's.
+        head: the output layer's name; there is none if embeddings are tied.
+    """
+    mega, vocabulary = "language_model", Vocabulary(lm.vocab_size)
+    rules = [TensorRule(f"{mega}.embedding.word_embeddings.weight", (f"{root}.embed_tokens.weight",), vocabulary)]
+    for i in range(lm.num_layers):
+        hf, mg = f"{root}.layers.{i}", f"{mega}.decoder.layers.{i}"
+        rules += [
+            *_attention_rules(lm, hf, mg),
+            TensorRule(f"{mg}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",), Replicated()),
+            TensorRule(
+                f"{mg}.mlp.linear_fc1.weight", (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"), GateUp()
+            ),
+            TensorRule(f"{mg}.mlp.linear_fc2.weight", (f"{hf}.mlp.down_proj.weight",), Row()),
+        ]
+    rules.append(TensorRule(f"{mega}.decoder.final_layernorm.weight", (f"{root}.norm.weight",), Replicated()))
+    if not lm.tied_embeddings:
+        rules.append(TensorRule(f"{mega}.output_layer.weight", (head,), vocabulary))
+    return rules
+
+
+def _attention_rules(lm: LanguageArchitecture, hf: str, mg: str) -> list[TensorRule]:
+    """Return the rules of a layer's attention and the norm before it; hf and mg are the layer's names."""
+    qkv, fused = Qkv(lm.num_heads, lm.num_kv_heads, lm.head_dim), f"{mg}.self_attention.linear_qkv"
+    rules = [
+        TensorRule(f"{mg}.input_layernorm.weight", (f"{hf}.input_layernorm.weight",), Replicated()),
+        TensorRule(f"{fused}.weight", tuple(f"{hf}.self_attn.{p}_proj.weight" for p in "qkv"), qkv),
+        TensorRule(f"{mg}.self_attention.linear_proj.weight", (f"{hf}.self_attn.o_proj.weight",), Row()),
+    ]
+    if lm.qkv_bias:
+        rules.append(TensorRule(f"{fused}.bias", tuple(f"{hf}.self_attn.{p}_proj.bias" for p in "qkv"), qkv))
+    if lm.qk_norm:
+        rules += [
+            TensorRule(f"{mg}.self_attention.{p}_layernorm.weight", (f"{hf}.self_attn.{p}_norm.weight",), Replicated())
+            for p in "qk"
+        ]
+    return rules
