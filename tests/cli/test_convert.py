@@ -25,7 +25,9 @@ from megatron_cord.cli.main import invoke, load
 from megatron_cord.convert import read_tensors
 from megatron_cord.data.audio.wav import encode_wav
 from megatron_cord.errors import CordError
+from megatron_cord.model.families import load_architecture
 from megatron_cord.parallel.layout import finalize
+from megatron_cord.plan.parameters import part_counts
 from megatron_cord.speech.synthesizers.espeak import EspeakSynthesizer
 from megatron_cord.speech.synthesizers.protocol import Utterance, Voice
 from tests.gloo import run_ranks
@@ -274,10 +276,7 @@ PUBLISHED_COUNTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(f, marks=pytest.mark.slow) if f in ("llama", "mistral") else f for f in PUBLISHED_COUNTS],
-)
+@pytest.mark.parametrize("family", list(PUBLISHED_COUNTS))
 def test_dry_run_of_a_full_size_checkpoint(family: str, tmp_path: Path) -> None:
     """Catches a tensor of the full-size model that is not accounted for, or memory that is taken for its weights.
 
@@ -291,6 +290,7 @@ def test_dry_run_of_a_full_size_checkpoint(family: str, tmp_path: Path) -> None:
     assert listed == shapes.keys()
     assert f"total: {PUBLISHED_COUNTS[family]:,} parameters" in output and f"{len(shapes)} tensors" in output
     assert sum(prod(shape) for shape in shapes.values()) == PUBLISHED_COUNTS[family]
+    assert part_counts(load_architecture(tmp_path)).total == PUBLISHED_COUNTS[family]
 
 
 def test_a_killed_import_leaves_nothing_that_looks_whole(source: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", list(SETTINGS))
 def test_frequencies_are_those_of_transformers(name: str) -> None:
     """Catches a formula, a default or a bound that departs, over the dimensions of a published head."""
-    config: Any = LlamaConfig(  # type: ignore[call-arg]
+    config: Any = LlamaConfig(
         hidden_size=1024, num_attention_heads=8, max_position_embeddings=131072, rope_parameters=dict(SETTINGS[name])
     )
     language = decoder_architecture(config)
