@@ -174,7 +174,7 @@ def test_a_training_run_is_exported(tmp_path: Path) -> None:
     assert not same(tmp_path / "out", inputs / "checkpoint")
 
 
-@pytest.mark.parametrize("command", ["import", "export"])
+@pytest.mark.parametrize("command", ["import", pytest.param("export", marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line(source: Path, imported: Path, tmp_path: Path, command: str) -> None:
     """Catches a traceback, and a target that looks whole, where the system refuses to write."""
 
@@ -293,6 +293,7 @@ def test_dry_run_of_a_full_size_checkpoint(family: str, tmp_path: Path) -> None:
     assert part_counts(load_architecture(tmp_path)).total == PUBLISHED_COUNTS[family]
 
 
+@pytest.mark.slow
 def test_a_killed_import_leaves_nothing_that_looks_whole(source: Path, tmp_path: Path) -> None:
     """Catches half a checkpoint under the final name, and a leftover that stops or spoils the next import."""
     target = tmp_path / "checkpoint"

@@ -177,6 +177,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
+@pytest.mark.slow
 def test_the_command_for_real(inputs: Path, tmp_path: Path) -> None:
     """Catches a tool that fails to start, trains another method, forgets a failed run, or makes complete ones again."""
     shared = [s for s in overrides(inputs, tmp_path) if not s.startswith("output_dir=")] + ["train.steps=2"]

@@ -86,6 +86,7 @@ def _status(key: str) -> float:
     return 1024.0 * int(line.split()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel does not let a process reset its peak"
 )

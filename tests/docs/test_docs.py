@@ -372,7 +372,6 @@ def test_wrong_keys_are_caught(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "python -m megatron_cord.verify environment",
         "python tools/config_reference.py rollout",
         "cord plan --config examples/qwen2_audio_7b/config.yaml --model qwen2_audio_7b --gpus 4 --rollout-gpus 4",
         "cord synthesize --questions questions.jsonl --output data/spoken",

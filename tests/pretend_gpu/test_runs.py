@@ -24,6 +24,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
+@pytest.mark.slow
 def test_a_run_with_threads(jobs: Jobs, inputs: Path, tmp_path: Path) -> None:
     """Catches faults in a whole run on one GPU, in its loader, its rollouts ahead and its checkpoints.
 
@@ -38,6 +39,7 @@ def test_a_run_with_threads(jobs: Jobs, inputs: Path, tmp_path: Path) -> None:
     jobs.run("evaluate", run)
 
 
+@pytest.mark.slow
 def test_other_layouts_of_a_run(jobs: Jobs, inputs: Path, tmp_path: Path) -> None:
     """Catches faults of packed sequences, a moving teacher in host memory, sharded tensors, and a resume as these."""
     output = tmp_path / "run"

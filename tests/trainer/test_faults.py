@@ -90,6 +90,7 @@ def test_a_request_to_stop_the_launcher(inputs: Path, undisturbed: Path, tmp_pat
     stopped_run_goes_on(inputs, undisturbed, output, errors)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Catches Ctrl-C that loses steps, or that kills the ranks before they have saved."""
     output = tmp_path / "run"
@@ -130,6 +131,7 @@ def test_a_request_to_stop_one_rank(inputs: Path, undisturbed: Path, tmp_path: P
     stopped_run_goes_on(inputs, undisturbed, output, ranks.log.read_text())
 
 
+@pytest.mark.slow
 def test_the_launcher_starts_a_killed_rank_again(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Catches a run that ends with its rank, restarts that begin anew.
 
@@ -245,6 +247,7 @@ def test_a_rank_that_hangs_in_a_library(inputs: Path, tmp_path: Path) -> None:
     assert "_never_let_go" in (tmp_path / "run" / "stacks" / "rank00001.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes(inputs: Path, tmp_path: Path) -> None:
     """Catches ranks that wait for ever at the start.
 
@@ -304,7 +307,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield place
 
 
-@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_disk_that_fills_up(inputs: Path, undisturbed: Path, disk: Path, tmp_path: Path, asynchronous: bool) -> None:
     """Catches a run that goes on without its metrics, records or checkpoints.
 

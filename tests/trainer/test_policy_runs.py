@@ -18,6 +18,7 @@ from megatron_cord.rollout.rollout_file import dump_file, read_rollouts
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.observability.watchdog import Watchdog
 from tests.gloo import run_ranks
+from tests.selection import selected, slow_if
 from tests.tiny_run import make_run, metrics, overrides
 from tests.trainer.test_train import alone, join
 
@@ -58,18 +59,19 @@ COMPARED = (
 
 
 @pytest.fixture(scope="module")
-def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of all RUNS on two ranks, and of each algorithm on one."""
+def runs(request: pytest.FixtureRequest, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of the selected RUNS on two ranks, and of each algorithm on one."""
     root = tmp_path_factory.mktemp("runs")
-    run_ranks(run_all, 2, str(inputs), str(root))
+    chosen = selected(request, "algorithm", "layout")
+    run_ranks(run_all, 2, str(inputs), str(root), [run for run in RUNS if run in chosen])
     for name, settings in ALGORITHMS.items():
         alone(inputs, root / name, *settings, "checkpoint.interval=1", "checkpoint.keep=0")
     return root
 
 
-def run_all(rank: int, inputs: str, root: str) -> None:
-    """Make all RUNS, one after the other, on one of two ranks."""
-    for number, (algorithm, layout) in enumerate(RUNS):
+def run_all(rank: int, inputs: str, root: str, runs: list[tuple[str, str]]) -> None:
+    """Make runs such as RUNS, one after the other, on one of two ranks."""
+    for number, (algorithm, layout) in enumerate(runs):
         dist.barrier()
         dist.destroy_process_group()
         join(rank, Path(root) / f"store{number}")
@@ -95,7 +97,9 @@ def figures(run: Path) -> list[dict[str, Any]]:
     return [{key: line[key] for key in COMPARED if line.get(key) is not None} for line in metrics(run)]
 
 
-@pytest.mark.parametrize(("algorithm", "layout"), RUNS)
+@pytest.mark.parametrize(
+    ("algorithm", "layout"), [pytest.param(*run, marks=slow_if(run[1] in ("cp2", "pp2"))) for run in RUNS]
+)
 def test_every_layout_is_the_same_run(runs: Path, algorithm: str, layout: str) -> None:
     """Catches mini-batches, replaced groups, ratios or denominators that depend on how ranks share the step."""
     got, wanted = figures(runs / f"{algorithm} {layout}"), figures(runs / algorithm)

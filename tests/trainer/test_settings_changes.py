@@ -50,7 +50,13 @@ def changes(run: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [((), (PLAIN,)), ((PLAIN,), ()), ((BFLOAT,), (BFLOAT, PLAIN)), ((BFLOAT, PLAIN), (BFLOAT,)), ((PLAIN,), (PLAIN,))],
+    [
+        pytest.param((), (PLAIN,), marks=pytest.mark.slow),
+        ((PLAIN,), ()),
+        ((BFLOAT,), (BFLOAT, PLAIN)),
+        pytest.param((BFLOAT, PLAIN), (BFLOAT,), marks=pytest.mark.slow),
+        pytest.param((PLAIN,), (PLAIN,), marks=pytest.mark.slow),
+    ],
 )
 def test_another_optimizer_goes_on_with_the_same_states(
     inputs: Path, tmp_path: Path, before: Sequence[str], after: Sequence[str]
@@ -81,6 +87,7 @@ def test_a_part_may_be_frozen_and_trained_again(
     assert not torch.equal(saved(run, 6)[weight], at[4]) and not any(line["skipped"] for line in metrics(run))
 
 
+@pytest.mark.slow
 def test_parts_are_frozen_and_trained_again_on_two_stages(inputs: Path, whole: Path, tmp_path: Path) -> None:
     """Catches ranks that disagree about what is read, such as a stage with nothing left to train."""
     run = stop_after(2, whole, tmp_path / "run")

@@ -9,12 +9,15 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from _pytest.mark import ParameterSet
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemReader  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -24,11 +27,14 @@ from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import finalize
 from megatron_cord.rollout.rollout_file import dump_file, read_rollouts
 from tests.gloo import run_ranks
+from tests.selection import selected, slow_if
 from tests.tiny_run import losses, make_run, metrics, overrides, write_inputs
 from tests.trainer.fault_ranks import Ranks, run_forked
 
 TP2, PP2 = "parallel.tp=2", "parallel.pp=2"
 FROZEN = "model.freeze=[language_model]"
+#: What tests without parameters read.
+NAMED = {"tp2", "tp2 again", "pp2 frozen", "dp2 frozen"}
 #: Runs on two ranks, by name: the run that it resumes after step 2, if any, and its settings.
 RUNS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "tp2": (None, (TP2,)),
@@ -57,6 +63,15 @@ SPECIAL = {
     "tp2 sharing a live teacher": (TP2, "rollout.share=true", "teacher.mode=live"),
 }
 RUNS |= {name: (None, settings) for name, settings in SPECIAL.items()}
+#: Runs that `make test` leaves out; each has a neighbour that crosses the same code.
+SLOW = (
+    *("dp2 without the distributed optimizer", "tp2 from dp2", "dp2 from pp2 frozen"),
+    "pp2 with the policy gradient alone",
+)
+
+
+def cases(names: Iterable[str]) -> list[ParameterSet]:
+    return [pytest.param(name, marks=slow_if(name in SLOW)) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +80,17 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of all RUNS, each under its name."""
+def runs(request: pytest.FixtureRequest, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of the RUNS that tests compare, each under its name."""
     root = tmp_path_factory.mktemp("runs")
-    run_ranks(run_all, 2, str(inputs), str(root), RUNS)
+    run_ranks(run_all, 2, str(inputs), str(root), needed(RUNS, selected(request, "name") | NAMED))
     return root
+
+
+def needed(runs: dict[str, tuple[str | None, tuple[str, ...]]], names: set[Any]) -> dict[str, Any]:
+    """Return the runs of these names and those that they resume, in their order."""
+    resumed = {runs[name][0] for name in names if name in runs}
+    return {name: run for name, run in runs.items() if name in names | resumed}
 
 
 def run_all(rank: int, inputs: str, root: str, runs: dict[str, tuple[str | None, tuple[str, ...]]]) -> None:
@@ -175,11 +196,11 @@ def test_the_same_seed_and_layout_twice(runs: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
+    cases(
         name
         for name, (resumed, settings) in RUNS.items()
         if resumed is None and FROZEN not in settings and name not in SPECIAL
-    ],
+    ),
 )
 def test_every_layout_is_the_same_run(runs: Path, one: Path, name: str) -> None:
     """Catches gradients that are summed twice or not at all.
@@ -194,7 +215,7 @@ def test_every_layout_is_the_same_run(runs: Path, one: Path, name: str) -> None:
         assert [line[count] for count in counts] == [other[count] for count in counts]
 
 
-@pytest.mark.parametrize("name", [name for name, (resumed, _) in RUNS.items() if resumed is not None])
+@pytest.mark.parametrize("name", cases(name for name, (resumed, _) in RUNS.items() if resumed is not None))
 def test_a_run_resumes_on_any_layout(runs: Path, name: str) -> None:
     """Catches optimizer states, schedule, data or draws that are not restored, and steps that are logged twice."""
     whole = runs / str(RUNS[name][0])
@@ -233,7 +254,7 @@ def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("name", cases(SPECIAL))
 def test_other_settings_are_the_same_run_too(runs: Path, inputs: Path, tmp_path: Path, name: str) -> None:
     """Catches a data-parallel rank without a share that the others wait for.
 

@@ -137,6 +137,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(inputs: Path, small_disk: Path
     assert len(losses(alone(inputs, elsewhere))) == 5
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_leaves_the_checkpoint_before(inputs: Path, one: Path, tmp_path: Path) -> None:
     """Catches the same where the system refuses to write for another reason than space."""
     output = stop_after(2, one, tmp_path / "run")

@@ -10,8 +10,9 @@ import torch
 
 from megatron_cord.errors import CordError
 from tests.gloo import run_ranks
+from tests.selection import selected, slow_if
 from tests.tiny_run import losses, metrics, write_inputs
-from tests.trainer.test_train import alone, run_all, saved, stop_after
+from tests.trainer.test_train import alone, needed, run_all, saved, stop_after
 
 TP2, PP2 = "parallel.tp=2", "parallel.pp=2"
 GROUPS = (
@@ -43,6 +44,8 @@ RUNS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "offloaded tp2": (None, (TP2, *OFFLOADED)),
     "offloaded dp2 from tp2": ("offloaded tp2", OFFLOADED),
 }
+#: What `make test` makes of them.
+QUICK = ("muon tp2", "muon dp2 from tp2", "offloaded tp2")
 ALONE = ("checkpoint.keep=0", "evaluation.samples=1")
 FEW = (*ALONE, "train.steps=4")
 
@@ -53,10 +56,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of all RUNS, each under its name."""
+def runs(request: pytest.FixtureRequest, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of the RUNS that were selected, each under its name."""
     root = tmp_path_factory.mktemp("runs")
-    run_ranks(run_all, 2, str(inputs), str(root), RUNS)
+    run_ranks(run_all, 2, str(inputs), str(root), needed(RUNS, selected(request, "name")))
     return root
 
 
@@ -71,7 +74,7 @@ def one(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if(name not in QUICK)) for name in RUNS])
 def test_every_layout_and_every_stop_is_the_same_run(runs: Path, one: dict[str, Path], name: str) -> None:
     """Catches shards that are orthogonalized by themselves, states that a layout loses, tensors that no rank updates.
 

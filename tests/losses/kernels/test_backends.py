@@ -22,19 +22,20 @@ from megatron_cord.losses.shard import StoredLogits, VocabularyShard
 ROOT = Path(__file__).parents[3]
 
 
-def run_check(backend: str, device: str = "cpu", **environment: str) -> None:
+def run_check(backend: str, device: str = "cpu", share: str = "all", **environment: str) -> None:
     """Compare in a process of its own: Triton and torch.compile read their switches once, when they are imported."""
-    command = [sys.executable, "-m", "tests.losses.kernels.backend_check", backend, device]
+    command = [sys.executable, "-m", "tests.losses.kernels.backend_check", backend, device, share]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_triton_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("share", ["some", pytest.param("all", marks=pytest.mark.slow)])
+def test_triton_kernels_in_the_interpreter(share: str) -> None:
     """Catches a kernel that differs from the formulas: a divergence, a temperature, a tile's end, −inf, a lost term."""
     pytest.importorskip("triton")
-    run_check("triton", TRITON_INTERPRET="1")
+    run_check("triton", share=share, TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow

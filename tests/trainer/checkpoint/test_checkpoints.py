@@ -104,7 +104,14 @@ def test_a_run_goes_on_from_the_checkpoint_before(
     assert losses(meanwhile) == losses(waiting)
 
 
-@pytest.mark.parametrize(("before", "after"), [("tp=1", "pp=2"), ("tp=2", "tp=1"), ("pp=2", "pp=1")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("tp=1", "pp=2"),
+        pytest.param("tp=2", "tp=1", marks=pytest.mark.slow),
+        pytest.param("pp=2", "pp=1", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_continues_on_another_layout(inputs: Path, tmp_path: Path, before: str, after: str) -> None:
     """Catches states that are split or joined wrongly: later losses agree to 1e-5 with those of the layout that saved.
 
