@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 OVERHEAD = 4e9  #: bytes: CUDA context, NCCL's buffers, workspaces
 FRAGMENTATION = 0.05  #: of all else: what the allocator cannot use
 _CHUNK = 2**29  #: bytes of a model's logits that exist at once in the loss on a GPU (output_layer.CHUNK_ELEMENTS)
+_AUDIO = {"audio_encoder", "adapter"}  #: parts that a teacher without audio does not need
 _ENGINE_BATCH = 64  #: responses that the local engine generates together
 
 
@@ -103,7 +104,8 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
     matrices = matrix_counts(arch, tp, pp, stage).trained(config.model.trained_parts)
     last = stage == pp - 1
     teacher = work.teacher or arch
-    is_student = config.teacher.mode == "live" or "language_model" not in config.model.trained_parts
+    trained_parts = config.model.trained_parts if config.teacher_hears else {*config.model.trained_parts} - _AUDIO
+    is_student = config.teacher.mode == "live" or not trained_parts
     has_copy = config.objective.distils and (work.teacher is not None or not is_student)
     hidden = (
         -(-work.scored // (work.dp * work.minibatches))

@@ -160,6 +160,11 @@ class RunConfig:
                 "rollout.dynamic_sampling needs objective.policy_gradient.enabled=true and "
                 "rollout.policy_prompts_per_step above 0: it replaces groups of L_seq"
             )
+        if self.teacher.mode == "ema" and self.teacher_hears and {*self.model.trained_parts} - {"language_model"}:
+            raise CordError(
+                "teacher.mode=ema averages the language model alone, and the teacher's view has audio, whose encoder or "
+                "adapter is trained, too: name both in model.freeze, or use frozen or live"
+            )
         if self.teacher.mode == "ema" and self.objective.responses == "teacher":
             raise CordError(
                 "objective.responses=teacher needs answers that teacher.mode=ema cannot generate; use frozen or live"
@@ -204,6 +209,14 @@ class RunConfig:
                 f"{key}={view.name} has no audio, so the encoder gets no gradient, which "
                 "optimizer.overlap_communication=true would wait for; set it to false"
             )
+
+    @property
+    def teacher_hears(self) -> bool:
+        """Whether a view that a teacher scores on has audio, in any of the training sets."""
+        views, sets = Views(self.views), self.data.train if isinstance(self.data.train, dict) else {}
+        scored = [view for term in self.objective.terms for view in term.taught_views]
+        others = [each.views[view] for each in sets.values() for view in scored if view in each.views]
+        return any("audio" in views.named(view, "a view").parts for view in (*scored, *others))
 
     @property
     def equal_views(self) -> tuple[str, ...]:

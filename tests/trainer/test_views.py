@@ -15,11 +15,14 @@ from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.config.loading import load_config
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
-from megatron_cord.parallel.layout import finalize
+from megatron_cord.model.config import ModelConfig
+from megatron_cord.parallel.layout import Layout, finalize
 from megatron_cord.rollout.local.engine import LocalEngine
 from megatron_cord.rollout.types import GenerationRequest
 from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.step.step import TrainStep
+from megatron_cord.trainer.step.teacher import Teacher, TeacherConfig
 from tests.tiny_run import SIZES, WORDS, make_run, make_samples, metrics, overrides, write_shards
 
 CANARY = "canary"
@@ -79,6 +82,23 @@ def test_equal_views_have_no_divergence(inputs: Path, tmp_path: Path, caplog: py
     settings[1] = "objective.teacher_view=hear"
     config = load_config(RunConfig, None, overrides(inputs, tmp_path / "other", *settings))
     assert config.equal_views == ("hear",)
+
+
+def test_a_frozen_teacher_that_hears_keeps_its_encoder(inputs: Path, tmp_path: Path, layout: Layout) -> None:
+    """Catches a frozen teacher whose encoder or adapter is the student's, which is trained, and a needless copy."""
+    checkpoint = str(inputs / "checkpoint")
+    student = build_student(ModelConfig(checkpoint, dtype="float32", freeze=("language_model",)), layout)
+    assert Teacher(TeacherConfig(), student, checkpoint).model is student
+    teacher = Teacher(TeacherConfig(), student, checkpoint, hears=True)
+    assert teacher.model is not student
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+    student.requires_grad_(False)
+    assert Teacher(TeacherConfig(), student, checkpoint, hears=True).model is student
+    assert Teacher(TeacherConfig(), student, checkpoint, hears=True, has_trained=True).model is not student
+    hears = ["objective.teacher_view=hear", "model.freeze=[language_model]"]
+    assert load_config(RunConfig, None, overrides(inputs, tmp_path, *hears)).teacher_hears
+    with pytest.raises(CordError, match=r"teacher\.mode=ema averages the language model alone"):
+        load_config(RunConfig, None, overrides(inputs, tmp_path, *hears, "teacher.mode=ema"))
 
 
 def test_unknown_and_privileged_views_are_refused(inputs: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def _trace_rank(
 
         student = build_student(config.model, layout)
         built("weights")
-        teacher = Teacher(config.teacher, student, config.model.checkpoint)
+        teacher = Teacher(config.teacher, student, config.model.checkpoint, hears=config.teacher_hears)
         built("teacher")
         model = wrap_model(config.optimizer, student)
         built("gradients")

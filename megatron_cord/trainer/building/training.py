@@ -61,8 +61,9 @@ def build_training(
         logger.info("fused kernels: %s", choose_fusions(config.model.layer_config))
     if start.weights is not None:
         read_weights(start.weights, student, config.model)
-    trained = start.progress.made_with.trained
-    teacher = Teacher(config.teacher, student, config.model.checkpoint, has_trained="language_model" in trained)
+    trained, hears = start.progress.made_with.trained, config.teacher_hears
+    has_trained = bool(trained) if hears else "language_model" in trained
+    teacher = Teacher(config.teacher, student, config.model.checkpoint, has_trained=has_trained, hears=hears)
     model = wrap_model(config.optimizer, student)
     optimizer, scheduler = build_optimizer(config.optimizer, model, config.train.steps, rates)
     step = TrainStep(

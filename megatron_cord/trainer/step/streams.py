@@ -70,9 +70,14 @@ class Stream:
         return self.rollout == self.student
 
     @property
+    def taught_views(self) -> tuple[str, ...]:
+        """The views that the teacher scores on; none where no teacher is compared."""
+        return (self.teacher,) if self.distils else ()
+
+    @property
     def views(self) -> tuple[str, ...]:
         """The views whose prompts it needs."""
-        return (self.rollout, self.student, *((self.teacher,) if self.distils else ()))
+        return (self.rollout, self.student, *self.taught_views)
 
     def check(self) -> None:
         """Refuse what cannot be meant.

@@ -62,11 +62,21 @@ class Teacher:
         config: which weights.
         student: the model that is trained; it is the teacher's model too where the weights are the same.
         checkpoint_dir: the initial weights, unless the teacher has a checkpoint of its own.
-        has_trained: the student's language model has, or will be given, other weights than the initial ones, even if
-            it is frozen from now on.
+        has_trained: what the teacher needs of the student has, or will be given, other weights than the initial ones,
+            even if it is frozen from now on.
+        hears: a view that it scores on has audio: it needs the audio encoder and the adapter, too, and not the language
+            model alone.
     """
 
-    def __init__(self, config: TeacherConfig, student: LALM, checkpoint_dir: str, *, has_trained: bool = False) -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        student: LALM,
+        checkpoint_dir: str,
+        *,
+        has_trained: bool = False,
+        hears: bool = False,
+    ) -> None:
         self.offload = config.offload
         self.average: MovingAverage | None = None  #: of mode ema, unless the language model is frozen
         lora = student.lora
@@ -75,12 +85,14 @@ class Teacher:
                 "teacher.mode=ema keeps no average of LoRA adapters; with model.lora take frozen, which is the model "
                 "with its adapters off, or live"
             )
-        is_frozen = all(not p.requires_grad for p in student.language_model.parameters())
+        beside = set[torch.nn.Parameter]() if lora is None else set(lora.parameters())  # can be switched off
+        needed = (student if hears else student.language_model).parameters()
+        is_frozen = all(not p.requires_grad for p in needed if p not in beside)
         frozen_everywhere = torch.tensor(float(is_frozen), device=student.layout.device)
         dist.all_reduce(frozen_everywhere, op=dist.ReduceOp.MIN, group=student.layout.pp_group)
         is_student = bool(frozen_everywhere) and (config.mode == "ema" or not has_trained)
         if config.checkpoint is None and (config.mode == "live" or is_student):
-            self.model = student  # a frozen language model is its own frozen teacher, and its own average
+            self.model = student  # what is frozen is its own frozen teacher, and its own average
             self._lora, self._without_lora = lora, config.mode == "frozen"
         else:
             self._lora = None
