@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
 from megatron_cord.errors import CordError
-from megatron_cord.losses.divergences import NO_TEACHER, Divergence, make_divergence
+from megatron_cord.losses.divergences import KINDS, NO_TEACHER, Divergence, make_divergence
 from megatron_cord.losses.kernels import triton_kernels
 from megatron_cord.losses.kernels.backend import UpstreamGrads
 from megatron_cord.losses.statistics import GlobalStats
@@ -42,7 +42,7 @@ TOKENS, VOCABULARY = 8192, 151936
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DIVERGENCES: dict[str, Divergence] = {
     "none": NO_TEACHER,
-    **{kind: make_divergence(kind, beta=0.3, k=20) for kind in ("reverse_kl", "forward_kl", "jsd", "topk")},
+    **{kind: make_divergence(kind, beta=0.3, k=20) for kind in KINDS},
 }
 TERMS = ("kl", "entropy", "logprob")
 SCHEDULERS, WARP, EXPONENTIALS_A_CYCLE = 4, 32, 16  #: of one multiprocessor of Hopper

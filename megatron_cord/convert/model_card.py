@@ -54,6 +54,10 @@ def _trained(checkpoint: Path, step: int, settings: Mapping[str, Any], base: str
         "optimizer steps": f"{step} of {_setting(settings, 'train', 'steps')}",
         "questions a step": _setting(settings, "rollout", "prompts_per_step"),
         "teacher": f"`{teacher}`" if teacher else _setting(settings, "teacher", "mode"),
+        **{
+            f"teacher {name}": f"`{each['checkpoint']}`" if each["checkpoint"] else each["mode"]
+            for name, each in (settings.get("teachers") or {}).items()
+        },
         "divergence": _setting(settings, "objective", "divergence", "kind"),
         "token weights": _setting(settings, "objective", "token_weights", "factors"),
         "policy gradient": _setting(settings, "objective", "policy_gradient", "enabled"),

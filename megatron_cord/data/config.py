@@ -30,6 +30,8 @@ class TrainingSetConfig:
     instruction: str | None = None  #: as data.instruction; null takes that
     #: which views stand for others in this set, {NAME: OTHER}: where the objective names NAME, its samples take OTHER
     views: dict[str, str] = field(default_factory=dict)
+    #: which of the teachers scores the responses to this set's samples, by its name under teachers; null: the run's own
+    taught_by: str | None = None
 
     def __post_init__(self) -> None:
         if not self.path:

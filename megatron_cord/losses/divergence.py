@@ -63,9 +63,9 @@ def divergence_from_logits(
         target_ids: int64 [N], the sampled tokens.
         kind: "reverse_kl", Σ p log(p/q) with p the student and q the teacher; "forward_kl", Σ q log(q/p); "jsd", the
             generalised Jensen–Shannon divergence; "topk", the reverse KL over the teacher's k likeliest tokens and one
-            bucket for the rest.
+            bucket for the rest; "forward_topk", the forward KL over the same.
         beta: of "jsd", in [0, 1]: the teacher's share of the mixture; 0 is the forward, 1 the reverse KL, as in GKD.
-        k: of "topk".
+        k: of "topk" and "forward_topk".
         temperature: everything is of softmax(logits / temperature).
         vocab_size: the true V; columns beyond it are padding, count for nothing and get a zero gradient. None: no
             padding.
@@ -214,7 +214,7 @@ def distillation_loss(
         target_ids: int64 [N].
         kind: the divergence.
         beta: of "jsd".
-        k: of "topk".
+        k: of "topk" and "forward_topk".
         temperature: of both softmaxes.
         vocab_size: the true V.
         tp_group: the ranks that share the vocabulary.

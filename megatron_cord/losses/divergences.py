@@ -2,8 +2,8 @@
 
 Reverse KL is what CORD trains with, D_t of the paper: Σ p log(p/q), p the student, q the teacher. Forward KL, Σ q
 log(q/p), is the usual distillation loss. Both fit in the eight scalars of ``PartialStats`` and need one collective.
-Generalised Jensen–Shannon and top-k with a tail have normalised probabilities inside a logarithm: their sums come in a
-second pass and cost a second collective.
+Generalised Jensen–Shannon and both KLs over the top k with a tail have normalised probabilities inside a logarithm:
+their sums come in a second pass and cost a second collective.
 
 Shapes: N tokens, K parts being merged; a block of logits s, t is [N, columns], relative to its own row maxima. δ = log
     p − log q.
@@ -24,18 +24,20 @@ from megatron_cord.errors import CordError
 from megatron_cord.losses.statistics import GlobalStats, PartialStats
 
 #: By the name that configuration and the public functions use.
-KINDS = ("reverse_kl", "forward_kl", "jsd", "topk")
+KINDS = ("reverse_kl", "forward_kl", "jsd", "topk", "forward_topk")
 
 
 @dataclass(frozen=True)
 class DivergenceConfig:
     """What L_tok sums at each token: D_t of the paper, or what takes its place."""
 
-    #: reverse_kl, forward_kl, jsd and topk compare whole distributions; sampled is the reverse KL as a policy gradient
-    #: of the sampled tokens; nll is fine-tuning on the responses; none leaves L_seq alone
-    kind: Literal["reverse_kl", "forward_kl", "jsd", "topk", "sampled", "nll", "none"] = "reverse_kl"
+    #: reverse_kl, forward_kl, jsd, topk (a reverse KL) and forward_topk compare whole distributions; sampled is the
+    #: reverse KL as a policy gradient of the sampled tokens; nll is fine-tuning on the responses; none leaves L_seq
+    #: alone
+    kind: Literal["reverse_kl", "forward_kl", "jsd", "topk", "forward_topk", "sampled", "nll", "none"] = "reverse_kl"
     beta: float = 0.5  #: of jsd: the teacher's share of the mixture; 0 is the forward, 1 the reverse KL
-    k: int = 64  #: of topk: so many of the teacher's likeliest tokens are compared, and all others as one
+    #: of topk and forward_topk: so many of the teacher's likeliest tokens are compared, and all others as one
+    k: int = 64
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta <= 1.0:
@@ -259,6 +261,30 @@ class TopK(Divergence):
         return weight[:, None] * block.p * delta
 
 
+@dataclass(frozen=True)
+class ForwardTopK(TopK):
+    """Forward KL over the same tokens and bucket: Σ_K q log(q/p) + r_q log(r_q/r_p) ≤ KL(q‖p)."""
+
+    def second_sums(self, block: Block, threshold: Tensor) -> Tensor:
+        """Return Σ_K q log(q/p), and the student's and the teacher's mass outside K."""
+        inside, q = block.teacher >= threshold[:, None], exponential(block.log_q)
+        terms = (q * (block.log_q - block.log_p)).masked_fill(block.log_p == -torch.inf, torch.inf)
+        terms = terms.masked_fill((block.log_q == -torch.inf) | ~inside, 0.0)
+        return torch.stack([terms.sum(1), block.p.masked_fill(inside, 0.0).sum(1), q.masked_fill(inside, 0.0).sum(1)])
+
+    def second_value(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Σ_K q log(q/p) + r_q log(r_q/r_p), and 1 − r_q/r_p."""
+        inside, tail_p, tail_q = sums
+        tail = torch.where(tail_q > 0, tail_q * (tail_q.log() - tail_p.log()), 0.0)
+        return inside + tail, torch.where(tail_p > 0, 1.0 - tail_q / tail_p, 0.0)
+
+    def gradient(self, block: Block, stats: GlobalStats, weight: Tensor) -> Tensor:
+        """Return weight · (p − q) inside K, weight · p (1 − r_q/r_p) outside."""
+        inside = block.teacher >= stats.threshold[:, None]
+        outer = block.p * stats.inner[:, None]
+        return weight[:, None] * torch.where(inside, block.p - exponential(block.log_q), outer)
+
+
 NO_TEACHER = NoTeacher()
 
 
@@ -269,7 +295,7 @@ def make_divergence(kind: str, *, beta: float = 0.5, k: int = 64) -> Divergence:
         kind: one of ``KINDS``.
         beta: of "jsd", in [0, 1]: the teacher's share in the mixture. As in GKD its ends are the KLs: 0 forward, 1
             reverse.
-        k: of "topk".
+        k: of "topk" and "forward_topk".
     """
     if kind == "reverse_kl" or (kind == "jsd" and beta == 1.0):
         return ReverseKL()
@@ -279,10 +305,10 @@ def make_divergence(kind: str, *, beta: float = 0.5, k: int = 64) -> Divergence:
         if not 0.0 < beta < 1.0:
             raise CordError(f"beta of the jsd must lie in [0, 1], but is {beta}")
         return JensenShannon(beta)
-    if kind == "topk":
+    if kind in ("topk", "forward_topk"):
         if k < 1:
-            raise CordError(f"k of topk must be at least 1, but is {k}")
-        return TopK(k)
+            raise CordError(f"k of {kind} must be at least 1, but is {k}")
+        return TopK(k) if kind == "topk" else ForwardTopK(k)
     raise CordError(f"divergence kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
 
 

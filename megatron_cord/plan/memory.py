@@ -10,6 +10,7 @@ Legend: s tokens of a sequence, b sequences of a microbatch, H hidden, F ffn siz
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import ceil
 from typing import TYPE_CHECKING
 
 from megatron_cord.plan.lora import lora_count, trained_count
@@ -38,7 +39,7 @@ class Memory:
         weights: of the student, LoRA included.
         gradients: fp32, of what is trained.
         optimizer: fp32 weights and moments; this rank's part if they are distributed, without those in host memory.
-        teacher: a frozen teacher's own set of weights.
+        teacher: weights of teachers that have their own.
         teacher_hidden: its hidden states of an update's response tokens.
         engine: weights and key-value cache of a rollout engine in the same process.
         activations: kept for the backward pass.
@@ -104,9 +105,6 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
     matrices = matrix_counts(arch, tp, pp, stage).trained(config.model.trained_parts)
     last = stage == pp - 1
     teacher = work.teacher or arch
-    trained_parts = config.model.trained_parts if config.teacher_hears else {*config.model.trained_parts} - _AUDIO
-    is_student = config.teacher.mode == "live" or not trained_parts
-    has_copy = config.objective.distils and (work.teacher is not None or not is_student)
     hidden = (
         -(-work.scored // (work.dp * work.minibatches))
         * work.response_tokens
@@ -121,13 +119,27 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
         "weights": (counts.total + added) * item,
         "gradients": trained * 4,
         "optimizer": optimizer_bytes(config.optimizer, trained, matrices, item, work.dp * cp),
-        "teacher": rank_counts(teacher, tp, pp, stage).total * item if has_copy else 0,
+        "teacher": sum(rank_counts(copy, tp, pp, stage).total * item for copy in _teachers(config, arch, work)),
         "teacher_hidden": hidden,
         "engine": _engine(arch, work, item) if local_engine else 0,
         "activations": activation_bytes(config, arch, work, stage),
         "loss": _loss(config, arch, work) if last else 0.0,
     }
     return Memory(stage=stage, **used, overhead=OVERHEAD + FRAGMENTATION * sum(used.values()))
+
+
+def _teachers(config: RunConfig, arch: Architecture, work: Work) -> list[Architecture]:
+    """Return the teachers that have weights of their own, equal ones once: a frozen part is its own frozen teacher."""
+    if not config.objective.distils:
+        return []
+    hearing, archs = config.hearing_teachers, {"": work.teacher, **dict(work.others)}
+    copies = {}
+    for name, each in {"": config.teacher, **config.teachers}.items():
+        hears, own = name in hearing, archs.get(name)
+        trained = {*config.model.trained_parts} - (set() if hears else _AUDIO)
+        if own is not None or (each.mode != "live" and trained):
+            copies[each, hears] = own or arch
+    return list(copies.values())
 
 
 def _loss(config: RunConfig, arch: Architecture, work: Work) -> float:
@@ -147,7 +159,7 @@ def _loss(config: RunConfig, arch: Architecture, work: Work) -> float:
 def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: int) -> float:
     """Return bytes that autograd keeps of the microbatches in flight; a 1F1B pipeline has pp − stage of them."""
     tp, pp, item, lm = config.parallel.tp, config.parallel.pp, config.model.torch_dtype.itemsize, arch.language
-    tokens = work.student_tokens * work.micro_batch / config.parallel.cp
+    tokens = (work.longest_tokens or work.student_tokens) * work.micro_batch / config.parallel.cp
     cut = tp if config.parallel.sequence_parallel else 1
     trains_audio = not {"audio_encoder", "adapter"} <= set(config.model.freeze)
     needs_language = "language_model" not in config.model.freeze or trains_audio
@@ -163,7 +175,7 @@ def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: i
     audio = 0.0
     if stage == 0 and arch.encoder is not None and "audio_encoder" not in config.model.freeze:
         enc = arch.encoder
-        positions = work.clip_positions * work.clips * work.micro_batch
+        positions = work.clip_positions * ceil(work.clips) * work.micro_batch
         h = enc.hidden_size
         whole, selective = (encoder_layer_width(enc, tp, cut, selective=selective) for selective in (False, True))
         audio = positions * _kept(config.model, "audio_encoder", enc.num_layers, whole, selective, h / cut)

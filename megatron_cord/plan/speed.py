@@ -167,11 +167,10 @@ def operations(config: RunConfig, arch: Architecture, work: Work) -> Operations:
     if arch.encoder is not None:
         enc = arch.encoder
         positions = work.sequences * work.clips * work.clip_positions
-        audio = (
-            2 * part_counts(arch).audio_encoder * positions
-            + 4 * enc.hidden_size * work.clip_positions * enc.num_layers * positions
-        )
-        first = audio * (1 + ("audio_encoder" in reaches) + ("audio_encoder" in config.model.trained_parts))
+        a_position = 2 * part_counts(arch).audio_encoder + 4 * enc.hidden_size * work.clip_positions * enc.num_layers
+        audio = a_position * positions
+        heard = a_position * work.scored * work.taught_clips * work.clip_positions if config.objective.distils else 0
+        first = heard + audio * (1 + ("audio_encoder" in reaches) + ("audio_encoder" in config.model.trained_parts))
         if "audio_encoder" in reaches and "audio_encoder" in config.model.recompute:
             projections = 8.0 * enc.hidden_size**2 * enc.num_layers * positions
             audio_again = audio - (projections if config.model.recompute_granularity == "selective" else 0.0)

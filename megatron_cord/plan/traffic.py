@@ -77,6 +77,8 @@ def traffic(config: RunConfig, arch: Architecture, work: Work, stage: int) -> Tr
             audio = sequences * work.clips * work.clip_positions * arch.encoder.hidden_size * item
             trains, reached = "audio_encoder" in config.model.trained_parts, "audio_encoder" not in config.model.freeze
             whole += arch.encoder.num_layers * audio * _layer(config, "audio_encoder", trains=trains, backward=reached)
+            heard = taught * work.taught_clips * work.clip_positions * arch.encoder.hidden_size * item
+            whole += arch.encoder.num_layers * heard * 4
             whole += audio if config.parallel.sequence_parallel else 0
     if stage == pp - 1:
         whole += student + read if config.parallel.sequence_parallel else 0

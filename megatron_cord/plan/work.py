@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_cord.data.views import Views
 from megatron_cord.errors import CordError
 
 if TYPE_CHECKING:
@@ -16,13 +17,13 @@ FRAMES_A_SECOND = 100  #: of log-mel features
 
 @dataclass(frozen=True)
 class Work:
-    """Averages of one step.
+    """Averages of one step, over its streams.
 
     Attributes:
         sequences: trained on in a step, over all data-parallel ranks: one a prompt for L_tok, the groups for L_seq.
         scored: of them, those that the teacher scores.
-        student_tokens: of a sequence: audio, question's frame and response.
-        teacher_tokens: the same with the question's text in place of the audio.
+        student_tokens: of a sequence: its view's prompt (audio and the question's frame, or its text) and response.
+        teacher_tokens: of a scored sequence on the teacher's view, on both views of a contrast together.
         response_tokens: of a sequence.
         clips: of a sequence.
         clip_positions: that the encoder's layers compute of a clip.
@@ -30,6 +31,10 @@ class Work:
         microbatches: of a data-parallel rank in an update.
         micro_batch: sequences of a microbatch.
         teacher: the architecture of a teacher with a checkpoint of its own; None: the student's.
+        others: those of further teachers with a checkpoint, by name.
+        taught_clips: of a scored sequence, on the teacher's views.
+        longest_tokens: of the longest student's sequence, which decides about memory; None: all are as long.
+        prompts: tokens and clips of each view's prompt.
         minibatches: into which the sequences are split.
         passes: over them; each minibatch of a pass is an update.
         resampled: responses of each further round of dynamic sampling, at most.
@@ -40,7 +45,7 @@ class Work:
     student_tokens: int
     teacher_tokens: int
     response_tokens: int
-    clips: int
+    clips: float
     clip_positions: int
     dp: int
     microbatches: int
@@ -49,6 +54,10 @@ class Work:
     minibatches: int = 1
     passes: int = 1
     resampled: tuple[int, ...] = ()
+    others: tuple[tuple[str, Architecture], ...] = ()
+    taught_clips: float = 0.0
+    longest_tokens: int | None = None
+    prompts: tuple[tuple[str, tuple[int, int]], ...] = ()
 
 
 def make_work(
@@ -59,6 +68,7 @@ def make_work(
     audio_seconds: float = 10.0,
     text_tokens: int = 60,
     teacher: Architecture | None = None,
+    others: tuple[tuple[str, Architecture], ...] = (),
 ) -> Work:
     """Return the work of a step of this configuration.
 
@@ -67,15 +77,15 @@ def make_work(
         arch: how many tokens a clip makes.
         gpus: that train.
         audio_seconds: of a question.
-        text_tokens: of a question's text; half of it for the frame around the audio.
-
+        text_tokens: of a question's text; half of it for the frame around the audio, and for a view without a question.
         teacher: the architecture in `teacher.checkpoint`, where there is one.
+        others: those in the checkpoints of `teachers`, by name.
 
     Raises:
         CordError: the layout does not divide the GPUs or the model.
     """
     parallel, rollout = config.parallel, config.rollout
-    for each in (arch, *filter(None, [teacher])):
+    for each in (arch, *filter(None, [teacher]), *dict(others).values()):
         each.check_divisible(parallel.tp, parallel.pp)
     if gpus % (parallel.tp * parallel.pp * parallel.cp):
         cp = f" × parallel.cp={parallel.cp}" if parallel.cp > 1 else ""
@@ -86,12 +96,23 @@ def make_work(
     dp = gpus // (parallel.tp * parallel.pp * parallel.cp)
     enabled = config.objective.policy_gradient.enabled
     policy = rollout.policy_prompts_per_step * rollout.policy_rollouts if enabled else 0
-    responses = sum(term.responses for term in config.objective.terms)
-    scored = policy if rollout.share else rollout.prompts_per_step * responses
-    sequences = scored if rollout.share else scored + policy
     frames = round(audio_seconds * FRAMES_A_SECOND)
-    audio = 0 if arch.encoder is None else arch.num_audio_tokens(frames)
     positions = 0 if arch.encoder is None else arch.encoder.computed_positions(frames)
+    prompts = _prompts(config, 0 if arch.encoder is None else arch.num_audio_tokens(frames), text_tokens)
+    # How many sequences have which view, the student's and the teacher's.
+    prompts_alone = rollout.prompts_per_step if config.objective.draws else 0
+    alone = [(t, policy if rollout.share else prompts_alone * t.responses) for t in config.objective.terms]
+    learned = [(term.student, count) for term, count in alone]
+    learned += [] if rollout.share else [(config.objective.student_view, policy)]
+    taught = [(view, count) for term, count in alone for view in term.taught_views]
+    scored, sequences = sum(count for _, count in alone), sum(count for _, count in learned)
+
+    def mean(views: list[tuple[str, int]], of: int, behind: int) -> tuple[int, float]:
+        tokens = sum(count * (prompts[view][0] + behind) for view, count in views)
+        return round(tokens / max(of, 1)), sum(count * prompts[view][1] for view, count in views) / max(of, 1)
+
+    student_tokens, clips = mean(learned, sequences, rollout.max_new_tokens)
+    teacher_tokens, taught_clips = mean(taught, scored, rollout.max_new_tokens)
     share = -(-sequences // (dp * config.train.minibatches))
     spare, groups = rollout.prompts_per_step - rollout.policy_prompts_per_step, rollout.policy_prompts_per_step
     rounds = [min(groups, spare - groups * number) for number in range(rollout.dynamic_sampling if enabled else 0)]
@@ -99,10 +120,10 @@ def make_work(
     return Work(
         sequences=sequences,
         scored=scored,
-        student_tokens=audio + text_tokens // 2 + rollout.max_new_tokens,
-        teacher_tokens=text_tokens + rollout.max_new_tokens,
+        student_tokens=student_tokens,
+        teacher_tokens=teacher_tokens,
         response_tokens=rollout.max_new_tokens,
-        clips=int(arch.encoder is not None),
+        clips=clips,
         clip_positions=positions,
         dp=dp,
         microbatches=-(-share // micro),
@@ -111,4 +132,24 @@ def make_work(
         minibatches=config.train.minibatches,
         passes=config.train.passes,
         resampled=tuple(prompts * rollout.policy_rollouts for prompts in rounds if prompts > 0),
+        others=others,
+        taught_clips=taught_clips,
+        longest_tokens=max((prompts[view][0] for view, count in learned if count), default=0) + rollout.max_new_tokens,
+        prompts=tuple(prompts.items()),
     )
+
+
+def _prompts(config: RunConfig, audio: int, text: int) -> dict[str, tuple[int, int]]:
+    """Return tokens and clips of the prompt of each view of the objective.
+
+    Args:
+        config: of the run; what views sets have in the place of others is left aside.
+        audio: tokens of a question's audio; 0 for a text model.
+        text: tokens of its text.
+    """
+    views, found = Views(config.views), {}
+    for name in (*config.objective.views, config.objective.student_view):
+        parts = views.named(name, "a view").parts
+        hears = "audio" in parts and audio > 0
+        found[name] = (audio * hears + (text if "text" in parts else text // 2), int(hears))
+    return found

@@ -23,9 +23,11 @@ from megatron_cord.reward import Answered
 from megatron_cord.reward.rewards import Scorer
 from megatron_cord.rollout.config import RolloutConfig
 from megatron_cord.rollout.types import GenerationRequest, Role, Rollout, ScoredRollout
+from megatron_cord.trainer.given_responses import GivenResponses
 from megatron_cord.trainer.reference_answers import ReferenceAnswers
 from megatron_cord.trainer.step.batches import TrainingSequence
 from megatron_cord.trainer.step.objective import ObjectiveConfig
+from megatron_cord.trainer.teachers import TeacherRoutes
 
 
 def draw_seed(*parts: int | str) -> int:
@@ -42,6 +44,8 @@ class Collector:
         answers: the teacher's reference answers.
         rewards: of responses; collective over the replica.
         seed: of the run.
+        routes: which teacher scores a sample; None: the run's own scores all.
+        given: makes the responses of streams whose source is the data; None where there is none.
     """
 
     def __init__(
@@ -51,9 +55,12 @@ class Collector:
         answers: ReferenceAnswers,
         rewards: Scorer,
         seed: int,
+        routes: TeacherRoutes | None = None,
+        given: GivenResponses | None = None,
     ) -> None:
         self.config, self.objective = config, objective
         self.answers, self.rewards, self.seed = answers, rewards, seed
+        self._routes, self._given = TeacherRoutes({}) if routes is None else routes, given
 
     @property
     def views(self) -> tuple[ViewName, ...]:
@@ -94,6 +101,7 @@ class Collector:
             self._scored(batch, position, draw, rollout, "distill")
             for (position, draw), rollout in zip(alone, rollouts, strict=False)
         ]
+        scored += self._given_responses(batch)
         if policy:
             references = self.answers.rollouts(self._answered(batch, policy), rollouts[groups:])
             scored += self._groups(batch, policy, rollouts[len(alone) : groups], references)
@@ -127,7 +135,11 @@ class Collector:
                 if rollout.distilled:
                     term = self.objective.term_of(rollout.draw)
                     teacher = prompts[term.teacher] if term.distils else None
-                    sequences.append(TrainingSequence(prompts[term.student], teacher, rollout, index, term.name))
+                    contrast = None if term.contrast is None else prompts[term.contrast.view]
+                    taught_by = self._routes(term, batch.at(rollout.position).sample.id) if term.distils else ""
+                    sequences.append(
+                        TrainingSequence(prompts[term.student], teacher, rollout, index, term.name, contrast, taught_by)
+                    )
                 else:
                     sequences.append(TrainingSequence(prompts[self.objective.student_view], None, rollout, index))
         return sequences
@@ -147,8 +159,19 @@ class Collector:
             return [], []
         policy = [p for p in batch.positions if self._has_groups and p < self.config.policy_prompts_per_step]
         shared = self.config.share and self._has_groups
-        draws = () if shared else self.objective.draws
+        draws = () if shared else [d for d in self.objective.draws if self.objective.term_of(d).sampled]
         return [(position, draw) for position in batch.positions for draw in draws], policy
+
+    def _given_responses(self, batch: Batch) -> list[ScoredRollout]:
+        """Return the responses that the samples themselves give."""
+        if self._given is None:
+            return []
+        terms = [(d, term) for d in self.objective.draws if not (term := self.objective.term_of(d)).sampled]
+        return [
+            self._scored(batch, p, draw, self._given.rollout(batch.at(p).sample, term.source), "distill", sampled=False)
+            for p in batch.positions
+            for draw, term in terms
+        ]
 
     def _answered(self, batch: Batch, policy: Sequence[int]) -> list[PreparedSample]:
         """Return the samples to which the step needs the teacher's answer."""

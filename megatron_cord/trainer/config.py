@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from megatron_cord.config.loading import load_config
-from megatron_cord.data.config import DataConfig
+from megatron_cord.data.config import DataConfig, TrainingSetConfig
 from megatron_cord.data.samples import HEAR, READ
 from megatron_cord.data.shards.manifest import is_remote
 from megatron_cord.data.views import View, ViewConfig, Views, check_student
@@ -27,6 +27,7 @@ from megatron_cord.trainer.observability.trackers.config import MetricsConfig
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 from megatron_cord.trainer.step.teacher import TeacherConfig
+from megatron_cord.trainer.teachers import check_teachers, hearing_teachers
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,8 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    #: further teachers by name, each a checkpoint or a mode, for streams and training sets that name one (taught_by)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -121,6 +124,7 @@ class RunConfig:
                 f"{self.train.watchdog_seconds:g}: else ranks that wait for a shard are taken for stuck"
             )
         self._check_views()
+        check_teachers(self.teachers, self.objective, self._named_sets)
         if self.init_from is not None and self.resume not in ("auto", "never"):
             raise CordError(
                 f"init_from={self.init_from} begins a run and resume={self.resume} continues one; give one of them"
@@ -160,10 +164,14 @@ class RunConfig:
                 "rollout.dynamic_sampling needs objective.policy_gradient.enabled=true and "
                 "rollout.policy_prompts_per_step above 0: it replaces groups of L_seq"
             )
-        if self.teacher.mode == "ema" and self.teacher_hears and {*self.model.trained_parts} - {"language_model"}:
+        if (
+            self.teacher.mode == "ema"
+            and "" in self.hearing_teachers
+            and {*self.model.trained_parts} - {"language_model"}
+        ):
             raise CordError(
-                "teacher.mode=ema averages the language model alone, and the teacher's view has audio, whose encoder or "
-                "adapter is trained, too: name both in model.freeze, or use frozen or live"
+                "teacher.mode=ema averages the language model alone, and the teacher's view has audio, whose encoder "
+                "or adapter is trained, too: name both in model.freeze, or use frozen or live"
             )
         if self.teacher.mode == "ema" and self.objective.responses == "teacher":
             raise CordError(
@@ -176,11 +184,12 @@ class RunConfig:
         for term in objective.terms if objective.streams else ():
             given |= {f"objective.streams.{term.name}.{k}": getattr(term, k) for k in ("student", "rollout")}
             views.named(term.teacher, f"objective.streams.{term.name}.teacher")
+            if term.contrast is not None:
+                views.named(term.contrast.view, f"objective.streams.{term.name}.contrast.view")
         views.named(objective.teacher_view, "objective.teacher_view")
         for key, name in given.items():
             self._check_student(views.named(name, key), key)
-        sets = self.data.train if isinstance(self.data.train, dict) else {}
-        for name, each in sets.items():
+        for name, each in self._named_sets.items():
             for stands, other in each.views.items():
                 key = f"data.train.{name}.views.{stands}"
                 if stands in (HEAR, READ):
@@ -211,17 +220,21 @@ class RunConfig:
             )
 
     @property
-    def teacher_hears(self) -> bool:
-        """Whether a view that a teacher scores on has audio, in any of the training sets."""
-        views, sets = Views(self.views), self.data.train if isinstance(self.data.train, dict) else {}
-        scored = [view for term in self.objective.terms for view in term.taught_views]
-        others = [each.views[view] for each in sets.values() for view in scored if view in each.views]
-        return any("audio" in views.named(view, "a view").parts for view in (*scored, *others))
+    def hearing_teachers(self) -> frozenset[str]:
+        """The names of the teachers that score on a view with audio; the run's own is called ""."""
+        return hearing_teachers(self.objective, self._named_sets, Views(self.views))
+
+    @property
+    def _named_sets(self) -> dict[str, TrainingSetConfig]:
+        return self.data.train if isinstance(self.data.train, dict) else {}
 
     @property
     def equal_views(self) -> tuple[str, ...]:
         """The views on which student and teacher are compared with each other as they are."""
-        compared = ((term.student, term.teacher) for term in self.objective.terms if term.distils)
+        if any(each.taught_by is not None for each in self._named_sets.values()):
+            return ()  # other models than the student may score there
+        terms = (t for t in self.objective.terms if t.distils and t.contrast is None and t.taught_by is None)
+        compared = ((term.student, term.teacher) for term in terms)
         return tuple(one for one, other in compared if self.views.get(one, one) == self.views.get(other, other))
 
 

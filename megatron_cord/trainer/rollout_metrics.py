@@ -23,10 +23,11 @@ def rollout_metrics(
     The reward is that of all groups, replaced ones included: the policy's, not that of a selection.
 
     Args:
-        rollouts: of the step on all ranks.
+        rollouts: of the step on all ranks; texts of the samples that stand for responses are left out.
         config: how many responses a group has, and whether groups are replaced.
         objective: whether responses are filtered.
     """
+    rollouts = [rollout for rollout in rollouts if not objective.is_given(rollout)]
     metrics = {
         "truncated": sum(r.rollout.finish_reason == "length" for r in rollouts) / max(len(rollouts), 1),
         "repetition": sum(repetition(r.rollout.token_ids) for r in rollouts) / max(len(rollouts), 1),

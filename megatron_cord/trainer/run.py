@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -59,7 +59,11 @@ class Run:
         self.config, self.layout = config, layout
         self._parts = put_together(config, layout)
         step = self._parts.training.step
+        self._utilise: Callable[[StepWork, float], Mapping[str, float]]
         self._utilise = partial(utilise, step.lalm.arch, step.teacher.model.arch)
+        if any(teacher.model.arch != step.teacher.model.arch for teacher in step.teachers.values()):
+            logger.info("no metric model_flop_utilisation: teachers are models of several sizes")
+            self._utilise = lambda work, seconds: {}
         self._source, self._watchdog = self._parts.source, self._parts.watchdog
         self._between = BetweenSteps(self._parts)
         self._rollout_times: dict[str, float] = {}

@@ -33,6 +33,7 @@ def step_metrics(config: RunConfig, result: StepResult, version: int, times: Map
         same = [r for r in rollouts if r.in_group or objective.term_of(r.draw).on_policy]
         metrics |= mismatch_metrics(same, version) | importance_metrics(rollouts, cap)
     if config.replay is None:
-        generated = rollouts if objective.responses == "student" else []
+        own = [rollout for rollout in rollouts if not objective.is_given(rollout)]
+        generated = own if objective.responses == "student" else []
         metrics |= staleness([r.rollout for r in generated], version, None)
     return metrics

@@ -11,7 +11,7 @@ import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -139,6 +139,7 @@ def train_once(
     teacher: Teacher,
     objective: ObjectiveConfig,
     sequences: Sequence[TrainingSequence],
+    others: Mapping[str, Teacher] | None = None,
 ) -> Outcome:
     """Return what one step of the trainer makes in the layout. Collective over all ranks.
 
@@ -149,6 +150,7 @@ def train_once(
         teacher: its teacher.
         objective: what is minimised.
         sequences: of all data-parallel ranks.
+        others: further teachers by name.
     """
     wrapped = wrap_model(config.optimizer, model)
     optimizer, scheduler = build_optimizer(config.optimizer, wrapped, steps=10)
@@ -161,7 +163,15 @@ def train_once(
 
     model.config.finalize_model_grads_func = finish_and_keep
     step = TrainStep(
-        wrapped, teacher, optimizer, scheduler, objective, config.train, pad_id=0, max_new_tokens=config.sizes.longest
+        wrapped,
+        teacher,
+        optimizer,
+        scheduler,
+        objective,
+        config.train,
+        pad_id=0,
+        max_new_tokens=config.sizes.longest,
+        others=others,
     )
     result = step(sequences[layout.dp_rank :: layout.dp_size], [s.response for s in sequences])
     weights = {name: tensor.clone() for name, tensor in export_tensors(model)}

@@ -108,6 +108,7 @@ def run_checks(config: VerifyLossConfig, tp_group: dist.ProcessGroup, device: to
         {"kind": "forward_kl"},
         {"kind": "jsd", "beta": 0.3},
         {"kind": "topk", "k": 20},
+        {"kind": "forward_topk", "k": 20},
     ):
         expected = _reference(problem, config, kind)
         for implementation in ("logits", "cached_grad", "fused", "recompute"):
@@ -194,6 +195,8 @@ def _divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float = 0.5, k: i
         return (beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)).sum(1)
     inside = log_q >= log_q.topk(min(k, log_q.shape[1]), dim=1).values[:, -1:]
     tail_p, tail_q = (p * ~inside).sum(1), (q * ~inside).sum(1)
+    if kind == "forward_topk":
+        return (q * (log_q - log_p) * inside).sum(1) + tail_q * (tail_q / tail_p).log()
     return (p * (log_p - log_q) * inside).sum(1) + tail_p * (tail_p / tail_q).log()
 
 

@@ -87,7 +87,8 @@ def reference_stats(
         )
         divergence = beta * _sum_of(log_q, log_q, log_m) + (1 - beta) * _sum_of(log_p, log_p, log_m)
     else:
-        divergence = _top_k(log_p, log_q, min(k, log_q.shape[1]))
+        inside = log_q >= log_q.topk(min(k, log_q.shape[1]), dim=1).values[:, -1:]
+        divergence = _top_k(log_q, log_p, inside) if kind == "forward_topk" else _top_k(log_p, log_q, inside)
     entropy = -_sum_of(log_p, log_p, torch.zeros_like(log_p))
     target = target_ids[:, None]
     return divergence, entropy, log_p.gather(1, target)[:, 0], log_q.gather(1, target)[:, 0]
@@ -132,12 +133,11 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-def _top_k(log_p: Tensor, log_q: Tensor, k: int) -> Tensor:
-    """Return the reverse KL when all tokens but the teacher's k likeliest (ties included) are one."""
-    inside = log_q >= log_q.topk(k, dim=1).values[:, -1:]
-    tail_p, tail_q = ((log_x.exp() * ~inside).sum(1) for log_x in (log_p, log_q))
-    tail = torch.where(tail_p > 0, tail_p * (tail_p.log() - tail_q.log()), 0.0)
-    return _sum_of(log_p.masked_fill(~inside, -torch.inf), log_p, log_q) + tail
+def _top_k(log_a: Tensor, log_b: Tensor, inside: Tensor) -> Tensor:
+    """Return KL(a‖b) when all tokens but those inside, the teacher's k likeliest (ties included), are one."""
+    tail_a, tail_b = ((log_x.exp() * ~inside).sum(1) for log_x in (log_a, log_b))
+    tail = torch.where(tail_a > 0, tail_a * (tail_a.log() - tail_b.log()), 0.0)
+    return _sum_of(log_a.masked_fill(~inside, -torch.inf), log_a, log_b) + tail
 
 
 def _sum_of(log_weight: Tensor, first: Tensor, second: Tensor) -> Tensor:

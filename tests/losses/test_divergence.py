@@ -31,6 +31,7 @@ KINDS = ["reverse_kl", "forward_kl"]
 ALL_KINDS: list[dict[str, Any]] = [{"kind": kind} for kind in KINDS] + [
     {"kind": "jsd", "beta": 0.3},
     {"kind": "topk", "k": 3},
+    {"kind": "forward_topk", "k": 3},
 ]
 IMPLEMENTATIONS = ["recompute", "cached_grad", "fused"]
 INFINITY = math.inf

@@ -44,7 +44,10 @@ def arguments() -> dict[str, Any]:
         ({"vocab_size": 9}, r"vocab_size must lie in \[1, 8\].* is 9"),
         ({"temperature": 0.0}, "temperature must be positive and finite, but is 0.0"),
         ({"temperature": math.nan}, "temperature must be positive and finite, but is nan"),
-        ({"kind": "reverse"}, "kind 'reverse' is unknown; choose one of reverse_kl, forward_kl, jsd, topk"),
+        (
+            {"kind": "reverse"},
+            "kind 'reverse' is unknown; choose one of reverse_kl, forward_kl, jsd, topk, forward_topk",
+        ),
         (
             {"implementation": "fast"},
             "implementation 'fast' is unknown; choose one of auto, cached_grad, fused, recompute",

@@ -47,7 +47,8 @@ class Case:
     distance: float = 1.0  #: of the teacher; the divergence grows with its square
 
 
-KINDS = ("reverse_kl", "forward_kl", "jsd", "topk")
+KINDS = ("reverse_kl", "forward_kl", "jsd", "topk", "forward_topk")
+TWO_PASSES = KINDS[2:]
 IMPLEMENTATIONS = ("recompute", "cached_grad", "fused")
 CASES = {
     **{f"{entry}-{kind}": Case(entry, kind) for entry in ("logits", "hidden") for kind in ("reverse_kl", "forward_kl")},
@@ -76,8 +77,8 @@ CASES = {
         )
         for kind in KINDS
     },
-    **{f"{entry}-{kind}": Case(entry, kind) for entry in ("logits", "hidden") for kind in ("jsd", "topk")},
-    **{f"logits-{kind}-all-padding": Case("logits", kind, vocab_size=5) for kind in ("jsd", "topk")},
+    **{f"{entry}-{kind}": Case(entry, kind) for entry in ("logits", "hidden") for kind in TWO_PASSES},
+    **{f"logits-{kind}-all-padding": Case("logits", kind, vocab_size=5) for kind in TWO_PASSES},
     **{
         f"hidden-{name}-scattered": Case("hidden", num_tokens=12, implementation=name, sequence_parallel=True)
         for name in IMPLEMENTATIONS
@@ -262,7 +263,7 @@ def test_one_collective_a_chunk(name: str, size: int, results: list[dict[Any, An
         if not exchanging:
             assert forward == backward == []
             continue
-        gathers = ["_allgather_base"] * chunks * (2 if case.kind in ("jsd", "topk") else 1)
+        gathers = ["_allgather_base"] * chunks * (2 if case.kind in TWO_PASSES else 1)
         assert forward == ["_allgather_base"] * (2 if case.sequence_parallel else 0) + gathers
         if case.entry == "logits":
             assert backward == []

@@ -279,6 +279,23 @@ def test_operations_are_those_of_the_products(checkpoint: Path) -> None:
     )
 
 
+def test_streams_count_with_the_lengths_of_their_views(checkpoint: Path) -> None:
+    """Catches streams that are all taken for the heard prompt, and a second view or a teacher's audio left out."""
+    arch = published("qwen2_audio_7b")
+    policy = ("objective.policy_gradient.enabled=false", "rollout.prompts_per_step=8", "rollout.max_new_tokens=100")
+    streams = "{a: {student: read, responses: 3}, b: {teacher: hear, contrast: {view: read}}}"
+    plain, several = (
+        make_work(configured(checkpoint, *policy, *more), arch, 8, audio_seconds=10.0, text_tokens=60)
+        for more in ((), (f"objective.streams={streams}",))
+    )
+    heard, read = 250 + 30, 60
+    assert (plain.student_tokens, plain.teacher_tokens, plain.clips) == (heard + 100, read + 100, 1)
+    assert (several.sequences, several.scored) == (32, 32)
+    assert several.student_tokens == (3 * (read + 100) + heard + 100) / 4 and several.clips == 0.25
+    assert several.teacher_tokens == (3 * (read + 100) + heard + 100 + read + 100) / 4
+    assert several.longest_tokens == plain.student_tokens and several.taught_clips == 0.25
+
+
 def test_several_updates_and_further_rounds_cost_their_time(checkpoint: Path) -> None:
     """Catches plans of GRPO and DAPO without their passes, minibatches, and rounds of dynamic sampling."""
     arch, gpu = replace(published("qwen2_audio_7b"), encoder=None, adapter=None), GPUS["h100"]

@@ -23,6 +23,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.rollout.config import RolloutConfig
 from megatron_cord.rollout.local.engine import LocalEngine
+from megatron_cord.rollout.rollout_file import dump_file, read_rollouts
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.types import GenerationRequest, ScoredRollout
 from megatron_cord.trainer.building.teacher_checkpoint import answering_engine, check_teacher
@@ -30,10 +31,11 @@ from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.observability.rollout_dump import read_dump
 from megatron_cord.trainer.step.teacher import TeacherConfig
 from tests.rollout.sglang.fake_sglang import FakeServer, answer_to
-from tests.tiny_run import losses, overrides, write_checkpoint
+from tests.tiny_run import losses, make_samples, overrides, write_checkpoint, write_shards
 from tests.trainer.fault_ranks import run_forked
 from tests.trainer.test_train import alone
 
+BY_A = "objective.streams.s.taught_by=a"
 ONE_STEP = ("train.steps=1", "rollout.temperature=1.0", "data.shuffle=false")
 
 
@@ -121,8 +123,34 @@ def test_a_teacher_that_does_not_fit_is_named(inputs: Path, teacher: Path, tmp_p
     first = min(vocabulary["one"], vocabulary["two"])
     with pytest.raises(CordError, match=rf"2 of \d+ token ids mean something else, the first is {first}: "):
         check_teacher(str(other), prompts, student)
+    with pytest.raises(CordError, match=r"scores on a view with audio, and is a text model \(llama\)"):
+        check_teacher(str(teacher), prompts, student, "teachers.a.checkpoint", hears=True)
+    check_teacher(str(student), prompts, student, hears=True)
     with pytest.raises(CordError, match=r"^teacher\.checkpoint: .*nowhere does not exist"):
         check_teacher(str(tmp_path / "nowhere"), prompts, student)
+
+
+def test_sets_have_teachers_of_their_own(inputs: Path, teacher: Path, tmp_path: Path) -> None:
+    """Catches a set's responses that another teacher than its own scores, or that one microbatch mixes."""
+    write_shards(tmp_path / "second", make_samples(6, seed=5))
+    sets = f"{{a: {{path: {inputs / 'train'}}}, b: {{path: {tmp_path / 'second'}, taught_by: other}}}}"
+    settings = [f"data.train={sets}", f"teachers.other.checkpoint={teacher}", "objective.policy_gradient.enabled=false"]
+    run = alone(inputs, tmp_path / "run", *ONE_STEP, *settings, "train.packing=packed")
+    data = {"a": ShardDataset(inputs / "train"), "b": ShardDataset(tmp_path / "second")}
+    samples = {f"{name}/{each.id_of(i)}": each[i] for name, each in data.items() for i in range(len(each))}
+    prompts = PromptBuilder(inputs / "checkpoint")
+    models = {name: PlainModel(path, torch.float32) for name, path in (("a", inputs / "checkpoint"), ("b", teacher))}
+    compared: list[str] = []
+    ids = {row["position"]: row["id"] for row in read_rollouts(dump_file(run / "rollouts", 1)).to_pylist()}
+    for rollout in read_dump(run / "rollouts", 1, [ids[position] for position in range(4)]):
+        identity, response = ids[rollout.position], rollout.rollout.token_ids
+        assert rollout.tokens is not None and rollout.tokens.kl is not None
+        p = log_probabilities(models["a"], prompts.audio_prompt(samples[identity]), response)
+        q = log_probabilities(models[identity[0]], prompts.text_prompt(samples[identity]), response)
+        kl = (p.exp() * (p - q)).sum(-1)
+        torch.testing.assert_close(torch.tensor(rollout.tokens.kl).double(), kl, rtol=1e-3, atol=1e-4)
+        compared.append(identity[0])
+    assert set(compared) == {"a", "b"}
 
 
 def test_its_own_servers_answer(inputs: Path, teacher: Path, layout: Layout) -> None:
@@ -149,6 +177,11 @@ def test_its_own_servers_answer(inputs: Path, teacher: Path, layout: Layout) -> 
             ["teacher.checkpoint=x", "rollout.engine=sglang", "rollout.sglang.servers=[http://a:1]"],
             r"start servers of that checkpoint and name them in teacher\.servers",
         ),
+        (["teachers.a.checkpoint=x"], r"teachers\.a scores nothing: name it as taught_by"),
+        (["objective.streams.s.taught_by=b"], r"objective\.streams\.s\.taught_by=b is no teacher; teachers has none"),
+        ([BY_A, "teachers.a.mode=ema"], r"teachers\.a\.mode=ema: a run keeps one moving average"),
+        ([BY_A, "teachers.a.checkpoint=x", "teachers.a.servers=[http://a:1]"], r"teachers\.a\.servers: reference"),
+        ([BY_A, "teachers.a.mode=live", "objective.streams.s.divergence.kind=nll"], r"kind=nll does not compare with"),
     ],
 )
 def test_settings_that_contradict_each_other(inputs: Path, tmp_path: Path, settings: list[str], message: str) -> None:

@@ -18,6 +18,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.config import ModelConfig
 from megatron_cord.parallel.layout import Layout, finalize
 from megatron_cord.rollout.local.engine import LocalEngine
+from megatron_cord.rollout.rollout_file import dump_file, read_rollouts
 from megatron_cord.rollout.types import GenerationRequest
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.model_setup import build_student
@@ -96,7 +97,7 @@ def test_a_frozen_teacher_that_hears_keeps_its_encoder(inputs: Path, tmp_path: P
     assert Teacher(TeacherConfig(), student, checkpoint, hears=True).model is student
     assert Teacher(TeacherConfig(), student, checkpoint, hears=True, has_trained=True).model is not student
     hears = ["objective.teacher_view=hear", "model.freeze=[language_model]"]
-    assert load_config(RunConfig, None, overrides(inputs, tmp_path, *hears)).teacher_hears
+    assert load_config(RunConfig, None, overrides(inputs, tmp_path, *hears)).hearing_teachers == {""}
     with pytest.raises(CordError, match=r"teacher\.mode=ema averages the language model alone"):
         load_config(RunConfig, None, overrides(inputs, tmp_path, *hears, "teacher.mode=ema"))
 
@@ -119,6 +120,29 @@ def test_unknown_and_privileged_views_are_refused(inputs: Path, tmp_path: Path) 
         load(INFORMED, sets.replace("noisy:", "read:"))
     with pytest.raises(CordError, match=r"data\.train\.a\.views\.other: the objective has the views hear, read"):
         load(INFORMED, sets.replace("noisy:", "other:"))
+
+
+def test_a_stream_trains_on_the_answers_that_samples_have(inputs: Path, tmp_path: Path) -> None:
+    """Catches given answers that are sampled, unended, left out of the loss, or compared with the engine."""
+    term = "objective.streams={given: {source: answer, divergence: {kind: nll}}, own: {weight: 0.5}}"
+    settings = [term, "train.steps=1", "objective.policy_gradient.enabled=false", "objective.normalization=token"]
+    settings.append("objective.token_weights.factors=uniform")
+    make_run(overrides(inputs, tmp_path / "run", *settings))
+    (line,) = metrics(tmp_path / "run")
+    builder = PromptBuilder(inputs / "checkpoint")
+    wanted = builder.response_ids(CANARY)
+    assert wanted[-1] in builder.eos_ids and builder.decode(wanted) == CANARY
+    rows = read_rollouts(dump_file(tmp_path / "run" / "rollouts", 1)).to_pylist()
+    given = [row for row in rows if tuple(row["token_ids"]) == wanted and row["seed"] is None]
+    assert len(given) == 4 and len(rows) == 8
+    tokens = [logprob for row in given for logprob in row["student_logprobs"]]
+    assert line["stream/given/loss"] == pytest.approx(-sum(tokens) / len(tokens))
+    assert line["engine_logprob_difference"] < 1e-4 and line["stale_tokens"] == 0
+    finalize()
+    lacking = tmp_path / "lacking"
+    write_shards(lacking, [replace(s, answer=None) for s in make_samples(3, seed=4)])
+    with pytest.raises(CordError, match="has no answer, which a stream trains on"):
+        make_run(overrides(inputs, tmp_path / "other", *settings, f"data.train={lacking}"))
 
 
 def test_streams_are_trained_in_one_step(inputs: Path, tmp_path: Path) -> None:

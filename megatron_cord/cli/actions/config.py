@@ -112,8 +112,8 @@ def _wrapped(text: str, indent: str) -> list[str]:
 def _warnings(config: RunConfig) -> Iterator[str]:
     """Yield what would stop the run, or waste it, once it has started."""
     paths = {"model.checkpoint": config.model.checkpoint, **_training_paths(config)}
-    if config.teacher.checkpoint is not None:
-        paths["teacher.checkpoint"] = config.teacher.checkpoint
+    teachers = {"teacher": config.teacher} | {f"teachers.{name}": each for name, each in config.teachers.items()}
+    paths |= {f"{key}.checkpoint": each.checkpoint for key, each in teachers.items() if each.checkpoint is not None}
     for key, path in paths.items():
         if not path:
             yield f"{key} is not set; training requires it"

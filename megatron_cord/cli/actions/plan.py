@@ -52,7 +52,10 @@ def plan(
     config = _load(config_file, [*overrides, f"model.checkpoint={model}"] if model else overrides)
     arch = published(model) if model else _architecture(config.model.checkpoint)
     teacher = None if config.teacher.checkpoint is None else _architecture(config.teacher.checkpoint)
+    named = {name: each.checkpoint for name, each in config.teachers.items() if each.checkpoint is not None}
+    others = tuple((name, _architecture(checkpoint)) for name, checkpoint in named.items())
     lengths: dict[str, Any] = {"audio_seconds": audio_seconds, "text_tokens": text_tokens, "teacher": teacher}
+    lengths["others"] = others
     device = GPUS[gpu]
     if layouts:
         print(layouts_table(config, arch, device, lengths))

@@ -28,7 +28,7 @@ from megatron_cord.data.samples import (
     control_token_fault,
 )
 from megatron_cord.data.tokenizers import load_tokenizer
-from megatron_cord.data.turns import AudioPart, Part, Turn
+from megatron_cord.data.turns import AudioPart, Part, TextPart, Turn
 from megatron_cord.data.views import Filter, PlainView, View, ViewConfig, Views, filtered
 from megatron_cord.errors import CordError
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
@@ -226,6 +226,23 @@ class PromptBuilder:
     def encode(self, text: str) -> tuple[int, ...]:
         """Return token ids of plain text, without any special token added."""
         return tuple(self._tokenizer.encode(text))
+
+    def response_ids(self, text: str) -> tuple[int, ...]:
+        """Return token ids of a text as an assistant's whole turn, with the token that ends one in the chat template.
+
+        Raises:
+            CordError: the template ends turns with none of `eos_ids`.
+        """
+        asked = Turn("user", (TextPart("a"),))
+        (begun,) = self._template.tokenize([asked])
+        (whole,) = self._template.tokenize([asked, Turn("assistant", (TextPart("b"),)), asked])
+        end = next((index for index in whole[len(begun) :] if index in self.eos_ids), None)
+        if end is None:
+            raise CordError(
+                f"{self._directory}: the chat template ends an assistant's turn with none of the ids "
+                f"{sorted(self.eos_ids)} that end a response; correct eos_token_id in generation_config.json"
+            )
+        return (*self.encode(text), end)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens."""

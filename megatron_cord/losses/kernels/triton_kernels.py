@@ -16,7 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_cord.errors import CordError
-from megatron_cord.losses.divergences import Divergence, ForwardKL, JensenShannon, NoTeacher, ReverseKL, TopK
+from megatron_cord.losses.divergences import (
+    Divergence,
+    ForwardKL,
+    ForwardTopK,
+    JensenShannon,
+    NoTeacher,
+    ReverseKL,
+    TopK,
+)
 from megatron_cord.losses.kernels.backend import UpstreamGrads
 from megatron_cord.losses.kernels.eager import EagerBackend
 from megatron_cord.losses.kernels.triton_statistics import statistics_kernel
@@ -29,7 +37,7 @@ LANES = 32 * WARPS
 LOAD_BYTES = 16
 
 #: The divergences by number, for the kernels.
-CODES: dict[type, int] = {NoTeacher: 0, ReverseKL: 1, ForwardKL: 2, JensenShannon: 3, TopK: 4}
+CODES: dict[type, int] = {NoTeacher: 0, ReverseKL: 1, ForwardKL: 2, JensenShannon: 3, TopK: 4, ForwardTopK: 5}
 
 
 class TritonBackend:
@@ -191,6 +199,9 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         if divergence_code == 4:
             delta = tl.where(z_t >= tl.load(stats + 8 * num_tokens + row), log_p - log_q, inner)
             gradient = weight * p * tl.where(none, 0.0, tl.where(weight == 0.0, 0.0, delta - divergence))
+        if divergence_code == 5:
+            in_top = z_t >= tl.load(stats + 8 * num_tokens + row)
+            gradient = weight * tl.where(in_top, p - tl.exp(log_q), p * inner)
     if with_entropy:
         finite = tl.where(none, 0.0, log_p + tl.load(stats + 5 * num_tokens + row))
         gradient = gradient - tl.load(upstream + num_tokens + row) * p * finite

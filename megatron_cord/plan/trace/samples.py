@@ -28,9 +28,14 @@ def make_rollouts(config: RunConfig, work: Work) -> list[ScoredRollout]:
     grouped = work.sequences if rollout.share else work.sequences - work.scored
     draws = rollout.policy_rollouts if grouped else 0
     groups = grouped // draws if draws else 0
-    alone = [] if rollout.share and groups else range(work.scored)
+    objective = config.objective
+    draws_alone = () if rollout.share and groups else objective.draws
     return [
-        *(ScoredRollout(response, "distill", position=position) for position in alone),
+        *(
+            ScoredRollout(response, "distill", position=position, draw=draw)
+            for position in range(rollout.prompts_per_step)
+            for draw in draws_alone
+        ),
         *(
             ScoredRollout(
                 response,
@@ -63,20 +68,29 @@ def make_sequences(
         rank: data-parallel.
         audio_seconds: of a question.
     """
-    clips: tuple[AudioClip, ...] = ()
-    audio: tuple[int, ...] = ()
+    clip, audio = None, 0
     if arch.encoder is not None and arch.audio_token_id is not None:
         frames = round(audio_seconds * FRAMES_A_SECOND)
-        tokens = int(arch.num_audio_tokens(frames))
+        audio = int(arch.num_audio_tokens(frames))
         features = torch.empty(arch.encoder.num_mels, arch.encoder.window_frames)
-        clips = (AudioClip(np.zeros(0, np.float32), features, frames, tokens),) * work.clips
-        audio = (arch.audio_token_id,) * (tokens * work.clips)
-    frame = work.student_tokens - work.response_tokens - len(audio)
-    student = Prompt("traced", audio + (0,) * frame, clips)
-    teacher = Prompt("traced", (0,) * (work.teacher_tokens - work.response_tokens))
-    taught = config.objective.distils
-    return [
-        TrainingSequence(student, teacher if taught and rollout.distilled else None, rollout, index)
-        for index, rollout in enumerate(rollouts)
-        if rollout.position % work.dp == rank
-    ]
+        clip = AudioClip(np.zeros(0, np.float32), features, frames, audio)
+    lengths, objective = dict(work.prompts), config.objective
+
+    def prompt(view: str) -> Prompt:
+        tokens, clips = lengths[view]
+        if clip is None or not clips:
+            return Prompt("traced", (0,) * tokens)
+        heard = (arch.audio_token_id or 0,) * audio
+        return Prompt("traced", heard + (0,) * (tokens - audio), (clip,))
+
+    sequences = []
+    for index, rollout in enumerate(rollouts):
+        if rollout.position % work.dp != rank:
+            continue
+        if not rollout.distilled:
+            sequences.append(TrainingSequence(prompt(objective.student_view), None, rollout, index))
+            continue
+        term = objective.term_of(rollout.draw)
+        teacher, contrast = (*map(prompt, term.taught_views), None, None)[:2]
+        sequences.append(TrainingSequence(prompt(term.student), teacher, rollout, index, term.name, contrast))
+    return sequences

@@ -55,6 +55,8 @@ def trace_step(
         raise CordError("cord plan --trace computes nothing and needs no GPU: set CUDA_VISIBLE_DEVICES= (empty)")
     if dist.is_initialized():
         raise CordError("a trace makes process groups of its own; call it outside of torchrun")
+    if config.teachers:
+        raise CordError("cord plan --trace builds the run's own teacher alone; leave teachers and taught_by out")
     config = replace(config, model=replace(config.model, layers="torch"))
     return [_trace_rank(config, arch, work, gpu, stage, audio_seconds) for stage in range(config.parallel.pp)]
 
@@ -78,7 +80,7 @@ def _trace_rank(
 
         student = build_student(config.model, layout)
         built("weights")
-        teacher = Teacher(config.teacher, student, config.model.checkpoint, hears=config.teacher_hears)
+        teacher = Teacher(config.teacher, student, config.model.checkpoint, hears="" in config.hearing_teachers)
         built("teacher")
         model = wrap_model(config.optimizer, student)
         built("gradients")
@@ -93,11 +95,11 @@ def _trace_rank(
         trained: list[Microbatch] = []
         taught: list[Microbatch] = []
 
-        def read(batches: list[Microbatch]) -> Any:
-            these = [batch for batch in batches if batch.teacher is not None]
-            taught.extend(these)
-            mode.expect([_sent(batch.teacher, teacher.model) for batch in these if batch.teacher is not None])
-            return hidden_states(batches)
+        def read(batches: list[Microbatch], *args: Any) -> Any:
+            taught.extend(batch for batch in batches if batch.teacher is not None)
+            given = [*(batch.teacher for batch in batches), *(batch.contrast for batch in batches)]
+            mode.expect([_sent(each, teacher.model) for each in given if each is not None])
+            return hidden_states(batches, *args)
 
         def learn(batches: list[Microbatch], *args: Any, **kwargs: Any) -> None:
             trained.extend(batches)

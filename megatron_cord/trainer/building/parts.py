@@ -29,6 +29,7 @@ from megatron_cord.trainer.checkpoint.storage import make_writable
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.endings.time_budget import TimeBudget
 from megatron_cord.trainer.evaluation import Evaluations
+from megatron_cord.trainer.given_responses import GivenResponses
 from megatron_cord.trainer.observability.metrics import MetricsLog
 from megatron_cord.trainer.observability.profiler import Profiler
 from megatron_cord.trainer.observability.rollout_dump import RolloutDump
@@ -109,9 +110,13 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
             ", ".join(config.equal_views),
             "until they part" if config.teacher.mode != "live" else "and trains nothing",
         )
-    if config.teacher.checkpoint is not None:
-        check_teacher(config.teacher.checkpoint, prompts, config.model.checkpoint)
-    data = TrainingData(config, prompts.limits_for(config.objective.views), before, main=main)
+    for name, each in {"": config.teacher, **config.teachers}.items():
+        if each.checkpoint is not None:
+            key, hears = f"teachers.{name}" if name else "teacher", name in config.hearing_teachers
+            check_teacher(each.checkpoint, prompts, config.model.checkpoint, f"{key}.checkpoint", hears=hears)
+    given = GivenResponses(prompts, config.rollout.max_new_tokens)
+    limits = given.limits(prompts.limits_for(config.objective.views), config.objective.given_fields)
+    data = TrainingData(config, limits, before, main=main)
     held_out = open_evaluation(config.data, prompts.limits)
     sets = {name: load_set(given) for name, given in config.evaluation.sets.items()}
     described = describe(config, start, data.record)

@@ -24,7 +24,9 @@ from megatron_cord.trainer.building.teacher_checkpoint import answering_engine
 from megatron_cord.trainer.checkpoint.progress import Progress
 from megatron_cord.trainer.collection import Collector
 from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.given_responses import GivenResponses
 from megatron_cord.trainer.reference_answers import ReferenceAnswers
+from megatron_cord.trainer.teachers import TeacherRoutes
 
 _BATCH = LocalEngineConfig.max_batch_size  #: reference answers that a rank makes together, at the least
 
@@ -75,7 +77,9 @@ def build_rollout(
         progress.made_with.model if own is None else checkpoint_fingerprint(checkpoint_directory(own)),
     )
     rewards = build_rewards(config.reward, directory, layout.replica_group)
-    collector = Collector(config.rollout, config.objective, answers, rewards, config.seed)
+    routes = TeacherRoutes(config.data.training_sets)
+    given = GivenResponses(prompts, config.rollout.max_new_tokens) if config.objective.given_fields else None
+    collector = Collector(config.rollout, config.objective, answers, rewards, config.seed, routes, given)
     loader = SampleLoader(
         row,
         batch_size=config.rollout.prompts_per_step,

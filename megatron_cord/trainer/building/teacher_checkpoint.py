@@ -10,6 +10,7 @@ import torch
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.tokenizers import load_tokenizer, vocabulary_difference
 from megatron_cord.errors import CordError
+from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import load_architecture
 from megatron_cord.rollout.collective import CollectiveEngine
@@ -18,28 +19,38 @@ from megatron_cord.rollout.engines import build_engine
 from megatron_cord.trainer.step.teacher import TeacherConfig
 
 
-def check_teacher(given: str, student: PromptBuilder, student_dir: str | Path) -> None:
+def check_teacher(
+    given: str,
+    student: PromptBuilder,
+    student_dir: str | Path,
+    key: str = "teacher.checkpoint",
+    *,
+    hears: bool = False,
+) -> None:
     """Refuse a teacher whose token ids mean something else than the student's.
 
     The loss compares probabilities of the same ids, and the teacher reads prompts that the student's tokenizer and
     chat template make. Its sizes, its tokenizer's rules and its own template may differ.
 
     Args:
-        given: `teacher.checkpoint`.
+        given: the teacher's checkpoint.
         student: makes the prompts.
         student_dir: `model.checkpoint`.
+        key: of the configuration, which names the checkpoint.
+        hears: the teacher is given audio, too: as features and placeholders that the student's processing makes.
 
     Raises:
         CordError: it cannot be read, or the first thing that differs.
     """
-    where = f"teacher.checkpoint={given}"
+    where = f"{key}={given}"
     try:
         directory = checkpoint_directory(given)
-        rows = load_architecture(directory).language.vocab_size
+        arch = load_architecture(directory)
+        rows = arch.language.vocab_size
         teacher = PromptBuilder(directory)
         difference = vocabulary_difference(load_tokenizer(directory), load_tokenizer(student_dir))
     except CordError as error:
-        raise CordError(f"teacher.checkpoint: {error}") from None
+        raise CordError(f"{key}: {error}") from None
     if difference is None and rows != student.vocab_size:
         difference = f"its vocabulary has {rows} rows, and model.checkpoint's {student.vocab_size}"
     if difference is None and set(teacher.eos_ids) != set(student.eos_ids):
@@ -47,6 +58,25 @@ def check_teacher(given: str, student: PromptBuilder, student_dir: str | Path) -
         difference = "its responses end with the ids {}, and model.checkpoint's with {}".format(*ends)
     if difference is not None:
         raise CordError(f"{where} does not fit: {difference}; a teacher needs the student's vocabulary")
+    if hears and (difference := _other_audio(arch, load_architecture(student_dir))) is not None:
+        raise CordError(f"{where} scores on a view with audio, and {difference}; give it a view without audio")
+
+
+def _other_audio(teacher: Architecture, student: Architecture) -> str | None:
+    """Return how audio is another input for the teacher than for the student; None if it is the same."""
+    if teacher.encoder is None:
+        return f"is a text model ({teacher.model_type})"
+    if student.encoder is None or teacher.audio_token_id != student.audio_token_id:
+        return f"has the placeholder {teacher.audio_token_id} for it, not the student's {student.audio_token_id}"
+    ours, theirs = ((each.num_mels, each.window_frames) for each in (student.encoder, teacher.encoder))
+    if ours != theirs:
+        return "takes {} mel bins and {} frames, not the student's {} and {}".format(*theirs, *ours)
+    lengths = range(1, student.encoder.max_clip_frames + 1)
+    for frames in lengths:
+        made, wanted = teacher.num_audio_tokens(frames), student.num_audio_tokens(frames)
+        if made != wanted:
+            return f"makes {made} tokens of {frames} frames, not the student's {wanted}"
+    return None
 
 
 def answering_engine(rollout: RolloutConfig, teacher: TeacherConfig, device: torch.device) -> CollectiveEngine:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cord.model.families import load_architecture
+from megatron_cord.model.lalm import LALM
 from megatron_cord.model.transformer import choose_fusions
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
@@ -19,7 +21,7 @@ from megatron_cord.trainer.step.optimizer.building import build_optimizer, wrap_
 from megatron_cord.trainer.step.optimizer.groups import check_groups
 from megatron_cord.trainer.step.optimizer.schedule import RateSchedule
 from megatron_cord.trainer.step.step import TrainStep
-from megatron_cord.trainer.step.teacher import Teacher
+from megatron_cord.trainer.step.teacher import Teacher, TeacherConfig
 
 logger = logging.getLogger(__name__)
 
@@ -61,17 +63,42 @@ def build_training(
         logger.info("fused kernels: %s", choose_fusions(config.model.layer_config))
     if start.weights is not None:
         read_weights(start.weights, student, config.model)
-    trained, hears = start.progress.made_with.trained, config.teacher_hears
-    has_trained = bool(trained) if hears else "language_model" in trained
-    teacher = Teacher(config.teacher, student, config.model.checkpoint, has_trained=has_trained, hears=hears)
+    teachers = _build_teachers(config, student, start.progress.made_with.trained)
     model = wrap_model(config.optimizer, student)
     optimizer, scheduler = build_optimizer(config.optimizer, model, config.train.steps, rates)
     step = TrainStep(
-        model, teacher, optimizer, scheduler, config.objective, config.train, pad_id, config.rollout.max_new_tokens
+        model,
+        teachers.pop(""),
+        optimizer,
+        scheduler,
+        config.objective,
+        config.train,
+        pad_id,
+        config.rollout.max_new_tokens,
+        teachers,
     )
     if start.checkpoint is not None:
-        checkpoints.load(start.checkpoint, model, optimizer, teacher.average)
+        checkpoints.load(start.checkpoint, model, optimizer, step.teacher.average)
     elif start.weights is not None and config.init_optimizer:
         checkpoints.load(start.weights, model, optimizer, None)
     scheduler.step(increment=start.progress.step)
     return Training(model, optimizer, step)
+
+
+def _build_teachers(config: RunConfig, student: LALM, trained: Collection[str]) -> dict[str, Teacher]:
+    """Return the run's own teacher, "", and those by name; equal ones are built once.
+
+    Args:
+        config: of the run.
+        student: with its weights.
+        trained: the parts that were trained before.
+    """
+    hearing, built = config.hearing_teachers, dict[tuple[TeacherConfig, bool], Teacher]()
+    found = {}
+    for name, each in {"": config.teacher, **config.teachers}.items():
+        hears = name in hearing
+        has_trained = bool(trained) if hears else "language_model" in trained
+        if (each, hears) not in built:
+            built[each, hears] = Teacher(each, student, config.model.checkpoint, has_trained=has_trained, hears=hears)
+        found[name] = built[each, hears]
+    return found

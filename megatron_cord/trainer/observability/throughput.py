@@ -25,10 +25,11 @@ class StepWork:
         sequences: trained on.
         scored: of them, those that the teacher scores.
         student_tokens: audio, the rest of the prompt, and response.
-        teacher_tokens: the same of the scored sequences, as the teacher takes them.
+        teacher_tokens: the same of the scored sequences, as the teacher takes them, on both views of a contrast.
         response_tokens: of the sequences.
         clips: of audio.
         clip_frames: log-mel frames of the clips, without padding.
+        taught_clips: of audio that the teacher hears.
     """
 
     generated_tokens: int
@@ -39,6 +40,7 @@ class StepWork:
     response_tokens: int
     clips: int
     clip_frames: int
+    taught_clips: int = 0
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout], sequences: Sequence[TrainingSequence]) -> StepWork:
@@ -48,10 +50,11 @@ class StepWork:
             sequences=len(sequences),
             scored=sum(s.teacher is not None for s in sequences),
             student_tokens=sum(s.student_tokens for s in sequences),
-            teacher_tokens=sum(s.teacher_tokens for s in sequences),
+            teacher_tokens=sum(s.teacher_tokens + s.contrast_tokens for s in sequences),
             response_tokens=sum(len(s.rollout.token_ids) for s in sequences),
             clips=sum(len(s.student.clips) for s in sequences),
             clip_frames=sum(clip.num_frames for s in sequences for clip in s.student.clips),
+            taught_clips=sum(len(p.clips) for s in sequences for p in (s.teacher, s.contrast) if p is not None),
         )
 
 

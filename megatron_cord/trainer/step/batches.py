@@ -66,6 +66,8 @@ class TrainingSequence:
         response: the rollout with its part in the loss.
         index: of the response in the step's list of rollouts over all ranks.
         stream: the name of its term in L_tok; "" without one, or where there is a single one.
+        contrast: the prompt of the view that the teacher is contrasted with; None without one.
+        taught_by: the teacher's name; "" for the run's own.
     """
 
     student: Prompt
@@ -73,6 +75,8 @@ class TrainingSequence:
     response: ScoredRollout
     index: int
     stream: str = ""
+    contrast: Prompt | None = None
+    taught_by: str = ""
 
     @property
     def rollout(self) -> Rollout:
@@ -87,12 +91,20 @@ class TrainingSequence:
     @property
     def teacher_tokens(self) -> int:
         """The same for the teacher; 0 without one."""
-        return 0 if self.teacher is None else len(self.teacher.token_ids) + len(self.rollout.token_ids)
+        return self._tokens_behind(self.teacher)
+
+    @property
+    def contrast_tokens(self) -> int:
+        """The same for the view that the teacher is contrasted with; 0 without one."""
+        return self._tokens_behind(self.contrast)
+
+    def _tokens_behind(self, prompt: Prompt | None) -> int:
+        return 0 if prompt is None else len(prompt.token_ids) + len(self.rollout.token_ids)
 
 
 @dataclass(frozen=True, eq=False)
 class Microbatch:
-    """Sequences that go through the model together, all of the same stream, or none of them with a part in L_tok.
+    """Sequences that go through the model together, all of the same stream and teacher, or none with a part in L_tok.
 
     Attributes:
         student: the student's input.
@@ -107,6 +119,7 @@ class Microbatch:
         sequences: what it was made of.
         old_logprobs: float32 [n], the student's before the first of several updates, on the last stage; None where
             there is a single one.
+        contrast, contrast_rows: as the teacher's, on the view that it is contrasted with; None without one.
     """
 
     student: ModelInput
@@ -121,6 +134,8 @@ class Microbatch:
     advantages: Tensor
     sequences: tuple[TrainingSequence, ...]
     old_logprobs: Tensor | None = None
+    contrast: ModelInput | None = None
+    contrast_rows: Rows | None = None
 
     @property
     def scored(self) -> bool:
@@ -136,6 +151,11 @@ class Microbatch:
     def stream(self) -> str:
         """The name of its sequences' term in L_tok."""
         return self.sequences[0].stream
+
+    @property
+    def taught_by(self) -> str:
+        """The name of its sequences' teacher."""
+        return self.sequences[0].taught_by
 
     @property
     def num_tokens(self) -> int:
@@ -175,8 +195,9 @@ def make_microbatches(
         device: where the tensors go.
     """
     microbatches = []
-    for unscored, stream in sorted({(not s.response.distilled, s.stream) for s in sequences}):
-        alike = [s for s in sequences if (not s.response.distilled, s.stream) == (unscored, stream)]
+    kinds = {(not s.response.distilled, s.stream, s.taught_by) for s in sequences}
+    for this in sorted(kinds):
+        alike = [s for s in sequences if (not s.response.distilled, s.stream, s.taught_by) == this]
         kind = sorted(alike, key=lambda s: (s.student_tokens, s.index))
         for members in (
             _packed(kind, config, sharding)
@@ -195,7 +216,8 @@ def _neighbours(sequences: list[TrainingSequence], size: int) -> list[tuple[Trai
 def _packed(
     sequences: list[TrainingSequence], config: Batching, sharding: SequenceSharding
 ) -> list[tuple[TrainingSequence, ...]]:
-    lengths = [round_up(max(s.student_tokens, s.teacher_tokens), sharding.chunks) for s in sequences]
+    longest = [max(s.student_tokens, s.teacher_tokens, s.contrast_tokens) for s in sequences]
+    lengths = [round_up(length, sharding.chunks) for length in longest]
     return [tuple(sequences[i] for i in box) for box in pack(lengths, config.tokens_per_microbatch)]
 
 
@@ -205,10 +227,12 @@ def _microbatch(
     responses = [s.rollout.token_ids for s in sequences]
     lay_out = pack_sequences if packed else pad_sequences
     student, student_rows = lay_out([s.student for s in sequences], responses, pad_id, sharding, device)
-    teacher, teacher_rows = None, None
-    prompts = [s.teacher for s in sequences if s.teacher is not None]
-    if prompts:
-        teacher, teacher_rows = lay_out(prompts, responses, pad_id, sharding, device)
+
+    def scored_on(prompts: list[Prompt]) -> tuple[ModelInput, Rows] | tuple[None, None]:
+        return lay_out(prompts, responses, pad_id, sharding, device) if prompts else (None, None)
+
+    teacher, teacher_rows = scored_on([s.teacher for s in sequences if s.teacher is not None])
+    contrast, contrast_rows = scored_on([s.contrast for s in sequences if s.contrast is not None])
     lengths = torch.tensor([len(r) for r in responses])
     response_cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     tokens = torch.arange(int(response_cu_seqlens[-1])) if student_rows.tokens is None else student_rows.tokens
@@ -229,4 +253,6 @@ def _microbatch(
         engine_logprobs=to_device(engine_logprobs[tokens], device),
         advantages=to_device(advantages, device),
         sequences=sequences,
+        contrast=contrast,
+        contrast_rows=contrast_rows,
     )

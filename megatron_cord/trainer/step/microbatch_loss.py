@@ -54,6 +54,7 @@ def microbatch_loss(
     tp_group: dist.ProcessGroup | None,
     cp_group: dist.ProcessGroup | None = None,
     weight: float = 1.0,
+    gate: Tensor | None = None,
 ) -> MicrobatchLoss:
     """Return the loss of one microbatch, or of this context-parallel rank's n tokens of it: the ranks' losses add up.
 
@@ -70,6 +71,7 @@ def microbatch_loss(
         cp_group: the ranks that share the responses. Token weights then need the tokens of all of them, so the loss of
             a chunk cannot be computed alone (implementation fused).
         weight: λ of the stream.
+        gate: [n], by which w_t is multiplied; None: all tokens count.
     """
     alone = cp_group is None or dist.get_world_size(cp_group) == 1
     if config.implementation == "fused" and not alone:
@@ -82,7 +84,7 @@ def microbatch_loss(
     terms: list[_Terms] = []  # of each call below, in the order of the tokens
 
     def chunk_loss(stats: TokenStats, rows: slice) -> Tensor:
-        terms.append(_terms(config, counts, stats, _responses(config, batch, rows), cp_group, weight))
+        terms.append(_terms(config, counts, stats, _responses(config, batch, rows, gate), cp_group, weight))
         return cord.total_loss(terms[-1].token, terms[-1].sequence)
 
     total, stats = distillation_loss(
@@ -129,11 +131,12 @@ class _Responses:
     old_logprobs: Tensor | None  #: [n], before the step's first update; None: there is one update
     engine_logprobs: Tensor  #: [n]
     advantages: Tensor  #: [b]
+    gate: Tensor | None  #: [n], by which w_t is multiplied; None: all tokens count
     scored: bool  #: whether they are part of L_tok
     rewarded: bool  #: whether any response of the microbatch, be it among these or not, is part of L_seq
 
 
-def _responses(config: ObjectiveConfig, batch: Microbatch, rows: slice) -> _Responses:
+def _responses(config: ObjectiveConfig, batch: Microbatch, rows: slice, gate: Tensor | None) -> _Responses:
     """Return the responses that these tokens are; a chunk holds whole ones."""
     first = int(torch.searchsorted(batch.cu_seqlens, rows.start))
     last = int(torch.searchsorted(batch.cu_seqlens, rows.stop, right=True)) - 1
@@ -144,6 +147,7 @@ def _responses(config: ObjectiveConfig, batch: Microbatch, rows: slice) -> _Resp
         None if batch.old_logprobs is None else batch.old_logprobs[rows],
         batch.engine_logprobs[rows],
         batch.advantages[first:last],
+        None if gate is None else gate[rows],
         batch.scored,
         config.policy_gradient.enabled and batch.rewarded,
     )
@@ -190,6 +194,8 @@ def _terms(
             positions=responses.positions,
             cp_group=cp_group,
         )
+        if responses.gate is not None:
+            weights = weights * responses.gate.to(weights.dtype)
         if config.divergence.kind == "sampled":
             ratio = importance_weights(stats.student_logprob, tokens, policy.importance_cap)
             # NaN where the engine's weights are broken: nothing to learn from.

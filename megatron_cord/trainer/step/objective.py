@@ -88,6 +88,15 @@ class ObjectiveConfig:
         owners = [term for term in terms for _ in range(term.responses)]
         return terms[0] if draw > 0 else owners[-draw]
 
+    def is_given(self, rollout: ScoredRollout) -> bool:
+        """Return whether a response is a text of its sample."""
+        return rollout.draw <= 0 and not self.term_of(rollout.draw).sampled
+
+    @property
+    def given_fields(self) -> tuple[str, ...]:
+        """The fields of samples that are responses."""
+        return tuple(dict.fromkeys(term.source for term in self.terms if not term.sampled))
+
     def within(self, stream: str) -> ObjectiveConfig:
         """Return the objective with a stream's own divergence and token weights; the very same for ""."""
         if not stream:
@@ -117,6 +126,9 @@ class ObjectiveConfig:
             given.responses,
             self.divergence if given.divergence is None else given.divergence,
             self.token_weights if given.token_weights is None else given.token_weights,
+            given.contrast,
+            given.taught_by,
+            given.source,
         )
 
     def _check_streams(self) -> None:

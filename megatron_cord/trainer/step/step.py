@@ -31,7 +31,7 @@ from megatron_cord.trainer.step.optimizer.building import gradients_are_finite, 
 from megatron_cord.trainer.step.optimizer.schedule import RateScheduler
 from megatron_cord.trainer.step.packing import split_minibatches
 from megatron_cord.trainer.step.phases import Phases
-from megatron_cord.trainer.step.teacher import Teacher
+from megatron_cord.trainer.step.teacher import TaughtTokens, Teacher
 from megatron_cord.trainer.step.token_results import gather_token_results
 
 
@@ -61,6 +61,7 @@ class TrainStep:
         batches: how sequences are put into mini-batches, each of which makes an update, and microbatches.
         pad_id: fills padding.
         max_new_tokens: of the longest possible response.
+        others: further teachers by name, for sequences that one of them scores.
     """
 
     def __init__(
@@ -73,10 +74,13 @@ class TrainStep:
         batches: Batching,
         pad_id: int,
         max_new_tokens: int,
+        others: Mapping[str, Teacher] | None = None,
     ) -> None:
         self.model, self.teacher, self.optimizer, self.scheduler = model, teacher, optimizer, scheduler
         self.objective, self.batches, self.pad_id = objective, batches, pad_id
         self.max_new_tokens = max_new_tokens
+        self.teachers: dict[str, Teacher] = {"": teacher, **(others or {})}
+        self._contrasts = {term.name: term.contrast for term in objective.terms}
         self.lalm: LALM = model.module
         self.layout = self.lalm.layout
 
@@ -133,10 +137,8 @@ class TrainStep:
     def score(self, sequences: Sequence[TrainingSequence]) -> dict[int, TokenResults]:
         """Compute token results of sequences, by their index, without training on them. Collective like a step."""
         microbatches = self._microbatches(sequences)
-        teacher_hidden = self.teacher.hidden_states(microbatches)
-        losses = self._forward_backward(
-            microbatches, teacher_hidden, {"": GlobalCounts(1, 1)}, self.objective, train=False
-        )
+        taught = self.teacher.hidden_states(microbatches)
+        losses = self._forward_backward(microbatches, taught, {"": GlobalCounts(1, 1)}, self.objective, train=False)
         return gather_token_results(microbatches, losses, self.layout)
 
     def _update(
@@ -148,9 +150,9 @@ class TrainStep:
     ) -> tuple[list[MicrobatchLoss], float | None]:
         """Make one update; return the microbatches' losses, and the gradient norm, None where it was skipped."""
         with phases.phase("teacher"):
-            teacher_hidden = self.teacher.hidden_states(microbatches)
+            taught = self._teach(microbatches)
         with phases.phase("forward_backward"):
-            losses = self._forward_backward(microbatches, teacher_hidden, counts, objective)
+            losses = self._forward_backward(microbatches, taught, counts, objective)
         totals = [loss.total.detach() for loss in losses]
         finite = self._everywhere(
             (not totals or bool(torch.stack(totals).isfinite().all())) and gradients_are_finite(self.model)
@@ -161,6 +163,16 @@ class TrainStep:
             _, grad_norm, _ = self.optimizer.step()
             self.teacher.follow()
         return losses, float(grad_norm or 0.0)
+
+    def _teach(self, microbatches: list[Microbatch]) -> list[TaughtTokens | None]:
+        """Return what each microbatch's teacher gives of it, one teacher after the other."""
+        found: list[TaughtTokens | None] = [None] * len(microbatches)
+        for name, teacher in self.teachers.items():
+            own = [number for number, microbatch in enumerate(microbatches) if microbatch.taught_by == name]
+            given = teacher.hidden_states([microbatches[number] for number in own], self._contrasts)
+            for number, tokens in zip(own, given, strict=True):
+                found[number] = tokens
+        return found
 
     def _counts(self, rollouts: Sequence[ScoredRollout]) -> dict[str, GlobalCounts]:
         """Return an update's denominators by stream, and under "" those of what belongs to none."""
@@ -180,7 +192,7 @@ class TrainStep:
         """Score the responses before the first of several updates, without a teacher."""
         old: list[Tensor] = []
 
-        def loss_func(batch: Microbatch, teacher: Tensor | None, rows: Tensor) -> Tensor:
+        def loss_func(batch: Microbatch, taught: TaughtTokens | None, rows: Tensor) -> Tensor:
             stats = token_logprobs_from_hidden(
                 rows,
                 self.lalm.output_weight,
@@ -201,7 +213,7 @@ class TrainStep:
     def _forward_backward(
         self,
         microbatches: list[Microbatch],
-        teacher_hidden: list[Tensor | None],
+        taught: list[TaughtTokens | None],
         counts: Mapping[str, GlobalCounts],
         objective: ObjectiveConfig,
         *,
@@ -212,31 +224,32 @@ class TrainStep:
         objectives = {stream: objective.within(stream) for stream in counts}
         weights = {term.name: term.weight for term in objective.terms}
 
-        def loss_func(batch: Microbatch, teacher: Tensor | None, rows: Tensor) -> Tensor:
+        def loss_func(batch: Microbatch, taught: TaughtTokens | None, rows: Tensor) -> Tensor:
             loss = microbatch_loss(
                 objectives[batch.stream],
                 counts[batch.stream],
                 batch,
                 rows,
                 self.lalm.output_weight,
-                teacher,
-                None if teacher is None else self.teacher.output_weight,
+                None if taught is None else taught.hidden,
+                None if taught is None else taught.output_weight,
                 self.lalm.arch.language.vocab_size,
                 self.layout.tp_group,
                 self.layout.cp_group,
                 weights.get(batch.stream, 1.0),  # no stream's: L_seq alone
+                None if taught is None else taught.gate,
             )
             losses.append(loss)
             return loss.total
 
-        self._pipeline(microbatches, teacher_hidden, loss_func, train=train)
+        self._pipeline(microbatches, taught, loss_func, train=train)
         return losses
 
     def _pipeline(
         self,
         microbatches: list[Microbatch],
-        teacher_hidden: list[Tensor | None],
-        loss_of: Callable[[Microbatch, Tensor | None, Tensor], Tensor],
+        taught: Sequence[TaughtTokens | None],
+        loss_of: Callable[[Microbatch, TaughtTokens | None, Tensor], Tensor],
         *,
         train: bool,
     ) -> None:
@@ -244,17 +257,17 @@ class TrainStep:
 
         Args:
             microbatches: of this rank.
-            teacher_hidden: of each.
-            loss_of: called on the last stage with a microbatch, its teacher's hidden states and the student's [n, H].
+            taught: what the teacher gives of each.
+            loss_of: called on the last stage with a microbatch, what the teacher gives of it, and the student's [n, H].
             train: whether there are backward passes.
         """
 
         def forward_step(batches: Any, model: Any) -> Any:
-            batch, teacher = next(batches)
+            batch, tokens = next(batches)
 
             def loss_func(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.student_rows.rows)
-                return loss_of(batch, teacher, rows), torch.ones((), dtype=torch.int64, device=hidden.device), {}
+                return loss_of(batch, tokens, rows), torch.ones((), dtype=torch.int64, device=hidden.device), {}
 
             return model(batch.student), loss_func
 
@@ -266,7 +279,7 @@ class TrainStep:
         if microbatches:
             get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iter(zip(microbatches, teacher_hidden, strict=True)),
+                data_iterator=iter(zip(microbatches, taught, strict=True)),
                 model=[self.model],
                 num_microbatches=len(microbatches),
                 seq_length=max(m.student.token_ids.shape[1] for m in microbatches),

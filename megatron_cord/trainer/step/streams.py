@@ -11,9 +11,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_cord.errors import CordError
 from megatron_cord.losses import DivergenceConfig, TokenWeightsConfig
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """A second view of the teacher: log q ∝ log p_A + alpha (log p_A − log p_B), A its own view and B this one."""
+
+    view: str  #: which view (views) the teacher's distribution is moved away from, such as one without the recording
+    alpha: float = 1.0  #: how far
+    #: a response's token counts only where log p_A and log p_B of it differ by more than this, nats; null: all count
+    gate: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise CordError(f"alpha is {self.alpha:g}; give a number above 0, or leave the contrast out")
+        if self.gate is not None and not (self.gate >= 0 and math.isfinite(self.gate)):
+            raise CordError(f"gate is {self.gate:g}; give nats of at least 0, or null for no gate")
 
 
 @dataclass(frozen=True)
@@ -22,9 +39,14 @@ class StreamConfig:
 
     student: str | None = None  #: which view the student is trained on; null: objective.student_view
     teacher: str | None = None  #: which view the teacher scores on; null: objective.teacher_view
+    #: which of the teachers scores, by its name under teachers; null: the sample's set's, or the run's own
+    taught_by: str | None = None
+    contrast: ContrastConfig | None = None  #: a view that the teacher's distribution is contrasted with; null: none
     rollout: str | None = None  #: which view the responses answer; null: that of student
     weight: float = 1.0  #: λ
     responses: int = 1  #: responses to each of a step's prompts
+    #: whose responses: student, sampled from it; or answer or solution, that text of the sample as it is
+    source: Literal["student", "answer", "solution"] = "student"
     divergence: DivergenceConfig | None = None  #: D_t; null: objective.divergence
     token_weights: TokenWeightsConfig | None = None  #: w_t; null: objective.token_weights
 
@@ -33,6 +55,8 @@ class StreamConfig:
             raise CordError(f"weight is {self.weight:g}; give a number above 0, or leave the stream out")
         if self.responses < 1:
             raise CordError(f"responses is {self.responses}; a stream has at least 1, or is left out")
+        if self.source != "student" and (self.responses > 1 or self.rollout is not None):
+            raise CordError(f"source is {self.source}, of which a sample has one; leave responses and rollout out")
 
 
 @dataclass(frozen=True)
@@ -48,6 +72,9 @@ class Stream:
         responses: to each of a step's prompts.
         divergence: D_t.
         token_weights: w_t.
+        contrast: the teacher's second view; None without one.
+        taught_by: the teacher's name; None where the sample's set says it.
+        source: "student", or the field of the sample that is the response.
     """
 
     name: str
@@ -58,6 +85,14 @@ class Stream:
     responses: int
     divergence: DivergenceConfig
     token_weights: TokenWeightsConfig
+    contrast: ContrastConfig | None = None
+    taught_by: str | None = None
+    source: Literal["student", "answer", "solution"] = "student"
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the engine makes its responses."""
+        return self.source == "student"
 
     @property
     def distils(self) -> bool:
@@ -66,13 +101,15 @@ class Stream:
 
     @property
     def on_policy(self) -> bool:
-        """Whether the student is trained on the prompt that the responses answer."""
-        return self.rollout == self.student
+        """Whether the student is trained on the prompt that its own responses answer."""
+        return self.sampled and self.rollout == self.student
 
     @property
     def taught_views(self) -> tuple[str, ...]:
         """The views that the teacher scores on; none where no teacher is compared."""
-        return (self.teacher,) if self.distils else ()
+        if not self.distils:
+            return ()
+        return (self.teacher,) if self.contrast is None else (self.teacher, self.contrast.view)
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -83,11 +120,24 @@ class Stream:
         """Refuse what cannot be meant.
 
         Raises:
-            CordError: no divergence, or a policy gradient of tokens that were sampled from another prompt.
+            CordError: no divergence, a contrast of which nothing is left, or a policy gradient of tokens that were
+                sampled from another prompt.
         """
         key = f"objective.streams.{self.name}"
         if self.divergence.kind == "none":
             raise CordError(f"{key} has the divergence none: nothing of it would be trained; leave the stream out")
+        if self.contrast is not None and not self.distils:
+            raise CordError(f"{key}.contrast needs a teacher, which divergence.kind={self.divergence.kind} has not")
+        if self.contrast is not None and self.contrast.view == self.teacher:
+            raise CordError(
+                f"{key}.contrast.view={self.teacher} is the view that the teacher scores on: nothing would be "
+                "contrasted; name another one"
+            )
+        if self.divergence.kind == "sampled" and not self.sampled:
+            raise CordError(
+                f"{key}.source={self.source} is not the student's: divergence.kind=sampled is a policy gradient of its "
+                "own responses"
+            )
         if self.divergence.kind == "sampled" and not self.on_policy:
             raise CordError(
                 f"{key} samples from the view {self.rollout} and trains on {self.student}: divergence.kind=sampled is "

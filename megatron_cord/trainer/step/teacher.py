@@ -1,11 +1,15 @@
 """The teacher: a forward pass on its own view, for hidden states of response tokens, never logits.
 
 It is the same model, with LoRA off if it is frozen, or one with a checkpoint of its own, laid out over the ranks as the
-student is.
+student is. Where a stream contrasts it with itself on a second view (`losses.contrast`), there are two forward passes,
+one after the other, and the hidden states of the mixture take the place of the first one's, microbatch by microbatch.
+
+Legend: n response tokens of a microbatch that this rank's student scores; H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,11 +21,14 @@ from torch import Tensor
 
 from megatron_cord.convert import read_into
 from megatron_cord.errors import CordError
+from megatron_cord.losses import token_logprobs_from_hidden
+from megatron_cord.losses.contrast import contrast_gate, contrasted_hidden
 from megatron_cord.model.families import load_architecture
-from megatron_cord.model.lalm import LALM
+from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.transfers import to_device, to_host
 from megatron_cord.trainer.step.batches import Microbatch
 from megatron_cord.trainer.step.moving_average import MovingAverage
+from megatron_cord.trainer.step.streams import ContrastConfig
 from megatron_cord.trainer.step.token_layout import Rows
 
 
@@ -53,6 +60,25 @@ class TeacherConfig:
             raise CordError(
                 "teacher.servers run teacher.checkpoint, which is not set; rollout.sglang is for the student"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class TaughtTokens:
+    """What the teacher gives of a microbatch's n tokens, without gradient."""
+
+    hidden: Tensor  #: [n, H], in host memory with ``offload``
+    output_weight: Tensor  #: [V_padded / TP, H], of the same model
+    gate: Tensor | None = None  #: float [n], by which w_t is multiplied; None: all tokens count
+
+
+@dataclass(frozen=True, eq=False)
+class _Scored:
+    """A microbatch on one of the teacher's views."""
+
+    number: int  #: of the microbatch
+    batch: Microbatch
+    given: ModelInput
+    rows: Rows
 
 
 class Teacher:
@@ -122,45 +148,99 @@ class Teacher:
         return self._lora.disabled() if self._without_lora else nullcontext()
 
     @torch.no_grad()
-    def hidden_states(self, microbatches: list[Microbatch]) -> list[Tensor | None]:
+    def hidden_states(
+        self, microbatches: Sequence[Microbatch], contrasts: Mapping[str, ContrastConfig | None] | None = None
+    ) -> list[TaughtTokens | None]:
         """Run the forward pass over the microbatches that have a teacher's input.
 
+        Args:
+            microbatches: of this rank.
+            contrasts: of the streams, by name, where microbatches have an input to contrast with.
+
         Returns:
-            for each microbatch [n, H] on the last stage, of the tokens that this rank's student scores, in host memory
-            with ``offload``; None on other stages and for a microbatch without a teacher's input.
+            for each microbatch what the last stage has of it; None on other stages and for a microbatch without a
+            teacher's input.
         """
         if self.average is not None:
             self.average.wait()  # the student's next update, too, must not overtake the average of the last one
-        taught = [m for m in microbatches if m.teacher is not None]
-        if not taught:
-            return [None] * len(microbatches)
+        found: list[TaughtTokens | None] = [None] * len(microbatches)
 
-        def forward_step(batches: Any, model: Any) -> Any:
-            batch: Microbatch = next(batches)
+        def keep(scored: _Scored, hidden: Tensor) -> None:
+            found[scored.number] = TaughtTokens(self._kept(hidden), self.output_weight)
 
-            def collect(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-                assert batch.teacher_rows is not None
-                rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.teacher_rows.rows)
-                if batch.student_rows.tokens is not None:
-                    # Prompts differ in length, so the tokens are split over the ranks differently than the student's.
-                    whole = whole_tokens(rows, batch.teacher_rows, batch.num_tokens, self.model.layout.cp_group)
-                    rows = whole.index_select(0, to_device(batch.student_rows.tokens, whole.device))
-                return hidden.new_zeros(()), torch.tensor(0), {"hidden": to_host(rows) if self.offload else rows}
-
-            return model(batch.teacher), collect
+        def contrast(scored: _Scored, other: Tensor) -> None:
+            first, config = found[scored.number], (contrasts or {})[scored.batch.stream]
+            assert first is not None
+            assert config is not None
+            hidden = first.hidden.to(other.device, non_blocking=True)
+            gate = None
+            if config.gate is not None:
+                logprob, against = (self._logprobs(states, scored.batch) for states in (hidden, other))
+                gate = contrast_gate(logprob, against, config.gate)
+            mixed = contrasted_hidden(hidden, other, config.alpha)
+            found[scored.number] = TaughtTokens(self._kept(mixed), self.output_weight, gate)
 
         with self._weights():
-            collected = get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iter(taught),
-                model=[self.model],
-                num_microbatches=len(taught),
-                seq_length=max(m.teacher.token_ids.shape[1] for m in taught if m.teacher is not None),
-                micro_batch_size=max(len(m.sequences) for m in taught),
-                forward_only=True,
-            )
-        hidden = iter([entry["hidden"] for entry in collected])
-        return [next(hidden, None) if m.teacher is not None else None for m in microbatches]
+            views = [(n, m, m.teacher, m.teacher_rows) for n, m in enumerate(microbatches)]
+            self._forward(views, keep)
+            views = [(n, m, m.contrast, m.contrast_rows) for n, m in enumerate(microbatches)]
+            self._forward(views, contrast)
+        return found
+
+    def _forward(
+        self,
+        views: Sequence[tuple[int, Microbatch, ModelInput | None, Rows | None]],
+        take: Callable[[_Scored, Tensor], None],
+    ) -> None:
+        """Run the microbatches that have an input through the pipeline.
+
+        Args:
+            views: number, microbatch, and its input with the rows that predict the response.
+            take: called on the last stage with a microbatch and its hidden states [n, H], in their order.
+        """
+        scored = [_Scored(n, m, given, rows) for n, m, given, rows in views if given is not None and rows is not None]
+        if not scored:
+            return
+
+        def forward_step(batches: Any, model: Any) -> Any:
+            one: _Scored = next(batches)
+
+            def collect(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, one.rows.rows)
+                if one.batch.student_rows.tokens is not None:
+                    # Prompts differ in length, so the tokens are split over the ranks differently than the student's.
+                    whole = whole_tokens(rows, one.rows, one.batch.num_tokens, self.model.layout.cp_group)
+                    rows = whole.index_select(0, to_device(one.batch.student_rows.tokens, whole.device))
+                take(one, rows)
+                return hidden.new_zeros(()), torch.tensor(0), {}
+
+            return model(one.given), collect
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(scored),
+            model=[self.model],
+            num_microbatches=len(scored),
+            seq_length=max(one.given.token_ids.shape[1] for one in scored),
+            micro_batch_size=max(len(one.batch.sequences) for one in scored),
+            forward_only=True,
+        )
+
+    def _kept(self, hidden: Tensor) -> Tensor:
+        return to_host(hidden) if self.offload else hidden
+
+    def _logprobs(self, hidden: Tensor, batch: Microbatch) -> Tensor:
+        """Return log q of the response's tokens, [n], from hidden states [n, H]. Collective over the TP ranks."""
+        stats = token_logprobs_from_hidden(
+            hidden,
+            self.output_weight,
+            batch.target_ids,
+            vocab_size=self.model.arch.language.vocab_size,
+            tp_group=self.model.layout.tp_group,
+            check_finite=False,  # the loss is not finite then, and its update is skipped
+            check_targets=False,  # checked before they went to the device
+        )
+        return stats.student_logprob
 
 
 def whole_tokens(values: Tensor, rows: Rows, num_tokens: int, cp_group: dist.ProcessGroup) -> Tensor:

@@ -15,7 +15,7 @@ from megatron_cord.losses.shard import StoredLogits, VocabularyShard
 
 DIVERGENCES: list[Divergence] = [
     NO_TEACHER,
-    *(make_divergence(name, beta=0.3, k=5) for name in ("reverse_kl", "forward_kl", "jsd", "topk")),
+    *(make_divergence(name, beta=0.3, k=5) for name in ("reverse_kl", "forward_kl", "jsd", "topk", "forward_topk")),
 ]
 
 

@@ -44,7 +44,7 @@ def test_compiled_functions() -> None:
     run_check("compile", TORCHDYNAMO_DISABLE="1")
 
 
-@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd", "topk"])
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd", "topk", "forward_topk"])
 def test_a_gradient_may_overwrite_its_logits(kind: str) -> None:
     """Catches a gradient that reads logits which it has already written over."""
     student, teacher = torch.randn(2, 300, 200, generator=torch.Generator().manual_seed(0)).unbind(0)

@@ -45,6 +45,11 @@ ARCH = Architecture(
 SECONDS = 0.62  # two thirds of a window; an odd number of positions
 LAYOUTS = {
     "tp2 dp2": (4, ("parallel.tp=2", "parallel.sequence_parallel=true")),
+    "tp2 dp2, streams": (
+        4,
+        ("parallel.tp=2", "parallel.sequence_parallel=true", "model.freeze=[]",
+         "objective.streams={a: {student: read}, b: {teacher: hear, contrast: {view: read}, responses: 2}}"),
+    ),
     "tp2 dp2, all-reduce": (4, ("parallel.tp=2",)),
     "tp2 pp2 dp2, recomputed": (
         8, ("parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true", "model.recompute=[language_model]"),

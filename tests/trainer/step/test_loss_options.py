@@ -52,7 +52,7 @@ def batch_of(lengths: list[int], advantages: list[float] | None = None) -> Micro
 
 
 @pytest.mark.parametrize("implementation", ["auto", "cached_grad", "fused", "recompute"])
-@pytest.mark.parametrize("options", [DivergenceConfig("jsd", beta=0.3), DivergenceConfig("topk", k=3)])
+@pytest.mark.parametrize("options", [DivergenceConfig("jsd", beta=0.3), DivergenceConfig("forward_topk", k=3)])
 def test_divergence_and_weights_reach_the_loss(options: DivergenceConfig, implementation: Any) -> None:
     """Catches a constant of the configuration that the loss never sees."""
     batch = batch_of([4, 2])
