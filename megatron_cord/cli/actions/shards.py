@@ -77,7 +77,7 @@ def _add_contents(table: Table, path: str) -> None:
         voices.update([sample.voice] if sample.voice else [])
     seconds.sort()
     table.add_row("samples", f"{len(dataset)}")
-    table.add_row("left out", f"{sum(item.samples for item in dataset.skipped)}")
+    table.add_row("damaged", f"{sum(item.samples for item in dataset.skipped)}")
     table.add_row("audio", f"{sum(seconds) / 3600:.2f} h")
     lengths = f"shortest {seconds[0]:.1f}, median {seconds[len(seconds) // 2]:.1f}, longest {seconds[-1]:.1f}"
     table.add_row("seconds", lengths)
