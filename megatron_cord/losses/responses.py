@@ -28,6 +28,7 @@ class Responses:
 
     kl: Tensor  #: [M]
     entropy: Tensor | None  #: [M], of the student
+    log_ratio: Tensor | None  #: [M], log of the student's probability of the token over the sampling policy's
     sequence: Tensor  #: int64 [M], which of the B sequences
     position: Tensor  #: int64 [M], from 0
     length: Tensor  #: int64 [M], of the token's sequence
@@ -44,6 +45,7 @@ def whole_responses(
     cu_seqlens: Tensor,
     *,
     entropy: Tensor | None = None,
+    log_ratio: Tensor | None = None,
     positions: Tensor | None = None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Responses:
@@ -54,6 +56,7 @@ def whole_responses(
         cu_seqlens: integers [B+1]; sequence i is the tokens [cu_seqlens[i], cu_seqlens[i+1]) of this rank. A sequence
             may be empty here. In host memory they are checked without waiting for the device.
         entropy: [N], on all ranks or on none.
+        log_ratio: likewise.
         positions: int64 [N], each token's position in its whole response, from 0; needed with ``cp_group``.
         cp_group: the ranks that share the sequences; all pass the same B sequences in the same order.
 
@@ -63,38 +66,42 @@ def whole_responses(
     if kl.dim() != 1:
         raise CordError(f"kl must have shape [tokens], but has {list(kl.shape)}")
     check_cu_seqlens(cu_seqlens, kl.shape[0])
-    for name, tensor in (("entropy", entropy), ("positions", positions)):
+    for name, tensor in (("entropy", entropy), ("log_ratio", log_ratio), ("positions", positions)):
         if tensor is not None and tensor.shape != kl.shape:
             raise CordError(f"{name} has shape {list(tensor.shape)}, but kl {list(kl.shape)}")
     kl = kl.detach()
-    entropy = None if entropy is None else entropy.detach().to(kl.dtype)
+    entropy, log_ratio = (None if each is None else each.detach().to(kl.dtype) for each in (entropy, log_ratio))
     cu_seqlens = to_device(cu_seqlens.long(), kl.device)
     if cp_group is None or dist.get_world_size(cp_group) == 1:
         sequence, position, length = _locate(cu_seqlens, len(kl))
-        return Responses(kl, entropy, sequence, position, length, len(cu_seqlens) - 1, None)
+        return Responses(kl, entropy, log_ratio, sequence, position, length, len(cu_seqlens) - 1, None)
     if positions is None:
         raise CordError("positions is needed with cp_group: the position of each of this rank's tokens in its response")
-    return _from_all_ranks(kl, entropy, cu_seqlens, positions.to(kl.device), cp_group)
+    return _from_all_ranks((kl, entropy, log_ratio), cu_seqlens, positions.to(kl.device), cp_group)
 
 
 def _from_all_ranks(
-    kl: Tensor, entropy: Tensor | None, cu_seqlens: Tensor, positions: Tensor, group: dist.ProcessGroup
+    values: tuple[Tensor, Tensor | None, Tensor | None],
+    cu_seqlens: Tensor,
+    positions: Tensor,
+    group: dist.ProcessGroup,
 ) -> Responses:
+    kl = values[0]
     ranks, me = dist.get_world_size(group), dist.get_rank(group)
     all_cu_seqlens = _gather(cu_seqlens, ranks, group)  # [CP, B + 1]
     counts = all_cu_seqlens[:, -1].tolist()
-    columns = [kl.double(), positions.double()] + ([] if entropy is None else [entropy.double()])
+    columns = [positions.double(), *(each.double() for each in values if each is not None)]
     padded = kl.new_zeros(len(columns), max(counts), dtype=torch.float64)
     padded[:, : kl.shape[0]] = torch.stack(columns)
     gathered = _gather(padded, ranks, group)  # [CP, columns, most]
     numbers = torch.cat([gathered[rank, :, :count] for rank, count in enumerate(counts)], dim=1)  # [columns, M]
     sequences = torch.cat([_locate(one, count)[0] for one, count in zip(all_cu_seqlens, counts, strict=True)])
-    by_position = torch.argsort(numbers[1], stable=True)
+    by_position = torch.argsort(numbers[0], stable=True)
     order = by_position[torch.argsort(sequences[by_position], stable=True)]
     numbers = numbers[:, order]
     lengths = all_cu_seqlens.diff(dim=1).sum(0)
     sequence, position, length = _locate(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), sum(counts))
-    wrong = numbers[1] != position
+    wrong = numbers[0] != position
     if wrong.any():
         raise CordError(
             f"positions of sequence {int(sequence[wrong][0])} are not 0 … {int(length[wrong][0]) - 1} "
@@ -103,9 +110,13 @@ def _from_all_ranks(
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     first = sum(counts[:me])
+    rows = iter(numbers[1:].to(kl.dtype))
+    whole, entropy, log_ratio = (None if each is None else next(rows) for each in values)
+    assert whole is not None, "there are always divergences"
     return Responses(
-        numbers[0].to(kl.dtype),
-        None if entropy is None else numbers[2].to(kl.dtype),
+        whole,
+        entropy,
+        log_ratio,
         sequence,
         position,
         length,

@@ -7,6 +7,7 @@ weights do not depend on what else is in the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
@@ -31,6 +32,7 @@ class TokenWeightsConfig:
     beta: float = 2.0  #: of position: weight of the first position; it falls linearly to 1 at the last
     keep: float = 0.2  #: of top_fraction, entropy and tip: share of each response's tokens that counts at all
     gamma: float = 0.5  #: of remaining: weight of the first token above 1
+    importance_cap: float = 2.0  #: of importance: the largest weight
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.names if name not in TOKEN_WEIGHTS]
@@ -43,11 +45,18 @@ class TokenWeightsConfig:
             raise CordError(f"keep must lie in (0, 1], but is {self.keep}")
         if not self.gamma >= 0:
             raise CordError(f"gamma must be at least 0, but is {self.gamma}")
+        if not self.importance_cap > 0:
+            raise CordError(f"importance_cap must be positive, but is {self.importance_cap}")
 
     @property
     def names(self) -> tuple[str, ...]:
         """The factors' names."""
         return tuple(name.strip() for name in self.factors.split("*"))
+
+    @property
+    def needs_ratio(self) -> bool:
+        """Whether a factor needs to know how likely the responses were when they were sampled."""
+        return "importance" in self.names
 
 
 def token_weights(
@@ -56,6 +65,7 @@ def token_weights(
     config: TokenWeightsConfig,
     *,
     entropy: Tensor | None = None,
+    log_ratio: Tensor | None = None,
     positions: Tensor | None = None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -66,6 +76,7 @@ def token_weights(
         cu_seqlens: integers [B+1], where sequence i is the tokens [cu_seqlens[i], cu_seqlens[i+1]).
         config: which factors.
         entropy: [N], the student's; needed by entropy and tip.
+        log_ratio: [N], log p(y_t) of the student minus that of the policy that sampled y_t; needed by importance.
         positions: for context parallelism, see ``whole_responses``.
         cp_group: likewise.
 
@@ -73,10 +84,12 @@ def token_weights(
         [N], dtype of ``kl``, no gradient.
 
     Raises:
-        CordError: cu_seqlens that do not cover the N tokens, positions that do not make whole responses, or entropy
-            that is missing.
+        CordError: cu_seqlens that do not cover the N tokens, positions that do not make whole responses, or entropy or
+            log_ratio that is missing.
     """
-    responses = whole_responses(kl, cu_seqlens, entropy=entropy, positions=positions, cp_group=cp_group)
+    responses = whole_responses(
+        kl, cu_seqlens, entropy=entropy, log_ratio=log_ratio, positions=positions, cp_group=cp_group
+    )
     weights = reduce(torch.mul, (TOKEN_WEIGHTS[name](responses, config) for name in config.names))
     return responses.take(weights).to(kl.dtype)
 
@@ -108,10 +121,24 @@ def tip_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
 def remaining_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
     """w_t = 1 + γ(1 − Σ_{k<t}|D_k| / Σ_k|D_k|): the remaining divergence (IW-OPD, with D_k for its advantage A_k)."""
     size = _finite(responses.kl).abs()
-    earlier = size.cumsum(0) - size  # of all tokens before this one, other responses' included
-    before = earlier - earlier[torch.arange(len(size), device=size.device) - responses.position]
+    before = _sum_before(responses, size)
     total = _per_sequence(responses, size, "sum")
     return 1.0 + config.gamma * (1.0 - torch.where(total > 0, before / total, 0.0))
+
+
+def importance_weights(responses: Responses, config: TokenWeightsConfig) -> Tensor:
+    """w_t = min(Π_{k<t} p(y_k|y_<k) / μ(y_k|y_<k), cap): the prefix's importance weight, p the student, μ the sampler.
+
+    D_t is a sum over the vocabulary, which needs no correction for the token y_t. What another policy, such as older
+    weights, has drawn is the prefix y_<t before it: E_μ[w_t D_t] = E_p[D_t] without the cap, which bounds the variance
+    for a bias. A ratio that is not a number makes the weights behind it none, and the loss: such a step is skipped.
+    """
+    if responses.log_ratio is None:
+        raise CordError(
+            "token weights importance need log_ratio, of the student's to the sampling policy's probability"
+        )
+    before = _sum_before(responses, responses.log_ratio.double())
+    return before.clamp(max=math.log(config.importance_cap)).exp()
 
 
 #: By the name that configuration uses.
@@ -124,6 +151,7 @@ TOKEN_WEIGHTS: dict[str, Callable[[Responses, TokenWeightsConfig], Tensor]] = {
     "entropy": entropy_weights,
     "tip": tip_weights,
     "remaining": remaining_weights,
+    "importance": importance_weights,
 }
 
 
@@ -143,6 +171,12 @@ def _normalised(responses: Responses, values: Tensor) -> Tensor:
     values = _finite(values)
     low, high = _per_sequence(responses, values, "amin"), _per_sequence(responses, values, "amax")
     return torch.where(high > low, (values - low) / (high - low), 0.0)
+
+
+def _sum_before(responses: Responses, values: Tensor) -> Tensor:
+    """Return the sum over the earlier tokens of the same response, [M]."""
+    earlier = values.cumsum(0) - values  # of all tokens before this one, other responses' included
+    return earlier - earlier[torch.arange(len(values), device=values.device) - responses.position]
 
 
 def _per_sequence(responses: Responses, values: Tensor, how: str) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import hypothesis.strategies as st
@@ -60,7 +62,8 @@ def test_a_single_token() -> None:
 
 def everything(name: str, sequences: list[list[float]], entropies: list[list[float]], **options: float) -> torch.Tensor:
     kl, borders = pack(sequences)
-    return token_weights(kl, borders, TokenWeightsConfig(name, **options), entropy=pack(entropies)[0])  # type: ignore[arg-type]
+    numbers = pack(entropies)[0]
+    return token_weights(kl, borders, TokenWeightsConfig(name, **options), entropy=numbers, log_ratio=numbers)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", TOKEN_WEIGHTS)
@@ -68,7 +71,8 @@ def test_no_gradient_and_the_same_type(name: str) -> None:
     """Catches a gradient through the weights, and weights that promote the loss to another type."""
     kl = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for dtype in (torch.float64, torch.float32):
-        weights = token_weights(kl.to(dtype), torch.tensor([0, 2, 5]), TokenWeightsConfig(name), entropy=kl.to(dtype))
+        given: dict[str, Any] = {"entropy": kl.to(dtype), "log_ratio": kl.to(dtype)}
+        weights = token_weights(kl.to(dtype), torch.tensor([0, 2, 5]), TokenWeightsConfig(name), **given)
         assert not weights.requires_grad and weights.dtype == dtype and weights.shape == (5,)
 
 
@@ -76,7 +80,8 @@ def test_no_gradient_and_the_same_type(name: str) -> None:
 def test_no_tokens(name: str) -> None:
     """Catches a failure on an empty microbatch."""
     none = torch.zeros(0)
-    assert token_weights(none, torch.tensor([0]), TokenWeightsConfig(name), entropy=none).shape == (0,)
+    given: dict[str, Any] = {"entropy": none, "log_ratio": none}
+    assert token_weights(none, torch.tensor([0]), TokenWeightsConfig(name), **given).shape == (0,)
 
 
 def test_uniform_weights() -> None:
@@ -114,6 +119,34 @@ def test_remaining_equals_the_loop(sequences: list[list[float]]) -> None:
         for t in range(len(sequence))
     ]
     torch.testing.assert_close(everything("remaining", sequences, sequences), torch.tensor(expected))
+
+
+def test_importance_weights_are_those_of_the_prefix() -> None:
+    """Catches a ratio of the token itself, of another response's tokens, a cap on single factors, a broken engine.
+
+    With the loop, and that E_μ[w_t D_t] = E_p[D_t]: over all responses of three tokens of two policies.
+    """
+    ratios = [[0.3, -0.1, 2.0, -3.0], [], [-0.5, 9.0, 1.0]]
+    kl, borders = pack([[1.0] * len(each) for each in ratios])
+    config = TokenWeightsConfig("importance", importance_cap=4.0)
+    weights = token_weights(kl.double(), borders, config, log_ratio=pack(ratios)[0].double())
+    expected = [min(math.exp(sum(each[:t])), 4.0) for each in ratios for t in range(len(each))]
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
+
+    generator = torch.Generator().manual_seed(0)
+    p, mu = (torch.rand(4, 2, generator=generator, dtype=torch.float64).softmax(1) for _ in range(2))  # by prefix state
+    divergence = torch.rand(4, generator=generator, dtype=torch.float64)
+    on, off = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for response in itertools.product(range(2), repeat=3):
+        states = [0, 1 + response[0], 3]
+        logs = [torch.stack([q[s, y] for s, y in zip(states, response, strict=True)]).log() for q in (p, mu)]
+        uncapped = TokenWeightsConfig("importance", importance_cap=1e9)
+        w = token_weights(divergence[states], torch.tensor([0, 3]), uncapped, log_ratio=logs[0] - logs[1])
+        on += logs[0].sum().exp() * divergence[states]
+        off += logs[1].sum().exp() * w * divergence[states]
+    torch.testing.assert_close(off, on)
+    broken = token_weights(kl, borders, config, log_ratio=torch.full((7,), torch.nan))
+    assert broken.isnan().any()
 
 
 def test_infinite_divergences_leave_numbers() -> None:
@@ -161,6 +194,8 @@ def test_missing_inputs_are_named() -> None:
     """Catches weights by entropy without one."""
     with pytest.raises(CordError, match="token weights tip need the student's entropy"):
         token_weights(torch.zeros(3), torch.tensor([0, 3]), TokenWeightsConfig("tip"))
+    with pytest.raises(CordError, match="token weights importance need log_ratio"):
+        token_weights(torch.zeros(3), torch.tensor([0, 3]), TokenWeightsConfig("importance"))
     with pytest.raises(CordError, match=r"entropy has shape \[2\], but kl \[3\]"):
         token_weights(torch.zeros(3), torch.tensor([0, 3]), TokenWeightsConfig("tip"), entropy=torch.zeros(2))
 
@@ -174,7 +209,8 @@ def spread(rank: int) -> list[Any]:
     local = torch.cat(
         [torch.zeros(1, dtype=torch.int64), torch.bincount(sequence[mine], minlength=len(borders) - 1).cumsum(0)]
     )
-    options: dict[str, Any] = {"entropy": entropy[mine], "positions": position[mine], "cp_group": dist.group.WORLD}
+    given = {"entropy": entropy[mine], "log_ratio": entropy[mine] - 0.5}
+    options: dict[str, Any] = given | {"positions": position[mine], "cp_group": dist.group.WORLD}
     weights = [token_weights(kl[mine], local, TokenWeightsConfig(name, top_k=2), **options) for name in TOKEN_WEIGHTS]
     messages = []
     for change in ({"positions": position[mine] + 1}, {"positions": None}):
@@ -202,7 +238,9 @@ def test_context_parallel_ranks_get_the_weights_of_whole_responses() -> None:
     kl, entropy, borders, owner = spread_inputs()
     results = run_ranks(spread, 2)
     for index, name in enumerate(TOKEN_WEIGHTS):
-        expected = token_weights(kl, borders, TokenWeightsConfig(name, top_k=2), entropy=entropy)
+        expected = token_weights(
+            kl, borders, TokenWeightsConfig(name, top_k=2), entropy=entropy, log_ratio=entropy - 0.5
+        )
         for rank in range(2):
             torch.testing.assert_close(results[rank][0][index], expected[owner == rank])
     for _, messages in results:

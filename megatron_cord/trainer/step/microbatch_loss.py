@@ -191,6 +191,9 @@ def _terms(
             responses.cu_seqlens,
             config.token_weights,
             entropy=stats.entropy,
+            log_ratio=stats.student_logprob.detach() - responses.engine_logprobs
+            if config.token_weights.needs_ratio
+            else None,
             positions=responses.positions,
             cp_group=cp_group,
         )

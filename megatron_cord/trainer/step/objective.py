@@ -57,6 +57,11 @@ class ObjectiveConfig:
                 "objective.policy_gradient.enabled needs objective.responses=student: the policy gradient is for the "
                 "student's own rollouts"
             )
+        if self.token_weights.needs_ratio and self.responses != "student":
+            raise CordError(
+                "objective.token_weights.factors=importance needs objective.responses=student: others were not "
+                "sampled by its own weights"
+            )
         if kind == "sampled" and self.responses == "teacher":
             raise CordError(
                 "objective.divergence.kind=sampled needs objective.responses=student: it is an estimate from tokens "

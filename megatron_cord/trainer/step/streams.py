@@ -120,8 +120,8 @@ class Stream:
         """Refuse what cannot be meant.
 
         Raises:
-            CordError: no divergence, a contrast of which nothing is left, or a policy gradient of tokens that were
-                sampled from another prompt.
+            CordError: no divergence, a contrast of which nothing is left, or what needs the tokens' probabilities, of
+                tokens that were sampled from another prompt or by another model.
         """
         key = f"objective.streams.{self.name}"
         if self.divergence.kind == "none":
@@ -137,6 +137,11 @@ class Stream:
             raise CordError(
                 f"{key}.source={self.source} is not the student's: divergence.kind=sampled is a policy gradient of its "
                 "own responses"
+            )
+        if self.token_weights.needs_ratio and not (self.sampled and self.on_policy):
+            raise CordError(
+                f"{key}: the token weights importance need the student's own responses to the view that it is trained "
+                f"on ({self.student}); choose this view and source, or other weights"
             )
         if self.divergence.kind == "sampled" and not self.on_policy:
             raise CordError(
