@@ -72,7 +72,7 @@ def gather(config: CompareConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]
         "budget": _budget(next(iter(runs.values())).config) if runs else {},
         "notes": _notes(config, runs, summaries, answers),
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -175,7 +175,7 @@ def _questions(first: dict[int, dict[str, bool]], second: dict[int, dict[str, bo
     return asdict(sign_test(pairs)) if pairs else None
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the processor's name, if the system has it."""
     try:
         with Path("/proc/cpuinfo").open() as file:
