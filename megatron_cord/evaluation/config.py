@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_cord.data.samples import PromptDefaults
+from megatron_cord.data.samples import HEAR, READ, PromptDefaults
 from megatron_cord.errors import CordError
 
 Format = Literal[
@@ -16,6 +16,7 @@ Format = Literal[
     "voicebench/advbench",
 ]  # fmt: skip
 
+_NAME = r"[A-Za-z0-9_+-]{1,60}"
 HELDOUT = "heldout"  #: the name of the set that data.evaluation makes
 
 
@@ -70,6 +71,35 @@ class EarlyStoppingConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """An accuracy that training must not cost: what is measured, how far it may drop, and what happens beyond."""
+
+    set: str  #: the questions: heldout is data.evaluation, others are those of evaluation.sets
+    max_drop: float  #: the largest drop since the baseline, as a share of the questions: 0.02 are two points
+    view: Literal["read", "hear"] = "read"  #: answered from their texts or from their recordings
+    #: what has to exceed max_drop. low: the lower bound of the drop's 95 % interval, so that chance alone does not end
+    #: a run; drop: the drop itself; high: the upper bound, so that a run goes on only while a larger drop is excluded
+    decides: Literal["low", "drop", "high"] = "low"
+    #: warn; or stop: end the run as its last step would; or restore: the same, from the last checkpoint at which all
+    #: guards held (later ones are set aside)
+    action: Literal["warn", "stop", "restore"] = "warn"
+    patience: int = 1  #: so many evaluations in a row beyond max_drop make a run stop or restore; each one warns
+    #: the result to compare with: a SET.json, or the directory that holds it; null: the run's own first evaluation
+    baseline: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.max_drop < 1.0:
+            raise CordError(f"max_drop is a share of the questions, at least 0 and below 1, got {self.max_drop:g}")
+        if self.patience < 1:
+            raise CordError(f"patience must be at least 1, got {self.patience}")
+
+    @property
+    def modality(self) -> str:
+        """The view's name in results: text or audio."""
+        return {READ: "text", HEAR: "audio"}[self.view]
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """When to evaluate, on which questions, and how answers are scored."""
 
@@ -84,6 +114,8 @@ class EvaluationConfig:
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     #: question sets by name, beside data.evaluation: for `evaluate`, and for the evaluations of a training run
     sets: dict[str, SetConfig] = field(default_factory=dict)
+    #: what a training run may not cost, by name: each watches an accuracy on one of the sets (docs/evaluation.md)
+    guards: dict[str, GuardConfig] = field(default_factory=dict)
     #: for `evaluate`: what to compare with: base, which is then evaluated too, or another evaluation's directory
     baseline: str | None = None
     #: for `evaluate`: what compares free answers with gold ones: rules, or the model of reward.judge
@@ -108,8 +140,19 @@ class EvaluationConfig:
             )
         if self.early_stopping.patience and not self.interval:
             raise CordError("evaluation.early_stopping.patience needs evaluations: set evaluation.interval above 0")
+        for name, guard in self.guards.items():
+            if not re.fullmatch(_NAME, name):
+                raise CordError(
+                    f"evaluation.guards: {name!r} becomes a metric's name; use letters, digits, '_', '+' and '-'"
+                )
+            if guard.set not in known:
+                raise CordError(
+                    f"evaluation.guards.{name}.set={guard.set} is none of the run's sets: {', '.join(known)}"
+                )
+        if self.guards and not self.interval:
+            raise CordError("evaluation.guards need evaluations: set evaluation.interval above 0")
         for name in self.sets:
-            if not re.fullmatch(r"[A-Za-z0-9_+-]{1,60}", name):
+            if not re.fullmatch(_NAME, name):
                 raise CordError(
                     f"evaluation.sets: {name!r} becomes a file's name; use letters, digits, '_', '+' and '-'"
                 )

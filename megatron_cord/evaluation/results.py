@@ -92,6 +92,11 @@ def overall(
     return total | {"change": _gap_change(text, audio, audio_after, draws)}
 
 
+def outcomes_of(rows: Sequence[Row], modality: str) -> dict[str, float]:
+    """Return what each response from a modality counts, from 0 to 1, by question; others are left out."""
+    return {row["id"]: float(_value(row, modality)) for row in rows if f"{modality}_correct" in row}
+
+
 def forgotten(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the change of text accuracy, and of audio accuracy on sets without text; `lost`: significantly worse."""
     checks = []

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_cord.rollout.types import TokenResults
 from megatron_cord.rollout.weights import ShardedModelWeights
@@ -16,8 +16,9 @@ from megatron_cord.trainer.observability.logprob_mismatch import check_mismatch
 from megatron_cord.trainer.step.batches import TrainingSequence
 
 logger = logging.getLogger(__name__)
-#: Why a run makes no further step: they are made, its time is over, evaluations are no better, it was asked to stop.
-Ending = Literal["steps", "hours", "early_stopping", "request"]
+#: Why a run makes no further step: they are made, its time is over, evaluations are no better, an accuracy has dropped
+#: too far, it was asked to stop.
+Ending = Literal["steps", "hours", "early_stopping", "guard", "request"]
 
 
 class BetweenSteps:
@@ -34,10 +35,10 @@ class BetweenSteps:
         self._parts, self.progress = parts, parts.progress
 
     def evaluate(self) -> None:
-        """Evaluate the current weights and write the result; keep their checkpoint if they are the best.
+        """Evaluate the current weights and write the result; keep their checkpoint if they are the best or guards held.
 
         Raises:
-            CordError: the engine's weights are not the trainer's.
+            CordError: the engine's weights are not the trainer's; or as `Evaluations.write`.
         """
         parts, step, begun = self._parts, self.progress.step, time.monotonic()
         parts.watchdog.rest()
@@ -54,6 +55,10 @@ class BetweenSteps:
             self.save_unsaved()
             if parts.saving.saved_step == step and parts.evaluations.best is not None:
                 parts.saving.keep_best(parts.evaluations.best)
+        guards = parts.evaluations.guards
+        if guards.restores and step in guards.held_steps:
+            self.save_unsaved()
+            parts.saving.keep_held(guards.held_steps)
 
     def note_damage(self) -> None:
         """Say which samples the ranks have found damaged, and keep it for checkpoints."""
@@ -82,6 +87,8 @@ class BetweenSteps:
     def find_ending(self) -> Ending | None:
         """Return why no further step is made; None for one that is."""
         parts = self._parts
+        if parts.evaluations.guards.ends:
+            return "guard"
         if self.progress.step >= parts.config.train.steps:
             return "steps"
         parts.saving.poll()
@@ -108,14 +115,42 @@ class BetweenSteps:
         if not parts.evaluations.is_made(step):
             self.evaluate()
         parts.watchdog.rest()
+        guard = self._end_by_guard(step)
+        if guard is not None:
+            ending = "guard"
+            step = step if guard["restored"] is None else guard["restored"]
         parts.saving.finish_with(step)
         parts.saving.wait()
         self._explain(ending)
-        parts.evaluations.finish(step, self.progress.seconds, ending)
+        if parts.evaluations.guards.ended is None:  # else the summary is there
+            parts.evaluations.finish(step, self.progress.seconds, ending, guard)
         if parts.saving.wait_for_exports(parts.stop):
             return True
         logger.info("asked to stop after the last step, before its export; the same command makes it")
         return False
+
+    def _end_by_guard(self, step: int) -> dict[str, Any] | None:
+        """Return the record of the guard that ends the run, which goes back where that is to be; None without one."""
+        saving, guards = self._parts.saving, self._parts.evaluations.guards
+        if guards.ended is not None:
+            logger.info(
+                "the guard %s ended this run after step %d; it stays at step %d, and goes on from there with other "
+                "settings",
+                *(guards.ended[key] for key in ("name", "step", "restored")),
+            )
+            return guards.ended
+        if guards.triggered is None:
+            return None
+        action = self._parts.config.evaluation.guards[guards.triggered].action
+        restored = saving.go_back(guards.held_steps) if action == "restore" else None
+        record = guards.record(step, restored)
+        words = "the run is finished"
+        if restored is not None:
+            words += f", and goes back to step {restored}, the last checkpoint at which the guards held"
+        elif action == "restore":
+            words += "; there is no checkpoint at which the guards held: what held is what it began with"
+        logger.info("the guard %s ends the run after step %d: %s", record["name"], step, words)
+        return record
 
     def _explain(self, ending: Ending) -> None:
         config, step = self._parts.config, self.progress.step

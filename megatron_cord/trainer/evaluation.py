@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_cord.errors import CordError
 from megatron_cord.evaluation.answers import AudioResponse, Measured
 from megatron_cord.evaluation.config import HELDOUT
 from megatron_cord.evaluation.files import heldout_file, heldout_files, read_result, step_label
@@ -19,6 +20,7 @@ from megatron_cord.rollout.types import RolloutEngine, ScoredRollout, TokenResul
 from megatron_cord.runtime.files import write_json
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.endings.best import Best, BestEvaluation, past_values, value_of
+from megatron_cord.trainer.endings.guards import Guards
 from megatron_cord.trainer.observability.logprob_mismatch import mismatch_metrics
 from megatron_cord.trainer.observability.metrics import MetricsLog, json_floats
 from megatron_cord.trainer.start import Start
@@ -36,10 +38,17 @@ class Evaluations:
         evaluator: answers and scores the run's question sets.
         log: is told the accuracies.
         start: where the run begins.
+        guards: of the run.
         writes: whether this rank writes the summary.
+
+    Attributes:
+        guards: the same.
     """
 
-    def __init__(self, config: RunConfig, evaluator: Evaluator, log: MetricsLog, start: Start, *, writes: bool) -> None:
+    def __init__(
+        self, config: RunConfig, evaluator: Evaluator, log: MetricsLog, start: Start, guards: Guards, *, writes: bool
+    ) -> None:
+        self.guards = guards
         self._config, self._evaluator, self._log, self._writes = config, evaluator, log, writes
         self._directory, self._begun = Path(config.output_dir), start.progress.made_with.begun
         last = -1 if start.begins else start.progress.step
@@ -82,7 +91,7 @@ class Evaluations:
         """Score and write the answers to the questions after a step; return whether they are the best so far.
 
         Raises:
-            CordError: the set of `evaluation.early_stopping` lacks the value that counts.
+            CordError: the set of `evaluation.early_stopping` lacks the value that counts; or as `Guards.check`.
         """
         results = self._evaluator.score(step_label(step), step)
         self._made.add(step)
@@ -91,6 +100,8 @@ class Evaluations:
         for name, other in results.items():
             if name != HELDOUT:
                 self._log.question_set(step, name, other)
+        for name, drop in self.guards.check(step).items():
+            self._log.guard(step, name, drop, self.guards.warning(name, drop))
         value = value_of(counts, results[counts.set])  # one that is missing is named before the first step
         return step > self._begun and self._best.add(step, value)
 
@@ -99,17 +110,22 @@ class Evaluations:
         if self._writes:
             (self._directory / SUMMARY).unlink(missing_ok=True)
 
-    def finish(self, step: int, seconds: float, ended_by: str) -> None:
+    def finish(self, step: int, seconds: float, ended_by: str, guard: Mapping[str, Any] | None = None) -> None:
         """Write the run's summary.
 
         Args:
-            step: the last one.
+            step: the last one, or the one that the run went back to.
             seconds: spent in training.
-            ended_by: what ended the run: "steps", "hours" or "early_stopping".
+            ended_by: what ended the run: "steps", "hours", "early_stopping" or "guard".
+            guard: the record of the guard that did (`Guards.record`).
         """
         before, after = (heldout_file(self._directory, at) for at in (self._begun, step))
         if not self._writes or not before.is_file():
             return
+        best = self.best
+        if best is not None and best.step > step:
+            counts = self._config.evaluation.early_stopping
+            best = BestEvaluation(counts, past_values(counts, self._directory, self._begun, step)).best
         summary = summarize(
             read_result(before),
             read_result(after),
@@ -118,9 +134,21 @@ class Evaluations:
             steps=step,
             begun=self._begun,
             ended_by=ended_by,
-            best=None if self.best is None else asdict(self.best),
+            best=None if best is None else asdict(best),
         )
+        if self.guards:
+            summary |= {"guards": self.guards.results(step), "guard": guard}
         write_json(self._directory / SUMMARY, summary)
+
+
+def guard_ending(run: Path) -> Mapping[str, Any] | None:
+    """Return the record of the guard that ended a run, from its summary; None where none did."""
+    try:
+        summary = read_result(run / SUMMARY)
+    except CordError:  # it is not finished
+        return None
+    record = summary.get("guard") if summary.get("ended_by") == "guard" else None
+    return record if isinstance(record, dict) else None
 
 
 def measure_divergence(score: Scorer, version: int, responses: Sequence[AudioResponse]) -> Measured:
@@ -170,7 +198,7 @@ def summarize(
         tp: of its layout.
         steps: made.
         begun: the step after which the run began, where it continues another's.
-        ended_by: what ended the run: "steps", "hours" or "early_stopping".
+        ended_by: what ended the run: "steps", "hours", "early_stopping" or "guard".
         best: the best evaluation: step, set, metric and value.
     """
     text = before["text_accuracy"]

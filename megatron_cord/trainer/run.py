@@ -116,6 +116,8 @@ class Run:
             self._source.schedule.restore(between.progress.ahead, step)
         if self.config.checkpoint.best:
             parts.saving.restore_best(parts.evaluations.best)
+        if parts.evaluations.guards.restores:
+            parts.saving.keep_held(parts.evaluations.guards.held_steps)
         # A run that was stopped between a checkpoint and its evaluation makes up for it.
         if parts.start.begins or (parts.evaluations.is_due(step) and not parts.evaluations.is_made(step)):
             between.evaluate()

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_cord.config.flattening import flatten
 from megatron_cord.data.ordering.row import Phase
+from megatron_cord.runtime.files import fingerprint
 from megatron_cord.trainer.start import Start
 from megatron_cord.trainer.step.optimizer.schedule import RateSchedule
 
@@ -109,6 +110,11 @@ def record_changes(directory: Path, start: Start, changes: Changes) -> None:
     }
     with (directory / FILE_NAME).open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry | {"changes": changes.settings, "notes": changes.notes}, ensure_ascii=False) + "\n")
+
+
+def settings_fingerprint(settings: Mapping[str, Any]) -> str:
+    """Return what stands for a configuration, as plain maps, without where the run lies and begins."""
+    return fingerprint([json.dumps({key: value for key, value in settings.items() if key not in _PLACE})])
 
 
 def schedule_of(start: Start, now: RateSchedule, *, keep: bool, own: Collection[str]) -> RateSchedule:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cord.config.loading import load_config
+from megatron_cord.errors import CordError
 from megatron_cord.rollout.rollout_file import dump_file, read_rollouts
-from tests.tiny_run import metrics
+from megatron_cord.trainer.config import RunConfig
+from tests.tiny_run import metrics, overrides
 from tests.trainer.test_train import alone
 
 
@@ -36,3 +39,26 @@ def test_weights_of_stale_rollouts(inputs: Path, tmp_path: Path) -> None:
             away = max(away, *(abs(weight - 1) for weight in expected)) if step > 1 else away
             assert step > 1 or row["token_weights"] == pytest.approx([1.0] * len(expected), rel=1e-3)
     assert away > 0.05
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ("objective.responses=teacher", "objective.policy_gradient.enabled=false"),
+            "needs objective.responses=student",
+        ),
+        (
+            ("objective.streams={a: {rollout: hear, student: read}}",),
+            r"streams\.a: .* the student's own responses to the",
+        ),
+        (("objective.streams={a: {source: answer}}",), r"streams\.a: .* choose this view and source"),
+    ],
+)
+def test_importance_needs_the_students_own_responses(
+    inputs: Path, tmp_path: Path, settings: tuple[str, ...], message: str
+) -> None:
+    """Catches ratios of probabilities that belong to another prompt, or to responses that were not sampled."""
+    weights = "objective.token_weights.factors=importance"
+    with pytest.raises(CordError, match=message):
+        load_config(RunConfig, None, overrides(inputs, tmp_path, weights, *settings))

@@ -24,7 +24,7 @@ class DividingQuestion:
 
 def dividing_questions(runs: Sequence[RunContents]) -> list[DividingQuestion]:
     """Return up to `MOST` questions, those that divide the runs most evenly first."""
-    asked = [{a.id: a for a in run.evaluations[-1].answers} if run.evaluations else {} for run in runs]
+    asked = [{a.id: a for a in run.outcome.answers} if run.outcome else {} for run in runs]
     found = []
     for name in dict.fromkeys(name for answers in asked for name in answers):
         answers = tuple(some.get(name) for some in asked)

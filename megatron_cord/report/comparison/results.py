@@ -53,7 +53,7 @@ class Result:
 
 def results(runs: Sequence[RunContents]) -> list[Result]:
     """Return the result of each run."""
-    last = [run.evaluations[-1] if run.evaluations else None for run in runs]
+    last = [run.outcome for run in runs]
     return [
         _result(run, None if number == 0 else difference(last[0], after)) if after else Result()
         for number, (run, after) in enumerate(zip(runs, last, strict=True))
@@ -82,7 +82,7 @@ def set_tables(directories: Sequence[Path]) -> Mapping[str, list[SetResult | Non
 
 
 def _result(run: RunContents, against: Difference | None) -> Result:
-    before, after = run.evaluations[0], run.evaluations[-1]
+    before, after = run.evaluations[0], run.outcome or run.evaluations[-1]
     gap = measure_gap(before, after)
     earlier = len(run.evaluations) > 1
     return Result(

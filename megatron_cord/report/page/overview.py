@@ -8,6 +8,7 @@ from megatron_cord.evaluation.statistics import standard_error
 from megatron_cord.report.page.curves import accuracy_chart, gap_chart, metric_charts, position_chart
 from megatron_cord.report.run.contents import Evaluation, RunContents
 from megatron_cord.report.run.gap import measure_gap
+from megatron_cord.report.run.retention import read_changes
 
 _PHASES = ("rollout", "teacher", "train", "weight_sync")  # disjoint; other times in the metrics may contain these
 
@@ -37,7 +38,7 @@ def overview(run: RunContents) -> dict[str, object]:
     """Return the content of hero.html, voices.html and training.html, and of the heads of the pages."""
     evaluations = run.evaluations
     before = evaluations[0] if len(evaluations) > 1 else None
-    after = evaluations[-1] if evaluations else None
+    after = run.outcome
     return {
         "name": run.path.resolve().name,
         "facts": facts(run),
@@ -48,6 +49,9 @@ def overview(run: RunContents) -> dict[str, object]:
         "gap_curve": gap_chart(run),
         "metrics": metric_charts(run),
         "skipped": sum(1 for row in run.metrics if row.get("skipped")),
+        "changes": read_changes(run.path, before.step, after.step, run.setting("evaluation.guards"))
+        if before and after
+        else (),
         "position": position_chart(run),
         "voices": _voices(before, after) if after else [],
         "phases": _phases(run),
@@ -94,6 +98,9 @@ def facts(run: RunContents) -> list[str]:
     endings = {"hours": "ended by train.hours", "early_stopping": "ended by early stopping"}
     if (ending := endings.get(str(run.summary.get("ended_by")))) is not None:
         known.append(ending)
+    if guard := run.guard:
+        back = "" if guard["restored"] is None else f", back at step {guard['restored']}"
+        known.append(f"ended by the guard {guard['name']} after step {guard['step']}{back}")
     best = run.best
     if isinstance(best.get("step"), int) and isinstance(best.get("value"), (int, float)):
         metric = str(best.get("metric")).replace("_", " ")

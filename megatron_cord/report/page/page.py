@@ -41,7 +41,7 @@ def render(run_dir: str | Path, output: str | Path | None = None) -> Path:
 def _content(run: RunContents) -> dict[str, object]:
     evaluations = run.evaluations
     before = evaluations[0] if len(evaluations) > 1 else None
-    after = evaluations[-1] if evaluations else None
+    after = run.outcome
     examples = choose_examples(before, after) if after else []
     notices = missing(run)
     clips: Mapping[str, str] = {}

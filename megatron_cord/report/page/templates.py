@@ -26,6 +26,7 @@ def templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": format_percent, "number": format_number, "duration": format_duration}
+    environment.filters["points"] = lambda share: f"{100 * share:+.1f}"
     environment.globals |= {"annotate": annotate, "levels": LEVELS, "weight_levels": WEIGHT_LEVELS}
     environment.globals |= {"why_no_gap": why_no_gap, "dashes": css_dashes()}
     return environment

@@ -128,6 +128,18 @@ class RunContents:
         steps = [int(row["step"] or 0) for row in self.metrics] + [evaluation.step for evaluation in self.evaluations]
         return max(steps, default=0)
 
+    @cached_property
+    def guard(self) -> Mapping[str, Any] | None:
+        """What ended the run, where a guard did: its name, the step, and the step that it went back to or None."""
+        found = self.summary.get("guard")
+        return found if isinstance(found, Mapping) and {"name", "step", "restored"} <= found.keys() else None
+
+    @cached_property
+    def outcome(self) -> Evaluation | None:
+        """The evaluation of the weights that the run has: the newest, or that of the step that it went back to."""
+        last = self.guard["restored"] if self.guard is not None else None
+        return next((each for each in reversed(self.evaluations) if last is None or each.step <= last), None)
+
     def setting(self, path: str) -> Any:
         """Return the value of ``a.b`` in the configuration; None if it is not there."""
         value: Any = self.config

@@ -27,14 +27,15 @@ from megatron_cord.trainer.checkpoint.progress import Progress
 from megatron_cord.trainer.checkpoint.saving import Saving
 from megatron_cord.trainer.checkpoint.storage import make_writable
 from megatron_cord.trainer.config import RunConfig
+from megatron_cord.trainer.endings.guards import Guards
 from megatron_cord.trainer.endings.time_budget import TimeBudget
-from megatron_cord.trainer.evaluation import Evaluations
+from megatron_cord.trainer.evaluation import Evaluations, guard_ending
 from megatron_cord.trainer.given_responses import GivenResponses
 from megatron_cord.trainer.observability.metrics import MetricsLog
 from megatron_cord.trainer.observability.profiler import Profiler
 from megatron_cord.trainer.observability.rollout_dump import RolloutDump
 from megatron_cord.trainer.observability.watchdog import Watchdog
-from megatron_cord.trainer.settings_changes import Changes
+from megatron_cord.trainer.settings_changes import Changes, settings_fingerprint
 from megatron_cord.trainer.start import Start, find_start
 from megatron_cord.trainer.training_data import TrainingData
 
@@ -126,13 +127,24 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
     sets |= {HELDOUT: shard_questions(held_out, config.evaluation.samples)}
     evaluator = Evaluator(config.evaluation, sets, prompts, directory, writes=main)
     evaluator.prepare()
-    # What steps after the resumed one have left in dump and metrics is dropped.
+    guards = Guards(
+        config.evaluation,
+        {name: chosen.questions for name, chosen in sets.items()},
+        directory,
+        progress.made_with.begun,
+        None if start.begins else progress.step,
+        settings=settings_fingerprint(described.made_with.settings),
+        ended=guard_ending(directory) if main else None,
+        reads=main,
+    )
+    # What steps after the resumed one have left in dump and metrics is dropped, unless the run stays at its end.
+    last = progress.step if guards.ended is None else int(guards.ended["step"])
     rollouts = None if config.record.rollouts is None else directory / config.record.rollouts
-    dump = RolloutDump(rollouts, prompts, progress.step, enabled=main)
+    dump = RolloutDump(rollouts, prompts, last, enabled=main)
     log = MetricsLog(
         directory,
         config.train.steps,
-        progress.step,
+        last,
         config.metrics,
         config.alerts,
         evaluations=past_evaluations(directory, progress.step) if main else (),
@@ -153,7 +165,7 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
         source=source,
         dump=dump,
         log=log,
-        evaluations=Evaluations(config, evaluator, log, start, writes=main),
+        evaluations=Evaluations(config, evaluator, log, start, guards, writes=main),
         saving=Saving(checkpoints, exports, training.model, training.optimizer, average, layout, progress.step),
         budget=budget,
         stop=StopRequest("the step is finished and saved"),

@@ -3,6 +3,7 @@
 `step_000100` appeared when it was whole; `best.json` names the one of the best evaluation, which is not deleted.
 `.step_…` is half-written or half-deleted, and deleted at the next start.
 `damaged_step_…` was whole once, was found changed, and is kept so that the cause can be found.
+`set_aside_step_…` is later than the checkpoint to which a guard made the run go back; nothing reads it.
 """
 
 from __future__ import annotations
@@ -128,6 +129,20 @@ class CheckpointDirectory:
             old = self.directory / name
             old.replace(_deleted_name(old))
         self.sweep()
+
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Rename all checkpoints after a step to `set_aside_step_…`, and return them. On rank 0 alone."""
+        best = self.best()
+        if best is not None and best["step"] > step:
+            (self.directory / BEST).unlink()
+        found = []
+        for later in (each for each in self.steps() if each > step):
+            path = self.path_of(later)
+            aside = path.with_name(f"set_aside_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.replace(aside)
+            found.append(aside)
+        return found
 
     def sweep(self) -> None:
         """Delete half-written and half-deleted checkpoints."""

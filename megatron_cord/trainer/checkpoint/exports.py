@@ -55,6 +55,15 @@ class Exports:
         """Export the step with which the run ends, too."""
         self._last = step
 
+    def set_aside_after(self, step: int) -> None:
+        """Rename all exports after a step to `set_aside_step_…`, and end one that is in progress."""
+        self.close()
+        for later in (each for each in self._made() if each > step):
+            path = self._path_of(later)
+            aside = path.with_name(f"set_aside_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.replace(aside)
+
     @property
     def waiting(self) -> list[int]:
         """Steps whose checkpoints are there and whose exports are not, ascending; no more than are kept."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -13,6 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import Layout
+from megatron_cord.parallel.objects import broadcast_json
 from megatron_cord.runtime.stop_request import StopRequest
 from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
 from megatron_cord.trainer.checkpoint.exports import Exports
@@ -52,6 +53,7 @@ class Saving:
         self._checkpoints, self._exports, self._layout = checkpoints, exports, layout
         self._model, self._optimizer, self._average = model, optimizer, average
         self.saved_step = step
+        self._held: int | None = None
 
     def is_due(self, step: int) -> bool:
         """Return whether a checkpoint is due after a step, for itself or for an export."""
@@ -68,6 +70,37 @@ class Saving:
         """Keep the checkpoint of the best evaluation, which was saved. Raises as `Checkpoints.save`."""
         self._checkpoints.keep_best(asdict(best))
         logger.info("the best evaluation so far: %s; its checkpoint is kept", best)
+
+    def keep_held(self, steps: Sequence[int]) -> None:
+        """Keep the checkpoint of the last of these steps that has one, to which a guard may make the run go back."""
+        if self._layout.is_main:
+            present = {*self._checkpoints.steps(), self.saved_step}  # the newest may still be written
+            self._held = max(present.intersection(steps), default=None)
+
+    def go_back(self, steps: Sequence[int]) -> int | None:
+        """Set aside what is later than the last of these steps that has a checkpoint, and return this step.
+
+        Returns:
+            None where none of them has one; nothing is set aside then.
+        """
+        self.wait()
+        step: int | None = None
+        problem = None
+        if self._layout.is_main:
+            try:
+                step = max(set(self._checkpoints.steps()).intersection(steps), default=None)
+                if step is not None:
+                    for aside in self._checkpoints.set_aside_after(step):
+                        logger.info("set aside: %s", aside)
+                    self._exports.set_aside_after(step)
+            except OSError as error:
+                problem = f"a checkpoint cannot be set aside ({error}); fix the cause and start the run again"
+        found, problem = broadcast_json([step, problem])
+        if problem is not None:
+            raise CordError(problem)
+        step = None if found is None else int(found)
+        self.saved_step = self.saved_step if step is None else step
+        return step
 
     def restore_best(self, best: Best | None) -> None:
         """Let `best.json` name the best evaluation again, for a run that was killed before it was written."""
@@ -97,7 +130,7 @@ class Saving:
                 break
             time.sleep(_TICK)
         if self._layout.is_main and self._exports.interval:  # what stayed for its export
-            self._checkpoints.rotate(self._checkpoints.config.keep, self._exports.waiting)
+            self._checkpoints.rotate(self._checkpoints.config.keep, self._kept())
         return not busy
 
     def finish_with(self, step: int) -> None:
@@ -123,4 +156,7 @@ class Saving:
         self._exports.close()
 
     def _keep_waiting(self) -> None:
-        self._checkpoints.kept = self._exports.waiting if self._layout.is_main else ()
+        self._checkpoints.kept = self._kept() if self._layout.is_main else ()
+
+    def _kept(self) -> list[int]:
+        return [*self._exports.waiting, *([] if self._held is None else [self._held])]

@@ -1,1 +1,1 @@
-"""What ends a run before its last step: the clock, evaluations that are no better, a request; ranks agree on it."""
+"""What ends a run before its last step: the clock, evaluations, guards, a request; ranks agree on it."""

@@ -8,7 +8,6 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +23,7 @@ from rich.progress import (
 from rich.progress import Task as RichTask
 from rich.text import Text
 
+from megatron_cord.evaluation.guards import Drop
 from megatron_cord.runtime.files import write_atomic
 from megatron_cord.runtime.progress import Bars
 from megatron_cord.trainer.observability.alerts import AlertConfig, find_alerts
@@ -160,6 +160,25 @@ class MetricsLog:
         shown = ", ".join(f"{key.replace('_', ' ')} {value:.1%}" for key, value in accuracies.items())
         logger.info("step %d: %s: %s", step, name, shown)
 
+    def guard(self, step: int, name: str, drop: Drop, warning: str | None) -> None:
+        """Write what a guard measured to the trackers; log a warning, the first of a run as an alert, too."""
+        if not self._enabled:
+            return
+        values = {key: getattr(drop, key) for key in ("accuracy", "drop", "low", "high")}
+        self._track(step, {f"guard/{name}/{key}": value for key, value in values.items()})
+        if warning is None:
+            logger.info("step %d: guard %s: dropped by %s", step, name, drop)
+            return
+        logger.warning("step %d: guard %s: %s", step, name, warning)
+        kind = f"guard {name}"
+        if kind not in self._said:
+            self._said.add(kind)
+            self._write_alert(step, kind, warning)
+
+    def _write_alert(self, step: int, kind: str, words: str) -> None:
+        with self._alerts_path.open("a") as file:
+            file.write(json.dumps({"step": step, "kind": kind, "words": words}) + "\n")
+
     def _track(self, step: int, scalars: Mapping[str, float]) -> None:
         for tracker in self._trackers:
             tracker.log(step, scalars)
@@ -170,8 +189,7 @@ class MetricsLog:
         for alert in found:
             if alert.kind not in self._said:
                 self._said.add(alert.kind)
-                with self._alerts_path.open("a") as file:
-                    file.write(json.dumps({"step": step} | asdict(alert)) + "\n")
+                self._write_alert(step, alert.kind, alert.words)
                 logger.warning("alert at step %d: %s: %s", step, alert.kind, alert.words)
         return len(found)
 
