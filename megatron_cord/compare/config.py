@@ -28,7 +28,7 @@ class CompareConfig:
     #: names of compare/methods.py or of `own`, in the order in which they run and are shown
     methods: tuple[str, ...] = COMPARED
     own: dict[str, tuple[str, ...]] = field(default_factory=dict)  #: more methods: name → settings on top of CORD's
-    #: more methods: name → a recipe's file, such as examples/recipes/gkd.yaml, its views, objective and teacher;
+    #: more methods: name → a recipe's file (examples/recipes/gkd.yaml), its views, objective, reward and teacher;
     #: optimizer, model and rollout are those of `train`
     recipes: dict[str, str] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)  #: of data order, sampling and everything else that is drawn

@@ -56,7 +56,7 @@ def _policy(title: str, *settings: str) -> Method:
 
 
 def _recipe(name: str, path: str) -> Method:
-    """Return a recipe's views, objective and teacher as a method; its other settings are the runs' to say."""
+    """Return a recipe's views, objective, reward and teacher as a method; its other settings are the runs' to say."""
     given = read_tree(path, ()).values
     sets = given.get("data", {}).get("train")
     if isinstance(sets, dict) and any("taught_by" in each for each in sets.values() if isinstance(each, dict)):
@@ -64,7 +64,8 @@ def _recipe(name: str, path: str) -> Method:
             f"recipes.{name}: {path} has a teacher for each of its training sets, and a comparison has its own data: "
             "leave it out, or run it by itself"
         )
-    chosen = {section: given[section] for section in ("views", "objective", "teacher", "teachers") if section in given}
+    sections = ("views", "objective", "reward", "teacher", "teachers")
+    chosen = {section: given[section] for section in sections if section in given}
     settings = (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flatten(chosen).items())
     return Method(name.replace("_", " "), tuple(settings))
 

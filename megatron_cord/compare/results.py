@@ -107,7 +107,7 @@ def _method(method: Method, run: PlannedRun | None, summaries: Runs, failures: d
 def responses(config: RunConfig) -> dict[str, int]:
     """Return how many responses a step trains on, and how many of them the student samples."""
     objective, rollout = config.objective, config.rollout
-    policy = rollout.policy_prompts_per_step * rollout.policy_rollouts if objective.policy_gradient.enabled else 0
+    policy = rollout.policy_prompts_per_step * sum(map(len, objective.groups(rollout.policy_rollouts).values()))
     alone = 0 if rollout.share and policy else rollout.prompts_per_step * len(objective.draws)
     return {"trained": alone + policy, "sampled": policy + (0 if objective.responses == "teacher" else alone)}
 

@@ -19,6 +19,7 @@ from megatron_cord.losses.policy_gradient import (
     PolicyGradientConfig,
     group_advantages,
     has_reward_variance,
+    one_sided_gap,
     sampled_reverse_kl,
     truncated_importance_weights,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "divergence_from_logits",
     "group_advantages",
     "has_reward_variance",
+    "one_sided_gap",
     "sampled_reverse_kl",
     "token_logprobs_from_hidden",
     "token_weights",

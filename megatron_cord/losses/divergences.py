@@ -32,9 +32,11 @@ class DivergenceConfig:
     """What L_tok sums at each token: D_t of the paper, or what takes its place."""
 
     #: reverse_kl, forward_kl, jsd, topk (a reverse KL) and forward_topk compare whole distributions; sampled is the
-    #: reverse KL as a policy gradient of the sampled tokens; nll is fine-tuning on the responses; none leaves L_seq
-    #: alone
-    kind: Literal["reverse_kl", "forward_kl", "jsd", "topk", "forward_topk", "sampled", "nll", "none"] = "reverse_kl"
+    #: reverse KL as a policy gradient of the sampled tokens; one_sided raises those that the teacher finds likelier
+    #: (OPOD); nll is fine-tuning on the responses; none leaves L_seq alone
+    kind: Literal[
+        "reverse_kl", "forward_kl", "jsd", "topk", "forward_topk", "sampled", "one_sided", "nll", "none"
+    ] = "reverse_kl"  # fmt: skip
     beta: float = 0.5  #: of jsd: the teacher's share of the mixture; 0 is the forward, 1 the reverse KL
     #: of topk and forward_topk: so many of the teacher's likeliest tokens are compared, and all others as one
     k: int = 64
@@ -49,6 +51,11 @@ class DivergenceConfig:
     def needs_teacher(self) -> bool:
         """Whether the teacher's distributions are needed."""
         return self.kind not in ("nll", "none")
+
+    @property
+    def summed(self) -> str:
+        """What is summed over the vocabulary, if only as a metric: one of ``KINDS`` where a teacher is compared."""
+        return "reverse_kl" if self.kind in ("sampled", "one_sided") else self.kind
 
 
 class Block(NamedTuple):

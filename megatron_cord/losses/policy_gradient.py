@@ -179,6 +179,19 @@ def sampled_reverse_kl(student_logprob: Tensor, teacher_logprob: Tensor, importa
     return importance_weights * cost * student_logprob
 
 
+def one_sided_gap(student_logprob: Tensor, teacher_logprob: Tensor) -> Tensor:
+    """Return ReLU(log q(y_t) − log p(y_t)), [N]: how far the student lags behind its teacher on its own tokens.
+
+    Differentiable by the student's: a token that the teacher finds likelier is raised, no other is pushed down. Source:
+    OPOD (arXiv 2607.20918), one-sided token guidance.
+
+    Args:
+        student_logprob: [N], log p(y_t), differentiable.
+        teacher_logprob: [N], log q(y_t), used as numbers.
+    """
+    return (teacher_logprob.detach() - student_logprob).relu()
+
+
 def _grouped(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, int]:
     """Return rewards as floating point, each one's group as an index from 0, and the number of groups."""
     if rewards.dim() != 1 or group_ids.shape != rewards.shape:

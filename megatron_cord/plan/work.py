@@ -95,7 +95,9 @@ def make_work(
         )
     dp = gpus // (parallel.tp * parallel.pp * parallel.cp)
     enabled = config.objective.policy_gradient.enabled
-    policy = rollout.policy_prompts_per_step * rollout.policy_rollouts if enabled else 0
+    groups_of = {name: len(draws) for name, draws in config.objective.groups(rollout.policy_rollouts).items()}
+    group = sum(groups_of.values())
+    policy = rollout.policy_prompts_per_step * group
     frames = round(audio_seconds * FRAMES_A_SECOND)
     positions = 0 if arch.encoder is None else arch.encoder.computed_positions(frames)
     prompts = _prompts(config, 0 if arch.encoder is None else arch.num_audio_tokens(frames), text_tokens)
@@ -103,7 +105,8 @@ def make_work(
     prompts_alone = rollout.prompts_per_step if config.objective.draws else 0
     alone = [(t, policy if rollout.share else prompts_alone * t.responses) for t in config.objective.terms]
     learned = [(term.student, count) for term, count in alone]
-    learned += [] if rollout.share else [(config.objective.student_view, policy)]
+    for term in config.objective.policy_terms if not rollout.share else ():
+        learned.append((term.student, rollout.policy_prompts_per_step * groups_of[term.name]))
     taught = [(view, count) for term, count in alone for view in term.taught_views]
     scored, sequences = sum(count for _, count in alone), sum(count for _, count in learned)
 
@@ -131,7 +134,7 @@ def make_work(
         teacher=teacher,
         minibatches=config.train.minibatches,
         passes=config.train.passes,
-        resampled=tuple(prompts * rollout.policy_rollouts for prompts in rounds if prompts > 0),
+        resampled=tuple(prompts * group for prompts in rounds if prompts > 0),
         others=others,
         taught_clips=taught_clips,
         longest_tokens=max((prompts[view][0] for view, count in learned if count), default=0) + rollout.max_new_tokens,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.reward.comparison import AnswerMatcher
 from megatron_cord.reward.judge.judge import Judge
-from megatron_cord.reward.rewards import Answered, RewardConfig, Rewards, Score, Scorer
+from megatron_cord.reward.rewards import Answered, RewardConfig, Rewards, Score, Scorer, TermWeights
 
 
 class CollectiveRewards:
@@ -25,10 +25,12 @@ class CollectiveRewards:
     def __init__(self, rewards: Scorer, group: dist.ProcessGroup | None = None) -> None:
         self._rewards, self._group = rewards, group
 
-    def score(self, answered: Sequence[Answered]) -> list[Score]:
+    def score(self, answered: Sequence[Answered], terms: TermWeights | None = None) -> list[Score]:
         """Return one score each, in the same order. All ranks of the group pass the same and get the same."""
         rank, world = dist.get_rank(self._group), dist.get_world_size(self._group)
-        shares = all_gather_json([asdict(score) for score in self._rewards.score(answered[rank::world])], self._group)
+        shares = all_gather_json(
+            [asdict(score) for score in self._rewards.score(answered[rank::world], terms)], self._group
+        )
         return [Score(**shares[i % world][i // world]) for i in range(len(answered))]
 
 

@@ -3,7 +3,9 @@
 - agreement: r(y) = J(y, ŷ) in {0, 1}, ŷ the teacher's answer to the written question: the paper's reward (CORD, arXiv
   2601.16547), which needs no gold answers;
 - gold: the same with the data's own answer;
-- format: 1 for a response that ends by itself and states which answer is its final one.
+- format: 1 for a response that ends by itself and states which answer is its final one;
+- layers, embedding: how alike a response is to a right one of another stream (TARS, arXiv 2601.05543), in the model's
+  layers and in an embedding of its text; `trainer.alignment` adds them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Literal, Protocol
 
 from megatron_cord.errors import CordError
 from megatron_cord.reward.comparison import AnswerMatcher, Comparer, Comparison, Verdict
+from megatron_cord.reward.embedding.config import EmbeddingConfig
 from megatron_cord.reward.judge.judge import JudgeConfig
 from megatron_cord.reward.stated import states_answer
 
@@ -25,6 +28,9 @@ class TermWeights:
     agreement: float = 1.0  #: the final answer is the teacher's
     gold: float = 0.0  #: the final answer is the data's
     format: float = 0.0  #: the response ends by itself and states its final answer
+    #: cosine of the model's hidden states with a right response's of the stream align_with, the mean over layers
+    layers: float = 0.0
+    embedding: float = 0.0  #: cosine of the text's embedding with that of the same response; of reward.embedding
 
     def __post_init__(self) -> None:
         if not any(asdict(self).values()):
@@ -40,6 +46,7 @@ class RewardConfig:
     terms: TermWeights = field(default_factory=TermWeights)
     comparer: Literal["match", "judge"] = "match"  #: compare answers by rules, or by a language model at an endpoint
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
 
     def __post_init__(self) -> None:
         if self.comparer == "judge" and not (self.judge.base_url and self.judge.model):
@@ -91,8 +98,8 @@ class Score:
 class Scorer(Protocol):
     """Computes the reward of each response."""
 
-    def score(self, answered: Sequence[Answered]) -> list[Score]:
-        """Return one score each, in the same order."""
+    def score(self, answered: Sequence[Answered], terms: TermWeights | None = None) -> list[Score]:
+        """Return one score each, in the same order; ``terms`` take the place of the configured weights."""
         ...
 
 
@@ -107,38 +114,44 @@ class Rewards:
     def __init__(self, terms: TermWeights | None = None, comparer: Comparer | None = None) -> None:
         self.terms, self.comparer = terms or TermWeights(), comparer or AnswerMatcher()
 
-    def score(self, answered: Sequence[Answered]) -> list[Score]:
+    def score(self, answered: Sequence[Answered], terms: TermWeights | None = None) -> list[Score]:
         """Return one score each, in the same order.
+
+        Args:
+            answered: the responses.
+            terms: weights in place of the configured ones.
 
         Raises:
             CordError: a sample without a gold answer, where that counts; and what the judge raises.
         """
+        weights = self.terms if terms is None else terms
         comparisons: list[Comparison] = []
-        if self.terms.agreement:
+        if weights.agreement:
             comparisons += [Comparison(a.question, a.response, a.teacher_answer, choices=a.choices) for a in answered]
-        if self.terms.gold:
+        if weights.gold:
             comparisons += [Comparison(a.question, a.response, _gold(a), True, a.choices) for a in answered]
         verdicts = iter(self.comparer.compare(comparisons))
         compared: dict[str, list[Verdict]] = {
-            name: [next(verdicts) for _ in answered] for name in ("agreement", "gold") if getattr(self.terms, name)
+            name: [next(verdicts) for _ in answered] for name in ("agreement", "gold") if getattr(weights, name)
         }
         return [
-            self._score(response, {name: verdicts[index] for name, verdicts in compared.items()})
+            _score(weights, response, {name: verdicts[index] for name, verdicts in compared.items()})
             for index, response in enumerate(answered)
         ]
 
-    def _score(self, answered: Answered, verdicts: dict[str, Verdict]) -> Score:
-        terms = {name: float(verdict.agrees) for name, verdict in verdicts.items()}
-        if self.terms.format:
-            terms["format"] = float(answered.ended and states_answer(answered.response))
-        judged = [v for v in verdicts.values() if v.source == "judge"]
-        return Score(
-            total=sum(getattr(self.terms, name) * value for name, value in terms.items()),
-            terms=terms,
-            judged=len(judged),
-            disagreements=sum(v.agrees != v.matched for v in judged),
-            fallbacks=sum(v.source == "fallback" for v in verdicts.values()),
-        )
+
+def _score(weights: TermWeights, answered: Answered, verdicts: dict[str, Verdict]) -> Score:
+    terms = {name: float(verdict.agrees) for name, verdict in verdicts.items()}
+    if weights.format:
+        terms["format"] = float(answered.ended and states_answer(answered.response))
+    judged = [v for v in verdicts.values() if v.source == "judge"]
+    return Score(
+        total=sum(getattr(weights, name) * value for name, value in terms.items()),
+        terms=terms,
+        judged=len(judged),
+        disagreements=sum(v.agrees != v.matched for v in judged),
+        fallbacks=sum(v.source == "fallback" for v in verdicts.values()),
+    )
 
 
 def _gold(answered: Answered) -> str:

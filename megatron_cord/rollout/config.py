@@ -19,7 +19,7 @@ class RolloutConfig:
     prompts_per_step: int = 32  #: each gives one response to L_tok
     temperature: float = 1.0  #: of the responses for L_tok
     policy_prompts_per_step: int = 8  #: the first of the step's prompts also give groups to L_seq
-    policy_rollouts: int = 4  #: N, responses a group
+    policy_rollouts: int = 4  #: N, responses a group; streams of the kind policy_gradient have their own
     policy_temperature: float = 1.5  #: of the responses for L_seq
     #: responses, those for L_seq too, are drawn from the likeliest tokens whose probabilities at their temperature
     #: reach this sum; 1 draws from all. The loss stays that of the whole distribution

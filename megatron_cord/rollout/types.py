@@ -140,7 +140,7 @@ class ScoredRollout:
         voice: of the sample's recording; None if unknown.
         position: of the sample in the step's batch.
         draw: 0 for a response of L_tok alone, and −1, −2, … for further ones of the streams in turn; 1 to N within a
-            group of L_seq.
+            group of L_seq, and N + 1, … in those of its further streams.
         seed: that the response was sampled with; None for a greedy one.
         reference_answer: the teacher's text, with which the reward compares; None without a reward.
         reward: weighted sum of the reward's terms; None outside L_seq.

@@ -19,10 +19,11 @@ from megatron_cord.data.loader import Batch
 from megatron_cord.data.samples import READ, PreparedSample, ViewName
 from megatron_cord.losses import group_advantages, has_reward_variance
 from megatron_cord.parallel.objects import all_gather_json
-from megatron_cord.reward import Answered
+from megatron_cord.reward import Answered, Score
 from megatron_cord.reward.rewards import Scorer
 from megatron_cord.rollout.config import RolloutConfig
 from megatron_cord.rollout.types import GenerationRequest, Role, Rollout, ScoredRollout
+from megatron_cord.trainer.alignment.aligner import Aligner, GroupedResponse
 from megatron_cord.trainer.given_responses import GivenResponses
 from megatron_cord.trainer.reference_answers import ReferenceAnswers
 from megatron_cord.trainer.step.batches import TrainingSequence
@@ -46,6 +47,7 @@ class Collector:
         seed: of the run.
         routes: which teacher scores a sample; None: the run's own scores all.
         given: makes the responses of streams whose source is the data; None where there is none.
+        aligner: adds rewards of how alike two streams' responses are; None where there are none.
     """
 
     def __init__(
@@ -57,10 +59,12 @@ class Collector:
         seed: int,
         routes: TeacherRoutes | None = None,
         given: GivenResponses | None = None,
+        aligner: Aligner | None = None,
     ) -> None:
         self.config, self.objective = config, objective
         self.answers, self.rewards, self.seed = answers, rewards, seed
         self._routes, self._given = TeacherRoutes({}) if routes is None else routes, given
+        self.aligner = aligner
 
     @property
     def views(self) -> tuple[ViewName, ...]:
@@ -96,7 +100,7 @@ class Collector:
                 for position, rollout in zip(batch.positions, answers, strict=True)
             ]
         alone, policy = self._parts(batch)
-        groups = len(alone) + len(policy) * self.config.policy_rollouts
+        groups = len(alone) + len(policy) * len(self._draws)
         scored = [
             self._scored(batch, position, draw, rollout, "distill")
             for (position, draw), rollout in zip(alone, rollouts, strict=False)
@@ -114,7 +118,7 @@ class Collector:
 
     def more_groups(self, batch: Batch, positions: Sequence[int], rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Return the groups of `more_requests` with their rewards. Collective over the replica."""
-        groups = len(positions) * self.config.policy_rollouts
+        groups = len(positions) * len(self._draws)
         references = self.answers.rollouts([batch.at(p) for p in positions], rollouts[groups:])
         return self._groups(batch, positions, rollouts[:groups], references)
 
@@ -141,13 +145,15 @@ class Collector:
                         TrainingSequence(prompts[term.student], teacher, rollout, index, term.name, contrast, taught_by)
                     )
                 else:
-                    sequences.append(TrainingSequence(prompts[self.objective.student_view], None, rollout, index))
+                    policy = self.objective.policy_term_of(rollout.draw)
+                    sequences.append(TrainingSequence(prompts[policy.student], None, rollout, index, policy.name))
         return sequences
 
     @property
-    def _draws(self) -> range:
-        """Numbers of a group's responses."""
-        return range(1, 1 + self.config.policy_rollouts)
+    def _draws(self) -> tuple[int, ...]:
+        """Numbers of the responses in a sample's groups, of all streams in turn."""
+        groups = self.objective.groups(self.config.policy_rollouts)
+        return tuple(draw for draws in groups.values() for draw in draws)
 
     @property
     def _has_groups(self) -> bool:
@@ -181,7 +187,8 @@ class Collector:
         sample = batch.at(position)
         seed = self._seed(batch.step, sample, draw)
         config = self.config
-        view = self.objective.student_view if draw > 0 else self.objective.term_of(draw).rollout
+        objective = self.objective
+        view = objective.policy_term_of(draw).student if draw > 0 else objective.term_of(draw).rollout
         prompt = sample.prompts[view]
         return GenerationRequest(prompt, temperature, config.max_new_tokens, seed, config.top_p, config.top_k)
 
@@ -218,22 +225,32 @@ class Collector:
     def _groups(
         self, batch: Batch, positions: Sequence[int], rollouts: Sequence[Rollout], references: Sequence[Rollout]
     ) -> list[ScoredRollout]:
-        """Rewards and advantages; rollouts come group by group."""
+        """Rewards and advantages; rollouts come sample by sample, and of each stream by stream."""
         role: Role = "shared" if self.config.share else "policy"
         owners = [
             (position, draw, reference.text)
             for position, reference in zip(positions, references, strict=True)
             for draw in self._draws
         ]
-        scores = self.rewards.score(
-            [
-                Answered(s.id, s.asked, r.text, r.finish_reason == "stop", reference, s.answer, s.choices)
-                for (position, _, reference), r in zip(owners, rollouts, strict=True)
-                for s in (batch.at(position).sample,)
-            ]
-        )
+        answered = [
+            Answered(s.id, s.asked, r.text, r.finish_reason == "stop", reference, s.answer, s.choices)
+            for (position, _, reference), r in zip(owners, rollouts, strict=True)
+            for s in (batch.at(position).sample,)
+        ]
+        streams = [self.objective.policy_term_of(draw).name for _, draw, _ in owners]
+        scores = self._scores(answered, streams)
+        if self.aligner is not None:
+            views = {term.name: term.student for term in self.objective.policy_terms}
+            scores = self.aligner.scores(
+                [
+                    GroupedResponse(position, stream, batch.at(position).prompts[views[stream]], rollout, score)
+                    for (position, _, _), stream, rollout, score in zip(owners, streams, rollouts, scores, strict=True)
+                ]
+            )
         rewards = torch.tensor([score.total for score in scores])
-        group_ids = torch.arange(len(positions)).repeat_interleave(self.config.policy_rollouts)
+        keys = [(position, stream) for (position, _, _), stream in zip(owners, streams, strict=True)]
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        group_ids = torch.tensor([numbers[key] for key in keys], dtype=torch.int64)
         normalize_std = self.objective.policy_gradient.normalize_std
         advantages = group_advantages(rewards, group_ids, normalize_std=normalize_std).tolist()
         varied = has_reward_variance(rewards, group_ids).tolist()
@@ -246,6 +263,14 @@ class Collector:
                 owners, rollouts, scores, advantages, varied, strict=True
             )
         ]  # fmt: skip
+
+    def _scores(self, answered: Sequence[Answered], streams: Sequence[str]) -> list[Score]:
+        """Return a score for each response, by the reward of its stream."""
+        scores: dict[int, Score] = {}
+        for term in self.objective.policy_terms:
+            own = [index for index, stream in enumerate(streams) if stream == term.name]
+            scores |= zip(own, self.rewards.score([answered[index] for index in own], term.reward), strict=True)
+        return [scores[index] for index in range(len(answered))]
 
 
 def gather_rollouts(rollouts: Sequence[ScoredRollout], replica_group: dist.ProcessGroup) -> list[ScoredRollout]:

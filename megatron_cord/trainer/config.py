@@ -19,6 +19,7 @@ from megatron_cord.model.config import ModelConfig
 from megatron_cord.parallel.layout import ParallelConfig
 from megatron_cord.reward import RewardConfig
 from megatron_cord.rollout.config import RolloutConfig
+from megatron_cord.trainer.alignment.checks import check_alignment
 from megatron_cord.trainer.checkpoint.checkpoints import CheckpointConfig
 from megatron_cord.trainer.observability.alerts import AlertConfig
 from megatron_cord.trainer.observability.profiler import ProfileConfig
@@ -125,6 +126,7 @@ class RunConfig:
             )
         self._check_views()
         check_teachers(self.teachers, self.objective, self._named_sets)
+        check_alignment(self.objective, self.reward)
         if self.init_from is not None and self.resume not in ("auto", "never"):
             raise CordError(
                 f"init_from={self.init_from} begins a run and resume={self.resume} continues one; give one of them"
@@ -155,6 +157,17 @@ class RunConfig:
                 f"{'L_seq (rollout.policy_prompts_per_step)' if groups else 'L_tok (rollout.prompts_per_step)'}: some "
                 "update would have nothing to train on"
             )
+        grouped = [term.name for term in self.objective.policy_terms if term.name]
+        if grouped and not groups:
+            raise CordError(
+                f"objective.streams.{grouped[0]} is of the kind policy_gradient, and rollout.policy_prompts_per_step=0 "
+                "gives it no prompts; set it to at least 1"
+            )
+        if len(grouped) > 1 and self.rollout.dynamic_sampling:
+            raise CordError(
+                "rollout.dynamic_sampling replaces a prompt's group, and several streams of the kind policy_gradient "
+                f"have one each ({', '.join(grouped)}), which would have to be replaced together; set it to 0"
+            )
         if self.objective.streams and self.rollout.share:
             raise CordError(
                 "rollout.share=true has L_seq's responses stand for L_tok's, and objective.streams have their own"
@@ -181,7 +194,10 @@ class RunConfig:
     def _check_views(self) -> None:
         views, objective = Views(self.views), self.objective
         given = {"objective.student_view": objective.student_view}
-        for term in objective.terms if objective.streams else ():
+        for policy in objective.policy_terms:
+            if policy.name:
+                given[f"objective.streams.{policy.name}.student"] = policy.student
+        for term in (term for term in objective.terms if term.name):
             given |= {f"objective.streams.{term.name}.{k}": getattr(term, k) for k in ("student", "rollout")}
             views.named(term.teacher, f"objective.streams.{term.name}.teacher")
             if term.contrast is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
+from megatron_cord.reward import Score
 from megatron_cord.rollout.config import RolloutConfig
 from megatron_cord.rollout.types import ScoredRollout
 from megatron_cord.trainer.step.objective import ObjectiveConfig
@@ -36,19 +38,19 @@ def rollout_metrics(
     if not rewarded:
         return metrics
     metrics |= {
-        "reward": sum(r.reward for r in rewarded if r.reward is not None) / len(rewarded),
-        "groups": sum(r.in_group for r in rewarded) / config.policy_rollouts,
-        "zero_variance_groups": sum(r.in_group and r.zero_variance for r in rewarded) / config.policy_rollouts,
+        "reward": _mean_reward(rewarded),
+        "groups": _groups([r for r in rewarded if r.in_group], config, objective),
+        "zero_variance_groups": _groups([r for r in rewarded if r.in_group and r.zero_variance], config, objective),
     }
+    for name in (term.name for term in objective.policy_terms if term.name):
+        metrics |= _stream_metrics(name, [r for r in rewarded if objective.stream_of(r) == name], config, objective)
     if config.dynamic_sampling:
-        metrics["replaced_groups"] = sum(not r.in_group for r in rewarded) / config.policy_rollouts
+        metrics["replaced_groups"] = _groups([r for r in rewarded if not r.in_group], config, objective)
     if objective.policy_gradient.filter_truncated:
         kept = [r for r in rewarded if r.in_group]
         metrics["filtered"] = sum(objective.filters(r) for r in kept) / max(len(kept), 1)
     scores = [r.score for r in rewarded if r.score is not None]
-    names = list(scores[0].terms) if scores else []
-    if len(names) > 1:
-        metrics |= {f"reward_{name}": sum(s.terms[name] for s in scores) / len(scores) for name in names}
+    metrics |= _term_metrics("reward_", scores)
     judged, fallbacks = sum(s.judged for s in scores), sum(s.fallbacks for s in scores)
     if judged + fallbacks:
         metrics |= {
@@ -56,3 +58,37 @@ def rollout_metrics(
             "judge_disagreement": sum(s.disagreements for s in scores) / max(judged, 1),
         }
     return metrics
+
+
+def _mean_reward(rollouts: Sequence[ScoredRollout]) -> float:
+    return sum(r.reward for r in rollouts if r.reward is not None) / len(rollouts)
+
+
+def _groups(rollouts: Sequence[ScoredRollout], config: RolloutConfig, objective: ObjectiveConfig) -> float:
+    """Return how many groups these responses are."""
+    sizes = {name: len(draws) for name, draws in objective.groups(config.policy_rollouts).items()}
+    counts = Counter(objective.stream_of(r) for r in rollouts)
+    return sum((count / sizes.get(name, config.policy_rollouts) for name, count in counts.items()), start=0.0)
+
+
+def _term_metrics(prefix: str, scores: Sequence[Score]) -> dict[str, float]:
+    """Return the mean of each term over the responses that have it; of a single term nothing."""
+    values: dict[str, list[float]] = {}
+    for score in scores:
+        for name, value in score.terms.items():
+            values.setdefault(name, []).append(value)
+    return {f"{prefix}{name}": sum(of) / len(of) for name, of in values.items()} if len(values) > 1 else {}
+
+
+def _stream_metrics(
+    name: str, rollouts: Sequence[ScoredRollout], config: RolloutConfig, objective: ObjectiveConfig
+) -> dict[str, float]:
+    """Return reward, its terms and zero-variance groups of one stream of L_seq; nothing without responses."""
+    if not rollouts:
+        return {}
+    equal = [r for r in rollouts if r.in_group and r.zero_variance]
+    return {
+        f"stream/{name}/reward": _mean_reward(rollouts),
+        f"stream/{name}/zero_variance_groups": _groups(equal, config, objective),
+        **_term_metrics(f"stream/{name}/reward_", [r.score for r in rollouts if r.score is not None]),
+    }

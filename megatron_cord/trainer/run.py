@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -173,7 +173,9 @@ class Run:
             ids = [self._parts.data.row.id_of(address) for address in self._source.loader.addresses(batch.step)]
             return read_dump(Path(self.config.replay), batch.step + 1, ids)
         source = self._source
-        scored = source.collector.score(batch, rollouts)
+        # A reward of the model's layers needs a forward pass, and with it the memory of a colocated engine.
+        with source.schedule.training() if source.collector.aligner is not None else nullcontext():
+            scored = source.collector.score(batch, rollouts)
         if self.config.rollout.dynamic_sampling:
             engine = source.engine.within(self.layout.replica_group)
 
@@ -203,6 +205,7 @@ class Run:
             step=progress.step + 1,
             samples=progress.samples + self.config.rollout.prompts_per_step,
             skipped_in_a_row=skipped,
+            controllers=self._parts.training.step.controllers.state(),
             ahead={},
         )
         if result.skipped:

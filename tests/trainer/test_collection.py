@@ -17,6 +17,7 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
 from megatron_cord.losses import DivergenceConfig, PolicyGradientConfig
 from megatron_cord.reward import Rewards
+from megatron_cord.reward.rewards import TermWeights
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.config import RolloutConfig
 from megatron_cord.rollout.types import GenerationRequest, ScoredRollout
@@ -26,6 +27,7 @@ from megatron_cord.trainer.dynamic_sampling import replace_groups
 from megatron_cord.trainer.reference_answers import ReferenceAnswers
 from megatron_cord.trainer.rollout_metrics import repetition, rollout_metrics
 from megatron_cord.trainer.step.objective import ObjectiveConfig
+from megatron_cord.trainer.step.streams import StreamConfig
 from tests.tiny_run import NUMBERS, make_samples
 from tests.trainer.scripted_engine import ScriptedEngine
 
@@ -113,6 +115,34 @@ def test_groups_and_advantages(prompts: PromptBuilder, tmp_path: Path) -> None:
     always = {"truncated": cut / 10, "repetition": 0.0}
     assert metrics == always | {"reward": pytest.approx(sum(rewards) / 6), "groups": 2, "zero_variance_groups": 1}
     assert set(rollout_metrics(collected[:4], ROLLOUT, ObjectiveConfig())) == set(always)
+
+
+def test_two_streams_of_the_policy_gradient(prompts: PromptBuilder, tmp_path: Path) -> None:
+    """Catches a group that holds another stream's responses, reward or view, and draws that a name changes."""
+    streams = {
+        "heard": StreamConfig("policy_gradient", "hear", responses=3),
+        "read": StreamConfig("policy_gradient", "read", responses=2, reward=TermWeights(agreement=0.0, format=0.5)),
+    }
+    collector = make_collector(prompts, tmp_path, streams=streams)
+    batch = batch_of(collector, step=3)
+    collected = score(collector, batch)
+    plain = make_collector(prompts, tmp_path)
+    expected = score(plain, batch_of(plain, step=3))
+    assert [(c.position, c.draw) for c in collected[4:]] == [(i, draw) for i in range(2) for draw in (1, 2, 3, 4, 5)]
+    heard, read = ([c for c in collected if c.draw in draws] for draws in ((1, 2, 3), (4, 5)))
+    assert collected[:4] == expected[:4] and heard == expected[4:]
+    assert all(c.score is not None and c.score.terms == {"format": 1.0} and c.reward == 0.5 for c in read)
+    assert all(c.zero_variance for c in read)
+    made = collector.sequences(batch, [replace(c, zero_variance=False, advantage=1.0) for c in collected])
+    grouped = [s for s in made if not s.response.distilled]
+    assert {(s.stream, bool(s.student.clips), s.response.draw > 3) for s in grouped} == {
+        ("heard", True, False),
+        ("read", False, True),
+    }
+    metrics = rollout_metrics(collected, ROLLOUT, collector.objective)
+    assert (metrics["groups"], metrics["zero_variance_groups"]) == (4, 3)
+    assert (metrics["stream/read/reward"], metrics["stream/read/zero_variance_groups"]) == (0.5, 2)
+    assert metrics["stream/heard/reward"] == pytest.approx(sum(c.reward or 0 for c in heard) / 6)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

@@ -139,6 +139,37 @@ def test_a_resumed_run_and_a_replay_are_the_same_run(runs: Path, inputs: Path, t
     assert figures(again) == figures(runs / algorithm)
 
 
+def test_streams_of_the_policy_gradient(inputs: Path, tmp_path: Path) -> None:
+    """Catches a named L_seq that is another than the objective's own, and one that is trained on another's view."""
+    common = [
+        *("train.steps=2", "objective.divergence.kind=none", "objective.normalization=token", "seed=5"),
+        *("rollout.policy_temperature=1.0", "checkpoint.interval=0"),
+    ]
+    heard, read = (f"{name}: {{kind: policy_gradient, student: {name}, responses: 3" for name in ("hear", "read"))
+    two = f"objective.streams={{{heard}, weight: 0.5}}, {read}, weight: 2}}}}"
+    runs: dict[str, tuple[str, ...]] = {"plain": (), "heard": (f"objective.streams={{{heard}}}}}",)}
+    runs |= {"read": (f"objective.streams={{{read}}}}}",), "both": (two, "train.packing=packed")}
+    lines = {name: metrics(alone(inputs, tmp_path / name, *common, *settings)) for name, settings in runs.items()}
+    keys = ("loss", "grad_norm", "reward", "groups", "zero_variance_groups")
+    for line, plain in zip(lines["heard"], lines["plain"], strict=True):
+        assert [line[key] for key in keys] == [plain[key] for key in keys]
+    one, other, both = (lines[name][0] for name in ("heard", "read", "both"))
+    assert one["loss"] and other["loss"], "the test's own data must give some group of each different rewards"
+    assert one["stream/hear/loss"] == one["loss"]
+    assert both["stream/hear/loss"] == pytest.approx(0.5 * one["loss"], rel=1e-4)
+    assert both["groups"] == 4 and both["stream/hear/reward"] == one["reward"]
+    assert both["loss"] == pytest.approx(both["stream/hear/loss"] + both["stream/read/loss"], rel=1e-6)
+    assert both["stream/read/weight"] == 2 and "stream/read/kl" not in both
+    rows = read_rollouts(dump_file(tmp_path / "both" / "rollouts", 1)).to_pylist()
+    assert {(row["draw"], row["role"]) for row in rows} == {(draw, "policy") for draw in range(1, 7)}
+    for settings, message in (
+        ("rollout.policy_prompts_per_step=0", "is of the kind policy_gradient, and rollout.policy_prompts_per_step=0"),
+        ("rollout.dynamic_sampling=1", r"one each \(hear, read\)"),
+    ):
+        with pytest.raises(CordError, match=message):
+            load_config(RunConfig, None, overrides(inputs, tmp_path / "no", *common, two, settings))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -26,7 +26,7 @@ def make_rollouts(config: RunConfig, work: Work) -> list[ScoredRollout]:
     response = Rollout("", (0,) * length, (0.0,) * length, "length", (VersionSpan(0, length, 0),), "")
     rollout = config.rollout
     grouped = work.sequences if rollout.share else work.sequences - work.scored
-    draws = rollout.policy_rollouts if grouped else 0
+    draws = sum(map(len, config.objective.groups(rollout.policy_rollouts).values())) if grouped else 0
     groups = grouped // draws if draws else 0
     objective = config.objective
     draws_alone = () if rollout.share and groups else objective.draws
@@ -88,7 +88,8 @@ def make_sequences(
         if rollout.position % work.dp != rank:
             continue
         if not rollout.distilled:
-            sequences.append(TrainingSequence(prompt(objective.student_view), None, rollout, index))
+            policy = objective.policy_term_of(rollout.draw)
+            sequences.append(TrainingSequence(prompt(policy.student), None, rollout, index, policy.name))
             continue
         term = objective.term_of(rollout.draw)
         teacher, contrast = (*map(prompt, term.taught_views), None, None)[:2]

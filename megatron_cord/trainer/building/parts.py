@@ -123,7 +123,7 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
     described = describe(config, start, data.record)
     progress = data.state(replace(before, made_with=described.made_with))
     training = build_training(config, layout, start, checkpoints, described.rates, prompts.pad_id)
-    source = build_rollout(config, layout, progress, prompts, data.row)
+    source = build_rollout(config, layout, progress, prompts, data.row, training.step)
     sets |= {HELDOUT: shard_questions(held_out, config.evaluation.samples)}
     evaluator = Evaluator(config.evaluation, sets, prompts, directory, writes=main)
     evaluator.prepare()

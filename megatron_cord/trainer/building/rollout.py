@@ -20,12 +20,14 @@ from megatron_cord.rollout.local.engine import LocalEngineConfig
 from megatron_cord.rollout.schedule import Schedule
 from megatron_cord.runtime.files import checkpoint_fingerprint
 from megatron_cord.trainer.answers_in_time import AnswersInTime
+from megatron_cord.trainer.building.alignment import build_aligner
 from megatron_cord.trainer.building.teacher_checkpoint import answering_engine
 from megatron_cord.trainer.checkpoint.progress import Progress
 from megatron_cord.trainer.collection import Collector
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.given_responses import GivenResponses
 from megatron_cord.trainer.reference_answers import ReferenceAnswers
+from megatron_cord.trainer.step.step import TrainStep
 from megatron_cord.trainer.teachers import TeacherRoutes
 
 _BATCH = LocalEngineConfig.max_batch_size  #: reference answers that a rank makes together, at the least
@@ -51,7 +53,7 @@ class RolloutSource:
 
 
 def build_rollout(
-    config: RunConfig, layout: Layout, progress: Progress, prompts: PromptBuilder, row: Row
+    config: RunConfig, layout: Layout, progress: Progress, prompts: PromptBuilder, row: Row, step: TrainStep
 ) -> RolloutSource:
     """Build loader, engine, reference answers, rewards, and their schedule.
 
@@ -61,6 +63,7 @@ def build_rollout(
         progress: how far the run is.
         prompts: of the checkpoint.
         row: the samples that the run trains on.
+        step: whose model rewards may look into.
     """
     directory = Path(config.output_dir)
     engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
@@ -79,7 +82,8 @@ def build_rollout(
     rewards = build_rewards(config.reward, directory, layout.replica_group)
     routes = TeacherRoutes(config.data.training_sets)
     given = GivenResponses(prompts, config.rollout.max_new_tokens) if config.objective.given_fields else None
-    collector = Collector(config.rollout, config.objective, answers, rewards, config.seed, routes, given)
+    aligner = build_aligner(config, layout, step)
+    collector = Collector(config.rollout, config.objective, answers, rewards, config.seed, routes, given, aligner)
     loader = SampleLoader(
         row,
         batch_size=config.rollout.prompts_per_step,

@@ -82,6 +82,7 @@ def build_training(
     elif start.weights is not None and config.init_optimizer:
         checkpoints.load(start.weights, model, optimizer, None)
     scheduler.step(increment=start.progress.step)
+    step.controllers.restore(start.progress.controllers)
     return Training(model, optimizer, step)
 
 

@@ -54,6 +54,7 @@ class Progress:
         longest: of them the longest step, checkpoint and evaluation.
         mixture: of the data's sets, the fields of `Phase`; empty for a run that has taken no sample.
         damaged: samples of each set that turned out to be damaged, as ranges of numbers.
+        controllers: of the streams' weights, the fields of `ControllerState` by stream.
         made_with: the settings of the run.
         ahead: responses of later steps, by step and request (`Schedule.settle`), generated with weights that a resumed
             run no longer has.
@@ -68,6 +69,7 @@ class Progress:
     longest: Mapping[str, float] = field(default_factory=dict)
     mixture: Mapping[str, Any] = field(default_factory=dict)
     damaged: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+    controllers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     made_with: MadeWith = field(default_factory=MadeWith)
     ahead: Mapping[int, Mapping[str, Rollout]] = field(default_factory=dict)
 

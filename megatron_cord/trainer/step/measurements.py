@@ -45,7 +45,7 @@ def measure_step(
             ]
         )
         if loss.stream:
-            sums[4 + names.index(loss.stream)] += loss.token.double()
+            sums[4 + names.index(loss.stream)] += (loss.token + loss.sequence).double()
     dist.all_reduce(sums)
     token, sequence, entropy_sum, tokens, *of_streams = sums.tolist()
     token, sequence = token / updates, sequence / updates
@@ -71,14 +71,15 @@ def _stream_metrics(
     """Return each stream's weighted loss, divergence and length of responses, from the sums of its losses by name."""
     metrics: dict[str, float] = {}
     for name, loss_sum in losses.items():
-        own = [r for r in rollouts if r.distilled and objective.term_of(r.draw).name == name]
+        own = [r for r in rollouts if objective.stream_of(r) == name]
         kl = [value for r in own if r.tokens is not None and r.tokens.kl is not None for value in r.tokens.kl]
         tokens = sum(len(r.rollout.token_ids) for r in own)
         metrics |= {
             f"stream/{name}/loss": loss_sum / updates,
-            f"stream/{name}/kl": sum(kl) / len(kl) if kl else math.nan,
             f"stream/{name}/response_tokens": tokens / len(own) if own else math.nan,
         }
+        if objective.streams[name].kind == "distillation":
+            metrics[f"stream/{name}/kl"] = sum(kl) / len(kl) if kl else math.nan
     return metrics
 
 

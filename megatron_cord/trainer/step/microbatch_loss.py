@@ -5,7 +5,7 @@ Shapes: n response tokens of a microbatch on this context-parallel rank, b respo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -13,8 +13,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cord.errors import CordError
-from megatron_cord.losses import TokenStats, cord, distillation_loss, sampled_reverse_kl, token_weights
+from megatron_cord.losses import (
+    TokenStats,
+    cord,
+    distillation_loss,
+    one_sided_gap,
+    sampled_reverse_kl,
+    token_weights,
+)
 from megatron_cord.losses.policy_loss import PolicyTokens, RatioStats, importance_weights, policy_loss
+from megatron_cord.losses.responses import response_of_token
 from megatron_cord.trainer.step.batches import Microbatch
 from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig
 
@@ -94,7 +102,7 @@ def microbatch_loss(
         None if teacher_hidden is None else teacher_hidden.to(student_hidden.device, non_blocking=True),
         teacher_weight,
         batch.target_ids,
-        kind="reverse_kl" if config.divergence.kind == "sampled" else config.divergence.kind,
+        kind=config.divergence.summed,
         beta=config.divergence.beta,
         k=config.divergence.k,
         vocab_size=vocab_size,
@@ -175,7 +183,7 @@ def _terms(
     # A term that is absent must not have a gradient of zero, which costs a pass; but some gradient the pipeline needs.
     zero = stats.kl.new_zeros(()) if responses.scored or responses.rewarded else stats.student_logprob.sum() * 0.0
     token, sequence, weights, ratios = zero, zero, None, None
-    policy = config.policy_gradient
+    policy = replace(config.policy_gradient, normalization=config.policy_normalization)
     tokens = PolicyTokens(
         stats.student_logprob,
         responses.old_logprobs,
@@ -204,6 +212,11 @@ def _terms(
             # NaN where the engine's weights are broken: nothing to learn from.
             ratio = ratio.masked_fill(responses.engine_logprobs.isnan(), torch.nan)
             divergence = sampled_reverse_kl(stats.student_logprob, stats.teacher_logprob, ratio)
+        elif config.divergence.kind == "one_sided":
+            divergence = one_sided_gap(stats.student_logprob, stats.teacher_logprob)
+        if config.normalization == "response_mean":
+            lengths = responses.lengths[response_of_token(divergence, responses.cu_seqlens)]
+            divergence = divergence / lengths
         token = weight * cord.token_loss(divergence, weights, counts.scored)
     if responses.rewarded:
         loss, ratios = policy_loss(policy, tokens, counts.policy, cp_group=cp_group)

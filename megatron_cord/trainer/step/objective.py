@@ -1,6 +1,6 @@
 """The objective of a run: L = L_tok + L_seq, which of their variants, and what each is divided by.
 
-L_tok may be a sum over streams (`streams`). Dividing both terms by tokens instead of responses (``normalization``)
+Both may be sums over streams (`streams`). Dividing both terms by tokens instead of responses (``normalization``)
 keeps their ratio where lengths are alike, and makes the learning rate independent of the length. ``microbatch_loss``
 composes the terms.
 """
@@ -16,7 +16,7 @@ from megatron_cord.data.samples import HEAR, READ
 from megatron_cord.errors import CordError
 from megatron_cord.losses import DivergenceConfig, PolicyGradientConfig, TokenWeightsConfig
 from megatron_cord.rollout.types import ScoredRollout
-from megatron_cord.trainer.step.streams import Stream, StreamConfig
+from megatron_cord.trainer.step.streams import PolicyStream, Stream, StreamConfig
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,13 @@ class ObjectiveConfig:
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)  #: D_t
     token_weights: TokenWeightsConfig = field(default_factory=TokenWeightsConfig)  #: w_t
     policy_gradient: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)  #: L_seq
-    #: several terms of L_tok by name, each with responses, views, a divergence and a weight of its own; empty: the
-    #: single one that the keys here describe
+    #: several terms by name, each with responses, views, a divergence or a reward, and a weight of its own: those of
+    #: the kind distillation in place of the single term of L_tok that the keys here describe, those of the kind
+    #: policy_gradient in place of the single one of L_seq
     streams: dict[str, StreamConfig] = field(default_factory=dict)
-    #: both losses are divided by the number of responses (the paper) or of their tokens
-    normalization: Literal["response", "token"] = "response"
+    #: both losses are divided by the number of responses (response: the paper; response_mean: of means over each
+    #: response's tokens) or of their tokens
+    normalization: Literal["response", "response_mean", "token"] = "response"
     #: how the divergence's gradient is formed; docs/loss.md compares them
     implementation: Literal["auto", "cached_grad", "fused", "recompute"] = "auto"
     #: what computes the divergence; auto compiles on a CPU where calls are large
@@ -46,6 +48,7 @@ class ObjectiveConfig:
         kind, policy = self.divergence.kind, self.policy_gradient.enabled
         if self.streams:
             self._check_streams()
+        if self._named("distillation"):
             return
         if kind == "none" and not policy:
             raise CordError(
@@ -77,13 +80,27 @@ class ObjectiveConfig:
 
     @property
     def terms(self) -> tuple[Stream, ...]:
-        """The streams in their order; the single one without a name is called ""."""
-        return tuple(self._resolved(name, each) for name, each in (self.streams or {"": StreamConfig()}).items())
+        """The streams of L_tok in their order; the single one without a name is called ""."""
+        named = self._named("distillation") or {"": StreamConfig()}
+        return tuple(self._resolved(name, each) for name, each in named.items())
+
+    @property
+    def policy_terms(self) -> tuple[PolicyStream, ...]:
+        """The streams of L_seq in their order; the single one without a name is called ""; none if L_seq is off."""
+        if not self.policy_gradient.enabled:
+            return ()
+        named = self._named("policy_gradient").items()
+        return tuple(
+            PolicyStream(
+                name, each.student or self.student_view, each.weight, each.responses, each.reward, each.align_with
+            )
+            for name, each in named
+        ) or (PolicyStream("", self.student_view),)
 
     @property
     def draws(self) -> tuple[int, ...]:
         """Numbers of the responses that a prompt gets for L_tok alone, streams in turn: 0, −1, …; none if it is off."""
-        if self.divergence.kind == "none" and not self.streams:
+        if self.divergence.kind == "none" and not self._named("distillation"):
             return ()
         return tuple(range(0, -sum(term.responses for term in self.terms), -1))
 
@@ -102,23 +119,54 @@ class ObjectiveConfig:
         """The fields of samples that are responses."""
         return tuple(dict.fromkeys(term.source for term in self.terms if not term.sampled))
 
+    def groups(self, policy_rollouts: int) -> dict[str, range]:
+        """Return the numbers of the responses in a prompt's groups, 1, 2, …, by stream of L_seq.
+
+        Args:
+            policy_rollouts: N of the stream without a name.
+        """
+        groups, first = {}, 1
+        for term in self.policy_terms:
+            groups[term.name] = range(first, first + (term.responses or policy_rollouts))
+            first = groups[term.name].stop
+        return groups
+
+    def policy_term_of(self, draw: int) -> PolicyStream:
+        """Return the stream of L_seq of a response, by its number."""
+        owners = [term for term in self.policy_terms for _ in range(term.responses or 0)]
+        return owners[draw - 1] if owners else PolicyStream("", self.student_view)
+
+    def stream_of(self, rollout: ScoredRollout) -> str:
+        """Return the name of a rollout's stream; "" for one without a name."""
+        if not self.streams:
+            return ""
+        return (self.policy_term_of if rollout.draw > 0 else self.term_of)(rollout.draw).name
+
     def within(self, stream: str) -> ObjectiveConfig:
-        """Return the objective with a stream's own divergence and token weights; the very same for ""."""
+        """Return the objective with what a stream has of its own; the very same for ""."""
         if not stream:
             return self
+        policy = self.policy_gradient
+        if self.streams[stream].kind == "policy_gradient":
+            weight = policy.weight * self.streams[stream].weight
+            return replace(self, streams={}, policy_gradient=replace(policy, weight=weight))
         term = self._resolved(stream, self.streams[stream])
         return replace(self, streams={}, divergence=term.divergence, token_weights=term.token_weights)
 
     @property
     def views(self) -> tuple[str, ...]:
         """The views whose prompts go through the model or an engine."""
-        policy = (self.student_view,) if self.policy_gradient.enabled else ()
+        policy = (term.student for term in self.policy_terms)
         return tuple(dict.fromkeys((*policy, *(view for term in self.terms for view in term.views))))
 
     @property
     def distils(self) -> bool:
         """Whether a teacher's distributions are compared."""
         return any(term.distils for term in self.terms)
+
+    def _named(self, kind: str) -> dict[str, StreamConfig]:
+        """Return the streams of a kind by name."""
+        return {name: each for name, each in self.streams.items() if each.kind == kind}
 
     def _resolved(self, name: str, given: StreamConfig) -> Stream:
         student = self.student_view if given.student is None else given.student
@@ -134,6 +182,7 @@ class ObjectiveConfig:
             given.contrast,
             given.taught_by,
             given.source,
+            given.controller,
         )
 
     def _check_streams(self) -> None:
@@ -143,7 +192,13 @@ class ObjectiveConfig:
         if self.responses == "teacher":
             raise CordError("objective.streams need objective.responses=student: they are of the student's responses")
         for term in self.terms:
-            term.check()
+            if term.name:
+                term.check()
+        if (policy := self._named("policy_gradient")) and not self.policy_gradient.enabled:
+            raise CordError(
+                f"objective.streams.{min(policy)} is of the kind policy_gradient and "
+                "objective.policy_gradient.enabled is false: set it to true, or leave the stream out"
+            )
 
     @property
     def policy_normalization(self) -> Literal["response", "response_mean", "token", "max_length"]:

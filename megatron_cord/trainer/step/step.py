@@ -24,6 +24,8 @@ from megatron_cord.trainer.step.batches import (
     check_responses,
     make_microbatches,
 )
+from megatron_cord.trainer.step.controller import Controllers
+from megatron_cord.trainer.step.layer_means import LayerMeans
 from megatron_cord.trainer.step.measurements import measure_step
 from megatron_cord.trainer.step.microbatch_loss import MicrobatchLoss, microbatch_loss
 from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig
@@ -62,6 +64,9 @@ class TrainStep:
         pad_id: fills padding.
         max_new_tokens: of the longest possible response.
         others: further teachers by name, for sequences that one of them scores.
+
+    Attributes:
+        controllers: of the streams' weights; a checkpoint keeps their state.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class TrainStep:
         self.max_new_tokens = max_new_tokens
         self.teachers: dict[str, Teacher] = {"": teacher, **(others or {})}
         self._contrasts = {term.name: term.contrast for term in objective.terms}
+        self.controllers = Controllers({t.name: t.controller for t in objective.terms if t.controller is not None})
         self.lalm: LALM = model.module
         self.layout = self.lalm.layout
 
@@ -128,6 +134,11 @@ class TrainStep:
             **(seconds := phases.seconds()),
             "seconds_train": time.perf_counter() - started - seconds["seconds_teacher"],
         }
+        by_stream = self._by_stream(done)
+        metrics |= {f"stream/{name}/weight": weight for name, weight in self._weights(objective).items() if name}
+        metrics |= self.controllers.metrics(by_stream)
+        if len(norms) == updates:
+            self.controllers.follow(by_stream)
         if objective.policy_gradient.weight_schedule.kind != "constant":
             metrics["policy_weight"] = objective.policy_gradient.weight
         if updates > 1:
@@ -140,6 +151,17 @@ class TrainStep:
         taught = self.teacher.hidden_states(microbatches)
         losses = self._forward_backward(microbatches, taught, {"": GlobalCounts(1, 1)}, self.objective, train=False)
         return gather_token_results(microbatches, losses, self.layout)
+
+    def pool_layers(self, sequences: Sequence[TrainingSequence]) -> Tensor:
+        """Return each layer's mean output over a response's tokens, float32 [layers of this stage, sequences, H].
+
+        By the sequences' index, with the present weights. Collective over the replica's ranks, which pass the same.
+        """
+        microbatches = self._microbatches(sequences)
+        with LayerMeans(self.lalm, microbatches) as means, torch.no_grad():
+            teacher: list[Tensor | None] = [None] * len(microbatches)
+            self._pipeline(microbatches, teacher, lambda _batch, _teacher, rows: rows.new_zeros(()), train=False)
+        return means.whole()
 
     def _update(
         self,
@@ -176,11 +198,20 @@ class TrainStep:
 
     def _counts(self, rollouts: Sequence[ScoredRollout]) -> dict[str, GlobalCounts]:
         """Return an update's denominators by stream, and under "" those of what belongs to none."""
-        named = {"": [r for r in rollouts if not (self.objective.streams and r.distilled)]} | {
-            name: [r for r in rollouts if r.distilled and self.objective.term_of(r.draw).name == name]
-            for name in self.objective.streams
-        }
+        named = self._by_stream(rollouts)
         return {n: GlobalCounts.of(self.objective, some, self.max_new_tokens) for n, some in named.items()}
+
+    def _by_stream(self, rollouts: Sequence[ScoredRollout]) -> dict[str, list[ScoredRollout]]:
+        """Return the rollouts of each stream, and under "" those of none."""
+        named: dict[str, list[ScoredRollout]] = {name: [] for name in ("", *self.objective.streams)}
+        for rollout in rollouts:
+            named[self.objective.stream_of(rollout)].append(rollout)
+        return named
+
+    def _weights(self, objective: ObjectiveConfig) -> dict[str, float]:
+        """Return λ of each stream, with its controller's factor, or the policy gradient's own."""
+        policy = {term.name: term.weight * objective.policy_gradient.weight for term in objective.policy_terms}
+        return policy | {term.name: term.weight * self.controllers.factor(term.name) for term in objective.terms}
 
     def _microbatches(self, sequences: Sequence[TrainingSequence]) -> list[Microbatch]:
         check_responses(sequences, self.lalm.arch.language.vocab_size)
@@ -222,7 +253,7 @@ class TrainStep:
         """Run the pipeline schedule; return the microbatches' losses on the last stage and nothing elsewhere."""
         losses: list[MicrobatchLoss] = []
         objectives = {stream: objective.within(stream) for stream in counts}
-        weights = {term.name: term.weight for term in objective.terms}
+        weights = self._weights(objective)
 
         def loss_func(batch: Microbatch, taught: TaughtTokens | None, rows: Tensor) -> Tensor:
             loss = microbatch_loss(

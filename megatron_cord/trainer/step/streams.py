@@ -1,10 +1,11 @@
-"""Distillation streams: terms of the objective, each with responses, views and a divergence of its own.
+"""Streams: terms of the objective, each with responses, views and a weight of its own.
 
-    L = Σ_k λ_k L_tok,k + L_seq
+    L = Σ_k λ_k L_tok,k + Σ_m λ_m L_seq,m
 
-A stream k draws responses to one view, and compares student and teacher on them, each on a view of its own. All streams
-are trained on in one step: their microbatches accumulate into one gradient. A term's denominator counts its own
-responses (or tokens), so λ does not depend on how many responses another stream has.
+A stream of distillation draws responses to one view, and compares student and teacher on them, each on a view of its
+own. A stream of the policy gradient draws groups of responses to one view and rewards them. All streams are trained on
+in one step: their microbatches accumulate into one gradient. A term's denominator counts its own responses (or tokens),
+so λ does not depend on how many responses another stream has.
 """
 
 from __future__ import annotations
@@ -15,6 +16,20 @@ from typing import Literal
 
 from megatron_cord.errors import CordError
 from megatron_cord.losses import DivergenceConfig, TokenWeightsConfig
+from megatron_cord.reward.rewards import TermWeights
+from megatron_cord.trainer.step.controller import ControllerConfig
+
+#: Keys that a stream of the policy gradient cannot have
+_OF_DISTILLATION = (
+    "teacher",
+    "taught_by",
+    "contrast",
+    "rollout",
+    "source",
+    "divergence",
+    "token_weights",
+    "controller",
+)
 
 
 @dataclass(frozen=True)
@@ -35,20 +50,27 @@ class ContrastConfig:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """A term of L_tok under a name: streams: {NAME: {student: read, teacher: read, weight: 0.5}}."""
+    """A term of the objective under a name: streams: {NAME: {student: read, teacher: read, weight: 0.5}}."""
 
+    #: distillation is a term of L_tok; policy_gradient one of L_seq, with groups of responses to student and rewards
+    kind: Literal["distillation", "policy_gradient"] = "distillation"
     student: str | None = None  #: which view the student is trained on; null: objective.student_view
     teacher: str | None = None  #: which view the teacher scores on; null: objective.teacher_view
     #: which of the teachers scores, by its name under teachers; null: the sample's set's, or the run's own
     taught_by: str | None = None
     contrast: ContrastConfig | None = None  #: a view that the teacher's distribution is contrasted with; null: none
     rollout: str | None = None  #: which view the responses answer; null: that of student
-    weight: float = 1.0  #: λ
-    responses: int = 1  #: responses to each of a step's prompts
+    weight: float = 1.0  #: λ; of policy_gradient beside objective.policy_gradient.weight
+    #: responses to each of a step's prompts; of policy_gradient N of a group, in place of rollout.policy_rollouts
+    responses: int = 1
     #: whose responses: student, sampled from it; or answer or solution, that text of the sample as it is
     source: Literal["student", "answer", "solution"] = "student"
     divergence: DivergenceConfig | None = None  #: D_t; null: objective.divergence
     token_weights: TokenWeightsConfig | None = None  #: w_t; null: objective.token_weights
+    controller: ControllerConfig | None = None  #: multiplies the weight by a factor that follows the student; null: 1
+    reward: TermWeights | None = None  #: of policy_gradient: what its reward is made of; null: reward.terms
+    #: of policy_gradient: the stream whose right responses the terms layers and embedding of its reward compare with
+    align_with: str | None = None
 
     def __post_init__(self) -> None:
         if not (self.weight > 0 and math.isfinite(self.weight)):
@@ -57,6 +79,19 @@ class StreamConfig:
             raise CordError(f"responses is {self.responses}; a stream has at least 1, or is left out")
         if self.source != "student" and (self.responses > 1 or self.rollout is not None):
             raise CordError(f"source is {self.source}, of which a sample has one; leave responses and rollout out")
+        if self.kind == "distillation":
+            for key in ("reward", "align_with"):
+                if getattr(self, key) is not None:
+                    raise CordError(f"{key} is of a stream of the kind policy_gradient; a distillation has no reward")
+            return
+        given = [key for key in _OF_DISTILLATION if getattr(self, key) not in (None, "student")]
+        if given:
+            raise CordError(f"{given[0]} is of a distillation; leave it out of a stream of the kind policy_gradient")
+        if self.responses < 2:
+            raise CordError(
+                f"responses is {self.responses}; a stream of the kind policy_gradient compares the responses of a "
+                "group: give at least 2"
+            )
 
 
 @dataclass(frozen=True)
@@ -75,6 +110,7 @@ class Stream:
         contrast: the teacher's second view; None without one.
         taught_by: the teacher's name; None where the sample's set says it.
         source: "student", or the field of the sample that is the response.
+        controller: of the weight; None for a constant one.
     """
 
     name: str
@@ -88,6 +124,7 @@ class Stream:
     contrast: ContrastConfig | None = None
     taught_by: str | None = None
     source: Literal["student", "answer", "solution"] = "student"
+    controller: ControllerConfig | None = None
 
     @property
     def sampled(self) -> bool:
@@ -148,3 +185,29 @@ class Stream:
                 f"{key} samples from the view {self.rollout} and trains on {self.student}: divergence.kind=sampled is "
                 "a policy gradient, which needs responses to the prompt that is trained on; choose one view"
             )
+        if self.controller is not None and not self.distils:
+            raise CordError(
+                f"{key} has a controller, which measures how far the student lags behind a teacher, and the divergence "
+                f"{self.divergence.kind}, which has none; leave controller out"
+            )
+
+
+@dataclass(frozen=True)
+class PolicyStream:
+    """A stream of the policy gradient.
+
+    Attributes:
+        name: of the stream; "" for the one that objective.policy_gradient describes.
+        student: the view that the responses answer and the student is trained on.
+        weight: λ.
+        responses: N of a group; None: rollout.policy_rollouts.
+        reward: the weights of its reward's terms; None: reward.terms.
+        align_with: the stream whose right responses it is compared with; None for none.
+    """
+
+    name: str
+    student: str
+    weight: float = 1.0
+    responses: int | None = None
+    reward: TermWeights | None = None
+    align_with: str | None = None

@@ -13,13 +13,15 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_cord.compare.methods import METHODS
 from megatron_cord.config.loading import load_config
 from megatron_cord.data.samples import Prompt
 from megatron_cord.data.views import Views
 from megatron_cord.errors import CordError
-from megatron_cord.losses import DivergenceConfig
+from megatron_cord.losses import DivergenceConfig, PolicyGradientConfig
 from megatron_cord.model.config import ModelConfig
 from megatron_cord.parallel.layout import initialize
+from megatron_cord.reward.rewards import TermWeights
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.step.batches import TrainingSequence
@@ -71,6 +73,24 @@ def sampled(log_p: Tensor, log_q: Tensor, tokens: Tensor, engine: Tensor) -> Ten
     return -(weight * (teacher - student).detach() * student).sum()
 
 
+def forward_kl(log_p: Tensor, log_q: Tensor, tokens: Tensor, engine: Tensor) -> Tensor:
+    """Σ_t Σ_v q (log q − log p)."""
+    return (log_q.exp() * (log_q - log_p)).sum()
+
+
+def one_sided(log_p: Tensor, log_q: Tensor, tokens: Tensor, engine: Tensor) -> Tensor:
+    """Σ_t max(0, log q(y_t) − log p(y_t)) / T."""
+    student, teacher = (values.gather(1, tokens[:, None])[:, 0] for values in (log_p, log_q))
+    return (teacher - student).clamp(min=0).sum() / len(tokens)
+
+
+def policy(log_p: Tensor, tokens: Tensor, engine: Tensor, advantage: float) -> Tensor:
+    """Return −A Σ_t min(p_old/p_engine, 2) p(y_t)/p_old(y_t), p_old the same p, as a number."""
+    student = log_p.gather(1, tokens[:, None])[:, 0]
+    old = student.detach()
+    return -advantage * ((old - engine).exp().clamp(max=2.0) * (student - old).exp()).sum()
+
+
 def cord_weighted(log_p: Tensor, log_q: Tensor, tokens: Tensor, engine: Tensor) -> Tensor:
     """Σ_t w_t D_t; responses here have fewer tokens than K, so that all of them have α."""
     divergence = (log_p.exp() * (log_p - log_q)).sum(1)
@@ -111,9 +131,17 @@ EQUATIONS: dict[str, tuple[Equation | list[Equation], str]] = {
     "gkd": (jensen_shannon, "token"),
     "rt_opd": ([cross_entropy, contrastive], "token"),
     "ts_opd": (top_tokens, "token"),
+    "opod": (one_sided, "response"),
+    "sft": (cross_entropy, "response"),
+    "off_policy_kl": (forward_kl, "response"),
+    "forward_kl": (forward_kl, "response"),
+    "reverse_kl": (reverse_kl, "response"),
 }
-#: λ of each stream, in the order in which they stand
-WEIGHTS = {"x_opd": (0.5, 0.5), "rt_opd": (1.0, 0.25)}
+#: λ of each stream
+WEIGHTS = {"x_opd": {"in_modal": 0.5, "cross_modal": 0.5}, "rt_opd": {"contrastive": 0.25}}
+#: Recipes that have streams of the policy gradient, and what a response's sum is divided by beside their number
+MEANS = {"opod": "response_mean", "tars": "token"}
+NAMES = tuple(dict.fromkeys((*EQUATIONS, *MEANS)))
 
 
 def load_recipe(name: str) -> RunConfig:
@@ -127,7 +155,7 @@ def load_recipe(name: str) -> RunConfig:
 def make_step(recipe: RunConfig, objective: ObjectiveConfig) -> list[TrainingSequence]:
     """Return responses of each stream, two at most to a sample; each view of a sample has a prompt of its own.
 
-    Samples are of the training sets in turn.
+    Samples are of the training sets in turn. L_seq of the stream without a name is left out.
     """
     views, prompts = Views(recipe.views), dict[tuple[str, int], Prompt]()
     sets, routes = list(recipe.data.training_sets.items()), TeacherRoutes(recipe.data.training_sets)
@@ -151,6 +179,13 @@ def make_step(recipe: RunConfig, objective: ObjectiveConfig) -> list[TrainingSeq
                 sequences.append(
                     TrainingSequence(student, teacher, response, len(sequences), term.name, contrast, taught_by)
                 )
+    for policy in objective.policy_terms:
+        for draw in list(objective.groups(1)[policy.name])[:2]:
+            for position, made in enumerate(make_sequences(SIZES, seed=20 + draw)):
+                advantage = made.response.advantage * draw  # another one for each response
+                response = replace(made.response, role="policy", position=position, draw=draw, advantage=advantage)
+                student = prompts[policy.student, position]
+                sequences.append(TrainingSequence(student, None, response, len(sequences), policy.name))
     return sequences
 
 
@@ -167,23 +202,30 @@ def expected(directory: Path, recipe: str, sequences: list[TrainingSequence], fr
     for name, parameter in model.named_parameters():
         part_of = _published(name)
         parameter.requires_grad_("embed_positions" not in name and not any(PARTS[part] in part_of for part in frozen))
-    given, divided = EQUATIONS[recipe]
-    streams = list(dict.fromkeys(s.stream for s in sequences))
-    equations = dict(zip(streams, given, strict=True) if isinstance(given, list) else dict.fromkeys(streams, given))
     loss = torch.zeros((), dtype=torch.float64)
-    for stream, weight in zip(streams, WEIGHTS.get(recipe, (1.0,)), strict=True):
+    streams = list(dict.fromkeys(s.stream for s in sequences))
+    for stream in streams:
         own = [s for s in sequences if s.stream == stream]
-        count = sum(len(s.rollout.token_ids) for s in own) if divided == "token" else len(own)
+        lengths = sum(len(s.rollout.token_ids) for s in own)
+        weight = WEIGHTS.get(recipe, {}).get(stream, 1.0)
         for sequence in own:
             log_p = log_q = _log_probabilities(model, sequence.student, sequence.rollout)
+            tokens = torch.tensor(sequence.rollout.token_ids)
+            engine = torch.tensor(sequence.rollout.logprobs, dtype=torch.float64)
+            if not sequence.response.distilled:
+                mean = len(tokens) * len(own) if MEANS[recipe] == "response_mean" else lengths
+                loss = loss + weight * policy(log_p, tokens, engine, sequence.response.advantage) / mean
+                continue
             with torch.no_grad():
                 if sequence.teacher is not None:
                     log_q = _log_probabilities(teachers[sequence.taught_by], sequence.teacher, sequence.rollout)
                 if sequence.contrast is not None:
                     log_q = torch.stack([log_q, _log_probabilities(model, sequence.contrast, sequence.rollout)])
-            tokens = torch.tensor(sequence.rollout.token_ids)
-            engine = torch.tensor(sequence.rollout.logprobs, dtype=torch.float64)
-            loss = loss + weight * equations[stream](log_p, log_q, tokens, engine) / count
+            given, divided = EQUATIONS[recipe]
+            equation = given[streams.index(stream)] if isinstance(given, list) else given
+            loss = loss + weight * equation(log_p, log_q, tokens, engine) / (
+                lengths if divided == "token" else len(own)
+            )
     loss.backward()  # type: ignore[no-untyped-call]
     gradients = {_published(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
     return Outcome(loss.item(), gradients, {})
@@ -196,7 +238,9 @@ def run_recipes(_rank: int, names: list[str], settings: list[str]) -> dict[str, 
     found = {}
     for name in names:
         recipe = load_recipe(name)
-        objective = replace(recipe.objective, policy_gradient=replace(recipe.objective.policy_gradient, enabled=False))
+        objective = recipe.objective
+        if name not in MEANS:
+            objective = replace(objective, policy_gradient=replace(objective.policy_gradient, enabled=False))
         if objective.divergence.kind == "forward_topk":
             assert objective.divergence.k == 128 > SIZES.vocabulary
             objective = replace(objective, divergence=replace(objective.divergence, k=TOP))
@@ -219,11 +263,11 @@ def run_recipes(_rank: int, names: list[str], settings: list[str]) -> dict[str, 
 @cache
 def on_ranks(layout: str) -> dict[str, list[Row]]:
     ranks = 1 if layout == "one rank" else 2
-    found: dict[str, list[Row]] = run_ranks(run_recipes, ranks, list(EQUATIONS), LAYOUTS.get(layout, []))[0]
+    found: dict[str, list[Row]] = run_ranks(run_recipes, ranks, list(NAMES), LAYOUTS.get(layout, []))[0]
     return found
 
 
-@pytest.mark.parametrize("recipe", EQUATIONS)
+@pytest.mark.parametrize("recipe", NAMES)
 def test_recipes_equal_their_oracles(recipe: str) -> None:
     """Catches another divergence, weight, view, denominator or frozen part than the recipe's paper has."""
     check(on_ranks("one rank")[recipe], load_recipe(recipe))
@@ -231,10 +275,18 @@ def test_recipes_equal_their_oracles(recipe: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("recipe", EQUATIONS)
+@pytest.mark.parametrize("recipe", NAMES)
 def test_recipes_on_layouts(recipe: str, layout: str) -> None:
     """Catches streams that meet in one packed microbatch, or a rank that weighs a stream by its own share."""
     check(on_ranks(layout)[recipe], load_recipe(recipe))
+
+
+@pytest.mark.parametrize("name", ["sft", "off_policy_kl", "reverse_kl"])
+def test_baselines_are_the_comparisons(name: str) -> None:
+    """Catches a baseline's file that is another method than the one of `cord compare` with its name."""
+    settings = ["output_dir=out", "model.checkpoint=checkpoint", "data.train=train", "data.evaluation=heldout"]
+    method = load_config(RunConfig, None, [*settings, *METHODS[name].settings])
+    assert load_recipe(name).objective == method.objective
 
 
 def check(rows: list[Row], recipe: RunConfig) -> None:
@@ -242,6 +294,23 @@ def check(rows: list[Row], recipe: RunConfig) -> None:
     assert sum(row.name.startswith("gradient") for row in rows) > (20 if trains_a_tower else 1)
     failed = [row for row in rows if not row.passed]
     assert not failed, failed[:5]
+
+
+def test_a_stream_of_the_policy_gradient_is_the_objectives() -> None:
+    """Catches numbers of responses, a view or a loss that a name changes, and a stream that replaces the other kind."""
+    plain = ObjectiveConfig(policy_gradient=PolicyGradientConfig(weight=0.5))
+    named = replace(plain, streams={"only": StreamConfig("policy_gradient", responses=3)})
+    assert named.groups(7) == {"only": range(1, 4)} and plain.groups(3) == {"": range(1, 4)}
+    assert named.draws == plain.draws == (0,) and named.views == plain.views and named.terms == plain.terms
+    assert named.within("only") == plain
+    two = {
+        "a": StreamConfig("policy_gradient", responses=2, weight=3.0),
+        "b": StreamConfig("policy_gradient", "read", responses=2),
+    }
+    both = replace(plain, streams=two | {"c": StreamConfig(student="read")})
+    assert [both.policy_term_of(draw).name for draw in (1, 2, 3, 4)] == ["a", "a", "b", "b"]
+    assert both.groups(7) == {"a": range(1, 3), "b": range(3, 5)} and both.views == ("hear", "read")
+    assert both.within("a").policy_gradient.weight == 1.5 and both.term_of(0).name == "c"
 
 
 def test_a_single_stream_is_the_objective_without_streams() -> None:
@@ -277,3 +346,12 @@ def test_what_cannot_be_meant_is_refused() -> None:
         ContrastConfig("x", alpha=0.0)
     with pytest.raises(CordError, match="responses is 0"):
         StreamConfig(responses=0)
+    with pytest.raises(CordError, match="reward is of a stream of the kind policy_gradient"):
+        StreamConfig(reward=TermWeights())
+    with pytest.raises(CordError, match="teacher is of a distillation"):
+        StreamConfig("policy_gradient", teacher="read", responses=4)
+    with pytest.raises(CordError, match="give at least 2"):
+        StreamConfig("policy_gradient")
+    off = PolicyGradientConfig(enabled=False)
+    with pytest.raises(CordError, match=r"streams\.a is of the kind policy_gradient and .*enabled is false"):
+        ObjectiveConfig(streams={"a": StreamConfig("policy_gradient", responses=2)}, policy_gradient=off)

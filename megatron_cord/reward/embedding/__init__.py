@@ -1,0 +1,1 @@
+"""Embeddings of responses' texts: how alike two of them are, for `reward.terms.embedding`."""
