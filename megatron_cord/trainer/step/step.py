@@ -159,8 +159,8 @@ class TrainStep:
         """
         microbatches = self._microbatches(sequences)
         with LayerMeans(self.lalm, microbatches) as means, torch.no_grad():
-            teacher: list[Tensor | None] = [None] * len(microbatches)
-            self._pipeline(microbatches, teacher, lambda _batch, _teacher, rows: rows.new_zeros(()), train=False)
+            untaught = [None] * len(microbatches)
+            self._pipeline(microbatches, untaught, lambda _batch, _teacher, rows: rows.new_zeros(()), train=False)
         return means.whole()
 
     def _update(
