@@ -33,8 +33,8 @@ def planned_step(config: RunConfig) -> tuple[StepWork, float]:
         student_tokens=work.sequences * work.student_tokens,
         teacher_tokens=work.scored * work.teacher_tokens,
         response_tokens=work.sequences * work.response_tokens,
-        clips=work.sequences * work.clips,
-        clip_frames=work.sequences * work.clips * 1000,  # 10 s, as plan takes them
+        clips=round(work.sequences * work.clips),
+        clip_frames=round(work.sequences * work.clips * 1000),  # 10 s, as plan takes them
     )
     return done, train_flops(config, ARCH, work)[0]
 
