@@ -30,7 +30,7 @@ SCHEMA = pa.schema(
         ),  # distill (L_tok), policy (L_seq), shared (both) or replaced (none)
         pa.field("position", pa.int32(), nullable=False),  # of the sample in the step's batch, from 0
         pa.field("draw", pa.int32(), nullable=False),  # 0, −1, … of L_tok alone, 1 to N in a group of L_seq
-        pa.field("seed", pa.int64()),  # that the engine sampled with; null for a greedy response
+        pa.field("seed", pa.int64()),  # that the engine sampled with; null for a greedy or given response
         pa.field("question", pa.string(), nullable=False),
         pa.field("voice", pa.string()),
         pa.field("response", pa.string(), nullable=False),

@@ -122,6 +122,31 @@ def test_unknown_and_privileged_views_are_refused(inputs: Path, tmp_path: Path) 
         load(INFORMED, sets.replace("noisy:", "other:"))
 
 
+def test_a_contrast_reaches_the_teacher(inputs: Path, tmp_path: Path) -> None:
+    """Catches a teacher on one view alone, a gate that is not applied, hidden states mixed before they are there."""
+    contrasted, step = list[bool](), TrainStep.__call__
+    builder = PromptBuilder(inputs / "checkpoint")
+    texts = {s.id: builder.text_prompt(replace(s, answer=CANARY)).token_ids for s in make_samples(6, seed=1)}
+
+    def trained(self: Any, sequences: Any, *more: Any) -> Any:
+        contrasted.extend(s.contrast.token_ids == texts[s.student.sample_id] for s in sequences)
+        return step(self, sequences, *more)
+
+    term = "teacher: hear, contrast: {view: read, gate:"
+    settings = [
+        f"objective.streams={{moved: {{{term} 0}}}}, shut: {{{term} 1000}}}}}}",
+        "objective.policy_gradient.enabled=false",
+        "teacher.offload=true",
+        "train.steps=1",
+    ]
+    with mock.patch.object(TrainStep, "__call__", trained):
+        make_run(overrides(inputs, tmp_path / "run", *settings))
+    assert contrasted == [True] * 8
+    (line,) = metrics(tmp_path / "run")
+    assert line["stream/moved/kl"] > 0 and line["stream/shut/kl"] > 0
+    assert line["stream/moved/loss"] > 0 and line["stream/shut/loss"] == 0
+
+
 def test_a_stream_trains_on_the_answers_that_samples_have(inputs: Path, tmp_path: Path) -> None:
     """Catches given answers that are sampled, unended, left out of the loss, or compared with the engine."""
     term = "objective.streams={given: {source: answer, divergence: {kind: nll}}, own: {weight: 0.5}}"
