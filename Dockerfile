@@ -69,7 +69,7 @@ ENV PATH="/opt/megatron_cord/.venv/bin:${PATH}"
 
 # The tests beside it, under the Triton that torch pins. The stamp tells make that the environment is complete.
 FROM base AS tests
-RUN pip install --constraint requirements.lock -e ".[dev,docs,lhotse,speech,wandb]" \
+RUN pip install --constraint requirements.lock -e ".[dev,docs,gguf,lhotse,speech,wandb]" \
     && touch .venv/.installed
 CMD ["python", "-m", "pytest", "-m", "not slow and not slurm"]
 

@@ -30,7 +30,7 @@ ADVICE = (
 )
 #: What transformer-engine's torch part is built with: as it compiles against torch, pip must not isolate the build.
 BUILD_TOOLS = ("setuptools>=77.0.3,<85", "wheel", "packaging", "pybind11", "cmake", "ninja", "numpy")
-EXTRAS = "dev,docs,lhotse,speech,wandb"
+EXTRAS = "dev,docs,gguf,lhotse,speech,wandb"
 LOCK = Path("requirements.lock")
 
 

@@ -36,13 +36,13 @@ from megatron_cord.cli.options import DIRECTORY
     type=click.Choice(("auto", "float32", "bfloat16", "float16")),
     default="auto",
     show_default=True,
-    help="Precision of the result; auto: the text model's.",
+    help="Precision of the result; auto: the text model's, and bfloat16 of a GGUF file.",
 )
 def command(llm: Path, whisper: Path, target: Path, **options: Any) -> int:
     """Make a speech model of the text model LLM_DIR and the encoder of the Whisper WHISPER_DIR.
 
-    OUT is a Hugging Face directory of the Ultravox family. Its projector is random: the model reads as before, and has
-    to be trained before it understands speech.
+    LLM_DIR may be a GGUF file, too, which is dequantised. OUT is a Hugging Face directory of the Ultravox family. Its
+    projector is random: the model reads as before, and has to be trained before it understands speech.
     """
     from megatron_cord.cli.actions.graft import run
 

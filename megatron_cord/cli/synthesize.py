@@ -48,7 +48,10 @@ class SeveralValues(click.Command):
     help="The synthesizer.",
 )
 @click.option(
-    "--voices", metavar="NAME...", multiple=True, help="Names as the backend has them; for Piper, .onnx files."
+    "--voices",
+    metavar="NAME...",
+    multiple=True,
+    help="Names as the backend has them; for Piper, .onnx files, also as FILE.onnx+pitch=1.1.",
 )
 @click.option("--model-dir", metavar="DIR", help="Kokoro's model (.onnx) and voices (.bin).")
 @click.option("--url", help="The speech endpoint, up to /v1 (backend openai).")
@@ -61,6 +64,23 @@ class SeveralValues(click.Command):
     default=(1.0, 1.0),
     show_default=True,
     help="1 is a voice's normal speed.",
+)
+@click.option(
+    "--noise",
+    metavar="SHARE",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Share of the recordings that get pink noise.",
+)
+@click.option(
+    "--noise-snr",
+    metavar="LEAST MOST",
+    type=float,
+    nargs=2,
+    default=(10.0, 20.0),
+    show_default=True,
+    help="Power of the speech over that of the noise, dB.",
 )
 @click.option("--max-seconds", type=float, default=30.0, show_default=True, help="Longer recordings are left out.")
 @click.option(
@@ -103,6 +123,8 @@ def command(
     url: str | None,
     model: str,
     speeds: tuple[float, float],
+    noise: float,
+    noise_snr: tuple[float, float],
     max_seconds: float,
     max_rejects: float,
     min_loudness: float,
@@ -126,6 +148,8 @@ def command(
         shard_size=shard_size,
         slowest=speeds[0],
         fastest=speeds[1],
+        noise=noise,
+        noise_snr=noise_snr,
         max_rejects=max_rejects,
         synthesizer=SynthesizerConfig(backend, voices, model_dir, url, model),
         quality=QualityConfig(

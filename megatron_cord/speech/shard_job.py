@@ -13,10 +13,12 @@ from megatron_cord.data.samples import Sample
 from megatron_cord.data.shards.writer import encode_sample
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.openai_client import EndpointError
+from megatron_cord.speech.noise import Noise
 from megatron_cord.speech.quality import QualityConfig, recording_fault
 from megatron_cord.speech.receipts import Part, Receipt, make_with_receipt
 from megatron_cord.speech.synthesizers.build import open_synthesizer
 from megatron_cord.speech.synthesizers.config import SynthesizerConfig
+from megatron_cord.speech.synthesizers.piper import voice_label
 from megatron_cord.speech.synthesizers.protocol import (
     SAMPLING_RATE,
     SpeechSynthesizer,
@@ -28,16 +30,22 @@ from megatron_cord.speech.verbalization import UnspeakableError, verbalize
 
 _BATCH = 50  # utterances a call of the synthesizer; part of what makes a set reproducible
 _PART = 10  # utterances between two writings where they cost time or money
+_Spoken = tuple[WrittenQuestion, Utterance, Noise | None]
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard to make. ``utterances[i]`` is ``questions[i]`` in the voice drawn for it, not verbalized yet."""
+    """One shard to make.
+
+    ``utterances[i]`` is ``questions[i]`` in the voice drawn for it, not verbalized yet; ``noises[i]`` is the noise
+    under its recording.
+    """
 
     directory: Path
     name: str
     questions: tuple[WrittenQuestion, ...]
     utterances: tuple[Utterance, ...]
+    noises: tuple[Noise | None, ...]
     synthesizer: SynthesizerConfig
     quality: QualityConfig
 
@@ -61,14 +69,14 @@ def make_shard(job: ShardJob) -> Receipt:
 
 def _make_shard(job: ShardJob) -> Receipt:
     rejects: list[Reject] = []
-    speakable: list[tuple[WrittenQuestion, Utterance]] = []
-    for question, utterance in zip(job.questions, job.utterances, strict=True):
+    speakable: list[_Spoken] = []
+    for question, utterance, noise in zip(job.questions, job.utterances, job.noises, strict=True):
         try:
             text = verbalize(utterance.text, max_characters=job.quality.max_characters)
         except UnspeakableError as error:
             rejects.append(Reject(question.id, str(error)))
         else:
-            speakable.append((question, Utterance(text, utterance.voice)))
+            speakable.append((question, Utterance(text, utterance.voice), noise))
     size = _PART if job.is_costly else _BATCH
     recognizer = job.quality.asr_url, job.quality.asr_model, job.synthesizer.api_key_env, job.synthesizer.patience
     with open_synthesizer(job.synthesizer) as synthesizer, open_transcriber(*recognizer) as transcriber:
@@ -76,21 +84,21 @@ def _make_shard(job: ShardJob) -> Receipt:
             job.directory,
             job.name,
             (speakable[start : start + size] for start in range(0, len(speakable), size)),
-            lambda batch: _make_part(batch, synthesizer, transcriber, job.quality),
+            lambda batch: _make_part(batch, synthesizer, transcriber, job),
             keep_parts=job.is_costly,
             rejects=rejects,
         )
 
 
 def _make_part(
-    batch: Sequence[tuple[WrittenQuestion, Utterance]],
+    batch: Sequence[_Spoken],
     synthesizer: SpeechSynthesizer,
     transcriber: Transcriber | None,
-    quality: QualityConfig,
+    job: ShardJob,
 ) -> Part:
-    part = Part()
-    recordings = _speak(synthesizer, [utterance for _, utterance in batch])
-    for (question, utterance), recording in zip(batch, recordings, strict=True):
+    part, quality = Part(), job.quality
+    recordings = _speak(synthesizer, [utterance for _, utterance, _ in batch])
+    for (question, utterance, noise), recording in zip(batch, recordings, strict=True):
         if isinstance(recording, str):
             part.rejects.append(Reject(question.id, recording))
             continue
@@ -100,11 +108,12 @@ def _make_part(
         if fault is not None:
             part.rejects.append(Reject(question.id, fault))
             continue
-        voice = utterance.voice.name
+        name = utterance.voice.name
+        voice = voice_label(name) if job.synthesizer.backend == "piper" else name
         sample = Sample(
             question.id,
             question.text,
-            recording,
+            recording if noise is None else noise.under(recording),
             SAMPLING_RATE,
             question.answer,
             question.solution,
@@ -113,7 +122,7 @@ def _make_part(
             question.instruction,
             question.system,
         )
-        part.samples.append(encode_sample(sample))
+        part.samples.append(encode_sample(sample, metadata=None if noise is None else {"noise_snr": noise.snr}))
         part.voices[voice] += 1
         part.seconds += len(recording) / SAMPLING_RATE
     return part

@@ -1,6 +1,6 @@
 """Make spoken shards of written questions: in parallel, resumable, with a reason for everything that is left out.
 
-Question number i always goes to shard i // shard_size, with a voice and a speed drawn from the seed. So with a
+Question number i always goes to shard i // shard_size, with a voice, a speed and noise drawn from the seed. So with a
 deterministic synthesizer (espeak-ng) a set that was interrupted is the same bit for bit as one made in one go.
 
 What it simplifies: progress is counted in shards' questions.
@@ -20,6 +20,7 @@ from megatron_cord.data.ordering.order import permutation
 from megatron_cord.data.question_files import Reject, WrittenQuestion, question_files, read_questions
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import file_digest, fingerprint
+from megatron_cord.speech.noise import Noise, draw_noise
 from megatron_cord.speech.quality import QualityConfig
 from megatron_cord.speech.receipts import Receipt
 from megatron_cord.speech.shard_job import ShardJob, make_shard
@@ -40,6 +41,8 @@ class SpokenSetConfig:
         seed: of voices and speeds.
         shard_size: questions a shard, rejects included.
         slowest, fastest: speeds are drawn evenly between them; 1 is a voice's normal speed.
+        noise: share of the recordings that get pink noise, drawn from the seed and the question's id.
+        noise_snr: power of the speech over that of the noise, dB; drawn evenly between the two.
         max_rejects: the largest share of questions that may be left out; more is an error at the end, when all shards
             are there.
         synthesizer: backend and voices.
@@ -54,6 +57,8 @@ class SpokenSetConfig:
     shard_size: int = 256
     slowest: float = 1.0
     fastest: float = 1.0
+    noise: float = 0.0
+    noise_snr: tuple[float, float] = (10.0, 20.0)
     max_rejects: float = 0.2
     synthesizer: SynthesizerConfig = field(default_factory=SynthesizerConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
@@ -64,6 +69,13 @@ class SpokenSetConfig:
         if not 0.3 <= self.slowest <= self.fastest <= 3.0:
             raise CordError(
                 f"speeds from {self.slowest} to {self.fastest}: write the slowest first, both between 0.3 and 3"
+            )
+        if not 0.0 <= self.noise <= 1.0:
+            raise CordError(f"noise is {self.noise:g}; it is a share of the recordings between 0 and 1")
+        if not -10.0 <= self.noise_snr[0] <= self.noise_snr[1] <= 100.0:
+            raise CordError(
+                f"noise_snr from {self.noise_snr[0]:g} to {self.noise_snr[1]:g} dB: write the smaller one first, both "
+                "from -10 to 100"
             )
         if not 0.0 <= self.max_rejects <= 1.0:
             raise CordError(f"max_rejects is {self.max_rejects}; it is a share between 0 and 1")
@@ -124,6 +136,8 @@ def _source(config: SpokenSetConfig) -> dict[str, Any]:
     del source["max_rejects"]
     if not config.ignore_fields:
         del source["ignore_fields"]
+    if not config.noise:
+        del source["noise"], source["noise_snr"]
     plain: dict[str, Any] = json.loads(json.dumps(source))  # tuples become lists, as they come back from the file
     return plain
 
@@ -136,12 +150,17 @@ def _jobs(config: SpokenSetConfig, questions: Sequence[WrittenQuestion], output:
     draws = np.random.PCG64(np.random.SeedSequence((config.seed, 1))).random_raw(len(questions)) / 2.0**64
     speeds = [round(config.slowest + float(d) * (config.fastest - config.slowest), 2) for d in draws]
     utterances = [Utterance(q.text, Voice(s, speed)) for q, s, speed in zip(questions, speakers, speeds, strict=False)]
+
+    def noise(question: WrittenQuestion) -> Noise | None:
+        return draw_noise(config.noise, config.noise_snr, f"{config.seed}\x1f{question.id}")
+
     return [
         ShardJob(
             output,
             f"shard-{number:06d}",
             tuple(questions[a:b]),
             tuple(utterances[a:b]),
+            tuple(map(noise, questions[a:b])),
             config.synthesizer,
             config.quality,
         )

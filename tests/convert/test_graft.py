@@ -6,6 +6,7 @@ import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,17 +43,19 @@ MARKS = ["<|unknown|>", "<|im_start|>", "<|im_end|>"]
 WINDOW = 200  # positions, 4 s
 
 
-def write_llm(directory: Path, kind: str = "llama", rows: int = len(MARKS) + len(WORDS), *, tied: bool = True) -> Path:
+def write_llm(
+    directory: Path, kind: str = "llama", rows: int = 0, *, tied: bool = True, words: Sequence[str] = WORDS
+) -> Path:
     """Write a text model whose template takes texts alone, with a row for each token and none to spare by default."""
     sizes: dict[str, Any] = {
-        "vocab_size": rows, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2,
-        "num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 256,
+        "vocab_size": rows or len(MARKS) + len(words), "hidden_size": 24, "intermediate_size": 20,
+        "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 256,
         "tie_word_embeddings": tied,
     }  # fmt: skip
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
     model.to(torch.bfloat16).save_pretrained(directory)
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*MARKS, *WORDS])}, unk_token=MARKS[0]))
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*MARKS, *words])}, unk_token=MARKS[0]))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer: Any = PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -66,11 +69,11 @@ def write_llm(directory: Path, kind: str = "llama", rows: int = len(MARKS) + len
     return directory
 
 
-def write_whisper(directory: Path) -> Path:
-    """Write a whole Whisper, decoder included, in float32."""
+def write_whisper(directory: Path, window: int = WINDOW) -> Path:
+    """Write a whole Whisper, decoder included, in float32; `window`: positions of its encoder, 20 ms each."""
     config = WhisperConfig(
         num_mel_bins=8, d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=20, decoder_layers=1,
-        decoder_attention_heads=2, decoder_ffn_dim=12, max_source_positions=WINDOW, vocab_size=60, pad_token_id=0,
+        decoder_attention_heads=2, decoder_ffn_dim=12, max_source_positions=window, vocab_size=60, pad_token_id=0,
         bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
     )  # fmt: skip
     whisper: Any = WhisperModel
@@ -78,7 +81,7 @@ def write_whisper(directory: Path) -> Path:
     whisper(config).save_pretrained(directory)
     extractor = {
         "feature_extractor_type": "WhisperFeatureExtractor", "processor_class": "WhisperProcessor", "feature_size": 8,
-        "hop_length": 160, "n_fft": 400, "n_samples": 2 * WINDOW * 160, "sampling_rate": 16000,
+        "hop_length": 160, "n_fft": 400, "n_samples": 2 * window * 160, "sampling_rate": 16000,
     }  # fmt: skip
     (directory / "preprocessor_config.json").write_text(json.dumps(extractor))
     return directory

@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_cord.data.shards.reader import ShardDataset
@@ -131,6 +133,35 @@ def test_other_arguments_and_too_many_rejects_are_refused(tmp_path: Path) -> Non
         make_spoken_set(SpokenSetConfig(str(questions)), tmp_path / "other")
     result = make_spoken_set(SpokenSetConfig(str(questions), max_rejects=0.5), tmp_path / "other")
     assert result.rejects == {"it contains an address": 3} and result.manifest.samples == 4
+
+
+def test_noise_lies_under_a_share_of_the_recordings(tmp_path: Path) -> None:
+    """Catches noise under all or none, at another level than the sample says, and noise that depends on the shard."""
+    questions = write_questions(tmp_path / "q.jsonl", 40)
+    clean, noisy, other = (tmp_path / name for name in ("clean", "noisy", "other"))
+    make_spoken_set(SpokenSetConfig(str(questions)), clean)
+    config = SpokenSetConfig(str(questions), noise=0.5, noise_snr=(10.0, 20.0))
+    make_spoken_set(config, noisy)
+    make_spoken_set(replace(config, shard_size=50), other)
+    before, after, again = ShardDataset(clean), ShardDataset(noisy), ShardDataset(other)
+    levels = {}
+    for index in range(40):
+        speech, recording = before[index].waveform, after[index].waveform
+        assert np.array_equal(recording, again[index].waveform)
+        if (snr := after[index].metadata.get("noise_snr")) is None:
+            assert np.array_equal(recording, speech)
+            continue
+        scale = float(recording @ speech) / float(speech @ speech)  # what exceeds 1 is scaled down
+        noise = recording / scale - speech
+        levels[index] = 10 * np.log10(np.mean(speech**2) / np.mean(noise**2))
+        power = np.abs(np.fft.rfft(noise)) ** 2
+        low, high = (power[int(len(power) * a) : int(len(power) * b)].mean() for a, b in ((0.02, 0.1), (0.5, 0.9)))
+        assert abs(levels[index] - snr) < 1.0 and low > 4 * high  # pink: power falls as 1/f
+    assert 12 <= len(levels) <= 28 and min(levels.values()) < 13 < 17 < max(levels.values())
+    with pytest.raises(CordError, match=r"noise_snr from 20 to 10 dB"):
+        SpokenSetConfig(str(questions), noise=0.5, noise_snr=(20.0, 10.0))
+    with pytest.raises(CordError, match=r"other arguments \(noise, noise_snr\)"):
+        make_spoken_set(config, clean)
 
 
 def test_enormous_and_empty_texts(tmp_path: Path) -> None:

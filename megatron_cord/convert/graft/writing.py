@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_cord.convert.graft.gguf import dequantised, gguf_file
 from megatron_cord.convert.graft.sources import (
     HOP_LENGTH,
     N_FFT,
@@ -81,17 +82,25 @@ def graft(llm: Path, whisper: Path, target: Path, projector: Projector, dtype: t
     word embedding's rows.
 
     Args:
-        llm: Hugging Face directory of a text model.
+        llm: Hugging Face directory of a text model, or a GGUF file, or the directory of one.
         whisper: Hugging Face or CTranslate2 directory of a Whisper.
         target: the new directory.
         projector: its sizes.
-        dtype: of the weights; the text model's if None.
+        dtype: of the weights; if None the text model's, and bfloat16 of one in a GGUF file.
 
     Raises:
         CordError: the target exists, a source is not what it must be or lacks tensors, or the disk is too small.
     """
     check_vacant(target)
-    text, audio = read_text_model(llm), read_whisper(whisper)
+    if (file := gguf_file(llm)) is None:
+        return _graft(read_text_model(llm), read_whisper(whisper), target, projector, dtype)
+    audio = read_whisper(whisper)
+    with dequantised(file, target.with_name(f".{target.name}.llm"), dtype or torch.bfloat16) as directory:
+        return _graft(read_text_model(directory), audio, target, projector, dtype)
+
+
+def _graft(text: TextModel, audio: Whisper, target: Path, projector: Projector, dtype: torch.dtype | None) -> Grafted:
+    """Write the checkpoint of two sources. Raises as `graft`."""
     files, placeholder = with_placeholder(text.directory, text.language.vocab_size)
     precision = dtype or common_dtype(list(text.tensors.values()))
     fields = _configuration(text, audio, projector, placeholder, precision)

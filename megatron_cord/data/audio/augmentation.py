@@ -84,15 +84,16 @@ def augment(
     return sample if same else sample.with_recordings(changed)
 
 
-def add_noise(waveform: np.ndarray, snr: float, draw: str) -> np.ndarray:
+def add_noise(waveform: np.ndarray, snr: float, draw: str, *, pink: bool | None = None) -> np.ndarray:
     """Return a recording, float32 [samples] in [-1, 1], with white or pink noise.
 
     Args:
         waveform: not changed in place.
         snr: power of the speech over that of the noise, dB.
         draw: stands for the noise: equal draws make equal noise.
+        pink: whether it is pink or white; None leaves that to the draw.
     """
-    return _within_one(_noisy(waveform, snr, _draws(draw)))
+    return _within_one(_noisy(waveform, snr, _draws(draw), pink))
 
 
 def limit_band(waveform: np.ndarray, highest: float, rate: int) -> np.ndarray:
@@ -144,14 +145,14 @@ def _band_limited(audio: np.ndarray, highest: float, rate: int) -> np.ndarray:
     return np.fft.irfft(spectrum * np.clip((highest - frequencies) / _EDGE + 1.0, 0.0, 1.0), n=len(audio))
 
 
-def _noisy(audio: np.ndarray, snr: float, draws: np.random.PCG64) -> np.ndarray:
+def _noisy(audio: np.ndarray, snr: float, draws: np.random.PCG64, pink: bool | None = None) -> np.ndarray:
     """White or pink noise of the given power below the speech's."""
     raw = draws.random_raw(2 * len(audio) + 1) / 2.0**64
-    pink, uniform = raw[0], raw[1:].reshape(2, -1)
+    uniform = raw[1:].reshape(2, -1)
     noise = np.sqrt(-2.0 * np.log1p(-uniform[0])) * np.cos(
         2.0 * np.pi * uniform[1]
     )  # Box and Muller: normal, from the raw stream
-    if pink < 0.5:
+    if raw[0] < 0.5 if pink is None else pink:
         spectrum = np.fft.rfft(noise)
         noise = np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(len(spectrum)), 1.0)), n=len(noise))
     power, noise_power = float(np.mean(np.square(audio, dtype=np.float64))), float(np.mean(noise**2))

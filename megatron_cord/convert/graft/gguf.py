@@ -1,0 +1,130 @@
+"""A text model in a GGUF file, dequantised into a Hugging Face directory that lasts as long as a graft takes.
+
+transformers reads the file: sizes, tokenizer, chat template and weights (packages gguf and accelerate). Everything but
+the weights is read first, so that a file that cannot be used is refused before they are.
+
+What it simplifies: the whole model is in memory at once; the tokenizer is what transformers makes of the file, which
+may split digits in another way than the original.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from megatron_cord.errors import CordError
+from megatron_cord.model.families.ultravox.family import QKV_BIAS
+
+SUFFIX = ".gguf"
+_PACKAGES = ("gguf", "accelerate")  # that transformers needs for such files
+_FAILURES = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
+
+
+def gguf_file(given: Path) -> Path | None:
+    """Return the GGUF file that is given: itself, or the only one in a directory without a config.json.
+
+    Raises:
+        CordError: the directory holds several.
+    """
+    if given.suffix == SUFFIX and given.is_file():
+        return given
+    if not given.is_dir() or (given / "config.json").is_file():
+        return None
+    files = sorted(path for path in given.glob(f"*{SUFFIX}") if not path.name.startswith("."))
+    if len(files) > 1:
+        raise CordError(f"{given} holds {', '.join(path.name for path in files)}; give one of the files")
+    return files[0] if files else None
+
+
+@contextmanager
+def dequantised(file: Path, scratch: Path, dtype: torch.dtype) -> Iterator[Path]:
+    """Enter with a Hugging Face directory of the model in a GGUF file; it is removed when the block ends.
+
+    Args:
+        file: the GGUF file.
+        scratch: the directory, which is made; what an interrupted call left there is removed first.
+        dtype: of the weights.
+
+    Raises:
+        CordError: a package is missing, the file is damaged or of a kind that transformers does not read, it has no
+            chat template, or memory or disk are too small.
+    """
+    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
+        raise CordError(
+            f"{file}: reading GGUF needs the package {' and '.join(missing)}; pip install megatron_cord[gguf]"
+        )
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        _write(file, scratch, dtype)
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write(file: Path, directory: Path, dtype: torch.dtype) -> None:
+    """Write the model's directory. Raises CordError."""
+    source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    config = _load(AutoConfig, file, source)
+    if config.model_type not in QKV_BIAS:
+        raise CordError(f"{file} is a {config.model_type}, which is not supported; choose a {' or a '.join(QKV_BIAS)}")
+    tokenizer, marks = _load(AutoTokenizer, file, source), _marks(file)
+    for name, number in marks.items():
+        setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
+    if not tokenizer.chat_template:
+        raise CordError(f"{file} has no chat template; give an instruction-tuned model")
+    with torch.device("meta"):
+        count = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_config(config).parameters())
+    needed, free = 2 * count * torch.float32.itemsize, psutil.virtual_memory().available
+    if needed > free:
+        raise CordError(
+            f"{file}: dequantising {count / 1e6:.0f}M parameters takes {needed / 1e9:.1f} GB of memory, and "
+            f"{free / 1e9:.1f} GB are free; give the original Hugging Face directory"
+        )
+    model = _load(AutoModelForCausalLM, file, source | {"dtype": dtype})
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.dtype = dtype
+    for settings in (model.config, model.generation_config):
+        for name in ("bos", "eos", "pad"):
+            setattr(settings, f"{name}_token_id", marks.get(name))
+    try:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        for path in file.parent.iterdir():
+            if path.is_file() and path.name.startswith(("LICENSE", "NOTICE")):
+                shutil.copy(path, directory)
+    except OSError as error:
+        raise CordError(f"{directory} could not be written ({error.strerror}); free some space") from None
+
+
+def _marks(file: Path) -> dict[str, int]:
+    """Return the ids of the tokens that begin and end texts, which transformers takes for each other."""
+    from gguf import GGUFReader
+
+    reader, marks = GGUFReader(file), {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        if (field := reader.get_field(f"tokenizer.ggml.{key}_token_id")) is not None:
+            marks[name] = int(field.contents())
+    return marks
+
+
+def _load(cls: Any, file: Path, source: dict[str, Any]) -> Any:
+    """Load with a class of transformers', without its remarks on files that are what they have to be."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        return cls.from_pretrained(file.parent, **source)
+    except _FAILURES as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CordError(f"{file} cannot be read as GGUF ({why}); give the original Hugging Face directory") from None
+    finally:
+        transformers_logging.set_verbosity(level)
