@@ -39,8 +39,9 @@ NAMES = {
 def write_model() -> Any:
     torch.manual_seed(0)
     llama: Any = LlamaForCausalLM
+    config: Any = LlamaConfig
     return llama(
-        LlamaConfig(
+        config(
             vocab_size=len(TOKENS), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
             num_attention_heads=HEADS, num_key_value_heads=GROUPS, max_position_embeddings=256, rope_theta=5e4,
             tie_word_embeddings=True,
