@@ -54,7 +54,9 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, model: Any, *, template: str | None = TEMPLATE, kind: str = "llama") -> Path:
+def write_gguf(
+    path: Path, model: Any, *, template: str | None = TEMPLATE, kind: str = "llama", scaling: bool = False
+) -> Path:
     """Write a model's file: matrices with 8 bits, vectors with 32."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, kind)
@@ -69,6 +71,8 @@ def write_gguf(path: Path, model: Any, *, template: str | None = TEMPLATE, kind:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(5e4)
     writer.add_rope_dimension_count(config.hidden_size // HEADS)
+    if scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_vocab_size(len(TOKENS))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(TOKENS)
@@ -127,7 +131,7 @@ def test_weights_tokenizer_and_marks(tmp_path: Path) -> None:
     assert json.loads((target / "config.json").read_text())["text_config"]["rope_parameters"]["rope_theta"] == 5e4
 
 
-@pytest.mark.parametrize("case", ["template", "kind", "damaged", "two"])
+@pytest.mark.parametrize("case", ["template", "kind", "damaged", "two", "rotary"])
 def test_slips_are_one_line(tmp_path: Path, case: str) -> None:
     """Catches a traceback of a library, and a file that is used though it cannot be right."""
     file = tmp_path / "llm" / "tiny.gguf"
@@ -136,12 +140,15 @@ def test_slips_are_one_line(tmp_path: Path, case: str) -> None:
         write_model(),
         template=None if case == "template" else TEMPLATE,
         kind="phi3" if case == "kind" else "llama",
+        scaling=case == "rotary",
     )
     given = file
-    if case == "template":
+    if case == "rotary":
+        message = "has scaled rotary positions, which are not read from GGUF"
+    elif case == "template":
         message = "has no chat template; give an instruction-tuned model"
     elif case == "kind":
-        message = "is a phi3, which is not supported; choose a llama or a qwen2"
+        message = "is a phi3, which is not supported; choose one of llama, "
     elif case == "damaged":
         file.write_bytes(file.read_bytes()[:3000])
         message = "cannot be read as GGUF"

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from megatron_cord.errors import CordError
-from megatron_cord.model.families.ultravox.family import QKV_BIAS
+from megatron_cord.model.families.decoder import DECODERS
 
 SUFFIX = ".gguf"
 _PACKAGES = ("gguf", "accelerate")  # that transformers needs for such files
@@ -74,8 +74,8 @@ def _write(file: Path, directory: Path, dtype: torch.dtype) -> None:
     """Write the model's directory. Raises CordError."""
     source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     config = _load(AutoConfig, file, source)
-    if config.model_type not in QKV_BIAS:
-        raise CordError(f"{file} is a {config.model_type}, which is not supported; choose a {' or a '.join(QKV_BIAS)}")
+    if config.model_type not in DECODERS:
+        raise CordError(f"{file} is a {config.model_type}, which is not supported; choose one of {', '.join(DECODERS)}")
     tokenizer, marks = _load(AutoTokenizer, file, source), _marks(file)
     for name, number in marks.items():
         setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
@@ -107,10 +107,19 @@ def _write(file: Path, directory: Path, dtype: torch.dtype) -> None:
 
 
 def _marks(file: Path) -> dict[str, int]:
-    """Return the ids of the tokens that begin and end texts, which transformers takes for each other."""
+    """Return the ids of the tokens that begin and end texts, which transformers takes for each other.
+
+    Raises:
+        CordError: the file has scaled rotary positions, which transformers would leave out.
+    """
     from gguf import GGUFReader
 
     reader, marks = GGUFReader(file), {}
+    if any(".rope.scaling." in key for key in reader.fields) or any("rope_freqs" in t.name for t in reader.tensors):
+        raise CordError(
+            f"{file} has scaled rotary positions, which are not read from GGUF; give the original directory of Hugging "
+            "Face's files"
+        )
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         if (field := reader.get_field(f"tokenizer.ggml.{key}_token_id")) is not None:
             marks[name] = int(field.contents())
