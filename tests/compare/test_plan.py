@@ -101,7 +101,7 @@ def test_settings_that_came_later_do_not_matter(tmp_path: Path) -> None:
     make(run, complete=True)
     kept = run.directory / "config.yaml"
     lines = kept.read_text().splitlines()
-    kept.write_text("\n".join(line for line in lines if "importance_cap" not in line) + "\n")
+    kept.write_text("\n".join(line for line in lines if "clip_high" not in line) + "\n")
     assert len(kept.read_text().splitlines()) == len(lines) - 1 and is_complete(run)
 
 

@@ -51,6 +51,7 @@ def test_other_layouts_of_a_run(jobs: Jobs, inputs: Path, tmp_path: Path) -> Non
         outcome.check_waits(TENSOR_PARALLEL)
 
 
+@pytest.mark.slow
 def test_context_parallelism(jobs: Jobs, inputs: Path, tmp_path: Path) -> None:
     """Catches indices that are made on the host for each layer."""
     run = settings(inputs, tmp_path / "run", "parallel.cp=2", "train.packing=packed", "train.steps=1")

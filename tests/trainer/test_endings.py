@@ -40,12 +40,12 @@ def accuracies(run: Path) -> dict[int, float]:
 STOPPING = (
     "train.steps=6", "evaluation.interval=1", "evaluation.early_stopping.patience=2",
     "evaluation.early_stopping.min_delta=1", "checkpoint.interval=0", "checkpoint.keep=1", "checkpoint.best=true",
-    "checkpoint.export_interval=2", "checkpoint.export_keep=1",
 )  # fmt: skip
+EXPORTING = ("checkpoint.export_interval=2", "checkpoint.export_keep=1")
 
 
 def test_evaluations_that_are_no_better_end_a_run(inputs: Path, tmp_path: Path) -> None:
-    """Catches ranks that end after different steps, a run without its last checkpoint, summary or export.
+    """Catches ranks that end after different steps, a run without its last checkpoint or summary.
 
     Also the best checkpoint among those that are deleted, and a finished run that trains on when it is started again.
     """
@@ -61,18 +61,26 @@ def test_evaluations_that_are_no_better_end_a_run(inputs: Path, tmp_path: Path) 
     assert names(run / "checkpoints") == ["best.json", *sorted({f"step_{best:06d}", "step_000003"})]
     found = summary(run)
     assert (found["steps"], found["ended_by"], found["best"]) == (3, "early_stopping", record)
+
+    (run / "summary.json").unlink()
+    alone(inputs, run, *STOPPING)
+    assert summary(run) == found and len(metrics(run)) == 3
+    alone(inputs, run, *STOPPING, "evaluation.early_stopping.patience=0")
+    assert summary(run)["ended_by"] == "steps" and len(metrics(run)) == 6
+
+
+@pytest.mark.slow
+def test_exports_of_a_run_that_ends_early(inputs: Path, tmp_path: Path) -> None:
+    """Catches a run on two ranks without its last export, one that is kept too long, and names that differ."""
+    run = tmp_path / "run"
+    status, errors = run_forked(overrides(inputs, run, *STOPPING, *EXPORTING), tmp_path / "log")
+    assert status == 0, errors
     assert names(run / "exports") == ["step_000003"]
     exported = load_file(run / "exports" / "step_000003" / "model.safetensors")
     began = load_file(inputs / "checkpoint" / "model.safetensors")
     assert {name: tensor.shape for name, tensor in exported.items()} == {n: t.shape for n, t in began.items()}
     assert any((exported[name] != began[name]).any() for name in began)
     assert "| optimizer steps | 3 of 6 |" in (run / "exports" / "step_000003" / "README.md").read_text()
-
-    (run / "summary.json").unlink()
-    alone(inputs, run, *STOPPING)
-    assert summary(run) == found and len(metrics(run)) == 3
-    alone(inputs, run, *STOPPING, "evaluation.early_stopping.patience=0", "checkpoint.export_interval=0")
-    assert summary(run)["ended_by"] == "steps" and len(metrics(run)) == 6
 
 
 def test_a_run_whose_time_is_over(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from megatron_cord.trainer.step.moving_average import MovingAverage
 from tests.tiny_run import losses, overrides
 from tests.trainer.checkpoint.test_checkpoints import alone
 from tests.trainer.fault_ranks import Ranks
-from tests.trainer.test_train import saved
+from tests.trainer.test_train import saved, stop_after
 
 EMA = ("teacher.mode=ema", "teacher.ema_decay=0.9", "checkpoint.keep=0", "optimizer.learning_rate=3e-3")
 
@@ -57,24 +56,22 @@ def test_averages_against_float64(inputs: Path, layout: Layout, dtype: torch.dty
 
 
 def test_a_run_with_a_moving_average(inputs: Path, tmp_path: Path) -> None:
-    """Catches averages that are missing from checkpoints, not restored on another layout.
-
-    Also never used; and a resume without them.
-    """
+    """Catches averages that are missing from checkpoints, not restored, or never used; and a resume without them."""
     whole = alone(inputs, tmp_path / "whole", *EMA)
     frozen = alone(inputs, tmp_path / "frozen", *EMA, "teacher.mode=frozen", "train.steps=3")
     assert losses(whole)[0] == losses(frozen)[0] and losses(whole)[2] != losses(frozen)[2]
     averages = {name for name in saved(whole, 2) if name.startswith("teacher.")}
     assert averages and not any("audio" in name or "adapter" in name for name in averages)
-    for name in ("resumed", "on two"):
-        shutil.copytree(whole, tmp_path / name)
-        for step in (4, 5):
-            shutil.rmtree(tmp_path / name / "checkpoints" / f"step_{step:06d}")
-    assert losses(alone(inputs, tmp_path / "resumed", *EMA)) == losses(whole)
-    settings = overrides(inputs, tmp_path / "on two", *EMA, "parallel.tp=2")
-    ranks = Ranks(settings, tmp_path / "log")
+    assert losses(alone(inputs, stop_after(3, whole, tmp_path / "resumed"), *EMA)) == losses(whole)
+    with pytest.raises(CordError, match=r"step_000003 holds no moving average; resume with the run's own teacher.mode"):
+        alone(inputs, frozen, *EMA)
+
+
+@pytest.mark.slow
+def test_averages_go_on_on_another_layout(inputs: Path, tmp_path: Path) -> None:
+    """Catches averages that are not restored where the ranks' shards are others."""
+    whole = alone(inputs, tmp_path / "whole", *EMA)
+    ranks = Ranks(overrides(inputs, stop_after(3, whole, tmp_path / "on two"), *EMA, "parallel.tp=2"), tmp_path / "log")
     assert ranks.statuses(300) == [0, 0], ranks.log.read_text()
     for got, wanted in zip(losses(tmp_path / "on two"), losses(whole), strict=True):
         assert got == pytest.approx(wanted, rel=1e-4)
-    with pytest.raises(CordError, match=r"step_000003 holds no moving average; resume with the run's own teacher.mode"):
-        alone(inputs, frozen, *EMA)
