@@ -15,8 +15,9 @@ import megatron_cord
 PACKAGE = Path(megatron_cord.__file__).parent
 #: The rooms, top to bottom, as docs/architecture.md draws them: a room imports those below it alone.
 ROOMS = (
-    "cli", "lmms_eval", "train", "evaluate", "launch", "verify", "compare", "report", "plan", "trainer", "evaluation",
-    "rollout", "reward", "speech", "data", "convert", "model", "losses", "parallel", "config", "runtime", "errors",
+    "cli", "lmms_eval", "train", "evaluate", "launch", "verify", "compare", "report", "plan", "warmup", "trainer",
+    "evaluation", "rollout", "reward", "speech", "data", "convert", "model", "losses", "parallel", "config", "runtime",
+    "errors",
 )  # fmt: skip
 
 Graph = Mapping[str, Iterable[str]]

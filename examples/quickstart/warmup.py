@@ -5,7 +5,7 @@ connectionist temporal classification (CTC, Graves et al. 2006): without it the 
 time. The CTC head is dropped at the end.
 
 Simplification: plain transformers and PyTorch in one process and fp32; a real run starts from a published checkpoint
-instead.
+instead, or from two and `cord warmup`, which takes both towers as trained and frozen; here neither knows anything yet.
 
 Shapes: B sequences, L tokens, A audio features, V vocabulary.
 """

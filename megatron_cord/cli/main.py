@@ -22,8 +22,8 @@ from megatron_cord.runtime import entry
 from megatron_cord.runtime.log import LEVEL_VARIABLE, LEVELS, configure_logging
 
 COMMANDS = (
-    "train", "evaluate", "verify", "convert", "shards", "synthesize", "graft", "serve", "report", "compare", "plan",
-    "config",
+    "train", "evaluate", "verify", "convert", "shards", "synthesize", "graft", "warmup", "serve", "report", "compare",
+    "plan", "config",
 )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from megatron_cord.trainer.config import RunConfig
 from megatron_cord.verify.layout import VerifyLayoutConfig
 from megatron_cord.verify.loss import VerifyLossConfig
 from megatron_cord.verify.weight_sync import VerifyWeightSyncConfig
+from megatron_cord.warmup.config import WarmupConfig
 from tests.report.fixture import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,12 @@ CHECKS: dict[str, type] = {
     "loss": VerifyLossConfig,
     "layout": VerifyLayoutConfig,
     "weight_sync": VerifyWeightSyncConfig,
+}
+#: commands with a configuration of their own
+OTHERS: dict[str, type] = {
+    "cord compare": CompareConfig,
+    "cord warmup": WarmupConfig,
+    "megatron_cord.warmup": WarmupConfig,
 }
 #: the keys of a run's configuration, and the sections around them; NAME is the user's choice
 KEYS = {
@@ -220,7 +227,7 @@ def check_program(program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     options = {word.partition("=")[0] for word in program.arguments if word.startswith("-")}
     assert options - {"--help"} <= known
     settings = [word for word in program.arguments if SETTING.fullmatch(word) and word not in EXAMPLES]
-    other: type | None = CompareConfig if program.name == "cord compare" else None
+    other: type | None = OTHERS.get(program.name)
     if program.name in ("megatron_cord.verify", "cord verify") and program.arguments:
         other = CHECKS.get(program.arguments[0])
     if program.name in TRAINING:

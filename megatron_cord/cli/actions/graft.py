@@ -31,5 +31,5 @@ def run(llm: Path, whisper: Path, target: Path, *, stack: int, hidden_size: int,
         soft_wrap=True,
         markup=False,
     )
-    console.print("the projector is random: train it before the model is spoken to", highlight=False, soft_wrap=True)
+    console.print("the projector is random: warm it up (cord warmup), or train it", highlight=False, soft_wrap=True)
     return 0

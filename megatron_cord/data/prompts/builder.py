@@ -90,6 +90,16 @@ class PromptBuilder:
         """Samples of audio that the encoder takes at once; None for a model without an audio encoder."""
         return None if self._clips is None else self._clips.longest
 
+    def num_frames(self, samples: int) -> int:
+        """Return how many log-mel frames a clip of so many samples of audio fills.
+
+        Raises:
+            CordError: a model without an audio encoder.
+        """
+        if self._clips is None:
+            raise CordError(self._takes_no_audio)
+        return self._clips.num_frames(samples)
+
     @property
     def limits(self) -> PromptLimits:
         """What the prompts of `HEAR` and `READ` can be made of, for a data set to be opened with."""

@@ -43,6 +43,10 @@ class ClipMaker:
         self.longest = architecture.encoder.max_clip_frames * features.hop_length
         self.shortest = (self._fewest_frames - 1) * features.hop_length + 1
 
+    def num_frames(self, samples: int) -> int:
+        """Return how many log-mel frames a clip of so many samples of audio fills."""
+        return self._features.num_frames(samples)
+
     def make(self, samples: Sequence[Sample]) -> list[list[list[AudioClip]]]:
         """Return each sample's clips, by recording; the features of all are made together.
 

@@ -128,6 +128,10 @@ class ShardDataset:
         """Return a sample's id without reading it."""
         return self._entries[index].id
 
+    def lengths_of(self, index: int) -> tuple[int, ...]:
+        """Return the length of each of a sample's recordings, in samples of audio, without reading it."""
+        return self._entries[index].lengths
+
     def __getitem__(self, index: int) -> Sample:
         return self._read(self._entries[index], read_entry)
 

@@ -1,0 +1,116 @@
+"""What a warm-up needs of a checkpoint: encoder, adapter, single rows of the word embedding. The rest is not loaded.
+
+All of the checkpoint's tensors are looked at by their headers first. Every rank has all of the encoder and the adapter,
+whatever the number of ranks: with the language model left out, nothing is large enough to be split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_cord.convert.hf_reader import StoredTensor, stored_tensors
+from megatron_cord.convert.inventory import fake_model
+from megatron_cord.convert.loading import Source, find_sources, read_block
+from megatron_cord.convert.spelling import published
+from megatron_cord.errors import CordError
+from megatron_cord.model.adapters import Adapter, build_adapter
+from megatron_cord.model.architecture import Architecture
+from megatron_cord.model.config import LayerConfig
+from megatron_cord.model.encoder import AudioEncoder
+from megatron_cord.model.families import family_of, load_architecture
+from megatron_cord.parallel.layout import Layout
+
+_EMBEDDING = "language_model.embedding.word_embeddings.weight"
+_ADAPTER = "adapter."
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts of a checkpoint on this rank.
+
+    Attributes:
+        arch: of the whole.
+        encoder: frozen.
+        adapter: in fp32.
+        stored: where all of the checkpoint's tensors lie, by published name, in the order of export.
+        embedding: where the word embedding lies.
+    """
+
+    arch: Architecture
+    encoder: AudioEncoder
+    adapter: Adapter
+    stored: Mapping[str, StoredTensor]
+    embedding: Source
+
+    def embedding_rows(self, token_ids: Sequence[int], device: torch.device) -> Tensor:
+        """Return rows of the word embedding, float32 [tokens, H]."""
+        rows = self.arch.language.padded_vocab_size(1)
+        out = torch.empty(len(token_ids), self.arch.language.hidden_size)
+        for place, token in enumerate(token_ids):
+            read_block(self.embedding, rows, (token, 0), out[place : place + 1])
+        return out.to(device)
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Return the adapter's weights under their published names, on the host."""
+        tensors = {}
+        rules = family_of(self.arch).tensor_map(self.arch).by_megatron_name
+        for name, parameter in self.adapter.named_parameters():
+            rule = rules[_ADAPTER + name]
+            for published_name, part in zip(rule.hf, rule.layout.split(parameter.detach().cpu(), 1), strict=True):
+                if published_name is not None:
+                    tensors[published_name] = part
+        return tensors
+
+
+def check_adapter(checkpoint: str) -> Architecture:
+    """Return the architecture of a checkpoint that has an adapter.
+
+    Raises:
+        CordError: it has none, or as `load_architecture`.
+    """
+    arch = load_architecture(checkpoint)
+    if arch.encoder is None or arch.adapter is None:
+        raise CordError(
+            f"{checkpoint} is a text model ({arch.model_type}), which has no adapter to warm up; cord graft makes a "
+            "speech model of it and a Whisper"
+        )
+    return arch
+
+
+@torch.no_grad()
+def read_parts(checkpoint: str, layout: Layout, dtype: torch.dtype) -> Parts:
+    """Read the parts of a checkpoint. Collective over all ranks.
+
+    Args:
+        checkpoint: a Hugging Face directory.
+        layout: of data-parallel ranks alone.
+        dtype: of the encoder.
+
+    Raises:
+        CordError: it has no adapter, or its tensors do not fit its configuration.
+    """
+    arch = check_adapter(checkpoint)
+    assert arch.encoder is not None
+    assert arch.adapter is not None
+    files = stored_tensors(checkpoint)
+    sources = find_sources(fake_model(arch, layout, dtype), files)
+    tensors = dict(published(arch, files))
+    encoder = AudioEncoder(arch.encoder, layout, dtype, LayerConfig("torch"))
+    sizes = (arch.encoder.hidden_size, arch.language.hidden_size)
+    adapter = build_adapter(arch.adapter, sizes, encoder.config, layout.device)
+    adapter.float()
+    for part, module in (("audio_encoder.", encoder), (_ADAPTER, adapter)):
+        module.to(layout.device)
+        _fill(module, part, sources)
+    encoder.requires_grad_(False)
+    names = (name for rule in family_of(arch).tensor_map(arch).rules for name in rule.hf_names)
+    return Parts(arch, encoder, adapter, {name: tensors[name] for name in names}, sources[_EMBEDDING])
+
+
+def _fill(module: nn.Module, part: str, sources: Mapping[str, Source]) -> None:
+    for name, parameter in module.named_parameters():
+        read_block(sources[part + name], parameter.shape[0], (0, 0), parameter.data)
