@@ -63,8 +63,8 @@ class Corpus:
         skipped: how many recordings were left out.
 
     Raises:
-        CordError: a set cannot be opened, holds no transcript, one with a token that has no embedding of its own, or
-            too many recordings that cannot be used.
+        CordError: a set cannot be opened, has a recording without a transcript, or a transcript with a token that has
+            no embedding of its own, or too many recordings that cannot be used.
     """
 
     def __init__(self, config: WarmupConfig, prompts: PromptBuilder, arch: Architecture) -> None:
@@ -107,8 +107,6 @@ class Corpus:
     def _usable(self, number: int, path: str, config: WarmupConfig, arch: Architecture) -> list[Utterance]:
         """Return a set's utterances but those whose audio has fewer tokens than CTC needs for their transcript."""
         found = list(self._utterances(number, arch))
-        if not found:
-            raise CordError(f"{path}: no recording has a transcript; write what is said beside each recording")
         short = [each for each in found if each.num_tokens < ctc_length(each.token_ids)]
         if len(short) > config.max_skipped * len(found):
             first = short[0]
@@ -135,8 +133,6 @@ class Corpus:
                 if isinstance(part, AudioPart)
             }
             for recording, transcript in sorted(spoken.items()):
-                if not transcript.strip():
-                    continue  # a sound without words
                 name = sample.id if len(lengths) == 1 else f"{sample.id}, recording {recording}"
                 ids = self._prompts.encode(transcript)
                 for token in ids:
