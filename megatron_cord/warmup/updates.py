@@ -91,7 +91,7 @@ class Updates:
                 f"{self._name}: the loss or its gradient is not finite at step {step + 1}; lower "
                 f"{self._name}.learning_rate, or set dtype=float32"
             )
-        for parameter, grad in zip(parameters, shared[:-2].split([len(each) for each in flat]), strict=True):
+        for parameter, grad in zip(parameters, torch.split(shared[:-2], [len(each) for each in flat]), strict=True):
             parameter.grad = grad.view_as(parameter)
         nn.utils.clip_grad_norm_(parameters, self._clip_norm)
         for group in self._optimizer.param_groups:
