@@ -156,7 +156,8 @@ def tables(result: Mapping[str, Any]) -> str:
     machine = result["machine"]
     settings = [s for s in result["settings"] if s.startswith(("train.steps", "rollout."))]
     note = (
-        f"Seeds {seeds}; {', '.join(f'`{s}`' for s in settings)}; intervals are Student's over seeds, 95 %; "
+        f"Seeds {seeds}; {', '.join(f'`{s}`' for s in settings)}; intervals are Student's over seeds, 95 %; without "
+        "staleness all importance weights are 1, and both rows have the same runs; "
         f"{machine['cores']} cores of {machine['processor']}."
     )
     return "\n\n".join([note, *parts])

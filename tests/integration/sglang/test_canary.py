@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,14 +48,27 @@ def test_no_line_of_the_log_has_privileged_parts(tmp_path: Path, monkeypatch: py
         server.stop()
     assert status == 0, errors
     assert len(metrics(tmp_path / "run")) == 2
-    text = log.read_text(errors="replace")
-    # What is asked is in the log: of spoken prompts as text, of written ones as tokens.
     prompts = PromptBuilder(tmp_path / "checkpoint")
-    assert "<|AUDIO|>" in text
-    written = prompts.text_prompt(make_samples(1, seed=2)[0]).token_ids
-    assert str(list(written))[1:-1] in text
-    # What a response says is the model's own: only what was asked counts.
-    asked = [line.split("out={")[0] for line in text.splitlines()]
-    assert not [line for line in asked for word in CANARIES if word in line]
-    (view,) = prompts.encode(CANARIES[0])[-1:]
-    assert not any(f" {view}," in line.partition("input_ids")[2].partition("]")[0] for line in asked)
+    spoken, written = requests(log, prompts.encode("assistant")[-1])
+    # What was asked is in the log: spoken prompts as text, written ones as tokens.
+    assert spoken and all("<|AUDIO|>" in text for text in spoken)
+    question = prompts.encode(make_samples(1, seed=2)[0].question)
+    assert any(set(question) <= set(ids) for ids in written)
+    ids = {prompts.encode(word)[-1] for word in CANARIES}
+    said = [
+        line.partition("assistant")[0].partition("out={")[0] for line in log.read_text(errors="replace").splitlines()
+    ]
+    assert not [line.partition(word)[0][-200:] + word for line in said for word in CANARIES if word in line]
+    assert not [found for found in written if ids & set(found)]
+
+
+def requests(log: Path, assistant: int) -> tuple[list[str], list[list[int]]]:
+    """Return the prompts in a server's log, as texts and as tokens, up to where the response begins.
+
+    Behind it, in later requests for the rest of a response, are the model's own words.
+    """
+    lines = [line for line in log.read_text(errors="replace").splitlines() if "Receive: obj=GenerateReqInput" in line]
+    spoken = [match[1].partition("assistant")[0] for line in lines if (match := re.search(r"\btext='([^']*)'", line))]
+    found = [match[1] for line in lines if (match := re.search(r"\binput_ids=\[([0-9, ]+)\]", line))]
+    written = [[int(number) for number in each.split(",")] for each in found]
+    return spoken, [ids[: ids.index(assistant)] for ids in written if assistant in ids]
