@@ -175,5 +175,6 @@ SYNONYMS: dict[str, str] = {
     "tensor_parallel_size": "parallel.tp",
     "tensor_model_parallel_size": "parallel.tp",
     "pipeline_model_parallel_size": "parallel.pp",
+    "virtual_pipeline_model_parallel_size": "parallel.virtual_pp",
     "context_parallel_size": "parallel.cp",
 }

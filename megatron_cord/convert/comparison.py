@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from megatron_cord.convert.plain_model import PlainModel
 from megatron_cord.model.lalm import LALM, ModelInput
+from megatron_cord.model.pipeline import run_pipeline
 from megatron_cord.parallel.objects import all_gather_json
 
 
@@ -66,25 +66,12 @@ def _megatron_logits(model: LALM, given: ModelInput) -> Tensor | None:
     found: list[Tensor] = []
     vocabulary, tp_group = model.arch.language.vocab_size, model.layout.tp_group
 
-    def forward_step(batches: Iterator[ModelInput], module: Any) -> Any:
-        def keep(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            shard = hidden @ model.output_weight.t()
-            found.append(
-                gather_from_tensor_model_parallel_region(shard, group=tp_group).transpose(0, 1)[..., :vocabulary]
-            )
-            return hidden.new_zeros(()), torch.tensor(1), {}
+    def keep(_: int, hidden: Tensor) -> Tensor:
+        shard = hidden @ model.output_weight.t()
+        found.append(gather_from_tensor_model_parallel_region(shard, group=tp_group).transpose(0, 1)[..., :vocabulary])
+        return hidden.new_zeros(())
 
-        return module(next(batches)), keep
-
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter([given]),
-        model=[model],
-        num_microbatches=1,
-        seq_length=given.token_ids.shape[1],
-        micro_batch_size=1,
-        forward_only=True,
-    )
+    run_pipeline(model, [given], keep, train=False)
     return found[0] if found else None
 
 

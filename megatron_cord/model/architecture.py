@@ -167,7 +167,7 @@ class Architecture:
             raise ValueError(f"a {self.model_type} model takes no audio")
         return self.adapter.num_tokens(self.encoder.num_features(num_frames))
 
-    def check_divisible(self, tp: int, pp: int) -> None:
+    def check_divisible(self, tp: int, pp: int, virtual_pp: int = 1) -> None:
         """Raise CordError if this layout cannot hold the model, naming the size that does not divide."""
         sizes = {
             "the language model's attention heads": self.language.num_heads,
@@ -189,6 +189,12 @@ class Architecture:
             raise CordError(
                 f"parallel.pp={pp} does not divide the language model's layers ({self.language.num_layers}); "
                 f"choose a pp that does, e.g. {_largest_divisor(self.language.num_layers, pp)}"
+            )
+        if (layers := self.language.num_layers // pp) % virtual_pp:
+            raise CordError(
+                f"parallel.virtual_pp={virtual_pp} does not divide a stage's layers ({self.language.num_layers} / "
+                f"parallel.pp={pp} = {layers}); choose a virtual_pp that does, e.g. "
+                f"{_largest_divisor(layers, virtual_pp)}"
             )
 
 

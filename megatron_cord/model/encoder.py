@@ -58,7 +58,7 @@ class AudioEncoder(MegatronModule):  # type: ignore[misc]
         groups.pp = groups.cp = layout.solo  # this block is whole here, however the language model is split
         self._tp_group = layout.tp_group
         # transformer-engine takes packed sequences under this type; there is no mask.
-        spec = block_spec(config, AttnMaskType.padding, layers)
+        spec = block_spec(config, AttnMaskType.padding, layers, arch.num_layers)
         self.block = TransformerBlock(config, spec, post_layer_norm=False, pg_collection=groups)
         self.layer_norm = torch.nn.LayerNorm(hidden, eps=config.layernorm_epsilon, dtype=dtype, device=layout.device)
         for layer in self.block.layers:

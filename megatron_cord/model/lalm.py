@@ -32,6 +32,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.adapters import Adapter, build_adapter
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.attention import packed_sequences
+from megatron_cord.model.chunks import number_layers, split_in_chunks
 from megatron_cord.model.config import PARTS, LayerConfig, LoraConfig
 from megatron_cord.model.encoder import AudioEncoder
 from megatron_cord.model.lora.adapters import LoraAdapters
@@ -88,7 +89,7 @@ class LALM(MegatronModule):  # type: ignore[misc]
         self, arch: Architecture, layout: Layout, dtype: torch.dtype, layers: LayerConfig | None = None
     ) -> None:
         layers = layers or LayerConfig()
-        arch.check_divisible(layout.config.tp, layout.config.pp)
+        arch.check_divisible(layout.config.tp, layout.config.pp, layout.config.virtual_pp)
         config = language_config(arch.language, layout.config, dtype, layers)
         super().__init__(config)
         self.arch, self.layout, self.layers = arch, layout, layers
@@ -102,9 +103,10 @@ class LALM(MegatronModule):  # type: ignore[misc]
             self.audio_encoder = AudioEncoder(arch.encoder, layout, dtype, layers)
             sizes = (arch.encoder.hidden_size, arch.language.hidden_size)
             self.adapter = build_adapter(arch.adapter, sizes, self.audio_encoder.config, layout.device)
+        layers_of_chunks = layout.layers_of_chunks(arch.language.num_layers)
         self.language_model = _HiddenStateGPT(
             config,
-            block_spec(config, AttnMaskType.causal, layers, pp_rank=layout.pp_rank),
+            block_spec(config, AttnMaskType.causal, layers, sum(map(len, layers_of_chunks))),
             arch.language.padded_vocab_size(layout.config.tp),
             arch.language.max_positions,
             pre_process=self.pre_process,
@@ -119,6 +121,9 @@ class LALM(MegatronModule):  # type: ignore[misc]
         if arch.language.rope_scaling is not None:
             # Megatron moves them to the device with the first microbatch.
             self.language_model.rotary_pos_emb.inv_freq = inverse_frequencies(arch.language)
+        number_layers(self.language_model, layers_of_chunks)
+        #: the language model, in the parts that interleaved stages run one at a time
+        self.chunks = split_in_chunks(self.language_model, layers_of_chunks)
         self.lora: LoraAdapters | None = None
         _mark_sharded_weights(self)
         self.to(layout.device)
@@ -164,12 +169,11 @@ class LALM(MegatronModule):  # type: ignore[misc]
         if not name.startswith(_LAYERS):
             return name
         number, dot, rest = name.removeprefix(_LAYERS).partition(".")
-        offset = self.language_model.decoder.layers[0].layer_number - 1
-        return f"{_LAYERS}{int(number) + offset}{dot}{rest}"
+        return f"{_LAYERS}{self.language_model.decoder.layers[int(number)].layer_number - 1}{dot}{rest}"
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the previous stage's activations from the pipeline schedule."""
-        self.language_model.set_input_tensor(input_tensor)
+        self.chunks[0].set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Return the weight, if any, whose gradient the first and the last stage share: that of tied embeddings."""
@@ -184,8 +188,12 @@ class LALM(MegatronModule):  # type: ignore[misc]
         shared = self.shared_embedding_or_output_weight()
         return self.language_model.output_layer.weight if shared is None else shared
 
-    def forward(self, batch: ModelInput) -> Tensor:
-        """Run this stage.
+    def forward(self, batch: ModelInput, chunk: int = 0) -> Tensor:
+        """Run this stage, or one of this rank's interleaved stages.
+
+        Args:
+            batch: the same on all stages.
+            chunk: which of this rank's.
 
         Returns:
             [S/CP, B, H], the final hidden states of this rank's tokens on the last stage; [S/CP or S/CP/TP, B, H] for
@@ -194,8 +202,8 @@ class LALM(MegatronModule):  # type: ignore[misc]
         Raises:
             CordError: placeholders and audio features do not match in number, or a text model is given audio.
         """
-        decoder_input = None
-        if self.pre_process:
+        decoder_input, language_model = None, self.chunks[chunk]
+        if language_model.pre_process:
             decoder_input = self._embed(batch)
             if self.layout.config.cp > 1:
                 rows = self.layout.sequence_sharding.rows(batch.cu_seqlens or (0, decoder_input.shape[0]))
@@ -203,10 +211,10 @@ class LALM(MegatronModule):  # type: ignore[misc]
             if self.config.sequence_parallel:
                 decoder_input = scatter_to_sequence_parallel_region(decoder_input, group=self.layout.tp_group)
         packed = None if batch.cu_seqlens is None else packed_sequences(batch.cu_seqlens, self._cu_seqlens_device)
-        hidden: Tensor = self.language_model(
+        hidden: Tensor = language_model(
             batch.token_ids, None, None, decoder_input=decoder_input, packed_seq_params=packed
         )
-        if self.post_process and self.config.sequence_parallel:
+        if language_model.post_process and self.config.sequence_parallel:
             # The loss sums the hidden states' gradient over the tensor-parallel ranks itself.
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.layout.tp_group

@@ -13,7 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cord.errors import CordError
@@ -153,23 +153,21 @@ class Norm:
 
 
 def block_spec(
-    config: TransformerConfig, mask: AttnMaskType, layers: LayerConfig, *, pp_rank: int = 0
+    config: TransformerConfig, mask: AttnMaskType, layers: LayerConfig, num_layers: int
 ) -> TransformerBlockSubmodules:
-    """Specify this stage's layers: Megatron's tensor-parallel ones with torch's attention, or transformer-engine's.
+    """Specify this rank's layers: Megatron's tensor-parallel ones with torch's attention, or transformer-engine's.
 
     Args:
         config: of the tower.
         mask: causal; or padding, for packed sequences without a mask.
         layers: the implementation.
-        pp_rank: this stage.
+        num_layers: of this rank.
     """
     make_layer = _transformer_engine_layer if uses_transformer_engine(layers) else _torch_layer
     layer, norm = make_layer(config)
     attention = replace(layer.submodules.self_attention, params={"attn_mask_type": mask})
     layer = replace(layer, submodules=replace(layer.submodules, self_attention=attention))
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, pp_rank=pp_rank), layer_norm=norm
-    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def _torch_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:

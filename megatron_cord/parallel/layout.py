@@ -24,6 +24,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.parallel.sequence_sharding import SequenceSharding
+from megatron_cord.parallel.stages import chunks_of_rank, layers_per_stage
 from megatron_cord.runtime.device_queues import missing_setting
 
 logger = logging.getLogger(__name__)
@@ -37,21 +38,20 @@ class ParallelConfig:
     #: pipeline parallel size (1F1B); the audio encoder and adapter live on the first stage, the loss on the last
     pp: int = 1
     cp: int = 1  #: context parallel size: ranks that share each of the language model's sequences, for long contexts
-    virtual_pp: int = 1  #: interleaved pipeline stages a rank; only 1: see docs/layouts.md
+    virtual_pp: int = 1  #: interleaved pipeline stages a rank (chunks of layers); above 1 it needs pp > 1
     #: shard activations between tensor-parallel regions of both towers along the sequence
     sequence_parallel: bool = False
     timeout_minutes: float = 10.0  #: how long a collective may take before the run is considered dead
 
     def __post_init__(self) -> None:
-        if min(self.tp, self.pp, self.cp) < 1:
+        if min(self.tp, self.pp, self.cp, self.virtual_pp) < 1:
             raise CordError(
-                f"parallel.tp, parallel.pp and parallel.cp are at least 1, got tp={self.tp} pp={self.pp} cp={self.cp}"
+                "parallel.tp, parallel.pp, parallel.cp and parallel.virtual_pp are at least 1, got "
+                f"tp={self.tp} pp={self.pp} cp={self.cp} virtual_pp={self.virtual_pp}"
             )
-        if self.virtual_pp != 1:
+        if self.virtual_pp > 1 and self.pp == 1:
             raise CordError(
-                f"parallel.virtual_pp={self.virtual_pp}: interleaved pipeline stages are not built; Megatron-Core "
-                "0.16.1 gives wrong gradients with them, and later versions mix up the shapes of microbatches that "
-                "differ in length. Set parallel.virtual_pp=1 and choose a larger parallel.tp or a smaller parallel.pp"
+                f"parallel.virtual_pp={self.virtual_pp} interleaves the stages of a pipeline: it needs parallel.pp > 1"
             )
         if self.sequence_parallel and self.tp == 1:
             raise CordError("parallel.sequence_parallel needs parallel.tp > 1; set it to false")
@@ -67,12 +67,15 @@ class Layout:
         solo: a process group of this rank alone, for parts that no other stage shares.
         replica_group: the ranks that hold one copy of the model and train the same sequences, over all other kinds of
             parallelism; as many groups as there are data-parallel ranks.
+        gradient_group: the pipeline's ranks once more, for gradients between interleaved stages on two ranks, where
+            they would meet activations in pp_group; None elsewhere.
     """
 
     config: ParallelConfig
     groups: ProcessGroupCollection
     solo: dist.ProcessGroup
     replica_group: dist.ProcessGroup
+    gradient_group: dist.ProcessGroup | None = None
 
     @property
     def rank(self) -> int:
@@ -139,6 +142,11 @@ class Layout:
         """Whether the output layer and the loss are here."""
         return self.pp_rank == self.config.pp - 1
 
+    def layers_of_chunks(self, num_layers: int) -> tuple[range, ...]:
+        """Return which of the language model's layers, from 0, this rank holds, a range for each interleaved stage."""
+        stages = layers_per_stage(num_layers, self.config.pp, self.config.virtual_pp)
+        return chunks_of_rank(stages, self.config.pp, self.pp_rank)
+
     @property
     def is_main(self) -> bool:
         """Whether this rank reports for the run."""
@@ -199,7 +207,18 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     solo = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    return Layout(config, groups, solo, _replica_group(groups.dp, solo))
+    gradients = _second_group(groups.pp) if config.pp == 2 and config.virtual_pp > 1 else None
+    return Layout(config, groups, solo, _replica_group(groups.dp, solo), gradients)
+
+
+def _second_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Make another group of the same ranks. Collective over all ranks, each of which is in one of such groups."""
+    members: list[list[int]] = all_gather_json(dist.get_process_group_ranks(group))
+    unique = sorted({tuple(ranks) for ranks in members})
+    made = {ranks: dist.new_group(list(ranks)) for ranks in unique}  # in one order on all ranks
+    mine: dist.ProcessGroup = made[tuple(dist.get_process_group_ranks(group))]
+    dist.all_reduce(torch.zeros(1, device=portability.device()), group=mine)  # connects them now, while all are here
+    return mine
 
 
 def _replica_group(dp_group: dist.ProcessGroup, solo: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 _LAYERS = "language_model.decoder.layers."
 
 
-def lora_count(config: ModelConfig, arch: Architecture, tp: int = 1, pp: int = 1, stage: int = 0) -> int:
-    """Count A and B on one tensor-parallel rank of a pipeline stage (from 0); by default those of the whole model.
+def lora_count(
+    config: ModelConfig, arch: Architecture, tp: int = 1, pp: int = 1, stage: int = 0, virtual_pp: int = 1
+) -> int:
+    """Count A and B on one tensor-parallel rank of a pipeline rank (from 0); by default those of the whole model.
 
     Raises:
         CordError: as `find_targets`.
@@ -29,7 +31,7 @@ def lora_count(config: ModelConfig, arch: Architecture, tp: int = 1, pp: int = 1
 
     total = 0
     for target in find_targets(arch, config.lora, config.freeze):
-        if _stage_of(target, arch, pp) == stage:
+        if _rank_of(target, arch, pp, virtual_pp) == stage:
             rows, columns = _sizes(target, arch)
             cut_rows, cut_columns = (tp if target.layout.shard_dim == dim else 1 for dim in (0, 1))
             for part, size in zip(target.parts, rows, strict=True):
@@ -38,13 +40,14 @@ def lora_count(config: ModelConfig, arch: Architecture, tp: int = 1, pp: int = 1
     return total
 
 
-def trained_count(config: ModelConfig, arch: Architecture, tp: int, pp: int, stage: int) -> int:
-    """Count what is trained on one tensor-parallel rank of a pipeline stage: whole weights and LoRA.
+def trained_count(config: ModelConfig, arch: Architecture, tp: int, pp: int, stage: int, virtual_pp: int = 1) -> int:
+    """Count what is trained on one tensor-parallel rank of a pipeline rank: whole weights and LoRA.
 
     Raises:
         CordError: as `find_targets`.
     """
-    return rank_counts(arch, tp, pp, stage).trained(config.trained_parts) + lora_count(config, arch, tp, pp, stage)
+    whole = rank_counts(arch, tp, pp, stage).trained(config.trained_parts)
+    return whole + lora_count(config, arch, tp, pp, stage, virtual_pp)
 
 
 def merged_count(config: ModelConfig, arch: Architecture) -> int:
@@ -72,11 +75,11 @@ def sync_bytes(config: ModelConfig, arch: Architecture) -> tuple[int, int]:
     return (whole + merged_count(config, arch)) * item, (whole + lora_count(config, arch)) * item
 
 
-def _stage_of(target: LoraTarget, arch: Architecture, pp: int) -> int:
+def _rank_of(target: LoraTarget, arch: Architecture, pp: int, virtual_pp: int) -> int:
     if not target.module.startswith(_LAYERS):
         return 0
     layer = int(target.module.removeprefix(_LAYERS).partition(".")[0])
-    return layer // (arch.language.num_layers // pp)
+    return layer // (arch.language.num_layers // (pp * virtual_pp)) % pp
 
 
 def _sizes(target: LoraTarget, arch: Architecture) -> tuple[tuple[int, ...], int]:

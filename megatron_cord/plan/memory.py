@@ -20,6 +20,7 @@ from megatron_cord.plan.work import Work
 if TYPE_CHECKING:
     from megatron_cord.model.architecture import Architecture, EncoderArchitecture
     from megatron_cord.model.config import ModelConfig, Tower
+    from megatron_cord.parallel.layout import ParallelConfig
     from megatron_cord.trainer.config import RunConfig
     from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 
@@ -100,8 +101,8 @@ def optimizer_bytes(config: OptimizerConfig, trained: int, matrices: int, itemsi
 def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_engine: bool) -> Memory:
     tp, pp, cp, item = config.parallel.tp, config.parallel.pp, config.parallel.cp, config.model.torch_dtype.itemsize
     counts = rank_counts(arch, tp, pp, stage)
-    added = lora_count(config.model, arch, tp, pp, stage)
-    trained = trained_count(config.model, arch, tp, pp, stage)
+    added = lora_count(config.model, arch, tp, pp, stage, config.parallel.virtual_pp)
+    trained = trained_count(config.model, arch, tp, pp, stage, config.parallel.virtual_pp)
     matrices = matrix_counts(arch, tp, pp, stage).trained(config.model.trained_parts)
     last = stage == pp - 1
     teacher = work.teacher or arch
@@ -157,7 +158,10 @@ def _loss(config: RunConfig, arch: Architecture, work: Work) -> float:
 
 
 def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: int) -> float:
-    """Return bytes that autograd keeps of the microbatches in flight; a 1F1B pipeline has pp − stage of them."""
+    """Return bytes that autograd keeps of the microbatches in flight; a 1F1B pipeline has pp − stage of them.
+
+    Interleaved stages have more: the most at a time in Megatron's order.
+    """
     tp, pp, item, lm = config.parallel.tp, config.parallel.pp, config.model.torch_dtype.itemsize, arch.language
     tokens = (work.longest_tokens or work.student_tokens) * work.micro_batch / config.parallel.cp
     cut = tp if config.parallel.sequence_parallel else 1
@@ -180,8 +184,21 @@ def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: i
         whole, selective = (encoder_layer_width(enc, tp, cut, selective=selective) for selective in (False, True))
         audio = positions * _kept(config.model, "audio_encoder", enc.num_layers, whole, selective, h / cut)
         audio += positions * (2 * enc.num_mels + 6 * h)  # convolutions at twice the rate, their GELUs, the last norm
-    in_flight = min(pp - stage, work.microbatches)
-    return in_flight * (language + audio) * item
+    return _most_kept(config.parallel, work.microbatches, stage, language, audio) * item
+
+
+def _most_kept(parallel: ParallelConfig, microbatches: int, stage: int, language: float, audio: float) -> float:
+    """Return the most that is kept at a time, of what a microbatch keeps in the language model and in the encoder."""
+    chunks = parallel.virtual_pp
+    if chunks == 1:
+        return min(parallel.pp - stage, microbatches) * (language + audio)
+    from megatron_cord.parallel.stages import pass_order  # its package imports torch, which plans do not need otherwise
+
+    most = kept = 0.0
+    for is_backward, chunk, _ in pass_order(max(microbatches, parallel.pp), parallel.pp, chunks, stage):
+        kept += (language / chunks + (audio if chunk == 0 else 0.0)) * (-1 if is_backward else 1)
+        most = max(most, kept)
+    return most
 
 
 def _kept(model: ModelConfig, tower: Tower, layers: int, whole: float, selective: float, inputs: float) -> float:

@@ -59,7 +59,9 @@ def speed(config: RunConfig, arch: Architecture, work: Work, gpu: Gpu, gpus: int
     """
     useful, _ = train_flops(config, arch, work)
     seconds = [_stage_seconds(config, arch, work, gpu, gpus, stage) for stage in range(config.parallel.pp)]
-    count = work.microbatches  # of which the stages behind the busiest one wait for the first, and it for their last
+    # Of the microbatches, the stages behind the busiest one wait for the first, and it for their last; interleaved
+    # stages only for the first of their chunks.
+    count = work.microbatches * config.parallel.virtual_pp
     train = _pair([max(end) + (sum(end) - max(end)) / count for end in zip(*seconds, strict=True)])
     engines = (rollout_gpus or gpus) // (SERVER_GPUS if rollout_gpus else 1)
     first, *further = (-(-count // (engines * RUNNING)) for count in (work.sequences, *work.resampled))
@@ -93,7 +95,8 @@ def _stage_seconds(
     flops = done.layers / pp + (done.first if stage == 0 else 0.0) + (done.last if stage == pp - 1 else 0.0)
     counts = rank_counts(arch, tp, pp, stage)
     item = config.model.torch_dtype.itemsize
-    moved = sum(bytes_of_passes(counts.total, trained_count(config.model, arch, tp, pp, stage), item))
+    trained = trained_count(config.model, arch, tp, pp, stage, config.parallel.virtual_pp)
+    moved = sum(bytes_of_passes(counts.total, trained, item))
     moved *= work.microbatches * work.minibatches * work.passes
     sent = traffic(config, arch, work, stage)
     return _pair(

@@ -83,10 +83,11 @@ def traffic(config: RunConfig, arch: Architecture, work: Work, stage: int) -> Tr
     if stage == pp - 1:
         whole += student + read if config.parallel.sequence_parallel else 0
         whole += 2 * sequences * work.response_tokens * lm.hidden_size * 4 / config.parallel.cp  # the loss's gradient
-    trained = trained_count(config.model, arch, tp, pp, stage)
+    trained = trained_count(config.model, arch, tp, pp, stage, config.parallel.virtual_pp)
     updates = work.minibatches * work.passes
     cut, replicas = tp if config.parallel.sequence_parallel else 1, work.dp * config.parallel.cp
-    hops = (stage < pp - 1) * (student + read) + (stage > 0 and backward) * student
+    chunks = config.parallel.virtual_pp  # all send on, but the last one its hidden states and the first its gradient
+    hops = (chunks - (stage == pp - 1)) * (student + read) + (chunks - (stage == 0)) * backward * student
     return Traffic(
         tp=whole * (tp - 1) / tp,
         # Gradients are fp32; an all-reduce sends twice what a reduce-scatter does, of which the gathering of weights

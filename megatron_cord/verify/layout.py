@@ -102,9 +102,9 @@ def verify_layout(overrides: Sequence[str]) -> int:
         with full_float32():
             rows = compare(*run_step(config, layout), config.model.dtype)
         if layout.is_main:
-            sizes = (
-                f"TP={config.parallel.tp} PP={config.parallel.pp} CP={config.parallel.cp} DP={layout.dp_group.size()}"
-            )
+            parallel = config.parallel
+            stages = f"×{parallel.virtual_pp}" if parallel.virtual_pp > 1 else ""
+            sizes = f"TP={parallel.tp} PP={parallel.pp}{stages} CP={parallel.cp} DP={layout.dp_group.size()}"
             print_table(rows, f"layout on {device_name()}: {sizes}, {config.train.packing}, {config.model.dtype}")
             if layout.device.type == "cuda" and config.model.dtype == "float32":
                 print(f"checked without TF32; a run in float32 here uses: {training}")

@@ -33,7 +33,7 @@ PARTS = {"audio_encoder": "audio_tower", "adapter": "multi_modal_projector", "la
 class Sizes:
     """Of the small model; heads, key-value heads and layers limit the layouts that fit."""
 
-    layers: int = 4  #: of the language model; parallel.pp divides them
+    layers: int = 4  #: of the language model; parallel.pp × parallel.virtual_pp divides them
     heads: int = 8  #: of the language model
     kv_heads: int = 4  #: of the language model; parallel.tp divides them
     hidden: int = 32  #: of the language model

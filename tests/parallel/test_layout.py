@@ -13,12 +13,19 @@ from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize, meet
 from tests.parallel.three_ranks import seen
 
+AT_LEAST_1 = "parallel.tp, parallel.pp, parallel.cp and parallel.virtual_pp are at least 1, got "
+
 
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"tp": 0}, "parallel.tp, parallel.pp and parallel.cp are at least 1, got tp=0 pp=1 cp=1"),
-        ({"pp": -1}, "parallel.tp, parallel.pp and parallel.cp are at least 1, got tp=1 pp=-1 cp=1"),
+        ({"tp": 0}, f"{AT_LEAST_1}tp=0 pp=1 cp=1 virtual_pp=1"),
+        ({"pp": -1}, f"{AT_LEAST_1}tp=1 pp=-1 cp=1 virtual_pp=1"),
+        ({"virtual_pp": 0}, f"{AT_LEAST_1}tp=1 pp=1 cp=1 virtual_pp=0"),
+        (
+            {"virtual_pp": 2},
+            "parallel.virtual_pp=2 interleaves the stages of a pipeline: it needs parallel.pp > 1",
+        ),
         ({"sequence_parallel": True}, "parallel.sequence_parallel needs parallel.tp > 1; set it to false"),
     ],
 )

@@ -30,10 +30,12 @@ from tests.gloo import run_ranks
 
 ROOT = Path(__file__).parents[2]
 PACKED, SP = "train.packing=packed", "parallel.sequence_parallel=true"
+INTERLEAVED = ["parallel.pp=2", "parallel.virtual_pp=2"]
 LORA = ["model.lora.rank=3", "model.lora.alpha=6"]
 TWO_RANKS = {
     "tp2 sp": ["parallel.tp=2", SP],
     "pp2": ["parallel.pp=2"],
+    "pp2 interleaved packed, overlapped": [*INTERLEAVED, PACKED, "optimizer.overlap_communication=true"],
     "cp2": ["parallel.cp=2"],
     "dp2 packed": [PACKED],
     "tp2 sp packed, frozen encoder": ["parallel.tp=2", SP, PACKED, "model.freeze=[audio_encoder]"],
@@ -61,6 +63,14 @@ MORE_ON_TWO_RANKS = {
     "dp2, ordinary optimizer": ["optimizer.distributed=false"],
     "dp2, overlapped": ["optimizer.overlap_communication=true"],
     "pp2 packed, frozen language model": ["parallel.pp=2", PACKED, "model.freeze=[language_model]"],
+    "pp2 interleaved": INTERLEAVED,
+    "pp2 in four stages a rank, long microbatches": [
+        *("parallel.pp=2", "parallel.virtual_pp=4", "sizes.layers=8"),
+        *("sizes.sequences=3", "train.tokens_per_microbatch=4096", PACKED),
+    ],
+    "pp2 interleaved packed, recomputed": [*INTERLEAVED, PACKED, "model.recompute=[audio_encoder, language_model]"],
+    "pp2 interleaved, lora on the last layers": [*INTERLEAVED, *LORA, "model.lora.targets=['*.layers.3.*']"],
+    "pp2 interleaved, frozen language model": [*INTERLEAVED, "model.freeze=[language_model]"],
     "cp2, only the adapter": ["parallel.cp=2", "model.freeze=[audio_encoder, language_model]"],
     "cp2 packed, one long microbatch": ["parallel.cp=2", PACKED, "train.tokens_per_microbatch=4096"],
     "tp2, recomputed": ["parallel.tp=2", "model.recompute=[audio_encoder, language_model]"],
@@ -77,6 +87,12 @@ FOUR_RANKS = {
     "tp4": ["parallel.tp=4"],
     "pp4": ["parallel.pp=4"],
     "pp4 packed": ["parallel.pp=4", PACKED],
+    "pp4 interleaved": ["parallel.pp=4", "parallel.virtual_pp=2", "sizes.layers=8"],
+    "pp2 interleaved dp2, fewer microbatches than stages": [*INTERLEAVED, "sizes.sequences=3"],
+    "tp2 pp2 interleaved, sp packed, overlapped": [
+        *("parallel.tp=2", *INTERLEAVED, SP, PACKED, "optimizer.overlap_communication=true")
+    ],
+    "pp2 interleaved cp2 packed": [*INTERLEAVED, "parallel.cp=2", PACKED],
     "cp4 packed": ["parallel.cp=4", PACKED],
     "dp4, ranks without sequences": ["sizes.sequences=3"],
     "dp4, ranks without sequences, overlapped": ["sizes.sequences=3", "optimizer.overlap_communication=true"],
@@ -226,7 +242,7 @@ def test_no_gloo_groups_on_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 @pytest.mark.parametrize(
     ("overrides", "wrong"),
     [
-        (["parallel.virtual_pp=2", "parallel.pp=2"], "interleaved"),
+        (["parallel.virtual_pp=2"], "needs parallel.pp > 1"),
         (["parallel.cp=0"], "at least 1"),
         (["model.checkpoint=x"], "its own small model"),
     ],

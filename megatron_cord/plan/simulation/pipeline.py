@@ -1,9 +1,13 @@
-"""When each stage of a pipeline works on which microbatch: Megatron's 1F1B schedule, event by event."""
+"""When each stage of a pipeline works on which microbatch: Megatron's schedules, event by event."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from megatron_cord.parallel.stages import forward_order, pass_order
+
+_Pass = tuple[bool, int, int, int]  #: backward, chunk, rank, microbatch
 
 
 @dataclass(frozen=True)
@@ -11,9 +15,9 @@ class Pipeline:
     """A schedule that ran.
 
     Attributes:
-        seconds: until the last stage is done.
-        finished: seconds at which each stage is done.
-        idle: seconds that the busiest stage waited.
+        seconds: until the last rank is done.
+        finished: seconds at which each rank is done.
+        idle: seconds that the busiest rank waited.
     """
 
     seconds: float
@@ -22,55 +26,57 @@ class Pipeline:
 
 
 def run_pipeline(
-    forward: Sequence[float], backward: Sequence[float] | None, microbatches: int, send: float = 0.0
+    forward: Sequence[float],
+    backward: Sequence[float] | None,
+    microbatches: int,
+    send: float = 0.0,
+    chunks: int = 1,
 ) -> Pipeline:
     """Return the times of a pipeline.
 
-    A stage works in its own order: as many forward passes as there are stages behind it, then one forward and one
-    backward pass in turns, then the backward passes that are left. A pass begins when its input is there and the stage
-    is free.
+    A rank works in its own order (`parallel.stages`). A pass begins when its input is there and the rank is free. The
+    chunks of a rank take equally long.
 
     Args:
-        forward: seconds of each stage's forward pass of a microbatch.
+        forward: seconds of each rank's forward passes of a microbatch, all of its chunks together.
         backward: likewise; None: there are forward passes alone.
-        microbatches: how many.
-        send: seconds from a stage to its neighbour.
+        microbatches: how many; interleaved stages fill them up to the number of ranks.
+        send: seconds from a stage to the next.
+        chunks: interleaved stages of a rank.
     """
-    stages = len(forward)
-    orders = [_order(stage, stages, microbatches, backward is not None) for stage in range(stages)]
-    done: dict[tuple[bool, int, int], float] = {}  # by (backward, stage, microbatch): when it ended
-    free, position = [0.0] * stages, [0] * stages
+    ranks = len(forward)
+    if chunks > 1 and microbatches:
+        microbatches = max(microbatches, ranks)
+    if backward is None:
+        same = [(False, *each) for each in forward_order(microbatches, ranks, chunks)] if microbatches else []
+        orders = [same] * ranks
+    else:
+        orders = [pass_order(microbatches, ranks, chunks, rank) if microbatches else [] for rank in range(ranks)]
+    done: dict[_Pass, float] = {}  # when it ended
+    free, position = [0.0] * ranks, [0] * ranks
     while any(place < len(order) for place, order in zip(position, orders, strict=True)):
-        for stage, order in enumerate(orders):
-            while position[stage] < len(order):
-                is_backward, number = order[position[stage]]
-                source = _source(is_backward, stage, stages, number)
+        for rank, order in enumerate(orders):
+            while position[rank] < len(order):
+                is_backward, chunk, number = order[position[rank]]
+                source = _source(is_backward, chunk, rank, number, ranks, chunks)
                 if source is not None and source not in done:
                     break
-                ready = 0.0 if source is None else done[source] + (send if source[1] != stage else 0.0)
-                takes = backward[stage] if is_backward and backward is not None else forward[stage]
-                free[stage] = max(free[stage], ready) + takes
-                done[is_backward, stage, number] = free[stage]
-                position[stage] += 1
+                ready = 0.0 if source is None else done[source] + (send if source[1:3] != (chunk, rank) else 0.0)
+                takes = (backward[rank] if is_backward and backward is not None else forward[rank]) / chunks
+                free[rank] = max(free[rank], ready) + takes
+                done[is_backward, chunk, rank, number] = free[rank]
+                position[rank] += 1
     busy = max(
-        microbatches * (ahead + (0.0 if backward is None else backward[stage])) for stage, ahead in enumerate(forward)
+        microbatches * (ahead + (0.0 if backward is None else backward[rank])) for rank, ahead in enumerate(forward)
     )
     return Pipeline(max(free), tuple(free), max(free) - busy)
 
 
-def _order(stage: int, stages: int, microbatches: int, trains: bool) -> list[tuple[bool, int]]:
-    """Return the passes of a stage in its order, as (backward, microbatch)."""
-    if not trains:
-        return [(False, number) for number in range(microbatches)]
-    ahead = min(stages - stage - 1, microbatches)
-    order = [(False, number) for number in range(ahead)]
-    for number in range(microbatches - ahead):
-        order += [(False, ahead + number), (True, number)]
-    return order + [(True, number) for number in range(microbatches - ahead, microbatches)]
-
-
-def _source(is_backward: bool, stage: int, stages: int, number: int) -> tuple[bool, int, int] | None:
+def _source(is_backward: bool, chunk: int, rank: int, number: int, ranks: int, chunks: int) -> _Pass | None:
     """Return the pass whose result this one needs; None for the first stage's forward pass."""
+    stage = chunk * ranks + rank
     if is_backward:
-        return (False, stage, number) if stage == stages - 1 else (True, stage + 1, number)
-    return None if stage == 0 else (False, stage - 1, number)
+        if stage == chunks * ranks - 1:
+            return False, chunk, rank, number
+        return True, (stage + 1) // ranks, (stage + 1) % ranks, number
+    return None if stage == 0 else (False, (stage - 1) // ranks, (stage - 1) % ranks, number)

@@ -1,8 +1,8 @@
 """The seconds of a step's phases over many GPUs, from counts of a trace and from rates.
 
-A replica's stages run Megatron's 1F1B schedule; replicas wait for each other where gradients are summed, servers and
-trainers where responses are handed over. Each GPU has a speed of its own, drawn from the rates' spread, so the slowest
-one sets the time of all that wait for it.
+A replica's stages run Megatron's schedules, 1F1B or interleaved; replicas wait for each other where gradients are
+summed, servers and trainers where responses are handed over. Each GPU has a speed of its own, drawn from the rates'
+spread, so the slowest one sets the time of all that wait for it.
 
 Simplifications: a collective takes the time of its bytes by a ring and a latency, and nothing else uses the link then;
 tensor-parallel collectives do not overlap with products, the reduction of gradients does with
@@ -147,9 +147,13 @@ class _Step:
         runs = []
         for factors in self._replicas(speeds):
             timed = [[(a + b) * f for (a, b), f in zip(part, factors, strict=True)] for part in (forward, backward)]
-            student = run_pipeline(timed[0], timed[1], work.microbatches, self._send())
+            student = run_pipeline(timed[0], timed[1], work.microbatches, self._send(), self.parallel.virtual_pp)
             read = run_pipeline(
-                [(a + b) * f for (a, b), f in zip(teacher, factors, strict=True)], None, taught_batches, self._send()
+                [(a + b) * f for (a, b), f in zip(teacher, factors, strict=True)],
+                None,
+                taught_batches,
+                self._send(),
+                self.parallel.virtual_pp,
             )
             runs.append(
                 _Trained(

@@ -74,14 +74,16 @@ class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.bytes = 0  #: that exist now
         self.groups: dict[str, str] = {}  #: by the name of a process group, what it is called in the result
+        #: names of the groups that carry gradients alone
+        self.gradient_groups: set[str] = set()
         self._received: tuple[Iterator[Sequence[int]], Iterator[Sequence[int]]] = (iter(()), iter(()))
         self._phases: dict[str, _Phase] = {}
         self._phase = self._phases.setdefault("rest", _Phase())
         self._sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
-    def expect(self, shapes: Sequence[Sequence[int]]) -> None:
-        """Say what other pipeline stages send next, [S, B, H] of each microbatch; gradients have the same shapes."""
-        self._received = (iter(shapes), iter(shapes))
+    def expect(self, activations: Sequence[Sequence[int]], gradients: Sequence[Sequence[int]]) -> None:
+        """Say what other pipeline stages send next, in order: shapes [S, B, H]."""
+        self._received = (iter(activations), iter(gradients))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -215,12 +217,18 @@ class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         work = FakeWork().boxed()
         return work if name in _WORK_ALONE else (args[0], work)
 
+    def _is_gradient(self, group: ProcessGroup, sender: int) -> bool:
+        """Return whether a message is from the next stage. Of two ranks each is the other's next one."""
+        if group.size() == 2:
+            return group.group_name in self.gradient_groups or (not self.gradient_groups and group.rank() == 0)
+        return sender == (group.rank() + 1) % group.size()
+
     def _answer(self, name: str, args: Any) -> None:
         """Write real outputs: every other rank counts what this one does; stages are sent shapes."""
         if name == "recv_":
             (received,) = args[0]
             if not received.is_floating_point():
-                is_gradient = args[2] > ProcessGroup.unbox(args[1]).rank()
+                is_gradient = self._is_gradient(ProcessGroup.unbox(args[1]), args[2])
                 received.copy_(torch.tensor(next(self._received[is_gradient])))
         elif name == "allgather_":
             for outputs, mine in zip(args[0], args[1], strict=True):

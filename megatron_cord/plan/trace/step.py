@@ -17,8 +17,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import LALM, ModelInput
+from megatron_cord.model.pipeline import padding_in_front
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.layout import Layout, finalize, initialize
+from megatron_cord.parallel.stages import forward_order
 from megatron_cord.plan.devices import Gpu
 from megatron_cord.plan.trace.counting import CountingMode
 from megatron_cord.plan.trace.records import RankTrace
@@ -34,6 +36,8 @@ from megatron_cord.trainer.step.teacher import Teacher
 if TYPE_CHECKING:
     from megatron_cord.model.architecture import Architecture
     from megatron_cord.trainer.config import RunConfig
+
+_Shape = tuple[int, int, int]
 
 
 def trace_step(
@@ -73,6 +77,8 @@ def _trace_rank(
     with _fake_ranks(world, rank), substituted(mode, arch, teacher_arch, gpu.memory), mode:
         layout = initialize(parallel, config.seed)
         mode.groups.update(_names(layout))
+        if layout.gradient_group is not None:
+            mode.gradient_groups.add(str(layout.gradient_group.group_name))
         state: dict[str, int] = {}
 
         def built(name: str) -> None:
@@ -97,13 +103,14 @@ def _trace_rank(
 
         def read(batches: list[Microbatch], *args: Any) -> Any:
             taught.extend(batch for batch in batches if batch.teacher is not None)
-            given = [*(batch.teacher for batch in batches), *(batch.contrast for batch in batches)]
-            mode.expect([_sent(each, teacher.model) for each in given if each is not None])
+            views = [batch.teacher for batch in batches], [batch.contrast for batch in batches]
+            sent = [_received(teacher.model, [each for each in view if each is not None])[0] for view in views]
+            mode.expect([shape for shapes in sent for shape in shapes], [])
             return hidden_states(batches, *args)
 
         def learn(batches: list[Microbatch], *args: Any, **kwargs: Any) -> None:
             trained.extend(batches)
-            mode.expect([_sent(batch.student, student) for batch in batches])
+            mode.expect(*_received(student, [batch.student for batch in batches]))
             pipeline(batches, *args, **kwargs)
 
         hidden_states = mode.within("teacher", teacher.hidden_states)
@@ -133,7 +140,21 @@ def _trace_rank(
         )
 
 
-def _sent(given: ModelInput, model: LALM) -> tuple[int, int, int]:
+def _received(model: LALM, given: list[ModelInput]) -> tuple[list[_Shape], list[_Shape]]:
+    """Return the shapes of the activations and of the gradients that this rank is sent of microbatches, in order."""
+    if not given:
+        return [], []
+    pp, chunks = model.layout.config.pp, len(model.chunks)
+    shapes = [_sent(each, model) for each in [*padding_in_front(model, len(given)), *given]]
+    order = forward_order(len(shapes), pp, chunks)
+    first, last = (model.layout.is_first_stage, 0), (model.layout.is_last_stage, 0)  # nothing comes to these
+    return (
+        [shapes[number] for chunk, number in order if (True, chunk) != first],
+        [shapes[number] for chunk, number in order if (True, chunk) != last],
+    )
+
+
+def _sent(given: ModelInput, model: LALM) -> _Shape:
     """Return the shape [S, B, H] of what a stage sends of a microbatch to the next one."""
     sharding = model.layout.sequence_sharding
     batch, length = given.token_ids.shape
@@ -158,4 +179,6 @@ def _names(layout: Layout) -> dict[str, str]:
         group = getattr(layout.groups, attribute, None)
         if group is not None:
             named[str(group.group_name)] = "dp"
+    if layout.gradient_group is not None:
+        named[str(layout.gradient_group.group_name)] = "pp"
     return named | {str(layout.tp_group.group_name): "tp"}

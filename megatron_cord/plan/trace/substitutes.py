@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import clip_grads
 from torch import Tensor
 
@@ -124,6 +125,7 @@ def substituted(mode: CountingMode, arch: Architecture, teacher_arch: Architectu
         # Groups of the one backend that needs no other ranks.
         (portability, "needs_gloo_groups", lambda: False),
         (layout, "_replica_group", lambda _, solo: solo),
+        (layout, "_second_group", lambda group: dist.new_group(dist.get_process_group_ranks(group))),
     ]
     tables = (output_layer.CHUNK_ELEMENTS, shard.BLOCK_COLUMNS)
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]

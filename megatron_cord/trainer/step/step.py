@@ -5,17 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_cord.losses import token_logprobs_from_hidden
 from megatron_cord.model.lalm import LALM
+from megatron_cord.model.pipeline import run_pipeline
 from megatron_cord.rollout.types import ScoredRollout, TokenResults
 from megatron_cord.trainer.step.batches import (
     Batching,
@@ -293,14 +292,10 @@ class TrainStep:
             train: whether there are backward passes.
         """
 
-        def forward_step(batches: Any, model: Any) -> Any:
-            batch, tokens = next(batches)
-
-            def loss_func(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-                rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.student_rows.rows)
-                return loss_of(batch, tokens, rows), torch.ones((), dtype=torch.int64, device=hidden.device), {}
-
-            return model(batch.student), loss_func
+        def finish(number: int, hidden: Tensor) -> Tensor:
+            batch = microbatches[number]
+            rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.student_rows.rows)
+            return loss_of(batch, taught[number], rows)
 
         if self.lalm.lora is not None:
             self.lalm.lora.train(train)  # for its dropout
@@ -308,15 +303,7 @@ class TrainStep:
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
         if microbatches:
-            get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iter(zip(microbatches, taught, strict=True)),
-                model=[self.model],
-                num_microbatches=len(microbatches),
-                seq_length=max(m.student.token_ids.shape[1] for m in microbatches),
-                micro_batch_size=max(len(m.sequences) for m in microbatches),
-                forward_only=not train,
-            )
+            run_pipeline(self.lalm, [m.student for m in microbatches], finish, train=train, wrapped=self.model)
         elif train:
             join_reduction(self.model)
             self.lalm.config.finalize_model_grads_func(

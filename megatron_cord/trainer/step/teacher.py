@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_cord.convert import read_into
@@ -25,6 +24,7 @@ from megatron_cord.losses import token_logprobs_from_hidden
 from megatron_cord.losses.contrast import contrast_gate, contrasted_hidden
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
+from megatron_cord.model.pipeline import run_pipeline
 from megatron_cord.parallel.transfers import to_device, to_host
 from megatron_cord.trainer.step.batches import Microbatch
 from megatron_cord.trainer.step.moving_average import MovingAverage
@@ -202,29 +202,17 @@ class Teacher:
         if not scored:
             return
 
-        def forward_step(batches: Any, model: Any) -> Any:
-            one: _Scored = next(batches)
+        def finish(number: int, hidden: Tensor) -> Tensor:
+            one = scored[number]
+            rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, one.rows.rows)
+            if one.batch.student_rows.tokens is not None:
+                # Prompts differ in length, so the tokens are split over the ranks differently than the student's.
+                whole = whole_tokens(rows, one.rows, one.batch.num_tokens, self.model.layout.cp_group)
+                rows = whole.index_select(0, to_device(one.batch.student_rows.tokens, whole.device))
+            take(one, rows)
+            return hidden.new_zeros(())
 
-            def collect(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-                rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, one.rows.rows)
-                if one.batch.student_rows.tokens is not None:
-                    # Prompts differ in length, so the tokens are split over the ranks differently than the student's.
-                    whole = whole_tokens(rows, one.rows, one.batch.num_tokens, self.model.layout.cp_group)
-                    rows = whole.index_select(0, to_device(one.batch.student_rows.tokens, whole.device))
-                take(one, rows)
-                return hidden.new_zeros(()), torch.tensor(0), {}
-
-            return model(one.given), collect
-
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(scored),
-            model=[self.model],
-            num_microbatches=len(scored),
-            seq_length=max(one.given.token_ids.shape[1] for one in scored),
-            micro_batch_size=max(len(one.batch.sequences) for one in scored),
-            forward_only=True,
-        )
+        run_pipeline(self.model, [one.given for one in scored], finish, train=False)
 
     def _kept(self, hidden: Tensor) -> Tensor:
         return to_host(hidden) if self.offload else hidden

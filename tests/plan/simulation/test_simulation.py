@@ -29,6 +29,16 @@ def test_a_pipeline_of_equal_stages(stages: int, microbatches: int) -> None:
     assert run_pipeline([forward] * stages, None, microbatches).seconds == pytest.approx(microbatches + stages - 1)
 
 
+def test_interleaved_stages() -> None:
+    """Catches a bubble that does not shrink with the number of chunks: (stages - 1) passes of a chunk."""
+    ran = run_pipeline([1.0] * 4, [2.0] * 4, 8, chunks=2)
+    assert ran.idle == pytest.approx(3 * (1.0 + 2.0) / 2)
+    assert run_pipeline([1.0] * 4, None, 8, chunks=2).seconds == pytest.approx(8 + 3 / 2)
+    assert run_pipeline([1.0] * 2, [2.0] * 2, 3, chunks=2).seconds >= 3 * 3.0  # a last group that does not divide
+    one, four = (run_pipeline([1.0] * 4, [2.0] * 4, count, chunks=2) for count in (1, 4))
+    assert one == four  # filled up
+
+
 def test_a_slow_stage_sets_the_pace() -> None:
     """Catches stages that do not wait for each other: all but the first and last passes wait for the slow one."""
     ran = run_pipeline([1.0, 3.0, 1.0], [2.0, 6.0, 2.0], 10)

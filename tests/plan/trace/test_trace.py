@@ -54,6 +54,8 @@ LAYOUTS = {
     "tp2 pp2 dp2, recomputed": (
         8, ("parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true", "model.recompute=[language_model]"),
     ),
+    "pp2 interleaved dp2": (4, ("parallel.pp=2", "parallel.virtual_pp=2", "model.freeze=[]")),
+    "pp4 interleaved": (4, ("parallel.pp=4", "parallel.virtual_pp=2", "model.freeze=[]")),
     "dp4, encoder trained": (4, ("model.freeze=[]",)),
     "tp2 dp1, selective": (
         2,

@@ -77,9 +77,10 @@ def build_optimizer(
     scheduler = RateScheduler(optimizer, schedule, weight_decay)
     lalm.config.grad_scale_func = optimizer.scale_loss
     lalm.config.no_sync_func = model.no_sync if config.overlap_communication else None
-    # The losses carry their global denominators already, so the gradients are only summed.
-    lalm.config.finalize_model_grads_func = lambda models, _tokens, **kwargs: finalize_model_grads(
-        models, None, **kwargs
+    # The losses carry their global denominators already, so the gradients are only summed; those of all interleaved
+    # stages of a rank are in the one model.
+    lalm.config.finalize_model_grads_func = lambda _stages, _tokens, **kwargs: finalize_model_grads(
+        [model], None, **kwargs
     )
     return optimizer, scheduler
 

@@ -35,8 +35,8 @@ MIB = 1 << 20
 def plans_of_rank(rank: int, checkpoint: str) -> list[bool]:
     """For every layout: whether plan and stream agree, of all tensors and of those that are trained."""
     agree = []
-    for tp, pp in ((2, 2), (4, 1), (1, 2)):
-        layout = initialize(ParallelConfig(tp=tp, pp=pp), seed=0)
+    for tp, pp, virtual_pp in ((2, 2, 1), (4, 1, 1), (1, 2, 2)):
+        layout = initialize(ParallelConfig(tp=tp, pp=pp, virtual_pp=virtual_pp), seed=0)
         model = LALM(load_architecture(checkpoint), layout, torch.bfloat16)
         if model.audio_encoder is not None:
             model.audio_encoder.requires_grad_(False)

@@ -1,0 +1,108 @@
+"""Microbatches through the stages of the model: Megatron's schedules, 1F1B or interleaved.
+
+Interleaved stages need at least as many microbatches as there are pipeline ranks. What is missing is filled up in front
+by a few tokens of padding without a part in the loss.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_with_interleaving
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_cord.model.lalm import LALM, ModelInput
+from megatron_cord.parallel.stage_messages import PairCommunicator
+from megatron_cord.parallel.stages import group_size
+
+
+def run_pipeline(
+    model: LALM,
+    inputs: Sequence[ModelInput],
+    finish: Callable[[int, Tensor], Tensor],
+    *,
+    train: bool,
+    wrapped: torch.nn.Module | None = None,
+) -> None:
+    """Run the forward passes of microbatches, and where it trains the backward passes. Collective over the pipeline.
+
+    Args:
+        model: this rank's part.
+        inputs: of the microbatches, at least one; every stage has the same.
+        finish: called on the last stage with a microbatch's number and its hidden states [S/CP, B, H], in order; it
+            returns the loss, a scalar.
+        train: whether there are backward passes.
+        wrapped: the model in DDP, where gradients are reduced.
+    """
+    filler = padding_in_front(model, len(inputs))
+    given = [*filler, *inputs]
+
+    def forward_step(numbers: Iterator[int], module: Any) -> Any:
+        number = next(numbers)
+
+        def loss_func(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            real = number >= len(filler)
+            loss = finish(number - len(filler), hidden) if real else hidden.sum() * 0.0
+            return loss, torch.ones((), dtype=torch.int64, device=hidden.device), {}
+
+        return module(given[number]), loss_func
+
+    common = {
+        "forward_step_func": forward_step,
+        "num_microbatches": len(given),
+        "seq_length": max(each.token_ids.shape[1] for each in given),
+        "micro_batch_size": max(len(each.sample_ids) for each in given),
+        "forward_only": not train,
+    }
+    if len(model.chunks) == 1:
+        module = model if wrapped is None else wrapped
+        get_forward_backward_func()(data_iterator=iter(range(len(given))), model=[module], **common)
+        return
+    config = copy.copy(model.config)  # with what the optimizer has set by now
+    config.virtual_pipeline_model_parallel_size = len(model.chunks)
+    config.microbatch_group_size_per_vp_stage = group_size(len(given), model.layout.config.pp)
+    forward_backward_pipelining_with_interleaving(
+        data_iterator=[iter(range(len(given))) for _ in model.chunks],
+        model=[_Stage(model, config, number) for number in range(len(model.chunks))],
+        p2p_communicator=_communicator(model, config),
+        pg_collection=model.layout.groups,
+        **common,
+    )
+
+
+class _Stage(MegatronModule):  # type: ignore[misc]
+    """One of a rank's interleaved stages, as Megatron's schedule calls it."""
+
+    def __init__(self, model: LALM, config: Any, number: int) -> None:
+        super().__init__(config)
+        self.model, self.number, self.model_type = model, number, model.model_type
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the previous stage's activations."""
+        self.model.chunks[self.number].set_input_tensor(input_tensor)
+
+    def forward(self, given: ModelInput) -> Tensor:
+        """Run the stage. DDP's hooks are at the parameters, so its forward pass can be left out."""
+        hidden: Tensor = self.model(given, self.number)
+        return hidden
+
+
+def _communicator(model: LALM, config: Any) -> P2PCommunicator:
+    layout = model.layout
+    if layout.gradient_group is None:
+        return P2PCommunicator(layout.pp_group, config)
+    return PairCommunicator(layout.pp_group, layout.gradient_group, config)
+
+
+def padding_in_front(model: LALM, microbatches: int) -> list[ModelInput]:
+    """Return the microbatches of padding that a step of so many others needs, as short as the layout allows."""
+    count = max(0, model.layout.config.pp - microbatches) if len(model.chunks) > 1 else 0
+    token = 0 if model.arch.audio_token_id != 0 else 1
+    ids = torch.full((1, model.layout.sequence_sharding.multiple_of), token)
+    return [ModelInput(ids.to(model.layout.device), None, None, ("padding",), None, ids) for _ in range(count)]
