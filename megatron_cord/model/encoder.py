@@ -67,11 +67,11 @@ class AudioEncoder(MegatronModule):  # type: ignore[misc]
                 select_key_rows(layer.self_attention.core_attention)
             layer.mlp.__class__ = WholeMLP
 
-    def forward(self, features: Tensor, num_frames: Sequence[int]) -> Tensor:
+    def forward(self, features: Tensor | Sequence[Tensor], num_frames: Sequence[int]) -> Tensor:
         """Encode clips.
 
         Args:
-            features: [C, mels, frames], clips padded to the window.
+            features: C times [mels, frames], clips padded to the window.
             num_frames: C numbers, the valid frames of each clip.
 
         Returns:

@@ -8,7 +8,7 @@ Legend: B sequences, S padded length, T packed tokens, C clips, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -33,6 +33,7 @@ from megatron_cord.model.adapters import Adapter, build_adapter
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.attention import packed_sequences
 from megatron_cord.model.chunks import number_layers, split_in_chunks
+from megatron_cord.model.clip_sharing import deal_clips, gather_clips, no_tokens
 from megatron_cord.model.config import PARTS, LayerConfig, LoraConfig
 from megatron_cord.model.encoder import AudioEncoder
 from megatron_cord.model.lora.adapters import LoraAdapters
@@ -224,16 +225,38 @@ class LALM(MegatronModule):  # type: ignore[misc]
     def encode_audio(self, features: Tensor, num_frames: tuple[int, ...]) -> Tensor:
         """Return the features of all clips at the language model's width, [tokens of all clips, H]; first stage only.
 
+        Context-parallel ranks encode a share of the clips each.
+
         Args:
             features: float32 [C, mels, frames].
             num_frames: C numbers, valid frames of each clip.
         """
+        cp = self.layout.config.cp
+        if cp == 1:
+            return self._encode(list(features), num_frames)
+        assert self.arch.encoder is not None
+        dealt = deal_clips([self.arch.encoder.computed_positions(frames) for frames in num_frames], cp)
+        own = dealt[self.layout.sequence_sharding.cp_rank]
+        if own:
+            audio = self._encode([features[clip] for clip in own], tuple(num_frames[clip] for clip in own))
+        else:
+            weight = self.language_model.embedding.word_embeddings.weight
+            audio = no_tokens(self.arch.language.hidden_size, self._trained_audio_parameters(), weight)
+        return gather_clips(audio, dealt, [self.arch.num_audio_tokens(n) for n in num_frames], self.layout.cp_group)
+
+    def _encode(self, features: Sequence[Tensor], num_frames: tuple[int, ...]) -> Tensor:
         assert self.audio_encoder is not None
         assert self.adapter is not None
         counts = [self.audio_encoder.num_outputs(frames) for frames in num_frames]
         tokens = [self.arch.num_audio_tokens(frames) for frames in num_frames]
         audio: Tensor = self.adapter(self.audio_encoder(features, num_frames), counts, tokens)
         return audio
+
+    def _trained_audio_parameters(self) -> list[Tensor]:
+        """Return the parameters that are trained of encoder and adapter, and of LoRA beside them."""
+        parts = ("audio_encoder.", "adapter.")
+        named = ((self.global_name(name), parameter) for name, parameter in self.named_parameters())
+        return [each for name, each in named if each.requires_grad and name.startswith(parts)]
 
     def _embed(self, batch: ModelInput) -> Tensor:
         """Return word embeddings [S, B, H] with audio features in the placeholders' rows."""

@@ -179,7 +179,8 @@ def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: i
     audio = 0.0
     if stage == 0 and arch.encoder is not None and "audio_encoder" not in config.model.freeze:
         enc = arch.encoder
-        positions = work.clip_positions * ceil(work.clips) * work.micro_batch
+        clips = ceil(ceil(work.clips) * work.micro_batch / config.parallel.cp)  # dealt over the context-parallel ranks
+        positions = work.clip_positions * clips
         h = enc.hidden_size
         whole, selective = (encoder_layer_width(enc, tp, cut, selective=selective) for selective in (False, True))
         audio = positions * _kept(config.model, "audio_encoder", enc.num_layers, whole, selective, h / cut)

@@ -74,10 +74,12 @@ def traffic(config: RunConfig, arch: Architecture, work: Work, stage: int) -> Tr
     if stage == 0:  # the embedding's sum, and under sequence parallelism what leaves it in the backward pass
         whole += 2 * (student + read) + (student if backward and config.parallel.sequence_parallel else 0)
         if arch.encoder is not None:
-            audio = sequences * work.clips * work.clip_positions * arch.encoder.hidden_size * item
+            # Clips are dealt over the context-parallel ranks.
+            position = arch.encoder.hidden_size * item / config.parallel.cp
+            audio = sequences * work.clips * work.clip_positions * position
             trains, reached = "audio_encoder" in config.model.trained_parts, "audio_encoder" not in config.model.freeze
             whole += arch.encoder.num_layers * audio * _layer(config, "audio_encoder", trains=trains, backward=reached)
-            heard = taught * work.taught_clips * work.clip_positions * arch.encoder.hidden_size * item
+            heard = taught * work.taught_clips * work.clip_positions * position
             whole += arch.encoder.num_layers * heard * 4
             whole += audio if config.parallel.sequence_parallel else 0
     if stage == pp - 1:
