@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -167,8 +168,8 @@ class Architecture:
             raise ValueError(f"a {self.model_type} model takes no audio")
         return self.adapter.num_tokens(self.encoder.num_features(num_frames))
 
-    def check_divisible(self, tp: int, pp: int, virtual_pp: int = 1) -> None:
-        """Raise CordError if this layout cannot hold the model, naming the size that does not divide."""
+    def check_divisible(self, tp: int, pp: int, virtual_pp: int = 1, pipeline_layers: Sequence[int] = ()) -> None:
+        """Raise CordError if this layout cannot hold the model, naming the size that does not fit."""
         sizes = {
             "the language model's attention heads": self.language.num_heads,
             "the language model's key-value heads": self.language.num_kv_heads,
@@ -185,10 +186,19 @@ class Architecture:
                     f"parallel.tp={tp} does not divide {what} ({size}); "
                     f"choose a tp that does, e.g. {_largest_divisor(size, tp)}"
                 )
+        if pipeline_layers:
+            if sum(pipeline_layers) != self.language.num_layers:
+                raise CordError(
+                    f"parallel.pipeline_layers={list(pipeline_layers)} are {sum(pipeline_layers)} layers, the language "
+                    f"model of this {self.model_type} has {self.language.num_layers}; all models of the run need the "
+                    "same number, or leave the key out"
+                )
+            return
         if self.language.num_layers % pp:
             raise CordError(
                 f"parallel.pp={pp} does not divide the language model's layers ({self.language.num_layers}); "
-                f"choose a pp that does, e.g. {_largest_divisor(self.language.num_layers, pp)}"
+                f"choose a pp that does, e.g. {_largest_divisor(self.language.num_layers, pp)}, or give "
+                "parallel.pipeline_layers"
             )
         if (layers := self.language.num_layers // pp) % virtual_pp:
             raise CordError(

@@ -90,7 +90,8 @@ class LALM(MegatronModule):  # type: ignore[misc]
         self, arch: Architecture, layout: Layout, dtype: torch.dtype, layers: LayerConfig | None = None
     ) -> None:
         layers = layers or LayerConfig()
-        arch.check_divisible(layout.config.tp, layout.config.pp, layout.config.virtual_pp)
+        parallel = layout.config
+        arch.check_divisible(parallel.tp, parallel.pp, parallel.virtual_pp, parallel.pipeline_layers)
         config = language_config(arch.language, layout.config, dtype, layers)
         super().__init__(config)
         self.arch, self.layout, self.layers = arch, layout, layers

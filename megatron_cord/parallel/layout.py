@@ -24,7 +24,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.parallel.sequence_sharding import SequenceSharding
-from megatron_cord.parallel.stages import chunks_of_rank, layers_per_stage
+from megatron_cord.parallel.stages import chunks_of_rank
 from megatron_cord.runtime.device_queues import missing_setting
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,9 @@ class ParallelConfig:
     pp: int = 1
     cp: int = 1  #: context parallel size: ranks that share each of the language model's sequences, for long contexts
     virtual_pp: int = 1  #: interleaved pipeline stages a rank (chunks of layers); above 1 it needs pp > 1
+    #: the language model's layers on each of the pp × virtual_pp stages, in the order in which tokens pass them; empty:
+    #: equally many
+    pipeline_layers: tuple[int, ...] = ()
     #: shard activations between tensor-parallel regions of both towers along the sequence
     sequence_parallel: bool = False
     timeout_minutes: float = 10.0  #: how long a collective may take before the run is considered dead
@@ -53,8 +56,19 @@ class ParallelConfig:
             raise CordError(
                 f"parallel.virtual_pp={self.virtual_pp} interleaves the stages of a pipeline: it needs parallel.pp > 1"
             )
+        stages, given = self.pp * self.virtual_pp, self.pipeline_layers
+        if given and (len(given) != stages or min(given) < 1):
+            raise CordError(
+                f"parallel.pipeline_layers={list(given)}: give a number of layers, at least 1, for each of the "
+                f"{stages} stages (parallel.pp={self.pp} × parallel.virtual_pp={self.virtual_pp})"
+            )
         if self.sequence_parallel and self.tp == 1:
             raise CordError("parallel.sequence_parallel needs parallel.tp > 1; set it to false")
+
+    def layers_per_stage(self, num_layers: int) -> tuple[int, ...]:
+        """Return the layers of each stage of a language model, in the order in which tokens pass the stages."""
+        stages = self.pp * self.virtual_pp
+        return self.pipeline_layers or (num_layers // stages,) * stages
 
 
 @dataclass(frozen=True)
@@ -144,8 +158,7 @@ class Layout:
 
     def layers_of_chunks(self, num_layers: int) -> tuple[range, ...]:
         """Return which of the language model's layers, from 0, this rank holds, a range for each interleaved stage."""
-        stages = layers_per_stage(num_layers, self.config.pp, self.config.virtual_pp)
-        return chunks_of_rank(stages, self.config.pp, self.pp_rank)
+        return chunks_of_rank(self.config.layers_per_stage(num_layers), self.config.pp, self.pp_rank)
 
     @property
     def is_main(self) -> bool:

@@ -11,12 +11,6 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 
-def layers_per_stage(num_layers: int, pp: int, virtual_pp: int = 1) -> tuple[int, ...]:
-    """Return the numbers of layers of all P · V stages, in the order in which tokens pass them."""
-    stages = pp * virtual_pp
-    return (num_layers // stages,) * stages
-
-
 def chunks_of_rank(stages: Sequence[int], pp: int, rank: int) -> tuple[range, ...]:
     """Return the layers, from 0, of each of a rank's chunks.
 

@@ -5,6 +5,8 @@ Legend: r rank, H hidden, F ffn size, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from megatron_cord.plan.parameters import part_counts, rank_counts
@@ -18,9 +20,11 @@ _LAYERS = "language_model.decoder.layers."
 
 
 def lora_count(
-    config: ModelConfig, arch: Architecture, tp: int = 1, pp: int = 1, stage: int = 0, virtual_pp: int = 1
+    config: ModelConfig, arch: Architecture, tp: int = 1, pp: int = 1, stage: int = 0, stages: Sequence[int] = ()
 ) -> int:
     """Count A and B on one tensor-parallel rank of a pipeline rank (from 0); by default those of the whole model.
+
+    Arguments are those of `rank_counts`.
 
     Raises:
         CordError: as `find_targets`.
@@ -31,7 +35,7 @@ def lora_count(
 
     total = 0
     for target in find_targets(arch, config.lora, config.freeze):
-        if _rank_of(target, arch, pp, virtual_pp) == stage:
+        if _rank_of(target, arch, pp, stages) == stage:
             rows, columns = _sizes(target, arch)
             cut_rows, cut_columns = (tp if target.layout.shard_dim == dim else 1 for dim in (0, 1))
             for part, size in zip(target.parts, rows, strict=True):
@@ -40,14 +44,16 @@ def lora_count(
     return total
 
 
-def trained_count(config: ModelConfig, arch: Architecture, tp: int, pp: int, stage: int, virtual_pp: int = 1) -> int:
+def trained_count(
+    config: ModelConfig, arch: Architecture, tp: int, pp: int, stage: int, stages: Sequence[int] = ()
+) -> int:
     """Count what is trained on one tensor-parallel rank of a pipeline rank: whole weights and LoRA.
 
     Raises:
         CordError: as `find_targets`.
     """
-    whole = rank_counts(arch, tp, pp, stage).trained(config.trained_parts)
-    return whole + lora_count(config, arch, tp, pp, stage, virtual_pp)
+    whole = rank_counts(arch, tp, pp, stage, stages).trained(config.trained_parts)
+    return whole + lora_count(config, arch, tp, pp, stage, stages)
 
 
 def merged_count(config: ModelConfig, arch: Architecture) -> int:
@@ -75,11 +81,12 @@ def sync_bytes(config: ModelConfig, arch: Architecture) -> tuple[int, int]:
     return (whole + merged_count(config, arch)) * item, (whole + lora_count(config, arch)) * item
 
 
-def _rank_of(target: LoraTarget, arch: Architecture, pp: int, virtual_pp: int) -> int:
+def _rank_of(target: LoraTarget, arch: Architecture, pp: int, stages: Sequence[int]) -> int:
     if not target.module.startswith(_LAYERS):
         return 0
     layer = int(target.module.removeprefix(_LAYERS).partition(".")[0])
-    return layer // (arch.language.num_layers // (pp * virtual_pp)) % pp
+    ends = accumulate(stages or (arch.language.num_layers // pp,) * pp)
+    return next(number for number, end in enumerate(ends) if layer < end) % pp
 
 
 def _sizes(target: LoraTarget, arch: Architecture) -> tuple[tuple[int, ...], int]:

@@ -14,7 +14,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from megatron_cord.plan.lora import lora_count, trained_count
-from megatron_cord.plan.parameters import matrix_counts, part_counts, rank_counts
+from megatron_cord.plan.parameters import matrix_counts, part_counts, rank_counts, rank_layers
 from megatron_cord.plan.work import Work
 
 if TYPE_CHECKING:
@@ -100,10 +100,11 @@ def optimizer_bytes(config: OptimizerConfig, trained: int, matrices: int, itemsi
 
 def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_engine: bool) -> Memory:
     tp, pp, cp, item = config.parallel.tp, config.parallel.pp, config.parallel.cp, config.model.torch_dtype.itemsize
-    counts = rank_counts(arch, tp, pp, stage)
-    added = lora_count(config.model, arch, tp, pp, stage, config.parallel.virtual_pp)
-    trained = trained_count(config.model, arch, tp, pp, stage, config.parallel.virtual_pp)
-    matrices = matrix_counts(arch, tp, pp, stage).trained(config.model.trained_parts)
+    stages = config.parallel.layers_per_stage(arch.language.num_layers)
+    counts = rank_counts(arch, tp, pp, stage, stages)
+    added = lora_count(config.model, arch, tp, pp, stage, stages)
+    trained = trained_count(config.model, arch, tp, pp, stage, stages)
+    matrices = matrix_counts(arch, tp, pp, stage, stages).trained(config.model.trained_parts)
     last = stage == pp - 1
     teacher = work.teacher or arch
     hidden = (
@@ -120,7 +121,10 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
         "weights": (counts.total + added) * item,
         "gradients": trained * 4,
         "optimizer": optimizer_bytes(config.optimizer, trained, matrices, item, work.dp * cp),
-        "teacher": sum(rank_counts(copy, tp, pp, stage).total * item for copy in _teachers(config, arch, work)),
+        "teacher": sum(
+            rank_counts(copy, tp, pp, stage, config.parallel.layers_per_stage(copy.language.num_layers)).total * item
+            for copy in _teachers(config, arch, work)
+        ),
         "teacher_hidden": hidden,
         "engine": _engine(arch, work, item) if local_engine else 0,
         "activations": activation_bytes(config, arch, work, stage),
@@ -170,9 +174,8 @@ def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: i
     language = 0.0
     if needs_language:
         whole, selective = (language_layer_width(arch, tp, cut, selective=selective) for selective in (False, True))
-        language = tokens * _kept(
-            config.model, "language_model", lm.num_layers // pp, whole, selective, lm.hidden_size / cut
-        )
+        layers = rank_layers(arch, pp, stage, config.parallel.layers_per_stage(lm.num_layers))
+        language = tokens * _kept(config.model, "language_model", layers, whole, selective, lm.hidden_size / cut)
         language += (
             tokens * lm.hidden_size * (3 if stage == pp - 1 else 1)
         )  # the embedding, or the final norm's input and output

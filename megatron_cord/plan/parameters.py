@@ -6,7 +6,7 @@ of the audio encoder has a key bias that Whisper lacks. Legend: H hidden, F ffn 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,12 +46,21 @@ def part_counts(arch: Architecture) -> PartCounts:
     return PartCounts(encoder, _adapter(arch), language, positions)
 
 
-def rank_counts(arch: Architecture, tp: int, pp: int, stage: int) -> PartCounts:
-    """Count the parameters of one tensor-parallel rank of a pipeline stage (from 0), as Megatron holds them."""
+def rank_counts(arch: Architecture, tp: int, pp: int, stage: int, stages: Sequence[int] = ()) -> PartCounts:
+    """Count the parameters of one tensor-parallel rank of a pipeline rank, as Megatron holds them.
+
+    Args:
+        arch: of the model.
+        tp: tensor-parallel ranks.
+        pp: pipeline ranks.
+        stage: the pipeline rank, from 0.
+        stages: layers of each stage, as `ParallelConfig.layers_per_stage` gives them; empty: equally many.
+    """
     lm, first, last = arch.language, stage == 0, stage == pp - 1
     table = lm.padded_vocab_size(tp) // tp * lm.hidden_size
     tables = 1 if first and last and lm.tied_embeddings else first + last
-    language = lm.num_layers // pp * _language_layer(lm, tp) + tables * table + (lm.hidden_size if last else 0)
+    layers = rank_layers(arch, pp, stage, stages)
+    language = layers * _language_layer(lm, tp) + tables * table + (lm.hidden_size if last else 0)
     if not first or arch.encoder is None:
         return PartCounts(0, 0, language)
     return PartCounts(
@@ -59,11 +68,17 @@ def rank_counts(arch: Architecture, tp: int, pp: int, stage: int) -> PartCounts:
     )
 
 
-def matrix_counts(arch: Architecture, tp: int, pp: int, stage: int) -> PartCounts:
+def rank_layers(arch: Architecture, pp: int, stage: int, stages: Sequence[int] = ()) -> int:
+    """Return how many of the language model's layers a pipeline rank holds; arguments as in `rank_counts`."""
+    return sum(stages[stage::pp]) if stages else arch.language.num_layers // pp
+
+
+def matrix_counts(arch: Architecture, tp: int, pp: int, stage: int, stages: Sequence[int] = ()) -> PartCounts:
     """Count those of `rank_counts` that lie in matrices inside layers, which Muon updates."""
     lm, enc, ad = arch.language, arch.encoder, arch.adapter
     h, queries, keys = lm.hidden_size, lm.num_heads * lm.head_dim, lm.num_kv_heads * lm.head_dim
-    language = lm.num_layers // pp * ((2 * queries + 2 * keys) * h + 3 * h * lm.ffn_hidden_size) // tp
+    layers = rank_layers(arch, pp, stage, stages)
+    language = layers * ((2 * queries + 2 * keys) * h + 3 * h * lm.ffn_hidden_size) // tp
     if stage > 0 or enc is None or ad is None:
         return PartCounts(0, 0, language)
     encoder = enc.num_layers * (4 * enc.hidden_size**2 + 2 * enc.hidden_size * enc.ffn_hidden_size) // tp

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_cord.errors import CordError
 from megatron_cord.plan.devices import Gpu
 from megatron_cord.plan.memory import memory
-from megatron_cord.plan.speed import speed
-from megatron_cord.plan.work import make_work
+from megatron_cord.plan.speed import operations, speed
+from megatron_cord.plan.work import Work, make_work
 
 if TYPE_CHECKING:
     from megatron_cord.model.architecture import Architecture
@@ -36,9 +36,16 @@ def fitting(
     best: tuple[float, list[str]] | None = None
     recomputed: tuple[tuple[Tower, ...], ...] = ((), ("language_model",), ("audio_encoder", "language_model"))
     choices = product((1, 2, 4, 8), (1, 2, 4), recomputed, (config.train.micro_batch_size, 2, 1))
+    own = config.parallel
     for tp, pp, recompute, micro in choices:
+        kept = (own.virtual_pp, own.pipeline_layers) if pp == own.pp else (own.virtual_pp if pp > 1 else 1, ())
         parallel = replace(
-            config.parallel, tp=tp, pp=pp, sequence_parallel=config.parallel.sequence_parallel and tp > 1
+            own,
+            tp=tp,
+            pp=pp,
+            virtual_pp=kept[0],
+            pipeline_layers=kept[1],
+            sequence_parallel=own.sequence_parallel and tp > 1,
         )
         changed = replace(
             config,
@@ -50,18 +57,54 @@ def fitting(
             work = make_work(changed, arch, gpus, **lengths)
         except CordError:
             continue
-        if memory(changed, arch, work, local_engine=not rollout_gpus).total > gpu.memory:
-            continue
-        fast = speed(changed, arch, work, gpu, gpus, rollout_gpus).tokens_per_second[0]
-        if best is None or fast > best[0]:
-            best = fast, _settings(config, changed)
+        for candidate in (changed, *_balanced(changed, arch, work)):
+            if memory(candidate, arch, work, local_engine=not rollout_gpus).total > gpu.memory:
+                continue
+            fast = speed(candidate, arch, work, gpu, gpus, rollout_gpus).tokens_per_second[0]
+            if best is None or fast > best[0]:
+                best = fast, _settings(config, candidate)
     return None if best is None else best[1]
+
+
+def _balanced(config: RunConfig, arch: Architecture, work: Work) -> list[RunConfig]:
+    """Return the configuration with layers dealt so that all pipeline ranks compute about as much, if that is another.
+
+    The audio encoder and the loss count for the ranks that have them. Only where the layers are dealt evenly so far,
+    without interleaved stages, and all models of the run have equally many.
+    """
+    parallel, layers = config.parallel, arch.language.num_layers
+    others = [*filter(None, [work.teacher]), *dict(work.others).values()]
+    if parallel.pp == 1 or parallel.virtual_pp > 1 or parallel.pipeline_layers or layers < parallel.pp:
+        return []
+    if any(other.language.num_layers != layers for other in others):
+        return []
+    counts = balanced_layers(config, arch, work)
+    if counts == parallel.layers_per_stage(layers):
+        return []
+    return [replace(config, parallel=replace(parallel, pipeline_layers=counts))]
+
+
+def balanced_layers(config: RunConfig, arch: Architecture, work: Work) -> tuple[int, ...]:
+    """Return the layers of each pipeline rank with which the busiest one computes least; at least one each."""
+    done, layers = operations(config, arch, work), arch.language.num_layers
+    a_layer = done.layers / layers
+    counts = [1] * config.parallel.pp
+    loads = [a_layer] * config.parallel.pp
+    loads[0] += done.first
+    loads[-1] += done.last
+    for _ in range(layers - len(counts)):
+        least = loads.index(min(loads))
+        counts[least] += 1
+        loads[least] += a_layer
+    return tuple(counts)
 
 
 def _settings(config: RunConfig, changed: RunConfig) -> list[str]:
     pairs = {
         "parallel.tp": (config.parallel.tp, changed.parallel.tp),
         "parallel.pp": (config.parallel.pp, changed.parallel.pp),
+        "parallel.virtual_pp": (config.parallel.virtual_pp, changed.parallel.virtual_pp),
+        "parallel.pipeline_layers": (config.parallel.pipeline_layers, changed.parallel.pipeline_layers),
         "parallel.sequence_parallel": (config.parallel.sequence_parallel, changed.parallel.sequence_parallel),
         "model.recompute": (config.model.recompute, changed.model.recompute),
         "train.micro_batch_size": (config.train.micro_batch_size, changed.train.micro_batch_size),
@@ -70,4 +113,4 @@ def _settings(config: RunConfig, changed: RunConfig) -> list[str]:
 
 
 def _yaml(value: object) -> str:
-    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value).lower()
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value).lower()

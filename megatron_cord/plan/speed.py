@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_cord.plan.devices import Gpu
 from megatron_cord.plan.lora import trained_count
-from megatron_cord.plan.parameters import part_counts, rank_counts
+from megatron_cord.plan.parameters import part_counts, rank_counts, rank_layers
 from megatron_cord.plan.traffic import traffic
 from megatron_cord.plan.work import Work
 
@@ -92,10 +92,12 @@ def _stage_seconds(
     """Return the seconds that a pipeline stage works and communicates in a step, slow and fast."""
     tp, pp = config.parallel.tp, config.parallel.pp
     done = operations(config, arch, work)
-    flops = done.layers / pp + (done.first if stage == 0 else 0.0) + (done.last if stage == pp - 1 else 0.0)
-    counts = rank_counts(arch, tp, pp, stage)
+    stages = config.parallel.layers_per_stage(arch.language.num_layers)
+    flops = done.layers * rank_layers(arch, pp, stage, stages) / arch.language.num_layers
+    flops += (done.first if stage == 0 else 0.0) + (done.last if stage == pp - 1 else 0.0)
+    counts = rank_counts(arch, tp, pp, stage, stages)
     item = config.model.torch_dtype.itemsize
-    trained = trained_count(config.model, arch, tp, pp, stage, config.parallel.virtual_pp)
+    trained = trained_count(config.model, arch, tp, pp, stage, stages)
     moved = sum(bytes_of_passes(counts.total, trained, item))
     moved *= work.microbatches * work.minibatches * work.passes
     sent = traffic(config, arch, work, stage)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_cord.plan.devices import NODE, Gpu
 from megatron_cord.plan.lora import trained_count
+from megatron_cord.plan.parameters import rank_layers
 from megatron_cord.plan.work import Work
 
 if TYPE_CHECKING:
@@ -68,9 +69,10 @@ def traffic(config: RunConfig, arch: Architecture, work: Work, stage: int) -> Tr
     trains_audio = not {"audio_encoder", "adapter"} <= set(config.model.freeze)
     trains_language = "language_model" in config.model.trained_parts  # beside LoRA, weights have no gradient
     backward = "language_model" not in config.model.freeze or (trains_audio and arch.encoder is not None)
-    layers = lm.num_layers // pp
+    stages = config.parallel.layers_per_stage(lm.num_layers)
+    layers = rank_layers(arch, pp, stage, stages)
     whole = layers * student * _layer(config, "language_model", trains=trains_language, backward=backward)
-    whole += teacher.num_layers // pp * read * 4
+    whole += sum(config.parallel.layers_per_stage(teacher.num_layers)[stage::pp]) * read * 4
     if stage == 0:  # the embedding's sum, and under sequence parallelism what leaves it in the backward pass
         whole += 2 * (student + read) + (student if backward and config.parallel.sequence_parallel else 0)
         if arch.encoder is not None:
@@ -85,7 +87,7 @@ def traffic(config: RunConfig, arch: Architecture, work: Work, stage: int) -> Tr
     if stage == pp - 1:
         whole += student + read if config.parallel.sequence_parallel else 0
         whole += 2 * sequences * work.response_tokens * lm.hidden_size * 4 / config.parallel.cp  # the loss's gradient
-    trained = trained_count(config.model, arch, tp, pp, stage, config.parallel.virtual_pp)
+    trained = trained_count(config.model, arch, tp, pp, stage, stages)
     updates = work.minibatches * work.passes
     cut, replicas = tp if config.parallel.sequence_parallel else 1, work.dp * config.parallel.cp
     chunks = config.parallel.virtual_pp  # all send on, but the last one its hidden states and the first its gradient

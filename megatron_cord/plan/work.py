@@ -86,7 +86,7 @@ def make_work(
     """
     parallel, rollout = config.parallel, config.rollout
     for each in (arch, *filter(None, [teacher]), *dict(others).values()):
-        each.check_divisible(parallel.tp, parallel.pp, parallel.virtual_pp)
+        each.check_divisible(parallel.tp, parallel.pp, parallel.virtual_pp, parallel.pipeline_layers)
     if gpus % (parallel.tp * parallel.pp * parallel.cp):
         cp = f" × parallel.cp={parallel.cp}" if parallel.cp > 1 else ""
         raise CordError(

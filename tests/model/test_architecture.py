@@ -109,9 +109,19 @@ def test_layouts_that_do_not_divide(arch: Architecture, tp: int, pp: int, words:
     assert words in str(caught.value)
 
 
+def test_stages_that_do_not_fit() -> None:
+    """Catches interleaved stages without layers, and layers of stages that are not the model's."""
+    with pytest.raises(CordError, match=r"virtual_pp=2 does not divide a stage's layers \(2 / parallel.pp=2 = 1\)"):
+        ARCHITECTURE.check_divisible(1, 2, 2)
+    with pytest.raises(CordError, match=r"pipeline_layers=\[1, 2\] are 3 layers, .* qwen2_audio has 2"):
+        ARCHITECTURE.check_divisible(1, 2, 1, (1, 2))
+
+
 def test_layouts_that_divide() -> None:
     """Catches a check that refuses what works, a text model without an encoder included."""
     ARCHITECTURE.check_divisible(2, 2)
+    three = replace(ARCHITECTURE, language=replace(LANGUAGE, num_layers=3))
+    three.check_divisible(1, 2, 1, (1, 2))
     replace(ARCHITECTURE, encoder=None).check_divisible(2, 1)
 
 

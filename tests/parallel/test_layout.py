@@ -23,6 +23,11 @@ AT_LEAST_1 = "parallel.tp, parallel.pp, parallel.cp and parallel.virtual_pp are 
         ({"pp": -1}, f"{AT_LEAST_1}tp=1 pp=-1 cp=1 virtual_pp=1"),
         ({"virtual_pp": 0}, f"{AT_LEAST_1}tp=1 pp=1 cp=1 virtual_pp=0"),
         (
+            {"pp": 2, "pipeline_layers": (3, 0)},
+            "parallel.pipeline_layers=[3, 0]: give a number of layers, at least 1, for each of the 2 stages "
+            "(parallel.pp=2 × parallel.virtual_pp=1)",
+        ),
+        (
             {"virtual_pp": 2},
             "parallel.virtual_pp=2 interleaves the stages of a pipeline: it needs parallel.pp > 1",
         ),

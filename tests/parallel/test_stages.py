@@ -7,16 +7,20 @@ import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core
 import pytest
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
-from megatron_cord.parallel.stages import chunks_of_rank, forward_order, group_size, layers_per_stage, pass_order
+from megatron_cord.parallel.layout import ParallelConfig
+from megatron_cord.parallel.stages import chunks_of_rank, forward_order, group_size, pass_order
 
 
 def test_each_layer_is_on_one_rank() -> None:
     """Catches a layer on two ranks or on none, and chunks that tokens would pass in another order."""
-    stages = layers_per_stage(12, 2, 3)
+    stages = ParallelConfig(pp=2, virtual_pp=3).layers_per_stage(12)
     ranks = [chunks_of_rank(stages, 2, rank) for rank in range(2)]
     assert ranks[0] == (range(0, 2), range(4, 6), range(8, 10))
     assert ranks[1] == (range(2, 4), range(6, 8), range(10, 12))
-    assert chunks_of_rank(layers_per_stage(12, 4), 4, 3) == (range(9, 12),)
+    assert chunks_of_rank(ParallelConfig(pp=4).layers_per_stage(12), 4, 3) == (range(9, 12),)
+    uneven = ParallelConfig(pp=2, virtual_pp=2, pipeline_layers=(1, 4, 3, 4)).layers_per_stage(12)
+    assert chunks_of_rank(uneven, 2, 0) == (range(1), range(5, 8))
+    assert chunks_of_rank(uneven, 2, 1) == (range(1, 5), range(8, 12))
 
 
 @pytest.mark.parametrize("pp", [2, 3, 4])

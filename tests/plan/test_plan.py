@@ -33,6 +33,7 @@ from megatron_cord.plan.lora import lora_count, merged_count
 from megatron_cord.plan.memory import activation_bytes, encoder_layer_width, language_layer_width, optimizer_bytes
 from megatron_cord.plan.page import layouts_table
 from megatron_cord.plan.parameters import matrix_counts, rank_counts
+from megatron_cord.plan.search import balanced_layers
 from megatron_cord.plan.speed import RUNNING, train_flops
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.step.optimizer.building import build_optimizer, wrap_model
@@ -334,6 +335,19 @@ def test_settings_for_a_run_that_does_not_fit(checkpoint: Path) -> None:
     slow, fast = speed(advised, arch, work, gpu, 8).tokens_per_second
     assert 0 < slow < fast
     assert fitting(config, arch, gpu, 1) is None
+
+
+def test_layers_are_dealt_by_what_stages_compute(checkpoint: Path) -> None:
+    """Catches stages that are balanced without the encoder or the loss, and advice that makes a step slower."""
+    arch, gpu = published("qwen2_audio_7b"), GPUS["h100"]
+    even = configured(checkpoint, "parallel.pp=4", "model.freeze=[]")
+    work = make_work(even, arch, 8)
+    counts = balanced_layers(even, arch, work)
+    assert sum(counts) == arch.language.num_layers and counts[0] < min(counts[1:3])
+    uneven = replace(even, parallel=replace(even.parallel, pipeline_layers=counts))
+    assert speed(uneven, arch, work, gpu, 8).train[0] < speed(even, arch, work, gpu, 8).train[0]
+    whole = [sum(rank_counts(arch, 1, 4, stage, each).total for stage in range(4)) for each in (counts, ())]
+    assert whole[0] == whole[1]
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

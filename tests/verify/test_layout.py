@@ -64,6 +64,7 @@ MORE_ON_TWO_RANKS = {
     "dp2, overlapped": ["optimizer.overlap_communication=true"],
     "pp2 packed, frozen language model": ["parallel.pp=2", PACKED, "model.freeze=[language_model]"],
     "pp2 interleaved": INTERLEAVED,
+    "pp2, uneven": ["parallel.pp=2", "parallel.pipeline_layers=[1, 3]"],
     "pp2 in four stages a rank, long microbatches": [
         *("parallel.pp=2", "parallel.virtual_pp=4", "sizes.layers=8"),
         *("sizes.sequences=3", "train.tokens_per_microbatch=4096", PACKED),
@@ -92,6 +93,7 @@ FOUR_RANKS = {
     "tp2 pp2 interleaved, sp packed, overlapped": [
         *("parallel.tp=2", *INTERLEAVED, SP, PACKED, "optimizer.overlap_communication=true")
     ],
+    "pp2 interleaved dp2, uneven": [*INTERLEAVED, "parallel.pipeline_layers=[1, 2, 2, 1]", "sizes.layers=6"],
     "pp2 interleaved cp2 packed": [*INTERLEAVED, "parallel.cp=2", PACKED],
     "cp4 packed": ["parallel.cp=4", PACKED],
     "dp4, ranks without sequences": ["sizes.sequences=3"],

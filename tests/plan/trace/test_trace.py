@@ -55,7 +55,7 @@ LAYOUTS = {
         8, ("parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true", "model.recompute=[language_model]"),
     ),
     "pp2 interleaved dp2": (4, ("parallel.pp=2", "parallel.virtual_pp=2", "model.freeze=[]")),
-    "pp4 interleaved": (4, ("parallel.pp=4", "parallel.virtual_pp=2", "model.freeze=[]")),
+    "pp3, uneven": (3, ("parallel.pp=3", "parallel.pipeline_layers=[1,2,1]", "model.freeze=[]")),
     "dp4, encoder trained": (4, ("model.freeze=[]",)),
     "tp2 dp1, selective": (
         2,
@@ -96,7 +96,8 @@ def test_formulas_of_plans_are_what_the_code_does(layout: str) -> None:
     parallel, item = config.parallel, 2
     assert len(traces) == parallel.pp
     for trace in traces:
-        counts = rank_counts(ARCH, parallel.tp, parallel.pp, trace.stage)
+        stages = parallel.layers_per_stage(ARCH.language.num_layers)
+        counts = rank_counts(ARCH, parallel.tp, parallel.pp, trace.stage, stages)
         assert trace.parameters == counts.total
         assert trace.trained == counts.trained(config.model.trained_parts)
         assert trace.state_bytes["weights"] == pytest.approx(counts.total * item, rel=1e-3)  # masks of key biases
