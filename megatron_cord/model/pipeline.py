@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_with_interleaving
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_cord.model.lalm import LALM, ModelInput
-from megatron_cord.parallel.stage_messages import PairCommunicator
+from megatron_cord.parallel.stage_messages import StageCommunicator
 from megatron_cord.parallel.stages import group_size
 
 
@@ -67,13 +66,16 @@ def run_pipeline(
     config = copy.copy(model.config)  # with what the optimizer has set by now
     config.virtual_pipeline_model_parallel_size = len(model.chunks)
     config.microbatch_group_size_per_vp_stage = group_size(len(given), model.layout.config.pp)
+    assert model.layout.channels is not None
+    communicator = StageCommunicator(model.layout.pp_group, model.layout.channels, config)
     forward_backward_pipelining_with_interleaving(
         data_iterator=[iter(range(len(given))) for _ in model.chunks],
         model=[_Stage(model, config, number) for number in range(len(model.chunks))],
-        p2p_communicator=_communicator(model, config),
+        p2p_communicator=communicator,
         pg_collection=model.layout.groups,
         **common,
     )
+    communicator.finish()
 
 
 class _Stage(MegatronModule):  # type: ignore[misc]
@@ -91,13 +93,6 @@ class _Stage(MegatronModule):  # type: ignore[misc]
         """Run the stage. DDP's hooks are at the parameters, so its forward pass can be left out."""
         hidden: Tensor = self.model(given, self.number)
         return hidden
-
-
-def _communicator(model: LALM, config: Any) -> P2PCommunicator:
-    layout = model.layout
-    if layout.gradient_group is None:
-        return P2PCommunicator(layout.pp_group, config)
-    return PairCommunicator(layout.pp_group, layout.gradient_group, config)
 
 
 def padding_in_front(model: LALM, microbatches: int) -> list[ModelInput]:

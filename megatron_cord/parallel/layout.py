@@ -24,6 +24,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.parallel.sequence_sharding import SequenceSharding
+from megatron_cord.parallel.stage_messages import Channels, connect_stages
 from megatron_cord.parallel.stages import chunks_of_rank
 from megatron_cord.runtime.device_queues import missing_setting
 
@@ -81,15 +82,14 @@ class Layout:
         solo: a process group of this rank alone, for parts that no other stage shares.
         replica_group: the ranks that hold one copy of the model and train the same sequences, over all other kinds of
             parallelism; as many groups as there are data-parallel ranks.
-        gradient_group: the pipeline's ranks once more, for gradients between interleaved stages on two ranks, where
-            they would meet activations in pp_group; None elsewhere.
+        channels: how interleaved stages send each other messages; None without them.
     """
 
     config: ParallelConfig
     groups: ProcessGroupCollection
     solo: dist.ProcessGroup
     replica_group: dist.ProcessGroup
-    gradient_group: dist.ProcessGroup | None = None
+    channels: Channels | None = None
 
     @property
     def rank(self) -> int:
@@ -220,18 +220,14 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     solo = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    gradients = _second_group(groups.pp) if config.pp == 2 and config.virtual_pp > 1 else None
-    return Layout(config, groups, solo, _replica_group(groups.dp, solo), gradients)
+    channels = _channels(groups.pp) if config.virtual_pp > 1 else None
+    return Layout(config, groups, solo, _replica_group(groups.dp, solo), channels)
 
 
-def _second_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Make another group of the same ranks. Collective over all ranks, each of which is in one of such groups."""
-    members: list[list[int]] = all_gather_json(dist.get_process_group_ranks(group))
-    unique = sorted({tuple(ranks) for ranks in members})
-    made = {ranks: dist.new_group(list(ranks)) for ranks in unique}  # in one order on all ranks
-    mine: dist.ProcessGroup = made[tuple(dist.get_process_group_ranks(group))]
-    dist.all_reduce(torch.zeros(1, device=portability.device()), group=mine)  # connects them now, while all are here
-    return mine
+def _channels(pp_group: dist.ProcessGroup) -> Channels:
+    """Connect the interleaved stages of all pipelines. Collective over all ranks."""
+    pipelines: list[list[int]] = all_gather_json(dist.get_process_group_ranks(pp_group))
+    return connect_stages(sorted({tuple(ranks) for ranks in pipelines}), dist.get_rank())
 
 
 def _replica_group(dp_group: dist.ProcessGroup, solo: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -1,14 +1,19 @@
-"""Messages between pipeline stages where one neighbour is both the previous and the next one.
+"""Messages between interleaved pipeline stages.
 
-With two ranks and interleaved stages a rank sends its peer activations and gradients in one batch. Backends match
-messages between two ranks by their order, and Megatron-Core posts them in an order in which one rank's gradients meet
-the other's buffer for activations, shapes included. Here gradients have a process group of their own, so each group
-carries one kind, whose order is the same on both ranks. With more ranks the two kinds never share a pair of ranks in
-one direction, and Megatron's own messages are right.
+An interleaved rank sends activations to the next rank and gradients to the previous one, the last rank to the first and
+back. Megatron-Core exchanges both kinds in one batch, their shapes before. Backends match messages between two ranks by
+their order, so with two ranks one rank's gradient meets the other's buffer for an activation: gradients are wrong
+without a word. And a rank that waits for a gradient's shape keeps back the activation without which its peer never
+comes to send that gradient.
+
+Here each kind, and with two ranks each direction, has a process group of its own: messages in a group are of one kind,
+from one rank to one other, in the order of the schedule. All that a call sends is on its way before it waits, and it
+waits for what it receives alone. So a call needs nothing but what the schedule has made before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,24 +23,27 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megatron_cord.errors import CordError
+from megatron_cord.parallel import portability
+
+Channels = tuple[tuple[dist.ProcessGroup, ...], tuple[dist.ProcessGroup, ...]]
+"""Groups of a pipeline's ranks: of activations and of gradients; with two ranks by sender, else one."""
 
 
-class PairCommunicator(P2PCommunicator):  # type: ignore[misc]
-    """Megatron's communicator for two ranks that are each other's previous and next stage.
+class StageCommunicator(P2PCommunicator):  # type: ignore[misc]
+    """Megatron's communicator, with messages in channels.
 
     Args:
-        pp_group: the two ranks; activations travel in it.
-        gradients: another group of the same ranks, for gradients.
+        pp_group: the pipeline's ranks.
+        channels: as `connect_stages` returns them.
         config: of the model; stages exchange shapes before tensors.
     """
 
-    def __init__(self, pp_group: dist.ProcessGroup, gradients: dist.ProcessGroup, config: ModelParallelConfig) -> None:
+    def __init__(self, pp_group: dist.ProcessGroup, channels: Channels, config: ModelParallelConfig) -> None:
         super().__init__(pp_group, config)
-        if pp_group.size() != 2 or not config.variable_seq_lengths or config.overlap_p2p_comm:
-            raise CordError(
-                "PairCommunicator is for two pipeline ranks that exchange shapes and wait for their messages"
-            )
-        self._gradients = gradients
+        if not config.variable_seq_lengths or config.overlap_p2p_comm:
+            raise CordError("StageCommunicator is for stages that exchange shapes and wait for their messages")
+        self._channels, self._rank = channels, pp_group.rank()
+        self._under_way: list[tuple[Any, Tensor]] = []  # what is sent must exist until it is
 
     def _communicate(
         self,
@@ -47,31 +55,84 @@ class PairCommunicator(P2PCommunicator):  # type: ignore[misc]
         tensor_shape: Any,
         wait_on_reqs: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, None]:
-        """Send and receive at once, shapes first; all arguments and results are Megatron's. Returns when it is done."""
-        sent = [None if each is None else each.detach().contiguous() for each in (tensor_send_next, tensor_send_prev)]
-        device = torch.cuda.current_device()
-        shapes = [None if each is None else torch.tensor(each.shape, device=device) for each in sent]
-        awaited = [torch.empty(3, dtype=torch.int64, device=device) if w else None for w in (recv_prev, recv_next)]
-        self._exchange(shapes, awaited)
-        received = [
-            None
-            if shape is None
-            else torch.empty(shape.tolist(), dtype=self.config.pipeline_dtype, device=device, requires_grad=True)
-            for shape in awaited
+        """Send what is given and return what is received; all arguments and results are Megatron's."""
+        self._under_way = [each for each in self._under_way if not each[0].is_completed()]
+        for gradient, tensor in enumerate((tensor_send_next, tensor_send_prev)):
+            if tensor is not None:
+                tensor = tensor.detach().contiguous()
+                self._send(gradient, torch.tensor(tensor.shape, device=portability.device()))
+                self._send(gradient, tensor)
+        shapes = [
+            self._receive(gradient, torch.empty(3, dtype=torch.int64, device=portability.device())) if awaited else None
+            for gradient, awaited in enumerate((recv_prev, recv_next))
         ]
-        self._exchange(sent, received)
-        return received[0], received[1], None
+        tensors = []
+        for gradient, shape in enumerate(shapes):
+            tensor = None
+            if shape is not None:
+                shape[0].wait()
+                size, kind = shape[1].tolist(), self.config.pipeline_dtype
+                tensor = self._receive(gradient, torch.empty(size, dtype=kind, device=portability.device()))
+            tensors.append(tensor)
+        for tensor in tensors:
+            if tensor is not None:
+                tensor[0].wait()
+                tensor[1].requires_grad_(True)
+        first, second = (None if tensor is None else tensor[1] for tensor in tensors)
+        return first, second, None
 
-    def _exchange(self, sent: list[Tensor | None], received: list[Tensor | None]) -> None:
-        """Send to and receive from the peer: activations first, then gradients, each in their group; then wait."""
-        requests = []
-        for group, given, taken in zip((self.pp_group, self._gradients), sent, received, strict=True):
-            operations = [
-                dist.P2POp(operation, tensor, self.next_rank, group)
-                for operation, tensor in ((dist.isend, given), (dist.irecv, taken))
-                if tensor is not None
-            ]
-            if operations:
-                requests += dist.batch_isend_irecv(operations)
+    def finish(self) -> None:
+        """Wait for what is still under way, at the end of a pass."""
+        for request, _ in self._under_way:
+            request.wait()
+        self._under_way.clear()
+
+    def _send(self, gradient: int, tensor: Tensor) -> None:
+        target = self.prev_rank if gradient else self.next_rank
+        group = _channel(self._channels, gradient, self._rank)
+        self._under_way.append((dist.isend(tensor, target, group=group), tensor))
+
+    def _receive(self, gradient: int, into: Tensor) -> tuple[Any, Tensor]:
+        source, step = (self.next_rank, 1) if gradient else (self.prev_rank, -1)
+        group = _channel(self._channels, gradient, (self._rank + step) % self.pp_group.size())
+        return dist.irecv(into, source, group=group), into
+
+
+def connect_stages(pipelines: Sequence[Sequence[int]], rank: int) -> Channels:
+    """Make the channels of all pipelines and return those of this rank. Collective over all ranks.
+
+    A message is sent through each, so that later ones find connections.
+
+    Args:
+        pipelines: global ranks of each pipeline, in order; the same on all ranks.
+        rank: this one's global number.
+    """
+    mine: list[tuple[dist.ProcessGroup, ...]] = []
+    for _ in range(2):
+        for ranks in pipelines:
+            made = tuple(dist.new_group(list(ranks)) for _ in range(2 if len(ranks) == 2 else 1))
+            if rank in ranks:
+                mine.append(made)
+    activations, gradients = mine
+    (own,) = (list(ranks) for ranks in pipelines if rank in ranks)
+    place, size = own.index(rank), len(own)
+    for gradient, step in ((0, 1), (1, -1)):
+        target, source = (place + step) % size, (place - step) % size
+        given, taken = (torch.zeros(1, device=portability.device()) for _ in range(2))
+        channels = activations, gradients
+        out, back = _channel(channels, gradient, place), _channel(channels, gradient, source)
+        # In a ring somebody has to begin: even ranks send first.
+        operations = [(dist.isend, given, target, out), (dist.irecv, taken, source, back)]
+        requests = [
+            operation(tensor, own[other], group=group)
+            for operation, tensor, other, group in (operations if place % 2 == 0 else reversed(operations))
+        ]
         for request in requests:
             request.wait()
+    return activations, gradients
+
+
+def _channel(channels: Channels, gradient: int, sender: int) -> dist.ProcessGroup:
+    """Return the group in which a pipeline rank sends one kind of message."""
+    groups = channels[gradient]
+    return groups[sender % len(groups)]

@@ -218,10 +218,8 @@ class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return work if name in _WORK_ALONE else (args[0], work)
 
     def _is_gradient(self, group: ProcessGroup, sender: int) -> bool:
-        """Return whether a message is from the next stage. Of two ranks each is the other's next one."""
-        if group.size() == 2:
-            return group.group_name in self.gradient_groups or (not self.gradient_groups and group.rank() == 0)
-        return sender == (group.rank() + 1) % group.size()
+        """Return whether a message is a gradient: by its group, or without interleaved stages from the next rank."""
+        return group.group_name in self.gradient_groups if self.gradient_groups else sender > group.rank()
 
     def _answer(self, name: str, args: Any) -> None:
         """Write real outputs: every other rank counts what this one does; stages are sent shapes."""

@@ -77,8 +77,8 @@ def _trace_rank(
     with _fake_ranks(world, rank), substituted(mode, arch, teacher_arch, gpu.memory), mode:
         layout = initialize(parallel, config.seed)
         mode.groups.update(_names(layout))
-        if layout.gradient_group is not None:
-            mode.gradient_groups.add(str(layout.gradient_group.group_name))
+        if layout.channels is not None:
+            mode.gradient_groups.update(str(group.group_name) for group in layout.channels[1])
         state: dict[str, int] = {}
 
         def built(name: str) -> None:
@@ -179,6 +179,5 @@ def _names(layout: Layout) -> dict[str, str]:
         group = getattr(layout.groups, attribute, None)
         if group is not None:
             named[str(group.group_name)] = "dp"
-    if layout.gradient_group is not None:
-        named[str(layout.gradient_group.group_name)] = "pp"
+    named |= {str(group.group_name): "pp" for kind in layout.channels or () for group in kind}
     return named | {str(layout.tp_group.group_name): "tp"}

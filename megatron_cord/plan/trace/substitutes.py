@@ -24,6 +24,7 @@ from megatron_cord.losses.statistics import GlobalStats, PartialStats
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel import huge_pages, layout, portability
+from megatron_cord.parallel.stage_messages import Channels
 from megatron_cord.plan.trace.counting import CountingMode
 from megatron_cord.trainer import model_setup
 from megatron_cord.trainer.step import teacher
@@ -80,6 +81,12 @@ class FusedNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
+def _separate_channels(pp_group: dist.ProcessGroup) -> Channels:
+    """Return channels of this rank's pipeline without the others'."""
+    activations, gradients = (dist.new_group(dist.get_process_group_ranks(pp_group)) for _ in range(2))
+    return (activations,), (gradients,)
+
+
 @contextmanager
 def substituted(mode: CountingMode, arch: Architecture, teacher_arch: Architecture, memory: float) -> Iterator[None]:
     """Replace, within the context, what a trace cannot run.
@@ -125,7 +132,7 @@ def substituted(mode: CountingMode, arch: Architecture, teacher_arch: Architectu
         # Groups of the one backend that needs no other ranks.
         (portability, "needs_gloo_groups", lambda: False),
         (layout, "_replica_group", lambda _, solo: solo),
-        (layout, "_second_group", lambda group: dist.new_group(dist.get_process_group_ranks(group))),
+        (layout, "_channels", _separate_channels),
     ]
     tables = (output_layer.CHUNK_ELEMENTS, shard.BLOCK_COLUMNS)
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
