@@ -10,6 +10,7 @@ layers of this stage.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from megatron_cord.losses.responses import response_of_token
 from megatron_cord.model.lalm import LALM
+from megatron_cord.model.pipeline import padding_in_front
 from megatron_cord.trainer.step.batches import Microbatch
 
 
@@ -36,6 +38,7 @@ class LayerMeans:
         self._layers = list(model.language_model.decoder.layers)
         self._means: list[list[Tensor]] = [[] for _ in self._layers]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._padding = len(padding_in_front(model, len(microbatches)))  # that the pipeline lets pass before them
 
     def __enter__(self) -> Self:
         for layer, means in zip(self._layers, self._means, strict=True):
@@ -58,7 +61,11 @@ class LayerMeans:
         return means[:, torch.tensor(order, device=means.device)]
 
     def _hook(self, means: list[Tensor]) -> Any:
+        passed = count()
+
         def pool(_module: Any, _inputs: Any, output: Any) -> None:
+            if next(passed) < self._padding:
+                return
             hidden = output[0] if isinstance(output, tuple) else output
             means.append(self._pooled(hidden.detach(), self._microbatches[len(means)]))
 
