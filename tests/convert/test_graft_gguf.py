@@ -128,6 +128,7 @@ def test_weights_tokenizer_and_marks(tmp_path: Path) -> None:
     text = "".join(builder.token_strings(prompt))
     assert builder.eos_ids == (END,) and prompt[0] == START
     assert text.replace(" ", "").startswith("<|im_start|>user") and "whatisoneplustwo" in text.replace(" ", "")
+    assert json.loads((target / "tokenizer_config.json").read_text())["clean_up_tokenization_spaces"] is False
     assert json.loads((target / "config.json").read_text())["text_config"]["rope_parameters"]["rope_theta"] == 5e4
 
 

@@ -79,6 +79,7 @@ def _write(file: Path, directory: Path, dtype: torch.dtype) -> None:
     tokenizer, marks = _load(AutoTokenizer, file, source), _marks(file)
     for name, number in marks.items():
         setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
+    tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of texts
     if not tokenizer.chat_template:
         raise CordError(f"{file} has no chat template; give an instruction-tuned model")
     with torch.device("meta"):

@@ -1,0 +1,135 @@
+"""The example's questions, as files for `cord synthesize`: rows of the tables in three parts, and sentences to read.
+
+Rows are divided table by table: what is held out for the evaluation, or for choosing settings (development), occurs in
+training in no phrasing. Beside the questions there are sentences that are only read aloud, about two things each: the
+warm-up learns words from them and from the training questions. All things of all tables are in these sentences, so that
+held-out *facts* are asked in words that occurred in training. Everything is drawn from the seed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from examples.speech_smollm2.tables import TABLES
+from megatron_cord.data.ordering.order import permutation
+from megatron_cord.errors import CordError
+from megatron_cord.runtime.files import write_atomic
+
+Split = Literal["train", "development", "heldout", "readings"]
+SPLITS: tuple[Split, ...] = ("train", "development", "heldout", "readings")
+CARRIERS = (
+    "Please write down {} and {}.",
+    "We talked about {} and {}.",
+    "The next words are {} and {}.",
+    "My sister wrote about {} and {}.",
+    "I have a picture of {} and one of {}.",
+    "This story is about {} and {}.",
+    "Let me tell you something about {} or {}.",
+    "They were thinking of {}, not of {}.",
+    "First comes {} and then {}.",
+    "He said {} after {}.",
+)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class QuestionsConfig:
+    """How many questions there are, and how they are divided.
+
+    Attributes:
+        rows: of each table, from its beginning; 0 takes all.
+        held_out: share of each table's rows that is asked in the evaluation alone.
+        development: share that is asked for choosing settings alone.
+        readings: sentences to read aloud.
+        seed: of all draws.
+    """
+
+    rows: int = 0
+    held_out: float = 0.45
+    development: float = 0.1
+    readings: int = 900
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.held_out > 0 and self.development > 0 and self.held_out + self.development < 1):
+            raise CordError(
+                f"held_out={self.held_out:g} and development={self.development:g} are shares of the rows, and leave "
+                "some for training: choose them above 0 with a sum below 1"
+            )
+        if self.rows < 0 or self.readings < 1 or self.seed < 0:
+            raise CordError("rows and seed cannot be negative, and readings must be at least 1")
+
+
+def questions(config: QuestionsConfig) -> dict[Split, list[Row]]:
+    """Return the rows of the files by split, each in an order of its own.
+
+    Raises:
+        CordError: a table has too few rows for three parts.
+    """
+    made: dict[Split, list[Row]] = {split: [] for split in SPLITS}
+    things: list[str] = []
+    for number, table in enumerate(TABLES):
+        facts = list(table.answers.items())[: config.rows or None]
+        order = permutation(len(facts), config.seed, number)
+        held_out, development = (max(1, round(share * len(facts))) for share in (config.held_out, config.development))
+        if held_out + development >= len(facts):
+            raise CordError(f"table {table.name}: {len(facts)} rows are too few for three parts; take more")
+        for place, index in enumerate(order):
+            thing, answer = facts[index]
+            things.append(table.noun.format(thing))
+            split: Split = "heldout" if place < held_out else "development"
+            split = split if place < held_out + development else "train"
+            made[split] += [
+                {"id": f"{table.name}-{_slug(thing)}-{phrasing}", "question": text.format(thing), "answer": answer}
+                for phrasing, text in enumerate(table.phrasings)
+            ]
+    made["readings"] = _readings(things, config)
+    for number, split in enumerate(SPLITS):
+        made[split] = [made[split][i] for i in permutation(len(made[split]), config.seed, 100 + number)]
+    return made
+
+
+def write_files(directory: Path, made: dict[Split, list[Row]], synthesizers: Sequence[str]) -> dict[str, Path]:
+    """Write one file for each split and synthesizer; a split's rows go to the synthesizers in turn.
+
+    Returns:
+        the files by name, "train-piper".
+    """
+    files = {}
+    for split, rows in made.items():
+        for number, synthesizer in enumerate(synthesizers):
+            path = directory / f"{split}-{synthesizer}.jsonl"
+            chosen = rows[number :: len(synthesizers)]
+            write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen))
+            files[f"{split}-{synthesizer}"] = path
+    return files
+
+
+def texts(config: QuestionsConfig) -> list[str]:
+    """Return every text that is spoken, and every answer."""
+    made = questions(config)
+    return [text for rows in made.values() for row in rows for text in (row["question"], row.get("answer")) if text]
+
+
+def _readings(things: Sequence[str], config: QuestionsConfig) -> list[Row]:
+    """Return sentences about two different things each; no thing comes again before all others came once."""
+    needed, drawn, turn = 2 * config.readings, list[str](), 0
+    while len(drawn) < needed:
+        drawn += [things[i] for i in permutation(len(things), config.seed, 200, turn)]
+        turn += 1
+    pairs = zip(drawn[0:needed:2], drawn[1:needed:2], strict=True)
+    carriers = permutation(config.readings, config.seed, 300)
+    return [
+        {"id": f"reading-{number}", "question": CARRIERS[carrier % len(CARRIERS)].format(*pair)}
+        for number, (carrier, pair) in enumerate(zip(carriers, pairs, strict=True))
+    ]
+
+
+def _slug(thing: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", thing.lower()).strip("_")

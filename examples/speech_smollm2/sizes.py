@@ -1,0 +1,43 @@
+"""How large the example is: the whole of it, or so small that a test runs it in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.speech_smollm2.questions import QuestionsConfig
+
+_HERE = Path(__file__).parent
+
+#: Voices by split and synthesizer; Piper's are settings behind the one voice that is given. Nobody speaks in two splits
+#: but the warm-up's readings, which the training voices read.
+VOICES: dict[str, dict[str, tuple[str, ...]]] = {
+    "train": {"espeak": ("en-us", "en-us+f2", "en-gb-x-rp"), "piper": ("", "+pitch=0.88", "+pitch=1.12+noise=0.8")},
+    "development": {"espeak": ("en-us+m1",), "piper": ("+pitch=0.94",)},
+    "heldout": {"espeak": ("en-us+m3", "en-us+f4"), "piper": ("+pitch=1.06+noise=0.5", "+pitch=1.2")},
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One size of the example.
+
+    Attributes:
+        questions: how many, and how they are divided.
+        shard: questions a shard.
+        workers: processes that speak.
+        projector: rows of the projector's first layer.
+        train: the training's configuration.
+        warmup: the warm-up's.
+    """
+
+    questions: QuestionsConfig
+    shard: int
+    workers: int
+    projector: int
+    train: Path
+    warmup: Path
+
+
+FULL = Sizes(QuestionsConfig(), 128, 2, 4096, _HERE / "speech.yaml", _HERE / "warmup.yaml")
+TINY = Sizes(QuestionsConfig(rows=3, readings=12), 16, 1, 32, _HERE / "tiny.yaml", _HERE / "tiny-warmup.yaml")
