@@ -36,9 +36,10 @@ class ParallelConfig:
     """Sizes of the layout; data parallelism takes the ranks that remain."""
 
     tp: int = 1  #: tensor parallel size
-    #: pipeline parallel size (1F1B); the audio encoder and adapter live on the first stage, the loss on the last
+    #: pipeline parallel size; the audio encoder and adapter live on the first stage, the loss on the last
     pp: int = 1
-    cp: int = 1  #: context parallel size: ranks that share each of the language model's sequences, for long contexts
+    #: context parallel size: ranks that share each of the language model's sequences, for long contexts, and the clips
+    cp: int = 1
     virtual_pp: int = 1  #: interleaved pipeline stages a rank (chunks of layers); above 1 it needs pp > 1
     #: the language model's layers on each of the pp × virtual_pp stages, in the order in which tokens pass them; empty:
     #: equally many

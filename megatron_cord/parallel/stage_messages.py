@@ -57,29 +57,30 @@ class StageCommunicator(P2PCommunicator):  # type: ignore[misc]
     ) -> tuple[Tensor | None, Tensor | None, None]:
         """Send what is given and return what is received; all arguments and results are Megatron's."""
         self._under_way = [each for each in self._under_way if not each[0].is_completed()]
-        for gradient, tensor in enumerate((tensor_send_next, tensor_send_prev)):
-            if tensor is not None:
-                tensor = tensor.detach().contiguous()
-                self._send(gradient, torch.tensor(tensor.shape, device=portability.device()))
-                self._send(gradient, tensor)
+        device = portability.device()
+        for gradient, given in enumerate((tensor_send_next, tensor_send_prev)):
+            if given is not None:
+                message = given.detach().contiguous()
+                self._send(gradient, torch.tensor(message.shape, device=device))
+                self._send(gradient, message)
         shapes = [
-            self._receive(gradient, torch.empty(3, dtype=torch.int64, device=portability.device())) if awaited else None
+            self._receive(gradient, torch.empty(3, dtype=torch.int64, device=device)) if awaited else None
             for gradient, awaited in enumerate((recv_prev, recv_next))
         ]
-        tensors = []
+        received: list[tuple[Any, Tensor] | None] = []
         for gradient, shape in enumerate(shapes):
-            tensor = None
-            if shape is not None:
-                shape[0].wait()
-                size, kind = shape[1].tolist(), self.config.pipeline_dtype
-                tensor = self._receive(gradient, torch.empty(size, dtype=kind, device=portability.device()))
-            tensors.append(tensor)
-        for tensor in tensors:
-            if tensor is not None:
-                tensor[0].wait()
-                tensor[1].requires_grad_(True)
-        first, second = (None if tensor is None else tensor[1] for tensor in tensors)
-        return first, second, None
+            if shape is None:
+                received.append(None)
+                continue
+            shape[0].wait()
+            into = torch.empty(shape[1].tolist(), dtype=self.config.pipeline_dtype, device=device)
+            received.append(self._receive(gradient, into))
+        for each in received:
+            if each is not None:
+                each[0].wait()
+                each[1].requires_grad_(True)
+        activation, gradients = (None if each is None else each[1] for each in received)
+        return activation, gradients, None
 
     def finish(self) -> None:
         """Wait for what is still under way, at the end of a pass."""
@@ -116,17 +117,19 @@ def connect_stages(pipelines: Sequence[Sequence[int]], rank: int) -> Channels:
     activations, gradients = mine
     (own,) = (list(ranks) for ranks in pipelines if rank in ranks)
     place, size = own.index(rank), len(own)
+    channels = activations, gradients
     for gradient, step in ((0, 1), (1, -1)):
         target, source = (place + step) % size, (place - step) % size
         given, taken = (torch.zeros(1, device=portability.device()) for _ in range(2))
-        channels = activations, gradients
-        out, back = _channel(channels, gradient, place), _channel(channels, gradient, source)
-        # In a ring somebody has to begin: even ranks send first.
-        operations = [(dist.isend, given, target, out), (dist.irecv, taken, source, back)]
-        requests = [
-            operation(tensor, own[other], group=group)
-            for operation, tensor, other, group in (operations if place % 2 == 0 else reversed(operations))
-        ]
+
+        def send(gradient: int = gradient, target: int = target, given: Tensor = given) -> Any:
+            return dist.isend(given, own[target], group=_channel(channels, gradient, place))
+
+        def receive(gradient: int = gradient, source: int = source, taken: Tensor = taken) -> Any:
+            return dist.irecv(taken, own[source], group=_channel(channels, gradient, source))
+
+        # Connections are made one after the other, so in a ring somebody has to begin: even ranks send first.
+        requests = [post() for post in ((send, receive) if place % 2 == 0 else (receive, send))]
         for request in requests:
             request.wait()
     return activations, gradients
