@@ -111,5 +111,9 @@ def test_recipes_are_methods() -> None:
     config = load_config(RunConfig, None, [*REQUIRED, *method.settings])
     assert config.objective == load_config(RunConfig, Path(path), REQUIRED).objective
     assert config.objective.teacher_view == "informed" and "{answer}" in config.views["informed"].user[1]
+    tars = ROOT / "examples" / "recipes" / "tars.yaml"
+    method = methods_named(["tars"], {}, {"tars": str(tars)})["tars"]
+    config, whole = load_config(RunConfig, None, [*REQUIRED, *method.settings]), load_config(RunConfig, tars, REQUIRED)
+    assert (config.objective, config.reward) == (whole.objective, whole.reward) and config.reward.embedding.is_given
     with pytest.raises(CordError, match=r"recipes\.sft: this name is one of the project's"):
         methods_named(["sft"], {}, {"sft": path})

@@ -85,7 +85,8 @@ def test_layouts(jobs: Jobs, inputs: Path, tmp_path: Path, name: str, packing: s
 @pytest.mark.parametrize(
     ("kind", "implementation"),
     itertools.product(
-        ["reverse_kl", "forward_kl", "jsd", "topk", "sampled", "nll", "none"], ["cached_grad", "fused", "recompute"]
+        ["reverse_kl", "forward_kl", "jsd", "topk", "sampled", "one_sided", "nll", "none"],
+        ["cached_grad", "fused", "recompute"],
     ),
 )
 def test_losses(jobs: Jobs, inputs: Path, tmp_path: Path, kind: str, implementation: str) -> None:
