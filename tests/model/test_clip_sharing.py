@@ -57,7 +57,7 @@ def encode(rank: int) -> dict[str, list[Any]]:
             weights = torch.randn(tokens.shape, generator=generator, dtype=torch.float64)
             # Of two ranks each has the loss of half of the tokens, as where they share a sequence.
             half = torch.arange(len(tokens)) % 2 == rank
-            (tokens * weights)[half | (cp == 1)].sum().backward()
+            (tokens * weights)[half | (cp == 1)].sum().backward()  # type: ignore[no-untyped-call]
             found[name].append((tokens.detach(), _gradients(model, cp), sum(positions)))
         parallel_state.destroy_model_parallel()
     return found
