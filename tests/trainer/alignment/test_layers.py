@@ -26,12 +26,15 @@ from megatron_cord.verify.layout import VerifyLayoutConfig
 from megatron_cord.verify.layout_reference import Sizes, _log_probabilities, make_checkpoint, make_sequences
 from tests.gloo import run_ranks
 
-SIZES = Sizes(layers=2, heads=4, kv_heads=2, sequences=4, longest=9)
+SIZES = Sizes(layers=4, heads=4, kv_heads=2, sequences=4, longest=9)
 PAIRS = [(0, 5), (3, 4), (3, 3), (8, 0)]
 LAYOUTS = {
     "one rank": [],
     "tp2 packed": ["parallel.tp=2", "parallel.sequence_parallel=true", "train.packing=packed"],
     "pp2": ["parallel.pp=2"],
+    "pp2 interleaved, padding in front": [
+        *("parallel.pp=2", "parallel.virtual_pp=2", "train.packing=packed", "train.tokens_per_microbatch=4096")
+    ],
     "cp2 packed": ["parallel.cp=2", "train.packing=packed"],
 }
 
