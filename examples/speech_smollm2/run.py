@@ -17,13 +17,14 @@ The commands are printed as they run. Each part is skipped if it is there alread
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -39,6 +40,7 @@ from megatron_cord.config.loading import load_config
 from megatron_cord.data.shards.manifest import MANIFEST_NAME
 from megatron_cord.errors import CordError
 from megatron_cord.runtime import entry
+from megatron_cord.runtime.files import fingerprint
 from megatron_cord.trainer.config import RunConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -169,7 +171,7 @@ def main() -> int:
             "LLM": preflight.stands_for(inputs.llm),
             "Whisper": preflight.stands_for(inputs.whisper),
             "voice": inputs.voice and preflight.stands_for(inputs.voice),
-            "size": asdict(sizes.questions),
+            "set of questions": fingerprint(json.dumps(rows) for rows in questions(sizes.questions).values()),
         },
     )
     if inputs.voice is None:

@@ -175,16 +175,17 @@ TABLES = (
     Table(
         "animal",
         (
-            "What kind of animal is a {}?",
-            "Is a {} a bird, a fish, an insect, a mammal or a reptile?",
-            "Which class of animals does the {} belong to?",
-            "Tell me what type of animal a {} is.",
-            "What sort of creature is a {}?",
+            "What kind of animal is {}?",
+            "Is {} a bird, a fish, an insect, a mammal or a reptile?",
+            "Which class of animals does {} belong to?",
+            "Tell me what type of animal {} is.",
+            "What sort of creature is {}?",
         ),
         _by_answer(
-            "bird: robin sparrow penguin parrot pigeon hawk falcon; fish: salmon trout shark herring; insect: "
-            "butterfly beetle mosquito grasshopper dragonfly; mammal: whale dolphin horse tiger elephant monkey "
-            "kangaroo rabbit giraffe squirrel; reptile: lizard crocodile turtle cobra iguana"
+            "bird: a_robin a_sparrow a_penguin a_parrot a_pigeon a_hawk a_falcon; fish: a_salmon a_trout a_shark "
+            "a_herring; insect: a_butterfly a_beetle a_mosquito a_grasshopper a_dragonfly; mammal: a_whale a_dolphin "
+            "a_horse a_tiger an_elephant a_monkey a_kangaroo a_rabbit a_giraffe a_squirrel; reptile: a_lizard "
+            "a_crocodile a_turtle a_cobra an_iguana"
         ),
     ),
     Table(

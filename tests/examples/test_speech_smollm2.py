@@ -22,6 +22,7 @@ from examples.speech_smollm2.packages import PackagedFile, extract
 from examples.speech_smollm2.questions import QuestionsConfig, questions, texts, write_files
 from examples.speech_smollm2.sizes import FULL, TINY, VOICES
 from examples.speech_smollm2.tables import TABLES
+from megatron_cord.config.loading import load_config
 from megatron_cord.data.question_files import read_questions
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.scoring import is_correct
@@ -135,8 +136,6 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(
 
 def test_every_recipe_is_a_configuration_of_the_example() -> None:
     """Catches a recipe or a method whose settings the example's configuration does not take."""
-    from megatron_cord.config.loading import load_config
-
     names = {path.stem for path in run.RECIPES.glob("*.yaml")}
     for name in names - {"ts_opd"}:
         config = load_config(RunConfig, FULL.train, [*run.settings_of(name), "model.freeze=[audio_encoder]"])
@@ -154,7 +153,9 @@ def test_from_two_models_to_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a step that does not take what the one before made, one that is made twice, a result of another form."""
-    words = sorted({word for text in texts(TINY.questions) for word in text.split()} | {"user", "assistant"})
+    system = load_config(RunConfig, TINY.train).data.system or ""
+    spoken = {word for text in [*texts(TINY.questions), system] for word in text.split()}
+    words = sorted(spoken | {"system", "user", "assistant"})
     llm, whisper = write_llm(tmp_path / "llm", words=words), write_whisper(tmp_path / "whisper", window=400)
     arguments = ["run", "--tiny", "--root", "speech", "--llm", str(llm), "--whisper", str(whisper), "--ranks", "2"]
     monkeypatch.chdir(tmp_path)
