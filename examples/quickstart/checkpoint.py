@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -27,9 +28,12 @@ from transformers import (
     Qwen2AudioForConditionalGeneration,
     Qwen2AudioProcessor,
     Qwen2Config,
+    Qwen3MoeConfig,
     WhisperFeatureExtractor,
 )
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
 
+from megatron_cord.convert.fused_experts import published_parts
 from megatron_cord.errors import CordError
 
 PAD, UNKNOWN, TURN_START, TURN_END = "<|endoftext|>", "<|unknown|>", "<|im_start|>", "<|im_end|>"
@@ -63,6 +67,7 @@ class TinyModelConfig:
     heads: int = 4
     kv_heads: int = 2  # fewer than heads: grouped-query attention
     ffn_size: int = 384
+    experts: int = 0  # of each layer, ffn_size wide, two for a token, with Qwen3's layers around; 0: an MLP, and Qwen2
     max_positions: int = 512  # prompt and response together
     vocabulary_multiple: int = 8  # rows of the embedding are rounded up to it, so that ranks share them evenly
     sinusoid_scale: float = 0.3  # amplitude of the encoder's position embeddings
@@ -107,7 +112,8 @@ def save_checkpoint(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {published_name(name): tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    named = ((published_name(name), tensor.detach()) for name, tensor in model.state_dict().items())
+    tensors = {name: part.contiguous() for whole in named for name, part in published_parts(*whole)}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
@@ -151,20 +157,28 @@ def build_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
 def model_config(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, frames: int) -> Qwen2AudioConfig:
     """Return Qwen2-Audio's configuration at these sizes; ``frames`` log-mel frames fill the encoder's window."""
     ids = tokenizer.get_vocab()
-    text = Qwen2Config(
-        vocab_size=math.ceil(len(tokenizer) / config.vocabulary_multiple) * config.vocabulary_multiple,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.ffn_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        max_position_embeddings=config.max_positions,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=ids[TURN_END],
-        pad_token_id=ids[PAD],
-        dtype="float32",
-    )
+    language: dict[str, Any] = {
+        "vocab_size": math.ceil(len(tokenizer) / config.vocabulary_multiple) * config.vocabulary_multiple,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": ids[TURN_END],
+        "pad_token_id": ids[PAD],
+        "dtype": "float32",
+    }
+    mixture: dict[str, Any] = {
+        "num_experts": config.experts,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": config.ffn_size,
+        "norm_topk_prob": True,
+        "head_dim": config.hidden_size // config.heads,
+    }
+    text: Any = Qwen3MoeConfig(**language, **mixture) if config.experts else Qwen2Config(**language)
     audio = Qwen2AudioEncoderConfig(
         num_mel_bins=config.mel_bins,
         d_model=config.encoder_hidden_size,
@@ -187,6 +201,9 @@ def initialize(model: Qwen2AudioForConditionalGeneration, sinusoid_scale: float)
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, Qwen3MoeExperts | Qwen3MoeTopKRouter):
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
     positions = model.model.audio_tower.embed_positions.weight

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_cord.convert.fused_experts import published_parts
 from megatron_cord.convert.spelling import Spelling, plain_class, published_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.losses.kernels.matmul import product
@@ -98,7 +99,9 @@ class PlainModel:
 
 def _by_published_name(model: Any, names: list[str], spelling: Spelling, directory: Path) -> dict[str, Tensor]:
     """Return the model's tensors under published names, which need not be the module's own."""
-    modules = model.state_dict()
+    modules = {
+        part: view for name, tensor in model.state_dict().items() for part, view in published_parts(name, tensor)
+    }
     parameters: dict[str, Tensor] = {}
     for name in names:
         module_name = spelling.module_name(name)

@@ -29,10 +29,11 @@ def export_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield full tensors under their published Hugging Face names, gathered over tensor ranks and pipeline stages.
 
-    Weights that have LoRA are yielded merged with it: W + scale · B A.
+    Weights that have LoRA are yielded merged with it: W + scale · B A. Of a mixture, one expert's matrix is sent at a
+    time, by the rank that has it.
 
-    Collective: every rank of the model's tensor and pipeline groups must consume the whole iterator, and each gets
-    every tensor.
+    Collective: every rank of the model's tensor, expert and pipeline groups must consume the whole iterator, and each
+    gets every tensor.
 
     Args:
         model: any rank's part.
@@ -55,6 +56,8 @@ def export_tensors(
         if shard is not None and model.lora is not None:
             shard = model.lora.merged(rule.megatron, shard)
         full = None if shard is None else gather(shard, rule.layout.shard_dim, layout)
+        if rule.is_expert and layout.config.ep > 1:
+            full = _from_owner(full, layout.ep_group, layout.device)
         full = broadcast_from_owner(full, layout)
         if full is not None:
             parts = (rule.layout.views if in_pieces else rule.layout.split)(full, layout.config.tp)
@@ -98,21 +101,24 @@ def gather(shard: Tensor, dim: int | None, layout: Layout) -> Tensor:
 
 def broadcast_from_owner(full: Tensor | None, layout: Layout) -> Tensor | None:
     """Return the tensor of the first stage that holds it, on every stage; None if no stage does. Collective."""
-    if layout.config.pp == 1:
-        return full
+    return full if layout.config.pp == 1 else _from_owner(full, layout.pp_group, layout.device)
+
+
+def _from_owner(full: Tensor | None, group: dist.ProcessGroup, device: torch.device) -> Tensor | None:
+    """Return the tensor of the first rank of a group that has it, on all of them; None if none has. Collective."""
     own = [] if full is None else [1, _DTYPES.index(full.dtype), full.dim(), *full.shape]
-    header = to_device(torch.tensor(own + [0] * (8 - len(own))), layout.device)  # has it, dtype, dimensions, sizes
-    headers = torch.empty(8 * layout.config.pp, dtype=torch.int64, device=layout.device)
-    dist.all_gather_into_tensor(headers, header, group=layout.pp_group)
+    header = to_device(torch.tensor(own + [0] * (8 - len(own))), device)  # has it, dtype, dimensions, sizes
+    headers = torch.empty(8 * group.size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(headers, header, group=group)
     rows = headers.view(-1, 8).tolist()  # the host waits once a tensor
-    owners = [stage for stage, row in enumerate(rows) if row[0]]
+    owners = [rank for rank, row in enumerate(rows) if row[0]]
     if not owners:
         return None
     _, dtype, dims, *sizes = rows[owners[0]]
-    if full is None or layout.pp_rank != owners[0]:
-        full = torch.empty(sizes[:dims], dtype=_DTYPES[dtype], device=layout.device)
+    if full is None or group.rank() != owners[0]:
+        full = torch.empty(sizes[:dims], dtype=_DTYPES[dtype], device=device)
     full = full.contiguous()
-    dist.broadcast(full, dist.get_global_rank(layout.pp_group, owners[0]), group=layout.pp_group)
+    dist.broadcast(full, dist.get_global_rank(group, owners[0]), group=group)
     return full
 
 

@@ -116,6 +116,15 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class ExpertsArchitecture:
+    """A mixture of experts in the place of every layer's MLP: a router chooses some of them for each token."""
+
+    count: int
+    per_token: int  #: that are chosen
+    normalized: bool  #: the probabilities of those chosen are divided by their sum
+
+
+@dataclass(frozen=True)
 class LanguageArchitecture:
     """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
@@ -124,7 +133,7 @@ class LanguageArchitecture:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    ffn_hidden_size: int
+    ffn_hidden_size: int  #: of each expert where there are some
     vocab_size: int  #: true size; rows that pad it to a divisible one exist only inside Megatron
     max_positions: int
     rope_theta: float
@@ -133,6 +142,7 @@ class LanguageArchitecture:
     tied_embeddings: bool
     qk_norm: bool = False  #: an RMSNorm over each query's and each key's head before the rotation, as in Qwen3
     rope_scaling: RopeScaling | None = None
+    experts: ExpertsArchitecture | None = None  #: None: an MLP
 
     def padded_vocab_size(self, tp: int) -> int:
         """Return the rows of the embedding and the output layer, [V_padded, H]: a multiple of 64 and of tp."""
@@ -168,13 +178,17 @@ class Architecture:
             raise ValueError(f"a {self.model_type} model takes no audio")
         return self.adapter.num_tokens(self.encoder.num_features(num_frames))
 
-    def check_divisible(self, tp: int, pp: int, virtual_pp: int = 1, pipeline_layers: Sequence[int] = ()) -> None:
+    def check_divisible(
+        self, tp: int, pp: int, virtual_pp: int = 1, pipeline_layers: Sequence[int] = (), ep: int = 1
+    ) -> None:
         """Raise CordError if this layout cannot hold the model, naming the size that does not fit."""
+        self._check_experts(tp, ep)
         sizes = {
             "the language model's attention heads": self.language.num_heads,
             "the language model's key-value heads": self.language.num_kv_heads,
-            "the language model's ffn size": self.language.ffn_hidden_size,
         }
+        if self.language.experts is None:  # experts are not cut, but dealt
+            sizes["the language model's ffn size"] = self.language.ffn_hidden_size
         if self.encoder is not None:
             sizes |= {
                 "the audio encoder's attention heads": self.encoder.num_heads,
@@ -205,6 +219,21 @@ class Architecture:
                 f"parallel.virtual_pp={virtual_pp} does not divide a stage's layers ({self.language.num_layers} / "
                 f"parallel.pp={pp} = {layers}); choose a virtual_pp that does, e.g. "
                 f"{_largest_divisor(layers, virtual_pp)}"
+            )
+
+    def _check_experts(self, tp: int, ep: int) -> None:
+        experts = self.language.experts
+        if experts is None:  # a teacher without experts may stand beside a student that has some
+            return
+        if experts.count % ep:
+            raise CordError(
+                f"parallel.ep={ep} does not divide the language model's experts ({experts.count}); "
+                f"choose an ep that does, e.g. {_largest_divisor(experts.count, ep)}"
+            )
+        if ep % tp:
+            raise CordError(
+                f"parallel.ep={ep} is no multiple of parallel.tp={tp}: experts are dealt to the tensor-parallel ranks, "
+                f"not cut; set parallel.ep={tp} or a multiple of it"
             )
 
 

@@ -28,12 +28,15 @@ class LayerConfig:
     #: what lies between these parts
     granularity: Literal["full", "selective"] = "full"
 
-    def recomputation(self, tower: Tower) -> dict[str, object]:
-        """Return Megatron's settings for one tower."""
+    def recomputation(self, tower: Tower, *, experts: bool = False) -> dict[str, object]:
+        """Return Megatron's settings for one tower; experts: it has them in the place of its MLPs."""
         if tower not in self.recompute:
             return {}
         if self.granularity == "selective":
-            return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+            return {
+                "recompute_granularity": "selective",
+                "recompute_modules": ["core_attn", "moe" if experts else "mlp"],
+            }
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 

@@ -9,6 +9,7 @@ Legend: B sequences, S padded length, T packed tokens, C clips, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -36,14 +37,16 @@ from megatron_cord.model.chunks import number_layers, split_in_chunks
 from megatron_cord.model.clip_sharing import deal_clips, gather_clips, no_tokens
 from megatron_cord.model.config import PARTS, LayerConfig, LoraConfig
 from megatron_cord.model.encoder import AudioEncoder
+from megatron_cord.model.experts import RoutedRows, RoutingRecord, record_routing
 from megatron_cord.model.lora.adapters import LoraAdapters
 from megatron_cord.model.lora.targets import find_targets
 from megatron_cord.model.rotary import inverse_frequencies
 from megatron_cord.model.transformer import block_spec, language_config, uses_transformer_engine
-from megatron_cord.parallel.layout import Layout
+from megatron_cord.parallel.layout import Layout, ParallelConfig
 from megatron_cord.parallel.transfers import to_device
 
 _LAYERS, _LORA = "language_model.decoder.layers.", "lora."
+_EXPERTS = ".mlp.experts.local_experts."
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +62,7 @@ class ModelInput:
             padded microbatch.
         host_token_ids: token_ids in host memory, where placeholders are found without waiting for the device; None:
             they are read from the device.
+        lengths: B numbers, tokens of each sequence without its padding; None where they are not known.
     """
 
     token_ids: Tensor
@@ -67,6 +71,7 @@ class ModelInput:
     sample_ids: tuple[str, ...]
     cu_seqlens: tuple[int, ...] | None = None
     host_token_ids: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
 
 
 class _HiddenStateGPT(GPTModel):  # type: ignore[misc]
@@ -91,7 +96,9 @@ class LALM(MegatronModule):  # type: ignore[misc]
     ) -> None:
         layers = layers or LayerConfig()
         parallel = layout.config
-        arch.check_divisible(parallel.tp, parallel.pp, parallel.virtual_pp, parallel.pipeline_layers)
+        arch.check_divisible(parallel.tp, parallel.pp, parallel.virtual_pp, parallel.pipeline_layers, parallel.ep)
+        if arch.language.experts is not None:
+            _check_mixture(parallel)
         config = language_config(arch.language, layout.config, dtype, layers)
         super().__init__(config)
         self.arch, self.layout, self.layers = arch, layout, layers
@@ -126,6 +133,11 @@ class LALM(MegatronModule):  # type: ignore[misc]
         number_layers(self.language_model, layers_of_chunks)
         #: the language model, in the parts that interleaved stages run one at a time
         self.chunks = split_in_chunks(self.language_model, layers_of_chunks)
+        self.routing: RoutingRecord | None = None
+        if arch.language.experts is not None:
+            sizes_of_record = (arch.language.experts, arch.language.num_layers, layout.groups.tp_cp, layout.device)
+            self.routing = RoutingRecord(*sizes_of_record)
+            record_routing(self.language_model.decoder.layers, self.routing)
         self.lora: LoraAdapters | None = None
         _mark_sharded_weights(self)
         self.to(layout.device)
@@ -162,14 +174,20 @@ class LALM(MegatronModule):  # type: ignore[misc]
         return self.config if self.audio_encoder is None else self.audio_encoder.config
 
     def global_name(self, name: str) -> str:
-        """Return the name in the whole model of one of this stage's modules or parameters.
+        """Return the name in the whole model of one of this rank's modules or parameters.
 
-        Layers are numbered over all stages; LoRA is named after the matrix beside which it is.
+        Layers are numbered over all stages, and experts over all ranks; LoRA is named after the matrix beside which it
+        is.
         """
         if name.startswith(_LORA):
             return name.removeprefix(_LORA).replace("/", ".")
         if not name.startswith(_LAYERS):
             return name
+        layer, is_expert, inner = name.partition(_EXPERTS)
+        if is_expert and self.arch.language.experts is not None:
+            number, dot, rest = inner.partition(".")
+            first = self.layout.ep_group.rank() * self.arch.language.experts.count // self.layout.config.ep
+            name = f"{layer}.mlp.experts.{first + int(number)}{dot}{rest}"
         number, dot, rest = name.removeprefix(_LAYERS).partition(".")
         return f"{_LAYERS}{self.language_model.decoder.layers[int(number)].layer_number - 1}{dot}{rest}"
 
@@ -212,16 +230,37 @@ class LALM(MegatronModule):  # type: ignore[misc]
                 decoder_input = decoder_input.index_select(0, to_device(rows, decoder_input.device))
             if self.config.sequence_parallel:
                 decoder_input = scatter_to_sequence_parallel_region(decoder_input, group=self.layout.tp_group)
+            if self.routing is not None and torch.is_grad_enabled() and not decoder_input.requires_grad:
+                decoder_input.requires_grad_(True)  # ranks that exchange tokens must all do so in the backward pass
         packed = None if batch.cu_seqlens is None else packed_sequences(batch.cu_seqlens, self._cu_seqlens_device)
-        hidden: Tensor = language_model(
-            batch.token_ids, None, None, decoder_input=decoder_input, packed_seq_params=packed
-        )
+        with self._recording(batch):
+            hidden: Tensor = language_model(
+                batch.token_ids, None, None, decoder_input=decoder_input, packed_seq_params=packed
+            )
         if language_model.post_process and self.config.sequence_parallel:
             # The loss sums the hidden states' gradient over the tensor-parallel ranks itself.
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.layout.tp_group
             )
         return hidden
+
+    def _recording(self, batch: ModelInput) -> AbstractContextManager[None]:
+        """Return the context in which the routers of a mixture, if there are some, record what they choose."""
+        if self.routing is None or not self.routing.active or batch.lengths is None:
+            return nullcontext()
+        size, length = batch.token_ids.shape
+        count, starts = len(batch.lengths), batch.cu_seqlens
+        sequence = torch.full((length, size), count)  # [S, B], or [T, 1]
+        for i, tokens in enumerate(batch.lengths):
+            column, start = (i, 0) if starts is None else (0, starts[i])
+            sequence[start : start + tokens, column] = i
+        if self.layout.config.cp > 1:
+            sequence = sequence.index_select(0, self.layout.sequence_sharding.rows(starts or (0, length)))
+        if self.config.sequence_parallel:
+            sequence = sequence.chunk(self.layout.config.tp)[self.layout.tp_group.rank()]
+        lengths = torch.tensor(batch.lengths, dtype=torch.float32)
+        rows = RoutedRows(to_device(sequence.flatten(), self.layout.device), to_device(lengths, self.layout.device))
+        return self.routing.routing(rows)
 
     def encode_audio(self, features: Tensor, num_frames: tuple[int, ...]) -> Tensor:
         """Return the features of all clips at the language model's width, [tokens of all clips, H]; first stage only.
@@ -282,6 +321,17 @@ class LALM(MegatronModule):  # type: ignore[misc]
         rows = embedded.transpose(0, 1).reshape(-1, hidden)
         rows = rows.index_copy(0, to_device(_true_rows(is_placeholder), rows.device), audio.to(rows.dtype))
         return rows.reshape(size, sequence, hidden).transpose(0, 1).contiguous()
+
+
+def _check_mixture(parallel: ParallelConfig) -> None:
+    """Refuse layouts that a mixture of experts does not go with."""
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        raise CordError(
+            f"parallel.tp={parallel.tp} with a mixture of experts needs parallel.sequence_parallel=true, so that each "
+            "rank routes tokens of its own"
+        )
+    if parallel.virtual_pp > 1:
+        raise CordError(f"parallel.virtual_pp={parallel.virtual_pp} is not built for a mixture of experts; set it to 1")
 
 
 def _require_gradient(_: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Microbatches through the stages of the model: Megatron's schedules, 1F1B or interleaved.
 
-Interleaved stages need at least as many microbatches as there are pipeline ranks. What is missing is filled up in front
-by a few tokens of padding without a part in the loss.
+Interleaved stages need at least as many microbatches as there are pipeline ranks, and ranks that share out the experts
+of a mixture, which exchange tokens in each layer, equally many, though each may have sequences of its own. What is
+missing is filled up in front by a few tokens of padding without a part in the loss.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_with_interleaving
 from megatron.core.transformer.module import MegatronModule
@@ -28,12 +30,14 @@ def run_pipeline(
     *,
     train: bool,
     wrapped: torch.nn.Module | None = None,
-) -> None:
+) -> bool:
     """Run the forward passes of microbatches, and where it trains the backward passes. Collective over the pipeline.
+
+    With `Layout.experts_span_replicas` also over the expert-parallel ranks. Return whether there were any passes.
 
     Args:
         model: this rank's part.
-        inputs: of the microbatches, at least one; every stage has the same.
+        inputs: of the microbatches; every stage has the same.
         finish: called on the last stage with a microbatch's number and its hidden states [S/CP, B, H], in order; it
             returns the loss, a scalar.
         train: whether there are backward passes.
@@ -41,6 +45,8 @@ def run_pipeline(
     """
     filler = padding_in_front(model, len(inputs))
     given = [*filler, *inputs]
+    if not given:
+        return False
 
     def forward_step(numbers: Iterator[int], module: Any) -> Any:
         number = next(numbers)
@@ -62,7 +68,7 @@ def run_pipeline(
     if len(model.chunks) == 1:
         module = model if wrapped is None else wrapped
         get_forward_backward_func()(data_iterator=iter(range(len(given))), model=[module], **common)
-        return
+        return True
     config = copy.copy(model.config)  # with what the optimizer has set by now
     config.virtual_pipeline_model_parallel_size = len(model.chunks)
     config.microbatch_group_size_per_vp_stage = group_size(len(given), model.layout.config.pp)
@@ -76,6 +82,7 @@ def run_pipeline(
         **common,
     )
     communicator.finish()
+    return True
 
 
 class _Stage(MegatronModule):  # type: ignore[misc]
@@ -96,8 +103,16 @@ class _Stage(MegatronModule):  # type: ignore[misc]
 
 
 def padding_in_front(model: LALM, microbatches: int) -> list[ModelInput]:
-    """Return the microbatches of padding that a step of so many others needs, as short as the layout allows."""
-    count = max(0, model.layout.config.pp - microbatches) if len(model.chunks) > 1 else 0
+    """Return the microbatches of padding that a step of so many others needs, as short as the layout allows.
+
+    With `Layout.experts_span_replicas` collective over the expert-parallel ranks.
+    """
+    most = model.layout.config.pp if len(model.chunks) > 1 else 0
+    if model.layout.experts_span_replicas:
+        numbers = torch.tensor(microbatches, device=model.layout.device)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=model.layout.ep_group)
+        most = max(most, int(numbers))
+    count = max(0, most - microbatches)
     token = 0 if model.arch.audio_token_id != 0 else 1
     ids = torch.full((1, model.layout.sequence_sharding.multiple_of), token)
     return [ModelInput(ids.to(model.layout.device), None, None, ("padding",), None, ids) for _ in range(count)]

@@ -180,6 +180,24 @@ class Qkv(TensorLayout):
         ]
 
 
+class Stacked(TensorLayout):
+    """Parts of equal size one below the other, whole on every rank that has the tensor: an expert's first layer."""
+
+    shard_dim = None
+
+    @override
+    def join(self, tensors: Sequence[Tensor | None], tp: int, rows: int) -> Tensor:
+        return torch.cat([tensor for tensor in tensors if tensor is not None])
+
+    @override
+    def views(self, full: Tensor, tp: int) -> list[Tensor]:
+        return list(full.chunk(2))
+
+    @override
+    def pieces(self, rows: int) -> list[Piece]:
+        return [Piece(0, 0, rows // 2), Piece(1, 0, rows // 2)]
+
+
 class GateUp(TensorLayout):
     """SwiGLU's fused first layer [2F, H]: each rank holds its rows of the gate, then its rows of the up projection."""
 

@@ -22,6 +22,11 @@ class TensorRule:
     layout: TensorLayout
 
     @property
+    def is_expert(self) -> bool:
+        """Whether it is one expert's, which expert-parallel ranks share out."""
+        return ".mlp.experts." in self.megatron
+
+    @property
     def hf_names(self) -> tuple[str, ...]:
         """The names of the parts that exist."""
         return tuple(name for name in self.hf if name is not None)

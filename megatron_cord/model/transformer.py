@@ -126,12 +126,29 @@ def language_config(
         # Batches differ in length, so stages exchange shapes; Megatron ties that to this dispatcher, experts or not.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
+        **_experts_config(arch, parallel),
         calculate_per_token_loss=True,  # the loss is already normalised by global counts and not divided again
         bias_activation_fusion=fusions.swiglu,
         apply_rope_fusion=fusions.rope,
-        **layers.recomputation("language_model"),
+        **layers.recomputation("language_model", experts=arch.experts is not None),
         **_common(parallel, dtype, fusions),
     )
+
+
+def _experts_config(arch: LanguageArchitecture, parallel: ParallelConfig) -> dict[str, object]:
+    """Return the settings of a mixture of experts. Routers compute in fp32; whole experts are dealt to ranks."""
+    if arch.experts is None:
+        return {}
+    return {
+        "num_moe_experts": arch.experts.count,
+        "moe_ffn_hidden_size": arch.ffn_hidden_size,
+        "moe_router_topk": arch.experts.per_token,
+        "moe_router_pre_softmax": not arch.experts.normalized,  # softmax over all, else over those that are chosen
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",  # the loss that balances is `experts.py`'s
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 class Norm:
@@ -172,15 +189,26 @@ def block_spec(
 
 def _torch_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
     """Return the specification of a layer and the norm after the last one; norms are modules of their own."""
-    spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_local_spec(
+        normalization=config.normalization, qk_layernorm=config.qk_layernorm, num_experts=config.num_moe_experts
+    )
     attention = spec.submodules.self_attention
     parts = replace(attention.submodules, core_attention=SdpaAttention)
     if config.qk_layernorm:
         parts = replace(parts, q_layernorm=Norm, k_layernorm=Norm)
     attention = replace(attention, submodules=parts)
+    names = dict(spec.submodules.sharded_state_dict_keys_map)
+    if config.num_moe_experts:  # transformer-engine has no norm inside experts, so the one before them keeps its name
+        names.pop("pre_mlp_layernorm.", None)
     return replace(
         spec,
-        submodules=replace(spec.submodules, self_attention=attention, input_layernorm=Norm, pre_mlp_layernorm=Norm),
+        submodules=replace(
+            spec.submodules,
+            self_attention=attention,
+            input_layernorm=Norm,
+            pre_mlp_layernorm=Norm,
+            sharded_state_dict_keys_map=names,
+        ),
     ), Norm
 
 
@@ -191,4 +219,7 @@ def _transformer_engine_layer(config: TransformerConfig) -> tuple[ModuleSpec, ty
     """
     from megatron.core.extensions.transformer_engine import TENorm
 
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        qk_layernorm=config.qk_layernorm, num_experts=config.num_moe_experts
+    )
+    return spec, TENorm

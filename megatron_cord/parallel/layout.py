@@ -40,6 +40,9 @@ class ParallelConfig:
     pp: int = 1
     #: context parallel size: ranks that share each of the language model's sequences, for long contexts, and the clips
     cp: int = 1
+    #: expert parallel size: ranks that share out the experts of a mixture, a multiple of tp; they are the tensor-,
+    #: context- and data-parallel ranks, no others
+    ep: int = 1
     virtual_pp: int = 1  #: interleaved pipeline stages a rank (chunks of layers); above 1 it needs pp > 1
     #: the language model's layers on each of the pp × virtual_pp stages, in the order in which tokens pass them; empty:
     #: equally many
@@ -49,10 +52,14 @@ class ParallelConfig:
     timeout_minutes: float = 10.0  #: how long a collective may take before the run is considered dead
 
     def __post_init__(self) -> None:
-        if min(self.tp, self.pp, self.cp, self.virtual_pp) < 1:
+        if min(self.tp, self.pp, self.cp, self.ep, self.virtual_pp) < 1:
             raise CordError(
-                "parallel.tp, parallel.pp, parallel.cp and parallel.virtual_pp are at least 1, got "
-                f"tp={self.tp} pp={self.pp} cp={self.cp} virtual_pp={self.virtual_pp}"
+                "parallel.tp, parallel.pp, parallel.cp, parallel.ep and parallel.virtual_pp are at least 1, got "
+                f"tp={self.tp} pp={self.pp} cp={self.cp} ep={self.ep} virtual_pp={self.virtual_pp}"
+            )
+        if self.ep % (self.tp * self.cp) and (self.tp * self.cp) % self.ep:
+            raise CordError(
+                f"parallel.ep={self.ep} and parallel.tp={self.tp} × parallel.cp={self.cp}: one must divide the other"
             )
         if self.virtual_pp > 1 and self.pp == 1:
             raise CordError(
@@ -127,6 +134,17 @@ class Layout:
         return group
 
     @property
+    def ep_group(self) -> dist.ProcessGroup:
+        """Ranks that share out the experts of a mixture."""
+        group: dist.ProcessGroup = self.groups.ep
+        return group
+
+    @property
+    def experts_span_replicas(self) -> bool:
+        """Whether expert-parallel ranks process different sequences, so that all of them must run as many passes."""
+        return self.config.ep > self.config.tp * self.config.cp
+
+    @property
     def dp_rank(self) -> int:
         """This rank's place among the data-parallel ranks."""
         return dist.get_rank(self.dp_group)
@@ -181,7 +199,8 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     """Join the ranks that torchrun started (one rank without torchrun) and make the process groups.
 
     Raises:
-        CordError: the number of ranks is not a multiple of tp × pp × cp, or torch cannot use this machine's GPUs.
+        CordError: the number of ranks is not a multiple of tp × pp × cp, or of ep × pp, or torch cannot use this
+            machine's GPUs.
         RuntimeError: the ranks have another layout already.
     """
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
@@ -190,6 +209,11 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
         raise CordError(
             f"{world} ranks cannot be laid out with parallel.tp={config.tp} × parallel.pp={config.pp} × "
             f"parallel.cp={config.cp}; start a multiple of {math.prod(sizes)} ranks (torchrun --nproc-per-node)"
+        )
+    if world % (config.pp * config.ep):
+        raise CordError(
+            f"{world} ranks cannot be laid out with parallel.pp={config.pp} × parallel.ep={config.ep}; "
+            f"start a multiple of {config.pp * config.ep} ranks (torchrun --nproc-per-node)"
         )
     portability.refuse_idle_gpus()
     if portability.has_cuda():
@@ -210,13 +234,15 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
             tensor_model_parallel_size=config.tp,
             pipeline_model_parallel_size=config.pp,
             context_parallel_size=config.cp,
+            expert_model_parallel_size=config.ep,
+            expert_tensor_parallel_size=1,  # experts are narrow: they are dealt whole
             create_gloo_process_groups=portability.needs_gloo_groups(),
         )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    present = tuple(group.size() for group in (groups.tp, groups.pp, groups.cp))
-    if present != sizes:
+    present = tuple(group.size() for group in (groups.tp, groups.pp, groups.cp, groups.ep))
+    if present != (*sizes, config.ep):
         raise RuntimeError(
-            "the ranks are laid out as tp={} pp={} cp={} already; call finalize() first".format(*present)
+            "the ranks are laid out as tp={} pp={} cp={} ep={} already; call finalize() first".format(*present)
         )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

@@ -141,6 +141,7 @@ def install() -> None:
     _share_gloo_threads()
     if has_cuda():
         _provide_fused_adam()
+        _complete_router()
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError(
@@ -155,6 +156,7 @@ def install() -> None:
     _patch_collectives()
     _patch_generators_of_megatron()
     _provide_fused_adam()
+    _complete_router()
 
 
 def _cpu_for_cuda(value: Any) -> Any:
@@ -289,7 +291,17 @@ def _patch_collectives() -> None:
         kwargs.pop("device_ids", None)
         return barrier(*args, **kwargs)
 
-    _replace(torch.distributed, barrier=barrier_without_devices)
+    all_to_all = torch.distributed.all_to_all_single
+
+    @functools.wraps(all_to_all)
+    def all_to_all_of_numbers(*args: Any, **kwargs: Any) -> Any:
+        # Megatron copies the sizes of what experts get to the host, where they become numbers, only from a GPU.
+        for name in ("output_split_sizes", "input_split_sizes"):
+            if isinstance(kwargs.get(name), torch.Tensor):
+                kwargs[name] = kwargs[name].tolist()
+        return all_to_all(*args, **kwargs)
+
+    _replace(torch.distributed, barrier=barrier_without_devices, all_to_all_single=all_to_all_of_numbers)
 
 
 def _patch_generators_of_megatron() -> None:
@@ -301,6 +313,14 @@ def _patch_generators_of_megatron() -> None:
         _set_cuda_rng_state=lambda state, *_, **__: torch.set_rng_state(state),
         _get_cuda_rng_state=lambda *_, **__: torch.get_rng_state(),
     )
+
+
+def _complete_router() -> None:
+    """Define the name that Megatron's router looks up, and lacks, where transformer-engine is not installed."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def _share_gloo_threads() -> None:

@@ -45,14 +45,14 @@ def lora_count(
 
 
 def trained_count(
-    config: ModelConfig, arch: Architecture, tp: int, pp: int, stage: int, stages: Sequence[int] = ()
+    config: ModelConfig, arch: Architecture, tp: int, pp: int, stage: int, stages: Sequence[int] = (), ep: int = 1
 ) -> int:
-    """Count what is trained on one tensor-parallel rank of a pipeline rank: whole weights and LoRA.
+    """Count what is trained on one rank of a pipeline rank: whole weights and LoRA.
 
     Raises:
         CordError: as `find_targets`.
     """
-    whole = rank_counts(arch, tp, pp, stage, stages).trained(config.trained_parts)
+    whole = rank_counts(arch, tp, pp, stage, stages, ep).trained(config.trained_parts)
     return whole + lora_count(config, arch, tp, pp, stage, stages)
 
 

@@ -14,7 +14,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from megatron_cord.plan.lora import lora_count, trained_count
-from megatron_cord.plan.parameters import matrix_counts, part_counts, rank_counts, rank_layers
+from megatron_cord.plan.parameters import expert_count, matrix_counts, part_counts, rank_counts, rank_layers
 from megatron_cord.plan.work import Work
 
 if TYPE_CHECKING:
@@ -100,10 +100,12 @@ def optimizer_bytes(config: OptimizerConfig, trained: int, matrices: int, itemsi
 
 def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_engine: bool) -> Memory:
     tp, pp, cp, item = config.parallel.tp, config.parallel.pp, config.parallel.cp, config.model.torch_dtype.itemsize
-    stages = config.parallel.layers_per_stage(arch.language.num_layers)
-    counts = rank_counts(arch, tp, pp, stage, stages)
+    stages, ep = config.parallel.layers_per_stage(arch.language.num_layers), config.parallel.ep
+    counts = rank_counts(arch, tp, pp, stage, stages, ep)
     added = lora_count(config.model, arch, tp, pp, stage, stages)
-    trained = trained_count(config.model, arch, tp, pp, stage, stages)
+    trained = trained_count(config.model, arch, tp, pp, stage, stages, ep)
+    layers = rank_layers(arch, pp, stage, stages)
+    experts = expert_count(arch, layers, ep) if "language_model" in config.model.trained_parts else 0
     matrices = matrix_counts(arch, tp, pp, stage, stages).trained(config.model.trained_parts)
     last = stage == pp - 1
     teacher = work.teacher or arch
@@ -120,9 +122,12 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
     used = {
         "weights": (counts.total + added) * item,
         "gradients": trained * 4,
-        "optimizer": optimizer_bytes(config.optimizer, trained, matrices, item, work.dp * cp),
+        # Experts have fewer replicas to share their states: the ranks that share them out have others.
+        "optimizer": optimizer_bytes(config.optimizer, trained - experts, matrices, item, work.dp * cp)
+        + optimizer_bytes(config.optimizer, experts, 0, item, max(1, work.dp * cp * tp // ep)),
         "teacher": sum(
-            rank_counts(copy, tp, pp, stage, config.parallel.layers_per_stage(copy.language.num_layers)).total * item
+            rank_counts(copy, tp, pp, stage, config.parallel.layers_per_stage(copy.language.num_layers), ep).total
+            * item
             for copy in _teachers(config, arch, work)
         ),
         "teacher_hidden": hidden,
@@ -221,7 +226,9 @@ def language_layer_width(arch: Architecture, tp: int, cut: int = 1, *, selective
 
     Inputs and outputs of both norms; queries, keys and values for every head, the attention's output twice; both halves
     of fc1, the activated one, and their product. With selective recomputation the fused projection, rotated queries and
-    keys, the output once, and nothing of the MLP. A norm of queries and keys keeps its inputs.
+    keys, the output once, and nothing of the MLP. A norm of queries and keys keeps its inputs. Of a mixture, each of
+    the chosen experts has the MLP's four and its input and output twice, for evenly loaded experts; the router keeps
+    three numbers in fp32 an expert.
 
     Args:
         arch: of the model.
@@ -234,7 +241,10 @@ def language_layer_width(arch: Architecture, tp: int, cut: int = 1, *, selective
     normed = heads * lm.head_dim / tp if lm.qk_norm else 0.0
     if selective:
         return 4 * lm.hidden_size / cut + 3 * heads * lm.head_dim / tp + normed
-    return 4 * lm.hidden_size / cut + (5 * lm.num_heads * lm.head_dim + 4 * lm.ffn_hidden_size) / tp + normed
+    mlp = 4 * lm.ffn_hidden_size / tp
+    if lm.experts is not None:
+        mlp = (4 * lm.experts.per_token * (lm.ffn_hidden_size + lm.hidden_size) + 6 * lm.experts.count) / cut
+    return 4 * lm.hidden_size / cut + 5 * lm.num_heads * lm.head_dim / tp + mlp + normed
 
 
 def encoder_layer_width(enc: EncoderArchitecture, tp: int, cut: int = 1, *, selective: bool = False) -> float:

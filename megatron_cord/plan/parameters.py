@@ -46,7 +46,9 @@ def part_counts(arch: Architecture) -> PartCounts:
     return PartCounts(encoder, _adapter(arch), language, positions)
 
 
-def rank_counts(arch: Architecture, tp: int, pp: int, stage: int, stages: Sequence[int] = ()) -> PartCounts:
+def rank_counts(
+    arch: Architecture, tp: int, pp: int, stage: int, stages: Sequence[int] = (), ep: int = 1
+) -> PartCounts:
     """Count the parameters of one tensor-parallel rank of a pipeline rank, as Megatron holds them.
 
     Args:
@@ -55,12 +57,13 @@ def rank_counts(arch: Architecture, tp: int, pp: int, stage: int, stages: Sequen
         pp: pipeline ranks.
         stage: the pipeline rank, from 0.
         stages: layers of each stage, as `ParallelConfig.layers_per_stage` gives them; empty: equally many.
+        ep: expert-parallel ranks.
     """
     lm, first, last = arch.language, stage == 0, stage == pp - 1
     table = lm.padded_vocab_size(tp) // tp * lm.hidden_size
     tables = 1 if first and last and lm.tied_embeddings else first + last
     layers = rank_layers(arch, pp, stage, stages)
-    language = layers * _language_layer(lm, tp) + tables * table + (lm.hidden_size if last else 0)
+    language = layers * _language_layer(lm, tp, ep) + tables * table + (lm.hidden_size if last else 0)
     if not first or arch.encoder is None:
         return PartCounts(0, 0, language)
     return PartCounts(
@@ -88,10 +91,29 @@ def matrix_counts(arch: Architecture, tp: int, pp: int, stage: int, stages: Sequ
     return PartCounts(encoder, width * ad.mlp_rows + ad.hidden_size * h, language)
 
 
-def _language_layer(lm: LanguageArchitecture, tp: int) -> int:
+def expert_count(arch: Architecture, layers: int | None = None, ep: int = 1) -> int:
+    """Count the parameters of experts on one rank that holds so many layers, by default all; 0 without experts."""
+    lm = arch.language
+    if lm.experts is None:
+        return 0
+    return (
+        (lm.num_layers if layers is None else layers) * 3 * lm.hidden_size * lm.ffn_hidden_size * lm.experts.count // ep
+    )
+
+
+def active_count(arch: Architecture) -> int:
+    """Count the language model's parameters that a token passes: all but the experts that are not chosen for it."""
+    experts = arch.language.experts
+    idle = 0 if experts is None else expert_count(arch) * (experts.count - experts.per_token) // experts.count
+    return part_counts(arch).language_model - idle
+
+
+def _language_layer(lm: LanguageArchitecture, tp: int, ep: int = 1) -> int:
     h, queries, keys = lm.hidden_size, lm.num_heads * lm.head_dim, lm.num_kv_heads * lm.head_dim
     qkv = (queries + 2 * keys) * (h + lm.qkv_bias)
     norms = 2 * h + (2 * lm.head_dim if lm.qk_norm else 0)
+    if lm.experts is not None:
+        return (qkv + queries * h) // tp + norms + lm.experts.count * (h + 3 * h * lm.ffn_hidden_size // ep)
     return (qkv + queries * h + 3 * h * lm.ffn_hidden_size) // tp + norms
 
 

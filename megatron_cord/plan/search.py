@@ -35,25 +35,28 @@ def fitting(
     """
     best: tuple[float, list[str]] | None = None
     recomputed: tuple[tuple[Tower, ...], ...] = ((), ("language_model",), ("audio_encoder", "language_model"))
-    choices = product((1, 2, 4, 8), (1, 2, 4), recomputed, (config.train.micro_batch_size, 2, 1))
+    mixture = arch.language.experts is not None
+    ranks_of_experts = (1, 2, 4, 8, 16, 32, 64) if mixture else (1,)
+    choices = product((1, 2, 4, 8), (1, 2, 4), ranks_of_experts, recomputed, (config.train.micro_batch_size, 2, 1))
     own = config.parallel
-    for tp, pp, recompute, micro in choices:
+    for tp, pp, ep, recompute, micro in choices:
         kept = (own.virtual_pp, own.pipeline_layers) if pp == own.pp else (own.virtual_pp if pp > 1 else 1, ())
-        parallel = replace(
-            own,
-            tp=tp,
-            pp=pp,
-            virtual_pp=kept[0],
-            pipeline_layers=kept[1],
-            sequence_parallel=own.sequence_parallel and tp > 1,
-        )
-        changed = replace(
-            config,
-            parallel=parallel,
-            model=replace(config.model, recompute=recompute),
-            train=replace(config.train, micro_batch_size=min(micro, config.train.micro_batch_size)),
-        )
         try:
+            parallel = replace(
+                own,
+                tp=tp,
+                pp=pp,
+                ep=ep,
+                virtual_pp=kept[0],
+                pipeline_layers=kept[1],
+                sequence_parallel=(own.sequence_parallel or mixture) and tp > 1,
+            )
+            changed = replace(
+                config,
+                parallel=parallel,
+                model=replace(config.model, recompute=recompute),
+                train=replace(config.train, micro_batch_size=min(micro, config.train.micro_batch_size)),
+            )
             work = make_work(changed, arch, gpus, **lengths)
         except CordError:
             continue
@@ -105,6 +108,7 @@ def _settings(config: RunConfig, changed: RunConfig) -> list[str]:
         "parallel.pp": (config.parallel.pp, changed.parallel.pp),
         "parallel.virtual_pp": (config.parallel.virtual_pp, changed.parallel.virtual_pp),
         "parallel.pipeline_layers": (config.parallel.pipeline_layers, changed.parallel.pipeline_layers),
+        "parallel.ep": (config.parallel.ep, changed.parallel.ep),
         "parallel.sequence_parallel": (config.parallel.sequence_parallel, changed.parallel.sequence_parallel),
         "model.recompute": (config.model.recompute, changed.model.recompute),
         "train.micro_batch_size": (config.train.micro_batch_size, changed.train.micro_batch_size),

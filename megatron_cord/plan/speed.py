@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_cord.plan.devices import Gpu
 from megatron_cord.plan.lora import trained_count
-from megatron_cord.plan.parameters import part_counts, rank_counts, rank_layers
+from megatron_cord.plan.parameters import active_count, part_counts, rank_counts, rank_layers
 from megatron_cord.plan.traffic import traffic
 from megatron_cord.plan.work import Work
 
@@ -73,7 +73,7 @@ def speed(config: RunConfig, arch: Architecture, work: Work, gpu: Gpu, gpus: int
     token = [read / (gpu.bandwidth * part) for part in BANDWIDTH]
     if not rollout_gpus:
         token = [max(pair) for pair in zip(token, EAGER_STEP, strict=True)]
-    prefill = 2 * part_counts(arch).language_model * work.student_tokens * batch
+    prefill = 2 * active_count(arch) * work.student_tokens * batch
     products = [prefill / (gpu.peak * part) for part in PRODUCTS]
     rollout = _pair([n * (work.response_tokens * t + p) for n, t, p in zip(rounds, token, products, strict=True)])
     whole = [a + b for a, b in zip(rollout, train, strict=True)]
@@ -92,12 +92,12 @@ def _stage_seconds(
     """Return the seconds that a pipeline stage works and communicates in a step, slow and fast."""
     tp, pp = config.parallel.tp, config.parallel.pp
     done = operations(config, arch, work)
-    stages = config.parallel.layers_per_stage(arch.language.num_layers)
+    stages, ep = config.parallel.layers_per_stage(arch.language.num_layers), config.parallel.ep
     flops = done.layers * rank_layers(arch, pp, stage, stages) / arch.language.num_layers
     flops += (done.first if stage == 0 else 0.0) + (done.last if stage == pp - 1 else 0.0)
-    counts = rank_counts(arch, tp, pp, stage, stages)
+    counts = rank_counts(arch, tp, pp, stage, stages, ep)
     item = config.model.torch_dtype.itemsize
-    trained = trained_count(config.model, arch, tp, pp, stage, stages)
+    trained = trained_count(config.model, arch, tp, pp, stage, stages, ep)
     moved = sum(bytes_of_passes(counts.total, trained, item))
     moved *= work.microbatches * work.minibatches * work.passes
     sent = traffic(config, arch, work, stage)
@@ -196,9 +196,9 @@ def _projections(arch: Architecture) -> int:
 
 
 def _matrices(arch: Architecture) -> int:
-    """Count the parameters of the language model's layers."""
+    """Count the parameters of the language model's layers that a token passes."""
     lm = arch.language
-    return part_counts(arch).language_model - (1 if lm.tied_embeddings else 2) * lm.vocab_size * lm.hidden_size
+    return active_count(arch) - (1 if lm.tied_embeddings else 2) * lm.vocab_size * lm.hidden_size
 
 
 def _forward(matrices: int, arch: Architecture, tokens: int, length: int) -> float:

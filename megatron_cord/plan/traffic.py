@@ -1,8 +1,9 @@
 """Bytes that a rank sends in a step, by kind of parallelism, as rings of NCCL send them.
 
 The language model's layers gather their input before each column-parallel matrix and reduce-scatter the output of each
-row-parallel one (with sequence parallelism; else they all-reduce the output), and the same backward. Left out: what
-context-parallel ranks send each other, and what takes kilobytes.
+row-parallel one (with sequence parallelism; else they all-reduce the output), and the same backward. A mixture's ranks
+send each token to its experts and back, and the same backward. Left out: what context-parallel ranks send each other,
+and what takes kilobytes.
 Legend: T tokens of a rank in a step, H hidden, n ranks of a ring.
 """
 
@@ -13,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from megatron_cord.plan.devices import NODE, Gpu
 from megatron_cord.plan.lora import trained_count
-from megatron_cord.plan.parameters import rank_layers
+from megatron_cord.plan.parameters import expert_count, rank_layers
 from megatron_cord.plan.work import Work
 
 if TYPE_CHECKING:
-    from megatron_cord.model.architecture import Architecture
+    from megatron_cord.model.architecture import Architecture, LanguageArchitecture
     from megatron_cord.model.config import Tower
     from megatron_cord.trainer.config import RunConfig
 
@@ -30,11 +31,13 @@ class Traffic:
         tp: tensor-parallel, hidden states and their gradients.
         dp: data-parallel, gradients and new weights.
         pp: to the neighbouring stages.
+        ep: expert-parallel, tokens and their gradients.
     """
 
     tp: float
     dp: float
     pp: float
+    ep: float = 0.0
 
     def seconds(self, config: RunConfig, work: Work, gpu: Gpu, share: float) -> float:
         """Return the time that they take one after the other.
@@ -46,7 +49,7 @@ class Traffic:
             share: of both that is reached.
         """
         tp, dp, pp = (config.parallel.tp * config.parallel.cp, work.dp, config.parallel.pp)
-        reaches = ((self.tp, tp), (self.dp, tp * dp), (self.pp, tp * dp * pp))
+        reaches = ((self.tp, tp), (self.dp, tp * dp), (self.pp, tp * dp * pp), (self.ep, config.parallel.ep))
         return sum(sent / ((gpu.link if reach <= NODE else gpu.network) * share) for sent, reach in reaches)
 
 
@@ -71,8 +74,10 @@ def traffic(config: RunConfig, arch: Architecture, work: Work, stage: int) -> Tr
     backward = "language_model" not in config.model.freeze or (trains_audio and arch.encoder is not None)
     stages = config.parallel.layers_per_stage(lm.num_layers)
     layers = rank_layers(arch, pp, stage, stages)
-    whole = layers * student * _layer(config, "language_model", trains=trains_language, backward=backward)
-    whole += sum(config.parallel.layers_per_stage(teacher.num_layers)[stage::pp]) * read * 4
+    taught_layers = sum(config.parallel.layers_per_stage(teacher.num_layers)[stage::pp])
+    dense = 1.0 if lm.experts is None else 0.5  # of a mixture's layer, the attention alone
+    whole = dense * layers * student * _layer(config, "language_model", trains=trains_language, backward=backward)
+    whole += taught_layers * read * (4 if teacher.experts is None else 2)
     if stage == 0:  # the embedding's sum, and under sequence parallelism what leaves it in the backward pass
         whole += 2 * (student + read) + (student if backward and config.parallel.sequence_parallel else 0)
         if arch.encoder is not None:
@@ -87,18 +92,33 @@ def traffic(config: RunConfig, arch: Architecture, work: Work, stage: int) -> Tr
     if stage == pp - 1:
         whole += student + read if config.parallel.sequence_parallel else 0
         whole += 2 * sequences * work.response_tokens * lm.hidden_size * 4 / config.parallel.cp  # the loss's gradient
-    trained = trained_count(config.model, arch, tp, pp, stage, stages)
+    ep = config.parallel.ep
+    experts = expert_count(arch, layers, ep) if trains_language else 0
+    trained = trained_count(config.model, arch, tp, pp, stage, stages, ep) - experts
     updates = work.minibatches * work.passes
     cut, replicas = tp if config.parallel.sequence_parallel else 1, work.dp * config.parallel.cp
+    copies = max(1, replicas * tp // ep)  # of an expert
+    # Gradients are fp32; an all-reduce sends twice what a reduce-scatter does, of which the gathering of weights is the
+    # other half.
+    reduced = updates * (4 + (item if config.optimizer.distributed else 4))
     chunks = config.parallel.virtual_pp  # all send on, but the last one its hidden states and the first its gradient
     hops = (chunks - (stage == pp - 1)) * (student + read) + (chunks - (stage == 0)) * backward * student
     return Traffic(
         tp=whole * (tp - 1) / tp,
-        # Gradients are fp32; an all-reduce sends twice what a reduce-scatter does, of which the gathering of weights
-        # is the other half.
-        dp=updates * trained * (4 + (item if config.optimizer.distributed else 4)) * (replicas - 1) / replicas,
+        dp=reduced * (trained * (replicas - 1) / replicas + experts * (copies - 1) / copies),
         pp=hops / cut,
+        ep=_dispatched(config, lm, layers * student / cut, backward=backward)
+        + _dispatched(config, teacher, taught_layers * read / cut, backward=False),
     )
+
+
+def _dispatched(config: RunConfig, lm: LanguageArchitecture, passed: float, *, backward: bool) -> float:
+    """Return bytes of tokens to evenly loaded experts on other ranks and back; passed: bytes through all layers."""
+    if lm.experts is None:
+        return 0.0
+    again = "language_model" in config.model.recompute
+    times = 2 + (2 + 2 * again if backward else 0)
+    return times * passed * lm.experts.per_token * (config.parallel.ep - 1) / config.parallel.ep
 
 
 def _layer(config: RunConfig, tower: Tower, *, trains: bool, backward: bool) -> int:

@@ -86,7 +86,12 @@ def make_work(
     """
     parallel, rollout = config.parallel, config.rollout
     for each in (arch, *filter(None, [teacher]), *dict(others).values()):
-        each.check_divisible(parallel.tp, parallel.pp, parallel.virtual_pp, parallel.pipeline_layers)
+        each.check_divisible(parallel.tp, parallel.pp, parallel.virtual_pp, parallel.pipeline_layers, parallel.ep)
+    if gpus % (parallel.pp * parallel.ep):
+        raise CordError(
+            f"{gpus} GPUs cannot be laid out with parallel.pp={parallel.pp} × parallel.ep={parallel.ep}; give a "
+            "multiple of it"
+        )
     if gpus % (parallel.tp * parallel.pp * parallel.cp):
         cp = f" × parallel.cp={parallel.cp}" if parallel.cp > 1 else ""
         raise CordError(

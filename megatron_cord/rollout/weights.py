@@ -39,8 +39,10 @@ class ShardedModelWeights:
 
     @property
     def in_main_replica(self) -> bool:
-        """Whether this rank's shards belong to the replica of rank 0."""
-        return dist.get_rank(self._model.layout.dp_group) == 0
+        """Whether this rank's shards belong to the replica of rank 0, or its experts to those that complete it."""
+        layout = self._model.layout
+        replica = layout.config.tp * layout.config.cp
+        return layout.dp_rank * replica < max(replica, layout.config.ep)
 
     @property
     def lora_scale(self) -> float | None:
@@ -48,7 +50,7 @@ class ShardedModelWeights:
         return None if self._model.lora is None else self._model.lora.config.scale
 
     def specs(self, *, full: bool, merged: bool = True) -> list[TensorSpec]:
-        """Return names, shapes and dtypes without gathering a tensor. Collective over the replica's pipeline stages."""
+        """Return names, shapes and dtypes without gathering a tensor. Collective over the main replica."""
         mine: dict[str, list[object]] = {}
         parameters, select = global_parameters(self._model), self._selection(full, merged)
         rules = tensor_map_of(self._model).rules
@@ -63,6 +65,12 @@ class ShardedModelWeights:
             mine |= {name: [_plain(dtype), list(shape)] for name, (shape, dtype) in shapes_and_dtypes.items()}
             added = [name for target in self._model.lora.targets for name in target.names()]
         found: dict[str, TensorSpec] = {}
+        if self._model.layout.config.ep > 1:
+            mine = {
+                name: spec
+                for share in all_gather_json(mine, self._model.layout.ep_group)
+                for name, spec in share.items()
+            }
         for share in all_gather_json(mine, self._model.layout.pp_group):
             found |= {
                 name: TensorSpec(name, tuple(shape), getattr(torch, dtype)) for name, (dtype, shape) in share.items()

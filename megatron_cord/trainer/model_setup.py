@@ -24,8 +24,17 @@ def build_student(config: ModelConfig, layout: Layout, seed: int = 0) -> LALM:
         config: of the model.
         layout: this rank's place.
         seed: of LoRA's initial values and its dropout.
+
+    Raises:
+        CordError: the layout deals experts, and the model has none, or as `LALM`.
     """
-    model = LALM(load_architecture(config.checkpoint), layout, config.torch_dtype, config.layer_config)
+    arch = load_architecture(config.checkpoint)
+    if layout.config.ep > 1 and arch.language.experts is None:
+        raise CordError(
+            f"parallel.ep={layout.config.ep} deals experts, and {config.checkpoint} (a {arch.model_type} model) has "
+            "none; set parallel.ep=1"
+        )
+    model = LALM(arch, layout, config.torch_dtype, config.layer_config)
     read_into(model, config.checkpoint)
     choose_trained(config, model, seed)
     return model

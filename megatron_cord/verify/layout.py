@@ -105,6 +105,7 @@ def verify_layout(overrides: Sequence[str]) -> int:
             parallel = config.parallel
             stages = f"×{parallel.virtual_pp}" if parallel.virtual_pp > 1 else ""
             sizes = f"TP={parallel.tp} PP={parallel.pp}{stages} CP={parallel.cp} DP={layout.dp_group.size()}"
+            sizes += f" EP={parallel.ep}" if config.sizes.experts else ""
             print_table(rows, f"layout on {device_name()}: {sizes}, {config.train.packing}, {config.model.dtype}")
             if layout.device.type == "cuda" and config.model.dtype == "float32":
                 print(f"checked without TF32; a run in float32 here uses: {training}")
@@ -115,7 +116,7 @@ def verify_layout(overrides: Sequence[str]) -> int:
 
 def run_step(config: VerifyLayoutConfig, layout: Layout) -> tuple[Outcome, Outcome]:
     """Return one step in the layout, and the reference's. Collective over all ranks."""
-    sequences = make_sequences(config.sizes, config.seed)
+    sequences, objective = make_sequences(config.sizes, config.seed), objective_of(config)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         reference = make_checkpoint(directory, config.sizes, config.seed)
@@ -127,9 +128,15 @@ def run_step(config: VerifyLayoutConfig, layout: Layout) -> tuple[Outcome, Outco
             whole = dict(export_tensors(model, select=lambda parameter: parameter.requires_grad))  # as it is
             import_adapters(model, lora.factors | whole, "the reference")
         untrained = set(PARTS) - set(config.model.trained_parts)
-        expected = reference_step(reference, sequences, OBJECTIVE, config.optimizer, untrained, lora)
+        expected = reference_step(reference, sequences, objective, config.optimizer, untrained, lora)
         teacher = Teacher(TeacherConfig(), model, name)
-    return train_once(config, layout, model, teacher, OBJECTIVE, sequences), expected
+    return train_once(config, layout, model, teacher, objective, sequences), expected
+
+
+def objective_of(config: VerifyLayoutConfig) -> ObjectiveConfig:
+    """Return the objective: with experts it has the loss that balances them, where that can be."""
+    balances = config.sizes.experts > 0 and "language_model" not in config.model.recompute
+    return replace(OBJECTIVE, router_aux_loss=0.1) if balances else OBJECTIVE
 
 
 def train_once(
@@ -188,7 +195,7 @@ def whole_gradients(wrapped: DistributedDataParallel) -> dict[str, Tensor]:
     part of each bucket only; the parts are gathered first.
     """
     if wrapped.ddp_config.use_distributed_optimizer:
-        for buffer in wrapped.buffers:
+        for buffer in [*wrapped.buffers, *wrapped.expert_parallel_buffers]:
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:
                 shards = bucket.grad_data.view(group.size(), -1)

@@ -5,18 +5,27 @@ Nothing of the trainer's arithmetic is used here. Legend: T response tokens, V v
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Qwen2AudioConfig, Qwen2AudioEncoderConfig, Qwen2AudioForConditionalGeneration, Qwen2Config
+from transformers import (
+    Qwen2AudioConfig,
+    Qwen2AudioEncoderConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from megatron_cord.convert.fused_experts import published_parts
 from megatron_cord.data.samples import AudioClip, Prompt
 from megatron_cord.errors import CordError
 from megatron_cord.losses import TokenWeightsConfig
@@ -39,6 +48,8 @@ class Sizes:
     hidden: int = 32  #: of the language model
     encoder_layers: int = 2  #: of the audio encoder
     encoder_heads: int = 4  #: parallel.tp divides them
+    experts: int = 0  #: of each layer of the language model, which is then Qwen3-MoE; 0: Qwen2
+    experts_per_token: int = 2  #: that a router chooses
     vocabulary: int = 61  #: no tensor-parallel size divides it
     sequences: int = 6  #: responses of the step, two thirds of them scored token by token
     longest: int = 24  #: tokens of the longest response
@@ -50,6 +61,8 @@ class Sizes:
             or self.sequences < 3
         ):
             raise CordError("sizes must be at least 1; sizes.longest at least 2, sizes.sequences at least 3")
+        if self.experts and not 0 < self.experts_per_token <= self.experts:
+            raise CordError("sizes.experts_per_token must be at least 1, and not above sizes.experts")
         if self.heads % self.kv_heads or self.hidden % 8 or self.vocabulary < 16:
             raise CordError(
                 "sizes.kv_heads must divide sizes.heads, 8 sizes.hidden, and sizes.vocabulary must be at least 16"
@@ -66,23 +79,30 @@ class Outcome:
 
 
 def make_checkpoint(directory: Path, sizes: Sizes, seed: int) -> Qwen2AudioForConditionalGeneration:
-    """Write a Qwen2-Audio checkpoint without tokenizer, and return its model.
+    """Write a Qwen2-Audio checkpoint without tokenizer, with experts around Qwen3-MoE, and return its model.
 
     Every tensor is random, biases and norms too. A seed always gives the same file.
     """
-    text = Qwen2Config(  # type: ignore[call-arg]
-        vocab_size=sizes.vocabulary,
-        hidden_size=sizes.hidden,
-        intermediate_size=2 * sizes.hidden,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
-        head_dim=8,
-        max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-        tie_word_embeddings=False,
-        dtype="float32",
-    )
+    language: dict[str, Any] = {
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": 2 * sizes.hidden,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+    }
+    mixture: dict[str, Any] = {
+        "num_experts": sizes.experts,
+        "num_experts_per_tok": sizes.experts_per_token,
+        "moe_intermediate_size": sizes.hidden,
+        "norm_topk_prob": True,
+    }
+    text: Any = Qwen3MoeConfig(**language, **mixture) if sizes.experts else Qwen2Config(**language)
     audio = Qwen2AudioEncoderConfig(
         num_mel_bins=MELS,
         d_model=8 * sizes.encoder_heads,
@@ -96,20 +116,20 @@ def make_checkpoint(directory: Path, sizes: Sizes, seed: int) -> Qwen2AudioForCo
         audio_config=audio, text_config=text, audio_token_index=sizes.vocabulary - 1, dtype="float32"
     )
     config._attn_implementation = "eager"
+    config._experts_implementation = "eager"  # the default one lacks float64
     generator = torch.Generator().manual_seed(seed)
     model = Qwen2AudioForConditionalGeneration(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() > 1:
-                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+                inputs = parameter.shape[-1] if ".experts." in name else parameter[0].numel()
+                parameter.copy_(noise * inputs**-0.5)
             else:
                 parameter.add_(0.1 * noise)
     model.config.save_pretrained(directory)
-    save_file(
-        {_published(name): parameter.detach().clone() for name, parameter in model.named_parameters()},
-        directory / "model.safetensors",
-    )
+    tensors = {name: part.clone() for name, part in _parts((n, p.detach()) for n, p in model.named_parameters())}
+    save_file(tensors, directory / "model.safetensors")
     return model
 
 
@@ -166,9 +186,12 @@ def reference_step(
         )
     scored = sum(s.response.distilled for s in sequences)
     loss = torch.zeros((), dtype=torch.float64)
+    balance = torch.zeros((), dtype=torch.float64)
     for sequence in sequences:
         response = torch.tensor(sequence.rollout.token_ids)
-        log_p = _log_probabilities(model, sequence.student, sequence.rollout)  # [T, V]
+        with _router_logits(model) as routed:
+            log_p = _log_probabilities(model, sequence.student, sequence.rollout)  # [T, V]
+        balance = balance + sum(_unbalanced(*each) for each in routed) / len(sequences)
         log_p_t = log_p.gather(1, response[:, None])[:, 0]
         if sequence.teacher is not None:
             with torch.no_grad(), nullcontext() if lora is None else lora.disabled():
@@ -183,16 +206,17 @@ def reference_step(
         loss = loss - objective.policy_gradient.weight * sequence.response.advantage * (ratio * log_p_t).sum() / len(
             sequences
         )
-    loss.backward()  # type: ignore[no-untyped-call]
+    (loss + objective.router_aux_loss * balance).backward()  # type: ignore[no-untyped-call]
     factors = {} if lora is None else lora.factors
     trained = {_published(n): p for n, p in model.named_parameters() if p.requires_grad} | factors
-    gradients = {name: parameter.grad.clone() for name, parameter in trained.items() if parameter.grad is not None}
+    made = ((name, parameter.grad) for name, parameter in trained.items() if parameter.grad is not None)
+    gradients = {name: part.clone() for whole in made for name, part in published_parts(*whole)}
     torch.nn.utils.clip_grad_norm_(trained.values(), optimizer.clip_norm)
     betas = (optimizer.beta1, optimizer.beta2)
     torch.optim.AdamW(
         trained.values(), lr=optimizer.learning_rate, betas=betas, eps=optimizer.epsilon, weight_decay=0.0
     ).step()
-    weights = {_published(n): p for n, p in model.named_parameters()}
+    weights = dict(_parts((n, p.detach()) for n, p in model.named_parameters()))
     merged = {} if lora is None else lora.merged()
     return Outcome(loss.item(), gradients, {n: p.detach().clone() for n, p in (weights | merged | factors).items()})
 
@@ -273,6 +297,30 @@ def _weights(divergence: Tensor, config: TokenWeightsConfig) -> Tensor:
     weights = torch.ones(count, dtype=torch.float64)
     weights[divergence.topk(min(config.top_k, count)).indices] = config.alpha
     return weights * torch.linspace(config.beta, 1.0, count, dtype=torch.float64)
+
+
+@contextmanager
+def _router_logits(model: torch.nn.Module) -> Iterator[list[tuple[Tensor, int]]]:
+    """Collect the logits [T, E] of all routers of a sequence, each with the number of experts that it chooses."""
+    found: list[tuple[Tensor, int]] = []
+    routers = [module for module in model.modules() if isinstance(module, Qwen3MoeTopKRouter)]
+    hooks = [r.register_forward_hook(lambda module, _, made: found.append((made[0], module.top_k))) for r in routers]
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
+def _unbalanced(logits: Tensor, top_k: int) -> Tensor:
+    """Return E Σ_e f_e P_e of one sequence and layer (arXiv 2412.19437, equations 17 to 20), from logits [T, E]."""
+    scores = logits.softmax(-1)
+    chosen = torch.zeros_like(scores).scatter(1, scores.topk(top_k).indices, 1.0).detach()
+    return logits.shape[1] * (chosen.mean(0) / top_k * scores.mean(0)).sum()
+
+
+def _parts(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the model's tensors under the names and in the parts of published checkpoints."""
+    for name, tensor in named:
+        yield from published_parts(_published(name), tensor)
 
 
 def _published(name: str) -> str:

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from examples.quickstart.checkpoint import CHAT_TEMPLATE, SPECIAL_TOKENS, published_name
+from megatron_cord.convert.fused_experts import published_parts
 from megatron_cord.model.families.step_audio_2.audio import StepAudio2Config
 from megatron_cord.model.families.step_audio_2.plain_model import StepAudio2
 from megatron_cord.model.families.ultravox.configuration import UltravoxConfig
@@ -68,6 +69,10 @@ TEXT: dict[str, dict[str, Any]] = {
     },
     "qwen2": {},
     "qwen3": {"head_dim": 10, "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}},
+    "qwen3_moe": {
+        "head_dim": 10, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+        "norm_topk_prob": False,
+    },
 }  # fmt: skip
 STEP_ENCODER = {
     "n_mels": MELS,
@@ -169,10 +174,9 @@ def published(family: str, name: str) -> str:
 def save(directory: Path, family: str, tied: bool) -> None:
     """Write configuration and weights as published checkpoints have them."""
     model = build(family, tied)
-    save_file(
-        {published(family, name): p.detach().clone() for name, p in model.named_parameters()},
-        directory / "model.safetensors",
-    )
+    named = ((published(family, name), p.detach()) for name, p in model.named_parameters())
+    parts = {name: part.clone() for whole in named for name, part in published_parts(*whole)}
+    save_file(parts, directory / "model.safetensors")
     if family == "step_audio_2":
         config = {
             "model_type": family, "architectures": ["StepAudio2ForCausalLM"], "audio_token_id": AUDIO_ID,
@@ -197,7 +201,7 @@ def save_whole(directory: Path, family: str, words: Sequence[str], *, tied: bool
     directory.mkdir(parents=True)
     save(directory, family, tied)
     # transformers makes Qwen2's own class of these tokenizers, which spells by bytes
-    spelt = family in ("qwen2", "qwen3")
+    spelt = family in ("qwen2", "qwen3", "qwen3_moe")
     known = [
         *SPECIAL_TOKENS[:5],
         SPECIAL_TOKENS[6],

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from examples.quickstart.checkpoint import published_name
+from megatron_cord.convert.fused_experts import published_parts
 from megatron_cord.convert.hf_writer import Shard, plan_shards
 from megatron_cord.model.families.step_audio_2.audio import StepAudio2Config
 from megatron_cord.model.families.step_audio_2.plain_model import StepAudio2
@@ -52,7 +53,7 @@ STEP_TEXT = {
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
 }
-#: Llama-3.1-8B, Mistral-7B-v0.3 and Qwen3-8B.
+#: Llama-3.1-8B, Mistral-7B-v0.3, Qwen3-8B and Qwen3-30B-A3B.
 TEXT: dict[str, dict[str, Any]] = {
     "llama": {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -73,6 +74,13 @@ TEXT: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
         "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None, "use_sliding_window": False,
     },
+    "qwen3_moe": {
+        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None, "use_sliding_window": False,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
 }  # fmt: skip
 
 
@@ -91,7 +99,8 @@ def full_size_shapes(family: str) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = kinds.get(family, AutoModelForCausalLM.from_config)(full_size_config(family))
     name_of = published_name if family == "qwen2_audio" else str
-    return {name_of(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    named = ((name_of(name), parameter.detach()) for name, parameter in model.named_parameters())
+    return {name: tuple(part.shape) for whole in named for name, part in published_parts(*whole)}
 
 
 def write_full_size(directory: Path, family: str, max_bytes: int = 10**12) -> dict[str, tuple[int, ...]]:

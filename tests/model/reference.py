@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import Qwen2AudioConfig, Qwen2AudioEncoderConfig, Qwen2AudioForConditionalGeneration, Qwen2Config
 
 from examples.quickstart.checkpoint import published_name
+from megatron_cord.convert.fused_experts import published_parts
 from megatron_cord.parallel.layout import ParallelConfig
 from tests.gloo import run_ranks
 from tests.model.ranks import (
@@ -95,9 +96,10 @@ def build(tied: bool) -> Qwen2AudioForConditionalGeneration:
 @torch.no_grad()
 def randomise(model: torch.nn.Module) -> None:
     """Every tensor random, biases and norms too, at a scale that keeps activations near one."""
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
+            inputs = parameter.shape[-1] if ".experts." in name else parameter[0].numel()
+            parameter.normal_(std=inputs**-0.5)
         else:
             parameter.add_(0.1 * torch.randn_like(parameter))
 
@@ -136,14 +138,16 @@ def one_step(
     """One step of a reference model with torch's AdamW; its parameters' names are published under other ones."""
     logits = [logits_of(model, batch) for batch in batches]
     sum(batch.loss(values) for batch, values in zip(batches, logits, strict=True)).backward()  # type: ignore[union-attr]
-    gradients = {published_name(n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    made = ((published_name(n), p.grad) for n, p in model.named_parameters() if p.grad is not None)
+    gradients = {name: part.clone() for whole in made for name, part in published_parts(*whole)}
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_norm"]))
     torch.optim.AdamW(
         model.parameters(), lr=OPTIMIZER["learning_rate"], betas=(0.9, 0.95), eps=OPTIMIZER["epsilon"], weight_decay=0.0
     ).step()
     with torch.no_grad():
         updated_logits = [logits_of(model, batch) for batch in batches]
-    updated = {published_name(n): p.detach().clone() for n, p in model.named_parameters()}
+    after = ((published_name(n), p.detach()) for n, p in model.named_parameters())
+    updated = {name: part.clone() for whole in after for name, part in published_parts(*whole)}
     return Expected([values.detach() for values in logits], gradients, norm, updated, updated_logits)
 
 

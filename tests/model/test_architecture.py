@@ -17,6 +17,7 @@ from megatron_cord.model.architecture import (
     AdapterArchitecture,
     Architecture,
     EncoderArchitecture,
+    ExpertsArchitecture,
     LanguageArchitecture,
 )
 from megatron_cord.model.families import load_architecture
@@ -117,6 +118,26 @@ def test_stages_that_do_not_fit() -> None:
         ARCHITECTURE.check_divisible(1, 2, 1, (1, 2))
 
 
+@pytest.mark.parametrize(
+    ("tp", "ep", "words"),
+    [
+        (1, 3, "parallel.ep=3 does not divide the language model's experts (8); choose an ep that does, e.g. 2"),
+        (
+            2,
+            1,
+            "parallel.ep=1 is no multiple of parallel.tp=2: experts are dealt to the tensor-parallel ranks, not cut",
+        ),
+    ],
+)
+def test_layouts_that_do_not_deal_experts(tp: int, ep: int, words: str) -> None:
+    """Catches experts that no rank has, and some that tensor-parallel ranks would each have with other gradients."""
+    mixture = replace(ARCHITECTURE, language=replace(LANGUAGE, experts=ExpertsArchitecture(8, 2, normalized=True)))
+    with pytest.raises(CordError) as caught:
+        mixture.check_divisible(tp, 1, ep=ep)
+    assert words in str(caught.value)
+    mixture.check_divisible(2, 1, ep=4)
+
+
 def test_layouts_that_divide() -> None:
     """Catches a check that refuses what works, a text model without an encoder included."""
     ARCHITECTURE.check_divisible(2, 2)
@@ -132,8 +153,8 @@ def test_layouts_that_divide() -> None:
         ("[]", "is not a model configuration"),
         (
             "{}",
-            "model_type None is not supported; supported: llama, mistral, qwen2, qwen2_audio, qwen3, step_audio_2, "
-            "ultravox, voxtral",
+            "model_type None is not supported; supported: llama, mistral, qwen2, qwen2_audio, qwen3, qwen3_moe, "
+            "step_audio_2, ultravox, voxtral",
         ),
         ('{"model_type": "llava"}', "model_type 'llava' is not supported"),
         ('{"model_type": ["qwen2_audio"]}', "is not supported"),

@@ -13,15 +13,15 @@ from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize, meet
 from tests.parallel.three_ranks import seen
 
-AT_LEAST_1 = "parallel.tp, parallel.pp, parallel.cp and parallel.virtual_pp are at least 1, got "
+AT_LEAST_1 = "parallel.tp, parallel.pp, parallel.cp, parallel.ep and parallel.virtual_pp are at least 1, got "
 
 
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"tp": 0}, f"{AT_LEAST_1}tp=0 pp=1 cp=1 virtual_pp=1"),
-        ({"pp": -1}, f"{AT_LEAST_1}tp=1 pp=-1 cp=1 virtual_pp=1"),
-        ({"virtual_pp": 0}, f"{AT_LEAST_1}tp=1 pp=1 cp=1 virtual_pp=0"),
+        ({"tp": 0}, f"{AT_LEAST_1}tp=0 pp=1 cp=1 ep=1 virtual_pp=1"),
+        ({"pp": -1}, f"{AT_LEAST_1}tp=1 pp=-1 cp=1 ep=1 virtual_pp=1"),
+        ({"virtual_pp": 0}, f"{AT_LEAST_1}tp=1 pp=1 cp=1 ep=1 virtual_pp=0"),
         (
             {"pp": 2, "pipeline_layers": (3, 0)},
             "parallel.pipeline_layers=[3, 0]: give a number of layers, at least 1, for each of the 2 stages "
@@ -31,6 +31,7 @@ AT_LEAST_1 = "parallel.tp, parallel.pp, parallel.cp and parallel.virtual_pp are 
             {"virtual_pp": 2},
             "parallel.virtual_pp=2 interleaves the stages of a pipeline: it needs parallel.pp > 1",
         ),
+        ({"tp": 2, "ep": 3}, "parallel.ep=3 and parallel.tp=2 × parallel.cp=1: one must divide the other"),
         ({"sequence_parallel": True}, "parallel.sequence_parallel needs parallel.tp > 1; set it to false"),
     ],
 )
@@ -58,7 +59,7 @@ def test_ranks_that_have_met() -> None:
         assert [words.split(";")[0] for words in rank.refused] == [
             "3 ranks cannot be laid out with parallel.tp=2 × parallel.pp=1 × parallel.cp=1",
             "3 ranks cannot be laid out with parallel.tp=2 × parallel.pp=3 × parallel.cp=1",
-            "the ranks are laid out as tp=1 pp=3 cp=1 already",
+            "the ranks are laid out as tp=1 pp=3 cp=1 ep=1 already",
         ]
 
 

@@ -23,7 +23,7 @@ from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.cli.actions.plan import gpu_counts
 from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
-from megatron_cord.model.architecture import AdapterArchitecture, Architecture
+from megatron_cord.model.architecture import AdapterArchitecture, Architecture, ExpertsArchitecture
 from megatron_cord.model.config import LoraConfig, ModelConfig
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
@@ -32,7 +32,7 @@ from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, part
 from megatron_cord.plan.lora import lora_count, merged_count
 from megatron_cord.plan.memory import activation_bytes, encoder_layer_width, language_layer_width, optimizer_bytes
 from megatron_cord.plan.page import layouts_table
-from megatron_cord.plan.parameters import matrix_counts, rank_counts
+from megatron_cord.plan.parameters import active_count, expert_count, matrix_counts, rank_counts
 from megatron_cord.plan.search import balanced_layers
 from megatron_cord.plan.speed import RUNNING, train_flops
 from megatron_cord.trainer.config import RunConfig
@@ -78,6 +78,18 @@ def counts_of(model: LALM) -> list[int]:
     ]
 
 
+def with_experts(arch: Architecture) -> Architecture:
+    """Return the architecture with four experts in each layer, two for a token, and normed queries and keys."""
+    mixture = ExpertsArchitecture(4, 2, normalized=True)
+    return replace(arch, language=replace(arch.language, experts=mixture, qkv_bias=False, qk_norm=True))
+
+
+def build_mixture_on_rank(rank: int, arch: Architecture) -> list[int]:
+    """Count parameters by part of a rank of TP 2 × PP 2, whose tensor-parallel ranks share out experts."""
+    layout = initialize(ParallelConfig(tp=2, pp=2, ep=2, sequence_parallel=True), seed=0)
+    return counts_of(LALM(arch, layout, torch.float32))
+
+
 def build_on_rank(rank: int, archs: list[Architecture]) -> list[list[int]]:
     """Count parameters by part of a rank of TP 2 × PP 2, for each architecture."""
     layout = initialize(ParallelConfig(tp=2, pp=2), seed=0)
@@ -99,6 +111,34 @@ def test_parameters_of_each_rank(checkpoint: Path) -> None:
         for this, counts in zip(archs, built, strict=True):
             planned = rank_counts(this, 2, 2, stage=rank // 2)
             assert [planned.audio_encoder, planned.adapter, planned.language_model] == counts
+
+
+@pytest.mark.slow
+def test_parameters_of_each_rank_of_a_mixture(checkpoint: Path) -> None:
+    """Catches experts that are counted on each rank, and a router that is counted as shared out."""
+    arch = with_experts(load_architecture(checkpoint))
+    for rank, built in enumerate(run_ranks(build_mixture_on_rank, 4, arch)):
+        planned = rank_counts(arch, 2, 2, rank // 2, ep=2)
+        assert [planned.audio_encoder, planned.adapter, planned.language_model] == built
+    whole, lm = part_counts(arch), arch.language
+    idle = lm.num_layers * 2 * 3 * lm.hidden_size * lm.ffn_hidden_size
+    assert active_count(arch) == whole.language_model - idle
+
+
+def test_a_plan_deals_experts() -> None:
+    """Catches states of experts that are divided by ranks without them, and a search that leaves experts together."""
+    arch = with_experts(published("step_audio2_mini"))
+    two, four = (
+        configured("x", "parallel.tp=2", "parallel.sequence_parallel=true", f"parallel.ep={ep}") for ep in (2, 4)
+    )
+    held = [memory(config, arch, make_work(config, arch, 8)) for config in (two, four)]
+    experts = expert_count(arch)
+    assert held[0].weights - held[1].weights == (experts // 2 - experts // 4) * 2
+    assert held[0].optimizer == held[1].optimizer  # the eight ranks have all states, whoever has the weights
+    sent = [traffic(config, arch, make_work(config, arch, 8), 0).ep for config in (two, four)]
+    assert 0 < sent[0] < sent[1]
+    settings = fitting(configured("x"), arch, GPUS["h100"], 32, 8)
+    assert settings is not None and any(setting.startswith("parallel.ep=") for setting in settings)
 
 
 def lora_on_rank(_rank: int, arch: Architecture, settings: Sequence[ModelConfig]) -> list[int]:
@@ -220,14 +260,21 @@ SELECTIVE = "model.recompute_granularity=selective"
 
 
 @pytest.mark.parametrize(
-    "settings", [(), ("model.freeze=[audio_encoder,adapter]",), (RECOMPUTED,), (RECOMPUTED, SELECTIVE)]
+    ("settings", "mixture"),
+    [
+        ((), False),
+        (("model.freeze=[audio_encoder,adapter]",), False),
+        ((RECOMPUTED,), False),
+        ((RECOMPUTED, SELECTIVE), False),
+        (("model.freeze=[audio_encoder,adapter]",), True),
+    ],
 )
-def test_bytes_of_activations(layout: Layout, checkpoint: Path, settings: tuple[str, ...]) -> None:
+def test_bytes_of_activations(layout: Layout, checkpoint: Path, settings: tuple[str, ...], mixture: bool) -> None:
     """Catches a missing tensor of a layer, and recomputation or freezing left out: a fifth off what autograd keeps."""
     config = configured(
         checkpoint, "model.dtype=float32", "train.micro_batch_size=4", "rollout.max_new_tokens=40", *settings
     )
-    arch = load_architecture(checkpoint)
+    arch = with_experts(load_architecture(checkpoint)) if mixture else load_architecture(checkpoint)
     work = make_work(config, arch, 1, audio_seconds=0.48, text_tokens=20)
     model = LALM(arch, layout, torch.float32, config.model.layer_config)
     for name in config.model.freeze:

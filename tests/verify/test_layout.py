@@ -31,6 +31,7 @@ from tests.gloo import run_ranks
 ROOT = Path(__file__).parents[2]
 PACKED, SP = "train.packing=packed", "parallel.sequence_parallel=true"
 INTERLEAVED = ["parallel.pp=2", "parallel.virtual_pp=2"]
+EXPERTS = ["sizes.experts=8", "sizes.layers=2"]
 LORA = ["model.lora.rank=3", "model.lora.alpha=6"]
 TWO_RANKS = {
     "tp2 sp": ["parallel.tp=2", SP],
@@ -49,6 +50,8 @@ TWO_RANKS = {
         "model.lora.whole=[adapter]",
     ],
     "pp2, lora on the last layers": [*LORA, "parallel.pp=2", "model.lora.targets=['*.layers.3.*']"],
+    "ep2": [*EXPERTS, "parallel.ep=2", "sizes.sequences=5"],
+    "tp2 sp ep2 packed": [*EXPERTS, "parallel.tp=2", "parallel.ep=2", SP, PACKED],
     "cp2 packed, lora recomputed": [
         *LORA,
         "parallel.cp=2",
@@ -80,6 +83,23 @@ MORE_ON_TWO_RANKS = {
         "model.recompute=[audio_encoder, language_model]",
         "model.recompute_granularity=selective",
     ],
+    "pp2 experts": [*EXPERTS, "parallel.pp=2"],
+    "cp2 ep2": [*EXPERTS, "parallel.cp=2", "parallel.ep=2"],
+    "cp2 packed experts": [*EXPERTS, "parallel.cp=2", PACKED],
+    "ep2, recomputed": [*EXPERTS, "parallel.ep=2", "model.recompute=[audio_encoder, language_model]"],
+    "ep2, recomputed selectively": [
+        *EXPERTS,
+        "parallel.ep=2",
+        "model.recompute=[language_model]",
+        "model.recompute_granularity=selective",
+    ],
+    "ep2, ordinary optimizer, only the adapter": [
+        *EXPERTS,
+        "parallel.ep=2",
+        "optimizer.distributed=false",
+        "model.freeze=[audio_encoder, language_model]",
+    ],
+    "ep2, lora": [*LORA, *EXPERTS, "parallel.ep=2"],
     "tp2 in bfloat16": ["parallel.tp=2", "model.dtype=bfloat16"],
     "dp2 in bfloat16": ["model.dtype=bfloat16"],
 }
@@ -106,6 +126,12 @@ FOUR_RANKS = {
         PACKED,
         "optimizer.overlap_communication=true",
     ],
+    "ep4, ranks without sequences": [*EXPERTS, "parallel.ep=4", "sizes.sequences=3"],
+    "ep2 dp2 packed": [*EXPERTS, "parallel.ep=2", PACKED],
+    "tp2 sp ep4": [*EXPERTS, "parallel.tp=2", SP, "parallel.ep=4"],
+    "pp2 ep2 packed": [*EXPERTS, "parallel.pp=2", "parallel.ep=2", PACKED],
+    "cp2 ep4 packed": [*EXPERTS, "parallel.cp=2", "parallel.ep=4", PACKED],
+    "tp2 cp2 sp ep2 packed": [*EXPERTS, "parallel.tp=2", "parallel.cp=2", SP, PACKED, "parallel.ep=2"],
     "tp2 cp2": ["parallel.tp=2", "parallel.cp=2"],
     "tp2 cp2 sp packed": ["parallel.tp=2", "parallel.cp=2", SP, PACKED],
     "pp2 cp2 packed": ["parallel.pp=2", "parallel.cp=2", PACKED],

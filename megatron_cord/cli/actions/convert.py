@@ -33,6 +33,7 @@ from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.data.tokenizers import load_tokenizer
 from megatron_cord.errors import CordError
+from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.config import ModelConfig
 from megatron_cord.model.families import load_architecture
@@ -70,8 +71,8 @@ def import_checkpoint(source: Path, target: Path, *, tp: int, pp: int, dtype: st
     """Import the Hugging Face directory `source` into the checkpoint `target`."""
     console = Console()
     arch = load_architecture(source)
-    arch.check_divisible(tp, pp)
-    layout = initialize(ParallelConfig() if dry_run else ParallelConfig(tp=tp, pp=pp), seed=0)
+    arch.check_divisible(tp, pp, ep=_layout_of(arch, tp, pp).ep)
+    layout = initialize(ParallelConfig() if dry_run else _layout_of(arch, tp, pp), seed=0)
     if dry_run:
         model = fake_model(arch, layout)
         _print_inventory(inventory(model), _dtype(dtype) or torch.bfloat16, console)
@@ -122,7 +123,7 @@ def export_checkpoint(
     console = Console()
     auxiliary_dir = hf or _auxiliary_dir_of(source)
     arch = load_architecture(auxiliary_dir)
-    arch.check_divisible(tp, pp)
+    arch.check_divisible(tp, pp, ep=_layout_of(arch, tp, pp).ep)
     layout = initialize(ParallelConfig(), seed=0)
     if not dry_run:
         check_vacant(target)
@@ -178,8 +179,10 @@ def check_checkpoint(
     """Compare the logits of the Hugging Face directory `source` and of the checkpoint `target`."""
     console = Console()
     arch = load_architecture(source)
-    arch.check_divisible(tp, pp)
-    layout = initialize(ParallelConfig(tp=tp, pp=pp), seed=0)
+    arch.check_divisible(tp, pp, ep=_layout_of(arch, tp, pp).ep)
+    if arch.language.experts is not None and tp > 1:
+        raise CordError("--tp: the logits of a mixture of experts are compared with --tp 1; split it with --pp")
+    layout = initialize(_layout_of(arch, tp, pp), seed=0)
     prompts = _prompts(source, text, audio, data) if arch.encoder is not None else [_text_prompt(source, text)]
     inputs = [_model_input(prompt, layout) for prompt in prompts]
     if holds_adapters(run_progress.read_progress(target)):
@@ -205,6 +208,13 @@ def check_checkpoint(
         f"largest difference {largest:.2e}: {'within' if within else 'ABOVE'} the tolerance of {tolerance:g}",
     )
     return 0 if within else 1
+
+
+def _layout_of(arch: Architecture, tp: int, pp: int) -> ParallelConfig:
+    """Return the layout of a conversion; tensor-parallel ranks of a mixture share out its experts."""
+    if arch.language.experts is None:
+        return ParallelConfig(tp=tp, pp=pp)
+    return ParallelConfig(tp=tp, pp=pp, ep=tp, sequence_parallel=tp > 1)
 
 
 def _auxiliary_dir_of(checkpoint: Path) -> Path:

@@ -13,10 +13,10 @@ from megatron_cord.convert.graft import ctranslate2
 from megatron_cord.convert.hf_reader import StoredTensor, stored_tensors
 from megatron_cord.convert.spelling import published_tensors
 from megatron_cord.errors import CordError
-from megatron_cord.model.architecture import LanguageArchitecture
+from megatron_cord.model.architecture import Architecture, LanguageArchitecture
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import FAMILIES, load_architecture
-from megatron_cord.model.families.decoder import DECODERS
+from megatron_cord.model.families.decoder import DENSE
 from megatron_cord.runtime.files import read_json_object
 
 #: The encoder's sizes, as Whisper's config.json names them.
@@ -67,14 +67,18 @@ def read_text_model(given: Path) -> TextModel:
         CordError: as `load_architecture` and `published_tensors`; or it is no text model.
     """
     arch = load_architecture(given)
-    if arch.model_type not in DECODERS:
+    if arch.model_type not in DENSE:
         raise CordError(
-            f"{given} is a model of the family {arch.model_type}, which has an encoder already; give a text model "
-            f"({', '.join(DECODERS)})"
+            f"{given} is a model of the family {arch.model_type}, which {_no_graft(arch)}; give a text model "
+            f"({', '.join(DENSE)})"
         )
     directory = checkpoint_directory(given)
     config = read_json_object(directory / "config.json", "download the checkpoint again")
     return TextModel(directory, config, arch.language, dict(published_tensors(directory, arch)))
+
+
+def _no_graft(arch: Architecture) -> str:
+    return "has experts, which Ultravox's layout lacks" if arch.encoder is None else "has an encoder already"
 
 
 def read_whisper(given: Path) -> Whisper:

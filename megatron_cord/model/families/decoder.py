@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_cord.model.architecture import LanguageArchitecture, RopeScaling
+from megatron_cord.model.architecture import ExpertsArchitecture, LanguageArchitecture, RopeScaling
 from megatron_cord.model.families.parts import require
-from megatron_cord.model.tensor_layouts import GateUp, Qkv, Replicated, Row, Vocabulary
+from megatron_cord.model.tensor_layouts import GateUp, Qkv, Replicated, Row, Stacked, Vocabulary
 from megatron_cord.model.tensor_map import TensorRule
 
 
@@ -19,10 +19,18 @@ class Decoder:
 
     qkv_bias: bool = False  #: query, key and value projections have biases
     qk_norm: bool = False  #: queries and keys are normed
+    experts: bool = False  #: a mixture of experts in the place of each MLP
 
 
 #: The decoders, by model type.
-DECODERS = {"llama": Decoder(), "mistral": Decoder(), "qwen2": Decoder(qkv_bias=True), "qwen3": Decoder(qk_norm=True)}
+DECODERS = {
+    "llama": Decoder(),
+    "mistral": Decoder(),
+    "qwen2": Decoder(qkv_bias=True),
+    "qwen3": Decoder(qk_norm=True),
+    "qwen3_moe": Decoder(qk_norm=True, experts=True),
+}
+DENSE = tuple(name for name, kind in DECODERS.items() if not kind.experts)
 
 
 def decoder_architecture(config: Any, where: str = "") -> LanguageArchitecture:
@@ -48,13 +56,14 @@ def decoder_architecture(config: Any, where: str = "") -> LanguageArchitecture:
         }
     )
     kind = DECODERS[config.model_type]
+    experts = _experts(config, where) if kind.experts else None
     return LanguageArchitecture(
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        ffn_hidden_size=config.intermediate_size,
+        ffn_hidden_size=config.intermediate_size if experts is None else config.moe_intermediate_size,
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
         rope_theta=float(config.rope_parameters["rope_theta"]),
@@ -63,7 +72,19 @@ def decoder_architecture(config: Any, where: str = "") -> LanguageArchitecture:
         tied_embeddings=bool(config.tie_word_embeddings),
         qk_norm=kind.qk_norm,
         rope_scaling=_rope_scaling(config.rope_parameters, config.max_position_embeddings, f"{where}rope_parameters."),
+        experts=experts,
     )
+
+
+def _experts(config: Any, where: str) -> ExpertsArchitecture:
+    """Return the mixture of experts of a configuration; each layer must have one."""
+    require(
+        {
+            f"{where}decoder_sparse_step": (config.decoder_sparse_step, 1),
+            f"{where}mlp_only_layers": (list(config.mlp_only_layers), []),
+        }
+    )
+    return ExpertsArchitecture(config.num_experts, config.num_experts_per_tok, bool(config.norm_topk_prob))
 
 
 def _rope_scaling(given: Mapping[str, Any], max_positions: int, where: str) -> RopeScaling | None:
@@ -134,14 +155,32 @@ def decoder_rules(lm: LanguageArchitecture, root: str, head: str) -> list[Tensor
         rules += [
             *_attention_rules(lm, hf, mg),
             TensorRule(f"{mg}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",), Replicated()),
-            TensorRule(
-                f"{mg}.mlp.linear_fc1.weight", (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"), GateUp()
-            ),
-            TensorRule(f"{mg}.mlp.linear_fc2.weight", (f"{hf}.mlp.down_proj.weight",), Row()),
+            *_mlp_rules(lm, f"{hf}.mlp", f"{mg}.mlp"),
         ]
     rules.append(TensorRule(f"{mega}.decoder.final_layernorm.weight", (f"{root}.norm.weight",), Replicated()))
     if not lm.tied_embeddings:
         rules.append(TensorRule(f"{mega}.output_layer.weight", (head,), vocabulary))
+    return rules
+
+
+def _mlp_rules(lm: LanguageArchitecture, hf: str, mg: str) -> list[TensorRule]:
+    """Return the rules of a layer's MLP, or of its router and experts; hf and mg are its names."""
+
+    def gate_up(name: str) -> tuple[str, str]:
+        return f"{name}.gate_proj.weight", f"{name}.up_proj.weight"
+
+    if lm.experts is None:
+        return [
+            TensorRule(f"{mg}.linear_fc1.weight", gate_up(hf), GateUp()),
+            TensorRule(f"{mg}.linear_fc2.weight", (f"{hf}.down_proj.weight",), Row()),
+        ]
+    rules = [TensorRule(f"{mg}.router.weight", (f"{hf}.gate.weight",), Replicated())]
+    for i in range(lm.experts.count):
+        expert = f"{mg}.experts.{i}"
+        rules += [
+            TensorRule(f"{expert}.linear_fc1.weight", gate_up(f"{hf}.experts.{i}"), Stacked()),
+            TensorRule(f"{expert}.linear_fc2.weight", (f"{hf}.experts.{i}.down_proj.weight",), Replicated()),
+        ]
     return rules
 
 

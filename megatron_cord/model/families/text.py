@@ -28,5 +28,11 @@ def tensor_map(arch: Architecture) -> TensorMap:
 
 FAMILIES = tuple(
     Family(model_type, architecture, tensor_map, plain_class=f"transformers.{kind}ForCausalLM", sglang_max_clips=0)
-    for model_type, kind in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
+    for model_type, kind in (
+        ("llama", "Llama"),
+        ("mistral", "Mistral"),
+        ("qwen2", "Qwen2"),
+        ("qwen3", "Qwen3"),
+        ("qwen3_moe", "Qwen3Moe"),
+    )
 )

@@ -50,7 +50,10 @@ class LoraTarget:
 
 
 def linear_modules(arch: Architecture) -> list[LoraTarget]:
-    """Return all matrices that can have LoRA: those of layers, and the adapter's; no convolution and no embedding."""
+    """Return all matrices that can have LoRA: those of layers, and the adapter's.
+
+    No convolution, embedding, router or expert.
+    """
     return [
         LoraTarget(
             rule.megatron.removesuffix(_WEIGHT),
@@ -59,6 +62,7 @@ def linear_modules(arch: Architecture) -> list[LoraTarget]:
         )
         for rule in family_of(arch).tensor_map(arch).rules
         if rule.megatron.endswith(_WEIGHT)
+        and not rule.is_expert
         and (isinstance(rule.layout, Column | Row | Qkv | GateUp) or rule.megatron.startswith("adapter.linear"))
     ]
 

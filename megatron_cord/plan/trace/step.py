@@ -61,6 +61,11 @@ def trace_step(
         raise CordError("a trace makes process groups of its own; call it outside of torchrun")
     if config.teachers:
         raise CordError("cord plan --trace builds the run's own teacher alone; leave teachers and taught_by out")
+    if arch.language.experts is not None or (work.teacher or arch).language.experts is not None:
+        raise CordError(
+            "cord plan --trace does not cover mixtures of experts: what ranks exchange depends on routers' numbers, "
+            "and a trace has none; leave --trace out"
+        )
     config = replace(config, model=replace(config.model, layers="torch"))
     return [_trace_rank(config, arch, work, gpu, stage, audio_seconds) for stage in range(config.parallel.pp)]
 

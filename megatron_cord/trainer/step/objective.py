@@ -39,6 +39,9 @@ class ObjectiveConfig:
     #: both losses are divided by the number of responses (response: the paper; response_mean: of means over each
     #: response's tokens) or of their tokens
     normalization: Literal["response", "response_mean", "token"] = "response"
+    #: of a mixture of experts: what multiplies the loss that balances their load, summed over layers, a mean over
+    #: sequences; 0: none
+    router_aux_loss: float = 0.0
     #: how the divergence's gradient is formed; docs/loss.md compares them
     implementation: Literal["auto", "cached_grad", "fused", "recompute"] = "auto"
     #: what computes the divergence; auto compiles on a CPU where calls are large
@@ -46,6 +49,8 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         kind, policy = self.divergence.kind, self.policy_gradient.enabled
+        if self.router_aux_loss < 0:
+            raise CordError(f"objective.router_aux_loss cannot be negative, got {self.router_aux_loss:g}")
         if self.streams:
             self._check_streams()
         if self._named("distillation"):

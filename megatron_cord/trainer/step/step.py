@@ -16,6 +16,7 @@ from megatron_cord.losses import token_logprobs_from_hidden
 from megatron_cord.model.lalm import LALM
 from megatron_cord.model.pipeline import run_pipeline
 from megatron_cord.rollout.types import ScoredRollout, TokenResults
+from megatron_cord.trainer.step.balance import check_balancing
 from megatron_cord.trainer.step.batches import (
     Batching,
     Microbatch,
@@ -88,6 +89,7 @@ class TrainStep:
         self.controllers = Controllers({t.name: t.controller for t in objective.terms if t.controller is not None})
         self.lalm: LALM = model.module
         self.layout = self.lalm.layout
+        check_balancing(objective, self.lalm)
 
     def __call__(
         self,
@@ -142,6 +144,8 @@ class TrainStep:
             metrics["policy_weight"] = objective.policy_gradient.weight
         if updates > 1:
             metrics |= {"updates": float(len(norms))}
+        if self.lalm.routing is not None:
+            metrics |= self.lalm.routing.take(updates)
         return StepResult(metrics, done, skipped=len(norms) < updates)
 
     def score(self, sequences: Sequence[TrainingSequence]) -> dict[int, TokenResults]:
@@ -172,6 +176,8 @@ class TrainStep:
         """Make one update; return the microbatches' losses, and the gradient norm, None where it was skipped."""
         with phases.phase("teacher"):
             taught = self._teach(microbatches)
+        if self.lalm.routing is not None:
+            self._weigh_balance(microbatches)
         with phases.phase("forward_backward"):
             losses = self._forward_backward(microbatches, taught, counts, objective)
         totals = [loss.total.detach() for loss in losses]
@@ -194,6 +200,13 @@ class TrainStep:
             for number, tokens in zip(own, given, strict=True):
                 found[number] = tokens
         return found
+
+    def _weigh_balance(self, microbatches: list[Microbatch]) -> None:
+        """Divide the balancing loss by the update's sequences on all data-parallel ranks."""
+        assert self.lalm.routing is not None
+        sequences = torch.tensor(sum(len(m.sequences) for m in microbatches), device=self.layout.device)
+        dist.all_reduce(sequences, group=self.layout.dp_group)
+        self.lalm.routing.weight = self.objective.router_aux_loss / max(1, int(sequences))
 
     def _counts(self, rollouts: Sequence[ScoredRollout]) -> dict[str, GlobalCounts]:
         """Return an update's denominators by stream, and under "" those of what belongs to none."""
@@ -302,9 +315,14 @@ class TrainStep:
         if train:
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
-        if microbatches:
-            run_pipeline(self.lalm, [m.student for m in microbatches], finish, train=train, wrapped=self.model)
-        elif train:
+        if self.lalm.routing is not None:
+            self.lalm.routing.active = train
+        inputs = [m.student for m in microbatches]
+        may_run = bool(microbatches) or self.layout.experts_span_replicas
+        ran = may_run and run_pipeline(self.lalm, inputs, finish, train=train, wrapped=self.model)
+        if self.lalm.routing is not None:
+            self.lalm.routing.active = False
+        if train and not ran:
             join_reduction(self.model)
             self.lalm.config.finalize_model_grads_func(
                 [self.model], None, pg_collection=self.layout.groups

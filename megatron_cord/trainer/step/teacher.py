@@ -199,7 +199,7 @@ class Teacher:
             take: called on the last stage with a microbatch and its hidden states [n, H], in their order.
         """
         scored = [_Scored(n, m, given, rows) for n, m, given, rows in views if given is not None and rows is not None]
-        if not scored:
+        if not scored and not self.model.layout.experts_span_replicas:
             return
 
         def finish(number: int, hidden: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def pad_sequences(
             start - 1, start - 1 + len(response)
         )  # the hidden state at position p predicts the token at p + 1
         columns += [b] * len(response)
-    return _model_input(prompts, token_ids, None, device), _rows(
+    return _model_input(prompts, responses, token_ids, None, device), _rows(
         positions, columns, size, (0, longest), sharding, device
     )
 
@@ -80,18 +80,25 @@ def pack_sequences(
             else cu_seqlens[-1] + round_up(start - cu_seqlens[-1] + len(response), sharding.chunks)
         )
         token_ids += [pad_id] * (cu_seqlens[-1] - len(token_ids))
-    model_input = _model_input(prompts, torch.tensor([token_ids]), tuple(cu_seqlens), device)
+    model_input = _model_input(prompts, responses, torch.tensor([token_ids]), tuple(cu_seqlens), device)
     return model_input, _rows(positions, [0] * len(positions), 1, cu_seqlens, sharding, device)
 
 
 def _model_input(
-    prompts: list[Prompt], token_ids: Tensor, cu_seqlens: tuple[int, ...] | None, device: torch.device
+    prompts: list[Prompt],
+    responses: list[tuple[int, ...]],
+    token_ids: Tensor,
+    cu_seqlens: tuple[int, ...] | None,
+    device: torch.device,
 ) -> ModelInput:
     clips = [clip for prompt in prompts for clip in prompt.clips]
     features = to_device(torch.stack([clip.features for clip in clips]), device) if clips else None
     frames = tuple(clip.num_frames for clip in clips) if clips else None
     names = tuple(p.sample_id for p in prompts)
-    return ModelInput(to_device(token_ids, device), features, frames, names, cu_seqlens, host_token_ids=token_ids)
+    lengths = tuple(len(prompt.token_ids) + len(response) for prompt, response in zip(prompts, responses, strict=True))
+    return ModelInput(
+        to_device(token_ids, device), features, frames, names, cu_seqlens, host_token_ids=token_ids, lengths=lengths
+    )
 
 
 def _rows(

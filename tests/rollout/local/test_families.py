@@ -33,6 +33,7 @@ FAMILIES = {
     "qwen2": True,
     "qwen2_audio+llama": False,
     "qwen3": True,
+    "qwen3_moe": False,
     "step_audio_2": False,
     "ultravox": True,
     "voxtral": False,

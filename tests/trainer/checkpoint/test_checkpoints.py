@@ -15,7 +15,7 @@ from megatron_cord.runtime.files import file_digest
 from megatron_cord.trainer.checkpoint import writer as writing
 from megatron_cord.trainer.checkpoint.directory import CheckpointDirectory
 from megatron_cord.trainer.checkpoint.manifest import find_damage, write_manifest
-from tests.tiny_run import losses, make_run, overrides
+from tests.tiny_run import losses, make_run, overrides, write_checkpoint
 from tests.trainer.fault_ranks import Ranks
 
 
@@ -108,6 +108,7 @@ def test_a_run_goes_on_from_the_checkpoint_before(
     ("before", "after"),
     [
         ("tp=1", "pp=2"),
+        ("ep=2", "ep=1"),
         pytest.param("tp=2", "tp=1", marks=pytest.mark.slow),
         pytest.param("pp=2", "pp=1", marks=pytest.mark.slow),
     ],
@@ -115,11 +116,16 @@ def test_a_run_goes_on_from_the_checkpoint_before(
 def test_a_run_continues_on_another_layout(inputs: Path, tmp_path: Path, before: str, after: str) -> None:
     """Catches states that are split or joined wrongly: later losses agree to 1e-5 with those of the layout that saved.
 
-    Two ranks that are not needed for tp=1 share the data.
+    Two ranks that are not needed for tp=1 share the data. The model of ep=2 has experts.
     """
+    more: tuple[str, ...] = ()
+    if before == "ep=2":
+        write_checkpoint(tmp_path / "mixture", experts=4)
+        more = (f"model.checkpoint={tmp_path / 'mixture'}", "objective.router_aux_loss=0.01")
 
     def two(output: Path, setting: str) -> Path:
-        ranks = Ranks(overrides(inputs, output, f"parallel.{setting}", "checkpoint.keep=0"), output.with_suffix(".log"))
+        settings = overrides(inputs, output, f"parallel.{setting}", "checkpoint.keep=0", *more)
+        ranks = Ranks(settings, output.with_suffix(".log"))
         assert ranks.statuses(300) == [0, 0], ranks.log.read_text()
         return output
 

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
 from megatron_cord.model.families.base import Family
-from megatron_cord.model.families.decoder import decoder_architecture, decoder_rules
+from megatron_cord.model.families.decoder import DENSE, decoder_architecture, decoder_rules
 from megatron_cord.model.families.parts import encoder_rules, pair, require
 from megatron_cord.model.families.ultravox.configuration import UltravoxConfig
 from megatron_cord.model.tensor_map import TensorMap
@@ -35,6 +35,8 @@ def architecture(config: PretrainedConfig) -> Architecture:
             "audio_config.scale_embedding": (audio.scale_embedding, False),
         }
     )
+    if text.model_type not in DENSE:
+        require({"text_config.model_type": (text.model_type, " or ".join(DENSE))})
     return Architecture(
         model_type=UltravoxConfig.model_type,
         encoder=EncoderArchitecture(

@@ -14,6 +14,7 @@ _GROUPS = {
     "rollout": r"reward(_.*)?|(.*_)?groups|filtered|response_tokens|truncated|repetition|judge_.*|staleness(_.*)?"
     r"|engine_.*|stale_.*|importance_.*",
     "loss": r".*loss.*|kl(_.*)?|entropy(_.*)?|ratio(_.*)?|clipped_.*",
+    "experts": r"experts/.*",
     "data": r"damaged_samples|epoch",
     "run": r"alerts",
 }

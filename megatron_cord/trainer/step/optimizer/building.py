@@ -7,6 +7,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
+from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import LALM
 from megatron_cord.model.transformer import accumulate_into_main_grad
 from megatron_cord.parallel import portability
@@ -23,7 +24,17 @@ def wrap_model(config: OptimizerConfig, model: LALM) -> DistributedDataParallel:
     """Wrap the model in Megatron's DDP: gradients in fp32 buffers, summed over data-parallel ranks.
 
     They are not averaged: the loss is already divided by global counts.
+
+    Raises:
+        CordError: settings that a mixture of experts does not go with.
     """
+    if config.overlap_communication and model.layout.experts_span_replicas:
+        raise CordError(
+            "optimizer.overlap_communication is not built for a parallel.ep beyond parallel.tp × parallel.cp; set it "
+            "to false"
+        )
+    if config.kind == "muon" and model.arch.language.experts is not None:
+        raise CordError("optimizer.kind=muon is not built for a mixture of experts; take adam")
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=_has_distributed_buffers(config),

@@ -32,11 +32,11 @@ pytestmark = [pytest.mark.filterwarnings("ignore:::megatron"), pytest.mark.usefi
 MIB = 1 << 20
 
 
-def plans_of_rank(rank: int, checkpoint: str) -> list[bool]:
+def plans_of_rank(rank: int, checkpoint: str, layouts: Sequence[ParallelConfig]) -> list[bool]:
     """For every layout: whether plan and stream agree, of all tensors and of those that are trained."""
     agree = []
-    for tp, pp, virtual_pp in ((2, 2, 1), (4, 1, 1), (1, 2, 2)):
-        layout = initialize(ParallelConfig(tp=tp, pp=pp, virtual_pp=virtual_pp), seed=0)
+    for parallel in layouts:
+        layout = initialize(parallel, seed=0)
         model = LALM(load_architecture(checkpoint), layout, torch.bfloat16)
         if model.audio_encoder is not None:
             model.audio_encoder.requires_grad_(False)
@@ -59,10 +59,25 @@ def test_plan_and_stream_agree_on_four_ranks(tmp_path: Path) -> None:
     Also ranks of another replica that gather.
     """
     create_checkpoint(tmp_path, TinyModelConfig(layers=4, kv_heads=4), ["one", "two"], seed=0)
-    first, *others = run_ranks(plans_of_rank, 4, str(tmp_path))
+    layouts = (ParallelConfig(tp=2, pp=2), ParallelConfig(tp=4), ParallelConfig(pp=2, virtual_pp=2))
+    first, *others = run_ranks(plans_of_rank, 4, str(tmp_path), layouts)
     assert first == [True] * 6
     # Of pp=2 there are two replicas, {0, 2} and {1, 3}: the second one's ranks do not take part.
     assert others == [[True] * 4, [True] * 6, [True] * 4], (first, others)
+
+
+def test_experts_of_other_ranks_are_in_plan_and_stream(tmp_path: Path) -> None:
+    """Catches experts of another data-parallel rank that are neither planned nor sent, and ranks that wait for ever."""
+    create_checkpoint(tmp_path, TinyModelConfig(layers=2, kv_heads=4, experts=4), ["one", "two"], seed=0)
+    layouts = (
+        ParallelConfig(ep=2),
+        ParallelConfig(ep=4),
+        ParallelConfig(pp=2, ep=2),
+        ParallelConfig(tp=2, sequence_parallel=True, ep=2),
+    )
+    first, second, third, fourth = run_ranks(plans_of_rank, 4, str(tmp_path), layouts)
+    assert first == second == [True] * 8  # ranks that have the others' experts take part, other replicas do not
+    assert third == fourth == [True] * 4  # of ep=4 and pp=2 alone
 
 
 class Source:

@@ -1,0 +1,24 @@
+"""Whether a run can have the loss that balances the experts of a mixture."""
+
+from __future__ import annotations
+
+from megatron_cord.errors import CordError
+from megatron_cord.model.lalm import LALM
+from megatron_cord.trainer.step.objective import ObjectiveConfig
+
+
+def check_balancing(objective: ObjectiveConfig, model: LALM) -> None:
+    """Refuse a balancing loss that would not be there.
+
+    Raises:
+        CordError: the model has no experts, or routes again in the backward pass.
+    """
+    if not objective.router_aux_loss:
+        return
+    if model.routing is None:
+        raise CordError("objective.router_aux_loss balances experts, and the model has none; leave it at 0")
+    if "language_model" in model.layers.recompute:
+        raise CordError(
+            "objective.router_aux_loss is not built for layers that are computed again in the backward pass; leave "
+            "language_model out of model.recompute, or set it to 0"
+        )
