@@ -115,5 +115,7 @@ def test_recipes_are_methods() -> None:
     method = methods_named(["tars"], {}, {"tars": str(tars)})["tars"]
     config, whole = load_config(RunConfig, None, [*REQUIRED, *method.settings]), load_config(RunConfig, tars, REQUIRED)
     assert (config.objective, config.reward) == (whole.objective, whole.reward) and config.reward.embedding.is_given
+    with pytest.raises(CordError, match=r"recipes\.ts_opd: .* has a teacher for each of its training sets"):
+        methods_named(["ts_opd"], {}, {"ts_opd": path.replace("x3_opd", "ts_opd")})
     with pytest.raises(CordError, match=r"recipes\.sft: this name is one of the project's"):
         methods_named(["sft"], {}, {"sft": path})

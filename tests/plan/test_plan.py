@@ -189,6 +189,25 @@ def test_lora_of_each_adapter(layout: Layout, checkpoint: Path, kind: Any) -> No
         assert merged_count(config, arch) == sum(weight.numel() for weight in model.lora.weights())
 
 
+def test_teachers_in_a_plan() -> None:
+    """Catches a teacher's weights that are left out or counted twice, and the copy that one with audio needs."""
+    arch, small = published("qwen2_audio_7b"), published("step_audio2_mini")
+    named = ["objective.streams={a: {taught_by: x}, b: {taught_by: y}, c: {}}", "teachers.x.checkpoint=x"]
+    one, several, shared, hears = (
+        memory(config, arch, make_work(config, arch, 8, others=others)).teacher
+        for config, others in (
+            (configured("x"), ()),
+            (configured("x", *named, "teachers.y.mode=live"), (("x", small),)),
+            (configured("x", *named, "teachers.y.mode=frozen"), (("x", small),)),
+            (configured("x", "model.freeze=[language_model]", "objective.teacher_view=hear"), ()),
+        )
+    )
+    assert one == hears == pytest.approx(2 * part_counts(arch).total, rel=1e-3)  # the vocabulary is padded
+    assert several == shared == pytest.approx(one + 2 * part_counts(small).total, rel=1e-3)
+    frozen = configured("x", "model.freeze=[language_model]")
+    assert memory(frozen, arch, make_work(frozen, arch, 8)).teacher == 0
+
+
 def test_lora_in_a_plan() -> None:
     """Catches base weights that are counted with gradients, states or a teacher's copy beside LoRA."""
     arch = published("qwen2_audio_7b")

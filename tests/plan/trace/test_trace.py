@@ -169,5 +169,8 @@ def test_what_no_trace_covers_is_refused() -> None:
             trace_step(config, ARCH, work, GPUS["h100"])
     finally:
         finalize()
+    several = configured("objective.streams.s.taught_by=a", "teachers.a.mode=live")
+    with pytest.raises(CordError, match="builds the run's own teacher alone"):
+        trace_step(several, ARCH, work, GPUS["h100"])
     with pytest.raises(CordError, match="cannot be laid out"):
         make_work(replace(config, parallel=replace(config.parallel, tp=2)), ARCH, 3)
