@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_cord.model.architecture import AdapterArchitecture
-from megatron_cord.model.packed_rows import first_rows
+from megatron_cord.model.layers.packed_rows import first_rows
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.nn.functional.relu,

@@ -24,10 +24,10 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_cord.model.architecture import EncoderArchitecture
-from megatron_cord.model.attention import packed_sequences, select_key_rows
 from megatron_cord.model.config import LayerConfig
-from megatron_cord.model.packed_rows import first_rows
-from megatron_cord.model.transformer import block_spec, encoder_config
+from megatron_cord.model.layers.attention import packed_sequences, select_key_rows
+from megatron_cord.model.layers.packed_rows import first_rows
+from megatron_cord.model.layers.transformer import block_spec, encoder_config
 from megatron_cord.parallel.layout import Layout
 
 

@@ -32,16 +32,16 @@ from torch import Tensor
 from megatron_cord.errors import CordError
 from megatron_cord.model.adapters import Adapter, build_adapter
 from megatron_cord.model.architecture import Architecture
-from megatron_cord.model.attention import packed_sequences
 from megatron_cord.model.chunks import number_layers, split_in_chunks
 from megatron_cord.model.clip_sharing import deal_clips, gather_clips, no_tokens
 from megatron_cord.model.config import PARTS, LayerConfig, LoraConfig
 from megatron_cord.model.encoder import AudioEncoder
-from megatron_cord.model.experts import RoutedRows, RoutingRecord, record_routing
+from megatron_cord.model.layers.attention import packed_sequences
+from megatron_cord.model.layers.experts import RoutedRows, RoutingRecord, record_routing
+from megatron_cord.model.layers.rotary import inverse_frequencies
+from megatron_cord.model.layers.transformer import block_spec, language_config, uses_transformer_engine
 from megatron_cord.model.lora.adapters import LoraAdapters
 from megatron_cord.model.lora.targets import find_targets
-from megatron_cord.model.rotary import inverse_frequencies
-from megatron_cord.model.transformer import block_spec, language_config, uses_transformer_engine
 from megatron_cord.parallel.layout import Layout, ParallelConfig
 from megatron_cord.parallel.transfers import to_device
 

@@ -168,7 +168,7 @@ def _fused_kernels(*, cuda: bool) -> Part:
     failure, fused = _run(
         sys.executable,
         "from megatron_cord.model.config import LayerConfig\n"
-        "from megatron_cord.model.transformer import choose_fusions\n"
+        "from megatron_cord.model.layers.transformer import choose_fusions\n"
         "print(choose_fusions(LayerConfig()))",
     )
     if failure:

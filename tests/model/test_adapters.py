@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_cord.model.adapters import build_adapter
 from megatron_cord.model.architecture import AdapterArchitecture, EncoderArchitecture
 from megatron_cord.model.config import LayerConfig
-from megatron_cord.model.transformer import encoder_config
+from megatron_cord.model.layers.transformer import encoder_config
 from megatron_cord.parallel.layout import ParallelConfig
 
 AUDIO, OUT = 6, 5

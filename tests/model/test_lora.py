@@ -24,12 +24,12 @@ from torch import Tensor
 from megatron_cord.convert import export_tensors, import_tensors, read_into
 from megatron_cord.convert.peft.stream import export_adapters
 from megatron_cord.errors import CordError
-from megatron_cord.model import transformer
 from megatron_cord.model.config import LoraConfig
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
+from megatron_cord.model.layers import transformer
+from megatron_cord.model.layers.transformer import Norm
 from megatron_cord.model.lora.targets import find_targets
-from megatron_cord.model.transformer import Norm
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from tests.gloo import run_ranks
 from tests.model.ranks import make_batches

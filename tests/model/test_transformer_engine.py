@@ -12,9 +12,9 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.config import LayerConfig
-from megatron_cord.model.fusions import Fusions
 from megatron_cord.model.lalm import LALM
-from megatron_cord.model.transformer import choose_fusions, uses_transformer_engine
+from megatron_cord.model.layers.fusions import Fusions
+from megatron_cord.model.layers.transformer import choose_fusions, uses_transformer_engine
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from tests.model.test_architecture import ARCHITECTURE

@@ -22,9 +22,9 @@ from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.config import RolloutConfig
 from megatron_cord.rollout.types import GenerationRequest, ScoredRollout
 from megatron_cord.trainer import dynamic_sampling
+from megatron_cord.trainer.answers.reference_answers import ReferenceAnswers
 from megatron_cord.trainer.collection import Collector, draw_seed
 from megatron_cord.trainer.dynamic_sampling import replace_groups
-from megatron_cord.trainer.reference_answers import ReferenceAnswers
 from megatron_cord.trainer.rollout_metrics import repetition, rollout_metrics
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.step.streams import StreamConfig

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.convert import export_tensors, import_tensors
-from megatron_cord.model import transformer
 from megatron_cord.model.architecture import Architecture
-from megatron_cord.model.fusions import Fusions
 from megatron_cord.model.lalm import LALM, ModelInput
+from megatron_cord.model.layers import transformer
+from megatron_cord.model.layers.fusions import Fusions
 from megatron_cord.parallel.fused_adam import FusedAdam
 from megatron_cord.parallel.layout import ParallelConfig, initialize
 from megatron_cord.trainer.checkpoint.checkpoints import CheckpointConfig, Checkpoints

@@ -12,7 +12,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_cord.config.loading import load_config
-from megatron_cord.model import attention, encoder, transformer
+from megatron_cord.model import encoder
+from megatron_cord.model.layers import attention, transformer
 from megatron_cord.parallel.layout import finalize, initialize
 from megatron_cord.verify.layout import Row, VerifyLayoutConfig, compare, run_step
 from tests.gloo import run_ranks

@@ -13,7 +13,7 @@ import torch
 from megatron_cord.model.adapters import build_adapter
 from megatron_cord.model.architecture import AdapterArchitecture, EncoderArchitecture
 from megatron_cord.model.config import LayerConfig
-from megatron_cord.model.transformer import encoder_config
+from megatron_cord.model.layers.transformer import encoder_config
 from megatron_cord.parallel.layout import ParallelConfig
 from megatron_cord.warmup.corpus import ctc_length
 from megatron_cord.warmup.recognizer import Recognizer, ctc_losses, expected_embeddings, nearest_classes, stack

@@ -17,6 +17,7 @@ from megatron_cord.evaluation.formats import judged_sets, load_set, shard_questi
 from megatron_cord.evaluation.runner import Evaluator
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.runtime.stop_request import StopRequest
+from megatron_cord.trainer.answers.given_responses import GivenResponses
 from megatron_cord.trainer.building.description import describe
 from megatron_cord.trainer.building.rollout import RolloutSource, build_rollout
 from megatron_cord.trainer.building.teacher_checkpoint import check_teacher
@@ -30,7 +31,6 @@ from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.endings.guards import Guards
 from megatron_cord.trainer.endings.time_budget import TimeBudget
 from megatron_cord.trainer.evaluation import Evaluations, guard_ending
-from megatron_cord.trainer.given_responses import GivenResponses
 from megatron_cord.trainer.observability.metrics import MetricsLog
 from megatron_cord.trainer.observability.profiler import Profiler
 from megatron_cord.trainer.observability.rollout_dump import RolloutDump

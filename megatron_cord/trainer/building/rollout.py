@@ -19,14 +19,14 @@ from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.local.engine import LocalEngineConfig
 from megatron_cord.rollout.schedule import Schedule
 from megatron_cord.runtime.files import checkpoint_fingerprint
-from megatron_cord.trainer.answers_in_time import AnswersInTime
+from megatron_cord.trainer.answers.answers_in_time import AnswersInTime
+from megatron_cord.trainer.answers.given_responses import GivenResponses
+from megatron_cord.trainer.answers.reference_answers import ReferenceAnswers
 from megatron_cord.trainer.building.alignment import build_aligner
 from megatron_cord.trainer.building.teacher_checkpoint import answering_engine
 from megatron_cord.trainer.checkpoint.progress import Progress
 from megatron_cord.trainer.collection import Collector
 from megatron_cord.trainer.config import RunConfig
-from megatron_cord.trainer.given_responses import GivenResponses
-from megatron_cord.trainer.reference_answers import ReferenceAnswers
 from megatron_cord.trainer.step.step import TrainStep
 from megatron_cord.trainer.teachers import TeacherRoutes
 

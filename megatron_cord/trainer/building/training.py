@@ -11,7 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
-from megatron_cord.model.transformer import choose_fusions
+from megatron_cord.model.layers.transformer import choose_fusions
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.trainer.checkpoint.checkpoints import Checkpoints
 from megatron_cord.trainer.config import RunConfig

@@ -9,7 +9,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import LALM
-from megatron_cord.model.transformer import accumulate_into_main_grad
+from megatron_cord.model.layers.transformer import accumulate_into_main_grad
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.host_adam import HostAdam
 from megatron_cord.parallel.muon import Muon

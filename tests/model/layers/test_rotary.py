@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_cord.model.families.decoder import decoder_architecture
-from megatron_cord.model.rotary import inverse_frequencies, softmax_scale
+from megatron_cord.model.layers.rotary import inverse_frequencies, softmax_scale
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "Llama 3.1": {

@@ -16,9 +16,9 @@ from megatron_cord.data.ordering.damage import DamageLimitError
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.rollout.collective import CollectiveEngine
-from megatron_cord.trainer.answers_in_time import AnswersInTime
+from megatron_cord.trainer.answers.answers_in_time import AnswersInTime
+from megatron_cord.trainer.answers.reference_answers import ReferenceAnswers
 from megatron_cord.trainer.building import rollout as building
-from megatron_cord.trainer.reference_answers import ReferenceAnswers
 from tests.data.ordering.sets import Listed, row_of
 from tests.tiny_run import losses, make_samples, metrics, overrides
 from tests.trainer.fault_ranks import run_forked

@@ -17,8 +17,8 @@ from megatron_cord.errors import CordError
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.runtime.stop_request import StoppedError
-from megatron_cord.trainer import reference_answers
-from megatron_cord.trainer.reference_answers import ReferenceAnswers
+from megatron_cord.trainer.answers import reference_answers
+from megatron_cord.trainer.answers.reference_answers import ReferenceAnswers
 from tests.tiny_run import make_samples
 from tests.trainer.scripted_engine import ScriptedEngine
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from megatron_cord.data.loader import SampleLoader
 from megatron_cord.data.ordering.row import Address
-from megatron_cord.trainer.reference_answers import ReferenceAnswers
+from megatron_cord.trainer.answers.reference_answers import ReferenceAnswers
 
 logger = logging.getLogger(__name__)
 

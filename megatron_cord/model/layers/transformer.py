@@ -18,10 +18,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import EncoderArchitecture, LanguageArchitecture
-from megatron_cord.model.attention import SdpaAttention
 from megatron_cord.model.config import LayerConfig
-from megatron_cord.model.fusions import Fusions
-from megatron_cord.model.rotary import softmax_scale
+from megatron_cord.model.layers.attention import SdpaAttention
+from megatron_cord.model.layers.fusions import Fusions
+from megatron_cord.model.layers.rotary import softmax_scale
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.layout import ParallelConfig
 
