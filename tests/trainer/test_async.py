@@ -92,6 +92,7 @@ def test_two_data_parallel_ranks_are_the_same_run(inputs: Path, one: Path, tmp_p
         assert got == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_like_one_that_was_not(inputs: Path, one: Path, tmp_path: Path) -> None:
     """Catches checkpoints without what was generated ahead."""
     output = tmp_path / "run"

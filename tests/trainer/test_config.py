@@ -55,7 +55,7 @@ def test_a_dump_reads_back(tmp_path: Path) -> None:
         ("tp=2", "unknown key 'tp'.*did you mean 'parallel.tp'"),
         ("train.steps=many", "train.steps: expected .*got 'many'"),
         ("train.steps=0", "train.steps.* must be at least 1"),
-        ("parallel.tp=0", "parallel.tp, parallel.pp and parallel.cp are at least 1"),
+        ("parallel.tp=0", "parallel.ep and parallel.virtual_pp are at least 1, got tp=0"),
         ("parallel.sequence_parallel=true", "needs parallel.tp > 1"),
         ("model.freeze=[audio_encoder, adapter, language_model]", "nothing is left to train"),
         ("model.freeze=[decoder]", "model.freeze.0: expected"),

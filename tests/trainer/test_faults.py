@@ -219,6 +219,7 @@ def test_ranks_killed_at_random_twenty_times(inputs: Path, undisturbed: Path, tm
     kill_at_random(inputs, undisturbed, tmp_path, kills=20, seed=1)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs(inputs: Path, tmp_path: Path) -> None:
     """Catches ranks that wait for ever, a dump that does not name where the stuck one is.
 

@@ -50,6 +50,7 @@ def test_a_package_is_in_use_only_where_it_can_be(tmp_path: Path, monkeypatch: p
     assert Part("none", "", "missing", "missed", required=True).fails
 
 
+@pytest.mark.slow
 def test_the_whole_report(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a subject that is not in the table, a part left out, and a healthy machine reported as broken."""
     assert verify.SUBJECTS["environment"]([]) == 0

@@ -51,6 +51,7 @@ def main(name: str, device: str = "cpu", share: str = "all") -> None:
         cases += [(divergence, 1.0, *shapes[i % 3]) for i, divergence in enumerate(DIVERGENCES)]
     if share == "some":
         cases = [case for i, case in enumerate(cases) if i % 4 == 2 or case[3] < 77]
+        terms = terms[:1]
     for divergence, temperature, dtype, columns in cases:
         outcomes = []
         for candidate, precision in ((backend, torch.float32), (exact, torch.float64)):

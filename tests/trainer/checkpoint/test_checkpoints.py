@@ -108,7 +108,7 @@ def test_a_run_goes_on_from_the_checkpoint_before(
     ("before", "after"),
     [
         ("tp=1", "pp=2"),
-        ("ep=2", "ep=1"),
+        pytest.param("ep=2", "ep=1", marks=pytest.mark.slow),
         pytest.param("tp=2", "tp=1", marks=pytest.mark.slow),
         pytest.param("pp=2", "pp=1", marks=pytest.mark.slow),
     ],

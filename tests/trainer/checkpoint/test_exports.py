@@ -81,6 +81,7 @@ def test_one_that_a_scheduler_stops_is_made_again(
     exports.close()
 
 
+@pytest.mark.slow
 def test_one_that_fails_is_named_and_left(layout: Layout, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches an export that ends the run, is tried for ever, or fails in silence; and a process that outlives it."""
     make(tmp_path, "checkpoints", 1)

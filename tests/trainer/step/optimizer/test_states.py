@@ -96,6 +96,7 @@ def describe(rank: int) -> dict[str, Described]:
     return found
 
 
+@pytest.mark.slow
 def test_each_state_is_written_once_and_is_megatrons() -> None:
     """Catches a piece at another place, a state that no rank writes or two do, another name, and one rank with all.
 
