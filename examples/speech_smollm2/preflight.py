@@ -20,7 +20,8 @@ from megatron_cord.convert.hf_reader import stored_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.losses.kernels.matmul import multiplies_bfloat16
 from megatron_cord.model.families import load_architecture
-from megatron_cord.runtime.files import checkpoint_fingerprint, read_json_object, write_json
+from megatron_cord.parallel.layout import ParallelConfig
+from megatron_cord.runtime.files import checkpoint_fingerprint, file_digest, fingerprint, read_json_object, write_json
 
 RECORD = "inputs.json"
 _GB = 1e9
@@ -76,7 +77,7 @@ def check_memory(llm: Path, dtype: str, ranks: int) -> None:
         )
 
 
-def check_layout(model: Path, tp: int, pp: int, ranks: int) -> None:
+def check_layout(model: Path, parallel: ParallelConfig, ranks: int) -> None:
     """Refuse a layout that cannot hold the model, naming the size that does not divide.
 
     Raises:
@@ -84,11 +85,13 @@ def check_layout(model: Path, tp: int, pp: int, ranks: int) -> None:
     """
     if gguf_file(model) is None:
         try:
-            load_architecture(model).check_divisible(tp, pp)
+            load_architecture(model).check_divisible(
+                parallel.tp, parallel.pp, parallel.virtual_pp, parallel.pipeline_layers, parallel.ep
+            )
         except CordError as error:
             raise CordError(f"{error}; ranks share the batch without any: --ranks {ranks} with parallel.tp=1") from None
-    if ranks % (tp * pp):
-        raise CordError(f"--ranks {ranks} is no multiple of parallel.tp × parallel.pp = {tp * pp}")
+    if ranks % (size := parallel.tp * parallel.pp * parallel.cp):
+        raise CordError(f"--ranks {ranks} is no multiple of parallel.tp × parallel.pp × parallel.cp = {size}")
 
 
 def claim(root: Path, inputs: Mapping[str, Any]) -> None:
@@ -106,9 +109,12 @@ def claim(root: Path, inputs: Mapping[str, Any]) -> None:
         raise CordError(f"{root} was begun with another {' and '.join(changed)}; remove it, or give another --root")
 
 
-def stands_for(directory: Path, suffixes: Collection[str] = (".safetensors", ".json", ".gguf", ".bin", ".onnx")) -> str:
-    """Return what tells a directory of weights, or a file, from another one, wherever it lies."""
-    return checkpoint_fingerprint(directory if directory.is_dir() else directory.parent, suffixes)
+def stands_for(given: Path, suffixes: Collection[str] = (".safetensors", ".json", ".gguf", ".bin", ".onnx")) -> str:
+    """Return what tells a directory of weights, or a file (a voice with its .json), from others, wherever it lies."""
+    if given.is_dir():
+        return checkpoint_fingerprint(given, suffixes)
+    files = (given, given.with_name(f"{given.name}.json"))
+    return fingerprint(part for file in files if file.is_file() for part in (file.name, file_digest(file)))
 
 
 def default_ranks() -> int:

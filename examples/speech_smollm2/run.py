@@ -163,7 +163,7 @@ def main() -> int:
     console, started = Console(), time.perf_counter()
     inputs = _inputs(given, root, console)
     preflight.check_packages(inputs.llm, inputs.voice)
-    preflight.check_layout(inputs.llm, config.parallel.tp, config.parallel.pp, ranks)
+    preflight.check_layout(inputs.llm, config.parallel, ranks)
     preflight.check_memory(inputs.llm, dtype, ranks)
     preflight.claim(
         root,
@@ -178,7 +178,7 @@ def main() -> int:
         console.print("no Piper voice was given (VOICE): espeak-ng speaks alone")
     if status := prepare(root, inputs, sizes, console):
         return status
-    preflight.check_layout(root / "grafted", config.parallel.tp, config.parallel.pp, ranks)
+    preflight.check_layout(root / "grafted", config.parallel, ranks)
     console.print("[bold]3. warm-up[/]")
     if status := warm_up(root, sizes, dtype, ranks):
         return status

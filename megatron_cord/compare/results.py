@@ -109,7 +109,9 @@ def responses(config: RunConfig) -> dict[str, int]:
     objective, rollout = config.objective, config.rollout
     policy = rollout.policy_prompts_per_step * sum(map(len, objective.groups(rollout.policy_rollouts).values()))
     alone = 0 if rollout.share and policy else rollout.prompts_per_step * len(objective.draws)
-    return {"trained": alone + policy, "sampled": policy + (0 if objective.responses == "teacher" else alone)}
+    texts = sum(not objective.term_of(draw).sampled for draw in objective.draws)  # of the samples, not sampled
+    given = rollout.prompts_per_step * texts if alone else 0
+    return {"trained": alone + policy, "sampled": policy + (0 if objective.responses == "teacher" else alone - given)}
 
 
 def _notes(

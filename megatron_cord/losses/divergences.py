@@ -55,7 +55,7 @@ class DivergenceConfig:
     @property
     def summed(self) -> str:
         """What is summed over the vocabulary, if only as a metric: one of ``KINDS`` where a teacher is compared."""
-        return "reverse_kl" if self.kind in ("sampled", "one_sided") else self.kind
+        return self.kind if self.kind in KINDS else "reverse_kl"
 
 
 class Block(NamedTuple):

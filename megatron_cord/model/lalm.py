@@ -330,8 +330,6 @@ def _check_mixture(parallel: ParallelConfig) -> None:
             f"parallel.tp={parallel.tp} with a mixture of experts needs parallel.sequence_parallel=true, so that each "
             "rank routes tokens of its own"
         )
-    if parallel.virtual_pp > 1:
-        raise CordError(f"parallel.virtual_pp={parallel.virtual_pp} is not built for a mixture of experts; set it to 1")
 
 
 def _require_gradient(_: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -247,14 +247,14 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     solo = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    channels = _channels(groups.pp) if config.virtual_pp > 1 else None
+    channels = _channels(groups.pp, timedelta(minutes=config.timeout_minutes)) if config.virtual_pp > 1 else None
     return Layout(config, groups, solo, _replica_group(groups.dp, solo), channels)
 
 
-def _channels(pp_group: dist.ProcessGroup) -> Channels:
+def _channels(pp_group: dist.ProcessGroup, timeout: timedelta) -> Channels:
     """Connect the interleaved stages of all pipelines. Collective over all ranks."""
     pipelines: list[list[int]] = all_gather_json(dist.get_process_group_ranks(pp_group))
-    return connect_stages(sorted({tuple(ranks) for ranks in pipelines}), dist.get_rank())
+    return connect_stages(sorted({tuple(ranks) for ranks in pipelines}), dist.get_rank(), timeout)
 
 
 def _replica_group(dp_group: dist.ProcessGroup, solo: dist.ProcessGroup) -> dist.ProcessGroup:

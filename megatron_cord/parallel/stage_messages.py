@@ -14,6 +14,7 @@ waits for what it receives alone. So a call needs nothing but what the schedule 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class StageCommunicator(P2PCommunicator):  # type: ignore[misc]
         return dist.irecv(into, source, group=group), into
 
 
-def connect_stages(pipelines: Sequence[Sequence[int]], rank: int) -> Channels:
+def connect_stages(pipelines: Sequence[Sequence[int]], rank: int, timeout: timedelta | None = None) -> Channels:
     """Make the channels of all pipelines and return those of this rank. Collective over all ranks.
 
     A message is sent through each, so that later ones find connections.
@@ -107,11 +108,12 @@ def connect_stages(pipelines: Sequence[Sequence[int]], rank: int) -> Channels:
     Args:
         pipelines: global ranks of each pipeline, in order; the same on all ranks.
         rank: this one's global number.
+        timeout: of a message; None is the backend's.
     """
     mine: list[tuple[dist.ProcessGroup, ...]] = []
     for _ in range(2):
         for ranks in pipelines:
-            made = tuple(dist.new_group(list(ranks)) for _ in range(2 if len(ranks) == 2 else 1))
+            made = tuple(dist.new_group(list(ranks), timeout=timeout) for _ in range(2 if len(ranks) == 2 else 1))
             if rank in ranks:
                 mine.append(made)
     activations, gradients = mine

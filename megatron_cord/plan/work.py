@@ -87,6 +87,15 @@ def make_work(
     parallel, rollout = config.parallel, config.rollout
     for each in (arch, *filter(None, [teacher]), *dict(others).values()):
         each.check_divisible(parallel.tp, parallel.pp, parallel.virtual_pp, parallel.pipeline_layers, parallel.ep)
+    if parallel.ep > 1 and arch.language.experts is None:
+        raise CordError(f"parallel.ep={parallel.ep} deals experts, and the model has none; set parallel.ep=1")
+    if arch.language.experts is not None and parallel.tp > 1 and not parallel.sequence_parallel:
+        raise CordError(f"parallel.tp={parallel.tp} with a mixture of experts needs parallel.sequence_parallel=true")
+    if config.optimizer.overlap_communication and parallel.ep > parallel.tp * parallel.cp:
+        raise CordError(
+            "optimizer.overlap_communication is not built for a parallel.ep beyond parallel.tp × parallel.cp; set it "
+            "to false, or lower parallel.ep"
+        )
     if gpus % (parallel.pp * parallel.ep):
         raise CordError(
             f"{gpus} GPUs cannot be laid out with parallel.pp={parallel.pp} × parallel.ep={parallel.ep}; give a "

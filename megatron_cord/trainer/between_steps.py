@@ -119,6 +119,8 @@ class BetweenSteps:
         if guard is not None:
             ending = "guard"
             step = step if guard["restored"] is None else guard["restored"]
+            if parts.config.checkpoint.best:
+                parts.saving.restore_best(parts.evaluations.best_until(step))
         parts.saving.finish_with(step)
         parts.saving.wait()
         self._explain(ending)

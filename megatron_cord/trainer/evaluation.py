@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -105,10 +106,26 @@ class Evaluations:
         value = value_of(counts, results[counts.set])  # one that is missing is named before the first step
         return step > self._begun and self._best.add(step, value)
 
-    def withdraw_summary(self) -> None:
-        """Remove the summary of a run that was finished and goes on, for as long as it is not finished again."""
-        if self._writes:
-            (self._directory / SUMMARY).unlink(missing_ok=True)
+    def withdraw_summary(self, step: int) -> None:
+        """Remove the summary of a run that was finished and goes on after a step, until it is finished again.
+
+        Where a guard had gone back to that step, evaluations behind it are set aside: they are of other weights.
+        """
+        if not self._writes:
+            return
+        if guard_ending(self._directory) is not None:
+            for later in [path.parent for at, path in heldout_files(self._directory).items() if at > step]:
+                aside = later.with_name(f"set_aside_{later.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                later.replace(aside)
+        (self._directory / SUMMARY).unlink(missing_ok=True)
+
+    def best_until(self, step: int) -> Best | None:
+        """Return the best evaluation up to a step, which the run may have gone back to."""
+        if self.best is None or self.best.step <= step:
+            return self.best
+        counts = self._config.evaluation.early_stopping
+        return BestEvaluation(counts, past_values(counts, self._directory, self._begun, step)).best
 
     def finish(self, step: int, seconds: float, ended_by: str, guard: Mapping[str, Any] | None = None) -> None:
         """Write the run's summary.
@@ -122,10 +139,7 @@ class Evaluations:
         before, after = (heldout_file(self._directory, at) for at in (self._begun, step))
         if not self._writes or not before.is_file():
             return
-        best = self.best
-        if best is not None and best.step > step:
-            counts = self._config.evaluation.early_stopping
-            best = BestEvaluation(counts, past_values(counts, self._directory, self._begun, step)).best
+        best = self.best_until(step)
         summary = summarize(
             read_result(before),
             read_result(after),

@@ -129,7 +129,7 @@ class Run:
         first = self._between.progress.step
         while (ending := self._between.find_ending()) is None:
             if self._between.progress.step == first:
-                self._parts.evaluations.withdraw_summary()
+                self._parts.evaluations.withdraw_summary(first)
             self._watchdog.phase("rollout", self._between.progress.step + 1)
             reset_peak()
             self._parts.profiler.begin(self._between.progress.step + 1)
@@ -171,7 +171,10 @@ class Run:
         """Return the step's rollouts on all ranks with rewards and advantages; in a replay, from the dump."""
         if self.config.replay is not None:
             ids = [self._parts.data.row.id_of(address) for address in self._source.loader.addresses(batch.step)]
-            return read_dump(Path(self.config.replay), batch.step + 1, ids)
+            recorded = read_dump(Path(self.config.replay), batch.step + 1, ids)
+            draws = {rollout.draw for rollout in recorded}
+            self.config.objective.check_recorded(draws, self.config.rollout.policy_rollouts, self.config.replay)
+            return recorded
         source = self._source
         # A reward of the model's layers needs a forward pass, and with it the memory of a colocated engine.
         with source.schedule.training() if source.collector.aligner is not None else nullcontext():

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_cord.errors import CordError
 from megatron_cord.model.encoder import AudioEncoder
 from megatron_cord.parallel.layout import Layout
+from megatron_cord.parallel.objects import run_on_main
 from megatron_cord.parallel.transfers import to_device
 from megatron_cord.runtime.files import write_atomic
 from megatron_cord.runtime.progress import Bars
@@ -122,7 +123,7 @@ def encode(
         StoppedError: a rank was asked to stop; what is finished is kept.
         CordError: a recording cannot be read, or a block not be written.
     """
-    missing = states.missing()
+    missing: list[int] = run_on_main(states.missing)  # a rank may have written before another lists what is there
     if not missing:
         return
     logger.info("encoding %d recordings, %d blocks of %d", len(states.counts), len(missing), BLOCK)

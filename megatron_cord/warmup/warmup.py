@@ -139,11 +139,15 @@ class _Run:
         self.measure(f"{name} after", errors())
 
     def _save(self, updates: Updates) -> None:
-        if self._layout.is_main:
+        """Write the state on rank 0, while the others wait. Collective."""
+
+        def write() -> None:
             tensors = {f"moments.{name}": each for name, each in updates.moments().items()}
             for name, module in self._modules.items():
                 tensors |= {f"{name}.{key}": each for key, each in module.state_dict().items()}
             write_state(self._directory, self.progress, tensors)
+
+        run_on_main(write)
 
     def _of(self, part: str) -> dict[str, Tensor]:
         """Return the saved tensors of a part."""

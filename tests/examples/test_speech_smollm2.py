@@ -26,6 +26,7 @@ from megatron_cord.config.loading import load_config
 from megatron_cord.data.question_files import read_questions
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.scoring import is_correct
+from megatron_cord.parallel.layout import ParallelConfig
 from megatron_cord.speech.verbalization import verbalize
 from megatron_cord.trainer.config import RunConfig
 from tests.convert.test_graft import write_llm, write_whisper
@@ -119,9 +120,9 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(
     monkeypatch.setattr(preflight, "multiplies_bfloat16", lambda: True)
     assert preflight.choose_dtype(None) == "bfloat16" and preflight.choose_dtype("float32") == "float32"
     with pytest.raises(CordError, match=r"parallel.tp=2 does not divide .*attention heads \(3\).*--ranks 2"):
-        preflight.check_layout(llm, 2, 1, 2)
+        preflight.check_layout(llm, ParallelConfig(tp=2), 2)
     with pytest.raises(CordError, match=r"--ranks 3 is no multiple"):
-        preflight.check_layout(llm, 1, 2, 3)
+        preflight.check_layout(llm, ParallelConfig(pp=2), 3)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * 10**9))
     preflight.check_memory(llm, "float32", 1)
     with pytest.raises(CordError, match=r"on 2 ranks takes about 8 GB of memory, and 5 GB are free; --ranks 1"):

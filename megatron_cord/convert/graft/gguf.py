@@ -18,11 +18,12 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from megatron_cord.errors import CordError
-from megatron_cord.model.families.decoder import DECODERS
+from megatron_cord.model.families.decoder import DENSE
 
 SUFFIX = ".gguf"
 _PACKAGES = ("gguf", "accelerate")  # that transformers needs for such files
@@ -74,8 +75,8 @@ def _write(file: Path, directory: Path, dtype: torch.dtype) -> None:
     """Write the model's directory. Raises CordError."""
     source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     config = _load(AutoConfig, file, source)
-    if config.model_type not in DECODERS:
-        raise CordError(f"{file} is a {config.model_type}, which is not supported; choose one of {', '.join(DECODERS)}")
+    if config.model_type not in DENSE:
+        raise CordError(f"{file} is a {config.model_type}, which is not supported; choose one of {', '.join(DENSE)}")
     tokenizer, marks = _load(AutoTokenizer, file, source), _marks(file)
     for name, number in marks.items():
         setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
@@ -103,8 +104,8 @@ def _write(file: Path, directory: Path, dtype: torch.dtype) -> None:
         for path in file.parent.iterdir():
             if path.is_file() and path.name.startswith(("LICENSE", "NOTICE")):
                 shutil.copy(path, directory)
-    except OSError as error:
-        raise CordError(f"{directory} could not be written ({error.strerror}); free some space") from None
+    except (OSError, SafetensorError) as error:
+        raise CordError(f"{directory} could not be written ({error}); free some space") from None
 
 
 def _marks(file: Path) -> dict[str, int]:

@@ -51,6 +51,9 @@ class CheckpointEmbedder:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise CordError(f"reward.embedding.checkpoint={config.checkpoint} cannot be loaded ({why})") from None
+        _check_modules(directory)
+        # A longer text than there are positions for would be an error of torch's in the middle of a run.
+        self._limit: int = min(config.max_tokens, getattr(model.config, "max_position_embeddings", config.max_tokens))
         self._model = model.to(device).eval()
         self._tokenizer.padding_side = "right"
         if self._tokenizer.pad_token_id is None:
@@ -70,14 +73,14 @@ class CheckpointEmbedder:
         return torch.cat(parts) if parts else torch.zeros(0, 0)
 
     def _embed(self, texts: list[str]) -> Tensor:
-        limit = self._config.max_tokens
+        limit = self._limit
         whole: list[list[int]] = self._tokenizer(texts)["input_ids"]
         ids, longest = [encoded[:limit] for encoded in whole], max(map(len, whole))
         if longest > limit and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "a response has %d tokens of the embedding model: of such ones the first %d count "
-                "(reward.embedding.max_tokens)",
+                "(reward.embedding.max_tokens, or the model's positions)",
                 longest,
                 limit,
             )
@@ -86,6 +89,22 @@ class CheckpointEmbedder:
         padded = self._tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self._device)
         hidden = self._model(**{key: padded[key] for key in ("input_ids", "attention_mask")}).last_hidden_state.float()
         return _pooled(hidden, padded["attention_mask"], self._pooling).cpu()
+
+
+def _check_modules(directory: Path) -> None:
+    """Refuse modules of sentence-transformers behind the pooling that change what a cosine compares."""
+    path = directory / "modules.json"
+    if not path.is_file():
+        return  # a plain transformers model
+    try:
+        kinds = [str(each["type"]).rpartition(".")[2] for each in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CordError(f"{path} cannot be read ({error}); repair it, or take another model") from None
+    if other := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
+        raise CordError(
+            f"reward.embedding.checkpoint={directory} has a module {other[0]}, which is not built here; serve it and "
+            "name it by reward.embedding.base_url, or take another model"
+        )
 
 
 def _pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:

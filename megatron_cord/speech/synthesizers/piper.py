@@ -62,7 +62,7 @@ class PiperVoice:
                 value = type(low)(text)
             except ValueError:
                 value = -1
-            if not low <= value <= high:
+            if not low <= value <= high or key in settings:
                 known = ", ".join(f"{key}={least:g}..{most:g}" for key, (least, most) in _RANGES.items())
                 raise CordError(f"voice {name}: {setting!r} cannot be set; behind the file may stand +{known}")
             settings[key] = value

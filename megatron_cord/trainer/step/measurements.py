@@ -51,6 +51,7 @@ def measure_step(
     token, sequence = token / updates, sequence / updates
     trained = [r for r in rollouts if r.tokens is not None]
     kl = [value for r in trained if r.tokens is not None and r.tokens.kl is not None for value in r.tokens.kl]
+    own = [r for r in trained if not objective.is_given(r)]
     unknown = math.nan  # where nothing was trained on, there is no mean: a zero would look like a collapse
     metrics = _stream_metrics(dict(zip(names, of_streams, strict=True)), trained, updates, objective) | {
         "loss": token + sequence,
@@ -58,7 +59,7 @@ def measure_step(
         "loss_sequence": sequence,
         "entropy": entropy_sum / tokens if tokens else unknown,
         "kl": sum(kl) / len(kl) if kl else unknown,
-        "response_tokens": sum(len(r.rollout.token_ids) for r in trained) / len(trained) if trained else unknown,
+        "response_tokens": sum(len(r.rollout.token_ids) for r in own) / len(own) if own else unknown,
     }
     if objective.policy_gradient.enabled and objective.policy_gradient.has_ratio:
         metrics |= _ratio_metrics([loss.ratios for loss in counted if loss.ratios is not None], layout)

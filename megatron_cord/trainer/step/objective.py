@@ -119,6 +119,20 @@ class ObjectiveConfig:
         """Return whether a response is a text of its sample."""
         return rollout.draw <= 0 and not self.term_of(rollout.draw).sampled
 
+    def check_recorded(self, draws: set[int], policy_rollouts: int, source: str) -> None:
+        """Refuse a step's recorded responses, by their numbers, that streams of other names or sizes made.
+
+        Raises:
+            CordError: names the `source` of the record.
+        """
+        known = {draw for group in self.groups(policy_rollouts).values() for draw in group}
+        alone = {draw for draw in draws if draw <= 0}
+        if self.streams and (alone != set(self.draws) or not draws - alone <= known):
+            raise CordError(
+                f"replay={source}: its responses are not those of objective.streams; replay with the streams, and "
+                "their numbers of responses, of the recorded run"
+            )
+
     @property
     def given_fields(self) -> tuple[str, ...]:
         """The fields of samples that are responses."""
