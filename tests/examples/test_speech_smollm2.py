@@ -127,6 +127,9 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(
     preflight.check_memory(llm, "float32", 1)
     with pytest.raises(CordError, match=r"on 2 ranks takes about 8 GB of memory, and 5 GB are free; --ranks 1"):
         preflight.check_memory(llm, "float32", 2)
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_text(name)
+    assert preflight.stands_for(tmp_path / "a.gguf") != preflight.stands_for(tmp_path / "b.gguf")
     preflight.claim(tmp_path, {"LLM": "a", "voice": None})
     preflight.claim(tmp_path, {"LLM": "a", "voice": None})
     with pytest.raises(CordError, match=r"was begun with another LLM; remove it, or give another --root"):

@@ -141,6 +141,22 @@ def test_a_plan_deals_experts() -> None:
     assert settings is not None and any(setting.startswith("parallel.ep=") for setting in settings)
 
 
+@pytest.mark.parametrize(
+    ("mixture", "settings", "message"),
+    [
+        (False, ("parallel.ep=2",), "deals experts, and the model has none"),
+        (True, ("parallel.tp=2", "parallel.ep=2"), "needs parallel.sequence_parallel=true"),
+        (True, ("parallel.pp=2", "parallel.virtual_pp=2"), "is not built for a mixture"),
+        (True, ("parallel.ep=2", "optimizer.overlap_communication=true"), "overlap_communication is not built"),
+    ],
+)
+def test_layouts_that_training_refuses(mixture: bool, settings: tuple[str, ...], message: str) -> None:
+    """Catches a plan for a layout of experts that no run could start with."""
+    arch = published("step_audio2_mini")
+    with pytest.raises(CordError, match=message):
+        make_work(configured("x", *settings), with_experts(arch) if mixture else arch, 8)
+
+
 def lora_on_rank(_rank: int, arch: Architecture, settings: Sequence[ModelConfig]) -> list[int]:
     """Build this rank's part of two stages on two tensor-parallel ranks; return the parameters of each LoRA."""
     layout = initialize(ParallelConfig(tp=2, pp=2), seed=0)

@@ -58,8 +58,16 @@ def test_a_directory_says_its_pooling(checkpoint: Path, tmp_path: Path, caplog: 
         torch.testing.assert_close(short.embed([TEXTS[0]]), short.embed(["the"]))
         short.embed(TEXTS)
     assert [r.message for r in caplog.records if "reward.embedding.max_tokens" in r.message] == [
-        "a response has 4 tokens of the embedding model: of such ones the first 1 count (reward.embedding.max_tokens)"
+        "a response has 4 tokens of the embedding model: of such ones the first 1 count (reward.embedding.max_tokens, "
+        "or the model's positions)"
     ]
+    modules = checkpoint / "modules.json"
+    modules.write_text('[{"type": "sentence_transformers.models.Pooling"}, {"type": "x.models.Normalize"}]')
+    CheckpointEmbedder(config, CPU)
+    modules.write_text('[{"type": "sentence_transformers.models.Dense"}]')
+    with pytest.raises(CordError, match=r"has a module Dense, which is not built here"):
+        CheckpointEmbedder(config, CPU)
+    modules.unlink()
     with pytest.raises(CordError, match=r"reward\.embedding\.checkpoint=.* cannot be loaded"):
         CheckpointEmbedder(EmbeddingConfig(str(tmp_path), "mean"), CPU)
     with pytest.raises(CordError, match=r"reward\.embedding\.checkpoint: .* does not exist"):
