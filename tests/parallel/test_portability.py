@@ -147,6 +147,7 @@ def test_megatron_takes_the_fused_optimizer() -> None:
 
 GROUPS = """
 import os
+import time
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -164,6 +165,9 @@ alone()
 child = os.fork()
 if child == 0:  # it has its parent's list of devices, but not their threads
     alone()
+    deadline = time.monotonic() + 10  # a thread gives itself its name, after it was started
+    while not polling() and time.monotonic() < deadline:
+        time.sleep(0.01)
     os._exit(polling())
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 for _ in range(3):

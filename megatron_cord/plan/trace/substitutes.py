@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -81,9 +82,10 @@ class FusedNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _separate_channels(pp_group: dist.ProcessGroup) -> Channels:
+def _separate_channels(pp_group: dist.ProcessGroup, timeout: timedelta) -> Channels:
     """Return channels of this rank's pipeline without the others'."""
-    activations, gradients = (dist.new_group(dist.get_process_group_ranks(pp_group)) for _ in range(2))
+    ranks = dist.get_process_group_ranks(pp_group)
+    activations, gradients = (dist.new_group(ranks, timeout=timeout) for _ in range(2))
     return (activations,), (gradients,)
 
 
