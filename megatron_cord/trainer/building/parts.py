@@ -135,7 +135,6 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
         None if start.begins else progress.step,
         settings=settings_fingerprint(described.made_with.settings),
         ended=guard_ending(directory) if main else None,
-        reads=main,
     )
     # What steps after the resumed one have left in dump and metrics is dropped, unless the run stays at its end.
     last = progress.step if guards.ended is None else int(guards.ended["step"])

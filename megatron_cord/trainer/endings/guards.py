@@ -6,7 +6,7 @@ same decision as one that was never stopped. What a guard has ended stands in `s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from megatron_cord.evaluation.config import EvaluationConfig
 from megatron_cord.evaluation.files import set_files
 from megatron_cord.evaluation.guards import Drop, baseline_file, measure_drop, read_baseline, read_outcomes
 from megatron_cord.evaluation.questions import Question
-from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.parallel.objects import broadcast_json, run_on_main
 
 _KEY = "evaluation.guards"
 
@@ -32,7 +32,6 @@ class Guards:
         last: the step of the weights that the run goes on from; None for a run that begins.
         settings: a fingerprint of the run's.
         ended: what `record` returned when a guard ended the run before; None where none did.
-        reads: whether this rank reads results; the others are told.
 
     Attributes:
         drops: since the baselines by step and guard, of the evaluations up to now.
@@ -52,10 +51,9 @@ class Guards:
         *,
         settings: str,
         ended: Mapping[str, Any] | None,
-        reads: bool,
     ) -> None:
         self._config, self._max_rejects, self._run, self._begun = config.guards, config.max_rejects, run, begun
-        self._questions, self._settings, self._reads = questions, settings, reads
+        self._questions, self._settings = questions, settings
         self._baselines: dict[str, dict[str, float]] = {}  # outcomes by question, on the rank that reads
         self._in_a_row = dict.fromkeys(config.guards, 0)  # evaluations beyond the limit, the last ones
         self.drops: dict[int, dict[str, Drop]] = {}
@@ -70,8 +68,8 @@ class Guards:
                     "view or set"
                 )
         known = {name for name, guard in self._config.items() if last is not None or guard.baseline is not None}
-        self._together(lambda: self._learn(known))
-        for step in self._together(lambda: self._past(last)) if last is not None else ():
+        run_on_main(lambda: self._learn(known))
+        for step in run_on_main(lambda: self._past(last)) if last is not None else ():
             self._follow(step)
         stays = ended is not None and (ended.get("restored"), ended.get("settings")) == (last, settings)
         self.ended = broadcast_json(dict(ended) if ended is not None and stays else None)
@@ -90,7 +88,7 @@ class Guards:
         if not self._config:
             return {}
         if step == self._begun:
-            self._together(lambda: self._learn(self._config.keys() - self._baselines.keys()))
+            run_on_main(lambda: self._learn(self._config.keys() - self._baselines.keys()))
         drops = self._follow(step)
         for name, drop in drops.items() if step == self._begun else ():
             if drop.exceeds(self._config[name]) and self._config[name].action != "warn":
@@ -150,19 +148,6 @@ class Guards:
         settings = {key: getattr(guard, key) for key in ("set", "view", "max_drop", "decides", "action")}
         return {**settings, **asdict(drop), "held": not drop.exceeds(guard)}
 
-    def _together(self, work: Callable[[], Any]) -> Any:
-        """Call a function on the rank that reads; its result, or its error, is every rank's."""
-        result = problem = None
-        if self._reads:
-            try:
-                result = work()
-            except CordError as error:
-                problem = str(error)
-        result, problem = broadcast_json([result, problem])
-        if problem is not None:
-            raise CordError(problem)
-        return result
-
     def _learn(self, names: set[str]) -> None:
         """Read the baselines of some guards."""
         for name in names:
@@ -185,7 +170,7 @@ class Guards:
         return [step for step in sorted(set.intersection(*found)) if self._begun < step <= last]
 
     def _follow(self, step: int) -> dict[str, Drop]:
-        measured = self._together(lambda: {name: asdict(self._measure(name, step)) for name in self._config})
+        measured = run_on_main(lambda: {name: asdict(self._measure(name, step)) for name in self._config})
         drops = {name: Drop(**fields) for name, fields in measured.items()}
         beyond = {name for name, drop in drops.items() if drop.exceeds(self._config[name])}
         for name in drops:

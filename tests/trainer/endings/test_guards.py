@@ -37,7 +37,7 @@ def guards(run: Path, last: int | None = None, ended: Any = None, settings: str 
     """Return one guard of a run that began with step 2."""
     chosen = {"text": guard({"action": "stop"} | config)}
     evaluation = EvaluationConfig(guards=chosen)
-    return Guards(evaluation, {"heldout": QUESTIONS}, run, 2, last, settings=settings, ended=ended, reads=True)
+    return Guards(evaluation, {"heldout": QUESTIONS}, run, 2, last, settings=settings, ended=ended)
 
 
 @pytest.mark.usefixtures("layout")
