@@ -181,7 +181,8 @@ def kill_at_random(inputs: Path, undisturbed: Path, directory: Path, kills: int,
                         early += 1
                         ranks.end_as_launcher()
             statuses = ranks.statuses(120)
-            log = ranks.log.read_text()
+            # A rank may be killed before it, or any other, has opened its log.
+            log = ranks.log.read_text() if ranks.log.exists() else ""
             assert None not in statuses and "Traceback" not in log, (statuses, log)
             if statuses == [0, 0]:
                 seconds = min(seconds, time.monotonic() - ranks.begun)
