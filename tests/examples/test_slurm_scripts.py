@@ -40,6 +40,9 @@ if "examples.slurm.setting" in sys.argv:
     print(sys.argv[3])
 if os.environ.get("STAYS") in sys.argv:
     time.sleep(60)
+# A training ends the servers beside it, so it must not end before they have written themselves down.
+while "megatron_cord.launch" in sys.argv and os.environ.get("STAYS", "") not in open(os.environ["RECORD"]).read():
+    time.sleep(0.05)
 if name == "srun":
     sys.exit(int(os.environ.get("SRUN_STATUS", "0")))
 """
