@@ -182,7 +182,7 @@ class Architecture:
         self, tp: int, pp: int, virtual_pp: int = 1, pipeline_layers: Sequence[int] = (), ep: int = 1
     ) -> None:
         """Raise CordError if this layout cannot hold the model, naming the size that does not fit."""
-        self._check_experts(tp, ep, virtual_pp)
+        self._check_experts(tp, ep)
         sizes = {
             "the language model's attention heads": self.language.num_heads,
             "the language model's key-value heads": self.language.num_kv_heads,
@@ -221,12 +221,10 @@ class Architecture:
                 f"{_largest_divisor(layers, virtual_pp)}"
             )
 
-    def _check_experts(self, tp: int, ep: int, virtual_pp: int) -> None:
+    def _check_experts(self, tp: int, ep: int) -> None:
         experts = self.language.experts
         if experts is None:  # a teacher without experts may stand beside a student that has some
             return
-        if virtual_pp > 1:
-            raise CordError(f"parallel.virtual_pp={virtual_pp} is not built for a mixture of experts; set it to 1")
         if experts.count % ep:
             raise CordError(
                 f"parallel.ep={ep} does not divide the language model's experts ({experts.count}); "

@@ -100,6 +100,10 @@ MORE_ON_TWO_RANKS = {
         "model.freeze=[audio_encoder, language_model]",
     ],
     "ep2, lora": [*LORA, *EXPERTS, "parallel.ep=2"],
+    "pp2 interleaved experts": [*EXPERTS, *INTERLEAVED, "sizes.layers=4"],
+    "pp2 interleaved experts packed, recomputed": [
+        *(*EXPERTS, *INTERLEAVED, "sizes.layers=4", PACKED, "model.recompute=[audio_encoder, language_model]")
+    ],
     "tp2 in bfloat16": ["parallel.tp=2", "model.dtype=bfloat16"],
     "dp2 in bfloat16": ["model.dtype=bfloat16"],
 }
@@ -130,6 +134,18 @@ FOUR_RANKS = {
     "ep2 dp2 packed": [*EXPERTS, "parallel.ep=2", PACKED],
     "tp2 sp ep4": [*EXPERTS, "parallel.tp=2", SP, "parallel.ep=4"],
     "pp2 ep2 packed": [*EXPERTS, "parallel.pp=2", "parallel.ep=2", PACKED],
+    "pp2 interleaved ep2, ranks with fewer microbatches": [
+        *(*EXPERTS, *INTERLEAVED, "sizes.layers=4", "parallel.ep=2", "sizes.sequences=3")
+    ],
+    "pp2 interleaved tp2 sp ep2 packed": [
+        *(*EXPERTS, *INTERLEAVED, "sizes.layers=4", "parallel.tp=2", SP, "parallel.ep=2", PACKED)
+    ],
+    "pp2 interleaved cp2 ep2 packed, lora": [
+        *(*LORA, *EXPERTS, *INTERLEAVED, "sizes.layers=4", "parallel.cp=2", "parallel.ep=2", PACKED)
+    ],
+    "pp2 interleaved ep2, uneven": [
+        *(*EXPERTS, *INTERLEAVED, "parallel.pipeline_layers=[1, 2, 2, 1]", "sizes.layers=6", "parallel.ep=2")
+    ],
     "cp2 ep4 packed": [*EXPERTS, "parallel.cp=2", "parallel.ep=4", PACKED],
     "tp2 cp2 sp ep2 packed": [*EXPERTS, "parallel.tp=2", "parallel.cp=2", SP, PACKED, "parallel.ep=2"],
     "tp2 cp2": ["parallel.tp=2", "parallel.cp=2"],
