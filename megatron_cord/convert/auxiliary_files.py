@@ -6,6 +6,7 @@ They are all files but the weights.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,13 @@ from megatron_cord.model.checkpoint_directory import checkpoint_directory
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
-def read_auxiliary_files(hf_dir: Path) -> dict[str, bytes]:
+def read_auxiliary_files(hf_dir: Path, carried: Sequence[str] = ()) -> dict[str, bytes]:
     """Return all files but weights and hidden ones, by name; folders are left out.
+
+    Args:
+        hf_dir: the directory.
+        carried: names of weight files that are taken nevertheless, without reading what they mean
+            (`Family.carries_files`).
 
     Raises:
         CordError: there is no config.json.
@@ -28,7 +34,7 @@ def read_auxiliary_files(hf_dir: Path) -> dict[str, bytes]:
     if not (directory / "config.json").is_file():
         raise CordError(f"{directory / 'config.json'} does not exist; give a Hugging Face checkpoint directory")
     files = sorted(path for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
-    return {path.name: path.read_bytes() for path in files if not path.name.endswith(_WEIGHTS)}
+    return {path.name: path.read_bytes() for path in files if path.name in carried or not path.name.endswith(_WEIGHTS)}
 
 
 def with_dtype(files: dict[str, bytes], dtype: torch.dtype) -> dict[str, bytes]:

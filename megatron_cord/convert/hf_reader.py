@@ -61,6 +61,21 @@ class StoredTensor:
         self._read_bytes(0, out)
         return out
 
+    def portions(self, nbytes: int) -> Iterator[Tensor]:
+        """Yield the tensor in portions of about so many bytes, of some rows each; one without rows at once.
+
+        A portion is valid until the next one is read. Raises as `read`.
+        """
+        if not self.shape:
+            yield self.read()
+            return
+        step = max(1, nbytes // max(1, prod(self.shape[1:]) * self.dtype.itemsize))
+        buffer = torch.empty(min(step, self.shape[0]), *self.shape[1:], dtype=self.dtype)
+        for start in range(0, self.shape[0], step):
+            out = buffer[: min(step, self.shape[0] - start)]
+            self.read_block(start, 0, out)
+            yield out
+
     def read_block(self, row: int, column: int, out: Tensor) -> None:
         """Fill out with the rows from `row` on, and of them the columns from `column` on; only these rows are read.
 

@@ -12,8 +12,8 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,42 +32,71 @@ _CHUNK = 1 << 22  # bytes read at a time for a checksum
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its name, and its tensors' names and shapes in the order of their bytes."""
+    """One file: its name, and its tensors' names and shapes in the order of their bytes.
+
+    All methods take the precision of the tensors that have none of their own.
+
+    Attributes:
+        file: its name.
+        shapes: by name.
+        own_dtypes: precisions of tensors that keep their own, by name; of other files' tensors too.
+    """
 
     file: str
     shapes: dict[str, tuple[int, ...]]
+    own_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Return the precision of a tensor."""
+        return self.own_dtypes.get(name, dtype)
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Return the bytes of its tensors."""
-        return sum(prod(shape) for shape in self.shapes.values()) * dtype.itemsize
+        return sum(prod(shape) * self.dtype_of(name, dtype).itemsize for name, shape in self.shapes.items())
 
     def header(self, dtype: torch.dtype) -> bytes:
         """Return the safetensors header, padded to whole words."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, shape in self.shapes.items():
-            end = offset + prod(shape) * dtype.itemsize
-            entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            own = self.dtype_of(name, dtype)
+            end = offset + prod(shape) * own.itemsize
+            entries[name] = {"dtype": _CODES[own], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text
 
 
-def plan_shards(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, max_bytes: int) -> list[Shard]:
-    """Divide the tensors, in their order, into files of at most max_bytes; a larger tensor has a file of its own."""
+def plan_shards(
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    max_bytes: int,
+    own_dtypes: Mapping[str, torch.dtype] | None = None,
+) -> list[Shard]:
+    """Divide the tensors, in their order, into files of at most max_bytes; a larger tensor has a file of its own.
+
+    Args:
+        shapes: by name.
+        dtype: of all that own_dtypes does not name.
+        max_bytes: of the tensors in one file.
+        own_dtypes: precisions of tensors that keep their own, by name.
+    """
+    own = own_dtypes or {}
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
     for name, shape in shapes.items():
-        nbytes = prod(shape) * dtype.itemsize
+        nbytes = prod(shape) * own.get(name, dtype).itemsize
         if groups[-1] and size + nbytes > max_bytes:
             groups.append({})
             size = 0
         groups[-1][name] = shape
         size += nbytes
     if len(groups) == 1:
-        return [Shard("model.safetensors", groups[0])]
-    return [Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, start=1)]
+        return [Shard("model.safetensors", groups[0], own)]
+    return [
+        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group, own) for i, group in enumerate(groups, start=1)
+    ]
 
 
 class HFDirectoryWriter:
@@ -76,7 +105,7 @@ class HFDirectoryWriter:
     Args:
         directory: the final place.
         shards: what its weights are.
-        dtype: of all tensors.
+        dtype: of all tensors that have no precision of their own.
     """
 
     def __init__(self, directory: Path, shards: Sequence[Shard], dtype: torch.dtype) -> None:
@@ -97,7 +126,10 @@ class HFDirectoryWriter:
         job = {
             "source": source,
             "dtype": _CODES[self.dtype],
-            "shards": [[shard.file, list(shard.shapes)] for shard in self.shards],
+            "shards": [
+                [shard.file, [[name, _CODES[shard.dtype_of(name, self.dtype)]] for name in shard.shapes]]
+                for shard in self.shards
+            ],
         }
         text, path = json.dumps(job), self.partial / _JOB
         if self.partial.exists() and not (resume and path.is_file() and path.read_text() == text):
@@ -181,7 +213,7 @@ class HFDirectoryWriter:
             for name, shape in shard.shapes.items():
                 rows = 0
                 for portion in read(name, shape):
-                    tensor = portion.to(dtype=self.dtype, device="cpu").contiguous()
+                    tensor = portion.to(dtype=shard.dtype_of(name, self.dtype), device="cpu").contiguous()
                     raw = tensor.reshape(-1).view(torch.uint8).numpy().data
                     checksum = zlib.crc32(raw, checksum)
                     offset = file.tell()

@@ -96,6 +96,7 @@ def as_published(
 
     What `from_pretrained` leaves out is left out, and said once: buffers that the model computes, and an output layer
     that is stored beside the word embedding which it is. Where only the output layer is stored, it is the embedding.
+    So are the tensors of parts that are not trained here (`Family.carries`).
 
     Args:
         arch: of the model.
@@ -109,11 +110,14 @@ def as_published(
     Raises:
         CordError: an output layer that is not the word embedding, though the configuration ties both.
     """
-    spelling = Spelling(arch)
-    computed = 0
+    spelling, carries = Spelling(arch), family_of(arch).carries
+    computed = carried = 0
     head: tuple[str, Item] | None = None
     embedding: Item | None = None
     for given, item in tensors:
+        if carries and given.startswith(carries):
+            carried += 1
+            continue
         name = spelling.published_name(given)
         if _COMPUTED.search(given):
             computed += 1
@@ -132,6 +136,10 @@ def as_published(
                 "(tie_word_embeddings); set it to false there, or leave one of them out"
             )
         info_once(f"{source}: {head[0]} is the word embedding once more (tie_word_embeddings), and is read once")
+    if carried:
+        info_once(
+            f"{source}: {carried} tensors of parts that are not trained ({', '.join(carries)}) are left as they are"
+        )
     if computed:
         info_once(f"{source}: {computed} tensors *.rotary_emb.inv_freq are ignored: the model computes them")
 

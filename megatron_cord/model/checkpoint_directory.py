@@ -14,7 +14,8 @@ from megatron_cord.errors import CordError
 #: A path keeps one of the two slashes.
 _HUB = re.compile(r"hf:/{1,2}(?P<name>[^@]+)(?:@(?P<revision>.+))?")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+#: The last is no weights of what is trained: an omni model's voices, passed on unread (`Family.carries_files`).
+_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "spk_dict.pt")
 
 
 def checkpoint_directory(given: str | Path) -> Path:

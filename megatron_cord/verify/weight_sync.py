@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,8 @@ from rich.table import Table
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.convert import export_tensors, read_into
-from megatron_cord.convert.auxiliary_files import read_auxiliary_files, with_dtype
+from megatron_cord.convert.auxiliary_files import with_dtype
+from megatron_cord.convert.carried import files_beside, read_carried
 from megatron_cord.convert.hf_writer import HFDirectoryWriter, plan_shards
 from megatron_cord.errors import CordError
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
@@ -224,12 +226,12 @@ def _write(model: LALM, source: ShardedModelWeights, checkpoint: Path, target: P
     if source.in_main_replica:
         specs, tensors = source.specs(full=True), export_tensors(model)
         if model.layout.is_main:
-            writer = HFDirectoryWriter(
-                target, plan_shards({s.name: s.shape for s in specs}, dtype, _SHARD_BYTES), dtype
-            )
+            carried = read_carried(checkpoint, model.arch)
+            shapes = {s.name: s.shape for s in specs} | carried.shapes
+            writer = HFDirectoryWriter(target, plan_shards(shapes, dtype, _SHARD_BYTES, carried.dtypes), dtype)
             writer.begin()
-            writer.write(tensors)
-            writer.publish(with_dtype(read_auxiliary_files(checkpoint), dtype))
+            writer.write(chain(tensors, ((name, tensor.read()) for name, tensor in carried.tensors.items())))
+            writer.publish(with_dtype(files_beside(checkpoint, model.arch), dtype))
         else:
             deque(tensors, maxlen=0)
     dist.barrier()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megatron_cord.convert.carried import Carried, read_carried
 from megatron_cord.convert.hf_reader import StoredTensor, stored_tensors
 from megatron_cord.convert.inventory import fake_model
 from megatron_cord.convert.loading import Source, find_sources, read_block
@@ -36,7 +37,8 @@ class Parts:
         arch: of the whole.
         encoder: frozen.
         adapter: in fp32.
-        stored: where all of the checkpoint's tensors lie, by published name, in the order of export.
+        stored: where all tensors of its model lie, by published name, in the order of export.
+        carried: the tensors of other parts.
         embedding: where the word embedding lies.
     """
 
@@ -44,6 +46,7 @@ class Parts:
     encoder: AudioEncoder
     adapter: Adapter
     stored: Mapping[str, StoredTensor]
+    carried: Carried
     embedding: Source
 
     def embedding_rows(self, token_ids: Sequence[int], device: torch.device) -> Tensor:
@@ -108,7 +111,8 @@ def read_parts(checkpoint: str, layout: Layout, dtype: torch.dtype) -> Parts:
         _fill(module, part, sources)
     encoder.requires_grad_(False)
     names = (name for rule in family_of(arch).tensor_map(arch).rules for name in rule.hf_names)
-    return Parts(arch, encoder, adapter, {name: tensors[name] for name in names}, sources[_EMBEDDING])
+    stored = {name: tensors[name] for name in names}
+    return Parts(arch, encoder, adapter, stored, read_carried(checkpoint, arch), sources[_EMBEDDING])
 
 
 def _fill(module: nn.Module, part: str, sources: Mapping[str, Source]) -> None:

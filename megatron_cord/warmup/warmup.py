@@ -68,7 +68,7 @@ def warm_up(config: WarmupConfig, layout: Layout, stop: Callable[[], bool] = lam
         logger.info("%s is warmed up already", directory / MODEL)
         return read_json_object(directory / SUMMARY, "remove it")
     parts = read_parts(config.checkpoint, layout, getattr(torch, config.dtype))
-    plan(parts.stored, directory / MODEL)
+    plan(parts.stored, parts.carried, directory / MODEL)
     counts = [parts.encoder.num_outputs(each.num_frames) for each in corpus.utterances]
     assert arch.encoder is not None
     states = EncoderStates(directory / "states", counts, arch.encoder.hidden_size)
@@ -217,6 +217,6 @@ def _summary(
 
 
 def _write(config: WarmupConfig, directory: Path, parts: Parts, summary: dict[str, Any]) -> None:
-    write = partial(write_model, checkpoint_directory(config.checkpoint), directory / MODEL, parts.stored)
+    write = partial(write_model, checkpoint_directory(config.checkpoint), directory / MODEL, parts)
     write(parts.adapter_tensors())
     write_json(directory / SUMMARY, summary)

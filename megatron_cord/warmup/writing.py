@@ -9,17 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_cord.convert.auxiliary_files import read_auxiliary_files
+from megatron_cord.convert.carried import Carried, files_beside
 from megatron_cord.convert.hf_reader import StoredTensor
 from megatron_cord.convert.hf_writer import HFDirectoryWriter, Shard, plan_shards
 from megatron_cord.convert.model_card import without_cards
 from megatron_cord.errors import CordError
+from megatron_cord.warmup.parts import Parts
 
 _SHARD_BYTES = 5 * 10**9
 
 
-def plan(stored: Mapping[str, StoredTensor], target: Path) -> tuple[list[Shard], torch.dtype]:
-    """Return the files of the new directory, and their precision.
+def plan(stored: Mapping[str, StoredTensor], carried: Carried, target: Path) -> tuple[list[Shard], torch.dtype]:
+    """Return the files of the new directory, and the precision of all but carried tensors.
 
     Raises:
         CordError: the checkpoint mixes precisions, or the disk is too small.
@@ -31,7 +32,8 @@ def plan(stored: Mapping[str, StoredTensor], target: Path) -> tuple[list[Shard],
             f"{next(iter(stored.values())).path.parent} mixes tensors of {several}; graft it again with one --dtype"
         )
     dtype = dtypes.pop()
-    shards = plan_shards({name: tensor.shape for name, tensor in stored.items()}, dtype, _SHARD_BYTES)
+    shapes = {name: tensor.shape for name, tensor in stored.items()} | carried.shapes
+    shards = plan_shards(shapes, dtype, _SHARD_BYTES, carried.dtypes)
     needed = sum(shard.nbytes(dtype) for shard in shards)
     there = next(path for path in target.absolute().parents if path.exists())
     if not target.exists() and (free := shutil.disk_usage(there).free) < needed:
@@ -39,15 +41,13 @@ def plan(stored: Mapping[str, StoredTensor], target: Path) -> tuple[list[Shard],
     return shards, dtype
 
 
-def write_model(
-    checkpoint: Path, target: Path, stored: Mapping[str, StoredTensor], changed: Mapping[str, Tensor]
-) -> None:
+def write_model(checkpoint: Path, target: Path, parts: Parts, changed: Mapping[str, Tensor]) -> None:
     """Write the directory; tensors pass through one by one. A directory that is there is whole, and stays.
 
     Args:
         checkpoint: the original, for configuration, tokenizer and the like.
         target: the new directory.
-        stored: all tensors of the original by published name, in the order of export.
+        parts: of the original.
         changed: those that are others now.
 
     Raises:
@@ -55,11 +55,12 @@ def write_model(
     """
     if target.exists():
         return
-    shards, dtype = plan(stored, target)
+    shards, dtype = plan(parts.stored, parts.carried, target)
     writer = HFDirectoryWriter(target, shards, dtype)
     try:
         writer.begin(resume=False)
-        writer.write((name, changed[name] if name in changed else tensor.read()) for name, tensor in stored.items())
-        writer.publish(without_cards(read_auxiliary_files(checkpoint)))
+        tensors = {**parts.stored, **parts.carried.tensors}
+        writer.write((name, changed[name] if name in changed else tensor.read()) for name, tensor in tensors.items())
+        writer.publish(without_cards(files_beside(checkpoint, parts.arch)))
     except OSError as error:
         raise CordError(f"{target} could not be written ({error.strerror}); free some space and start again") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_cord.convert import comparison
-from megatron_cord.convert.auxiliary_files import read_auxiliary_files, with_dtype
+from megatron_cord.convert.auxiliary_files import with_dtype
+from megatron_cord.convert.carried import Carried, files_beside, read_carried, write_beside
 from megatron_cord.convert.hf_reader import stored_tensors
 from megatron_cord.convert.hf_writer import HFDirectoryWriter, check_vacant, plan_shards
 from megatron_cord.convert.inventory import Entry, common_dtype, fake_model, inventory
@@ -73,9 +74,10 @@ def import_checkpoint(source: Path, target: Path, *, tp: int, pp: int, dtype: st
     arch = load_architecture(source)
     arch.check_divisible(tp, pp, ep=_layout_of(arch, tp, pp).ep)
     layout = initialize(ParallelConfig() if dry_run else _layout_of(arch, tp, pp), seed=0)
+    carried = read_carried(source, arch)
     if dry_run:
         model = fake_model(arch, layout)
-        _print_inventory(inventory(model), _dtype(dtype) or torch.bfloat16, console)
+        _print_inventory(inventory(model), carried, _dtype(dtype) or torch.bfloat16, console)
         if not any(checkpoint_directory(source).glob("*.safetensors")):
             console.print(f"{source} has no weights to compare with", highlight=False, soft_wrap=True)
             return 0
@@ -87,18 +89,16 @@ def import_checkpoint(source: Path, target: Path, *, tp: int, pp: int, dtype: st
     precision = _dtype(dtype) or common_dtype(stored)
     model = fake_model(arch, layout, precision)
     sources = find_sources(model, stored)
-    auxiliary_files = with_dtype(read_auxiliary_files(source), precision)
+    auxiliary_files = with_dtype(files_beside(source, arch), precision)
 
     def complete(partial: Path) -> None:
         run_progress.write_progress(partial, _WEIGHTS_ONLY, arch)
-        (partial / _AUXILIARY_FILES).mkdir()
-        for name, content in auxiliary_files.items():
-            (partial / _AUXILIARY_FILES / name).write_bytes(content)
+        write_beside(partial / _AUXILIARY_FILES, auxiliary_files, carried)
 
     total = sum(parameter.nbytes for parameter in model.parameters())
     with _disk(target, "free some space and import again"), _progress(total, layout) as advance:
         save_weights(target, model, sources, complete, advance)
-    _print(layout, console, f"{target}: {len(stored)} tensors in {_name(precision)}")
+    _print(layout, console, f"{target}: {len(stored)} tensors in {_name(precision)}{carried.summary()}")
     return 0
 
 
@@ -129,7 +129,7 @@ def export_checkpoint(
         check_vacant(target)
         check_weights(source, arch)
     model = fake_model(arch, layout)
-    saved = open_saved(source, model, auxiliary_dir)
+    saved, carried = open_saved(source, model, auxiliary_dir), read_carried(auxiliary_dir, arch)
     if adapter:
         if layout.is_main:
             write_adapter(target, saved_adapter(source, saved), arch)
@@ -137,31 +137,36 @@ def export_checkpoint(
         _print(layout, console, f"{target}: a PEFT adapter of {auxiliary_dir}")
         return 0
     precision = _dtype(dtype) or saved.common_dtype()
-    shards = plan_shards(saved.shapes, precision, _bytes(max_shard_size))
+    shards = plan_shards(saved.shapes | carried.shapes, precision, _bytes(max_shard_size), carried.dtypes)
     if dry_run:
-        _print_inventory(inventory(model), precision, console)
+        _print_inventory(inventory(model), carried, precision, console)
         console.print(f"{len(shards)} files of at most {max_shard_size}", highlight=False)
         return 0
     mine = shards[layout.rank :: layout.world_size]
     writer = HFDirectoryWriter(target, shards, precision)
     total = sum(shard.nbytes(precision) for shard in mine)
+
+    def read(name: str) -> Iterator[torch.Tensor]:
+        return carried.blocks(name) if name in carried.tensors else saved.blocks(name)
+
     with (
         _disk(target, "free some space and export again; what is finished is kept"),
         _progress(total, layout) as advance,
     ):
         if layout.is_main:
-            writer.begin(_fingerprint(source), resume=resume == "auto")
+            writer.begin(_fingerprint(source) + _files_of(carried), resume=resume == "auto")
         torch.distributed.barrier()
-        kept = sum(all_gather_json(writer.write_files(saved.blocks, mine, advance)))
+        kept = sum(all_gather_json(writer.write_files(read, mine, advance)))
         if layout.is_main:
-            files = with_dtype(read_auxiliary_files(auxiliary_dir), precision)
+            files = with_dtype(files_beside(auxiliary_dir, arch), precision)
             step = run_progress.read_progress(source, arch).step
             settings = _settings_of(source) if step else {}  # an import lies anywhere
             card = model_card(target.name, source, step, settings, files.get(CARD), _name(precision))
             writer.publish(without_cards(files) | {CARD: card})
     torch.distributed.barrier()
     there = f", {kept} of them finished earlier" if kept else ""
-    _print(layout, console, f"{target}: {len(saved.shapes)} tensors in {_name(precision)}, {len(shards)} files{there}")
+    tensors = f"{len(saved.shapes)} tensors in {_name(precision)}{carried.summary()}"
+    _print(layout, console, f"{target}: {tensors}, {len(shards)} files{there}")
     return 0
 
 
@@ -247,8 +252,16 @@ def _settings_of(checkpoint: Path) -> dict[str, Any]:
 
 def _fingerprint(checkpoint: Path) -> list[list[Any]]:
     """Return what tells whether a checkpoint is still the one that an interrupted export read."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return _traits(path for path in checkpoint.rglob("*") if path.is_file())
+
+
+def _files_of(carried: Carried) -> list[list[Any]]:
+    """Return the same of the files that carried tensors are read from."""
+    return _traits({tensor.path for tensor in carried.tensors.values()})
+
+
+def _traits(files: Iterable[Path]) -> list[list[Any]]:
+    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)]
 
 
 def _text_prompt(hf_dir: Path, text: str) -> Prompt:
@@ -297,8 +310,11 @@ def _model_input(prompt: Prompt, layout: Layout) -> ModelInput:
     )
 
 
-def _print_inventory(entries: list[Entry], dtype: torch.dtype, console: Console) -> None:
-    """Print one line a tensor, tab-separated, and totals: plain text, which other programs can search and cut."""
+def _print_inventory(entries: list[Entry], carried: Carried, dtype: torch.dtype, console: Console) -> None:
+    """Print one line a tensor, tab-separated, and totals: plain text, which other programs can search and cut.
+
+    Carried tensors follow the model's, in their own precisions; they have no place in Megatron's model.
+    """
     # The console would make spaces of the tabs.
     print("name\tshape\tbytes\tmegatron\tlayout", file=console.file)
     parts: dict[str, int] = {}
@@ -308,11 +324,16 @@ def _print_inventory(entries: list[Entry], dtype: torch.dtype, console: Console)
         print(line, file=console.file)
         part = entry.megatron.split(".")[0]
         parts[part] = parts.get(part, 0) + entry.elements
+    for name, tensor in carried.tensors.items():
+        shape = "x".join(map(str, tensor.shape))
+        print(f"{name}\t{shape}\t{tensor.nbytes}\t-\tCarried", file=console.file)
     for part, count in {**parts, "total": sum(parts.values())}.items():
         console.print(
             f"{part}: {count:,} parameters, {count * dtype.itemsize / 1e9:.3f} GB in {_name(dtype)}", highlight=False
         )
-    console.print(f"{len(entries)} tensors", highlight=False)
+    for part, (_, count) in carried.counts().items():
+        console.print(f"{part.rstrip('.')}, carried: {count:,} parameters", highlight=False)
+    console.print(f"{len(entries)} tensors{carried.summary()}", highlight=False)
 
 
 @contextmanager

@@ -25,6 +25,9 @@ class Family:
         chat_template: Jinja, for families whose published processing is code rather than a template.
         joins_windows: whether a recording beyond the encoder's window stays one recording in the template's eyes, with
             the placeholders of all its windows in one row; otherwise its windows stand there as recordings.
+        carries: beginnings of the names of tensors that belong to parts of a checkpoint which are not trained here.
+            Conversions pass them on as they are.
+        carries_files: names of weight files that belong to such parts, and are passed on unread.
         sglang_max_clips: how many recordings one prompt may have on an SGLang server; None if SGLang servers do not
             serve the family.
         sglang_serves: whether they serve such an architecture of it; by default, any.
@@ -36,5 +39,7 @@ class Family:
     plain_class: str
     chat_template: str | None = None
     joins_windows: bool = False
+    carries: tuple[str, ...] = ()
+    carries_files: tuple[str, ...] = ()
     sglang_max_clips: float | None = None
     sglang_serves: Callable[[Architecture], bool] = lambda _: True
