@@ -104,7 +104,7 @@ test-te: $(STAMP) $(NEXT)/.installed ## transformer-engine's own Python code und
 	$(BIN)/python -m pytest -rs tests/transformer_engine
 	$(NEXT)/bin/python -m pytest -rs tests/transformer_engine
 
-test-slurm: $(STAMP) ## as root: the batch script on a real SLURM of two virtual nodes (installed by apt if it is missing), torchrun over two networks
+test-slurm: $(STAMP) $(SGLANG)/.installed ## as root: the batch script on a real SLURM of two virtual nodes (installed by apt if it is missing), torchrun over two networks
 	$(BIN)/python -m pytest -m slurm tests/integration/slurm
 
 test-browser: $(STAMP) ## the report and the live page in Chromium, which Debian's package brings if it is missing (as root); make test skips these without one
