@@ -7,6 +7,8 @@ Legend: B sequences, S tokens, H hidden, V vocabulary, C clips.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ class PlainModel:
         # transformers' models keep all but the output layer in one module; a family's own model has a method for it.
         self._hidden = model.hidden if hasattr(model, "hidden") else model.model
         forward = self._hidden.forward if isinstance(self._hidden, torch.nn.Module) else self._hidden
+        self._routers = _routers(model)
         self._masks_frames = "feature_attention_mask" in inspect.signature(forward).parameters
 
     def parameter(self, name: str) -> Tensor | None:
@@ -91,10 +94,35 @@ class PlainModel:
                 settings["feature_attention_mask"] = (frames[None] < num_frames[:, None]).long()
         return self._hidden(input_ids=input_ids, **settings)
 
+    @contextmanager
+    def chosen_experts(self) -> Iterator[list[Tensor]]:
+        """Collect what the routers of a mixture of experts choose: an int16 [B · S, k] for each layer of each pass.
+
+        Raises:
+            CordError: the model has no routers.
+        """
+        if not self._routers:
+            raise CordError("rollout.router_replay: the engine's model has no routers of experts; set it to false")
+        chosen: list[Tensor] = []
+        hooks = [r.register_forward_hook(lambda _, __, made: chosen.append(made[2].short())) for r in self._routers]
+        try:
+            yield chosen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def head(self, hidden: Tensor) -> Tensor:
         """Return logits float32 [..., V] of hidden states [..., H], unrounded, as the trainer's."""
         weight = self._model.get_output_embeddings().weight
         return product(hidden.flatten(0, -2), weight, torch.float32).view(*hidden.shape[:-1], -1)
+
+
+def _routers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the modules that choose experts, in the order of layers; transformers' classes name theirs."""
+    recorders = (getattr(module, "_can_record_outputs", None) or {} for module in model.modules())
+    named = (each["router_logits"] for each in recorders if "router_logits" in each)
+    kinds = tuple({recorder.target_class for recorder in named if hasattr(recorder, "target_class")})
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def _by_published_name(model: Any, names: list[str], spelling: Spelling, directory: Path) -> dict[str, Tensor]:

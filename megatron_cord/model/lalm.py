@@ -37,8 +37,9 @@ from megatron_cord.model.clip_sharing import deal_clips, gather_clips, no_tokens
 from megatron_cord.model.config import PARTS, LayerConfig, LoraConfig
 from megatron_cord.model.encoder import AudioEncoder
 from megatron_cord.model.layers.attention import packed_sequences
-from megatron_cord.model.layers.experts import RoutedRows, RoutingRecord, record_routing
+from megatron_cord.model.layers.experts import RoutingRecord, record_routing
 from megatron_cord.model.layers.rotary import inverse_frequencies
+from megatron_cord.model.layers.routed_rows import find_rows
 from megatron_cord.model.layers.transformer import block_spec, language_config, uses_transformer_engine
 from megatron_cord.model.lora.adapters import LoraAdapters
 from megatron_cord.model.lora.targets import find_targets
@@ -63,6 +64,8 @@ class ModelInput:
         host_token_ids: token_ids in host memory, where placeholders are found without waiting for the device; None:
             they are read from the device.
         lengths: B numbers, tokens of each sequence without its padding; None where they are not known.
+        experts: int16 [S, B, L, k] ([T, 1, L, k] packed) in host memory, the k experts that each of L layers shall
+            choose for a token, -1 where it chooses by itself; None: everywhere.
     """
 
     token_ids: Tensor
@@ -72,6 +75,7 @@ class ModelInput:
     cu_seqlens: tuple[int, ...] | None = None
     host_token_ids: Tensor | None = None
     lengths: tuple[int, ...] | None = None
+    experts: Tensor | None = None
 
 
 class _HiddenStateGPT(GPTModel):  # type: ignore[misc]
@@ -245,22 +249,13 @@ class LALM(MegatronModule):  # type: ignore[misc]
         return hidden
 
     def _recording(self, batch: ModelInput) -> AbstractContextManager[None]:
-        """Return the context in which the routers of a mixture, if there are some, record what they choose."""
-        if self.routing is None or not self.routing.active or batch.lengths is None:
+        """Return the context in which routers, if there are some, record what they choose and follow what is given."""
+        if self.routing is None or batch.lengths is None or (not self.routing.active and batch.experts is None):
             return nullcontext()
         size, length = batch.token_ids.shape
-        count, starts = len(batch.lengths), batch.cu_seqlens
-        sequence = torch.full((length, size), count)  # [S, B], or [T, 1]
-        for i, tokens in enumerate(batch.lengths):
-            column, start = (i, 0) if starts is None else (0, starts[i])
-            sequence[start : start + tokens, column] = i
-        if self.layout.config.cp > 1:
-            sequence = sequence.index_select(0, self.layout.sequence_sharding.rows(starts or (0, length)))
-        if self.config.sequence_parallel:
-            sequence = sequence.chunk(self.layout.config.tp)[self.layout.tp_group.rank()]
-        lengths = torch.tensor(batch.lengths, dtype=torch.float32)
-        rows = RoutedRows(to_device(sequence.flatten(), self.layout.device), to_device(lengths, self.layout.device))
-        return self.routing.routing(rows)
+        return self.routing.routing(
+            find_rows(size, length, batch.lengths, batch.cu_seqlens, batch.experts, self.layout)
+        )
 
     def encode_audio(self, features: Tensor, num_frames: tuple[int, ...]) -> Tensor:
         """Return the features of all clips at the language model's width, [tokens of all clips, H]; first stage only.

@@ -30,6 +30,9 @@ class RolloutConfig:
     dynamic_sampling: int = 0
     share: bool = False  #: L_tok scores the responses of L_seq instead of sampling its own
     max_new_tokens: int = 200  #: responses are cut there
+    #: of a mixture of experts: responses carry the experts that the engine's routers chose, and the student chooses the
+    #: same for the same tokens in training, so that its log-probabilities are the engine's
+    router_replay: bool = False
 
     #: mean |difference| of trainer's and engine's log-probabilities, nats a token, beyond which a step stops the run;
     #: null never does

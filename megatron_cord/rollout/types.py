@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_cord.data.samples import Prompt
 from megatron_cord.reward import Score
+from megatron_cord.rollout.chosen_experts import ChosenExperts
 
 #: which part of the loss a rollout has: L_tok, L_seq, both; none, as its group was replaced (dynamic sampling)
 Role = Literal["distill", "policy", "shared", "replaced"]
@@ -35,6 +36,7 @@ class GenerationRequest:
         top_p: tokens are drawn from the likeliest ones: those before which less than this much, or just this much,
             of the probability at the temperature lies; 1 leaves none out.
         top_k: and from so many of the likeliest at most; 0 leaves none out.
+        return_experts: the rollout shall say which experts the engine's routers chose.
     """
 
     prompt: Prompt
@@ -43,6 +45,7 @@ class GenerationRequest:
     seed: int = 0
     top_p: float = 1.0
     top_k: int = 0
+    return_experts: bool = False
 
     @property
     def is_truncated(self) -> bool:
@@ -86,6 +89,7 @@ class Rollout:
             never trained on.
         versions: which weights made which tokens.
         text: decoded, without special tokens.
+        experts: that the engine's routers chose, of a model that has them; None where they were not requested.
     """
 
     prompt_id: str
@@ -94,6 +98,7 @@ class Rollout:
     finish_reason: Literal["stop", "length", "abort"]
     versions: tuple[VersionSpan, ...]
     text: str
+    experts: ChosenExperts | None = None
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Self:
@@ -109,6 +114,7 @@ class Rollout:
             finish_reason=plain["finish_reason"],
             versions=tuple(VersionSpan(**span) for span in plain["versions"]),
             text=plain["text"],
+            experts=None if (experts := plain.get("experts")) is None else ChosenExperts(**experts),
         )
 
 

@@ -141,6 +141,8 @@ class Collector:
                     teacher = prompts[term.teacher] if term.distils else None
                     contrast = None if term.contrast is None else prompts[term.contrast.view]
                     taught_by = self._routes(term, batch.at(rollout.position).sample.id) if term.distils else ""
+                    if term.rollout != term.student:  # its experts were chosen for another prompt
+                        rollout = replace(rollout, rollout=replace(rollout.rollout, experts=None))
                     sequences.append(
                         TrainingSequence(prompts[term.student], teacher, rollout, index, term.name, contrast, taught_by)
                     )
@@ -190,7 +192,9 @@ class Collector:
         objective = self.objective
         view = objective.policy_term_of(draw).student if draw > 0 else objective.term_of(draw).rollout
         prompt = sample.prompts[view]
-        return GenerationRequest(prompt, temperature, config.max_new_tokens, seed, config.top_p, config.top_k)
+        return GenerationRequest(
+            prompt, temperature, config.max_new_tokens, seed, config.top_p, config.top_k, config.router_replay
+        )
 
     def _group_requests(self, batch: Batch, positions: Sequence[int]) -> list[GenerationRequest]:
         temperature = self.config.policy_temperature
@@ -276,11 +280,16 @@ class Collector:
 def gather_rollouts(rollouts: Sequence[ScoredRollout], replica_group: dist.ProcessGroup) -> list[ScoredRollout]:
     """Return the step's rollouts of all data-parallel ranks, in one order. Collective over all ranks.
 
+    Experts are not exchanged: a rank trains on its own rollouts.
+
     Args:
         rollouts: of this data-parallel rank, the same on all ranks of its replica.
         replica_group: those ranks; the first of them sends.
     """
     sends = dist.get_rank(replica_group) == 0
-    shares = all_gather_json([rollout.to_json() for rollout in rollouts] if sends else [])
+    bare = [replace(each, rollout=replace(each.rollout, experts=None)) for each in rollouts]
+    shares = all_gather_json([rollout.to_json() for rollout in bare] if sends else [])
     gathered = (ScoredRollout.from_json(plain) for share in shares for plain in share)
-    return sorted(gathered, key=lambda rollout: rollout.order)
+    experts = {each.order: each.rollout.experts for each in rollouts}
+    whole = (replace(g, rollout=replace(g.rollout, experts=experts.get(g.order))) for g in gathered)
+    return sorted(whole, key=lambda rollout: rollout.order)

@@ -131,6 +131,12 @@ class RunConfig:
             raise CordError(
                 f"init_from={self.init_from} begins a run and resume={self.resume} continues one; give one of them"
             )
+        if self.rollout.router_replay and (self.replay is not None or self.objective.responses == "teacher"):
+            reason = "a rollout dump has none" if self.replay is not None else "objective.responses=teacher has none"
+            raise CordError(
+                "rollout.router_replay follows the experts that an engine chose for the student's responses, and "
+                f"{reason}; set it to false"
+            )
         if self.model.lora.enabled and self.optimizer.kind == "muon":
             raise CordError(
                 "optimizer.kind=muon makes whole matrices orthogonal, and model.lora trains factors of them; set "

@@ -134,9 +134,8 @@ def run_step(config: VerifyLayoutConfig, layout: Layout) -> tuple[Outcome, Outco
 
 
 def objective_of(config: VerifyLayoutConfig) -> ObjectiveConfig:
-    """Return the objective: with experts it has the loss that balances them, where that can be."""
-    balances = config.sizes.experts > 0 and "language_model" not in config.model.recompute
-    return replace(OBJECTIVE, router_aux_loss=0.1) if balances else OBJECTIVE
+    """Return the objective: with experts it has the loss that balances them."""
+    return replace(OBJECTIVE, router_aux_loss=0.1) if config.sizes.experts else OBJECTIVE
 
 
 def train_once(

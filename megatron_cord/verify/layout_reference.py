@@ -29,6 +29,7 @@ from megatron_cord.convert.fused_experts import published_parts
 from megatron_cord.data.samples import AudioClip, Prompt
 from megatron_cord.errors import CordError
 from megatron_cord.losses import TokenWeightsConfig
+from megatron_cord.rollout.chosen_experts import ChosenExperts
 from megatron_cord.rollout.types import Rollout, ScoredRollout
 from megatron_cord.trainer.step.batches import TrainingSequence
 from megatron_cord.trainer.step.objective import ObjectiveConfig
@@ -50,6 +51,7 @@ class Sizes:
     encoder_heads: int = 4  #: parallel.tp divides them
     experts: int = 0  #: of each layer of the language model, which is then Qwen3-MoE; 0: Qwen2
     experts_per_token: int = 2  #: that a router chooses
+    router_replay: bool = False  #: the student follows experts that were drawn, as if an engine had chosen them
     vocabulary: int = 61  #: no tensor-parallel size divides it
     sequences: int = 6  #: responses of the step, two thirds of them scored token by token
     longest: int = 24  #: tokens of the longest response
@@ -63,6 +65,8 @@ class Sizes:
             raise CordError("sizes must be at least 1; sizes.longest at least 2, sizes.sequences at least 3")
         if self.experts and not 0 < self.experts_per_token <= self.experts:
             raise CordError("sizes.experts_per_token must be at least 1, and not above sizes.experts")
+        if self.router_replay and not self.experts:
+            raise CordError("sizes.router_replay follows a choice of experts: set sizes.experts")
         if self.heads % self.kv_heads or self.hidden % 8 or self.vocabulary < 16:
             raise CordError(
                 "sizes.kv_heads must divide sizes.heads, 8 sizes.hidden, and sizes.vocabulary must be at least 16"
@@ -154,13 +158,14 @@ def make_sequences(sizes: Sizes, seed: int) -> list[TrainingSequence]:
         # An engine whose probabilities are larger or smaller than the trainer's.
         logprobs = tuple(float(value) for value in rng.uniform(-8, -2, size=len(response)))
         scored = index % 3 != 2
+        experts = _draw_experts(sizes, len(audio_prompt) + len(response) - 1, index) if sizes.router_replay else None
         name = f"sample{index}"
         made.append(
             TrainingSequence(
                 student=Prompt(name, audio_prompt, tuple(clips)),
                 teacher=Prompt(name, words(4 + 3 * (index % 2))) if scored else None,
                 response=ScoredRollout(
-                    Rollout(name, response, logprobs, "stop", (), ""),
+                    Rollout(name, response, logprobs, "stop", (), "", experts),
                     "shared" if scored else "policy",
                     advantage=0.5 if index % 2 else -0.25,
                 ),
@@ -168,6 +173,12 @@ def make_sequences(sizes: Sizes, seed: int) -> list[TrainingSequence]:
             )
         )
     return made
+
+
+def _draw_experts(sizes: Sizes, rows: int, seed: int) -> ChosenExperts:
+    """Return experts of each token and layer, none of them twice."""
+    scores = torch.rand(rows, sizes.layers, sizes.experts, generator=torch.Generator().manual_seed(seed))
+    return ChosenExperts.of(scores.topk(sizes.experts_per_token).indices)
 
 
 def reference_step(
@@ -189,7 +200,7 @@ def reference_step(
     balance = torch.zeros((), dtype=torch.float64)
     for sequence in sequences:
         response = torch.tensor(sequence.rollout.token_ids)
-        with _router_logits(model) as routed:
+        with _routing(model, sequence.rollout.experts) as routed:
             log_p = _log_probabilities(model, sequence.student, sequence.rollout)  # [T, V]
         balance = balance + sum(_unbalanced(*each) for each in routed) / len(sequences)
         log_p_t = log_p.gather(1, response[:, None])[:, 0]
@@ -300,21 +311,36 @@ def _weights(divergence: Tensor, config: TokenWeightsConfig) -> Tensor:
 
 
 @contextmanager
-def _router_logits(model: torch.nn.Module) -> Iterator[list[tuple[Tensor, int]]]:
-    """Collect the logits [T, E] of all routers of a sequence, each with the number of experts that it chooses."""
-    found: list[tuple[Tensor, int]] = []
+def _routing(model: torch.nn.Module, experts: ChosenExperts | None) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collect the logits [T, E] of all routers of a sequence with the experts [T, k] that they choose, in float64.
+
+    Args:
+        model: of the reference.
+        experts: that they shall choose for the first tokens; None: they choose all by themselves.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+    given = None if experts is None else experts.tensor().long()
+
+    def route(module: Qwen3MoeTopKRouter, _: Any, made: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        logits, _, chosen = made
+        if given is not None:
+            chosen = torch.cat([given[:, len(found)], chosen[len(given) :]])
+        found.append((logits, chosen))
+        scores = logits.softmax(-1).gather(1, chosen)
+        return logits, scores / scores.sum(-1, keepdim=True), chosen
+
     routers = [module for module in model.modules() if isinstance(module, Qwen3MoeTopKRouter)]
-    hooks = [r.register_forward_hook(lambda module, _, made: found.append((made[0], module.top_k))) for r in routers]
+    hooks = [router.register_forward_hook(route) for router in routers]
     yield found
     for hook in hooks:
         hook.remove()
 
 
-def _unbalanced(logits: Tensor, top_k: int) -> Tensor:
-    """Return E Σ_e f_e P_e of one sequence and layer (arXiv 2412.19437, equations 17 to 20), from logits [T, E]."""
+def _unbalanced(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Return E Σ_e f_e P_e of one sequence and layer (arXiv 2412.19437, equations 17 to 20), of logits [T, E]."""
     scores = logits.softmax(-1)
-    chosen = torch.zeros_like(scores).scatter(1, scores.topk(top_k).indices, 1.0).detach()
-    return logits.shape[1] * (chosen.mean(0) / top_k * scores.mean(0)).sum()
+    is_chosen = torch.zeros_like(scores).scatter(1, chosen, 1.0)
+    return logits.shape[1] * (is_chosen.mean(0) / chosen.shape[1] * scores.mean(0)).sum()
 
 
 def _parts(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 PACKED, SP = "train.packing=packed", "parallel.sequence_parallel=true"
 INTERLEAVED = ["parallel.pp=2", "parallel.virtual_pp=2"]
 EXPERTS = ["sizes.experts=8", "sizes.layers=2"]
+REPLAY = "sizes.router_replay=true"
 LORA = ["model.lora.rank=3", "model.lora.alpha=6"]
 TWO_RANKS = {
     "tp2 sp": ["parallel.tp=2", SP],
@@ -51,7 +52,7 @@ TWO_RANKS = {
     ],
     "pp2, lora on the last layers": [*LORA, "parallel.pp=2", "model.lora.targets=['*.layers.3.*']"],
     "ep2": [*EXPERTS, "parallel.ep=2", "sizes.sequences=5"],
-    "tp2 sp ep2 packed": [*EXPERTS, "parallel.tp=2", "parallel.ep=2", SP, PACKED],
+    "tp2 sp ep2 packed, router replay": [*EXPERTS, "parallel.tp=2", "parallel.ep=2", SP, PACKED, REPLAY],
     "cp2 packed, lora recomputed": [
         *LORA,
         "parallel.cp=2",
@@ -61,6 +62,7 @@ TWO_RANKS = {
     ],
 }
 MORE_ON_TWO_RANKS = {
+    "tp2 sp ep2 packed": [*EXPERTS, "parallel.tp=2", "parallel.ep=2", SP, PACKED],
     "tp2": ["parallel.tp=2"],
     "dp2": [],
     "dp2, ordinary optimizer": ["optimizer.distributed=false"],
@@ -98,6 +100,10 @@ MORE_ON_TWO_RANKS = {
         "parallel.ep=2",
         "optimizer.distributed=false",
         "model.freeze=[audio_encoder, language_model]",
+    ],
+    "ep2, router replay": [*EXPERTS, "parallel.ep=2", REPLAY],
+    "cp2 ep2 packed, router replay, recomputed": [
+        *(*EXPERTS, "parallel.cp=2", "parallel.ep=2", PACKED, REPLAY, "model.recompute=[audio_encoder, language_model]")
     ],
     "ep2, lora": [*LORA, *EXPERTS, "parallel.ep=2"],
     "pp2 interleaved experts": [*EXPERTS, *INTERLEAVED, "sizes.layers=4"],
@@ -145,6 +151,10 @@ FOUR_RANKS = {
     ],
     "pp2 interleaved ep2, uneven": [
         *(*EXPERTS, *INTERLEAVED, "parallel.pipeline_layers=[1, 2, 2, 1]", "sizes.layers=6", "parallel.ep=2")
+    ],
+    "pp2 interleaved ep2, recomputed, router replay, ranks with fewer microbatches": [
+        *(*EXPERTS, *INTERLEAVED, "sizes.layers=4", "parallel.ep=2", "sizes.sequences=3", REPLAY),
+        "model.recompute=[audio_encoder, language_model]",
     ],
     "cp2 ep4 packed": [*EXPERTS, "parallel.cp=2", "parallel.ep=4", PACKED],
     "tp2 cp2 sp ep2 packed": [*EXPERTS, "parallel.tp=2", "parallel.cp=2", SP, PACKED, "parallel.ep=2"],

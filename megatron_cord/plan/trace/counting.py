@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from megatron_cord.errors import CordError
 from megatron_cord.plan.trace.records import Collective, PhaseTrace
+from megatron_cord.runtime.autograd import in_backward_pass
 
 aten = torch.ops.aten
 
@@ -118,7 +119,7 @@ class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def add_flops(self, operations: float) -> None:
         """Count operations of the pass that runs now."""
-        if _in_backward():
+        if in_backward_pass():
             self._phase.backward_flops += operations
         else:
             self._phase.forward_flops += operations
@@ -210,7 +211,7 @@ class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             ranks = group.size()
             size = sum(t.numel() * t.element_size() for t in tree_leaves(args[message])) * (ranks if times else 1)
             if ranks > 1:
-                key = (kind, self.groups.get(group.group_name, "other"), ranks, _in_backward())
+                key = (kind, self.groups.get(group.group_name, "other"), ranks, in_backward_pass())
                 self._phase.calls[key] += 1
                 self._phase.nbytes[key] += size
             self._answer(name, args)
@@ -236,11 +237,6 @@ class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                             output.copy_(mine)
         elif name == "_allgather_base_" and not isinstance(args[0], FakeTensor):
             args[0].view(-1, *args[1].shape).copy_(args[1])
-
-
-def _in_backward() -> bool:
-    """Return whether autograd runs a backward pass now; what is computed again for it belongs to it."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _as_rows(indices: Sequence[Tensor | None]) -> list[Tensor | None] | None:

@@ -1,6 +1,6 @@
 """Batched sampling from a plain model with a key–value cache: the inner loop of the local engine.
 
-Shapes: B responses, L prompt tokens with left padding, V vocabulary, C clips.
+Shapes: B responses, L prompt tokens with left padding, V vocabulary, C clips, k experts chosen for a token.
 
 `sampling` chooses the tokens. Simplification: a finished row is computed along until the last one ends.
 """
@@ -8,7 +8,7 @@ Shapes: B responses, L prompt tokens with left padding, V vocabulary, C clips.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_cord.convert.plain_model import PlainModel
 from megatron_cord.data.samples import Prompt
+from megatron_cord.rollout.chosen_experts import ChosenExperts
 from megatron_cord.rollout.local.key_value_cache import key_value_cache
 from megatron_cord.rollout.local.sampling import Sampler, log_sum_exp
 from megatron_cord.rollout.types import GenerationRequest
@@ -38,11 +39,12 @@ class TokenRules:
 
 @dataclass(frozen=True)
 class Response:
-    """Token ids with their log-probabilities from raw logits (temperature 1, nothing masked)."""
+    """Token ids with their log-probabilities from raw logits (temperature 1, nothing masked); experts if requested."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: Literal["stop", "length", "abort"]
+    experts: ChosenExperts | None = None
 
 
 @torch.inference_mode()
@@ -61,6 +63,21 @@ def sample_batch(
         between_tokens: called between two passes through the model; the weights may change meanwhile. False ends the
             batch at once, and what is unfinished has finish_reason "abort".
     """
+    if not any(request.return_experts for request in requests):
+        return _sample(model, requests, rules, between_tokens)
+    with model.chosen_experts() as chosen:
+        responses = _sample(model, requests, rules, between_tokens)
+    experts = _by_response(chosen, requests, [len(response.token_ids) for response in responses])
+    return [
+        replace(response, experts=of) if request.return_experts else response
+        for response, request, of in zip(responses, requests, experts, strict=True)
+    ]
+
+
+def _sample(
+    model: PlainModel, requests: Sequence[GenerationRequest], rules: TokenRules, between_tokens: Callable[[], bool]
+) -> list[Response]:
+    """Do as `sample_batch`, without the experts."""
     device = model.device
     ids_in, mask, positions = collate([request.prompt for request in requests], rules.pad_id, device)
     limits = torch.tensor([request.max_new_tokens for request in requests], device=device)
@@ -95,6 +112,26 @@ def sample_batch(
             tuple(table[row][:length]), tuple(scores[row][:length]), "stop" if stop else "length" if ended else "abort"
         )
         for row, (length, stop, ended) in enumerate(zip(lengths.tolist(), stopped.tolist(), done.tolist(), strict=True))
+    ]
+
+
+def _by_response(
+    chosen: list[Tensor], requests: Sequence[GenerationRequest], lengths: Sequence[int]
+) -> list[ChosenExperts]:
+    """Return the experts of each response from those of all passes, of which each has made a token.
+
+    Args:
+        chosen: int16 [B · tokens of a pass, k] of each layer, pass by pass.
+        requests: of the batch.
+        lengths: tokens of each response.
+    """
+    size, layers = len(requests), len(chosen) // max(lengths)
+    passes = [torch.stack(chosen[i : i + layers], 1) for i in range(0, len(chosen), layers)]  # [B · tokens, layers, k]
+    rows = torch.cat([each.view(size, -1, *each.shape[1:]) for each in passes], 1)
+    width = len(passes[0]) // size  # of the prompts, with padding on their left
+    return [
+        ChosenExperts.of(rows[i, width - len(request.prompt.token_ids) : width + length - 1])
+        for i, (request, length) in enumerate(zip(requests, lengths, strict=True))
     ]
 
 

@@ -165,4 +165,5 @@ class LocalEngine:
             finish_reason=response.finish_reason,
             versions=spans_of(versions[: len(response.token_ids)]),
             text=self.prompts.decode(response.token_ids),
+            experts=response.experts,
         )

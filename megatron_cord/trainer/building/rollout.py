@@ -10,6 +10,7 @@ from megatron_cord.data.audio.augmentation import augment
 from megatron_cord.data.loader import Batch, SampleLoader
 from megatron_cord.data.ordering.row import Row
 from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.errors import CordError
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import all_gather_json
@@ -64,7 +65,15 @@ def build_rollout(
         prompts: of the checkpoint.
         row: the samples that the run trains on.
         step: whose model rewards may look into.
+
+    Raises:
+        CordError: experts are to be followed, and the model has none; or what engine and rewards raise.
     """
+    if config.rollout.router_replay and step.lalm.routing is None:
+        raise CordError(
+            f"rollout.router_replay follows an engine's choice of experts, and {config.model.checkpoint} has none; set "
+            "it to false"
+        )
     directory = Path(config.output_dir)
     engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
     own = config.teacher.checkpoint

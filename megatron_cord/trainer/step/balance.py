@@ -11,14 +11,9 @@ def check_balancing(objective: ObjectiveConfig, model: LALM) -> None:
     """Refuse a balancing loss that would not be there.
 
     Raises:
-        CordError: the model has no experts, or routes again in the backward pass.
+        CordError: the model has no experts.
     """
     if not objective.router_aux_loss:
         return
     if model.routing is None:
         raise CordError("objective.router_aux_loss balances experts, and the model has none; leave it at 0")
-    if "language_model" in model.layers.recompute:
-        raise CordError(
-            "objective.router_aux_loss is not built for layers that are computed again in the backward pass; leave "
-            "language_model out of model.recompute, or set it to 0"
-        )

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from megatron_cord.data.samples import Prompt
 from megatron_cord.errors import CordError
+from megatron_cord.model.architecture import LanguageArchitecture
 from megatron_cord.model.lalm import ModelInput
 from megatron_cord.parallel.sequence_sharding import SequenceSharding
 from megatron_cord.parallel.transfers import to_device
 from megatron_cord.rollout.types import Rollout, ScoredRollout
 from megatron_cord.trainer.step.packing import pack
+from megatron_cord.trainer.step.router_replay import check_experts, with_experts
 from megatron_cord.trainer.step.token_layout import Rows, pack_sequences, pad_sequences, round_up
 
 
@@ -163,13 +165,15 @@ class Microbatch:
         return sum(len(s.rollout.token_ids) for s in self.sequences)
 
 
-def check_responses(sequences: Sequence[TrainingSequence], vocab_size: int) -> None:
-    """Refuse responses with tokens outside the vocabulary, while they are still on the host.
+def check_responses(sequences: Sequence[TrainingSequence], arch: LanguageArchitecture) -> None:
+    """Refuse responses with tokens, or experts, that the student does not have, while they are still on the host.
 
     Raises:
-        CordError: an engine with another vocabulary.
+        CordError: an engine with another vocabulary, or other experts.
     """
+    vocab_size = arch.vocab_size
     for sequence in sequences:
+        check_experts(sequence.student.sample_id, sequence.rollout.experts, sequence.student_tokens, arch)
         outside = [token for token in sequence.rollout.token_ids if not 0 <= token < vocab_size]
         if outside:
             raise CordError(
@@ -227,6 +231,7 @@ def _microbatch(
     responses = [s.rollout.token_ids for s in sequences]
     lay_out = pack_sequences if packed else pad_sequences
     student, student_rows = lay_out([s.student for s in sequences], responses, pad_id, sharding, device)
+    student = with_experts(student, [s.rollout.experts for s in sequences])
 
     def scored_on(prompts: list[Prompt]) -> tuple[ModelInput, Rows] | tuple[None, None]:
         return lay_out(prompts, responses, pad_id, sharding, device) if prompts else (None, None)

@@ -226,7 +226,7 @@ class TrainStep:
         return policy | {term.name: term.weight * self.controllers.factor(term.name) for term in objective.terms}
 
     def _microbatches(self, sequences: Sequence[TrainingSequence]) -> list[Microbatch]:
-        check_responses(sequences, self.lalm.arch.language.vocab_size)
+        check_responses(sequences, self.lalm.arch.language)
         return make_microbatches(
             sequences, self.batches, self.pad_id, self.layout.sequence_sharding, self.layout.device
         )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,3 +109,42 @@ def test_megatron_agrees_with_what_is_generated(family: str, layout: Layout, tmp
         for parameter in model.parameters():
             parameter.data.mul_(1.1)
         engine.update_weights(PlainWeights(dict(export_tensors(model))), version=1)
+
+
+def _keep_choice(found: list[Tensor], _: torch.nn.Module, __: Any, made: tuple[Tensor, Tensor]) -> None:
+    found.append(made[1])
+
+
+def test_experts_that_are_returned(layout: Layout, tmp_path: Path) -> None:
+    """Catches experts of another token, layer or response, also behind padding and after another response has ended.
+
+    The Megatron model, given the same tokens, must choose them by itself.
+    """
+    directory = save_whole(tmp_path / "mixture", "qwen3_moe", WORDS, tied=False)
+    model = LALM(load_architecture(directory), layout, torch.float32)
+    read_into(model, directory)
+    engine = LocalEngine(directory, LocalEngineConfig(max_batch_size=4))
+    asked = prompts(PromptBuilder(directory), hears=False)
+    requests = [GenerationRequest(p, 1.5, 1 + 3 * i, seed=i, return_experts=i != 1) for i, p in enumerate(asked)]
+    assert model.routing is not None
+    lengths = set()
+    for i, (request, rollout) in enumerate(zip(requests, engine.generate(requests), strict=True)):
+        assert (rollout.experts is None) == (i == 1)
+        if rollout.experts is None:
+            continue
+        lengths.add(len(rollout.token_ids))
+        ids = request.prompt.token_ids + rollout.token_ids
+        experts = rollout.experts.tensor()
+        assert experts.shape[0] == len(ids) - 1
+        found: list[Tensor] = []  # bool [tokens, experts] of each layer
+        keep = partial(_keep_choice, found)
+        layers = model.language_model.decoder.layers
+        handles = [layer.mlp.router.register_forward_hook(keep) for layer in layers]
+        megatron_logits(model, request.prompt, rollout.token_ids)
+        for handle in handles:
+            handle.remove()
+        assert len(found) == experts.shape[1] > 1
+        for number, chosen in enumerate(found):
+            own = torch.zeros_like(chosen[:-1]).scatter(1, experts[:, number].long(), True)
+            assert torch.equal(own, chosen[:-1])
+    assert len(lengths) > 1

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt
 from megatron_cord.errors import CordError
+from megatron_cord.model.families import load_architecture
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.config import RolloutConfig
@@ -458,3 +459,41 @@ def test_too_few_servers(checkpoint: Path, stack: ExitStack) -> None:
         build_engine(engine, checkpoint, torch.device("cpu"))
     with pytest.raises(CordError, match=r"rollout.sglang.servers or rollout.sglang.servers_file"):
         RolloutConfig(engine="sglang")
+
+
+def test_experts_of_a_server(tmp_path: Path, stack: ExitStack) -> None:
+    """Catches experts of other tokens or in another order, what is no list of them, and a server that returns none."""
+    checkpoint = save_whole(tmp_path / "mixture", "qwen3_moe", WORDS, tied=False)
+    server = FakeServer()
+    server.info["model_type"] = "qwen3_moe"
+    language = load_architecture(checkpoint).language
+    assert language.experts is not None
+    asked = requests(2, return_experts=True)
+    asked[1] = replace(asked[1], return_experts=False)
+    rows = len(asked[0].prompt.token_ids) + len(answer_to(asked[0].prompt.token_ids)) - 1
+    size = (rows, language.num_layers, language.experts.per_token)
+    experts = torch.arange(math.prod(size)).view(size) % language.experts.count
+
+    def returning(given: bytes) -> Callable[[Reply], Reply]:
+        def answer(body: Reply) -> Reply:
+            reply = server.good(body)
+            if body.get("return_routed_experts"):
+                reply["meta_info"]["routed_experts"] = base64.b64encode(given).decode()
+            return reply
+
+        return answer
+
+    server.manner = returning(experts.int().numpy().tobytes())
+    first, second = connect(checkpoint, [server], stack).generate(asked)
+    assert first.experts is not None and torch.equal(first.experts.tensor().long(), experts)
+    assert second.experts is None
+    short = experts[1:].int().numpy().tobytes()
+    for manner, words in (
+        (returning(b"123"), "in another form"),
+        (returning(short), f"of {rows} that it read"),
+        ("good", "start servers of a mixture of experts with --enable-return-routed-experts"),
+    ):
+        other = stack.enter_context(FakeServer(manner))
+        other.info["model_type"] = "qwen3_moe"
+        with pytest.raises(CordError, match=words):
+            connect(checkpoint, [other], stack, tries=1).generate(asked[:1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from megatron_cord.rollout.types import Rollout, ScoredRollout
 from megatron_cord.trainer.config import TrainConfig
 from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.step.batches import TrainingSequence, check_responses, make_microbatches
+from tests.model.test_architecture import LANGUAGE
 from tests.tiny_run import make_samples
 
 RESPONSES = [(9, 10, 11, 3), (12,), (8, 8, 9, 13, 14, 3), (10, 3), (11, 12, 3)]
@@ -40,9 +42,9 @@ def sequences(prompts: PromptBuilder) -> list[TrainingSequence]:
 
 def test_tokens_outside_the_vocabulary(prompts: PromptBuilder) -> None:
     """Catches an engine's token that no row of the output layer stands for, which the device would not notice."""
-    check_responses(sequences(prompts), vocab_size=15)
+    check_responses(sequences(prompts), replace(LANGUAGE, vocab_size=15))
     with pytest.raises(CordError, match=r"sample s0-2: the response has token 14, outside the vocabulary \[0, 14\)"):
-        check_responses(sequences(prompts), vocab_size=14)
+        check_responses(sequences(prompts), replace(LANGUAGE, vocab_size=14))
 
 
 def reference(model: Any, prompt: Prompt, response: tuple[int, ...]) -> Tensor:

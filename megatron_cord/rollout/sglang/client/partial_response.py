@@ -13,7 +13,15 @@ import hashlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-from megatron_cord.rollout.sglang.client.protocol import BadReplyError, Piece, PromptEncoder, read_piece, sampling
+from megatron_cord.rollout.chosen_experts import ChosenExperts
+from megatron_cord.rollout.sglang.client.protocol import (
+    BadReplyError,
+    Piece,
+    PromptEncoder,
+    read_experts,
+    read_piece,
+    sampling,
+)
 from megatron_cord.rollout.types import GenerationRequest, Rollout, spans_of
 
 _DRAWS = 16  #: of one position in vain, after which the tokens left by top_p and top_k are taken for forbidden ones
@@ -37,6 +45,7 @@ class PartialResponse:
         self._ids: list[int] = []
         self._logprobs: list[float] = []
         self._versions: list[int] = []
+        self._experts: ChosenExperts | None = None
         self._draws = 0
         self._in_vain = 0  # draws of the present position
         self._likeliest = False  # the next token is chosen here, of the likeliest ones
@@ -92,6 +101,9 @@ class PartialResponse:
             self.finish_reason = "stop"
         elif len(self._ids) == self.request.max_new_tokens:
             self.finish_reason = "length"
+        if self.finish_reason is not None and self.request.return_experts:
+            rows = len(self.request.prompt.token_ids) + len(self._ids) - 1  # the last request read all of them
+            self._experts = read_experts(reply, self.request.prompt.sample_id, rows, self._encoder.experts)
         return self.finish_reason is not None
 
     def rollout(self) -> Rollout:
@@ -105,6 +117,7 @@ class PartialResponse:
             self.finish_reason,
             spans_of(self._versions),
             self._prompts.decode(ids),
+            self._experts,
         )
 
     def _allowed(self, piece: Piece, forbidden: set[int]) -> tuple[int, float]:

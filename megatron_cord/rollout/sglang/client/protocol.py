@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
 from packaging.version import Version
 
 from megatron_cord.data.audio.wav import encode_float_wav
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt
 from megatron_cord.errors import CordError
+from megatron_cord.rollout.chosen_experts import ChosenExperts
 from megatron_cord.rollout.types import GenerationRequest
 
 OLDEST_SGLANG = Version("0.5.21")  #: from here on servers have sessions for updates of their weights
@@ -54,11 +58,13 @@ class PromptEncoder:
         prompts: of the checkpoint.
         longest_prompt: tokens that servers take.
         max_clips: that they take in one prompt.
+        experts: layers, and experts that each chooses for a token; None without a mixture of experts.
     """
 
     prompts: PromptBuilder
     longest_prompt: int
     max_clips: float
+    experts: tuple[int, int] | None = None
     _audio: dict[int, tuple[Prompt, list[str]]] = field(default_factory=dict)
 
     def check(self, request: GenerationRequest) -> None:
@@ -158,6 +164,34 @@ def read_piece(reply: Any, sent: Prompt, more: Sequence[int], limit: int, vocab_
     return Piece(ids, tuple(min(p, 0.0) for p, _ in pairs), reason, spans, best)
 
 
+def read_experts(reply: Any, sample_id: str, rows: int, experts: tuple[int, int] | None) -> ChosenExperts:
+    """Read the experts that a server chose for the first `rows` tokens of prompt and response.
+
+    Args:
+        reply: from JSON, to a request for them.
+        sample_id: for errors.
+        rows: tokens.
+        experts: layers, and experts a token.
+
+    Raises:
+        BadReplyError: they are in another form, or too few.
+        CordError: the server returns none.
+    """
+    given = reply["meta_info"].get("routed_experts")
+    if given is None or experts is None:
+        raise CordError(
+            f"sample {sample_id}: rollout.router_replay needs the experts that servers choose, and the server returns "
+            "none; start servers of a mixture of experts with --enable-return-routed-experts (cord serve passes it on)"
+        )
+    try:
+        numbers = np.frombuffer(base64.b64decode(given, validate=True), dtype="<i4").reshape(-1, *experts)
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise BadReplyError(f"experts in another form than SGLang {OLDEST_SGLANG}'s ({error})") from None
+    if len(numbers) < rows:
+        raise BadReplyError(f"experts of {len(numbers)} tokens, of {rows} that it read")
+    return ChosenExperts.of(torch.from_numpy(numbers[:rows].copy()))
+
+
 def sampling(
     request: GenerationRequest, limit: int, seed: int, stop: Sequence[int], masked: Sequence[int] = (), best: int = 0
 ) -> dict[str, Any]:
@@ -185,7 +219,10 @@ def sampling(
     }
     if masked:
         parameters["logit_bias"] = {str(token): _NO_PROBABILITY for token in masked}
-    return {"sampling_params": parameters, "return_logprob": True} | ({"top_logprobs_num": best} if best else {})
+    more: dict[str, Any] = {"top_logprobs_num": best} if best else {}
+    if request.return_experts:
+        more["return_routed_experts"] = True
+    return {"sampling_params": parameters, "return_logprob": True} | more
 
 
 def _spans(meta: dict[str, Any], count: int) -> tuple[tuple[int, int, str], ...]:
