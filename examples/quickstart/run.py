@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
+from examples.quickstart.omni_checkpoint import TinyOmniConfig, create_omni_checkpoint
 from examples.quickstart.questions import SUMS, Question, QuestionSource, all_problems, questions_about, vocabulary
 from examples.quickstart.spoken_sums import Split, SynthesisConfig, synthesize
 from examples.quickstart.warmup import WarmUpConfig, warm_up
@@ -51,7 +52,7 @@ class Example:
         vocabulary: all words of both.
         utterances: number of spoken questions by split.
         max_seconds: of an utterance; longer ones are an error.
-        model: sizes.
+        model: sizes, and by their kind the family.
         warm_up: the recipe; the seed is replaced.
     """
 
@@ -62,7 +63,7 @@ class Example:
     vocabulary: Callable[[], Sequence[str]]
     utterances: dict[Split, int]
     max_seconds: float = SynthesisConfig.max_seconds
-    model: TinyModelConfig = field(default_factory=TinyModelConfig)
+    model: TinyModelConfig | TinyOmniConfig = field(default_factory=TinyModelConfig)
     warm_up: WarmUpConfig = field(default_factory=WarmUpConfig)
 
     def root(self, seed: int) -> Path:
@@ -96,7 +97,10 @@ def prepare(example: Example, root: Path, config: RunConfig, console: Console) -
             synthesize(spoken_set, data[split], questions=example.questions, progress=partial(bar.advance, task))
     initial = root / "initial_checkpoint"
     if not (initial / "model.safetensors").is_file():
-        create_checkpoint(initial, example.model, example.vocabulary(), config.seed)
+        if isinstance(example.model, TinyOmniConfig):
+            create_omni_checkpoint(initial, example.model, example.vocabulary(), config.seed)
+        else:
+            create_checkpoint(initial, example.model, example.vocabulary(), config.seed)
     spoken = ShardDataset(data["warmup"])
     warm_up(
         initial,

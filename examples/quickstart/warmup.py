@@ -7,7 +7,7 @@ time. The CTC head is dropped at the end.
 Simplification: plain transformers and PyTorch in one process and fp32; a real run starts from a published checkpoint
 instead, or from two and `cord warmup`, which takes both towers as trained and frozen; here neither knows anything yet.
 
-Shapes: B sequences, L tokens, A audio features, V vocabulary.
+Shapes: B sequences, L tokens.
 """
 
 from __future__ import annotations
@@ -28,16 +28,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, ctc_loss
-from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
-from examples.quickstart.checkpoint import save_checkpoint
 from examples.quickstart.questions import Question
+from examples.quickstart.tiny_models import TinyModel, load_tiny_model
 from megatron_cord.data.ordering.order import permutation
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import file_digest, fingerprint
-from megatron_cord.runtime.quiet import no_progress_bars
 
 _RECORD = "warmup.json"
 _IGNORED = -100
@@ -126,20 +124,18 @@ def warm_up(
     texts = [_example(builder, sample, builder.text_prompt(sample)) for sample in written]
     recited = [_without_question(builder, sample, text) for sample, text in zip(written, texts, strict=True)]
     audios = [_example(builder, sample, builder.audio_prompt(sample)) for sample in spoken]
-    with no_progress_bars():
-        model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint_dir)
-    model.model.audio_tower.embed_positions.requires_grad_(False)  # Whisper's sinusoids are fixed
-    _train(model.train(), builder, config, texts, recited, audios)
+    model = load_tiny_model(checkpoint_dir)
+    model.module.train()
+    _train(model, builder, config, texts, recited, audios)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    processor = AutoProcessor.from_pretrained(checkpoint_dir)
-    save_checkpoint(partial, model, processor)
+    model.save(partial)
     (partial / _RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
     partial.rename(output)
 
 
 def _train(
-    model: Any,
+    model: TinyModel,
     builder: PromptBuilder,
     config: WarmUpConfig,
     texts: Sequence[_Example],
@@ -149,8 +145,9 @@ def _train(
     """Make all steps, in place; the same arguments give the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        ctc_head = nn.Linear(model.config.text_config.hidden_size, builder.vocab_size)
-    parameters = [parameter for parameter in (*model.parameters(), *ctc_head.parameters()) if parameter.requires_grad]
+        ctc_head = nn.Linear(model.hidden_size, builder.vocab_size)
+    every = (*model.module.parameters(), *ctc_head.parameters())
+    parameters = [parameter for parameter in every if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
     text_order, audio_order = _shuffled_epochs(texts, config.seed, 0), _shuffled_epochs(audios, config.seed, 1)
     recited_order = _shuffled_epochs(recited, config.seed, 2)
@@ -197,45 +194,33 @@ def _shuffled_epochs(examples: Sequence[_Example], seed: int, stream: int) -> It
         yield from (examples[index] for index in permutation(len(examples), seed, stream, epoch))
 
 
-def _text_loss(model: Any, pad_id: int, batch: Sequence[_Example]) -> Tensor:
+def _text_loss(model: TinyModel, pad_id: int, batch: Sequence[_Example]) -> Tensor:
     """Return the mean cross-entropy of the response tokens of written questions."""
     ids, targets, mask = _collate(batch, pad_id)
-    return _cross_entropy(
-        model, model.model.language_model(input_ids=ids, attention_mask=mask).last_hidden_state, targets
-    )
+    return _cross_entropy(model, model.text(ids, mask), targets)
 
 
-def _audio_losses(model: Any, ctc_head: nn.Linear, pad_id: int, batch: Sequence[_Example]) -> tuple[Tensor, Tensor]:
+def _audio_losses(
+    model: TinyModel, ctc_head: nn.Linear, pad_id: int, batch: Sequence[_Example]
+) -> tuple[Tensor, Tensor]:
     """Return the mean cross-entropy of response tokens, and the CTC loss of the words at the adapter's output."""
     ids, targets, mask = _collate(batch, pad_id)
     clips = [example.prompt.clips[0] for example in batch]
-    features = torch.stack([clip.features for clip in clips])
-    frames = torch.tensor([clip.num_frames for clip in clips])
-    adapter_outputs: list[Tensor] = []  # [B, A, H], which the model does not return
-    hook = model.model.multi_modal_projector.register_forward_hook(
-        lambda _module, _inputs, output: adapter_outputs.append(output)
-    )
-    try:
-        frame_mask = (torch.arange(features.shape[-1])[None, :] < frames[:, None]).long()
-        output = model.model(
-            input_ids=ids, attention_mask=mask, input_features=features, feature_attention_mask=frame_mask
-        )
-    finally:
-        hook.remove()
+    hidden, adapted = model.audio(ids, mask, clips)
     ctc = ctc_loss(
-        ctc_head(adapter_outputs[0]).log_softmax(-1).transpose(0, 1),
+        ctc_head(adapted).log_softmax(-1).transpose(0, 1),
         torch.tensor([token for example in batch for token in example.transcript]),
         torch.tensor([clip.num_tokens for clip in clips]),
         torch.tensor([len(example.transcript) for example in batch]),
         blank=pad_id,
         zero_infinity=True,  # a clip with fewer features than words teaches nothing
     )
-    return _cross_entropy(model, output.last_hidden_state, targets), ctc
+    return _cross_entropy(model, hidden, targets), ctc
 
 
-def _cross_entropy(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+def _cross_entropy(model: TinyModel, hidden: Tensor, targets: Tensor) -> Tensor:
     chosen = targets != _IGNORED
-    return cross_entropy(model.lm_head(hidden[chosen]), targets[chosen])
+    return cross_entropy(model.head(hidden[chosen]), targets[chosen])
 
 
 def _collate(batch: Sequence[_Example], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,7 +54,7 @@ class Spelling:
 
     def module_name(self, name: str) -> str:
         """Return the name in the plain model of a tensor of a checkpoint."""
-        renamings, prefix = _renamings(self._model_type)
+        renamings, prefix, _ = _renamings(self._model_type)
         renamed, _ = rename_source_key(name, renamings, [], prefix, self._by_module_name)
         return renamed
 
@@ -67,20 +67,25 @@ class Spelling:
     @cached_property
     def _by_module_name(self) -> dict[str, str]:
         """Published names by those in the plain model, where no published name lacks its base model's prefix."""
-        renamings, _ = _renamings(self._model_type)
-        return {rename_source_key(name, renamings, [])[0]: name for name in self._names}
+        renamings, _, outside = _renamings(self._model_type)
+        return {rename_source_key(name, renamings, [])[0].removeprefix(outside): name for name in self._names}
 
 
 @cache
-def _renamings(model_type: str) -> tuple[list[WeightRenaming], str | None]:
-    """Return what transformers renames in the names of a checkpoint of this family, and its base model's prefix."""
+def _renamings(model_type: str) -> tuple[list[WeightRenaming], str | None, str]:
+    """Return what transformers renames in the names of a checkpoint of this family, and its base model's prefix.
+
+    The third is the beginning of all names in files of a whole of which the plain model is a part, else empty.
+    """
     kind = plain_class(model_type)
-    if not kind.__module__.startswith("transformers."):
-        return [], None  # a class of this project's own has the published names
+    if not any(base.__module__.startswith("transformers.models.") for base in kind.__mro__):
+        return [], None, ""  # a class of this project's own has the published names
     with torch.device("meta"):  # the renamings depend on the parts of the model and not on their sizes
         model = kind(kind.config_class())
     steps = get_model_conversion_mapping(model)
-    return [step for step in steps if isinstance(step, WeightRenaming)], model.base_model_prefix
+    prefix = model.base_model_prefix
+    outside = "" if hasattr(model, prefix) else f"{prefix}."
+    return [step for step in steps if isinstance(step, WeightRenaming)], prefix, outside
 
 
 def plain_class(model_type: str) -> Any:

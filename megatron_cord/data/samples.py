@@ -223,7 +223,7 @@ class AudioClip:
 
     Attributes:
         waveform: float32 [samples], 16 kHz, for an engine with a feature extractor of its own.
-        features: float32 [n_mels, frames], log-mel, padded to the encoder's window.
+        features: float32 [n_mels, frames], log-mel, padded to the encoder's window where it has one.
         num_frames: how many of the frames are audio, the rest being padding.
         num_tokens: how many audio features the adapter makes of it, which is the number of placeholders.
     """

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sentencepiece import SentencePieceProcessor
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_cord.data import mistral_tokenizer
 from megatron_cord.data.mistral_tokenizer import MistralTokenizer
 from megatron_cord.errors import CordError
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
+from megatron_cord.model.families import FAMILIES, model_type_of
+from megatron_cord.runtime.files import read_json_object
 
 Turns = list[dict[str, Any]]  #: a conversation as chat templates take it
 
@@ -99,10 +101,14 @@ class HuggingFaceTokenizer:
     Args:
         processor: a processor or a tokenizer alone.
         directory: for errors.
+        has_feature_extractor: whether the checkpoint says how audio becomes features; None: as the processor does.
     """
 
-    def __init__(self, processor: Any, directory: Path) -> None:
+    def __init__(self, processor: Any, directory: Path, has_feature_extractor: bool | None = None) -> None:
         self._processor, self._directory = processor, directory
+        self.has_feature_extractor = (
+            hasattr(processor, "feature_extractor") if has_feature_extractor is None else has_feature_extractor
+        )
         self._tokenizer = getattr(processor, "tokenizer", processor)
         tokens = self._tokenizer.added_tokens_decoder
         added = {index for index, token in tokens.items() if token.special}
@@ -113,11 +119,6 @@ class HuggingFaceTokenizer:
         self.eos_id: int | None = self._tokenizer.eos_token_id
         self.pad_id: int | None = self._tokenizer.pad_token_id
         self.unknown_id: int | None = self._tokenizer.unk_token_id
-
-    @property
-    def has_feature_extractor(self) -> bool:
-        """Whether the checkpoint says how audio becomes features."""
-        return hasattr(self._processor, "feature_extractor")
 
     def __len__(self) -> int:
         return len(self._tokenizer)
@@ -232,13 +233,26 @@ def load_tokenizer(directory: str | Path) -> HuggingFaceTokenizer | SentencePiec
     others = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "processor_config.json")
     if (path / "tokenizer.model").is_file() and not any((path / name).is_file() for name in others):
         return SentencePieceTokenizer(path)
+    family = FAMILIES.get(model_type_of(path) or "")
     try:
+        if family is not None and family.sees:
+            return _without_eyes(path)
         return HuggingFaceTokenizer(AutoProcessor.from_pretrained(path, local_files_only=True), path)
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise CordError(
             f"{path}: no processor or configuration to load ({first_line}); give a checkpoint directory"
         ) from error
+
+
+def _without_eyes(directory: Path) -> HuggingFaceTokenizer:
+    """Load the tokenizer of a checkpoint whose processor needs more, with the chat template of the processor."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    template = directory / "chat_template.json"  # the tokenizer reads chat_template.jinja itself
+    if template.is_file():
+        tokenizer.chat_template = read_json_object(template, "copy it from the original checkpoint").get("chat_template")
+    says = any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+    return HuggingFaceTokenizer(tokenizer, directory, says)
 
 
 def vocabulary_difference(one: Tokenizer, other: Tokenizer) -> str | None:

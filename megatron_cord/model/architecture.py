@@ -10,10 +10,32 @@ from megatron_cord.errors import CordError
 
 
 @dataclass(frozen=True)
+class ChunkArchitecture:
+    """How an encoder without a window takes clips of any length: a chunk of frames at a time (Qwen3-Omni).
+
+    Three convolutions over mel bands and frames, each with stride 2, see one chunk; sinusoids count from its beginning;
+    positions attend to those of a few chunks.
+    """
+
+    frames: int  #: log-mel frames of a chunk; a clip's last one may have fewer
+    attended: int  #: neighbouring chunks that attend to each other
+    channels: int  #: of the convolutions
+
+    def positions(self, num_frames: int) -> int:
+        """Return how many positions the convolutions make of so many frames of one chunk: one in eight, rounded up."""
+        return (num_frames + 7) // 8
+
+    def bands(self, num_mels: int) -> int:
+        """Return how many bands the convolutions leave of so many mel bands."""
+        return self.positions(num_mels)
+
+
+@dataclass(frozen=True)
 class EncoderArchitecture:
     """A Whisper-style audio encoder: two convolutions, the second with stride 2, sinusoids, pre-norm layers, pooling.
 
-    Families treat a clip that is shorter than the window in different ways: see `encodes_padding` and `tail_frames`.
+    Families treat a clip that is shorter than the window in different ways: see `encodes_padding` and `tail_frames`. An
+    encoder with `chunks` has no window.
     """
 
     num_mels: int
@@ -29,10 +51,18 @@ class EncoderArchitecture:
     #: None: convolutions see the padding as it is
     tail_frames: int | None = None
     clip_frames: int | None = None  #: longest clip, if the family's own processing cuts clips shorter than the window
+    key_bias: bool = False  #: keys have a bias, as queries and values have
+    chunks: ChunkArchitecture | None = None  #: other convolutions, and clips of any length up to clip_frames
 
     @property
     def window_frames(self) -> int:
-        """Log-mel frames of one window."""
+        """Log-mel frames of one window, to which clips are padded.
+
+        Raises:
+            ValueError: an encoder with chunks has none; its clips are as long as they are.
+        """
+        if self.chunks is not None:
+            raise ValueError("an encoder with chunks has no window")
         return 2 * self.max_positions
 
     @property
@@ -42,7 +72,10 @@ class EncoderArchitecture:
 
     def frames_after_convolutions(self, num_frames: int) -> int:
         """Return how many of the encoder's positions carry audio when num_frames of its input do."""
-        return (num_frames - 1) // 2 + 1
+        if self.chunks is None:
+            return (num_frames - 1) // 2 + 1
+        whole, rest = divmod(num_frames, self.chunks.frames)
+        return whole * self.chunks.positions(self.chunks.frames) + self.chunks.positions(rest)
 
     def computed_positions(self, num_frames: int) -> int:
         """Return how many positions of a clip the layers compute, those of the frames that end it included."""
@@ -53,6 +86,14 @@ class EncoderArchitecture:
     def attended_positions(self, num_frames: int) -> int:
         """Return how many of these, from the first on, the others attend to."""
         return self.max_positions if self.encodes_padding else self.frames_after_convolutions(num_frames)
+
+    def attention_spans(self, num_frames: int) -> list[tuple[int, int]]:
+        """Return the parts of a clip that attend to themselves alone: computed positions, and those attended to."""
+        computed, attended = self.computed_positions(num_frames), self.attended_positions(num_frames)
+        if self.chunks is None:
+            return [(computed, attended)]
+        span = self.chunks.attended * self.chunks.positions(self.chunks.frames)
+        return [(min(span, computed - start),) * 2 for start in range(0, computed, span)]
 
     def seen_frames(self, num_frames: int) -> int:
         """Return how many log-mel frames the convolutions see to make the computed positions.
@@ -160,6 +201,7 @@ class Architecture:
         language: the language model.
         audio_token_id: the placeholder that audio features replace; None for a plain text model.
         adapter: between encoder and language model; None for a plain text model.
+        refused_tokens: placeholders of what is not trained here, and what stands behind each.
     """
 
     model_type: str
@@ -167,6 +209,7 @@ class Architecture:
     language: LanguageArchitecture
     audio_token_id: int | None
     adapter: AdapterArchitecture | None
+    refused_tokens: tuple[tuple[int, str], ...] = ()
 
     def num_audio_tokens(self, num_frames: int) -> int:
         """Return how many placeholders a clip of num_frames log-mel frames takes.

@@ -2,6 +2,7 @@
 
 Only what a clip needs is computed: its own positions, packed one clip after the other, without the rest of the
 encoder's window. Families whose encoder takes the silence in (`EncoderArchitecture.encodes_padding`) need all of it.
+Those without a window have other convolutions (`layers/chunk_stem.py`), and their clips attend in parts.
 Under sequence parallelism the positions of all clips are split over the tensor-parallel ranks between the layers'
 matrices; what a number that they do not divide lacks is a sequence of zeros of its own, so that no row is undefined.
 Simplification: the convolutions take one clip at a time.
@@ -26,6 +27,7 @@ from torch import Tensor
 from megatron_cord.model.architecture import EncoderArchitecture
 from megatron_cord.model.config import LayerConfig
 from megatron_cord.model.layers.attention import packed_sequences, select_key_rows
+from megatron_cord.model.layers.chunk_stem import ChunkStem
 from megatron_cord.model.layers.packed_rows import first_rows
 from megatron_cord.model.layers.transformer import block_spec, encoder_config
 from megatron_cord.parallel.layout import Layout
@@ -48,12 +50,10 @@ class AudioEncoder(MegatronModule):  # type: ignore[misc]
         super().__init__(config)
         self.arch = arch
         hidden = arch.hidden_size
-        self.conv1 = torch.nn.Conv1d(arch.num_mels, hidden, kernel_size=3, padding=1, dtype=dtype, device=layout.device)
-        self.conv2 = torch.nn.Conv1d(
-            hidden, hidden, kernel_size=3, stride=2, padding=1, dtype=dtype, device=layout.device
-        )
-        positions = torch.empty(arch.max_positions, hidden, dtype=dtype, device=layout.device)
-        self.embed_positions = torch.nn.Parameter(positions, requires_grad=False)  # sinusoids, stored in the checkpoint
+        if arch.chunks is not None:
+            self.stem = ChunkStem(arch.chunks, arch.num_mels, hidden, dtype, layout.device)
+        else:
+            self._add_convolutions(dtype, layout.device)
         groups = copy.copy(layout.groups)
         groups.pp = groups.cp = layout.solo  # this block is whole here, however the language model is split
         self._tp_group = layout.tp_group
@@ -62,25 +62,36 @@ class AudioEncoder(MegatronModule):  # type: ignore[misc]
         self.block = TransformerBlock(config, spec, post_layer_norm=False, pg_collection=groups)
         self.layer_norm = torch.nn.LayerNorm(hidden, eps=config.layernorm_epsilon, dtype=dtype, device=layout.device)
         for layer in self.block.layers:
-            _keep_key_bias_zero(layer.self_attention.linear_qkv.bias, hidden // arch.num_heads)
+            _keep_key_bias(layer.self_attention.linear_qkv.bias, hidden // arch.num_heads)
             if arch.tail_frames:
                 select_key_rows(layer.self_attention.core_attention)
             layer.mlp.__class__ = WholeMLP
+
+    def _add_convolutions(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Add Whisper's two convolutions, and its sinusoids, which are stored in the checkpoint."""
+        mels, hidden = self.arch.num_mels, self.arch.hidden_size
+        self.conv1 = torch.nn.Conv1d(mels, hidden, kernel_size=3, padding=1, dtype=dtype, device=device)
+        self.conv2 = torch.nn.Conv1d(hidden, hidden, kernel_size=3, stride=2, padding=1, dtype=dtype, device=device)
+        positions = torch.empty(self.arch.max_positions, hidden, dtype=dtype, device=device)
+        self.embed_positions = torch.nn.Parameter(positions, requires_grad=False)
 
     def forward(self, features: Tensor | Sequence[Tensor], num_frames: Sequence[int]) -> Tensor:
         """Encode clips.
 
         Args:
-            features: C times [mels, frames], clips padded to the window.
+            features: C times [mels, frames], clips padded to the window, or to any length where there is none.
             num_frames: C numbers, the valid frames of each clip.
 
         Returns:
             [F, H_audio], clip i with `num_outputs(num_frames[i])` of them.
         """
         lengths = [self.arch.computed_positions(frames) for frames in num_frames]
-        attended = [self.arch.attended_positions(frames) for frames in num_frames]
-        convolved = [self._convolve(*clip) for clip in zip(features, num_frames, lengths, strict=True)]
-        x = self._layers(torch.cat(convolved), lengths, attended)  # [T, H_audio]
+        if self.arch.chunks is not None:
+            convolved: Tensor = self.stem(features, num_frames)
+        else:
+            convolved = torch.cat([self._convolve(*clip) for clip in zip(features, num_frames, lengths, strict=True)])
+        spans = [span for frames in num_frames for span in self.arch.attention_spans(frames)]
+        x = self._layers(convolved, [length for length, _ in spans], [attended for _, attended in spans])
         pooled = [length // self.arch.pooling for length in lengths]
         x = first_rows(x, lengths, [count * self.arch.pooling for count in pooled])
         encoded: Tensor = self.layer_norm(x.reshape(-1, self.arch.pooling, x.shape[-1]).mean(1))
@@ -98,7 +109,13 @@ class AudioEncoder(MegatronModule):  # type: ignore[misc]
         return x.T + self.embed_positions[:positions]
 
     def _layers(self, x: Tensor, lengths: list[int], attended: list[int]) -> Tensor:
-        """Run the transformer's layers on x [T, H_audio], which is the same on all tensor-parallel ranks."""
+        """Run the transformer's layers on x [T, H_audio], which is the same on all tensor-parallel ranks.
+
+        Args:
+            x: positions of all clips.
+            lengths: of the parts that attend to themselves alone.
+            attended: positions of each, from its first on, that are attended to.
+        """
         total = x.shape[0]
         x = x.unsqueeze(1)  # Megatron's batch dimension
         if self.config.sequence_parallel:
@@ -126,8 +143,8 @@ class WholeMLP(MLP):  # type: ignore[misc]
         return output + bias, None
 
 
-def _keep_key_bias_zero(bias: torch.nn.Parameter, head_dim: int) -> None:
-    """Drop the gradient of the keys' bias, which Whisper lacks and Megatron's fused projection has: it stays zero.
+def _keep_key_bias(bias: torch.nn.Parameter, head_dim: int) -> None:
+    """Drop the gradient of the keys' bias: it stays as it is, which is zero where a family has none, as Whisper.
 
     A key bias does not change the attention, so its gradient is rounding noise, which Adam would scale to whole steps.
 

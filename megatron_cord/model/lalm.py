@@ -307,6 +307,7 @@ class LALM(MegatronModule):  # type: ignore[misc]
         tokens = [self.arch.num_audio_tokens(frames) for frames in batch.num_frames or ()]
         token_ids = batch.token_ids.cpu() if batch.host_token_ids is None else batch.host_token_ids
         is_placeholder = torch.eq(token_ids, self.arch.audio_token_id)  # [B, S], on the host
+        _refuse_tokens(token_ids, self.arch, batch.sample_ids)
         _check_placeholders(_placeholders_per_sample(is_placeholder, batch.cu_seqlens), tokens, batch.sample_ids)
         if batch.features is None:
             return embedded
@@ -345,6 +346,16 @@ def _placeholders_per_sample(is_placeholder: Tensor, cu_seqlens: tuple[int, ...]
         return is_placeholder.sum(1).tolist()
     before = torch.nn.functional.pad(is_placeholder[0].cumsum(0), (1, 0)).tolist()
     return [before[end] - before[start] for start, end in pairwise(cu_seqlens)]
+
+
+def _refuse_tokens(token_ids: Tensor, arch: Architecture, sample_ids: tuple[str, ...]) -> None:
+    """Raise CordError if there is a placeholder of what is not trained here; token_ids is in host memory."""
+    for index, what in arch.refused_tokens:
+        if bool((token_ids == index).any()):
+            raise CordError(
+                f"samples {', '.join(sample_ids)}: token {index} stands for {what}, and of {arch.model_type} only "
+                "audio and text are trained; take the sample out"
+            )
 
 
 def _check_placeholders(placeholders: list[int], features: list[int], sample_ids: tuple[str, ...]) -> None:

@@ -192,8 +192,18 @@ def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: i
         h = enc.hidden_size
         whole, selective = (encoder_layer_width(enc, tp, cut, selective=selective) for selective in (False, True))
         audio = positions * _kept(config.model, "audio_encoder", enc.num_layers, whole, selective, h / cut)
-        audio += positions * (2 * enc.num_mels + 6 * h)  # convolutions at twice the rate, their GELUs, the last norm
+        audio += positions * _convolution_width(enc)
     return _most_kept(config.parallel, work.microbatches, stage, language, audio) * item
+
+
+def _convolution_width(enc: EncoderArchitecture) -> float:
+    """Return the elements of a position that the convolutions, their GELUs and the last norm keep."""
+    if enc.chunks is None:
+        return 2 * enc.num_mels + 6 * enc.hidden_size  # convolutions at twice the rate
+    # Each convolution keeps what enters it and its GELU: a quarter of the one before it, over bands and frames.
+    frames, mels = enc.chunks.frames, enc.num_mels
+    kept = frames * mels * (1 + 2 * enc.chunks.channels * (1 / 4 + 1 / 16 + 1 / 64))
+    return kept / enc.chunks.positions(frames) + 2 * enc.hidden_size
 
 
 def _most_kept(parallel: ParallelConfig, microbatches: int, stage: int, language: float, audio: float) -> float:

@@ -39,10 +39,11 @@ def part_counts(arch: Architecture) -> PartCounts:
     """Count the parameters of a checkpoint's files, without Megatron's padding."""
     lm, encoder = arch.language, 0
     if arch.encoder is not None:
-        encoder = _encoder(arch.encoder, tp=1) - arch.encoder.num_layers * arch.encoder.hidden_size  # keys have no bias
+        key_biases = 0 if arch.encoder.key_bias else arch.encoder.num_layers * arch.encoder.hidden_size
+        encoder = _encoder(arch.encoder, tp=1) - key_biases
     embeddings = (1 if lm.tied_embeddings else 2) * lm.vocab_size * lm.hidden_size
     language = lm.num_layers * _language_layer(lm, tp=1) + lm.hidden_size + embeddings
-    positions = 0 if arch.encoder is None else arch.encoder.max_positions * arch.encoder.hidden_size
+    positions = 0 if arch.encoder is None else _positions(arch.encoder)
     return PartCounts(encoder, _adapter(arch), language, positions)
 
 
@@ -66,9 +67,7 @@ def rank_counts(
     language = layers * _language_layer(lm, tp, ep) + tables * table + (lm.hidden_size if last else 0)
     if not first or arch.encoder is None:
         return PartCounts(0, 0, language)
-    return PartCounts(
-        _encoder(arch.encoder, tp), _adapter(arch), language, arch.encoder.max_positions * arch.encoder.hidden_size
-    )
+    return PartCounts(_encoder(arch.encoder, tp), _adapter(arch), language, _positions(arch.encoder))
 
 
 def rank_layers(arch: Architecture, pp: int, stage: int, stages: Sequence[int] = ()) -> int:
@@ -122,7 +121,15 @@ def _encoder(enc: EncoderArchitecture, tp: int) -> int:
     shared = (3 * h * (h + 1) + h * h + f * (h + 1) + f * h) // tp  # qkv, projection, fc1, fc2; biases of qkv and fc1
     layer = shared + 2 * h + 4 * h  # biases of projection and fc2, two norms
     convolutions = 3 * h * (enc.num_mels + h) + 2 * h
-    return convolutions + enc.max_positions * h + enc.num_layers * layer + 2 * h
+    if enc.chunks is not None:
+        channels = enc.chunks.channels
+        convolutions = 9 * channels * (1 + 2 * channels) + 3 * channels + channels * enc.chunks.bands(enc.num_mels) * h
+    return convolutions + _positions(enc) + enc.num_layers * layer + 2 * h
+
+
+def _positions(enc: EncoderArchitecture) -> int:
+    """Count the encoder's sinusoids; where it has chunks they are computed, and no parameters."""
+    return 0 if enc.chunks is not None else enc.max_positions * enc.hidden_size
 
 
 def _adapter(arch: Architecture) -> int:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from megatron_cord.data.audio.features import stack_features
 from megatron_cord.errors import CordError
 from megatron_cord.model.encoder import AudioEncoder
 from megatron_cord.parallel.layout import Layout
@@ -140,7 +141,7 @@ def encode(
                             f"sample {wanted.name} has {clip.num_frames} frames, and its file's header says "
                             f"{wanted.num_frames}; write the shard again"
                         )
-                features = torch.stack([to_device(clip.features, layout.device) for clip in clips])
+                features = to_device(stack_features([clip.features for clip in clips]), layout.device)
                 states.write(block, encoder(features, [clip.num_frames for clip in clips]))
             # Also lets no rank run away from the others by more than a collective may take.
             done = min(start + layout.world_size, len(missing))

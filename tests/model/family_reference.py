@@ -25,6 +25,7 @@ from transformers import (
     Qwen2AudioConfig,
     Qwen2AudioEncoderConfig,
     Qwen2AudioForConditionalGeneration,
+    Qwen3OmniMoeConfig,
     VoxtralConfig,
     VoxtralEncoderConfig,
     VoxtralForConditionalGeneration,
@@ -32,11 +33,12 @@ from transformers import (
 
 from examples.quickstart.checkpoint import CHAT_TEMPLATE, SPECIAL_TOKENS, published_name
 from megatron_cord.convert.fused_experts import published_parts
+from megatron_cord.model.families.qwen3_omni_moe.plain_model import Thinker
 from megatron_cord.model.families.step_audio_2.audio import StepAudio2Config
 from megatron_cord.model.families.step_audio_2.plain_model import StepAudio2
 from megatron_cord.model.families.ultravox.configuration import UltravoxConfig
 from megatron_cord.model.families.ultravox.plain_model import Ultravox
-from tests.model.ranks import AUDIO_ID, MELS, VOCAB_SIZE, WINDOW, Batch, make_batches
+from tests.model.ranks import AUDIO_ID, MELS, TOKENS, VOCAB_SIZE, WINDOW, Batch, make_batches
 from tests.model.reference import Expected, one_step, randomise
 from tests.model.reference import logits_of as qwen2_audio_logits
 
@@ -104,6 +106,48 @@ def ultravox_config(kind: str, *, tied: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def qwen3_omni_config(*, tied: bool) -> dict[str, Any]:
+    """Return what a small Qwen3-Omni's configuration has in the place of transformers' defaults, as published."""
+    text = DECODER | TEXT["qwen3_moe"] | {
+        "norm_topk_prob": True, "max_position_embeddings": 128, "tie_word_embeddings": tied,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 2, 1], "interleaved": True,
+        },
+    }  # fmt: skip
+    return {
+        "thinker_config": {
+            "audio_config": {
+                "num_mel_bins": MELS, "d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 20, "downsample_hidden_size": 6, "n_window": 50, "n_window_infer": 200,
+                "output_dim": 48,
+            },
+            "text_config": text,
+            "vision_config": {
+                "depth": 2, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "out_hidden_size": 48,
+                "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1], "patch_size": 4,
+            },
+            "audio_token_id": AUDIO_ID, "image_token_id": VOCAB_SIZE, "video_token_id": VOCAB_SIZE + 1,
+            "vision_start_token_id": VOCAB_SIZE + 2, "tie_word_embeddings": tied,
+        },
+        "talker_config": {
+            "text_config": {
+                "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "num_key_value_heads": 1, "head_dim": 8, "moe_intermediate_size": 8, "num_experts": 4,
+                "num_experts_per_tok": 2, "shared_expert_intermediate_size": 8,
+            },
+            "code_predictor_config": {
+                "vocab_size": 16, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_code_groups": 4,
+            },
+            "thinker_hidden_size": 48, "num_code_groups": 4, "spatial_merge_size": 2,
+        },
+        "code2wav_config": {
+            "codebook_size": 16, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "intermediate_size": 20, "num_hidden_layers": 1, "num_quantizers": 4, "decoder_dim": 192,
+        },
+    }  # fmt: skip
+
+
 def _mask(batch: Batch) -> Tensor:
     return (torch.arange(batch.input.token_ids.shape[1])[None] < torch.tensor(batch.lengths)[:, None]).long()
 
@@ -144,6 +188,8 @@ def build(family: str, tied: bool) -> Any:
         model = voxtral(VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_ID))
     elif family == "ultravox":
         model = Ultravox(UltravoxConfig(**ultravox_config(kind or "qwen2", tied=tied)))
+    elif family == "qwen3_omni_moe":
+        model = Thinker(Qwen3OmniMoeConfig(**qwen3_omni_config(tied=tied)).thinker_config)
     else:
         model = StepAudio2(
             StepAudio2Config(audio_encoder_config=STEP_ENCODER, text_config=DECODER, audio_token_id=AUDIO_ID)
@@ -156,6 +202,8 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
     """Return logits [B, S, V]; those of padding are meaningless."""
     if isinstance(model, Qwen2AudioForConditionalGeneration):
         return qwen2_audio_logits(model, batch)
+    if isinstance(model, Thinker):
+        return _thinker_logits(model, batch)
     inputs = {"input_ids": batch.input.token_ids, "attention_mask": _mask(batch)}
     if batch.input.features is not None:
         inputs["input_features"] = batch.input.features
@@ -166,8 +214,31 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
     return torch.as_tensor(model.get_output_embeddings()(model.hidden(**inputs).last_hidden_state))
 
 
+def _thinker_logits(model: Any, batch: Batch) -> Tensor:
+    """Return the same of transformers' own forward pass of each sample by itself."""
+    frames, start, rows = batch.input.num_frames or (), 0, []
+    for ids, length in zip(batch.input.token_ids, batch.lengths, strict=True):
+        inputs: dict[str, Any] = {"input_ids": ids[None, :length], "attention_mask": torch.ones(1, length).long()}
+        left, end = int((ids == AUDIO_ID).sum()), start
+        while left:
+            left -= TOKENS["qwen3_omni_moe"](frames[end])
+            end += 1
+        if end > start:
+            clips = torch.as_tensor(batch.input.features)[start:end]
+            inputs["input_features"] = clips
+            inputs["feature_attention_mask"] = (
+                torch.arange(clips.shape[-1]) < torch.tensor(frames[start:end])[:, None]
+            ).long()
+        logits = model(**inputs).logits[0]
+        rows.append(torch.nn.functional.pad(logits, (0, 0, 0, len(ids) - length)))
+        start = end
+    return torch.stack(rows)
+
+
 def published(family: str, name: str) -> str:
     """Return the name in a checkpoint's files of a parameter of the reference."""
+    if family == "qwen3_omni_moe":
+        return f"thinker.{name}"
     return published_name(name) if family.partition("+")[0] in ("voxtral", "qwen2_audio") else name
 
 
@@ -177,7 +248,9 @@ def save(directory: Path, family: str, tied: bool) -> None:
     named = ((published(family, name), p.detach()) for name, p in model.named_parameters())
     parts = {name: part.clone() for whole in named for name, part in published_parts(*whole)}
     save_file(parts, directory / "model.safetensors")
-    if family == "step_audio_2":
+    if family == "qwen3_omni_moe":
+        Qwen3OmniMoeConfig(**qwen3_omni_config(tied=tied)).save_pretrained(directory)
+    elif family == "step_audio_2":
         config = {
             "model_type": family, "architectures": ["StepAudio2ForCausalLM"], "audio_token_id": AUDIO_ID,
             "audio_encoder_config": STEP_ENCODER, "text_config": DECODER,

@@ -39,7 +39,10 @@ TOKENS: dict[str, Callable[[int], int]] = {
     "step_audio_2": lambda frames: ((frames + 1) // 2 // 2 + 1) // 2,
     "voxtral": lambda _: WINDOW // 2 // 4,
     "ultravox": lambda frames: -(-((frames + 1) // 2) // 5),
+    "qwen3_omni_moe": lambda frames: frames // 100 * 13 + -(-(frames % 100) // 8),
 }
+#: Frames of clips in the place of those below for a family that divides them into chunks of a hundred.
+LONG = {3: 103, 17: 17, 21: 121, 26: 26, 33: 133, 40: 200, WINDOW: 250}
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,10 @@ class Batch:
     lengths: tuple[int, ...]
     loss_weights: Tensor
 
-    def loss(self, logits: Tensor) -> Tensor:
-        """Return a weighted sum of log-probabilities; logits [B, S, V]."""
-        return (logits.log_softmax(-1) * self.loss_weights).sum()
+    def loss(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return a weighted sum of log-probabilities; logits [B, S, V], or of these of the S rows alone."""
+        weights = self.loss_weights if rows is None else self.loss_weights.index_select(1, rows)
+        return (logits.log_softmax(-1) * weights).sum()
 
 
 @dataclass
@@ -99,13 +103,20 @@ def make_batches(family: str = "qwen2_audio") -> list[Batch]:
         ],
     ]
     family = family.partition("+")[0]
+    window = WINDOW
     if family not in TOKENS:
         samples = [[[("text", size) for _, size in sample] for sample in batch] for batch in samples]
-    return [_batch(generator, TOKENS.get(family), batch) for batch in samples]
+    elif family == "qwen3_omni_moe":
+        samples = [
+            [[(kind, LONG[size] if kind == "clip" else size) for kind, size in sample] for sample in batch]
+            for batch in samples
+        ]
+        window = max(LONG.values()) + 6
+    return [_batch(generator, TOKENS.get(family), batch, window) for batch in samples]
 
 
 def _batch(
-    generator: torch.Generator, tokens: Callable[[int], int] | None, samples: list[list[tuple[str, int]]]
+    generator: torch.Generator, tokens: Callable[[int], int] | None, samples: list[list[tuple[str, int]]], window: int
 ) -> Batch:
     rows, frames = [], []
     for sample in samples:
@@ -118,13 +129,13 @@ def _batch(
                 row += torch.randint(0, AUDIO_ID, (size,), generator=generator).tolist()
         rows.append(row)
     longest = max(map(len, rows))
-    longest += longest % 2  # sequence parallelism splits it in two
+    longest += -longest % 4  # sequence parallelism splits it in two, context parallelism in four
     token_ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     weights = torch.randn(len(rows), longest, VOCAB_SIZE, generator=generator)
     for row, weight in zip(rows, weights, strict=True):
         weight[len(row) :] = 0
     # What follows the frames is noise, so that a model that attends to it gives other logits.
-    features = torch.randn(len(frames), MELS, WINDOW, generator=generator) if frames else None
+    features = torch.randn(len(frames), MELS, window, generator=generator) if frames else None
     names = tuple(f"sample{i}" for i in range(len(rows)))
     model_input = ModelInput(token_ids, features, tuple(frames) if frames else None, names)
     return Batch(model_input, tuple(map(len, rows)), weights)
@@ -163,7 +174,8 @@ def run_case(case: Case, checkpoint: str) -> Outcome:
         for layer in model.audio_encoder.block.layers:
             bias = layer.self_attention.linear_qkv.bias.detach()
             keys = bias.view(-1, 3, model.audio_encoder.arch.hidden_size // model.audio_encoder.arch.num_heads)[:, 1]
-            outcome.key_bias = max(outcome.key_bias, float(keys.abs().max()))
+            if not model.audio_encoder.arch.key_bias:
+                outcome.key_bias = max(outcome.key_bias, float(keys.abs().max()))
     outcome.updated = {name: tensor.clone() for name, tensor in export_tensors(model)}
     outcome.updated_logits = _forward_backward(wrapped, share, train=False)
     return outcome
@@ -179,8 +191,12 @@ def _forward_backward(wrapped: Any, share: list[tuple[int, Batch]], *, train: bo
         def loss_func(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             shard = copy_to_tensor_model_parallel_region(hidden) @ wrapped.module.output_weight.t()
             whole = gather_from_tensor_model_parallel_region(shard).transpose(0, 1)[..., :VOCAB_SIZE]
-            logits[index] = whole.detach().clone()
-            return batch.loss(whole), torch.tensor(1), {}
+            layout, length = wrapped.module.layout, batch.input.token_ids.shape[1]
+            rows = layout.sequence_sharding.rows((0, length))  # of this context-parallel rank
+            everyones = whole.new_zeros(len(whole), length, VOCAB_SIZE).index_copy(1, rows, whole.detach())
+            dist.all_reduce(everyones, group=layout.cp_group)
+            logits[index] = everyones
+            return batch.loss(whole, rows), torch.tensor(1), {}
 
         return module(batch.input), loss_func
 

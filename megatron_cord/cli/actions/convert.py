@@ -29,6 +29,7 @@ from megatron_cord.convert.model_card import model_card, without_cards
 from megatron_cord.convert.peft.directory import write_adapter
 from megatron_cord.convert.spelling import published_tensors
 from megatron_cord.data.audio.decode import decode_audio
+from megatron_cord.data.audio.features import stack_features
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.data.shards.reader import ShardDataset
@@ -304,7 +305,7 @@ def _voice() -> np.ndarray:
 def _model_input(prompt: Prompt, layout: Layout) -> ModelInput:
     return ModelInput(
         token_ids=torch.tensor([prompt.token_ids], device=layout.device),
-        features=torch.stack([clip.features for clip in prompt.clips]).to(layout.device) if prompt.clips else None,
+        features=stack_features([clip.features for clip in prompt.clips]).to(layout.device) if prompt.clips else None,
         num_frames=tuple(clip.num_frames for clip in prompt.clips) if prompt.clips else None,
         sample_ids=(prompt.sample_id,),
     )

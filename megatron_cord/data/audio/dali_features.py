@@ -47,23 +47,29 @@ class DaliFeatures:
         self._pipeline = self._build()
 
     def __call__(
-        self, waveforms: Sequence[np.ndarray], names: Sequence[str], sampling_rates: Sequence[int]
+        self,
+        waveforms: Sequence[np.ndarray],
+        names: Sequence[str],
+        sampling_rates: Sequence[int],
+        windows: Sequence[int] | None = None,
     ) -> list[Features]:
         """See ``FeatureExtractor``."""
-        for waveform, name, rate in zip(waveforms, names, sampling_rates, strict=True):
-            check_waveform(torch.as_tensor(waveform), self._config, sampling_rate=rate, name=name)
+        configs = self._config.padded_to(windows, len(waveforms))
+        for waveform, name, rate, config in zip(waveforms, names, sampling_rates, configs, strict=True):
+            check_waveform(torch.as_tensor(waveform), config, sampling_rate=rate, name=name)
         features: list[Features] = []
         for start in range(0, len(waveforms), _BATCH):
-            batch = waveforms[start : start + _BATCH]
+            batch = list(zip(waveforms, configs, strict=True))[start : start + _BATCH]
             with self._lock:
-                spectra = self._run([self._padded(waveform) for waveform in batch])
-            for waveform, spectrum in zip(batch, spectra, strict=True):
-                sounding = spectrum[:, : self._config.sounding_frames(len(waveform))]
-                features.append(normalize(sounding, self._config, len(waveform)))
+                spectra = self._run([self._padded(waveform, config) for waveform, config in batch])
+            for (waveform, config), spectrum in zip(batch, spectra, strict=True):
+                sounding = spectrum[:, : config.sounding_frames(len(waveform))]
+                features.append(normalize(sounding, config, len(waveform)))
         return features
 
-    def _padded(self, waveform: np.ndarray) -> np.ndarray:
-        wanted = self._config.samples_behind(self._config.sounding_frames(len(waveform)))
+    @staticmethod
+    def _padded(waveform: np.ndarray, config: FeatureConfig) -> np.ndarray:
+        wanted = config.samples_behind(config.sounding_frames(len(waveform)))
         return np.pad(np.asarray(waveform, np.float32), (0, max(0, wanted - len(waveform))))
 
     def _run(self, waveforms: list[np.ndarray]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -73,6 +73,10 @@ class FeatureConfig:
     def samples_behind(self, frames: int) -> int:
         """Return how many samples the first ``frames`` frames see, and as many as a reflection of the end."""
         return min(frames * self.hop_length + self.n_fft, self.n_samples)
+
+    def padded_to(self, windows: Sequence[int] | None, clips: int) -> list[FeatureConfig]:
+        """Return the configuration of each of so many clips: with its window in samples, or with this one's if None."""
+        return [self] * clips if windows is None else [replace(self, n_samples=window) for window in windows]
 
     @classmethod
     def from_checkpoint(cls, directory: str | Path) -> FeatureConfig:
@@ -205,13 +209,30 @@ def normalize(sounding: Tensor, config: FeatureConfig, samples: int) -> Features
     return Features(features.add_(4.0).div_(4.0), config.num_frames(samples))
 
 
+def stack_features(clips: Sequence[Tensor]) -> Tensor:
+    """Return one or more clips' features [n_mels, frames] as [C, n_mels, frames], with zeros behind the shorter ones."""
+    longest = max(clip.shape[1] for clip in clips)
+    return torch.stack([torch.nn.functional.pad(clip, (0, longest - clip.shape[1])) for clip in clips])
+
+
 class FeatureExtractor(Protocol):
     """Makes features of several clips at once; threads may share it."""
 
     def __call__(
-        self, waveforms: Sequence[np.ndarray], names: Sequence[str], sampling_rates: Sequence[int]
+        self,
+        waveforms: Sequence[np.ndarray],
+        names: Sequence[str],
+        sampling_rates: Sequence[int],
+        windows: Sequence[int] | None = None,
     ) -> list[Features]:
-        """One clip's features each, as `log_mel` makes them, in the same order."""
+        """One clip's features each, as `log_mel` makes them, in the same order.
+
+        Args:
+            waveforms: of the clips.
+            names: of their samples, for errors.
+            sampling_rates: of the waveforms.
+            windows: samples to which each is padded; None: the configuration's window, for all.
+        """
         ...
 
 
@@ -226,11 +247,15 @@ class TorchFeatures:
         self._config = config
 
     def __call__(
-        self, waveforms: Sequence[np.ndarray], names: Sequence[str], sampling_rates: Sequence[int]
+        self,
+        waveforms: Sequence[np.ndarray],
+        names: Sequence[str],
+        sampling_rates: Sequence[int],
+        windows: Sequence[int] | None = None,
     ) -> list[Features]:
         """See ``FeatureExtractor``."""
-        clips = zip(waveforms, names, sampling_rates, strict=True)
-        return [log_mel(waveform, self._config, sampling_rate=rate, name=name) for waveform, name, rate in clips]
+        clips = zip(waveforms, names, sampling_rates, self._config.padded_to(windows, len(waveforms)), strict=True)
+        return [log_mel(waveform, config, sampling_rate=rate, name=name) for waveform, name, rate, config in clips]
 
 
 @lru_cache(maxsize=8)

@@ -160,7 +160,7 @@ class PromptBuilder:
     def audio_prompt(self, sample: Sample) -> Prompt:
         """Build the prompt of the recordings. Threads may call it.
 
-        Each clip's features are float32 [n_mels, window frames].
+        Each clip's features are float32 [n_mels, window frames], or its own frames where the encoder has no window.
 
         Raises:
             CordError: audio that `ClipMaker.make` refuses, a model without an audio encoder, a control token in a text
@@ -316,6 +316,13 @@ class PromptBuilder:
             features = FeatureConfig(
                 n_mels=encoder.num_mels, n_samples=encoder.window_frames * FeatureConfig.hop_length
             )
+        if encoder.chunks is not None:
+            if features.n_mels != encoder.num_mels:
+                raise CordError(
+                    f"{directory}: the feature extractor makes {features.n_mels} mel bands, the encoder takes "
+                    f"{encoder.num_mels}; copy preprocessor_config.json from the original checkpoint"
+                )
+            return features
         if (features.n_mels, features.max_frames) != (encoder.num_mels, encoder.window_frames):
             raise CordError(
                 f"{directory}: the feature extractor makes {features.n_mels} mel bands and {features.max_frames} "

@@ -12,6 +12,7 @@ from megatron_cord.data.audio.features import FeatureConfig, FeatureExtractor, T
 from megatron_cord.data.samples import AudioClip, Sample
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
+from megatron_cord.model.families import family_of
 
 _FEWEST_TOKENS = 2  # transformers takes a lone placeholder for one that is still to be expanded
 
@@ -38,14 +39,19 @@ class ClipMaker:
     ) -> None:
         assert architecture.encoder is not None
         self._arch, self._features, self._long_audio = architecture, features, long_audio
+        self._has_window = architecture.encoder.chunks is None
         self._extract = _make_extractor(backend, features)
+        self._pads_to_longest = family_of(architecture).pads_to_longest
         self._fewest_frames = next(n for n in count(1) if architecture.num_audio_tokens(n) >= _FEWEST_TOKENS)
         self.longest = architecture.encoder.max_clip_frames * features.hop_length
-        self.shortest = (self._fewest_frames - 1) * features.hop_length + 1
+        # Behind the longest clip of a prompt there is no silence that would fill its last frame.
+        self.shortest = self._fewest_frames * features.hop_length
+        if not self._pads_to_longest:
+            self.shortest -= features.hop_length - 1
 
     def num_frames(self, samples: int) -> int:
-        """Return how many log-mel frames a clip of so many samples of audio fills."""
-        return self._features.num_frames(samples)
+        """Return how many log-mel frames a clip of so many samples of audio fills, by itself in its prompt."""
+        return samples // self._features.hop_length if self._pads_to_longest else self._features.num_frames(samples)
 
     def make(self, samples: Sequence[Sample]) -> list[list[list[AudioClip]]]:
         """Return each sample's clips, by recording; the features of all are made together.
@@ -64,6 +70,7 @@ class ClipMaker:
             [window for *_, window in windows],
             [_name(samples[i], j) for i, j, _ in windows],
             [samples[i].sampling_rate for i, *_ in windows],
+            self._lengths([(i, len(window)) for i, _, window in windows]) if self._pads_to_longest else None,
         )
         clips: list[list[list[AudioClip]]] = [[[] for _ in sample.recordings] for sample in samples]
         for (i, j, window), made in zip(windows, features, strict=True):
@@ -74,8 +81,18 @@ class ClipMaker:
                     f"sample {_name(samples[i], j)}: audio of {seconds:.2f} s is too short for the encoder; drop the "
                     "sample"
                 )
-            clips[i][j].append(AudioClip(window, made.log_mel, made.num_frames, tokens))
+            # What follows a clip is read by encoders with a window alone.
+            log_mel = made.log_mel if self._has_window else made.log_mel[:, : made.num_frames].clone()
+            clips[i][j].append(AudioClip(window, log_mel, made.num_frames, tokens))
         return clips
+
+    @staticmethod
+    def _lengths(clips: Sequence[tuple[int, int]]) -> list[int]:
+        """Return the length of the longest clip of its prompt for each, given as (sample's number, samples)."""
+        longest: dict[int, int] = {}
+        for sample, length in clips:
+            longest[sample] = max(length, longest.get(sample, 0))
+        return [longest[sample] for sample, _ in clips]
 
     def _windows(self, audio: np.ndarray, rate: int, name: str) -> list[np.ndarray]:
         """Cut the recording into clips that the encoder can take, whole if it is short enough; nothing is left out."""

@@ -19,7 +19,7 @@ from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families.base import Family
 
-__all__ = ["FAMILIES", "Family", "family_of", "load_architecture"]
+__all__ = ["FAMILIES", "Family", "family_of", "load_architecture", "model_type_of"]
 
 
 def _find_families() -> dict[str, Family]:
@@ -55,6 +55,15 @@ def load_architecture(checkpoint_dir: str | Path) -> Architecture:
     except (StrictDataclassError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         why = " ".join(str(error).split())
         raise CordError(f"{path} is damaged ({type(error).__name__}: {why}); download the checkpoint again") from None
+
+
+def model_type_of(checkpoint_dir: str | Path) -> str | None:
+    """Return what a directory's config.json names as its model type; None without a file that does."""
+    try:
+        found = json.loads((Path(checkpoint_dir) / "config.json").read_text()).get("model_type")
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def family_of(architecture: Architecture) -> Family:

@@ -28,6 +28,10 @@ class Family:
         carries: beginnings of the names of tensors that belong to parts of a checkpoint which are not trained here.
             Conversions pass them on as they are.
         carries_files: names of weight files that belong to such parts, and are passed on unread.
+        pads_to_longest: whether clips are padded to the longest one of their prompt before their features are made, as
+            by a processor that knows no window; otherwise to the window.
+        sees: whether the checkpoint's processor also makes features of images and videos, for which it needs packages
+            that nothing here needs; tokenizer and feature extractor are then read by themselves.
         sglang_max_clips: how many recordings one prompt may have on an SGLang server; None if SGLang servers do not
             serve the family.
         sglang_serves: whether they serve such an architecture of it; by default, any.
@@ -41,5 +45,7 @@ class Family:
     joins_windows: bool = False
     carries: tuple[str, ...] = ()
     carries_files: tuple[str, ...] = ()
+    pads_to_longest: bool = False
+    sees: bool = False
     sglang_max_clips: float | None = None
     sglang_serves: Callable[[Architecture], bool] = lambda _: True

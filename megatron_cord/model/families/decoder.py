@@ -29,6 +29,7 @@ DECODERS = {
     "qwen2": Decoder(qkv_bias=True),
     "qwen3": Decoder(qk_norm=True),
     "qwen3_moe": Decoder(qk_norm=True, experts=True),
+    "qwen3_omni_moe_text": Decoder(qk_norm=True, experts=True),
 }
 DENSE = tuple(name for name, kind in DECODERS.items() if not kind.experts)
 

@@ -53,8 +53,12 @@ def encoder_rules(enc: EncoderArchitecture, tower: str, spelling: Mapping[str, s
     """
     mega, spelled = "audio_encoder", spelling or WHISPER_SPELLING
     qkv = Qkv(enc.num_heads, enc.num_heads, enc.hidden_size // enc.num_heads)
-    rules = [rule for conv in ("conv1", "conv2") for rule in pair(f"{mega}.{conv}", f"{tower}.{conv}")]
-    rules.append(TensorRule(f"{mega}.embed_positions", (f"{tower}.{spelled['positions']}",), Replicated()))
+    if enc.chunks is not None:
+        rules = [rule for i in (1, 2, 3) for rule in pair(f"{mega}.stem.conv{i}", f"{tower}.conv2d{i}")]
+        rules += pair(f"{mega}.stem.projection", f"{tower}.conv_out", bias=False)
+    else:
+        rules = [rule for conv in ("conv1", "conv2") for rule in pair(f"{mega}.{conv}", f"{tower}.{conv}")]
+        rules.append(TensorRule(f"{mega}.embed_positions", (f"{tower}.{spelled['positions']}",), Replicated()))
     for i in range(enc.num_layers):
         hf, mg = f"{tower}.{spelled['layers']}.{i}", f"{mega}.block.layers.{i}"
         query, key, value, out = (f"{hf}.{spelled[part]}" for part in ("query", "key", "value", "out"))
@@ -63,7 +67,11 @@ def encoder_rules(enc: EncoderArchitecture, tower: str, spelling: Mapping[str, s
                 f"{mg}.self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in (query, key, value)), qkv
             ),
             # Whisper's keys have no bias; in the fused tensor it stays zero (see AudioEncoder).
-            TensorRule(f"{mg}.self_attention.linear_qkv.bias", (f"{query}.bias", None, f"{value}.bias"), qkv),
+            TensorRule(
+                f"{mg}.self_attention.linear_qkv.bias",
+                (f"{query}.bias", f"{key}.bias" if enc.key_bias else None, f"{value}.bias"),
+                qkv,
+            ),
             TensorRule(f"{mg}.self_attention.linear_proj.weight", (f"{out}.weight",), Row()),
             TensorRule(f"{mg}.self_attention.linear_proj.bias", (f"{out}.bias",), Replicated()),
             TensorRule(f"{mg}.mlp.linear_fc1.weight", (f"{hf}.{spelled['mlp_in']}.weight",), Column()),

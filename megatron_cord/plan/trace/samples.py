@@ -72,7 +72,8 @@ def make_sequences(
     if arch.encoder is not None and arch.audio_token_id is not None:
         frames = round(audio_seconds * FRAMES_A_SECOND)
         audio = int(arch.num_audio_tokens(frames))
-        features = torch.empty(arch.encoder.num_mels, arch.encoder.window_frames)
+        length = arch.encoder.window_frames if arch.encoder.chunks is None else frames
+        features = torch.empty(arch.encoder.num_mels, length)
         clip = AudioClip(np.zeros(0, np.float32), features, frames, audio)
     lengths, objective = dict(work.prompts), config.objective
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_cord.convert.plain_model import PlainModel
+from megatron_cord.data.audio.features import stack_features
 from megatron_cord.data.samples import Prompt
 from megatron_cord.rollout.chosen_experts import ChosenExperts
 from megatron_cord.rollout.local.key_value_cache import key_value_cache
@@ -149,5 +150,4 @@ def collate_clips(prompts: Sequence[Prompt], device: torch.device) -> tuple[Tens
     clips = [clip for prompt in prompts for clip in prompt.clips]
     if not clips:
         return None, None
-    features = torch.stack([clip.features for clip in clips])
-    return features.to(device), torch.tensor([clip.num_frames for clip in clips], device=device)
+    return stack_features([clip.features for clip in clips]).to(device), torch.tensor([clip.num_frames for clip in clips], device=device)

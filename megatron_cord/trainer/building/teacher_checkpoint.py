@@ -68,7 +68,12 @@ def _other_audio(teacher: Architecture, student: Architecture) -> str | None:
         return f"is a text model ({teacher.model_type})"
     if student.encoder is None or teacher.audio_token_id != student.audio_token_id:
         return f"has the placeholder {teacher.audio_token_id} for it, not the student's {student.audio_token_id}"
-    ours, theirs = ((each.num_mels, each.window_frames) for each in (student.encoder, teacher.encoder))
+    if (student.encoder.chunks is None) != (teacher.encoder.chunks is None):
+        return "takes clips padded to a window, or the student does, and the other takes them as long as they are"
+    ours, theirs = (
+        (each.num_mels, each.max_clip_frames if each.chunks is not None else each.window_frames)
+        for each in (student.encoder, teacher.encoder)
+    )
     if ours != theirs:
         return "takes {} mel bins and {} frames, not the student's {} and {}".format(*theirs, *ours)
     lengths = range(1, student.encoder.max_clip_frames + 1)

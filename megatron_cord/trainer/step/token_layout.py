@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_cord.data.audio.features import stack_features
 from megatron_cord.data.samples import Prompt
 from megatron_cord.model.lalm import ModelInput
 from megatron_cord.parallel.sequence_sharding import SequenceSharding
@@ -92,7 +93,7 @@ def _model_input(
     device: torch.device,
 ) -> ModelInput:
     clips = [clip for prompt in prompts for clip in prompt.clips]
-    features = to_device(torch.stack([clip.features for clip in clips]), device) if clips else None
+    features = to_device(stack_features([clip.features for clip in clips]), device) if clips else None
     frames = tuple(clip.num_frames for clip in clips) if clips else None
     names = tuple(p.sample_id for p in prompts)
     lengths = tuple(len(prompt.token_ids) + len(response) for prompt, response in zip(prompts, responses, strict=True))

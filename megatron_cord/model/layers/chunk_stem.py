@@ -1,0 +1,88 @@
+"""The convolutions of an encoder without a window, a chunk of frames at a time, and the sinusoids of its positions.
+
+A clip gives the same positions in every batch: its last chunk is padded with silence to a whole one if it has others
+before it, and a clip within one chunk is computed as it is. transformers' Qwen3-Omni does so with a clip alone; with
+several it pads all chunks to the longest, which the last positions of a clip shorter than one chunk depend on.
+Legend: C clips, n chunks of a portion, T positions of all clips, H_audio the encoder's width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, pad
+
+from megatron_cord.model.architecture import ChunkArchitecture
+
+_PORTION = 64  # chunks that are convolved at a time, which bounds the memory of a long recording without gradients
+
+
+class ChunkStem(torch.nn.Module):
+    """Three convolutions over mel bands and frames, and a projection of what they leave of a column of bands.
+
+    Args:
+        arch: of the chunks.
+        num_mels: bands of the log-mel spectrum.
+        hidden: H_audio.
+        dtype: of parameters and activations.
+        device: where they are.
+    """
+
+    def __init__(
+        self, arch: ChunkArchitecture, num_mels: int, hidden: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.arch = arch
+        kind = {"dtype": dtype, "device": device}
+        self.conv1 = torch.nn.Conv2d(1, arch.channels, kernel_size=3, stride=2, padding=1, **kind)
+        self.conv2 = torch.nn.Conv2d(arch.channels, arch.channels, kernel_size=3, stride=2, padding=1, **kind)
+        self.conv3 = torch.nn.Conv2d(arch.channels, arch.channels, kernel_size=3, stride=2, padding=1, **kind)
+        self.projection = torch.nn.Linear(arch.channels * arch.bands(num_mels), hidden, bias=False, **kind)
+        table = sinusoids(arch.positions(arch.frames), hidden)
+        self.register_buffer("positions", table.to(device), persistent=False)
+
+    def forward(self, features: Tensor | Sequence[Tensor], num_frames: Sequence[int]) -> Tensor:
+        """Return [T, H_audio], one clip after the other, with the embedding of the positions.
+
+        Args:
+            features: C times [mels, frames], with as many frames as the clip has, or more.
+            num_frames: C numbers, the frames of each clip.
+        """
+        chunks: list[Tensor] = []
+        counts: list[int] = []
+        for clip, frames in zip(features, num_frames, strict=True):
+            pieces = list(clip[:, :frames].split(self.arch.frames, dim=1))
+            counts += [self.arch.positions(piece.shape[1]) for piece in pieces]
+            if len(pieces) > 1:
+                pieces[-1] = pad(pieces[-1], (0, self.arch.frames - pieces[-1].shape[1]))
+            chunks += pieces
+        made: dict[int, Tensor] = {}
+        by_width: dict[int, list[int]] = {}
+        for number, chunk in enumerate(chunks):
+            by_width.setdefault(chunk.shape[1], []).append(number)
+        for numbers in by_width.values():
+            for start in range(0, len(numbers), _PORTION):
+                portion = numbers[start : start + _PORTION]
+                made |= zip(portion, self._convolve(torch.stack([chunks[i] for i in portion])), strict=True)
+        return torch.cat([made[number][:count] for number, count in enumerate(counts)])
+
+    def _convolve(self, chunks: Tensor) -> Tensor:
+        """Map [n, mels, frames] to [n, positions, H_audio]."""
+        x = chunks[:, None].to(self.conv1.weight.dtype)
+        for convolution in (self.conv1, self.conv2, self.conv3):
+            x = gelu(convolution(x))
+        columns = x.permute(0, 3, 1, 2).flatten(2)  # [n, positions, channels · bands]
+        positions: Tensor = self.positions[: columns.shape[1]].to(x.dtype)  # type: ignore[index]
+        projected: Tensor = self.projection(columns) + positions
+        return projected
+
+
+def sinusoids(positions: int, channels: int) -> Tensor:
+    """Return Whisper's position embeddings, float32 [positions, channels]: sines, then cosines along the channels."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half).float())
+    angles = torch.arange(positions)[:, None] * frequencies[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
