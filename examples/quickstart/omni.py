@@ -13,9 +13,7 @@ from examples.quickstart.omni_checkpoint import TinyOmniConfig
 from examples.quickstart.run import QUICKSTART, run
 from megatron_cord.runtime import entry
 
-OMNI = replace(
-    QUICKSTART, name="quickstart-omni", config=Path(__file__).parent / "omni.yaml", model=TinyOmniConfig()
-)
+OMNI = replace(QUICKSTART, name="quickstart-omni", config=Path(__file__).parent / "omni.yaml", model=TinyOmniConfig())
 
 
 def main() -> int:

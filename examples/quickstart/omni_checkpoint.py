@@ -122,8 +122,8 @@ def _thinker_config(config: TinyOmniConfig, rows: int, ids: dict[str, int]) -> d
             "num_experts_per_tok": 2, "moe_intermediate_size": config.expert_size, "norm_topk_prob": True,
             "max_position_embeddings": config.max_positions, "tie_word_embeddings": False,
             "rope_parameters": {
-                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [head // 2 - 2 * (head // 6), head // 6, head // 6],
-                "interleaved": True,
+                "rope_type": "default", "rope_theta": 1e4, "interleaved": True,
+                "mrope_section": [head // 2 - 2 * (head // 6), head // 6, head // 6],
             },
         },
         "vision_config": {

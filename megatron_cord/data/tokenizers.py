@@ -250,7 +250,9 @@ def _without_eyes(directory: Path) -> HuggingFaceTokenizer:
     tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     template = directory / "chat_template.json"  # the tokenizer reads chat_template.jinja itself
     if template.is_file():
-        tokenizer.chat_template = read_json_object(template, "copy it from the original checkpoint").get("chat_template")
+        tokenizer.chat_template = read_json_object(template, "copy it from the original checkpoint").get(
+            "chat_template"
+        )
     says = any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
     return HuggingFaceTokenizer(tokenizer, directory, says)
 

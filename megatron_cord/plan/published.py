@@ -9,12 +9,16 @@ from megatron_cord.errors import CordError
 if TYPE_CHECKING:
     from megatron_cord.model.architecture import Architecture
 
-PUBLISHED = ("qwen2_audio_7b", "step_audio2_mini")  #: names that `published` knows
+PUBLISHED = ("qwen2_audio_7b", "qwen3_omni_30b_a3b", "step_audio2_mini")  #: names that `published` knows
 
 
 def published(name: str) -> Architecture:
     """Return a published model's architecture. Raises CordError for an unknown name."""
-    known = {"qwen2_audio_7b": _qwen2_audio_7b, "step_audio2_mini": _step_audio2_mini}
+    known = {
+        "qwen2_audio_7b": _qwen2_audio_7b,
+        "qwen3_omni_30b_a3b": _qwen3_omni_30b_a3b,
+        "step_audio2_mini": _step_audio2_mini,
+    }
     if name not in known:
         raise CordError(f"unknown model {name!r}; choose one of {', '.join(known)}, or give a checkpoint's directory")
     return known[name]()
@@ -44,6 +48,45 @@ def _qwen2_audio_7b() -> Architecture:
         ),
         audio_token_id=151646,
         adapter=a.AdapterArchitecture("linear"),
+    )
+
+
+def _qwen3_omni_30b_a3b() -> Architecture:
+    from megatron_cord.model import architecture as a
+
+    return a.Architecture(
+        model_type="qwen3_omni_moe",
+        encoder=a.EncoderArchitecture(
+            num_mels=128,
+            hidden_size=1280,
+            num_layers=32,
+            num_heads=20,
+            ffn_hidden_size=5120,
+            max_positions=1500,
+            pooling=1,
+            clip_frames=240_000,
+            key_bias=True,
+            chunks=a.ChunkArchitecture(frames=100, attended=8, channels=480),
+        ),
+        language=a.LanguageArchitecture(
+            hidden_size=2048,
+            num_layers=48,
+            num_heads=32,
+            num_kv_heads=4,
+            head_dim=128,
+            ffn_hidden_size=768,
+            vocab_size=152064,
+            max_positions=65536,
+            rope_theta=1000000.0,
+            norm_epsilon=1e-6,
+            qkv_bias=False,
+            tied_embeddings=False,
+            qk_norm=True,
+            experts=a.ExpertsArchitecture(count=128, per_token=8, normalized=True),
+        ),
+        audio_token_id=151675,
+        adapter=a.AdapterArchitecture("stacking", 1280),
+        refused_tokens=((151655, "an image"), (151656, "a video")),
     )
 
 

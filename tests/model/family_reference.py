@@ -294,7 +294,7 @@ def save_whole(directory: Path, family: str, words: Sequence[str], *, tied: bool
         chat_template=CHAT_TEMPLATE,
     )
     tokenizer.save_pretrained(directory)
-    if family.partition("+")[0] in ("voxtral", "qwen2_audio"):
+    if family.partition("+")[0] in ("voxtral", "qwen2_audio", "qwen3_omni_moe"):
         extractor = {
             "feature_extractor_type": "WhisperFeatureExtractor",
             "feature_size": MELS,

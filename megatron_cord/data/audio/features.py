@@ -210,7 +210,7 @@ def normalize(sounding: Tensor, config: FeatureConfig, samples: int) -> Features
 
 
 def stack_features(clips: Sequence[Tensor]) -> Tensor:
-    """Return one or more clips' features [n_mels, frames] as [C, n_mels, frames], with zeros behind the shorter ones."""
+    """Return clips' features [n_mels, frames] as [C, n_mels, frames], with zeros behind the shorter ones."""
     longest = max(clip.shape[1] for clip in clips)
     return torch.stack([torch.nn.functional.pad(clip, (0, longest - clip.shape[1])) for clip in clips])
 

@@ -150,4 +150,6 @@ def collate_clips(prompts: Sequence[Prompt], device: torch.device) -> tuple[Tens
     clips = [clip for prompt in prompts for clip in prompt.clips]
     if not clips:
         return None, None
-    return stack_features([clip.features for clip in clips]).to(device), torch.tensor([clip.num_frames for clip in clips], device=device)
+    return stack_features([clip.features for clip in clips]).to(device), torch.tensor(
+        [clip.num_frames for clip in clips], device=device
+    )

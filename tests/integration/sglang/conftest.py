@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
+from examples.quickstart.omni_checkpoint import TinyOmniConfig, create_omni_checkpoint
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.rollout.sglang.client.addresses import write_servers_file
 from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfig
@@ -41,6 +42,33 @@ def write_talking_step_audio_2(directory: Path) -> Path:
     text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]  # as published
     (directory / "config.json").write_text(json.dumps(config))
     return make_talk(directory, "lm_head.weight")
+
+
+def write_talking_qwen3_omni(directory: Path) -> Path:
+    """Write the same of Qwen3-Omni, with the marks and settings that its processor needs for images and videos."""
+    marks = {
+        "image_token": "<|IMAGE|>", "video_token": "<|VIDEO|>", "audio_token": "<|AUDIO|>",
+        "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
+        "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
+    }  # fmt: skip
+    create_omni_checkpoint(directory, TinyOmniConfig(layers=2), [*WORDS, "system", *marks.values()], seed=0)
+    ids = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
+    config = json.loads((directory / "config.json").read_text())
+    config["thinker_config"] |= {
+        "image_token_id": ids["<|IMAGE|>"], "video_token_id": ids["<|VIDEO|>"],
+        "vision_start_token_id": ids["<|vision_bos|>"], "vision_end_token_id": ids["<|vision_eos|>"],
+        "audio_start_token_id": ids["<|audio_bos|>"],
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer | marks))
+    extractor = json.loads((directory / "preprocessor_config.json").read_text())
+    pixels = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 64, "max_pixels": 4096}
+    images = {"processor_class": "Qwen3OmniMoeProcessor", "image_processor_type": "Qwen2VLImageProcessor"}
+    (directory / "preprocessor_config.json").write_text(json.dumps(extractor | pixels | images))
+    videos = {"processor_class": "Qwen3OmniMoeProcessor", "video_processor_type": "Qwen2VLVideoProcessor"}
+    (directory / "video_preprocessor_config.json").write_text(json.dumps(pixels | videos))
+    return make_talk(directory, "thinker.lm_head.weight")
 
 
 def make_talk(directory: Path, head: str) -> Path:

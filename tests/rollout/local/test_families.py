@@ -36,6 +36,7 @@ FAMILIES = {
     "qwen2_audio+llama": False,
     "qwen3": True,
     "qwen3_moe": False,
+    "qwen3_omni_moe": False,
     "step_audio_2": False,
     "ultravox": True,
     "voxtral": False,

@@ -5,7 +5,7 @@ Legend: C clips, B sequences, S tokens, H the language model's width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ class Thinker(_Thinker):  # type: ignore[misc]
     Args:
         config: of the thinker.
     """
+
+    #: of a whole checkpoint; conversions carry them
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(^|\.)visual\.", r"^talker\.", r"^code2wav\."]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
