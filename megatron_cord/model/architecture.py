@@ -163,6 +163,8 @@ class ExpertsArchitecture:
     count: int
     per_token: int  #: that are chosen
     normalized: bool  #: the probabilities of those chosen are divided by their sum
+    #: of an expert that every token passes, times a sigmoid of a projection of the token; 0: there is none
+    shared_ffn_hidden_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,8 @@ class Architecture:
         }
         if self.language.experts is None:  # experts are not cut, but dealt
             sizes["the language model's ffn size"] = self.language.ffn_hidden_size
+        elif self.language.experts.shared_ffn_hidden_size:
+            sizes["the shared expert's ffn size"] = self.language.experts.shared_ffn_hidden_size
         if self.encoder is not None:
             sizes |= {
                 "the audio encoder's attention heads": self.encoder.num_heads,

@@ -254,6 +254,7 @@ def language_layer_width(arch: Architecture, tp: int, cut: int = 1, *, selective
     mlp = 4 * lm.ffn_hidden_size / tp
     if lm.experts is not None:
         mlp = (4 * lm.experts.per_token * (lm.ffn_hidden_size + lm.hidden_size) + 6 * lm.experts.count) / cut
+        mlp += 4 * lm.experts.shared_ffn_hidden_size / tp
     return 4 * lm.hidden_size / cut + 5 * lm.num_heads * lm.head_dim / tp + mlp + normed
 
 

@@ -112,7 +112,9 @@ def _language_layer(lm: LanguageArchitecture, tp: int, ep: int = 1) -> int:
     qkv = (queries + 2 * keys) * (h + lm.qkv_bias)
     norms = 2 * h + (2 * lm.head_dim if lm.qk_norm else 0)
     if lm.experts is not None:
-        return (qkv + queries * h) // tp + norms + lm.experts.count * (h + 3 * h * lm.ffn_hidden_size // ep)
+        width = lm.experts.shared_ffn_hidden_size
+        shared = 3 * h * width // tp + h if width else 0
+        return (qkv + queries * h) // tp + norms + shared + lm.experts.count * (h + 3 * h * lm.ffn_hidden_size // ep)
     return (qkv + queries * h + 3 * h * lm.ffn_hidden_size) // tp + norms
 
 

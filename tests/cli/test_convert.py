@@ -33,6 +33,7 @@ from megatron_cord.speech.synthesizers.protocol import Utterance, Voice
 from tests.gloo import run_ranks
 from tests.model.family_reference import save_whole
 from tests.model.full_size import write_full_size
+from tests.selection import slow_if
 from tests.tiny_run import ROOT, finish, make_run, overrides, start, write_checkpoint, write_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
@@ -289,14 +290,13 @@ PUBLISHED_COUNTS = {
     "step_audio_2": 8_315_179_264,
     "llama": 8_030_261_248,
     "mistral": 7_248_023_552,
+    "qwen2_moe": 14_315_784_192,
     "qwen3": 8_190_735_360,
     "qwen3_moe": 30_532_122_624,
 }
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.slow) if f == "qwen3_moe" else f for f in PUBLISHED_COUNTS]
-)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=slow_if(f.endswith("_moe"))) for f in PUBLISHED_COUNTS])
 def test_dry_run_of_a_full_size_checkpoint(family: str, tmp_path: Path) -> None:
     """Catches a tensor of the full-size model that is not accounted for, or memory that is taken for its weights.
 

@@ -71,6 +71,9 @@ TEXT: dict[str, dict[str, Any]] = {
     },
     "qwen2": {},
     "qwen3": {"head_dim": 10, "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}},
+    "qwen2_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 28,
+    },
     "qwen3_moe": {
         "head_dim": 10, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
         "norm_topk_prob": False,

@@ -53,7 +53,7 @@ STEP_TEXT = {
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
 }
-#: Llama-3.1-8B, Mistral-7B-v0.3, Qwen3-8B and Qwen3-30B-A3B.
+#: Llama-3.1-8B, Mistral-7B-v0.3, Qwen1.5-MoE-A2.7B, Qwen3-8B and Qwen3-30B-A3B.
 TEXT: dict[str, dict[str, Any]] = {
     "llama": {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -68,6 +68,13 @@ TEXT: dict[str, dict[str, Any]] = {
         "vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
         "rope_theta": 1000000.0, "sliding_window": None,
+    },
+    "qwen2_moe": {
+        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "use_sliding_window": False, "num_experts": 60, "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
     },
     "qwen3": {
         "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,

@@ -26,6 +26,7 @@ CASES = {
     "audio-mistral-dp": Case(ParallelConfig(), family="qwen2_audio+mistral"),
     "audio-qwen3-tp2-sp": Case(ParallelConfig(tp=2, sequence_parallel=True), family="qwen2_audio+qwen3"),
     "audio-moe-pp2-ep2": Case(ParallelConfig(pp=2, ep=2), family="qwen2_audio+qwen3_moe"),
+    "moe-shared-tp2-sp-ep4": Case(ParallelConfig(tp=2, sequence_parallel=True, ep=4), family="qwen2_moe"),
     "moe-dp": Case(ParallelConfig(), family="qwen3_moe"),
     "moe-ep2-tied": Case(ParallelConfig(ep=2), family="qwen3_moe", tied=True),
     "moe-ep4": Case(ParallelConfig(ep=4), family="qwen3_moe"),

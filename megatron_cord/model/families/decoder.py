@@ -20,6 +20,7 @@ class Decoder:
     qkv_bias: bool = False  #: query, key and value projections have biases
     qk_norm: bool = False  #: queries and keys are normed
     experts: bool = False  #: a mixture of experts in the place of each MLP
+    shared_expert: bool = False  #: beside them one that every token passes
 
 
 #: The decoders, by model type.
@@ -27,6 +28,7 @@ DECODERS = {
     "llama": Decoder(),
     "mistral": Decoder(),
     "qwen2": Decoder(qkv_bias=True),
+    "qwen2_moe": Decoder(qkv_bias=True, experts=True, shared_expert=True),
     "qwen3": Decoder(qk_norm=True),
     "qwen3_moe": Decoder(qk_norm=True, experts=True),
     "qwen3_omni_moe_text": Decoder(qk_norm=True, experts=True),
@@ -50,14 +52,15 @@ def decoder_architecture(config: Any, where: str = "") -> LanguageArchitecture:
         {
             f"{where}hidden_act": (config.hidden_act, "silu"),
             f"{where}use_sliding_window": (getattr(config, "use_sliding_window", None) or False, False),
-            f"{where}sliding_window": (getattr(config, "sliding_window", None), None),
+            f"{where}sliding_window": (getattr(config, "sliding_window", None) or None, None),
             f"{where}layer_types": (set(getattr(config, "layer_types", None) or ()) - {"full_attention"}, set()),
             f"{where}attention_bias": (getattr(config, "attention_bias", False), False),
             f"{where}mlp_bias": (getattr(config, "mlp_bias", False), False),
         }
     )
     kind = DECODERS[config.model_type]
-    experts = _experts(config, where) if kind.experts else None
+    require({f"{where}qkv_bias": (getattr(config, "qkv_bias", kind.qkv_bias), kind.qkv_bias)})
+    experts = _experts(config, kind, where) if kind.experts else None
     return LanguageArchitecture(
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
@@ -77,15 +80,18 @@ def decoder_architecture(config: Any, where: str = "") -> LanguageArchitecture:
     )
 
 
-def _experts(config: Any, where: str) -> ExpertsArchitecture:
+def _experts(config: Any, kind: Decoder, where: str) -> ExpertsArchitecture:
     """Return the mixture of experts of a configuration; each layer must have one."""
+    shared = getattr(config, "shared_expert_intermediate_size", None) or 0
     require(
         {
             f"{where}decoder_sparse_step": (config.decoder_sparse_step, 1),
             f"{where}mlp_only_layers": (list(config.mlp_only_layers), []),
         }
     )
-    return ExpertsArchitecture(config.num_experts, config.num_experts_per_tok, bool(config.norm_topk_prob))
+    if not kind.shared_expert:  # transformers' class has none, whatever the configuration says
+        require({f"{where}shared_expert_intermediate_size": (shared, 0)})
+    return ExpertsArchitecture(config.num_experts, config.num_experts_per_tok, bool(config.norm_topk_prob), shared)
 
 
 def _rope_scaling(given: Mapping[str, Any], max_positions: int, where: str) -> RopeScaling | None:
@@ -176,6 +182,13 @@ def _mlp_rules(lm: LanguageArchitecture, hf: str, mg: str) -> list[TensorRule]:
             TensorRule(f"{mg}.linear_fc2.weight", (f"{hf}.down_proj.weight",), Row()),
         ]
     rules = [TensorRule(f"{mg}.router.weight", (f"{hf}.gate.weight",), Replicated())]
+    if lm.experts.shared_ffn_hidden_size:
+        expert, gate = f"{mg}.shared_experts", (f"{hf}.shared_expert_gate.weight",)
+        rules += [
+            TensorRule(f"{expert}.linear_fc1.weight", gate_up(f"{hf}.shared_expert"), GateUp()),
+            TensorRule(f"{expert}.linear_fc2.weight", (f"{hf}.shared_expert.down_proj.weight",), Row()),
+            TensorRule(f"{expert}.gate_weight", gate, Replicated()),
+        ]
     for i in range(lm.experts.count):
         expert = f"{mg}.experts.{i}"
         rules += [

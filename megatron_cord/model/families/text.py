@@ -32,6 +32,7 @@ FAMILIES = tuple(
         ("llama", "Llama"),
         ("mistral", "Mistral"),
         ("qwen2", "Qwen2"),
+        ("qwen2_moe", "Qwen2Moe"),
         ("qwen3", "Qwen3"),
         ("qwen3_moe", "Qwen3Moe"),
     )

@@ -136,7 +136,10 @@ def language_config(
 
 
 def _experts_config(arch: LanguageArchitecture, parallel: ParallelConfig) -> dict[str, object]:
-    """Return the settings of a mixture of experts. Routers compute in fp32; whole experts are dealt to ranks."""
+    """Return the settings of a mixture of experts. Routers compute in fp32.
+
+    Whole experts are dealt to ranks; one that is shared by all tokens is cut as an MLP.
+    """
     if arch.experts is None:
         return {}
     return {
@@ -148,6 +151,8 @@ def _experts_config(arch: LanguageArchitecture, parallel: ParallelConfig) -> dic
         "moe_router_load_balancing_type": "none",  # the loss that balances is `experts.py`'s
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": 1,
+        "moe_shared_expert_intermediate_size": arch.experts.shared_ffn_hidden_size or None,
+        "moe_shared_expert_gate": arch.experts.shared_ffn_hidden_size > 0,
     }
 
 

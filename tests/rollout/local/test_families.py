@@ -34,6 +34,7 @@ FAMILIES = {
     "mistral": False,
     "qwen2": True,
     "qwen2_audio+llama": False,
+    "qwen2_moe": False,
     "qwen3": True,
     "qwen3_moe": False,
     "qwen3_omni_moe": False,

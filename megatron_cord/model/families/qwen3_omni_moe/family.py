@@ -48,11 +48,6 @@ def architecture(config: PretrainedConfig) -> Architecture:
                 0,
             ),
             f"{where}audio_config.output_dim": (audio.output_dim, language.hidden_size),
-            # transformers' thinker has none, whatever the configuration says; the talker's are carried.
-            f"{where}text_config.shared_expert_intermediate_size": (
-                getattr(text, "shared_expert_intermediate_size", 0) or 0,
-                0,
-            ),
         }
     )
     return Architecture(
