@@ -60,7 +60,8 @@ class _Qwen2Audio:
     """A tiny Qwen2-Audio."""
 
     def __init__(self, checkpoint_dir: str | Path) -> None:
-        self.module: Any = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint_dir)
+        load: Any = Qwen2AudioForConditionalGeneration.from_pretrained
+        self.module: Any = load(checkpoint_dir)
         self.module.model.audio_tower.embed_positions.requires_grad_(False)  # Whisper's sinusoids are fixed
         self.hidden_size = int(self.module.config.text_config.hidden_size)
         self._processor = AutoProcessor.from_pretrained(checkpoint_dir)

@@ -74,7 +74,7 @@ def write_whole(directory: Path, settings: dict[str, Any], *, sparse: bool = Fal
     if not sparse:
         save_file({name: part.clone() for name, part in tensors.items()}, directory / "model.safetensors")
         return shapes
-    for shard in plan_shards(shapes, torch.bfloat16, 10**12):
+    for shard in plan_shards(shapes, torch.bfloat16, 5 * 10**9):  # as published; each is mapped as a whole
         header = shard.header(torch.bfloat16)
         with (directory / shard.file).open("wb") as file:
             file.write(header)

@@ -57,6 +57,6 @@ FAMILIES = (
         plain_class="transformers.Qwen2AudioForConditionalGeneration",
         sglang_max_clips=math.inf,
         # SGLang's class builds a Qwen2, whatever the configuration names.
-        sglang_serves=lambda arch: arch.language.qkv_bias,
+        sglang_serves=lambda arch: arch.language.qkv_bias and arch.language.experts is None,
     ),
 )

@@ -36,11 +36,12 @@ class ChunkStem(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.arch = arch
-        kind = {"dtype": dtype, "device": device}
-        self.conv1 = torch.nn.Conv2d(1, arch.channels, kernel_size=3, stride=2, padding=1, **kind)
-        self.conv2 = torch.nn.Conv2d(arch.channels, arch.channels, kernel_size=3, stride=2, padding=1, **kind)
-        self.conv3 = torch.nn.Conv2d(arch.channels, arch.channels, kernel_size=3, stride=2, padding=1, **kind)
-        self.projection = torch.nn.Linear(arch.channels * arch.bands(num_mels), hidden, bias=False, **kind)
+        self.conv1, self.conv2, self.conv3 = (
+            torch.nn.Conv2d(entering, arch.channels, kernel_size=3, stride=2, padding=1, dtype=dtype, device=device)
+            for entering in (1, arch.channels, arch.channels)
+        )
+        columns = arch.channels * arch.bands(num_mels)
+        self.projection = torch.nn.Linear(columns, hidden, bias=False, dtype=dtype, device=device)
         table = sinusoids(arch.positions(arch.frames), hidden)
         self.register_buffer("positions", table.to(device), persistent=False)
 

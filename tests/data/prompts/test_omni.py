@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3OmniMoeProcessor, Whisper
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Sample
-from megatron_cord.data.turns import AudioPart, TextPart, Turn
+from megatron_cord.data.turns import AudioPart, Part, TextPart, Turn
 from megatron_cord.errors import CordError
 from tests.model.family_reference import save
 from tests.model.ranks import AUDIO_ID, MELS
@@ -93,7 +93,8 @@ def test_prompts_are_the_processors(checkpoint: Path, builder: PromptBuilder, le
 
     A clip is padded to the longest one of its prompt, and behind that there is its own reflection, not silence.
     """
-    parts = (TextPart("what is this?"), *(AudioPart(i, f"word {i}") for i in range(len(lengths))), TextPart("or that."))
+    spoken = [AudioPart(i, f"word {i}") for i in range(len(lengths))]
+    parts: tuple[Part, ...] = (TextPart("what is this?"), *spoken, TextPart("or that."))
     chat = Sample("s", "", turns=(Turn("user", parts),)).with_recordings([noise(n) for n in lengths])
     if min(lengths) < 1440:
         with pytest.raises(CordError, match="too short"):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_cord.convert import export_tensors, read_into
+from megatron_cord.data.audio.features import stack_features
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt, Sample
 from megatron_cord.data.turns import AudioPart, TextPart, Turn
@@ -77,7 +78,7 @@ def prompts(builder: PromptBuilder, *, hears: bool) -> list[Prompt]:
 @torch.no_grad()
 def megatron_logits(model: LALM, prompt: Prompt, response: tuple[int, ...]) -> Tensor:
     """[response, V] of one sequence."""
-    features = torch.stack([clip.features for clip in prompt.clips]) if prompt.clips else None
+    features = stack_features([clip.features for clip in prompt.clips]) if prompt.clips else None
     frames = tuple(clip.num_frames for clip in prompt.clips) if prompt.clips else None
     hidden = model(ModelInput(torch.tensor([prompt.token_ids + response]), features, frames, (prompt.sample_id,)))
     logits = (hidden @ model.output_weight.t())[:, 0, : model.arch.language.vocab_size]

@@ -10,7 +10,6 @@ placeholders of images and videos are refused.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -34,7 +33,7 @@ _CHUNK_FRAMES = 100
 
 def architecture(config: PretrainedConfig) -> Architecture:
     """Return the sizes of the thinker of a checkpoint from its Hugging Face configuration."""
-    thinker: Any = config.thinker_config  # type: ignore[attr-defined]
+    thinker: Any = config.thinker_config
     audio, text = thinker.audio_config, thinker.text_config
     where = "thinker_config."
     language = decoder_architecture(text, where=f"{where}text_config.")
@@ -96,6 +95,5 @@ FAMILIES = (
         carries=("thinker.visual.", "talker.", "code2wav."),
         pads_to_longest=True,
         sees=True,
-        sglang_max_clips=math.inf,
     ),
 )
