@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_cord.convert.graft.gguf import gguf_file
+from megatron_cord.convert.graft.gguf import gguf_architecture, gguf_file
 from megatron_cord.convert.hf_reader import stored_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.losses.kernels.matmul import multiplies_bfloat16
@@ -83,9 +83,10 @@ def check_layout(model: Path, parallel: ParallelConfig, ranks: int) -> None:
     Raises:
         CordError: it cannot; with SmolLM2's nine heads that is every even tp.
     """
-    if gguf_file(model) is None:
+    if parallel.tp * parallel.pp > 1:  # reading a GGUF file takes seconds, and nothing is split without these
+        file = gguf_file(model)
         try:
-            load_architecture(model).check_divisible(
+            (load_architecture(model) if file is None else gguf_architecture(file)).check_divisible(
                 parallel.tp, parallel.pp, parallel.virtual_pp, parallel.pipeline_layers, parallel.ep
             )
         except CordError as error:

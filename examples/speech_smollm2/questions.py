@@ -46,6 +46,7 @@ class QuestionsConfig:
         rows: of each table, from its beginning; 0 takes all.
         held_out: share of each table's rows that is asked in the evaluation alone.
         development: share that is asked for choosing settings alone.
+        heldout_phrasings: in how many of a table's phrasings, drawn for each row, the evaluation asks it; 0 takes all.
         readings: sentences to read aloud.
         seed: of all draws.
     """
@@ -53,7 +54,8 @@ class QuestionsConfig:
     rows: int = 0
     held_out: float = 0.45
     development: float = 0.1
-    readings: int = 900
+    heldout_phrasings: int = 2
+    readings: int = 1200
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,8 +64,8 @@ class QuestionsConfig:
                 f"held_out={self.held_out:g} and development={self.development:g} are shares of the rows, and leave "
                 "some for training: choose them above 0 with a sum below 1"
             )
-        if self.rows < 0 or self.readings < 1 or self.seed < 0:
-            raise CordError("rows and seed cannot be negative, and readings must be at least 1")
+        if min(self.rows, self.heldout_phrasings, self.seed) < 0 or self.readings < 1:
+            raise CordError("rows, heldout_phrasings and seed cannot be negative, and readings must be at least 1")
 
 
 def questions(config: QuestionsConfig) -> dict[Split, list[Row]]:
@@ -85,9 +87,16 @@ def questions(config: QuestionsConfig) -> dict[Split, list[Row]]:
             things.append(table.noun.format(thing))
             split: Split = "heldout" if place < held_out else "development"
             split = split if place < held_out + development else "train"
+            asked = permutation(len(table.phrasings), config.seed, 400, number, index)
+            if split == "heldout" and config.heldout_phrasings:
+                asked = asked[: config.heldout_phrasings]
             made[split] += [
-                {"id": f"{table.name}-{_slug(thing)}-{phrasing}", "question": text.format(thing), "answer": answer}
-                for phrasing, text in enumerate(table.phrasings)
+                {
+                    "id": f"{table.name}-{_slug(thing)}-{phrasing}",
+                    "question": table.phrasings[phrasing].format(thing),
+                    "answer": answer,
+                }
+                for phrasing in sorted(int(each) for each in asked)
             ]
     made["readings"] = _readings(things, config)
     for number, split in enumerate(SPLITS):

@@ -1,4 +1,4 @@
-"""Eleven tables of short facts that a small text model mostly knows: the task of the example.
+"""Eight tables of short facts that a small text model mostly knows: the task of the example.
 
 A row is a thing and the one word, or name, that answers every phrasing about it. Answers are compared by the project's
 rules: a response counts if it has the answer as a whole word in a clause that does not deny it.
@@ -136,56 +136,6 @@ TABLES = (
             "accept: reject, arrive: depart, begin: end, light: dark, happy: sad, deep: shallow, question: answer, "
             "everything: nothing, first: last, top: bottom, front: back, before: after, maximum: minimum, positive: "
             "negative, male: female, sunrise: sunset, import: export, borrow: lend"
-        ),
-    ),
-    Table(
-        "colour",
-        (
-            "What color is {}?",
-            "What is the color of {}?",
-            "Tell me what color {} is.",
-            "Which color does {} have?",
-            "Can you tell me the color of {}?",
-        ),
-        _by_answer(
-            "green: grass an_emerald broccoli spinach a_lime a_cucumber; white: snow milk salt a_polar_bear a_swan "
-            "rice; red: blood a_tomato a_strawberry a_ruby a_cherry a_fire_truck; blue: the_sky the_ocean a_sapphire "
-            "a_blueberry; black: coal a_raven a_crow; yellow: a_banana a_lemon a_sunflower the_sun; orange: a_carrot "
-            "a_pumpkin a_tangerine; brown: chocolate coffee a_walnut; pink: a_flamingo; purple: an_eggplant"
-        ),
-    ),
-    Table(
-        "plural",
-        (
-            "What is the plural of {}?",
-            "What is the plural of the word {}?",
-            "Tell me the plural form of {}.",
-            "Give me the plural of the noun {}.",
-            "Which word is the plural of {}?",
-        ),
-        _pairs(
-            "child: children, mouse: mice, foot: feet, tooth: teeth, man: men, woman: women, goose: geese, person: "
-            "people, leaf: leaves, knife: knives, wolf: wolves, city: cities, baby: babies, box: boxes, church: "
-            "churches, potato: potatoes, hero: heroes, life: lives, wife: wives, bus: buses, story: stories, "
-            "country: countries, dress: dresses, table: tables, window: windows, lady: ladies, berry: berries, "
-            "watch: watches, dish: dishes, tomato: tomatoes, shelf: shelves, thief: thieves, key: keys, book: books, "
-            "flower: flowers, apple: apples, bridge: bridges, party: parties, glass: glasses, brush: brushes"
-        ),
-    ),
-    Table(
-        "animal",
-        (
-            "What kind of animal is {}?",
-            "Is {} a bird, a fish, an insect, a mammal or a reptile?",
-            "Which class of animals does {} belong to?",
-            "Tell me what type of animal {} is.",
-            "What sort of creature is {}?",
-        ),
-        _by_answer(
-            "bird: a_robin a_sparrow a_penguin a_parrot a_pigeon a_hawk a_falcon; fish: a_salmon a_trout a_shark "
-            "a_herring; insect: a_butterfly a_beetle a_mosquito a_grasshopper a_dragonfly; mammal: a_whale a_dolphin "
-            "a_horse a_tiger an_elephant a_monkey a_kangaroo a_rabbit a_giraffe a_squirrel; reptile: a_lizard "
-            "a_crocodile a_turtle a_cobra an_iguana"
         ),
     ),
     Table(

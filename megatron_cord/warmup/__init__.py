@@ -1,1 +1,1 @@
-"""Warm-up of a new adapter from recordings and transcripts; the language model is neither loaded nor run."""
+"""Warm-up of a new adapter from recordings and transcripts, before any run."""

@@ -1,7 +1,7 @@
 """Warm up: `python -m megatron_cord.launch --nproc-per-node 2 -m megatron_cord.warmup --config FILE [a.b=value …]`.
 
 torchrun starts it too, and one rank needs neither. All ranks are data parallel: the language model, for whose sake
-others split a model, is neither loaded nor run.
+others split a model, is frozen, and only the last stage loads it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ def run(config: WarmupConfig) -> int:
         rates = ", ".join(f"{name} {rate:.3f}" for name, rate in summary["token_errors"].items())
         console = Console(highlight=False, markup=False, soft_wrap=True)
         console.print(f"token error on what is held out: {rates}")
+        if summary["divergences"]:
+            nats = ", ".join(f"{name} {value:.3f}" for name, value in summary["divergences"].items())
+            console.print(f"divergence from reading, nats a token: {nats}")
         console.print(f"{summary['model']} is the warmed-up checkpoint; figures: {config.output_dir}/{SUMMARY}")
     finalize()
     return 0

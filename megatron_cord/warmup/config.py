@@ -38,9 +38,37 @@ class RegressionConfig:
     final_learning_rate_fraction: float = 0.0  #: of the peak, where the cosine ends
     #: text of one token whose embedding stands where the recognizer expects no token; null: a vector of zeros
     filler: str | None = " "
+    #: weight, beside the squared error, of the cross-entropy between the recognizer's distribution and the adapter's
+    #: outputs read by their distances to the rows; 0 leaves it out
+    reading: float = 0.3
 
     def __post_init__(self) -> None:
         _check_updates("regression", self)
+        if not (self.reading >= 0 and math.isfinite(self.reading)):
+            raise CordError(f"regression.reading cannot be negative, got {self.reading}")
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """The distillation of the reading language model into the adapter, which repeats what a recording says."""
+
+    steps: int = 0  #: updates; 0 leaves the stage out, and the language model is not loaded
+    batch_size: int = 32  #: recordings an update, over all ranks
+    micro_batch_size: int = 16  #: recordings that a rank takes through the language model at once
+    learning_rate: float = 3e-4  #: the peak of a linear warm-up and a cosine
+    final_learning_rate_fraction: float = 0.1  #: of the peak, where the cosine ends
+    #: text behind the recording, and behind its transcript; null: none
+    instruction: str | None = " Repeat this sentence."
+    system: str | None = None  #: the system prompt; null: the chat template's own
+    measured: int = 64  #: recordings of those held out on which the divergence is measured before and after
+
+    def __post_init__(self) -> None:
+        if self.steps:
+            _check_updates("distillation", self)
+        if self.steps < 0 or self.micro_batch_size < 1 or self.measured < 1:
+            raise CordError(
+                "distillation.steps cannot be negative, and micro_batch_size and measured must be at least 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -63,11 +91,18 @@ class WarmupConfig:
     seed: int = 0  #: of the split, the order of the recordings, the recognizer and its noise
     ctc: CtcConfig = field(default_factory=CtcConfig)
     regression: RegressionConfig = field(default_factory=RegressionConfig)
-    warmup_steps: int = 30  #: over which the learning rate of either stage rises to its peak
-    weight_decay: float = 0.01  #: AdamW's, of both stages
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    warmup_steps: int = 30  #: over which the learning rate of each stage rises to its peak
+    weight_decay: float = 0.01  #: AdamW's, of all stages
     clip_norm: float = 1.0  #: largest norm of a gradient
     save_interval: int = 50  #: updates between two saved states, from which a killed warm-up goes on
     timeout_minutes: float = 10.0  #: how long a collective may take before the ranks are considered dead
+
+    @property
+    def stages(self) -> dict[str, CtcConfig | RegressionConfig | DistillationConfig]:
+        """The stages that are made, by name, in their order."""
+        made = {"ctc": self.ctc, "regression": self.regression, "distillation": self.distillation}
+        return {name: stage for name, stage in made.items() if stage.steps}
 
     def __post_init__(self) -> None:
         for name in ("output_dir", "checkpoint", "data"):
@@ -85,7 +120,7 @@ class WarmupConfig:
             raise CordError("save_interval must be at least 1, and timeout_minutes positive")
 
 
-def _check_updates(name: str, config: CtcConfig | RegressionConfig) -> None:
+def _check_updates(name: str, config: CtcConfig | RegressionConfig | DistillationConfig) -> None:
     if config.steps < 1 or config.batch_size < 1:
         raise CordError(f"{name}.steps and {name}.batch_size must be at least 1")
     if not (config.learning_rate > 0 and math.isfinite(config.learning_rate)):

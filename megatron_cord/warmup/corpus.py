@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
+
 from megatron_cord.data.ordering.order import EpochOrder, permutation
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import AudioClip, Sample
@@ -34,6 +36,7 @@ class Utterance:
         sample: its number in the set.
         recording: its number in the sample.
         name: for errors.
+        text: its transcript.
         token_ids: of its transcript.
         num_frames: log-mel frames.
         num_tokens: tokens that the adapter makes of it.
@@ -43,6 +46,7 @@ class Utterance:
     sample: int
     recording: int
     name: str
+    text: str
     token_ids: tuple[int, ...]
     num_frames: int
     num_tokens: int
@@ -75,7 +79,7 @@ class Corpus:
         found = [self._usable(number, path, config, arch) for number, path in enumerate(paths)]
         train, held_out = found if config.held_out else self._split(found[0], config)
         self._order = EpochOrder(len(train), (config.seed, _ORDER))
-        draws = max(stage.steps * stage.batch_size for stage in (config.ctc, config.regression))
+        draws = max(stage.steps * stage.batch_size for stage in config.stages.values())
         used = sorted({self._order.at(place) for place in range(min(draws, len(train)))})
         self._places = {number: place for place, number in enumerate(used)}
         self.utterances = tuple([train[number] for number in used] + held_out)
@@ -95,13 +99,18 @@ class Corpus:
         """Return the numbers of the utterances of a step, counted from 0."""
         return [self._places[self._order.at(place)] for place in range(step * size, (step + 1) * size)]
 
+    def recordings(self, numbers: Sequence[int]) -> list[tuple[np.ndarray, int]]:
+        """Read the audio of utterances, each with its sampling rate in Hz."""
+        found = []
+        for each in (self.utterances[number] for number in numbers):
+            sample = self.sets[each.set][each.sample]
+            found.append((sample.recordings[each.recording], sample.sampling_rate))
+        return found
+
     def clips(self, numbers: Sequence[int]) -> list[AudioClip]:
         """Read utterances and compute their features."""
-        samples = []
-        for number in numbers:
-            each = self.utterances[number]
-            sample = self.sets[each.set][each.sample]
-            samples.append(Sample(each.name, "-", sample.recordings[each.recording], sample.sampling_rate))
+        names = (self.utterances[number].name for number in numbers)
+        samples = [Sample(name, "-", *heard) for name, heard in zip(names, self.recordings(numbers), strict=True)]
         return [clip for prompt in self._prompts.audio_prompts(samples) for clip in prompt.clips]
 
     def _usable(self, number: int, path: str, config: WarmupConfig, arch: Architecture) -> list[Utterance]:
@@ -143,7 +152,7 @@ class Corpus:
                             f"own among the {arch.language.vocab_size} of the word embedding; rephrase the transcript"
                         )
                 frames = self._prompts.num_frames(lengths[recording])
-                yield Utterance(number, index, recording, name, ids, frames, arch.num_audio_tokens(frames))
+                yield Utterance(number, index, recording, name, transcript, ids, frames, arch.num_audio_tokens(frames))
 
     def _split(self, found: list[Utterance], config: WarmupConfig) -> tuple[list[Utterance], list[Utterance]]:
         if len(found) < 2:

@@ -1,7 +1,7 @@
-"""What a warm-up needs of a checkpoint: encoder, adapter, single rows of the word embedding. The rest is not loaded.
+"""What all stages need of a checkpoint: encoder, adapter, single rows of the word embedding. The rest is not loaded.
 
 All of the checkpoint's tensors are looked at by their headers first. Every rank has all of the encoder and the adapter,
-whatever the number of ranks: with the language model left out, nothing is large enough to be split.
+whatever the number of ranks: what is trained is not large enough to be split.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ class Progress:
         stage: that is next, or in progress.
         step: updates that it has made.
         token_errors: rates on what is held out, by "STAGE before" and "STAGE after".
+        divergences: likewise of the distillation, nats a token.
         losses: of each stage, pairs of a step and its loss.
         seconds: that each stage has taken, over all starts.
     """
@@ -33,6 +34,7 @@ class Progress:
     stage: str = "ctc"
     step: int = 0
     token_errors: dict[str, float] = field(default_factory=dict)
+    divergences: dict[str, float] = field(default_factory=dict)
     losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 

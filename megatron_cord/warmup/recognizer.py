@@ -20,6 +20,9 @@ from torch.nn.functional import ctc_loss, gelu, normalize, pad
 from torch.nn.utils.rnn import pad_sequence
 
 _SCALE = 16.0  # of the cosines at the start: sharp enough to tell thousands of tokens apart, flat enough to learn
+#: nats a mean squared distance: between two rows, some 2 apart, 10 nats lie, so the expected embedding of a sure
+#: recognizer is read as surely
+_SHARPNESS = 5.0
 
 
 def stack(states: Sequence[Tensor], tokens: Sequence[int], stride: int) -> Tensor:
@@ -97,3 +100,21 @@ def nearest_classes(embeddings: Tensor, rows: Tensor, filler: Tensor) -> Tensor:
     """Return the class whose embedding is nearest to each row of [N, H]: 0 for the filler; int64 [N]."""
     known = torch.cat([filler[None], rows])
     return (known.square().sum(-1) - 2 * embeddings @ known.T).argmin(-1)
+
+
+def reading_losses(embeddings: Tensor, probabilities: Tensor, rows: Tensor, filler: Tensor) -> Tensor:
+    """Return -Σ p(class) log q(class), where q are the classes as embeddings are read, for each of them, [N].
+
+    log q is, up to a constant, the mean squared distance to the class's embedding, times -_SHARPNESS: q's largest is
+    the class of `nearest_classes`.
+
+    Args:
+        embeddings: [N, H], in units of the rows' root mean square.
+        probabilities: p, [N, K + 1].
+        rows: [K, H].
+        filler: [H].
+    """
+    known = torch.cat([filler[None], rows])
+    # The square of the embedding itself is the same for all classes.
+    distances = (known.square().sum(-1) - 2 * embeddings @ known.T) / known.shape[1]
+    return -(probabilities * (-_SHARPNESS * distances).log_softmax(-1)).sum(-1)

@@ -1,7 +1,8 @@
-"""The two stages on one rank: the loss of a step, and the token error on what is held out.
+"""The stages without the language model on one rank: the loss of a step, and the token error on what is held out.
 
 1. CTC of the recognizer over the encoder's states. 2. Regression of the checkpoint's adapter, by the mean squared
 error, onto the embeddings that the recognizer expects, at the adapter's own fixed rate of tokens.
+3. Distillation (`distillation`), which trains the same adapter.
 
 While it is trained, the adapter's last layer is divided by the word embedding's root mean square: outputs have a mean
 square of about 1 whatever the checkpoint's scale, and AdamW's steps, which do not depend on the gradient's scale, are
@@ -25,7 +26,14 @@ from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.warmup.config import WarmupConfig
 from megatron_cord.warmup.corpus import Corpus
 from megatron_cord.warmup.parts import Parts
-from megatron_cord.warmup.recognizer import Recognizer, ctc_losses, expected_embeddings, nearest_classes, stack
+from megatron_cord.warmup.recognizer import (
+    Recognizer,
+    ctc_losses,
+    expected_embeddings,
+    nearest_classes,
+    reading_losses,
+    stack,
+)
 from megatron_cord.warmup.states import EncoderStates
 from megatron_cord.warmup.token_errors import TokenErrors, collapse, count_errors
 
@@ -33,7 +41,7 @@ _CHUNK = 32  # utterances that are measured together
 
 
 class Stages:
-    """Both stages on this rank.
+    """Both of these stages on this rank.
 
     Args:
         config: of the warm-up.
@@ -101,16 +109,23 @@ class Stages:
         return ctc_losses(logits, self._tokens(numbers), targets).sum() / settings.batch_size
 
     def regression_loss(self, step: int) -> Tensor:
-        """Return this rank's summand of the mean squared error over a step's batch, in squares of `unit`."""
-        size = self._config.regression.batch_size
+        """Return this rank's summand of the regression's loss over a step's batch.
+
+        That is the mean squared error, in squares of `unit`, and a share of the mean of `reading_losses`.
+        """
+        settings = self._config.regression
+        size = settings.batch_size
         batch = self._corpus.batch(step, size)
         numbers = [batch[place] for place in self._own(size)]
         with torch.no_grad():
             with self._precision():
                 logits = self.recognizer(self._stacks(numbers))
             wanted = expected_embeddings(logits, self._rows, self._filler)
-        errors = (self._adapt(numbers) - wanted).square().sum()
-        return errors / (sum(self._tokens(batch)) * wanted.shape[1])
+        found = self._adapt(numbers)
+        losses = (found - wanted).square().mean(-1)
+        if settings.reading:
+            losses = losses + settings.reading * reading_losses(found, logits.softmax(-1), self._rows, self._filler)
+        return losses.sum() / sum(self._tokens(batch))
 
     def recognizer_errors(self) -> TokenErrors:
         """Return the errors of what the recognizer reads in what is held out. Collective over all ranks."""
@@ -129,6 +144,10 @@ class Stages:
             unit: of its outputs.
         """
         return self._errors(lambda numbers: nearest_classes(self._adapt(numbers) / unit, self._rows, self._filler))
+
+    def adapt(self, states: Tensor, counts: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Return the adapter's outputs in the scale of the word embedding, [N, H], for the language model."""
+        return self._outputs(states, counts, tokens) * self.unit
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -156,10 +175,13 @@ class Stages:
         """Return the adapter's outputs for utterances, float32 [N, H]."""
         states = torch.cat([self._states.read(number) for number in numbers]).to(self._layout.device)
         counts = [self._states.counts[number] for number in numbers]
+        return self._outputs(states, counts, self._tokens(numbers)).float()
+
+    def _outputs(self, states: Tensor, counts: Sequence[int], tokens: Sequence[int]) -> Tensor:
         # In the precision of a run, whose weights are copies of fp32 ones, too.
         weights = {name: parameter.to(states.dtype) for name, parameter in self.adapter.named_parameters()}
-        outputs: Tensor = functional_call(self.adapter, weights, (states, counts, self._tokens(numbers)))
-        return outputs.float()
+        outputs: Tensor = functional_call(self.adapter, weights, (states, counts, tokens))
+        return outputs
 
     def _stacks(self, numbers: Sequence[int]) -> Tensor:
         states = [self._states.read(number) for number in numbers]

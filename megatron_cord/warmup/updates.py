@@ -7,7 +7,7 @@ gradients, loss, and whether a rank was asked to stop.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -65,12 +65,12 @@ class Updates:
         self._rates = RateSchedule(peak, peak * stage.final_learning_rate_fraction, warmup, stage.steps)
         self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=peak, weight_decay=config.weight_decay)
 
-    def update(self, step: int, loss: Tensor, *, stop: bool) -> tuple[float, bool]:
+    def update(self, step: int, losses: Iterable[Tensor], *, stop: bool) -> tuple[float, bool]:
         """Make an update. Collective over all ranks.
 
         Args:
             step: counted from 0.
-            loss: this rank's summand of the batch's loss.
+            losses: this rank's summands of the batch's loss; each has its backward pass before the next is asked for.
             stop: whether this rank was asked to stop.
 
         Returns:
@@ -80,10 +80,13 @@ class Updates:
             CordError: the loss is not finite; nothing is changed then.
         """
         self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
         parameters = list(self._parameters.values())
+        loss = parameters[0].new_zeros(())
+        for each in losses:
+            each.backward()  # type: ignore[no-untyped-call]
+            loss += each.detach()
         flat = [torch.zeros_like(p).view(-1) if p.grad is None else p.grad.view(-1) for p in parameters]
-        shared = torch.cat([*flat, loss.detach().view(1), loss.new_tensor([float(stop)])])
+        shared = torch.cat([*flat, loss.view(1), loss.new_tensor([float(stop)])])
         dist.all_reduce(shared)
         total, stops = shared[-2:].tolist()
         if not bool(torch.isfinite(shared.sum())):

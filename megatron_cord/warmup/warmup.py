@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from megatron_cord.runtime.progress import Bars
 from megatron_cord.runtime.stop_request import StoppedError
 from megatron_cord.warmup.config import WarmupConfig
 from megatron_cord.warmup.corpus import Corpus
+from megatron_cord.warmup.distillation import Distillation, check_prompt
 from megatron_cord.warmup.parts import Parts, check_adapter, read_parts
 from megatron_cord.warmup.progress import Progress, read_state, write_state
 from megatron_cord.warmup.stages import Stages
@@ -57,12 +58,14 @@ def warm_up(config: WarmupConfig, layout: Layout, stop: Callable[[], bool] = lam
     """
     directory = Path(config.output_dir)
     arch = check_adapter(config.checkpoint)
-    for name, size in (("ctc", config.ctc.batch_size), ("regression", config.regression.batch_size)):
-        if size < layout.world_size:
+    for name, stage in config.stages.items():
+        if (size := stage.batch_size) < layout.world_size:
             raise CordError(f"{name}.batch_size={size} is less than the {layout.world_size} ranks; raise it")
     prompts = PromptBuilder(config.checkpoint)
     filler = _filler(config.regression.filler, prompts)
     corpus = Corpus(config, prompts, arch)
+    if config.distillation.steps:
+        check_prompt(config.distillation, corpus, prompts)
     run_on_main(lambda: _claim(config, directory, corpus))
     if (directory / SUMMARY).is_file() and (directory / MODEL).is_dir():
         logger.info("%s is warmed up already", directory / MODEL)
@@ -75,7 +78,8 @@ def warm_up(config: WarmupConfig, layout: Layout, stop: Callable[[], bool] = lam
     begun = time.monotonic()
     encode(states, corpus, parts.encoder, layout, stop)
     stages = Stages(config, layout, corpus, states, parts, filler)
-    run = _Run(config, layout, stages, stop)
+    distillation = partial(Distillation, config, layout, corpus, prompts, arch, stages.adapt)
+    run = _Run(config, layout, stages, distillation, stop)
     run.progress.seconds.setdefault("encoding", round(time.monotonic() - begun, 1))
     run.train_all()
     stages.finish()
@@ -86,10 +90,18 @@ def warm_up(config: WarmupConfig, layout: Layout, stop: Callable[[], bool] = lam
 
 
 class _Run:
-    """The updates of both stages, from wherever they were stopped."""
+    """The updates of all stages, from wherever they were stopped."""
 
-    def __init__(self, config: WarmupConfig, layout: Layout, stages: Stages, stop: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        config: WarmupConfig,
+        layout: Layout,
+        stages: Stages,
+        distillation: Callable[[], Distillation],
+        stop: Callable[[], bool],
+    ) -> None:
         self._config, self._layout, self._stages, self._stop = config, layout, stages, stop
+        self._distillation = distillation
         self._directory = Path(config.output_dir)
         self._modules: dict[str, nn.Module] = {"ctc": stages.recognizer, "regression": stages.adapter}
         self.progress, self._saved = read_state(self._directory)
@@ -102,30 +114,65 @@ class _Run:
         """Make all updates that are left, and measure before and after each stage."""
         stages, config = self._stages, self._config
         if self.progress.stage == "ctc":
-            self._train("ctc", config.ctc, stages.recognizer_loss, stages.recognizer_errors)
-            self.progress.stage, self.progress.step, self._saved = "regression", 0, {}
-        self._train("regression", config.regression, stages.regression_loss, stages.adapter_errors)
+            self._train(
+                "ctc",
+                config.ctc,
+                stages.recognizer,
+                lambda step: [stages.recognizer_loss(step)],
+                lambda when: self.measure(when, stages.recognizer_errors()),
+            )
+            self._go_on_to("regression")
+        if self.progress.stage == "regression":
+            self._train(
+                "regression",
+                config.regression,
+                stages.adapter,
+                lambda step: [stages.regression_loss(step)],
+                lambda when: self.measure(when, stages.adapter_errors()),
+            )
+            self._go_on_to("distillation")
+        if config.distillation.steps:
+            distillation = self._distillation()
+            self._train(
+                "distillation",
+                config.distillation,
+                stages.adapter,
+                distillation.losses,
+                lambda when: self._note_divergence(when, distillation.held_out_divergence()),
+            )
 
     def measure(self, what: str, found: TokenErrors) -> None:
         """Note a token error rate."""
         self.progress.token_errors[what] = found.rate
         logger.info("%s: token error %.3f on what is held out (%d tokens)", what, found.rate, found.tokens)
 
+    def _note_divergence(self, what: str, nats: float) -> None:
+        self.progress.divergences[what] = nats
+        logger.info("%s: divergence from reading %.3f nats a token on what is held out", what, nats)
+
+    def _go_on_to(self, stage: str) -> None:
+        self.progress.stage, self.progress.step, self._saved = stage, 0, {}
+
     def _train(
-        self, name: str, settings: StageConfig, loss: Callable[[int], Tensor], errors: Callable[[], TokenErrors]
+        self,
+        name: str,
+        settings: StageConfig,
+        module: nn.Module,
+        losses_of: Callable[[int], Iterable[Tensor]],
+        measure: Callable[[str], None],
     ) -> None:
         progress, steps = self.progress, settings.steps
-        updates = Updates(name, self._modules[name], settings, self._config, self._layout)
+        updates = Updates(name, module, settings, self._config, self._layout)
         updates.restore(self._of("moments"))
-        if f"{name} before" not in progress.token_errors:
-            self.measure(f"{name} before", errors())
+        if not {f"{name} before"} & (progress.token_errors.keys() | progress.divergences.keys()):
+            measure(f"{name} before")
         before, begun = progress.seconds.get(name, 0.0), time.monotonic()
         losses = progress.losses.setdefault(name, [])
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Bars(*columns, enabled=self._layout.is_main) as bars:
             bar = bars.add_task(name, total=steps, completed=progress.step)
             for step in range(progress.step, steps):
-                value, stops = updates.update(step, loss(step), stop=self._stop())
+                value, stops = updates.update(step, losses_of(step), stop=self._stop())
                 progress.step = step + 1
                 progress.seconds[name] = round(before + time.monotonic() - begun, 1)
                 bars.update(bar, completed=progress.step, description=f"{name}, loss {value:.3f}")
@@ -136,7 +183,7 @@ class _Run:
                     self._save(updates)
                 if stops:
                     raise StoppedError("asked to stop: saved; the same command continues")
-        self.measure(f"{name} after", errors())
+        measure(f"{name} after")
 
     def _save(self, updates: Updates) -> None:
         """Write the state on rank 0, while the others wait. Collective."""
@@ -209,6 +256,7 @@ def _summary(
             "held out and never trained on": stages.unknown_tokens,
         },
         "token_errors": {name: round(rate, 4) for name, rate in progress.token_errors.items()},
+        "divergences": {name: round(nats, 4) for name, nats in progress.divergences.items()},
         "losses": progress.losses,
         "seconds": progress.seconds,
         "ranks": layout.world_size,

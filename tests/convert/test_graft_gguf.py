@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_cord.cli.main import cord, invoke
 from megatron_cord.convert import read_tensors
+from megatron_cord.convert.graft.gguf import gguf_architecture
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
 from tests.convert.test_graft import sample, write_whisper
@@ -130,6 +131,15 @@ def test_weights_tokenizer_and_marks(tmp_path: Path) -> None:
     assert text.replace(" ", "").startswith("<|im_start|>user") and "whatisoneplustwo" in text.replace(" ", "")
     assert json.loads((target / "tokenizer_config.json").read_text())["clean_up_tokenization_spaces"] is False
     assert json.loads((target / "config.json").read_text())["text_config"]["rope_parameters"]["rope_theta"] == 5e4
+
+
+def test_sizes_are_known_without_the_weights(tmp_path: Path) -> None:
+    """Catches heads that are mixed up, on which a layout depends."""
+    language = gguf_architecture(write_gguf(tmp_path / "tiny.gguf", write_model())).language
+    assert (language.num_heads, language.num_kv_heads, language.num_layers) == (HEADS, GROUPS, 2)
+    assert (language.hidden_size, language.ffn_hidden_size, language.vocab_size) == (32, 64, len(TOKENS))
+    with pytest.raises(CordError, match="is a phi3, which is not supported"):
+        gguf_architecture(write_gguf(tmp_path / "other.gguf", write_model(), kind="phi3"))
 
 
 @pytest.mark.parametrize("case", ["template", "kind", "damaged", "two", "rotary"])

@@ -16,7 +16,14 @@ from megatron_cord.model.config import LayerConfig
 from megatron_cord.model.layers.transformer import encoder_config
 from megatron_cord.parallel.layout import ParallelConfig
 from megatron_cord.warmup.corpus import ctc_length
-from megatron_cord.warmup.recognizer import Recognizer, ctc_losses, expected_embeddings, nearest_classes, stack
+from megatron_cord.warmup.recognizer import (
+    Recognizer,
+    ctc_losses,
+    expected_embeddings,
+    nearest_classes,
+    reading_losses,
+    stack,
+)
 from megatron_cord.warmup.stages import scale_output
 from megatron_cord.warmup.token_errors import collapse, count_errors
 
@@ -66,6 +73,23 @@ def test_expected_embeddings_and_the_nearest() -> None:
     known = [filler, *rows]
     nearest = [min(range(5), key=lambda k: float((each - known[k]).norm())) for each in given]
     assert nearest_classes(given, rows, filler).tolist() == nearest
+
+
+def test_reading_losses_are_the_cross_entropy_of_distances() -> None:
+    """Catches a distance that grows with the width, a filler that is another class, and p and q exchanged."""
+    torch.manual_seed(0)
+    rows, filler = torch.randn(4, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    p = torch.randn(7, 5, dtype=torch.float64).softmax(-1)
+    given, known = torch.randn(7, 6, dtype=torch.float64), [filler, *rows]
+    found = reading_losses(given, p, rows, filler)
+    for n in range(7):
+        weights = [math.exp(-5.0 * sum(float(x) ** 2 for x in given[n] - each) / 6) for each in known]
+        wanted = -sum(float(p[n, k]) * math.log(weights[k] / sum(weights)) for k in range(5))
+        assert float(found[n]) == pytest.approx(wanted)
+    # Between any two classes an embedding halfway is no nearer to one of them.
+    middle = reading_losses((filler + rows[0])[None] / 2, torch.eye(5, dtype=torch.float64)[:1], rows, filler)
+    other = reading_losses((filler + rows[0])[None] / 2, torch.eye(5, dtype=torch.float64)[1:2], rows, filler)
+    torch.testing.assert_close(middle, other)
 
 
 def test_token_errors_are_the_edit_distance() -> None:

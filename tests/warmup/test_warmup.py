@@ -24,15 +24,17 @@ from safetensors.torch import load_file, save_file
 
 from megatron_cord.cli.main import cord, invoke
 from megatron_cord.convert import read_tensors
+from megatron_cord.convert.plain_model import PlainModel
 from megatron_cord.data.audio.wav import encode_wav
-from megatron_cord.data.samples import Sample
+from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.data.samples import HEAR, READ, Prompt, Sample
 from megatron_cord.data.shards.writer import ShardWriter
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.runtime.stop_request import StoppedError
 from megatron_cord.warmup import warmup
-from megatron_cord.warmup.config import CtcConfig, RegressionConfig, WarmupConfig
+from megatron_cord.warmup.config import CtcConfig, DistillationConfig, RegressionConfig, WarmupConfig
 from megatron_cord.warmup.stages import Stages
 from megatron_cord.warmup.warmup import warm_up
 from tests.convert.test_graft import WORDS, change, write_llm, write_whisper
@@ -187,10 +189,10 @@ def _raise_at(loss: Any, step: int) -> Any:
 def test_the_regression_is_the_slow_one(
     inputs: Path, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches targets of other utterances, a unit that is applied once only, and a mean over something else."""
+    """Catches targets of other utterances, a unit that is applied once only, a mean over something else, a weight."""
     seen: list[Stages] = []
     monkeypatch.setattr(warmup._Run, "train_all", lambda self: seen.append(self._stages))
-    regression = RegressionConfig(steps=2, batch_size=3, filler="what")
+    regression = RegressionConfig(steps=2, batch_size=3, filler="what", reading=0.7)
     warm_up(config_of(inputs, tmp_path / "out", regression=regression), layout)
     (stages,) = seen
     original = dict(read_tensors(inputs / "grafted"))
@@ -198,7 +200,9 @@ def test_the_regression_is_the_slow_one(
     names = ("ln_pre", "linear_1", "ln_mid", "linear_2")
     weights = {name: original[f"multi_modal_projector.{name}.weight"].double() for name in names}
     corpus, ids = stages._corpus, sorted(stages._class_of)
-    total, rows = 0.0, 0
+    total, reading, rows = 0.0, 0.0, 0
+    unit = table[ids].square().mean()
+    known = table[[WORDS.index("what") + 3, *ids]]
     for number in corpus.batch(1, 3):
         states = stages._states.read(number)
         with torch.no_grad():
@@ -211,15 +215,105 @@ def test_the_regression_is_the_slow_one(
             values, gate = (x @ weights["linear_1"].T).chunk(2, -1)
             found = _rms_norm(values * gate * gate.sigmoid()) * weights["ln_mid"] @ weights["linear_2"].T
         total += float((found - wanted).square().sum())
+        distances = (found[:, None] - known[None]).square().mean(-1) / unit
+        reading -= float((p * (-5 * distances).log_softmax(-1)).sum())
         rows += len(found)
     stages._parts.adapter.linear2.weight.data /= stages.unit  # as it was before it was written
     loss = float(stages.regression_loss(1).detach())
-    unit = table[ids].square().mean()
-    assert loss == pytest.approx(total / (rows * table.shape[1]) / float(unit), rel=1e-3)
+    assert loss == pytest.approx(total / (rows * table.shape[1]) / float(unit) + 0.7 * reading / rows, rel=1e-3)
 
 
 def _rms_norm(x: torch.Tensor) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def distilled_config(inputs: Path, output: Path, **settings: Any) -> WarmupConfig:
+    """Return a warm-up of all three stages, the first two of them short."""
+    few = {"batch_size": 16, "learning_rate": 5e-3}
+    usual: dict[str, Any] = {"steps": 10, "micro_batch_size": 3, "instruction": "what is", "measured": 5}
+    return config_of(
+        inputs,
+        output,
+        ctc=CtcConfig(steps=8, hidden_size=48, **few),
+        regression=RegressionConfig(steps=8, filler="user", **few),
+        distillation=DistillationConfig(**(few | {"batch_size": 8} | usual | settings)),
+    )
+
+
+@pytest.fixture(scope="module")
+def distilled(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of such a warm-up that was never stopped."""
+    output = tmp_path_factory.mktemp("distilled") / "out"
+    warm_up(distilled_config(inputs, output), initialize(ParallelConfig(), seed=0))
+    finalize()
+    return output
+
+
+def distil_on_ranks(rank: int, inputs: str, output: str) -> None:
+    warm_up(distilled_config(Path(inputs), Path(output)), initialize(ParallelConfig(), seed=0))
+
+
+def test_a_distillation_learns_and_changes_the_adapter_alone(inputs: Path, distilled: Path, tmp_path: Path) -> None:
+    """Catches a stage without effect, a language model that is trained too, and gradients that depend on the ranks."""
+    nats = summary(distilled)["divergences"]
+    assert 0 < nats["distillation after"] < 0.8 * nats["distillation before"]
+    before, after = dict(read_tensors(inputs / "grafted")), dict(read_tensors(distilled / "model"))
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor) != name.startswith("multi_modal_projector.")
+    run_ranks(distil_on_ranks, 2, str(inputs), str(tmp_path / "out"))
+    one, two = (summary(each)["losses"]["distillation"] for each in (distilled, tmp_path / "out"))
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=0.02, atol=0)
+
+
+def test_a_distillation_that_is_stopped_goes_on_bitwise(
+    inputs: Path, distilled: Path, layout: Layout, tmp_path: Path
+) -> None:
+    """Catches an adapter, or moments, of another stage that a start goes on with."""
+    config = distilled_config(inputs, tmp_path / "out")
+    with pytest.raises(StoppedError):
+        warm_up(config, layout, after_calls(3 + 8 + 8 + 4))  # blocks of encoder states, then updates
+    warm_up(config, layout)
+    once, again = summary(distilled), summary(tmp_path / "out")
+    assert once["losses"] == again["losses"] and once["divergences"] == again["divergences"]
+    weights = "model/model.safetensors"
+    assert (distilled / weights).read_bytes() == (tmp_path / "out" / weights).read_bytes()
+
+
+def test_the_distillation_is_the_slow_one(
+    inputs: Path, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a view without the instruction, KL the other way round, another scale, and a mean over something else."""
+    seen: list[tuple[Stages, float, int]] = []
+
+    def look(run: Any) -> None:
+        losses = [float(each.detach()) for each in run._distillation().losses(0)]
+        seen.append((run._stages, sum(losses), len(losses)))
+
+    monkeypatch.setattr(warmup._Run, "train_all", look)
+    warm_up(distilled_config(inputs, tmp_path / "out", steps=1, batch_size=4), layout)
+    ((stages, loss, microbatches),) = seen
+    plain, prompts = PlainModel(inputs / "grafted", torch.float32), PromptBuilder(inputs / "grafted")
+
+    def log_probs(prompt: Prompt, response: tuple[int, ...]) -> torch.Tensor:
+        ids = torch.tensor([[*prompt.token_ids, *response]])
+        clips = [torch.as_tensor(clip.features) for clip in prompt.clips]
+        frames = torch.tensor([clip.num_frames for clip in prompt.clips])
+        with torch.no_grad():
+            given = (torch.stack(clips), frames) if clips else (None, None)
+            hidden = plain.hidden(ids, *given, attention_mask=torch.ones_like(ids)).last_hidden_state
+            logits = plain.head(hidden)[0, len(prompt.token_ids) - 1 : -1]
+        return logits.double().log_softmax(-1)
+
+    total, tokens = 0.0, 0
+    batch = stages._corpus.batch(0, 4)
+    for number, (recording, rate) in zip(batch, stages._corpus.recordings(batch), strict=True):
+        text = stages._corpus.utterances[number].text
+        response = prompts.response_ids(text)
+        (made,) = prompts.prepare([Sample("a", text, recording, rate, instruction="what is")])
+        read, heard = (log_probs(made.prompts[view], response) for view in (READ, HEAR))
+        total += float((read.exp() * (read - heard)).sum())
+        tokens += len(response)
+    assert microbatches == 2 and loss == pytest.approx(total / tokens, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +326,7 @@ def _rms_norm(x: torch.Tensor) -> torch.Tensor:
         ("too short", "odd: 4 tokens of audio are fewer than the 7 that its transcript of 4 tokens needs"),
         ("no transcript", "sample one has no text: its JSON needs a"),
         ("filler", "regression.filler=' ' is 0 tokens of this tokenizer"),
+        ("instruction", "'three'"),
         ("address", "is an address; make a local copy"),
         ("ranks", "ctc.batch_size=1 is less than the 2 ranks"),
         ("other warm-up", "holds a warm-up that differs in seed"),
@@ -264,6 +359,8 @@ def test_slips_are_one_line(
         config = replace(config, data=str(tmp_path / "a.tar"))
     elif case == "filler":
         config = replace(config, regression=RegressionConfig())
+    elif case == "instruction":
+        config = distilled_config(inputs, output, instruction="what is three")
     elif case == "address":
         config = replace(config, data="https://example.org/shards")
     elif case == "ranks":

@@ -23,6 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from megatron_cord.errors import CordError
+from megatron_cord.model.architecture import Architecture
+from megatron_cord.model.families import FAMILIES
 from megatron_cord.model.families.decoder import DENSE
 
 SUFFIX = ".gguf"
@@ -46,6 +48,17 @@ def gguf_file(given: Path) -> Path | None:
     return files[0] if files else None
 
 
+def gguf_architecture(file: Path) -> Architecture:
+    """Return the sizes of the text model in a GGUF file; its weights are not read.
+
+    Raises:
+        CordError: as `dequantised` about packages and the file's kind.
+    """
+    _check_packages(file)
+    config = _read_config(file)
+    return FAMILIES[config.model_type].architecture(config)
+
+
 @contextmanager
 def dequantised(file: Path, scratch: Path, dtype: torch.dtype) -> Iterator[Path]:
     """Enter with a Hugging Face directory of the model in a GGUF file; it is removed when the block ends.
@@ -59,10 +72,7 @@ def dequantised(file: Path, scratch: Path, dtype: torch.dtype) -> Iterator[Path]
         CordError: a package is missing, the file is damaged or of a kind that transformers does not read, it has no
             chat template, or memory or disk are too small.
     """
-    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
-        raise CordError(
-            f"{file}: reading GGUF needs the package {' and '.join(missing)}; pip install megatron_cord[gguf]"
-        )
+    _check_packages(file)
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         _write(file, scratch, dtype)
@@ -71,12 +81,29 @@ def dequantised(file: Path, scratch: Path, dtype: torch.dtype) -> Iterator[Path]
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write(file: Path, directory: Path, dtype: torch.dtype) -> None:
-    """Write the model's directory. Raises CordError."""
-    source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    config = _load(AutoConfig, file, source)
+def _check_packages(file: Path) -> None:
+    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
+        raise CordError(
+            f"{file}: reading GGUF needs the package {' and '.join(missing)}; pip install megatron_cord[gguf]"
+        )
+
+
+def _source(file: Path) -> dict[str, Any]:
+    return {"gguf_file": file.name, "local_files_only": True}
+
+
+def _read_config(file: Path) -> Any:
+    """Return transformers' configuration of a supported kind. Raises CordError."""
+    config = _load(AutoConfig, file, _source(file))
     if config.model_type not in DENSE:
         raise CordError(f"{file} is a {config.model_type}, which is not supported; choose one of {', '.join(DENSE)}")
+    return config
+
+
+def _write(file: Path, directory: Path, dtype: torch.dtype) -> None:
+    """Write the model's directory. Raises CordError."""
+    source = _source(file)
+    config = _read_config(file)
     tokenizer, marks = _load(AutoTokenizer, file, source), _marks(file)
     for name, number in marks.items():
         setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
