@@ -101,7 +101,11 @@ class WarmupConfig:
     @property
     def stages(self) -> dict[str, CtcConfig | RegressionConfig | DistillationConfig]:
         """The stages that are made, by name, in their order."""
-        made = {"ctc": self.ctc, "regression": self.regression, "distillation": self.distillation}
+        made: dict[str, CtcConfig | RegressionConfig | DistillationConfig] = {
+            "ctc": self.ctc,
+            "regression": self.regression,
+            "distillation": self.distillation,
+        }
         return {name: stage for name, stage in made.items() if stage.steps}
 
     def __post_init__(self) -> None:

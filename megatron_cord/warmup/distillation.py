@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from megatron_cord.convert import read_into
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import HEAR, READ, Sample
 from megatron_cord.losses import TokenStats, distillation_loss
+from megatron_cord.model.adapters import Adapter
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.config import LayerConfig
 from megatron_cord.model.lalm import LALM, ModelInput
@@ -103,7 +104,7 @@ class Distillation:
         self._model = LALM(arch, layout, getattr(torch, config.dtype), LayerConfig("torch"))
         read_into(self._model, config.checkpoint)
         self._model.requires_grad_(False)
-        self._model.adapter = _Adapted(adapt)
+        self._model.adapter = cast(Adapter, _Adapted(adapt))
 
     def losses(self, step: int) -> Iterator[Tensor]:
         """Yield this rank's summands of the divergence over a step's batch, nats a token, a microbatch each."""
@@ -126,7 +127,7 @@ class Distillation:
                 total += float(self._divergence(microbatch))
         tokens = sum(len(self._response(number)) for number in own)
         shares = all_gather_json([total, tokens])
-        return sum(nats for nats, _ in shares) / sum(tokens for _, tokens in shares)
+        return float(sum(nats for nats, _ in shares) / sum(tokens for _, tokens in shares))
 
     def _divergence(self, batch: Microbatch) -> Tensor:
         """Return KL(read ‖ heard), summed over the response tokens of a microbatch."""
