@@ -17,7 +17,11 @@ import megatron_cord
 from tests.test_architecture import imports, source_of
 
 #: What the interpreter of a server imports, which has SGLang and lacks the project.
-OF_SERVERS = ("megatron_cord.rollout.sglang.plugin.", "megatron_cord.model.families.step_audio_2.sglang_model")
+OF_SERVERS = (
+    "megatron_cord.rollout.sglang.plugin.",
+    "megatron_cord.model.families.step_audio_2.sglang_model",
+    "megatron_cord.model.families.ultravox.sglang_model",
+)
 #: What lmms-eval imports, which is not installed beside the project unless its extra is.
 OF_LMMS_EVAL = "megatron_cord.lmms_eval.model"
 # Forks after the slow packages are imported, which know nothing of the project, and before Megatron-Core is, whose

@@ -34,6 +34,8 @@ class Family:
             that nothing here needs; tokenizer and feature extractor are then read by themselves.
         sglang_max_clips: how many recordings one prompt may have on an SGLang server; None if SGLang servers do not
             serve the family.
+        sglang_takes_ids: whether its prompts with recordings are sent there as ids with one placeholder a clip, which
+            the project's own processors take; SGLang's take text alone.
         sglang_serves: whether they serve such an architecture of it; by default, any.
     """
 
@@ -48,4 +50,5 @@ class Family:
     pads_to_longest: bool = False
     sees: bool = False
     sglang_max_clips: float | None = None
+    sglang_takes_ids: bool = False
     sglang_serves: Callable[[Architecture], bool] = lambda _: True

@@ -56,7 +56,5 @@ FAMILIES = (
         tensor_map,
         plain_class="transformers.Qwen2AudioForConditionalGeneration",
         sglang_max_clips=math.inf,
-        # SGLang's class builds a Qwen2, whatever the configuration names.
-        sglang_serves=lambda arch: arch.language.qkv_bias and arch.language.experts is None,
     ),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from transformers import PretrainedConfig
 
 from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
@@ -66,5 +68,7 @@ FAMILIES = (
         tensor_map,
         plain_class="transformers.VoxtralForConditionalGeneration",
         joins_windows=True,
+        sglang_max_clips=math.inf,
+        sglang_takes_ids=True,
     ),
 )

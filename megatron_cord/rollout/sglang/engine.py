@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
-from megatron_cord.model.families import load_architecture
 from megatron_cord.parallel.objects import run_on_main
 from megatron_cord.rollout.sglang.client.addresses import Addresses
 from megatron_cord.rollout.sglang.client.batch import Batch
@@ -67,12 +66,10 @@ class SGLangEngine:
         self.weight_version, self.paused = 0, False
         self._config = config
         self._names = {BASE: 0}
-        language = load_architecture(checkpoint_dir).language
-        self._experts = None if language.experts is None else (language.num_layers, language.experts.per_token)
         self._pool = Pool(dist.get_rank())
         self._source: WeightSource | None = None
-        model_type, self._max_clips = served_model(checkpoint_dir)
-        self._control = Control(addresses, model_type, config.start_seconds)
+        self._model = served_model(checkpoint_dir)
+        self._control = Control(addresses, self._model.model_type, config.start_seconds)
         self._weight_sync: WeightSync = build_weight_sync(weight_sync, checkpoint_dir)
         self._all_tensors = False  # the next weight sync sends frozen ones, too: servers have lost them
         self._batches: set[Batch] = set()
@@ -85,7 +82,7 @@ class SGLangEngine:
         Raises:
             CordError: a request that servers cannot take, refuse, or fail time and again.
         """
-        encoder = PromptEncoder(self.prompts, self._longest, self._max_clips, self._experts)
+        encoder = PromptEncoder(self.prompts, self._longest, self._model)
         for request in requests:
             encoder.check(request)
         max_in_flight = max(1, self._config.max_in_flight // dist.get_world_size())

@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import FAMILIES, load_architecture
 
 
-def served_model(checkpoint_dir: str | Path) -> tuple[str, float]:
-    """Return the checkpoint's model type, and how many recordings one prompt of it may have.
+@dataclass(frozen=True)
+class ServedModel:
+    """What requests to a server must know of its model.
+
+    Attributes:
+        model_type: of the checkpoint.
+        max_clips: how many recordings one prompt may have.
+        takes_ids: whether prompts with recordings are sent as ids, with one placeholder a clip; otherwise as text.
+        experts: layers, and experts that each chooses for a token; None without a mixture of experts.
+    """
+
+    model_type: str
+    max_clips: float
+    takes_ids: bool
+    experts: tuple[int, int] | None = None
+
+
+def served_model(checkpoint_dir: str | Path) -> ServedModel:
+    """Return how servers take a checkpoint.
 
     Raises:
         CordError: as `load_architecture`, or servers do not run the family, or not with this language model.
     """
     arch = load_architecture(checkpoint_dir)
-    model_type = arch.model_type
-    max_clips = FAMILIES[model_type].sglang_max_clips
-    if max_clips is not None and not FAMILIES[model_type].sglang_serves(arch):
+    family = FAMILIES[arch.model_type]
+    if family.sglang_max_clips is None:
+        served = ", ".join(name for name, other in FAMILIES.items() if other.sglang_max_clips is not None)
         raise CordError(
-            f"{checkpoint_dir}: SGLang servers run {model_type} with its published kind of language model alone; use "
-            "rollout.engine=local"
-        )
-    if max_clips is None:
-        served = ", ".join(name for name, family in FAMILIES.items() if family.sglang_max_clips is not None)
-        raise CordError(
-            f"{checkpoint_dir}: SGLang servers run {served} alone, not {model_type}; use rollout.engine=local "
+            f"{checkpoint_dir}: SGLang servers run {served} alone, not {family.model_type}; use rollout.engine=local "
             "(docs/rollout.md describes what is missing)"
         )
-    return model_type, max_clips
+    if not family.sglang_serves(arch):
+        raise CordError(
+            f"{checkpoint_dir}: SGLang servers run {family.model_type} with its published kind of language model "
+            "alone; use rollout.engine=local"
+        )
+    language = arch.language
+    experts = None if language.experts is None else (language.num_layers, language.experts.per_token)
+    return ServedModel(family.model_type, family.sglang_max_clips, family.sglang_takes_ids, experts)

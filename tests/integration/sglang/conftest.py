@@ -13,14 +13,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    GenerationConfig,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+)
 
-from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
+from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint, initialize, save_checkpoint
 from examples.quickstart.omni_checkpoint import TinyOmniConfig, create_omni_checkpoint
+from megatron_cord.convert.graft import Projector, graft
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.rollout.sglang.client.addresses import write_servers_file
 from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfig
 from megatron_cord.rollout.sglang.server.supervisor import Supervisor, SupervisorConfig
-from tests.model.family_reference import save_whole
+from tests.convert.test_graft import write_whisper
+from tests.model.family_reference import save_whole, text_config
 from tests.tiny_run import ROOT, WORDS
 
 PYTHON = ROOT / ENVIRONMENT / "bin" / "python"
@@ -33,15 +42,22 @@ def write_talking_checkpoint(directory: Path) -> Path:
     return make_talk(directory, HEAD)
 
 
-def write_talking_step_audio_2(directory: Path) -> Path:
-    """Write the same of Step-Audio 2, smaller."""
-    save_whole(directory, "step_audio_2", WORDS)
+def write_talking(directory: Path, family: str, *, tied: bool = False) -> Path:
+    """Write the same of another family, FAMILY or FAMILY+TEXT, smaller but for qwen2_audio+TEXT."""
+    if family.startswith("qwen2_audio+"):
+        return _write_talking_qwen2_audio(directory, family.partition("+")[2])
+    save_whole(directory, family, WORDS, tied=tied)
     config = json.loads((directory / "config.json").read_text())
     text = config["text_config"]
     text["max_position_embeddings"] = 512  # recordings of several clips
-    text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]  # as published
+    if family == "step_audio_2":
+        text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]  # as published
+    if family == "voxtral":  # transformers writes it with a model, not with a configuration
+        config["architectures"] = ["VoxtralForConditionalGeneration"]
     (directory / "config.json").write_text(json.dumps(config))
-    return make_talk(directory, "lm_head.weight")
+    if tied:
+        return make_talk(directory, "language_model.model.embed_tokens.weight", 1.0)
+    return make_talk(directory, "lm_head.weight" if family == "step_audio_2" else HEAD)
 
 
 def write_talking_qwen3_omni(directory: Path) -> Path:
@@ -71,11 +87,39 @@ def write_talking_qwen3_omni(directory: Path) -> Path:
     return make_talk(directory, "thinker.lm_head.weight")
 
 
-def make_talk(directory: Path, head: str) -> Path:
+def _write_talking_qwen2_audio(directory: Path, kind: str) -> Path:
+    """Write the quickstart's checkpoint with another text model; SGLang's processor takes windows of whole seconds."""
+    write_talking_checkpoint(directory)
+    qwen2_audio: Any = Qwen2AudioForConditionalGeneration
+    config = Qwen2AudioConfig.from_pretrained(directory)
+    kept = {name: getattr(config.text_config, name) for name in ("vocab_size", "max_position_embeddings")}
+    config.text_config = AutoConfig.for_model(**text_config(kind, tied=False) | kept)
+    torch.manual_seed(0)
+    model = qwen2_audio(config)
+    initialize(model, TinyModelConfig.sinusoid_scale)
+    model.generation_config = GenerationConfig.from_pretrained(directory)
+    save_checkpoint(directory, model, AutoProcessor.from_pretrained(directory))
+    return make_talk(directory, HEAD)
+
+
+def write_talking_graft(directory: Path, window: int = 24) -> Path:
+    """Write what `cord graft` makes of a random Llama and a random Whisper with so many positions of 20 ms.
+
+    It hardly ever generates a special token.
+    """
+    parts = directory.with_name(f"{directory.name}-parts")
+    llm = save_whole(parts / "llm", "llama", WORDS)
+    config = json.loads((llm / "config.json").read_text())
+    (llm / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    graft(llm, write_whisper(parts / "whisper", window), directory, Projector(hidden_size=12))
+    return make_talk(directory, HEAD)
+
+
+def make_talk(directory: Path, head: str, factor: float = 3.0) -> Path:
     """Change a checkpoint's output layer of this name so that it hardly ever generates a special token."""
     tensors = load_file(directory / "model.safetensors")
     prompts = PromptBuilder(directory)
-    scale = torch.full((prompts.vocab_size, 1), 3.0)
+    scale = torch.full((prompts.vocab_size, 1), factor)
     scale[list(prompts.special_ids)] = 0.0
     scale[list(prompts.eos_ids)] = 1.0  # and seldom ends
     tensors[head] = tensors[head] * scale

@@ -8,22 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from megatron_cord.data.audio.wav import encode_float_wav
-from megatron_cord.data.prompts import PromptBuilder
-from megatron_cord.rollout.config import RolloutConfig
-from megatron_cord.rollout.engines import build_engine
-from megatron_cord.rollout.local.engine import LocalEngine
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError
-from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.server.process import ServerConfig, SglangServer
-from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig
-from megatron_cord.rollout.types import GenerationRequest
-from megatron_cord.rollout.weights import PlainWeights
-from tests.integration.sglang.conftest import PYTHON, write_talking_step_audio_2
-from tests.integration.sglang.test_engine import compare, conversations
+from tests.integration.sglang.answers import check_answers
+from tests.integration.sglang.conftest import PYTHON, write_talking
 from tests.tiny_run import finish, make_samples, metrics, overrides, start, write_shards
 
 pytestmark = [
@@ -36,7 +26,7 @@ pytestmark = [
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
     """One float32 server of a small random model."""
     work = tmp_path_factory.mktemp("step_audio_2")
-    checkpoint = write_talking_step_audio_2(work / "checkpoint")
+    checkpoint = write_talking(work / "checkpoint", "step_audio_2")
     found = SglangServer(ServerConfig(checkpoint=checkpoint, device="cpu", python=PYTHON), "", work / "server.log")
     found.start()
     try:
@@ -46,37 +36,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
         found.stop()
 
 
-def questions(checkpoint: Path) -> list[GenerationRequest]:
-    """Return a hundred spoken ones, of several clips each, as many written ones, and ten conversations of both."""
-    prompts, samples = PromptBuilder(checkpoint, long_audio="cut"), make_samples(100, seed=7)
-    samples += [sample for sample in conversations(20) if sample.system is None]  # a word that the tokenizer lacks
-    made = [prompts.audio_prompt(sample) for sample in samples] + [prompts.text_prompt(sample) for sample in samples]
-    assert max(len(prompt.clips) for prompt in made) > 1
-    return [GenerationRequest(prompt, 0.0, 12, i) for i, prompt in enumerate(made)]
-
-
 @pytest.mark.usefixtures("one_rank")
 def test_answers_and_weights_are_the_trainers(server: SglangServer) -> None:
     """Catches an encoder, adapter, template or features other than the trainer's, clips in another order.
 
     Also a weight sync, by any transport, that leaves out a tensor.
     """
-    checkpoint = server.config.checkpoint
-    local, asked = LocalEngine(checkpoint), questions(checkpoint)
-    for version, transport in enumerate([None, "process_group", "shared_memory", "disk"]):
-        weight_sync = WeightSyncConfig(transport=transport or "disk", bucket_bytes=1 << 20)  # type: ignore[arg-type]
-        sglang = SGLangConfig(servers=(server.url,))
-        config = RolloutConfig(engine="sglang", sglang=sglang, weight_sync=weight_sync)
-        engine = build_engine(config, checkpoint, torch.device("cpu"))
-        if transport is not None:
-            stored = load_file(checkpoint / "model.safetensors")
-            changed = PlainWeights({name: tensor * (1 + version / 50) for name, tensor in stored.items()})
-            engine.update_weights(changed, version)
-            local.update_weights(changed, version)
-        share, largest = compare(engine.generate(asked), local.generate(asked))
-        print(f"{transport or 'checkpoint'}: {share:.2%} of tokens equal, log-probabilities within {largest:.2g}")
-        assert share >= 0.99 and largest < 1e-3
-        engine.close()
+    check_answers(server.config.checkpoint, server.url)
 
 
 @pytest.mark.parametrize(

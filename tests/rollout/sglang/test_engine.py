@@ -6,7 +6,6 @@ The real server is in tests/integration/sglang.
 from __future__ import annotations
 
 import base64
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.sglang.client.protocol import PromptEncoder
 from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.engine import SGLangEngine
+from megatron_cord.rollout.sglang.models import served_model
 from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig
 from megatron_cord.rollout.types import GenerationRequest, VersionSpan
 from megatron_cord.rollout.weights import PlainWeights
@@ -308,13 +308,22 @@ def test_audio_goes_as_text_with_one_placeholder(checkpoint: Path, stack: ExitSt
         engine.generate([GenerationRequest(prompt, 1.0, 8)])
 
 
-def test_several_clips_go_with_their_prompt(tmp_path: Path) -> None:
-    """Catches a clip that is left out or sent in another order, where the model may have several."""
-    checkpoint = save_whole(tmp_path / "checkpoint", "step_audio_2", WORDS)
+@pytest.mark.parametrize("family", ["step_audio_2", "ultravox", "voxtral"])
+def test_several_clips_go_with_their_prompt(family: str, tmp_path: Path) -> None:
+    """Catches a clip that is left out or sent in another order, and clips side by side under one placeholder.
+
+    Also an answer that goes on behind other ids than it had.
+    """
+    checkpoint = save_whole(tmp_path / "checkpoint", family, WORDS)
     sample = make_samples(1)[0]
-    prompt = PromptBuilder(checkpoint, long_audio="cut").audio_prompt(sample)
-    body = PromptEncoder(PromptBuilder(checkpoint), 512, math.inf).try_encode(prompt)
-    assert body is not None and len(prompt.clips) == body["text"].count("<|AUDIO|>") == len(body["audio_data"]) > 1
+    prompts = PromptBuilder(checkpoint, long_audio="cut")
+    prompt, placeholder = prompts.audio_prompt(sample), prompts.audio_token_id
+    body = PromptEncoder(prompts, 512, served_model(checkpoint)).try_encode(prompt, (7, 3))
+    assert body is not None and "text" not in body and body["input_ids"][-2:] == [7, 3]
+    assert len(prompt.clips) == body["input_ids"].count(placeholder) == len(body["audio_data"]) > 1
+    lengths = iter(clip.num_tokens for clip in prompt.clips)
+    expanded = [i for index in body["input_ids"] for i in [index] * (next(lengths) if index == placeholder else 1)]
+    assert tuple(expanded[:-2]) == prompt.token_ids
     sent = b"".join(base64.b64decode(data.removeprefix("data:audio/wav;base64,"))[44:] for data in body["audio_data"])
     assert sent == sample.waveform.astype("<f4").tobytes()
 
@@ -343,8 +352,9 @@ def test_nothing_is_sent_that_would_kill_a_server(checkpoint: Path, stack: ExitS
     assert isinstance(own, SGLangEngine)
     audio = own.prompts.audio_prompt(make_samples(1)[0])
     two = replace(audio, clips=audio.clips * 2, token_ids=audio.token_ids + (5,) * audio.clips[0].num_tokens)
+    one_clip = replace(served_model(checkpoint), max_clips=1)
     with pytest.raises(CordError, match="SGLang takes at most 1 clips a prompt of this model, not 2"):
-        PromptEncoder(own.prompts, 128, 1).check(GenerationRequest(two, 1.0, 8))
+        PromptEncoder(own.prompts, 128, one_clip).check(GenerationRequest(two, 1.0, 8))
     wrong = [
         (Prompt("x", (2, 24)), 8, "ids outside 0..23"),
         (Prompt("x", ()), 8, "is empty"),

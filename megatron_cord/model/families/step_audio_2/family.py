@@ -93,5 +93,6 @@ FAMILIES = (
         plain_class="megatron_cord.model.families.step_audio_2.plain_model.StepAudio2",
         chat_template=CHAT_TEMPLATE,
         sglang_max_clips=math.inf,
+        sglang_takes_ids=True,
     ),
 )

@@ -10,6 +10,8 @@ that leave the language model or the encoder to another repository (text_model_i
 
 from __future__ import annotations
 
+import math
+
 from transformers import PretrainedConfig
 
 from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
@@ -79,5 +81,7 @@ FAMILIES = (
         tensor_map,
         plain_class="megatron_cord.model.families.ultravox.plain_model.Ultravox",
         joins_windows=True,
+        sglang_max_clips=math.inf,
+        sglang_takes_ids=True,
     ),
 )

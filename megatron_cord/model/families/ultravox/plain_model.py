@@ -1,8 +1,7 @@
 """Ultravox in plain torch under its published names, for generation and comparison; transformers lacks it.
 
 Whisper's layers and the language model are transformers' own. Each clip is encoded alone, at its own length, so that
-nothing is masked. Legend: C clips, B sequences, S tokens, T positions of one clip, D the encoder's width, H the
-language model's.
+nothing is masked. Legend: C clips, B sequences, S tokens, H the language model's width.
 """
 
 from __future__ import annotations
@@ -11,36 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, pad, silu
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from megatron_cord.model.families.plain_clips import place_clips
+from megatron_cord.model.families.ultravox.audio import Projector, encode_clip
 from megatron_cord.model.families.ultravox.configuration import UltravoxConfig
-
-
-class Projector(nn.Module):
-    """Stacked frames, RMSNorm, SwiGLU, RMSNorm, a projection. What the last stack lacks is zero.
-
-    Args:
-        config: of the checkpoint.
-    """
-
-    def __init__(self, config: UltravoxConfig) -> None:
-        super().__init__()
-        self.stack_factor = config.stack_factor
-        width, middle = config.audio_config.d_model * config.stack_factor, config.hidden_size // 2
-        self.ln_pre = nn.RMSNorm(width, eps=1e-6)
-        self.linear_1 = nn.Linear(width, config.hidden_size, bias=False)
-        self.ln_mid = nn.RMSNorm(middle, eps=1e-6)
-        self.linear_2 = nn.Linear(middle, config.text_config.hidden_size, bias=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map one clip [T, D] to [T / stack_factor, H], rounded up."""
-        whole = pad(features, (0, 0, 0, -len(features) % self.stack_factor))
-        values, gate = self.linear_1(self.ln_pre(whole.view(-1, self.linear_1.in_features))).chunk(2, dim=-1)
-        tokens: Tensor = self.linear_2(self.ln_mid(silu(gate) * values))
-        return tokens
 
 
 class Ultravox(PreTrainedModel):
@@ -73,13 +48,7 @@ class Ultravox(PreTrainedModel):
 
     def encode_audio(self, features: Tensor, num_frames: int) -> Tensor:
         """Encode one clip [mels, at least num_frames] to tokens [tokens, H]; what follows its frames is not read."""
-        tower = self.audio_tower
-        x = gelu(tower.conv1(features[None, :, :num_frames].to(tower.conv1.weight)))
-        x = gelu(tower.conv2(x)).transpose(1, 2)
-        x = x + tower.embed_positions.weight[: x.shape[1]]
-        for layer in tower.layers:
-            x = layer(x, None)
-        tokens: Tensor = self.multi_modal_projector(tower.layer_norm(x)[0])
+        tokens: Tensor = self.multi_modal_projector(encode_clip(self.audio_tower, features, num_frames))
         return tokens
 
     def hidden(

@@ -103,7 +103,7 @@ class PartialResponse:
             self.finish_reason = "length"
         if self.finish_reason is not None and self.request.return_experts:
             rows = len(self.request.prompt.token_ids) + len(self._ids) - 1  # the last request read all of them
-            self._experts = read_experts(reply, self.request.prompt.sample_id, rows, self._encoder.experts)
+            self._experts = read_experts(reply, self.request.prompt.sample_id, rows, self._encoder.model.experts)
         return self.finish_reason is not None
 
     def rollout(self) -> Rollout:

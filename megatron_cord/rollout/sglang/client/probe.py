@@ -10,9 +10,9 @@ import numpy as np
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Sample
-from megatron_cord.model.families import family_of, load_architecture
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint
 from megatron_cord.rollout.sglang.client.protocol import PromptEncoder
+from megatron_cord.rollout.sglang.models import served_model
 
 #: For each prompt: the ids, and their log-probabilities rounded to 1e-5.
 Outputs = list[tuple[list[int], list[float]]]
@@ -22,15 +22,15 @@ def outputs_of(server: Endpoint, checkpoint: str | Path, timeout: float) -> Outp
     """Return greedy answers to fixed prompts: some of plain ids and, where the model takes audio, a second of sound.
 
     Raises:
-        CordError: as ``PromptBuilder`` and ``PromptEncoder.encode``.
+        CordError: as ``PromptBuilder``, ``served_model`` and ``PromptEncoder.encode``.
         ServerError: the server does not answer.
     """
     bodies: list[dict[str, Any]] = [{"input_ids": list(range(first, first + 6))} for first in (1, 4, 7)]
-    max_clips = family_of(load_architecture(checkpoint)).sglang_max_clips
-    if max_clips:
+    model = served_model(checkpoint)
+    if model.max_clips:
         prompts = PromptBuilder(checkpoint)
         sound = Sample("two tones", "", _tones()[: prompts.longest_clip])
-        bodies.append(PromptEncoder(prompts, 0, max_clips).encode(prompts.audio_prompt(sound)))
+        bodies.append(PromptEncoder(prompts, 0, model).encode(prompts.audio_prompt(sound)))
     return [_greedy(server, body, timeout) for body in bodies]
 
 

@@ -18,6 +18,7 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.chosen_experts import ChosenExperts
+from megatron_cord.rollout.sglang.models import ServedModel
 from megatron_cord.rollout.types import GenerationRequest
 
 OLDEST_SGLANG = Version("0.5.21")  #: from here on servers have sessions for updates of their weights
@@ -49,22 +50,20 @@ class Piece:
 
 @dataclass
 class PromptEncoder:
-    """Writes prompts as servers take them: text as ids; audio as text with one placeholder a clip, beside the samples.
+    """Writes prompts as servers take them: text as ids; audio as ids or text with one placeholder a clip, and samples.
 
-    SGLang tokenizes that text itself, so the text is checked here to give the ids, and there (``prompt_token_ids``) to
-    have given them.
+    The project's processors take ids. SGLang's own tokenize text themselves, so the text is checked here to give the
+    ids. A reply (``prompt_token_ids``) must show that the server had the trainer's ids in either case.
 
     Attributes:
         prompts: of the checkpoint.
         longest_prompt: tokens that servers take.
-        max_clips: that they take in one prompt.
-        experts: layers, and experts that each chooses for a token; None without a mixture of experts.
+        model: what they run.
     """
 
     prompts: PromptBuilder
     longest_prompt: int
-    max_clips: float
-    experts: tuple[int, int] | None = None
+    model: ServedModel
     _audio: dict[int, tuple[Prompt, list[str]]] = field(default_factory=dict)
 
     def check(self, request: GenerationRequest) -> None:
@@ -82,9 +81,9 @@ class PromptEncoder:
         features = sum(clip.num_tokens for clip in prompt.clips)
         if marks != features:
             raise CordError(f"{where}: {marks} audio placeholders for {features} audio features; rebuild the prompt")
-        if len(prompt.clips) > self.max_clips:
+        if len(prompt.clips) > self.model.max_clips:
             raise CordError(
-                f"{where}: SGLang takes at most {self.max_clips} clips a prompt of this model, not "
+                f"{where}: SGLang takes at most {self.model.max_clips} clips a prompt of this model, not "
                 f"{len(prompt.clips)}; use rollout.engine=local"
             )
         total = len(prompt.token_ids) + request.max_new_tokens
@@ -113,13 +112,31 @@ class PromptEncoder:
         """Return the prompt's part of a request, with the response so far; None if no text tokenizes to them."""
         if not prompt.clips:
             return {"input_ids": [*prompt.token_ids, *more]}
-        text = self.prompts.text_of((*prompt.token_ids, *more))
-        if text is None:
-            return None
+        body: dict[str, Any]
+        if self.model.takes_ids:
+            body = {"input_ids": [*self._once(prompt), *more]}
+        else:
+            text = self.prompts.text_of((*prompt.token_ids, *more))
+            if text is None:
+                return None
+            body = {"text": text}
         if id(prompt) not in self._audio:  # the prompt is kept, too, so that its id stays its own
             wavs = [base64.b64encode(encode_float_wav(clip.waveform)).decode() for clip in prompt.clips]
             self._audio[id(prompt)] = prompt, [f"data:audio/wav;base64,{wav}" for wav in wavs]
-        return {"text": text, "audio_data": self._audio[id(prompt)][1], "return_prompt_token_ids": True}
+        return body | {"audio_data": self._audio[id(prompt)][1], "return_prompt_token_ids": True}
+
+    def _once(self, prompt: Prompt) -> list[int]:
+        """Return the prompt's ids with one placeholder for each clip."""
+        lengths, ids, left = (clip.num_tokens for clip in prompt.clips), list[int](), 0
+        for token in prompt.token_ids:
+            if token != self.prompts.audio_token_id:
+                ids.append(token)
+                continue
+            if not left:
+                left = next(lengths)
+                ids.append(token)
+            left -= 1
+        return ids
 
 
 def read_piece(reply: Any, sent: Prompt, more: Sequence[int], limit: int, vocab_size: int) -> Piece:

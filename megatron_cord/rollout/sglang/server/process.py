@@ -20,6 +20,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.rollout.sglang.client.addresses import KEY_VARIABLE
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint
 from megatron_cord.rollout.sglang.client.protocol import OLDEST_SGLANG
+from megatron_cord.runtime.files import read_json_object
 
 ENVIRONMENT = ".venv-sglang"
 _PROCESS = Path(__file__).parents[1] / "plugin" / "serve.py"
@@ -130,9 +131,14 @@ class SglangServer:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start the process and return at once; a second call starts it again on the same port."""
+        """Start the process and return at once; a second call starts it again on the same port.
+
+        Raises:
+            CordError: the checkpoint does not name its class.
+        """
         self.stop()
         config = self.config
+        _check_class_is_named(config.checkpoint)
         environment = os.environ | {
             "SGLANG_VLM_CACHE_SIZE_MB": "0",
             "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
@@ -217,6 +223,16 @@ class SglangServer:
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if re.match(r"\w*(Error|Exception)\b", line)]
         return (errors or lines or ["no output"])[-1][:300]
+
+
+def _check_class_is_named(checkpoint: Path) -> None:
+    """Raise CordError where config.json lacks what SGLang finds the model's class by; it would end with a traceback."""
+    path = checkpoint / "config.json"
+    if not read_json_object(path, "download the checkpoint again").get("architectures"):
+        raise CordError(
+            f"{path} has no architectures, by which a server finds the model's class; copy the field from the "
+            "original checkpoint"
+        )
 
 
 def _dtype(config: ServerConfig) -> str:

@@ -26,5 +26,6 @@ def load_family_file(family: str, name: str) -> ModuleType:
     return module
 
 
-# This also registers the family's configuration with transformers, before SGLang reads a checkpoint's.
+# These also register the families' configurations with transformers, before SGLang reads a checkpoint's.
 load_family_file("step_audio_2", "audio")
+load_family_file("ultravox", "configuration")
