@@ -9,11 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.sglang.conftest import PYTHON, write_talking_checkpoint, write_talking_step_audio_2
+from tests.integration.sglang.conftest import PYTHON, write_talking, write_talking_checkpoint, write_talking_graft
 from tests.tiny_run import ROOT, free_port
 
 
-@pytest.mark.parametrize(("write", "tensors"), [(write_talking_checkpoint, 63), (write_talking_step_audio_2, 60)])
+def write_step_audio_2(directory: Path) -> Path:
+    return write_talking(directory, "step_audio_2")
+
+
+@pytest.mark.parametrize(
+    ("write", "tensors"), [(write_talking_checkpoint, 63), (write_step_audio_2, 60), (write_talking_graft, 62)]
+)
 def test_all_three_transports(write: Callable[[Path], Path], tensors: int, tmp_path: Path) -> None:
     """Catches a transport that leaves a tensor, an audio tower's among them, or an answer other than a fresh server's.
 

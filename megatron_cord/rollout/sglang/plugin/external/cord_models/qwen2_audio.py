@@ -21,7 +21,7 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncod
 from cord_models.speech import SpeechModel
 
 
-class Qwen2AudioForConditionalGeneration(SpeechModel):
+class Qwen2AudioForConditionalGeneration(SpeechModel):  # type: ignore[misc]
     """Found by this name, which is the architecture's in the checkpoint."""
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:

@@ -27,7 +27,7 @@ class VoxtralForConditionalGeneration(Served):  # type: ignore[misc]
             super().load_weights([pair])
 
 
-class VoxtralProcessor(SpeechProcessor):
+class VoxtralProcessor(SpeechProcessor):  # type: ignore[misc]
     """Prompts with recordings; one placeholder is ``[AUDIO]``."""
 
     models: ClassVar[list[type]] = [VoxtralForConditionalGeneration]
