@@ -14,6 +14,7 @@ from megatron_cord.lmms_eval.answerer import Answerer, Asked
 from megatron_cord.parallel.layout import finalize
 from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfig, SglangServer
 from megatron_cord.trainer.config import RunConfig
+from tests.integration.sglang.conftest import write_talking_graft
 from tests.tiny_run import ROOT, write_inputs
 
 PYTHON = ROOT / ENVIRONMENT / "bin" / "python"
@@ -21,14 +22,18 @@ PYTHON = ROOT / ENVIRONMENT / "bin" / "python"
 
 @pytest.mark.slow
 @pytest.mark.skipif(not PYTHON.exists(), reason="the server is not installed; make sglang-env")
-def test_a_server_gives_the_local_engines_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("grafted", [False, True])
+def test_a_server_gives_the_local_engines_results(
+    grafted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches an evaluation that only the local engine can make, and a server that is asked other questions.
 
     By the requests of lmms-eval, too.
     """
     inputs = write_inputs(tmp_path)
+    checkpoint = write_talking_graft(tmp_path / "grafted", window=50) if grafted else inputs / "checkpoint"
     settings = [
-        f"model.checkpoint={inputs / 'checkpoint'}",
+        f"model.checkpoint={checkpoint}",
         "model.dtype=float32",
         "evaluation.checkpoint=base",
         "evaluation.max_new_tokens=4",
@@ -46,7 +51,7 @@ def test_a_server_gives_the_local_engines_results(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setenv("MEGATRON_CORD_SERVER_KEY", "a-key")
     server = SglangServer(
-        ServerConfig(checkpoint=inputs / "checkpoint", device="cpu", python=PYTHON),
+        ServerConfig(checkpoint=checkpoint, device="cpu", python=PYTHON),
         "a-key",
         tmp_path / "log" / "server.log",
     )

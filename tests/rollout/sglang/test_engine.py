@@ -6,6 +6,7 @@ The real server is in tests/integration/sglang.
 from __future__ import annotations
 
 import base64
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
