@@ -17,11 +17,21 @@ from transformers import (
     AutoConfig,
     AutoProcessor,
     GenerationConfig,
+    LlamaConfig,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
+    VoxtralConfig,
+    VoxtralEncoderConfig,
+    VoxtralForConditionalGeneration,
 )
 
-from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint, initialize, save_checkpoint
+from examples.quickstart.checkpoint import (
+    TinyModelConfig,
+    create_checkpoint,
+    initialize,
+    published_name,
+    save_checkpoint,
+)
 from examples.quickstart.omni_checkpoint import TinyOmniConfig, create_omni_checkpoint
 from megatron_cord.convert.graft import Projector, graft
 from megatron_cord.data.prompts import PromptBuilder
@@ -29,7 +39,10 @@ from megatron_cord.rollout.sglang.client.addresses import write_servers_file
 from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfig
 from megatron_cord.rollout.sglang.server.supervisor import Supervisor, SupervisorConfig
 from tests.convert.test_graft import write_whisper
-from tests.model.family_reference import save_whole, text_config
+from tests.data.test_mistral_tokenizer import AUDIO, MARKS, write_tokenizer
+from tests.model.family_reference import DECODER, save_whole, text_config
+from tests.model.ranks import MELS, WINDOW
+from tests.model.reference import randomise
 from tests.tiny_run import ROOT, WORDS
 
 PYTHON = ROOT / ENVIRONMENT / "bin" / "python"
@@ -99,6 +112,31 @@ def _write_talking_qwen2_audio(directory: Path, kind: str) -> Path:
     initialize(model, TinyModelConfig.sinusoid_scale)
     model.generation_config = GenerationConfig.from_pretrained(directory)
     save_checkpoint(directory, model, AutoProcessor.from_pretrained(directory))
+    return make_talk(directory, HEAD)
+
+
+def write_talking_voxtral(directory: Path) -> Path:
+    """Write a Voxtral with Mistral's tokenizer alone, of bytes, as published ones have it."""
+    directory.mkdir(parents=True)
+    write_tokenizer(directory)
+    audio = VoxtralEncoderConfig(
+        num_mel_bins=MELS, hidden_size=24, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        max_source_positions=WINDOW // 2,
+    )  # fmt: skip
+    text = LlamaConfig(**DECODER | {"vocab_size": len(MARKS) + 256, "max_position_embeddings": 512}, head_dim=10)
+    voxtral: Any = VoxtralForConditionalGeneration
+    torch.manual_seed(0)
+    model = voxtral(VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO))
+    randomise(model)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    save_file(
+        {published_name(name): tensor.detach() for name, tensor in model.named_parameters()},
+        directory / "model.safetensors",
+        {"format": "pt"},
+    )
+    extractor = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": MELS, "n_samples": 160 * WINDOW}
+    (directory / "preprocessor_config.json").write_text(json.dumps(extractor | {"hop_length": 160}))
     return make_talk(directory, HEAD)
 
 

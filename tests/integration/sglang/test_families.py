@@ -17,7 +17,7 @@ from megatron_cord.rollout.sglang.client.addresses import read_servers_file
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError
 from megatron_cord.rollout.sglang.server.process import ServerConfig, SglangServer
 from tests.integration.sglang.answers import TRANSPORTS, check_answers
-from tests.integration.sglang.conftest import PYTHON, write_talking, write_talking_graft
+from tests.integration.sglang.conftest import PYTHON, write_talking, write_talking_graft, write_talking_voxtral
 from tests.tiny_run import ROOT, finish, make_samples, metrics, overrides, start, write_shards
 
 pytestmark = [
@@ -124,8 +124,19 @@ def test_answers_and_weights_are_the_trainers(
 
     Also placeholders of Voxtral's recordings in another place than the trainer's.
     """
-    checkpoint = write_talking(tmp_path / "checkpoint", family, tied=tied)
-    server = SglangServer(ServerConfig(checkpoint=checkpoint, device="cpu", python=PYTHON), "", tmp_path / "log")
+    check_on_server(write_talking(tmp_path / "checkpoint", family, tied=tied), tmp_path, transports)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_voxtral_with_mistrals_tokenizer(tmp_path: Path) -> None:
+    """Catches prompts that are sent as text, which none turns into with this tokenizer."""
+    pytest.importorskip("mistral_common")
+    check_on_server(write_talking_voxtral(tmp_path / "checkpoint"), tmp_path, ())
+
+
+def check_on_server(checkpoint: Path, work: Path, transports: tuple[str, ...]) -> None:
+    """Check the answers of a server that is started here."""
+    server = SglangServer(ServerConfig(checkpoint=checkpoint, device="cpu", python=PYTHON), "", work / "log")
     server.start()
     try:
         server.wait()
