@@ -36,7 +36,6 @@ class Family:
             serve the family.
         sglang_takes_ids: whether its prompts with recordings are sent there as ids with one placeholder a clip, which
             the project's own processors take; SGLang's take text alone.
-        sglang_serves: whether they serve such an architecture of it; by default, any.
     """
 
     model_type: str
@@ -51,4 +50,3 @@ class Family:
     sees: bool = False
     sglang_max_clips: float | None = None
     sglang_takes_ids: bool = False
-    sglang_serves: Callable[[Architecture], bool] = lambda _: True

@@ -30,7 +30,7 @@ def served_model(checkpoint_dir: str | Path) -> ServedModel:
     """Return how servers take a checkpoint.
 
     Raises:
-        CordError: as `load_architecture`, or servers do not run the family, or not with this language model.
+        CordError: as `load_architecture`, or servers do not run the family.
     """
     arch = load_architecture(checkpoint_dir)
     family = FAMILIES[arch.model_type]
@@ -39,11 +39,6 @@ def served_model(checkpoint_dir: str | Path) -> ServedModel:
         raise CordError(
             f"{checkpoint_dir}: SGLang servers run {served} alone, not {family.model_type}; use rollout.engine=local "
             "(docs/rollout.md describes what is missing)"
-        )
-    if not family.sglang_serves(arch):
-        raise CordError(
-            f"{checkpoint_dir}: SGLang servers run {family.model_type} with its published kind of language model "
-            "alone; use rollout.engine=local"
         )
     language = arch.language
     experts = None if language.experts is None else (language.num_layers, language.experts.per_token)
