@@ -6,7 +6,8 @@ costs every pass), ``ranks`` (vocabulary over two ranks), ``memory`` (in a proce
 and N, for the plot). Within a part the candidates take turns, so that a change of the machine's speed meets all of
 them; the median of the turns counts, and the spread is the distance between the quartiles. Results go to
 benchmarks/results/, as JSON with machine and versions; ``plot`` draws docs/images/loss.svg from them. With CUDA the
-same script takes the sizes of a real model.
+same script takes the sizes of a real model; ``--model smollm2`` takes those of a step of 16 answers of 12 tokens with
+SmolLM2-135M, for all parts but the sweep, and writes a file of its own.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ SIZES = {"loss": (512, 32768, 256), "layer": (512, 32768, 256), "ranks": (256, 3
 SIZES |= {"loss-kept": SIZES["loss"], "layer-kept": SIZES["layer"]}
 if CUDA:
     SIZES = dict.fromkeys(SIZES, (8192, 151936, 3584))
+MODELS = {"smollm2": (192, 49152, 576)}
 SETTABLE = ("loss", "layer", "memory")
 PARTS = ("loss", "layer", "loss-kept", "layer-kept", "memory", "ranks", "sweep")
 SWEEP_V = [(256, v, 256) for v in (4096, 8192, 16384, 32768, 65536)]
@@ -90,10 +92,10 @@ def take_turns(candidates: dict[str, Candidate], inputs: Inputs, turns: int) -> 
     )
 
 
-def with_kept_memory(part: str, turns: int) -> dict[str, dict[str, float]]:
+def with_kept_memory(part: str, turns: int, options: list[str]) -> dict[str, dict[str, float]]:
     """``take_turns`` in a process of its own whose freed memory stays with it."""
     environment = {**os.environ, "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-    command = [sys.executable, "-m", "benchmarks.loss", "turns", part, "--turns", str(turns)]
+    command = [sys.executable, "-m", "benchmarks.loss", "turns", part, "--turns", str(turns), *options]
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     result: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -171,7 +173,7 @@ def on_ranks(turns: int) -> dict[str, dict[str, float]] | None:
     return result if dist.get_rank() == 0 else None
 
 
-def ranks_in_own_processes(turns: int) -> dict[str, dict[str, float]]:
+def ranks_in_own_processes(turns: int, options: list[str]) -> dict[str, dict[str, float]]:
     """``on_ranks`` under torchrun."""
     command = [
         sys.executable,
@@ -184,7 +186,7 @@ def ranks_in_own_processes(turns: int) -> dict[str, dict[str, float]]:
         "benchmarks.loss",
     ]
     done = subprocess.run(
-        [*command, "rank", "--turns", str(turns)], cwd=ROOT, check=True, capture_output=True, text=True
+        [*command, "rank", "--turns", str(turns), *options], cwd=ROOT, check=True, capture_output=True, text=True
     )
     result: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -250,8 +252,18 @@ def main() -> None:
     parser.add_argument("rest", nargs="*", help="of peak: sizes and candidates, as JSON; of turns: the part")
     parser.add_argument("--turns", type=int, default=7, help="of each candidate; half as many in the sweep")
     parser.add_argument("--sizes", type=int, nargs=3, metavar=("N", "V", "H"), help="of loss, layer and memory")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file that gets the figures")
+    parser.add_argument("--model", choices=MODELS, help="whose sizes the parts have")
+    parser.add_argument(
+        "--results", type=Path, help="the JSON file that gets the figures (default: by device and model)"
+    )
     arguments = parser.parse_args()
+    if arguments.model is not None:
+        if arguments.part in ("sweep", "plot"):
+            parser.error(f"--model is not for {arguments.part}, which has sizes of its own")
+        SIZES.update(dict.fromkeys(SIZES, MODELS[arguments.model]))
+    options = [] if arguments.model is None else ["--model", arguments.model]
+    named = RESULTS if arguments.model is None else RESULTS.with_stem(f"{RESULTS.stem}-{arguments.model}")
+    file = arguments.results or named
     if arguments.sizes is not None:
         if arguments.part not in SETTABLE:
             parser.error(f"--sizes is for {', '.join(SETTABLE)}, not for {arguments.part}")
@@ -282,17 +294,19 @@ def main() -> None:
         return
     if arguments.part != "plot":
         whole = arguments.part == "all"
-        kept = {} if whole or not arguments.results.exists() else json.loads(arguments.results.read_text())
+        kept = {} if whole or not file.exists() else json.loads(file.read_text())
         parts = [part for part in PARTS if not (CUDA and part.endswith("-kept"))] if whole else [arguments.part]
-        run_parts(parts, arguments.turns, kept, arguments.results)
-    if arguments.part in ("all", "sweep", "plot"):
+        if arguments.model is not None:
+            parts = [part for part in parts if part != "sweep"]
+        run_parts(parts, arguments.turns, kept, file, options)
+    if arguments.part in ("all", "sweep", "plot") and arguments.model is None:
         from benchmarks.loss_plot import plot
 
-        plot(json.loads(arguments.results.read_text())["sweep"], ROOT / "docs" / "images" / "loss.svg")
+        plot(json.loads(file.read_text())["sweep"], ROOT / "docs" / "images" / "loss.svg")
 
 
-def run_parts(parts: list[str], turns: int, results: dict[str, Any], file: Path) -> None:
-    """Measure, print, and write each part beside ``results`` when it is done."""
+def run_parts(parts: list[str], turns: int, results: dict[str, Any], file: Path, options: list[str]) -> None:
+    """Measure, print, and write each part beside ``results`` when it is done; processes of its own get the options."""
     results["machine"] = machine()
     for part in parts:
         key = "peak_bytes" if part == "memory" else "seconds"
@@ -304,9 +318,11 @@ def run_parts(parts: list[str], turns: int, results: dict[str, Any], file: Path)
                 (peaks,) = peaks_in_own_process([SIZES[part]], list(from_hidden()))
                 entries = with_ratios({name: {key: peak} for name, peak in peaks.items()}, key)
             elif part == "ranks":
-                entries = ranks_in_own_processes(turns)
+                entries = ranks_in_own_processes(turns, options)
             else:
-                entries = with_kept_memory(part, turns) if part.endswith("-kept") else take_turns_at(part, turns)
+                entries = (
+                    with_kept_memory(part, turns, options) if part.endswith("-kept") else take_turns_at(part, turns)
+                )
             print_table(part, entries, key)
             results[part] = {"sizes": SIZES[part], "candidates": entries}
         file.parent.mkdir(parents=True, exist_ok=True)

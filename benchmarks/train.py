@@ -1,13 +1,15 @@
 """Training throughput on this machine, beside TRL's GKD trainer, in the same run.
 
-    python -m benchmarks.train [--trl-python PATH] [--output benchmarks/results/train.json]
+    python -m benchmarks.train [--model NAME] [--dtype float32] [--trl-python PATH] [--output FILE]
 
-TRL (the extra `bench`) may live in an environment of its own: PATH is its interpreter. Its GKD trainer takes text
-alone, so both train the same language model on the same text prompts, and the audio tower stays idle. Both do the whole
-of an on-policy step with the same numbers: tokenize the prompts, sample one response each at temperature 1 from the
-current weights, score it with a second model as the teacher, take the reverse KL over the whole vocabulary at every
-token of the response, update with AdamW, fp32, one process, one thread, no accumulation. megatron_cord then also copies
-the weights into its engine, which TRL need not: it generates from the model that it trains.
+The models are Qwen2-Audio's proportions at a width for a CPU, or SmolLM2-135M and Whisper tiny.en at their own shapes
+(``--model smollm2``), all with random weights. TRL (the extra `bench`) may live in an environment of its own: PATH is
+its interpreter. Its GKD trainer takes text alone, so both train the same language model on the same text prompts, and
+the audio tower stays idle. Both do the whole of an on-policy step with the same numbers: tokenize the prompts, sample
+one response each at temperature 1 from the current weights, score it with a second model as the teacher, take the
+reverse KL over the whole vocabulary at every token of the response, update all weights of the language model with
+AdamW, one process, one thread, no accumulation. megatron_cord then also copies the weights into its engine, which TRL
+need not: it generates from the model that it trains.
 
 On a CPU, seconds are those of the process's one thread, so that other programs on the machine do not count. The two
 take turns; each round is a process of its own, its first steps are left out, and the median of the rounds counts. The
@@ -24,15 +26,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from benchmarks import smollm2
 from benchmarks.figures import processor, publish
-from benchmarks.train_setting import Setting
+from benchmarks.train_setting import SETTINGS, Setting
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.entry import Parser, run
@@ -54,8 +58,19 @@ class Sizes:
     ffn_size: int = 688
 
 
-def write_models(directory: Path, sizes: Sizes) -> None:
-    """Write `student` and `teacher`: Qwen2-Audio checkpoints with different random weights and one vocabulary."""
+def write_models(directory: Path, name: str, setting: Setting) -> tuple[int, dict[str, Any]]:
+    """Write `student` and `teacher`: checkpoints with different random weights and one vocabulary.
+
+    Returns:
+        The number of words that are tokens, w0 and on, and the language model's sizes.
+    """
+    if name == "smollm2":
+        for seed, role in enumerate(("student", "teacher")):
+            alone = directory / f"{role}-llm"
+            smollm2.write_language_model(alone, seed, getattr(torch, setting.dtype))
+            smollm2.write_speech_model(directory / role, alone, directory / "whisper", seed)
+        return len(smollm2.words()), smollm2.LANGUAGE
+    sizes = Sizes()
     config = TinyModelConfig(
         hidden_size=sizes.hidden_size,
         layers=sizes.layers,
@@ -65,22 +80,21 @@ def write_models(directory: Path, sizes: Sizes) -> None:
         max_positions=1024,
     )
     words = [f"w{i}" for i in range(sizes.vocabulary - 9)]  # the rest are special tokens and roles
-    for seed, name in enumerate(("student", "teacher")):
-        create_checkpoint(directory / name, config, words, seed=seed)
+    for seed, role in enumerate(("student", "teacher")):
+        create_checkpoint(directory / role, config, words, seed=seed)
+    return len(words), asdict(sizes)
 
 
-def write_prompts(path: Path, setting: Setting, sizes: Sizes) -> None:
+def write_prompts(path: Path, setting: Setting, words: int) -> None:
     """Write the questions of all steps, of random words, one a line."""
     rng = np.random.default_rng(0)
     count = setting.prompts * (setting.skipped_steps + setting.steps)
     lengths = rng.integers(setting.shortest, setting.longest + 1, size=count)
-    path.write_text(
-        "".join(" ".join(f"w{i}" for i in rng.integers(0, sizes.vocabulary - 9, size=n)) + "\n" for n in lengths)
-    )
+    path.write_text("".join(" ".join(f"w{i}" for i in rng.integers(0, words, size=n)) + "\n" for n in lengths))
 
 
-def measure(module: str, python: str, work: Path, setting: Setting) -> dict[str, Any]:
-    """Run one round of one trainer in a process of its own; return the figures of its last line."""
+def measure(module: str, python: str, work: Path, setting: Any) -> dict[str, Any]:
+    """Run one round of one side, with a dataclass of settings, in a process; return the figures of its last line."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -109,14 +123,18 @@ def main() -> None:
     parser.add_argument(
         "--trl-python", metavar="PATH", default=sys.executable, help="interpreter with TRL (default: this one)"
     )
+    parser.add_argument("--model", choices=SETTINGS, default="qwen2_audio_small", help="whose shapes (default: small)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the models (default: float32)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of each trainer (default: 3)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="where the figures go, as JSON")
     arguments = parser.parse_args()
-    setting, sizes = Setting(), Sizes()
+    setting = replace(SETTINGS[arguments.model], dtype=arguments.dtype)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        write_models(work, sizes)
-        write_prompts(work / "prompts.txt", setting, sizes)
+        words, sizes = write_models(work, arguments.model, setting)
+        write_prompts(work / "prompts.txt", setting, words)
         rounds: dict[str, list[dict[str, Any]]] = {"megatron_cord": [], "trl_gkd": []}
         for _ in range(arguments.rounds):
             rounds["megatron_cord"].append(measure("benchmarks.train_ours", sys.executable, work, setting))
@@ -131,7 +149,7 @@ def main() -> None:
         "megatron_cord": cord,
         "trl_gkd": trl,
         "setting": asdict(setting),
-        "model": asdict(sizes),
+        "model": sizes,
         "machine": {
             "processor": processor(),
             "cores": os.cpu_count(),

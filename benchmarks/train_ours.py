@@ -44,7 +44,7 @@ def configuration(work: Path, setting: Setting) -> RunConfig:
     settings = [
         f"output_dir={work}",
         f"model.checkpoint={work / 'student'}",
-        "model.dtype=float32",
+        f"model.dtype={setting.dtype}",
         "model.freeze=[audio_encoder,adapter]",
         "data.train=none",
         "data.evaluation=none",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 class Setting:
     """One run. Prompts are twice as long as responses: 10 s of audio are 250 tokens, a response at most 200."""
 
+    dtype: str = "float32"  #: of the models
     prompts: int = 16  #: a step, one response each
     shortest: int = 96  #: words of a question
     longest: int = 160
@@ -20,6 +21,13 @@ class Setting:
     skipped_steps: int = 2  #: at the beginning, not timed
     steps: int = 6
     learning_rate: float = 1e-4
+
+
+#: What is trained, by the name of the models: of SmolLM2 questions of one sentence, answers of one short sentence.
+SETTINGS = {
+    "qwen2_audio_small": Setting(),
+    "smollm2": Setting(shortest=16, longest=24, new_tokens=12, skipped_steps=1, steps=3),
+}
 
 
 class Clock:

@@ -2,8 +2,9 @@
 
 It prints one line of JSON. Its options are set to the same work as megatron_cord's, and otherwise to what makes it
 fastest here: all on-policy (lmbda 1), reverse KL (beta 1), no gradient checkpointing (which would also turn the cache
-of generation off), no reports. Phases are timed around its own methods; `student` is the forward pass, teacher and loss
-included, as they are one method there, and `backward` all that remains.
+of generation off), no reports. In bfloat16 its weights and optimizer states have 16 bits, without autocast, which would
+round fp32 weights in every pass; megatron_cord keeps fp32 of both. Phases are timed around its own methods; `student`
+is the forward pass, teacher and loss included, as they are one method there, and `backward` all that remains.
 """
 
 from __future__ import annotations
@@ -16,15 +17,26 @@ from typing import Any
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+)
 from trl import __version__ as trl_version
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from benchmarks.train_setting import Clock, Setting
 
 
-def language_model(checkpoint: Path) -> Qwen2ForCausalLM:
-    """Load the language model inside a Qwen2-Audio checkpoint."""
+def language_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the language model inside a Qwen2-Audio checkpoint, or the one beside a grafted checkpoint."""
+    if (alone := checkpoint.with_name(f"{checkpoint.name}-llm")).exists():
+        text_model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(alone, dtype=dtype)
+        return text_model
     config = Qwen2Config(**json.loads((checkpoint / "config.json").read_text())["text_config"])
     model = Qwen2ForCausalLM(config)
     prefix = "language_model."
@@ -37,7 +49,8 @@ def language_model(checkpoint: Path) -> Qwen2ForCausalLM:
     model.generation_config.eos_token_id = json.loads((checkpoint / "generation_config.json").read_text())[
         "eos_token_id"
     ]
-    return model
+    whole: PreTrainedModel = model.to(dtype)
+    return whole
 
 
 class TimedTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]  # untyped where trl is not installed
@@ -92,6 +105,7 @@ def main() -> None:
     work, setting, clock = Path(sys.argv[1]), Setting(**json.loads(sys.argv[2])), Clock(wall=torch.cuda.is_available())
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(work / "student")
     tokenizer.chat_template = (work / "student" / "chat_template.jinja").read_text()
+    dtype = getattr(torch, setting.dtype)
     questions = (work / "prompts.txt").read_text().splitlines()
     answer = {"role": "assistant", "content": "w1"}  # the format wants one; on-policy training replaces it
     rows = [{"messages": [{"role": "user", "content": question}, answer]} for question in questions]
@@ -119,7 +133,8 @@ def main() -> None:
     )
     steps = Steps(clock, setting)
     trainer = TimedTrainer(
-        clock, model=language_model(work / "student"), teacher_model=language_model(work / "teacher"), args=options,
+        clock, model=language_model(work / "student", dtype), teacher_model=language_model(work / "teacher", dtype),
+        args=options,
         train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[steps],
     )  # fmt: skip
     steps.trainer = trainer

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_cord.convert.fused_experts import published_parts
+from megatron_cord.convert.plain_attention import use_small_attention
 from megatron_cord.convert.spelling import Spelling, plain_class, published_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.losses.kernels.matmul import product
@@ -66,6 +67,7 @@ class PlainModel:
         if missing:
             raise CordError(f"{directory}: the weights lack {', '.join(sorted(missing)[:8])}; download them again")
         self._model = model.to(device).eval()
+        use_small_attention(self._model)
         self.device = next(model.parameters()).device
         self.parameters = _by_published_name(model, names, spelling, directory)
         # transformers' models keep all but the output layer in one module; a family's own model has a method for it.

@@ -1,5 +1,7 @@
 """Core attention on torch's scaled_dot_product_attention, for machines with and without CUDA.
 
+Short 16-bit sequences on a CPU are `small_attention`'s.
+
 It replaces DotProductAttention in Megatron's layer specification, which materialises the scores and supports neither
 packed sequences nor context parallelism. Padded batches are [S, B, heads, D] and rely on right padding: under the
 causal mask real tokens never attend to padding. Packed ones are [T, heads, D] with the sequences one after the other;
@@ -27,6 +29,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_cord.model.layers.small_attention import attend, is_small
 from megatron_cord.parallel.sequence_sharding import natural_order, zigzag_rows
 from megatron_cord.parallel.transfers import to_device
 
@@ -181,6 +184,8 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
         """Return [S, B, heads · D]; mask is True where a key is attended to, broadcast to [B, heads, S, S of keys]."""
         sequence, batch, heads, _ = query.shape
+        if mask is None and is_small(query, len(query), len(key)):
+            return attend(query, key, value, is_causal=is_causal, scale=self.scale).reshape(sequence, batch, -1)
         repeat = heads // key.shape[2]
         if repeat > 1:
             key, value = key.repeat_interleave(repeat, dim=2), value.repeat_interleave(repeat, dim=2)

@@ -24,6 +24,7 @@ from megatron_cord.losses.kernels.backend import UpstreamGrads
 from megatron_cord.losses.statistics import GlobalStats, PartialStats
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.lalm import LALM
+from megatron_cord.model.layers import attention
 from megatron_cord.parallel import huge_pages, layout, portability
 from megatron_cord.parallel.stage_messages import Channels
 from megatron_cord.plan.trace.counting import CountingMode
@@ -122,6 +123,8 @@ def substituted(mode: CountingMode, arch: Architecture, teacher_arch: Architectu
         (LALM, "to", lambda self, *_, **__: self),
         # Without a GPU, torch forms this norm step by step in fp32 and keeps the steps.
         (torch.nn.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x, self.weight)),  # type: ignore[no-untyped-call]
+        # A GPU's kernel takes short sequences, too.
+        (attention, "is_small", lambda *_: False),
         # What the loss takes of a GPU.
         (loss, "choose_backend", lambda *_, **__: ShapedBackend()),
         (matmul, "multiplies_bfloat16", lambda: True),
