@@ -9,7 +9,8 @@ the audio tower stays idle. Both do the whole of an on-policy step with the same
 one response each at temperature 1 from the current weights, score it with a second model as the teacher, take the
 reverse KL over the whole vocabulary at every token of the response, update all weights of the language model with
 AdamW, one process, one thread, no accumulation. megatron_cord then also copies the weights into its engine, which TRL
-need not: it generates from the model that it trains.
+need not: it generates from the model that it trains. In bfloat16 both keep fp32 weights and optimizer states, and TRL
+is also measured with 16 bits of both (``trl_gkd_16_bit``), which is less work and another precision.
 
 On a CPU, seconds are those of the process's one thread, so that other programs on the machine do not count. The two
 take turns; each round is a process of its own, its first steps are left out, and the median of the rounds counts. The
@@ -93,7 +94,7 @@ def write_prompts(path: Path, setting: Setting, words: int) -> None:
     path.write_text("".join(" ".join(f"w{i}" for i in rng.integers(0, words, size=n)) + "\n" for n in lengths))
 
 
-def measure(module: str, python: str, work: Path, setting: Any) -> dict[str, Any]:
+def measure(module: str, python: str, work: Path, setting: Any, *options: str) -> dict[str, Any]:
     """Run one round of one side, with a dataclass of settings, in a process; return the figures of its last line."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -101,7 +102,7 @@ def measure(module: str, python: str, work: Path, setting: Any) -> dict[str, Any
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
     }
-    command = [python, "-m", module, str(work), json.dumps(asdict(setting))]
+    command = [python, "-m", module, str(work), json.dumps(asdict(setting)), *options]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1800)
     if done.returncode != 0:
         raise CordError(
@@ -135,19 +136,26 @@ def main() -> None:
         work = Path(name)
         words, sizes = write_models(work, arguments.model, setting)
         write_prompts(work / "prompts.txt", setting, words)
-        rounds: dict[str, list[dict[str, Any]]] = {"megatron_cord": [], "trl_gkd": []}
+        sides = {"megatron_cord": ("benchmarks.train_ours", sys.executable)}
+        sides |= {"trl_gkd": ("benchmarks.train_trl", arguments.trl_python)}
+        if setting.dtype == "bfloat16":
+            sides |= {"trl_gkd_16_bit": ("benchmarks.train_trl", arguments.trl_python, "16-bit")}
+        rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for _ in range(arguments.rounds):
-            rounds["megatron_cord"].append(measure("benchmarks.train_ours", sys.executable, work, setting))
-            rounds["trl_gkd"].append(measure("benchmarks.train_trl", arguments.trl_python, work, setting))
-    cord, trl = median(rounds["megatron_cord"]), median(rounds["trl_gkd"])
-    result = {
-        "ratio": round(cord["response_tokens_per_second"] / trl["response_tokens_per_second"], 3),
-        "ratio_of_rounds": [
+            for side, (module, python, *options) in sides.items():
+                rounds[side].append(measure(module, python, work, setting, *options))
+    ratios = {
+        side: [
             round(a["response_tokens_per_second"] / b["response_tokens_per_second"], 3)
-            for a, b in zip(rounds["megatron_cord"], rounds["trl_gkd"], strict=True)
-        ],
-        "megatron_cord": cord,
-        "trl_gkd": trl,
+            for a, b in zip(rounds["megatron_cord"], theirs, strict=True)
+        ]
+        for side, theirs in rounds.items()
+        if side != "megatron_cord"
+    }
+    result = {
+        "ratio": {side: round(statistics.median(found), 3) for side, found in ratios.items()},
+        "ratio_of_rounds": ratios,
+        **{side: median(measured) for side, measured in rounds.items()},
         "setting": asdict(setting),
         "model": sizes,
         "machine": {
@@ -160,7 +168,8 @@ def main() -> None:
         | {"python": platform.python_version()},
     }
     publish(result, arguments.output)
-    print(f"{statistics.median(result['ratio_of_rounds']):.2f} × TRL's tokens a second", file=sys.stderr)
+    for side, found in ratios.items():
+        print(f"{statistics.median(found):.2f} × the tokens a second of {side}", file=sys.stderr)
 
 
 if __name__ == "__main__":

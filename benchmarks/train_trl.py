@@ -2,8 +2,8 @@
 
 It prints one line of JSON. Its options are set to the same work as megatron_cord's, and otherwise to what makes it
 fastest here: all on-policy (lmbda 1), reverse KL (beta 1), no gradient checkpointing (which would also turn the cache
-of generation off), no reports. In bfloat16 its weights and optimizer states have 16 bits, without autocast, which would
-round fp32 weights in every pass; megatron_cord keeps fp32 of both. Phases are timed around its own methods; `student`
+of generation off), no reports. In bfloat16 it has megatron_cord's precision, fp32 weights and optimizer states under
+autocast; with `16-bit` as a third argument all of them have 16 bits. Phases are timed around its own methods; `student`
 is the forward pass, teacher and loss included, as they are one method there, and `backward` all that remains.
 """
 
@@ -106,6 +106,7 @@ def main() -> None:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(work / "student")
     tokenizer.chat_template = (work / "student" / "chat_template.jinja").read_text()
     dtype = getattr(torch, setting.dtype)
+    mixed = dtype == torch.bfloat16 and sys.argv[3:] != ["16-bit"]
     questions = (work / "prompts.txt").read_text().splitlines()
     answer = {"role": "assistant", "content": "w1"}  # the format wants one; on-policy training replaces it
     rows = [{"messages": [{"role": "user", "content": question}, answer]} for question in questions]
@@ -123,7 +124,7 @@ def main() -> None:
         max_new_tokens=setting.new_tokens,
         max_length=1024,
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=mixed,
         use_cpu=not torch.cuda.is_available(),
         report_to=[],
         save_strategy="no",
@@ -133,8 +134,8 @@ def main() -> None:
     )
     steps = Steps(clock, setting)
     trainer = TimedTrainer(
-        clock, model=language_model(work / "student", dtype), teacher_model=language_model(work / "teacher", dtype),
-        args=options,
+        clock, model=language_model(work / "student", torch.float32 if mixed else dtype),
+        teacher_model=language_model(work / "teacher", dtype), args=options,
         train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[steps],
     )  # fmt: skip
     steps.trainer = trainer

@@ -22,8 +22,8 @@ class SpeechSetting:
     system_words: int = 6
     new_tokens: int = 12
     top_k: int = 4  #: of CORD's token weights
-    skipped_steps: int = 2  #: at the beginning, not timed
-    steps: int = 4
+    skipped_steps: int = 1  #: at the beginning, not timed
+    steps: int = 3
     learning_rate: float = 3e-4
 
 

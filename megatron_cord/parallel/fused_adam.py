@@ -1,8 +1,8 @@
 """AdamW with the contract that Megatron's distributed optimizer expects of apex's and transformer-engine's FusedAdam.
 
 The contract: one ``step`` in each param group instead of one in each parameter's state, and states named ``exp_avg``
-and ``exp_avg_sq``. Simplification: decoupled weight decay (AdamW) only, one foreach kernel a group. It is used where
-neither apex nor transformer-engine is present.
+and ``exp_avg_sq``. Simplification: decoupled weight decay (AdamW) only; torch's fused kernel on a CPU, elsewhere one
+foreach kernel a group. It is used where neither apex nor transformer-engine is present.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class FusedAdam(torch.optim.Optimizer):
             if not params:
                 continue
             gradients = [p.grad for p in params if p.grad is not None]
-            update(group, params, gradients, [self.state[p] for p in params], foreach=True)
+            on_cpu = params[0].device.type == "cpu"  # where foreach goes over the memory once for each of its operations
+            states = [self.state[p] for p in params]
+            update(group, params, gradients, states, foreach=not on_cpu, fused=on_cpu)
 
 
 def update(

@@ -51,12 +51,18 @@ def attend(
 
     q = copied(query.view(queries, size, groups, shared, width).permute(1, 2, 3, 0, 4))
     k, v = (copied(x.permute(1, 2, 0, 3)).reshape(size * groups, keys, width) for x in (key, value))
-    scores = torch.bmm(q.reshape(size * groups, shared * queries, width), k.transpose(1, 2))
-    scores = scores.view(size, groups * shared, queries, keys) * (1 / math.sqrt(width) if scale is None else scale)
     if is_causal:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril_()
+        mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device).tril_()
+    bias = q.new_zeros(1)  # added by the product itself
     if mask is not None:
-        scores = scores.masked_fill_(~mask, torch.finfo(dtype).min)
-    weights = scores.softmax(-1).view(size * groups, shared * queries, keys)
-    out = torch.bmm(weights, v).view(size, heads, queries, width)
+        bias = q.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(dtype).min)
+        several = groups if len(mask) > 1 else 1
+        bias = bias[:, :, None].expand(-1, several, shared, -1, -1).reshape(-1, shared * queries, keys)
+    scores = torch.baddbmm(
+        bias,
+        q.reshape(size * groups, shared * queries, width),
+        k.transpose(1, 2),
+        alpha=1 / math.sqrt(width) if scale is None else scale,
+    )
+    out = torch.bmm(scores.softmax(-1), v).view(size, heads, queries, width)
     return out.to(query.dtype).permute(2, 0, 1, 3)
