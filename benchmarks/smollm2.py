@@ -42,7 +42,7 @@ def write_language_model(directory: Path, seed: int, dtype: torch.dtype) -> None
     """Write the text model, its weights at a scale of 1/√fan-in, as a transformers checkpoint."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**LANGUAGE))
+        model: Any = LlamaForCausalLM(LlamaConfig(**LANGUAGE))
         _initialize(model)
     model.to(dtype).save_pretrained(directory)
     tokens = [*_SPECIAL, *_ROLES, *words()]

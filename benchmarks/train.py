@@ -136,10 +136,10 @@ def main() -> None:
         work = Path(name)
         words, sizes = write_models(work, arguments.model, setting)
         write_prompts(work / "prompts.txt", setting, words)
-        sides = {"megatron_cord": ("benchmarks.train_ours", sys.executable)}
-        sides |= {"trl_gkd": ("benchmarks.train_trl", arguments.trl_python)}
+        sides: dict[str, list[str]] = {"megatron_cord": ["benchmarks.train_ours", sys.executable]}
+        sides |= {"trl_gkd": ["benchmarks.train_trl", str(arguments.trl_python)]}
         if setting.dtype == "bfloat16":
-            sides |= {"trl_gkd_16_bit": ("benchmarks.train_trl", arguments.trl_python, "16-bit")}
+            sides |= {"trl_gkd_16_bit": [*sides["trl_gkd"], "16-bit"]}
         rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for _ in range(arguments.rounds):
             for side, (module, python, *options) in sides.items():

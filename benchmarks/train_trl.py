@@ -38,7 +38,7 @@ def language_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
         text_model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(alone, dtype=dtype)
         return text_model
     config = Qwen2Config(**json.loads((checkpoint / "config.json").read_text())["text_config"])
-    model = Qwen2ForCausalLM(config)
+    model: Any = Qwen2ForCausalLM(config)
     prefix = "language_model."
     weights = {
         name.removeprefix(prefix): t

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,10 +46,12 @@ class Script:
         self.model, self.pad_id, self.eos_id, self.audio_id = model.requires_grad_(False), pad_id, eos_id, audio_id
         self.adapter = model.multi_modal_projector.float().requires_grad_(True)
         self.language_model, self.embedding = model.language_model, model.get_input_embeddings()
-        self.dtype = self.embedding.weight.dtype
+        weight: Any = self.embedding.weight
+        self.dtype: torch.dtype = weight.dtype
+        self.device_type = str(weight.device.type)
 
     def _autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.embedding.weight.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        return torch.autocast(self.device_type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     @torch.no_grad()
     def encode(self, features: Tensor, num_frames: int) -> Tensor:
@@ -129,7 +132,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     prompts = PromptBuilder(work / "student")
-    model = Ultravox.from_pretrained(work / "student", dtype=getattr(torch, setting.dtype)).eval()
+    model: Any = Ultravox.from_pretrained(work / "student", dtype=getattr(torch, setting.dtype)).eval()
     audio_id = prompts.audio_token_id
     assert audio_id is not None
     script = Script(model, prompts.pad_id, prompts.eos_ids[0], audio_id)

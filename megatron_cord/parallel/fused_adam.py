@@ -59,7 +59,7 @@ class FusedAdam(torch.optim.Optimizer):
             if not params:
                 continue
             gradients = [p.grad for p in params if p.grad is not None]
-            on_cpu = params[0].device.type == "cpu"  # where foreach goes over the memory once for each of its operations
+            on_cpu = params[0].device.type == "cpu"  # where foreach passes over the memory for each operation
             states = [self.state[p] for p in params]
             update(group, params, gradients, states, foreach=not on_cpu, fused=on_cpu)
 

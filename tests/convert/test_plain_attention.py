@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from megatron_cord.convert import plain_attention
 from megatron_cord.convert.plain_model import PlainModel
+from megatron_cord.model.layers.small_attention import attend
 from tests.convert.test_graft import write_llm
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
@@ -39,7 +40,6 @@ def test_few_tokens_have_the_hidden_states_of_transformers(tmp_path: Path, monke
     """Catches padding that is attended to, a mask of the wrong keys, and layers that do not take this attention."""
     directory = write_llm(tmp_path / "llm")
     calls: list[tuple[int, int]] = []
-    attend = plain_attention.attend
 
     def counted(query: Any, key: Any, value: Any, **options: Any) -> Any:
         calls.append((len(query), len(key)))
