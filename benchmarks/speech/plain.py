@@ -132,7 +132,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     prompts = PromptBuilder(work / "student")
-    model: Any = Ultravox.from_pretrained(work / "student", dtype=getattr(torch, setting.dtype)).eval()
+    checkpoint_class: Any = Ultravox
+    model: Ultravox = checkpoint_class.from_pretrained(work / "student", dtype=getattr(torch, setting.dtype)).eval()
     audio_id = prompts.audio_token_id
     assert audio_id is not None
     script = Script(model, prompts.pad_id, prompts.eos_ids[0], audio_id)
