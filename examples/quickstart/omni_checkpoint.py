@@ -50,6 +50,7 @@ class TinyOmniConfig:
     kv_heads: int = 2
     experts: int = 4  # of each layer, two for a token
     expert_size: int = 192
+    vision_layers: int = 1  # of the eyes, which see nothing here; SGLang takes the published number alone, 3
     max_positions: int = 512  # prompt and response together
     vocabulary_multiple: int = 8  # rows of the embedding are rounded up to it, so that ranks share them evenly
     sinusoid_scale: float = 0.3  # amplitude of the position embeddings against what the convolutions lead to
@@ -127,8 +128,9 @@ def _thinker_config(config: TinyOmniConfig, rows: int, ids: dict[str, int]) -> d
             },
         },
         "vision_config": {
-            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4,
-            "out_hidden_size": config.hidden_size, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+            "depth": config.vision_layers, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4,
+            "out_hidden_size": config.hidden_size, "num_position_embeddings": 16,
+            "deepstack_visual_indexes": list(range(config.vision_layers)),
         },
         "audio_token_id": ids[AUDIO], "image_token_id": rows, "video_token_id": rows + 1,
         "tie_word_embeddings": False,

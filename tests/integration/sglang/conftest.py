@@ -80,7 +80,7 @@ def write_talking_qwen3_omni(directory: Path) -> Path:
         "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
         "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
     }  # fmt: skip
-    create_omni_checkpoint(directory, TinyOmniConfig(layers=2), [*WORDS, "system", *marks.values()], seed=0)
+    create_omni_checkpoint(directory, TinyOmniConfig(vision_layers=3), [*WORDS, "system", *marks.values()], seed=0)
     ids = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
     config = json.loads((directory / "config.json").read_text())
     config["thinker_config"] |= {

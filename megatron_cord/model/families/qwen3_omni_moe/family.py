@@ -10,6 +10,7 @@ placeholders of images and videos are refused.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -95,5 +96,6 @@ FAMILIES = (
         carries=("thinker.visual.", "talker.", "code2wav."),
         pads_to_longest=True,
         sees=True,
+        sglang_max_clips=math.inf,
     ),
 )

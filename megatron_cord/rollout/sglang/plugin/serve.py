@@ -22,6 +22,12 @@ from pathlib import Path
 from typing import Any
 
 KEY_VARIABLE = "MEGATRON_CORD_SERVER_KEY"
+_NAMED_KERNELS = (
+    "fused_sigmoid_mul_cpu",
+    "fused_qk_gemma_rmsnorm_cpu",
+    "fused_qk_gemma_rmsnorm_with_gate_cpu",
+    "fused_qkvzba_split_reshape_cat_contiguous_cpu",
+)
 
 
 def hide_key(key: str) -> None:
@@ -47,12 +53,16 @@ def stand_in_for_kernels() -> Any:
     for name in ("nms", "qnms"):
         schema = f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         library.define(schema)  # type: ignore[no-untyped-call]
+    # Models that are imported beside the one that is served name theirs, and do not call them.
+    kernels = torch.library.Library("sgl_kernel", "DEF")  # type: ignore[no-untyped-call]
+    for name in _NAMED_KERNELS:
+        kernels.define(f"{name}(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
     torch.cuda.synchronize = lambda *_: None  # /weights_checker waits for a GPU that is not there
     # Where a GPU's unused memory would be freed, SGLang collects garbage on a CPU, half a second a weight sync.
     from sglang.srt.platforms.cpu import CpuDeviceMixin
 
     CpuDeviceMixin.empty_cache = lambda self: None
-    return library
+    return library, kernels
 
 
 def end_with_starter() -> None:
