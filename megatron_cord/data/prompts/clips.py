@@ -70,7 +70,7 @@ class ClipMaker:
             [window for *_, window in windows],
             [_name(samples[i], j) for i, j, _ in windows],
             [samples[i].sampling_rate for i, *_ in windows],
-            self._lengths([(i, len(window)) for i, _, window in windows]) if self._pads_to_longest else None,
+            self._lengths([(i, window.shape[0]) for i, _, window in windows]) if self._pads_to_longest else None,
         )
         clips: list[list[list[AudioClip]]] = [[[] for _ in sample.recordings] for sample in samples]
         for (i, j, window), made in zip(windows, features, strict=True):
@@ -86,12 +86,14 @@ class ClipMaker:
             clips[i][j].append(AudioClip(window, log_mel, made.num_frames, tokens))
         return clips
 
-    @staticmethod
-    def _lengths(clips: Sequence[tuple[int, int]]) -> list[int]:
-        """Return the length of the longest clip of its prompt for each, given as (sample's number, samples)."""
+    def _lengths(self, clips: Sequence[tuple[int, int]]) -> list[int]:
+        """Return the length of the longest clip of its prompt for each, given as (sample's number, samples).
+
+        At least what one frame sees; so short a clip is refused once its frames are counted.
+        """
         longest: dict[int, int] = {}
         for sample, length in clips:
-            longest[sample] = max(length, longest.get(sample, 0))
+            longest[sample] = max(length, longest.get(sample, self._features.n_fft))
         return [longest[sample] for sample, _ in clips]
 
     def _windows(self, audio: np.ndarray, rate: int, name: str) -> list[np.ndarray]:

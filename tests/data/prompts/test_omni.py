@@ -124,8 +124,9 @@ def test_the_shortest_clip(builder: PromptBuilder) -> None:
     """Catches a data set that keeps a recording which the prompt refuses, or leaves out one that it takes."""
     shortest = builder.limits.shortest
     builder.audio_prompt(Sample("s", "a", waveform=noise(shortest)))
-    with pytest.raises(CordError, match="too short"):
-        builder.audio_prompt(Sample("s", "a", waveform=noise(shortest - 1)))
+    for samples in (shortest - 1, 401, 100, 1):
+        with pytest.raises(CordError, match="too short"):
+            builder.audio_prompt(Sample("s", "a", waveform=noise(samples)))
 
 
 def test_images_in_a_text_are_refused(builder: PromptBuilder) -> None:
