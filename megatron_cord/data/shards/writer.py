@@ -1,7 +1,8 @@
 """Writes webdataset shards: tar files with ``{id}.json`` and ``{id}.wav`` for each sample.
 
 A sample with several recordings has ``{id}.0.wav``, ``{id}.1.wav`` and so on. The JSON holds id, question (or turns),
-answer, solution and voice, and what there is of choices, instruction and system. WAVs are 16-bit PCM, mono, 16 kHz.
+answer, solution and voice, and what there is of choices, instruction, system and notes. WAVs are 16-bit PCM, mono, 16
+kHz.
 Whatever reads webdataset tars reads these. A shard is complete or invisible: it is written under a temporary name and
 renamed, and the directory's manifest comes last.
 
@@ -101,10 +102,11 @@ def encode_sample(sample: Sample, *, metadata: Mapping[str, Any] | None = None) 
 
     Args:
         sample: with its recordings.
-        metadata: notes to keep beside its texts.
+        metadata: notes to keep beside the sample's own.
 
     Raises:
-        CordError: when the sample could not be read back: no question, an id with odd characters, bad audio.
+        CordError: when the sample could not be read back: no question, an id with odd characters, bad audio, notes
+            that are no JSON.
     """
     if not re.fullmatch(r"[A-Za-z0-9_+-]+", sample.id):
         raise CordError(f"sample id {sample.id!r}: use letters, digits, '_', '+' and '-' only; it becomes a file name")
@@ -125,8 +127,14 @@ def encode_sample(sample: Sample, *, metadata: Mapping[str, Any] | None = None) 
             audio["wav" if len(recordings) == 1 else f"{number}.wav"] = encode_wav(waveform)
         except ValueError as error:
             raise CordError(f"{where}: {error}; remove it or record it again") from error
-    texts = _texts(sample) | ({NOTES: dict(metadata)} if metadata else {})
-    return {"__key__": sample.id, "json": json.dumps(texts, ensure_ascii=False).encode(), **audio}
+    notes = {**sample.metadata, **(metadata or {})}
+    try:
+        written = json.dumps(_texts(sample) | ({NOTES: notes} if notes else {}), ensure_ascii=False)
+    except TypeError as error:
+        raise CordError(
+            f"sample {sample.id}: its metadata is no JSON ({error}); keep texts and numbers alone"
+        ) from None
+    return {"__key__": sample.id, "json": written.encode(), **audio}
 
 
 def _texts(sample: Sample) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from megatron_cord.data.audio.wav import encode_wav
 from megatron_cord.data.samples import PromptLimits, Sample
 from megatron_cord.data.shards.manifest import Manifest
 from megatron_cord.data.shards.reader import ShardDataset
-from megatron_cord.data.shards.writer import ShardWriter
+from megatron_cord.data.shards.writer import ShardWriter, encode_sample
 from megatron_cord.errors import CordError
 
 AUDIO = np.linspace(-0.5, 0.5, 320, dtype=np.float32)
@@ -67,6 +67,20 @@ def tar(path: Path, *members: tuple[str, bytes]) -> Path:
 
 def text(question: object = "what is one plus one", **more: object) -> bytes:
     return json.dumps({"question": question, **more}).encode()
+
+
+def test_notes_are_written(tmp_path: Path) -> None:
+    """Catches a sample's notes that are dropped or give way to those beside it, and notes that are no JSON."""
+    writer = ShardWriter(tmp_path)
+    notes = {"scaffold": "think of tens", "hard": True, "level": 3}
+    writer.write(sample(0, metadata=notes))
+    writer.write(sample(1))
+    with pytest.raises(CordError, match="sample s-2: its metadata is no JSON"):
+        writer.write(sample(2, metadata={"path": tmp_path}))
+    writer.close()
+    assert [ShardDataset(tmp_path)[number].metadata for number in range(2)] == [notes, {}]
+    texts = json.loads(encode_sample(sample(3, metadata=notes), metadata={"level": 4, "noise_snr": 9})["json"])
+    assert texts["metadata"] == notes | {"level": 4, "noise_snr": 9}
 
 
 def test_round_trip(tmp_path: Path) -> None:
