@@ -64,16 +64,18 @@ def speed(config: RunConfig, arch: Architecture, work: Work, gpu: Gpu, gpus: int
     count = work.microbatches * config.parallel.virtual_pp
     train = _pair([max(end) + (sum(end) - max(end)) / count for end in zip(*seconds, strict=True)])
     engines = (rollout_gpus or gpus) // (SERVER_GPUS if rollout_gpus else 1)
-    first, *further = (-(-count // (engines * RUNNING)) for count in (work.sequences, *work.resampled))
+    generated = work.sequences if work.generated is None else work.generated
+    answered = work.student_tokens if work.generated_tokens is None else work.generated_tokens
+    first, *further = (-(-count // (engines * RUNNING)) for count in (generated, *work.resampled))
     rounds = (first + sum(further), first)  # further rounds of dynamic sampling at the slow end alone
-    batch = min(RUNNING, -(-work.sequences // engines))
+    batch = min(RUNNING, -(-generated // engines))
     lm, item = arch.language, config.model.torch_dtype.itemsize
-    cache = batch * work.student_tokens * 2 * lm.num_layers * lm.num_kv_heads * lm.head_dim * item
+    cache = batch * answered * 2 * lm.num_layers * lm.num_kv_heads * lm.head_dim * item
     read = part_counts(arch).language_model * item + cache
     token = [read / (gpu.bandwidth * part) for part in BANDWIDTH]
     if not rollout_gpus:
         token = [max(pair) for pair in zip(token, EAGER_STEP, strict=True)]
-    prefill = 2 * active_count(arch) * work.student_tokens * batch
+    prefill = 2 * active_count(arch) * answered * batch
     products = [prefill / (gpu.peak * part) for part in PRODUCTS]
     rollout = _pair([n * (work.response_tokens * t + p) for n, t, p in zip(rounds, token, products, strict=True)])
     whole = [a + b for a, b in zip(rollout, train, strict=True)]

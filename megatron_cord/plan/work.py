@@ -34,6 +34,8 @@ class Work:
         others: those of further teachers with a checkpoint, by name.
         taught_clips: of a scored sequence, on the teacher's views.
         longest_tokens: of the longest student's sequence, which decides about memory; None: all are as long.
+        generated: of the sequences, those whose responses an engine makes; None: all. Others are given by the data.
+        generated_tokens: of such a response with the prompt that it answers; None: those of a student's sequence.
         prompts: tokens and clips of each view's prompt.
         minibatches: into which the sequences are split.
         passes: over them; each minibatch of a pass is an update.
@@ -57,6 +59,8 @@ class Work:
     others: tuple[tuple[str, Architecture], ...] = ()
     taught_clips: float = 0.0
     longest_tokens: int | None = None
+    generated: int | None = None
+    generated_tokens: int | None = None
     prompts: tuple[tuple[str, tuple[int, int]], ...] = ()
 
 
@@ -119,10 +123,13 @@ def make_work(
     prompts_alone = rollout.prompts_per_step if config.objective.draws else 0
     alone = [(t, policy if rollout.share else prompts_alone * t.responses) for t in config.objective.terms]
     learned = [(term.student, count) for term, count in alone]
+    answered = [(term.rollout, count) for term, count in alone if term.sampled]
     for term in config.objective.policy_terms if not rollout.share else ():
         learned.append((term.student, rollout.policy_prompts_per_step * groups_of[term.name]))
+        answered.append(learned[-1])
     taught = [(view, count) for term, count in alone for view in term.taught_views]
     scored, sequences = sum(count for _, count in alone), sum(count for _, count in learned)
+    generated = sum(count for _, count in answered)
 
     def mean(views: list[tuple[str, int]], of: int, behind: int) -> tuple[int, float]:
         tokens = sum(count * (prompts[view][0] + behind) for view, count in views)
@@ -130,6 +137,7 @@ def make_work(
 
     student_tokens, clips = mean(learned, sequences, rollout.max_new_tokens)
     teacher_tokens, taught_clips = mean(taught, scored, rollout.max_new_tokens)
+    generated_tokens, _ = mean(answered, generated, rollout.max_new_tokens)
     share = -(-sequences // (dp * config.train.minibatches))
     spare, groups = rollout.prompts_per_step - rollout.policy_prompts_per_step, rollout.policy_prompts_per_step
     rounds = [min(groups, spare - groups * number) for number in range(rollout.dynamic_sampling if enabled else 0)]
@@ -152,6 +160,8 @@ def make_work(
         others=others,
         taught_clips=taught_clips,
         longest_tokens=max((prompts[view][0] for view, count in learned if count), default=0) + rollout.max_new_tokens,
+        generated=generated,
+        generated_tokens=generated_tokens,
         prompts=tuple(prompts.items()),
     )
 

@@ -378,6 +378,29 @@ def test_streams_count_with_the_lengths_of_their_views(checkpoint: Path) -> None
     assert several.longest_tokens == plain.student_tokens and several.taught_clips == 0.25
 
 
+def test_given_responses_are_not_generated(checkpoint: Path) -> None:
+    """Catches responses of the data that a plan has the engine generate, and prompts of another view than is answered.
+
+    Also a step of fine-tuning with a rollout that lasts.
+    """
+    arch, gpu = published("qwen2_audio_7b"), GPUS["h100"]
+    common = ("objective.policy_gradient.enabled=false", "rollout.prompts_per_step=512", "rollout.max_new_tokens=100")
+
+    def planned(streams: str) -> Any:
+        config = configured(checkpoint, *common, f"objective.streams={{{streams}}}")
+        work = make_work(config, arch, 8, audio_seconds=10.0, text_tokens=60)
+        return work, speed(config, arch, work, gpu, 8, 8)
+
+    given = "b: {source: answer, divergence: {kind: nll}}"
+    (alone, fast), (both, mixed), (fine, none) = map(planned, ("a: {}", f"a: {{}}, {given}", given))
+    assert (alone.generated, alone.generated_tokens) == (alone.sequences, alone.student_tokens)
+    assert (both.sequences, both.generated, fine.generated) == (1024, 512, 0)
+    assert mixed.rollout == fast.rollout and none.rollout == (0.0, 0.0)
+    assert mixed.train > fast.train > none.train
+    elsewhere, _ = planned("a: {rollout: read, responses: 2}, b: {student: read}")
+    assert elsewhere.generated_tokens == 60 + 100 < elsewhere.student_tokens
+
+
 def test_several_updates_and_further_rounds_cost_their_time(checkpoint: Path) -> None:
     """Catches plans of GRPO and DAPO without their passes, minibatches, and rounds of dynamic sampling."""
     arch, gpu = replace(published("qwen2_audio_7b"), encoder=None, adapter=None), GPUS["h100"]

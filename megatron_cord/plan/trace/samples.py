@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect
+from collections.abc import Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from megatron_cord.data.config import TrainingSetConfig
 from megatron_cord.data.samples import AudioClip, Prompt
 from megatron_cord.plan.work import FRAMES_A_SECOND, Work
 from megatron_cord.rollout.types import Rollout, ScoredRollout, VersionSpan
 from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.teachers import TeacherRoutes
 
 if TYPE_CHECKING:
     from megatron_cord.model.architecture import Architecture
@@ -84,6 +89,8 @@ def make_sequences(
         heard = (arch.audio_token_id or 0,) * audio
         return Prompt("traced", heard + (0,) * (tokens - audio), (clip,))
 
+    sets = config.data.train if isinstance(config.data.train, dict) else {}
+    routes, set_of = TeacherRoutes(sets), _dealt(sets, config.rollout.prompts_per_step, work.dp)
     sequences = []
     for index, rollout in enumerate(rollouts):
         if rollout.position % work.dp != rank:
@@ -94,5 +101,19 @@ def make_sequences(
             continue
         term = objective.term_of(rollout.draw)
         teacher, contrast = (*map(prompt, term.taught_views), None, None)[:2]
-        sequences.append(TrainingSequence(prompt(term.student), teacher, rollout, index, term.name, contrast))
+        taught_by = routes.of_set(term, set_of[rollout.position]) if term.distils else ""
+        sequences.append(
+            TrainingSequence(prompt(term.student), teacher, rollout, index, term.name, contrast, taught_by)
+        )
     return sequences
+
+
+def _dealt(sets: Mapping[str, TrainingSetConfig], positions: int, dp: int) -> list[str]:
+    """Return the training set of each of a step's samples; the set is called "" where it is one.
+
+    Each of the data-parallel ranks gets its samples from the sets by their weights, so that all do alike.
+    """
+    if not sets:
+        return [""] * positions
+    names, ends, share = list(sets), list(accumulate(each.weight for each in sets.values())), -(-positions // dp)
+    return [names[bisect(ends, (position // dp + 0.5) / share * ends[-1])] for position in range(positions)]

@@ -27,6 +27,7 @@ from megatron_cord.plan.trace.records import RankTrace
 from megatron_cord.plan.trace.samples import make_rollouts, make_sequences
 from megatron_cord.plan.trace.substitutes import substituted
 from megatron_cord.plan.work import Work
+from megatron_cord.trainer.building.training import build_teachers
 from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.step.batches import Microbatch
 from megatron_cord.trainer.step.optimizer.building import build_optimizer, wrap_model
@@ -59,9 +60,8 @@ def trace_step(
         raise CordError("cord plan --trace computes nothing and needs no GPU: set CUDA_VISIBLE_DEVICES= (empty)")
     if dist.is_initialized():
         raise CordError("a trace makes process groups of its own; call it outside of torchrun")
-    if config.teachers:
-        raise CordError("cord plan --trace builds the run's own teacher alone; leave teachers and taught_by out")
-    if arch.language.experts is not None or (work.teacher or arch).language.experts is not None:
+    archs = (arch, *filter(None, [work.teacher]), *dict(work.others).values())
+    if any(each.language.experts is not None for each in archs):
         raise CordError(
             "cord plan --trace does not cover mixtures of experts: what ranks exchange depends on routers' numbers, "
             "and a trace has none; leave --trace out"
@@ -78,8 +78,10 @@ def _trace_rank(
     ranks_of_stage = parallel.tp * parallel.cp * work.dp
     world, rank = ranks_of_stage * parallel.pp, ranks_of_stage * stage  # Megatron's order: tp, cp, dp, pp
     mode = CountingMode()
-    teacher_arch = work.teacher or arch
-    with _fake_ranks(world, rank), substituted(mode, arch, teacher_arch, gpu.memory), mode:
+    archs = {"": work.teacher or arch, **dict(work.others)}
+    named = {"": config.teacher, **config.teachers}.items()
+    teacher_archs = {each.checkpoint: archs[name] for name, each in named if each.checkpoint is not None}
+    with _fake_ranks(world, rank), substituted(mode, arch, teacher_archs, gpu.memory), mode:
         layout = initialize(parallel, config.seed)
         mode.groups.update(_names(layout))
         if layout.channels is not None:
@@ -91,14 +93,22 @@ def _trace_rank(
 
         student = build_student(config.model, layout)
         built("weights")
-        teacher = Teacher(config.teacher, student, config.model.checkpoint, hears="" in config.hearing_teachers)
+        teachers = build_teachers(config, student, ())
         built("teacher")
         model = wrap_model(config.optimizer, student)
         built("gradients")
         optimizer, scheduler = build_optimizer(config.optimizer, model, config.train.steps)
         built("optimizer")
         step = TrainStep(
-            model, teacher, optimizer, scheduler, config.objective, config.train, 0, config.rollout.max_new_tokens
+            model,
+            teachers[""],
+            optimizer,
+            scheduler,
+            config.objective,
+            config.train,
+            0,
+            config.rollout.max_new_tokens,
+            teachers,
         )
         finish = student.config.finalize_model_grads_func
         student.config.finalize_model_grads_func = mode.within("gradient_reduction", finish)
@@ -106,21 +116,28 @@ def _trace_rank(
         trained: list[Microbatch] = []
         taught: list[Microbatch] = []
 
-        def read(batches: list[Microbatch], *args: Any) -> Any:
-            taught.extend(batch for batch in batches if batch.teacher is not None)
-            views = [batch.teacher for batch in batches], [batch.contrast for batch in batches]
-            sent = [_received(teacher.model, [each for each in view if each is not None])[0] for view in views]
-            mode.expect([shape for shapes in sent for shape in shapes], [])
-            return hidden_states(batches, *args)
+        def count(teacher: Teacher) -> None:
+            """Count a teacher's passes, and say what it is sent in them."""
+            hidden_states = mode.within("teacher", teacher.hidden_states)
+
+            def read(batches: list[Microbatch], *args: Any) -> Any:
+                taught.extend(batch for batch in batches if batch.teacher is not None)
+                views = [batch.teacher for batch in batches], [batch.contrast for batch in batches]
+                sent = [_received(teacher.model, [each for each in view if each is not None])[0] for view in views]
+                mode.expect([shape for shapes in sent for shape in shapes], [])
+                return hidden_states(batches, *args)
+
+            teacher.hidden_states = read  # type: ignore[method-assign,assignment]
 
         def learn(batches: list[Microbatch], *args: Any, **kwargs: Any) -> None:
             trained.extend(batches)
             mode.expect(*_received(student, [batch.student for batch in batches]))
             pipeline(batches, *args, **kwargs)
 
-        hidden_states = mode.within("teacher", teacher.hidden_states)
+        for teacher in dict.fromkeys(teachers.values()):  # equal ones are the same
+            count(teacher)
         pipeline = mode.within("forward_backward", step._pipeline)
-        teacher.hidden_states, step._pipeline = read, learn  # type: ignore[method-assign,assignment]
+        step._pipeline = learn  # type: ignore[method-assign,assignment]
         rollouts = make_rollouts(config, work)
         sequences = make_sequences(config, arch, work, rollouts, layout.dp_rank, audio_seconds)
         mode.restart()

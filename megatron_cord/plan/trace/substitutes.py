@@ -5,7 +5,7 @@ Each replacement has the shapes, the memory and the products of what it stands f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -91,13 +91,15 @@ def _separate_channels(pp_group: dist.ProcessGroup, timeout: timedelta) -> Chann
 
 
 @contextmanager
-def substituted(mode: CountingMode, arch: Architecture, teacher_arch: Architecture, memory: float) -> Iterator[None]:
+def substituted(
+    mode: CountingMode, arch: Architecture, teachers: Mapping[str, Architecture], memory: float
+) -> Iterator[None]:
     """Replace, within the context, what a trace cannot run.
 
     Args:
         mode: counts.
         arch: of the student.
-        teacher_arch: of a teacher with a checkpoint of its own.
+        teachers: of those with a checkpoint of their own, by what names it.
         memory: bytes of the GPU, for choices that depend on what is free.
     """
 
@@ -118,7 +120,7 @@ def substituted(mode: CountingMode, arch: Architecture, teacher_arch: Architectu
         (model_setup, "read_into", nothing),
         (teacher, "read_into", nothing),
         (model_setup, "load_architecture", lambda _: arch),
-        (teacher, "load_architecture", lambda _: teacher_arch),
+        (teacher, "load_architecture", teachers.__getitem__),
         # Moving would take fake parameters' marks from them, and there is one device.
         (LALM, "to", lambda self, *_, **__: self),
         # Without a GPU, torch forms this norm step by step in fp32 and keeps the steps.

@@ -63,7 +63,7 @@ def build_training(
         logger.info("fused kernels: %s", choose_fusions(config.model.layer_config))
     if start.weights is not None:
         read_weights(start.weights, student, config.model)
-    teachers = _build_teachers(config, student, start.progress.made_with.trained)
+    teachers = build_teachers(config, student, start.progress.made_with.trained)
     model = wrap_model(config.optimizer, student)
     optimizer, scheduler = build_optimizer(config.optimizer, model, config.train.steps, rates)
     step = TrainStep(
@@ -86,7 +86,7 @@ def build_training(
     return Training(model, optimizer, step)
 
 
-def _build_teachers(config: RunConfig, student: LALM, trained: Collection[str]) -> dict[str, Teacher]:
+def build_teachers(config: RunConfig, student: LALM, trained: Collection[str]) -> dict[str, Teacher]:
     """Return the run's own teacher, "", and those by name; equal ones are built once.
 
     Args:
