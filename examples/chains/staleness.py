@@ -6,7 +6,7 @@ objective.token_weights) or without. L_seq is off. Without staleness all weights
 
 Runs that are complete are kept and stopped ones continue, as in `cord compare`, whose keys `staleness.yaml` and the
 overrides have. When all cells are there, tables and drawing are written; with --cell the chosen ones alone are run, and
-what is there so far is printed.
+what is there so far is printed. --incomplete runs nothing and writes what is there, with the number of the runs.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def gather(config: CompareConfig, runs: Sequence[PlannedRun]) -> dict[str, Any]:
             cell["difference"] = None if difference is None else asdict(difference)
     machine = {"processor": processor(), "cores": os.cpu_count()}
     settings = {"train": config.train, "settings": list(config.settings), "seeds": list(config.seeds)}
-    return {"title": config.title, **settings, "machine": machine, "cells": found}
+    runs_made = {"complete": sum(len(cell["runs"]) for cell in found.values()), "planned": len(runs)}
+    return {"title": config.title, **settings, "machine": machine, "runs": runs_made, "cells": found}
 
 
 def tables(result: Mapping[str, Any]) -> str:
@@ -155,9 +156,12 @@ def tables(result: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, result["seeds"]))
     machine = result["machine"]
     settings = [s for s in result["settings"] if s.startswith(("train.steps", "rollout."))]
+    made = result["runs"]
+    whole = made["complete"] == made["planned"]
+    part = "Seeds" if whole else f"{made['complete']} of {made['planned']} runs were made; seeds"
     note = (
-        f"Seeds {seeds}; {', '.join(f'`{s}`' for s in settings)}; intervals are Student's over seeds, 95 %; without "
-        "staleness all importance weights are 1, and both rows have the same runs; "
+        f"{part} {seeds}; {', '.join(f'`{s}`' for s in settings)}; intervals are Student's over seeds, 95 %; "
+        "without staleness all importance weights are 1, and both rows have the same runs; "
         f"{machine['cores']} cores of {machine['processor']}."
     )
     return "\n\n".join([note, *parts])
@@ -239,6 +243,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=Path(__file__).parent / "staleness.yaml", help="of the study")
     parser.add_argument("--cell", action="append", metavar="NAME", help="run this cell alone; may be given again")
     parser.add_argument("--list", action="store_true", help="name the cells and run nothing")
+    parser.add_argument("--incomplete", action="store_true", help="run nothing, and write what is there")
     parser.add_argument("overrides", metavar="a.b=value", nargs="*", help="sets one key of the study's configuration")
     arguments = parser.parse_intermixed_args()
     if arguments.list:
@@ -252,14 +257,17 @@ def main() -> int:
     chosen = study(config, [named[name] for name in arguments.cell]) if arguments.cell else everything
     if config.page and config.results_path is not None:
         around(Path(config.page).read_text(encoding="utf-8"), config.results_path.name)  # refused now, not at the end
+    planned = plan_runs(everything)
+    if arguments.incomplete:
+        write(gather(everything, planned), everything)
+        return 0
     runs = plan_runs(chosen)
     listener = Terminal(len(runs))
     with listener.bar, Runner(chosen, runs, listener) as runner:
         outcomes = runner.run()
-    planned = plan_runs(everything)
     result = gather(everything, planned)
     print(tables(result))
-    complete = sum(len(cell["runs"]) for cell in result["cells"].values())
+    complete = result["runs"]["complete"]
     if complete == len(planned):  # a part does not replace the whole
         write(result, everything)
         print(f"written: {config.results_path}.json and .md, {config.chart_path}.png")

@@ -56,6 +56,9 @@ def test_tables_of_complete_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     cell = result["cells"][Cell("jsd", 4, True).name]
     assert (cell["audio"]["mean"], cell["kl"]["mean"], cell["drift"]["mean"]) == pytest.approx((0.8, 0.2, 0.05))
     shown = tables(result)
+    assert result["runs"] == {"complete": 18, "planned": 42} and shown.startswith(
+        "18 of 42 runs were made; seeds 0, 1;"
+    )
     assert "| JSD | on | 60.0 (60.0 to 60.0) |  |  | 80.0 (80.0 to 80.0) |" in shown
     assert "| reverse KL | off | 60.0 (60.0 to 60.0) |  |  | 60.0 (60.0 to 60.0) |" in shown
     assert "| JSD | on |  |  |  | 20.0 (20.0 to 20.0) |" in shown
