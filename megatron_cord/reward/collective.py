@@ -34,11 +34,18 @@ class CollectiveRewards:
         return [Score(**shares[i % world][i // world]) for i in range(len(answered))]
 
 
-def build_rewards(config: RewardConfig, directory: Path, group: dist.ProcessGroup | None = None) -> CollectiveRewards:
-    """Build the configured rewards of a group of ranks; a judge keeps its answers in the run's directory."""
-    comparer = (
-        Judge(config.judge, directory / "judge_cache", writer=dist.get_rank())
-        if config.comparer == "judge"
-        else AnswerMatcher()
-    )
-    return CollectiveRewards(Rewards(config.terms, comparer), group)
+def build_rewards(
+    config: RewardConfig, directory: Path, group: dist.ProcessGroup | None = None, *, verifies: bool = False
+) -> CollectiveRewards:
+    """Build the configured rewards of a group of ranks; a judge keeps its answers in the run's directory.
+
+    Args:
+        config: of the rewards.
+        directory: of the run.
+        group: the ranks that pass the same responses; None for all ranks.
+        verifies: whether any reward has the term reasoning.
+    """
+    compares = config.comparer == "judge"
+    judge = Judge(config.judge, directory / "judge_cache", writer=dist.get_rank()) if compares or verifies else None
+    comparer = judge if compares else AnswerMatcher()
+    return CollectiveRewards(Rewards(config.terms, comparer, judge if verifies else None), group)

@@ -4,6 +4,8 @@
   2601.16547), which needs no gold answers;
 - gold: the same with the data's own answer;
 - format: 1 for a response that ends by itself and states which answer is its final one;
+- reasoning: 1 where the model of reward.judge, such as a served teacher, finds the way to the answer sound (OPOD, arXiv
+  2607.20918);
 - layers, embedding: how alike a response is to a right one of another stream (TARS, arXiv 2601.05543), in the model's
   layers and in an embedding of its text; `trainer.alignment` adds them.
 """
@@ -18,6 +20,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.reward.comparison import AnswerMatcher, Comparer, Comparison, Verdict
 from megatron_cord.reward.embedding.config import EmbeddingConfig
 from megatron_cord.reward.judge.judge import JudgeConfig
+from megatron_cord.reward.judge.reasoning import Reasoning
 from megatron_cord.reward.stated import states_answer
 
 
@@ -28,6 +31,7 @@ class TermWeights:
     agreement: float = 1.0  #: the final answer is the teacher's
     gold: float = 0.0  #: the final answer is the data's
     format: float = 0.0  #: the response ends by itself and states its final answer
+    reasoning: float = 0.0  #: the model of reward.judge finds the steps to the answer sound
     #: cosine of the model's hidden states with a right response's of the stream align_with, the mean over layers
     layers: float = 0.0
     embedding: float = 0.0  #: cosine of the text's embedding with that of the same response; of reward.embedding
@@ -49,7 +53,7 @@ class RewardConfig:
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
 
     def __post_init__(self) -> None:
-        if self.comparer == "judge" and not (self.judge.base_url and self.judge.model):
+        if self.comparer == "judge" and not self.judge.is_given:
             raise CordError("reward.comparer=judge needs reward.judge.base_url and reward.judge.model")
 
 
@@ -85,7 +89,9 @@ class Score:
         terms: each term that counts, unweighted.
         judged: comparisons that the judge decided.
         disagreements: those of them that answer matching would have decided otherwise.
-        fallbacks: comparisons that answer matching decided because the judge gave no answer.
+        fallbacks: comparisons that answer matching decided because the judge gave no answer, and reasoning without a
+            verdict.
+        verified: verdicts of the judge on reasoning.
     """
 
     total: float
@@ -93,6 +99,15 @@ class Score:
     judged: int = 0
     disagreements: int = 0
     fallbacks: int = 0
+    verified: int = 0
+
+
+class Verifier(Protocol):
+    """Says whether reasoning is sound."""
+
+    def verify(self, given: Sequence[Reasoning]) -> list[bool | None]:
+        """Return one verdict each, in the same order; None for none."""
+        ...
 
 
 class Scorer(Protocol):
@@ -109,10 +124,13 @@ class Rewards:
     Args:
         terms: weights.
         comparer: decides whether answers agree.
+        verifier: decides about reasoning; None where no reward has that.
     """
 
-    def __init__(self, terms: TermWeights | None = None, comparer: Comparer | None = None) -> None:
-        self.terms, self.comparer = terms or TermWeights(), comparer or AnswerMatcher()
+    def __init__(
+        self, terms: TermWeights | None = None, comparer: Comparer | None = None, verifier: Verifier | None = None
+    ) -> None:
+        self.terms, self.comparer, self.verifier = terms or TermWeights(), comparer or AnswerMatcher(), verifier
 
     def score(self, answered: Sequence[Answered], terms: TermWeights | None = None) -> list[Score]:
         """Return one score each, in the same order.
@@ -134,14 +152,20 @@ class Rewards:
         compared: dict[str, list[Verdict]] = {
             name: [next(verdicts) for _ in answered] for name in ("agreement", "gold") if getattr(weights, name)
         }
+        sound: list[bool | None] = [None] * len(answered)
+        if weights.reasoning:
+            assert self.verifier is not None, "the configuration was verified"
+            sound = self.verifier.verify([Reasoning(a.question, a.response, a.gold) for a in answered])
         return [
-            _score(weights, response, {name: verdicts[index] for name, verdicts in compared.items()})
+            _score(weights, response, {name: verdicts[index] for name, verdicts in compared.items()}, sound[index])
             for index, response in enumerate(answered)
         ]
 
 
-def _score(weights: TermWeights, answered: Answered, verdicts: dict[str, Verdict]) -> Score:
+def _score(weights: TermWeights, answered: Answered, verdicts: dict[str, Verdict], sound: bool | None) -> Score:
     terms = {name: float(verdict.agrees) for name, verdict in verdicts.items()}
+    if weights.reasoning:
+        terms["reasoning"] = float(sound or False)
     if weights.format:
         terms["format"] = float(answered.ended and states_answer(answered.response))
     judged = [v for v in verdicts.values() if v.source == "judge"]
@@ -149,8 +173,9 @@ def _score(weights: TermWeights, answered: Answered, verdicts: dict[str, Verdict
         total=sum(getattr(weights, name) * value for name, value in terms.items()),
         terms=terms,
         judged=len(judged),
+        verified=int(sound is not None),
         disagreements=sum(v.agrees != v.matched for v in judged),
-        fallbacks=sum(v.source == "fallback" for v in verdicts.values()),
+        fallbacks=sum(v.source == "fallback" for v in verdicts.values()) + bool(weights.reasoning and sound is None),
     )
 
 

@@ -30,6 +30,8 @@ SCHEMA = pa.schema(
         ),  # distill (L_tok), policy (L_seq), shared (both) or replaced (none)
         pa.field("position", pa.int32(), nullable=False),  # of the sample in the step's batch, from 0
         pa.field("draw", pa.int32(), nullable=False),  # 0, −1, … of L_tok alone, 1 to N in a group of L_seq
+        # of the objective, that the response is of; "" for one without a name, null where it was not written down
+        pa.field("stream", pa.string()),
         pa.field("seed", pa.int64()),  # that the engine sampled with; null for a greedy or given response
         pa.field("question", pa.string(), nullable=False),
         pa.field("voice", pa.string()),
@@ -50,6 +52,7 @@ SCHEMA = pa.schema(
         pa.field("zero_variance", pa.bool_(), nullable=False),  # whether all rewards of its group are equal
     ]
 )
+_ADDED = {"stream"}  #: columns that files of earlier revisions lack
 _PREFIX, _SUFFIX = "step_", ".parquet"
 
 
@@ -84,7 +87,7 @@ def write_rollouts(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_rollouts(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return one step's rows, with SCHEMA's types.
+    """Return one step's rows, with SCHEMA's types; a column that was added since the file was written is null.
 
     Args:
         path: of the step.
@@ -98,6 +101,8 @@ def read_rollouts(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         with pq.ParquetFile(path) as file:
             have = file.schema_arrow
             for field in wanted:
+                if field.name not in have.names and field.name in _ADDED:
+                    continue
                 if field.name not in have.names:
                     raise CordError(
                         f"{path}: the column {field.name} is missing; the file is damaged or not of this project: "
@@ -108,11 +113,13 @@ def read_rollouts(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
                         f"{path}: {field.name}: expected {field.type}, got {have.field(field.name).type}; restore "
                         "the file or remove it"
                     )
-            table = file.read(wanted.names)
+            table = file.read([name for name in wanted.names if name in have.names])
     except (pa.ArrowException, OSError) as error:
         raise CordError(
             f"{path} is damaged or cannot be read ({' '.join(str(error).split())[:160]}); restore the file or remove it"
         ) from None
+    for name in set(wanted.names) - set(table.column_names):
+        table = table.append_column(wanted.field(name), pa.nulls(len(table), wanted.field(name).type))
     table = table.select(wanted.names)
     for field in wanted:
         if not field.nullable and table[field.name].null_count:

@@ -148,7 +148,7 @@ class ScoredRollout:
         draw: 0 for a response of L_tok alone, and −1, −2, … for further ones of the streams in turn; 1 to N within a
             group of L_seq, and N + 1, … in those of its further streams.
         seed: that the response was sampled with; None for a greedy one.
-        reference_answer: the teacher's text, with which the reward compares; None without a reward.
+        reference_answer: the teacher's text, with which the reward compares; None where none does.
         reward: weighted sum of the reward's terms; None outside L_seq.
         score: what the reward is made of; None without a reward, and in a replay.
         advantage: 0 outside L_seq and in zero-variance groups.

@@ -48,6 +48,8 @@ class Collector:
         routes: which teacher scores a sample; None: the run's own scores all.
         given: makes the responses of streams whose source is the data; None where there is none.
         aligner: adds rewards of how alike two streams' responses are; None where there are none.
+        compares: whether any reward compares with the teacher's answers (`ObjectiveConfig.compares`); else there are
+            none, unless they are what is trained on.
     """
 
     def __init__(
@@ -60,18 +62,18 @@ class Collector:
         routes: TeacherRoutes | None = None,
         given: GivenResponses | None = None,
         aligner: Aligner | None = None,
+        *,
+        compares: bool = True,
     ) -> None:
         self.config, self.objective = config, objective
         self.answers, self.rewards, self.seed = answers, rewards, seed
         self._routes, self._given = TeacherRoutes({}) if routes is None else routes, given
-        self.aligner = aligner
+        self.aligner, self._compares = aligner, compares
 
     @property
     def views(self) -> tuple[ViewName, ...]:
         """The views that samples are prepared for: the student's, and those of the teacher that a step needs."""
-        answers_now = self.answers.mode == "live" and (
-            self.objective.policy_gradient.enabled or self.objective.responses == "teacher"
-        )
+        answers_now = self.answers.mode == "live" and self.answered_per_step > 0
         return tuple(dict.fromkeys((*self.objective.views, *((READ,) if answers_now else ()))))
 
     @property
@@ -79,7 +81,7 @@ class Collector:
         """So many of a step's samples, from its first, need the teacher's answer."""
         if self.objective.responses == "teacher":
             return self.config.prompts_per_step
-        if not self.objective.policy_gradient.enabled:
+        if not (self.objective.policy_gradient.enabled and self._compares):
             return 0
         tried = self.config.policy_prompts_per_step * (1 + self.config.dynamic_sampling)
         return min(tried, self.config.prompts_per_step)
@@ -107,19 +109,18 @@ class Collector:
         ]
         scored += self._given_responses(batch)
         if policy:
-            references = self.answers.rollouts(self._answered(batch, policy), rollouts[groups:])
+            references = self._references(batch, policy, rollouts[groups:])
             scored += self._groups(batch, policy, rollouts[len(alone) : groups], references)
         return scored
 
     def more_requests(self, batch: Batch, positions: Sequence[int]) -> list[GenerationRequest]:
         """Return what to generate for groups of further samples (dynamic sampling)."""
-        answers = self.answers.requests([batch.at(p) for p in positions])
-        return self._group_requests(batch, positions) + answers
+        return self._group_requests(batch, positions) + self.answers.requests(self._answered(batch, positions))
 
     def more_groups(self, batch: Batch, positions: Sequence[int], rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Return the groups of `more_requests` with their rewards. Collective over the replica."""
         groups = len(positions) * len(self._draws)
-        references = self.answers.rollouts([batch.at(p) for p in positions], rollouts[groups:])
+        references = self._references(batch, positions, rollouts[groups:])
         return self._groups(batch, positions, rollouts[:groups], references)
 
     def sequences(self, batch: Batch, rollouts: Sequence[ScoredRollout]) -> list[TrainingSequence]:
@@ -183,7 +184,15 @@ class Collector:
 
     def _answered(self, batch: Batch, policy: Sequence[int]) -> list[PreparedSample]:
         """Return the samples to which the step needs the teacher's answer."""
-        return list(batch.samples) if self.objective.responses == "teacher" else [batch.at(p) for p in policy]
+        if self.objective.responses == "teacher":
+            return list(batch.samples)
+        return [batch.at(p) for p in policy] if self._compares else []
+
+    def _references(self, batch: Batch, positions: Sequence[int], generated: Sequence[Rollout]) -> list[str | None]:
+        """Return the teacher's answer to each sample with a group; None for all where no reward compares with it."""
+        if not self._compares:
+            return [None] * len(positions)
+        return [answer.text for answer in self.answers.rollouts(self._answered(batch, positions), generated)]
 
     def _request(self, batch: Batch, position: int, draw: int, temperature: float) -> GenerationRequest:
         sample = batch.at(position)
@@ -227,17 +236,17 @@ class Collector:
         )
 
     def _groups(
-        self, batch: Batch, positions: Sequence[int], rollouts: Sequence[Rollout], references: Sequence[Rollout]
+        self, batch: Batch, positions: Sequence[int], rollouts: Sequence[Rollout], references: Sequence[str | None]
     ) -> list[ScoredRollout]:
         """Rewards and advantages; rollouts come sample by sample, and of each stream by stream."""
         role: Role = "shared" if self.config.share else "policy"
         owners = [
-            (position, draw, reference.text)
+            (position, draw, reference)
             for position, reference in zip(positions, references, strict=True)
             for draw in self._draws
         ]
         answered = [
-            Answered(s.id, s.asked, r.text, r.finish_reason == "stop", reference, s.answer, s.choices)
+            Answered(s.id, s.asked, r.text, r.finish_reason == "stop", reference or "", s.answer, s.choices)
             for (position, _, reference), r in zip(owners, rollouts, strict=True)
             for s in (batch.at(position).sample,)
         ]

@@ -127,6 +127,11 @@ class RunConfig:
         self._check_views()
         check_teachers(self.teachers, self.objective, self._named_sets)
         check_alignment(self.objective, self.reward)
+        if self.objective.verifies(self.reward.terms) and not self.reward.judge.is_given:
+            raise CordError(
+                "the reward has reasoning, about which a language model decides; set reward.judge.base_url and "
+                "reward.judge.model"
+            )
         if self.init_from is not None and self.resume not in ("auto", "never"):
             raise CordError(
                 f"init_from={self.init_from} begins a run and resume={self.resume} continues one; give one of them"
@@ -147,7 +152,7 @@ class RunConfig:
         if self.checkpoint.best and not self.evaluation.interval:
             raise CordError("checkpoint.best=true needs evaluations to choose by: set evaluation.interval above 0")
         answers = self.objective.responses == "teacher" or (
-            self.objective.policy_gradient.enabled and self.rollout.policy_prompts_per_step > 0
+            self.rollout.policy_prompts_per_step > 0 and self.objective.compares(self.reward.terms)
         )
         own_teacher = self.teacher.checkpoint is not None and self.replay is None
         if own_teacher and answers and self.rollout.engine == "sglang" and not self.teacher.servers:

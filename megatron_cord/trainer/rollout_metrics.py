@@ -51,12 +51,11 @@ def rollout_metrics(
         metrics["filtered"] = sum(objective.filters(r) for r in kept) / max(len(kept), 1)
     scores = [r.score for r in rewarded if r.score is not None]
     metrics |= _term_metrics("reward_", scores)
-    judged, fallbacks = sum(s.judged for s in scores), sum(s.fallbacks for s in scores)
-    if judged + fallbacks:
-        metrics |= {
-            "judge_fallbacks": fallbacks / (judged + fallbacks),
-            "judge_disagreement": sum(s.disagreements for s in scores) / max(judged, 1),
-        }
+    judged, fallbacks, verified = (sum(getattr(s, of) for s in scores) for of in ("judged", "fallbacks", "verified"))
+    if judged + fallbacks + verified:
+        metrics["judge_fallbacks"] = fallbacks / (judged + fallbacks + verified)
+        if judged or not verified:
+            metrics["judge_disagreement"] = sum(s.disagreements for s in scores) / max(judged, 1)
     return metrics
 
 

@@ -32,7 +32,7 @@ from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.dynamic_sampling import replace_groups
 from megatron_cord.trainer.endings.agreement import any_rank
 from megatron_cord.trainer.observability.logprob_mismatch import check_mismatch
-from megatron_cord.trainer.observability.rollout_dump import read_dump
+from megatron_cord.trainer.observability.rollout_dump import read_dump, recorded_streams
 from megatron_cord.trainer.observability.throughput import StepWork, Utilise, measure_throughput
 from megatron_cord.trainer.settings_changes import record_changes
 from megatron_cord.trainer.step.optimizer.building import release
@@ -171,9 +171,10 @@ class Run:
         """Return the step's rollouts on all ranks with rewards and advantages; in a replay, from the dump."""
         if self.config.replay is not None:
             ids = [self._parts.data.row.id_of(address) for address in self._source.loader.addresses(batch.step)]
-            recorded = read_dump(Path(self.config.replay), batch.step + 1, ids)
-            draws = {rollout.draw for rollout in recorded}
-            self.config.objective.check_recorded(draws, self.config.rollout.policy_rollouts, self.config.replay)
+            dump = Path(self.config.replay)
+            recorded = read_dump(dump, batch.step + 1, ids)
+            streams = recorded_streams(dump, batch.step + 1)
+            self.config.objective.check_recorded(streams, self.config.rollout.policy_rollouts, self.config.replay)
             return recorded
         source = self._source
         # A reward of the model's layers needs a forward pass, and with it the memory of a colocated engine.

@@ -145,6 +145,26 @@ def test_two_streams_of_the_policy_gradient(prompts: PromptBuilder, tmp_path: Pa
     assert metrics["stream/heard/reward"] == pytest.approx(sum(c.reward or 0 for c in heard) / 6)
 
 
+def test_no_reference_answers_without_agreement(prompts: PromptBuilder, tmp_path: Path) -> None:
+    """Catches answers that the teacher gives for rewards which compare with the data's own alone."""
+    gold = TermWeights(agreement=0.0, gold=1.0)
+    objective = ObjectiveConfig(student_view="hear", divergence=DivergenceConfig("none"))
+    assert objective.compares(TermWeights()) and not objective.compares(gold)
+    one = replace(objective, streams={"a": StreamConfig("policy_gradient", responses=2, reward=gold)})
+    assert not one.compares(TermWeights())
+    answers = make_collector(prompts, tmp_path).answers
+    collector = Collector(ROLLOUT, objective, answers, Rewards(gold), 0, compares=objective.compares(gold))
+    assert (collector.answered_per_step, collector.views) == (0, ("hear",))
+    batch = batch_of(collector, step=3)
+    requests = collector.requests(batch)
+    assert len(requests) == 2 * 3 and all(request.temperature > 0 for request in requests)
+    collected = score(collector, batch)
+    assert len(collected) == 6 and all(c.reference_answer is None and c.reward is not None for c in collected)
+    more = collector.more_requests(batch, [2, 3])
+    assert len(more) == 2 * 3
+    assert len(collector.more_groups(batch, [2, 3], engine_of(collector).generate(more))) == 6
+
+
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_share_the_step(prompts: PromptBuilder, tmp_path: Path, world: int) -> None:
     """Catches a sample that two data-parallel ranks roll out or train on, or none.

@@ -1,7 +1,8 @@
 """The LLM judge: a language model at an OpenAI-compatible endpoint (SGLang, vLLM, a hosted one) compares answers.
 
-It rates answers without a reference, too. What it says has a schema, is parsed strictly and kept on disk; concurrency,
-time and tries are bounded. Where it gives no verdict, answer matching decides; that is counted, and logged once a step.
+It rates answers without a reference, and verifies reasoning. What it says has a schema, is parsed strictly and kept on
+disk; concurrency, time and tries are bounded. Where it gives no verdict, answer matching decides; that is counted, and
+logged once a step.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megatron_cord.reward.comparison import Comparison, Verdict, answers_match
 from megatron_cord.reward.judge.cache import JudgeCache
 from megatron_cord.reward.judge.prompt import ANSWER_SCHEMA, messages, parse_answer
 from megatron_cord.reward.judge.rating import RATING_SCHEMA, OpenAnswer, parse_rating, rating_messages
+from megatron_cord.reward.judge.reasoning import REASONING_SCHEMA, Reasoning, parse_soundness, reasoning_messages
 from megatron_cord.runtime.openai_client import (
     AccessRefusedError,
     EndpointError,
@@ -58,9 +60,14 @@ class JudgeConfig:
                 "backoff not negative"
             )
 
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a judge."""
+        return bool(self.base_url and self.model)
+
 
 class Judge:
-    """A `Comparer`.
+    """A `Comparer`, and a `Verifier`.
 
     Args:
         config: address, model and patience.
@@ -119,6 +126,24 @@ class Judge:
                 "are kept: start again when it answers"
             )
         return [rating for answer in answers if (rating := self._cache.rating(keys[answer])) is not None]
+
+    def verify(self, given: Sequence[Reasoning]) -> list[bool | None]:
+        """Return for each whether its reasoning is sound, in the same order; None where there is no verdict.
+
+        Raises:
+            CordError: the endpoint refuses the key, the address or the model.
+        """
+        payloads = {each: self._request(reasoning_messages(each), "soundness", REASONING_SCHEMA) for each in given}
+        keys = {each: _key(payload) for each, payload in payloads.items()}
+        unknown = {key: payloads[each] for each, key in keys.items() if self._cache.get(key) is None}
+        if problems := self._answer(unknown, parse_soundness):
+            logger.warning(
+                "the judge gave no verdict on the reasoning of %d of %d responses (%s); they count as unsound",
+                len(problems),
+                len(unknown),
+                problems[0],
+            )
+        return [self._cache.get(keys[each]) for each in given]
 
     def _answer(self, unknown: Mapping[str, dict[str, object]], parse: Callable[[Any], bool | int]) -> list[str]:
         """Get answers to requests into the cache; return the reasons for which some have none."""

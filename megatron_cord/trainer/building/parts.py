@@ -139,7 +139,7 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
     # What steps after the resumed one have left in dump and metrics is dropped, unless the run stays at its end.
     last = progress.step if guards.ended is None else int(guards.ended["step"])
     rollouts = None if config.record.rollouts is None else directory / config.record.rollouts
-    dump = RolloutDump(rollouts, prompts, last, enabled=main)
+    dump = RolloutDump(rollouts, prompts, last, stream_of=config.objective.stream_of, enabled=main)
     log = MetricsLog(
         directory,
         config.train.steps,

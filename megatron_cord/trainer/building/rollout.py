@@ -88,11 +88,22 @@ def build_rollout(
         directory / "reference_answers.jsonl",
         progress.made_with.model if own is None else checkpoint_fingerprint(checkpoint_directory(own)),
     )
-    rewards = build_rewards(config.reward, directory, layout.replica_group)
+    verifies = config.objective.verifies(config.reward.terms)
+    rewards = build_rewards(config.reward, directory, layout.replica_group, verifies=verifies)
     routes = TeacherRoutes(config.data.training_sets)
     given = GivenResponses(prompts, config.rollout.max_new_tokens) if config.objective.given_fields else None
     aligner = build_aligner(config, layout, step)
-    collector = Collector(config.rollout, config.objective, answers, rewards, config.seed, routes, given, aligner)
+    collector = Collector(
+        config.rollout,
+        config.objective,
+        answers,
+        rewards,
+        config.seed,
+        routes,
+        given,
+        aligner,
+        compares=config.objective.compares(config.reward.terms),
+    )
     loader = SampleLoader(
         row,
         batch_size=config.rollout.prompts_per_step,

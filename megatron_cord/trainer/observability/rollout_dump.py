@@ -6,7 +6,7 @@ With a dump the data stay fixed while layouts, kernels or objectives change. The
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,21 @@ class RolloutDump:
         directory: None writes nothing.
         prompts: turns tokens into text.
         first_step: steps already made; files of later ones, left by a run that was stopped, are dropped.
+        stream_of: returns the name of a rollout's stream; "" for one without a name.
         enabled: False on ranks that do not write.
     """
 
-    def __init__(self, directory: Path | None, prompts: PromptBuilder, first_step: int = 0, *, enabled: bool) -> None:
+    def __init__(
+        self,
+        directory: Path | None,
+        prompts: PromptBuilder,
+        first_step: int = 0,
+        *,
+        stream_of: Callable[[ScoredRollout], str] = lambda _: "",
+        enabled: bool,
+    ) -> None:
         self.directory = directory if enabled else None
-        self.prompts = prompts
+        self.prompts, self._stream_of = prompts, stream_of
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             drop_after(self.directory, first_step)
@@ -45,7 +54,7 @@ class RolloutDump:
     def write(self, step: int, rollouts: Sequence[ScoredRollout]) -> None:
         """Write the rollouts of the step numbered from 1; the file is whole or absent."""
         if self.directory is not None:
-            rows = [_row(step, rollout, self.prompts) for rollout in rollouts]
+            rows = [_row(step, rollout, self.prompts) | {"stream": self._stream_of(rollout)} for rollout in rollouts]
             write_rollouts(dump_file(self.directory, step), rows)
 
 
@@ -105,6 +114,16 @@ def read_dump(directory: Path, step: int, ids: Sequence[str]) -> list[ScoredRoll
             )
         rollouts.append(_scored_rollout(row))
     return rollouts
+
+
+def recorded_streams(directory: Path, step: int) -> dict[int, str | None]:
+    """Return the stream of each number of a response in the step numbered from 1; None where the dump does not say.
+
+    Raises:
+        CordError: the file is damaged.
+    """
+    rows = read_rollouts(dump_file(directory, step), ("draw", "stream")).to_pylist()
+    return {row["draw"]: row["stream"] for row in rows}
 
 
 def _scored_rollout(row: dict[str, Any]) -> ScoredRollout:

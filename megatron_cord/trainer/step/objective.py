@@ -8,13 +8,14 @@ composes the terms.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatron_cord.data.samples import HEAR, READ
 from megatron_cord.errors import CordError
 from megatron_cord.losses import DivergenceConfig, PolicyGradientConfig, TokenWeightsConfig
+from megatron_cord.reward.rewards import TermWeights
 from megatron_cord.rollout.types import ScoredRollout
 from megatron_cord.trainer.step.streams import PolicyStream, Stream, StreamConfig
 
@@ -119,19 +120,35 @@ class ObjectiveConfig:
         """Return whether a response is a text of its sample."""
         return rollout.draw <= 0 and not self.term_of(rollout.draw).sampled
 
-    def check_recorded(self, draws: set[int], policy_rollouts: int, source: str) -> None:
-        """Refuse a step's recorded responses, by their numbers, that streams of other names or sizes made.
+    def check_recorded(self, streams: Mapping[int, str | None], policy_rollouts: int, source: str) -> None:
+        """Refuse a step's recorded responses that streams of other names or sizes made.
+
+        Args:
+            streams: of the responses by their numbers; None where the record does not say.
+            policy_rollouts: N of the stream without a name.
+            source: of the record.
 
         Raises:
-            CordError: names the `source` of the record.
+            CordError: the record has other responses, or deals them to other streams.
         """
         known = {draw for group in self.groups(policy_rollouts).values() for draw in group}
-        alone = {draw for draw in draws if draw <= 0}
-        if self.streams and (alone != set(self.draws) or not draws - alone <= known):
+        alone = {draw for draw in streams if draw <= 0}
+        fits = alone == set(self.draws) and streams.keys() - alone <= known if self.streams else alone <= {0}
+        if not fits:
             raise CordError(
                 f"replay={source}: its responses are not those of objective.streams; replay with the streams, and "
                 "their numbers of responses, of the recorded run"
             )
+        own = {draw: self._stream_of_draw(draw) for draw in streams}
+        paired = {(draw > 0, name, own[draw]) for draw, name in streams.items() if name is not None}
+        for grouped, name, mine in sorted(paired, key=lambda pair: (pair[1] == pair[2], pair)):
+            beside = [(a, b) for kind, a, b in paired if kind == grouped and (a == name) != (b == mine)]
+            if beside or (name and mine and name != mine):
+                raise CordError(
+                    f"replay={source}: responses of the stream {name or 'without a name'} would be trained on as those "
+                    f"of {mine or 'the one without a name'}; replay with the streams, and their numbers of responses, "
+                    "of the recorded run"
+                )
 
     @property
     def given_fields(self) -> tuple[str, ...]:
@@ -157,9 +174,7 @@ class ObjectiveConfig:
 
     def stream_of(self, rollout: ScoredRollout) -> str:
         """Return the name of a rollout's stream; "" for one without a name."""
-        if not self.streams:
-            return ""
-        return (self.policy_term_of if rollout.draw > 0 else self.term_of)(rollout.draw).name
+        return self._stream_of_draw(rollout.draw)
 
     def within(self, stream: str) -> ObjectiveConfig:
         """Return the objective with what a stream has of its own; the very same for ""."""
@@ -178,10 +193,27 @@ class ObjectiveConfig:
         policy = (term.student for term in self.policy_terms)
         return tuple(dict.fromkeys((*policy, *(view for term in self.terms for view in term.views))))
 
+    def compares(self, terms: TermWeights) -> bool:
+        """Return whether the reward of any stream of L_seq compares with the teacher's answers.
+
+        Args:
+            terms: the weights of streams that have none of their own.
+        """
+        return any((term.reward or terms).agreement for term in self.policy_terms)
+
+    def verifies(self, terms: TermWeights) -> bool:
+        """Return whether the reward of any stream of L_seq has the term reasoning; ``terms`` as for `compares`."""
+        return any((term.reward or terms).reasoning for term in self.policy_terms)
+
     @property
     def distils(self) -> bool:
         """Whether a teacher's distributions are compared."""
         return any(term.distils for term in self.terms)
+
+    def _stream_of_draw(self, draw: int) -> str:
+        if not self.streams:
+            return ""
+        return (self.policy_term_of if draw > 0 else self.term_of)(draw).name
 
     def _named(self, kind: str) -> dict[str, StreamConfig]:
         """Return the streams of a kind by name."""

@@ -13,9 +13,10 @@ import pytest
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
-from megatron_cord.reward import Comparison, Judge, JudgeConfig, Verdict
+from megatron_cord.reward import Answered, Comparison, Judge, JudgeConfig, Rewards, Verdict
 from megatron_cord.reward.judge.prompt import EXAMPLES, answer_text, parse_answer
-from megatron_cord.reward.rewards import RewardConfig
+from megatron_cord.reward.judge.reasoning import Reasoning
+from megatron_cord.reward.rewards import RewardConfig, TermWeights
 from tests.openai_server import OpenAIServer, Reply, Request
 
 
@@ -194,3 +195,27 @@ def test_settings_that_cannot_be() -> None:
     ):
         with pytest.raises(CordError, match=message):
             load_config(RewardConfig, None, settings)
+
+
+def test_reasoning_is_verified(server: OpenAIServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches verdicts out of order or of another prompt, one that is asked for twice, and a guess where there is none.
+
+    Also an answer of the comparison's form that counts, and a reward whose term is not weighed.
+    """
+    judge = Judge(config(server, tries=1), tmp_path)
+    sound, unsound = '{"sound": "yes"}', '{"sound": "no"}'
+    given = [Reasoning("how much", f"one. {n}\n{said}", "12") for n, said in enumerate((sound, unsound, "yes", "500"))]
+    assert judge.verify([*given, given[0]]) == [True, False, None, None, True]
+    assert len(server.requests) == 4 and "no verdict on the reasoning of 2 of 4 responses" in caplog.text
+    asked = [json.loads(payload_of(request)["messages"][-1]["content"]) for request in server.requests]
+    assert {"QUESTION": "how much", "ANSWER": "12", "RESPONSE": given[0].response} in asked
+    assert Judge(config(server, tries=1), tmp_path).verify(given[:2]) == [True, False] and len(server.requests) == 4
+    rewards = Rewards(TermWeights(agreement=0.0, gold=1.0, reasoning=0.25), verifier=judge)
+    scores = rewards.score([Answered("s", "how much", each.response, True, "", "12") for each in given])
+    assert [(s.total, s.terms["reasoning"], s.verified, s.fallbacks) for s in scores] == [
+        (0.25, 1.0, 1, 0),
+        (0.0, 0.0, 1, 0),
+        (0.0, 0.0, 0, 1),
+        (0.0, 0.0, 0, 1),
+    ]
+    assert not any(score.judged for score in scores), "the share of disagreements is of comparisons alone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,10 +11,13 @@ import pytest
 
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
+from megatron_cord.losses import PolicyGradientConfig
 from megatron_cord.reward import Score
-from megatron_cord.rollout.rollout_file import SCHEMA, dump_files
+from megatron_cord.rollout.rollout_file import SCHEMA, dump_files, read_rollouts
 from megatron_cord.rollout.types import Rollout, ScoredRollout, TokenResults, VersionSpan
-from megatron_cord.trainer.observability.rollout_dump import RolloutDump, read_dump
+from megatron_cord.trainer.observability.rollout_dump import RolloutDump, read_dump, recorded_streams
+from megatron_cord.trainer.step.objective import ObjectiveConfig
+from megatron_cord.trainer.step.streams import StreamConfig
 
 IDS = ["s0", "s1"]
 
@@ -71,6 +75,50 @@ def test_what_was_not_measured_and_what_is_no_text(prompts: PromptBuilder, tmp_p
     assert second["token_ids"] == [] and second["token_kl"] is None
     back = read_dump(tmp_path, 1, IDS)
     assert math.isnan(back[0].rollout.logprobs[0]) and back[1].rollout == empty
+
+
+def test_streams_that_are_dealt_otherwise(prompts: PromptBuilder, tmp_path: Path) -> None:
+    """Catches a replay whose streams have as many responses in all as the recorded ones, which are dealt otherwise.
+
+    Also a dump without the streams, of an earlier revision, that cannot be read.
+    """
+
+    def made(**responses: int) -> ObjectiveConfig:
+        grouped = PolicyGradientConfig(enabled="c" in responses)
+        streams = {
+            name: StreamConfig("policy_gradient" if name in "cd" else "distillation", responses=count)
+            for name, count in responses.items()
+        }
+        return ObjectiveConfig(streams=streams, policy_gradient=grouped)
+
+    plain = ObjectiveConfig()
+    recorded = made(a=2, b=1, c=2, d=3)
+    alone, grouped = ((0, -1, -2), (1, 2, 3, 4, 5))
+    some = [replace(rollouts()[0], draw=draw) for draw in alone]
+    some += [replace(rollouts()[1], draw=draw) for draw in grouped]
+    RolloutDump(tmp_path, prompts, stream_of=recorded.stream_of, enabled=True).write(1, some)
+    streams = recorded_streams(tmp_path, 1)
+    assert streams == dict(zip((*alone, *grouped), "aabccddd", strict=True))
+    recorded.check_recorded(streams, 5, "dump")
+    for other, message in (
+        (made(a=1, b=2, c=2, d=3), "stream a would be trained on as those of b"),
+        (made(b=2, a=1, c=2, d=3), "stream a would be trained on as those of b"),
+        (made(a=2, b=1, c=3, d=2), "stream d would be trained on as those of c"),
+        (made(a=3, c=2, d=3), "stream b would be trained on as those of a"),
+        (made(a=2, b=1, c=2, d=2), "are not those of objective.streams"),
+        (plain, "are not those of objective.streams"),
+    ):
+        with pytest.raises(CordError, match=message):
+            other.check_recorded(streams, 5, "dump")
+    plain.check_recorded({0: "a", 1: "", 2: ""}, 2, "dump")
+    made(a=1).check_recorded({0: ""}, 2, "dump")
+    with pytest.raises(CordError, match="the stream without a name would be trained on as those of c"):
+        made(a=1, c=2, d=2).check_recorded({0: "", 1: "", 2: "", 3: "", 4: ""}, 4, "dump")
+    made(a=1, c=2, d=2).check_recorded(dict.fromkeys(range(5)), 4, "dump")
+
+    path = tmp_path / "step_000001.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["stream"]), path)
+    assert set(recorded_streams(tmp_path, 1).values()) == {None} and len(read_rollouts(path)) == 8
 
 
 def test_ranks_that_do_not_write(prompts: PromptBuilder, tmp_path: Path) -> None:

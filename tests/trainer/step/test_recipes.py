@@ -84,6 +84,11 @@ def one_sided(log_p: Tensor, log_q: Tensor, tokens: Tensor, engine: Tensor) -> T
     return (teacher - student).clamp(min=0).sum() / len(tokens)
 
 
+def mean_reverse_kl(log_p: Tensor, log_q: Tensor, tokens: Tensor, engine: Tensor) -> Tensor:
+    """Σ_t Σ_v p (log p − log q) / T."""
+    return reverse_kl(log_p, log_q, tokens, engine) / len(tokens)
+
+
 def policy(log_p: Tensor, tokens: Tensor, engine: Tensor, advantage: float) -> Tensor:
     """Return −A Σ_t min(p_old/p_engine, 2) p(y_t)/p_old(y_t), p_old the same p, as a number."""
     student = log_p.gather(1, tokens[:, None])[:, 0]
@@ -131,14 +136,18 @@ EQUATIONS: dict[str, tuple[Equation | list[Equation], str]] = {
     "gkd": (jensen_shannon, "token"),
     "rt_opd": ([cross_entropy, contrastive], "token"),
     "ts_opd": (top_tokens, "token"),
-    "opod": (one_sided, "response"),
+    "opod": ([one_sided, one_sided, mean_reverse_kl, mean_reverse_kl], "response"),
     "sft": (cross_entropy, "response"),
     "off_policy_kl": (forward_kl, "response"),
     "forward_kl": (forward_kl, "response"),
     "reverse_kl": (reverse_kl, "response"),
 }
 #: λ of each stream
-WEIGHTS = {"x_opd": {"in_modal": 0.5, "cross_modal": 0.5}, "rt_opd": {"contrastive": 0.25}}
+WEIGHTS = {
+    "x_opd": {"in_modal": 0.5, "cross_modal": 0.5},
+    "rt_opd": {"contrastive": 0.25},
+    "opod": {"stay_text": 0.01, "stay_audio": 0.01},
+}
 #: Recipes that have streams of the policy gradient, and what a response's sum is divided by beside their number
 MEANS = {"opod": "response_mean", "tars": "token"}
 NAMES = tuple(dict.fromkeys((*EQUATIONS, *MEANS)))
@@ -149,6 +158,7 @@ def load_recipe(name: str) -> RunConfig:
     given = ["output_dir=out", "model.checkpoint=checkpoint", "data.evaluation=heldout"]
     several = ["data.train.asr.path=asr", "data.train.qa.path=qa", "teachers.asr.checkpoint=expert"]
     given += several if name == "ts_opd" else ["data.train=train"]
+    given += ["reward.judge.base_url=http://localhost/v1", "reward.judge.model=teacher"] if name == "opod" else []
     return load_config(RunConfig, RECIPES / f"{name}.yaml", given)
 
 
