@@ -4,7 +4,8 @@ Weights: `evaluation.checkpoint`. Questions: `data.evaluation`, `evaluation.sets
 checkpoint needs no training run:
 name it as model.checkpoint, with evaluation.checkpoint=base. `output_dir/evaluations/LABEL/` gets the answers to each
 set, each set's result, and results.json, results.md and results.html with intervals and comparisons. An evaluation
-that was killed, or stopped by Ctrl-C or a signal (exit status 75), continues where it was.
+that was killed, or stopped by Ctrl-C or a signal (exit status 75), continues where it was. Exit status 4 where an
+accuracy has dropped beyond the limit of one of `evaluation.guards`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.types import RolloutEngine
 from megatron_cord.rollout.weights import ShardedModelWeights
 from megatron_cord.runtime import entry
-from megatron_cord.runtime.exit_status import STOPPED
+from megatron_cord.runtime.exit_status import BEYOND_GUARD, STOPPED
 from megatron_cord.runtime.files import checkpoint_fingerprint
 from megatron_cord.runtime.progress import Bars
 from megatron_cord.runtime.stop_request import StopRequest
@@ -60,6 +61,7 @@ def evaluate(config: RunConfig) -> dict[str, Any] | None:
     console = Console(quiet=not layout.is_main)
     prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features)
     evaluator = _evaluator(config, prompts, layout)
+    evaluator.check_guards()
     engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
     result = None
     with StopRequest("the questions in progress are answered and kept") as request:
@@ -97,7 +99,7 @@ def _answer_all(
 
 def _evaluator(config: RunConfig, prompts: PromptBuilder, layout: Layout) -> Evaluator:
     output = Path(config.output_dir)
-    ready = bool(config.reward.judge.base_url and config.reward.judge.model)
+    ready = config.reward.judge.is_given
     judged = judged_sets(config.evaluation.sets)
     if judged and not ready:
         name, given = next(iter(judged.items()))
@@ -183,11 +185,17 @@ def result_tables(result: dict[str, Any]) -> Iterator[Table]:
         yield table
 
 
+def exit_status(result: dict[str, Any] | None) -> int:
+    """Return the exit status of what `evaluate` returned."""
+    if result is None:
+        return STOPPED
+    return BEYOND_GUARD if any(guard["held"] is False for guard in result["guards"].values()) else 0
+
+
 def main() -> int:
     """Run the command and return its exit status."""
     arguments = entry.parse_args(__doc__.splitlines()[0])
-    result = evaluate(load_config(RunConfig, arguments.config, arguments.overrides))
-    return 0 if result is not None else STOPPED
+    return exit_status(evaluate(load_config(RunConfig, arguments.config, arguments.overrides)))
 
 
 if __name__ == "__main__":

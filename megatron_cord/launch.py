@@ -37,7 +37,7 @@ from megatron_cord.runtime.failures import port_in_use, release_claims
 logger = logging.getLogger("megatron_cord.launch")  # also where this page is __main__
 
 #: Statuses that a restart would lead to again.
-FINAL = (exit_status.USER_ERROR, exit_status.STOPPED, exit_status.INTERRUPTED)
+FINAL = (exit_status.USER_ERROR, exit_status.BEYOND_GUARD, exit_status.STOPPED, exit_status.INTERRUPTED)
 #: Signals that the ranks are given as a request to stop.
 PASSED_ON = (*exit_status.STOP_SIGNALS, signal.SIGINT)
 #: Statuses of ranks that have printed their error, or that were ended because another one did.

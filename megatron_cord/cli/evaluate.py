@@ -17,13 +17,13 @@ def command(config: Path, nproc_per_node: int | None, overrides: tuple[str, ...]
     """Evaluate a checkpoint.
 
     evaluation.checkpoint names the weights; data.evaluation and evaluation.sets the questions. Results are written to
-    evaluations/ in output_dir. Ctrl-C keeps the answers so far (exit status 75), and the same command continues.
+    evaluations/ in output_dir. Ctrl-C keeps the answers so far (exit status 75), and the same command continues. Exit
+    status 4 where an accuracy has dropped beyond the limit of one of evaluation.guards.
     """
     if nproc_per_node is not None:
         return launch_ranks(nproc_per_node, "megatron_cord.evaluate", config, overrides)
     from megatron_cord.config.loading import load_config
-    from megatron_cord.evaluate import evaluate
-    from megatron_cord.runtime.exit_status import STOPPED
+    from megatron_cord.evaluate import evaluate, exit_status
     from megatron_cord.trainer.config import RunConfig
 
-    return 0 if evaluate(load_config(RunConfig, config, overrides)) is not None else STOPPED
+    return exit_status(evaluate(load_config(RunConfig, config, overrides)))

@@ -114,7 +114,8 @@ class EvaluationConfig:
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     #: question sets by name, beside data.evaluation: for `evaluate`, and for the evaluations of a training run
     sets: dict[str, SetConfig] = field(default_factory=dict)
-    #: what a training run may not cost, by name: each watches an accuracy on one of the sets (docs/evaluation.md)
+    #: what a training run may not cost, by name: each watches an accuracy on one of the sets; `evaluate` compares, too
+    #: (docs/evaluation.md)
     guards: dict[str, GuardConfig] = field(default_factory=dict)
     #: for `evaluate`: what to compare with: base, which is then evaluated too, or another evaluation's directory
     baseline: str | None = None

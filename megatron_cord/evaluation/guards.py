@@ -10,7 +10,7 @@ and one evaluation: a run that is evaluated fifty times gives chance fifty occas
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,18 +109,65 @@ def read_baseline(
                 "evaluate the baseline on the present set"
             )
     kept = {question.id: outcomes[question.id] for question in asked if question.id in outcomes}
+    _check_whole(path, kept, asked, config, max_rejects)
+    check_useful(str(path), kept, config)
+    return kept
+
+
+def check_useful(source: str, outcomes: Mapping[str, float], config: GuardConfig) -> None:
+    """Refuse a baseline's outcomes since which no drop could exceed the guard's limit.
+
+    Raises:
+        CordError: so few of them are right; names the source.
+    """
+    worst = measure_drop(outcomes, dict.fromkeys(outcomes, 0.0))
+    if not worst.exceeds(config):
+        raise CordError(
+            f"{source}: the baseline's accuracy is {worst.before:.1%} on {worst.samples} questions, so that no drop "
+            f"could exceed max_drop={config.max_drop:g} (decides={config.decides}); lower it, or guard another set"
+        )
+
+
+def guard_result(config: GuardConfig, drop: Drop) -> dict[str, Any]:
+    """Return what a guard measured, with its settings and whether it held, as JSON has them."""
+    settings = {key: getattr(config, key) for key in ("set", "view", "max_drop", "decides", "action")}
+    return {**settings, **asdict(drop), "held": not drop.exceeds(config)}
+
+
+def compare_guarded(
+    guards: Mapping[str, GuardConfig], baselines: Mapping[str, Mapping[str, float]], rows: Mapping[str, Sequence[Row]]
+) -> dict[str, dict[str, Any]]:
+    """Return each guard's result on answers that are compared once, as `evaluate` does.
+
+    Args:
+        guards: by name.
+        baselines: outcomes of those that have one.
+        rows: of each set.
+
+    Raises:
+        CordError: a set has no answers to a guard's view, or none to a question of its baseline.
+    """
+    results = {}
+    for name, config in guards.items():
+        if name not in baselines:
+            results[name] = {"set": config.set, "view": config.view, "held": None}
+            continue
+        now = outcomes_of(rows[config.set], config.modality)
+        try:
+            results[name] = guard_result(config, measure_drop(baselines[name], now))
+        except CordError as error:
+            raise CordError(f"evaluation.guards.{name}: {error}") from None
+    return results
+
+
+def _check_whole(
+    path: Path, kept: Mapping[str, float], asked: Sequence[Question], config: GuardConfig, max_rejects: float
+) -> None:
     if len(asked) - len(kept) > max_rejects * len(asked):
         raise CordError(
             f"{path} has answers to {len(kept)} of the {len(asked)} questions of the set {config.set}; evaluate the "
             "baseline on the whole set"
         )
-    worst = measure_drop(kept, dict.fromkeys(kept, 0.0))
-    if not worst.exceeds(config):
-        raise CordError(
-            f"{path}: the baseline's accuracy is {worst.before:.1%} on {worst.samples} questions, so that no drop "
-            f"could exceed max_drop={config.max_drop:g} (decides={config.decides}); lower it, or guard another set"
-        )
-    return kept
 
 
 def baseline_file(config: GuardConfig, own: Path) -> Path:

@@ -82,6 +82,9 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     if result["forgetting"]:
         head = ["set", "asked as", "before", "after", "change", "p", ""]
         made.append(("Forgetting", head, [_forgetting_line(check) for check in result["forgetting"]]))
+    if guards := result.get("guards"):
+        head = ["guard", "set", "view", "before", "now", "dropped by", "limit", "decides", ""]
+        made.append(("Guards", head, [_guard_line(name, guard) for name, guard in guards.items()]))
     rejected = [[name, why, str(count)] for name, found in sets.items() for why, count in found["rejects"].items()]
     if rejected:
         made.append(("Left out", ["set", "reason", "questions"], rejected))
@@ -166,6 +169,15 @@ def _gap_line(name: str, change: Mapping[str, Any]) -> list[str]:
 def _forgetting_line(check: Mapping[str, Any]) -> list[str]:
     shares = [percent(check["before"]), percent(check["after"]), interval(check, points), p_value(check["p"])]
     return [check["set"], check["modality"], *shares, "lost" if check["lost"] else "kept"]
+
+
+def _guard_line(name: str, guard: Mapping[str, Any]) -> list[str]:
+    place = [name, guard["set"], guard["view"]]
+    if guard["held"] is None:
+        return [*place, "–", "–", "–", "–", "–", "not checked"]
+    drop = interval({"value": guard["drop"], "low": guard["low"], "high": guard["high"]}, points)
+    measured = [percent(guard["before"]), percent(guard["accuracy"]), drop, points(guard["max_drop"])]
+    return [*place, *measured, guard["decides"], "held" if guard["held"] else "beyond the limit"]
 
 
 def _examples(rows: Sequence[Row]) -> list[Row]:

@@ -7,6 +7,7 @@ one file, see `files`.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,16 +19,19 @@ from megatron_cord.data.question_files import Reject
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.answers import Answer, Journal, Measure, PreparedQuestion, generate_answers, prepare
 from megatron_cord.evaluation.config import EvaluationConfig
-from megatron_cord.evaluation.files import FOLDER, write_lines
+from megatron_cord.evaluation.files import FOLDER, set_files, write_lines
+from megatron_cord.evaluation.guards import baseline_file, check_useful, compare_guarded, read_baseline
 from megatron_cord.evaluation.pages import write_pages
 from megatron_cord.evaluation.questions import QuestionSet
-from megatron_cord.evaluation.results import Row, forgotten, overall, set_result
+from megatron_cord.evaluation.results import Row, forgotten, outcomes_of, overall, set_result
 from megatron_cord.evaluation.scoring import score_set
-from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.parallel.objects import run_on_main
 from megatron_cord.reward import Judge
 from megatron_cord.reward.comparison import Comparer
 from megatron_cord.rollout.types import RolloutEngine
 from megatron_cord.runtime.files import write_atomic
+
+logger = logging.getLogger(__name__)
 
 #: Called with a set's name, questions done since the last call, and the number of its questions.
 Progress = Callable[[str, int, int], None]
@@ -170,7 +174,22 @@ class Evaluator:
         Raises:
             CordError: more questions have no prompt than evaluation.max_rejects allows.
         """
-        return self._on_the_writer(lambda: self._score(label, step, None)[0])
+        scored: dict[str, dict[str, Any]] = run_on_main(lambda: self._score(label, step, None)[0])
+        return scored
+
+    def check_guards(self) -> None:
+        """Refuse guards that cannot decide, before anything is answered. Collective.
+
+        Raises:
+            CordError: a guard's set lacks its view, or its own baseline is missing or of no use.
+        """
+        for name, config in self._config.guards.items():
+            if not any(config.view in question.views for question in self._sets[config.set].questions):
+                raise CordError(
+                    f"evaluation.guards.{name}: the set {config.set} has no question with the view {config.view}; "
+                    "guard another view or set"
+                )
+        run_on_main(lambda: list(map(self._own_baseline, self._config.guards)))
 
     def compare(self, label: str, step: int, baseline: Path | None) -> dict[str, Any]:
         """Score the answers, compare them, and write each set's result and `results.json`, `.md` and `.html`.
@@ -183,32 +202,18 @@ class Evaluator:
         Raises:
             CordError: more questions have no prompt than may be, or the baseline lacks a set.
         """
-        return self._on_the_writer(lambda: self._compare(label, step, baseline))
-
-    def _on_the_writer(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Call a function on the rank that writes; its result, or its error, is every rank's."""
-        result: dict[str, Any] = {}
-        problem = None
-        if self._writes:
-            try:
-                result = work()
-            except CordError as error:
-                problem = str(error)
-        result, problem = broadcast_json([result, problem])
-        if problem is not None:
-            raise CordError(problem)
-        return result
+        compared: dict[str, Any] = run_on_main(lambda: self._compare(label, step, baseline))
+        return compared
 
     def _kept(self, journal: Journal) -> dict[str, Answer]:
         """Return the answers of an earlier run, which one rank reads; the others learn which there are."""
         kept: dict[str, Answer] = {}
 
-        def read() -> dict[str, Any]:
+        def read() -> list[str]:
             kept.update(journal.read())
-            return {"ids": list(kept)}
+            return list(kept)
 
-        ids = self._on_the_writer(read)["ids"]
-        return {name: Answer(name) for name in ids} | kept
+        return {name: Answer(name) for name in run_on_main(read)} | kept
 
     def _compare(self, label: str, step: int, baseline: Path | None) -> dict[str, Any]:
         before = None if baseline is None else {name: self._score_before(baseline, name) for name in self._sets}
@@ -220,10 +225,44 @@ class Evaluator:
             "sets": results,
             "overall": overall(results, rows, before),
             "forgetting": forgotten(results),
+            "guards": self._compare_guarded(label, rows, before),
         }
         questions = {name: chosen.questions for name, chosen in self._sets.items()}
         write_pages(self.directory(label), result, rows, questions, self._config.players)
         return result
+
+    def _compare_guarded(
+        self, label: str, rows: Mapping[str, Sequence[Row]], before: Mapping[str, Sequence[Row]] | None
+    ) -> dict[str, dict[str, Any]]:
+        """Return each guard's result: since its own baseline, else the evaluation's, else the run's first result."""
+        baselines = {}
+        for name, config in self._config.guards.items():
+            results = set_files(self._root.parent, config.set).values()
+            first = next((path for path in results if path.parent.name != label), None)
+            if (own := self._own_baseline(name)) is not None:
+                baselines[name] = own
+            elif before is not None:
+                baselines[name] = outcomes_of(before[config.set], config.modality)
+                check_useful(f"evaluation.guards.{name}", baselines[name], config)
+            elif first is not None:
+                baselines[name] = self._read_baseline(name, first)
+            else:
+                logger.warning(
+                    "evaluation.guards.%s is not checked: give it a baseline, or evaluation.baseline, to compare with",
+                    name,
+                )
+        return compare_guarded(self._config.guards, baselines, rows)
+
+    def _own_baseline(self, name: str) -> dict[str, float] | None:
+        config = self._config.guards[name]
+        return None if config.baseline is None else self._read_baseline(name, baseline_file(config, Path()))
+
+    def _read_baseline(self, name: str, path: Path) -> dict[str, float]:
+        config = self._config.guards[name]
+        try:
+            return read_baseline(path, config, self._sets[config.set].questions, self._config.max_rejects)
+        except CordError as error:
+            raise CordError(f"evaluation.guards.{name}: {error}") from None
 
     def _score(
         self, label: str, step: int, before: Mapping[str, Sequence[Row]] | None

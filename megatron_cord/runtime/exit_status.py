@@ -7,6 +7,7 @@ import signal
 BUG = 1  #: with its traceback, as Python has it
 USER_ERROR = 2  #: after a one-line error
 PEER_GONE = 3  #: a rank lost another one; starting again can help, unless that one's own status forbids it
+BEYOND_GUARD = 4  #: an evaluation is done, and an accuracy has dropped beyond the limit of one of evaluation.guards
 STOPPED = 75  #: stopped by a signal or the first Ctrl-C with all that was done saved; the same command continues
 HUNG = 124  #: a rank made no progress for too long (see ``megatron_cord.trainer.observability.watchdog``)
 INTERRUPTED = 130  #: after Ctrl-C where nothing can be saved, or a second one, as shells have it

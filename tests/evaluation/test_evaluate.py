@@ -14,7 +14,7 @@ import pytest
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
-from megatron_cord.evaluate import evaluate
+from megatron_cord.evaluate import evaluate, exit_status
 from megatron_cord.evaluation.answers import generate_answers
 from megatron_cord.parallel.layout import finalize
 from megatron_cord.report.run.reading import read_run
@@ -106,6 +106,44 @@ def test_a_run_beside_its_start(inputs: Path, tmp_path: Path) -> None:
     shown = read_run(run_dir).evaluations
     assert [evaluation.step for evaluation in shown] == [0, 2] and shown[1].samples == 4
     assert shown[1].audio_accuracy == result["sets"]["heldout"]["audio_accuracy"]
+    guard = [f"evaluation.guards.text.{key}" for key in ("set=spoken", "max_drop=0.99", "decides=drop")]
+    with pytest.raises(CordError, match=r"guards\.text: .*no drop could exceed max_drop=0\.99"):
+        run(*settings, *sets(inputs), *guard, "evaluation.interval=1", "evaluation.baseline=base")
+
+
+def test_guards_compare_two_results(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a drop that no status tells, another baseline than the guard's, and a guard that nothing checks."""
+    plain = [f"model.checkpoint={inputs / 'checkpoint'}", "evaluation.checkpoint=base", *sets(inputs)]
+    result = run(f"output_dir={tmp_path / 'first'}", *plain)
+    assert result["guards"] == {} and exit_status(result) == 0 and exit_status(None) == 75
+    first = tmp_path / "first" / "evaluations" / "base"
+    right = json.loads((first / "spoken.json").read_text())
+    for row in right["answers"]:  # a model that was right on all
+        row["text_correct"], row["audio_correct"] = True, True
+    (tmp_path / "spoken.json").write_text(json.dumps(right))
+    guard = "evaluation.guards.heard.{}={}".format
+    settings = [*plain, guard("set", "spoken"), guard("view", "hear"), guard("max_drop", 0.2)]
+    same = run(f"output_dir={tmp_path / 'same'}", *settings, guard("decides", "drop"), guard("baseline", tmp_path))
+    found = same["guards"]["heard"]
+    accuracy = same["sets"]["spoken"]["audio_accuracy"]
+    assert (found["held"], found["before"], found["accuracy"]) == (False, 1.0, accuracy) and found["low"] <= found[
+        "drop"
+    ]
+    assert (
+        exit_status(same) == 4
+        and "beyond the limit" in (tmp_path / "same" / "evaluations" / "base" / "results.md").read_text()
+    )
+    assert "Guards" in capsys.readouterr().out
+    alone = run(f"output_dir={tmp_path / 'alone'}", *settings)
+    assert alone["guards"]["heard"]["held"] is None and exit_status(alone) == 0
+    assert "guards.heard is not checked" in caplog.text
+    with pytest.raises(CordError, match=r"guards\.heard: .*gone.json cannot be read"):
+        run(f"output_dir={tmp_path / 'none'}", *settings, guard("baseline", "gone.json"))
+    assert not (tmp_path / "none").exists(), "it was refused before anything was answered"
+    with pytest.raises(CordError, match=r"guards\.heard: the set written has no question with the view hear"):
+        run(f"output_dir={tmp_path / 'none'}", *settings, guard("set", "written"))
 
 
 def test_ctrl_c_keeps_the_answers(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

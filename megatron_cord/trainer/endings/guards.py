@@ -14,7 +14,14 @@ from typing import Any
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import EvaluationConfig
 from megatron_cord.evaluation.files import set_files
-from megatron_cord.evaluation.guards import Drop, baseline_file, measure_drop, read_baseline, read_outcomes
+from megatron_cord.evaluation.guards import (
+    Drop,
+    baseline_file,
+    guard_result,
+    measure_drop,
+    read_baseline,
+    read_outcomes,
+)
 from megatron_cord.evaluation.questions import Question
 from megatron_cord.parallel.objects import broadcast_json, run_on_main
 
@@ -137,16 +144,11 @@ class Guards:
         name = self.triggered
         assert name is not None
         place = {"name": name, "step": step, "restored": restored, "settings": self._settings}
-        return {**place, **self._result(name, self.drops[step][name])}
+        return {**place, **guard_result(self._config[name], self.drops[step][name])}
 
     def results(self, step: int) -> dict[str, Any]:
         """Return for the summary what each guard measured after a step, and whether it held."""
-        return {name: self._result(name, drop) for name, drop in self.drops.get(step, {}).items()}
-
-    def _result(self, name: str, drop: Drop) -> dict[str, Any]:
-        guard = self._config[name]
-        settings = {key: getattr(guard, key) for key in ("set", "view", "max_drop", "decides", "action")}
-        return {**settings, **asdict(drop), "held": not drop.exceeds(guard)}
+        return {name: guard_result(self._config[name], drop) for name, drop in self.drops.get(step, {}).items()}
 
     def _learn(self, names: set[str]) -> None:
         """Read the baselines of some guards."""

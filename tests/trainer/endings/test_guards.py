@@ -11,7 +11,9 @@ import pytest
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import EvaluationConfig, GuardConfig
 from megatron_cord.evaluation.questions import Question
+from megatron_cord.parallel.layout import ParallelConfig, initialize
 from megatron_cord.trainer.endings.guards import Guards
+from tests.gloo import run_ranks
 
 QUESTIONS = [Question(f"q{i}", str(i), f"what is {i}") for i in range(40)]
 
@@ -111,3 +113,31 @@ def test_guards_without_a_baseline(tmp_path: Path) -> None:
     write(tmp_path, 2, 0)
     with pytest.raises(CordError, match=r"guards\.text: .*accuracy is 0\.0% on 40 questions, so that no drop could"):
         guards(tmp_path).check(2)
+
+
+def follow_on_ranks(rank: int, root: str) -> list[Any]:
+    """Return what this rank knows of a run whose files the second rank cannot see."""
+    layout = initialize(ParallelConfig(), 0)
+    run = Path(root) / ("run" if layout.is_main else "elsewhere")
+    begun = guards(run, action="restore")
+    known: list[Any] = [begun.check(step)["text"] for step in (2, 4, 6)]
+    again = guards(run, 6, begun.record(6, 4) if layout.is_main else None, action="restore")
+    went_back = guards(run, 4, begun.record(6, 4) if layout.is_main else None, action="restore")
+    with pytest.raises(CordError, match=r"guards\.text: .*no drop could") as refused:
+        guards(Path(f"{run}-wrong"), 4, action="restore")
+    known += [begun.held_steps, begun.triggered, begun.ends, begun.results(6), str(refused.value)]
+    return [*known, again.held_steps, again.triggered, again.ended, went_back.ended]
+
+
+def test_ranks_know_the_same(tmp_path: Path) -> None:
+    """Catches a rank that trains on while another goes back, and one that reads results which it cannot see.
+
+    Also a refusal that one rank alone hears of, so that the others wait for it.
+    """
+    for step, right in ((2, 40), (4, 36), (6, 10)):
+        write(tmp_path / "run", step, right)
+    for step in (2, 4):
+        write(tmp_path / "run-wrong", step, 0)
+    first, second = run_ranks(follow_on_ranks, 2, str(tmp_path))
+    assert first == second
+    assert first[3:6] == [[2, 4], "text", True] and first[-1]["restored"] == 4 and first[-2] is None
