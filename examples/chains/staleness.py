@@ -153,7 +153,7 @@ def tables(result: Mapping[str, Any]) -> str:
                 values = [form(each[key]) if each and each.get(key) else "" for each in row]
                 lines.append([words, "on" if weighted else "off", *values])
         parts.append(f"{title}:\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines))
-    seeds = ", ".join(map(str, result["seeds"]))
+    seeds = ", ".join(sorted({seed for cell in result["cells"].values() for seed in cell["runs"]}, key=int))
     machine = result["machine"]
     settings = [s for s in result["settings"] if s.startswith(("train.steps", "rollout."))]
     made = result["runs"]
@@ -187,7 +187,7 @@ def draw(result: Mapping[str, Any], paths: Sequence[Path]) -> None:
                         panels[row, column].plot([step] * len(seeds), seeds, ".", color=colour, alpha=0.35)
                 panels[row, column].set_xticks(STALENESS)
         panels[0, 0].set_ylabel("audio accuracy")
-        panels[0, 0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        panels[0, 0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
         panels[1, 0].set_ylabel(f"divergence, last {_LAST} steps, nats")
         panels[0, -1].legend(frameon=False, fontsize=8)
         for path in paths:
