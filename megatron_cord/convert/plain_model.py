@@ -7,7 +7,7 @@ Legend: B sequences, S tokens, H hidden, V vocabulary, C clips.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class PlainModel:
         directory = checkpoint_directory(checkpoint_dir)
         arch = load_architecture(directory)
         names = [name for name, _ in published_tensors(directory, arch)]
+        self._directory, self._arch = directory, arch
         self._spelling = spelling = Spelling(arch)
         try:
             model: Any
@@ -79,6 +80,13 @@ class PlainModel:
     def parameter(self, name: str) -> Tensor | None:
         """Return the tensor of this name, in any spelling that transformers reads; None without one."""
         return self.parameters.get(self._spelling.published_name(name))
+
+    @torch.no_grad()
+    def restore(self, names: Collection[str]) -> None:
+        """Read these tensors, in any spelling that transformers reads, from the checkpoint's files again."""
+        stored = dict(published_tensors(self._directory, self._arch))
+        for name in map(self._spelling.published_name, names):
+            self.parameters[name].copy_(stored[name].read())
 
     def hidden(self, input_ids: Tensor, features: Tensor | None, num_frames: Tensor | None, **settings: Any) -> Any:
         """Return the final hidden states as `last_hidden_state` [B, S, H], and `past_key_values`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar, runtime_checkable
 
 from megatron_cord.errors import CordError
@@ -55,6 +56,22 @@ class Recoverable(Protocol):
 
         Raises:
             CordError: it cannot.
+        """
+        ...
+
+
+@runtime_checkable
+class Rebasable(Protocol):
+    """Can generate with the weights of its checkpoint in between, whatever weights it was given. All ranks together."""
+
+    def rebases(self) -> bool:
+        """Return whether that costs little now; the same on all ranks."""
+        ...
+
+    def base_weights(self) -> AbstractContextManager[None]:
+        """Return the context within which it has the checkpoint's weights; after it, those of the last update again.
+
+        The trainer must still have these weights, and nothing else may be generated meanwhile.
         """
         ...
 

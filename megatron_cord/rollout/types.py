@@ -243,6 +243,10 @@ class WeightSource(Protocol):
         """What multiplies B A where weights have LoRA; None where none has, and ``merged`` makes no difference."""
         ...
 
+    def without_lora(self) -> WeightSource:
+        """Return the same with LoRA off: its scale is 0, and merged weights are those beside which it is."""
+        ...
+
     def specs(self, *, full: bool, merged: bool = True) -> list[TensorSpec]:
         """Return what `tensors` will yield, in its order."""
         ...

@@ -29,10 +29,11 @@ class ShardedModelWeights:
     Args:
         model: this rank's part.
         changed: frozen parts of it that an engine does not have from the checkpoint it started with.
+        lora: False for the weights without it.
     """
 
-    def __init__(self, model: LALM, changed: Collection[str] = ()) -> None:
-        self._model = model
+    def __init__(self, model: LALM, changed: Collection[str] = (), *, lora: bool = True) -> None:
+        self._model, self._parts, self._lora = model, changed, lora
         modules = [getattr(model, part) for part in changed]
         self._changed = {id(p) for module in modules if module is not None for p in module.parameters()}
         self._adapted = set() if model.lora is None else {id(weight) for weight in model.lora.weights()}
@@ -47,7 +48,11 @@ class ShardedModelWeights:
     @property
     def lora_scale(self) -> float | None:
         """What multiplies B A of the model's LoRA."""
-        return None if self._model.lora is None else self._model.lora.config.scale
+        return None if self._model.lora is None else self._model.lora.config.scale if self._lora else 0.0
+
+    def without_lora(self) -> ShardedModelWeights:
+        """Return the same weights without LoRA."""
+        return ShardedModelWeights(self._model, self._parts, lora=False)
 
     def specs(self, *, full: bool, merged: bool = True) -> list[TensorSpec]:
         """Return names, shapes and dtypes without gathering a tensor. Collective over the main replica."""
@@ -80,7 +85,7 @@ class ShardedModelWeights:
 
     def tensors(self, *, full: bool, in_pieces: bool = False, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Gather full tensors one by one over the replica's ranks."""
-        whole = export_tensors(self._model, self._selection(full, merged), in_pieces=in_pieces)
+        whole = export_tensors(self._model, self._selection(full, merged), in_pieces=in_pieces, lora=self._lora)
         return whole if merged or self._model.lora is None else chain(whole, export_adapters(self._model))
 
     def _selection(self, full: bool, merged: bool) -> Callable[[torch.nn.Parameter], bool] | None:
@@ -114,6 +119,10 @@ class PlainWeights:
     def lora_scale(self) -> None:
         """None: there is no LoRA."""
         return
+
+    def without_lora(self) -> PlainWeights:
+        """Return the same."""
+        return self
 
     def specs(self, *, full: bool, merged: bool = True) -> list[TensorSpec]:
         """Return the given tensors' specs, then those of the checkpoint's others."""

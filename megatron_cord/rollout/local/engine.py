@@ -7,7 +7,8 @@ laptop. Simplification: requests are answered batch by batch, not continuously.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,8 @@ class LocalEngine:
         with no_progress_bars():
             self._model: PlainModel | None = PlainModel(checkpoint_dir, device=self._config.device)
         self.weight_version = 0
+        self._source: WeightSource | None = None
+        self._changed: set[str] = set()  # tensors that are not the checkpoint's any more
         self._gate = Gate()
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Rollout]:
@@ -114,6 +117,7 @@ class LocalEngine:
                 the old one: update again or discard the engine.
         """
         model = self._loaded()
+        self._source = source
         for name, tensor in source.tensors(full=False):
             parameter = model.parameter(name)
             if parameter is None:
@@ -124,11 +128,29 @@ class LocalEngine:
                     f"weight update: {name} has shape {list(tensor.shape)}, the model's has {list(parameter.shape)}"
                 )
             parameter.copy_(tensor)
+            self._changed.add(name)
         self.weight_version = version
+
+    def rebases(self) -> bool:
+        """Return True: the checkpoint's files are at hand."""
+        return True
+
+    @contextmanager
+    def base_weights(self) -> Iterator[None]:
+        """Have the checkpoint's weights, from its files, within the context; those of the last update after it.
+
+        All ranks together. After an error within the context the engine is not to be used.
+        """
+        if self._source is None:
+            yield
+            return
+        self._loaded().restore(self._changed)
+        yield
+        self.update_weights(self._source, self.weight_version)
 
     def close(self) -> None:
         """Free the model; safe to call twice."""
-        self._model = None
+        self._model, self._source = None, None
 
     def _loaded(self) -> PlainModel:
         if self._model is None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -119,6 +120,26 @@ class SGLangEngine:
             self._longest = self._connect(1)
         else:
             self._send(self.weight_version)
+
+    def rebases(self) -> bool:
+        """Return whether all servers merge LoRA, so that they need but be told to leave it out. All ranks together."""
+        return bool(run_on_main(lambda: self._weight_sync.merges(self._control.endpoints(self._pool.servers))))
+
+    @contextmanager
+    def base_weights(self) -> Iterator[None]:
+        """Let servers have the weights without LoRA within the context, then those of the last update again.
+
+        All ranks together. After an error within the context the engine is not to be used.
+        """
+        trained = self._source
+        if trained is None or trained.lora_scale is None:
+            yield
+            return
+        self._source = trained.without_lora()
+        self._send(self.weight_version)
+        yield
+        self._source = trained
+        self._send(self.weight_version)
 
     def pause(self) -> None:
         """Stop generation; unfinished responses stay with the servers."""

@@ -1,8 +1,9 @@
 """When a frozen teacher gives its reference answers: before the first step, or a stretch of steps at a time.
 
 The run's engine can give them as long as it has the teacher's weights for text. Where the language model is frozen,
-that is always so, and the answers are the same whenever they are made: the first step then waits for those of a stretch
-alone, not of the whole run. Else all are made before the engine gets trained weights.
+that is always so; with LoRA beside it the engine can leave that out (`base_weights`). The answers are then the same
+whenever they are made: the first step waits for those of a stretch alone, not of the whole run. Else all are made
+before the engine gets trained weights.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class AnswersInTime:
             self._answers.prepare(list(texts.values()), stop)
         else:
             logger.info(
-                "the teacher's language model is frozen, so it answers %d steps' questions at a time", self._stretch
+                "the teacher's language model is at hand at every step, so it answers %d steps' questions at a time",
+                self._stretch,
             )
 
     def lacks(self, step: int) -> bool:

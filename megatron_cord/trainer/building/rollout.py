@@ -21,6 +21,7 @@ from megatron_cord.rollout.local.engine import LocalEngineConfig
 from megatron_cord.rollout.schedule import Schedule
 from megatron_cord.runtime.files import checkpoint_fingerprint
 from megatron_cord.trainer.answers.answers_in_time import AnswersInTime
+from megatron_cord.trainer.answers.base_weights import base_weights, rebases
 from megatron_cord.trainer.answers.given_responses import GivenResponses
 from megatron_cord.trainer.answers.reference_answers import ReferenceAnswers
 from megatron_cord.trainer.building.alignment import build_aligner
@@ -76,11 +77,12 @@ def build_rollout(
         )
     directory = Path(config.output_dir)
     engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
-    own = config.teacher.checkpoint
+    own, lora = config.teacher.checkpoint, step.lalm.lora
+    adapted = lora is not None and lora.has("language_model")
     answers = ReferenceAnswers(
         # The engine has one set of weights, the student's: a moving average answers with them, as a live teacher does.
         "frozen" if config.teacher.mode == "frozen" else "live",
-        (lambda: nullcontext(engine))
+        (lambda: base_weights(engine) if adapted else nullcontext(engine))
         if own is None
         else lambda: closing(answering_engine(config.rollout, config.teacher, layout.device)),
         prompts,
@@ -125,8 +127,11 @@ def build_rollout(
         collector.requests,
         config.train.steps,
     )
-    # A language model that is and was frozen reads and answers text with the frozen teacher's weights at every step.
-    is_frozen = "language_model" in config.model.freeze and "language_model" not in progress.made_with.trained
+    # A language model whose own weights are and were frozen reads and answers text with the frozen teacher's at every
+    # step: there is no LoRA beside them, or the engine can have them without it.
+    is_frozen = "language_model" not in {*config.model.trained_parts, *progress.made_with.trained}
+    if is_frozen and adapted:
+        is_frozen = config.replay is None and rebases(engine)
     at_a_time = _BATCH * layout.world_size if is_frozen and own is None else None
     in_time = AnswersInTime(answers, loader, collector.answered_per_step, config.train.steps, at_a_time)
     return RolloutSource(engine, in_time, collector, loader, schedule)

@@ -262,16 +262,19 @@ def test_kill_during_generation(servers: Servers) -> None:
     engine.close()
 
 
-def test_lora_alone_reaches_both_servers(servers: Servers) -> None:
+@pytest.mark.parametrize("transport", ["process_group", "shared_memory", "disk"])
+def test_lora_alone_reaches_both_servers(transport: str, servers: Servers) -> None:
     """Catches adapters that a server loses, merges with another weight, or adds to those of the version before.
 
     They are on encoder and language model, and change at each of three weight syncs; the local engine has the sums.
     """
+    servers.wait_until_ready()
     model = LALM(load_architecture(servers.checkpoint), initialize(ParallelConfig(), seed=0), torch.float32)
     read_into(model, servers.checkpoint)
     model.add_lora(LoraConfig(rank=4, alpha=8, whole=("adapter",)), (), seed=0)
     assert model.lora is not None
-    source, local, (engine, inner) = ShardedModelWeights(model), LocalEngine(servers.checkpoint), connect(servers)
+    source, local = ShardedModelWeights(model), LocalEngine(servers.checkpoint)
+    engine, inner = connect(servers, transport)
     asked, generator, answers = questions(local, 10), torch.Generator().manual_seed(0), []
     for version in (1, 2, 3):
         for parameter in model.lora.parameters():
@@ -282,10 +285,19 @@ def test_lora_alone_reaches_both_servers(servers: Servers) -> None:
         local.update_weights(source, version)
         found = engine.generate(asked)
         share, largest = compare(found, local.generate(asked))
-        print(f"LoRA, version {version}: {report.nbytes} bytes, {share:.2%} of tokens equal, within {largest:.2g}")
+        sent = f"LoRA by {transport}, version {version}: {report.nbytes} bytes"
+        print(f"{sent}, {share:.2%} of tokens equal, within {largest:.2g}")
         assert share >= 0.99 and largest < 1e-3
         answers.append([rollout.token_ids for rollout in found])
     assert answers[0] != answers[1] != answers[2] != answers[0]
+    assert inner.rebases()
+    with inner.base_weights(), local.base_weights():
+        off, wanted = engine.generate(asked), local.generate(asked)
+        share, largest = compare(off, wanted)
+        assert share >= 0.99 and largest < 1e-3
+        fresh = LocalEngine(servers.checkpoint).generate(asked)
+        assert [rollout.token_ids for rollout in wanted] == [rollout.token_ids for rollout in fresh]
+    assert [rollout.token_ids for rollout in engine.generate(asked)] == answers[2]
     one, two = checksums(servers)
     assert one == two
     engine.close()
@@ -300,6 +312,9 @@ class Killing:
     def __init__(self, weights: WeightSource, pid: int) -> None:
         self.weights = weights
         self.pid: int | None = pid
+
+    def without_lora(self) -> Killing:
+        return self
 
     def specs(self, *, full: bool, merged: bool = True) -> list[TensorSpec]:
         return self.weights.specs(full=full)

@@ -85,6 +85,25 @@ def test_answers_made_while_training_are_those_of_the_start(
     assert (resumed / ANSWERS).read_bytes() == kept and same(resumed, run)
 
 
+def test_answers_with_lora_off(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches answers of a language model with LoRA on, and an engine that goes on without it, or without its rest."""
+    lora = ("model.lora.rank=4", "model.lora.whole=[adapter]", "optimizer.learning_rate=3e-2", "checkpoint.keep=0")
+    with pytest.MonkeyPatch.context() as patch:
+        all_at_the_start(patch)
+        wanted = alone(inputs, tmp_path / "at-the-start", *lora)
+    monkeypatch.setattr(building, "_BATCH", 3)
+    with caplog.at_level("INFO"):
+        run = alone(inputs, tmp_path / "run", *lora)
+    assert answers(run) == answers(wanted) and losses(run) == losses(wanted)
+    said = [message for message in caplog.messages if message.startswith("the teacher answers ")]
+    assert len([message for message in said if message.endswith(" questions")]) > 1
+    assert all(line["engine_logprob_difference"] < 1e-4 for line in metrics(run))
+    resumed = alone(inputs, stop_after(2, run, tmp_path / "resumed"), *lora)
+    assert same(resumed, run)
+
+
 def test_two_ranks_have_the_answers_of_one(inputs: Path, at_the_start: Path, tmp_path: Path) -> None:
     """Catches ranks that disagree on when answers are made, which would wait for each other for ever."""
     settings = overrides(inputs, tmp_path / "two", *FROZEN, "rollout.schedule.ahead=0")

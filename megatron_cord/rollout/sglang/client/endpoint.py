@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from megatron_cord.errors import CordError
-from megatron_cord.rollout.sglang.plugin.lora_merge import BASE
+from megatron_cord.rollout.sglang.plugin.lora_merge import ANY_TRANSPORT, BASE
 from megatron_cord.rollout.sglang.plugin.weights import ABILITY
 
 Result = TypeVar("Result")
@@ -47,11 +47,13 @@ class Abilities:
         ranks: processes over which its model is sharded.
         streams: whether it takes all buckets behind one request, as servers do that this project starts.
         base: the identity of the checkpoint's weights that it can merge LoRA with; None if it cannot.
+        merges_any: whether it does so over every transport, and not from streams alone.
     """
 
     ranks: int
     streams: bool
     base: str | None = None
+    merges_any: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,10 @@ class Endpoint:
                 )
         base = info.get(BASE)
         return Abilities(
-            int(info.get("tp_size", 1)), info.get(ABILITY) is True, base if isinstance(base, str) else None
+            int(info.get("tp_size", 1)),
+            info.get(ABILITY) is True,
+            base if isinstance(base, str) else None,
+            info.get(ANY_TRANSPORT) is True,
         )
 
     def weight_version(self, timeout: float) -> str:

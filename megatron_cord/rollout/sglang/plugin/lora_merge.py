@@ -11,6 +11,7 @@ Legend: r rank.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-#: what stands between the buckets of a stream and alpha / rank, in a load_format
+#: what stands in front of alpha / rank, behind all else, in the load_format of a stream or of a bucket in shared memory
 LORA = ";lora="
+SCALE_FILE = "cord_lora.json"  #: beside files that hold A and B: {"scale": alpha / rank}
 BASE = "cord_lora_base"  #: in /server_info: the identity of the checkpoint's weights
+ANY_TRANSPORT = "cord_lora_any_transport"  #: in /server_info: true where A and B are taken without a stream, too
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 _ENDS = 1 << 20  # bytes at both ends of a file that stand for its content
 
@@ -67,25 +70,45 @@ class Base:
 
 
 def merged(tensors: Iterable[tuple[str, Tensor]], scale: float, base: Base) -> Iterator[tuple[str, Tensor]]:
-    """Yield W + scale · B A, in the precision of A, for every A [r, in] and the B [out, r] behind it; and all the rest.
+    """Yield W + scale · B A, in the precision of A, for each A [r, in] and its B [out, r]; and all the rest.
+
+    A scale of 0 yields W as the checkpoint has it.
 
     Raises:
         ValueError: a factor without the other, or beside a weight that the checkpoint lacks.
     """
-    first: tuple[str, Tensor] | None = None
+    waiting: dict[str, tuple[str, Tensor]] = {}  # of each module, the ending and the factor that came first
     for name, tensor in tensors:
-        module, is_a = name.removesuffix(FACTORS[0]).removesuffix(FACTORS[1]), name.endswith(FACTORS[0])
-        if first is not None and not (name.endswith(FACTORS[1]) and module == first[0]):
-            raise ValueError(f"LoRA for {first[0]} came without B")
-        if is_a:
-            first = module, tensor
-        elif name.endswith(FACTORS[1]):
-            if first is None:
-                raise ValueError(f"LoRA for {module} came without A")
-            a, first = first[1], None
-            weight = base.read(f"{module}.weight").to(tensor.device, a.dtype)
-            yield f"{module}.weight", (weight.float() + (tensor.float() @ a.float()) * scale).to(a.dtype)
-        else:
+        ending = next((ending for ending in FACTORS if name.endswith(ending)), None)
+        if ending is None:
             yield name, tensor
-    if first is not None:
-        raise ValueError(f"LoRA for {first[0]} came without B")
+            continue
+        module = name.removesuffix(ending)
+        if module not in waiting:
+            waiting[module] = ending, tensor
+            continue
+        first, other = waiting.pop(module)
+        if first == ending:
+            raise ValueError(f"LoRA for {module} came twice")
+        a, b = (other, tensor) if first == FACTORS[0] else (tensor, other)
+        weight = base.read(f"{module}.weight")
+        if scale == 0.0:
+            yield f"{module}.weight", weight.to(a.device)
+            continue
+        weight = weight.to(a.device, a.dtype)
+        yield f"{module}.weight", (weight.float() + (b.float() @ a.float()) * scale).to(a.dtype)
+    for module, (ending, _) in waiting.items():
+        raise ValueError(f"LoRA for {module} came without {'B' if ending == FACTORS[0] else 'A'}")
+
+
+def scale_of(directory: Path) -> float | None:
+    """Return alpha / rank of a directory whose files hold LoRA; None for one with whole weights alone."""
+    file = directory / SCALE_FILE
+    return float(json.loads(file.read_text())["scale"]) if file.is_file() else None
+
+
+def unpacked(bucket: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of one of SGLang's flattened buckets, as views of it."""
+    for place in bucket["metadata"]:
+        part = bucket["flattened_tensor"][place.start_idx : place.end_idx]
+        yield place.name, part.view(place.dtype).view(place.shape)

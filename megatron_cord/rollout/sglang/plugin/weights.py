@@ -10,7 +10,8 @@ can do this; others are sent one bucket a request.
 Shared memory. SGLang maps a buffer for each bucket and unmaps it, though a trainer has but two of them. Here they stay
 mapped until a session that uses others, or the server's end.
 
-LoRA. A stream of adapters alone is merged with the server's own checkpoint while it arrives (``lora_merge.py``).
+LoRA. Adapters alone are merged with the server's own checkpoint while they are loaded, from a stream, a bucket in
+shared memory, or files (``lora_merge.py``).
 
 A group that is left on a GPU is aborted, so that a server survives a trainer, or another server, that is gone in the
 middle of a broadcast.
@@ -132,10 +133,11 @@ def install() -> None:
     import lora_merge
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+    from sglang.srt.model_loader.loader import DefaultModelLoader
 
     receive_each, load = WeightUpdater.receive_weights_from_distributed, WeightUpdater.update_weights_from_tensor
     end_session, destroy = WeightUpdater.end_weight_update, WeightUpdater.destroy_weights_update_group
-    init_info = Scheduler.get_init_info
+    init_info, read_files = Scheduler.get_init_info, DefaultModelLoader._get_weights_iterator
     # By address; torch finds a buffer that is mapped already, as long as one tensor is left in it.
     mapped: dict[int, Tensor] = {}
     used: set[int] = set()  # in this session
@@ -170,10 +172,19 @@ def install() -> None:
         return lora_merge.merged(stream, float(scale), base["checkpoint"]) if scale else stream
 
     def keep_and_load(self: Any, named_tensors: Any, load_format: str | None = None) -> Any:
-        if load_format == "flattened_bucket" and (flat := named_tensors["flattened_tensor"]).device.type == "cpu":
+        kind, _, scale = (load_format or "").partition(lora_merge.LORA)
+        if kind == "flattened_bucket" and (flat := named_tensors["flattened_tensor"]).device.type == "cpu":
             mapped[flat.data_ptr()] = flat
             used.add(flat.data_ptr())
-        return load(self, named_tensors, load_format)
+        if not scale:
+            return load(self, named_tensors, load_format)
+        # Tensor by tensor: merged, a bucket of adapters is as large as the model.
+        tensors = lora_merge.merged(lora_merge.unpacked(named_tensors), float(scale), base["checkpoint"])
+        return self.load_weights_from_distributed(tensors)
+
+    def read_and_merge(self: Any, source: Any, **settings: Any) -> Any:
+        tensors, scale = read_files(self, source, **settings), lora_merge.scale_of(Path(source.model_or_path))
+        return tensors if scale is None else lora_merge.merged(tensors, scale, base["checkpoint"])
 
     def release_and_end(self: Any, **settings: Any) -> None:
         for address in mapped.keys() - used:
@@ -187,7 +198,8 @@ def install() -> None:
         known = lora_merge.identity(checkpoint)
         if known is not None:
             base["checkpoint"] = lora_merge.Base(checkpoint)
-        return init_info(self) | {ABILITY: self.draft_worker is None, lora_merge.BASE: known}  # type: ignore[no-any-return]
+        abilities = {ABILITY: self.draft_worker is None, lora_merge.BASE: known, lora_merge.ANY_TRANSPORT: True}
+        return init_info(self) | abilities  # type: ignore[no-any-return]
 
     def leave(self: Any, group_name: str) -> tuple[bool, str]:
         # NCCL's plain end waits for what is in flight, and a broadcast whose sender is gone never ends.
@@ -201,4 +213,5 @@ def install() -> None:
     WeightUpdater.destroy_weights_update_group = leave
     WeightUpdater.update_weights_from_tensor = keep_and_load
     WeightUpdater.end_weight_update = release_and_end
+    DefaultModelLoader._get_weights_iterator = read_and_merge
     Scheduler.get_init_info = init_info_with_ability

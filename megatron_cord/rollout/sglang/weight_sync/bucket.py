@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_cord.errors import CordError
 from megatron_cord.parallel import portability
+from megatron_cord.rollout.sglang.plugin.lora_merge import FACTORS
 from megatron_cord.rollout.types import TensorSpec
 
 
@@ -41,25 +42,38 @@ class BucketPlan:
 
 
 def plan_buckets(specs: Sequence[TensorSpec], max_bytes: int) -> list[BucketPlan]:
-    """Divide the tensors, in their order, into buckets of at most max_bytes; a larger tensor has a bucket of its own.
+    """Divide the tensors, in their order, into buckets of at most max_bytes; a larger one has a bucket of its own.
 
     A bucket also ends where the next tensor would start at a byte that its dtype cannot start at: servers lay tensors
-    without gaps.
+    without gaps. A and B of LoRA, of one dtype, are not parted: servers may load each bucket by itself.
     """
     buckets: list[BucketPlan] = []
     group: list[TensorSpec] = []
     starts: list[int] = []
     size = 0
-    for spec in specs:
-        if group and (size + spec.nbytes > max_bytes or size % spec.dtype.itemsize):
+    for together in _pairs(specs):
+        nbytes = sum(spec.nbytes for spec in together)
+        if group and (size + nbytes > max_bytes or size % together[0].dtype.itemsize):
             buckets.append(BucketPlan(tuple(group), tuple(starts), size))
             group, starts, size = [], [], 0
-        group.append(spec)
-        starts.append(size)
-        size += spec.nbytes
+        for spec in together:
+            group.append(spec)
+            starts.append(size)
+            size += spec.nbytes
     if group:
         buckets.append(BucketPlan(tuple(group), tuple(starts), size))
     return buckets
+
+
+def _pairs(specs: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:
+    """Yield each tensor, and A of LoRA with the B behind it."""
+    pending = list(reversed(specs))
+    while pending:
+        together = [pending.pop()]
+        module = together[0].name.removesuffix(FACTORS[0])
+        if pending and pending[-1].name == f"{module}{FACTORS[1]}":
+            together.append(pending.pop())
+        yield together
 
 
 @torch.no_grad()

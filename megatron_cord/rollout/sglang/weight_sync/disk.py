@@ -6,9 +6,10 @@ all. It is removed once every server has read it.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, call_each
+from megatron_cord.rollout.sglang.plugin.lora_merge import SCALE_FILE
 from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan, TwoBuffers
+from megatron_cord.rollout.sglang.weight_sync.transport import merge_without_streams
 
 
 class DiskTransport:
@@ -53,11 +56,14 @@ class DiskTransport:
         return bucket_bytes
 
     def merges(self, servers: Sequence[Endpoint], base: str) -> bool:
-        """Return False: SGLang's own receivers take whole weights alone."""
-        return False
+        """Return whether all servers merge LoRA over every transport, with this base."""
+        return merge_without_streams(servers, base, self._timeout)
 
     def start(self, plans: Sequence[BucketPlan], lora_scale: float | None = None) -> None:
-        """Do nothing: servers read when all is written."""
+        """Note beside the files, which servers read when all are written, what multiplies B A."""
+        if lora_scale is not None:
+            assert self._partial is not None
+            self._write(self._partial / SCALE_FILE, lambda file: file.write_text(json.dumps({"scale": lora_scale})))
 
     def buffer(self, index: int, nbytes: int) -> Tensor:
         """Return one of two, uint8 [≥ nbytes]."""
@@ -69,11 +75,15 @@ class DiskTransport:
         ready.synchronize()
         self._files += 1
         file = self._partial / f"model-{self._files:05d}.safetensors"
+        tensors = {name: view.cpu() for name, view in plan.views(flat).items()}
+        self._write(file, lambda file: save_file(tensors, file, {"format": "pt"}))
+        return {}
+
+    def _write(self, file: Path, write: Callable[[Path], object]) -> None:
         try:
-            save_file({name: view.cpu() for name, view in plan.views(flat).items()}, file, {"format": "pt"})
+            write(file)
         except OSError as error:
             raise CordError(f"{file}: cannot write the weights: {error.strerror}; free some space") from None
-        return {}
 
     def finish(self) -> dict[Endpoint, ServerError]:
         """Give the directory its name, let all servers read it, and remove it."""

@@ -26,8 +26,9 @@ from torch.multiprocessing import reductions
 
 from megatron_cord.parallel import portability
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, call_each, without
+from megatron_cord.rollout.sglang.plugin.lora_merge import LORA
 from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan
-from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailedError
+from megatron_cord.rollout.sglang.weight_sync.transport import AttemptFailedError, merge_without_streams
 
 _DEVICE = 6  #: the place of the device's number in what torch sends of a CUDA tensor
 
@@ -46,7 +47,7 @@ class SharedMemoryTransport:
         self._timeout = timeout
         self._ranks: dict[Endpoint, int] = {}
         self._servers: list[Endpoint] = []
-        self._nbytes = 0
+        self._nbytes, self._lora = 0, ""
         self._buffers: list[Tensor] = []
 
     def open(self, servers: Sequence[Endpoint], bucket_bytes: int) -> int:
@@ -65,11 +66,12 @@ class SharedMemoryTransport:
         return bucket_bytes
 
     def merges(self, servers: Sequence[Endpoint], base: str) -> bool:
-        """Return False: SGLang's own receivers take whole weights alone."""
-        return False
+        """Return whether all servers merge LoRA over every transport, with this base."""
+        return merge_without_streams(servers, base, self._timeout)
 
     def start(self, plans: Sequence[BucketPlan], lora_scale: float | None = None) -> None:
         """Make the buffers."""
+        self._lora = "" if lora_scale is None else f"{LORA}{lora_scale!r}"
         nbytes = max(plan.nbytes for plan in plans)
         if not self._buffers or nbytes > self._nbytes:
             self._nbytes = nbytes
@@ -89,7 +91,8 @@ class SharedMemoryTransport:
         def copy(server: Endpoint) -> None:
             # A payload can be opened once: it counts the processes that hold the memory. So each rank gets its own.
             payloads = [base64.b64encode(packed_address(plan, flat)).decode() for _ in range(self._ranks[server])]
-            body = {"serialized_named_tensors": payloads, "load_format": "flattened_bucket", "flush_cache": False}
+            load_format = "flattened_bucket" + self._lora
+            body = {"serialized_named_tensors": payloads, "load_format": load_format, "flush_cache": False}
             server.post("/update_weights_from_tensor", body, self._timeout)
 
         _, failures = call_each(self._servers, copy)

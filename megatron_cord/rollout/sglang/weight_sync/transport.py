@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError
+from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError, call_each
 from megatron_cord.rollout.sglang.weight_sync.bucket import BucketPlan
 
 
@@ -93,3 +93,15 @@ class WeightTransport(Protocol):
     def close(self) -> None:
         """Free everything; safe to call twice."""
         ...
+
+
+def merge_without_streams(servers: Sequence[Endpoint], base: str, timeout: float) -> bool:
+    """Return whether all servers merge LoRA with this base over every transport.
+
+    Args:
+        servers: that would get it.
+        base: as for `WeightTransport.merges`.
+        timeout: seconds for each answer.
+    """
+    abilities, failures = call_each(servers, lambda server: server.abilities(timeout))
+    return not failures and all(found.merges_any and found.base == base for found in abilities.values())

@@ -131,7 +131,7 @@ class WeightSync:
         buckets, merged = 0, True
         while True:
             if main and alive:
-                merged = full or source.lora_scale is None or not self._can_merge(alive)
+                merged = full or source.lora_scale is None or not self.merges(alive)
             order = broadcast_json({"full": full, "merged": merged} if alive else None)
             if order is None:
                 break
@@ -171,7 +171,8 @@ class WeightSync:
         """Free buffers and leave groups; safe to call twice."""
         self._transport.close()
 
-    def _can_merge(self, servers: list[Endpoint]) -> bool:
+    def merges(self, servers: Sequence[Endpoint]) -> bool:
+        """Return whether all these servers, asked now, merge LoRA themselves; on rank 0."""
         return self._base is not None and self._transport.merges(servers, self._base)
 
     def _plan(self, source: WeightSource, full: bool, merged: bool) -> list[TensorSpec]:

@@ -182,3 +182,22 @@ def test_address_holds_no_bytes_and_no_code_of_ours() -> None:
         ("a", 0, 1 << 18, 1 << 18),
         ("b", 1 << 18, (1 << 18) + 6, 6),
     ]
+
+
+@pytest.mark.parametrize("max_bytes", [1, 100, 200, 10_000])
+def test_a_and_b_are_in_one_bucket(max_bytes: int) -> None:
+    """Catches A of LoRA in another bucket than its B, where servers load each bucket by itself."""
+    shapes = {"lora_A": (2, 8), "lora_B": (8, 2)}
+    specs = [
+        TensorSpec(f"layer{number}.{factor}.weight", shape, torch.float32)
+        for number in range(3)
+        for factor, shape in shapes.items()
+    ]
+    specs.insert(2, TensorSpec("layer0.bias", (3,), torch.float32))
+    plans = plan_buckets(specs, max_bytes)
+    assert [spec for plan in plans for spec in plan.specs] == specs
+    assert all(plan.starts[-1] + plan.specs[-1].nbytes == plan.nbytes for plan in plans)
+    for plan in plans:
+        modules = [spec.name.split(".")[0] for spec in plan.specs if "lora" in spec.name]
+        assert all(modules.count(module) == 2 for module in modules)
+    assert len(plans) == {1: 4, 100: 4, 200: 3, 10_000: 1}[max_bytes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,11 @@ from megatron_cord.model.config import LoraConfig
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
-from megatron_cord.rollout.sglang.plugin.lora_merge import Base, identity, merged
+from megatron_cord.rollout.sglang.plugin.lora_merge import Base, identity, merged, scale_of, unpacked
 from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig, build_weight_sync
+from megatron_cord.rollout.sglang.weight_sync.bucket import fill, plan_buckets
+from megatron_cord.rollout.sglang.weight_sync.disk import DiskTransport
+from megatron_cord.rollout.sglang.weight_sync.shared_memory import packed_address
 from megatron_cord.rollout.weights import ShardedModelWeights
 from tests.rollout.sglang.weight_sync.group_server import GroupServer
 
@@ -111,6 +115,35 @@ def test_a_checkpoint_and_half_a_stream(checkpoint: Path, tmp_path: Path) -> Non
         ([(f"{name}.lora_A.weight", a), ("x.lora_B.weight", b)], "without B"),
         ([(f"{name}.lora_B.weight", b)], "without A"),
         ([("x.lora_A.weight", a), ("x.lora_B.weight", b)], "does not have"),
+        ([(f"{name}.lora_A.weight", a), (f"{name}.lora_A.weight", a)], "twice"),
     ):
         with pytest.raises(ValueError, match=wrong):
             list(merged(stream, 1.0, base))
+
+
+def test_other_transports(model: LALM, checkpoint: Path, tmp_path: Path) -> None:
+    """Catches factors in a bucket or a file, whatever their order there, that servers merge otherwise than a stream."""
+    source = ShardedModelWeights(model)
+    assert source.lora_scale is not None
+    wanted = dict(source.tensors(full=False))
+    specs = source.specs(full=False, merged=False)
+    base, found = Base(checkpoint), dict[str, Tensor]()
+    stream = source.tensors(full=False, merged=False)
+    disk = DiskTransport(tmp_path, 1.0)
+    disk.open([], 1 << 20)
+    (plan,) = plan_buckets(specs, 1 << 20)
+    disk.start([plan], source.lora_scale)
+    flat = fill(plan, stream, lambda: disk.buffer(0, plan.nbytes))
+    for name, tensor in merged(unpacked(pickle.loads(packed_address(plan, flat))), source.lora_scale, base):
+        found[name] = tensor.clone()
+    disk.send(plan, flat, torch.cuda.Event())  # type: ignore[no-untyped-call]
+    (written,) = tmp_path.iterdir()
+    scale = scale_of(written)
+    assert scale == source.lora_scale and scale_of(checkpoint) is None
+    tensors = load_file(next(written.glob("*.safetensors")))
+    backwards = dict(merged(reversed(tensors.items()), scale, base))
+    disk.close()
+    assert found.keys() == backwards.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+        assert torch.equal(found[name], backwards[name])

@@ -25,6 +25,9 @@ class Source:
     lora_scale = None
     sizes = (3, MIB // 2, 7, 2 * MIB, 5, MIB // 8, 9)
 
+    def without_lora(self) -> Source:
+        return self
+
     def specs(self, *, full: bool, merged: bool = True) -> list[TensorSpec]:
         return [
             TensorSpec(str(i), (n,), torch.bfloat16 if i % 3 == 2 else torch.float32) for i, n in enumerate(self.sizes)

@@ -90,6 +90,9 @@ class Source:
         self.shape, self.count, self.drained = shape, count, False
         self.given = [threading.Event() for _ in range(count)]
 
+    def without_lora(self) -> Source:
+        return self
+
     def specs(self, *, full: bool, merged: bool = True) -> list[TensorSpec]:
         return [TensorSpec(str(i), self.shape, torch.float32) for i in range(self.count)]
 
