@@ -25,7 +25,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @torch.no_grad()
 def export_tensors(
-    model: LALM, select: Callable[[torch.nn.Parameter], bool] | None = None, *, in_pieces: bool = False
+    model: LALM,
+    select: Callable[[torch.nn.Parameter], bool] | None = None,
+    *,
+    in_pieces: bool = False,
+    lora: bool = True,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield full tensors under their published Hugging Face names, gathered over tensor ranks and pipeline stages.
 
@@ -41,6 +45,7 @@ def export_tensors(
             shards of one tensor must agree.
         in_pieces: spare a copy of what is part of a fused tensor and does not lie in one piece: it is yielded as a view
             with a dimension more, [pieces, rows of a piece, ...].
+        lora: merge it; False yields the weights beside it as they are.
 
     Yields:
         (name, tensor) in the order of the family's table, on the model's device; the tensor may be a view of the
@@ -53,12 +58,10 @@ def export_tensors(
         if parameter is not None and select is not None and not select(parameter):
             parameter = None
         shard = None if parameter is None else parameter.detach()
-        if shard is not None and model.lora is not None:
+        if shard is not None and model.lora is not None and lora:
             shard = model.lora.merged(rule.megatron, shard)
         full = None if shard is None else gather(shard, rule.layout.shard_dim, layout)
-        if rule.is_expert and layout.config.ep > 1:
-            full = _from_owner(full, layout.ep_group, layout.device)
-        full = broadcast_from_owner(full, layout)
+        full = broadcast_from_owner(full, layout, rule.is_expert)
         if full is not None:
             parts = (rule.layout.views if in_pieces else rule.layout.split)(full, layout.config.tp)
             for name, tensor in zip(rule.hf, parts, strict=True):
@@ -99,8 +102,13 @@ def gather(shard: Tensor, dim: int | None, layout: Layout) -> Tensor:
     return torch.cat(shards, dim=dim)
 
 
-def broadcast_from_owner(full: Tensor | None, layout: Layout) -> Tensor | None:
-    """Return the tensor of the first stage that holds it, on every stage; None if no stage does. Collective."""
+def broadcast_from_owner(full: Tensor | None, layout: Layout, is_expert: bool) -> Tensor | None:
+    """Return the tensor of the first stage, and of an expert the first rank, that holds it, on every one. Collective.
+
+    None if none does.
+    """
+    if is_expert and layout.config.ep > 1:
+        full = _from_owner(full, layout.ep_group, layout.device)
     return full if layout.config.pp == 1 else _from_owner(full, layout.pp_group, layout.device)
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from megatron_cord.model.tensor_layouts import TensorLayout
 
+EXPERTS = ".mlp.experts."  #: in the names of experts' tensors and modules, in front of the expert's number
+
 
 @dataclass(frozen=True)
 class TensorRule:
@@ -24,7 +26,7 @@ class TensorRule:
     @property
     def is_expert(self) -> bool:
         """Whether it is one expert's, which expert-parallel ranks share out."""
-        return ".mlp.experts." in self.megatron
+        return EXPERTS in self.megatron
 
     @property
     def hf_names(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from megatron_cord.plan.parameters import part_counts, rank_counts
+from megatron_cord.plan.parameters import expert_count, part_counts, rank_counts, rank_layers
 
 if TYPE_CHECKING:
     from megatron_cord.model.architecture import AdapterArchitecture, Architecture
@@ -20,7 +20,13 @@ _LAYERS = "language_model.decoder.layers."
 
 
 def lora_count(
-    config: ModelConfig, arch: Architecture, tp: int = 1, pp: int = 1, stage: int = 0, stages: Sequence[int] = ()
+    config: ModelConfig,
+    arch: Architecture,
+    tp: int = 1,
+    pp: int = 1,
+    stage: int = 0,
+    stages: Sequence[int] = (),
+    ep: int = 1,
 ) -> int:
     """Count A and B on one tensor-parallel rank of a pipeline rank (from 0); by default those of the whole model.
 
@@ -29,19 +35,7 @@ def lora_count(
     Raises:
         CordError: as `find_targets`.
     """
-    if not config.lora.enabled:
-        return 0
-    from megatron_cord.model.lora.targets import find_targets  # imports torch, which this room does not need otherwise
-
-    total = 0
-    for target in find_targets(arch, config.lora, config.freeze):
-        if _rank_of(target, arch, pp, stages) == stage:
-            rows, columns = _sizes(target, arch)
-            cut_rows, cut_columns = (tp if target.layout.shard_dim == dim else 1 for dim in (0, 1))
-            for part, size in zip(target.parts, rows, strict=True):
-                if part is not None:
-                    total += config.lora.rank * (size // cut_rows + columns // cut_columns)
-    return total
+    return sum(_counts(config, arch, tp, pp, stage, stages, ep))
 
 
 def trained_count(
@@ -53,7 +47,49 @@ def trained_count(
         CordError: as `find_targets`.
     """
     whole = rank_counts(arch, tp, pp, stage, stages, ep).trained(config.trained_parts)
-    return whole + lora_count(config, arch, tp, pp, stage, stages)
+    return whole + lora_count(config, arch, tp, pp, stage, stages, ep)
+
+
+def trained_expert_count(
+    config: ModelConfig, arch: Architecture, pp: int, stage: int, stages: Sequence[int] = (), ep: int = 1
+) -> int:
+    """Count those of `trained_count` that are experts', or of LoRA beside them.
+
+    Raises:
+        CordError: as `find_targets`.
+    """
+    if "language_model" in config.trained_parts:
+        return expert_count(arch, rank_layers(arch, pp, stage, stages), ep)
+    return _counts(config, arch, 1, pp, stage, stages, ep)[1]
+
+
+def _counts(
+    config: ModelConfig, arch: Architecture, tp: int, pp: int, stage: int, stages: Sequence[int], ep: int
+) -> tuple[int, int]:
+    """Count A and B of one rank: beside all but experts, and beside experts on the rank with the most of them."""
+    if not config.lora.enabled:
+        return 0, 0
+    # These import torch, which this room does not need otherwise.
+    from megatron_cord.model.lora.targets import find_targets
+    from megatron_cord.model.tensor_map import EXPERTS
+
+    dense, shared_out = 0, [0] * ep
+    for target in find_targets(arch, config.lora, config.freeze):
+        if _rank_of(target, arch, pp, stages) == stage:
+            rows, columns = _sizes(target, arch)
+            cut_rows, cut_columns = (tp if target.layout.shard_dim == dim else 1 for dim in (0, 1))
+            size = sum(
+                config.lora.rank * (part_rows // cut_rows + columns // cut_columns)
+                for part, part_rows in zip(target.parts, rows, strict=True)
+                if part is not None
+            )
+            if target.is_expert:
+                assert arch.language.experts is not None
+                number = int(target.module.partition(EXPERTS)[2].partition(".")[0])
+                shared_out[number * ep // arch.language.experts.count] += size
+            else:
+                dense += size
+    return dense, max(shared_out)
 
 
 def merged_count(config: ModelConfig, arch: Architecture) -> int:

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
-from megatron_cord.plan.lora import lora_count, trained_count
-from megatron_cord.plan.parameters import expert_count, matrix_counts, part_counts, rank_counts, rank_layers
+from megatron_cord.plan.lora import lora_count, trained_count, trained_expert_count
+from megatron_cord.plan.parameters import matrix_counts, part_counts, rank_counts, rank_layers
 from megatron_cord.plan.work import Work
 
 if TYPE_CHECKING:
@@ -102,10 +102,9 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
     tp, pp, cp, item = config.parallel.tp, config.parallel.pp, config.parallel.cp, config.model.torch_dtype.itemsize
     stages, ep = config.parallel.layers_per_stage(arch.language.num_layers), config.parallel.ep
     counts = rank_counts(arch, tp, pp, stage, stages, ep)
-    added = lora_count(config.model, arch, tp, pp, stage, stages)
+    added = lora_count(config.model, arch, tp, pp, stage, stages, ep)
     trained = trained_count(config.model, arch, tp, pp, stage, stages, ep)
-    layers = rank_layers(arch, pp, stage, stages)
-    experts = expert_count(arch, layers, ep) if "language_model" in config.model.trained_parts else 0
+    experts = trained_expert_count(config.model, arch, pp, stage, stages, ep)
     matrices = matrix_counts(arch, tp, pp, stage, stages).trained(config.model.trained_parts)
     last = stage == pp - 1
     teacher = work.teacher or arch

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_cord.plan.devices import NODE, Gpu
-from megatron_cord.plan.lora import trained_count
-from megatron_cord.plan.parameters import expert_count, rank_layers
+from megatron_cord.plan.lora import trained_count, trained_expert_count
+from megatron_cord.plan.parameters import rank_layers
 from megatron_cord.plan.work import Work
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def traffic(config: RunConfig, arch: Architecture, work: Work, stage: int) -> Tr
         whole += student + read if config.parallel.sequence_parallel else 0
         whole += 2 * sequences * work.response_tokens * lm.hidden_size * 4 / config.parallel.cp  # the loss's gradient
     ep = config.parallel.ep
-    experts = expert_count(arch, layers, ep) if trains_language else 0
+    experts = trained_expert_count(config.model, arch, pp, stage, stages, ep)
     trained = trained_count(config.model, arch, tp, pp, stage, stages, ep) - experts
     updates = work.minibatches * work.passes
     cut, replicas = tp if config.parallel.sequence_parallel else 1, work.dp * config.parallel.cp

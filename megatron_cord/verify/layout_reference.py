@@ -5,10 +5,9 @@ Nothing of the trainer's arithmetic is used here. Legend: T response tokens, V v
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from megatron_cord.rollout.types import Rollout, ScoredRollout
 from megatron_cord.trainer.step.batches import TrainingSequence
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
+from megatron_cord.verify.lora_reference import LoraReference, published_name
 
 MELS, WINDOW = 8, 48
 PARTS = {"audio_encoder": "audio_tower", "adapter": "multi_modal_projector", "language_model": "language_model"}
@@ -219,7 +219,7 @@ def reference_step(
         )
     (loss + objective.router_aux_loss * balance).backward()  # type: ignore[no-untyped-call]
     factors = {} if lora is None else lora.factors
-    trained = {_published(n): p for n, p in model.named_parameters() if p.requires_grad} | factors
+    trained = {published_name(n): p for n, p in model.named_parameters() if p.requires_grad} | factors
     made = ((name, parameter.grad) for name, parameter in trained.items() if parameter.grad is not None)
     gradients = {name: part.clone() for whole in made for name, part in published_parts(*whole)}
     torch.nn.utils.clip_grad_norm_(trained.values(), optimizer.clip_norm)
@@ -230,65 +230,6 @@ def reference_step(
     weights = dict(_parts((n, p.detach()) for n, p in model.named_parameters()))
     merged = {} if lora is None else lora.merged()
     return Outcome(loss.item(), gradients, {n: p.detach().clone() for n, p in (weights | merged | factors).items()})
-
-
-class LoraReference:
-    """LoRA of the reference: a linear layer computes with W + scale · B A, formed as one matrix in float64.
-
-    Args:
-        model: the reference.
-        names: of A and B, in pairs, by the published name of a layer of the model: MODULE.lora_A.weight.
-        rank: of A and B.
-        scale: of their product.
-        seed: of their values; none is zero.
-
-    Attributes:
-        factors: A [rank, in] and B [out, rank] by name.
-    """
-
-    def __init__(
-        self,
-        model: Qwen2AudioForConditionalGeneration,
-        names: Sequence[str],
-        rank: int,
-        scale: float,
-        seed: int,
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.factors: dict[str, Tensor] = {}
-        self._scale, self._enabled = scale, True
-        self._layers: dict[str, torch.nn.Linear] = {}
-        layers = {_published(f"{n}.weight"): m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        for name in names:
-            module, _, factor = name.removesuffix(".weight").rpartition(".")
-            layer = layers[f"{module}.weight"]
-            size = (rank, layer.in_features) if factor == "lora_A" else (layer.out_features, rank)
-            drawn = torch.randn(size, generator=generator) * size[1] ** -0.5
-            if factor == "lora_B":
-                drawn *= 0.5 / scale  # so that W still has a part in the sum
-            self.factors[name] = drawn.double().requires_grad_(True)
-            if module not in self._layers:
-                self._layers[module] = layer
-                layer.forward = partial(self._forward, module)  # type: ignore[method-assign]
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Compute without LoRA."""
-        self._enabled = False
-        yield
-        self._enabled = True
-
-    def merged(self) -> dict[str, Tensor]:
-        """Return the weights of all its layers, by published name."""
-        return {f"{module}.weight": self._weight(module) for module in self._layers}
-
-    def _weight(self, module: str) -> Tensor:
-        a, b = (self.factors[f"{module}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
-        return self._layers[module].weight + self._scale * b @ a
-
-    def _forward(self, module: str, x: Tensor) -> Tensor:
-        layer = self._layers[module]
-        return torch.nn.functional.linear(x, self._weight(module) if self._enabled else layer.weight, layer.bias)
 
 
 def _log_probabilities(model: Qwen2AudioForConditionalGeneration, prompt: Prompt, rollout: Rollout) -> Tensor:
@@ -346,15 +287,7 @@ def _unbalanced(logits: Tensor, chosen: Tensor) -> Tensor:
 def _parts(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yield the model's tensors under the names and in the parts of published checkpoints."""
     for name, tensor in named:
-        yield from published_parts(_published(name), tensor)
-
-
-def _published(name: str) -> str:
-    """Return the name in published checkpoints; transformers renames some."""
-    name = name.removeprefix("model.")
-    if name.startswith("lm_head"):
-        return f"language_model.{name}"
-    return name.replace("language_model.", "language_model.model.", 1) if name.startswith("language_model.") else name
+        yield from published_parts(published_name(name), tensor)
 
 
 def _is_head(part: str, name: str) -> bool:

@@ -29,7 +29,7 @@ from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.plan import GPUS, PUBLISHED, fitting, make_work, memory, part_counts, published, speed, traffic
-from megatron_cord.plan.lora import lora_count, merged_count
+from megatron_cord.plan.lora import lora_count, merged_count, trained_expert_count
 from megatron_cord.plan.memory import activation_bytes, encoder_layer_width, language_layer_width, optimizer_bytes
 from megatron_cord.plan.page import layouts_table
 from megatron_cord.plan.parameters import active_count, expert_count, matrix_counts, rank_counts
@@ -182,6 +182,29 @@ def test_lora_of_each_rank(checkpoint: Path) -> None:
     arch = load_architecture(checkpoint)
     for rank, built in enumerate(run_ranks(lora_on_rank, 4, arch, LORA)):
         assert [lora_count(config, arch, 2, 2, rank // 2) for config in LORA] == built
+
+
+def lora_beside_experts(_rank: int, arch: Architecture, settings: Sequence[ModelConfig]) -> list[tuple[int, int]]:
+    """Return the parameters of LoRA on this of two ranks that share out experts, and those of them beside experts."""
+    layout = initialize(ParallelConfig(ep=2), seed=0)
+    counts = []
+    for config in settings:
+        model = LALM(arch, layout, torch.float32)
+        model.add_lora(config.lora, config.freeze, seed=0)
+        assert model.lora is not None
+        factors = {name: factor.numel() for name, (factor, _) in model.lora.factors().items()}
+        counts.append((sum(factors.values()), sum(size for name, size in factors.items() if ".experts." in name)))
+    return counts
+
+
+def test_lora_of_experts(checkpoint: Path) -> None:
+    """Catches LoRA of experts that is counted on each rank, as cut over tensor-parallel ranks, or not at all."""
+    arch = with_experts(load_architecture(checkpoint))
+    for built in run_ranks(lora_beside_experts, 2, arch, LORA[:1]):
+        config = LORA[0]
+        assert built == [(lora_count(config, arch, ep=2), trained_expert_count(config, arch, 1, 0, ep=2))]
+        assert built[0][1] > 0 and trained_expert_count(config, arch, 1, 0) == 2 * built[0][1]
+        assert lora_count(config, arch) == built[0][0] + built[0][1]
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution", "stacking", "gated_stacking"])

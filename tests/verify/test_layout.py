@@ -53,6 +53,8 @@ TWO_RANKS = {
     "pp2, lora on the last layers": [*LORA, "parallel.pp=2", "model.lora.targets=['*.layers.3.*']"],
     "ep2": [*EXPERTS, "parallel.ep=2", "sizes.sequences=5"],
     "tp2 sp ep2 packed, router replay": [*EXPERTS, "parallel.tp=2", "parallel.ep=2", SP, PACKED, REPLAY],
+    "tp2 sp ep2 packed, lora on experts": [*LORA, *EXPERTS, "parallel.tp=2", "parallel.ep=2", SP, PACKED],
+    "pp2 interleaved, lora": [*INTERLEAVED, *LORA],
     "cp2 packed, lora recomputed": [
         *LORA,
         "parallel.cp=2",
@@ -110,6 +112,22 @@ MORE_ON_TWO_RANKS = {
     "pp2 interleaved experts packed, recomputed": [
         *(*EXPERTS, *INTERLEAVED, "sizes.layers=4", PACKED, "model.recompute=[audio_encoder, language_model]")
     ],
+    "ep2, lora on some experts, recomputed": [
+        *LORA,
+        *EXPERTS,
+        "parallel.ep=2",
+        "model.lora.targets=['*.experts.1.*', '*.layers.1.mlp.experts.*.down_proj', o_proj]",
+        "model.recompute=[audio_encoder, language_model]",
+    ],
+    "cp2 ep2 packed, lora on experts": [*LORA, *EXPERTS, "parallel.cp=2", "parallel.ep=2", PACKED],
+    "cp2, lora": [*LORA, "parallel.cp=2"],
+    "pp2 experts, lora": [*LORA, *EXPERTS, "parallel.pp=2"],
+    "pp2 interleaved packed, lora recomputed": [
+        *INTERLEAVED,
+        *LORA,
+        PACKED,
+        "model.recompute=[audio_encoder, language_model]",
+    ],
     "tp2 in bfloat16": ["parallel.tp=2", "model.dtype=bfloat16"],
     "dp2 in bfloat16": ["model.dtype=bfloat16"],
 }
@@ -162,6 +180,11 @@ FOUR_RANKS = {
     "tp2 cp2 sp packed": ["parallel.tp=2", "parallel.cp=2", SP, PACKED],
     "pp2 cp2 packed": ["parallel.pp=2", "parallel.cp=2", PACKED],
     "cp2 dp2 packed, overlapped": ["parallel.cp=2", PACKED, "optimizer.overlap_communication=true"],
+    "tp2 sp ep4, lora on experts": [*LORA, *EXPERTS, "parallel.tp=2", SP, "parallel.ep=4"],
+    "pp2 ep2 packed, lora on experts": [*LORA, *EXPERTS, "parallel.pp=2", "parallel.ep=2", PACKED],
+    "ep4, ranks without sequences, lora on experts": [*LORA, *EXPERTS, "parallel.ep=4", "sizes.sequences=3"],
+    "tp2 pp2 interleaved, sp packed, lora": ["parallel.tp=2", *INTERLEAVED, SP, PACKED, *LORA],
+    "pp2 interleaved cp2 packed, lora": [*INTERLEAVED, *LORA, "parallel.cp=2", PACKED],
     "tp2 dp2, frozen encoder": ["parallel.tp=2", "model.freeze=[audio_encoder]"],
 }
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_cord.convert.hf_writer import check_vacant
+from megatron_cord.convert.peft.expert_adapters import each_experts, takes_apart
 from megatron_cord.convert.spelling import Spelling
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
@@ -39,6 +40,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
+    "target_parameters": ([], None),
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
 }
@@ -81,7 +83,7 @@ def read_adapter(directory: Path, arch: Architecture) -> Adapter:
     try:
         config = json.loads((directory / CONFIG).read_text())
         for name, plain in _PLAIN.items():
-            if (given := config.get(name, plain[-1])) not in plain:
+            if (given := config.get(name, plain[-1])) not in plain and not takes_apart(name, given, config):
                 raise CordError(
                     f"{directory / CONFIG}: {name} is {given!r}, and only {plain[0]!r} is supported; merge the adapter "
                     "into its base with peft (merge_and_unload) and train that"
@@ -93,15 +95,19 @@ def read_adapter(directory: Path, arch: Architecture) -> Adapter:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise CordError(f"{directory} is no whole PEFT adapter ({type(error).__name__}: {error})") from None
     spelling = Spelling(arch)
-    factors, whole = {}, {}
-    for given, tensor in tensors.items():
-        name = given.removeprefix(_PREFIX)
-        if name.endswith(_FACTORS):
-            module, _, factor = name.removesuffix(".weight").rpartition(".")
-            published = spelling.published_name(f"{module}.weight").removesuffix(".weight")
-            factors[f"{published}.{factor}.weight"] = tensor
-        else:
-            whole[spelling.published_name(name)] = tensor
+    named = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    whole = {spelling.published_name(name): t for name, t in named.items() if not name.endswith(_FACTORS)}
+    experts = 0 if arch.language.experts is None else arch.language.experts.count
+    pairs = {name: tensor for name, tensor in named.items() if name.endswith(_FACTORS)}
+    try:
+        pairs = each_experts(pairs, config, experts)
+    except CordError as error:
+        raise CordError(f"{directory}: {error}") from None
+    factors = {}
+    for name, tensor in pairs.items():
+        module, _, factor = name.removesuffix(".weight").rpartition(".")
+        published = spelling.published_name(f"{module}.weight").removesuffix(".weight")
+        factors[f"{published}.{factor}.weight"] = tensor
     return Adapter(factors, whole, rank, alpha, dropout, base, str(config.get("base_model_name_or_path") or ""))
 
 

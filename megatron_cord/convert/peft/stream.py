@@ -22,7 +22,7 @@ from megatron_cord.model.patterns import nearest
 def export_adapters(model: LALM) -> Iterator[tuple[str, Tensor]]:
     """Yield A [r, in] and B [out, r] of every matrix with LoRA, in the order of the family's table.
 
-    Collective over the model's tensor and pipeline groups, whose ranks each get every tensor.
+    Collective over the model's tensor, expert and pipeline groups, whose ranks each get every tensor.
     """
     assert model.lora is not None
     factors = model.lora.factors()
@@ -30,7 +30,7 @@ def export_adapters(model: LALM) -> Iterator[tuple[str, Tensor]]:
         for published, name in target.names().items():
             parameter, dim = factors.get(name, (None, None))
             shard = None if parameter is None else gather(parameter.detach(), dim, model.layout)
-            full = broadcast_from_owner(shard, model.layout)
+            full = broadcast_from_owner(shard, model.layout, target.is_expert)
             assert full is not None
             yield published, full
 

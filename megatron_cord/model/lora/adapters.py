@@ -12,9 +12,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
+from megatron_cord.errors import CordError
 from megatron_cord.model.config import LoraConfig
 from megatron_cord.model.lora.branch import LoraBranch
 from megatron_cord.model.lora.targets import LoraTarget
+from megatron_cord.model.tensor_map import EXPERTS
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.runtime.files import fingerprint
 
@@ -32,7 +34,10 @@ class LoraAdapters(torch.nn.Module):
 
     Attributes:
         targets: of all stages.
-        branches: of this stage, by the module's name in the whole model.
+        branches: of this rank, by the module's name in the whole model.
+
+    Raises:
+        CordError: experts of a class that does not hold each one's matrices by themselves.
     """
 
     def __init__(
@@ -49,6 +54,8 @@ class LoraAdapters(torch.nn.Module):
         self._layout, self._seed = layout, seed
         self.branches: dict[str, LoraBranch] = {}
         for target in targets:
+            if target.is_expert:
+                _check_experts(modules, target.module.partition(EXPERTS)[0] + EXPERTS.rstrip("."))
             if target.module in modules:
                 tower = towers[target.module.partition(".")[0]]
                 branch = LoraBranch(modules[target.module], target, config, tower, layout, seed)
@@ -110,14 +117,25 @@ class LoraAdapters(torch.nn.Module):
 
     def sharded_state_dict(self, prefix: str = "", *_: Any, **__: Any) -> dict[str, Any]:
         """Describe A and B for dist_checkpointing: their keys are their names in the whole model."""
-        groups = {"tp_group": self._layout.tp_group, "dp_cp_group": self._layout.groups.dp_cp}
+        groups: dict[str, Any] = {"tp_group": self._layout.tp_group, "dp_cp_group": self._layout.groups.dp_cp}
+        experts = {"replica_id": (0, 0, self._layout.groups.expt_dp.rank())}
         state = {}
         for name, (parameter, dim) in self.factors().items():
             module, label, factor = name.rsplit(".", 2)
             key = f"{prefix}{module.replace('.', '/')}.{label}.{factor}"
             state[key] = (
-                make_sharded_tensor_for_checkpoint(parameter, name, **groups)
+                make_sharded_tensor_for_checkpoint(parameter, name, **groups, **(experts if EXPERTS in name else {}))
                 if dim is None
                 else make_tp_sharded_tensor_for_checkpoint(parameter, name, tp_axis=dim, **groups)
             )
         return state
+
+
+def _check_experts(modules: Mapping[str, torch.nn.Module], name: str) -> None:
+    """Refuse experts, if they are here, of another class than Megatron's SequentialMLP."""
+    experts = modules.get(name)
+    if experts is not None and not hasattr(experts, "local_experts"):
+        raise CordError(
+            f"model.lora: {name} is a {type(experts).__name__}, which holds the matrices of all experts in one; "
+            "LoRA needs a SequentialMLP, or model.lora.targets without experts"
+        )

@@ -9,6 +9,8 @@ width:
     row-parallel     [r, in / TP]        [out, r], whole       summed; sequence-parallel: summed and scattered
     neither          [r, in], whole      [out, r], whole       nothing
 
+An expert's matrices are of the last kind, whole on the ranks that have the expert, and so are their A and B.
+
 Legend: S tokens of the layer's input, s of them on this rank (s = S / TP for the whole matrices under sequence
 parallelism), B sequences, P parts, r rank, TP ranks.
 """
@@ -16,7 +18,6 @@ parallelism), B sequences, P parts, r rank, TP ranks.
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any
 
 import torch
@@ -31,18 +32,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_cord.model.config import LoraConfig
+from megatron_cord.model.lora.factors import Factors, draw_a
+from megatron_cord.model.lora.fused_norm import FusedNorm
+from megatron_cord.model.lora.marks import mark_expert, mark_shards
 from megatron_cord.model.lora.targets import LoraTarget
 from megatron_cord.parallel.layout import Layout
-from megatron_cord.runtime.files import fingerprint
-
-
-class Factors(torch.nn.Module):
-    """A and B of one part; this rank's shards."""
-
-    def __init__(self, a: Tensor, b: Tensor) -> None:
-        super().__init__()
-        self.lora_A = torch.nn.Parameter(a)
-        self.lora_B = torch.nn.Parameter(b)
 
 
 class LoraBranch(torch.nn.Module):
@@ -72,7 +66,7 @@ class LoraBranch(torch.nn.Module):
         self._weight = (weight,)  # in a tuple, so that it is no parameter of this module
         self.shard_dim, self._tp_group = target.layout.shard_dim, layout.tp_group
         self._sequence_parallel = bool(tower.sequence_parallel) and self.shard_dim is not None
-        self._norm = _FusedNorm(base, tower) if hasattr(base, "layer_norm_weight") else None
+        self._norm = FusedNorm(base, tower) if hasattr(base, "layer_norm_weight") else None
         tp = layout.config.tp
         rows, columns = weight.shape
         self._runs = target.layout.runs(tp)
@@ -80,27 +74,20 @@ class LoraBranch(torch.nn.Module):
         self._rows = [len(part) * rows // len(whole) for part in target.layout.split(whole, tp)]
         for label, part_rows in zip(target.labels, self._rows, strict=True):
             if label is not None:
-                a = _draw_a(config.rank, columns * (tp if self.shard_dim == 1 else 1), f"{target.module}.{label}", seed)
+                a = draw_a(config.rank, columns * (tp if self.shard_dim == 1 else 1), f"{target.module}.{label}", seed)
                 if self.shard_dim == 1:
                     a = a.chunk(tp, dim=1)[layout.tp_group.rank()]
                 factors = Factors(
                     a.to(weight.device, weight.dtype),
                     torch.zeros(part_rows, config.rank, dtype=weight.dtype, device=weight.device),
                 )
-                self._mark(factors)
+                if target.is_expert:
+                    mark_expert(factors, weight)
+                elif self.shard_dim is not None:
+                    mark_shards(factors, self.shard_dim, self._sequence_parallel)
                 self.add_module(label, factors)
         base.register_forward_hook(self._add)
         self.enabled = True
-
-    def _mark(self, factors: Factors) -> None:
-        """Tell Megatron's optimizer which factors are shards, and whose gradients tensor-parallel ranks must sum."""
-        if self.shard_dim is None:
-            return
-        whole, sharded = (factors.lora_A, factors.lora_B) if self.shard_dim == 0 else (factors.lora_B, factors.lora_A)
-        whole.sequence_parallel = self._sequence_parallel  # type: ignore[attr-defined]
-        sharded.tensor_model_parallel = True  # type: ignore[attr-defined]
-        sharded.partition_dim = self.shard_dim  # type: ignore[attr-defined]
-        sharded.partition_stride = 1  # type: ignore[attr-defined]
 
     @property
     def weight(self) -> Tensor:
@@ -125,7 +112,7 @@ class LoraBranch(torch.nn.Module):
             x = self._norm(x)
         if self.dropout and self.training:
             # Ranks with the same input need the same mask, and others different ones.
-            own = self.shard_dim == 1 or self._sequence_parallel
+            own = self.shard_dim == 1 or self._sequence_parallel or self.target.is_expert
             with get_cuda_rng_tracker().fork() if own else contextlib.nullcontext():
                 x = torch.nn.functional.dropout(x, self.dropout)
         factors = self.factors
@@ -163,11 +150,10 @@ class LoraBranch(torch.nn.Module):
         if len(parts) == 1 and parts[0] is not None:
             return parts[0]
         present = next(part for part in parts if part is not None)
+        shapes = [(*present.shape[:-1], self._runs, rows // self._runs) for rows in self._rows]
         runs = [
-            present.new_zeros(*present.shape[:-1], self._runs, rows // self._runs)
-            if part is None
-            else part.reshape(*part.shape[:-1], self._runs, -1)
-            for part, rows in zip(parts, self._rows, strict=True)
+            present.new_zeros(shape) if part is None else part.reshape(shape)
+            for part, shape in zip(parts, shapes, strict=True)
         ]
         return torch.cat(runs, dim=-1).flatten(-2)
 
@@ -178,26 +164,3 @@ class LoraBranch(torch.nn.Module):
         if isinstance(output, tuple):
             return (output[0] + self(inputs[0]), *output[1:])
         return output + self(inputs[0])
-
-
-class _FusedNorm:
-    """The norm of a layer that has it inside, as transformer-engine's: LoRA needs its result, which is not returned."""
-
-    def __init__(self, base: Any, tower: TransformerConfig) -> None:
-        self._base, self._kind, self._epsilon = base, tower.normalization, tower.layernorm_epsilon
-
-    def __call__(self, x: Tensor) -> Tensor:
-        weight: Tensor = self._base.layer_norm_weight
-        shape = x.shape[-1:]
-        normed: Tensor = (
-            torch.nn.functional.rms_norm(x, shape, weight, self._epsilon)
-            if self._kind == "RMSNorm"
-            else torch.nn.functional.layer_norm(x, shape, weight, self._base.layer_norm_bias, self._epsilon)
-        )
-        return normed
-
-
-def _draw_a(rank: int, columns: int, name: str, seed: int) -> Tensor:
-    """Draw A as PEFT does (Kaiming uniform, a = √5): float32 [r, in] within ±1/√in, the same on every layout."""
-    generator = torch.Generator().manual_seed(int(fingerprint([seed, name]), 16))
-    return (2 * torch.rand(rank, columns, generator=generator) - 1) / math.sqrt(columns)

@@ -15,6 +15,7 @@ from megatron_cord.model.config import PARTS, LoraConfig
 from megatron_cord.model.families import family_of
 from megatron_cord.model.patterns import matches, nearest
 from megatron_cord.model.tensor_layouts import Column, GateUp, Qkv, Row, TensorLayout
+from megatron_cord.model.tensor_map import EXPERTS
 
 _WEIGHT = ".weight"
 
@@ -35,6 +36,11 @@ class LoraTarget:
     layout: TensorLayout
 
     @property
+    def is_expert(self) -> bool:
+        """Whether it is one expert's, which expert-parallel ranks share out."""
+        return EXPERTS in self.module
+
+    @property
     def labels(self) -> tuple[str | None, ...]:
         """The last word of each part's name, such as q_proj, which is unique in the matrix."""
         return tuple(None if part is None else part.rpartition(".")[2] for part in self.parts)
@@ -50,9 +56,9 @@ class LoraTarget:
 
 
 def linear_modules(arch: Architecture) -> list[LoraTarget]:
-    """Return all matrices that can have LoRA: those of layers, and the adapter's.
+    """Return all matrices that can have LoRA: those of layers, experts', and the adapter's.
 
-    No convolution, embedding, router or expert.
+    No convolution, embedding or router.
     """
     return [
         LoraTarget(
@@ -62,8 +68,11 @@ def linear_modules(arch: Architecture) -> list[LoraTarget]:
         )
         for rule in family_of(arch).tensor_map(arch).rules
         if rule.megatron.endswith(_WEIGHT)
-        and not rule.is_expert
-        and (isinstance(rule.layout, Column | Row | Qkv | GateUp) or rule.megatron.startswith("adapter.linear"))
+        and (
+            rule.is_expert
+            or isinstance(rule.layout, Column | Row | Qkv | GateUp)
+            or rule.megatron.startswith("adapter.linear")
+        )
     ]
 
 
