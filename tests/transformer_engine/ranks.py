@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_cord.config.loading import load_config
 from megatron_cord.convert import export_tensors, import_tensors
 from megatron_cord.model.architecture import Architecture
+from megatron_cord.model.config import LoraConfig
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.model.layers import transformer
 from megatron_cord.model.layers.fusions import Fusions
@@ -43,6 +44,8 @@ from tests.model.test_architecture import ARCHITECTURE, ENCODER
 SMALL = ["sizes.layers=2", "sizes.encoder_layers=1"]
 PACKED, SP = "train.packing=packed", "parallel.sequence_parallel=true"
 RECOMPUTED = "model.recompute=[audio_encoder, language_model]"
+LORA = ["model.lora.rank=3", "model.lora.alpha=6"]
+EXPERTS = ["sizes.experts=4", "parallel.tp=2", SP, "parallel.ep=2"]
 
 
 @contextmanager
@@ -81,6 +84,44 @@ def names(_rank: int) -> dict[str, Any]:
         "kinds": sorted({type(module).__mro__[1].__module__ for module in fused.modules()}),
         "config": {name: getattr(fused.config, name) for name in ("apply_rope_fusion", "bias_activation_fusion")},
     }
+
+
+def lora(_rank: int) -> dict[str, Any]:
+    """Compare LoRA beside both kinds of layers: off, with the base, bit for bit; on, outputs and gradients."""
+    base, without, on, gradients = [], [], [], []
+    batch = make_batches()[1].input
+    for model in _both_kinds(ARCHITECTURE)[:2]:
+        base.append(model(batch).detach())
+        model.add_lora(LoraConfig(rank=3, alpha=6.0), (), seed=0)
+        assert model.lora is not None
+        factors = sorted(model.lora.factors().items())
+        for number, (_, (factor, _)) in enumerate(factors):
+            drawn = torch.randn(factor.shape, generator=torch.Generator().manual_seed(number))
+            factor.data.copy_(0.2 * drawn)
+        with model.lora.disabled():
+            without.append(model(batch).detach())
+        hidden = model(batch)
+        hidden.square().sum().backward()
+        on.append(hidden.detach())
+        gradients.append({name: factor.grad for name, (factor, _) in factors})
+        trained = {id(factor) for _, (factor, _) in factors}
+        assert all(parameter.grad is None for parameter in model.parameters() if id(parameter) not in trained)
+    plain, fused = gradients
+    assert plain.keys() == fused.keys() and all(gradient.count_nonzero() for gradient in plain.values())
+    return {
+        "off": torch.equal(base[1], without[1]),
+        "changed": float((on[1] - base[1]).abs().max()),
+        "difference": float((on[1] - on[0]).abs().max()),
+        "gradients": max(float((fused[name] - g).norm() / g.norm()) for name, g in plain.items()),
+        "classes": sorted({type(b).__name__ for b in _adapted(model)}),
+    }
+
+
+def _adapted(model: LALM) -> list[torch.nn.Module]:
+    """Return the layers beside which there is LoRA."""
+    assert model.lora is not None
+    layers = ((name, module) for name, module in model.named_modules() if not name.startswith("lora."))
+    return [module for name, module in layers if model.global_name(name) in model.lora.branches]
 
 
 def clips(_rank: int) -> float:
@@ -230,6 +271,7 @@ def adam(_rank: int) -> dict[str, Any]:
 
 
 LAYOUTS: dict[str, list[str]] = {
+    "tp2 sp packed, lora": ["parallel.tp=2", SP, PACKED, *LORA],
     "dp2 packed": [PACKED],
     "tp2 sp packed": ["parallel.tp=2", SP, PACKED],
     "pp2, recomputed": ["parallel.pp=2", RECOMPUTED],
@@ -245,10 +287,15 @@ MORE_LAYOUTS: dict[str, list[str]] = {
     ],
     "pp2 packed, frozen language model": ["parallel.pp=2", PACKED, "model.freeze=[language_model]"],
     "dp2, ordinary optimizer": ["optimizer.distributed=false"],
+    "pp2, lora recomputed": ["parallel.pp=2", RECOMPUTED, *LORA],
+    "tp2 packed, lora in bfloat16": ["parallel.tp=2", PACKED, "model.dtype=bfloat16", *LORA],
+    "experts": EXPERTS,
+    "experts packed, lora": [*EXPERTS, PACKED, *LORA],
 }
 CASES: dict[str, Callable[[int], Any]] = {
     "names": names,
     "clips": clips,
+    "lora": lora,
     "accumulation": accumulation,
     "adam": adam,
     "torch layers, fused": partial(layout, overrides=[PACKED], kind="torch"),

@@ -17,10 +17,11 @@ from tests.transformer_engine.session import run_session
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
-LAYOUTS = ("dp2 packed", "tp2 sp packed", "pp2, recomputed", "tp2, frozen encoder")
+LAYOUTS = ("dp2 packed", "tp2 sp packed", "pp2, recomputed", "tp2, frozen encoder", "tp2 sp packed, lora")
 MORE_LAYOUTS = (
     *("dp2, overlapped", "dp2 packed in bfloat16", "tp2 sp in bfloat16", "tp2 sp packed, recomputed selectively"),
     *("pp2 packed, frozen language model", "dp2, ordinary optimizer", "torch layers, fused"),
+    *("pp2, lora recomputed", "tp2 packed, lora in bfloat16", "experts", "experts packed, lora"),
 )
 CHECKPOINTS = ("checkpoint tp2 to pp2", "checkpoint tp2 to torch layers")
 
@@ -28,7 +29,7 @@ CHECKPOINTS = ("checkpoint tp2 to pp2", "checkpoint tp2 to torch layers")
 @cache
 def quick() -> dict[str, Any]:
     """Run all quick cases in one session, as starting one takes longer than the cases."""
-    return run_session(2, "names", "clips", "accumulation", "adam", *LAYOUTS, CHECKPOINTS[0])
+    return run_session(2, "names", "clips", "lora", "accumulation", "adam", *LAYOUTS, CHECKPOINTS[0])
 
 
 @cache
@@ -68,6 +69,14 @@ def test_norms_inside_matrices() -> None:
 def test_clips_with_frames_that_end_them() -> None:
     """Catches an attention of packed clips, Step-Audio 2's, whose queries and keys differ in number, gone wrong."""
     assert quick()["clips"] < 1e-5
+
+
+def test_lora() -> None:
+    """Catches LoRA that leaves a trace when it is off, takes its input before a norm, or has gradients of its own."""
+    found = quick()["lora"]
+    assert found["off"] and found["changed"] > 1e-2
+    assert found["difference"] < 1e-4 and found["gradients"] < 1e-4
+    assert found["classes"] == ["Linear", "TELayerNormColumnParallelLinear", "TERowParallelLinear"]
 
 
 def test_the_layers_are_its_own() -> None:
