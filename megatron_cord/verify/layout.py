@@ -43,13 +43,13 @@ from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 from megatron_cord.trainer.step.step import TrainStep
 from megatron_cord.trainer.step.teacher import Teacher, TeacherConfig
 from megatron_cord.verify.layout_reference import (
-    LoraReference,
     Outcome,
     Sizes,
     make_checkpoint,
     make_sequences,
     reference_step,
 )
+from megatron_cord.verify.lora_reference import LoraReference
 
 #: Largest relative error of loss, gradients and weights after the step, by the type of the weights.
 TOLERANCES = {"float32": (1e-5, 1e-5, 1e-5), "bfloat16": (2e-2, 1e-1, 2e-2)}

@@ -151,11 +151,12 @@ def test_adapters_that_are_not_each_expert_s(
         with pytest.raises(CordError, match=wrong):
             read_adapter(other, arch)
     config = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
-    for changes in (
+    others: list[dict[str, Any]] = [
         {"target_parameters": ["gate.weight"]},
         {"rank_pattern": {r".*\.gate_up_proj": 7}},
         {"alpha_pattern": {}},
-    ):
+    ]
+    for changes in others:
         (other / "adapter_config.json").write_text(json.dumps(config | changes))
         with pytest.raises(CordError, match=r"(target_parameters|rank_pattern) is"):
             read_adapter(other, arch)

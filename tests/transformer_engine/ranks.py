@@ -103,7 +103,7 @@ def lora(_rank: int) -> dict[str, Any]:
         hidden = model(batch)
         hidden.square().sum().backward()
         on.append(hidden.detach())
-        gradients.append({name: factor.grad for name, (factor, _) in factors})
+        gradients.append({name: torch.as_tensor(factor.grad) for name, (factor, _) in factors})
         trained = {id(factor) for _, (factor, _) in factors}
         assert all(parameter.grad is None for parameter in model.parameters() if id(parameter) not in trained)
     plain, fused = gradients

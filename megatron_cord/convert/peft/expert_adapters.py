@@ -64,8 +64,8 @@ def each_experts(factors: Mapping[str, Tensor], config: Mapping[str, Any], exper
             b = factors.get(f"{module}.lora_B.weight")
             if b is None or not experts or a.shape[0] % experts or a.shape[0] != b.shape[1]:
                 raise CordError(f"the adapter's {name} is not of {experts} experts, or lacks its lora_B")
-            a = a.unflatten(0, (experts, -1))  # [E, R, in]
-            b = b.unflatten(1, (-1, experts)).permute(2, 0, 1)  # [E, out, R]
+            a = a.view(experts, -1, a.shape[1])  # [E, R, in]
+            b = b.view(len(b), -1, experts).permute(2, 0, 1)  # [E, out, R]
             for number in range(experts):
                 for part, (own_a, own_b) in _parts(kind, a[number], b[number], int(config["r"]), name).items():
                     found[f"{layer}.{number}.{part}.lora_A.weight"] = own_a.contiguous()

@@ -96,7 +96,7 @@ def test_answers_with_lora_off(
     monkeypatch.setattr(building, "_BATCH", 3)
     with caplog.at_level("INFO"):
         run = alone(inputs, tmp_path / "run", *lora)
-    assert answers(run) == answers(wanted) and losses(run) == losses(wanted)
+    assert same(run, wanted)
     said = [message for message in caplog.messages if message.startswith("the teacher answers ")]
     assert len([message for message in said if message.endswith(" questions")]) > 1
     assert all(line["engine_logprob_difference"] < 1e-4 for line in metrics(run))

@@ -35,10 +35,10 @@ from megatron_cord.verify.layout_reference import (
     Outcome,
     Sizes,
     _log_probabilities,
-    _published,
     make_checkpoint,
     make_sequences,
 )
+from megatron_cord.verify.lora_reference import published_name
 from tests.gloo import run_ranks
 from tests.tiny_run import ROOT
 
@@ -210,7 +210,7 @@ def expected(directory: Path, recipe: str, sequences: list[TrainingSequence], fr
         (directory / name).mkdir()
         teachers[name] = make_checkpoint(directory / name, SIZES, seed=1).double()
     for name, parameter in model.named_parameters():
-        part_of = _published(name)
+        part_of = published_name(name)
         parameter.requires_grad_("embed_positions" not in name and not any(PARTS[part] in part_of for part in frozen))
     loss = torch.zeros((), dtype=torch.float64)
     streams = list(dict.fromkeys(s.stream for s in sequences))
@@ -237,7 +237,7 @@ def expected(directory: Path, recipe: str, sequences: list[TrainingSequence], fr
                 lengths if divided == "token" else len(own)
             )
     loss.backward()  # type: ignore[no-untyped-call]
-    gradients = {_published(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {published_name(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
     return Outcome(loss.item(), gradients, {})
 
 

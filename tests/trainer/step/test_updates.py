@@ -25,10 +25,10 @@ from megatron_cord.trainer.step.teacher import Teacher, TeacherConfig
 from megatron_cord.verify.layout_reference import (
     Sizes,
     _log_probabilities,
-    _published,
     make_checkpoint,
     make_sequences,
 )
+from megatron_cord.verify.lora_reference import published_name
 
 SIZES = Sizes(layers=2, heads=4, kv_heads=2, sequences=4, longest=10)
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, final_learning_rate_fraction=1.0)
@@ -81,7 +81,7 @@ def expected(
                 ratios += ratio.tolist()
             norms.append(float(torch.nn.utils.clip_grad_norm_(trained, OPTIMIZER.clip_norm)))
             optimizer.step()
-    return {_published(n): p.detach() for n, p in model.named_parameters()}, old, ratios, norms
+    return {published_name(n): p.detach() for n, p in model.named_parameters()}, old, ratios, norms
 
 
 @pytest.mark.parametrize(("minibatches", "passes"), [(2, 1), (1, 2), (2, 2)])
