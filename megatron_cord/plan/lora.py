@@ -135,12 +135,9 @@ def _sizes(target: LoraTarget, arch: Architecture) -> tuple[tuple[int, ...], int
         return _adapter_sizes(arch.adapter, kind, arch.encoder.hidden_size, arch.language.hidden_size)
     if part == "language_model":
         lm = arch.language
-        h, f, queries, keys = (
-            lm.hidden_size,
-            lm.ffn_hidden_size,
-            lm.num_heads * lm.head_dim,
-            lm.num_kv_heads * lm.head_dim,
-        )
+        h, queries, keys = lm.hidden_size, lm.num_heads * lm.head_dim, lm.num_kv_heads * lm.head_dim
+        is_shared = lm.experts is not None and ".shared_experts." in name
+        f = lm.experts.shared_ffn_hidden_size if lm.experts is not None and is_shared else lm.ffn_hidden_size
         return {
             "linear_qkv": ((queries, keys, keys), h),
             "linear_proj": ((h,), queries),

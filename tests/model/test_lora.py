@@ -32,6 +32,7 @@ from megatron_cord.model.layers.transformer import Norm
 from megatron_cord.model.lora.targets import find_targets
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from tests.gloo import run_ranks
+from tests.model import family_reference
 from tests.model.ranks import make_batches
 from tests.model.reference import build, save
 from tests.model.test_architecture import ARCHITECTURE
@@ -102,10 +103,10 @@ def randomize(model: LALM) -> None:
             parameter.data.copy_(drawn if dim is None else drawn.chunk(tp)[rank])
 
 
-def outputs(checkpoint: str, parallel: ParallelConfig) -> list[Tensor]:
+def outputs(checkpoint: str, parallel: ParallelConfig, family: str = "qwen2_audio") -> list[Tensor]:
     """Hidden states without LoRA, with it off, with it on, of its merged weights, and of two passes with dropout."""
     layout = initialize(parallel, seed=0)
-    arch, batch = load_architecture(checkpoint), make_batches()[2].input
+    arch, batch = load_architecture(checkpoint), make_batches(family)[2].input
     with torch.no_grad():
         plain = LALM(arch, layout, torch.float32)
         read_into(plain, checkpoint)
@@ -157,6 +158,43 @@ def test_the_same_on_two_ranks(checkpoint: Path) -> None:
             check_outputs(outcome)
         for ours, theirs in zip(*given, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+MIXTURE = "qwen2_moe"  # with a shared expert in each layer
+
+
+def mixture_on_rank(_rank: int, checkpoint: str) -> list[Tensor]:
+    """Compute with experts that two tensor-parallel ranks share out, and a shared one that they split."""
+    return outputs(checkpoint, ParallelConfig(tp=2, sequence_parallel=True, ep=2), MIXTURE)
+
+
+def test_experts(tmp_path: Path, layout: Layout) -> None:
+    """Catches the same of experts, each with tokens of its own, some with none, and of one that all tokens pass."""
+    family_reference.save(tmp_path, MIXTURE, tied=False)
+    alone = outputs(str(tmp_path), layout.config, MIXTURE)
+    check_outputs(alone)
+    targets = {target.module for target in find_targets(load_architecture(tmp_path), CONFIG, ())}
+    layer = "language_model.decoder.layers.1.mlp."
+    assert {f"{layer}{name}.linear_fc2" for name in ("experts.0", "experts.3", "shared_experts")} < targets
+    assert not any("router" in name or "gate" in name for name in targets)
+    for given in run_ranks(mixture_on_rank, 2, str(tmp_path)):
+        check_outputs(given)
+        for ours, theirs in zip(given[:4], alone[:4], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+class Grouped(torch.nn.Module):
+    """Experts whose matrices are one tensor."""
+
+
+def test_experts_that_cannot_have_it(tmp_path: Path, layout: Layout) -> None:
+    """Catches experts that are silently left without LoRA."""
+    family_reference.save(tmp_path, MIXTURE, tied=False)
+    model = LALM(load_architecture(tmp_path), layout, torch.float32)
+    model.language_model.decoder.layers[1].mlp.experts = Grouped()
+    with pytest.raises(CordError, match=r"layers.1.mlp.experts is a Grouped, .* model.lora.targets without experts"):
+        model.add_lora(CONFIG, (), seed=0)
+    model.add_lora(replace(CONFIG, targets=("q_proj",)), (), seed=0)
 
 
 def test_a_norm_inside_the_matrix(checkpoint: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:

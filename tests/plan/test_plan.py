@@ -198,8 +198,13 @@ def lora_beside_experts(_rank: int, arch: Architecture, settings: Sequence[Model
 
 
 def test_lora_of_experts(checkpoint: Path) -> None:
-    """Catches LoRA of experts that is counted on each rank, as cut over tensor-parallel ranks, or not at all."""
+    """Catches LoRA of experts that is counted on each rank, as cut over tensor-parallel ranks, or not at all.
+
+    Also that of a shared expert, which has another width.
+    """
     arch = with_experts(load_architecture(checkpoint))
+    mixture = ExpertsArchitecture(4, 2, normalized=True, shared_ffn_hidden_size=24)
+    arch = replace(arch, language=replace(arch.language, experts=mixture))
     for built in run_ranks(lora_beside_experts, 2, arch, LORA[:1]):
         config = LORA[0]
         assert built == [(lora_count(config, arch, ep=2), trained_expert_count(config, arch, 1, 0, ep=2))]
