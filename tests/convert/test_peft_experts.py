@@ -162,6 +162,18 @@ def test_adapters_that_are_not_each_expert_s(
             read_adapter(other, arch)
 
 
+def test_a_shared_expert(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches an adapter that peft would load without a word, and without its shared expert's part."""
+    (tmp_path / "checkpoint").mkdir()
+    save(tmp_path / "checkpoint", "qwen2_moe", tied=False)
+    arch = load_architecture(tmp_path / "checkpoint")
+    for kind, count in (("experts.0", 0), ("shared_expert", 1)):
+        caplog.clear()
+        factors = {f"model.layers.0.mlp.{kind}.up_proj.lora_{f}.weight": torch.ones(2, 2) for f in "AB"}
+        write_adapter(tmp_path / kind, Adapter(factors, {}, 2, 2.0), arch)
+        assert len([message for message in caplog.messages if "shared_expert.up_proj" in message]) == count
+
+
 def exported(_rank: int, checkpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return A and B, and merged weights, of a model whose experts are on two ranks; imported and exported again."""
     model = with_lora(checkpoint, initialize(ParallelConfig(ep=2), seed=0))

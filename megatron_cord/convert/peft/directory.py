@@ -8,6 +8,7 @@ tensors' file, which PEFT passes over; an adapter of another tool has none.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -20,13 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_cord.convert.hf_writer import check_vacant
-from megatron_cord.convert.peft.expert_adapters import each_experts, takes_apart
+from megatron_cord.convert.peft.expert_adapters import SHARED, each_experts, takes_apart
 from megatron_cord.convert.spelling import Spelling
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.config import LoraConfig
 from megatron_cord.runtime.files import write_json
 
+logger = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _BASE = "base_model.model.", "base_weights"
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -131,6 +133,13 @@ def write_adapter(directory: Path, adapter: Adapter, arch: Architecture) -> None
     check_vacant(directory)
     spelling = Spelling(arch)
     modules = sorted({name.rsplit(".", 2)[0] for name in adapter.factors})
+    if shared := next((module for module in modules if SHARED in module), None):
+        logger.warning(
+            "%s: peft with transformers 5 takes LoRA of a shared expert (%s) for that of the others and leaves it out; "
+            "export merged weights for it (cord convert export without --adapter)",
+            directory,
+            shared,
+        )
     in_peft = {module: spelling.module_name(f"{module}.weight").removesuffix(".weight") for module in modules}
     tensors = {spelling.module_name(name): tensor for name, tensor in adapter.whole.items()}
     saved = _modules_of(list(tensors))

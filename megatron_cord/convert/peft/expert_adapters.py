@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_cord.errors import CordError
 
+SHARED = ".mlp.shared_expert."  #: in the names of a shared expert's modules
 _EXPERTS, _INNER = ".mlp.experts", ".base_layer"
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
 _PATTERN = rf".*\.{_GATE_UP}"  #: peft's own, for gate and up that have an A each
