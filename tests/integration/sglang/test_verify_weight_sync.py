@@ -18,7 +18,7 @@ def write_step_audio_2(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("write", "tensors"), [(write_talking_checkpoint, 63), (write_step_audio_2, 60), (write_talking_graft, 62)]
+    ("write", "tensors"), [(write_talking_checkpoint, 63), (write_step_audio_2, 60), (write_talking_graft, 56)]
 )
 def test_all_three_transports(write: Callable[[Path], Path], tensors: int, tmp_path: Path) -> None:
     """Catches a transport that leaves a tensor, an audio tower's among them, or an answer other than a fresh server's.
