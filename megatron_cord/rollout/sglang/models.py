@@ -30,7 +30,7 @@ def served_model(checkpoint_dir: str | Path) -> ServedModel:
     """Return how servers take a checkpoint.
 
     Raises:
-        CordError: as `load_architecture`, or servers do not run the family.
+        CordError: as `load_architecture`, or servers do not run the family, or not with this text model.
     """
     arch = load_architecture(checkpoint_dir)
     family = FAMILIES[arch.model_type]
@@ -41,5 +41,10 @@ def served_model(checkpoint_dir: str | Path) -> ServedModel:
             "(docs/rollout.md describes what is missing)"
         )
     language = arch.language
+    if arch.encoder is not None and language.experts is not None and language.experts.shared_ffn_hidden_size:
+        raise CordError(
+            f"{checkpoint_dir}: SGLang servers do not run {family.model_type} around a text model with a shared expert "
+            "(qwen2_moe), whose class there takes no embeddings; use rollout.engine=local"
+        )
     experts = None if language.experts is None else (language.num_layers, language.experts.per_token)
     return ServedModel(family.model_type, family.sglang_max_clips, family.sglang_takes_ids, experts)

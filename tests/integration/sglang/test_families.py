@@ -115,7 +115,6 @@ def test_what_a_graft_cannot_take_is_refused(
         ("qwen2_audio+llama", False, TRANSPORTS[:1]),
         ("qwen2_audio+mistral", False, TRANSPORTS[:1]),
         ("qwen2_audio+qwen3", False, TRANSPORTS[:1]),
-        ("qwen2_audio+qwen2_moe", False, TRANSPORTS[:1]),
         ("qwen2_audio+qwen3_moe", False, TRANSPORTS[:1]),
     ],
 )

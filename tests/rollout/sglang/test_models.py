@@ -42,3 +42,10 @@ def test_a_checkpoint_without_its_classs_name(tmp_path: Path) -> None:
     save(tmp_path, "voxtral", tied=False)  # as transformers writes a configuration alone
     with pytest.raises(CordError, match=r"config\.json has no architectures, by which a server finds"):
         SglangServer(ServerConfig(checkpoint=tmp_path), "", tmp_path / "log").start()
+
+
+def test_a_text_model_that_servers_lack(tmp_path: Path) -> None:
+    """Catches a server that dies of its first spoken question."""
+    save(tmp_path, "qwen2_audio+qwen2_moe", tied=False)
+    with pytest.raises(CordError, match=r"do not run qwen2_audio around a text model with a shared expert"):
+        served_model(tmp_path)
