@@ -27,6 +27,8 @@ class LayerConfig:
     #: full: a recomputed layer keeps its input alone; selective: the input of its core attention and of its MLP, and
     #: what lies between these parts
     granularity: Literal["full", "selective"] = "full"
+    #: a rank's experts may be one module, where the layers have one; False: each is a module of its own, as for LoRA
+    grouped_experts: bool = True
 
     def recomputation(self, tower: Tower, *, experts: bool = False) -> dict[str, object]:
         """Return Megatron's settings for one tower; experts: it has them in the place of its MLPs."""
@@ -103,7 +105,9 @@ class ModelConfig:
     @property
     def layer_config(self) -> LayerConfig:
         """How the layers are computed."""
-        return LayerConfig(self.layers, self.recompute, self.recompute_granularity)
+        return LayerConfig(
+            self.layers, self.recompute, self.recompute_granularity, grouped_experts=not self.lora.enabled
+        )
 
     @property
     def torch_dtype(self) -> torch.dtype:

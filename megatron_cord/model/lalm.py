@@ -8,6 +8,7 @@ Legend: B sequences, S padded length, T packed tokens, C clips, H hidden size.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -47,7 +48,9 @@ from megatron_cord.parallel.layout import Layout, ParallelConfig
 from megatron_cord.parallel.transfers import to_device
 
 _LAYERS, _LORA = "language_model.decoder.layers.", "lora."
-_EXPERTS = ".mlp.experts.local_experts."
+EXPERTS = ".mlp.experts.local_experts."  #: in the names of experts that are modules of their own
+#: of a matrix of experts in one module: its name in theirs (transformer-engine's)
+_GROUPED = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +190,8 @@ class LALM(MegatronModule):  # type: ignore[misc]
             return name.removeprefix(_LORA).replace("/", ".")
         if not name.startswith(_LAYERS):
             return name
-        layer, is_expert, inner = name.partition(_EXPERTS)
+        name = _GROUPED.sub(rf"{EXPERTS}\2.\1.weight", name)
+        layer, is_expert, inner = name.partition(EXPERTS)
         if is_expert and self.arch.language.experts is not None:
             number, dot, rest = inner.partition(".")
             first = self.layout.ep_group.rank() * self.arch.language.experts.count // self.layout.config.ep

@@ -107,12 +107,14 @@ def padding_in_front(model: LALM, microbatches: int) -> list[ModelInput]:
 
     With `Layout.experts_span_replicas` collective over the expert-parallel ranks.
     """
-    most = model.layout.config.pp if len(model.chunks) > 1 else 0
+    most = microbatches
     if model.layout.experts_span_replicas:
         numbers = torch.tensor(microbatches, device=model.layout.device)
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=model.layout.ep_group)
-        most = max(most, int(numbers))
-    count = max(0, most - microbatches)
+        most = int(numbers)
+    if most and len(model.chunks) > 1:
+        most = max(most, model.layout.config.pp)
+    count = most - microbatches
     token = 0 if model.arch.audio_token_id != 0 else 1
     ids = torch.full((1, model.layout.sequence_sharding.multiple_of), token)
     return [ModelInput(ids.to(model.layout.device), None, None, ("padding",), None, ids) for _ in range(count)]

@@ -99,8 +99,9 @@ def traffic(config: RunConfig, arch: Architecture, work: Work, stage: int) -> Tr
     cut, replicas = tp if config.parallel.sequence_parallel else 1, work.dp * config.parallel.cp
     copies = max(1, replicas * tp // ep)  # of an expert
     # Gradients are fp32; an all-reduce sends twice what a reduce-scatter does, of which the gathering of weights is the
-    # other half.
-    reduced = updates * (4 + (item if config.optimizer.distributed else 4))
+    # other half. Experts have a distributed optimizer of their own; in Megatron-Core 0.16.1 both gather all weights.
+    gathered = item * (2 if experts else 1)
+    reduced = updates * (4 + (gathered if config.optimizer.distributed else 4))
     chunks = config.parallel.virtual_pp  # all send on, but the last one its hidden states and the first its gradient
     hops = (chunks - (stage == pp - 1)) * (student + read) + (chunks - (stage == 0)) * backward * student
     return Traffic(

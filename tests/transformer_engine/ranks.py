@@ -22,8 +22,8 @@ from torch import Tensor
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.convert import export_tensors, import_tensors
-from megatron_cord.model.architecture import Architecture
-from megatron_cord.model.config import LoraConfig
+from megatron_cord.model.architecture import Architecture, ExpertsArchitecture
+from megatron_cord.model.config import LayerConfig, LoraConfig
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.model.layers import transformer
 from megatron_cord.model.layers.fusions import Fusions
@@ -39,10 +39,11 @@ from megatron_cord.verify import layout as verify_layout
 from megatron_cord.verify.layout import VerifyLayoutConfig
 from megatron_cord.verify.layout_reference import make_checkpoint, make_sequences
 from tests.model.ranks import make_batches
-from tests.model.test_architecture import ARCHITECTURE, ENCODER
+from tests.model.test_architecture import ARCHITECTURE, ENCODER, LANGUAGE
 
 SMALL = ["sizes.layers=2", "sizes.encoder_layers=1"]
 PACKED, SP = "train.packing=packed", "parallel.sequence_parallel=true"
+GROUPED = "sizes.experts=8"
 RECOMPUTED = "model.recompute=[audio_encoder, language_model]"
 LORA = ["model.lora.rank=3", "model.lora.alpha=6"]
 EXPERTS = ["sizes.experts=4", "parallel.tp=2", SP, "parallel.ep=2"]
@@ -124,6 +125,24 @@ def _adapted(model: LALM) -> list[torch.nn.Module]:
     return [module for name, module in layers if model.global_name(name) in model.lora.branches]
 
 
+def experts(_rank: int) -> dict[str, Any]:
+    """Compare grouped experts with those that are modules of their own, as LoRA has them too: names, outputs, keys."""
+    mixture = ExpertsArchitecture(4, 2, normalized=True)
+    plain, fused, tensors = _both_kinds(replace(ARCHITECTURE, language=replace(LANGUAGE, experts=mixture)))
+    exported = dict(export_tensors(fused))
+    batch = make_batches()[1].input
+    with layers_of("transformer_engine"):
+        apart = LALM(fused.arch, fused.layout, torch.float32, LayerConfig(grouped_experts=False))
+    classes = [type(model.language_model.decoder.layers[0].mlp.experts).__name__ for model in (plain, fused, apart)]
+    return {
+        "classes": classes,
+        "same tensors": exported.keys() == tensors.keys()
+        and all(torch.equal(exported[name], tensors[name]) for name in tensors),
+        "difference": float((fused(batch) - plain(batch)).abs().max()),
+        "keys": [_keys(model) for model in (plain, fused)],
+    }
+
+
 def clips(_rank: int) -> float:
     """Return the largest difference between both kinds of layers in clips' features and their frames' gradients.
 
@@ -160,11 +179,8 @@ def _both_kinds(arch: Architecture) -> tuple[LALM, LALM, dict[str, Tensor]]:
 
 
 def _keys(model: LALM) -> set[str]:
-    return {
-        getattr(value, "key", name)
-        for name, value in model.sharded_state_dict().items()
-        if not name.endswith("_extra_state")
-    }
+    named = {getattr(value, "key", name) for name, value in model.sharded_state_dict().items()}
+    return {key for key in named if not key.endswith("_extra_state")}
 
 
 def accumulation(_rank: int) -> dict[str, Any]:
@@ -276,6 +292,7 @@ LAYOUTS: dict[str, list[str]] = {
     "tp2 sp packed": ["parallel.tp=2", SP, PACKED],
     "pp2, recomputed": ["parallel.pp=2", RECOMPUTED],
     "tp2, frozen encoder": ["parallel.tp=2", "model.freeze=[audio_encoder]"],
+    "tp2 sp ep2 packed, grouped experts": ["parallel.tp=2", SP, "parallel.ep=2", PACKED, GROUPED],
 }
 MORE_LAYOUTS: dict[str, list[str]] = {
     "dp2, overlapped": ["optimizer.overlap_communication=true"],
@@ -286,6 +303,12 @@ MORE_LAYOUTS: dict[str, list[str]] = {
         "model.recompute_granularity=selective",
     ],
     "pp2 packed, frozen language model": ["parallel.pp=2", PACKED, "model.freeze=[language_model]"],
+    "ep2, grouped experts": ["parallel.ep=2", GROUPED, "sizes.sequences=5"],
+    "pp2, grouped experts recomputed": ["parallel.pp=2", GROUPED, RECOMPUTED],
+    # Without replay bfloat16 would choose other experts than float64 for some tokens.
+    "ep2, grouped experts in bfloat16, replayed": [
+        *("parallel.ep=2", GROUPED, "model.dtype=bfloat16", "sizes.router_replay=true")
+    ],
     "dp2, ordinary optimizer": ["optimizer.distributed=false"],
     "pp2, lora recomputed": ["parallel.pp=2", RECOMPUTED, *LORA],
     "tp2 packed, lora in bfloat16": ["parallel.tp=2", PACKED, "model.dtype=bfloat16", *LORA],
@@ -303,6 +326,10 @@ CASES: dict[str, Callable[[int], Any]] = {
         checkpoint, before=["parallel.tp=2"], after=["parallel.pp=2"], kind="transformer_engine"
     ),
     "checkpoint tp2 to torch layers": partial(checkpoint, before=["parallel.tp=2"], after=[], kind="torch"),
+    "checkpoint ep2 to torch layers": partial(
+        checkpoint, before=["parallel.ep=2", GROUPED], after=[GROUPED], kind="torch"
+    ),
+    "both forms of experts": experts,
     **{name: partial(layout, overrides=overrides) for name, overrides in (LAYOUTS | MORE_LAYOUTS).items()},
 }
 

@@ -17,24 +17,29 @@ from tests.transformer_engine.session import run_session
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
-LAYOUTS = ("dp2 packed", "tp2 sp packed", "pp2, recomputed", "tp2, frozen encoder", "tp2 sp packed, lora")
+LAYOUTS = (
+    *("dp2 packed", "tp2 sp packed", "pp2, recomputed", "tp2, frozen encoder", "tp2 sp packed, lora"),
+    "tp2 sp ep2 packed, grouped experts",
+)
 MORE_LAYOUTS = (
     *("dp2, overlapped", "dp2 packed in bfloat16", "tp2 sp in bfloat16", "tp2 sp packed, recomputed selectively"),
+    *("ep2, grouped experts", "pp2, grouped experts recomputed", "ep2, grouped experts in bfloat16, replayed"),
     *("pp2 packed, frozen language model", "dp2, ordinary optimizer", "torch layers, fused"),
     *("pp2, lora recomputed", "tp2 packed, lora in bfloat16", "experts", "experts packed, lora"),
 )
-CHECKPOINTS = ("checkpoint tp2 to pp2", "checkpoint tp2 to torch layers")
+CHECKPOINTS = ("checkpoint tp2 to pp2", "checkpoint tp2 to torch layers", "checkpoint ep2 to torch layers")
 
 
 @cache
 def quick() -> dict[str, Any]:
     """Run all quick cases in one session, as starting one takes longer than the cases."""
-    return run_session(2, "names", "clips", "lora", "accumulation", "adam", *LAYOUTS, CHECKPOINTS[0])
+    alone = ("names", "clips", "lora", "accumulation", "adam", "both forms of experts")
+    return run_session(2, *alone, *LAYOUTS, CHECKPOINTS[0])
 
 
 @cache
 def slow() -> dict[str, Any]:
-    return run_session(2, *MORE_LAYOUTS, CHECKPOINTS[1])
+    return run_session(2, *MORE_LAYOUTS, *CHECKPOINTS[1:])
 
 
 def check(rows: list[Any]) -> None:
@@ -61,6 +66,15 @@ def test_norms_inside_matrices() -> None:
     found = quick()["names"]
     assert any("linear_qkv" in name for name in found["norms inside"])
     assert any("linear_fc1" in name for name in found["norms inside"])
+    assert found["same tensors"] and found["difference"] < 1e-5
+    plain, fused = found["keys"]
+    assert plain == fused
+
+
+def test_experts_in_groups() -> None:
+    """Catches experts one after the other where a module computes them together, and one in another's place."""
+    found = quick()["both forms of experts"]
+    assert found["classes"] == ["SequentialMLP", "TEGroupedMLP", "SequentialMLP"]
     assert found["same tensors"] and found["difference"] < 1e-5
     plain, fused = found["keys"]
     assert plain == fused
@@ -111,6 +125,7 @@ def test_a_checkpoint_on_another_layout() -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_for_other_layers() -> None:
-    """Catches a checkpoint that only transformer-engine's layers can read."""
-    assert slow()["checkpoint tp2 to torch layers"] < 1e-5
+@pytest.mark.parametrize("case", CHECKPOINTS[1:])
+def test_a_checkpoint_for_other_layers(case: str) -> None:
+    """Catches a checkpoint that only transformer-engine's layers can read, or only as many expert-parallel ranks."""
+    assert slow()[case] < 1e-5

@@ -186,7 +186,7 @@ class _GivenChoice:
         return scores.gather(1, chosen), chosen
 
 
-class _RecordedRouter(TopKRouter):  # type: ignore[misc]
+class RecordedRouter(TopKRouter):  # type: ignore[misc]
     """Megatron's router, which tells a record what it chooses, and follows what is given."""
 
     record: RoutingRecord
@@ -204,6 +204,6 @@ def record_routing(layers: Iterable[Any], record: RoutingRecord) -> None:
     for layer in layers:
         for module in layer.modules():
             if isinstance(module, TopKRouter):
-                module.__class__ = _RecordedRouter
+                module.__class__ = RecordedRouter
                 module.record, module.layer = record, layer.layer_number - 1
                 module.router_replay = _GivenChoice(record, module.layer)

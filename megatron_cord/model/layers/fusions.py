@@ -36,6 +36,11 @@ class Fusions:
         """Whether a matrix's gradient is added to DDP's fp32 buffer by the product that forms it."""
         return self.transformer_engine
 
+    @property
+    def grouped_experts(self) -> bool:
+        """Whether the products of a rank's experts are one call, which begins them together."""
+        return self.transformer_engine
+
     def __str__(self) -> str:
         """Name what is fused."""
         names = {

@@ -126,7 +126,7 @@ def language_config(
         # Batches differ in length, so stages exchange shapes; Megatron ties that to this dispatcher, experts or not.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        **_experts_config(arch, parallel),
+        **_experts_config(arch, parallel, grouped=fusions.grouped_experts and layers.grouped_experts),
         calculate_per_token_loss=True,  # the loss is already normalised by global counts and not divided again
         bias_activation_fusion=fusions.swiglu,
         apply_rope_fusion=fusions.rope,
@@ -135,7 +135,7 @@ def language_config(
     )
 
 
-def _experts_config(arch: LanguageArchitecture, parallel: ParallelConfig) -> dict[str, object]:
+def _experts_config(arch: LanguageArchitecture, parallel: ParallelConfig, *, grouped: bool) -> dict[str, object]:
     """Return the settings of a mixture of experts. Routers compute in fp32.
 
     Whole experts are dealt to ranks; one that is shared by all tokens is cut as an MLP.
@@ -148,6 +148,7 @@ def _experts_config(arch: LanguageArchitecture, parallel: ParallelConfig) -> dic
         "moe_router_topk": arch.experts.per_token,
         "moe_router_pre_softmax": not arch.experts.normalized,  # softmax over all, else over those that are chosen
         "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": grouped,
         "moe_router_load_balancing_type": "none",  # the loss that balances is `experts.py`'s
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": 1,
@@ -225,6 +226,8 @@ def _transformer_engine_layer(config: TransformerConfig) -> tuple[ModuleSpec, ty
     from megatron.core.extensions.transformer_engine import TENorm
 
     spec = get_gpt_layer_with_transformer_engine_spec(
-        qk_layernorm=config.qk_layernorm, num_experts=config.num_moe_experts
+        qk_layernorm=config.qk_layernorm,
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
     )
     return spec, TENorm

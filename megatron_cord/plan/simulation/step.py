@@ -126,6 +126,7 @@ class _Step:
         self.parallel, self.updates = config.parallel, work.minibatches * work.passes
         self.item = config.model.torch_dtype.itemsize
         self.replica = self.parallel.tp * self.parallel.cp
+        self.copies = max(1, work.dp * self.replica // self.parallel.ep)  # of an expert
         self.operations = rates.peak.at(end) * rates.products.at(end)
         self.bandwidth = rates.memory.at(end) * rates.memory_share.at(end)
 
@@ -170,25 +171,24 @@ class _Step:
     def reduction(self, last_backward: float) -> float:
         """Return the seconds of summing gradients that the last backward pass does not hide, over the updates."""
         reach = self.replica * self.work.dp
-        alone = self.work.dp == 1
-        nbytes = max(trace.state_bytes["gradients"] for trace in self.traces)
-        ring = (self.work.dp - 1) / self.work.dp * (1 if self.config.optimizer.distributed else 2)
-        takes = 0.0 if alone else nbytes * ring / self.rates.wire(reach, self.end) + self.rates.wait(reach, self.end)
+        each = max(self._ring(trace) * trace.state_bytes["gradients"] / max(1, trace.trained) for trace in self.traces)
+        nbytes = each * (1 if self.config.optimizer.distributed else 2)
+        takes = nbytes / self.rates.wire(reach, self.end) + self.rates.wait(reach, self.end) if nbytes else 0.0
         hidden = last_backward if self.config.optimizer.overlap_communication else 0.0
         return max(0.0, takes - hidden) * self.updates
 
     def gather_weights(self) -> float:
         """Return the seconds of gathering the new weights of the distributed optimizer, over the updates."""
-        if self.work.dp == 1 or not self.config.optimizer.distributed:
-            return 0.0
         reach = self.replica * self.work.dp
-        nbytes = max(trace.trained for trace in self.traces) * self.item * (self.work.dp - 1) / self.work.dp
+        nbytes = max(map(self._ring, self.traces)) * self.item
+        if not nbytes or not self.config.optimizer.distributed:
+            return 0.0
         return (nbytes / self.rates.wire(reach, self.end) + self.rates.wait(reach, self.end)) * self.updates
 
     def optimizer(self) -> float:
         """Return the seconds of the updates, with the new weights everywhere."""
         trained = max(trace.trained for trace in self.traces)
-        share = trained / (self.work.dp if self.config.optimizer.distributed else 1)
+        share = max(map(self._share, self.traces)) if self.config.optimizer.distributed else trained
         moved = (_SHARE_BYTES * share + _RANK_BYTES * trained) / self.bandwidth
         if self.config.optimizer.offload:  # gradients to the host and weights back
             moved += 8 * share / (self.rates.host.at(self.end) * self.rates.transport.at(self.end))
@@ -197,7 +197,7 @@ class _Step:
     def weight_sync(self, rollout_gpus: int) -> float:
         """Return the seconds until the engines have the trained tensors."""
         transport, sync = self.rates.transport.at(self.end), self.config.rollout.weight_sync
-        nbytes = sum(trace.trained for trace in self.traces) * self.parallel.tp * self.item
+        nbytes = sum(self._whole(trace.trained, trace.trained_experts) for trace in self.traces) * self.item
         reach = self.replica * self.parallel.pp
         gathered = nbytes * (1 - 1 / reach) / self.rates.wire(reach, self.end)
         if not rollout_gpus:
@@ -212,13 +212,27 @@ class _Step:
         settings = self.config.checkpoint
         if not settings.interval:
             return 0.0
-        ranks = self.parallel.tp
-        states = sum(t.parameters * self.item + t.trained * 12 for t in self.traces) * ranks
-        fullest = max(t.parameters * self.item + t.trained * 12 / self.work.dp for t in self.traces)
+        states = sum(
+            self._whole(t.parameters, t.experts) * self.item + self._whole(t.trained, t.trained_experts) * 12
+            for t in self.traces
+        )
+        fullest = max(t.parameters * self.item + self._share(t) * 12 for t in self.traces)
         staging = fullest / (self.rates.host.at(self.end) * self.rates.transport.at(self.end))
         writing = states / (self.rates.storage.at(self.end) * ceil(gpus / NODE))
         waits = max(0.0, writing - settings.interval * step) if settings.asynchronous else writing
         return (staging + waits) / settings.interval
+
+    def _whole(self, parameters: int, experts: int) -> int:
+        """Return the parameters of all ranks of a stage's replica, of a rank's and of the experts among them."""
+        return (parameters - experts) * self.parallel.tp + experts * self.parallel.ep
+
+    def _share(self, trace: RankTrace) -> float:
+        """Return the parameters that a rank updates where the ranks with the same ones share them out."""
+        return (trace.trained - trace.trained_experts) / self.work.dp + trace.trained_experts / self.copies
+
+    def _ring(self, trace: RankTrace) -> float:
+        """Return the parameters that a rank sends where these ranks gather them, or sum their gradients."""
+        return trace.trained - self._share(trace)
 
     def _pass(self, trace: RankTrace, phase: str, backward: bool, sequences: int, batches: int) -> tuple[float, float]:
         """Return the seconds of one microbatch's pass on a stage: products and memory; collectives within layers."""
@@ -230,12 +244,13 @@ class _Step:
         )
         scale = sequences / batches / seen
         flops = counted.backward_flops if backward else counted.forward_flops
-        within = [c for c in counted.collectives if c.backward == backward and c.group in ("tp", "cp")]
-        taken = sum(
-            c.sent * scale / self.rates.wire(self.replica, self.end)
-            + c.calls / calls * self.rates.wait(self.replica, self.end)
-            for c in within
-        )
+        within = [c for c in counted.collectives if c.backward == backward and c.group in ("tp", "cp", "ep")]
+        taken = 0.0
+        for c in within:
+            reach = max(self.replica, self.parallel.ep) if c.group == "ep" else self.replica
+            taken += c.sent * scale / self.rates.wire(reach, self.end) + c.calls / calls * self.rates.wait(
+                reach, self.end
+            )
         moved = bytes_of_passes(trace.parameters, trace.trained, self.item)[backward]
         return flops * scale / self.operations + moved / self.bandwidth, taken
 

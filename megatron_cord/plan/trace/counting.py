@@ -41,13 +41,16 @@ _COLLECTIVES: Mapping[str, tuple[str, int, int, bool]] = {
     "reduce_scatter_": ("reduce_scatter", 2, 0, True),
     "_reduce_scatter_base_": ("reduce_scatter", 2, 1, False),
     "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 2, 1, False),
+    "alltoall_base_": ("all_to_all", 2, 1, False),
     "broadcast_": ("broadcast", 1, 0, False),
     "reduce_": ("reduce", 1, 0, False),
     "send": ("send", 1, 0, False),
     "recv_": ("receive", 1, 0, False),
 }
 #: those that return their work alone; the others return their outputs too
-_WORK_ALONE = {"send", "recv_", "reduce_", "barrier"} | {name for name in _COLLECTIVES if "coalesced" in name}
+_WORK_ALONE = {"send", "recv_", "reduce_", "barrier", "alltoall_base_"} | {
+    name for name in _COLLECTIVES if "coalesced" in name
+}
 
 
 @dataclass
@@ -162,6 +165,10 @@ class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self.fake:
                 shape = func(*args, **kwargs).shape
             return torch.full(shape, packet is aten.all)
+        if packet is aten.masked_select and not isinstance(args[1], FakeTensor):
+            where = args[1].expand(args[0].shape).nonzero().unbind(1)
+            with self.fake:
+                return args[0][where]
         if func._schema.is_mutable and func._schema.arguments[0].alias_info is not None:
             written = args[0]
             if isinstance(written, Tensor) and not isinstance(written, FakeTensor):

@@ -15,6 +15,7 @@ RING: Mapping[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "all_gather": lambda n: (n - 1) / n,
     "reduce_scatter": lambda n: (n - 1) / n,
+    "all_to_all": lambda n: (n - 1) / n,  # of what is spread evenly over the ranks
     "broadcast": lambda n: 1.0,
     "reduce": lambda n: 1.0,
     "send": lambda n: 1.0,
@@ -28,7 +29,7 @@ class Collective:
 
     Attributes:
         kind: a key of ``RING``.
-        group: tp, dp, pp, cp, world or other.
+        group: tp, dp, pp, cp, ep, world or other.
         ranks: of the group.
         backward: whether the backward pass makes them.
         calls: how many.
@@ -94,6 +95,8 @@ class RankTrace:
         taught_microbatches: of the teacher.
         phases: by the names of ``PHASES``.
         seconds: that tracing took.
+        experts: of the parameters, those of experts, which expert-parallel ranks share out.
+        trained_experts: of them, those with a gradient.
     """
 
     stage: int
@@ -108,6 +111,8 @@ class RankTrace:
     taught_microbatches: int
     phases: Mapping[str, PhaseTrace]
     seconds: float
+    experts: int = 0
+    trained_experts: int = 0
 
     @property
     def flops(self) -> float:

@@ -1,7 +1,8 @@
 """Trace one rank of each pipeline stage through a step of training: model, teacher, optimizer and step are the run's.
 
 Simplifications: layers are Megatron's with torch's attention, as transformer-engine's need its library; all sequences
-have the planned lengths; ranks of a stage do alike, so the first of each stands for them.
+have the planned lengths; all experts of a mixture are chosen equally often; ranks of a stage do alike, so the first of
+each stands for them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_cord.errors import CordError
-from megatron_cord.model.lalm import LALM, ModelInput
+from megatron_cord.model.lalm import EXPERTS, LALM, ModelInput
 from megatron_cord.model.pipeline import padding_in_front
 from megatron_cord.parallel import portability
 from megatron_cord.parallel.layout import Layout, finalize, initialize
@@ -60,12 +61,6 @@ def trace_step(
         raise CordError("cord plan --trace computes nothing and needs no GPU: set CUDA_VISIBLE_DEVICES= (empty)")
     if dist.is_initialized():
         raise CordError("a trace makes process groups of its own; call it outside of torchrun")
-    archs = (arch, *filter(None, [work.teacher]), *dict(work.others).values())
-    if any(each.language.experts is not None for each in archs):
-        raise CordError(
-            "cord plan --trace does not cover mixtures of experts: what ranks exchange depends on routers' numbers, "
-            "and a trace has none; leave --trace out"
-        )
     config = replace(config, model=replace(config.model, layers="torch"))
     return [_trace_rank(config, arch, work, gpu, stage, audio_seconds) for stage in range(config.parallel.pp)]
 
@@ -146,6 +141,7 @@ def _trace_rank(
             raise CordError("trace: the step skipped its update, so its optimizer was not counted")
         phases = mode.results()
         state["optimizer"] += phases["optimizer"].grown
+        experts = [p for name, p in student.named_parameters() if EXPERTS in name and "lora" not in name]
         return RankTrace(
             stage=stage,
             rank=rank,
@@ -159,6 +155,8 @@ def _trace_rank(
             taught_microbatches=len(taught),
             phases=phases,
             seconds=time.perf_counter() - begun,
+            experts=sum(p.numel() for p in experts),
+            trained_experts=sum(p.numel() for p in experts if p.requires_grad),
         )
 
 
@@ -197,9 +195,10 @@ def _names(layout: Layout) -> dict[str, str]:
     """Return what process groups are called in the result, by their own names."""
     groups = {"world": dist.group.WORLD, "pp": layout.pp_group, "dp": layout.dp_group, "cp": layout.cp_group}
     named = {str(group.group_name): name for name, group in groups.items() if group is not None}
-    for attribute in ("dp_cp", "intra_dp_cp"):
+    kinds = {"dp_cp": "dp", "intra_dp_cp": "dp", "expt_dp": "dp", "intra_expt_dp": "dp", "ep": "ep", "tp_ep": "ep"}
+    for attribute, name in kinds.items():
         group = getattr(layout.groups, attribute, None)
         if group is not None:
-            named[str(group.group_name)] = "dp"
+            named[str(group.group_name)] = name
     named |= {str(group.group_name): "pp" for kind in layout.channels or () for group in kind}
     return named | {str(layout.tp_group.group_name): "tp"}

@@ -24,7 +24,7 @@ from megatron_cord.losses.kernels.backend import UpstreamGrads
 from megatron_cord.losses.statistics import GlobalStats, PartialStats
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.lalm import LALM
-from megatron_cord.model.layers import attention
+from megatron_cord.model.layers import attention, experts
 from megatron_cord.parallel import huge_pages, layout, portability
 from megatron_cord.parallel.stage_messages import Channels
 from megatron_cord.plan.trace.counting import CountingMode
@@ -112,6 +112,15 @@ def substituted(
         """Stand for the fused kernel of the gradients' norm, [1]."""
         return tensors[0][0].new_empty(1), None
 
+    route = experts.RecordedRouter.routing
+
+    def route_evenly(self: Any, logits: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Return a router's probabilities, and a choice of all experts in turn, whose numbers are known, [T, E]."""
+        probs, _ = route(self, logits, *arguments, **options)
+        rows, count = probs.shape
+        turns = (torch.arange(rows)[:, None] * self.topk + torch.arange(self.topk)) % count
+        return probs, torch.zeros(rows, count, dtype=torch.bool).scatter_(1, turns, True)
+
     def nothing(*_: Any, **__: Any) -> None:
         """Do nothing."""
 
@@ -127,6 +136,8 @@ def substituted(
         (torch.nn.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x, self.weight)),  # type: ignore[no-untyped-call]
         # A GPU's kernel takes short sequences, too.
         (attention, "is_small", lambda *_: False),
+        (experts.RecordedRouter, "routing", route_evenly),
+        (experts.RoutingRecord, "take", lambda *_: {}),
         # What the loss takes of a GPU.
         (loss, "choose_backend", lambda *_, **__: ShapedBackend()),
         (matmul, "multiplies_bfloat16", lambda: True),

@@ -109,6 +109,8 @@ def test_a_run_goes_on_from_the_checkpoint_before(
     [
         ("tp=1", "pp=2"),
         pytest.param("ep=2", "ep=1", marks=pytest.mark.slow),
+        pytest.param("ep=1", "ep=4", marks=pytest.mark.slow),
+        pytest.param("ep=4", "ep=2", marks=pytest.mark.slow),
         pytest.param("tp=2", "tp=1", marks=pytest.mark.slow),
         pytest.param("pp=2", "pp=1", marks=pytest.mark.slow),
     ],
@@ -116,24 +118,25 @@ def test_a_run_goes_on_from_the_checkpoint_before(
 def test_a_run_continues_on_another_layout(inputs: Path, tmp_path: Path, before: str, after: str) -> None:
     """Catches states that are split or joined wrongly: later losses agree to 1e-5 with those of the layout that saved.
 
-    Two ranks that are not needed for tp=1 share the data. The model of ep=2 has experts.
+    Two ranks, and four for ep=4, share the data where the layout does not need them. Models of ep have experts.
     """
     more: tuple[str, ...] = ()
-    if before == "ep=2":
+    if before.startswith("ep="):
         write_checkpoint(tmp_path / "mixture", experts=4)
         more = (f"model.checkpoint={tmp_path / 'mixture'}", "objective.router_aux_loss=0.01")
 
-    def two(output: Path, setting: str) -> Path:
+    def run_on(output: Path, setting: str) -> Path:
         settings = overrides(inputs, output, f"parallel.{setting}", "checkpoint.keep=0", *more)
-        ranks = Ranks(settings, output.with_suffix(".log"))
-        assert ranks.statuses(300) == [0, 0], ranks.log.read_text()
+        world = 4 if setting == "ep=4" else 2
+        ranks = Ranks(settings, output.with_suffix(".log"), world=world)
+        assert ranks.statuses(300) == [0] * world, ranks.log.read_text()
         return output
 
-    whole = two(tmp_path / "whole", before)
+    whole = run_on(tmp_path / "whole", before)
     shutil.copytree(whole, tmp_path / "continued")
     for step in (4, 5):
         shutil.rmtree(tmp_path / "continued" / "checkpoints" / f"step_{step:06d}")
-    continued = two(tmp_path / "continued", after)
+    continued = run_on(tmp_path / "continued", after)
     assert "resuming after step 2" in continued.with_suffix(".log").read_text()
     assert [loss for loss, _ in losses(continued)] == pytest.approx([loss for loss, _ in losses(whole)], rel=1e-5)
 

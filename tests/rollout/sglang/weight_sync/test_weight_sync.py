@@ -5,6 +5,7 @@ from __future__ import annotations
 import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from examples.quickstart.checkpoint import TinyModelConfig, create_checkpoint
 from megatron_cord.errors import CordError
@@ -78,6 +81,46 @@ def test_experts_of_other_ranks_are_in_plan_and_stream(tmp_path: Path) -> None:
     first, second, third, fourth = run_ranks(plans_of_rank, 4, str(tmp_path), layouts)
     assert first == second == [True] * 8  # ranks that have the others' experts take part, other replicas do not
     assert third == fourth == [True] * 4  # of ep=4 and pp=2 alone
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of storages that are made within it, and the most that exist at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.untyped_storage()._cdata not in known:
+            size = out.untyped_storage().nbytes()
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(out.untyped_storage(), self._free, size)
+        return out
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def memory_of_stream(rank: int, checkpoint: str) -> tuple[int, int, int]:
+    """Return the most bytes that streaming all tensors takes beside the model, those of the largest one and of all."""
+    model = LALM(load_architecture(checkpoint), initialize(ParallelConfig(ep=2), seed=0), torch.float32)
+    sizes = []
+    with Allocations() as allocations:
+        for _, tensor in ShardedModelWeights(model).tensors(full=True):
+            sizes.append(tensor.nbytes)
+    parallel_state.destroy_model_parallel()
+    return allocations.most, max(sizes), sum(sizes)
+
+
+def test_experts_are_gathered_one_at_a_time(tmp_path: Path) -> None:
+    """Catches ranks that have the memory of all experts, or of a layer's, while they gather them."""
+    sizes = TinyModelConfig(layers=2, kv_heads=4, experts=16, hidden_size=64, ffn_size=256)
+    create_checkpoint(tmp_path, sizes, ["one", "two"], seed=0)
+    for most, largest, total in run_ranks(memory_of_stream, 2, str(tmp_path)):
+        assert largest <= most <= 5 * largest < total / 8, (most, largest, total)
 
 
 class Source:
