@@ -11,22 +11,26 @@ from megatron_cord.errors import CordError
 
 @dataclass(frozen=True)
 class ChunkArchitecture:
-    """How an encoder without a window takes clips of any length: a chunk of frames at a time (Qwen3-Omni).
+    """How an encoder without a window takes clips of any length: a chunk of frames at a time.
 
-    Three convolutions over mel bands and frames, each with stride 2, see one chunk; sinusoids count from its beginning;
-    positions attend to those of a few chunks.
+    The convolutions see one chunk: Whisper's two over frames (Qwen2.5-Omni), or three over mel bands and frames, each
+    with stride 2 (Qwen3-Omni). Sinusoids count from a chunk's beginning; positions attend to those of a few chunks.
     """
 
     frames: int  #: log-mel frames of a chunk; a clip's last one may have fewer
     attended: int  #: neighbouring chunks that attend to each other
-    channels: int  #: of the convolutions
+    channels: int = 0  #: of convolutions over bands and frames; 0 for Whisper's
 
     def positions(self, num_frames: int) -> int:
-        """Return how many positions the convolutions make of so many frames of one chunk: one in eight, rounded up."""
-        return (num_frames + 7) // 8
+        """Return how many positions the convolutions make of so many frames of one chunk.
+
+        It is one in eight, rounded up, and with Whisper's convolutions one in two.
+        """
+        stride = 8 if self.channels else 2
+        return -(-num_frames // stride)
 
     def bands(self, num_mels: int) -> int:
-        """Return how many bands the convolutions leave of so many mel bands."""
+        """Return how many bands the convolutions over bands and frames leave of so many mel bands."""
         return self.positions(num_mels)
 
 

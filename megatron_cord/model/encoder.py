@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron_cord.model.architecture import EncoderArchitecture
 from megatron_cord.model.config import LayerConfig
 from megatron_cord.model.layers.attention import packed_sequences, select_key_rows
-from megatron_cord.model.layers.chunk_stem import ChunkStem
+from megatron_cord.model.layers.chunk_stem import ChunkStem, WhisperChunkStem
 from megatron_cord.model.layers.packed_rows import first_rows
 from megatron_cord.model.layers.transformer import block_spec, encoder_config
 from megatron_cord.parallel.layout import Layout
@@ -51,7 +51,8 @@ class AudioEncoder(MegatronModule):  # type: ignore[misc]
         self.arch = arch
         hidden = arch.hidden_size
         if arch.chunks is not None:
-            self.stem = ChunkStem(arch.chunks, arch.num_mels, hidden, dtype, layout.device)
+            kind = ChunkStem if arch.chunks.channels else WhisperChunkStem
+            self.stem = kind(arch.chunks, arch.num_mels, hidden, dtype, layout.device)
         else:
             self._add_convolutions(dtype, layout.device)
         groups = copy.copy(layout.groups)

@@ -197,7 +197,7 @@ def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: i
 
 def _convolution_width(enc: EncoderArchitecture) -> float:
     """Return the elements of a position that the convolutions, their GELUs and the last norm keep."""
-    if enc.chunks is None:
+    if enc.chunks is None or not enc.chunks.channels:
         return 2 * enc.num_mels + 6 * enc.hidden_size  # convolutions at twice the rate
     # Each convolution keeps what enters it and its GELU: a quarter of the one before it, over bands and frames.
     frames, mels = enc.chunks.frames, enc.num_mels

@@ -123,7 +123,7 @@ def _encoder(enc: EncoderArchitecture, tp: int) -> int:
     shared = (3 * h * (h + 1) + h * h + f * (h + 1) + f * h) // tp  # qkv, projection, fc1, fc2; biases of qkv and fc1
     layer = shared + 2 * h + 4 * h  # biases of projection and fc2, two norms
     convolutions = 3 * h * (enc.num_mels + h) + 2 * h
-    if enc.chunks is not None:
+    if enc.chunks is not None and enc.chunks.channels:
         channels = enc.chunks.channels
         convolutions = 9 * channels * (1 + 2 * channels) + 3 * channels + channels * enc.chunks.bands(enc.num_mels) * h
     return convolutions + _positions(enc) + enc.num_layers * layer + 2 * h

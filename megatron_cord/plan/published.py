@@ -9,12 +9,18 @@ from megatron_cord.errors import CordError
 if TYPE_CHECKING:
     from megatron_cord.model.architecture import Architecture
 
-PUBLISHED = ("qwen2_audio_7b", "qwen3_omni_30b_a3b", "step_audio2_mini")  #: names that `published` knows
+PUBLISHED = (
+    "qwen2_5_omni_7b",
+    "qwen2_audio_7b",
+    "qwen3_omni_30b_a3b",
+    "step_audio2_mini",
+)  #: names that `published` knows
 
 
 def published(name: str) -> Architecture:
     """Return a published model's architecture. Raises CordError for an unknown name."""
     known = {
+        "qwen2_5_omni_7b": _qwen2_5_omni_7b,
         "qwen2_audio_7b": _qwen2_audio_7b,
         "qwen3_omni_30b_a3b": _qwen3_omni_30b_a3b,
         "step_audio2_mini": _step_audio2_mini,
@@ -22,6 +28,41 @@ def published(name: str) -> Architecture:
     if name not in known:
         raise CordError(f"unknown model {name!r}; choose one of {', '.join(known)}, or give a checkpoint's directory")
     return known[name]()
+
+
+def _qwen2_5_omni_7b() -> Architecture:
+    from megatron_cord.model import architecture as a
+
+    return a.Architecture(
+        model_type="qwen2_5_omni",
+        encoder=a.EncoderArchitecture(
+            num_mels=128,
+            hidden_size=1280,
+            num_layers=32,
+            num_heads=20,
+            ffn_hidden_size=5120,
+            max_positions=1500,
+            clip_frames=30_000,
+            chunks=a.ChunkArchitecture(frames=200, attended=1),
+        ),
+        language=a.LanguageArchitecture(
+            hidden_size=3584,
+            num_layers=28,
+            num_heads=28,
+            num_kv_heads=4,
+            head_dim=128,
+            ffn_hidden_size=18944,
+            vocab_size=152064,
+            max_positions=32768,
+            rope_theta=1000000.0,
+            norm_epsilon=1e-6,
+            qkv_bias=True,
+            tied_embeddings=False,
+        ),
+        audio_token_id=151646,
+        adapter=a.AdapterArchitecture("linear"),
+        refused_tokens=((151655, "an image"), (151656, "a video")),
+    )
 
 
 def _qwen2_audio_7b() -> Architecture:

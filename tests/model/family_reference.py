@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    Qwen2_5OmniConfig,
     Qwen2AudioConfig,
     Qwen2AudioEncoderConfig,
     Qwen2AudioForConditionalGeneration,
@@ -33,7 +34,9 @@ from transformers import (
 
 from examples.quickstart.checkpoint import CHAT_TEMPLATE, SPECIAL_TOKENS, published_name
 from megatron_cord.convert.fused_experts import published_parts
-from megatron_cord.model.families.qwen3_omni_moe.plain_model import Thinker
+from megatron_cord.model.families.plain_thinker import PlainThinker
+from megatron_cord.model.families.qwen2_5_omni.plain_model import Thinker as Qwen25Thinker
+from megatron_cord.model.families.qwen3_omni_moe.plain_model import Thinker as Qwen3Thinker
 from megatron_cord.model.families.step_audio_2.audio import StepAudio2Config
 from megatron_cord.model.families.step_audio_2.plain_model import StepAudio2
 from megatron_cord.model.families.ultravox.configuration import UltravoxConfig
@@ -151,6 +154,48 @@ def qwen3_omni_config(*, tied: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def qwen2_5_omni_config(*, tied: bool) -> dict[str, Any]:
+    """Return what a small Qwen2.5-Omni's configuration has in the place of transformers' defaults, as published.
+
+    A chunk has five positions after the convolutions, so that neighbours of two chunks are averaged.
+    """
+    rope = {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [1, 2, 1]}
+    text = DECODER | {"model_type": "qwen2_5_omni_text", "rope_parameters": rope, "tie_word_embeddings": not tied}
+    talker = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "embedding_size": 48, "rope_parameters": rope,
+    }  # fmt: skip
+    dit = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8, "emb_dim": 8,
+        "num_embeds": 12, "mel_dim": 4, "enc_emb_dim": 4, "enc_dim": 4, "enc_channels": [8, 8, 8, 8, 24],
+        "enc_attention_channels": 4, "enc_se_channels": 4, "enc_res2net_scale": 2, "look_ahead_layers": [0],
+        "look_backward_layers": [0],
+    }  # fmt: skip
+    bigvgan = {
+        "mel_dim": 4, "upsample_initial_channel": 8, "resblock_kernel_sizes": [3], "upsample_rates": [2],
+        "resblock_dilation_sizes": [[1, 1, 1]], "upsample_kernel_sizes": [4],
+    }  # fmt: skip
+    return {
+        "thinker_config": {
+            "audio_config": {
+                "num_mel_bins": MELS, "d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 20, "max_source_positions": WINDOW, "n_window": 5, "output_dim": 48,
+            },
+            "text_config": text,
+            "vision_config": {
+                "depth": 2, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "out_hidden_size": 48,
+                "patch_size": 4, "fullatt_block_indexes": [0],
+            },
+            "audio_token_index": AUDIO_ID, "image_token_index": VOCAB_SIZE, "video_token_index": VOCAB_SIZE + 1,
+            "vision_start_token_id": VOCAB_SIZE + 2, "vision_end_token_id": VOCAB_SIZE + 3,
+            "audio_start_token_id": VOCAB_SIZE + 4, "audio_end_token_id": VOCAB_SIZE + 5,
+            "tie_word_embeddings": tied,
+        },
+        "talker_config": talker,
+        "token2wav_config": {"dit_config": dit, "bigvgan_config": bigvgan},
+    }  # fmt: skip
+
+
 def _mask(batch: Batch) -> Tensor:
     return (torch.arange(batch.input.token_ids.shape[1])[None] < torch.tensor(batch.lengths)[:, None]).long()
 
@@ -191,8 +236,10 @@ def build(family: str, tied: bool) -> Any:
         model = voxtral(VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_ID))
     elif family == "ultravox":
         model = Ultravox(UltravoxConfig(**ultravox_config(kind or "qwen2", tied=tied)))
+    elif family == "qwen2_5_omni":
+        model = Qwen25Thinker(Qwen2_5OmniConfig(**qwen2_5_omni_config(tied=tied)).thinker_config)
     elif family == "qwen3_omni_moe":
-        model = Thinker(Qwen3OmniMoeConfig(**qwen3_omni_config(tied=tied)).thinker_config)
+        model = Qwen3Thinker(Qwen3OmniMoeConfig(**qwen3_omni_config(tied=tied)).thinker_config)
     else:
         model = StepAudio2(
             StepAudio2Config(audio_encoder_config=STEP_ENCODER, text_config=DECODER, audio_token_id=AUDIO_ID)
@@ -205,7 +252,7 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
     """Return logits [B, S, V]; those of padding are meaningless."""
     if isinstance(model, Qwen2AudioForConditionalGeneration):
         return qwen2_audio_logits(model, batch)
-    if isinstance(model, Thinker):
+    if isinstance(model, PlainThinker):
         return _thinker_logits(model, batch)
     inputs = {"input_ids": batch.input.token_ids, "attention_mask": _mask(batch)}
     if batch.input.features is not None:
@@ -220,11 +267,12 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
 def _thinker_logits(model: Any, batch: Batch) -> Tensor:
     """Return the same of transformers' own forward pass of each sample by itself."""
     frames, start, rows = batch.input.num_frames or (), 0, []
+    family = "qwen3_omni_moe" if isinstance(model, Qwen3Thinker) else "qwen2_5_omni"
     for ids, length in zip(batch.input.token_ids, batch.lengths, strict=True):
         inputs: dict[str, Any] = {"input_ids": ids[None, :length], "attention_mask": torch.ones(1, length).long()}
         left, end = int((ids == AUDIO_ID).sum()), start
         while left:
-            left -= TOKENS["qwen3_omni_moe"](frames[end])
+            left -= TOKENS[family](frames[end])
             end += 1
         if end > start:
             clips = torch.as_tensor(batch.input.features)[start:end]
@@ -240,7 +288,7 @@ def _thinker_logits(model: Any, batch: Batch) -> Tensor:
 
 def published(family: str, name: str) -> str:
     """Return the name in a checkpoint's files of a parameter of the reference."""
-    if family == "qwen3_omni_moe":
+    if family in ("qwen2_5_omni", "qwen3_omni_moe"):
         return f"thinker.{name}"
     return published_name(name) if family.partition("+")[0] in ("voxtral", "qwen2_audio") else name
 
@@ -251,7 +299,9 @@ def save(directory: Path, family: str, tied: bool) -> None:
     named = ((published(family, name), p.detach()) for name, p in model.named_parameters())
     parts = {name: part.clone() for whole in named for name, part in published_parts(*whole)}
     save_file(parts, directory / "model.safetensors")
-    if family == "qwen3_omni_moe":
+    if family == "qwen2_5_omni":
+        Qwen2_5OmniConfig(**qwen2_5_omni_config(tied=tied)).save_pretrained(directory)
+    elif family == "qwen3_omni_moe":
         Qwen3OmniMoeConfig(**qwen3_omni_config(tied=tied)).save_pretrained(directory)
     elif family == "step_audio_2":
         config = {
@@ -297,7 +347,7 @@ def save_whole(directory: Path, family: str, words: Sequence[str], *, tied: bool
         chat_template=CHAT_TEMPLATE,
     )
     tokenizer.save_pretrained(directory)
-    if family.partition("+")[0] in ("voxtral", "qwen2_audio", "qwen3_omni_moe"):
+    if family.partition("+")[0] in ("voxtral", "qwen2_audio", "qwen2_5_omni", "qwen3_omni_moe"):
         extractor = {
             "feature_extractor_type": "WhisperFeatureExtractor",
             "feature_size": MELS,

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Qwen2_5OmniConfig,
+    Qwen2_5OmniForConditionalGeneration,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+)
 
 from examples.quickstart.checkpoint import published_name
 from megatron_cord.convert.fused_experts import published_parts
@@ -91,10 +98,47 @@ TEXT: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+_ROPE = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
+#: Qwen2.5-Omni of 7B and 3B, where they are not transformers' defaults: widths of the thinker, and the talker.
+OMNI: dict[str, dict[str, Any]] = {
+    "qwen2_5_omni": {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064,
+    },
+    "qwen2_5_omni_3b": {
+        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "vocab_size": 151936,
+    },
+}  # fmt: skip
+TALKERS = {
+    "qwen2_5_omni": {
+        "hidden_size": 896, "intermediate_size": 18944, "num_hidden_layers": 24, "num_attention_heads": 12,
+        "num_key_value_heads": 4, "embedding_size": 3584,
+    },
+    "qwen2_5_omni_3b": {
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "head_dim": 64, "embedding_size": 2048,
+    },
+}  # fmt: skip
+
+
+def omni_config(family: str) -> Any:
+    """Return the configuration of a published Qwen2.5-Omni."""
+    text, talker = OMNI[family], TALKERS[family]
+    thinker = {
+        "audio_config": {"output_dim": text["hidden_size"]},
+        "vision_config": {"hidden_size": 1280, "out_hidden_size": text["hidden_size"]},
+        "text_config": text | {"rope_parameters": _ROPE},
+    }
+    return Qwen2_5OmniConfig(thinker_config=thinker, talker_config=talker | {"rope_parameters": _ROPE})
+
+
 def full_size_config(family: str) -> Any:
     """Return the sizes of a family's published model."""
     if family in TEXT:
         return AutoConfig.for_model(family, **TEXT[family])
+    if family in OMNI:
+        return omni_config(family)
     if family == "qwen2_audio":
         return Qwen2AudioConfig(audio_config=ENCODER, text_config=QWEN2, audio_token_index=151646)
     return StepAudio2Config(audio_encoder_config=STEP_ENCODER, text_config=STEP_TEXT)
@@ -103,6 +147,7 @@ def full_size_config(family: str) -> Any:
 def full_size_shapes(family: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor by its published name, from a model without memory."""
     kinds: dict[str, Any] = {"qwen2_audio": Qwen2AudioForConditionalGeneration, "step_audio_2": StepAudio2}
+    kinds |= dict.fromkeys(OMNI, Qwen2_5OmniForConditionalGeneration)
     with torch.device("meta"):
         model = kinds.get(family, AutoModelForCausalLM.from_config)(full_size_config(family))
     name_of = published_name if family == "qwen2_audio" else str
@@ -113,7 +158,7 @@ def full_size_shapes(family: str) -> dict[str, tuple[int, ...]]:
 def write_full_size(directory: Path, family: str, max_bytes: int = 10**12) -> dict[str, tuple[int, ...]]:
     """Write configuration and sparse bfloat16 files of at most max_bytes each; return the shapes."""
     shapes = full_size_shapes(family)
-    if family == "qwen2_audio":
+    if family == "qwen2_audio" or family in OMNI:
         full_size_config(family).save_pretrained(directory)
     else:
         audio = {"audio_encoder_config": STEP_ENCODER, "text_config": STEP_TEXT}

@@ -39,6 +39,7 @@ TOKENS: dict[str, Callable[[int], int]] = {
     "step_audio_2": lambda frames: ((frames + 1) // 2 // 2 + 1) // 2,
     "voxtral": lambda _: WINDOW // 2 // 4,
     "ultravox": lambda frames: -(-((frames + 1) // 2) // 5),
+    "qwen2_5_omni": lambda frames: (frames + 1) // 2 // 2,
     "qwen3_omni_moe": lambda frames: frames // 100 * 13 + -(-(frames % 100) // 8),
 }
 #: Frames of clips in the place of those below for a family that divides them into chunks of a hundred.

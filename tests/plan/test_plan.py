@@ -99,6 +99,7 @@ def build_on_rank(rank: int, archs: list[Architecture]) -> list[list[int]]:
 def test_parameters_of_published_models() -> None:
     """Catches a wrong size or formula: the counts of the published files, to the last parameter for Qwen2-Audio."""
     assert part_counts(published("qwen2_audio_7b")).total == 8_397_094_912
+    assert part_counts(published("qwen2_5_omni_7b")).total == 8_255_256_576
     assert round(part_counts(published("step_audio2_mini")).total / 1e9, 1) == 8.3
 
 
@@ -506,6 +507,15 @@ def test_examples_have_the_layout_that_is_chosen(name: str) -> None:
     assert sent[0].tp + sent[0].dp < 0.6 * (sent[1].tp + sent[1].dp)
     settings = fitting(slower, published(name), GPUS["h100"], 4, 4)
     assert settings is not None and "parallel.tp=2" in settings
+
+
+@pytest.mark.parametrize(("gpus", "settings"), [(8, ()), (32, ("parallel.tp=4", "parallel.pp=4"))])
+def test_an_example_on_more_gpus(gpus: int, settings: tuple[str, ...]) -> None:
+    """Catches layouts in the words above an example's configuration that are not the fastest ones any more."""
+    path = ROOT / "examples" / "qwen2_5_omni_7b" / "config.yaml"
+    config = load_config(RunConfig, path, list(settings))
+    assert fitting(config, published("qwen2_5_omni_7b"), GPUS["h100"], gpus, gpus) == []
+    assert not settings or " ".join(settings) in path.read_text()
 
 
 def test_numbers_of_gpus() -> None:

@@ -10,10 +10,10 @@ from tests.model.family_reference import save_whole
 from tests.tiny_run import WORDS, make_samples, metrics, overrides, write_shards
 from tests.trainer.fault_ranks import run_forked
 
+SLOW = ("qwen2_5_omni", "ultravox", "voxtral")
 
-@pytest.mark.parametrize(
-    "family", ["step_audio_2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ultravox", "voxtral"))]
-)
+
+@pytest.mark.parametrize("family", ["step_audio_2", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_family_is_trained(family: str, tmp_path: Path) -> None:
     """Catches a family that can be converted but not trained: prompts that its model does not take.
 

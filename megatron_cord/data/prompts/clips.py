@@ -44,6 +44,8 @@ class ClipMaker:
         self._pads_to_longest = family_of(architecture).pads_to_longest
         self._fewest_frames = next(n for n in count(1) if architecture.num_audio_tokens(n) >= _FEWEST_TOKENS)
         self.longest = architecture.encoder.max_clip_frames * features.hop_length
+        if not self._pads_to_longest:
+            self.longest = min(self.longest, features.n_samples)  # a processor without padding cuts nothing off
         # Behind the longest clip of a prompt there is no silence that would fill its last frame.
         self.shortest = self._fewest_frames * features.hop_length
         if not self._pads_to_longest:
@@ -70,7 +72,7 @@ class ClipMaker:
             [window for *_, window in windows],
             [_name(samples[i], j) for i, j, _ in windows],
             [samples[i].sampling_rate for i, *_ in windows],
-            self._lengths([(i, window.shape[0]) for i, _, window in windows]) if self._pads_to_longest else None,
+            self._lengths([(i, window.shape[0]) for i, _, window in windows]),
         )
         clips: list[list[list[AudioClip]]] = [[[] for _ in sample.recordings] for sample in samples]
         for (i, j, window), made in zip(windows, features, strict=True):
@@ -86,11 +88,20 @@ class ClipMaker:
             clips[i][j].append(AudioClip(window, log_mel, made.num_frames, tokens))
         return clips
 
-    def _lengths(self, clips: Sequence[tuple[int, int]]) -> list[int]:
-        """Return the length of the longest clip of its prompt for each, given as (sample's number, samples).
+    def _lengths(self, clips: Sequence[tuple[int, int]]) -> list[int] | None:
+        """Return to how many samples each clip is padded; None for all to the encoder's window.
 
         At least what one frame sees; so short a clip is refused once its frames are counted.
+
+        Args:
+            clips: sample's number and length of each.
         """
+        if self._has_window:
+            return None
+        if not self._pads_to_longest:
+            # As in a window of any length: behind its last frame's reach there is nothing to compute.
+            hop, behind, window = self._features.hop_length, self._features.n_fft, self._features.n_samples
+            return [min(-(-(length + behind) // hop) * hop, window) for _, length in clips]
         longest: dict[int, int] = {}
         for sample, length in clips:
             longest[sample] = max(length, longest.get(sample, self._features.n_fft))

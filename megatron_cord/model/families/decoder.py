@@ -36,18 +36,19 @@ DECODERS = {
 DENSE = tuple(name for name, kind in DECODERS.items() if not kind.experts)
 
 
-def decoder_architecture(config: Any, where: str = "") -> LanguageArchitecture:
+def decoder_architecture(config: Any, where: str = "", kinds: Mapping[str, Decoder] = DECODERS) -> LanguageArchitecture:
     """Return the sizes of a decoder from its Hugging Face configuration.
 
     Args:
         config: of the decoder.
         where: prefix of its settings' names in errors.
+        kinds: the decoders that it may be, by model type; by default, those that are text models by themselves too.
 
     Raises:
         CordError: another model type, or a setting under which the model would compute something else.
     """
-    if config.model_type not in DECODERS:
-        require({f"{where}model_type": (config.model_type, " or ".join(DECODERS))})
+    if config.model_type not in kinds:
+        require({f"{where}model_type": (config.model_type, " or ".join(kinds))})
     require(
         {
             f"{where}hidden_act": (config.hidden_act, "silu"),
@@ -58,7 +59,7 @@ def decoder_architecture(config: Any, where: str = "") -> LanguageArchitecture:
             f"{where}mlp_bias": (getattr(config, "mlp_bias", False), False),
         }
     )
-    kind = DECODERS[config.model_type]
+    kind = kinds[config.model_type]
     require({f"{where}qkv_bias": (getattr(config, "qkv_bias", kind.qkv_bias), kind.qkv_bias)})
     experts = _experts(config, kind, where) if kind.experts else None
     return LanguageArchitecture(

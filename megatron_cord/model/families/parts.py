@@ -53,7 +53,9 @@ def encoder_rules(enc: EncoderArchitecture, tower: str, spelling: Mapping[str, s
     """
     mega, spelled = "audio_encoder", spelling or WHISPER_SPELLING
     qkv = Qkv(enc.num_heads, enc.num_heads, enc.hidden_size // enc.num_heads)
-    if enc.chunks is not None:
+    if enc.chunks is not None and not enc.chunks.channels:
+        rules = [rule for conv in ("conv1", "conv2") for rule in pair(f"{mega}.stem.{conv}", f"{tower}.{conv}")]
+    elif enc.chunks is not None:
         rules = [rule for i in (1, 2, 3) for rule in pair(f"{mega}.stem.conv{i}", f"{tower}.conv2d{i}")]
         rules += pair(f"{mega}.stem.projection", f"{tower}.conv_out", bias=False)
     else:

@@ -9,7 +9,7 @@ Legend: C clips, n chunks of a portion, T positions of all clips, H_audio the en
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,14 +60,7 @@ class ChunkStem(torch.nn.Module):
             if len(pieces) > 1:
                 pieces[-1] = pad(pieces[-1], (0, self.arch.frames - pieces[-1].shape[1]))
             chunks += pieces
-        made: dict[int, Tensor] = {}
-        by_width: dict[int, list[int]] = {}
-        for number, chunk in enumerate(chunks):
-            by_width.setdefault(chunk.shape[1], []).append(number)
-        for numbers in by_width.values():
-            for start in range(0, len(numbers), _PORTION):
-                portion = numbers[start : start + _PORTION]
-                made |= zip(portion, self._convolve(torch.stack([chunks[i] for i in portion])), strict=True)
+        made = _in_portions(chunks, self._convolve)
         return torch.cat([made[number][:count] for number, count in enumerate(counts)])
 
     def _convolve(self, chunks: Tensor) -> Tensor:
@@ -79,6 +72,60 @@ class ChunkStem(torch.nn.Module):
         positions: Tensor = self.positions[: columns.shape[1]].to(x.dtype)  # type: ignore[index]
         projected: Tensor = self.projection(columns) + positions
         return projected
+
+
+class WhisperChunkStem(torch.nn.Module):
+    """Whisper's two convolutions, the second with stride 2, of each chunk alone: around it there are zeros.
+
+    Args:
+        arch: of the chunks.
+        num_mels: bands of the log-mel spectrum.
+        hidden: H_audio.
+        dtype: of parameters and activations.
+        device: where they are.
+    """
+
+    def __init__(
+        self, arch: ChunkArchitecture, num_mels: int, hidden: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.arch = arch
+        self.conv1, self.conv2 = (
+            torch.nn.Conv1d(entering, hidden, kernel_size=3, stride=stride, padding=1, dtype=dtype, device=device)
+            for entering, stride in ((num_mels, 1), (hidden, 2))
+        )
+        self.register_buffer("positions", sinusoids(arch.positions(arch.frames), hidden).to(device), persistent=False)
+
+    def forward(self, features: Tensor | Sequence[Tensor], num_frames: Sequence[int]) -> Tensor:
+        """Return [T, H_audio], one clip after the other, with the embedding of the positions.
+
+        Args:
+            features: C times [mels, frames], with as many frames as the clip has, or more.
+            num_frames: C numbers, the frames of each clip.
+        """
+        clips = zip(features, num_frames, strict=True)
+        chunks = [chunk for clip, frames in clips for chunk in clip[:, :frames].split(self.arch.frames, dim=1)]
+        made = _in_portions(chunks, self._convolve)
+        return torch.cat([made[number] for number in range(len(chunks))])
+
+    def _convolve(self, chunks: Tensor) -> Tensor:
+        """Map [n, mels, frames] to [n, positions, H_audio]."""
+        x = gelu(self.conv2(gelu(self.conv1(chunks.to(self.conv1.weight.dtype))))).transpose(1, 2)
+        positions: Tensor = self.positions[: x.shape[1]].to(x.dtype)  # type: ignore[index]
+        return x + positions
+
+
+def _in_portions(chunks: Sequence[Tensor], convolve: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
+    """Return what becomes of each chunk [mels, frames], by its number; those of one length are convolved together."""
+    made: dict[int, Tensor] = {}
+    by_width: dict[int, list[int]] = {}
+    for number, chunk in enumerate(chunks):
+        by_width.setdefault(chunk.shape[1], []).append(number)
+    for numbers in by_width.values():
+        for start in range(0, len(numbers), _PORTION):
+            portion = numbers[start : start + _PORTION]
+            made |= zip(portion, convolve(torch.stack([chunks[i] for i in portion])), strict=True)
+    return made
 
 
 def sinusoids(positions: int, channels: int) -> Tensor:

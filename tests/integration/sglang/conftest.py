@@ -153,6 +153,19 @@ def write_talking_graft(directory: Path, window: int = 24) -> Path:
     return make_talk(directory, HEAD)
 
 
+def write_talking_qwen2_5_omni(directory: Path) -> Path:
+    """Write a small Qwen2.5-Omni with the parts that are not served."""
+    save_whole(directory, "qwen2_5_omni", WORDS)
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["thinker_config"]["text_config"]["max_position_embeddings"] = 512  # recordings of several clips
+    config["architectures"] = ["Qwen2_5OmniModel"]  # as published
+    path.write_text(json.dumps(config))
+    others = {"talker.codec_head.weight": torch.ones(2, 2), "thinker.visual.merger.ln_q.weight": torch.ones(2)}
+    save_file(others | load_file(directory / "model.safetensors"), directory / "model.safetensors", {"format": "pt"})
+    return make_talk(directory, "thinker.lm_head.weight")
+
+
 def make_talk(directory: Path, head: str, factor: float = 3.0) -> Path:
     """Change a checkpoint's output layer of this name so that it hardly ever generates a special token."""
     tensors = load_file(directory / "model.safetensors")

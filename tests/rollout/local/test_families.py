@@ -34,6 +34,7 @@ FAMILIES = {
     "llama": False,
     "mistral": False,
     "qwen2": True,
+    "qwen2_5_omni": True,
     "qwen2_audio+llama": False,
     "qwen2_moe": False,
     "qwen3": True,

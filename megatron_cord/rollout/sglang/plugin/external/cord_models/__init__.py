@@ -29,3 +29,4 @@ def load_family_file(family: str, name: str) -> ModuleType:
 # These also register the families' configurations with transformers, before SGLang reads a checkpoint's.
 load_family_file("step_audio_2", "audio")
 load_family_file("ultravox", "configuration")
+load_family_file("qwen2_5_omni", "served_config")
