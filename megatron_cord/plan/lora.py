@@ -5,7 +5,10 @@ Legend: r rank, H hidden, F ffn size, D head width.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -13,7 +16,7 @@ from megatron_cord.plan.parameters import expert_count, part_counts, rank_counts
 
 if TYPE_CHECKING:
     from megatron_cord.model.architecture import AdapterArchitecture, Architecture
-    from megatron_cord.model.config import ModelConfig
+    from megatron_cord.model.config import LoraConfig, ModelConfig
     from megatron_cord.model.lora.targets import LoraTarget
 
 _LAYERS = "language_model.decoder.layers."
@@ -69,27 +72,56 @@ def _counts(
     """Count A and B of one rank: beside all but experts, and beside experts on the rank with the most of them."""
     if not config.lora.enabled:
         return 0, 0
+    dense, by_rank = 0, [0] * ep
+    for kind, numbers in _matrices(arch, config.lora, tuple(config.freeze)).items():
+        if _rank_of(kind.layer, arch, pp, stages) != stage:
+            continue
+        cut_rows, cut_columns = (tp if kind.shard_dim == dim else 1 for dim in (0, 1))
+        size = sum(config.lora.rank * (rows // cut_rows + kind.columns // cut_columns) for rows in kind.rows)
+        for number, times in numbers.items():
+            if number is None:
+                dense += times * size
+            else:
+                assert arch.language.experts is not None
+                by_rank[number * ep // arch.language.experts.count] += times * size
+    return dense, max(by_rank)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What matrices of one layer have in common, by which their A and B are counted.
+
+    Attributes:
+        layer: of the language model; None elsewhere.
+        shard_dim: the dimension that tensor-parallel ranks share out, if any.
+        rows: of each part that has LoRA.
+        columns: of the matrix.
+    """
+
+    layer: int | None
+    shard_dim: int | None
+    rows: tuple[int, ...]
+    columns: int
+
+
+# A search for layouts counts the same matrices hundreds of times, and a large mixture has ten thousands of them.
+@lru_cache(maxsize=8)
+def _matrices(arch: Architecture, lora: LoraConfig, freeze: tuple[str, ...]) -> dict[_Kind, Counter[int | None]]:
+    """Return how many matrices with LoRA there are of each kind: by the expert's number, None for all others."""
     # These import torch, which this room does not need otherwise.
     from megatron_cord.model.lora.targets import find_targets
     from megatron_cord.model.tensor_map import EXPERTS
 
-    dense, shared_out = 0, [0] * ep
-    for target in find_targets(arch, config.lora, config.freeze):
-        if _rank_of(target, arch, pp, stages) == stage:
-            rows, columns = _sizes(target, arch)
-            cut_rows, cut_columns = (tp if target.layout.shard_dim == dim else 1 for dim in (0, 1))
-            size = sum(
-                config.lora.rank * (part_rows // cut_rows + columns // cut_columns)
-                for part, part_rows in zip(target.parts, rows, strict=True)
-                if part is not None
-            )
-            if target.is_expert:
-                assert arch.language.experts is not None
-                number = int(target.module.partition(EXPERTS)[2].partition(".")[0])
-                shared_out[number * ep // arch.language.experts.count] += size
-            else:
-                dense += size
-    return dense, max(shared_out)
+    found: dict[_Kind, Counter[int | None]] = {}
+    for target in find_targets(arch, lora, freeze):
+        rows, columns = _sizes(target, arch)
+        adapted = tuple(size for part, size in zip(target.parts, rows, strict=True) if part is not None)
+        in_layer = target.module.startswith(_LAYERS)
+        layer = int(target.module.removeprefix(_LAYERS).partition(".")[0]) if in_layer else None
+        number = int(target.module.partition(EXPERTS)[2].partition(".")[0]) if target.is_expert else None
+        kind = _Kind(layer, target.layout.shard_dim, adapted, columns)
+        found.setdefault(kind, Counter())[number] += 1
+    return found
 
 
 def merged_count(config: ModelConfig, arch: Architecture) -> int:
@@ -117,10 +149,9 @@ def sync_bytes(config: ModelConfig, arch: Architecture) -> tuple[int, int]:
     return (whole + merged_count(config, arch)) * item, (whole + lora_count(config, arch)) * item
 
 
-def _rank_of(target: LoraTarget, arch: Architecture, pp: int, stages: Sequence[int]) -> int:
-    if not target.module.startswith(_LAYERS):
+def _rank_of(layer: int | None, arch: Architecture, pp: int, stages: Sequence[int]) -> int:
+    if layer is None:
         return 0
-    layer = int(target.module.removeprefix(_LAYERS).partition(".")[0])
     ends = accumulate(stages or (arch.language.num_layers // pp,) * pp)
     return next(number for number, end in enumerate(ends) if layer < end) % pp
 
