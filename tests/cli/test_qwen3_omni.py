@@ -99,7 +99,9 @@ def test_a_whole_checkpoint_comes_back(tmp_path: Path) -> None:
     given, wanted = dict(read_tensors(tmp_path / "out")), dict(read_tensors(tmp_path / "source"))
     assert given.keys() == wanted.keys() == shapes.keys()
     for name, tensor in wanted.items():
-        assert given[name].dtype == tensor.dtype and torch.equal(given[name], tensor), name
+        # Their bytes: transformers leaves a talker's experts as memory had them, which may be NaN.
+        assert given[name].dtype == tensor.dtype, name
+        assert torch.equal(given[name].view(torch.uint8), tensor.view(torch.uint8)), name
     config, begun = (json.loads((tmp_path / path / "config.json").read_text()) for path in ("out", "source"))
     assert config == begun
 

@@ -153,8 +153,10 @@ def test_a_layout_that_cannot_hold_a_gguf_file_is_refused(tmp_path: Path) -> Non
 def test_every_recipe_is_a_configuration_of_the_example() -> None:
     """Catches a recipe or a method whose settings the example's configuration does not take."""
     names = {path.stem for path in run.RECIPES.glob("*.yaml")}
+    judge = ["reward.judge.base_url=http://127.0.0.1:1/v1", "reward.judge.model=judge"]
     for name in names - {"ts_opd"}:
-        config = load_config(RunConfig, FULL.train, [*run.settings_of(name), "model.freeze=[audio_encoder]"])
+        more = ["model.freeze=[audio_encoder]", *(judge if name == "opod" else [])]
+        config = load_config(RunConfig, FULL.train, [*run.settings_of(name), *more])
         assert config.optimizer.learning_rate == 3e-4 and config.train.steps == 60
     for name in ("cord", "gkd", "sft", "off_policy_kl", "reverse_kl"):
         assert load_config(RunConfig, FULL.train, run.settings_of(name)).model.trained_parts == ("adapter",)

@@ -49,9 +49,9 @@ class Counted:
             self.decoded.append(where.rpartition(" ")[2])
             return self._decode(content, where)
 
-        def extract(features: TorchFeatures, waveforms: Any, names: Any, rates: Any) -> Any:
+        def extract(features: TorchFeatures, waveforms: Any, names: Any, *more: Any) -> Any:
             self.featurised.extend(names)
-            return self._extract(features, waveforms, names, rates)
+            return self._extract(features, waveforms, names, *more)
 
         entries.decode_audio = decode  # type: ignore[attr-defined]
         TorchFeatures.__call__ = extract  # type: ignore[assignment, method-assign]

@@ -71,6 +71,7 @@ def test_a_server_is_started_there(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "GPUS=$CUDA_VISIBLE_DEVICES $@"\n')
     python.chmod(0o755)
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen2AudioForConditionalGeneration"]}')
     log = tmp_path / "log"
     with ExitStack() as stack:
         config = VerifyWeightSyncConfig(str(tmp_path), python=python)
