@@ -1,4 +1,4 @@
-"""A tiny Qwen3-Omni with experts, with random weights, in the published layout; it has eyes and no voice.
+"""A tiny Qwen3-Omni with experts, with random weights, in the published layout; with a vision tower and no talker.
 
 Its words, chat template and scales of weights are those of the tiny Qwen2-Audio. The encoder's sinusoids are computed
 in this family, at amplitude 1, and would drown the audio: so what the convolutions lead to is scaled up instead.
@@ -50,7 +50,7 @@ class TinyOmniConfig:
     kv_heads: int = 2
     experts: int = 4  # of each layer, two for a token
     expert_size: int = 192
-    vision_layers: int = 1  # of the eyes, which see nothing here; SGLang takes the published number alone, 3
+    vision_layers: int = 1  # of the vision tower, which has no input here; SGLang takes the published number alone, 3
     max_positions: int = 512  # prompt and response together
     vocabulary_multiple: int = 8  # rows of the embedding are rounded up to it, so that ranks share them evenly
     sinusoid_scale: float = 0.3  # amplitude of the position embeddings against what the convolutions lead to

@@ -82,7 +82,7 @@ def test_it_learns_to_read_and_to_hear(checkpoint: Path, tmp_path: Path, caplog:
 
 @pytest.mark.slow
 def test_a_mixture_learns_to_read_and_to_hear(tmp_path: Path) -> None:
-    """Catches a tiny Qwen3-Omni that is written in another layout than it is read, or whose eyes are lost."""
+    """Catches a tiny Qwen3-Omni that is written in another layout than it is read, or whose vision tower is lost."""
     sizes = TinyOmniConfig(
         channels=8, encoder_hidden_size=32, encoder_layers=1, encoder_heads=2, encoder_ffn_size=64, hidden_size=64,
         layers=1, expert_size=64,

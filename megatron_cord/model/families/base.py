@@ -23,7 +23,7 @@ class Family:
         plain_class: module and name of the same model outside Megatron. The local engine generates with it, and
             `cord convert check` compares with it.
         chat_template: Jinja, for families whose published processing is code rather than a template.
-        joins_windows: whether a recording beyond the encoder's window stays one recording in the template's eyes, with
+        joins_windows: whether a recording beyond the encoder's window stays one recording to the template, with
             the placeholders of all its windows in one row; otherwise its windows stand there as recordings.
         carries: beginnings of the names of tensors that belong to parts of a checkpoint which are not trained here.
             Conversions pass them on as they are.

@@ -1,7 +1,7 @@
-"""Qwen3-Omni with experts (Xu et al. 2025), as far as it listens and writes: the thinker without its eyes.
+"""Qwen3-Omni with experts (Xu et al. 2025), audio and text alone: the thinker without its vision tower.
 
-Its encoder takes clips of any length in chunks of a second, a two-layer MLP leads to a Qwen3 with experts. What speaks
-(talker, code2wav) and what sees (visual) is not trained: conversions carry its tensors.
+Its encoder takes clips of any length in chunks of a second, a two-layer MLP leads to a Qwen3 with experts. The
+talker, code2wav and the vision tower (visual) are not trained: conversions carry their tensors.
 
 Rotary positions have three axes, time, height and width, which only images tell apart: text and audio have the same
 number on all three, whichever axis a pair of dimensions turns by. So the ordinary rotation is exact here, and
@@ -74,7 +74,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
 
 
 def tensor_map(arch: Architecture) -> TensorMap:
-    """Return Hugging Face names against Megatron names and layouts, for the whole thinker without its eyes."""
+    """Return Hugging Face names against Megatron names and layouts, for the whole thinker without its vision tower."""
     assert arch.encoder is not None
     tower = "thinker.audio_tower"
     return TensorMap(
