@@ -110,7 +110,7 @@ def test_what_a_graft_cannot_take_is_refused(
         ("voxtral", False, TRANSPORTS),
         ("ultravox+llama", True, TRANSPORTS[:1]),
         ("ultravox+mistral", False, TRANSPORTS[:1]),
-        ("ultravox+qwen2", True, TRANSPORTS[:1]),
+        ("ultravox+qwen2", False, TRANSPORTS[:1]),
         ("ultravox+qwen3", False, TRANSPORTS[:1]),
         ("qwen2_audio+llama", False, TRANSPORTS[:1]),
         ("qwen2_audio+mistral", False, TRANSPORTS[:1]),
