@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from megatron_cord.reward.comparison import Comparison
+from megatron_cord.reward.judge.form import LONGEST, parse_yes_no, user_message
 
 INSTRUCTIONS = (
     "You compare two solutions of the same question. "
@@ -53,8 +54,6 @@ ANSWER_SCHEMA = {
     "additionalProperties": False,
 }
 
-_LONGEST = 8000  # characters of each text, from the end, where the answer stands
-
 
 def messages(comparison: Comparison) -> list[dict[str, str]]:
     """Return the conversation in the chat format of the OpenAI protocol."""
@@ -75,19 +74,9 @@ def parse_answer(content: Any) -> bool:
     Raises:
         ValueError: anything but the JSON object of the schema.
     """
-    try:
-        value = json.loads(content)
-    except (TypeError, ValueError, RecursionError):
-        raise ValueError(f"not JSON: {str(content)[:80]!r}") from None
-    if not isinstance(value, dict) or set(value) != {"agree"} or value["agree"] not in ("yes", "no"):
-        raise ValueError(f'not {{"agree": "yes"}} or {{"agree": "no"}}: {str(content)[:80]!r}')
-    return bool(value["agree"] == "yes")
+    return parse_yes_no(content, "agree")
 
 
 def _user(question: str, reference: str, response: str) -> dict[str, str]:
-    # In JSON, in which no text can imitate the end of its part.
     parts = {"QUESTION": question, "REFERENCE": reference, "RESPONSE": response}
-    return {
-        "role": "user",
-        "content": json.dumps({name: text[-_LONGEST:] for name, text in parts.items()}, ensure_ascii=False, indent=0),
-    }
+    return user_message({name: text[-LONGEST:] for name, text in parts.items()})  # their ends, where answers stand

@@ -5,9 +5,10 @@ The scale is the one of VoiceBench's open questions (arXiv 2410.17196), in this 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
+
+from megatron_cord.reward.judge.form import LONGEST, parse_object, user_message
 
 LOWEST, HIGHEST = 1, 5
 
@@ -30,8 +31,6 @@ RATING_SCHEMA = {
     "additionalProperties": False,
 }
 
-_LONGEST = 8000  # characters of each text, from its beginning
-
 
 @dataclass(frozen=True)
 class OpenAnswer:
@@ -43,10 +42,8 @@ class OpenAnswer:
 
 def rating_messages(answer: OpenAnswer) -> list[dict[str, str]]:
     """Return the conversation in the chat format of the OpenAI protocol."""
-    # In JSON, in which no text can imitate the end of its part.
-    parts = {"QUESTION": answer.question[:_LONGEST], "RESPONSE": answer.response[:_LONGEST]}
-    asked = json.dumps(parts, ensure_ascii=False, indent=0)
-    return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": asked}]
+    asked = user_message({"QUESTION": answer.question[:LONGEST], "RESPONSE": answer.response[:LONGEST]})
+    return [{"role": "system", "content": INSTRUCTIONS}, asked]
 
 
 def parse_rating(content: Any) -> int:
@@ -55,11 +52,7 @@ def parse_rating(content: Any) -> int:
     Raises:
         ValueError: anything but the JSON object of the schema.
     """
-    try:
-        value = json.loads(content)
-    except (TypeError, ValueError, RecursionError):
-        raise ValueError(f"not JSON: {str(content)[:80]!r}") from None
-    rating = value.get("rating") if isinstance(value, dict) and set(value) == {"rating"} else None
+    rating = parse_object(content, "rating")
     if type(rating) is not int or not LOWEST <= rating <= HIGHEST:
         raise ValueError(f'not {{"rating": 1 to 5}}: {str(content)[:80]!r}')
     return rating

@@ -6,9 +6,10 @@ project's.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
+
+from megatron_cord.reward.judge.form import LONGEST, parse_yes_no, user_message
 
 INSTRUCTIONS = (
     "You check how a solution gets to its answer. QUESTION is what was asked, ANSWER the right answer (it may be "
@@ -29,8 +30,6 @@ REASONING_SCHEMA = {
     "additionalProperties": False,
 }
 
-_LONGEST = 8000  # characters of each text, from its beginning
-
 
 @dataclass(frozen=True)
 class Reasoning:
@@ -49,10 +48,9 @@ class Reasoning:
 
 def reasoning_messages(given: Reasoning) -> list[dict[str, str]]:
     """Return the conversation in the chat format of the OpenAI protocol."""
-    # In JSON, in which no text can imitate the end of its part.
     parts = {"QUESTION": given.question, "ANSWER": given.answer or "", "RESPONSE": given.response}
-    asked = json.dumps({name: text[:_LONGEST] for name, text in parts.items()}, ensure_ascii=False, indent=0)
-    return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": asked}]
+    asked = user_message({name: text[:LONGEST] for name, text in parts.items()})
+    return [{"role": "system", "content": INSTRUCTIONS}, asked]
 
 
 def parse_soundness(content: Any) -> bool:
@@ -61,10 +59,4 @@ def parse_soundness(content: Any) -> bool:
     Raises:
         ValueError: anything but the JSON object of the schema.
     """
-    try:
-        value = json.loads(content)
-    except (TypeError, ValueError, RecursionError):
-        raise ValueError(f"not JSON: {str(content)[:80]!r}") from None
-    if not isinstance(value, dict) or set(value) != {"sound"} or value["sound"] not in ("yes", "no"):
-        raise ValueError(f'not {{"sound": "yes"}} or {{"sound": "no"}}: {str(content)[:80]!r}')
-    return bool(value["sound"] == "yes")
+    return parse_yes_no(content, "sound")
