@@ -4,9 +4,10 @@ Each cell is a run of the chains whose responses come from weights that are S st
 with on_weight_sync=finish), for a divergence, with the prefix's importance weights (`importance` of
 objective.token_weights) or without. L_seq is off. Without staleness all weights are 1, and there is one cell for both.
 
-Runs that are complete are kept and stopped ones continue, as in `cord compare`, whose keys `staleness.yaml` and the
-overrides have. When all cells are there, tables and drawing are written; with --cell the chosen ones alone are run, and
-what is there so far is printed. --incomplete runs nothing and writes what is there, with the number of the runs.
+Runs that are complete are not made again and stopped ones continue, as in `cord compare`, whose keys `staleness.yaml`
+and the overrides have; small files keep what a run came to, so that the study may take several sittings and machines.
+When all cells are there, tables and drawing are written; with --cell the chosen ones alone are run, and what is there
+so far is printed. --incomplete runs nothing and writes what is there, with the number of the runs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -25,11 +25,10 @@ from matplotlib.ticker import PercentFormatter
 
 from megatron_cord.cli.actions.compare import Terminal
 from megatron_cord.compare.config import CompareConfig
-from megatron_cord.compare.finished import read_summary
-from megatron_cord.compare.plan import PlannedRun, is_complete, plan_runs
-from megatron_cord.compare.results import processor
+from megatron_cord.compare.kept import LAST_STEPS, is_complete, read_finished
+from megatron_cord.compare.plan import PlannedRun, plan_runs
 from megatron_cord.compare.running import Runner
-from megatron_cord.compare.tables import around
+from megatron_cord.compare.tables import around, machines
 from megatron_cord.config.loading import load_config
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.statistics import Mean, mean_of, paired_difference
@@ -39,7 +38,6 @@ from megatron_cord.runtime.files import write_atomic
 
 DIVERGENCES = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "JSD"}
 STALENESS = (0, 1, 2, 4)
-_LAST = 20  #: steps whose divergence counts
 _COLOURS = {False: "#33567f", True: "#b3402a"}
 
 
@@ -84,29 +82,28 @@ def study(config: CompareConfig, chosen: Sequence[Cell]) -> CompareConfig:
     return replace(config, methods=tuple(own), own=own, reference=chosen[0].name)
 
 
-def measure(run: PlannedRun) -> dict[str, float]:
+def measure(run: PlannedRun) -> dict[str, Any]:
     """Return what a complete run came to.
 
     Returns:
         audio accuracy before and after it, and text accuracy, shares; `kl` of the last steps, nats a token;
-        `staleness`, mean over steps; and `drift`, the mean difference of the trainer's from the sampling weights'
-        log-probabilities, nats a token.
+        `staleness`, mean over steps; `drift`, the mean difference of the trainer's from the sampling weights'
+        log-probabilities, nats a token; and the machine.
     """
-    summary = read_summary(run.directory)
-    lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
-    drift = [line[key] for line in lines for key in _DRIFT if line.get(key) is not None]
+    found = read_finished(run)
+    summary, metrics = found.summary, found.metrics
+    # A step's responses are of older weights, or of the present ones: it has one of the two.
+    drift = [metrics[name] for name in ("stale_logprob_difference", "engine_logprob_difference") if name in metrics]
     return {
         "before": summary["audio_accuracy_before"],
         "audio": summary["audio_accuracy_after"],
         "text": summary["text_accuracy_after"],
-        "kl": fmean(line["kl"] for line in lines[-_LAST:]),
-        "staleness": fmean(line["staleness"] for line in lines),
-        "drift": fmean(drift),
+        "kl": metrics["kl"]["last"],
+        "staleness": metrics["staleness"]["mean"],
+        "drift": sum(each["mean"] * each["steps"] for each in drift) / sum(each["steps"] for each in drift),
         "seconds": summary["seconds"],
+        "machine": {name: found.machine[name] for name in ("processor", "cores")},
     }
-
-
-_DRIFT = ("stale_logprob_difference", "engine_logprob_difference")
 
 
 def gather(config: CompareConfig, runs: Sequence[PlannedRun]) -> dict[str, Any]:
@@ -125,10 +122,9 @@ def gather(config: CompareConfig, runs: Sequence[PlannedRun]) -> dict[str, Any]:
             ours, theirs = ({int(s): v["audio"] for s, v in each["runs"].items()} for each in (cell, fresh))
             difference = paired_difference(ours, theirs)
             cell["difference"] = None if difference is None else asdict(difference)
-    machine = {"processor": processor(), "cores": os.cpu_count()}
     settings = {"train": config.train, "settings": list(config.settings), "seeds": list(config.seeds)}
     runs_made = {"complete": sum(len(cell["runs"]) for cell in found.values()), "planned": len(runs)}
-    return {"title": config.title, **settings, "machine": machine, "runs": runs_made, "cells": found}
+    return {"title": config.title, **settings, "runs": runs_made, "cells": found}
 
 
 def tables(result: Mapping[str, Any]) -> str:
@@ -140,7 +136,7 @@ def tables(result: Mapping[str, Any]) -> str:
             "Audio accuracy minus that without staleness, points, paired by seed",
             lambda m: _interval(m, 100, 1),
         ),
-        ("kl", f"Divergence in the last {_LAST} steps, nats a token", lambda m: _interval(m, 1, 3)),
+        ("kl", f"Divergence in the last {LAST_STEPS} steps, nats a token", lambda m: _interval(m, 1, 3)),
         ("drift", "Mean difference of log-probabilities from the sampling weights', nats a token", _plain),
     ]
     parts = []
@@ -154,7 +150,11 @@ def tables(result: Mapping[str, Any]) -> str:
                 lines.append([words, "on" if weighted else "off", *values])
         parts.append(f"{title}:\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines))
     seeds = ", ".join(sorted({seed for cell in result["cells"].values() for seed in cell["runs"]}, key=int))
-    machine = result["machine"]
+    made_by = {
+        f"{name} seed {seed}": run["machine"]
+        for name, cell in result["cells"].items()
+        for seed, run in cell["runs"].items()
+    }
     settings = [s for s in result["settings"] if s.startswith(("train.steps", "rollout."))]
     made = result["runs"]
     whole = made["complete"] == made["planned"]
@@ -162,7 +162,7 @@ def tables(result: Mapping[str, Any]) -> str:
     note = (
         f"{part} {seeds}; {', '.join(f'`{s}`' for s in settings)}; intervals are Student's over seeds, 95 %; "
         "without staleness all importance weights are 1, and both rows have the same runs; "
-        f"{machine['cores']} cores of {machine['processor']}."
+        f"{machines(made_by)}."
     )
     return "\n\n".join([note, *parts])
 
@@ -188,7 +188,7 @@ def draw(result: Mapping[str, Any], paths: Sequence[Path]) -> None:
                 panels[row, column].set_xticks(STALENESS)
         panels[0, 0].set_ylabel("audio accuracy")
         panels[0, 0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-        panels[1, 0].set_ylabel(f"divergence, last {_LAST} steps, nats")
+        panels[1, 0].set_ylabel(f"divergence, last {LAST_STEPS} steps, nats")
         panels[0, -1].legend(frameon=False, fontsize=8)
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)

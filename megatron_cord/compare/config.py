@@ -17,6 +17,9 @@ class CompareConfig:
     #: trained, and `runs` are compared alone
     train: str = ""
     output_dir: str = ""  #: the methods' runs go to METHOD/seed-S in it
+    #: a folder for what finished runs came to, one small file a run: a run that has one is not made again, also where
+    #: its directory is gone; empty: none are written
+    kept: str = ""
     #: finished runs to compare with: name → directories, one a seed; RUN_DIR on the command line is the same
     runs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     #: path of the results, to which .json and .md are added; empty: comparison in output_dir, or nothing is written

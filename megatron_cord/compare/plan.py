@@ -24,6 +24,7 @@ class PlannedRun:
         overrides: all, on top of the shared configuration.
         config: of the run.
         ranks: processes.
+        kept: the file that outlives the directory, see `kept`; None for none.
     """
 
     method: str
@@ -32,6 +33,7 @@ class PlannedRun:
     overrides: tuple[str, ...]
     config: RunConfig
     ranks: int
+    kept: Path | None = None
 
     @property
     def name(self) -> str:
@@ -55,24 +57,6 @@ def prepare_command(config: CompareConfig, seed: int) -> list[str]:
     ]
 
 
-def is_complete(run: PlannedRun) -> bool:
-    """Return whether the run is complete, with exactly these settings.
-
-    Raises:
-        CordError: the directory holds a run with others.
-    """
-    kept = run.directory / "config.yaml"
-    if kept.is_file():
-        try:
-            # Settings that did not exist when the run was made have their defaults.
-            found: RunConfig | None = load_config(RunConfig, kept)
-        except CordError:
-            found = None
-        if found != run.config:
-            raise CordError(f"{run.directory} holds a run with other settings; remove it or choose another output_dir")
-    return kept.is_file() and (run.directory / "summary.json").is_file()
-
-
 def _planned(config: CompareConfig, name: str, method: Method, seed: int) -> PlannedRun:
     directory = Path(config.output_dir) / name / f"seed-{seed}"
     settings = (*config.settings, *method.settings, *config.adjust.get(name, ()))
@@ -86,7 +70,8 @@ def _planned(config: CompareConfig, name: str, method: Method, seed: int) -> Pla
         raise CordError(
             f"ranks={config.ranks} is no multiple of the layout's {layout} (tp × pp × cp); set 0 for as few as it needs"
         )
-    return PlannedRun(name, seed, directory, overrides, run, config.ranks or layout)
+    kept = Path(config.kept) / f"{name}-seed-{seed}.json.gz" if config.kept else None
+    return PlannedRun(name, seed, directory, overrides, run, config.ranks or layout, kept)
 
 
 def _filled(text: str, seed: int) -> str:

@@ -2,8 +2,10 @@
 
     {"title", "reference", "train", "settings", "budget", "notes": what makes the comparison less than fair, in words,
      "machine", "before": {text_accuracy, audio_accuracy: Mean},
-     "methods": {NAME: {"title", "ablates", "settings", "responses", "runs": {SEED: summary or {"failure"}},
+     "methods": {NAME: {"title", "ablates", "settings", "responses",
+                        "runs": {SEED: summary and "machine", or {"failure"}},
                         "text_accuracy", "audio_accuracy", "gap", "gap_closed", "seconds": Mean,
+                        "guards": {GUARD: {"before", "accuracy", "drop": Mean}},
                         "difference": Mean, "questions": SignTest}}}
 
 A Mean is {mean, low, high, n} over the seeds (evaluation/statistics.py), and null where no run has the value. A
@@ -12,21 +14,16 @@ difference is the reference's audio accuracy minus the method's.
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_cord.compare.config import CompareConfig
-from megatron_cord.compare.finished import read_summary
+from megatron_cord.compare.kept import read_finished, this_machine
 from megatron_cord.compare.methods import Method
 from megatron_cord.compare.plan import PlannedRun
 from megatron_cord.compare.running import Outcome
-from megatron_cord.evaluation.files import heldout_file, read_result
+from megatron_cord.evaluation.config import HELDOUT
 from megatron_cord.evaluation.statistics import Mean, mean_of, paired_difference, sign_test
 from megatron_cord.trainer.config import RunConfig
 
@@ -36,16 +33,16 @@ Runs = dict[int, dict[str, Any]]  # of one method, by seed
 def gather(config: CompareConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Gather the runs that are complete, see the top of this file."""
     summaries: dict[str, Runs] = {name: {} for name in config.chosen}
-    answers: dict[str, dict[int, dict[str, bool]]] = {name: {} for name in config.chosen}
+    answers: dict[str, dict[int, dict[str, float]]] = {name: {} for name in config.chosen}
     failures: dict[str, dict[int, str]] = {name: {} for name in config.chosen}
     runs: dict[str, PlannedRun] = {}
     for outcome in sorted(outcomes, key=lambda o: o.run.seed):
         run = outcome.run
         runs[run.method] = run
         if outcome.failure is None:
-            summary = read_summary(run.directory)
-            summaries[run.method][run.seed] = summary
-            answers[run.method][run.seed] = _right_answers(run, summary)
+            found = read_finished(run)
+            summaries[run.method][run.seed] = found.summary | {"machine": found.machine}
+            answers[run.method][run.seed] = found.outcomes[HELDOUT].get("audio", {})
         else:
             failures[run.method][run.seed] = outcome.failure
     reference = config.chosen_reference
@@ -71,12 +68,7 @@ def gather(config: CompareConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]
         "settings": list(config.settings),
         "budget": _budget(next(iter(runs.values())).config) if runs else {},
         "notes": _notes(config, runs, summaries, answers),
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "machine": this_machine(),
         "before": {name: _mean(list(_column(first, column).values())) for name, column in _BEFORE.items()},
         "methods": methods,
     }
@@ -90,6 +82,7 @@ _AFTER = {
     "gap_closed": "gap_closed",
     "seconds": "seconds",
 }
+GUARDED = ("before", "accuracy", "drop")  #: of a guard's result
 
 
 def _method(method: Method, run: PlannedRun | None, summaries: Runs, failures: dict[int, str]) -> dict[str, Any]:
@@ -101,6 +94,16 @@ def _method(method: Method, run: PlannedRun | None, summaries: Runs, failures: d
         "runs": {str(seed): summary for seed, summary in summaries.items()}
         | {str(s): {"failure": why} for s, why in failures.items()},
         **{name: _mean(list(_column(summaries, column).values())) for name, column in _AFTER.items()},
+        "guards": _guards(summaries),
+    }
+
+
+def _guards(summaries: Runs) -> dict[str, dict[str, Any]]:
+    """Return what each guard of the runs measured after training, over their seeds."""
+    by_seed = [summary.get("guards", {}) for summary in summaries.values()]
+    return {
+        name: {key: _mean([guards[name][key] for guards in by_seed if name in guards]) for key in GUARDED}
+        for name in dict.fromkeys(name for guards in by_seed for name in guards)
     }
 
 
@@ -118,7 +121,7 @@ def _notes(
     config: CompareConfig,
     runs: Mapping[str, PlannedRun],
     summaries: Mapping[str, Runs],
-    answers: Mapping[str, Mapping[int, Mapping[str, bool]]],
+    answers: Mapping[str, Mapping[int, Mapping[str, float]]],
 ) -> list[str]:
     """Return in words how what is compared differs beside its method: finished runs may have any settings."""
     reference, notes = config.chosen_reference, list[str]()
@@ -161,27 +164,11 @@ def _mean(values: Sequence[float]) -> dict[str, Any] | None:
     return None if mean is None else asdict(mean)
 
 
-def _right_answers(run: PlannedRun, summary: Mapping[str, Any]) -> dict[str, bool]:
-    """Return by id whether the trained model's answer to the audio is right."""
-    result = read_result(heldout_file(run.directory, summary["steps"]))
-    return {row["id"]: row["audio_correct"] for row in result["answers"]}
-
-
-def _questions(first: dict[int, dict[str, bool]], second: dict[int, dict[str, bool]]) -> dict[str, Any] | None:
+def _questions(first: dict[int, dict[str, float]], second: dict[int, dict[str, float]]) -> dict[str, Any] | None:
     pairs = [
-        (right, second[seed][question])
+        (bool(right), bool(second[seed][question]))
         for seed, by_question in first.items()
         for question, right in by_question.items()
         if question in second.get(seed, {})
     ]
     return asdict(sign_test(pairs)) if pairs else None
-
-
-def processor() -> str:
-    """Return the processor's name, if the system has it."""
-    try:
-        with Path("/proc/cpuinfo").open() as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

@@ -23,7 +23,8 @@ from types import FrameType, TracebackType
 from typing import IO, Any, Self
 
 from megatron_cord.compare.config import CompareConfig
-from megatron_cord.compare.plan import PlannedRun, is_complete, prepare_command
+from megatron_cord.compare.kept import is_complete, keep
+from megatron_cord.compare.plan import PlannedRun, prepare_command
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.exit_status import INTERRUPTED, STOP_SIGNALS, STOPPED
 
@@ -107,6 +108,8 @@ class Runner:
             while self._waiting and not self.stopped and len(self._active) < self.config.jobs:
                 run = self._waiting.popleft()
                 if run.name in complete:
+                    if run.kept is not None and not run.kept.is_file():
+                        keep(run)
                     self._end(Outcome(run, found=True))
                 elif (problem := self._prepare(run.seed)) is not None:
                     self._end(Outcome(run, problem))
@@ -125,6 +128,7 @@ class Runner:
     def _ended(self, process: _Process, status: int) -> None:
         run = process.run
         if status == 0 and is_complete(run):
+            keep(run)
             self._end(Outcome(run))
         elif not (self.stopped and status in (STOPPED, -signal.SIGTERM, 128 + signal.SIGTERM)):
             self._end(Outcome(run, f"{_reason(process.log, status)} (see {process.log})"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_cord.compare.methods import ablation
@@ -25,6 +26,8 @@ def section(result: dict[str, Any]) -> str:
     parts = [budget(result), main_table(result)]
     if notes := result.get("notes"):  # older results have none
         parts.append("\n".join(f"- {note}" for note in notes))
+    if table := retention_table(result):
+        parts.append("What training cost, by the runs' guards:\n\n" + table)
     if table := ablation_table(result):
         parts.append("What each part of CORD contributes:\n\n" + table)
     if failed := failures(result):
@@ -65,15 +68,37 @@ def insert(text: str, name: str, result: dict[str, Any], chart: str) -> str:
 
 def budget(result: dict[str, Any]) -> str:
     """Return the budget of every run, in a sentence."""
-    given, machine = result["budget"], result["machine"]
+    given = result["budget"]
     seeds = sorted({int(seed) for method in result["methods"].values() for seed in method["runs"]})
     if not given:
         return "Nothing has run yet."
     return (
         f"{given['steps']} steps of {given['prompts']} prompts, answers of at most {given['max_new_tokens']} tokens, "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}, "
-        f"on {machine['cores']} cores of {machine['processor']}."
+        f"on {machines(_machines(result))}."
     )
+
+
+def machines(by_run: Mapping[str, Mapping[str, Any]]) -> str:
+    """Name the machines of runs in words; with the runs of each, where there are several.
+
+    Args:
+        by_run: {processor, cores} by the run's name.
+    """
+    runs: dict[str, list[str]] = {}
+    for name, machine in by_run.items():
+        runs.setdefault(f"{machine['cores']} cores of {machine['processor']}", []).append(name)
+    shown = list(runs) if len(runs) == 1 else [f"{words} ({', '.join(names)})" for words, names in runs.items()]
+    return "; ".join(shown)
+
+
+def _machines(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the machine of each run; older results have one for all."""
+    return {
+        f"{name} {seed}": run.get("machine", result["machine"])
+        for name, method in result["methods"].items()
+        for seed, run in method["runs"].items()
+    }
 
 
 def main_table(result: dict[str, Any]) -> str:
@@ -108,6 +133,24 @@ def main_table(result: dict[str, Any]) -> str:
             "" if method["seconds"] is None else f"{method['seconds']['mean']:.0f}",
         ]
         rows.append(row)
+    return _markdown(head, rows)
+
+
+def retention_table(result: dict[str, Any]) -> str:
+    """Return the table of what the runs' guards measured: before training, after it, and lost; empty without guards."""
+    guarded = [method for method in result["methods"].values() if method.get("guards")]  # older results have none
+    names = list(dict.fromkeys(name for method in guarded for name in method["guards"]))
+    if not names:
+        return ""
+    head = ["", *(cell for name in names for cell in (f"{name}: before", "after", "lost, points"))]
+    rows = []
+    for method in guarded:
+        cells = [method["title"]]
+        for name in names:
+            found = method["guards"].get(name, {})
+            before, after = (_share(found.get(key), interval=False) for key in ("before", "accuracy"))
+            cells += [before, after, _points(found.get("drop"))]
+        rows.append(cells)
     return _markdown(head, rows)
 
 

@@ -41,6 +41,22 @@ def load_config(cls: type[Config], path: Path | str | None, overrides: Sequence[
     return _Reader(cls, tree, "the configuration" if path is None else str(path)).section(cls, tree.values, "")
 
 
+def from_dict(cls: type[Config], values: dict[str, Any], source: str) -> Config:
+    """Make an instance of the dataclass ``cls`` from what ``to_dict`` returned; what lacks has its default.
+
+    Args:
+        cls: the dataclass.
+        values: by field.
+        source: names their place in errors.
+
+    Raises:
+        CordError: anything is wrong in them.
+    """
+    tree = Tree()
+    tree.values = values
+    return _Reader(cls, tree, source).section(cls, values, "")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as plain maps, lists and scalars; a secret that is set reads ``***``."""
     plain: dict[str, Any] = {}

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_cord.compare.config import CompareConfig
+from megatron_cord.compare.kept import is_complete
 from megatron_cord.compare.methods import ablation
-from megatron_cord.compare.plan import PlannedRun, is_complete, plan_runs, prepare_command
+from megatron_cord.compare.plan import PlannedRun, plan_runs, prepare_command
 from megatron_cord.config.loading import dump_config, load_config
 from megatron_cord.errors import CordError
 from megatron_cord.trainer.config import RunConfig
@@ -119,7 +120,12 @@ def test_the_ablation_goes_from_part_to_whole() -> None:
 
 @pytest.mark.parametrize(
     ("example", "ranks"),
-    [("quickstart/compare", 1), ("quickstart/compare-whole", 2), ("chains/compare", 1), ("chains/compare-long", 1)],
+    [
+        ("quickstart/compare", 1),
+        ("quickstart/compare-whole", 2),
+        ("chains/compare", 1),
+        ("chains/compare-long", 1),
+    ],
 )
 def test_the_examples_comparisons(example: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a committed comparison that no longer loads, and GRPO with fewer responses than the others."""

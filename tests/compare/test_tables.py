@@ -39,6 +39,7 @@ def write_run(run: PlannedRun, right: int) -> None:
     (run.directory / "summary.json").write_text(json.dumps(summarize(before, after, seconds=30.0, tp=1, steps=5)))
     rows = [{"id": f"q{i}", "audio_correct": i < right} for i in range(10)]
     write_json(heldout_file(run.directory, 5), {"answers": rows})
+    (run.directory / "metrics.jsonl").write_text('{"step": 1, "kl": 0.5}\n')
 
 
 @pytest.fixture
@@ -121,7 +122,13 @@ def test_tables_go_into_a_page(result: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "example", ["quickstart/compare", "quickstart/compare-whole", "chains/compare", "chains/compare-long"]
+    "example",
+    [
+        "quickstart/compare",
+        "quickstart/compare-whole",
+        "chains/compare",
+        "chains/compare-long",
+    ],
 )
 def test_the_documentation_shows_the_committed_results(example: str) -> None:
     """Catches figures in the documentation that no longer are those of the last comparison."""

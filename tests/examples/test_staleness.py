@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from examples.chains.staleness import Cell, cells, gather, study, tables, write
 from megatron_cord.compare.config import CompareConfig
+from megatron_cord.compare.kept import keep
 from megatron_cord.compare.plan import PlannedRun, plan_runs
 from megatron_cord.config.loading import dump_config, load_config
+from megatron_cord.evaluation.files import heldout_file
+from megatron_cord.runtime.files import write_json
 from tests.tiny_run import ROOT
 
 
@@ -22,6 +26,8 @@ def write_finished(run: PlannedRun, audio: float) -> None:
     rows = [{"kl": 0.2 if step > 10 else 9.0, "staleness": 1.0, drift: 0.05} for step in range(1, 31)]
     (run.directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = {"audio_accuracy_before": 0.5, "audio_accuracy_after": audio, "text_accuracy_after": 1.0, "seconds": 9}
+    summary["steps"] = 30
+    write_json(heldout_file(run.directory, 30), {"answers": []})
     (run.directory / "summary.json").write_text(json.dumps(summary))
 
 
@@ -44,13 +50,20 @@ def test_tables_of_complete_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(ROOT)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- staleness -->\nold\n<!-- /staleness -->\nafter\n")
-    paths = [f"output_dir={tmp_path / 'runs'}", f"results={tmp_path}/staleness", f"chart={tmp_path}/drawn"]
+    paths = [
+        f"output_dir={tmp_path / 'runs'}",
+        f"kept={tmp_path / 'kept'}",
+        f"results={tmp_path}/staleness",
+        f"chart={tmp_path}/drawn",
+    ]
     given = load_config(CompareConfig, "examples/chains/staleness.yaml", [*paths, f"page={page}", "seeds=[0,1]"])
     config = study(given, cells())
     runs = plan_runs(config)
     for run in runs:
         if run.config.rollout.schedule.ahead in (0, 4):
             write_finished(run, 0.8 if run.method == "jsd-4-weighted" else 0.6)
+            keep(run)
+            shutil.rmtree(run.directory)  # as if it was made on another machine
     result = gather(config, runs)
     assert set(result["cells"]) == {cell.name for cell in cells() if cell.staleness in (0, 4)}
     cell = result["cells"][Cell("jsd", 4, True).name]

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from megatron_cord.compare import tables
 from megatron_cord.compare.chart import draw
 from megatron_cord.compare.config import CompareConfig
-from megatron_cord.compare.finished import finished_runs, group_runs, read_summary
+from megatron_cord.compare.finished import finished_runs, group_runs
+from megatron_cord.compare.kept import read_finished
 from megatron_cord.compare.plan import PlannedRun, plan_runs
 from megatron_cord.compare.results import gather
 from megatron_cord.compare.running import Listener, Outcome, Runner
@@ -64,7 +65,7 @@ class Terminal(Listener):
 def _describe(outcome: Outcome, seconds: float) -> str:
     if outcome.failure is not None:
         return f"failed: {outcome.failure}"
-    summary = read_summary(outcome.run.directory)
+    summary = read_finished(outcome.run).summary
     before, after, closed = (summary[name] for name in ("audio_accuracy_before", "audio_accuracy_after", "gap_closed"))
     gap = "there was no gap" if closed is None else f"{closed:.0%} of the gap closed"
     return f"audio accuracy {before:.1%} → {after:.1%}, {gap}, {'was there' if outcome.found else f'{seconds:.0f} s'}"
