@@ -27,6 +27,7 @@ def test_rules(jobs: Jobs, table: str) -> None:
     assert not outcome.error, outcome.error
 
 
+@pytest.mark.slow
 def test_faults_in_the_product(jobs: Jobs, tmp_path: Path) -> None:
     """Catches rules that hold for examples alone: faults put into the trainer fail its run, waits exceed its budget."""
     inputs = write_inputs(tmp_path)

@@ -18,8 +18,9 @@ from megatron_cord.evaluate import evaluate
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.trainer.config import RunConfig
 from tests.gloo import run_ranks
+from tests.selection import selected, slow_if
 from tests.tiny_run import losses, metrics, overrides, write_checkpoint
-from tests.trainer.test_train import alone, run_all, stop_after
+from tests.trainer.test_train import alone, needed, run_all, stop_after
 
 LORA = ("model.lora.rank=4", "model.lora.whole=[adapter]", "optimizer.learning_rate=1e-2")
 TP2, PP2, SP = "parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"
@@ -29,14 +30,16 @@ RUNS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "dp2 from tp2 sp": ("tp2 sp", LORA),
     "pp2 from tp2 sp": ("tp2 sp", (PP2, *LORA)),
 }
+#: What tests without parameters read.
+NAMED = {"tp2 sp"}
 KEPT = ("checkpoint.keep=0", "evaluation.samples=1")
 
 
 @pytest.fixture(scope="module")
-def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of all RUNS, each under its name."""
+def runs(request: pytest.FixtureRequest, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of the RUNS that tests compare, each under its name."""
     root = tmp_path_factory.mktemp("runs")
-    run_ranks(run_all, 2, str(inputs), str(root), RUNS)
+    run_ranks(run_all, 2, str(inputs), str(root), needed(RUNS, selected(request, "name") | NAMED))
     return root
 
 
@@ -46,7 +49,7 @@ def one(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return alone(inputs, tmp_path_factory.mktemp("one") / "run", *KEPT, *LORA)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if(name.startswith("pp2"))) for name in RUNS])
 def test_every_layout_and_every_stop_is_the_same_run(runs: Path, one: Path, name: str) -> None:
     """Catches initial values that depend on the layout, adapters or states that a checkpoint loses, or wrong norms."""
     wanted, given = losses(one), losses(runs / name)

@@ -12,8 +12,9 @@ from megatron_cord.cli.main import invoke, load
 from megatron_cord.convert import read_tensors
 from megatron_cord.parallel.layout import finalize
 from tests.gloo import run_ranks
+from tests.selection import selected, slow_if
 from tests.tiny_run import losses, metrics, write_checkpoint
-from tests.trainer.test_train import alone, run_all
+from tests.trainer.test_train import alone, needed, run_all
 
 LORA = ("model.lora.rank=4", "model.lora.whole=[adapter]", "optimizer.learning_rate=1e-2")
 KEPT = ("checkpoint.keep=0", "evaluation.samples=1")
@@ -28,12 +29,12 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(inputs: Path, mixture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(request: pytest.FixtureRequest, inputs: Path, mixture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a run whose experts are on two ranks, and one that goes on from it on data-parallel ranks."""
     root = tmp_path_factory.mktemp("runs")
     settings = (mixture, *LORA)
     cases = {"shared out": (None, (*settings, *SHARED_OUT)), "continued": ("shared out", settings)}
-    run_ranks(run_all, 2, str(inputs), str(root), cases)
+    run_ranks(run_all, 2, str(inputs), str(root), needed(cases, selected(request, "name") | {"shared out"}))
     return root
 
 
@@ -42,7 +43,7 @@ def one(inputs: Path, mixture: str, tmp_path_factory: pytest.TempPathFactory) ->
     return alone(inputs, tmp_path_factory.mktemp("one") / "run", mixture, *KEPT, *LORA)
 
 
-@pytest.mark.parametrize("name", ["shared out", "continued"])
+@pytest.mark.parametrize("name", ["shared out", pytest.param("continued", marks=slow_if(True))])
 def test_every_layout_is_the_same_run(runs: Path, one: Path, name: str) -> None:
     """Catches experts' adapters that other ranks lack, that a checkpoint loses, or a norm without the other ranks'."""
     wanted, given = losses(one), losses(runs / name)
@@ -59,6 +60,7 @@ def convert(*command: object) -> None:
         finalize()
 
 
+@pytest.mark.slow
 def test_exports(inputs: Path, mixture: str, runs: Path, tmp_path: Path) -> None:
     """Catches experts that are merged with others' adapters, a router that changes, and adapters that do not return."""
     checkpoint = runs / "shared out" / "checkpoints" / "step_000005"

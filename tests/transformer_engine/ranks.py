@@ -288,13 +288,13 @@ def adam(_rank: int) -> dict[str, Any]:
 
 LAYOUTS: dict[str, list[str]] = {
     "tp2 sp packed, lora": ["parallel.tp=2", SP, PACKED, *LORA],
-    "dp2 packed": [PACKED],
     "tp2 sp packed": ["parallel.tp=2", SP, PACKED],
     "pp2, recomputed": ["parallel.pp=2", RECOMPUTED],
-    "tp2, frozen encoder": ["parallel.tp=2", "model.freeze=[audio_encoder]"],
     "tp2 sp ep2 packed, grouped experts": ["parallel.tp=2", SP, "parallel.ep=2", PACKED, GROUPED],
 }
 MORE_LAYOUTS: dict[str, list[str]] = {
+    "dp2 packed": [PACKED],
+    "tp2, frozen encoder": ["parallel.tp=2", "model.freeze=[audio_encoder]"],
     "dp2, overlapped": ["optimizer.overlap_communication=true"],
     "dp2 packed in bfloat16": [PACKED, "model.dtype=bfloat16"],
     "tp2 sp in bfloat16": ["parallel.tp=2", SP, "model.dtype=bfloat16"],
