@@ -89,7 +89,7 @@ def test_pages_and_users_of_megatron_core_can_be_the_first() -> None:
     names = [
         "megatron_cord.train",
         "megatron_cord.evaluate",
-        "megatron_cord.convert.comparison",
+        "megatron_cord.convert.plain.comparison",
         "megatron_cord.model.lalm",
     ]
     problems = problems_of(names)

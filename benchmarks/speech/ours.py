@@ -25,7 +25,7 @@ from megatron_cord.rollout.types import GenerationRequest, ScoredRollout
 from megatron_cord.rollout.weights import ShardedModelWeights
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.model_setup import build_student
-from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.batching.batches import TrainingSequence
 from megatron_cord.trainer.step.optimizer.building import build_optimizer, wrap_model
 from megatron_cord.trainer.step.step import TrainStep
 from megatron_cord.trainer.step.teacher import Teacher

@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
 
-from megatron_cord.convert.fused_experts import published_parts
+from megatron_cord.convert.plain.fused_experts import published_parts
 from megatron_cord.errors import CordError
 
 PAD, UNKNOWN, TURN_START, TURN_END = "<|endoftext|>", "<|unknown|>", "<|im_start|>", "<|im_end|>"

@@ -28,7 +28,7 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 )
 
 from examples.quickstart.checkpoint import AUDIO, PAD, TURN_END, build_tokenizer
-from megatron_cord.convert.fused_experts import published_parts
+from megatron_cord.convert.plain.fused_experts import published_parts
 from megatron_cord.model.families.qwen3_omni_moe.plain_model import Thinker
 
 _WEIGHTS = "model.safetensors"

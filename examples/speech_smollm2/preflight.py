@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from megatron_cord.convert.graft.gguf import gguf_architecture, gguf_file
-from megatron_cord.convert.hf_reader import stored_tensors
+from megatron_cord.convert.hf.reader import stored_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.losses.kernels.matmul import multiplies_bfloat16
 from megatron_cord.model.families import load_architecture

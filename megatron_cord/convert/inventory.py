@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_cord.convert.hf_reader import StoredTensor
+from megatron_cord.convert.hf.reader import StoredTensor
 from megatron_cord.convert.names import global_parameters, hf_shapes, tensor_map_of
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cord.convert.audit import Audit, check_problems
-from megatron_cord.convert.hf_reader import StoredTensor, stored_tensors
+from megatron_cord.convert.hf.reader import StoredTensor, stored_tensors
+from megatron_cord.convert.hf.spelling import published
 from megatron_cord.convert.names import global_parameters
-from megatron_cord.convert.spelling import published
 from megatron_cord.model.lalm import LALM
 from megatron_cord.model.tensor_map import TensorRule
 from megatron_cord.parallel.objects import all_gather_json

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cord.convert.audit import Audit, check_problems
+from megatron_cord.convert.hf.spelling import as_published
 from megatron_cord.convert.names import global_parameters, tensor_map_of
-from megatron_cord.convert.spelling import as_published
 from megatron_cord.model.lalm import LALM
 from megatron_cord.model.tensor_map import TensorRule
 from megatron_cord.parallel.layout import Layout

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cord.convert import export_tensors
-from megatron_cord.convert.hf_reader import StoredTensor
+from megatron_cord.convert.hf.reader import StoredTensor
+from megatron_cord.convert.hf.spelling import published_tensors
 from megatron_cord.convert.names import global_parameters, hf_shapes, tensor_map_of
 from megatron_cord.convert.peft.stream import adapter_shapes, export_adapters
-from megatron_cord.convert.spelling import published_tensors
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.objects import all_gather_json

@@ -13,7 +13,7 @@ from megatron_cord.rollout.weights import ShardedModelWeights
 from megatron_cord.trainer.building.parts import Parts
 from megatron_cord.trainer.endings.agreement import any_rank
 from megatron_cord.trainer.observability.logprob_mismatch import check_mismatch
-from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.batching.batches import TrainingSequence
 
 logger = logging.getLogger(__name__)
 #: Why a run makes no further step: they are made, its time is over, evaluations are no better, an accuracy has dropped

@@ -26,7 +26,7 @@ from megatron_cord.rollout.types import GenerationRequest, Role, Rollout, Scored
 from megatron_cord.trainer.alignment.aligner import Aligner, GroupedResponse
 from megatron_cord.trainer.answers.given_responses import GivenResponses
 from megatron_cord.trainer.answers.reference_answers import ReferenceAnswers
-from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.batching.batches import TrainingSequence
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.teachers import TeacherRoutes
 

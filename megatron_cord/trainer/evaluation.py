@@ -25,7 +25,7 @@ from megatron_cord.trainer.endings.guards import Guards
 from megatron_cord.trainer.observability.logprob_mismatch import mismatch_metrics
 from megatron_cord.trainer.observability.metrics import MetricsLog, json_floats
 from megatron_cord.trainer.start import Start
-from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.batching.batches import TrainingSequence
 
 SUMMARY = "summary.json"
 Scorer = Callable[[list[TrainingSequence]], dict[int, TokenResults]]

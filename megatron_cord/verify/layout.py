@@ -36,7 +36,7 @@ from megatron_cord.parallel.portability import device_name
 from megatron_cord.parallel.tf32 import full_float32, tf32_in_use
 from megatron_cord.trainer.config import TrainConfig
 from megatron_cord.trainer.model_setup import build_student
-from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.batching.batches import TrainingSequence
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.step.optimizer.building import build_optimizer, release, wrap_model
 from megatron_cord.trainer.step.optimizer.config import OptimizerConfig

@@ -24,13 +24,13 @@ from transformers import (
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from megatron_cord.convert.fused_experts import published_parts
+from megatron_cord.convert.plain.fused_experts import published_parts
 from megatron_cord.data.samples import AudioClip, Prompt
 from megatron_cord.errors import CordError
 from megatron_cord.losses import TokenWeightsConfig
 from megatron_cord.rollout.chosen_experts import ChosenExperts
 from megatron_cord.rollout.types import Rollout, ScoredRollout
-from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.batching.batches import TrainingSequence
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 from megatron_cord.verify.lora_reference import LoraReference, published_name

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from megatron_cord.convert.fused_experts import published_parts
+from megatron_cord.convert.plain.fused_experts import published_parts
 
 
 class LoraReference:

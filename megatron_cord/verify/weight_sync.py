@@ -24,9 +24,9 @@ from rich.table import Table
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.convert import export_tensors, read_into
-from megatron_cord.convert.auxiliary_files import with_dtype
-from megatron_cord.convert.carried import files_beside, read_carried
-from megatron_cord.convert.hf_writer import HFDirectoryWriter, plan_shards
+from megatron_cord.convert.hf.auxiliary_files import with_dtype
+from megatron_cord.convert.hf.carried import files_beside, read_carried
+from megatron_cord.convert.hf.writer import HFDirectoryWriter, plan_shards
 from megatron_cord.errors import CordError
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import load_architecture

@@ -30,8 +30,8 @@ from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.rollout.types import Rollout, ScoredRollout
-from megatron_cord.trainer.step.batches import Microbatch, TrainingSequence, make_microbatches
-from megatron_cord.trainer.step.token_layout import Rows
+from megatron_cord.trainer.step.batching.batches import Microbatch, TrainingSequence, make_microbatches
+from megatron_cord.trainer.step.batching.token_layout import Rows
 from megatron_cord.warmup.config import DistillationConfig, WarmupConfig
 from megatron_cord.warmup.corpus import Corpus
 
@@ -41,7 +41,7 @@ Adapt = Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
 
 @dataclass(frozen=True)
 class _Padded:
-    """How microbatches are made (`trainer.step.batches.Batching`)."""
+    """How microbatches are made (`trainer.step.batching.batches.Batching`)."""
 
     micro_batch_size: int
     packing: Literal["padded", "packed"] = "padded"

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron_cord.convert.carried import Carried, read_carried
-from megatron_cord.convert.hf_reader import StoredTensor, stored_tensors
+from megatron_cord.convert.hf.carried import Carried, read_carried
+from megatron_cord.convert.hf.reader import StoredTensor, stored_tensors
+from megatron_cord.convert.hf.spelling import published
 from megatron_cord.convert.inventory import fake_model
 from megatron_cord.convert.loading import Source, find_sources, read_block
-from megatron_cord.convert.spelling import published
 from megatron_cord.errors import CordError
 from megatron_cord.model.adapters import Adapter, build_adapter
 from megatron_cord.model.architecture import Architecture

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_cord.convert.carried import Carried, files_beside
-from megatron_cord.convert.hf_reader import StoredTensor
-from megatron_cord.convert.hf_writer import HFDirectoryWriter, Shard, plan_shards
-from megatron_cord.convert.model_card import without_cards
+from megatron_cord.convert.hf.carried import Carried, files_beside
+from megatron_cord.convert.hf.model_card import without_cards
+from megatron_cord.convert.hf.reader import StoredTensor
+from megatron_cord.convert.hf.writer import HFDirectoryWriter, Shard, plan_shards
 from megatron_cord.errors import CordError
 from megatron_cord.warmup.parts import Parts
 

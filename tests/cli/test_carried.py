@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_cord.convert import read_tensors
-from megatron_cord.convert.carried import read_carried
+from megatron_cord.convert.hf.carried import read_carried
 from megatron_cord.model.families import FAMILIES, load_architecture
 from tests.cli.test_convert import alone, error
 from tests.tiny_run import write_checkpoint

@@ -318,14 +318,14 @@ def test_a_killed_import_leaves_nothing_that_looks_whole(source: Path, tmp_path:
     """Catches half a checkpoint under the final name, and a leftover that stops or spoils the next import."""
     target = tmp_path / "checkpoint"
     program = (
-        "import os, signal, sys; from megatron_cord.convert import hf_reader\n"
+        "import os, signal, sys; from megatron_cord.convert.hf import reader\n"
         "from tests.cli.test_convert import run_commands\n"
         "from megatron_cord.parallel.layout import initialize, ParallelConfig\n"
-        "read, count = hf_reader.StoredTensor.read_block, iter(range(10))\n"
+        "read, count = reader.StoredTensor.read_block, iter(range(10))\n"
         "def dying(*given):\n"
         "    next(count, None) is None and os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return read(*given)\n"
-        "hf_reader.StoredTensor.read_block = dying\n"
+        "reader.StoredTensor.read_block = dying\n"
         "run_commands(0, [sys.argv[1:]])"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -342,14 +342,14 @@ def test_a_killed_export_is_finished_by_the_same_command(imported: Path, source:
     """Catches half an export under the final name, and files that are written again though they are whole."""
     target = tmp_path / "out"
     program = (
-        "import os, signal, sys; from megatron_cord.convert import megatron_reader\n"
+        "import os, signal, sys; from megatron_cord.convert.megatron import reader\n"
         "from tests.cli.test_convert import run_commands\n"
         "from megatron_cord.parallel.layout import initialize, ParallelConfig\n"
-        "blocks, count = megatron_reader.SavedWeights.blocks, iter(range(40))\n"
+        "blocks, count = reader.SavedWeights.blocks, iter(range(40))\n"
         "def dying(*given):\n"
         "    next(count, None) is None and os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return blocks(*given)\n"
-        "megatron_reader.SavedWeights.blocks = dying\n"
+        "reader.SavedWeights.blocks = dying\n"
         "run_commands(0, [sys.argv[1:]])"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from transformers import Qwen3OmniMoeConfig, Qwen3OmniMoeForConditionalGeneration
 
 from megatron_cord.convert import read_tensors
-from megatron_cord.convert.fused_experts import published_parts
-from megatron_cord.convert.hf_writer import plan_shards
+from megatron_cord.convert.hf.writer import plan_shards
+from megatron_cord.convert.plain.fused_experts import published_parts
 from megatron_cord.model.families import load_architecture
 from megatron_cord.plan.parameters import part_counts
 from megatron_cord.plan.published import published

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_cord.convert import export_tensors, read_into
-from megatron_cord.convert.hf_reader import stored_tensors
+from megatron_cord.convert.hf.reader import stored_tensors
 from megatron_cord.convert.inventory import common_dtype, fake_model
 from megatron_cord.convert.loading import find_sources
 from megatron_cord.errors import CordError

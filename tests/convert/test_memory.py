@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from megatron_cord.convert import export_tensors, read_into
-from megatron_cord.convert.hf_reader import stored_tensors
-from megatron_cord.convert.hf_writer import HFDirectoryWriter, plan_shards
+from megatron_cord.convert.hf.reader import stored_tensors
+from megatron_cord.convert.hf.writer import HFDirectoryWriter, plan_shards
 from megatron_cord.convert.inventory import fake_model, inventory
 from megatron_cord.convert.loading import find_sources
-from megatron_cord.convert.megatron_reader import SavedWeights
-from megatron_cord.convert.megatron_writer import save_weights
+from megatron_cord.convert.megatron.reader import SavedWeights
+from megatron_cord.convert.megatron.writer import save_weights
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize

@@ -29,7 +29,7 @@ from megatron_cord.evaluation.scoring import is_correct
 from megatron_cord.parallel.layout import ParallelConfig
 from megatron_cord.speech.verbalization import verbalize
 from megatron_cord.trainer.config import RunConfig
-from tests.convert.test_graft import write_llm, write_whisper
+from tests.convert.graft.test_graft import write_llm, write_whisper
 from tests.tiny_run import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
@@ -142,7 +142,7 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(
 def test_a_layout_that_cannot_hold_a_gguf_file_is_refused(tmp_path: Path) -> None:
     """Catches a file that is grafted, and questions that are spoken, before its heads are counted."""
     pytest.importorskip("gguf", reason="the extra gguf is not installed")
-    from tests.convert.test_graft_gguf import write_gguf, write_model
+    from tests.convert.graft.test_gguf import write_gguf, write_model
 
     for given in (write_gguf(tmp_path / "tiny.gguf", write_model()), tmp_path):
         with pytest.raises(CordError, match=r"parallel.tp=4 does not divide .*key-value heads \(2\).*--ranks 4"):

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from examples.quickstart.checkpoint import CHAT_TEMPLATE, SPECIAL_TOKENS, published_name
-from megatron_cord.convert.fused_experts import published_parts
+from megatron_cord.convert.plain.fused_experts import published_parts
 from megatron_cord.model.families.plain_thinker import PlainThinker
 from megatron_cord.model.families.qwen2_5_omni.plain_model import Thinker as Qwen25Thinker
 from megatron_cord.model.families.qwen3_omni_moe.plain_model import Thinker as Qwen3Thinker

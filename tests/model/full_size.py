@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from examples.quickstart.checkpoint import published_name
-from megatron_cord.convert.fused_experts import published_parts
-from megatron_cord.convert.hf_writer import Shard, plan_shards
+from megatron_cord.convert.hf.writer import Shard, plan_shards
+from megatron_cord.convert.plain.fused_experts import published_parts
 from megatron_cord.model.families.step_audio_2.audio import StepAudio2Config
 from megatron_cord.model.families.step_audio_2.plain_model import StepAudio2
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Qwen2AudioConfig, Qwen2AudioEncoderConfig, Qwen2AudioForConditionalGeneration, Qwen2Config
 
 from examples.quickstart.checkpoint import published_name
-from megatron_cord.convert.fused_experts import published_parts
+from megatron_cord.convert.plain.fused_experts import published_parts
 from megatron_cord.parallel.layout import ParallelConfig
 from tests.gloo import run_ranks
 from tests.model.ranks import (

@@ -19,9 +19,9 @@ from megatron_cord.cli.actions import serve
 from megatron_cord.cli.config import command as config_command
 from megatron_cord.cli.plan import command as plan_command
 from megatron_cord.config.loading import load_config
-from megatron_cord.convert.auxiliary_files import read_auxiliary_files
-from megatron_cord.convert.hf_reader import stored_tensors
-from megatron_cord.convert.plain_model import PlainModel
+from megatron_cord.convert.hf.auxiliary_files import read_auxiliary_files
+from megatron_cord.convert.hf.reader import stored_tensors
+from megatron_cord.convert.plain.model import PlainModel
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.tokenizers import load_tokenizer
 from megatron_cord.errors import CordError

@@ -142,7 +142,8 @@ def _put_threads_under_rules() -> None:
 def observe_run() -> None:
     """Note the phases of a training run and its microbatches."""
     from megatron_cord.trainer.observability.watchdog import Watchdog
-    from megatron_cord.trainer.step import batches, step
+    from megatron_cord.trainer.step import step
+    from megatron_cord.trainer.step.batching import batches
 
     begin, make = Watchdog.phase, batches.make_microbatches
 

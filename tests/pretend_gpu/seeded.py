@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_cord.parallel import transfers
 from megatron_cord.parallel.layout import ParallelConfig, initialize
-from megatron_cord.trainer.step import batches, token_layout
+from megatron_cord.trainer.step.batching import batches, token_layout
 from megatron_cord.trainer.step.moving_average import MovingAverage
 from megatron_cord.trainer.step.step import TrainStep
 from tests.pretend_gpu.record import RECORD

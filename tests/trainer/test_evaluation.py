@@ -10,7 +10,7 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.evaluation.answers import AudioResponse
 from megatron_cord.rollout.types import GenerationRequest, TokenResults
 from megatron_cord.trainer.evaluation import measure_divergence, summarize
-from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.batching.batches import TrainingSequence
 from tests.tiny_run import make_samples
 from tests.trainer.scripted_engine import ScriptedEngine
 

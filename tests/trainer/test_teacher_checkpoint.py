@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_cord.config.loading import load_config
-from megatron_cord.convert.plain_model import PlainModel
+from megatron_cord.convert.plain.model import PlainModel
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Prompt
 from megatron_cord.data.shards.reader import ShardDataset

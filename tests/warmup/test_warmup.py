@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_cord.cli.main import cord, invoke
 from megatron_cord.convert import read_tensors
-from megatron_cord.convert.plain_model import PlainModel
+from megatron_cord.convert.plain.model import PlainModel
 from megatron_cord.data.audio.wav import encode_wav
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import HEAR, READ, Prompt, Sample
@@ -37,7 +37,7 @@ from megatron_cord.warmup import warmup
 from megatron_cord.warmup.config import CtcConfig, DistillationConfig, RegressionConfig, WarmupConfig
 from megatron_cord.warmup.stages import Stages
 from megatron_cord.warmup.warmup import warm_up
-from tests.convert.test_graft import WORDS, change, write_llm, write_whisper
+from tests.convert.graft.test_graft import WORDS, change, write_llm, write_whisper
 from tests.gloo import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")

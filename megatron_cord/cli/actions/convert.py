@@ -16,18 +16,18 @@ from megatron.core import parallel_state
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_cord.convert import comparison
-from megatron_cord.convert.auxiliary_files import with_dtype
-from megatron_cord.convert.carried import Carried, files_beside, read_carried, write_beside
-from megatron_cord.convert.hf_reader import stored_tensors
-from megatron_cord.convert.hf_writer import HFDirectoryWriter, check_vacant, plan_shards
+from megatron_cord.convert.hf.auxiliary_files import with_dtype
+from megatron_cord.convert.hf.carried import Carried, files_beside, read_carried, write_beside
+from megatron_cord.convert.hf.model_card import FILE_NAME as CARD
+from megatron_cord.convert.hf.model_card import model_card, without_cards
+from megatron_cord.convert.hf.reader import stored_tensors
+from megatron_cord.convert.hf.spelling import published_tensors
+from megatron_cord.convert.hf.writer import HFDirectoryWriter, check_vacant, plan_shards
 from megatron_cord.convert.inventory import Entry, common_dtype, fake_model, inventory
 from megatron_cord.convert.loading import find_sources
-from megatron_cord.convert.megatron_writer import save_weights
-from megatron_cord.convert.model_card import FILE_NAME as CARD
-from megatron_cord.convert.model_card import model_card, without_cards
+from megatron_cord.convert.megatron.writer import save_weights
 from megatron_cord.convert.peft.directory import write_adapter
-from megatron_cord.convert.spelling import published_tensors
+from megatron_cord.convert.plain import comparison
 from megatron_cord.data.audio.decode import decode_audio
 from megatron_cord.data.audio.features import stack_features
 from megatron_cord.data.prompts import PromptBuilder

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_cord.convert.hf_reader import StoredTensor
+from megatron_cord.convert.hf.reader import StoredTensor
 from megatron_cord.errors import CordError
 
 FILE_NAME = "model.bin"

@@ -10,8 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from megatron_cord.convert.graft import ctranslate2
-from megatron_cord.convert.hf_reader import StoredTensor, stored_tensors
-from megatron_cord.convert.spelling import published_tensors
+from megatron_cord.convert.hf.reader import StoredTensor, stored_tensors
+from megatron_cord.convert.hf.spelling import published_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture, LanguageArchitecture
 from megatron_cord.model.checkpoint_directory import checkpoint_directory

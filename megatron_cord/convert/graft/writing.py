@@ -27,10 +27,10 @@ from megatron_cord.convert.graft.sources import (
     read_whisper,
 )
 from megatron_cord.convert.graft.tokenizer import with_placeholder
-from megatron_cord.convert.hf_reader import StoredTensor
-from megatron_cord.convert.hf_writer import HFDirectoryWriter, check_vacant, plan_shards
+from megatron_cord.convert.hf.reader import StoredTensor
+from megatron_cord.convert.hf.spelling import plain_class
+from megatron_cord.convert.hf.writer import HFDirectoryWriter, check_vacant, plan_shards
 from megatron_cord.convert.inventory import common_dtype
-from megatron_cord.convert.spelling import plain_class
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.families import family_of

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_cord.convert.hf_writer import check_vacant
+from megatron_cord.convert.hf.spelling import Spelling
+from megatron_cord.convert.hf.writer import check_vacant
 from megatron_cord.convert.peft.expert_adapters import SHARED, each_experts, takes_apart
-from megatron_cord.convert.spelling import Spelling
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.config import LoraConfig

@@ -13,9 +13,9 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
+from megatron_cord.convert.hf.spelling import published_tensors
 from megatron_cord.convert.inventory import common_dtype
-from megatron_cord.convert.megatron_reader import BLOCK, SavedWeights
-from megatron_cord.convert.spelling import published_tensors
+from megatron_cord.convert.megatron.reader import BLOCK, SavedWeights
 from megatron_cord.model.lalm import LALM
 from megatron_cord.model.lora.targets import LoraTarget
 

@@ -14,7 +14,7 @@ from megatron_cord.data.config import TrainingSetConfig
 from megatron_cord.data.samples import AudioClip, Prompt
 from megatron_cord.plan.work import FRAMES_A_SECOND, Work
 from megatron_cord.rollout.types import Rollout, ScoredRollout, VersionSpan
-from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.batching.batches import TrainingSequence
 from megatron_cord.trainer.teachers import TeacherRoutes
 
 if TYPE_CHECKING:

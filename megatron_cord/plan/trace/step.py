@@ -30,7 +30,7 @@ from megatron_cord.plan.trace.substitutes import substituted
 from megatron_cord.plan.work import Work
 from megatron_cord.trainer.building.training import build_teachers
 from megatron_cord.trainer.model_setup import build_student
-from megatron_cord.trainer.step.batches import Microbatch
+from megatron_cord.trainer.step.batching.batches import Microbatch
 from megatron_cord.trainer.step.optimizer.building import build_optimizer, wrap_model
 from megatron_cord.trainer.step.step import TrainStep
 from megatron_cord.trainer.step.teacher import Teacher

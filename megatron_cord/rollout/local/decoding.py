@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_cord.convert.plain_model import PlainModel
+from megatron_cord.convert.plain.model import PlainModel
 from megatron_cord.data.audio.features import stack_features
 from megatron_cord.data.samples import Prompt
 from megatron_cord.rollout.chosen_experts import ChosenExperts

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_cord.convert.plain_model import PlainModel
+from megatron_cord.convert.plain.model import PlainModel
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.local.decoding import Response, TokenRules, sample_batch

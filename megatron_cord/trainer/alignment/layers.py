@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_cord.data.samples import Prompt
 from megatron_cord.rollout.types import Rollout, ScoredRollout
-from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.batching.batches import TrainingSequence
 from megatron_cord.trainer.step.step import TrainStep
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_cord.convert.megatron_reader import SavedWeights
+from megatron_cord.convert.megatron.reader import SavedWeights
 from megatron_cord.convert.peft.directory import Adapter
 from megatron_cord.convert.peft.merged import MergedWeights, read_factors
 from megatron_cord.errors import CordError

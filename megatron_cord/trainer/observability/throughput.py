@@ -13,7 +13,7 @@ from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.memory_use import peak_memory
 from megatron_cord.parallel.transfers import to_device
 from megatron_cord.rollout.types import Rollout
-from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.batching.batches import TrainingSequence
 
 
 @dataclass(frozen=True)

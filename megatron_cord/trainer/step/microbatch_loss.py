@@ -23,7 +23,7 @@ from megatron_cord.losses import (
 )
 from megatron_cord.losses.policy_loss import PolicyTokens, RatioStats, importance_weights, policy_loss
 from megatron_cord.losses.responses import response_of_token
-from megatron_cord.trainer.step.batches import Microbatch
+from megatron_cord.trainer.step.batching.batches import Microbatch
 from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig
 
 

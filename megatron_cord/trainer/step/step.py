@@ -17,24 +17,24 @@ from megatron_cord.model.lalm import LALM
 from megatron_cord.model.pipeline import run_pipeline
 from megatron_cord.rollout.types import ScoredRollout, TokenResults
 from megatron_cord.trainer.step.balance import check_balancing
-from megatron_cord.trainer.step.batches import (
+from megatron_cord.trainer.step.batching.batches import (
     Batching,
     Microbatch,
     TrainingSequence,
     check_responses,
     make_microbatches,
 )
+from megatron_cord.trainer.step.batching.packing import split_minibatches
 from megatron_cord.trainer.step.controller import Controllers
-from megatron_cord.trainer.step.layer_means import LayerMeans
-from megatron_cord.trainer.step.measurements import measure_step
 from megatron_cord.trainer.step.microbatch_loss import MicrobatchLoss, microbatch_loss
 from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig
 from megatron_cord.trainer.step.optimizer.building import gradients_are_finite, join_reduction
 from megatron_cord.trainer.step.optimizer.schedule import RateScheduler
-from megatron_cord.trainer.step.packing import split_minibatches
-from megatron_cord.trainer.step.phases import Phases
+from megatron_cord.trainer.step.results.layer_means import LayerMeans
+from megatron_cord.trainer.step.results.measurements import measure_step
+from megatron_cord.trainer.step.results.phases import Phases
+from megatron_cord.trainer.step.results.token_results import gather_token_results
 from megatron_cord.trainer.step.teacher import TaughtTokens, Teacher
-from megatron_cord.trainer.step.token_results import gather_token_results
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.model.pipeline import run_pipeline
 from megatron_cord.parallel.transfers import to_device, to_host
-from megatron_cord.trainer.step.batches import Microbatch
+from megatron_cord.trainer.step.batching.batches import Microbatch
+from megatron_cord.trainer.step.batching.token_layout import Rows
 from megatron_cord.trainer.step.moving_average import MovingAverage
 from megatron_cord.trainer.step.streams import ContrastConfig
-from megatron_cord.trainer.step.token_layout import Rows
 
 
 @dataclass(frozen=True)

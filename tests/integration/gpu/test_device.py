@@ -13,7 +13,7 @@ from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.parallel.portability import on_own_stream
 from megatron_cord.parallel.transfers import to_host
 from megatron_cord.trainer.endings.agreement import any_rank
-from megatron_cord.trainer.step.phases import Phases
+from megatron_cord.trainer.step.results.phases import Phases
 
 pytestmark = pytest.mark.gpu
 CYCLES = 200_000_000  # about a tenth of a second

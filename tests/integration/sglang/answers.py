@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megatron_cord.convert.plain_model import PlainModel
+from megatron_cord.convert.plain.model import PlainModel
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.rollout.config import RolloutConfig
 from megatron_cord.rollout.engines import build_engine

@@ -38,7 +38,7 @@ from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.rollout.sglang.client.addresses import write_servers_file
 from megatron_cord.rollout.sglang.server.process import ENVIRONMENT, ServerConfig
 from megatron_cord.rollout.sglang.server.supervisor import Supervisor, SupervisorConfig
-from tests.convert.test_graft import write_whisper
+from tests.convert.graft.test_graft import write_whisper
 from tests.data.test_mistral_tokenizer import AUDIO, MARKS, write_tokenizer
 from tests.model.family_reference import DECODER, save_whole, text_config
 from tests.model.ranks import MELS, WINDOW

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_cord.convert.plain_model import PlainModel
+from megatron_cord.convert.plain.model import PlainModel
 from megatron_cord.data.samples import Prompt
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.config import RolloutConfig

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cord.convert.spelling import published_tensors
+from megatron_cord.convert.hf.spelling import published_tensors
 from megatron_cord.data.audio.wav import encode_float_wav
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.model.families import load_architecture

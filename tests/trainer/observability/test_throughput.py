@@ -10,7 +10,7 @@ from megatron_cord.data.samples import Prompt
 from megatron_cord.parallel.layout import Layout, ParallelConfig, initialize
 from megatron_cord.rollout.types import Rollout, ScoredRollout, VersionSpan
 from megatron_cord.trainer.observability.throughput import StepWork, measure_throughput
-from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.batching.batches import TrainingSequence
 from tests.gloo import run_ranks
 
 OWN = StepWork(

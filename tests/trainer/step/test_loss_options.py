@@ -23,10 +23,10 @@ from megatron_cord.model.lalm import ModelInput
 from megatron_cord.parallel.transfers import to_host
 from megatron_cord.rollout.types import Rollout, ScoredRollout
 from megatron_cord.trainer.step import microbatch_loss as microbatch_loss_module
-from megatron_cord.trainer.step.batches import Microbatch, TrainingSequence
+from megatron_cord.trainer.step.batching.batches import Microbatch, TrainingSequence
+from megatron_cord.trainer.step.batching.token_layout import Rows
 from megatron_cord.trainer.step.microbatch_loss import microbatch_loss
 from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig
-from megatron_cord.trainer.step.token_layout import Rows
 
 
 def batch_of(lengths: list[int], advantages: list[float] | None = None) -> Microbatch:

@@ -13,10 +13,10 @@ from megatron_cord.errors import CordError
 from megatron_cord.losses import DivergenceConfig, PolicyGradientConfig, TokenWeightsConfig
 from megatron_cord.model.lalm import ModelInput
 from megatron_cord.rollout.types import Role, Rollout, ScoredRollout
-from megatron_cord.trainer.step.batches import Microbatch, TrainingSequence
+from megatron_cord.trainer.step.batching.batches import Microbatch, TrainingSequence
+from megatron_cord.trainer.step.batching.token_layout import Rows
 from megatron_cord.trainer.step.microbatch_loss import MicrobatchLoss, microbatch_loss
 from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig
-from megatron_cord.trainer.step.token_layout import Rows
 
 LENGTHS, HIDDEN, VOCABULARY, PADDED = [5, 1, 4], 6, 11, 16
 TOKENS = sum(LENGTHS)

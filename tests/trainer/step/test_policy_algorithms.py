@@ -12,8 +12,8 @@ import torch
 from megatron_cord.losses import PolicyGradientConfig
 from megatron_cord.losses.policy_loss import PolicyTokens, policy_loss
 from megatron_cord.rollout.types import Rollout, ScoredRollout
+from megatron_cord.trainer.step.batching.packing import split_minibatches
 from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig
-from megatron_cord.trainer.step.packing import split_minibatches
 
 TRL: dict[str, Any] = json.loads((Path(__file__).parents[3] / "benchmarks/results/policy_losses_trl.json").read_text())
 

@@ -24,7 +24,7 @@ from megatron_cord.parallel.layout import initialize
 from megatron_cord.reward.rewards import TermWeights
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.model_setup import build_student
-from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.batching.batches import TrainingSequence
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.step.streams import ContrastConfig, StreamConfig
 from megatron_cord.trainer.step.teacher import Teacher, TeacherConfig

@@ -16,7 +16,7 @@ from megatron_cord.model.config import ModelConfig
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.trainer.config import TrainConfig
 from megatron_cord.trainer.model_setup import build_student
-from megatron_cord.trainer.step.batches import TrainingSequence
+from megatron_cord.trainer.step.batching.batches import TrainingSequence
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.step.optimizer.building import build_optimizer, release, wrap_model
 from megatron_cord.trainer.step.optimizer.config import OptimizerConfig

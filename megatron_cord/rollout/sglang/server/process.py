@@ -15,7 +15,7 @@ from typing import Literal
 
 from packaging.version import InvalidVersion, Version
 
-from megatron_cord.convert.hf_reader import stored_tensors
+from megatron_cord.convert.hf.reader import stored_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.rollout.sglang.client.addresses import KEY_VARIABLE
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_cord.convert.spelling import published_tensors
+from megatron_cord.convert.hf.spelling import published_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import load_architecture

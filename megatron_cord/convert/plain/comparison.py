@@ -11,7 +11,7 @@ import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_cord.convert.plain_model import PlainModel
+from megatron_cord.convert.plain.model import PlainModel
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.model.pipeline import run_pipeline
 from megatron_cord.parallel.objects import all_gather_json

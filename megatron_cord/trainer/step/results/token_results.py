@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import all_gather_json
 from megatron_cord.rollout.types import TokenResults
-from megatron_cord.trainer.step.batches import Microbatch
+from megatron_cord.trainer.step.batching.batches import Microbatch
 from megatron_cord.trainer.step.microbatch_loss import MicrobatchLoss
 from megatron_cord.trainer.step.teacher import whole_tokens
 

@@ -15,12 +15,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from megatron_cord.convert import megatron_reader
-from megatron_cord.convert.hf_reader import stored_tensors
+from megatron_cord.convert.hf.reader import stored_tensors
 from megatron_cord.convert.inventory import fake_model
 from megatron_cord.convert.loading import find_sources
-from megatron_cord.convert.megatron_reader import SavedWeights
-from megatron_cord.convert.megatron_writer import save_weights
+from megatron_cord.convert.megatron import reader
+from megatron_cord.convert.megatron.reader import SavedWeights
+from megatron_cord.convert.megatron.writer import save_weights
 from megatron_cord.errors import CordError
 from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
@@ -68,7 +68,7 @@ def read(saved: SavedWeights) -> dict[str, Tensor]:
 @pytest.mark.parametrize("block", [1, 4000, 1 << 25])
 def test_tensors_come_in_portions(checkpoint: Path, model: LALM, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """Catches a portion that begins within a head, the gate or the vocabulary and is taken from elsewhere."""
-    monkeypatch.setattr(megatron_reader, "BLOCK", block)
+    monkeypatch.setattr(reader, "BLOCK", block)
     given, wanted = read(SavedWeights(checkpoint, model)), published_tensors(build(tied=False))
     assert given.keys() == wanted.keys() and all(torch.equal(given[name], tensor) for name, tensor in wanted.items())
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cord.convert.fused_experts import published_parts
-from megatron_cord.convert.plain_attention import use_small_attention
-from megatron_cord.convert.spelling import Spelling, plain_class, published_tensors
+from megatron_cord.convert.hf.spelling import Spelling, plain_class, published_tensors
+from megatron_cord.convert.plain.attention import use_small_attention
+from megatron_cord.convert.plain.fused_experts import published_parts
 from megatron_cord.errors import CordError
 from megatron_cord.losses.kernels.matmul import product
 from megatron_cord.model.checkpoint_directory import checkpoint_directory

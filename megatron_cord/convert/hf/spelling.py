@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from megatron_cord.convert.hf_reader import StoredTensor, stored_tensors
+from megatron_cord.convert.hf.reader import StoredTensor, stored_tensors
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.families import FAMILIES, family_of

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_cord.convert import read_tensors
-from megatron_cord.convert.auxiliary_files import read_auxiliary_files, with_dtype
-from megatron_cord.convert.hf_writer import HFDirectoryWriter, Shard, plan_shards
+from megatron_cord.convert.hf.auxiliary_files import read_auxiliary_files, with_dtype
+from megatron_cord.convert.hf.writer import HFDirectoryWriter, Shard, plan_shards
 from megatron_cord.errors import CordError
 from tests.tiny_run import ROOT
 
@@ -70,7 +70,7 @@ def write_until_killed(directory: str) -> None:
 def leftover(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the hidden directory of a writer that was killed."""
     out = tmp_path_factory.mktemp("killed") / "out"
-    command = "import sys; from tests.convert.test_hf_writer import write_until_killed; write_until_killed(sys.argv[1])"
+    command = "import sys; from tests.convert.hf.test_writer import write_until_killed; write_until_killed(sys.argv[1])"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     status = subprocess.run([sys.executable, "-c", command, str(out)], env=environment, check=False).returncode
     assert status == -signal.SIGKILL

@@ -21,7 +21,7 @@ from megatron_cord.parallel.sequence_sharding import SequenceSharding
 from megatron_cord.rollout.types import Rollout, ScoredRollout
 from megatron_cord.trainer.config import TrainConfig
 from megatron_cord.trainer.model_setup import build_student
-from megatron_cord.trainer.step.batches import TrainingSequence, check_responses, make_microbatches
+from megatron_cord.trainer.step.batching.batches import TrainingSequence, check_responses, make_microbatches
 from tests.model.test_architecture import LANGUAGE
 from tests.tiny_run import make_samples
 

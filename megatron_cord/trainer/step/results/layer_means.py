@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_cord.losses.responses import response_of_token
 from megatron_cord.model.lalm import LALM
 from megatron_cord.model.pipeline import padding_in_front
-from megatron_cord.trainer.step.batches import Microbatch
+from megatron_cord.trainer.step.batching.batches import Microbatch
 
 
 class LayerMeans:

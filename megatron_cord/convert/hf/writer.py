@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cord.convert.hf_reader import DTYPES
+from megatron_cord.convert.hf.reader import DTYPES
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import start_writing, write_atomic
 

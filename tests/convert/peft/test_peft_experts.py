@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from megatron_cord.convert import export_tensors, import_tensors, read_into
 from megatron_cord.convert.peft.directory import WEIGHTS, Adapter, read_adapter, write_adapter
 from megatron_cord.convert.peft.stream import export_adapters, import_adapters
-from megatron_cord.convert.plain_model import PlainModel
+from megatron_cord.convert.plain.model import PlainModel
 from megatron_cord.errors import CordError
 from megatron_cord.model.config import LoraConfig
 from megatron_cord.model.families import load_architecture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cord.trainer.step.packing import pack
+from megatron_cord.trainer.step.batching.packing import pack
 
 REPEATABLE = settings(max_examples=60, derandomize=True, deadline=None)
 LENGTHS = st.lists(st.integers(1, 30), max_size=7)

@@ -26,7 +26,7 @@ from transformers import (
 
 from megatron_cord.cli.main import cord, invoke
 from megatron_cord.convert import read_tensors
-from megatron_cord.convert.plain_model import PlainModel
+from megatron_cord.convert.plain.model import PlainModel
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import Sample
 from megatron_cord.errors import CordError

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_cord.convert.auxiliary_files import read_auxiliary_files
-from megatron_cord.convert.hf_reader import StoredTensor, stored_tensors
-from megatron_cord.convert.hf_writer import HFDirectoryWriter, plan_shards
+from megatron_cord.convert.hf.auxiliary_files import read_auxiliary_files
+from megatron_cord.convert.hf.reader import StoredTensor, stored_tensors
+from megatron_cord.convert.hf.writer import HFDirectoryWriter, plan_shards
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import family_of

@@ -16,7 +16,7 @@ from transformers import WhisperConfig, WhisperModel
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
-from tests.convert.test_graft import WINDOW, graft, write_llm
+from tests.convert.graft.test_graft import WINDOW, graft, write_llm
 
 Variables = dict[str, np.ndarray]
 

@@ -24,9 +24,9 @@ from megatron_cord.model.lalm import ModelInput
 from megatron_cord.parallel.sequence_sharding import SequenceSharding
 from megatron_cord.parallel.transfers import to_device
 from megatron_cord.rollout.types import Rollout, ScoredRollout
-from megatron_cord.trainer.step.packing import pack
-from megatron_cord.trainer.step.router_replay import check_experts, with_experts
-from megatron_cord.trainer.step.token_layout import Rows, pack_sequences, pad_sequences, round_up
+from megatron_cord.trainer.step.batching.packing import pack
+from megatron_cord.trainer.step.batching.router_replay import check_experts, with_experts
+from megatron_cord.trainer.step.batching.token_layout import Rows, pack_sequences, pad_sequences, round_up
 
 
 class Batching(Protocol):

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from megatron_cord.convert import plain_attention
-from megatron_cord.convert.plain_model import PlainModel
+from megatron_cord.convert.plain import attention
+from megatron_cord.convert.plain.model import PlainModel
 from megatron_cord.model.layers.small_attention import attend
-from tests.convert.test_graft import write_llm
+from tests.convert.graft.test_graft import write_llm
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 
@@ -45,7 +45,7 @@ def test_few_tokens_have_the_hidden_states_of_transformers(tmp_path: Path, monke
         calls.append((len(query), len(key)))
         return attend(query, key, value, **options)
 
-    monkeypatch.setattr(plain_attention, "attend", counted)
+    monkeypatch.setattr(attention, "attend", counted)
     ids, pads = torch.randint(3, 10, (3, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2, 5])
     model = PlainModel(directory)
     with torch.no_grad():

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from examples.quickstart.checkpoint import published_name
 from megatron_cord.convert import export_tensors, read_into
-from megatron_cord.convert.plain_model import PlainModel
-from megatron_cord.convert.spelling import plain_class
+from megatron_cord.convert.hf.spelling import plain_class
+from megatron_cord.convert.plain.model import PlainModel
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM

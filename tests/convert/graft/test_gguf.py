@@ -17,7 +17,7 @@ from megatron_cord.convert import read_tensors
 from megatron_cord.convert.graft.gguf import gguf_architecture
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
-from tests.convert.test_graft import sample, write_whisper
+from tests.convert.graft.test_graft import sample, write_whisper
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_cord.convert.hf_writer import check_vacant
+from megatron_cord.convert.hf.writer import check_vacant
 from megatron_cord.convert.loading import Source, read_block
 from megatron_cord.convert.names import rename_to_global
 from megatron_cord.model.lalm import LALM

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_cord.convert.hf_reader import StoredTensor
+from megatron_cord.convert.hf.reader import StoredTensor
 from megatron_cord.convert.inventory import inventory
 from megatron_cord.convert.names import rename_to_global, tensor_map_of
 from megatron_cord.errors import CordError

@@ -1,0 +1,1 @@
+"""Megatron's distributed checkpoints, read and written without the model in memory."""

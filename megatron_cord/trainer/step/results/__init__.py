@@ -1,0 +1,1 @@
+"""What a step returns: its measurements and seconds, and the results of each token and layer."""
