@@ -1,7 +1,7 @@
 """Plans: parameters, memory of a GPU and time of a step, from an architecture, a configuration and a GPU.
 
 Nothing here imports torch, touches a device or reads weights. Figures are estimates with their assumptions beside them;
-parameters, gradients and optimizer states are exact (tests/plan/test_plan.py counts those of a built model).
+parameters, gradients and optimizer states are exact (tests/plan counts those of a built model).
 """
 
 from megatron_cord.plan.devices import GPUS, Gpu

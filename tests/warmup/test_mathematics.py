@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
 
+
 import itertools
 import math
 

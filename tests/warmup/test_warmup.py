@@ -1,102 +1,37 @@
-"""Warm-ups of a tiny grafted checkpoint, end to end: what they learn, on two ranks, after stops, and every slip.
-
-A word is a tone, so that a random encoder's states tell words apart.
-"""
+"""Warm-ups of a tiny grafted checkpoint, end to end: what they learn, on two ranks, after stops, and every slip."""
 
 from __future__ import annotations
-
-import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
 
 import io
 import json
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megatron_cord.cli.main import cord, invoke
 from megatron_cord.convert import read_tensors
-from megatron_cord.convert.plain.model import PlainModel
 from megatron_cord.data.audio.wav import encode_wav
-from megatron_cord.data.prompts import PromptBuilder
-from megatron_cord.data.samples import HEAR, READ, Prompt, Sample
-from megatron_cord.data.shards.writer import ShardWriter
+from megatron_cord.data.samples import Sample
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from megatron_cord.runtime.stop_request import StoppedError
 from megatron_cord.warmup import warmup
-from megatron_cord.warmup.config import CtcConfig, DistillationConfig, RegressionConfig, WarmupConfig
+from megatron_cord.warmup.config import CtcConfig, RegressionConfig
 from megatron_cord.warmup.stages import Stages
 from megatron_cord.warmup.warmup import warm_up
-from tests.convert.graft.test_graft import WORDS, change, write_llm, write_whisper
+from tests.convert.graft.test_graft import WORDS, change
 from tests.gloo import run_ranks
+from tests.warmup.short_warmup import after_calls, config_of, distilled_config, recording, summary, write_corpus
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
-SPOKEN = WORDS[2:]
-
-
-def recording(words: list[str]) -> np.ndarray:
-    """Return a tone of 0.4 s for each word, and a pause behind it."""
-    time = np.arange(6400) / 16000
-    pause = np.zeros(1600, np.float32)
-    tones = [0.5 * np.sin(2 * np.pi * (300 + 700 * SPOKEN.index(word)) * time).astype(np.float32) for word in words]
-    return np.concatenate([part for tone in tones for part in (tone, pause)])
-
-
-def write_corpus(directory: Path, number: int, seed: int = 0, *more: Sample) -> Path:
-    rng = np.random.default_rng(seed)
-    writer = ShardWriter(directory, shard_size=16)
-    for index in range(number):
-        words = [str(word) for word in rng.choice(SPOKEN, size=int(rng.integers(2, 5)))]
-        writer.write(Sample(f"s{seed}-{index}", " ".join(words), waveform=recording(words)))
-    for sample in more:
-        writer.write(sample)
-    writer.close()
-    return directory
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`llm`, `whisper`, `grafted` and `data`."""
-    root = tmp_path_factory.mktemp("inputs")
-    sources = [str(write_llm(root / "llm")), str(write_whisper(root / "whisper"))]
-    weights = load_file(root / "whisper" / "model.safetensors")
-    for name in ("encoder.conv1.weight", "encoder.conv2.weight"):
-        weights[name] *= 10  # beside positions that are as large as in a trained one
-    save_file(weights, root / "whisper" / "model.safetensors")
-    assert invoke(cord, ["graft", *sources, str(root / "grafted"), "--hidden-size", "256"], "cord") == 0
-    write_corpus(root / "data", 40)
-    return root
-
-
-def config_of(inputs: Path, output: Path, **settings: Any) -> WarmupConfig:
-    """Return a warm-up of a second or two."""
-    usual: dict[str, Any] = {
-        "dtype": "float32",
-        "held_out_share": 0.2,
-        "warmup_steps": 5,
-        "save_interval": 4,
-        "ctc": CtcConfig(steps=60, batch_size=16, learning_rate=5e-3, hidden_size=48),
-        "regression": RegressionConfig(steps=120, batch_size=16, learning_rate=5e-3, filler="user"),
-    }
-    where = {"output_dir": str(output), "checkpoint": str(inputs / "grafted"), "data": str(inputs / "data")}
-    return WarmupConfig(**(where | usual | settings))
-
-
-@pytest.fixture
-def layout() -> Iterator[Layout]:
-    yield initialize(ParallelConfig(), seed=0)
-    finalize()
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +41,6 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     warm_up(config_of(inputs, output), initialize(ParallelConfig(), seed=0))
     finalize()
     return output
-
-
-def summary(output: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((output / "summary.json").read_text())
-    return content
 
 
 def test_a_warm_up_learns_to_read_and_changes_the_adapter_alone(inputs: Path, whole: Path) -> None:
@@ -143,12 +73,6 @@ def test_two_ranks_are_one(inputs: Path, whole: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(
             torch.tensor(one["losses"][stage]), torch.tensor(two["losses"][stage]), rtol=0.02, atol=1e-3
         )
-
-
-def after_calls(number: int) -> Callable[[], bool]:
-    """Return a request to stop that comes with this call."""
-    calls = count(1)
-    return lambda: next(calls) >= number
 
 
 def test_a_warm_up_that_is_stopped_goes_on_bitwise(
@@ -225,100 +149,6 @@ def test_the_regression_is_the_slow_one(
 
 def _rms_norm(x: torch.Tensor) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-
-
-def distilled_config(inputs: Path, output: Path, **settings: Any) -> WarmupConfig:
-    """Return a warm-up of all three stages, the first two of them short."""
-    few: dict[str, Any] = {"batch_size": 16, "learning_rate": 5e-3}
-    usual: dict[str, Any] = {"steps": 10, "micro_batch_size": 3, "instruction": "what is", "measured": 5}
-    return config_of(
-        inputs,
-        output,
-        ctc=CtcConfig(steps=8, hidden_size=48, **few),
-        regression=RegressionConfig(steps=8, filler="user", **few),
-        distillation=DistillationConfig(**(few | {"batch_size": 8} | usual | settings)),
-    )
-
-
-@pytest.fixture(scope="module")
-def distilled(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of such a warm-up that was never stopped."""
-    output = tmp_path_factory.mktemp("distilled") / "out"
-    warm_up(distilled_config(inputs, output), initialize(ParallelConfig(), seed=0))
-    finalize()
-    return output
-
-
-def distil_on_ranks(rank: int, inputs: str, output: str) -> None:
-    warm_up(distilled_config(Path(inputs), Path(output)), initialize(ParallelConfig(), seed=0))
-
-
-def test_a_distillation_learns_and_changes_the_adapter_alone(inputs: Path, distilled: Path) -> None:
-    """Catches a stage without effect, and a language model that is trained too."""
-    nats = summary(distilled)["divergences"]
-    assert 0 < nats["distillation after"] < 0.8 * nats["distillation before"]
-    before, after = dict(read_tensors(inputs / "grafted")), dict(read_tensors(distilled / "model"))
-    for name, tensor in before.items():
-        assert torch.equal(after[name], tensor) != name.startswith("multi_modal_projector.")
-
-
-@pytest.mark.slow
-def test_a_distillation_on_two_ranks_is_that_of_one(inputs: Path, distilled: Path, tmp_path: Path) -> None:
-    """Catches gradients that are not summed, and a mean over a rank's own tokens."""
-    run_ranks(distil_on_ranks, 2, str(inputs), str(tmp_path / "out"))
-    one, two = (summary(each)["losses"]["distillation"] for each in (distilled, tmp_path / "out"))
-    torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=0.02, atol=0)
-
-
-def test_a_distillation_that_is_stopped_goes_on_bitwise(
-    inputs: Path, distilled: Path, layout: Layout, tmp_path: Path
-) -> None:
-    """Catches an adapter, or moments, of another stage that a start goes on with."""
-    config = distilled_config(inputs, tmp_path / "out")
-    with pytest.raises(StoppedError):
-        warm_up(config, layout, after_calls(3 + 8 + 8 + 4))  # blocks of encoder states, then updates
-    warm_up(config, layout)
-    once, again = summary(distilled), summary(tmp_path / "out")
-    assert once["losses"] == again["losses"] and once["divergences"] == again["divergences"]
-    weights = "model/model.safetensors"
-    assert (distilled / weights).read_bytes() == (tmp_path / "out" / weights).read_bytes()
-
-
-def test_the_distillation_is_the_slow_one(
-    inputs: Path, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches a view without the instruction, KL the other way round, another scale, and a mean over something else."""
-    seen: list[tuple[Stages, float, int]] = []
-
-    def look(run: Any) -> None:
-        losses = [float(each.detach()) for each in run._distillation().losses(0)]
-        seen.append((run._stages, sum(losses), len(losses)))
-
-    monkeypatch.setattr(warmup._Run, "train_all", look)
-    warm_up(distilled_config(inputs, tmp_path / "out", steps=1, batch_size=4), layout)
-    ((stages, loss, microbatches),) = seen
-    plain, prompts = PlainModel(inputs / "grafted", torch.float32), PromptBuilder(inputs / "grafted")
-
-    def log_probs(prompt: Prompt, response: tuple[int, ...]) -> torch.Tensor:
-        ids = torch.tensor([[*prompt.token_ids, *response]])
-        clips = [torch.as_tensor(clip.features) for clip in prompt.clips]
-        frames = torch.tensor([clip.num_frames for clip in prompt.clips])
-        with torch.no_grad():
-            given = (torch.stack(clips), frames) if clips else (None, None)
-            hidden = plain.hidden(ids, *given, attention_mask=torch.ones_like(ids)).last_hidden_state
-            logits = plain.head(hidden)[0, len(prompt.token_ids) - 1 : -1]
-        return logits.double().log_softmax(-1)
-
-    total, tokens = 0.0, 0
-    batch = stages._corpus.batch(0, 4)
-    for number, (recording, rate) in zip(batch, stages._corpus.recordings(batch), strict=True):
-        text = stages._corpus.utterances[number].text
-        response = prompts.response_ids(text)
-        (made,) = prompts.prepare([Sample("a", text, recording, rate, instruction="what is")])
-        read, heard = (log_probs(made.prompts[view], response) for view in (READ, HEAR))
-        total += float((read.exp() * (read - heard)).sum())
-        tokens += len(response)
-    assert microbatches == 2 and loss == pytest.approx(total / tokens, rel=0.02)
 
 
 @pytest.mark.parametrize(

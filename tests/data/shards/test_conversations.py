@@ -16,7 +16,7 @@ from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.data.shards.writer import ShardWriter
 from megatron_cord.data.turns import AudioPart, TextPart, Turn
 from megatron_cord.errors import CordError
-from tests.data.shards.test_shards import AUDIO, tar, text, wav
+from tests.data.shards.shard_files import AUDIO, tar, text, wav
 
 TURNS = (
     Turn("user", (TextPart("Listen."), AudioPart(0, "what is this"))),
