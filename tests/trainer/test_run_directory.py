@@ -15,7 +15,7 @@ from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.observability.trackers.tags import tag
 from tests.tiny_run import overrides
-from tests.trainer.test_train import alone
+from tests.trainer.runs.test_train import alone
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 

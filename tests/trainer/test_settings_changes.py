@@ -25,7 +25,7 @@ from megatron_cord.trainer.step.optimizer.config import OptimizerConfig, Paramet
 from megatron_cord.trainer.step.optimizer.schedule import RateSchedule
 from tests.tiny_run import losses, make_samples, metrics, overrides, write_inputs, write_shards
 from tests.trainer.fault_ranks import run_forked
-from tests.trainer.test_train import alone, saved, stop_after
+from tests.trainer.runs.test_train import alone, saved, stop_after
 
 LM, BFLOAT, PLAIN = "model.freeze=[language_model]", "model.dtype=bfloat16", "optimizer.distributed=false"
 FEW = ("train.steps=4", "checkpoint.keep=0", "evaluation.samples=1", "optimizer.clip_norm=0")

@@ -14,7 +14,7 @@ from megatron_cord.data.audio.features import TorchFeatures
 from megatron_cord.data.shards import entries
 from tests.gloo import run_ranks
 from tests.tiny_run import losses, make_run, overrides, write_inputs
-from tests.trainer.test_train import alone, saved
+from tests.trainer.runs.test_train import alone, saved
 
 WORLD, BATCH, STEPS = 4, 8, 2
 SETTINGS = (

@@ -18,7 +18,7 @@ from megatron_cord.report.page.page import render
 from megatron_cord.train import train
 from megatron_cord.trainer.config import RunConfig, load_run_config
 from tests.tiny_run import losses, metrics, overrides, write_checkpoint, write_inputs
-from tests.trainer.test_train import alone, saved, stop_after
+from tests.trainer.runs.test_train import alone, saved, stop_after
 
 NO_TEXT = "evaluation.samples=1"
 

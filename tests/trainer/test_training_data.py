@@ -15,8 +15,8 @@ from megatron_cord.errors import CordError
 from megatron_cord.runtime import exit_status
 from tests.tiny_run import losses, make_samples, metrics, overrides, write_checkpoint, write_shards
 from tests.trainer.fault_ranks import Ranks, run_forked
+from tests.trainer.runs.test_train import alone, stop_after
 from tests.trainer.test_settings_changes import changes, ids_of
-from tests.trainer.test_train import alone, stop_after
 
 SIZES = {"a": 10, "b": 7, "c": 8}
 WEIGHTS = {"a": 3, "b": 2, "c": 1}

@@ -16,7 +16,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.parallel.layout import finalize
 from tests.tiny_run import losses, write_inputs
-from tests.trainer.test_train import alone
+from tests.trainer.runs.test_train import alone
 
 LORA = ("model.lora.rank=4", "model.lora.alpha=8", "model.lora.whole=[adapter]", "optimizer.learning_rate=3e-2")
 

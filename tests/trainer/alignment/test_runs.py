@@ -11,7 +11,7 @@ from megatron_cord.rollout.rollout_file import dump_file, read_rollouts
 from tests.gloo import run_ranks
 from tests.reward.embedding.small_embedder import write_embedder
 from tests.tiny_run import WORDS, metrics
-from tests.trainer.test_train import alone, run_all, stop_after
+from tests.trainer.runs.test_train import alone, run_all, stop_after
 
 WEIGHTS = {"agreement": 1.0, "layers": 2.0, "embedding": 0.5}
 LAYOUTS: dict[str, tuple[str, ...]] = {

@@ -22,8 +22,8 @@ from megatron_cord.trainer.building import rollout as building
 from tests.data.ordering.sets import Listed, row_of
 from tests.tiny_run import losses, make_samples, metrics, overrides
 from tests.trainer.fault_ranks import run_forked
+from tests.trainer.runs.test_train import alone, stop_after
 from tests.trainer.scripted_engine import ScriptedEngine
-from tests.trainer.test_train import alone, stop_after
 
 FROZEN = ("model.freeze=[language_model]", "optimizer.learning_rate=3e-2", "checkpoint.keep=0")
 ANSWERS = "reference_answers.jsonl"

@@ -1,4 +1,4 @@
-"""Exports while a run goes on: which are due, and one that fails. Whole ones: tests/trainer/test_endings.py."""
+"""Exports while a run goes on: which are due, and one that fails. Whole ones: tests/trainer/endings/test_endings.py."""
 
 from __future__ import annotations
 

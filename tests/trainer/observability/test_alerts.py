@@ -14,7 +14,7 @@ import pytest
 
 from megatron_cord.errors import CordError
 from megatron_cord.trainer.observability.alerts import AlertConfig, find_alerts
-from tests.trainer.test_train import alone
+from tests.trainer.runs.test_train import alone
 
 STEPS = 200
 Curve = Callable[[float], float]

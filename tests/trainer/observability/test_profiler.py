@@ -16,8 +16,8 @@ from megatron_cord.errors import CordError
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.observability.profiler import ProfileConfig, Profiler
 from tests.tiny_run import overrides
-from tests.trainer.test_train import alone
-from tests.trainer.test_train_ends import broken_inputs
+from tests.trainer.endings.test_train_ends import broken_inputs
+from tests.trainer.runs.test_train import alone
 
 PHASES = ("rollout", "reward", "update", "teacher", "forward_backward", "optimizer", "weight_sync", "record")
 

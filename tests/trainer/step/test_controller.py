@@ -16,7 +16,7 @@ from megatron_cord.trainer.step.controller import ControllerConfig, Controllers,
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.step.streams import StreamConfig
 from tests.tiny_run import metrics, write_inputs
-from tests.trainer.test_train import alone, stop_after
+from tests.trainer.runs.test_train import alone, stop_after
 
 CONFIG = ControllerConfig(rate=0.5, warmup_steps=2, minimum=0.25, maximum=1.5, target_minimum=0.0)
 

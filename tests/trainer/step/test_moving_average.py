@@ -15,7 +15,7 @@ from megatron_cord.trainer.step.moving_average import MovingAverage
 from tests.tiny_run import losses, overrides
 from tests.trainer.checkpoint.test_checkpoints import alone
 from tests.trainer.fault_ranks import Ranks
-from tests.trainer.test_train import saved, stop_after
+from tests.trainer.runs.test_train import saved, stop_after
 
 EMA = ("teacher.mode=ema", "teacher.ema_decay=0.9", "checkpoint.keep=0", "optimizer.learning_rate=3e-3")
 

@@ -16,7 +16,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.trainer.observability.trackers import tracker
 from megatron_cord.trainer.observability.trackers.config import MetricsConfig, MlflowConfig
 from megatron_cord.trainer.observability.trackers.opening import check_trackers, open_trackers
-from tests.trainer.test_train import alone
+from tests.trainer.runs.test_train import alone
 
 ROOT = Path(__file__).parents[4]
 TRACKERS = ("wandb", "mlflow", "trackio", "swanlab")

@@ -14,7 +14,7 @@ from megatron_cord.parallel.layout import finalize
 from tests.gloo import run_ranks
 from tests.selection import selected, slow_if
 from tests.tiny_run import losses, metrics, write_checkpoint
-from tests.trainer.test_train import alone, needed, run_all
+from tests.trainer.runs.test_train import alone, needed, run_all
 
 LORA = ("model.lora.rank=4", "model.lora.whole=[adapter]", "optimizer.learning_rate=1e-2")
 KEPT = ("checkpoint.keep=0", "evaluation.samples=1")

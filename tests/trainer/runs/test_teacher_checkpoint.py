@@ -33,7 +33,7 @@ from megatron_cord.trainer.step.teacher import TeacherConfig
 from tests.rollout.sglang.fake_sglang import FakeServer, answer_to
 from tests.tiny_run import losses, make_samples, overrides, write_checkpoint, write_shards
 from tests.trainer.fault_ranks import run_forked
-from tests.trainer.test_train import alone
+from tests.trainer.runs.test_train import alone
 
 BY_A = "objective.streams.s.taught_by=a"
 ONE_STEP = ("train.steps=1", "rollout.temperature=1.0", "data.shuffle=false")

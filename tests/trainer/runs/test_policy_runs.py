@@ -20,7 +20,7 @@ from megatron_cord.trainer.observability.watchdog import Watchdog
 from tests.gloo import run_ranks
 from tests.selection import selected, slow_if
 from tests.tiny_run import make_run, metrics, overrides
-from tests.trainer.test_train import alone, join
+from tests.trainer.runs.test_train import alone, join
 
 POLICY = "objective.policy_gradient."
 UPDATES = ("train.minibatches=2", "train.passes=2", "train.steps=2", "rollout.policy_temperature=1.0")

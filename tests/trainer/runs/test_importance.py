@@ -12,7 +12,7 @@ from megatron_cord.errors import CordError
 from megatron_cord.rollout.rollout_file import dump_file, read_rollouts
 from megatron_cord.trainer.config import RunConfig
 from tests.tiny_run import metrics, overrides
-from tests.trainer.test_train import alone
+from tests.trainer.runs.test_train import alone
 
 
 def test_weights_of_stale_rollouts(inputs: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tests.tiny_run import (
     write_shards,
 )
 from tests.trainer.fault_ranks import run_forked
-from tests.trainer.test_train import TP2, alone, stop_after
+from tests.trainer.runs.test_train import TP2, alone, stop_after
 
 
 @pytest.fixture(scope="module")

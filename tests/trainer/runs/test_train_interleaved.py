@@ -8,10 +8,10 @@ import pytest
 
 from tests.gloo import run_ranks
 from tests.tiny_run import losses, write_checkpoint, write_inputs
-from tests.trainer.test_train import alone, run_all
+from tests.trainer.runs.test_train import alone, run_all
 
 INTERLEAVED = ("parallel.pp=2", "parallel.virtual_pp=2")
-#: As tests.trainer.test_train.RUNS; "one" is made on one rank before.
+#: As tests.trainer.runs.test_train.RUNS; "one" is made on one rank before.
 RUNS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "interleaved": (None, INTERLEAVED),
     "tp2 from interleaved": ("interleaved", ("parallel.tp=2",)),

@@ -19,7 +19,7 @@ import torch
 from megatron_cord.runtime import exit_status
 from tests.tiny_run import finish, free_port, losses, overrides, small_file_system, start, write_inputs
 from tests.trainer.fault_ranks import Ranks, run_forked
-from tests.trainer.test_train import saved
+from tests.trainer.runs.test_train import saved
 
 STEPS = 8
 TP2 = "parallel.tp=2"

@@ -12,7 +12,7 @@ from megatron_cord.errors import CordError
 from tests.gloo import run_ranks
 from tests.selection import selected, slow_if
 from tests.tiny_run import losses, metrics, write_inputs
-from tests.trainer.test_train import alone, needed, run_all, saved, stop_after
+from tests.trainer.runs.test_train import alone, needed, run_all, saved, stop_after
 
 TP2, PP2 = "parallel.tp=2", "parallel.pp=2"
 GROUPS = (

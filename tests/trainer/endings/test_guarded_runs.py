@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.tiny_run import make_samples, metrics, write_shards
-from tests.trainer.test_endings import names, summary
-from tests.trainer.test_train import alone
+from tests.trainer.endings.test_endings import names, summary
+from tests.trainer.runs.test_train import alone
 
 GUARD = "evaluation.guards.text.{}"
 COMMON = ("evaluation.interval=1", "checkpoint.interval=0", "checkpoint.keep=1", "rollout.policy_prompts_per_step=0")

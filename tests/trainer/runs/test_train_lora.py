@@ -20,7 +20,7 @@ from megatron_cord.trainer.config import RunConfig
 from tests.gloo import run_ranks
 from tests.selection import selected, slow_if
 from tests.tiny_run import losses, metrics, overrides, write_checkpoint
-from tests.trainer.test_train import alone, needed, run_all, stop_after
+from tests.trainer.runs.test_train import alone, needed, run_all, stop_after
 
 LORA = ("model.lora.rank=4", "model.lora.whole=[adapter]", "optimizer.learning_rate=1e-2")
 TP2, PP2, SP = "parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"

@@ -14,7 +14,7 @@ from megatron_cord.rollout.rollout_file import dump_files
 from tests.gloo import run_ranks
 from tests.tiny_run import losses, make_run, metrics, overrides, write_inputs
 from tests.trainer.fault_ranks import Ranks, run_forked
-from tests.trainer.test_train import alone, join, stop_after
+from tests.trainer.runs.test_train import alone, join, stop_after
 
 AHEAD = "rollout.schedule.ahead=1"
 

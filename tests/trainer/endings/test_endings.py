@@ -19,7 +19,7 @@ from megatron_cord.trainer.run import Run
 from tests.gloo import run_ranks
 from tests.tiny_run import metrics, overrides
 from tests.trainer.fault_ranks import run_forked
-from tests.trainer.test_train import alone
+from tests.trainer.runs.test_train import alone
 
 
 def summary(run: Path) -> dict[str, Any]:
