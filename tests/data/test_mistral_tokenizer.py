@@ -106,13 +106,17 @@ def test_prompts_are_voxtrals(builder: PromptBuilder, processor: Any, name: str)
     assert prepared.prompts[READ].token_ids == tuple(written["input_ids"][0].tolist())
 
 
-def test_the_windows_of_a_long_recording_are_one_recording(builder: PromptBuilder, processor: Any) -> None:
-    """Catches a mark between the windows of a recording, as other families have it."""
-    sample = Sample("s7", "", turns=(user(FIRST),)).with_recordings([noise(45 * 16000, 1)])
+@pytest.mark.parametrize("samples", [45 * 16000, 30 * 16000 + 50])
+def test_the_windows_of_a_long_recording_are_one_recording(
+    builder: PromptBuilder, processor: Any, samples: int
+) -> None:
+    """Catches a mark between the windows of a recording, as other families have it, and a window that begins early."""
+    sample = Sample("s7", "", turns=(user(FIRST),)).with_recordings([noise(samples, 1)])
     spoken = processor.apply_chat_template(with_audio(messages(sample, spoken=True), clips_of(sample)))
     prompt = builder.audio_prompt(sample)
     assert prompt.token_ids == tuple(spoken["input_ids"][0].tolist()) and prompt.token_ids.count(AUDIO) == 750
-    assert len(prompt.clips) == 2 and builder.text_of(prompt.token_ids) is None
+    assert [len(clip.waveform) for clip in prompt.clips] == [30 * 16000, samples - 30 * 16000]
+    assert builder.text_of(prompt.token_ids) is None
 
 
 def test_texts_are_texts(builder: PromptBuilder, processor: Any) -> None:

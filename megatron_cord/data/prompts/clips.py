@@ -41,7 +41,8 @@ class ClipMaker:
         self._arch, self._features, self._long_audio = architecture, features, long_audio
         self._has_window = architecture.encoder.chunks is None
         self._extract = _make_extractor(backend, features)
-        self._pads_to_longest = family_of(architecture).pads_to_longest
+        family = family_of(architecture)
+        self._pads_to_longest, self._joins_windows = family.pads_to_longest, family.joins_windows
         self._fewest_frames = next(n for n in count(1) if architecture.num_audio_tokens(n) >= _FEWEST_TOKENS)
         self.longest = architecture.encoder.max_clip_frames * features.hop_length
         if not self._pads_to_longest:
@@ -77,7 +78,8 @@ class ClipMaker:
         clips: list[list[list[AudioClip]]] = [[[] for _ in sample.recordings] for sample in samples]
         for (i, j, window), made in zip(windows, features, strict=True):
             tokens = self._arch.num_audio_tokens(made.num_frames)
-            if tokens < _FEWEST_TOKENS:
+            is_part = self._joins_windows and len(samples[i].recordings[j]) > self.longest
+            if tokens < _FEWEST_TOKENS and not is_part:
                 seconds = len(window) / samples[i].sampling_rate
                 raise CordError(
                     f"sample {_name(samples[i], j)}: audio of {seconds:.2f} s is too short for the encoder; drop the "
@@ -108,7 +110,10 @@ class ClipMaker:
         return [longest[sample] for sample, _ in clips]
 
     def _windows(self, audio: np.ndarray, rate: int, name: str) -> list[np.ndarray]:
-        """Cut the recording into clips that the encoder can take, whole if it is short enough; nothing is left out."""
+        """Cut the recording into clips that the encoder can take, whole if it is short enough.
+
+        Nothing is left out, but for a rest of joined windows that makes no token.
+        """
         # What is no mono recording at the right rate gets log_mel's error.
         if rate != self._features.sampling_rate or audio.ndim != 1 or len(audio) <= self.longest:
             return [audio]
@@ -119,8 +124,12 @@ class ClipMaker:
                 "data.long_audio to cut or skip"
             )
         starts = list(range(0, len(audio), self.longest))
-        # A rest too short for the encoder takes from its neighbour.
-        starts[-1] = min(starts[-1], len(audio) - self._fewest_frames * self._features.hop_length)
+        if self._joins_windows:  # as their processors cut it
+            rest = audio[starts[-1] :]
+            if not self._arch.num_audio_tokens(self._features.num_frames(len(rest))):
+                audio = audio[: starts.pop()]
+        else:  # a rest too short for the encoder takes from its neighbour
+            starts[-1] = min(starts[-1], len(audio) - self._fewest_frames * self._features.hop_length)
         return [audio[start:end] for start, end in zip(starts, [*starts[1:], len(audio)], strict=True)]
 
 
