@@ -19,6 +19,7 @@ from tests.test_architecture import imports, source_of
 #: What the interpreter of a server imports, which has SGLang and lacks the project.
 OF_SERVERS = (
     "megatron_cord.rollout.sglang.plugin.",
+    "megatron_cord.model.families.audioflamingo3.sglang_model",
     "megatron_cord.model.families.qwen2_5_omni.sglang_model",
     "megatron_cord.model.families.step_audio_2.sglang_model",
     "megatron_cord.model.families.ultravox.sglang_model",

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from megatron_cord.model.architecture import Architecture
 
 PUBLISHED = (
+    "audio_flamingo_3",
     "qwen2_5_omni_7b",
     "qwen2_audio_7b",
     "qwen3_omni_30b_a3b",
@@ -20,6 +21,7 @@ PUBLISHED = (
 def published(name: str) -> Architecture:
     """Return a published model's architecture. Raises CordError for an unknown name."""
     known = {
+        "audio_flamingo_3": _audio_flamingo_3,
         "qwen2_5_omni_7b": _qwen2_5_omni_7b,
         "qwen2_audio_7b": _qwen2_audio_7b,
         "qwen3_omni_30b_a3b": _qwen3_omni_30b_a3b,
@@ -28,6 +30,33 @@ def published(name: str) -> Architecture:
     if name not in known:
         raise CordError(f"unknown model {name!r}; choose one of {', '.join(known)}, or give a checkpoint's directory")
     return known[name]()
+
+
+def _audio_flamingo_3() -> Architecture:
+    from megatron_cord.model import architecture as a
+
+    return a.Architecture(
+        model_type="audioflamingo3",
+        encoder=a.EncoderArchitecture(
+            num_mels=128, hidden_size=1280, num_layers=32, num_heads=20, ffn_hidden_size=5120, max_positions=1500
+        ),
+        language=a.LanguageArchitecture(
+            hidden_size=3584,
+            num_layers=28,
+            num_heads=28,
+            num_kv_heads=4,
+            head_dim=128,
+            ffn_hidden_size=18944,
+            vocab_size=151672,
+            max_positions=32768,
+            rope_theta=1000000.0,
+            norm_epsilon=1e-6,
+            qkv_bias=True,
+            tied_embeddings=False,
+        ),
+        audio_token_id=151669,
+        adapter=a.AdapterArchitecture("stacking", 3584),
+    )
 
 
 def _qwen2_5_omni_7b() -> Architecture:

@@ -231,7 +231,7 @@ def test_slips(source: Path, imported: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-FAMILIES = {"llama": False, "qwen2": True, "step_audio_2": False, "voxtral": False}
+FAMILIES = {"audioflamingo3": False, "llama": False, "qwen2": True, "step_audio_2": False, "voxtral": False}
 
 
 def test_every_family_there_and_back_on_four_ranks(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_every_family_there_and_back_on_four_ranks(tmp_path: Path) -> None:
     outcomes = run_ranks(run_commands, 4, commands)
     assert [[status for status, _ in outcome] for outcome in outcomes] == [[0] * len(commands)] * 4
     output = "".join(text for _, text in outcomes[0])
-    assert output.count("check as audio: ") == 2 and output.count("check as text: ") == 2
+    assert output.count("check as audio: ") == 3 and output.count("check as text: ") == 3
     for family in FAMILIES:
         assert same(tmp_path / f"{family}-out", tmp_path / family), family
 
@@ -286,6 +286,7 @@ def test_problems_of_all_stages_are_one_list(source: Path, tmp_path: Path) -> No
 
 
 PUBLISHED_COUNTS = {
+    "audioflamingo3": 8_267_215_360,
     "qwen2_audio": 8_397_094_912,
     "step_audio_2": 8_315_179_264,
     "llama": 8_030_261_248,
@@ -301,7 +302,7 @@ def test_dry_run_of_a_full_size_checkpoint(family: str, tmp_path: Path) -> None:
     """Catches a tensor of the full-size model that is not accounted for, or memory that is taken for its weights.
 
     The file is all holes, but its header and its length are those of a real one. Counts are the published ones; of
-    Step-Audio 2 mini only "8B" is published.
+    Step-Audio 2 mini only "8B" is published, and Audio Flamingo 3's is that of transformers' class at the published sizes.
     """
     shapes = write_full_size(tmp_path, family, 5 * 10**9)
     status, output = alone("import", tmp_path, tmp_path / "out", "--dry-run")

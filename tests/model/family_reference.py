@@ -1,8 +1,8 @@
 """Small reference models of odd sizes for the families beside Qwen2-Audio.
 
-FAMILY+TEXT is a family with another text model than its published one. Text models and Voxtral are transformers' own.
-Step-Audio 2 and Ultravox exist as remote code only: the plain models that the local engine generates with are written
-from the published description and file names, one clip at a time, and share no layer with Megatron's.
+FAMILY+TEXT is a family with another text model than its published one. Text models, Audio Flamingo 3 and Voxtral are
+transformers' own. Step-Audio 2 and Ultravox exist as remote code only: the plain models that the local engine generates
+with are written from the published description and file names, one clip at a time, and share no layer with Megatron's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    AudioFlamingo3Config,
+    AudioFlamingo3EncoderConfig,
+    AudioFlamingo3ForConditionalGeneration,
     AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
@@ -26,6 +29,7 @@ from transformers import (
     Qwen2AudioConfig,
     Qwen2AudioEncoderConfig,
     Qwen2AudioForConditionalGeneration,
+    Qwen2Config,
     Qwen3OmniMoeConfig,
     VoxtralConfig,
     VoxtralEncoderConfig,
@@ -203,6 +207,7 @@ def _mask(batch: Batch) -> Tensor:
 def build(family: str, tied: bool) -> Any:
     """Build a random model of the family."""
     torch.manual_seed(1)
+    flamingo: Any = AudioFlamingo3ForConditionalGeneration
     voxtral: Any = VoxtralForConditionalGeneration
     qwen2_audio: Any = Qwen2AudioForConditionalGeneration
     model: Any
@@ -223,6 +228,17 @@ def build(family: str, tied: bool) -> Any:
         )
         config._attn_implementation = "eager"
         model = qwen2_audio(config)
+    elif family == "audioflamingo3":
+        windows = AudioFlamingo3EncoderConfig(
+            num_mel_bins=MELS,
+            hidden_size=24,
+            intermediate_size=20,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_source_positions=WINDOW // 2,
+        )
+        qwen2 = Qwen2Config(**DECODER, tie_word_embeddings=False)
+        model = flamingo(AudioFlamingo3Config(audio_config=windows, text_config=qwen2, audio_token_id=AUDIO_ID))
     elif family == "voxtral":
         audio = VoxtralEncoderConfig(
             num_mel_bins=MELS,
@@ -257,10 +273,12 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
     inputs = {"input_ids": batch.input.token_ids, "attention_mask": _mask(batch)}
     if batch.input.features is not None:
         inputs["input_features"] = batch.input.features
+    if batch.input.num_frames is not None and not isinstance(model, VoxtralForConditionalGeneration):
+        masks_features = isinstance(model, AudioFlamingo3ForConditionalGeneration)
+        name = "input_features_mask" if masks_features else "feature_attention_mask"
+        inputs[name] = (torch.arange(WINDOW) < torch.tensor(batch.input.num_frames)[:, None]).long()
     if not isinstance(model, StepAudio2 | Ultravox):
         return torch.as_tensor(model(**inputs).logits)
-    if batch.input.num_frames is not None:
-        inputs["feature_attention_mask"] = (torch.arange(WINDOW) < torch.tensor(batch.input.num_frames)[:, None]).long()
     return torch.as_tensor(model.get_output_embeddings()(model.hidden(**inputs).last_hidden_state))
 
 
@@ -286,11 +304,15 @@ def _thinker_logits(model: Any, batch: Batch) -> Tensor:
     return torch.stack(rows)
 
 
+#: Families whose parts have the names of Qwen2-Audio's in published files, and in transformers' module.
+AS_QWEN2_AUDIO = ("audioflamingo3", "qwen2_audio", "voxtral")
+
+
 def published(family: str, name: str) -> str:
     """Return the name in a checkpoint's files of a parameter of the reference."""
     if family in ("qwen2_5_omni", "qwen3_omni_moe"):
         return f"thinker.{name}"
-    return published_name(name) if family.partition("+")[0] in ("voxtral", "qwen2_audio") else name
+    return published_name(name) if family.partition("+")[0] in AS_QWEN2_AUDIO else name
 
 
 def save(directory: Path, family: str, tied: bool) -> None:
@@ -347,7 +369,7 @@ def save_whole(directory: Path, family: str, words: Sequence[str], *, tied: bool
         chat_template=CHAT_TEMPLATE,
     )
     tokenizer.save_pretrained(directory)
-    if family.partition("+")[0] in ("voxtral", "qwen2_audio", "qwen2_5_omni", "qwen3_omni_moe"):
+    if family.partition("+")[0] in (*AS_QWEN2_AUDIO, "qwen2_5_omni", "qwen3_omni_moe"):
         extractor = {
             "feature_extractor_type": "WhisperFeatureExtractor",
             "feature_size": MELS,

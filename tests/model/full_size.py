@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    AudioFlamingo3Config,
+    AudioFlamingo3ForConditionalGeneration,
     AutoConfig,
     AutoModelForCausalLM,
     Qwen2_5OmniConfig,
@@ -21,6 +23,7 @@ from megatron_cord.convert.hf.writer import Shard, plan_shards
 from megatron_cord.convert.plain.fused_experts import published_parts
 from megatron_cord.model.families.step_audio_2.audio import StepAudio2Config
 from megatron_cord.model.families.step_audio_2.plain_model import StepAudio2
+from tests.model.family_reference import AS_QWEN2_AUDIO
 
 ENCODER = {
     "d_model": 1280,
@@ -133,12 +136,22 @@ def omni_config(family: str) -> Any:
     return Qwen2_5OmniConfig(thinker_config=thinker, talker_config=talker | {"rope_parameters": _ROPE})
 
 
+#: Audio Flamingo 3, where it does not have transformers' defaults.
+FLAMINGO_TEXT = {
+    "model_type": "qwen2", "vocab_size": 151672, "hidden_size": 3584, "intermediate_size": 18944,
+    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}  # fmt: skip
+
+
 def full_size_config(family: str) -> Any:
     """Return the sizes of a family's published model."""
     if family in TEXT:
         return AutoConfig.for_model(family, **TEXT[family])
     if family in OMNI:
         return omni_config(family)
+    if family == "audioflamingo3":
+        return AudioFlamingo3Config(text_config=FLAMINGO_TEXT)
     if family == "qwen2_audio":
         return Qwen2AudioConfig(audio_config=ENCODER, text_config=QWEN2, audio_token_index=151646)
     return StepAudio2Config(audio_encoder_config=STEP_ENCODER, text_config=STEP_TEXT)
@@ -146,11 +159,15 @@ def full_size_config(family: str) -> Any:
 
 def full_size_shapes(family: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor by its published name, from a model without memory."""
-    kinds: dict[str, Any] = {"qwen2_audio": Qwen2AudioForConditionalGeneration, "step_audio_2": StepAudio2}
+    kinds: dict[str, Any] = {
+        "audioflamingo3": AudioFlamingo3ForConditionalGeneration,
+        "qwen2_audio": Qwen2AudioForConditionalGeneration,
+        "step_audio_2": StepAudio2,
+    }
     kinds |= dict.fromkeys(OMNI, Qwen2_5OmniForConditionalGeneration)
     with torch.device("meta"):
         model = kinds.get(family, AutoModelForCausalLM.from_config)(full_size_config(family))
-    name_of = published_name if family == "qwen2_audio" else str
+    name_of = published_name if family in AS_QWEN2_AUDIO else str
     named = ((name_of(name), parameter.detach()) for name, parameter in model.named_parameters())
     return {name: tuple(part.shape) for whole in named for name, part in published_parts(*whole)}
 
@@ -158,7 +175,7 @@ def full_size_shapes(family: str) -> dict[str, tuple[int, ...]]:
 def write_full_size(directory: Path, family: str, max_bytes: int = 10**12) -> dict[str, tuple[int, ...]]:
     """Write configuration and sparse bfloat16 files of at most max_bytes each; return the shapes."""
     shapes = full_size_shapes(family)
-    if family == "qwen2_audio" or family in OMNI:
+    if family in AS_QWEN2_AUDIO or family in OMNI:
         full_size_config(family).save_pretrained(directory)
     else:
         audio = {"audio_encoder_config": STEP_ENCODER, "text_config": STEP_TEXT}

@@ -35,6 +35,7 @@ OPTIMIZER = {"learning_rate": 1e-2, "epsilon": 1e-2, "clip_norm": 1.0}
 
 #: How many placeholders a clip of so many frames takes, worked out by hand for each audio family.
 TOKENS: dict[str, Callable[[int], int]] = {
+    "audioflamingo3": lambda frames: (frames + 1) // 2 // 2,
     "qwen2_audio": lambda frames: (frames + 1) // 2 // 2,
     "step_audio_2": lambda frames: ((frames + 1) // 2 // 2 + 1) // 2,
     "voxtral": lambda _: WINDOW // 2 // 4,

@@ -153,8 +153,12 @@ def test_layouts_that_divide() -> None:
         ("[]", "is not a model configuration"),
         (
             "{}",
-            "model_type None is not supported; supported: llama, mistral, qwen2, qwen2_5_omni, qwen2_audio, qwen2_moe, "
-            "qwen3, qwen3_moe, qwen3_omni_moe, step_audio_2, ultravox, voxtral",
+            "model_type None is not supported; supported: audioflamingo3, llama, mistral, qwen2, qwen2_5_omni, "
+            "qwen2_audio, qwen2_moe, qwen3, qwen3_moe, qwen3_omni_moe, step_audio_2, ultravox, voxtral",
+        ),
+        (
+            '{"model_type": "granite_speech"}',
+            "model_type 'granite_speech' is not supported (it needs a Conformer encoder, a Q-Former and LoRA",
         ),
         ('{"model_type": "llava"}', "model_type 'llava' is not supported"),
         ('{"model_type": ["qwen2_audio"]}', "is not supported"),

@@ -37,6 +37,7 @@ def build_on_rank(rank: int, archs: list[Architecture]) -> list[list[int]]:
 def test_parameters_of_published_models() -> None:
     """Catches a wrong size or formula: the counts of the published files, to the last parameter for Qwen2-Audio."""
     assert part_counts(published("qwen2_audio_7b")).total == 8_397_094_912
+    assert part_counts(published("audio_flamingo_3")).total == 8_267_215_360
     assert part_counts(published("qwen2_5_omni_7b")).total == 8_255_256_576
     assert round(part_counts(published("step_audio2_mini")).total / 1e9, 1) == 8.3
 

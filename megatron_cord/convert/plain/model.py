@@ -23,6 +23,9 @@ from megatron_cord.losses.kernels.matmul import product
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families import load_architecture
 
+#: What the classes call the mask of a clip's own frames, [C, frames].
+_FRAME_MASKS = ("feature_attention_mask", "input_features_mask")
+
 
 class PlainModel:
     """The model in evaluation mode.
@@ -75,7 +78,8 @@ class PlainModel:
         self._hidden = model.hidden if hasattr(model, "hidden") else model.model
         forward = self._hidden.forward if isinstance(self._hidden, torch.nn.Module) else self._hidden
         self._routers = _routers(model)
-        self._masks_frames = "feature_attention_mask" in inspect.signature(forward).parameters
+        taken = inspect.signature(forward).parameters
+        self._frame_mask = next((name for name in _FRAME_MASKS if name in taken), None)
 
     def parameter(self, name: str) -> Tensor | None:
         """Return the tensor of this name, in any spelling that transformers reads; None without one."""
@@ -99,9 +103,9 @@ class PlainModel:
         """
         if features is not None and num_frames is not None:
             settings["input_features"] = features
-            if self._masks_frames:
+            if self._frame_mask is not None:
                 frames = torch.arange(features.shape[-1], device=num_frames.device)
-                settings["feature_attention_mask"] = (frames[None] < num_frames[:, None]).long()
+                settings[self._frame_mask] = (frames[None] < num_frames[:, None]).long()
         return self._hidden(input_ids=input_ids, **settings)
 
     @contextmanager

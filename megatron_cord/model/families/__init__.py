@@ -31,6 +31,12 @@ def _find_families() -> dict[str, Family]:
 
 FAMILIES = _find_families()
 
+#: Speech models that have no family, and what it would need (docs/adding-a-model.md).
+_LACKING = dict.fromkeys(
+    ("granite_speech", "granite_speech_plus"),
+    "it needs a Conformer encoder, a Q-Former and LoRA for recordings alone",
+)
+
 
 def load_architecture(checkpoint_dir: str | Path) -> Architecture:
     """Read the architecture of a Hugging Face checkpoint directory.
@@ -47,7 +53,8 @@ def load_architecture(checkpoint_dir: str | Path) -> Architecture:
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise CordError(f"{path} is not a model configuration ({error}); download the checkpoint again") from None
     if str(model_type) not in FAMILIES:
-        raise CordError(f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+        why = f" ({_LACKING[str(model_type)]})" if str(model_type) in _LACKING else ""
+        raise CordError(f"{path}: model_type {model_type!r} is not supported{why}; supported: {', '.join(FAMILIES)}")
     try:
         return FAMILIES[model_type].architecture(AutoConfig.from_pretrained(path.parent, local_files_only=True))
     except CordError as error:

@@ -27,8 +27,7 @@ from tests.model import family_reference, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")  # about arguments that Megatron-Core itself leaves out
 
-FAMILIES = ("qwen2_audio", "voxtral", "qwen2", "llama", "step_audio_2")
-AUDIO_FAMILIES = ("qwen2_audio", "voxtral")
+FAMILIES = ("audioflamingo3", "qwen2_audio", "voxtral", "qwen2", "llama", "step_audio_2")
 Tensors = dict[str, Tensor]
 
 
@@ -54,7 +53,7 @@ def rewrite(directory: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def by_transformers(directory: Path, family: str) -> Tensors | None:
     """Return the published tensors that `from_pretrained` makes of a directory; None where it lacks one."""
-    published = published_name if family in AUDIO_FAMILIES else str
+    published = published_name if family in family_reference.AS_QWEN2_AUDIO else str
     try:
         model, report = plain_class(family).from_pretrained(directory, output_loading_info=True)
     except OSError:
@@ -80,7 +79,7 @@ def same(ours: Tensors, theirs: Tensors | None, dtype: torch.dtype = torch.float
 
 def dumped(family: str, tensors: Tensors) -> Tensors:
     """Return the names of the module's own state_dict."""
-    if family not in AUDIO_FAMILIES:
+    if family not in family_reference.AS_QWEN2_AUDIO:
         return tensors
     pairs = (
         ("language_model.lm_head.", "lm_head."),

@@ -47,6 +47,11 @@ from tests.tiny_run import ROOT, WORDS
 
 PYTHON = ROOT / ENVIRONMENT / "bin" / "python"
 HEAD = "language_model.lm_head.weight"
+#: Families whose architecture transformers writes with a model, not with a configuration.
+_NAMED = {
+    "audioflamingo3": "AudioFlamingo3ForConditionalGeneration",
+    "voxtral": "VoxtralForConditionalGeneration",
+}
 
 
 def write_talking_checkpoint(directory: Path) -> Path:
@@ -65,8 +70,8 @@ def write_talking(directory: Path, family: str, *, tied: bool = False) -> Path:
     text["max_position_embeddings"] = 512  # recordings of several clips
     if family == "step_audio_2":
         text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]  # as published
-    if family == "voxtral":  # transformers writes it with a model, not with a configuration
-        config["architectures"] = ["VoxtralForConditionalGeneration"]
+    if family in _NAMED:
+        config["architectures"] = [_NAMED[family]]
     (directory / "config.json").write_text(json.dumps(config))
     if tied:
         return make_talk(directory, "language_model.model.embed_tokens.weight", 1.0)

@@ -1,4 +1,4 @@
-"""Grafted checkpoints, Voxtral, and families with another text model than the published one, on real servers."""
+"""On real servers: grafts, Audio Flamingo 3, Voxtral, and families with another text model than the published one."""
 
 from __future__ import annotations
 
@@ -107,6 +107,7 @@ def test_what_a_graft_cannot_take_is_refused(
 @pytest.mark.parametrize(
     ("family", "tied", "transports"),
     [
+        ("audioflamingo3", False, TRANSPORTS),
         ("voxtral", False, TRANSPORTS),
         ("ultravox+llama", True, TRANSPORTS[:1]),
         ("ultravox+mistral", False, TRANSPORTS[:1]),
@@ -123,7 +124,8 @@ def test_answers_and_weights_are_the_trainers(
 ) -> None:
     """Catches another decoder than the configuration's, its rotary positions unscaled, biases or norms left out.
 
-    Also placeholders of Voxtral's recordings in another place than the trainer's.
+    Also placeholders of Voxtral's recordings in another place than the trainer's, and windows of Audio Flamingo 3 that
+    attend to their padding.
     """
     check_on_server(write_talking(tmp_path / "checkpoint", family, tied=tied), tmp_path, transports)
 

@@ -22,6 +22,7 @@ from tests.model.ranks import AUDIO_ID, MELS, TOKENS, WINDOW, Case, Outcome, mak
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")  # about arguments that Megatron-Core itself leaves out
 
 CASES = {
+    "flamingo-tp2-pp2": Case(ParallelConfig(tp=2, pp=2), family="audioflamingo3"),
     "audio-llama-tp2-pp2": Case(ParallelConfig(tp=2, pp=2), family="qwen2_audio+llama"),
     "audio-mistral-dp": Case(ParallelConfig(), family="qwen2_audio+mistral"),
     "audio-qwen3-tp2-sp": Case(ParallelConfig(tp=2, sequence_parallel=True), family="qwen2_audio+qwen3"),
@@ -56,33 +57,55 @@ CASES = {
     "voxtral-pp2": Case(ParallelConfig(pp=2), family="voxtral"),
     "voxtral-tp2-pp2": Case(ParallelConfig(tp=2, pp=2), family="voxtral"),
 }
+SLOW = {
+    "flamingo-dp-recompute": Case(
+        ParallelConfig(), family="audioflamingo3", recompute=("audio_encoder", "language_model")
+    ),
+    "flamingo-tp2-sp": Case(ParallelConfig(tp=2, sequence_parallel=True), family="audioflamingo3"),
+    "flamingo-pp2": Case(ParallelConfig(pp=2), family="audioflamingo3"),
+    "flamingo-cp2": Case(ParallelConfig(cp=2), family="audioflamingo3"),
+    "flamingo-cp2-tp2-sp": Case(ParallelConfig(cp=2, tp=2, sequence_parallel=True), family="audioflamingo3"),
+}
+NAMES = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+def case_of(name: str) -> Case:
+    """Return a case by its name."""
+    return (CASES | SLOW)[name]
+
+
+def outcomes(name: str) -> list[Outcome]:
+    """Of a case on each of four ranks."""
+    return _outcomes(slow=name in SLOW)[name]
 
 
 @cache
-def outcomes() -> dict[str, list[Outcome]]:
-    """Of each case on each of four ranks."""
+def _outcomes(*, slow: bool) -> dict[str, list[Outcome]]:
+    """Of each of these cases on each of four ranks."""
+    cases = SLOW if slow else CASES
     with tempfile.TemporaryDirectory() as directory:
         checkpoints = {}
-        for family, tied in {(case.family, case.tied) for case in CASES.values()}:
+        for family, tied in {(case.family, case.tied) for case in cases.values()}:
             path = Path(directory) / f"{family}-{tied}"
             path.mkdir()
             save(path, family, tied)
             checkpoints[family, tied] = str(path)
-        by_rank = run_ranks(run_cases, 4, CASES, checkpoints)
-    return {name: [of_rank[name] for of_rank in by_rank] for name in CASES}
+        by_rank = run_ranks(run_cases, 4, cases, checkpoints)
+    return {name: [of_rank[name] for of_rank in by_rank] for name in cases}
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", NAMES)
 def test_tensors_come_back(name: str) -> None:
     """Catches a name or a layout in a family's table that loses or changes a tensor."""
-    assert [outcome.changed_by_round_trip for outcome in outcomes()[name]] == [[]] * 4
+    assert [outcome.changed_by_round_trip for outcome in outcomes(name)] == [[]] * 4
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_the_references(name: str) -> None:
     """Catches a wrong activation, norm, mask, stacking, stride or bias, and a clip that depends on its padding."""
-    case, wanted = CASES[name], expected(CASES[name].family, CASES[name].tied).logits
-    given = {index: values for outcome in outcomes()[name] for index, values in outcome.logits.items()}
+    case = case_of(name)
+    wanted = expected(case.family, case.tied).logits
+    given = {index: values for outcome in outcomes(name) for index, values in outcome.logits.items()}
     batches = make_batches(case.family)
     assert sorted(given) == list(range(len(batches)))
     for index, batch in enumerate(batches):
@@ -90,10 +113,10 @@ def test_logits_equal_the_references(name: str) -> None:
             torch.testing.assert_close(given[index][row, :length], wanted[index][row, :length], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_equal_the_references(name: str) -> None:
     """Catches a part without a gradient, a gradient lost between ranks, and recomputed layers that give another one."""
-    case, outcome = CASES[name], outcomes()[name][0]
+    case, outcome = case_of(name), outcomes(name)[0]
     wanted = expected(case.family, case.tied)
     errors = {
         n: float((outcome.gradients[n] - tensor).norm() / tensor.norm()) for n, tensor in wanted.gradients.items()
@@ -102,16 +125,16 @@ def test_gradients_equal_the_references(name: str) -> None:
     assert outcome.gradient_norm == pytest.approx(wanted.gradient_norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_step_equals_adamw(name: str) -> None:
     """Catches weights that the optimizer forgets, and a key bias that is learned though the checkpoint has none."""
-    case = CASES[name]
+    case = case_of(name)
     for tensor, value in expected(case.family, case.tied).updated.items():
-        torch.testing.assert_close(outcomes()[name][0].updated[tensor], value, rtol=0, atol=2e-6)
-    assert all(outcome.key_bias == 0.0 for outcome in outcomes()[name])
+        torch.testing.assert_close(outcomes(name)[0].updated[tensor], value, rtol=0, atol=2e-6)
+    assert all(outcome.key_bias == 0.0 for outcome in outcomes(name))
 
 
-@pytest.mark.parametrize("family", ["step_audio_2", "ultravox", "voxtral"])
+@pytest.mark.parametrize("family", ["audioflamingo3", "step_audio_2", "ultravox", "voxtral"])
 def test_tokens_are_counted(family: str, tmp_path: Path) -> None:
     """Catches a count that is off where lengths do not divide."""
     save(tmp_path, family, tied=False)
@@ -158,6 +181,13 @@ def test_a_text_model_refuses_audio(tmp_path: Path) -> None:
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("mistral", {"sliding_window": 32}, "sliding_window is 32"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is {'sliding_attention'}"),
+        ("audioflamingo3", {"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
+        ("audioflamingo3", {"text_config": {"model_type": "llama"}}, "text_config.model_type is 'llama'"),
+        (
+            "audioflamingo3",
+            {"text_config": {"model_type": "qwen2", "tie_word_embeddings": True}},
+            "text_config.tie_word_embeddings is True",
+        ),
         ("voxtral", {"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
         ("step_audio_2", {"audio_encoder_config": {"n_mels": 8}}, "is damaged"),
         ("ultravox", {"text_model_id": "meta-llama/Llama-3.2-1B-Instruct"}, "text_model_id is 'meta-llama"),

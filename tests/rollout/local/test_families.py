@@ -31,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 
 WORDS = ["what", "is", "one", "plus", "two", "three"]
 FAMILIES = {
+    "audioflamingo3": False,
     "llama": False,
     "mistral": False,
     "qwen2": True,

@@ -17,6 +17,7 @@ from tests.model.family_reference import save
 @pytest.mark.parametrize(
     ("family", "clips", "takes_ids"),
     [
+        ("audioflamingo3", float("inf"), True),
         ("qwen2_audio+llama", float("inf"), False),
         ("ultravox+mistral", float("inf"), True),
         ("voxtral", float("inf"), True),

@@ -111,7 +111,7 @@ def test_audio_goes_as_text_with_one_placeholder(checkpoint: Path, stack: ExitSt
         engine.generate([GenerationRequest(prompt, 1.0, 8)])
 
 
-@pytest.mark.parametrize("family", ["step_audio_2", "ultravox", "voxtral"])
+@pytest.mark.parametrize("family", ["audioflamingo3", "step_audio_2", "ultravox", "voxtral"])
 def test_several_clips_go_with_their_prompt(family: str, tmp_path: Path) -> None:
     """Catches a clip that is left out or sent in another order, and clips side by side under one placeholder.
 

@@ -10,7 +10,7 @@ from tests.model.family_reference import save_whole
 from tests.tiny_run import WORDS, make_samples, metrics, overrides, write_shards
 from tests.trainer.fault_ranks import run_forked
 
-SLOW = ("qwen2_5_omni", "ultravox", "voxtral")
+SLOW = ("audioflamingo3", "qwen2_5_omni", "ultravox", "voxtral")
 
 
 @pytest.mark.parametrize("family", ["step_audio_2", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
