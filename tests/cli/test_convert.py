@@ -302,7 +302,7 @@ def test_dry_run_of_a_full_size_checkpoint(family: str, tmp_path: Path) -> None:
     """Catches a tensor of the full-size model that is not accounted for, or memory that is taken for its weights.
 
     The file is all holes, but its header and its length are those of a real one. Counts are the published ones; of
-    Step-Audio 2 mini only "8B" is published, and Audio Flamingo 3's is that of transformers' class at the published sizes.
+    Step-Audio 2 mini only "8B" is published, and Audio Flamingo 3's is that of transformers' class.
     """
     shapes = write_full_size(tmp_path, family, 5 * 10**9)
     status, output = alone("import", tmp_path, tmp_path / "out", "--dry-run")
