@@ -89,12 +89,12 @@ def _reinforce(config: PolicyGradientConfig, tokens: PolicyTokens, count: int) -
 def _surrogate(
     config: PolicyGradientConfig, tokens: PolicyTokens, count: int, cp_group: dist.ProcessGroup | None
 ) -> tuple[Tensor, RatioStats]:
-    student, borders = tokens.student_logprob, tokens.cu_seqlens
+    student, cu_seqlens = tokens.student_logprob, tokens.cu_seqlens
     old = student.detach() if tokens.old_logprob is None else tokens.old_logprob.to(student.dtype)
-    advantages = tokens.advantages.to(student.dtype)[response_of_token(student, borders)]
+    advantages = tokens.advantages.to(student.dtype)[response_of_token(student, cu_seqlens)]
     weights = importance_weights(old, tokens, config.importance_cap)
     if config.ratio == "sequence":
-        ratio = sequence_ratio(student, old, borders, tokens.lengths, cp_group=cp_group)
+        ratio = sequence_ratio(student, old, cu_seqlens, tokens.lengths, cp_group=cp_group)
     else:
         ratio = token_ratio(student, old)
     if config.surrogate == "cispo":
@@ -102,7 +102,7 @@ def _surrogate(
     else:
         terms = clipped_terms(ratio, advantages, config.clip_low, config.clip_high)
         if config.ratio == "sequence":  # one term a response has one weight: so its gradient is that of its value
-            weights = response_means(weights, borders, tokens.lengths, cp_group=cp_group)
+            weights = response_means(weights, cu_seqlens, tokens.lengths, cp_group=cp_group)
     terms = weights * terms
     if config.normalization == "response_mean":
         terms = terms / _length_of_token(tokens)

@@ -84,7 +84,7 @@ class StageCommunicator(P2PCommunicator):  # type: ignore[misc]
         return activation, gradients, None
 
     def finish(self) -> None:
-        """Wait for what is still under way, at the end of a pass."""
+        """Wait for what is still in flight at the end of a pass."""
         for request, _ in self._under_way:
             request.wait()
         self._under_way.clear()

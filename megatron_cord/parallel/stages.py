@@ -19,8 +19,8 @@ def chunks_of_rank(stages: Sequence[int], pp: int, rank: int) -> tuple[range, ..
         pp: P.
         rank: in the pipeline, from 0.
     """
-    borders = [range(start, end) for start, end in pairwise(accumulate(stages, initial=0))]
-    return tuple(borders[rank::pp])
+    chunks = [range(start, end) for start, end in pairwise(accumulate(stages, initial=0))]
+    return tuple(chunks[rank::pp])
 
 
 def group_size(microbatches: int, pp: int) -> int:

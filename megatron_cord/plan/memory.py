@@ -141,13 +141,13 @@ def _teachers(config: RunConfig, arch: Architecture, work: Work) -> list[Archite
     """Return the teachers that have weights of their own, equal ones once: a frozen part is its own frozen teacher."""
     if not config.objective.distils:
         return []
-    hearing, archs = config.hearing_teachers, {"": work.teacher, **dict(work.others)}
+    audio_teachers, archs = config.audio_teachers, {"": work.teacher, **dict(work.others)}
     copies = {}
     for name, each in {"": config.teacher, **config.teachers}.items():
-        hears, own = name in hearing, archs.get(name)
-        trained = {*config.model.trained_parts} - (set() if hears else _AUDIO)
+        with_audio, own = name in audio_teachers, archs.get(name)
+        trained = {*config.model.trained_parts} - (set() if with_audio else _AUDIO)
         if own is not None or (each.mode != "live" and trained):
-            copies[each, hears] = own or arch
+            copies[each, with_audio] = own or arch
     return list(copies.values())
 
 

@@ -177,6 +177,6 @@ def _prompts(config: RunConfig, audio: int, text: int) -> dict[str, tuple[int, i
     views, found = Views(config.views), {}
     for name in (*config.objective.views, config.objective.student_view):
         parts = views.named(name, "a view").parts
-        hears = "audio" in parts and audio > 0
-        found[name] = (audio * hears + (text if "text" in parts else text // 2), int(hears))
+        has_audio = "audio" in parts and audio > 0
+        found[name] = (audio * has_audio + (text if "text" in parts else text // 2), int(has_audio))
     return found

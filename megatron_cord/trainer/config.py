@@ -28,7 +28,7 @@ from megatron_cord.trainer.observability.trackers.config import MetricsConfig
 from megatron_cord.trainer.step.objective import ObjectiveConfig
 from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 from megatron_cord.trainer.step.teacher import TeacherConfig
-from megatron_cord.trainer.teachers import check_teachers, hearing_teachers
+from megatron_cord.trainer.teachers import audio_teachers, check_teachers
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class RunConfig:
             )
         if (
             self.teacher.mode == "ema"
-            and "" in self.hearing_teachers
+            and "" in self.audio_teachers
             and {*self.model.trained_parts} - {"language_model"}
         ):
             raise CordError(
@@ -247,9 +247,9 @@ class RunConfig:
             )
 
     @property
-    def hearing_teachers(self) -> frozenset[str]:
+    def audio_teachers(self) -> frozenset[str]:
         """The names of the teachers that score on a view with audio; the run's own is called ""."""
-        return hearing_teachers(self.objective, self._named_sets, Views(self.views))
+        return audio_teachers(self.objective, self._named_sets, Views(self.views))
 
     @property
     def _named_sets(self) -> dict[str, TrainingSetConfig]:

@@ -54,7 +54,7 @@ def scored_views(objective: ObjectiveConfig, sets: Mapping[str, TrainingSetConfi
     return found
 
 
-def hearing_teachers(objective: ObjectiveConfig, sets: Mapping[str, TrainingSetConfig], views: Views) -> frozenset[str]:
+def audio_teachers(objective: ObjectiveConfig, sets: Mapping[str, TrainingSetConfig], views: Views) -> frozenset[str]:
     """Return the names of the teachers that score on a view with audio."""
     scored = scored_views(objective, sets)
     return frozenset(

@@ -26,7 +26,7 @@ def test_teachers_in_a_plan() -> None:
     """Catches a teacher's weights that are left out or counted twice, and the copy that one with audio needs."""
     arch, small = published("qwen2_audio_7b"), published("step_audio2_mini")
     named = ["objective.streams={a: {taught_by: x}, b: {taught_by: y}, c: {}}", "teachers.x.checkpoint=x"]
-    one, several, shared, hears = (
+    one, several, shared, audio = (
         memory(config, arch, make_work(config, arch, 8, others=others)).teacher
         for config, others in (
             (configured("x"), ()),
@@ -35,7 +35,7 @@ def test_teachers_in_a_plan() -> None:
             (configured("x", "model.freeze=[language_model]", "objective.teacher_view=hear"), ()),
         )
     )
-    assert one == hears == pytest.approx(2 * part_counts(arch).total, rel=1e-3)  # the vocabulary is padded
+    assert one == audio == pytest.approx(2 * part_counts(arch).total, rel=1e-3)  # the vocabulary is padded
     assert several == shared == pytest.approx(one + 2 * part_counts(small).total, rel=1e-3)
     frozen = configured("x", "model.freeze=[language_model]")
     assert memory(frozen, arch, make_work(frozen, arch, 8)).teacher == 0

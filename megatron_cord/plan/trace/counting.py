@@ -1,7 +1,7 @@
 """A torch mode that runs code for its shapes alone and counts what the code would have taken.
 
 Floating-point tensors are fake: they have shapes, types and storages of a size, but no memory and no numbers. Integers,
-masks of integers and numbers given as Python values stay real, so that lengths, rows and borders are what they are. A
+masks of integers and numbers given as Python values stay real, so that lengths and row boundaries are exact. A
 number that is read from a fake tensor is 1, ``any`` of fake masks is False and ``all`` is True: losses are finite and
 nothing is refused. Collectives return at once; each is noted with its group.
 """

@@ -113,8 +113,8 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
         )
     for name, each in {"": config.teacher, **config.teachers}.items():
         if each.checkpoint is not None:
-            key, hears = f"teachers.{name}" if name else "teacher", name in config.hearing_teachers
-            check_teacher(each.checkpoint, prompts, config.model.checkpoint, f"{key}.checkpoint", hears=hears)
+            key, with_audio = f"teachers.{name}" if name else "teacher", name in config.audio_teachers
+            check_teacher(each.checkpoint, prompts, config.model.checkpoint, f"{key}.checkpoint", with_audio=with_audio)
     given = GivenResponses(prompts, config.rollout.max_new_tokens)
     limits = given.limits(prompts.limits_for(config.objective.views), config.objective.given_fields)
     data = TrainingData(config, limits, before, main=main)

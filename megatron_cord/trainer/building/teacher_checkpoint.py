@@ -25,7 +25,7 @@ def check_teacher(
     student_dir: str | Path,
     key: str = "teacher.checkpoint",
     *,
-    hears: bool = False,
+    with_audio: bool = False,
 ) -> None:
     """Refuse a teacher whose token ids mean something else than the student's.
 
@@ -37,7 +37,7 @@ def check_teacher(
         student: makes the prompts.
         student_dir: `model.checkpoint`.
         key: of the configuration, which names the checkpoint.
-        hears: the teacher is given audio, too: as features and placeholders that the student's processing makes.
+        with_audio: the teacher is given audio, too: as features and placeholders that the student's processing makes.
 
     Raises:
         CordError: it cannot be read, or the first thing that differs.
@@ -58,7 +58,7 @@ def check_teacher(
         difference = "its responses end with the ids {}, and model.checkpoint's with {}".format(*ends)
     if difference is not None:
         raise CordError(f"{where} does not fit: {difference}; a teacher needs the student's vocabulary")
-    if hears and (difference := _other_audio(arch, load_architecture(student_dir))) is not None:
+    if with_audio and (difference := _other_audio(arch, load_architecture(student_dir))) is not None:
         raise CordError(f"{where} scores on a view with audio, and {difference}; give it a view without audio")
 
 

@@ -94,12 +94,14 @@ def build_teachers(config: RunConfig, student: LALM, trained: Collection[str]) -
         student: with its weights.
         trained: the parts that were trained before.
     """
-    hearing, built = config.hearing_teachers, dict[tuple[TeacherConfig, bool], Teacher]()
+    audio_teachers, built = config.audio_teachers, dict[tuple[TeacherConfig, bool], Teacher]()
     found = {}
     for name, each in {"": config.teacher, **config.teachers}.items():
-        hears = name in hearing
-        has_trained = bool(trained) if hears else "language_model" in trained
-        if (each, hears) not in built:
-            built[each, hears] = Teacher(each, student, config.model.checkpoint, has_trained=has_trained, hears=hears)
-        found[name] = built[each, hears]
+        with_audio = name in audio_teachers
+        has_trained = bool(trained) if with_audio else "language_model" in trained
+        if (each, with_audio) not in built:
+            built[each, with_audio] = Teacher(
+                each, student, config.model.checkpoint, has_trained=has_trained, with_audio=with_audio
+            )
+        found[name] = built[each, with_audio]
     return found

@@ -29,7 +29,7 @@ class StepWork:
         response_tokens: of the sequences.
         clips: of audio.
         clip_frames: log-mel frames of the clips, without padding.
-        taught_clips: of audio that the teacher hears.
+        taught_clips: of audio that the teacher takes.
     """
 
     generated_tokens: int

@@ -90,8 +90,7 @@ class Teacher:
         checkpoint_dir: the initial weights, unless the teacher has a checkpoint of its own.
         has_trained: what the teacher needs of the student has, or will be given, other weights than the initial ones,
             even if it is frozen from now on.
-        hears: a view that it scores on has audio: it needs the audio encoder and the adapter, too, and not the language
-            model alone.
+        with_audio: whether a view that it scores on has audio: it then needs the audio encoder and the adapter, too.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class Teacher:
         checkpoint_dir: str,
         *,
         has_trained: bool = False,
-        hears: bool = False,
+        with_audio: bool = False,
     ) -> None:
         self.offload = config.offload
         self.average: MovingAverage | None = None  #: of mode ema, unless the language model is frozen
@@ -112,7 +111,7 @@ class Teacher:
                 "with its adapters off, or live"
             )
         beside = set[torch.nn.Parameter]() if lora is None else set(lora.parameters())  # can be switched off
-        needed = (student if hears else student.language_model).parameters()
+        needed = (student if with_audio else student.language_model).parameters()
         is_frozen = all(not p.requires_grad for p in needed if p not in beside)
         frozen_everywhere = torch.tensor(float(is_frozen), device=student.layout.device)
         dist.all_reduce(frozen_everywhere, op=dist.ReduceOp.MIN, group=student.layout.pp_group)

@@ -124,8 +124,8 @@ def test_a_teacher_that_does_not_fit_is_named(inputs: Path, teacher: Path, tmp_p
     with pytest.raises(CordError, match=rf"2 of \d+ token ids mean something else, the first is {first}: "):
         check_teacher(str(other), prompts, student)
     with pytest.raises(CordError, match=r"scores on a view with audio, and is a text model \(llama\)"):
-        check_teacher(str(teacher), prompts, student, "teachers.a.checkpoint", hears=True)
-    check_teacher(str(student), prompts, student, hears=True)
+        check_teacher(str(teacher), prompts, student, "teachers.a.checkpoint", with_audio=True)
+    check_teacher(str(student), prompts, student, with_audio=True)
     with pytest.raises(CordError, match=r"^teacher\.checkpoint: .*nowhere does not exist"):
         check_teacher(str(tmp_path / "nowhere"), prompts, student)
 

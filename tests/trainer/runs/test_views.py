@@ -90,16 +90,16 @@ def test_a_frozen_teacher_that_hears_keeps_its_encoder(inputs: Path, tmp_path: P
     checkpoint = str(inputs / "checkpoint")
     student = build_student(ModelConfig(checkpoint, dtype="float32", freeze=("language_model",)), layout)
     assert Teacher(TeacherConfig(), student, checkpoint).model is student
-    teacher = Teacher(TeacherConfig(), student, checkpoint, hears=True)
+    teacher = Teacher(TeacherConfig(), student, checkpoint, with_audio=True)
     assert teacher.model is not student
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
     student.requires_grad_(False)
-    assert Teacher(TeacherConfig(), student, checkpoint, hears=True).model is student
-    assert Teacher(TeacherConfig(), student, checkpoint, hears=True, has_trained=True).model is not student
-    hears = ["objective.teacher_view=hear", "model.freeze=[language_model]"]
-    assert load_config(RunConfig, None, overrides(inputs, tmp_path, *hears)).hearing_teachers == {""}
+    assert Teacher(TeacherConfig(), student, checkpoint, with_audio=True).model is student
+    assert Teacher(TeacherConfig(), student, checkpoint, with_audio=True, has_trained=True).model is not student
+    heard = ["objective.teacher_view=hear", "model.freeze=[language_model]"]
+    assert load_config(RunConfig, None, overrides(inputs, tmp_path, *heard)).audio_teachers == {""}
     with pytest.raises(CordError, match=r"teacher\.mode=ema averages the language model alone"):
-        load_config(RunConfig, None, overrides(inputs, tmp_path, *hears, "teacher.mode=ema"))
+        load_config(RunConfig, None, overrides(inputs, tmp_path, *heard, "teacher.mode=ema"))
 
 
 def test_unknown_and_privileged_views_are_refused(inputs: Path, tmp_path: Path) -> None:

@@ -173,8 +173,8 @@ def make_step(recipe: RunConfig, objective: ObjectiveConfig) -> list[TrainingSeq
     for number, name in enumerate((*objective.views, *stand_ins)):
         for position, made in enumerate(make_sequences(SIZES, seed=number)):
             words = tuple(token for token in made.student.token_ids if token != SIZES.vocabulary - 1)
-            hears = views.named(name, "a view").filters is not None
-            prompts[name, position] = made.student if hears else Prompt(made.student.sample_id, words)
+            with_audio = views.named(name, "a view").filters is not None
+            prompts[name, position] = made.student if with_audio else Prompt(made.student.sample_id, words)
     sequences: list[TrainingSequence] = []
     for term in objective.terms:
         draws = [draw for draw in objective.draws if objective.term_of(draw).name == term.name]
@@ -258,7 +258,7 @@ def run_recipes(_rank: int, names: list[str], settings: list[str]) -> dict[str, 
         with tempfile.TemporaryDirectory() as directory:
             reference = expected(Path(directory), name, sequences, recipe.model.freeze)
             student = build_student(ModelConfig(directory, dtype="float32", freeze=recipe.model.freeze), layout)
-            teacher = Teacher(TeacherConfig(), student, directory, hears="" in recipe.hearing_teachers)
+            teacher = Teacher(TeacherConfig(), student, directory, with_audio="" in recipe.audio_teachers)
             others = {
                 each: Teacher(TeacherConfig(checkpoint=str(Path(directory, each))), student, directory)
                 for each in recipe.teachers

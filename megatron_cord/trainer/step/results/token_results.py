@@ -37,8 +37,8 @@ def gather_token_results(
         numbers = iter(torch.cat(flat).tolist())  # one read: each waits for the device
         for batch, fields in zip(microbatches, tensors, strict=True):
             lists = [None if field is None else list(islice(numbers, len(field))) for field in fields]
-            borders = accumulate((len(s.rollout.token_ids) for s in batch.sequences), initial=0)
-            for sequence, (start, end) in zip(batch.sequences, pairwise(borders), strict=True):
+            bounds = accumulate((len(s.rollout.token_ids) for s in batch.sequences), initial=0)
+            for sequence, (start, end) in zip(batch.sequences, pairwise(bounds), strict=True):
                 mine.append([sequence.index, *(None if values is None else values[start:end] for values in lists)])
     if dist.get_rank(layout.cp_group) > 0:
         mine = []  # the first of them has the same
