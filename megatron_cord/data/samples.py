@@ -1,8 +1,8 @@
-"""Data as it travels between rooms: a sample, and the prompts made of it, one for each view.
+"""The types that pass between rooms: a sample, and its prompts, one for each view.
 
-A view is how a model meets a sample: `HEAR` gives it the recordings, `READ` their transcripts; the rest of the
-conversation is the same. Further views are configured (`data.views`). A `PreparedSample` is made once, by the loader,
-on the ranks that generate from it and train on it; its features go with it to the microbatch.
+A view determines a sample's prompt: `HEAR` has the recordings, `READ` their transcripts, and the rest of the
+conversation is the same. Further views are configured (`data.views`). The loader builds a `PreparedSample` once, on the
+ranks that generate from it and train on it; its features are kept in it until the microbatch.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class Sample:
     """One spoken question, or a conversation with recordings, and its text.
 
     Attributes:
-        id: unique within a data set; names the sample in errors and records.
-        question: the text that is spoken; with ``turns`` the last of them as one text.
-        waveform: of the (first) recording, float32 [samples] in [-1, 1], mono, at ``sampling_rate`` Hz; empty where the
-            sample was read without its audio.
+        id: unique within a data set; errors and the rollout dump name the sample by it.
+        question: the transcript of the recording; with ``turns`` the last turn as one text.
+        waveform: the (first) recording, float32 [samples] in [-1, 1], mono, at ``sampling_rate`` Hz; empty for a sample
+            that was loaded without its audio.
         sampling_rate: Hz.
-        answer: the gold final answer, for evaluation only; None if unknown.
+        answer: the gold final answer; None if unknown.
         solution: a worked answer that ends in ``answer``; None if unknown.
         voice: name of the speaker; None if unknown.
-        choices: the texts behind the letters A, B, … that the question offers; empty for a question that offers none.
-        instruction: text behind the recording in the user's turn; None for the recording alone, and with ``turns``.
+        choices: the options A, B, … of a multiple-choice question; empty for other questions.
+        instruction: text after the recording in the user's turn; None without one, and with ``turns``.
         system: the system prompt; None without one.
         turns: a conversation that ends with the user's turn; empty for one user's turn of one recording.
-        others: recordings 1, 2, … of a sample with turns, each as ``waveform``, which is recording 0.
-        metadata: notes of the shard, from which configured views may take texts; nothing else uses them.
-        view_names: which configured view stands for the one that is named, where the sample's set chooses others.
+        others: recordings 1, 2, … of a sample with turns, in the form of ``waveform``, which is recording 0.
+        metadata: further fields of the shard; only configured views use them, as texts.
+        view_names: views that the sample's set replaces by configured ones (`data.train.NAME.views`).
     """
 
     id: str
@@ -79,7 +79,7 @@ class Sample:
 
     @property
     def num_recordings(self) -> int:
-        """How many recordings the conversation refers to, whether they were read or not."""
+        """The number of recordings of the conversation, loaded or not."""
         return 1 + max(recordings_of(self.turns)) if self.turns else 1
 
     def with_recordings(self, recordings: Sequence[np.ndarray]) -> Sample:
@@ -89,24 +89,24 @@ class Sample:
 
     @property
     def asked(self) -> str:
-        """What the last turn asks as one text, for the judge and for reports."""
+        """The last turn as one text, for the judge and for reports."""
         return written(self.chat(HEAR)[-1].parts)
 
     def played(self) -> np.ndarray:
-        """Return the recordings one after another, with a pause between them, for listeners; float32 [samples]."""
+        """Return the recordings concatenated, with a pause of 0.5 s between them; float32 [samples]."""
         pause = np.zeros(self.sampling_rate // 2, np.float32)
         parts = [part for recording in self.recordings for part in (pause, recording)]
         return np.concatenate(parts[1:]) if self.others else self.waveform
 
     @property
     def spoken(self) -> tuple[Turn, ...]:
-        """The turns with their recordings, without the system prompt and the instruction beside a recording."""
+        """The turns with their recordings, without system prompt and instruction."""
         return self.turns or (Turn("user", (AudioPart(0, self.question),)),)
 
     def chat(self, view: ViewName) -> tuple[Turn, ...]:
-        """Return the conversation as `HEAR` or `READ` has it, the system prompt included: what prompts are made of.
+        """Return the conversation of the view `HEAR` or `READ`, the system prompt included.
 
-        Views differ in the parts that they make of a recording; everything else is the same in all of them.
+        The two differ only in the parts that represent a recording.
         """
         beside = () if self.instruction is None else (TextPart(self.instruction),)
         turns = self.turns or (Turn("user", (*self.spoken[0].parts, *beside)),)
@@ -114,9 +114,9 @@ class Sample:
         return (*system, *(Turn(turn.role, _FILTERS[view](turn.parts)) for turn in turns))
 
     def texts(self, view: ViewName) -> list[tuple[str, str]]:
-        """Return all texts that a view's prompt has, with the names of the parts they are in.
+        """Return the texts of a view's prompt, each with the name of its part.
 
-        Texts that touch each other come joined, too: together they may be what neither is.
+        Adjacent texts are also returned joined, as a control token may span both.
         """
         transcript = [("question", self.question)] if view == READ and not self.turns else []
         named = [*transcript, ("instruction", self.instruction), ("system prompt", self.system)]
@@ -132,18 +132,18 @@ def _as_text(parts: Sequence[Part]) -> tuple[Part, ...]:
     return (TextPart(written(parts)),)
 
 
-#: What each view makes of a turn's parts.
+#: The parts of a turn in each view.
 _FILTERS: Mapping[ViewName, Callable[[Sequence[Part]], tuple[Part, ...]]] = {HEAR: tuple, READ: _as_text}
 
 
 @dataclass(frozen=True)
 class PromptDefaults:
-    """What the prompts of a data set have where a sample brings nothing of its own.
+    """Defaults of a data set for samples that lack a system prompt or an instruction.
 
     Attributes:
         system: the system prompt.
-        instruction: text behind the recording; not for samples with turns, whose texts are all in these.
-        view_names: as a sample's. Not in its ``repr``, which stands for the data's texts in fingerprints.
+        instruction: text after the recording; not used for samples with turns, which contain all their texts.
+        view_names: as `Sample.view_names`. Not in ``repr``, which fingerprints use for the data's texts.
     """
 
     system: str | None = None
@@ -156,7 +156,7 @@ class PromptDefaults:
                 raise CordError(f"{name} is empty; write a text, or null for none")
 
     def complete(self, sample: Sample) -> Sample:
-        """Return the sample with what it lacks; the very same one if it lacks nothing."""
+        """Return the sample with its missing texts filled in; the same object if none is missing."""
         system = self.system if sample.system is None else sample.system
         instruction = self.instruction if sample.instruction is None and not sample.turns else sample.instruction
         if system is sample.system and instruction is sample.instruction and self.view_names == sample.view_names:
@@ -174,13 +174,13 @@ def _no_fault(sample: Sample) -> str | None:
 
 @dataclass(frozen=True)
 class PromptLimits:
-    """What prompts of a checkpoint can be made of; by default of anything.
+    """Limits of the samples from which a checkpoint's prompts can be built; none by default.
 
     Attributes:
         shortest: samples of audio, at 16 kHz, below which a clip is too short for the encoder.
-        longest: beyond which it is too long; None takes all lengths.
-        control_token: returns a control token of the tokenizer that stands in a text; None for a text without one.
-        chat_fault: returns what of a sample's conversation the chat template cannot write; None if it writes all.
+        longest: samples above which a clip is too long; None: no limit.
+        control_token: returns the first control token of the tokenizer in a text; None without one.
+        chat_fault: returns what in a sample's conversation the chat template refuses; None if nothing.
     """
 
     shortest: int = 1
@@ -189,10 +189,10 @@ class PromptLimits:
     chat_fault: Callable[[Sample], str | None] = _no_fault
 
     def fault(self, lengths: Sequence[int], sample: Sample) -> str | None:
-        """Return why no prompt can be made of a sample; None if one can.
+        """Return why no prompt can be built from a sample; None if one can.
 
         Args:
-            lengths: of its recordings, in samples.
+            lengths: samples of each recording.
             sample: with or without its audio.
         """
         for number, samples in enumerate(lengths):
@@ -213,19 +213,19 @@ class PromptLimits:
 
 
 def control_token_fault(part: str, token: str) -> str:
-    """Return what is wrong with a text that would end a turn or stand for audio in its prompt."""
+    """Return the message about a text with a control token, which would end a turn or be a placeholder."""
     return f"has {token!r} in its {part}, a control token of the model; remove it from the text"
 
 
 @dataclass(frozen=True, eq=False)
 class AudioClip:
-    """One clip as the encoder takes it.
+    """One input of the audio encoder.
 
     Attributes:
         waveform: float32 [samples], 16 kHz, for an engine with a feature extractor of its own.
         features: float32 [n_mels, frames], log-mel, padded to the encoder's window where it has one.
-        num_frames: how many of the frames are audio, the rest being padding.
-        num_tokens: how many audio features the adapter makes of it, which is the number of placeholders.
+        num_frames: frames of audio; the rest is padding.
+        num_tokens: audio features after the adapter, which is the number of placeholders.
     """
 
     waveform: np.ndarray
@@ -239,8 +239,8 @@ class Prompt:
     """One tokenised prompt.
 
     Attributes:
-        sample_id: of the sample.
-        token_ids: placeholders already expanded, one for each audio feature.
+        sample_id: the sample's.
+        token_ids: with one placeholder for each audio feature.
         clips: the audio behind the placeholders, in order; empty for a text prompt.
     """
 
@@ -251,11 +251,11 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class PreparedSample:
-    """A sample with its prompts, and in their clips its features.
+    """A sample with its prompts, whose clips have its features.
 
     Attributes:
         sample: the sample.
-        prompts: by view; views that no use of the sample needs are left out.
+        prompts: by view, of the views that are needed.
     """
 
     sample: Sample

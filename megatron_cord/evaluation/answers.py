@@ -1,7 +1,7 @@
-"""Answers to questions: text and audio prompts, the engine's greedy responses, and the file that keeps them.
+"""Greedy responses to questions' text and audio prompts, and the file that stores them.
 
-A journal holds one line an answered question, behind a first line that names model and questions. Scores are made from
-the answers afterwards, so that a better rule or another judge needs no engine.
+A journal has a header line that identifies model and questions, then a line for each answered question. Scores are
+computed from it afterwards, so that another rule or judge needs no new responses.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Answer:
     """The responses to one question.
 
     Attributes:
-        id: of the question.
-        text_response: from the text prompt; None where the question has none.
-        audio_response: from the audio prompt; None where the question has none.
-        tokens: the audio response, token by token.
+        id: the question's.
+        text_response: response to the text prompt; None if the question has no text.
+        audio_response: response to the audio prompt; None if the question has no recording.
+        tokens: texts of the audio response's tokens.
         cut: the modalities ("text", "audio") whose response ended at the length limit.
-        token_kl: divergence from the teacher at each token of the audio response, nats (None: not finite); None if it
-            was not measured.
-        reject: why no prompt could be made; None for an answered question.
+        token_kl: divergence from the teacher at each token of the audio response, nats (None: not finite); None if not
+            measured.
+        reject: why no prompt could be built; None for an answered question.
     """
 
     id: str
@@ -48,7 +48,7 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class PreparedQuestion:
-    """A question with the prompts of the views that it has; `reject`: why there are none."""
+    """A question with its prompts by view; `reject`: why there are none."""
 
     question: Question
     prompts: Mapping[ViewName, Prompt]
@@ -57,7 +57,7 @@ class PreparedQuestion:
 
 @dataclass(frozen=True, eq=False)
 class AudioResponse:
-    """A response to the audio prompt, and the text prompt from which a teacher scores it."""
+    """A response to the audio prompt, and the text prompt on which a teacher scores it."""
 
     audio_prompt: Prompt
     text_prompt: Prompt
@@ -66,18 +66,18 @@ class AudioResponse:
 
 @dataclass(frozen=True)
 class Measured:
-    """Measurements of some responses: their divergences, as in `Answer.token_kl`, and scalars by name."""
+    """Divergences of responses, as in `Answer.token_kl`, and scalar metrics by name."""
 
     token_kl: Sequence[Sequence[float | None] | None] = ()
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-#: Scores responses token by token. Collective.
+#: Measures the divergence at each token of responses. Collective.
 Measure = Callable[[Sequence[AudioResponse]], Measured]
 
 
 def prepare(question: Question, prompts: PromptBuilder) -> PreparedQuestion:
-    """Make the prompts of a question."""
+    """Build the prompts of a question."""
     try:
         (prepared,) = prompts.prepare([question.sample()], question.views)
     except CordError as error:
@@ -93,18 +93,18 @@ def generate_answers(
     measure: Measure | None = None,
     measured: int = 0,
 ) -> tuple[list[Answer], dict[str, float]]:
-    """Generate greedy responses to both prompts of each question, in one call of the engine. Collective.
+    """Generate greedy responses to all prompts in one call of the engine. Collective.
 
     Args:
         prepared: the questions.
-        engine: generates.
-        prompts: turns ids into tokens.
-        max_new_tokens: the length at which responses are cut.
-        measure: scores the first `measured` audio responses that have a text prompt beside them.
-        measured: how many.
+        engine: generates the responses.
+        prompts: decodes token ids.
+        max_new_tokens: the length limit of responses.
+        measure: applied to the first `measured` audio responses whose question has a text prompt, too.
+        measured: their number.
 
     Returns:
-        one answer a question, in the same order, and the scalars that were measured.
+        one answer for each question, in the same order, and the measured scalars.
     """
     asked = [(view, p.question.id, p.prompts[view]) for view in (READ, HEAR) for p in prepared if view in p.prompts]
     rollouts = engine.generate([GenerationRequest(p, 0.0, max_new_tokens) for *_, p in asked]) if asked else []
@@ -137,25 +137,25 @@ def generate_answers(
 
 
 class Journal:
-    """The file that keeps the answers to one set.
+    """The file of the answers to one question set.
 
     Args:
-        path: of the file; it may hold part of the answers.
-        model: stands for the weights that answer; None takes the answers of any model, to compare with.
-        questions: of the set.
-        max_new_tokens: the length at which answers are cut.
+        path: the file; it may have part of the answers already.
+        model: fingerprint of the weights; None accepts the answers of any model, for comparisons.
+        questions: the set's.
+        max_new_tokens: the length limit of answers.
     """
 
     def __init__(self, path: Path, model: str | None, questions: Sequence[Question], max_new_tokens: int) -> None:
         self.path = path
-        parts = [json.dumps(_stands_for(question)) for question in questions]
+        parts = [json.dumps(_identity(question)) for question in questions]
         self._header = {"model": model, "questions": fingerprint(parts), "max_new_tokens": max_new_tokens}
 
     def read(self) -> dict[str, Answer]:
         """Read the answers by question, and remove a torn last line.
 
         Raises:
-            CordError: the file is damaged, or its answers are another model's, to other questions, or cut elsewhere.
+            CordError: the file is damaged, or another model, set or length limit gave its answers.
         """
         if not self.path.is_file():
             return {}
@@ -183,10 +183,10 @@ class Journal:
         return {answer.id: answer for answer in answers}
 
     def append(self, answers: Sequence[Answer]) -> None:
-        """Write answers behind those that there are, and force them to the disk.
+        """Append answers, and sync the file to the disk.
 
         Raises:
-            CordError: they cannot be written.
+            CordError: the file cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,12 +198,12 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             raise CordError(
-                f"{self.path}: cannot be written ({error.strerror}); make room, and start again: answers are kept"
+                f"{self.path}: cannot be written ({error.strerror}); free space and start again; earlier answers stay"
             ) from None
 
 
-def _stands_for(question: Question) -> list[Any]:
-    """Return what tells a question from others; a recording counts by whether there is one."""
+def _identity(question: Question) -> list[Any]:
+    """Return the fields that identify a question; of a recording only whether there is one."""
     q = question
     chat = [q.system, turns_json(q.turns)] if q.system is not None or q.turns else []
     return [q.id, q.answer, q.text, q.audio is not None, q.choices, q.instruction, *chat]

@@ -1,9 +1,9 @@
-"""Memory of one GPU by purpose; the fullest pipeline stage must fit.
+"""Memory of one GPU by purpose, on the pipeline stage that needs most.
 
-Exact: weights, gradients, optimizer states. Counted from the tensors that autograd keeps of each layer: activations.
-Allowances: everything else (CUDA context, NCCL's buffers, workspaces, fragmentation). A checkpoint's portions of
-optimizer states (trainer/step/optimizer/states.py, 0.13 GB at a time) come between steps, when activations and the loss
-have left more room than that, so they add nothing.
+Weights, gradients and optimizer states are exact; activations are the sizes of the tensors that autograd keeps of each
+layer; everything else (CUDA context, NCCL's buffers, workspaces, fragmentation) is an allowance. Checkpoints gather
+optimizer states in portions of 0.13 GB (trainer/step/optimizer/states.py) between steps, in the memory that activations
+and the loss have freed, so they add nothing.
 Legend: s tokens of a sequence, b sequences of a microbatch, H hidden, F ffn size.
 """
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 
 OVERHEAD = 4e9  #: bytes: CUDA context, NCCL's buffers, workspaces
-FRAGMENTATION = 0.05  #: of all else: what the allocator cannot use
-_CHUNK = 2**29  #: bytes of a model's logits that exist at once in the loss on a GPU (output_layer.CHUNK_ELEMENTS)
+FRAGMENTATION = 0.05  #: share of all else that the allocator cannot use
+_CHUNK = 2**29  #: bytes of one model's logits in a chunk of the loss on a GPU (output_layer.CHUNK_ELEMENTS)
 _AUDIO = {"audio_encoder", "adapter"}  #: parts that a teacher without audio does not need
-_ENGINE_BATCH = 64  #: responses that the local engine generates together
+_ENGINE_BATCH = 64  #: responses in a batch of the local engine
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Memory:
     """Bytes on one GPU.
 
     Attributes:
-        stage: the pipeline stage that this is.
-        weights: of the student, LoRA included.
-        gradients: fp32, of what is trained.
-        optimizer: fp32 weights and moments; this rank's part if they are distributed, without those in host memory.
-        teacher: weights of teachers that have their own.
-        teacher_hidden: its hidden states of an update's response tokens.
+        stage: the pipeline stage.
+        weights: the student's, LoRA included.
+        gradients: fp32, of trained parameters.
+        optimizer: fp32 weights and moments on the device; this rank's share of a distributed optimizer.
+        teacher: weights of teachers that do not share the student's.
+        teacher_hidden: the teacher's hidden states at an update's response tokens.
         engine: weights and key-value cache of a rollout engine in the same process.
-        activations: kept for the backward pass.
-        loss: what the divergence keeps, and its logits.
+        activations: tensors that autograd keeps for the backward pass.
+        loss: tensors that the divergence keeps, and its logits.
         overhead: the allowances.
     """
 
@@ -70,27 +70,27 @@ class Memory:
 
 
 def memory(config: RunConfig, arch: Architecture, work: Work, *, local_engine: bool = True) -> Memory:
-    """Return the memory of the fullest stage under a configuration.
+    """Return the memory of the stage that needs most.
 
     Args:
-        config: of the run.
-        arch: of the model.
-        work: of a step.
-        local_engine: whether an engine generates in the trainer's processes; servers of their own take nothing here.
+        config: the run's.
+        arch: the model's.
+        work: a step's.
+        local_engine: whether the engine runs in the trainer's processes; servers use other GPUs' memory.
     """
     stages = (_stage(config, arch, work, stage, local_engine) for stage in range(config.parallel.pp))
     return max(stages, key=lambda m: m.total)
 
 
 def optimizer_bytes(config: OptimizerConfig, trained: int, matrices: int, itemsize: int, dp: int) -> float:
-    """Return bytes of fp32 moments, and of fp32 weights beside 16-bit ones; a share of them if distributed.
+    """Return bytes of fp32 moments, and of fp32 weights beside 16-bit ones; a rank's share if distributed.
 
     AdamW has two moments, Muon one for matrices.
 
     Args:
-        config: of the optimizer.
-        trained: parameters.
-        matrices: of them, in matrices inside layers.
+        config: the optimizer's.
+        trained: number of trained parameters.
+        matrices: number of those in the layers' matrices.
         itemsize: bytes of a weight.
         dp: data-parallel ranks.
     """
@@ -121,7 +121,7 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
     used = {
         "weights": (counts.total + added) * item,
         "gradients": trained * 4,
-        # Experts have fewer replicas to share their states: the ranks that share them out have others.
+        # Experts' states are distributed over fewer replicas: expert-parallel ranks have different experts.
         "optimizer": optimizer_bytes(config.optimizer, trained - experts, matrices, item, work.dp * cp)
         + optimizer_bytes(config.optimizer, experts, 0, item, max(1, work.dp * cp * tp // ep)),
         "teacher": sum(
@@ -138,7 +138,7 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
 
 
 def _teachers(config: RunConfig, arch: Architecture, work: Work) -> list[Architecture]:
-    """Return the teachers that have weights of their own, equal ones once: a frozen part is its own frozen teacher."""
+    """Return the architectures of teachers with weights of their own, equal teachers once; frozen parts are shared."""
     if not config.objective.distils:
         return []
     audio_teachers, archs = config.audio_teachers, {"": work.teacher, **dict(work.others)}
@@ -152,9 +152,9 @@ def _teachers(config: RunConfig, arch: Architecture, work: Work) -> list[Archite
 
 
 def _loss(config: RunConfig, arch: Architecture, work: Work) -> float:
-    """Return bytes of the divergence: what its implementation keeps, and both models' logits of a chunk.
+    """Return bytes of the divergence: tensors that its implementation keeps, and both models' logits of a chunk.
 
-    Fused, which auto takes wherever it can, keeps both gradients in fp32; cached_grad one of the logits.
+    fused, the choice of auto, keeps both gradients in fp32; cached_grad keeps that of the logits.
     """
     tp, lm, implementation = config.parallel.tp, arch.language, config.objective.implementation
     rows, columns = work.micro_batch * work.response_tokens / config.parallel.cp, lm.padded_vocab_size(tp) / tp
@@ -166,9 +166,9 @@ def _loss(config: RunConfig, arch: Architecture, work: Work) -> float:
 
 
 def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: int) -> float:
-    """Return bytes that autograd keeps of the microbatches in flight; a 1F1B pipeline has pp − stage of them.
+    """Return bytes that autograd keeps of the microbatches in flight: pp − stage of them in a 1F1B pipeline.
 
-    Interleaved stages have more: the most at a time in Megatron's order.
+    Interleaved stages have more: the maximum over Megatron's schedule.
     """
     tp, pp, item, lm = config.parallel.tp, config.parallel.pp, config.model.torch_dtype.itemsize, arch.language
     tokens = (work.longest_tokens or work.student_tokens) * work.micro_batch / config.parallel.cp
@@ -186,7 +186,7 @@ def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: i
     audio = 0.0
     if stage == 0 and arch.encoder is not None and "audio_encoder" not in config.model.freeze:
         enc = arch.encoder
-        clips = ceil(ceil(work.clips) * work.micro_batch / config.parallel.cp)  # dealt over the context-parallel ranks
+        clips = ceil(ceil(work.clips) * work.micro_batch / config.parallel.cp)  # CP ranks share out clips
         positions = work.clip_positions * clips
         h = enc.hidden_size
         whole, selective = (encoder_layer_width(enc, tp, cut, selective=selective) for selective in (False, True))
@@ -196,7 +196,7 @@ def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: i
 
 
 def _convolution_width(enc: EncoderArchitecture) -> float:
-    """Return the elements of a position that the convolutions, their GELUs and the last norm keep."""
+    """Return the elements per position that the convolutions, their GELUs and the last norm keep."""
     if enc.chunks is None or not enc.chunks.channels:
         return 2 * enc.num_mels + 6 * enc.hidden_size  # convolutions at twice the rate
     # Each convolution keeps what enters it and its GELU: a quarter of the one before it, over bands and frames.
@@ -206,7 +206,7 @@ def _convolution_width(enc: EncoderArchitecture) -> float:
 
 
 def _most_kept(parallel: ParallelConfig, microbatches: int, stage: int, language: float, audio: float) -> float:
-    """Return the most that is kept at a time, of what a microbatch keeps in the language model and in the encoder."""
+    """Return the maximum over a stage's schedule, from what one microbatch keeps in language model and encoder."""
     chunks = parallel.virtual_pp
     if chunks == 1:
         return min(parallel.pp - stage, microbatches) * (language + audio)
@@ -220,9 +220,9 @@ def _most_kept(parallel: ParallelConfig, microbatches: int, stage: int, language
 
 
 def _kept(model: ModelConfig, tower: Tower, layers: int, whole: float, selective: float, inputs: float) -> float:
-    """Return the elements of a token that the layers of a tower keep.
+    """Return the elements per token that the layers of a tower keep.
 
-    All of a layer, what selective recomputation keeps, or its input; one layer is whole while it is computed again.
+    Without recomputation all of every layer; with it less, and all of the one layer that is being recomputed.
     """
     if tower not in model.recompute:
         return layers * whole
@@ -231,7 +231,7 @@ def _kept(model: ModelConfig, tower: Tower, layers: int, whole: float, selective
 
 
 def language_layer_width(arch: Architecture, tp: int, cut: int = 1, *, selective: bool = False) -> float:
-    """Return the elements that one layer keeps of a token.
+    """Return the elements per token that one layer keeps.
 
     Inputs and outputs of both norms; queries, keys and values for every head, the attention's output twice; both halves
     of fc1, the activated one, and their product. With selective recomputation the fused projection, rotated queries and
@@ -240,9 +240,9 @@ def language_layer_width(arch: Architecture, tp: int, cut: int = 1, *, selective
     three numbers in fp32 an expert.
 
     Args:
-        arch: of the model.
+        arch: the model's.
         tp: tensor-parallel ranks.
-        cut: ranks that share a token under sequence parallelism.
+        cut: ranks over which sequence parallelism divides tokens; 1 without it.
         selective: with selective recomputation.
     """
     lm = arch.language

@@ -1,7 +1,7 @@
-"""Turns samples into prompts: one token sequence for each view; they differ only where audio stands for text.
+"""Builds prompts from samples: one token sequence for each view.
 
-Chat template, tokenizer and feature extractor are the checkpoint's own. A builder keeps nothing about samples: what
-it builds travels with them (`data.samples.PreparedSample`).
+Chat template, tokenizer and feature extractor are the checkpoint's own. A builder stores nothing about samples: prompts
+and features are returned beside their sample (`data.samples.PreparedSample`).
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from megatron_cord.model.families import family_of, load_architecture
 
 
 class PromptBuilder:
-    """Turns samples into prompts for one checkpoint, and token ids back into text; holds no sample.
+    """Builds a checkpoint's prompts from samples, and decodes token ids to text; stores no sample.
 
     Args:
         checkpoint_dir: a Hugging Face checkpoint.
-        long_audio: what to do with audio longer than the encoder's window: refuse it, or cut it into clips, each with
-            its own placeholders. "skip" refuses it too: the data set leaves such samples out.
-        features: what computes them: torch, or NVIDIA DALI (extra dali) on the CPU or on this process's GPU.
-        views: those beside `HEAR` and `READ`.
+        long_audio: what is done with audio longer than the encoder's window: it is refused, or split into clips, each
+            with its own placeholders. "skip" refuses it, too: the data set leaves such samples out.
+        features: backend of the features: torch, or NVIDIA DALI (extra dali) on the CPU or on this process's GPU.
+        views: the configured views; `HEAR` and `READ` are added.
 
     Attributes:
-        views: all of them.
+        views: all views, the built-in ones included.
         eos_ids: tokens that end a response.
-        pad_id: fills batches.
+        pad_id: the padding token of batches.
         audio_token_id: the placeholder, one for each audio feature; None for a model without an audio encoder.
-        special_ids: never to be sampled: all special tokens but ``eos_ids``, and ids without a token.
-        vocab_size: rows of the model's embedding, which may be more than the tokenizer has tokens.
+        special_ids: tokens that must not be sampled: all special ones but ``eos_ids``, and ids without a token.
+        vocab_size: rows of the model's embedding; the tokenizer may have fewer tokens.
 
     Raises:
         CordError: a directory without a tokenizer, or a chat template without one placeholder for a clip.
@@ -87,14 +87,14 @@ class PromptBuilder:
 
     @property
     def longest_clip(self) -> int | None:
-        """Samples of audio that the encoder takes at once; None for a model without an audio encoder."""
+        """The longest clip of the encoder, in samples of audio; None for a model without an audio encoder."""
         return None if self._clips is None else self._clips.longest
 
     def num_frames(self, samples: int) -> int:
-        """Return how many log-mel frames a clip of so many samples of audio fills.
+        """Return the number of log-mel frames of a clip of so many samples of audio.
 
         Raises:
-            CordError: a model without an audio encoder.
+            CordError: the model has no audio encoder.
         """
         if self._clips is None:
             raise CordError(self._takes_no_audio)
@@ -102,49 +102,49 @@ class PromptBuilder:
 
     @property
     def limits(self) -> PromptLimits:
-        """What the prompts of `HEAR` and `READ` can be made of, for a data set to be opened with."""
+        """Limits of the samples from which prompts of `HEAR` and `READ` can be built; data sets check them."""
         shortest = 1 if self._clips is None else self._clips.shortest
         return PromptLimits(shortest, self.longest_clip, self.control_token, self.chat_fault)
 
     def limits_for(self, views: Collection[ViewName]) -> PromptLimits:
-        """Return what the prompts of `HEAR`, `READ` and these views can be made of."""
+        """Return the limits of samples for prompts of `HEAR`, `READ` and these views."""
         together = tuple(dict.fromkeys((HEAR, READ, *views)))
         return replace(self.limits, chat_fault=lambda sample: self.chat_fault(sample, together))
 
     def chat_fault(self, sample: Sample, views: Collection[ViewName] = (HEAR, READ)) -> str | None:
-        """Return what of a sample's conversation the views, the model or its chat template do not take; None if all."""
+        """Return what in a sample's conversation the views, the model or its chat template refuse; None if nothing."""
         chosen = [self.views.of(sample, name) for name in views]
         if self._clips is None and any(view.filters is not None for view in chosen):
             return f"has a recording, but {self._takes_no_audio}"
         for view in chosen:
-            # Texts of the plain views are looked at beside this (`PromptLimits.fault`).
+            # `PromptLimits.fault` checks the texts of the plain views.
             fault = view.fault(sample) or (None if isinstance(view, PlainView) else self._control_fault(sample, view))
             if fault is not None or (fault := self._template.fault(view.chat(sample))) is not None:
                 return fault
         return None
 
     def control_token(self, text: str) -> str | None:
-        """Return a control token that the tokenizer finds in a text, which would end a turn or stand for audio.
+        """Return the first control token in a text, which would end a turn or be a placeholder; None without one.
 
-        Servers tokenize prompts with recordings themselves, so such a text cannot be given to them as plain text.
+        Servers tokenize the text of prompts with recordings themselves, so such a token could not be escaped.
         """
         if text.isascii() and not any(first in text for first in self._begins_control):
-            return None  # most texts; others may become such a token when the tokenizer normalizes them
+            return None  # most texts; normalization may turn other texts into such a token
         found = [index for index in self._tokenizer.encode(text) if index in self._control_ids]
         return self._tokenizer.decode(found[:1]) if found else None
 
     def prepare(
         self, samples: Sequence[Sample], views: Collection[ViewName] = (HEAR, READ), *, draw: str = ""
     ) -> list[PreparedSample]:
-        """Build the prompts of these views for each sample; features are made together. Threads may call it.
+        """Build the prompts of these views for each sample; features are computed in one batch. Thread-safe.
 
         Args:
-            samples: with their recordings where a view has any.
-            views: by name; the names stay where a sample's set has others stand for them.
-            draw: stands for what the views' filters draw, beside the sample.
+            samples: with their recordings if a view has any.
+            views: names of the views; prompts have these names also where a sample's set replaces a view by another.
+            draw: seed of the views' filters, together with the sample's id.
 
         Raises:
-            CordError: as `audio_prompt` and `text_prompt`, or a sample lacks a part of a view.
+            CordError: as `audio_prompt` and `text_prompt`; a sample lacks a part of a view.
         """
         chosen = [{name: self.views.of(sample, name) for name in views} for sample in samples]
         clips = self._make_clips(samples, chosen, draw)
@@ -158,9 +158,9 @@ class PromptBuilder:
         return prepared
 
     def audio_prompt(self, sample: Sample) -> Prompt:
-        """Build the prompt of the recordings. Threads may call it.
+        """Build the prompt of `HEAR`. Thread-safe.
 
-        Each clip's features are float32 [n_mels, window frames], or its own frames where the encoder has no window.
+        Each clip's features are float32 [n_mels, frames of the window], or [n_mels, its frames] without a window.
 
         Raises:
             CordError: audio that `ClipMaker.make` refuses, a model without an audio encoder, a control token in a text
@@ -169,22 +169,22 @@ class PromptBuilder:
         return self.audio_prompts([sample])[0]
 
     def audio_prompts(self, samples: Sequence[Sample]) -> list[Prompt]:
-        """Build one each, in the same order; features are made together."""
+        """Build the prompt of `HEAR` for each sample, in the same order; features are computed in one batch."""
         return [prepared.prompts[HEAR] for prepared in self.prepare(samples, (HEAR,))]
 
     def text_prompt(self, sample: Sample) -> Prompt:
-        """Build the prompt of the transcripts.
+        """Build the prompt of `READ`.
 
         Raises:
-            CordError: an empty question, a control token in a text, words that a word-level vocabulary does not have,
-                or a conversation that the chat template cannot write.
+            CordError: an empty question, a control token in a text, words outside a word-level vocabulary, or a
+                conversation that the chat template cannot write.
         """
         return self.prepare([sample], (READ,))[0].prompts[READ]
 
     def _make_clips(
         self, samples: Sequence[Sample], views: Sequence[Mapping[ViewName, View]], draw: str
     ) -> dict[tuple[int, tuple[Filter, ...]], list[list[AudioClip]]]:
-        """Return clips by recording for each sample, by its number, and each chain of filters that its views have."""
+        """Return the clips of each recording by (index of the sample, filters of a view)."""
         wanted = [(i, view.filters) for i, each in enumerate(views) for view in each.values()]
         keys = list(dict.fromkeys((i, filters) for i, filters in wanted if filters is not None))
         if not keys:
@@ -195,14 +195,14 @@ class PromptBuilder:
         return dict(zip(keys, clips, strict=True))
 
     def _control_fault(self, sample: Sample, view: View) -> str | None:
-        """Return which control token stands in a view's texts; None without one."""
+        """Return the message about a control token in a view's texts; None without one."""
         for part, text in view.texts(sample):
             if (token := self.control_token(text)) is not None:
                 return control_token_fault(part, token)
         return None
 
     def _prompt(self, sample: Sample, view: View, clips: Sequence[Sequence[AudioClip]]) -> Prompt:
-        """Build a view's prompt with these clips by recording."""
+        """Build a view's prompt; ``clips`` are those of each recording."""
         if view.filters is None:
             spoken = [part for turn in sample.spoken for part in turn.parts if isinstance(part, AudioPart)]
             if not all(part.transcript.strip() for part in spoken):
@@ -234,11 +234,11 @@ class PromptBuilder:
             raise CordError(f"sample {sample.id}: words outside the model's vocabulary: {named}; rephrase the question")
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Return token ids of plain text, without any special token added."""
+        """Return the token ids of plain text, without added special tokens."""
         return tuple(self._tokenizer.encode(text))
 
     def response_ids(self, text: str) -> tuple[int, ...]:
-        """Return token ids of a text as an assistant's whole turn, with the token that ends one in the chat template.
+        """Return the token ids of a text as an assistant's turn, with the token that ends it in the chat template.
 
         Raises:
             CordError: the template ends turns with none of `eos_ids`.
@@ -264,9 +264,9 @@ class PromptBuilder:
         return self._tokenizer.decode(known)
 
     def text_of(self, ids: Sequence[int]) -> str | None:
-        """Return a text that the tokenizer turns into these ids, each run of placeholders once; None without one.
+        """Return a text whose token ids are these, each run of placeholders as one; None if there is no such text.
 
-        For servers that tokenize a spoken prompt themselves and expand its placeholders.
+        Servers tokenize a prompt with audio themselves and expand its placeholders.
         """
         pieces: list[list[int]] = [[]]
         once: list[int] = []
@@ -278,17 +278,17 @@ class PromptBuilder:
             else:
                 pieces.append([])
             once.append(index)
-        # Apart, as some tokenizers put spaces between tokens, which servers do not expect beside a placeholder.
+        # Decoded one by one: some tokenizers put spaces between tokens, which servers do not expect at placeholders.
         mark = "" if self.audio_token_id is None else self._tokenizer.decode([self.audio_token_id])
         text = mark.join(self._tokenizer.decode(piece) for piece in pieces)
         return text if self._tokenizer.encode(text) == once else None
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
-        """Return each token's own text, specials included."""
+        """Return the text of each token, special ones included."""
         return [self._tokenizer.decode([index]) if index < len(self._tokenizer) else f"<{index}>" for index in ids]
 
     def _find_template(self) -> ChatTemplate:
-        """Return the checkpoint's template; the family's where its published processing is code, not a template."""
+        """Return the checkpoint's chat template, or the family's where the published processing is code instead."""
         template = ChatTemplate(self._tokenizer, self.audio_token_id)
         if self._arch.encoder is None:
             return template
@@ -307,7 +307,7 @@ class PromptBuilder:
         return template
 
     def _find_features(self, directory: Path) -> FeatureConfig:
-        """Return the checkpoint's feature extractor; Whisper's where its processing is code."""
+        """Return the checkpoint's feature extractor, or Whisper's where the published processing is code instead."""
         encoder = self._arch.encoder
         assert encoder is not None
         if self._tokenizer.has_feature_extractor:
@@ -338,7 +338,7 @@ class PromptBuilder:
             eos = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id or eos
         if eos is None:
             raise CordError(
-                f"{directory}: neither tokenizer nor generation_config.json says what ends a response; set "
+                f"{directory}: neither tokenizer nor generation_config.json has the token that ends a response; set "
                 "eos_token_id there"
             )
         return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
@@ -347,12 +347,12 @@ class PromptBuilder:
 def _with_clips(
     chat: Sequence[Turn], clips: Sequence[Sequence[AudioClip]], *, joined: bool
 ) -> tuple[list[Turn], list[Sequence[AudioClip]]]:
-    """Return the conversation as the template takes it, and the clips behind each of its placeholders.
+    """Return the conversation with one audio part for each placeholder, and the clips of each placeholder.
 
     Args:
-        chat: of a view.
-        clips: by recording.
-        joined: whether the clips of a recording share a placeholder.
+        chat: the conversation of a view.
+        clips: the clips of each recording.
+        joined: whether all clips of a recording share one placeholder.
     """
     turns: list[Turn] = []
     groups: list[Sequence[AudioClip]] = []

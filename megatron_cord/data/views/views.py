@@ -1,18 +1,18 @@
-"""Views: chats made of a sample's parts, each a way in which a model meets the sample.
+"""Views: conversations composed of a sample's parts; the prompt of a sample differs from view to view.
 
-`hear` and `read` are built in, and evaluations use these alone. Others are configured under `views`:
+`hear` and `read` are built in, and evaluations use only these. Others are configured under `views`:
 
     views:
       informed: {user: [text, "The answer is {answer}.", "instruction?"]}
       noisy: {user: ["audio|noise(10)", "instruction?"]}
 
 An entry of ``user`` is a part, or a text with parts in braces ({{ and }} are braces). Parts are `audio` and `text`
-(what the user's last turn has, with its recordings or with their transcripts), `instruction`, `system`, `choices`
-(lettered), `answer`, `solution`, `voice`, and `metadata.KEY`, a text or number of the sample's notes. With a ``?``
-behind it a part is left out for samples that lack it; without, such samples are refused. Filters of `audio` are
-`noise(SNR)`, dB, and `band(HIGHEST)`, Hz, in the order in which they stand.
+(the user's last turn, with its recordings or with their transcripts), `instruction`, `system`, `choices` (lettered),
+`answer`, `solution`, `voice`, and `metadata.KEY`, a text or number of the sample's metadata. A part with a ``?`` behind
+it is optional: samples without it are used without it. Samples that lack any other part are refused. Filters of `audio`
+are `noise(SNR)`, dB, and `band(HIGHEST)`, Hz; they are applied in the order in which they are written.
 
-A view that has no `audio` has transcripts in the earlier turns, too, and each turn as one text, as `read` has.
+A view without `audio` has transcripts in the earlier turns, too, and each turn as one text, like `read`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from megatron_cord.data.turns import Part, TextPart, Turn, written
 from megatron_cord.data.views.entries import Entry, Filter, read_entry
 from megatron_cord.errors import CordError
 
-#: What only a teacher may be given: a student that reads it has nothing left to answer.
+#: Parts that only a teacher's view may have: in a student's prompt they would give the answer away.
 _PRIVILEGED = ("answer", "solution")
 _NAME = re.compile(r"[A-Za-z0-9_+-]{1,60}")
 
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """A view under a name: views: {NAME: {user: [audio, "The answer is {answer}."]}}."""
+    """The configuration of a view: views: {NAME: {user: [audio, "The answer is {answer}."]}}."""
 
-    user: tuple[str, ...]  #: what the user's last turn is made of: parts, and texts with parts in braces
-    system: str | None = "system?"  #: a part, or a text with parts in braces, as the system prompt; null for none
+    user: tuple[str, ...]  #: the user's last turn: parts, and texts with parts in braces
+    system: str | None = "system?"  #: the system prompt: a part, or a text with parts in braces; null: none
 
     def __post_init__(self) -> None:
         _parse("", self)
@@ -45,7 +45,7 @@ class ViewConfig:
 
 @dataclass(frozen=True)
 class PlainView:
-    """`HEAR` or `READ`."""
+    """A built-in view, `HEAR` or `READ`."""
 
     name: ViewName
 
@@ -74,13 +74,13 @@ class PlainView:
 
 @dataclass(frozen=True)
 class ComposedView:
-    """A view that is configured.
+    """A configured view.
 
     Attributes:
-        name: of the view.
+        name: its key under `views`.
         user: entries of the user's last turn.
-        system: of the system prompt; None for none.
-        filters: of the recordings; None for a view without recordings.
+        system: entry of the system prompt; None: no system prompt.
+        filters: filters of the recordings; None for a view without recordings.
     """
 
     name: ViewName
@@ -94,7 +94,7 @@ class ComposedView:
         return frozenset(part for entry in self._entries for part in entry.parts)
 
     def chat(self, sample: Sample) -> tuple[Turn, ...]:
-        """Return the conversation of a sample without `fault`, the system prompt included."""
+        """Return the conversation, the system prompt included, of a sample in which `fault` finds nothing."""
         *earlier, last = sample.spoken
         parts: list[Part] = []
         for entry in self.user:
@@ -111,7 +111,7 @@ class ComposedView:
         return (*((Turn("system", (TextPart(system),)),) if system else ()), *turns)
 
     def texts(self, sample: Sample) -> list[tuple[str, str]]:
-        """Return all texts of the prompt, those that touch each other joined, with the name of the view."""
+        """Return the texts of the prompt with the name of the view; adjacent texts are joined."""
         found = []
         for turn in self.chat(sample):
             runs = groupby(turn.parts, key=lambda part: isinstance(part, TextPart))
@@ -127,7 +127,7 @@ class ComposedView:
                     f'part ("{part}?"), or give the set another view (data.train.NAME.views)'
                 )
         if self.filters is None and sample.turns and "text" not in self.parts:
-            return f"has turns, and view {self.name} neither audio nor text, so that nothing of them would be left"
+            return f"has turns, and view {self.name} has neither audio nor text: it would contain none of them"
         if self.filters is None and all(entry.missing(sample) is not None for entry in self.user):
             return f"has none of the parts of view {self.name}"
         return None
@@ -144,62 +144,66 @@ class Views:
     """All views of a run by name.
 
     Args:
-        configs: of views beside `HEAR` and `READ`.
+        configs: the configured views; `HEAR` and `READ` are added.
 
     Raises:
-        CordError: a name that is taken or odd, or a view that cannot be understood.
+        CordError: a name is built in or has other characters, or a view cannot be parsed.
     """
 
     def __init__(self, configs: Mapping[ViewName, ViewConfig]) -> None:
         for name in configs:
             if name in (HEAR, READ):
-                raise CordError(f"views.{name}: {name} is built in, for evaluations use it; choose another name")
+                raise CordError(f"views.{name}: {name} is built in, as evaluations use it; choose another name")
             if not _NAME.fullmatch(name):
                 raise CordError(f"views: the name {name!r} has other characters than letters, digits, '_', '+' and '-'")
         self._views: dict[ViewName, View] = {name: PlainView(name) for name in (HEAR, READ)}
         self._views |= {name: _parse(name, config) for name, config in configs.items()}
 
     def named(self, name: ViewName, key: str) -> View:
-        """Return a view.
+        """Return the view of a name.
 
         Args:
-            name: of the view.
-            key: which names it, for the message.
+            name: the view's.
+            key: the configuration key that names it, for the message.
 
         Raises:
-            CordError: there is none.
+            CordError: there is no such view.
         """
         if name not in self._views:
-            raise CordError(f"{key}={name} is no view; there are {', '.join(self._views)}, others are made under views")
+            raise CordError(
+                f"{key}={name} is no view; use one of {', '.join(self._views)}, or configure it under views"
+            )
         return self._views[name]
 
     def of(self, sample: Sample, name: ViewName) -> View:
-        """Return the view that stands for a name where a sample's set chooses others."""
+        """Return the view of a name, or the one by which the sample's set replaces it (`Sample.view_names`)."""
         return self._views[sample.view_names.get(name, name)]
 
 
 def check_student(view: View, key: str) -> None:
-    """Refuse a student's view that holds what a student is to find out, or no question.
+    """Refuse a student's view that contains the answer, or no question.
 
     Raises:
-        CordError: it has the answer or its solution, or neither audio nor text.
+        CordError: it has the answer or the solution, or neither audio nor text.
     """
     if not {"audio", "text"} & view.parts:
-        raise CordError(f"{key}={view.name} has neither audio nor text: the student would not see the question")
+        raise CordError(
+            f"{key}={view.name} has neither audio nor text: the question would not be in the student's prompt"
+        )
     if given := [part for part in _PRIVILEGED if part in view.parts]:
         raise CordError(
-            f"{key}={view.name} gives the student the {given[0]}, of which nothing may reach rollouts or evaluations; "
-            "only a teacher's view may have it"
+            f"{key}={view.name} gives the student the {given[0]}, which must not reach rollouts or evaluations; only a "
+            "teacher's view may have it"
         )
 
 
 def filtered(sample: Sample, filters: Sequence[Filter], draw: str) -> Sample:
-    """Return a sample with its recordings as a view gives them.
+    """Return a sample with a view's filters applied to its recordings, which are not changed in place.
 
     Args:
-        sample: its recordings are not changed in place.
-        filters: in their order.
-        draw: stands for all that is drawn, together with the sample, the recording and the filter.
+        sample: the sample.
+        filters: applied in this order.
+        draw: seed of all random numbers, together with the sample's id, the recording and the filter.
     """
     recordings, rate = list(sample.recordings), sample.sampling_rate
     for number, each in enumerate(filters):
@@ -211,15 +215,15 @@ def filtered(sample: Sample, filters: Sequence[Filter], draw: str) -> Sample:
 
 
 def _parse(name: ViewName, config: ViewConfig) -> ComposedView:
-    """Make a view of its configuration. Raises CordError."""
+    """Return the view that a configuration describes. Raises CordError."""
     if not config.user:
-        raise CordError("user is empty; name the parts of the user's turn, such as [audio]")
+        raise CordError("user is empty; list the parts of the user's turn, such as [audio]")
     made = [read_entry(text) for text in config.user]
     system = None if config.system is None else read_entry(config.system)
     if system is not None and (system[0].is_audio or "text" in system[0].parts):
-        raise CordError(f"system is {config.system!r}; the question belongs into user")
+        raise CordError(f"system is {config.system!r}; audio and text belong in user")
     filters = [found for entry, found in made if entry.is_audio]
     if len(filters) > 1:
-        raise CordError("user has audio twice; a view has a recording once")
+        raise CordError("user has audio twice; write it once")
     entries = tuple(entry for entry, _ in made)
     return ComposedView(name, entries, None if system is None else system[0], filters[0] if filters else None)

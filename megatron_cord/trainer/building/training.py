@@ -1,4 +1,4 @@
-"""What makes the updates of a run, with the weights and states that it begins with."""
+"""The student, its teachers and the optimizer of a run, with their initial weights and states."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Training:
-    """What makes the updates.
+    """The objects that update the weights.
 
     Attributes:
-        model: the wrapped student.
-        optimizer: of the student.
-        step: the train step, with the teacher.
+        model: the student, wrapped in Megatron's DDP.
+        optimizer: the student's.
+        step: one training step, teachers included.
     """
 
     model: DistributedDataParallel
@@ -44,18 +44,18 @@ class Training:
 def build_training(
     config: RunConfig, layout: Layout, start: Start, checkpoints: Checkpoints, rates: RateSchedule, pad_id: int
 ) -> Training:
-    """Build the student, its teacher and the optimizer, with the weights and states that the run begins with.
+    """Build the student, its teachers and the optimizer, and load their initial weights and states.
 
     Args:
-        config: of the run.
-        layout: this rank's place.
-        start: where the run begins.
-        checkpoints: of the run; they read the one that it begins with.
+        config: the run's.
+        layout: this rank's.
+        start: the weights and the progress that the run starts from.
+        checkpoints: the run's; the one to start from is read through it.
         rates: the learning rates.
-        pad_id: fills padding.
+        pad_id: the padding token of batches.
 
     Raises:
-        CordError: a group of the optimizer has no parameter, or the checkpoint does not fit.
+        CordError: an optimizer group has no parameter, or the checkpoint does not fit the model.
     """
     check_groups(config.optimizer, load_architecture(config.model.checkpoint), config.model)
     student = build_student(config.model, layout, config.seed)
@@ -87,12 +87,12 @@ def build_training(
 
 
 def build_teachers(config: RunConfig, student: LALM, trained: Collection[str]) -> dict[str, Teacher]:
-    """Return the run's own teacher, "", and those by name; equal ones are built once.
+    """Return the teachers by name, `teacher` under ""; equal ones are built once.
 
     Args:
-        config: of the run.
-        student: with its weights.
-        trained: the parts that were trained before.
+        config: the run's.
+        student: with its initial weights.
+        trained: the parts whose weights earlier training changed.
     """
     audio_teachers, built = config.audio_teachers, dict[tuple[TeacherConfig, bool], Teacher]()
     found = {}
