@@ -1,4 +1,4 @@
-"""The one exception that speaks to the user. Anything else that escapes is a bug and keeps its traceback."""
+"""The exception for errors that the user can mend; any other exception is a bug and keeps its traceback."""
 
 
 class CordError(Exception):

@@ -1,9 +1,9 @@
 """Turn a YAML file and ``a.b=c`` overrides into dataclasses, and dataclasses back into YAML.
 
-A component declares its configuration as a dataclass beside it; this file knows none of them. Supported field types:
-bool, int, float, str, Path, Literal, Any, unions (with None), list, tuple, dict, and dataclasses of these. A wrong
-value is one line that names the dotted field, what was expected, what was given and where. Ranges are checked by a
-dataclass's own ``__post_init__``, which raises ValueError (or CordError); the path of the section is put in front.
+A component declares its configuration as a dataclass beside it; none is imported here. Supported field types: bool,
+int, float, str, Path, Literal, Any, unions (with None), list, tuple, dict, and dataclasses of these. A wrong value is
+refused in one line that names the dotted field, what was expected, what was given and where. Ranges are checked by a
+dataclass's own ``__post_init__``, which raises ValueError (or CordError); the message is prefixed by the section.
 ``field(metadata={"secret": True})`` keeps a value out of dumps and messages. A root class with a class attribute
 ``EXPLAINED_BY`` names the command that explains its keys, to which the message about an unknown key points.
 """

@@ -1,6 +1,6 @@
-"""Read YAML files and ``a.b=c`` overrides into one plain tree that knows where each value came from.
+"""Read YAML files and ``a.b=c`` overrides into one plain tree with the source of each value.
 
-``megatron_cord.config.loading`` turns the tree into dataclasses; this file knows no fields. It simplifies YAML:
+``megatron_cord.config.loading`` turns the tree into dataclasses; fields are not checked here. It simplifies YAML:
 scalars follow the YAML 1.2 core schema (``1e-3`` is a number, ``no`` and ``on`` are words, there are no dates), a key
 may appear once in a map, and the merge key ``<<`` is not special, because ``base: other.yaml`` (relative to the file)
 inherits instead.

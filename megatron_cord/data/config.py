@@ -49,8 +49,8 @@ class DataConfig:
     #: a pattern; or several sets, {NAME: {path: …, weight: …}}. Training needs it
     train: str | dict[str, TrainingSetConfig] = ""
     evaluation: str = ""  #: shards to evaluate on: a directory with a manifest, a tar file, or a pattern
-    system: str | None = None  #: the system prompt of samples that bring none
-    #: text behind the recording, in the user's turn, of samples that bring neither an instruction nor turns
+    system: str | None = None  #: the system prompt of samples without one
+    #: text after the recording, in the user's turn, of samples with neither an instruction nor turns
     instruction: str | None = None
     shuffle: bool = True  #: a new order each epoch, drawn from the run's seed; otherwise the order of the shards
     #: read the shards of data.train when their samples are needed, and keep no index of all samples: for sets larger

@@ -48,7 +48,7 @@ Part = TextPart | AudioPart
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side says at once, its parts in their order."""
+    """A turn of a conversation: its role, and its parts in order."""
 
     role: Role
     parts: tuple[Part, ...]

@@ -54,7 +54,7 @@ class ConvolutionAdapter(MegatronModule):  # type: ignore[misc]
         self.activation = _ACTIVATIONS[arch.activation]
 
     def forward(self, features: Tensor, counts: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """Map [F, H_audio] to [N, H]; behind a clip the convolution sees zeros."""
+        """Map [F, H_audio] to [N, H]; a clip is followed by zeros in the convolution."""
         apart = list(torch.split(features, list(counts)))
         clips = torch.nn.utils.rnn.pad_sequence(apart, batch_first=True)  # [C, longest, H_audio]
         x = torch.nn.functional.gelu(self.conv(clips.transpose(1, 2))).transpose(1, 2)

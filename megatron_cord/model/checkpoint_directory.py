@@ -19,7 +19,7 @@ _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktok
 
 
 def checkpoint_directory(given: str | Path) -> Path:
-    """Return the directory of a checkpoint. A hub is asked for ``hf://OWNER/NAME[@REVISION]`` and for nothing else.
+    """Return the directory of a checkpoint. Only ``hf://OWNER/NAME[@REVISION]`` is looked up on a hub.
 
     Raises:
         CordError: there is no such directory, or the hub does not give it.

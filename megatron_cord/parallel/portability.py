@@ -2,7 +2,7 @@
 
 Megatron-Core names CUDA devices, streams and generators. Without CUDA, `install` maps devices to the CPU, makes streams
 and events inert, and routes the CUDA random generator's calls to the CPU's generator. With CUDA it does none of this.
-On both, where neither apex nor transformer-engine brings its fused optimizer, it provides that optimizer's contract
+On both, where neither apex nor transformer-engine has its fused optimizer, it provides that optimizer's contract
 on plain torch. What runs on CPUs this way tests numerics and the logic of communication on gloo, but not streams,
 overlap, NCCL or transformer-engine's kernels.
 

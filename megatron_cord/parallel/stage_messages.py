@@ -2,13 +2,13 @@
 
 An interleaved rank sends activations to the next rank and gradients to the previous one, the last rank to the first and
 back. Megatron-Core exchanges both kinds in one batch, their shapes before. Backends match messages between two ranks by
-their order, so with two ranks one rank's gradient meets the other's buffer for an activation: gradients are wrong
-without a word. And a rank that waits for a gradient's shape keeps back the activation without which its peer never
-comes to send that gradient.
+their order, so with two ranks one rank's gradient is received into the other's buffer for an activation: gradients are
+wrong without an error. And a rank that waits for a gradient's shape does not send the activation that its peer needs to
+compute that gradient.
 
 Here each kind, and with two ranks each direction, has a process group of its own: messages in a group are of one kind,
-from one rank to one other, in the order of the schedule. All that a call sends is on its way before it waits, and it
-waits for what it receives alone. So a call needs nothing but what the schedule has made before.
+from one rank to one other, in the order of the schedule. A call starts all its sends before it waits, and waits only
+for what it receives. So a call depends only on earlier calls of the schedule.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def connect_stages(pipelines: Sequence[Sequence[int]], rank: int, timeout: timed
         def receive(gradient: int = gradient, source: int = source, taken: Tensor = taken) -> Any:
             return dist.irecv(taken, own[source], group=_channel(channels, gradient, source))
 
-        # Connections are made one after the other, so in a ring somebody has to begin: even ranks send first.
+        # Connections are made one after the other; a ring of ranks that all receive first would deadlock.
         requests = [post() for post in ((send, receive) if place % 2 == 0 else (receive, send))]
         for request in requests:
             request.wait()

@@ -1,6 +1,6 @@
 """When a step's responses are generated: at the step, or ahead of it while earlier ones train.
 
-The responses of step t are asked for as soon as the engine has the weights of version max(0, t - ahead). With
+The responses of step t are requested as soon as the engine has the weights of version max(0, t - ahead). With
 on_weight_sync=finish they come from exactly these weights, whatever takes how long, so a run is as reproducible as a
 synchronous one; ahead = 0 is the synchronous one.
 
@@ -161,7 +161,7 @@ class Schedule(Generic[B]):
         """
         if self._releasable is not None:
             self._releasable.release_memory()
-            all_gather_json(None)  # one rank alone speaks to the servers, which lie on all ranks' devices
+            all_gather_json(None)  # only one rank sends requests to the servers, which use all ranks' devices
         yield
         if self._releasable is not None:
             torch.cuda.empty_cache()

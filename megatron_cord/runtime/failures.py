@@ -2,7 +2,7 @@
 
 Several ranks often fail together, with the same error or with "connection closed by peer" after another rank has left.
 On each node the first one to create a small file in the temporary directory reports it; the others leave without a line
-and with the same status, once the report is written: a launcher that sees one rank leave ends the others at once.
+and with the same status, once the report is written: a launcher ends all ranks as soon as one has left.
 It simplifies: a node's ranks are recognised by their common parent (torchrun's agent, or the SLURM step).
 """
 

@@ -1,6 +1,6 @@
 """Noise in spoken sets: which recordings get it, and how loud it is, drawn from the set's seed and the question's id.
 
-So a question's noise does not depend on the others of its set, nor on who speaks it.
+So a question's noise depends neither on the others of its set nor on its voice.
 """
 
 from __future__ import annotations

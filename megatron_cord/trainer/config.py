@@ -78,7 +78,7 @@ class RunConfig:
     output_dir: str  #: metrics, rollout dump, checkpoints and evaluations go there
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
-    #: ways in which a model meets a sample, by name, beside the built-in hear and read (docs/data.md)
+    #: views of samples by name, beside the built-in hear and read (docs/data.md)
     views: dict[str, ViewConfig] = field(default_factory=dict)
     seed: int = 0  #: of data order, sampling and everything else that is drawn
     #: Where output_dir holds a checkpoint, the run goes on with its newest; resume and init_from say what happens where

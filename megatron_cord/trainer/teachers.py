@@ -65,10 +65,10 @@ def audio_teachers(objective: ObjectiveConfig, sets: Mapping[str, TrainingSetCon
 def check_teachers(
     teachers: Mapping[str, TeacherConfig], objective: ObjectiveConfig, sets: Mapping[str, TrainingSetConfig]
 ) -> None:
-    """Refuse teachers that are not there, score nothing, or are asked for what the run's own alone can give.
+    """Refuse teachers that are not configured, are not used, or are used where only the run's own may be.
 
     Raises:
-        CordError: says which.
+        CordError: names the teacher.
     """
     for name, each in teachers.items():
         key = f"teachers.{name}"

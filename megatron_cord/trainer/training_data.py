@@ -114,7 +114,7 @@ class TrainingData:
         write_json(self._path, self.record | {"skipped": skipped} | found)
 
     def _known_before(self) -> list[dict[str, Any]]:
-        """Return of the damage that an earlier process listed what the checkpoint knows, too."""
+        """Return the damage that an earlier process listed and the checkpoint has, too."""
         try:
             listed = json.loads(self._path.read_text(encoding="utf-8"))["found"]
             return [item for item in listed if self._damage.covers(item["set"], item["first"])]

@@ -47,7 +47,7 @@ class Package:
 
     name: str
     distributions: tuple[str, ...]  #: the first that is installed counts
-    probe: str  #: a statement that fails if the package does not work; "" trusts the metadata
+    probe: str  #: a statement that fails if the package does not work; "": only the metadata are checked
     purpose: str
     missed: str
     #: when it is in use: always, where there is a CUDA device, or where the configuration chooses it

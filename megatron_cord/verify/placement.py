@@ -25,7 +25,7 @@ class Place:
 
     Attributes:
         device: its kind.
-        gpus: that it sees, by CUDA's own numbers; it computes on the first one. Empty: those that this process sees.
+        gpus: its visible ones, by CUDA's own numbers; it computes on the first. Empty: those visible to this process.
         memory_fraction: of the free memory of that GPU, for weights and cache; None on a CPU.
     """
 
@@ -108,7 +108,7 @@ def place_servers(
     Args:
         device: of the servers.
         trainer_gpus: ranks on this machine, which compute on the first GPUs; 0 without CUDA.
-        visible: CUDA's own numbers of the GPUs that this process sees; none where its torch has no CUDA.
+        visible: CUDA's own numbers of the GPUs visible to this process; none where its torch has no CUDA.
         memory_fraction: that the user chose.
     """
     if device == "cpu":
@@ -136,7 +136,7 @@ def place_servers(
 
 
 def visible_gpus(count: int) -> list[int]:
-    """Return CUDA's own numbers of the GPUs that this process sees, which are `count`.
+    """Return CUDA's own numbers of the `count` GPUs visible to this process.
 
     Raises:
         CordError: CUDA_VISIBLE_DEVICES names them otherwise.

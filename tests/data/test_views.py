@@ -182,7 +182,7 @@ def test_names_and_students_are_checked() -> None:
     with pytest.raises(CordError, match=r"views\.read: read is built in"):
         Views({"read": CONFIGS["informed"]})
     views = Views(CONFIGS)
-    with pytest.raises(CordError, match="there are hear, read, heard"):
+    with pytest.raises(CordError, match="use one of hear, read, heard"):
         views.named("tells", "objective.teacher_view")
     with pytest.raises(CordError, match="gives the student the answer"):
         check_student(views.named("informed", "objective.student_view"), "objective.student_view")

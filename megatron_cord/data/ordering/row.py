@@ -1,11 +1,11 @@
 """The endless row of samples that a run takes from the beginning: sets in turn, and each set in its own order.
 
-What stands at a position is a function of the seed, the weights, the position and the known damage, so the position is
-all that a run must remember, as long as its weights stay. Where they change, the row goes on with the new ones, and
-each set behind the samples that were taken of it: a `Phase` says from where, and what was taken before.
+The sample at a position is a function of the seed, the weights of the sets, the position and the known damage, so the
+position is all that a run must save while the weights stay. Where they change, the row continues with the new ones, and
+each set after the samples that were taken of it: a `Phase` has its first position, and what was taken before.
 
-A damaged sample gives its position to another one of its set: the nearest undamaged one at the same place of an earlier
-step's batch, else of a later one's. (A frozen teacher has answered that one for L_seq, too, if the position needs it.)
+A damaged sample is replaced by another one of its set: the nearest undamaged one at the same place of an earlier step's
+batch, else of a later one's. (A frozen teacher has answered that one for L_seq, too, if the position needs it.)
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class ClipMaker:
     def _lengths(self, clips: Sequence[tuple[int, int]]) -> list[int] | None:
         """Return to how many samples each clip is padded; None for all to the encoder's window.
 
-        At least what one frame sees; so short a clip is refused once its frames are counted.
+        At least the width of one frame; so short a clip is refused once its frames are counted.
 
         Args:
             clips: sample's number and length of each.

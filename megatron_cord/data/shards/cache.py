@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _CHUNK = 4 << 20  # bytes
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts
 _SILENCE = 30.0  # seconds after which a connection without a byte is broken
-_ABANDONED = 3600.0  # seconds after which a part that nobody writes to is a killed process's
+_ABANDONED = 3600.0  # seconds after which an unchanged partial file is a killed process's
 _COPY = re.compile(r"[0-9a-f]{64}\.tar")  # others in the directory, such as a user's own, are never removed
 _PARTIAL = re.compile(r"\.[0-9a-f]{64}\.tar\.partial")
 _GONE = (FileNotFoundError, EntryNotFoundError, RepositoryNotFoundError)
@@ -114,7 +114,7 @@ class RemoteFile:
         """Return the file system of the address, and the path there."""
         try:
             system, path = fsspec.core.url_to_fs(self.address, **_options(self.address))
-        except (ImportError, ValueError) as error:  # a library that is not installed, a kind that nobody knows
+        except (ImportError, ValueError) as error:  # a library that is not installed, an unknown protocol
             raise FetchError(f"{self.address}: {_reason(error)}") from error
         return system, path
 

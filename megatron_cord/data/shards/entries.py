@@ -77,7 +77,7 @@ def index_shard(
     Args:
         shard: its file.
         limits: what prompts can be made of; other samples are left out.
-        defaults: what prompts have where a sample brings nothing of its own.
+        defaults: system prompt and instruction of samples that lack them.
         name: of the shard in messages; None takes the file's path.
     """
     name = str(shard) if name is None else name

@@ -34,7 +34,7 @@ class ShardDataset:
         path: a directory with a manifest, a tar file, or a pattern such as "data/*.tar" (which looks at no manifest).
         max_skipped: the largest share of samples that may be left out.
         limits: what prompts can be made of; other samples are left out.
-        defaults: what prompts have where a sample brings nothing of its own.
+        defaults: system prompt and instruction of samples that lack them.
         verify: compare every shard's SHA-256 with the manifest's, which reads all of them.
 
     Attributes:

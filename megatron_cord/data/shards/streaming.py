@@ -38,7 +38,7 @@ class StreamLimits:
     Attributes:
         prompts: what prompts can be made of; other samples are damaged.
         longest: samples of audio beyond which the run must stop; None has no such length.
-        defaults: what prompts have where a sample brings nothing of its own.
+        defaults: system prompt and instruction of samples that lack them.
         verify: compare the checksums of shards that are not fetched, too.
         salvage: take from a shard of another size what can be read, instead of nothing.
     """

@@ -29,7 +29,7 @@ class Family:
             Conversions pass them on as they are.
         carries_files: names of weight files that belong to such parts, and are passed on unread.
         pads_to_longest: whether clips are padded to the longest one of their prompt before their features are made, as
-            by a processor that knows no window; otherwise to the window.
+            by a processor without a window; otherwise to the window.
         sees: whether the checkpoint's processor also makes features of images and videos, for which it needs packages
             that nothing here needs; tokenizer and feature extractor are then read by themselves.
         sglang_max_clips: how many recordings one prompt may have on an SGLang server; None if SGLang servers do not

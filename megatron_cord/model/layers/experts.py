@@ -187,7 +187,7 @@ class _GivenChoice:
 
 
 class RecordedRouter(TopKRouter):  # type: ignore[misc]
-    """Megatron's router, which tells a record what it chooses, and follows what is given."""
+    """Megatron's router; it records the experts it chooses, or takes given ones."""
 
     record: RoutingRecord
     layer: int  #: of the whole model, from 0

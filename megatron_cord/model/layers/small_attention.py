@@ -1,7 +1,7 @@
 """Attention of short 16-bit sequences on a CPU as plain matrix products in fp32, a key–value group's heads together.
 
 torch's kernel for CPUs is made for long sequences: on fifty to a hundred tokens in bfloat16 its backward pass takes
-several times as long as the products need, as does one query of many keys, and it wants keys and values repeated for
+several times as long as the products need, as does one query of many keys, and it needs keys and values repeated for
 every query head. The scores of so few tokens may exist.
 
 Legend: S queries, K keys, B sequences, Q query heads, G key-value heads, D head size.

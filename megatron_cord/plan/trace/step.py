@@ -55,7 +55,7 @@ def trace_step(
         audio_seconds: of a question.
 
     Raises:
-        CordError: torch sees a GPU, another process group is open, or the configuration is one that no trace covers.
+        CordError: torch has a GPU, another process group is open, or the configuration is one that no trace covers.
     """
     if portability.has_cuda():
         raise CordError("cord plan --trace computes nothing and needs no GPU: set CUDA_VISIBLE_DEVICES= (empty)")

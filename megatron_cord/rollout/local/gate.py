@@ -1,7 +1,7 @@
 """A gate that stops generating threads between two tokens, so that another thread may change the weights.
 
-The host's order is not the device's: each thread queues on a stream of its own. So who closes the gate waits, on its
-stream, for what the others have queued, and they wait for what it has queued until it opens the gate again.
+The host's order is not the device's: each thread queues work on a stream of its own. So the closing thread's stream
+waits for what the others have queued, and theirs wait for what it has queued until it opens the gate again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engine on SGLang servers: each rank sends its share of the requests, the main rank brings weights to all servers.
+"""The engine on SGLang servers: each rank sends its share of the requests, the main rank syncs weights to all servers.
 
 Weights and the list of good servers change only where all ranks are together: at the start, in `update_weights` and in
 `recover`. In between each rank notices by itself which servers fail. If all do, `generate` leaves what is not made as
@@ -111,7 +111,7 @@ class SGLangEngine:
         self._send(version)
 
     def recover(self) -> None:
-        """Wait for servers and bring them the weights of the last `update_weights`. All ranks together.
+        """Wait for servers and send them the weights of the last `update_weights`. All ranks together.
 
         Raises:
             CordError: none comes back in time.
@@ -164,7 +164,7 @@ class SGLangEngine:
         self._control.each("/release_memory_occupation", {}, self._pool)
 
     def restore_memory(self) -> None:
-        """Let servers take their memory back; the next weight sync brings all tensors."""
+        """Let servers allocate their memory again; the next weight sync sends all tensors."""
         self._control.each("/resume_memory_occupation", {}, self._pool)
         self._control.resume(self._pool)
         self._all_tensors = True

@@ -15,7 +15,7 @@ _LIKELY, _IMPOSSIBLE = 0.5, 0.001  # probabilities; related languages share thei
 
 
 def language_fault(text: str, language: str) -> str | None:
-    """Return that a text is in another language than stated; None where it is not, or nobody can tell.
+    """Return that a text is in another language than stated; None where it is not, or cannot be decided.
 
     Args:
         text: any.

@@ -43,7 +43,7 @@ def make_recording_set(
         config: where the rows come from, and what a recording must be like.
         output: a directory; complete and half-made sets of the same configuration are taken up.
         workers: processes.
-        progress: called with (rows done since the last call, rows of the source or None if nobody knows).
+        progress: called with (rows done since the last call, rows of the source or None if unknown).
 
     Raises:
         CordError: the directory holds a set of other arguments, the source cannot be read, a row has a field that

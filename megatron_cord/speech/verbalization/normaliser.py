@@ -1,4 +1,4 @@
-"""Dates, years, clock times, telephone numbers, units and titles, read by wetext, which brings its grammars along.
+"""Dates, years, clock times, telephone numbers, units and titles, read by wetext, whose package has its grammars.
 
 It gets one expression at a time, of a class that it was found to read rightly ("5 m" would be minutes to it, "1980s"
 seconds); values come from `numbers`, so that they are spoken everywhere in one way.

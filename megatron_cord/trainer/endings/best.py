@@ -1,7 +1,7 @@
 """The best evaluation of a run, and when evaluations that are no better end it.
 
 Only evaluations of trained weights count, not the one that a run begins with. They are read from the run's directory,
-so a run that goes on knows what came before.
+so a resumed run has what came before.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ _UNKNOWN = 0.05  #: of the whole time, kept free for each of them that has not b
 
 
 class TimeBudget:
-    """The time of a run, as one rank sees it.
+    """The time budget of a run on one rank.
 
     Args:
         hours: of the whole run; 0 has no end.

@@ -96,7 +96,7 @@ def advance(config: ControllerConfig, state: ControllerState, gap: float) -> Con
 
 
 class Controllers:
-    """The controllers of an objective's streams. Every rank has all of them and sees the same rollouts.
+    """The controllers of an objective's streams. Every rank has all of them and the same rollouts.
 
     Args:
         configs: by stream, of those that have one.

@@ -1,1 +1,1 @@
-"""HTTP to SGLang servers: addresses, requests and replies, and the servers' state as one rank sees it."""
+"""HTTP to SGLang servers: addresses, requests and replies, and the servers' states on one rank."""

@@ -236,7 +236,7 @@ class Batch:
         return version
 
     async def _watch(self) -> None:
-        """Probe servers under suspicion."""
+        """Probe suspect servers."""
         while True:
             if not self._state.paused:  # a paused server generates nothing
                 suspects = self._pool.suspects()

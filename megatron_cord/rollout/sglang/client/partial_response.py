@@ -25,7 +25,7 @@ from megatron_cord.rollout.sglang.client.protocol import (
 from megatron_cord.rollout.types import GenerationRequest, Rollout, spans_of
 
 _DRAWS = 16  #: of one position in vain, after which the tokens left by top_p and top_k are taken for forbidden ones
-_GREEDY = 1e-6  #: below this temperature SGLang takes the likeliest token, so that another draw would bring the same
+_GREEDY = 1e-6  #: below this temperature SGLang takes the likeliest token, so that another draw would be the same
 
 
 class PartialResponse:
@@ -49,7 +49,7 @@ class PartialResponse:
         self._draws = 0
         self._in_vain = 0  # draws of the present position
         self._likeliest = False  # the next token is chosen here, of the likeliest ones
-        self._masked = False  # the server masks: no text can bring it to where a position is drawn again
+        self._masked = False  # the server masks: no text makes it draw a position again
         self.finish_reason: Literal["stop", "length"] | None = None
 
     def next_request(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The servers as one rank sees them: which gets the next request, which is under suspicion, which is lost.
+"""The servers' states on one rank: which gets the next request, which is suspect, which is lost.
 
 A server that fails a request gets no new ones until a probe shows that it generates, with the weights that it should
-have. One that cannot, or fails again and again, is lost until a weight sync brings it back: its process may be a new
-one, with the checkpoint's weights.
+have. One that cannot, or fails repeatedly, is lost until the next weight sync includes it again: its process may be a
+new one, with the checkpoint's weights.
 """
 
 from __future__ import annotations

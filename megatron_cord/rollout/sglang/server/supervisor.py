@@ -1,6 +1,6 @@
 """Several servers of one checkpoint on this machine: started, watched, started again when one dies or hangs.
 
-A server that was started again has the checkpoint's weights; the trainer notices by their name and brings the current
+A server that was started again has the checkpoint's weights; the trainer recognizes their version and sends the current
 ones with its next weight sync. Simplification: it is watched from outside, by its health endpoint, which SGLang answers
 by generating a token.
 """

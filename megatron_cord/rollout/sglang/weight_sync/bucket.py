@@ -92,7 +92,7 @@ def fill(
         uint8 [nbytes]: the buffer's part, or the tensor's own memory.
 
     Raises:
-        CordError: the stream brings something else than was planned.
+        CordError: the stream's tensors are not those that were planned.
     """
     flat, views = None, {}
     for spec in plan.specs:

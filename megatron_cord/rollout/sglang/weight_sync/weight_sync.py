@@ -172,7 +172,7 @@ class WeightSync:
         self._transport.close()
 
     def merges(self, servers: Sequence[Endpoint]) -> bool:
-        """Return whether all these servers, asked now, merge LoRA themselves; on rank 0."""
+        """Query whether all these servers merge LoRA themselves; on rank 0."""
         return self._base is not None and self._transport.merges(servers, self._base)
 
     def _plan(self, source: WeightSource, full: bool, merged: bool) -> list[TensorSpec]:
@@ -266,7 +266,7 @@ def build_weight_sync(
 
     Args:
         config: how.
-        checkpoint_dir: that the servers were started with, as rank 0 sees it.
+        checkpoint_dir: the one that the servers were started with, by its path on rank 0.
         served_dtype: that they load it in; the checkpoint's own if None.
     """
     transport: WeightTransport

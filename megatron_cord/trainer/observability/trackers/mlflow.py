@@ -35,7 +35,7 @@ def check(config: MlflowConfig) -> None:
     """Refuse what cannot work. Raises CordError: the package is missing, or the address of an online run."""
     require("mlflow", "metrics.mlflow.mode")
     if config.mode == "offline":
-        for package in ("sqlalchemy", "alembic"):  # the client alone does not bring its database
+        for package in ("sqlalchemy", "alembic"):  # the client does not depend on its database
             require(package, "metrics.mlflow.mode", "mlflow")
     if config.mode == "online" and not (config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
         raise CordError(

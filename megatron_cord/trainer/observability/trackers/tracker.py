@@ -120,7 +120,7 @@ def require(package: str, key: str, extra: str | None = None) -> None:
     Args:
         package: to import.
         key: of the configuration that asks for it.
-        extra: that brings the package; None: it has the package's name.
+        extra: the extra that installs the package; None: it has the package's name.
 
     Raises:
         CordError: with the command that installs it.

@@ -77,7 +77,7 @@ class Wandb:
 
 
 def _import() -> Any:
-    """Import the client, whose error reports are off unless the user wants them."""
+    """Import the client, whose error reports are off unless the user turns them on."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 

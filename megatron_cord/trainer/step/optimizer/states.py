@@ -90,7 +90,7 @@ def collect(piece: Tensor, pieces: Pieces, owner: int, group: dist.ProcessGroup)
 
     Args:
         piece: what this rank has of it.
-        pieces: who has what.
+        pieces: the ranks' parts of the tensors.
         owner: the rank of the group that writes it.
         group: the data-parallel ranks.
     """
