@@ -28,15 +28,15 @@ class SetConfig:
     format: Format = "plain"  #: how its rows are laid out
     audio_root: str | None = None  #: the folder that paths of recordings start from; null: the file's own
     samples: int = 0  #: how many questions, from the beginning; 0 takes all
-    system: str | None = None  #: the system prompt of questions that bring none
-    instruction: str | None = None  #: text behind the recording, or its transcript, of questions that bring none
+    system: str | None = None  #: the system prompt of questions without one
+    instruction: str | None = None  #: text after the recording, or its transcript, of questions without one
     subset: str | None = None  #: of a set on the hub that has several
     split: str | None = None  #: of a set on the hub that has several
     ignore: tuple[str, ...] = ()  #: fields of its rows to leave aside; others that nothing uses are refused
 
     @property
     def defaults(self) -> PromptDefaults:
-        """What the prompts of its questions have where these bring nothing of their own."""
+        """System prompt and instruction of questions that lack them."""
         return PromptDefaults(self.system, self.instruction)
 
     def __post_init__(self) -> None:

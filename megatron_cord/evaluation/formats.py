@@ -2,7 +2,7 @@
 
 | format | a row has |
 |---|---|
-| shards | what shards have; the recording speaks the question |
+| shards | what shards have; the recording is the spoken question |
 | plain | answer, question or audio or both, or turns; also choices, instruction, system, group, id |
 | voicebench | prompt, reference (a letter), audio: OpenBookQA and MMSU of VoiceBench by the rules of this project |
 | voicebench/… | prompt, audio, and what `published.voicebench` reads: its subsets, each by its own rule |

@@ -152,9 +152,9 @@ def _teachers(config: RunConfig, arch: Architecture, work: Work) -> list[Archite
 
 
 def _loss(config: RunConfig, arch: Architecture, work: Work) -> float:
-    """Return bytes of the divergence: tensors that its implementation keeps, and both models' logits of a chunk.
+    """Return bytes of the divergence: what its implementation keeps, and both models' logits of a chunk.
 
-    fused, the choice of auto, keeps both gradients in fp32; cached_grad keeps that of the logits.
+    Fused, which auto takes wherever it can, keeps both gradients in fp32; cached_grad one of the logits.
     """
     tp, lm, implementation = config.parallel.tp, arch.language, config.objective.implementation
     rows, columns = work.micro_batch * work.response_tokens / config.parallel.cp, lm.padded_vocab_size(tp) / tp
@@ -166,9 +166,9 @@ def _loss(config: RunConfig, arch: Architecture, work: Work) -> float:
 
 
 def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: int) -> float:
-    """Return bytes that autograd keeps of the microbatches in flight: pp − stage of them in a 1F1B pipeline.
+    """Return bytes that autograd keeps of the microbatches in flight; a 1F1B pipeline has pp − stage of them.
 
-    Interleaved stages have more: the maximum over Megatron's schedule.
+    Interleaved stages have more: the most at a time in Megatron's order.
     """
     tp, pp, item, lm = config.parallel.tp, config.parallel.pp, config.model.torch_dtype.itemsize, arch.language
     tokens = (work.longest_tokens or work.student_tokens) * work.micro_batch / config.parallel.cp

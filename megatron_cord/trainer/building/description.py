@@ -1,4 +1,4 @@
-"""What a run says of itself: its learning rates, what changed since its checkpoint, how later checkpoints were made."""
+"""The description of a run: learning rates, settings changed since its checkpoint, metadata of its checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_cord.trainer.step.optimizer.schedule import RateSchedule
 
 @dataclass(frozen=True)
 class Description:
-    """What a run says of itself.
+    """The description of a run.
 
     Attributes:
         rates: its learning rates.

@@ -135,7 +135,7 @@ class Guards:
         return any(guard.action == "restore" for guard in self._config.values())
 
     def record(self, step: int, restored: int | None) -> dict[str, Any]:
-        """Return what the summary says of the ending after a step.
+        """Return the summary's entry about the ending after a step.
 
         Args:
             step: of the evaluation that ended the run.

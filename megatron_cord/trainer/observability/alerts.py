@@ -29,7 +29,7 @@ Kind = Literal[
 Row = Mapping[str, Any]
 _SIGMAS = 4.0  # standard errors beyond noise, also between the best of many windows and one of many last ones
 _FIRST_STEPS = 3  # of a mean, while fewer than two windows are measured
-_FEWEST_QUESTIONS = 30  # an accuracy over fewer says nothing
+_FEWEST_QUESTIONS = 30  # an accuracy over fewer is noise
 
 
 @dataclass(frozen=True)

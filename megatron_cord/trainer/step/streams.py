@@ -108,7 +108,7 @@ class Stream:
         divergence: D_t.
         token_weights: w_t.
         contrast: the teacher's second view; None without one.
-        taught_by: the teacher's name; None where the sample's set says it.
+        taught_by: the teacher's name; None: the teacher of the sample's set.
         source: "student", or the field of the sample that is the response.
         controller: of the weight; None for a constant one.
     """

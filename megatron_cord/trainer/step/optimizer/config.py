@@ -11,7 +11,7 @@ from megatron_cord.errors import CordError
 
 ScheduleKind = Literal["cosine", "linear", "constant", "wsd"]
 _GROUP_NAME = re.compile(r"\w[\w-]*")
-#: wsd: the share of the steps that it decays over where no key says it
+#: wsd: the share of the steps that it decays over by default
 DECAY_SHARE = 0.1
 
 
