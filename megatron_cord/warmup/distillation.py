@@ -1,9 +1,9 @@
 """The third stage: the frozen language model teaches the adapter what a recording is to it, on the transcript itself.
 
 Both views have the same instruction, to repeat what was said, behind the recording or behind its transcript. The
-response is the transcript, so nothing is generated, and the loss is forward KL, from the model that reads to the model
-that hears, averaged over the response's tokens. Every word of a recording is a token to be predicted, where an answer
-has one word of it or none.
+response is the transcript, so nothing is generated, and the loss is forward KL from the model with the text prompt to
+that with the audio prompt, averaged over the response's tokens. Every word of a recording is a token to be predicted,
+where an answer has one word of it or none.
 
 Ranks are data parallel, and each has the whole language model, frozen. Recordings go through the encoder again, whose
 part of the time is small beside the language model's.
