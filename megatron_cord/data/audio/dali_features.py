@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch import Tensor
 from megatron_cord.data.audio.features import FLOOR, MAX_FREQUENCY, FeatureConfig, Features, check_waveform, normalize
 from megatron_cord.errors import CordError
 
-_BATCH = 64  # clips of one run of the pipeline
+_BATCH = 64  # clips of one run of the pipeline, and
+_BATCH_SAMPLES = _BATCH * 480_000  # of them all, but for a longer clip: some encoders take recordings of any length
 _THREADS = 2  # of DALI's own, on the CPU
 
 
@@ -58,8 +60,9 @@ class DaliFeatures:
         for waveform, name, rate, config in zip(waveforms, names, sampling_rates, configs, strict=True):
             check_waveform(torch.as_tensor(waveform), config, sampling_rate=rate, name=name)
         features: list[Features] = []
-        for start in range(0, len(waveforms), _BATCH):
-            batch = list(zip(waveforms, configs, strict=True))[start : start + _BATCH]
+        clips = list(zip(waveforms, configs, strict=True))
+        for start, end in pairwise(_batches([len(waveform) for waveform in waveforms])):
+            batch = clips[start:end]
             with self._lock:
                 spectra = self._run([self._padded(waveform, config) for waveform, config in batch])
             for (waveform, config), spectrum in zip(batch, spectra, strict=True):
@@ -112,3 +115,14 @@ class DaliFeatures:
             pipeline.set_outputs(fn.to_decibels(mel, multiplier=1.0, reference=1.0, cutoff_db=decades))
         pipeline.build()
         return pipeline
+
+
+def _batches(lengths: Sequence[int]) -> list[int]:
+    """Return where batches of clips of so many samples begin and, at last, end: from 0 to the number of clips."""
+    borders, samples = [0], 0
+    for number, length in enumerate(lengths):
+        if number - borders[-1] == _BATCH or (number > borders[-1] and samples + length > _BATCH_SAMPLES):
+            borders.append(number)
+            samples = 0
+        samples += length
+    return [*borders, len(lengths)] if lengths else borders

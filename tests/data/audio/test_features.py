@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,13 @@ from transformers import WhisperFeatureExtractor
 from transformers.audio_utils import mel_filter_bank
 
 from megatron_cord.data.audio.features import FeatureConfig, log_mel, mel_filters
+from megatron_cord.data.prompts.clips import ClipMaker, FeatureBackend
+from megatron_cord.data.samples import Sample
+from megatron_cord.data.turns import AudioPart, Turn
 from megatron_cord.errors import CordError
+from megatron_cord.plan.published import published
+
+BACKENDS: tuple[FeatureBackend, ...] = ("torch", "dali")
 
 CONFIGS = {
     "whisper": FeatureConfig(),
@@ -155,6 +162,28 @@ def test_dali_on_the_cpu_is_equal_too(config: FeatureConfig) -> None:
         assert features.num_frames == int(expected["attention_mask"].sum())
     with pytest.raises(CordError, match="sample q7: audio at 8000 Hz"):
         extract([waveforms[0]], ["q7"], [8000])
+
+
+@pytest.mark.parametrize("model", ["qwen2_5_omni_7b", "qwen3_omni_30b_a3b"])
+def test_dali_with_windows_of_clips(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches clips that DALI pads to the feature extractor's window where the encoder has none, and batches mixed up.
+
+    Also reflections of what follows a clip that is the longest of its prompt.
+    """
+    pytest.importorskip("nvidia.dali")
+    from megatron_cord.data.audio import dali_features
+
+    monkeypatch.setattr(dali_features, "_BATCH_SAMPLES", 40_000)
+    parts = tuple(AudioPart(number, "") for number in range(4))
+    lengths = [(16001, 4800, 52345, 15999), (1700, 1760, 4799, 480001), (30000, 9000, 2000, 1601)]
+    chats = [
+        Sample("spoken", "", turns=(Turn("user", parts),)).with_recordings(list(map(recording, n))) for n in lengths
+    ]
+    features = FeatureConfig(n_mels=128, n_samples=4_800_000)
+    of_torch, of_dali = (ClipMaker(published(model), features, backend, "error").make(chats) for backend in BACKENDS)
+    for wanted, given in zip(chain(*chain(*of_torch)), chain(*chain(*of_dali)), strict=True):
+        assert given.features.shape == wanted.features.shape and given.num_frames == wanted.num_frames
+        assert (given.features - wanted.features).abs().max() < 1e-4
 
 
 def test_dali_on_the_gpu_is_equal_too() -> None:
