@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from os.path import commonpath
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from megatron_cord.convert.peft.expert_adapters import SHARED, each_experts, tak
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.config import LoraConfig
+from megatron_cord.model.families import family_of
 from megatron_cord.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def write_adapter(directory: Path, adapter: Adapter, arch: Architecture) -> None
     """Write a PEFT directory, complete or not at all.
 
     Raises:
-        CordError: the directory exists and holds something, or a part that is trained whole is no single module.
+        CordError: the directory exists and holds something.
     """
     check_vacant(directory)
     spelling = Spelling(arch)
@@ -142,7 +143,8 @@ def write_adapter(directory: Path, adapter: Adapter, arch: Architecture) -> None
         )
     in_peft = {module: spelling.module_name(f"{module}.weight").removesuffix(".weight") for module in modules}
     tensors = {spelling.module_name(name): tensor for name, tensor in adapter.whole.items()}
-    saved = _modules_of(list(tensors))
+    names = family_of(arch).tensor_map(arch).by_hf_name if adapter.whole else {}
+    saved = _modules_of(tensors, [spelling.module_name(name) for name in names])
     for name, tensor in adapter.factors.items():
         module, factor, _ = name.rsplit(".", 2)
         tensors[f"{in_peft[module]}.{factor}.weight"] = tensor
@@ -174,11 +176,28 @@ def write_adapter(directory: Path, adapter: Adapter, arch: Architecture) -> None
     partial.replace(directory)
 
 
-def _modules_of(names: Collection[str]) -> list[str]:
-    """Return the modules that hold these tensors and nothing else: those of the adapter, or of the audio encoder."""
-    if not names:
-        return []
-    roots = {name.partition(".")[0] for name in names}
-    if len(roots) == 1 and len({name.split(".")[1] for name in names}) == 1:  # below the base model's prefix
-        return [commonpath([name.replace(".", "/") for name in names]).replace("/", ".")]
-    return sorted(roots)
+def _modules_of(names: Collection[str], every: Collection[str]) -> list[str]:
+    """Return the outermost modules that hold these tensors and no other of the model's.
+
+    A list of layers, which PEFT cannot wrap, is left for its members.
+
+    Args:
+        names: of tensors in the plain model.
+        every: the names of all of the model's tensors there.
+    """
+    holding_others = {module for name in every if name not in names for module in _holders(name)}
+    outermost = (
+        next(module for module in _holders(name) if module not in holding_others and not _is_list(module, name))
+        for name in names
+    )
+    return sorted(set(outermost))
+
+
+def _holders(name: str) -> list[str]:
+    """Return the modules that a tensor lies in, the outermost first."""
+    return list(accumulate(name.split(".")[:-1], "{}.{}".format))
+
+
+def _is_list(module: str, name: str) -> bool:
+    """Return whether a module that holds the tensor numbers its members."""
+    return name.removeprefix(f"{module}.").partition(".")[0].isdigit()
