@@ -24,7 +24,7 @@ from tests.cli.test_convert import alone as convert
 from tests.model.family_reference import save_whole
 from tests.tiny_run import WORDS, losses, make_samples, overrides, write_shards
 from tests.trainer.fault_ranks import run_forked
-from tests.trainer.test_train import alone
+from tests.trainer.runs.test_train import alone
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::megatron")]
 LORA = (
