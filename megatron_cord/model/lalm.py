@@ -12,7 +12,6 @@ import re
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,6 +43,7 @@ from megatron_cord.model.layers.routed_rows import find_rows
 from megatron_cord.model.layers.transformer import block_spec, language_config, uses_transformer_engine
 from megatron_cord.model.lora.adapters import LoraAdapters
 from megatron_cord.model.lora.targets import find_targets
+from megatron_cord.model.placeholders import check_placeholders, placeholders_per_sample, refuse_tokens, true_rows
 from megatron_cord.parallel.layout import Layout, ParallelConfig
 from megatron_cord.parallel.transfers import to_device
 
@@ -311,15 +311,15 @@ class LALM(MegatronModule):  # type: ignore[misc]
         tokens = [self.arch.num_audio_tokens(frames) for frames in batch.num_frames or ()]
         token_ids = batch.token_ids.cpu() if batch.host_token_ids is None else batch.host_token_ids
         is_placeholder = torch.eq(token_ids, self.arch.audio_token_id)  # [B, S], on the host
-        _refuse_tokens(token_ids, self.arch, batch.sample_ids)
-        _check_placeholders(_placeholders_per_sample(is_placeholder, batch.cu_seqlens), tokens, batch.sample_ids)
+        refuse_tokens(token_ids, self.arch, batch.sample_ids)
+        check_placeholders(placeholders_per_sample(is_placeholder, batch.cu_seqlens), tokens, batch.sample_ids)
         if batch.features is None:
             return embedded
         assert batch.num_frames is not None
         audio = self.encode_audio(batch.features, batch.num_frames)
         sequence, size, hidden = embedded.shape
         rows = embedded.transpose(0, 1).reshape(-1, hidden)
-        rows = rows.index_copy(0, to_device(_true_rows(is_placeholder), rows.device), audio.to(rows.dtype))
+        rows = rows.index_copy(0, to_device(true_rows(is_placeholder), rows.device), audio.to(rows.dtype))
         return rows.reshape(size, sequence, hidden).transpose(0, 1).contiguous()
 
 
@@ -337,55 +337,6 @@ def _require_gradient(_: torch.nn.Module, inputs: tuple[Any, ...], named: dict[s
     hidden = inputs[0] if inputs else named["hidden_states"]
     if torch.is_grad_enabled() and hidden is not None and not hidden.requires_grad:
         hidden.requires_grad_(True)
-
-
-def _true_rows(mask: Tensor) -> Tensor:
-    """Return int64 [n], where a mask in host memory is true, its dimensions taken as one."""
-    return mask.reshape(-1).nonzero().squeeze(1)
-
-
-def _placeholders_per_sample(is_placeholder: Tensor, cu_seqlens: tuple[int, ...] | None) -> list[int]:
-    """Count the placeholders of each of B samples; is_placeholder is bool [B, S], or [1, T] with cu_seqlens."""
-    if cu_seqlens is None:
-        return is_placeholder.sum(1).tolist()
-    before = torch.nn.functional.pad(is_placeholder[0].cumsum(0), (1, 0)).tolist()
-    return [before[end] - before[start] for start, end in pairwise(cu_seqlens)]
-
-
-def _refuse_tokens(token_ids: Tensor, arch: Architecture, sample_ids: tuple[str, ...]) -> None:
-    """Raise CordError if there is a placeholder of what is not trained here; token_ids is in host memory."""
-    for index, what in arch.refused_tokens:
-        if bool((token_ids == index).any()):
-            raise CordError(
-                f"samples {', '.join(sample_ids)}: token {index} stands for {what}, and of {arch.model_type} only "
-                "audio and text are trained; take the sample out"
-            )
-
-
-def _check_placeholders(placeholders: list[int], features: list[int], sample_ids: tuple[str, ...]) -> None:
-    """Raise CordError unless whole clips, one after the other, fill each sample's placeholders.
-
-    Args:
-        placeholders: number in each of B samples.
-        features: number of each of C clips, in the samples' order.
-        sample_ids: B names.
-    """
-    cure = (
-        "likely cause: a prompt that was built for another checkpoint's rate of audio tokens, or cut off in its audio, "
-        "or clips of another sample; build the prompts with this checkpoint's own processor, and give each sample its "
-        "own clips"
-    )
-    clips = iter(features)
-    for name, wanted in zip(sample_ids, placeholders, strict=True):
-        found = 0
-        while found < wanted and (clip := next(clips, None)) is not None:
-            found += clip
-        if found != wanted:
-            raise CordError(f"sample {name}: {wanted} audio placeholder tokens but {found} audio features; {cure}")
-    if left := sum(clips):
-        raise CordError(
-            f"samples {', '.join(sample_ids)}: {left} more audio features than audio placeholder tokens; {cure}"
-        )
 
 
 def _mark_sharded_weights(model: torch.nn.Module) -> None:
