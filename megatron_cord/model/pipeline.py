@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.stage_messages import StageCommunicator
 from megatron_cord.parallel.stages import group_size
+from megatron_cord.parallel.transfers import to_device
 
 
 def run_pipeline(
@@ -109,7 +110,7 @@ def padding_in_front(model: LALM, microbatches: int) -> list[ModelInput]:
     """
     most = microbatches
     if model.layout.experts_span_replicas:
-        numbers = torch.tensor(microbatches, device=model.layout.device)
+        numbers = torch.full((), microbatches, device=model.layout.device)
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=model.layout.ep_group)
         most = int(numbers)
     if most and len(model.chunks) > 1:
@@ -117,4 +118,4 @@ def padding_in_front(model: LALM, microbatches: int) -> list[ModelInput]:
     count = most - microbatches
     token = 0 if model.arch.audio_token_id != 0 else 1
     ids = torch.full((1, model.layout.sequence_sharding.multiple_of), token)
-    return [ModelInput(ids.to(model.layout.device), None, None, ("padding",), None, ids) for _ in range(count)]
+    return [ModelInput(to_device(ids, model.layout.device), None, None, ("padding",), None, ids) for _ in range(count)]

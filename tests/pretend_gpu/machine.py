@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from tests.pretend_gpu import streams
-from tests.pretend_gpu.modes import GPU, PythonView, factories_on_device, host_groups, pretending
+from tests.pretend_gpu.modes import GPU, PythonView, early_views, factories_on_device, host_groups, pretending
 from tests.pretend_gpu.record import RECORD
 
 _CUDA: dict[str, Any] = {
@@ -141,11 +141,13 @@ def _put_threads_under_rules() -> None:
 
 def observe_run() -> None:
     """Note the phases of a training run and its microbatches."""
+    from megatron.core.transformer.moe import token_dispatcher
+
     from megatron_cord.trainer.observability.watchdog import Watchdog
     from megatron_cord.trainer.step import step
     from megatron_cord.trainer.step.batching import batches
 
-    begin, make = Watchdog.phase, batches.make_microbatches
+    begin, make, to_host = Watchdog.phase, batches.make_microbatches, token_dispatcher.maybe_move_tensor_to_cpu
 
     def phase(self: Watchdog, name: str, number: int) -> None:
         RECORD.begin(name, number)
@@ -156,5 +158,14 @@ def observe_run() -> None:
         RECORD.microbatches[RECORD.phase] += len(made)
         return made
 
-    for owner, name, value in ((Watchdog, "phase", phase), (step, "make_microbatches", make_microbatches)):
+    def count_to_host(*args: Any, **kwargs: Any) -> Any:
+        with early_views():  # Megatron takes the view first, and waits for the copy before it reads
+            return to_host(*args, **kwargs)
+
+    replaced = (
+        (Watchdog, "phase", phase),
+        (step, "make_microbatches", make_microbatches),
+        (token_dispatcher, "maybe_move_tensor_to_cpu", count_to_host),
+    )
+    for owner, name, value in replaced:
         setattr(owner, name, value)

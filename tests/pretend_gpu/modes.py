@@ -62,6 +62,7 @@ class _State(threading.local):
     factories_on_device = False  #: where an operator without tensors puts what it makes
     moving_to: bool | None = None  #: where `_to_copy` puts its result, in a call of Tensor.to
     inside_distributed = False  #: gloo's own copies are not NCCL's
+    views_early = False  #: whether NumPy's view may be taken of memory that is still copied to
 
 
 _state = _State()
@@ -89,6 +90,11 @@ def pretending() -> Iterator[None]:
         yield
 
 
+def early_views() -> contextlib.AbstractContextManager[None]:
+    """Let NumPy's view be taken of host memory that a queued copy still writes; what reads it then is not seen."""
+    return _with(views_early=True)
+
+
 class PythonView(TorchFunctionMode):
     """What Python sees of marked tensors."""
 
@@ -109,6 +115,9 @@ class PythonView(TorchFunctionMode):
                 return answer
         if name in ("mm", "addmm") and "out_dtype" in kwargs:
             return _low_precision(name, args, kwargs)
+        if name == "histc" and first is not None and lies_on_device(first) and not first.is_floating_point():
+            # CUDA counts whole numbers, the CPU does not.
+            return self._call(func, name, (first.float(), *args[1:]), kwargs).to(first.dtype)
         return self._call(func, name, args, kwargs)
 
     def _call(self, func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -160,7 +169,8 @@ class PythonView(TorchFunctionMode):
     def _numpy(func: Any, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if lies_on_device(tensor):
             RECORD.fault("TypeError: can't convert cuda:0 device type tensor to numpy")
-        _check_host_use(tensor, writes=False)
+        if not _state.views_early:
+            _check_host_use(tensor, writes=False)
         return NotImplemented
 
     _array = _numpy

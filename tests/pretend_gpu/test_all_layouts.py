@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretend_gpu.budgets import BUDGETS, CONTEXT_PARALLEL, PIPELINE, TENSOR_PARALLEL
+from tests.pretend_gpu.budgets import BUDGETS, CONTEXT_PARALLEL, PIPELINE, TENSOR_PARALLEL, Budget, with_experts
 from tests.pretend_gpu.jobs import Jobs
 from tests.pretend_gpu.runs import settings
 from tests.tiny_run import write_checkpoint, write_inputs
 
 pytestmark = pytest.mark.slow
 
+RECOMPUTED = "model.recompute=[audio_encoder,language_model]"
+LORA = ("model.lora.rank=4", "model.lora.dropout=0.3", "rollout.max_logprob_mismatch=null")
 LAYOUTS = {
     "dp2": (2, BUDGETS),
     "tp2": (2, TENSOR_PARALLEL),
@@ -29,7 +31,7 @@ LAYOUTS = {
 OPTIONS = {
     "frozen encoder": ("model.freeze=[audio_encoder]",),
     "frozen language model": ("model.freeze=[audio_encoder,language_model]",),
-    "recomputation": ("model.recompute=[audio_encoder,language_model]",),
+    "recomputation": (RECOMPUTED,),
     "live teacher": ("teacher.mode=live",),
     "moving teacher": ("teacher.mode=ema", "teacher.offload=true", "model.dtype=bfloat16"),
     "hidden states in host memory": ("teacher.offload=true",),
@@ -54,6 +56,26 @@ OPTIONS = {
 }
 
 
+REPLAYED = ("rollout.router_replay=true", "objective.router_aux_loss=0.01")
+#: Of a mixture of experts: ranks, budget, settings.
+MIXTURES: dict[str, tuple[int, dict[str, Budget], tuple[str, ...]]] = {
+    "one rank, replayed": (1, with_experts(BUDGETS), REPLAYED),
+    "ep2, packed, replayed": (2, with_experts(BUDGETS), ("parallel.ep=2", "train.packing=packed", *REPLAYED)),
+    "ep2, recomputed, lora": (2, with_experts(BUDGETS, 3), ("parallel.ep=2", RECOMPUTED, *LORA)),
+    "tp2 sp ep2, lora": (
+        2,
+        with_experts(TENSOR_PARALLEL),
+        ("parallel.tp=2", "parallel.sequence_parallel=true", "parallel.ep=2", *LORA),
+    ),
+    "cp2 ep2, packed": (
+        2,
+        with_experts(CONTEXT_PARALLEL),
+        ("parallel.cp=2", "parallel.ep=2", "train.packing=packed"),
+    ),
+    "pp2": (2, with_experts(PIPELINE), ("parallel.pp=2",)),
+}
+
+
 @pytest.fixture(scope="module")
 def jobs() -> Iterator[Jobs]:
     with Jobs() as jobs:
@@ -63,6 +85,11 @@ def jobs() -> Iterator[Jobs]:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("mixture"), experts=4)
 
 
 @pytest.mark.parametrize("packing", ["padded", "packed"])
@@ -130,6 +157,20 @@ def test_lora(jobs: Jobs, inputs: Path, tmp_path: Path) -> None:
     outcome.check_waits()
     for outcome in jobs.run("train", [*run, "parallel.tp=2", "parallel.sequence_parallel=true"], ranks=2):
         outcome.check_waits(TENSOR_PARALLEL)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_of_experts(jobs: Jobs, inputs: Path, mixture: Path, tmp_path: Path, name: str) -> None:
+    """Catches faults of routing, dispatch, balance and replay, waits for each expert.
+
+    Also faults of a resume on one rank.
+    """
+    ranks, budget, more = MIXTURES[name]
+    run = settings(inputs, tmp_path / "run", f"model.checkpoint={mixture}")
+    for outcome in jobs.run("train", [*run, *more, "train.steps=1"], ranks=ranks):
+        outcome.check_waits(budget)
+    if name.startswith("ep2"):
+        jobs.run("train", [*run, *(setting for setting in more if not setting.startswith("parallel."))])
 
 
 def test_weight_sync_of_shards(jobs: Jobs, tmp_path: Path) -> None:

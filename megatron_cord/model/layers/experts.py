@@ -40,14 +40,14 @@ class RoutingRecord:
         device: where it counts.
 
     Attributes:
-        weight: of the balancing loss of one sequence and layer.
+        weight: of the balancing loss of one sequence and layer, float32 [] on the device; None: there is no such loss.
     """
 
     def __init__(
         self, experts: ExpertsArchitecture, num_layers: int, group: dist.ProcessGroup, device: torch.device
     ) -> None:
         self.experts, self.group = experts, group
-        self.weight = 0.0
+        self.weight: Tensor | None = None
         self._active = False
         self._rows: RoutedRows | None = None
         self._again: defaultdict[int, deque[RoutedRows | None]] = defaultdict(deque)
@@ -111,24 +111,24 @@ class RoutingRecord:
         """
         if rows is None or not self._active:
             return probs
-        balances = self.weight > 0 and torch.is_grad_enabled()
+        weight = self.weight if torch.is_grad_enabled() else None
         first = not in_backward_pass()  # else it was counted
-        if not balances and not first:
+        if weight is None and not first:
             return probs
         size = len(rows.lengths)
         own = chosen.new_zeros(size + 1, chosen.shape[1], dtype=torch.float32)
         own.index_add_(0, rows.sequence, chosen.float())
         if first:
             self._counts[layer] += own[:size].sum(0)
-        if not balances:
+        if weight is None:
             return probs
         dist.all_reduce(own, group=self.group)
         share = own[:size] / (self.experts.per_token * rows.lengths[:, None])  # f_e, [B, E]
         scores = logits.float().softmax(-1)
         means = scores.new_zeros(size + 1, scores.shape[1]).index_add(0, rows.sequence, scores)[:size]
         loss = chosen.shape[1] * (share * means / rows.lengths[:, None]).sum()  # this rank's part of it
-        self._sums[0] += self.weight * loss.detach()
-        balanced: Tensor = _WithLoss.apply(probs, self.weight * loss)  # type: ignore[no-untyped-call]
+        self._sums[0] += weight * loss.detach()
+        balanced: Tensor = _WithLoss.apply(probs, weight * loss)  # type: ignore[no-untyped-call]
         return balanced
 
     def take(self, updates: int) -> dict[str, float]:
@@ -139,12 +139,13 @@ class RoutingRecord:
         self._sums.zero_()
         counts, sums = both[:-3].view_as(self._counts), both[-3:]
         share = counts / counts.mean(1, keepdim=True).clamp(min=1e-9)  # 1: as many as if all were chosen equally often
-        figures = torch.stack([share.amax(1).mean(), share.amin(1).mean(), (counts == 0).double().mean(), *sums])
-        largest, smallest, idle, loss, given, differs = figures.tolist()
+        idle_share = (counts == 0).double().mean()
+        figures = torch.stack([share.amax(1).mean(), share.amin(1).mean(), idle_share, counts.sum(), *sums])
+        largest, smallest, idle, chosen, loss, given, differs = figures.tolist()
         metrics = {"experts/load_max": largest, "experts/load_min": smallest, "experts/idle": idle}
         if given:
-            metrics |= {"experts/replayed": given / float(counts.sum()), "experts/rerouted": differs / given}
-        return metrics | ({"experts/balance_loss": loss / updates} if self.weight else {})
+            metrics |= {"experts/replayed": given / chosen, "experts/rerouted": differs / given}
+        return metrics | ({"experts/balance_loss": loss / updates} if self.weight is not None else {})
 
 
 class _WithLoss(torch.autograd.Function):

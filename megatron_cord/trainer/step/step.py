@@ -202,11 +202,13 @@ class TrainStep:
         return found
 
     def _weigh_balance(self, microbatches: list[Microbatch]) -> None:
-        """Divide the balancing loss by the update's sequences on all data-parallel ranks."""
+        """Divide the balancing loss, if there is one, by the update's sequences on all data-parallel ranks."""
         assert self.lalm.routing is not None
-        sequences = torch.tensor(sum(len(m.sequences) for m in microbatches), device=self.layout.device)
-        dist.all_reduce(sequences, group=self.layout.dp_group)
-        self.lalm.routing.weight = self.objective.router_aux_loss / max(1, int(sequences))
+        if self.objective.router_aux_loss:
+            own = float(sum(len(m.sequences) for m in microbatches))
+            sequences = torch.full((), own, device=self.layout.device)
+            dist.all_reduce(sequences, group=self.layout.dp_group)
+            self.lalm.routing.weight = self.objective.router_aux_loss / sequences.clamp(min=1)
 
     def _counts(self, rollouts: Sequence[ScoredRollout]) -> dict[str, GlobalCounts]:
         """Return an update's denominators by stream, and under "" those of what belongs to none."""
