@@ -14,12 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_cord.convert import read_into
-from megatron_cord.data.samples import HEAR, READ, Sample
-from megatron_cord.data.turns import AudioPart, TextPart, Turn
+from megatron_cord.data.samples import HEAR, READ
 from megatron_cord.model.config import LoraConfig
-from megatron_cord.model.families import load_architecture
-from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.config import RolloutConfig
@@ -31,7 +27,8 @@ from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.engine import SGLangEngine
 from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig
 from megatron_cord.rollout.types import GenerationRequest, Rollout, TensorSpec, WeightSource
-from megatron_cord.rollout.weights import PlainWeights, ShardedModelWeights
+from megatron_cord.rollout.weights import PlainWeights
+from tests.integration.sglang.answers import TRANSPORTS, check_adapters, compare, conversations
 from tests.integration.sglang.conftest import Servers
 from tests.tiny_run import make_samples
 
@@ -65,33 +62,6 @@ def questions(
     samples = make_samples(count, seed=7)
     prompts = [engine.prompts.audio_prompt(s) for s in samples] + [engine.prompts.text_prompt(s) for s in samples]
     return [GenerationRequest(prompt, temperature, limit, i) for i, prompt in enumerate(prompts)]
-
-
-def compare(found: list[Rollout], wanted: list[Rollout]) -> tuple[float, float]:
-    """Share of equal tokens, and the largest difference of log-probabilities up to where tokens part."""
-    equal, total, largest = 0, 0, 0.0
-    for a, b in zip(found, wanted, strict=True):
-        total += len(b.token_ids)
-        for x, y, p, q in zip(a.token_ids, b.token_ids, a.logprobs, b.logprobs, strict=False):
-            if x != y:
-                break
-            equal += 1
-            largest = max(largest, abs(p - q))
-    return equal / total, largest
-
-
-def conversations(count: int) -> list[Sample]:
-    """Return samples of two turns, three clips and, every other one, a system prompt."""
-    made = make_samples(3 * count, seed=8)
-    samples = []
-    for i in range(count):
-        group = made[3 * i : 3 * i + 3]
-        first, second, third = (AudioPart(j, sample.question) for j, sample in enumerate(group))
-        last = (TextPart("what is\n"), second, third, TextPart("answer"))
-        turns = (Turn("user", (first,)), Turn("assistant", (TextPart("two"),)), Turn("user", last))
-        chat = Sample(group[0].id, "", turns=turns, system="answer one" if i % 2 else None)
-        samples.append(chat.with_recordings([sample.waveform for sample in group]))
-    return samples
 
 
 def changed(servers: Servers, factor: float) -> PlainWeights:
@@ -262,42 +232,16 @@ def test_kill_during_generation(servers: Servers) -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("transport", ["process_group", "shared_memory", "disk"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_lora_alone_reaches_both_servers(transport: str, servers: Servers) -> None:
     """Catches adapters that a server loses, merges with another weight, or adds to those of the version before.
 
-    They are on encoder and language model, and change at each of three weight syncs; the local engine has the sums.
+    They are on encoder and language model, and change at each of three weight syncs.
     """
     servers.wait_until_ready()
-    model = LALM(load_architecture(servers.checkpoint), initialize(ParallelConfig(), seed=0), torch.float32)
-    read_into(model, servers.checkpoint)
-    model.add_lora(LoraConfig(rank=4, alpha=8, whole=("adapter",)), (), seed=0)
-    assert model.lora is not None
-    source, local = ShardedModelWeights(model), LocalEngine(servers.checkpoint)
-    engine, inner = connect(servers, transport)
-    asked, generator, answers = questions(local, 10), torch.Generator().manual_seed(0), []
-    for version in (1, 2, 3):
-        for parameter in model.lora.parameters():
-            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        report = inner._weight_sync.update(source, version, inner._control.endpoints(servers.supervisor.urls))
-        assert report.merged == (version == 1) and len(report.current) == 2, report
-        inner.update_weights(source, version)
-        local.update_weights(source, version)
-        found = engine.generate(asked)
-        share, largest = compare(found, local.generate(asked))
-        sent = f"LoRA by {transport}, version {version}: {report.nbytes} bytes"
-        print(f"{sent}, {share:.2%} of tokens equal, within {largest:.2g}")
-        assert share >= 0.99 and largest < 1e-3
-        answers.append([rollout.token_ids for rollout in found])
-    assert answers[0] != answers[1] != answers[2] != answers[0]
-    assert inner.rebases()
-    with inner.base_weights(), local.base_weights():
-        off, wanted = engine.generate(asked), local.generate(asked)
-        share, largest = compare(off, wanted)
-        assert share >= 0.99 and largest < 1e-3
-        fresh = LocalEngine(servers.checkpoint).generate(asked)
-        assert [rollout.token_ids for rollout in wanted] == [rollout.token_ids for rollout in fresh]
-    assert [rollout.token_ids for rollout in engine.generate(asked)] == answers[2]
+    engine, own = connect(servers, transport)
+    lora = LoraConfig(rank=4, alpha=8, whole=("adapter",))
+    check_adapters(engine, servers.checkpoint, servers.supervisor.urls, questions(own, 10), lora)
     one, two = checksums(servers)
     assert one == two
     engine.close()

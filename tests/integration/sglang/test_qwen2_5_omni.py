@@ -8,23 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_cord.convert.hf.spelling import published_tensors
 from megatron_cord.data.audio.wav import encode_float_wav
 from megatron_cord.data.prompts import PromptBuilder
+from megatron_cord.model.config import LoraConfig
 from megatron_cord.model.families import load_architecture
-from megatron_cord.rollout.config import RolloutConfig
-from megatron_cord.rollout.engines import build_engine
 from megatron_cord.rollout.local.engine import LocalEngine
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint, ServerError
-from megatron_cord.rollout.sglang.config import SGLangConfig
 from megatron_cord.rollout.sglang.server.process import ServerConfig, SglangServer
-from megatron_cord.rollout.sglang.weight_sync import WeightSyncConfig
 from megatron_cord.rollout.types import GenerationRequest
 from megatron_cord.rollout.weights import PlainWeights
+from tests.integration.sglang.answers import TRANSPORTS, check_adapters, check_training, compare, connect
 from tests.integration.sglang.conftest import PYTHON, write_talking_qwen2_5_omni
-from tests.integration.sglang.test_engine import compare
 from tests.tiny_run import make_samples
 
 pytestmark = [
@@ -63,11 +59,8 @@ def test_answers_and_weights_are_the_trainers(server: SglangServer) -> None:
     """
     checkpoint = server.config.checkpoint
     local, asked = LocalEngine(checkpoint), questions(checkpoint)
-    for version, transport in enumerate([None, "process_group", "shared_memory", "disk"]):
-        weight_sync = WeightSyncConfig(transport=transport or "disk", bucket_bytes=1 << 20)  # type: ignore[arg-type]
-        sglang = SGLangConfig(servers=(server.url,))
-        config = RolloutConfig(engine="sglang", sglang=sglang, weight_sync=weight_sync)
-        engine = build_engine(config, checkpoint, torch.device("cpu"))
+    for version, transport in enumerate([None, *TRANSPORTS]):
+        engine = connect(checkpoint, server.url, transport or "disk")
         if transport is not None:
             stored = published_tensors(checkpoint, load_architecture(checkpoint))
             changed = PlainWeights({name: tensor.read() * (1 + version / 50) for name, tensor in stored})
@@ -77,6 +70,23 @@ def test_answers_and_weights_are_the_trainers(server: SglangServer) -> None:
         print(f"{transport or 'checkpoint'}: {share:.2%} of tokens equal, log-probabilities within {largest:.2g}")
         assert share >= 0.99 and largest < 1e-3
         engine.close()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_lora_alone(transport: str, server: SglangServer) -> None:
+    """Catches adapters of a tower that a server merges with another weight, or leaves out."""
+    checkpoint = server.config.checkpoint
+    engine = connect(checkpoint, server.url, transport)
+    lora = LoraConfig(rank=4, alpha=8, whole=("adapter",))
+    check_adapters(engine, checkpoint, [server.url], questions(checkpoint)[::4], lora, versions=(1, 2))
+    engine.close()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_thinker_is_trained(transport: str, server: SglangServer, tmp_path: Path) -> None:
+    """Catches prompts, weights or features that trainer and server do not share, by each transport."""
+    check_training(server, tmp_path, f"rollout.weight_sync.transport={transport}", "data.long_audio=cut")
 
 
 @pytest.mark.parametrize(

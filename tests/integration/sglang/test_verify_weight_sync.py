@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.sglang.conftest import PYTHON, write_talking, write_talking_checkpoint, write_talking_graft
+from tests.integration.sglang.conftest import (
+    PYTHON,
+    write_talking,
+    write_talking_checkpoint,
+    write_talking_graft,
+    write_talking_qwen2_5_omni,
+    write_talking_qwen3_omni,
+)
 from tests.tiny_run import ROOT, free_port
 
 
@@ -17,10 +24,22 @@ def write_step_audio_2(directory: Path) -> Path:
     return write_talking(directory, "step_audio_2")
 
 
+MIXTURE = ("parallel.sequence_parallel=true", "parallel.ep=2")
+
+
 @pytest.mark.parametrize(
-    ("write", "tensors"), [(write_talking_checkpoint, 63), (write_step_audio_2, 60), (write_talking_graft, 56)]
+    ("write", "tensors", "more"),
+    [
+        (write_talking_checkpoint, 63, ()),
+        (write_step_audio_2, 60, ()),
+        (write_talking_graft, 56, ()),
+        (write_talking_qwen2_5_omni, 0, ()),
+        (write_talking_qwen3_omni, 0, MIXTURE),
+    ],
 )
-def test_all_three_transports(write: Callable[[Path], Path], tensors: int, tmp_path: Path) -> None:
+def test_all_three_transports(
+    write: Callable[[Path], Path], tensors: int, more: tuple[str, ...], tmp_path: Path
+) -> None:
     """Catches a transport that leaves a tensor, an audio tower's among them, or an answer other than a fresh server's.
 
     Also a check that ends badly.
@@ -44,6 +63,7 @@ def test_all_three_transports(write: Callable[[Path], Path], tensors: int, tmp_p
         "dtype=float32",
         f"python={PYTHON}",
         "weight_sync.bucket_bytes=1048576",
+        *more,
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -62,6 +62,10 @@ def stand_in_for_kernels() -> Any:
     from sglang.srt.platforms.cpu import CpuDeviceMixin
 
     CpuDeviceMixin.empty_cache = lambda self: None
+    # Chosen experts that are to be returned are kept in memory that SGLang registers with a GPU's driver.
+    from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS
+
+    ALLOC_MEMORY_FUNCS["cpu"] = lambda sizes, dtype, **_: torch.zeros(sizes, dtype=dtype)
     return library, kernels
 
 
