@@ -1,5 +1,7 @@
 """Microbatches through the stages of the model: Megatron's schedules, 1F1B or interleaved.
 
+Where all stages form the loss together, 1F1B is stretched (`parallel.loss_slots`).
+
 Interleaved stages need at least as many microbatches as there are pipeline ranks, and ranks that share out the experts
 of a mixture, which exchange tokens in each layer, equally many, though each may have sequences of its own. What is
 missing is filled up in front by a few tokens of padding without a part in the loss.
@@ -9,19 +11,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_with_interleaving
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_pipelining_with_interleaving,
+    forward_backward_pipelining_without_interleaving,
+)
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_cord.model.lalm import LALM, ModelInput
+from megatron_cord.parallel.loss_slots import LossSlots
 from megatron_cord.parallel.stage_messages import StageCommunicator
 from megatron_cord.parallel.stages import group_size
 from megatron_cord.parallel.transfers import to_device
+
+
+@dataclass(frozen=True)
+class JointLoss:
+    """How the stages before the last one take part in the loss of each microbatch."""
+
+    join: Callable[[int], None]  #: called with a microbatch's number while the last stage calls ``finish`` with it
+    #: called on all stages after the last backward pass, before gradients are reduced over data-parallel ranks
+    end: Callable[[], None]
 
 
 def run_pipeline(
@@ -31,6 +47,7 @@ def run_pipeline(
     *,
     train: bool,
     wrapped: torch.nn.Module | None = None,
+    joint: JointLoss | None = None,
 ) -> bool:
     """Run the forward passes of microbatches, and where it trains the backward passes. Collective over the pipeline.
 
@@ -43,6 +60,7 @@ def run_pipeline(
             returns the loss, a scalar.
         train: whether there are backward passes.
         wrapped: the model in DDP, where gradients are reduced.
+        joint: what the other stages do for the loss, with `parallel.vocabulary_over_stages`; None: nothing.
     """
     filler = padding_in_front(model, len(inputs))
     given = [*filler, *inputs]
@@ -66,6 +84,9 @@ def run_pipeline(
         "micro_batch_size": max(len(each.sample_ids) for each in given),
         "forward_only": not train,
     }
+    if joint is not None:
+        _run_jointly(model, joint, len(filler), common)
+        return True
     if len(model.chunks) == 1:
         module = model if wrapped is None else wrapped
         get_forward_backward_func()(data_iterator=iter(range(len(given))), model=[module], **common)
@@ -86,8 +107,35 @@ def run_pipeline(
     return True
 
 
+def _run_jointly(model: LALM, joint: JointLoss, fillers: int, common: dict[str, Any]) -> None:
+    """Run 1F1B with losses that all stages form together; microbatches of padding, in front, have none."""
+    config, count = copy.copy(model.config), common["num_microbatches"]
+    reduce = config.finalize_model_grads_func
+
+    def end_and_reduce(*arguments: Any, **options: Any) -> None:
+        joint.end()
+        reduce(*arguments, **options)
+
+    def join(number: int) -> None:
+        if number >= fillers:
+            joint.join(number - fillers)
+
+    if reduce is not None:
+        config.finalize_model_grads_func = end_and_reduce
+    assert model.layout.channels is not None
+    communicator = LossSlots(model.layout.pp_group, model.layout.channels, config, join, count)
+    forward_backward_pipelining_without_interleaving(
+        data_iterator=iter(range(count)),
+        model=[_Stage(model, config, 0)],
+        p2p_communicator=communicator,
+        pg_collection=model.layout.groups,
+        **common,
+    )
+    communicator.finish()
+
+
 class _Stage(MegatronModule):  # type: ignore[misc]
-    """One of a rank's interleaved stages, as Megatron's schedule calls it."""
+    """One of a rank's stages, as Megatron's schedule calls it."""
 
     def __init__(self, model: LALM, config: Any, number: int) -> None:
         super().__init__(config)

@@ -47,6 +47,8 @@ class ParallelConfig:
     #: the language model's layers on each of the pp × virtual_pp stages, in the order in which tokens pass them; empty:
     #: equally many
     pipeline_layers: tuple[int, ...] = ()
+    #: all stages form the loss together, each on its part of the vocabulary, for large vocabularies; it needs pp > 1
+    vocabulary_over_stages: bool = False
     #: shard activations between tensor-parallel regions of both towers along the sequence
     sequence_parallel: bool = False
     timeout_minutes: float = 10.0  #: how long a collective may take before the run is considered dead
@@ -64,6 +66,12 @@ class ParallelConfig:
         if self.virtual_pp > 1 and self.pp == 1:
             raise CordError(
                 f"parallel.virtual_pp={self.virtual_pp} interleaves the stages of a pipeline: it needs parallel.pp > 1"
+            )
+        if self.vocabulary_over_stages and (self.pp == 1 or self.virtual_pp > 1):
+            raise CordError(
+                "parallel.vocabulary_over_stages=true is for a pipeline without interleaved stages, and "
+                f"parallel.pp={self.pp}, parallel.virtual_pp={self.virtual_pp}; set it to false, or take parallel.pp > "
+                "1 and parallel.virtual_pp=1"
             )
         stages, given = self.pp * self.virtual_pp, self.pipeline_layers
         if given and (len(given) != stages or min(given) < 1):
@@ -90,7 +98,7 @@ class Layout:
         solo: a process group of this rank alone, for parts that no other stage shares.
         replica_group: the ranks that hold one copy of the model and train the same sequences, over all other kinds of
             parallelism; as many groups as there are data-parallel ranks.
-        channels: how interleaved stages send each other messages; None without them.
+        channels: how stages send each other messages where they are interleaved, or share the loss; else None.
     """
 
     config: ParallelConfig
@@ -125,6 +133,12 @@ class Layout:
     def cp_group(self) -> dist.ProcessGroup:
         """Ranks that hold the same weights and process different tokens of the same sequences."""
         group: dist.ProcessGroup = self.groups.cp
+        return group
+
+    @property
+    def vocabulary_group(self) -> dist.ProcessGroup:
+        """Ranks that share the vocabulary in the student's loss: tensor-parallel ones, of the last or of all stages."""
+        group: dist.ProcessGroup = self.groups.mp if self.config.vocabulary_over_stages else self.groups.tp
         return group
 
     @property
@@ -247,12 +261,13 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     solo = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    channels = _channels(groups.pp, timedelta(minutes=config.timeout_minutes)) if config.virtual_pp > 1 else None
+    connected = config.virtual_pp > 1 or config.vocabulary_over_stages
+    channels = _channels(groups.pp, timedelta(minutes=config.timeout_minutes)) if connected else None
     return Layout(config, groups, solo, _replica_group(groups.dp, solo), channels)
 
 
 def _channels(pp_group: dist.ProcessGroup, timeout: timedelta) -> Channels:
-    """Connect the interleaved stages of all pipelines. Collective over all ranks."""
+    """Connect the stages of all pipelines. Collective over all ranks."""
     pipelines: list[list[int]] = all_gather_json(dist.get_process_group_ranks(pp_group))
     return connect_stages(sorted({tuple(ranks) for ranks in pipelines}), dist.get_rank(), timeout)
 

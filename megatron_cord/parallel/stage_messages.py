@@ -1,4 +1,4 @@
-"""Messages between interleaved pipeline stages.
+"""Messages between pipeline stages that are interleaved, or that form the loss together (`loss_slots`).
 
 An interleaved rank sends activations to the next rank and gradients to the previous one, the last rank to the first and
 back. Megatron-Core exchanges both kinds in one batch, their shapes before. Backends match messages between two ranks by
@@ -43,7 +43,7 @@ class StageCommunicator(P2PCommunicator):  # type: ignore[misc]
         super().__init__(pp_group, config)
         if not config.variable_seq_lengths or config.overlap_p2p_comm:
             raise CordError("StageCommunicator is for stages that exchange shapes and wait for their messages")
-        self._channels, self._rank = channels, pp_group.rank()
+        self._channels, self._rank, self._size = channels, pp_group.rank(), pp_group.size()
         self._under_way: list[tuple[Any, Tensor]] = []  # what is sent must exist until it is
 
     def _communicate(
@@ -57,6 +57,11 @@ class StageCommunicator(P2PCommunicator):  # type: ignore[misc]
         wait_on_reqs: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, None]:
         """Send what is given and return what is received; all arguments and results are Megatron's."""
+        self._post(tensor_send_next, tensor_send_prev)
+        return self._take(recv_prev, recv_next)
+
+    def _post(self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None) -> None:
+        """Send what is given, without waiting."""
         self._under_way = [each for each in self._under_way if not each[0].is_completed()]
         device = portability.device()
         for gradient, given in enumerate((tensor_send_next, tensor_send_prev)):
@@ -64,6 +69,10 @@ class StageCommunicator(P2PCommunicator):  # type: ignore[misc]
                 message = given.detach().contiguous()
                 self._send(gradient, torch.tensor(message.shape, device=device))
                 self._send(gradient, message)
+
+    def _take(self, recv_prev: bool, recv_next: bool) -> tuple[Tensor | None, Tensor | None, None]:
+        """Wait for what is to be received."""
+        device = portability.device()
         shapes = [
             self._receive(gradient, torch.empty(3, dtype=torch.int64, device=device)) if awaited else None
             for gradient, awaited in enumerate((recv_prev, recv_next))
@@ -96,7 +105,7 @@ class StageCommunicator(P2PCommunicator):  # type: ignore[misc]
 
     def _receive(self, gradient: int, into: Tensor) -> tuple[Any, Tensor]:
         source, step = (self.next_rank, 1) if gradient else (self.prev_rank, -1)
-        group = _channel(self._channels, gradient, (self._rank + step) % self.pp_group.size())
+        group = _channel(self._channels, gradient, (self._rank + step) % self._size)
         return dist.irecv(into, source, group=group), into
 
 

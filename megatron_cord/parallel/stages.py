@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import Literal
 
 
 def chunks_of_rank(stages: Sequence[int], pp: int, rank: int) -> tuple[range, ...]:
@@ -65,3 +66,29 @@ def pass_order(microbatches: int, pp: int, chunks: int, rank: int) -> list[tuple
     ahead = min(ahead, len(forward))
     turns = [each for pair in zip(forward[ahead:], backward, strict=False) for each in pair]
     return [*forward[:ahead], *turns, *backward[len(forward) - ahead :]]
+
+
+def joint_order(microbatches: int, pp: int, rank: int) -> list[tuple[Literal["forward", "loss", "backward"], int]]:
+    """Return a rank's passes and losses in its order, with microbatches, where all ranks form the losses together.
+
+    The schedule of `loss_slots`.
+    """
+    behind = pp - rank - 1
+    ahead = min(2 * behind, microbatches)
+    order: list[tuple[Literal["forward", "loss", "backward"], int]] = []
+    formed = 0
+
+    def form(before: int) -> None:
+        nonlocal formed
+        last = max(formed, min(before, microbatches))
+        order.extend(("loss", number) for number in range(formed, last))
+        formed = last
+
+    for number in range(microbatches + ahead):
+        if number < microbatches:
+            order.append(("forward", number))
+            form(number + 1 - behind)
+        if number >= ahead:
+            form(number - ahead + behind + 1)
+            order.append(("backward", number - ahead))
+    return order

@@ -106,6 +106,7 @@ def verify_layout(overrides: Sequence[str]) -> int:
             stages = f"×{parallel.virtual_pp}" if parallel.virtual_pp > 1 else ""
             sizes = f"TP={parallel.tp} PP={parallel.pp}{stages} CP={parallel.cp} DP={layout.dp_group.size()}"
             sizes += f" EP={parallel.ep}" if config.sizes.experts else ""
+            sizes += ", vocabulary over stages" if parallel.vocabulary_over_stages else ""
             print_table(rows, f"layout on {device_name()}: {sizes}, {config.train.packing}, {config.model.dtype}")
             if layout.device.type == "cuda" and config.model.dtype == "float32":
                 print(f"checked without TF32; a run in float32 here uses: {training}")

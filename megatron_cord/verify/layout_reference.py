@@ -53,6 +53,7 @@ class Sizes:
     experts_per_token: int = 2  #: that a router chooses
     router_replay: bool = False  #: the student follows experts that were drawn, as if an engine had chosen them
     vocabulary: int = 61  #: no tensor-parallel size divides it
+    tied_embeddings: bool = False  #: word embedding and output layer are one matrix
     sequences: int = 6  #: responses of the step, two thirds of them scored token by token
     longest: int = 24  #: tokens of the longest response
 
@@ -97,7 +98,7 @@ def make_checkpoint(directory: Path, sizes: Sizes, seed: int) -> Qwen2AudioForCo
         "head_dim": 8,
         "max_position_embeddings": 256,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": sizes.tied_embeddings,
         "dtype": "float32",
     }
     mixture: dict[str, Any] = {
@@ -123,6 +124,8 @@ def make_checkpoint(directory: Path, sizes: Sizes, seed: int) -> Qwen2AudioForCo
     config._experts_implementation = "eager"  # the default one lacks float64
     generator = torch.Generator().manual_seed(seed)
     model = Qwen2AudioForConditionalGeneration(config)
+    if sizes.tied_embeddings:  # transformers' class does not tie by itself
+        model.lm_head.weight = model.model.language_model.embed_tokens.weight
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

@@ -78,6 +78,15 @@ def test_places_in_a_pipeline() -> None:
         }
 
 
+def test_an_output_weight_in_parts() -> None:
+    """Catches rows that get lost, or change their order, where the stages do not divide the vocabulary."""
+    weight = torch.arange(64.0 * 3).view(64, 3)
+    parts = [rank.part for rank in seen()]
+    assert torch.equal(torch.cat(parts), torch.cat([weight, torch.zeros(2, 3)]))
+    assert [rank.summed is None for rank in seen()] == [True, True, False]
+    assert torch.equal(seen()[2].summed, 3 * weight)
+
+
 def test_one_rank_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a single process that needs torchrun, weights that depend on earlier draws, and a failing restart."""
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cord.data.samples import Prompt
 from megatron_cord.errors import CordError
+from megatron_cord.parallel import vocabulary_parts
 from megatron_cord.parallel.layout import ParallelConfig, initialize
 from megatron_cord.parallel.objects import all_gather_json, broadcast_json
+from megatron_cord.parallel.vocabulary_parts import collect_rows, spread_rows
 from megatron_cord.rollout.collective import CollectiveEngine
 from megatron_cord.rollout.types import GenerationRequest, Rollout, VersionSpan, WeightSource
 from megatron_cord.rollout.weights import PlainWeights
@@ -78,6 +81,8 @@ class Seen:
     rollouts: dict[int, list[Rollout]]
     asked: list[int]
     engine: tuple[int, bool]
+    part: Tensor
+    summed: Tensor | None
 
 
 def values(rank: int) -> Any:
@@ -95,7 +100,7 @@ def run_all(rank: int) -> Seen:
             initialize(config, seed=0)
         except CordError as error:
             refused.append(str(error))
-    layout = initialize(ParallelConfig(pp=3), seed=0)
+    layout = initialize(ParallelConfig(pp=3, vocabulary_over_stages=True), seed=0)
     try:
         initialize(ParallelConfig(tp=3), seed=0)
     except RuntimeError as error:
@@ -118,6 +123,12 @@ def run_all(rank: int) -> Seen:
     gathered_in_group = all_gather_json((rank, "in group"), group=single if rank == 2 else pair)
     received = broadcast_json({"from": rank}, source=2)
 
+    vocabulary_parts._BLOCK = 30  # so that ten rows travel at a time
+    weight = torch.arange(64.0 * 3).view(64, 3) if layout.is_last_stage else None
+    part = spread_rows(weight, 64, 3, torch.float32, layout)
+    summed = None if weight is None else weight.clone()
+    collect_rows(part * 2, summed, 64, layout)
+
     engine = EchoEngine()
     together = CollectiveEngine(engine)
     together.update_weights(PlainWeights({"name": Tensor()}), 4)
@@ -133,6 +144,8 @@ def run_all(rank: int) -> Seen:
         rollouts,
         engine.asked,
         (engine.version, engine.closed),
+        part,
+        summed,
     )
 
 

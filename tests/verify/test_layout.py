@@ -31,12 +31,14 @@ from tests.gloo import run_ranks
 ROOT = Path(__file__).parents[2]
 PACKED, SP = "train.packing=packed", "parallel.sequence_parallel=true"
 INTERLEAVED = ["parallel.pp=2", "parallel.virtual_pp=2"]
+JOINT = ["parallel.pp=2", "parallel.vocabulary_over_stages=true"]
 EXPERTS = ["sizes.experts=8", "sizes.layers=2"]
 REPLAY = "sizes.router_replay=true"
 LORA = ["model.lora.rank=3", "model.lora.alpha=6"]
 TWO_RANKS = {
     "tp2 sp": ["parallel.tp=2", SP],
     "pp2": ["parallel.pp=2"],
+    "pp2 vocabulary over stages, packed, overlapped": [*JOINT, PACKED, "optimizer.overlap_communication=true"],
     "pp2 interleaved packed, overlapped": [*INTERLEAVED, PACKED, "optimizer.overlap_communication=true"],
     "cp2": ["parallel.cp=2"],
     "dp2 packed": [PACKED],
@@ -128,6 +130,17 @@ MORE_ON_TWO_RANKS = {
         PACKED,
         "model.recompute=[audio_encoder, language_model]",
     ],
+    "pp2 vocabulary over stages, tied": [*JOINT, "sizes.tied_embeddings=true"],
+    "pp2, tied": ["parallel.pp=2", "sizes.tied_embeddings=true"],
+    "pp2 vocabulary over stages, uneven, one long microbatch": [
+        *(*JOINT, "parallel.pipeline_layers=[1, 3]", PACKED, "train.tokens_per_microbatch=4096")
+    ],
+    "pp2 vocabulary over stages, frozen language model, recomputed": [
+        *(*JOINT, "model.freeze=[language_model]", "model.recompute=[audio_encoder, language_model]")
+    ],
+    "pp2 vocabulary over stages, lora": [*JOINT, *LORA],
+    "pp2 vocabulary over stages, experts": [*JOINT, *EXPERTS],
+    "pp2 vocabulary over stages in bfloat16": [*JOINT, "model.dtype=bfloat16"],
     "tp2 in bfloat16": ["parallel.tp=2", "model.dtype=bfloat16"],
     "dp2 in bfloat16": ["model.dtype=bfloat16"],
 }
@@ -176,6 +189,21 @@ FOUR_RANKS = {
     ],
     "cp2 ep4 packed": [*EXPERTS, "parallel.cp=2", "parallel.ep=4", PACKED],
     "tp2 cp2 sp ep2 packed": [*EXPERTS, "parallel.tp=2", "parallel.cp=2", SP, PACKED, "parallel.ep=2"],
+    "pp4 vocabulary over stages": ["parallel.pp=4", JOINT[1]],
+    "pp4 vocabulary over stages, packed, many microbatches, overlapped": [
+        *("parallel.pp=4", JOINT[1], PACKED, "seed=1", "sizes.sequences=10", "train.tokens_per_microbatch=48"),
+        "optimizer.overlap_communication=true",
+    ],
+    "tp2 pp2 vocabulary over stages": ["parallel.tp=2", *JOINT],
+    "tp2 pp2 vocabulary over stages, sp packed, overlapped, tied": [
+        *("parallel.tp=2", *JOINT, SP, PACKED, "optimizer.overlap_communication=true", "sizes.tied_embeddings=true")
+    ],
+    "pp2 vocabulary over stages dp2": JOINT,
+    "pp2 vocabulary over stages dp2, ranks without sequences": [*JOINT, "sizes.sequences=3", PACKED],
+    "pp2 vocabulary over stages cp2 packed": [*JOINT, "parallel.cp=2", PACKED],
+    "pp2 vocabulary over stages ep2, ranks with fewer microbatches": [
+        *(*JOINT, *EXPERTS, "parallel.ep=2", "sizes.sequences=3")
+    ],
     "tp2 cp2": ["parallel.tp=2", "parallel.cp=2"],
     "tp2 cp2 sp packed": ["parallel.tp=2", "parallel.cp=2", SP, PACKED],
     "pp2 cp2 packed": ["parallel.pp=2", "parallel.cp=2", PACKED],
@@ -321,6 +349,8 @@ def test_no_gloo_groups_on_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     [
         (["parallel.virtual_pp=2"], "needs parallel.pp > 1"),
         (["parallel.cp=0"], "at least 1"),
+        (["parallel.vocabulary_over_stages=true"], "is for a pipeline without interleaved stages"),
+        ([*INTERLEAVED, "parallel.vocabulary_over_stages=true"], "parallel.pp=2, parallel.virtual_pp=2"),
         (["model.checkpoint=x"], "its own small model"),
     ],
 )

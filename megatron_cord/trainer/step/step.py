@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_cord.losses import token_logprobs_from_hidden
 from megatron_cord.model.lalm import LALM
-from megatron_cord.model.pipeline import run_pipeline
+from megatron_cord.model.pipeline import JointLoss, run_pipeline
 from megatron_cord.rollout.types import ScoredRollout, TokenResults
 from megatron_cord.trainer.step.balance import check_balancing
 from megatron_cord.trainer.step.batching.batches import (
@@ -26,6 +26,7 @@ from megatron_cord.trainer.step.batching.batches import (
 )
 from megatron_cord.trainer.step.batching.packing import split_minibatches
 from megatron_cord.trainer.step.controller import Controllers
+from megatron_cord.trainer.step.joint_loss import JointLosses, LossOf
 from megatron_cord.trainer.step.microbatch_loss import MicrobatchLoss, microbatch_loss
 from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig
 from megatron_cord.trainer.step.optimizer.building import gradients_are_finite, join_reduction
@@ -162,8 +163,7 @@ class TrainStep:
         """
         microbatches = self._microbatches(sequences)
         with LayerMeans(self.lalm, microbatches) as means, torch.no_grad():
-            untaught = [None] * len(microbatches)
-            self._pipeline(microbatches, untaught, lambda _batch, _teacher, rows: rows.new_zeros(()), train=False)
+            self._pipeline(microbatches, [None] * len(microbatches), None, train=False)
         return means.whole()
 
     def _update(
@@ -237,13 +237,13 @@ class TrainStep:
         """Score the responses before the first of several updates, without a teacher."""
         old: list[Tensor] = []
 
-        def loss_func(batch: Microbatch, taught: TaughtTokens | None, rows: Tensor) -> Tensor:
+        def loss_func(batch: Microbatch, taught: TaughtTokens | None, rows: Tensor, weight: Tensor) -> Tensor:
             stats = token_logprobs_from_hidden(
                 rows,
-                self.lalm.output_weight,
+                weight,
                 batch.target_ids,
                 vocab_size=self.lalm.arch.language.vocab_size,
-                tp_group=self.layout.tp_group,
+                tp_group=self.layout.vocabulary_group,
                 backend=self.objective.backend,
                 check_finite=False,  # the update that follows is skipped
                 check_targets=False,  # checked before they went to the device
@@ -269,17 +269,17 @@ class TrainStep:
         objectives = {stream: objective.within(stream) for stream in counts}
         weights = self._weights(objective)
 
-        def loss_func(batch: Microbatch, taught: TaughtTokens | None, rows: Tensor) -> Tensor:
+        def loss_func(batch: Microbatch, taught: TaughtTokens | None, rows: Tensor, weight: Tensor) -> Tensor:
             loss = microbatch_loss(
                 objectives[batch.stream],
                 counts[batch.stream],
                 batch,
                 rows,
-                self.lalm.output_weight,
+                weight,
                 None if taught is None else taught.hidden,
                 None if taught is None else taught.output_weight,
                 self.lalm.arch.language.vocab_size,
-                self.layout.tp_group,
+                self.layout.vocabulary_group,
                 self.layout.cp_group,
                 weights.get(batch.stream, 1.0),  # no stream's: L_seq alone
                 None if taught is None else taught.gate,
@@ -288,13 +288,13 @@ class TrainStep:
             return loss.total
 
         self._pipeline(microbatches, taught, loss_func, train=train)
-        return losses
+        return losses if self.layout.is_last_stage else []
 
     def _pipeline(
         self,
         microbatches: list[Microbatch],
         taught: Sequence[TaughtTokens | None],
-        loss_of: Callable[[Microbatch, TaughtTokens | None, Tensor], Tensor],
+        loss_of: LossOf | None,
         *,
         train: bool,
     ) -> None:
@@ -303,14 +303,22 @@ class TrainStep:
         Args:
             microbatches: of this rank.
             taught: what the teacher gives of each.
-            loss_of: called on the last stage with a microbatch, what the teacher gives of it, and the student's [n, H].
+            loss_of: called on the last stage, or with `parallel.vocabulary_over_stages` on all; None: there is no loss.
             train: whether there are backward passes.
         """
+        losses, may_run = None, bool(microbatches) or self.layout.experts_span_replicas
+        if loss_of is not None and may_run and self.layout.config.vocabulary_over_stages:
+            models = {name: teacher.model for name, teacher in self.teachers.items()}
+            losses = JointLosses(self.model, models, self._contrasts, microbatches, taught, loss_of, train=train)
 
         def finish(number: int, hidden: Tensor) -> Tensor:
+            if loss_of is None:
+                return hidden.new_zeros(())
             batch = microbatches[number]
             rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.student_rows.rows)
-            return loss_of(batch, taught[number], rows)
+            if losses is not None:
+                return losses.finish(number, rows)
+            return loss_of(batch, taught[number], rows, self.lalm.output_weight)
 
         if self.lalm.lora is not None:
             self.lalm.lora.train(train)  # for its dropout
@@ -320,8 +328,8 @@ class TrainStep:
         if self.lalm.routing is not None:
             self.lalm.routing.active = train
         inputs = [m.student for m in microbatches]
-        may_run = bool(microbatches) or self.layout.experts_span_replicas
-        ran = may_run and run_pipeline(self.lalm, inputs, finish, train=train, wrapped=self.model)
+        joint = None if losses is None else JointLoss(losses.join, losses.end)
+        ran = may_run and run_pipeline(self.lalm, inputs, finish, train=train, wrapped=self.model, joint=joint)
         if self.lalm.routing is not None:
             self.lalm.routing.active = False
         if train and not ran:
