@@ -132,7 +132,7 @@ def _stage(config: RunConfig, arch: Architecture, work: Work, stage: int, local_
         "teacher_hidden": hidden,
         "engine": _engine(arch, work, item) if local_engine else 0,
         "activations": activation_bytes(config, arch, work, stage),
-        "loss": _loss(config, arch, work) if last else 0.0,
+        "loss": _loss(config, arch, work) if last or config.parallel.vocabulary_over_stages else 0.0,
     }
     return Memory(stage=stage, **used, overhead=OVERHEAD + FRAGMENTATION * sum(used.values()))
 
@@ -154,21 +154,29 @@ def _teachers(config: RunConfig, arch: Architecture, work: Work) -> list[Archite
 def _loss(config: RunConfig, arch: Architecture, work: Work) -> float:
     """Return bytes of the divergence: what its implementation keeps, and both models' logits of a chunk.
 
-    Fused, which auto takes wherever it can, keeps both gradients in fp32; cached_grad one of the logits.
+    Fused, which auto takes wherever it can, keeps both gradients in fp32; cached_grad one of the logits. Where all
+    stages form it, each has copies of its part of the output weights, and the sum of that part's gradient.
     """
     tp, lm, implementation = config.parallel.tp, arch.language, config.objective.implementation
     rows, columns = work.micro_batch * work.response_tokens / config.parallel.cp, lm.padded_vocab_size(tp) / tp
+    copies = 0.0
+    if config.parallel.vocabulary_over_stages:
+        columns /= config.parallel.pp
+        item, trains = config.model.torch_dtype.itemsize, "language_model" in config.model.trained_parts
+        copies = columns * lm.hidden_size * (item + 4 * trains)
+        copies += columns * item * sum(copy.language.hidden_size for copy in _teachers(config, arch, work))
     kept = {
         "recompute": 0.0,
         "cached_grad": rows * columns * min(config.model.torch_dtype.itemsize, 4),
     }.get(implementation, 4.0 * (rows + columns) * lm.hidden_size)
-    return kept + 2 * min(_CHUNK, rows * columns * 4)
+    return copies + kept + 2 * min(_CHUNK, rows * columns * 4)
 
 
 def activation_bytes(config: RunConfig, arch: Architecture, work: Work, stage: int) -> float:
     """Return bytes that autograd keeps of the microbatches in flight; a 1F1B pipeline has pp − stage of them.
 
-    Interleaved stages have more: the most at a time in Megatron's order.
+    Stages that form the loss together have twice as many but one. Interleaved stages have more: the most at a time in
+    Megatron's order.
     """
     tp, pp, item, lm = config.parallel.tp, config.parallel.pp, config.model.torch_dtype.itemsize, arch.language
     tokens = (work.longest_tokens or work.student_tokens) * work.micro_batch / config.parallel.cp
@@ -209,7 +217,8 @@ def _most_kept(parallel: ParallelConfig, microbatches: int, stage: int, language
     """Return the maximum over a stage's schedule, from what one microbatch keeps in language model and encoder."""
     chunks = parallel.virtual_pp
     if chunks == 1:
-        return min(parallel.pp - stage, microbatches) * (language + audio)
+        flying = parallel.pp - stage
+        return min(2 * flying - 1 if parallel.vocabulary_over_stages else flying, microbatches) * (language + audio)
     from megatron_cord.parallel.stages import pass_order  # its package imports torch, which plans do not need otherwise
 
     most = kept = 0.0

@@ -49,6 +49,7 @@ def fitting(
                 ep=ep,
                 virtual_pp=kept[0],
                 pipeline_layers=kept[1],
+                vocabulary_over_stages=own.vocabulary_over_stages and pp > 1,
                 sequence_parallel=(own.sequence_parallel or mixture) and tp > 1,
             )
             changed = replace(
@@ -60,7 +61,7 @@ def fitting(
             work = make_work(changed, arch, gpus, **lengths)
         except CordError:
             continue
-        for candidate in (changed, *_balanced(changed, arch, work)):
+        for candidate in (changed, *_balanced(changed, arch, work), *_joint(changed, arch, work)):
             if memory(candidate, arch, work, local_engine=not rollout_gpus).total > gpu.memory:
                 continue
             fast = speed(candidate, arch, work, gpu, gpus, rollout_gpus).tokens_per_second[0]
@@ -87,14 +88,23 @@ def _balanced(config: RunConfig, arch: Architecture, work: Work) -> list[RunConf
     return [replace(config, parallel=replace(parallel, pipeline_layers=counts))]
 
 
+def _joint(config: RunConfig, arch: Architecture, work: Work) -> list[RunConfig]:
+    """Return the configuration with the loss formed by all pipeline stages, layers dealt as they are and balanced."""
+    parallel = config.parallel
+    if parallel.pp == 1 or parallel.virtual_pp > 1 or parallel.vocabulary_over_stages:
+        return []
+    joint = replace(config, parallel=replace(parallel, vocabulary_over_stages=True))
+    return [joint, *_balanced(joint, arch, work)]
+
+
 def balanced_layers(config: RunConfig, arch: Architecture, work: Work) -> tuple[int, ...]:
     """Return the layers of each pipeline rank with which the busiest one computes least; at least one each."""
     done, layers = operations(config, arch, work), arch.language.num_layers
     a_layer = done.layers / layers
     counts = [1] * config.parallel.pp
     loads = [a_layer] * config.parallel.pp
+    loads = [load + done.last_on(config.parallel, stage) for stage, load in enumerate(loads)]
     loads[0] += done.first
-    loads[-1] += done.last
     for _ in range(layers - len(counts)):
         least = loads.index(min(loads))
         counts[least] += 1
@@ -108,6 +118,10 @@ def _settings(config: RunConfig, changed: RunConfig) -> list[str]:
         "parallel.pp": (config.parallel.pp, changed.parallel.pp),
         "parallel.virtual_pp": (config.parallel.virtual_pp, changed.parallel.virtual_pp),
         "parallel.pipeline_layers": (config.parallel.pipeline_layers, changed.parallel.pipeline_layers),
+        "parallel.vocabulary_over_stages": (
+            config.parallel.vocabulary_over_stages,
+            changed.parallel.vocabulary_over_stages,
+        ),
         "parallel.ep": (config.parallel.ep, changed.parallel.ep),
         "parallel.sequence_parallel": (config.parallel.sequence_parallel, changed.parallel.sequence_parallel),
         "model.recompute": (config.model.recompute, changed.model.recompute),

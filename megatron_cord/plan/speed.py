@@ -16,6 +16,7 @@ from megatron_cord.plan.work import Work
 
 if TYPE_CHECKING:
     from megatron_cord.model.architecture import Architecture
+    from megatron_cord.parallel.layout import ParallelConfig
     from megatron_cord.trainer.config import RunConfig
 
 #: of the peak, that a layer reaches: large products alone come near 0.8; norms, activations and launches take the rest
@@ -96,7 +97,7 @@ def _stage_seconds(
     done = operations(config, arch, work)
     stages, ep = config.parallel.layers_per_stage(arch.language.num_layers), config.parallel.ep
     flops = done.layers * rank_layers(arch, pp, stage, stages) / arch.language.num_layers
-    flops += (done.first if stage == 0 else 0.0) + (done.last if stage == pp - 1 else 0.0)
+    flops += (done.first if stage == 0 else 0.0) + done.last_on(config.parallel, stage)
     counts = rank_counts(arch, tp, pp, stage, stages, ep)
     item = config.model.torch_dtype.itemsize
     trained = trained_count(config.model, arch, tp, pp, stage, stages, ep)
@@ -133,8 +134,14 @@ class Operations:
 
     layers: float  #: of the language models' layers, the same on every pipeline stage
     first: float  #: of the audio encoder, on the first stage
-    last: float  #: of the output layer, on the last
+    last: float  #: of the output layer, on the last, or shared by all
     again: float  #: of all these, what is computed again
+
+    def last_on(self, parallel: ParallelConfig, stage: int) -> float:
+        """Return those of the output layer on a stage."""
+        if parallel.vocabulary_over_stages:
+            return self.last / parallel.pp
+        return self.last if stage == parallel.pp - 1 else 0.0
 
 
 def train_flops(config: RunConfig, arch: Architecture, work: Work) -> tuple[float, float]:

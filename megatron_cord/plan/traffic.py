@@ -32,12 +32,14 @@ class Traffic:
         dp: data-parallel, gradients and new weights.
         pp: to the neighbouring stages.
         ep: expert-parallel, tokens and their gradients.
+        vocabulary: to all stages, for the loss that they form together.
     """
 
     tp: float
     dp: float
     pp: float
     ep: float = 0.0
+    vocabulary: float = 0.0
 
     def seconds(self, config: RunConfig, work: Work, gpu: Gpu, share: float) -> float:
         """Return the time that they take one after the other.
@@ -49,7 +51,14 @@ class Traffic:
             share: of both that is reached.
         """
         tp, dp, pp = (config.parallel.tp * config.parallel.cp, work.dp, config.parallel.pp)
-        reaches = ((self.tp, tp), (self.dp, tp * dp), (self.pp, tp * dp * pp), (self.ep, config.parallel.ep))
+        whole = tp * dp * pp
+        reaches = (
+            (self.tp, tp),
+            (self.dp, tp * dp),
+            (self.pp, whole),
+            (self.ep, config.parallel.ep),
+            (self.vocabulary, whole),
+        )
         return sum(sent / ((gpu.link if reach <= NODE else gpu.network) * share) for sent, reach in reaches)
 
 
@@ -91,7 +100,8 @@ def traffic(config: RunConfig, arch: Architecture, work: Work, stage: int) -> Tr
             whole += audio if config.parallel.sequence_parallel else 0
     if stage == pp - 1:
         whole += student + read if config.parallel.sequence_parallel else 0
-        whole += 2 * sequences * work.response_tokens * lm.hidden_size * 4 / config.parallel.cp  # the loss's gradient
+        if not config.parallel.vocabulary_over_stages:  # the loss's gradient
+            whole += 2 * sequences * work.response_tokens * lm.hidden_size * 4 / config.parallel.cp
     ep = config.parallel.ep
     experts = trained_expert_count(config.model, arch, pp, stage, stages, ep)
     trained = trained_count(config.model, arch, tp, pp, stage, stages, ep) - experts
@@ -110,7 +120,32 @@ def traffic(config: RunConfig, arch: Architecture, work: Work, stage: int) -> Tr
         pp=hops / cut,
         ep=_dispatched(config, lm, layers * student / cut, backward=backward)
         + _dispatched(config, teacher, taught_layers * read / cut, backward=False),
+        vocabulary=_joint_loss(config, lm, teacher, work, stage) if config.parallel.vocabulary_over_stages else 0.0,
     )
+
+
+def _joint_loss(
+    config: RunConfig, lm: LanguageArchitecture, teacher: LanguageArchitecture, work: Work, stage: int
+) -> float:
+    """Return bytes of the loss that all stages form: hidden states, statistics, their gradient; copies of the weights.
+
+    A token's statistics are eight numbers of fp32 from each rank. The first rank of the last stage owns the first pp
+    parts, among which its own is where tp is 1.
+    """
+    tp, pp, item = config.parallel.tp, config.parallel.pp, config.model.torch_dtype.itemsize
+    ranks, updates = tp * pp, work.minibatches * work.passes
+    tokens, scored = (
+        -(-count // work.dp) * work.passes * work.response_tokens / config.parallel.cp
+        for count in (work.sequences, work.scored if config.objective.distils else 0)
+    )
+    sent = tokens * lm.hidden_size * item + scored * teacher.hidden_size * item
+    sent += (ranks - 1) / ranks * tokens * (2 * 4 * lm.hidden_size + 8 * 4 * ranks)
+    part, trains = lm.padded_vocab_size(tp) / ranks, "language_model" in config.model.trained_parts
+    own = work.teacher is not None or (config.objective.distils and trains and config.teacher.mode != "live")
+    copied, summed = (lm.hidden_size + own * teacher.hidden_size) * item, lm.hidden_size * 4 * trains
+    if stage == pp - 1:
+        return sent + updates * part * ((pp - 1) * copied if tp == 1 else pp * copied + summed)
+    return sent + updates * part * summed
 
 
 def _dispatched(config: RunConfig, lm: LanguageArchitecture, passed: float, *, backward: bool) -> float:

@@ -25,6 +25,7 @@ _OPERATIONS = (
     ("teacher", "teacher", "forward_flops"),
     ("forward", "forward_backward", "forward_flops"),
     ("backward", "forward_backward", "backward_flops"),
+    ("loss of all stages", "loss", "forward_flops"),
 )
 _WIDTH = 120  #: columns of what is printed into a file
 _OF_IT = {"bubble": "in pipeline bubbles", "stragglers": "for slow GPUs", "collectives": "in collectives"}
@@ -101,6 +102,8 @@ def _stages(traces: Sequence[RankTrace]) -> Table:
             peaks = ("–" if phase is None else f"{phase.peak / 1e9:.2f}" for phase in phases)
             table.add_row(f"most in {name.replace('_', ' ')}, GB", *peaks)
     for label, name, part in _OPERATIONS:
+        if not any(name in trace.phases for trace in traces):
+            continue
         counts = (getattr(trace.phases[name], part) if name in trace.phases else 0.0 for trace in traces)
         table.add_row(f"{label}, TFLOP", *(f"{count / 1e12:.1f}" for count in counts))
     table.add_row("microbatches", *(str(trace.microbatches) for trace in traces))

@@ -1,11 +1,11 @@
-"""When each stage of a pipeline works on which microbatch: Megatron's schedules, event by event."""
+"""When each stage of a pipeline works on which microbatch, event by event."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_cord.parallel.stages import forward_order, pass_order
+from megatron_cord.parallel.stages import forward_order, joint_order, pass_order
 
 _Pass = tuple[bool, int, int, int]  #: backward, chunk, rank, microbatch
 
@@ -69,6 +69,42 @@ def run_pipeline(
     busy = max(
         microbatches * (ahead + (0.0 if backward is None else backward[rank])) for rank, ahead in enumerate(forward)
     )
+    return Pipeline(max(free), tuple(free), max(free) - busy)
+
+
+def run_joint_pipeline(
+    forward: Sequence[float], backward: Sequence[float], loss: float, microbatches: int, send: float = 0.0
+) -> Pipeline:
+    """Return the times of a pipeline whose ranks all form the loss of a microbatch at the same time.
+
+    Args:
+        forward: seconds of each rank's forward pass of a microbatch.
+        backward: likewise.
+        loss: seconds of a microbatch's loss, on every rank.
+        microbatches: how many.
+        send: seconds from a stage to the next.
+    """
+    ranks = len(forward)
+    orders = [joint_order(microbatches, ranks, rank) for rank in range(ranks)]
+    done: dict[tuple[str, int, int], float] = {}  # when a pass of a rank ended
+    free, position = [0.0] * ranks, [0] * ranks
+    for number in range(microbatches + 1):  # until the loss of this number, and after the last one
+        for _ in range(ranks):  # a pass on one rank may wait for one of each other
+            for rank, order in enumerate(orders):
+                while position[rank] < len(order):
+                    kind, own = order[position[rank]]
+                    source = ("forward", rank - 1, own) if kind == "forward" else ("backward", rank + 1, own)
+                    if kind == "loss" or (0 <= source[1] < ranks and source not in done):
+                        break
+                    ready = done[source] + send if 0 <= source[1] < ranks else 0.0
+                    free[rank] = max(free[rank], ready) + (forward if kind == "forward" else backward)[rank]
+                    done[kind, rank, own] = free[rank]
+                    position[rank] += 1
+        if number < microbatches:
+            assert all(order[place] == ("loss", number) for order, place in zip(orders, position, strict=True))
+            free = [max(free) + loss] * ranks
+            position = [place + 1 for place in position]
+    busy = max(microbatches * (ahead + back + loss) for ahead, back in zip(forward, backward, strict=True))
     return Pipeline(max(free), tuple(free), max(free) - busy)
 
 

@@ -1,8 +1,9 @@
 """The seconds of a step's phases over many GPUs, from counts of a trace and from rates.
 
-A replica's stages run Megatron's schedules, 1F1B or interleaved; replicas wait for each other where gradients are
-summed, servers and trainers where responses are handed over. Each GPU has a speed of its own, drawn from the rates'
-spread, so the slowest one sets the time of all that wait for it.
+A replica's stages run Megatron's schedules, 1F1B or interleaved, or one in which they form the loss together
+(`parallel.loss_slots`). Replicas wait for each other where gradients are summed, servers and trainers where responses
+are handed over. Each GPU has a speed of its own, drawn from the rates' spread, so the slowest one sets the time of all
+that wait for it.
 
 Simplifications: a collective takes the time of its bytes by a ring and a latency, and nothing else uses the link then;
 tensor-parallel collectives do not overlap with products, the reduction of gradients does with
@@ -18,7 +19,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from megatron_cord.plan.devices import NODE, Gpu
-from megatron_cord.plan.simulation.pipeline import run_pipeline
+from megatron_cord.plan.simulation.pipeline import run_joint_pipeline, run_pipeline
 from megatron_cord.plan.simulation.rates import End, Rates
 from megatron_cord.plan.speed import SERVER_GPUS, bytes_of_passes, speed
 from megatron_cord.plan.work import Work
@@ -145,10 +146,15 @@ class _Step:
         forward = [self._pass(t, "forward_backward", False, share, batches) for t in self.traces]
         backward = [self._pass(t, "forward_backward", True, share, batches) for t in self.traces]
         teacher = [self._pass(t, "teacher", False, taught, taught_batches) for t in self.traces]
+        losses = [self._pass(t, "loss", False, share, batches) for t in self.traces]  # with vocabulary_over_stages
         runs = []
         for factors in self._replicas(speeds):
             timed = [[(a + b) * f for (a, b), f in zip(part, factors, strict=True)] for part in (forward, backward)]
-            student = run_pipeline(timed[0], timed[1], work.microbatches, self._send(), self.parallel.virtual_pp)
+            if self.parallel.vocabulary_over_stages:
+                loss = max((a + b) * f for (a, b), f in zip(losses, factors, strict=True))
+                student = run_joint_pipeline(timed[0], timed[1], loss, work.microbatches, self._send())
+            else:
+                student = run_pipeline(timed[0], timed[1], work.microbatches, self._send(), self.parallel.virtual_pp)
             read = run_pipeline(
                 [(a + b) * f for (a, b), f in zip(teacher, factors, strict=True)],
                 None,
@@ -161,7 +167,8 @@ class _Step:
                     teacher=read.seconds,
                     forward_backward=student.seconds * self.updates,
                     bubble=student.idle * self.updates + read.idle,
-                    collectives=max(b + d for (_, b), (_, d) in zip(forward, backward, strict=True)) * batches
+                    collectives=max(b + d + e for (_, b), (_, d), (_, e) in zip(forward, backward, losses, strict=True))
+                    * batches
                     + max(b for _, b in teacher) * taught_batches,
                     last_backward=min(timed[1]),
                 )
@@ -244,14 +251,19 @@ class _Step:
         )
         scale = sequences / batches / seen
         flops = counted.backward_flops if backward else counted.forward_flops
-        within = [c for c in counted.collectives if c.backward == backward and c.group in ("tp", "cp", "ep")]
+        within = [
+            c for c in counted.collectives if c.backward == backward and c.group in ("tp", "cp", "ep", "vocabulary")
+        ]
         taken = 0.0
         for c in within:
-            reach = max(self.replica, self.parallel.ep) if c.group == "ep" else self.replica
+            reach = {
+                "ep": max(self.replica, self.parallel.ep),
+                "vocabulary": self.replica * self.work.dp * self.parallel.pp,
+            }.get(c.group, self.replica)
             taken += c.sent * scale / self.rates.wire(reach, self.end) + c.calls / calls * self.rates.wait(
                 reach, self.end
             )
-        moved = bytes_of_passes(trace.parameters, trace.trained, self.item)[backward]
+        moved = 0.0 if phase == "loss" else bytes_of_passes(trace.parameters, trace.trained, self.item)[backward]
         return flops * scale / self.operations + moved / self.bandwidth, taken
 
     def _replicas(self, speeds: Sequence[float]) -> Iterator[list[float]]:

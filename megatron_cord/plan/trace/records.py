@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-#: Phases of a step, in order; what lies between them is "rest".
-PHASES = ("teacher", "forward_backward", "gradient_reduction", "optimizer", "rest")
+#: Phases of a step, in order; what lies between them is "rest". The loss is a phase of its own where all stages form it
+#: together, and a part of forward_backward elsewhere.
+PHASES = ("teacher", "forward_backward", "loss", "gradient_reduction", "optimizer", "rest")
 
 #: Bytes that a rank of n sends for a message of one byte, by the ring algorithms of NCCL (docs of nccl-tests,
 #: "Performance reported by NCCL tests"): the message of an all-gather or a reduce-scatter is the whole, gathered one.
@@ -29,7 +30,7 @@ class Collective:
 
     Attributes:
         kind: a key of ``RING``.
-        group: tp, dp, pp, cp, ep, world or other.
+        group: tp, dp, pp, cp, ep, vocabulary (all stages' ranks that share it), world or other.
         ranks: of the group.
         backward: whether the backward pass makes them.
         calls: how many.

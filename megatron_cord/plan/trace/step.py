@@ -200,5 +200,7 @@ def _names(layout: Layout) -> dict[str, str]:
         group = getattr(layout.groups, attribute, None)
         if group is not None:
             named[str(group.group_name)] = name
+    if layout.config.vocabulary_over_stages:
+        named[str(layout.vocabulary_group.group_name)] = "vocabulary"
     named |= {str(group.group_name): "pp" for kind in layout.channels or () for group in kind}
     return named | {str(layout.tp_group.group_name): "tp"}

@@ -30,6 +30,7 @@ from megatron_cord.parallel.stage_messages import Channels
 from megatron_cord.plan.trace.counting import CountingMode
 from megatron_cord.trainer import model_setup
 from megatron_cord.trainer.step import teacher
+from megatron_cord.trainer.step.joint_loss import JointLosses
 
 
 class ShapedBackend:
@@ -140,6 +141,7 @@ def substituted(
         (experts.RoutingRecord, "take", lambda *_: {}),
         # What the loss takes of a GPU.
         (loss, "choose_backend", lambda *_, **__: ShapedBackend()),
+        (JointLosses, "form", mode.within("loss", JointLosses.form)),
         (matmul, "multiplies_bfloat16", lambda: True),
         (matmul, "bfloat16_product", lambda: product),
         (choice, "free_bytes", lambda _: max(0, int(memory - mode.bytes))),

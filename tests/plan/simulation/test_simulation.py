@@ -9,7 +9,7 @@ import pytest
 
 from megatron_cord.config.loading import load_config
 from megatron_cord.plan import GPUS, make_work, published
-from megatron_cord.plan.simulation.pipeline import run_pipeline
+from megatron_cord.plan.simulation.pipeline import run_joint_pipeline, run_pipeline
 from megatron_cord.plan.simulation.rates import Rates
 from megatron_cord.plan.simulation.scaling import scale
 from megatron_cord.plan.simulation.step import simulate
@@ -45,6 +45,16 @@ def test_a_slow_stage_sets_the_pace() -> None:
     assert ran.seconds == pytest.approx(1 + 10 * 9 + 2)
     late = run_pipeline([1.0, 1.0], [2.0, 2.0], 4, send=0.5)
     assert late.seconds > run_pipeline([1.0, 1.0], [2.0, 2.0], 4).seconds
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(2, 1), (2, 5), (4, 3), (4, 9), (8, 20)])
+def test_a_loss_of_all_stages(stages: int, microbatches: int) -> None:
+    """Catches a schedule in which stages wait between two losses, or whose bubble is larger than that of 1F1B."""
+    ran = run_joint_pipeline([1.0] * stages, [2.0] * stages, 0.5, microbatches)
+    assert ran.seconds == pytest.approx((microbatches + stages - 1) * (1.0 + 2.0) + microbatches * 0.5)
+    # The same loss on the last stage alone takes as many times longer there, and the others wait.
+    alone = run_pipeline([1.0] * (stages - 1) + [1.0 + 0.5 * stages], [2.0] * stages, microbatches)
+    assert ran.seconds <= alone.seconds and (microbatches < stages or ran.seconds < 0.95 * alone.seconds)
 
 
 def trace(stage: int = 0, tp: int = 2) -> RankTrace:

@@ -68,6 +68,10 @@ LAYOUTS = {
     ),
     "pp2 interleaved dp2": (4, ("parallel.pp=2", "parallel.virtual_pp=2", "model.freeze=[]")),
     "pp3, uneven": (3, ("parallel.pp=3", "parallel.pipeline_layers=[1,2,1]", "model.freeze=[]")),
+    "tp2 pp2 vocabulary over stages": (
+        8,
+        ("parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true", "parallel.vocabulary_over_stages=true"),
+    ),
     "dp4, encoder trained": (4, ("model.freeze=[]",)),
     "tp2 dp1, selective": (
         2,
@@ -140,7 +144,7 @@ def compare_with_plan(arch: Architecture, gpus: int, settings: tuple[str, ...]) 
         planned += optimizer_bytes(config.optimizer, trace.experts, 0, item, max(1, copies))
         assert trace.state_bytes["optimizer"] == pytest.approx(planned, rel=0.01)
         sent = traffic(config, arch, work, trace.stage)
-        for group in ("tp", "dp", "pp", "ep"):
+        for group in ("tp", "dp", "pp", "ep", "vocabulary"):
             counted = sum(phase.sent(group) for phase in trace.phases.values())
             # The formula leaves out the gates, which travel with the tokens.
             margin = 0.03 if group == "ep" else 0.02
