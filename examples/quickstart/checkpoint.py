@@ -195,19 +195,30 @@ def model_config(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, fr
 
 @torch.no_grad()
 def initialize(model: Qwen2AudioForConditionalGeneration, sinusoid_scale: float) -> None:
-    """Set normal weights of variance 1/fan-in, zero biases, and sinusoids of amplitude ``sinusoid_scale``, in place."""
+    """Set random weights, and sinusoids of amplitude ``sinusoid_scale``, in place."""
+    draw_weights(model, (Qwen3MoeExperts, Qwen3MoeTopKRouter))
+    positions = model.model.audio_tower.embed_positions.weight
+    positions.copy_(sinusoid_scale * sinusoids(*positions.shape))
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module, experts: tuple[type[nn.Module], ...]) -> None:
+    """Set normal weights of variance 1/fan-in and zero biases, in place; of experts and routers all are weights.
+
+    Args:
+        model: whose norms stay as they are.
+        experts: classes of its experts and routers.
+    """
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d)):
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, Qwen3MoeExperts | Qwen3MoeTopKRouter):
+        elif isinstance(module, experts):
             for parameter in module.parameters():
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
-    positions = model.model.audio_tower.embed_positions.weight
-    positions.copy_(sinusoid_scale * sinusoids(*positions.shape))
 
 
 def sinusoids(positions: int, channels: int) -> Tensor:

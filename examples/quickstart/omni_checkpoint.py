@@ -27,7 +27,7 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
     Qwen3OmniMoeThinkerTextTopKRouter,
 )
 
-from examples.quickstart.checkpoint import AUDIO, PAD, TURN_END, build_tokenizer
+from examples.quickstart.checkpoint import AUDIO, PAD, TURN_END, build_tokenizer, draw_weights
 from megatron_cord.convert.plain.fused_experts import published_parts
 from megatron_cord.model.families.qwen3_omni_moe.plain_model import Thinker
 
@@ -81,7 +81,8 @@ def create_omni_checkpoint(directory: str | Path, config: TinyOmniConfig, vocabu
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make(whole)
-        _initialize(model.thinker, config.sinusoid_scale)
+        draw_weights(model.thinker, (Qwen3OmniMoeThinkerTextExperts, Qwen3OmniMoeThinkerTextTopKRouter))
+        model.thinker.audio_tower.conv_out.weight.data.div_(config.sinusoid_scale)
     named = ((name, parameter.detach()) for name, parameter in model.named_parameters())
     tensors = {name: part.contiguous() for each in named for name, part in published_parts(*each)}
     save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
@@ -135,19 +136,3 @@ def _thinker_config(config: TinyOmniConfig, rows: int, ids: dict[str, int]) -> d
         "audio_token_id": ids[AUDIO], "image_token_id": rows, "video_token_id": rows + 1,
         "tie_word_embeddings": False,
     }  # fmt: skip
-
-
-@torch.no_grad()
-def _initialize(thinker: Any, sinusoid_scale: float) -> None:
-    """Set normal weights of variance 1/fan-in and zero biases, in place."""
-    for module in thinker.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, Qwen3OmniMoeThinkerTextExperts | Qwen3OmniMoeThinkerTextTopKRouter):
-            for parameter in module.parameters():
-                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
-    thinker.audio_tower.conv_out.weight.div_(sinusoid_scale)

@@ -1,4 +1,4 @@
-"""What families share beside `decoder.py`: Whisper's encoder in checkpoints, and the refusal of settings.
+"""What families share beside `decoder.py`: Whisper's encoder in configurations and in checkpoints, refused settings.
 
 A family passes the prefix under which its checkpoints keep the encoder, and its own spelling where it departs from
 Hugging Face's.
@@ -7,6 +7,7 @@ Hugging Face's.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from megatron_cord.errors import CordError
 from megatron_cord.model.architecture import EncoderArchitecture
@@ -41,6 +42,24 @@ def require(settings: Mapping[str, tuple[object, object]]) -> None:
     for name, (given, supported) in settings.items():
         if given != supported:
             raise CordError(f"{name} is {given!r}, but only {supported!r} is supported; use another checkpoint")
+
+
+def whisper_encoder(audio: Any, **differences: Any) -> EncoderArchitecture:
+    """Return the sizes of an encoder from a configuration with Whisper's names.
+
+    Args:
+        audio: the configuration of the encoder.
+        differences: other fields of `EncoderArchitecture`, where they are not its defaults.
+    """
+    return EncoderArchitecture(
+        num_mels=audio.num_mel_bins,
+        hidden_size=audio.d_model,
+        num_layers=audio.encoder_layers,
+        num_heads=audio.encoder_attention_heads,
+        ffn_hidden_size=audio.encoder_ffn_dim,
+        max_positions=audio.max_source_positions,
+        **differences,
+    )
 
 
 def encoder_rules(enc: EncoderArchitecture, tower: str, spelling: Mapping[str, str] | None = None) -> list[TensorRule]:

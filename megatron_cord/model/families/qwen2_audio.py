@@ -9,10 +9,10 @@ import math
 
 from transformers import PretrainedConfig
 
-from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
+from megatron_cord.model.architecture import AdapterArchitecture, Architecture
 from megatron_cord.model.families.base import Family
 from megatron_cord.model.families.decoder import decoder_architecture, decoder_rules
-from megatron_cord.model.families.parts import encoder_rules, pair, require
+from megatron_cord.model.families.parts import encoder_rules, pair, require, whisper_encoder
 from megatron_cord.model.tensor_map import TensorMap
 
 
@@ -23,14 +23,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
     require({"audio_config.activation_function": (audio.activation_function, "gelu")})
     return Architecture(
         model_type="qwen2_audio",
-        encoder=EncoderArchitecture(
-            num_mels=audio.num_mel_bins,
-            hidden_size=audio.d_model,
-            num_layers=audio.encoder_layers,
-            num_heads=audio.encoder_attention_heads,
-            ffn_hidden_size=audio.encoder_ffn_dim,
-            max_positions=audio.max_source_positions,
-        ),
+        encoder=whisper_encoder(audio),
         language=language,
         audio_token_id=config.audio_token_id,
         adapter=AdapterArchitecture("linear"),

@@ -6,10 +6,10 @@ import math
 
 from transformers import PretrainedConfig
 
-from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
+from megatron_cord.model.architecture import AdapterArchitecture, Architecture
 from megatron_cord.model.families.base import Family
 from megatron_cord.model.families.decoder import decoder_architecture, decoder_rules
-from megatron_cord.model.families.parts import encoder_rules, pair, require
+from megatron_cord.model.families.parts import encoder_rules, pair, require, whisper_encoder
 from megatron_cord.model.tensor_map import TensorMap
 
 
@@ -32,13 +32,8 @@ def architecture(config: PretrainedConfig) -> Architecture:
     )
     return Architecture(
         model_type="voxtral",
-        encoder=EncoderArchitecture(
-            num_mels=audio.num_mel_bins,
-            hidden_size=audio.hidden_size,
-            num_layers=audio.num_hidden_layers,
-            num_heads=audio.num_attention_heads,
-            ffn_hidden_size=audio.intermediate_size,
-            max_positions=audio.max_source_positions,
+        encoder=whisper_encoder(
+            audio,
             pooling=1,
             encodes_padding=True,
         ),

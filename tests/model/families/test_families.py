@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -15,9 +14,9 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
-from tests.gloo import run_ranks
-from tests.model.family_reference import build, expected, save
-from tests.model.ranks import AUDIO_ID, MELS, TOKENS, WINDOW, Case, Outcome, make_batches, run_cases
+from tests.model.families.steps import check_gradients, check_logits, check_tensors, check_update, on_four_ranks
+from tests.model.family_reference import build, save
+from tests.model.ranks import AUDIO_ID, MELS, TOKENS, WINDOW, Case, Outcome
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")  # about arguments that Megatron-Core itself leaves out
 
@@ -81,57 +80,31 @@ def outcomes(name: str) -> list[Outcome]:
 
 @cache
 def _outcomes(*, slow: bool) -> dict[str, list[Outcome]]:
-    """Of each of these cases on each of four ranks."""
-    cases = SLOW if slow else CASES
-    with tempfile.TemporaryDirectory() as directory:
-        checkpoints = {}
-        for family, tied in {(case.family, case.tied) for case in cases.values()}:
-            path = Path(directory) / f"{family}-{tied}"
-            path.mkdir()
-            save(path, family, tied)
-            checkpoints[family, tied] = str(path)
-        by_rank = run_ranks(run_cases, 4, cases, checkpoints)
-    return {name: [of_rank[name] for of_rank in by_rank] for name in cases}
+    return on_four_ranks(SLOW if slow else CASES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_come_back(name: str) -> None:
     """Catches a name or a layout in a family's table that loses or changes a tensor."""
-    assert [outcome.changed_by_round_trip for outcome in outcomes(name)] == [[]] * 4
+    check_tensors(outcomes(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_the_references(name: str) -> None:
     """Catches a wrong activation, norm, mask, stacking, stride or bias, and a clip that depends on its padding."""
-    case = case_of(name)
-    wanted = expected(case.family, case.tied).logits
-    given = {index: values for outcome in outcomes(name) for index, values in outcome.logits.items()}
-    batches = make_batches(case.family)
-    assert sorted(given) == list(range(len(batches)))
-    for index, batch in enumerate(batches):
-        for row, length in enumerate(batch.lengths):
-            torch.testing.assert_close(given[index][row, :length], wanted[index][row, :length], rtol=0, atol=1e-5)
+    check_logits(outcomes(name), case_of(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_equal_the_references(name: str) -> None:
     """Catches a part without a gradient, a gradient lost between ranks, and recomputed layers that give another one."""
-    case, outcome = case_of(name), outcomes(name)[0]
-    wanted = expected(case.family, case.tied)
-    errors = {
-        n: float((outcome.gradients[n] - tensor).norm() / tensor.norm()) for n, tensor in wanted.gradients.items()
-    }
-    assert max(errors.values()) < 1e-4, {n: error for n, error in errors.items() if error >= 1e-4}
-    assert outcome.gradient_norm == pytest.approx(wanted.gradient_norm, rel=1e-5)
+    check_gradients(outcomes(name), case_of(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_equals_adamw(name: str) -> None:
     """Catches weights that the optimizer forgets, and a key bias that is learned though the checkpoint has none."""
-    case = case_of(name)
-    for tensor, value in expected(case.family, case.tied).updated.items():
-        torch.testing.assert_close(outcomes(name)[0].updated[tensor], value, rtol=0, atol=2e-6)
-    assert all(outcome.key_bias == 0.0 for outcome in outcomes(name))
+    check_update(outcomes(name), case_of(name))
 
 
 @pytest.mark.parametrize("family", ["audioflamingo3", "step_audio_2", "ultravox", "voxtral"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate
@@ -20,9 +19,9 @@ from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
-from tests.gloo import run_ranks
-from tests.model.family_reference import expected, qwen2_5_omni_config, save
-from tests.model.ranks import TOKENS, WINDOW, Case, Outcome, make_batches, run_cases
+from tests.model.families.steps import check_gradients, check_logits, check_tensors, check_update, on_four_ranks
+from tests.model.family_reference import qwen2_5_omni_config, save
+from tests.model.ranks import TOKENS, WINDOW, Case, Outcome, make_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")  # about arguments that Megatron-Core itself leaves out
 
@@ -43,17 +42,7 @@ CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 @cache
 def _outcomes(*, slow: bool) -> dict[str, list[Outcome]]:
-    """Of each of these cases on each of four ranks."""
-    cases = SLOW if slow else QUICK
-    with tempfile.TemporaryDirectory() as directory:
-        checkpoints = {}
-        for tied in {case.tied for case in cases.values()}:
-            path = Path(directory) / f"tied-{tied}"
-            path.mkdir()
-            save(path, FAMILY, tied)
-            checkpoints[FAMILY, tied] = str(path)
-        by_rank = run_ranks(run_cases, 4, cases, checkpoints)
-    return {name: [of_rank[name] for of_rank in by_rank] for name in cases}
+    return on_four_ranks(SLOW if slow else QUICK)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -63,23 +52,10 @@ def test_a_step_equals_transformers(name: str) -> None:
     Clips span several chunks of five positions each, and end within one; noise follows them.
     """
     found, case = _outcomes(slow=name in SLOW)[name], (QUICK | SLOW)[name]
-    wanted = expected(FAMILY, case.tied)
-    assert [outcome.changed_by_round_trip for outcome in found] == [[]] * 4
-    given = {index: values for outcome in found for index, values in outcome.logits.items()}
-    batches = make_batches(FAMILY)
-    assert sorted(given) == list(range(len(batches)))
-    for index, batch in enumerate(batches):
-        for row, length in enumerate(batch.lengths):
-            logits = wanted.logits[index][row, :length]
-            torch.testing.assert_close(given[index][row, :length], logits, rtol=0, atol=1e-5)
-    errors = {
-        n: float((found[0].gradients[n] - tensor).norm() / tensor.norm()) for n, tensor in wanted.gradients.items()
-    }
-    assert max(errors.values()) < 1e-4, {n: error for n, error in errors.items() if error >= 1e-4}
-    assert found[0].gradient_norm == pytest.approx(wanted.gradient_norm, rel=1e-5)
-    for tensor, value in wanted.updated.items():
-        torch.testing.assert_close(found[0].updated[tensor], value, rtol=0, atol=2e-6)
-    assert all(outcome.key_bias == 0.0 for outcome in found)
+    check_tensors(found)
+    check_logits(found, case)
+    check_gradients(found, case)
+    check_update(found, case)
 
 
 def test_tokens_are_counted(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import math
 
 from transformers import PretrainedConfig
 
-from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
+from megatron_cord.model.architecture import AdapterArchitecture, Architecture
 from megatron_cord.model.families.base import Family
 from megatron_cord.model.families.decoder import decoder_architecture, decoder_rules
-from megatron_cord.model.families.parts import encoder_rules, pair, require
+from megatron_cord.model.families.parts import encoder_rules, pair, require, whisper_encoder
 from megatron_cord.model.tensor_map import TensorMap
 
 
@@ -31,14 +31,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
     language = decoder_architecture(text, where="text_config.")
     return Architecture(
         model_type="audioflamingo3",
-        encoder=EncoderArchitecture(
-            num_mels=audio.num_mel_bins,
-            hidden_size=audio.hidden_size,
-            num_layers=audio.num_hidden_layers,
-            num_heads=audio.num_attention_heads,
-            ffn_hidden_size=audio.intermediate_size,
-            max_positions=audio.max_source_positions,
-        ),
+        encoder=whisper_encoder(audio),
         language=language,
         audio_token_id=config.audio_token_id,
         adapter=AdapterArchitecture("stacking", language.hidden_size, bias=bool(config.projector_bias)),

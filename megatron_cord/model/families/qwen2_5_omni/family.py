@@ -22,11 +22,10 @@ from megatron_cord.model.architecture import (
     AdapterArchitecture,
     Architecture,
     ChunkArchitecture,
-    EncoderArchitecture,
 )
 from megatron_cord.model.families.base import Family
 from megatron_cord.model.families.decoder import Decoder, decoder_architecture, decoder_rules
-from megatron_cord.model.families.parts import WHISPER_SPELLING, encoder_rules, pair, require
+from megatron_cord.model.families.parts import WHISPER_SPELLING, encoder_rules, pair, require, whisper_encoder
 from megatron_cord.model.tensor_map import TensorMap
 
 #: Five minutes of log-mel frames, which is the window of the published feature extractor.
@@ -54,13 +53,8 @@ def architecture(config: PretrainedConfig) -> Architecture:
     )
     return Architecture(
         model_type="qwen2_5_omni",
-        encoder=EncoderArchitecture(
-            num_mels=audio.num_mel_bins,
-            hidden_size=audio.d_model,
-            num_layers=audio.encoder_layers,
-            num_heads=audio.encoder_attention_heads,
-            ffn_hidden_size=audio.encoder_ffn_dim,
-            max_positions=audio.max_source_positions,
+        encoder=whisper_encoder(
+            audio,
             clip_frames=MAX_CLIP_FRAMES,
             chunks=ChunkArchitecture(2 * audio.n_window, attended=1),
         ),

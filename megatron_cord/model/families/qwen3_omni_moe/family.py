@@ -19,11 +19,10 @@ from megatron_cord.model.architecture import (
     AdapterArchitecture,
     Architecture,
     ChunkArchitecture,
-    EncoderArchitecture,
 )
 from megatron_cord.model.families.base import Family
 from megatron_cord.model.families.decoder import decoder_architecture, decoder_rules
-from megatron_cord.model.families.parts import WHISPER_SPELLING, encoder_rules, pair, require
+from megatron_cord.model.families.parts import WHISPER_SPELLING, encoder_rules, pair, require, whisper_encoder
 from megatron_cord.model.tensor_map import TensorMap
 
 #: Forty minutes of log-mel frames, the longest recording that is published to be understood.
@@ -52,13 +51,8 @@ def architecture(config: PretrainedConfig) -> Architecture:
     )
     return Architecture(
         model_type="qwen3_omni_moe",
-        encoder=EncoderArchitecture(
-            num_mels=audio.num_mel_bins,
-            hidden_size=audio.d_model,
-            num_layers=audio.encoder_layers,
-            num_heads=audio.encoder_attention_heads,
-            ffn_hidden_size=audio.encoder_ffn_dim,
-            max_positions=audio.max_source_positions,
+        encoder=whisper_encoder(
+            audio,
             pooling=1,
             clip_frames=MAX_CLIP_FRAMES,
             key_bias=True,

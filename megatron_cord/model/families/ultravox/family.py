@@ -14,10 +14,10 @@ import math
 
 from transformers import PretrainedConfig
 
-from megatron_cord.model.architecture import AdapterArchitecture, Architecture, EncoderArchitecture
+from megatron_cord.model.architecture import AdapterArchitecture, Architecture
 from megatron_cord.model.families.base import Family
 from megatron_cord.model.families.decoder import DENSE, decoder_architecture, decoder_rules
-from megatron_cord.model.families.parts import encoder_rules, pair, require
+from megatron_cord.model.families.parts import encoder_rules, pair, require, whisper_encoder
 from megatron_cord.model.families.ultravox.configuration import UltravoxConfig
 from megatron_cord.model.tensor_map import TensorMap
 
@@ -41,13 +41,8 @@ def architecture(config: PretrainedConfig) -> Architecture:
         require({"text_config.model_type": (text.model_type, " or ".join(DENSE))})
     return Architecture(
         model_type=UltravoxConfig.model_type,
-        encoder=EncoderArchitecture(
-            num_mels=audio.num_mel_bins,
-            hidden_size=audio.d_model,
-            num_layers=audio.encoder_layers,
-            num_heads=audio.encoder_attention_heads,
-            ffn_hidden_size=audio.encoder_ffn_dim,
-            max_positions=audio.max_source_positions,
+        encoder=whisper_encoder(
+            audio,
             pooling=1,
             tail_frames=0,
         ),
