@@ -73,6 +73,8 @@ def write_talking(directory: Path, family: str, *, tied: bool = False) -> Path:
     if family in _NAMED:
         config["architectures"] = [_NAMED[family]]
     (directory / "config.json").write_text(json.dumps(config))
+    if family == "audioflamingo3":
+        _sharpen_attention(directory)
     if tied:
         return make_talk(directory, "language_model.model.embed_tokens.weight", 1.0)
     return make_talk(directory, "lm_head.weight" if family == "step_audio_2" else HEAD)
@@ -169,6 +171,15 @@ def write_talking_qwen2_5_omni(directory: Path) -> Path:
     others = {"talker.codec_head.weight": torch.ones(2, 2), "thinker.visual.merger.ln_q.weight": torch.ones(2)}
     save_file(others | load_file(directory / "model.safetensors"), directory / "model.safetensors", {"format": "pt"})
     return make_talk(directory, "thinker.lm_head.weight")
+
+
+def _sharpen_attention(directory: Path) -> None:
+    """Scale up the attention of a checkpoint's decoder, so that the answers depend on more than the last token."""
+    tensors = load_file(directory / "model.safetensors")
+    for name in tensors:
+        if name.startswith("language_model.") and name.endswith(("q_proj.weight", "o_proj.weight")):
+            tensors[name] *= 4
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
 def make_talk(directory: Path, head: str, factor: float = 3.0) -> Path:
