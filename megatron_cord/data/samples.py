@@ -179,12 +179,14 @@ class PromptLimits:
     Attributes:
         shortest: samples of audio, at 16 kHz, below which a clip is too short for the encoder.
         longest: samples above which a clip is too long; None: no limit.
+        longest_cut: samples above which a recording is too long even if it is cut into clips; None: no limit.
         control_token: returns the first control token of the tokenizer in a text; None without one.
         chat_fault: returns what in a sample's conversation the chat template refuses; None if nothing.
     """
 
     shortest: int = 1
     longest: int | None = None
+    longest_cut: int | None = None
     control_token: Callable[[str], str | None] = _no_token
     chat_fault: Callable[[Sample], str | None] = _no_fault
 
@@ -202,10 +204,9 @@ class PromptLimits:
                 return (
                     f"has {seconds:.3f} s of audio{where}, too short for the encoder, which takes {least:.3f} s or more"
                 )
-            if self.longest is not None and samples > self.longest:
-                return (
-                    f"has {samples / 16000:.2f} s of audio{where}, the longest allowed are {self.longest / 16000:.2f} s"
-                )
+            longest = self.longest_cut if self.longest is None else self.longest
+            if longest is not None and samples > longest:
+                return f"has {samples / 16000:.2f} s of audio{where}, the longest allowed are {longest / 16000:.2f} s"
         for part, text in (*sample.texts(READ), *sample.texts(HEAR)):
             if (token := self.control_token(text)) is not None:
                 return control_token_fault(part, token)

@@ -104,7 +104,8 @@ class PromptBuilder:
     def limits(self) -> PromptLimits:
         """Limits of the samples from which prompts of `HEAR` and `READ` can be built; data sets check them."""
         shortest = 1 if self._clips is None else self._clips.shortest
-        return PromptLimits(shortest, self.longest_clip, self.control_token, self.chat_fault)
+        longest_cut = None if self._clips is None else self._clips.longest_cut
+        return PromptLimits(shortest, self.longest_clip, longest_cut, self.control_token, self.chat_fault)
 
     def limits_for(self, views: Collection[ViewName]) -> PromptLimits:
         """Return the limits of samples for prompts of `HEAR`, `READ` and these views."""

@@ -31,6 +31,7 @@ class ClipMaker:
 
     Attributes:
         longest: samples of audio that the encoder takes at once.
+        longest_cut: of a recording that is cut; None for any number.
         shortest: below which a clip is too short for it.
     """
 
@@ -47,6 +48,8 @@ class ClipMaker:
         self.longest = architecture.encoder.max_clip_frames * features.hop_length
         if not self._pads_to_longest:
             self.longest = min(self.longest, features.n_samples)  # a processor without padding cuts nothing off
+        seconds = family.longest_seconds
+        self.longest_cut = None if seconds is None else seconds * features.sampling_rate
         # Behind the longest clip of a prompt there is no silence that would fill its last frame.
         self.shortest = self._fewest_frames * features.hop_length
         if not self._pads_to_longest:
@@ -122,6 +125,12 @@ class ClipMaker:
             raise CordError(
                 f"sample {name}: {seconds:.2f} s of audio, the encoder's window is {window:.2f} s; shorten it, or set "
                 "data.long_audio to cut or skip"
+            )
+        if self.longest_cut is not None and len(audio) > self.longest_cut:
+            seconds, longest = (samples / rate for samples in (len(audio), self.longest_cut))
+            raise CordError(
+                f"sample {name}: {seconds:.2f} s of audio, {self._arch.model_type} takes at most {longest:.2f} s; "
+                "shorten it"
             )
         starts = list(range(0, len(audio), self.longest))
         if self._joins_windows:  # as their processors cut it

@@ -25,6 +25,7 @@ class Family:
         chat_template: Jinja, for families whose published processing is code rather than a template.
         joins_windows: whether a recording beyond the encoder's window stays one recording to the template, with
             the placeholders of all its windows in one row; otherwise its windows stand there as recordings.
+        longest_seconds: of a recording that is cut into windows; None for any length.
         carries: beginnings of the names of tensors that belong to parts of a checkpoint which are not trained here.
             Conversions pass them on as they are.
         carries_files: names of weight files that belong to such parts, and are passed on unread.
@@ -44,6 +45,7 @@ class Family:
     plain_class: str
     chat_template: str | None = None
     joins_windows: bool = False
+    longest_seconds: int | None = None
     carries: tuple[str, ...] = ()
     carries_files: tuple[str, ...] = ()
     pads_to_longest: bool = False

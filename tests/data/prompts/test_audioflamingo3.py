@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AudioFlamingo3Processor, AutoProcessor
@@ -86,6 +88,16 @@ def test_two_recordings_in_a_turn_are_refused(builder: PromptBuilder) -> None:
     sample = Sample("s", "", turns=(Turn("user", (AudioPart(0, "one"), AudioPart(1, "two"))),))
     with pytest.raises(CordError, match="writes with 1 placeholders for its 2 clips"):
         builder.audio_prompt(sample.with_recordings([noise(4000), noise(5000)]))
+
+
+def test_more_than_ten_minutes_are_refused(builder: PromptBuilder) -> None:
+    """Catches the end of a recording that transformers' processor leaves out, and a set that opens with one."""
+    limits, longest = replace(builder.limits, longest=None), 600 * 16000  # as of a set whose recordings are cut
+    sample = Sample("s", "a", waveform=np.zeros(longest + 1, np.float32))
+    with pytest.raises(CordError, match=r"sample s: 600\.00 s of audio, audioflamingo3 takes at most 600\.00 s"):
+        builder.audio_prompt(sample)
+    assert "the longest allowed are 600.00 s" in str(limits.fault([longest + 1], sample))
+    assert limits.fault([longest], sample) is None
 
 
 def test_a_long_recording_is_refused_unless_it_may_be_cut(checkpoint: Path) -> None:

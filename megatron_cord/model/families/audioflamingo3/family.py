@@ -60,6 +60,7 @@ FAMILIES = (
         tensor_map,
         plain_class="transformers.AudioFlamingo3ForConditionalGeneration",
         joins_windows=True,
+        longest_seconds=600,  # of which transformers' processor takes the beginning
         sglang_max_clips=math.inf,
         sglang_takes_ids=True,
     ),
