@@ -15,10 +15,9 @@ import torch.distributed as dist
 from megatron.core.optimizer import clip_grads
 from torch import Tensor
 
-from megatron_cord.losses import divergence as loss
 from megatron_cord.losses import shard
 from megatron_cord.losses.divergences import Divergence
-from megatron_cord.losses.implementations import choice, output_layer
+from megatron_cord.losses.implementations import choice, inputs, output_layer
 from megatron_cord.losses.kernels import matmul
 from megatron_cord.losses.kernels.backend import UpstreamGrads
 from megatron_cord.losses.statistics import GlobalStats, PartialStats
@@ -140,7 +139,7 @@ def substituted(
         (experts.RecordedRouter, "routing", route_evenly),
         (experts.RoutingRecord, "take", lambda *_: {}),
         # What the loss takes of a GPU.
-        (loss, "choose_backend", lambda *_, **__: ShapedBackend()),
+        (inputs, "choose_backend", lambda *_, **__: ShapedBackend()),
         (JointLosses, "form", mode.within("loss", JointLosses.form)),
         (matmul, "multiplies_bfloat16", lambda: True),
         (matmul, "bfloat16_product", lambda: product),
