@@ -37,7 +37,7 @@ class JointLosses:
         teachers: the models of the teachers, by name.
         contrasts: of the streams, by name.
         microbatches: of the pass; the same on all stages.
-        taught: what the teacher gives of each, on the last stage.
+        taught: what the teacher gives of each, on the last stage; None on all stages: no teacher is used.
         loss_of: what is computed.
         train: whether gradients are formed.
     """
@@ -48,7 +48,7 @@ class JointLosses:
         teachers: Mapping[str, LALM],
         contrasts: Mapping[str, ContrastConfig | None],
         microbatches: Sequence[Microbatch],
-        taught: Sequence[TaughtTokens | None],
+        taught: Sequence[TaughtTokens | None] | None,
         loss_of: LossOf,
         *,
         train: bool,
@@ -101,7 +101,7 @@ class JointLosses:
         """Return a microbatch's loss and the gradient of the student's hidden states [n, H]. Collective."""
         batch = self._microbatches[number]
         hidden = self._from_last_stage(rows, batch, self._student).requires_grad_(self._train)
-        taught = self._taught_tokens(batch, self._taught[number])
+        taught = self._taught_tokens(batch, None if self._taught is None else self._taught[number])
         with torch.set_grad_enabled(self._train):
             loss = self._loss_of(batch, taught, hidden, self._part)
         if not loss.requires_grad:
@@ -136,8 +136,8 @@ class JointLosses:
         return tensor
 
     def _teacher(self, batch: Microbatch) -> LALM | None:
-        """Return the model that scores a microbatch, if one does."""
-        return None if batch.teacher is None else self._teachers[batch.taught_by]
+        """Return the model that scores a microbatch, if one does in this pass."""
+        return None if batch.teacher is None or self._taught is None else self._teachers[batch.taught_by]
 
     def _spread(self, model: LALM) -> Tensor:
         weight = model.output_weight.detach() if self._layout.is_last_stage else None

@@ -163,7 +163,7 @@ class TrainStep:
         """
         microbatches = self._microbatches(sequences)
         with LayerMeans(self.lalm, microbatches) as means, torch.no_grad():
-            self._pipeline(microbatches, [None] * len(microbatches), None, train=False)
+            self._pipeline(microbatches, None, None, train=False)
         return means.whole()
 
     def _update(
@@ -252,7 +252,7 @@ class TrainStep:
             return stats.student_logprob.new_zeros(())
 
         with torch.no_grad():
-            self._pipeline(microbatches, [None] * len(microbatches), loss_func, train=False)
+            self._pipeline(microbatches, None, loss_func, train=False)
         return [replace(m, old_logprobs=o) for m, o in zip(microbatches, old, strict=True)] if old else microbatches
 
     def _forward_backward(
@@ -293,7 +293,7 @@ class TrainStep:
     def _pipeline(
         self,
         microbatches: list[Microbatch],
-        taught: Sequence[TaughtTokens | None],
+        taught: Sequence[TaughtTokens | None] | None,
         loss_of: LossOf | None,
         *,
         train: bool,
@@ -302,7 +302,7 @@ class TrainStep:
 
         Args:
             microbatches: of this rank.
-            taught: what the teacher gives of each.
+            taught: what the teacher gives of each; None: none is used.
             loss_of: called on the last stage, or with `parallel.vocabulary_over_stages` on all; None: there is no loss.
             train: whether there are backward passes.
         """
@@ -318,7 +318,7 @@ class TrainStep:
             rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.student_rows.rows)
             if losses is not None:
                 return losses.finish(number, rows)
-            return loss_of(batch, taught[number], rows, self.lalm.output_weight)
+            return loss_of(batch, None if taught is None else taught[number], rows, self.lalm.output_weight)
 
         if self.lalm.lora is not None:
             self.lalm.lora.train(train)  # for its dropout

@@ -13,7 +13,7 @@ from transformers import Qwen2AudioForConditionalGeneration
 from megatron_cord.convert import export_tensors
 from megatron_cord.losses import DivergenceConfig, PolicyGradientConfig
 from megatron_cord.model.config import ModelConfig
-from megatron_cord.parallel.layout import Layout
+from megatron_cord.parallel.layout import Layout, ParallelConfig, initialize
 from megatron_cord.trainer.config import TrainConfig
 from megatron_cord.trainer.model_setup import build_student
 from megatron_cord.trainer.step.batching.batches import TrainingSequence
@@ -29,6 +29,7 @@ from megatron_cord.verify.layout_reference import (
     make_sequences,
 )
 from megatron_cord.verify.lora_reference import published_name
+from tests.gloo import run_ranks
 
 SIZES = Sizes(layers=2, heads=4, kv_heads=2, sequences=4, longest=10)
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, final_learning_rate_fraction=1.0)
@@ -87,13 +88,31 @@ def expected(
 @pytest.mark.parametrize(("minibatches", "passes"), [(2, 1), (1, 2), (2, 2)])
 def test_updates_equal_the_reference(tmp_path: Path, layout: Layout, minibatches: int, passes: int) -> None:
     """Catches old log-probabilities of another policy, a denominator of the whole step, and a forgotten update."""
-    model = make_checkpoint(tmp_path, SIZES, seed=0)
-    student = build_student(ModelConfig(str(tmp_path), dtype="float32"), layout)
+    compare_updates(tmp_path, layout, minibatches, passes)
+
+
+@pytest.mark.slow
+def test_updates_with_the_loss_on_all_stages(tmp_path: Path) -> None:
+    """Catches the same where stages before the last one need the old log-probabilities, too."""
+    run_ranks(compare_on_two_stages, 2, str(tmp_path))
+
+
+def compare_on_two_stages(rank: int, directory: str) -> None:
+    """Compare two updates on a rank's stage, with files of its own."""
+    own = Path(directory) / str(rank)
+    own.mkdir()
+    compare_updates(own, initialize(ParallelConfig(pp=2, vocabulary_over_stages=True), seed=0), 1, 2)
+
+
+def compare_updates(directory: Path, layout: Layout, minibatches: int, passes: int) -> None:
+    """Compare a step with the reference's."""
+    model = make_checkpoint(directory, SIZES, seed=0)
+    student = build_student(ModelConfig(str(directory), dtype="float32"), layout)
     wrapped = wrap_model(OPTIMIZER, student)
     optimizer, scheduler = build_optimizer(OPTIMIZER, wrapped, steps=10)
     config = TrainConfig(minibatches=minibatches, passes=passes, micro_batch_size=1)
     objective = ObjectiveConfig(divergence=DivergenceConfig("none"), policy_gradient=POLICY)
-    teacher = Teacher(TeacherConfig(mode="live"), student, str(tmp_path))
+    teacher = Teacher(TeacherConfig(mode="live"), student, str(directory))
     step = TrainStep(wrapped, teacher, optimizer, scheduler, objective, config, pad_id=0, max_new_tokens=10)
     given = sequences()
     result = step(given, [s.response for s in given])
