@@ -33,8 +33,8 @@ MIXTURE = ("parallel.sequence_parallel=true", "parallel.ep=2")
         (write_talking_checkpoint, 63, ()),
         (write_step_audio_2, 60, ()),
         (write_talking_graft, 56, ()),
-        (write_talking_qwen2_5_omni, 0, ()),
-        (write_talking_qwen3_omni, 0, MIXTURE),
+        (write_talking_qwen2_5_omni, 56, ()),
+        (write_talking_qwen3_omni, 132, MIXTURE),
     ],
 )
 def test_all_three_transports(
