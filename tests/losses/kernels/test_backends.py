@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from megatron_cord.errors import CordError
-from megatron_cord.losses import divergence, divergence_from_logits
+from megatron_cord.losses import divergence_from_logits
 from megatron_cord.losses.divergences import make_divergence
+from megatron_cord.losses.implementations import inputs
 from megatron_cord.losses.kernels import choice
 from megatron_cord.losses.kernels.backend import Backend
 from megatron_cord.losses.kernels.eager import EagerBackend
@@ -83,7 +84,7 @@ def test_auto_takes_float64_to_a_backend_that_computes_in_it(monkeypatch: pytest
         asked.append(dtype)
         return choice.choose_backend(name, device, elements, dtype)
 
-    monkeypatch.setattr(divergence, "choose_backend", choose)
+    monkeypatch.setattr(inputs, "choose_backend", choose)
     for dtype in (torch.bfloat16, torch.float64):
         logits = torch.zeros(1, 4, dtype=dtype)
         divergence_from_logits(logits, logits, torch.tensor([0]))
