@@ -32,12 +32,17 @@ from examples.quickstart.questions import SUMS, Question, QuestionSource, all_pr
 from examples.quickstart.spoken_sums import Split, SynthesisConfig, synthesize
 from examples.quickstart.warmup import WarmUpConfig, warm_up
 from megatron_cord.config.loading import load_config
+from megatron_cord.data.samples import Sample
 from megatron_cord.data.shards.reader import ShardDataset
 from megatron_cord.evaluation.files import heldout_files, read_result
 from megatron_cord.report.page.page import render
 from megatron_cord.report.terminal import evaluation_table
 from megatron_cord.runtime import entry
 from megatron_cord.trainer.config import RunConfig
+
+
+def _no_other_skills(root: Path, seed: int) -> Sequence[Sample]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ class Example:
         max_seconds: of an utterance; longer ones are an error.
         model: sizes, and by their kind the family.
         warm_up: the recipe; the seed is replaced.
+        drills: a recipe, without mixed steps, and written questions of a warm-up before it; None for none.
+        other_skills: makes, by root and seed, when the spoken questions are there, what else the example needs, and
+            returns more spoken samples of the warm-up.
     """
 
     name: str
@@ -65,6 +73,8 @@ class Example:
     max_seconds: float = SynthesisConfig.max_seconds
     model: TinyModelConfig | TinyOmniConfig = field(default_factory=TinyModelConfig)
     warm_up: WarmUpConfig = field(default_factory=WarmUpConfig)
+    drills: tuple[WarmUpConfig, Sequence[Question]] | None = None
+    other_skills: Callable[[Path, int], Sequence[Sample]] = _no_other_skills
 
     def root(self, seed: int) -> Path:
         """Return the default directory of data, checkpoint and run."""
@@ -101,14 +111,15 @@ def prepare(example: Example, root: Path, config: RunConfig, console: Console) -
             create_omni_checkpoint(initial, example.model, example.vocabulary(), config.seed)
         else:
             create_checkpoint(initial, example.model, example.vocabulary(), config.seed)
-    spoken = ShardDataset(data["warmup"])
-    warm_up(
-        initial,
-        config.model.checkpoint,
-        replace(example.warm_up, seed=config.seed),
-        example.written(config.seed),
-        [spoken[i] for i in range(len(spoken))],
-    )
+    learned = ShardDataset(data["warmup"])
+    spoken = [*(learned[i] for i in range(len(learned))), *example.other_skills(root, config.seed)]
+    if example.drills is not None:
+        recipe, drills = example.drills
+        # Its steps are on written questions alone, and prompts of many recordings take long.
+        warm_up(initial, root / "drilled_checkpoint", replace(recipe, seed=config.seed), drills, spoken[:1])
+        initial = root / "drilled_checkpoint"
+    recipe = replace(example.warm_up, seed=config.seed)
+    warm_up(initial, config.model.checkpoint, recipe, example.written(config.seed), spoken)
 
 
 def train(example: Example, overrides: list[str], config: RunConfig) -> int:

@@ -125,6 +125,8 @@ def test_the_ablation_goes_from_part_to_whole() -> None:
         ("quickstart/compare-whole", 2),
         ("chains/compare", 1),
         ("chains/compare-long", 1),
+        ("rounds/compare", 1),
+        ("rounds/compare-full", 1),
     ],
 )
 def test_the_examples_comparisons(example: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:

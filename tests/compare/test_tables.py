@@ -128,6 +128,8 @@ def test_tables_go_into_a_page(result: dict[str, Any]) -> None:
         "quickstart/compare-whole",
         "chains/compare",
         "chains/compare-long",
+        "rounds/compare",
+        "rounds/compare-full",
     ],
 )
 def test_the_documentation_shows_the_committed_results(example: str) -> None:
