@@ -22,11 +22,9 @@ The order is that of Megatron's own 1F1B in a pipeline of 2 P − 1 stages, of w
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
-from torch import Tensor
 
 from megatron_cord.parallel.stage_messages import Channels, StageCommunicator
 
@@ -71,25 +69,14 @@ class LossSlots(StageCommunicator):
         self._joined = self._forward = self._backward = 0  # losses, activations sent, gradients awaited so far
         self.pp_group = _Stretched(pp_group)
 
-    def _communicate(
-        self,
-        *,
-        tensor_send_next: Tensor | None,
-        tensor_send_prev: Tensor | None,
-        recv_prev: bool,
-        recv_next: bool,
-        tensor_shape: Any,
-        wait_on_reqs: bool = True,
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        """Send, form the losses that are due, and receive; all arguments and results are Megatron's."""
-        self._post(tensor_send_next, tensor_send_prev)
-        if tensor_send_next is not None:
+    def _between(self, sends_activation: bool, awaits_gradient: bool) -> None:
+        """Form the losses that are due."""
+        if sends_activation:
             self._forward += 1
             self._join_before(self._forward - self._behind)
-        if recv_next:
+        if awaits_gradient:
             self._backward += 1
             self._join_before(self._backward + self._behind)
-        return self._take(recv_prev, recv_next)
 
     def finish(self) -> None:
         """Form the losses that are left, of a pass without gradients, and wait for what is still under way."""

@@ -58,7 +58,11 @@ class StageCommunicator(P2PCommunicator):  # type: ignore[misc]
     ) -> tuple[Tensor | None, Tensor | None, None]:
         """Send what is given and return what is received; all arguments and results are Megatron's."""
         self._post(tensor_send_next, tensor_send_prev)
+        self._between(tensor_send_next is not None, recv_next)
         return self._take(recv_prev, recv_next)
+
+    def _between(self, sends_activation: bool, awaits_gradient: bool) -> None:
+        """Do what is due between sending and waiting: here nothing."""
 
     def _post(self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None) -> None:
         """Send what is given, without waiting."""
