@@ -7,7 +7,7 @@ prompt x^t of the same question.
     w_t^KL  = α if t is among the K positions of y with the largest D_t, else 1   top_k_weights
     w_t^pos = β − (β − 1)(t − 1)/(T − 1)                                          position_weights
     w_t     = w_t^KL · w_t^pos                                                    combined_weights, cord_token_weights
-    L_tok   = Σ_t w_t D_t, mean over responses                                    token_loss
+    L_tok   = Σ_t w_t D_t, mean over responses (or tokens, as configured)         token_loss
     r(y)    = J(y, ŷ) ∈ {0, 1}                                                    megatron_cord.reward
     A_i     = r_i − mean(r over the group)                                        advantages
     L_seq   = −(1/N) Σ_i A_i log p_θ(y_i|x^a)                                     sequence_loss

@@ -23,7 +23,7 @@ from torch import Tensor
 class TokenStats:
     """What a loss needs of each token, [N], float32 (float64 for float64 inputs), in nats, equal on all TP ranks."""
 
-    kl: Tensor  #: divergence of the requested kind, differentiable
+    kl: Tensor  #: D_t: KL(student ‖ teacher), or whatever divergence was asked for; differentiable
     entropy: Tensor  #: of the student, differentiable
     student_logprob: Tensor  #: of target_ids, differentiable
     teacher_logprob: Tensor  #: of target_ids, no gradient

@@ -1,7 +1,9 @@
 """Model families by Hugging Face ``model_type``: one file each, or one folder where a family needs modules of its own.
 
-Every module here with a tuple ``FAMILIES`` is found by itself, so that a new family is a new file and no line
-elsewhere; docs/adding-a-model.md shows how.
+Every module here with a tuple ``FAMILIES`` is found by itself, so that training a new family takes a new file and no
+line elsewhere; its class for SGLang's servers, where one is needed, is registered by a module in
+rollout/sglang/plugin/external/cord_models. docs/adding-a-model.md shows how. The other modules here are what several
+families share: ``parts``, ``decoder``, ``base``, ``plain_*``.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from megatron_cord.parallel.stage_messages import Channels
 from megatron_cord.plan.trace.counting import CountingMode
 from megatron_cord.trainer import model_setup
 from megatron_cord.trainer.step import teacher
-from megatron_cord.trainer.step.joint_loss import JointLosses
+from megatron_cord.trainer.step.loss_over_stages import JointLosses
 
 
 class ShapedBackend:

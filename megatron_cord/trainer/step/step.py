@@ -26,7 +26,7 @@ from megatron_cord.trainer.step.batching.batches import (
 )
 from megatron_cord.trainer.step.batching.packing import split_minibatches
 from megatron_cord.trainer.step.controller import Controllers
-from megatron_cord.trainer.step.joint_loss import JointLosses, LossOf
+from megatron_cord.trainer.step.loss_over_stages import JointLosses, LossOf
 from megatron_cord.trainer.step.microbatch_loss import MicrobatchLoss, microbatch_loss
 from megatron_cord.trainer.step.objective import GlobalCounts, ObjectiveConfig
 from megatron_cord.trainer.step.optimizer.building import gradients_are_finite, join_reduction
