@@ -103,7 +103,8 @@ class GuardConfig:
 class EvaluationConfig:
     """When to evaluate, on which questions, and how answers are scored."""
 
-    #: steps between evaluations of a training run, which has one before the first and after the last step too; 0: none
+    #: steps between evaluations of a training run, which has one before the first and after the last step too; 0: those
+    #: two alone
     interval: int = 50
     samples: int = 0  #: of data.evaluation, from its beginning; 0 takes all
     max_new_tokens: int = 200  #: the length at which answers are cut
@@ -150,8 +151,6 @@ class EvaluationConfig:
                 raise CordError(
                     f"evaluation.guards.{name}.set={guard.set} is none of the run's sets: {', '.join(known)}"
                 )
-        if self.guards and not self.interval:
-            raise CordError("evaluation.guards need evaluations: set evaluation.interval above 0")
         for name in self.sets:
             if not re.fullmatch(_NAME, name):
                 raise CordError(

@@ -95,15 +95,14 @@ def test_baselines_that_are_of_no_use(tmp_path: Path) -> None:
             {"guards": {"text": GuardConfig("other", 0.1)}},
             r"guards\.text\.set=other is none of the run's sets: heldout",
         ),
-        ({"guards": {"text": GuardConfig("heldout", 0.1)}, "interval": 0}, "guards need evaluations"),
         ({"guards": {"a/b": GuardConfig("heldout", 0.1)}}, "becomes a metric's name"),
     ],
 )
 def test_guards_that_cannot_be_meant(settings: dict[str, Any], message: str) -> None:
-    """Catches a guard of a set that the run lacks, and one that never measures."""
+    """Catches a guard of a set that the run lacks, and one refused where the first and last evaluation are all."""
     with pytest.raises(CordError, match=message):
         EvaluationConfig(**({"sets": {}} | settings))
-    EvaluationConfig(sets={"other": SetConfig("f.jsonl")}, guards={"text": GuardConfig("other", 0.1)})
+    EvaluationConfig(sets={"other": SetConfig("f.jsonl")}, guards={"text": GuardConfig("other", 0.1)}, interval=0)
     for limits in ({"max_drop": 1.0}, {"max_drop": -0.1}, {"max_drop": 0.1, "patience": 0}):
         with pytest.raises(CordError):
             GuardConfig("heldout", **limits)  # type: ignore[arg-type]
