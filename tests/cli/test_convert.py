@@ -234,6 +234,7 @@ def test_slips(source: Path, imported: Path, tmp_path: Path) -> None:
 FAMILIES = {"audioflamingo3": False, "llama": False, "qwen2": True, "step_audio_2": False, "voxtral": False}
 
 
+@pytest.mark.slow
 def test_every_family_there_and_back_on_four_ranks(tmp_path: Path) -> None:
     """Catches a family whose tensors the command loses or changes at two by two ranks, and logits that differ.
 

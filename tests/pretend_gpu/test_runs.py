@@ -59,6 +59,7 @@ def test_context_parallelism(jobs: Jobs, inputs: Path, tmp_path: Path) -> None:
         outcome.check_waits(CONTEXT_PARALLEL)
 
 
+@pytest.mark.slow
 def test_weight_sync(jobs: Jobs, tmp_path: Path) -> None:
     """Catches buckets that are sent before they are filled, and tensors sent from the wrong memory."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", hidden_size=128, ffn_size=1024, layers=4)

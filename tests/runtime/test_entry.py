@@ -39,8 +39,8 @@ def claims() -> set[str]:
     ("how", "lines"),
     [
         ("all", ["error: shard 0 is truncated", "error: shard 1 is truncated"]),
-        ("slow", ["error: shard 0 is truncated", "error: shard 1 is truncated"]),
-        ("one", ["error: shard 0 is truncated"]),
+        pytest.param("slow", ["error: shard 0 is truncated", "error: shard 1 is truncated"], marks=pytest.mark.slow),
+        pytest.param("one", ["error: shard 0 is truncated"], marks=pytest.mark.slow),
         ("full", ["error: a file being written: the disk is full; free some space or write to another disk"]),
     ],
 )
@@ -60,7 +60,9 @@ def test_success_is_silent_and_single_threaded() -> None:
     assert launched(SCRIPT, "meet") == (0, "threads 1\n", "")
 
 
-@pytest.mark.parametrize(("how", "ended", "starts"), [("stopped", 75, 1), ("again", 3, 2)])
+@pytest.mark.parametrize(
+    ("how", "ended", "starts"), [("stopped", 75, 1), pytest.param("again", 3, 2, marks=pytest.mark.slow)]
+)
 def test_ranks_that_stopped_are_not_started_again(tmp_path: Path, how: str, ended: int, starts: int) -> None:
     """Catches a launcher that starts again what was stopped, or leaves what lost a peer."""
     count = tmp_path / "starts"
@@ -74,7 +76,10 @@ def test_interrupt_prints_nothing() -> None:
     assert status == 130 and "Traceback" not in errors and "FAILED" not in errors
 
 
-@pytest.mark.parametrize(("how", "status", "shown"), [("bug", 1, "KeyError: 'bug'"), ("killed", 137, "SIGKILL")])
+@pytest.mark.parametrize(
+    ("how", "status", "shown"),
+    [("bug", 1, "KeyError: 'bug'"), pytest.param("killed", 137, "SIGKILL", marks=pytest.mark.slow)],
+)
 def test_real_crashes_stay_visible(how: str, status: int, shown: str) -> None:
     """Catches a launcher that hides a bug's traceback or the signal that killed a rank."""
     ended, _, errors = launched(SCRIPT, how)

@@ -52,7 +52,7 @@ def changes(run: Path) -> dict[str, Any]:
     ("before", "after"),
     [
         pytest.param((), (PLAIN,), marks=pytest.mark.slow),
-        ((PLAIN,), ()),
+        pytest.param((PLAIN,), (), marks=pytest.mark.slow),
         ((BFLOAT,), (BFLOAT, PLAIN)),
         pytest.param((BFLOAT, PLAIN), (BFLOAT,), marks=pytest.mark.slow),
         pytest.param((PLAIN,), (PLAIN,), marks=pytest.mark.slow),

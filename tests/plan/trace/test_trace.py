@@ -174,6 +174,7 @@ def test_a_stage_of_a_thousand_ranks() -> None:
     )
 
 
+@pytest.mark.slow
 def test_several_teachers() -> None:
     """Catches a teacher that is left out, built twice, or scores what is another's, and sizes of the wrong one."""
     small = replace(ARCH, language=replace(ARCH.language, num_layers=2, hidden_size=96))

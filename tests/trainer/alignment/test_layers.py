@@ -95,6 +95,7 @@ def check(settings: list[str]) -> None:
         assert found[2] == pytest.approx(1.0, abs=1e-6) and len({round(value, 3) for value in found}) == len(PAIRS)
 
 
+@pytest.mark.slow
 def test_layer_cosines() -> None:
     """Catches the prompt's states, the end's, or the final norm's in a mean, and responses in another order."""
     check(LAYOUTS["one rank"])

@@ -65,8 +65,8 @@ SPECIAL = {
 RUNS |= {name: (None, settings) for name, settings in SPECIAL.items()}
 #: Runs that `make test` leaves out; each has a neighbour that crosses the same code.
 SLOW = (
-    *("dp2 without the distributed optimizer", "tp2 from dp2", "dp2 from pp2 frozen"),
-    "pp2 with the policy gradient alone",
+    *("dp2 without the distributed optimizer", "tp2 from dp2", "dp2 from pp2 frozen", "pp2 from pp2 frozen"),
+    *("pp2 with the policy gradient alone", "dp2 overlapping", "tp2 with sequence parallelism"),
 )
 
 

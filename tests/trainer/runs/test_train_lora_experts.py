@@ -12,7 +12,7 @@ from megatron_cord.cli.main import invoke, load
 from megatron_cord.convert import read_tensors
 from megatron_cord.parallel.layout import finalize
 from tests.gloo import run_ranks
-from tests.selection import selected, slow_if
+from tests.selection import selected
 from tests.tiny_run import losses, metrics, write_checkpoint
 from tests.trainer.runs.test_train import alone, needed, run_all
 
@@ -43,7 +43,8 @@ def one(inputs: Path, mixture: str, tmp_path_factory: pytest.TempPathFactory) ->
     return alone(inputs, tmp_path_factory.mktemp("one") / "run", mixture, *KEPT, *LORA)
 
 
-@pytest.mark.parametrize("name", ["shared out", pytest.param("continued", marks=slow_if(True))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shared out", "continued"])
 def test_every_layout_is_the_same_run(runs: Path, one: Path, name: str) -> None:
     """Catches experts' adapters that other ranks lack, that a checkpoint loses, or a norm without the other ranks'."""
     wanted, given = losses(one), losses(runs / name)

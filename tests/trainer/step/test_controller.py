@@ -96,6 +96,7 @@ def test_a_stream_without_a_teacher_has_no_gap() -> None:
         ObjectiveConfig(streams={"a": stream})
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_weights(tmp_path: Path) -> None:
     """Catches a factor, or a target in the middle of its warm-up, that a checkpoint does not keep; and a λ unused."""
     inputs = write_inputs(tmp_path / "inputs")

@@ -77,7 +77,9 @@ def test_servers_merge(model: LALM, checkpoint: Path) -> None:
         weight_sync.close()
 
 
-@pytest.mark.parametrize("other", ["old", "another base", "without"])
+@pytest.mark.parametrize(
+    "other", ["old", *(pytest.param(name, marks=pytest.mark.slow) for name in ("another base", "without"))]
+)
 def test_merged_weights_where_a_server_cannot_merge(model: LALM, checkpoint: Path, tmp_path: Path, other: str) -> None:
     """Catches LoRA that reaches a server that would not know what to do with it, or would add it to other weights."""
     changed = shutil.copytree(checkpoint, tmp_path / "changed")

@@ -49,7 +49,14 @@ def weight_sync_of(source: Source, timeout: float = 60.0) -> WeightSync:
     )
 
 
-@pytest.mark.parametrize("manners", [("good", "good"), ("good", "old"), ("old", "old")])
+@pytest.mark.parametrize(
+    "manners",
+    [
+        pytest.param(("good", "good"), marks=pytest.mark.slow),
+        ("good", "old"),
+        pytest.param(("old", "old"), marks=pytest.mark.slow),
+    ],
+)
 def test_streams_where_all_take_them(manners: tuple[str, str]) -> None:
     """Catches a stream to a server that waits for a request for each bucket, a request for each bucket of a stream.
 
