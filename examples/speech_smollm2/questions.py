@@ -55,7 +55,7 @@ class QuestionsConfig:
     held_out: float = 0.45
     development: float = 0.1
     heldout_phrasings: int = 2
-    readings: int = 1200
+    readings: int = 2000
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -152,7 +152,7 @@ def main() -> int:
         f"seed={given.seed}",
         f"output_dir={root if given.recipe is None else root / given.recipe}",
         f"model.checkpoint={root}/warmup/model",
-        *(f"data.train.{name}.path={root}/data/training/{name}/*/*.tar" for name in ("questions", "readings")),
+        f"data.train={root}/data/training/questions/*/*.tar",
         f"data.evaluation={root}/data/heldout/*/*.tar",
         *settings_of(given.recipe),
         *given.overrides,

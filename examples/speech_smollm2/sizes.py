@@ -12,7 +12,16 @@ _HERE = Path(__file__).parent
 #: Voices by split and synthesizer; Piper's are settings behind the one voice that is given. Nobody speaks in two splits
 #: but the warm-up's readings, which the training voices read.
 VOICES: dict[str, dict[str, tuple[str, ...]]] = {
-    "train": {"espeak": ("en-us", "en-us+f2", "en-gb-x-rp"), "piper": ("", "+pitch=0.88", "+pitch=1.12+noise=0.8")},
+    "train": {
+        "espeak": (
+            *("en-us", "en-us+f1", "en-us+f2", "en-us+f3", "en-us+f5", "en-us+m2", "en-us+m4", "en-us+m5", "en-us+m7"),
+            *("en-gb-x-rp", "en-gb-x-rp+m2", "en-gb-x-rp+f3", "en-029", "en-gb-scotland"),
+        ),
+        "piper": (
+            *("", "+noise=0.9", "+rhythm=1.3", "+pitch=0.8", "+pitch=0.88", "+pitch=0.88+noise=0.9+rhythm=1.2"),
+            *("+pitch=1.12+noise=0.8", "+pitch=1.12+rhythm=1.3", "+pitch=1.25", "+pitch=1.25+noise=0.9"),
+        ),
+    },
     "development": {"espeak": ("en-us+m1",), "piper": ("+pitch=0.94",)},
     "heldout": {"espeak": ("en-us+m3", "en-us+f4"), "piper": ("+pitch=1.06+noise=0.5", "+pitch=1.2")},
 }
