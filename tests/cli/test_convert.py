@@ -192,7 +192,8 @@ def test_a_training_run_is_exported(tmp_path: Path) -> None:
     assert not same(tmp_path / "out", inputs / "checkpoint")
 
 
-@pytest.mark.parametrize("command", ["import", pytest.param("export", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["import", "export"])
 def test_a_full_disk_is_one_line(source: Path, imported: Path, tmp_path: Path, command: str) -> None:
     """Catches a traceback, and a target that looks whole, where the system refuses to write."""
 

@@ -157,7 +157,7 @@ def test_every_recipe_is_a_configuration_of_the_example() -> None:
     for name in names - {"ts_opd"}:
         more = ["model.freeze=[audio_encoder]", *(judge if name == "opod" else [])]
         config = load_config(RunConfig, FULL.train, [*run.settings_of(name), *more])
-        assert config.optimizer.learning_rate == 3e-4 and config.train.steps == 60
+        assert config.optimizer.learning_rate == 3e-4 and config.train.steps == 80
     for name in ("cord", "gkd", "sft", "off_policy_kl", "reverse_kl"):
         assert load_config(RunConfig, FULL.train, run.settings_of(name)).model.trained_parts == ("adapter",)
     with pytest.raises(CordError, match=r"student=read has no audio, and model.freeze keeps the language model"):

@@ -44,6 +44,7 @@ def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_tool_answers_and_refuses() -> None:
     """Catches JSON that says something else than the exit status, advice that is missing, and tracebacks."""
     done = plan("--model", "qwen2_audio_7b", "--json", "parallel.tp=1", "parallel.sequence_parallel=false")

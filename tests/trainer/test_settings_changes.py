@@ -119,6 +119,7 @@ def test_damage_is_told_from_difference(inputs: Path, whole: Path, tmp_path: Pat
         alone(inputs, run, *FEW, PLAIN)
 
 
+@pytest.mark.slow
 def test_a_jump_of_the_learning_rate_is_said_and_can_be_avoided(
     inputs: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_cord.data.audio.features import TorchFeatures
 from megatron_cord.data.shards import entries
 from tests.gloo import run_ranks
+from tests.selection import selected, slow_if
 from tests.tiny_run import losses, make_run, overrides, write_inputs
 from tests.trainer.runs.test_train import alone, saved
 
@@ -33,6 +34,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], int]] = {
     "dp4 with a remainder": (("rollout.prompts_per_step=6", "rollout.policy_prompts_per_step=3"), 4),
     "dp4 ahead": (("rollout.schedule.ahead=1",), 4),
 }
+QUICK = ("dp4", "tp2 dp2")
 
 
 class Counted:
@@ -65,10 +67,12 @@ class Counted:
         )
 
 
-def run_all(rank: int, inputs: str, root: str) -> dict[str, tuple[list[str], list[str]]]:
+def run_all(rank: int, inputs: str, root: str, names: set[object]) -> dict[str, tuple[list[str], list[str]]]:
     """Make a run on each layout; return what this rank has decoded and featurised in it."""
     seen = {}
     for number, (name, (settings, _)) in enumerate(LAYOUTS.items()):
+        if name not in names:
+            continue
         dist.barrier()
         dist.destroy_process_group()
         join(rank, Path(root) / f"store{number}")
@@ -91,13 +95,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def runs(
+    request: pytest.FixtureRequest, inputs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
     """Return the directory of the runs, each under its layout's name, and what each rank has counted."""
     root = tmp_path_factory.mktemp("runs")
-    return root, run_ranks(run_all, WORLD, str(inputs), str(root))
+    return root, run_ranks(run_all, WORLD, str(inputs), str(root), selected(request, "name"))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if(name not in QUICK)) for name in LAYOUTS])
 def test_each_rank_reads_its_share_and_the_run_is_the_same(
     name: str, runs: tuple[Path, list[dict[str, Any]]], inputs: Path, tmp_path: Path
 ) -> None:

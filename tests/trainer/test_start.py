@@ -47,7 +47,7 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("named", ["run", "checkpoint"])
+@pytest.mark.parametrize("named", ["run", pytest.param("checkpoint", marks=pytest.mark.slow)])
 def test_a_fork_goes_on_in_its_own_directory(
     inputs: Path, parent: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, named: str
 ) -> None:

@@ -82,6 +82,7 @@ def test_sets_have_their_shares(whole: Path, inputs: Path) -> None:
     assert not list((inputs / "cache").glob(".*.partial")) and len(list((inputs / "cache").glob("*.tar"))) == 3
 
 
+@pytest.mark.slow
 def test_resumed_at_any_step_with_other_workers_and_ranks(inputs: Path, whole: Path, tmp_path: Path) -> None:
     """Catches samples that are left out or come twice after a stop, and ranks that take each other's."""
     for step, workers in ((1, 0), (4, 3)):

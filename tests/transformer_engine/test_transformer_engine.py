@@ -15,7 +15,7 @@ import pytest
 from tests.transformer_engine.installed import MISSING
 from tests.transformer_engine.session import run_session
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+pytestmark = [pytest.mark.skipif(bool(MISSING), reason=MISSING), pytest.mark.slow]  # make test-te runs them
 
 LAYOUTS = ("tp2 sp packed, lora", "tp2 sp ep2 packed, grouped experts")
 MORE_LAYOUTS = (

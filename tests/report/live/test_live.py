@@ -324,6 +324,7 @@ def test_tool(finished_run: Path) -> None:
         server.communicate()
 
 
+@pytest.mark.slow
 def test_several_runs(several_runs: list[Path], tmp_path: Path) -> None:
     """Catches a comparison that stands still, and a run's own page that is missing, another's, or without its way back.
 

@@ -65,6 +65,7 @@ def shards(hub: FakeHub, home: Path, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_streamed_set_goes_on_where_the_hub_failed(files: dict[str, bytes], tmp_path: Path) -> None:
     """Would catch rows that are lost or doubled where reading goes on, and a split that is guessed."""
     with FakeHub("lab/speech", files) as hub:

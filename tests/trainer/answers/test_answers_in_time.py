@@ -104,6 +104,7 @@ def test_answers_with_lora_off(
     assert same(resumed, run)
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_answers_of_one(inputs: Path, at_the_start: Path, tmp_path: Path) -> None:
     """Catches ranks that disagree on when answers are made, which would wait for each other for ever."""
     settings = overrides(inputs, tmp_path / "two", *FROZEN, "rollout.schedule.ahead=0")

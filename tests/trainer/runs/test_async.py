@@ -84,6 +84,7 @@ def two_ranks(rank: int, inputs: str, output: str) -> None:
     join(rank, Path(output).with_suffix(".after"))
 
 
+@pytest.mark.slow
 def test_two_data_parallel_ranks_are_the_same_run(inputs: Path, one: Path, tmp_path: Path) -> None:
     """Catches collectives from the thread that generates, and shares that are mixed up."""
     run_ranks(two_ranks, 2, str(inputs), str(tmp_path / "run"))

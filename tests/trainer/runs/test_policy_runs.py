@@ -139,6 +139,7 @@ def test_a_resumed_run_and_a_replay_are_the_same_run(runs: Path, inputs: Path, t
     assert figures(again) == figures(runs / algorithm)
 
 
+@pytest.mark.slow
 def test_streams_of_the_policy_gradient(inputs: Path, tmp_path: Path) -> None:
     """Catches a named L_seq that is another than the objective's own, and one that is trained on another's view."""
     common = [

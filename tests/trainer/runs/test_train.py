@@ -103,7 +103,7 @@ def run_all(rank: int, inputs: str, root: str, runs: dict[str, tuple[str | None,
         dist.barrier()
         dist.destroy_process_group()
         join(rank, Path(root) / f"store{number}")
-        interval = 2 if name in continued else 0
+        interval = 2 if name in continued | {"pp2 frozen"} else 0
         make_run(overrides(Path(inputs), output, "checkpoint.keep=0", f"checkpoint.interval={interval}", *settings))
         join(rank, Path(root) / f"store{number}-after")
 

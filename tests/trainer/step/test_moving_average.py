@@ -55,6 +55,7 @@ def test_averages_against_float64(inputs: Path, layout: Layout, dtype: torch.dty
         torch.testing.assert_close(entry.data.double(), wanted[f"language_model.{name}"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_moving_average(inputs: Path, tmp_path: Path) -> None:
     """Catches averages that are missing from checkpoints, not restored, or never used; and a resume without them."""
     whole = alone(inputs, tmp_path / "whole", *EMA)

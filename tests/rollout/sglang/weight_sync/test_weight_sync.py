@@ -261,6 +261,7 @@ def test_a_broken_attempt_is_repeated_with_the_others(published: list[list[str]]
     assert report.current == (ONE.url,) and report.failed == {TWO.url: "killed"} and published == [[ONE.url]]
 
 
+@pytest.mark.slow
 def test_nobody_left(published: list[list[str]]) -> None:
     """Catches an endless repetition when no server lives, or none is to blame."""
     for culprits in ({ONE: ServerError("killed")}, {}):
