@@ -85,3 +85,11 @@ def test_a_run_stops_or_warns(inputs: Path, known: str, tmp_path: Path, capfd: p
     assert (summary(run)["steps"], summary(run)["ended_by"]) == (3, "steps")
     assert not summary(run)["guards"]["text"]["held"]
     assert capfd.readouterr().err.count("beyond max_drop=0.5") == 4
+
+
+def test_a_run_is_guarded_at_its_end_alone(inputs: Path, known: str, tmp_path: Path) -> None:
+    """Catches a guard that measures nothing where a run is evaluated before and after training alone."""
+    settings = (*COMMON, known, "train.steps=2", "optimizer.learning_rate=3", "evaluation.interval=0")
+    run = alone(inputs, tmp_path / "run", *settings, *guarded(action="stop"))
+    assert (summary(run)["steps"], summary(run)["ended_by"], len(metrics(run))) == (2, "guard", 2)
+    assert not summary(run)["guards"]["text"]["held"]

@@ -35,6 +35,8 @@ TP2, PP2 = "parallel.tp=2", "parallel.pp=2"
 FROZEN = "model.freeze=[language_model]"
 #: What tests without parameters read.
 NAMED = {"tp2", "tp2 again", "pp2 frozen", "dp2 frozen"}
+#: Whose checkpoints a test reads.
+SAVED = {"pp2 frozen"}
 #: Runs on two ranks, by name: the run that it resumes after step 2, if any, and its settings.
 RUNS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "tp2": (None, (TP2,)),
@@ -103,7 +105,7 @@ def run_all(rank: int, inputs: str, root: str, runs: dict[str, tuple[str | None,
         dist.barrier()
         dist.destroy_process_group()
         join(rank, Path(root) / f"store{number}")
-        interval = 2 if name in continued | {"pp2 frozen"} else 0
+        interval = 2 if name in continued | SAVED else 0
         make_run(overrides(Path(inputs), output, "checkpoint.keep=0", f"checkpoint.interval={interval}", *settings))
         join(rank, Path(root) / f"store{number}-after")
 
