@@ -52,6 +52,7 @@ class WarmUpConfig:
     mixed_audio: int = 16  # spoken questions in each of them
     recited_share: float = 0.25  # of the written questions, worked answers without their question
     ctc_weight: float = 0.5  # of the CTC loss beside the cross-entropy
+    spoken_alike: bool = False  # answers to spoken questions count the same, however long they are; else tokens do
     learning_rate: float = 2e-3  # AdamW's peak
     final_fraction: float = 0.1  # of the peak, where the cosine ends
     rise_steps: int = 20  # linear rise to the peak
@@ -169,7 +170,7 @@ def _train(
                 share = config.mixed_text / (config.mixed_text + config.mixed_audio)
                 text_loss = _text_loss(model, builder.pad_id, draw_written(config.mixed_text))
                 audio_loss, ctc = _audio_losses(
-                    model, ctc_head, builder.pad_id, list(islice(audio_order, config.mixed_audio))
+                    model, ctc_head, builder.pad_id, list(islice(audio_order, config.mixed_audio)), config.spoken_alike
                 )
                 loss = share * text_loss + (1 - share) * audio_loss + config.ctc_weight * ctc
             optimizer.zero_grad()
@@ -201,9 +202,12 @@ def _text_loss(model: TinyModel, pad_id: int, batch: Sequence[_Example]) -> Tens
 
 
 def _audio_losses(
-    model: TinyModel, ctc_head: nn.Linear, pad_id: int, batch: Sequence[_Example]
+    model: TinyModel, ctc_head: nn.Linear, pad_id: int, batch: Sequence[_Example], alike: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy of response tokens, and the CTC loss of the words at the adapter's output."""
+    """Return the mean cross-entropy of response tokens, and the CTC loss of the words at the adapter's output.
+
+    With ``alike``, the former is the mean over answers of the means over their tokens.
+    """
     ids, targets, mask = _collate(batch, pad_id)
     clips = [example.prompt.clips[0] for example in batch]
     hidden, adapted = model.audio(ids, mask, clips)
@@ -215,7 +219,10 @@ def _audio_losses(
         blank=pad_id,
         zero_infinity=True,  # a clip with fewer features than words teaches nothing
     )
-    return _cross_entropy(model, hidden, targets), ctc
+    if not alike:
+        return _cross_entropy(model, hidden, targets), ctc
+    answers = [_cross_entropy(model, states, tokens) for states, tokens in zip(hidden, targets, strict=True)]
+    return torch.stack(answers).mean(), ctc
 
 
 def _cross_entropy(model: TinyModel, hidden: Tensor, targets: Tensor) -> Tensor:
