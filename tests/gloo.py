@@ -22,12 +22,8 @@ from torch.multiprocessing.spawn import start_processes
 
 #: A collective that some rank never joins fails after this long, instead of hanging the suite.
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
-#: What the server imports; nothing of it computes while it is imported, as threads do not survive a fork.
-PRELOADED = [
-    "megatron_cord.convert",
-    "megatron_cord.trainer.step.step",
-    "megatron_cord.trainer.step.optimizer.building",
-]
+#: What the server imports.
+PRELOADED = ["tests.preloaded"]
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 PAGES = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
@@ -74,8 +72,9 @@ def programs(line: str) -> list[Program]:
     return [Program(name, tuple(arguments)) for name, arguments in named if re.match(rf"cord |(?:{OURS})[./]", name)]
 
 
-LINES = [pytest.param(line, id=f"{page.name}: {line}") for page in PAGES for line in dict.fromkeys(code(page))]
-PROGRAMS = list(dict.fromkeys(program for line in LINES for program in programs(str(line.values[0]))))
+#: each page's lines of code, by the page's path
+LINES = {str(page.relative_to(ROOT)): list(dict.fromkeys(code(page))) for page in PAGES}
+PROGRAMS = list(dict.fromkeys(program for lines in LINES.values() for line in lines for program in programs(line)))
 
 
 def is_required(field: dataclasses.Field[object]) -> bool:

@@ -172,7 +172,7 @@ def test_these_run(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a command that is spelt rightly and fails all the same."""
-    assert line in {str(known.values[0]) for known in LINES}, "no page has this command: remove it here, or replace it"
+    assert any(line in lines for lines in LINES.values()), "no page has this command: remove it here, or replace it"
     (program,) = programs(line)
     (tmp_path / "questions.jsonl").write_text(
         '{"id": "q1", "question": "What is two plus two?", "answer": "4"}\n', encoding="utf-8"

@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 from megatron_cord.runtime import entry
 from megatron_cord.trainer.collection import Collector
+from tests.gloo import PRELOADED
 from tests.tiny_run import free_port, make_run
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["megatron_cord.train", "tests.trainer.fault_ranks"])
+_context.set_forkserver_preload(PRELOADED)
 
 
 class Ranks:

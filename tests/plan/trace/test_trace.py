@@ -54,6 +54,8 @@ MIXTURE = replace(
         experts=ExpertsArchitecture(8, 2, normalized=True),
     ),
 )
+#: For tests of what does not grow with the layers.
+SHALLOW = replace(ARCH, language=replace(ARCH.language, num_layers=2))
 SECONDS = 0.62  # two thirds of a window; an odd number of positions
 LAYOUTS = {
     "tp2 dp2": (4, ("parallel.tp=2", "parallel.sequence_parallel=true")),
@@ -162,14 +164,13 @@ def compare_with_plan(arch: Architecture, gpus: int, settings: tuple[str, ...]) 
 
 def test_a_stage_of_a_thousand_ranks() -> None:
     """Catches groups, or shares of the optimizer, that are only right in small worlds."""
-    config, work, (first, last) = traced(
-        1024, "parallel.tp=4", "parallel.pp=2", "parallel.sequence_parallel=true", "rollout.prompts_per_step=256"
-    )
+    settings = ("parallel.tp=4", "parallel.pp=2", "parallel.sequence_parallel=true", "rollout.prompts_per_step=256")
+    config, work, (first, last) = traced(1024, *settings, arch=SHALLOW)
     assert work.dp == 128 and first.world == 1024 and last.rank == 512
     reduced = [c for c in last.phases["gradient_reduction"].collectives if c.group == "dp"]
     assert [(c.kind, c.ranks) for c in reduced] == [("reduce_scatter", 128)]
     assert last.state_bytes["optimizer"] == pytest.approx(12 * last.trained / 128, rel=0.1)
-    assert traffic(config, ARCH, work, 1).dp == pytest.approx(
+    assert traffic(config, SHALLOW, work, 1).dp == pytest.approx(
         sum(phase.sent("dp") for phase in last.phases.values()), rel=0.02
     )
 
@@ -215,13 +216,13 @@ def test_the_command_prints_what_was_traced(capsys: pytest.CaptureFixture[str]) 
     """Catches tables and JSON that differ from the records, and a number of GPUs that is not simulated."""
     config = configured("parallel.tp=2", "rollout.policy_prompts_per_step=0", "objective.policy_gradient.enabled=false")
     lengths = {"audio_seconds": SECONDS, "text_tokens": 30, "teacher": None}
-    print_trace(Request(config, ARCH, GPUS["h100"], [4, 32], 4, lengths), as_json=True)
+    print_trace(Request(config, SHALLOW, GPUS["h100"], [4, 32], 4, lengths), as_json=True)
     printed = json.loads(capsys.readouterr().out)
     assert [step["gpus"] for step in printed["steps"]] == [4, 32]
     (traced_rank,) = printed["traces"]
     assert traced_rank["flops"] * 4 == pytest.approx(printed["planned"]["flops"], rel=0.1)
     assert {rate["kind"] for rate in printed["rates"]} == {"published", "assumed"}
-    print_trace(Request(config, ARCH, GPUS["h100"], [4, 32], 4, lengths), as_json=False)
+    print_trace(Request(config, SHALLOW, GPUS["h100"], [4, 32], 4, lengths), as_json=False)
     text = capsys.readouterr().out
     assert "collectives of a rank" in text and "by cord plan's formulas" in text and "weight sync" in text
 

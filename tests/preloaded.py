@@ -1,0 +1,21 @@
+"""All that a server of forked ranks imports, once (tests/gloo.py, tests/trainer/fault_ranks.py).
+
+What is there by the end of this module stays, and no rank's garbage collector visits it: a collection writes into every
+object, so that each rank would copy all that the server has imported. Nothing computes here, as threads do not survive
+a fork.
+"""
+
+import gc
+
+import pyarrow.parquet
+import pytest
+from transformers.models.qwen2_audio import modeling_qwen2_audio
+
+import megatron_cord.train
+import megatron_cord.trainer.step.optimizer.building
+import tests.tiny_run
+
+__all__ = ["megatron_cord", "modeling_qwen2_audio", "pyarrow", "pytest", "tests"]
+
+gc.collect()
+gc.freeze()
