@@ -1,4 +1,4 @@
-"""Own recordings, from files to an exported model: `python -m examples.own_recordings.run [--root DIR] [a.b=value …]`.
+"""Own recordings, from files to an exported model: `python -m examples.own_recordings.run [--root DIR] [--prepare]`.
 
 Sixty recordings of several formats with transcripts (`recordings`) become shards, a tiny model trains on them for a few
 steps, is evaluated and exported. Every step after the first is a command that is printed before it runs: with files of
@@ -65,9 +65,12 @@ def main() -> int:
     """Run the example; return the exit status of the first command that fails."""
     parser = entry.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--root", metavar="DIR", type=Path, default=Path("runs/own_recordings"), help="of everything")
+    parser.add_argument("--prepare", action="store_true", help="make recordings and checkpoint, and run nothing")
     parser.add_argument("overrides", metavar="a.b=value", nargs="*", help="sets one value of the configuration")
     arguments = parser.parse_intermixed_args()
     prepare(arguments.root)
+    if arguments.prepare:
+        return 0
     for command in [*shard_commands(arguments.root), *run_commands(arguments.root, arguments.overrides)]:
         print(f"\n$ {shlex.join(['cord', *command])}", flush=True)
         status = subprocess.run([sys.executable, "-m", "megatron_cord.cli", *command], check=False).returncode
