@@ -62,11 +62,14 @@ def test_a_file_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "mode: frozen" in run(capsys, "check", str(path), "--all")
     path.write_text(
         "output_dir: out\nmodel: {checkpoint: none}\ndata:\n  train: {a: {path: gone}, b: {path: hf://x/y}}\n"
+        "  evaluation: lost\nevaluation: {sets: {more: {path: missing}}}\n"
     )
     assert invoke(cord, ["config", "check", str(path), "data.train.b.weight=3"], "cord") == 0
     output, errors = capsys.readouterr()
     assert "shares of the samples: a 25.0%, b 75.0%" in output and "data.train.b.weight = 3.0" in output
     assert "data.train.a.path: gone does not exist here" in errors and "data.train.b" not in errors
+    assert "data.evaluation: lost does not exist here" in errors
+    assert "evaluation.sets.more.path: missing does not exist here" in errors
     assert "its share of the samples" in run(capsys, "data.train.NAME.weight")
     with pytest.raises(CordError, match=r"train\.steps: expected int"):
         run(capsys, "check", str(path), "train.steps=x")

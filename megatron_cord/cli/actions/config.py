@@ -114,6 +114,9 @@ def _warnings(config: RunConfig) -> Iterator[str]:
     paths = {"model.checkpoint": config.model.checkpoint, **_training_paths(config)}
     teachers = {"teacher": config.teacher} | {f"teachers.{name}": each for name, each in config.teachers.items()}
     paths |= {f"{key}.checkpoint": each.checkpoint for key, each in teachers.items() if each.checkpoint is not None}
+    paths |= {f"evaluation.sets.{name}.path": each.path for name, each in config.evaluation.sets.items()}
+    if config.data.evaluation:
+        paths["data.evaluation"] = config.data.evaluation
     for key, path in paths.items():
         if not path:
             yield f"{key} is not set; training requires it"
