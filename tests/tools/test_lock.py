@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from tools import install
 from tools.lock import locked
 
 ROOT = Path(install.__file__).parents[1]
+DEBIAN = "3.11.2"  #: the Python of Debian 12
 
 
 def lock_lines() -> list[Requirement]:
@@ -50,6 +53,14 @@ def test_the_lock_is_made_from_an_environment(tmp_path: Path) -> None:
     lines = locked(project)
     assert [re.split("[=;]", line)[0] for line in lines] == ["markdown-it-py", "mdurl", "none-such", "pygments", "rich"]
     assert lines[2] == 'none-such==3.1; python_version < "3"'
+
+
+def test_the_lock_installs_on_the_python_of_debian() -> None:
+    """Catches a version that `make lock` took from a newer Python 3.11, and pip refuses where `make setup` runs."""
+    names = [line.name for line in lock_lines() if line.marker is None or line.marker.evaluate()]
+    wanted = {name: importlib.metadata.metadata(name).get("Requires-Python", "") for name in names}
+    assert len(wanted) > 100
+    assert {name: python for name, python in wanted.items() if not SpecifierSet(python).contains(DEBIAN)} == {}
 
 
 def toml(lists: dict[str, list[str]]) -> str:
