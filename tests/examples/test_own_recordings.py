@@ -41,6 +41,10 @@ def test_sixty_recordings_become_shards(tmp_path: Path) -> None:
 def test_from_files_to_an_exported_model(tmp_path: Path) -> None:
     """Would catch a step of the page whose command does not take what the one before it made."""
     command = [sys.executable, "-m", "examples.own_recordings.run", "--root", str(tmp_path / "own")]
+    prepared = subprocess.run(
+        [*command, "--prepare"], capture_output=True, text=True, cwd=ROOT, timeout=300, check=True
+    )
+    assert "$ cord" not in prepared.stdout and (tmp_path / "own" / "checkpoint" / "model.safetensors").is_file()
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ cord")] == [

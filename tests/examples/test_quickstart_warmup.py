@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -170,3 +171,33 @@ def test_bad_inputs_are_named(checkpoint: Path, tmp_path: Path) -> None:
         warm_up(checkpoint, tmp_path / "warm", SHORT, questions(), [replace(spoken()[0], solution=None)])
     with pytest.raises(CordError, match="mixed_audio is 0"):
         replace(SHORT, mixed_audio=0)
+
+
+def test_spoken_answers_may_count_alike() -> None:
+    """Catches a mean over tokens where each answer is to count the same, as a short one beside a long one shows."""
+
+    class Losses:
+        """Hidden states are the logits; a clip has two feature tokens."""
+
+        def audio(self, ids: torch.Tensor, mask: torch.Tensor, clips: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = torch.randn(*ids.shape, 9, generator=torch.Generator().manual_seed(0))
+            return logits, torch.zeros(len(clips), 2, 4)
+
+        def head(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden
+
+    def example(tokens: int) -> Any:
+        prompt = SimpleNamespace(token_ids=(1, 2), clips=[SimpleNamespace(num_tokens=2)])
+        return SimpleNamespace(prompt=prompt, response=tuple(range(1, 1 + tokens)), transcript=(3,))
+
+    model: Any = Losses()
+    ctc_head, batch = torch.nn.Linear(4, 9), [example(1), example(6)]
+    by_token, alike = (float(warmup._audio_losses(model, ctc_head, 0, batch, each)[0]) for each in (False, True))
+    ids, targets, mask = warmup._collate(batch, 0)
+    logits, _ = model.audio(ids, mask, [None, None])
+    sums = [
+        sum(-logits[row, at].log_softmax(-1)[token] for at, token in enumerate(targets[row].tolist()) if token != -100)
+        for row in range(2)
+    ]
+    assert by_token == pytest.approx(float(sums[0] + sums[1]) / 7, rel=1e-5)
+    assert alike == pytest.approx(float(sums[0] / 1 + sums[1] / 6) / 2, rel=1e-5)

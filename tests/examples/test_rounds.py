@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from examples.chains.questions import Chain
 from examples.quickstart.questions import Question, number_in_words
 from examples.quickstart.spoken_sums import HELD_OUT_VOICES, TRAINING_VOICES
-from examples.rounds import voices
+from examples.rounds import retained, voices
 from examples.rounds.questions import CIRCLE, MISTAKES, ROUNDS, STEPS, draw_questions, drills, go, solution, vocabulary
 from megatron_cord.config.loading import load_config
 from megatron_cord.data.samples import HEAR, Sample
@@ -124,3 +125,15 @@ def test_both_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
         "audio_encoder", "adapter", "language_model",
     )  # fmt: skip
     assert (lora.evaluation, lora.train, lora.rollout) == (full.evaluation, full.train, full.rollout)
+
+
+def test_what_was_retained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches methods that are exchanged, and differences of other runs than the tables'."""
+    monkeypatch.chdir(ROOT)
+    for file in retained.FILES:
+        table = json.loads((ROOT / "benchmarks" / "results" / f"compare-rounds{file.stem[7:]}.json").read_text())
+        found = list(retained.differences(file))
+        assert len(found) == 2 * 4
+        for name, first, second, mean in found:
+            on, off = (table["methods"][method]["guards"][name]["accuracy"]["mean"] for method in (first, second))
+            assert mean.mean == pytest.approx(on - off) and mean.low is not None and mean.low < mean.mean
