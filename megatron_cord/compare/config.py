@@ -8,6 +8,8 @@ from pathlib import Path
 from megatron_cord.compare.methods import COMPARED, Method, methods_named
 from megatron_cord.errors import CordError
 
+_DRAWN = ("seed", "output_dir")  # settings of a run that the comparison itself makes
+
 
 @dataclass(frozen=True)
 class CompareConfig:
@@ -39,6 +41,9 @@ class CompareConfig:
     #: `runs` where no method is trained
     reference: str = ""
     settings: tuple[str, ...] = ()  #: a.b=value for all runs, on top of `train`
+    #: a.b=value for the runs that this machine makes, on top of `settings`: model.dtype=float32 where the processor has
+    #: no bfloat16. A finished run is taken with any values of these keys, and the results name those that differ
+    machine_settings: tuple[str, ...] = ()
     #: method → more settings of its own, such as a learning rate
     adjust: dict[str, tuple[str, ...]] = field(default_factory=dict)
     #: command that makes the inputs of a seed's runs, such as data and checkpoint; `python` is this interpreter
@@ -64,6 +69,12 @@ class CompareConfig:
         for name in self.adjust.keys() - set(self.methods):
             raise CordError(
                 f"adjust names {name!r}, which is none of the methods; choose one of {', '.join(self.methods)}"
+            )
+        own = (s for name, method in self.trained.items() for s in (*method.settings, *self.adjust.get(name, ())))
+        common = {*_DRAWN, *(setting.partition("=")[0] for setting in (*self.settings, *own))}
+        if both := sorted(common & {setting.partition("=")[0] for setting in self.machine_settings}):
+            raise CordError(
+                f"machine_settings has {both[0]}, which the comparison sets itself; leave it to one of them"
             )
         if taken := [name for name in self.runs if name in self.trained]:
             raise CordError(f"runs.{taken[0]}: a method has this name; choose another")

@@ -25,6 +25,7 @@ import torch
 
 from megatron_cord.compare.finished import read_summary
 from megatron_cord.compare.plan import PlannedRun
+from megatron_cord.config.flattening import flatten
 from megatron_cord.config.loading import from_dict, load_config, to_dict
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import HELDOUT
@@ -40,6 +41,7 @@ LAST_STEPS = 20  #: whose mean a metric has beside that of all steps
 class FinishedRun:
     """What a finished run came to; the fields are those at the top of this file."""
 
+    settings: dict[str, Any]
     machine: dict[str, Any]
     summary: dict[str, Any]
     outcomes: dict[str, dict[str, dict[str, float]]]
@@ -47,7 +49,7 @@ class FinishedRun:
 
 
 def is_complete(run: PlannedRun) -> bool:
-    """Return whether the run is complete, with exactly these settings: in its directory, or kept.
+    """Return whether the run is complete, with these settings but for those that are free: in its directory, or kept.
 
     Raises:
         CordError: the directory holds, or the kept file is of, a run with others.
@@ -60,7 +62,7 @@ def is_complete(run: PlannedRun) -> bool:
             found: RunConfig | None = load_config(RunConfig, written)
         except CordError:
             found = None
-        if found != run.config:
+        if not _is_of(found, run):
             raise CordError(f"{run.directory} holds a run with other settings; remove it or choose another output_dir")
         return kept or (run.directory / "summary.json").is_file()
     return kept
@@ -78,8 +80,7 @@ def read_finished(run: PlannedRun) -> FinishedRun:
 def keep(run: PlannedRun) -> None:
     """Write what a complete run came to into its kept file, if the comparison has a folder for these."""
     if run.kept is not None:
-        content = {"settings": _settings(run.config), **asdict(_from_directory(run))}
-        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        text = json.dumps(asdict(_from_directory(run)), ensure_ascii=False, separators=(",", ":"))
         write_atomic(run.kept, gzip.compress(text.encode("utf-8"), mtime=0))  # the same run, the same file
 
 
@@ -107,7 +108,8 @@ def _from_directory(run: PlannedRun) -> FinishedRun:
     summary = read_summary(run.directory)
     last = heldout_file(run.directory, summary["steps"])
     outcomes = {name: _outcomes(last.with_name(f"{name}.json")) for name in (HELDOUT, *run.config.evaluation.sets)}
-    return FinishedRun(this_machine(), summary, outcomes, _metrics(run.directory / "metrics.jsonl"))
+    settings = _settings(load_config(RunConfig, run.directory / "config.yaml"))
+    return FinishedRun(settings, this_machine(), summary, outcomes, _metrics(run.directory / "metrics.jsonl"))
 
 
 def _read(run: PlannedRun) -> FinishedRun | None:
@@ -116,17 +118,28 @@ def _read(run: PlannedRun) -> FinishedRun | None:
         return None
     try:
         content = json.loads(gzip.decompress(run.kept.read_bytes()))
-        settings = content.pop("settings")
         kept = FinishedRun(**content)
+        settings = dict(kept.settings)
     except (OSError, EOFError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise CordError(f"{run.kept} is no kept run ({error}); remove it, and the run is made again") from None
     try:
         found: RunConfig | None = from_dict(RunConfig, settings | {"output_dir": run.config.output_dir}, str(run.kept))
     except CordError:  # a setting that is not known any more
         found = None
-    if found != run.config:
+    if not _is_of(found, run):
         raise CordError(f"{run.kept} is of a run with other settings; remove it, and the run is made again")
     return kept
+
+
+def _is_of(found: RunConfig | None, run: PlannedRun) -> bool:
+    """Return whether these are the settings of the run, but for its place and those that are free."""
+    if found is None:
+        return False
+    first, second = (
+        {key: value for key, value in flatten(_settings(config)).items() if not run.leaves_free(key)}
+        for config in (found, run.config)
+    )
+    return first == second
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class PlannedRun:
         config: of the run.
         ranks: processes.
         kept: the file that outlives the directory, see `kept`; None for none.
+        free: keys of settings that a finished run may have other values of.
     """
 
     method: str
@@ -34,11 +35,16 @@ class PlannedRun:
     config: RunConfig
     ranks: int
     kept: Path | None = None
+    free: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """Its name in messages."""
         return f"{self.method}, seed {self.seed}"
+
+    def leaves_free(self, key: str) -> bool:
+        """Return whether a finished run may have another value of this setting."""
+        return any(key == free or key.startswith(f"{free}.") for free in self.free)
 
 
 def plan_runs(config: CompareConfig) -> list[PlannedRun]:
@@ -59,7 +65,7 @@ def prepare_command(config: CompareConfig, seed: int) -> list[str]:
 
 def _planned(config: CompareConfig, name: str, method: Method, seed: int) -> PlannedRun:
     directory = Path(config.output_dir) / name / f"seed-{seed}"
-    settings = (*config.settings, *method.settings, *config.adjust.get(name, ()))
+    settings = (*config.settings, *config.machine_settings, *method.settings, *config.adjust.get(name, ()))
     overrides = (*(_filled(s, seed) for s in settings), f"seed={seed}", f"output_dir={directory}")
     try:
         run = load_config(RunConfig, config.train, overrides)
@@ -71,7 +77,8 @@ def _planned(config: CompareConfig, name: str, method: Method, seed: int) -> Pla
             f"ranks={config.ranks} is no multiple of the layout's {layout} (tp × pp × cp); set 0 for as few as it needs"
         )
     kept = Path(config.kept) / f"{name}-seed-{seed}.json.gz" if config.kept else None
-    return PlannedRun(name, seed, directory, overrides, run, config.ranks or layout, kept)
+    free = tuple(setting.partition("=")[0] for setting in config.machine_settings)
+    return PlannedRun(name, seed, directory, overrides, run, config.ranks or layout, kept, free)
 
 
 def _filled(text: str, seed: int) -> str:

@@ -19,10 +19,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_cord.compare.config import CompareConfig
-from megatron_cord.compare.kept import read_finished, this_machine
+from megatron_cord.compare.kept import FinishedRun, read_finished, this_machine
 from megatron_cord.compare.methods import Method
 from megatron_cord.compare.plan import PlannedRun
 from megatron_cord.compare.running import Outcome
+from megatron_cord.config.flattening import flatten
 from megatron_cord.evaluation.config import HELDOUT
 from megatron_cord.evaluation.statistics import Mean, mean_of, paired_difference, sign_test
 from megatron_cord.trainer.config import RunConfig
@@ -35,6 +36,7 @@ def gather(config: CompareConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]
     summaries: dict[str, Runs] = {name: {} for name in config.chosen}
     answers: dict[str, dict[int, dict[str, float]]] = {name: {} for name in config.chosen}
     failures: dict[str, dict[int, str]] = {name: {} for name in config.chosen}
+    taken: dict[str, tuple[PlannedRun, FinishedRun]] = {}
     runs: dict[str, PlannedRun] = {}
     for outcome in sorted(outcomes, key=lambda o: o.run.seed):
         run = outcome.run
@@ -43,6 +45,7 @@ def gather(config: CompareConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]
             found = read_finished(run)
             summaries[run.method][run.seed] = found.summary | {"machine": found.machine}
             answers[run.method][run.seed] = found.outcomes[HELDOUT].get("audio", {})
+            taken[f"{run.method} {run.seed}"] = run, found
         else:
             failures[run.method][run.seed] = outcome.failure
     reference = config.chosen_reference
@@ -67,7 +70,7 @@ def gather(config: CompareConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]
         "train": config.train,
         "settings": list(config.settings),
         "budget": _budget(next(iter(runs.values())).config) if runs else {},
-        "notes": _notes(config, runs, summaries, answers),
+        "notes": [*_notes(config, runs, summaries, answers), *_machine_notes(taken)],
         "machine": this_machine(),
         "before": {name: _mean(list(_column(first, column).values())) for name, column in _BEFORE.items()},
         "methods": methods,
@@ -144,6 +147,22 @@ def _notes(
             if summary.get("ended_by", "steps") != "steps":
                 notes.append(f"{name}, seed {seed}, ended after step {summary['steps']} ({summary['ended_by']}).")
     return notes
+
+
+def _machine_notes(found: Mapping[str, tuple[PlannedRun, FinishedRun]]) -> list[str]:
+    """Return which of the settings that are left to machines differ between runs, by the run's name."""
+    values: dict[str, dict[str, list[str]]] = {}  # key → value → names of runs
+    for name, (run, finished) in found.items():
+        for key, value in flatten(finished.settings).items():
+            if run.leaves_free(key):
+                values.setdefault(key, {}).setdefault(str(value), []).append(name)
+    return [
+        f"{key} was not the same: "
+        + "; ".join(f"{value} in {', '.join(names)}" for value, names in by_value.items())
+        + "."
+        for key, by_value in values.items()
+        if len(by_value) > 1
+    ]
 
 
 def _budget(config: RunConfig) -> dict[str, int]:

@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,35 @@ def test_the_place_of_a_run_does_not_matter_and_its_settings_do(
     elsewhere.kept.write_bytes(b"{}")
     with pytest.raises(CordError, match=r"sft-seed-0\.json\.gz is no kept run \(.*remove it"):
         is_complete(elsewhere)
+
+
+def test_machines_may_have_settings_of_their_own(
+    comparison: Callable[..., tuple[CompareConfig, list[PlannedRun]]],
+) -> None:
+    """Catches a study over machines that makes runs again, takes those of any settings, or hides the difference."""
+    config, _ = comparison()
+    halves, wholes = (
+        replace(config, machine_settings=(f"model.dtype={dtype}", f"alerts={{window: {window}}}"))
+        for dtype, window in (("bfloat16", 20), ("float32", 30))
+    )
+    there, here = plan_runs(halves), plan_runs(wholes)
+    write_run(there[0], 6)
+    keep(there[0])
+    write_run(here[1], 6)  # in the directory alone
+    assert there[0].config != here[0].config and all(map(is_complete, (*there, *here)))
+    notes = gather(wholes, [Outcome(run) for run in here])["notes"]
+    assert notes == [
+        "model.dtype was not the same: bfloat16 in sft 0; float32 in cord 0.",
+        "alerts.window was not the same: 20 in sft 0; 30 in cord 0.",
+    ]
+    with pytest.raises(CordError, match="seed-0 holds a run with other settings"):
+        is_complete(plan_runs(config)[1])
+    other = replace(wholes, settings=(*wholes.settings, "optimizer.learning_rate=1e-3"))
+    with pytest.raises(CordError, match="of a run with other settings"):
+        is_complete(plan_runs(other)[0])
+    for common in ("train.steps=1", "seed=1", "objective.policy_gradient.enabled=true"):
+        with pytest.raises(CordError, match=f"machine_settings has {common.partition('=')[0]}, which the comparison"):
+            replace(config, machine_settings=(common,))
 
 
 def test_complete_runs_are_kept_and_not_made_again(
