@@ -74,8 +74,7 @@ class PromptBuilder:
         self.vocab_size = self._arch.language.vocab_size
         self.eos_ids = self._find_eos(directory)
         self.pad_id = self.eos_ids[0] if self._tokenizer.pad_id is None else self._tokenizer.pad_id
-        self._tokens = len(self._tokenizer)  # counting them takes milliseconds
-        tokenless = range(self._tokens, self.vocab_size)
+        tokenless = range(len(self._tokenizer), self.vocab_size)
         self.special_ids = tuple(sorted({*self._tokenizer.special_ids, *tokenless} - set(self.eos_ids)))
         controls = {*self._tokenizer.control_ids, *self.eos_ids, self.audio_token_id}
         self._control_ids = {i for i in controls if i is not None and i != self._tokenizer.unknown_id}
@@ -260,7 +259,7 @@ class PromptBuilder:
         known = [
             index
             for index in ids
-            if index < self._tokens and index not in self.special_ids and index not in self.eos_ids
+            if index < len(self._tokenizer) and index not in self.special_ids and index not in self.eos_ids
         ]
         return self._tokenizer.decode(known)
 
