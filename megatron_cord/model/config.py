@@ -79,7 +79,7 @@ class ModelConfig:
 
     #: Hugging Face checkpoint directory, or hf://OWNER/NAME[@REVISION]: the student's start and the frozen teacher
     checkpoint: str
-    #: of parameters and activations; gradients and optimizer states are fp32
+    #: of parameters and activations, the local engine's too; gradients and optimizer states are fp32
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     freeze: tuple[Part, ...] = ()  #: parts that are not trained, nor sent to the engine again
     lora: LoraConfig = field(default_factory=LoraConfig)  #: train small matrices beside the frozen weights

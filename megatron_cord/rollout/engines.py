@@ -13,20 +13,23 @@ from megatron_cord.rollout.sglang.client.addresses import Addresses
 from megatron_cord.rollout.sglang.engine import SGLangEngine
 
 
-def build_engine(config: RolloutConfig, checkpoint_dir: str | Path, device: torch.device) -> CollectiveEngine:
+def build_engine(
+    config: RolloutConfig, checkpoint_dir: str | Path, device: torch.device, dtype: torch.dtype | None = None
+) -> CollectiveEngine:
     """Build the engine with the checkpoint's own weights as version 0. All ranks call it together.
 
     Args:
         config: the choice.
         checkpoint_dir: the Hugging Face checkpoint, which servers run, too.
         device: of this rank, for the local engine.
+        dtype: of the local engine's parameters and activations; None: the checkpoint's. Servers have their own.
 
     Raises:
         CordError: a checkpoint that the engine cannot run; servers that do not answer in time, or are not fit for
             training.
     """
     if config.engine == "local":
-        return CollectiveEngine(LocalEngine(checkpoint_dir, LocalEngineConfig(device=str(device))))
+        return CollectiveEngine(LocalEngine(checkpoint_dir, LocalEngineConfig(device=str(device), dtype=dtype)))
     sglang = config.sglang
     addresses = Addresses(sglang.servers, sglang.servers_file, sglang.api_key_file)
     return CollectiveEngine(SGLangEngine(checkpoint_dir, addresses, sglang, config.weight_sync, sglang.min_servers))

@@ -29,6 +29,7 @@ class LocalEngineConfig:
 
     max_batch_size: int = 64  # responses generated together
     device: str = "cpu"  # a torch device
+    dtype: torch.dtype | None = None  # of parameters and activations; None: the checkpoint's
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:
@@ -51,7 +52,7 @@ class LocalEngine:
         self.prompts = PromptBuilder(checkpoint_dir)
         self._rules = TokenRules(self.prompts.eos_ids, self.prompts.special_ids, self.prompts.pad_id)
         with no_progress_bars():
-            self._model: PlainModel | None = PlainModel(checkpoint_dir, device=self._config.device)
+            self._model: PlainModel | None = PlainModel(checkpoint_dir, self._config.dtype, self._config.device)
         self.weight_version = 0
         self._source: WeightSource | None = None
         self._changed: set[str] = set()  # tensors that are not the checkpoint's any more

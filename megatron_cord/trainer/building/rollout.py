@@ -76,7 +76,8 @@ def build_rollout(
             "it to false"
         )
     directory = Path(config.output_dir)
-    engine = build_engine(config.rollout, config.model.checkpoint, layout.device)
+    dtype = config.model.torch_dtype
+    engine = build_engine(config.rollout, config.model.checkpoint, layout.device, dtype)
     own, lora = config.teacher.checkpoint, step.lalm.lora
     adapted = lora is not None and lora.has("language_model")
     answers = ReferenceAnswers(
@@ -84,7 +85,7 @@ def build_rollout(
         "frozen" if config.teacher.mode == "frozen" else "live",
         (lambda: base_weights(engine) if adapted else nullcontext(engine))
         if own is None
-        else lambda: closing(answering_engine(config.rollout, config.teacher, layout.device)),
+        else lambda: closing(answering_engine(config.rollout, config.teacher, layout.device, dtype)),
         prompts,
         config.rollout.max_new_tokens,
         directory / "reference_answers.jsonl",

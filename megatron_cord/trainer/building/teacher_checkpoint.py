@@ -84,19 +84,22 @@ def _other_audio(teacher: Architecture, student: Architecture) -> str | None:
     return None
 
 
-def answering_engine(rollout: RolloutConfig, teacher: TeacherConfig, device: torch.device) -> CollectiveEngine:
+def answering_engine(
+    rollout: RolloutConfig, teacher: TeacherConfig, device: torch.device, dtype: torch.dtype | None = None
+) -> CollectiveEngine:
     """Build the engine that answers with the teacher's weights: its own servers, or the local engine. Collective.
 
     Args:
         rollout: how servers are used.
         teacher: with a checkpoint.
         device: of this rank.
+        dtype: of the local engine; None: the checkpoint's.
 
     Raises:
         CordError: as `build_engine`.
     """
     assert teacher.checkpoint is not None
     if not teacher.servers:
-        return build_engine(replace(rollout, engine="local"), teacher.checkpoint, device)
+        return build_engine(replace(rollout, engine="local"), teacher.checkpoint, device, dtype)
     servers = replace(rollout.sglang, servers=teacher.servers, servers_file=None, min_servers=1)
     return build_engine(replace(rollout, engine="sglang", sglang=servers), teacher.checkpoint, device)
