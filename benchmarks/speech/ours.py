@@ -64,7 +64,9 @@ def main() -> None:
     model = wrap_model(config.optimizer, student)
     optimizer, scheduler = build_optimizer(config.optimizer, model, config.train.steps)
     prompts = PromptBuilder(config.model.checkpoint)
-    engine = LocalEngine(config.model.checkpoint, LocalEngineConfig(device=str(layout.device), dtype=config.model.torch_dtype))
+    engine = LocalEngine(
+        config.model.checkpoint, LocalEngineConfig(device=str(layout.device), dtype=config.model.torch_dtype)
+    )
     train = TrainStep(
         model, teacher, optimizer, scheduler, config.objective, config.train, prompts.pad_id, setting.new_tokens
     )
