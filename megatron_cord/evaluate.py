@@ -88,7 +88,7 @@ def _answer_all(
     None if it was asked to stop before.
     """
     if config.evaluation.baseline == "base" and config.evaluation.checkpoint != "base":
-        base = checkpoint_fingerprint(checkpoint_directory(config.model.checkpoint))
+        base = _identity(config, checkpoint_directory(config.model.checkpoint))
         with _progress(layout, "base") as progress:
             if not evaluator.answer("base", base, engine, progress, stop):
                 return None
@@ -129,14 +129,14 @@ def _baseline(config: RunConfig, label: str) -> Path | None:
 
 
 def load_evaluated(config: RunConfig, layout: Layout, engine: RolloutEngine) -> tuple[str, str, int]:
-    """Give the engine the weights to evaluate; return the label, a fingerprint of the weights, and their step.
+    """Give the engine the weights to evaluate; return the label, `_identity` of the model, and the step.
 
     Raises:
         CordError: there is no such checkpoint.
     """
     named = config.evaluation.checkpoint
     if named == "base":
-        return "base", checkpoint_fingerprint(checkpoint_directory(config.model.checkpoint)), 0
+        return "base", _identity(config, checkpoint_directory(config.model.checkpoint)), 0
     checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.checkpoint)
     path: Path | None = Path(named)
     if named == "latest":
@@ -156,7 +156,13 @@ def load_evaluated(config: RunConfig, layout: Layout, engine: RolloutEngine) -> 
         )
     model, step = build_saved(path, config.model, layout)
     engine.update_weights(ShardedModelWeights(model), step)
-    return path.resolve().name, checkpoint_fingerprint(path), step
+    return path.resolve().name, _identity(config, path), step
+
+
+def _identity(config: RunConfig, checkpoint: Path) -> str:
+    """Return what answers depend on beside their questions: the weights, and the precision of the local engine."""
+    weights = checkpoint_fingerprint(checkpoint)
+    return f"{weights} in {config.model.dtype}" if config.rollout.engine == "local" else weights
 
 
 @contextmanager

@@ -72,10 +72,11 @@ class CompareConfig:
             )
         own = (s for name, method in self.trained.items() for s in (*method.settings, *self.adjust.get(name, ())))
         common = {*_DRAWN, *(setting.partition("=")[0] for setting in (*self.settings, *own))}
-        if both := sorted(common & {setting.partition("=")[0] for setting in self.machine_settings}):
-            raise CordError(
-                f"machine_settings has {both[0]}, which the comparison sets itself; leave it to one of them"
-            )
+        for key in (setting.partition("=")[0] for setting in self.machine_settings):
+            if both := sorted(other for other in common if f"{other}.".startswith(f"{key}.")):
+                raise CordError(
+                    f"machine_settings has {both[0]}, which the comparison sets itself; leave it to one of them"
+                )
         if taken := [name for name in self.runs if name in self.trained]:
             raise CordError(f"runs.{taken[0]}: a method has this name; choose another")
         if empty := [name for name, directories in self.runs.items() if not directories]:

@@ -46,7 +46,10 @@ def run(*settings: str) -> dict[str, Any]:
 
 
 def test_a_plain_checkpoint(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches an evaluation that needs a training run, its data or its directory, and one that is not resumed."""
+    """Catches an evaluation that needs a training run, its data or its directory, and one that is not resumed.
+
+    Also one that goes on in another precision.
+    """
     plain = [
         f"output_dir={tmp_path}",
         f"model.checkpoint={inputs / 'checkpoint'}",
@@ -64,6 +67,8 @@ def test_a_plain_checkpoint(inputs: Path, tmp_path: Path, capsys: pytest.Capture
     )
     before = (directory / "spoken.jsonl").stat().st_mtime_ns
     assert run(*plain) == result and (directory / "spoken.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(CordError, match=r"spoken\.jsonl holds answers for other model;"):
+        run(*plain, "model.dtype=float32")  # the local engine's precision, too
 
 
 def test_a_set_that_is_rated(inputs: Path, tmp_path: Path) -> None:
