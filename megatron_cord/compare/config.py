@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_cord.compare.methods import COMPARED, Method, methods_named
 from megatron_cord.errors import CordError
 
-_DRAWN = ("seed", "output_dir")  # settings of a run that the comparison itself makes
+_OF_EACH_RUN = ("seed", "output_dir")  # settings that the comparison itself makes
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class CompareConfig:
                 f"adjust names {name!r}, which is none of the methods; choose one of {', '.join(self.methods)}"
             )
         own = (s for name, method in self.trained.items() for s in (*method.settings, *self.adjust.get(name, ())))
-        common = {*_DRAWN, *(setting.partition("=")[0] for setting in (*self.settings, *own))}
-        for key in (setting.partition("=")[0] for setting in self.machine_settings):
+        common = {*_OF_EACH_RUN, *(setting.partition("=")[0] for setting in (*self.settings, *own))}
+        for key in self.machine_keys:
             if both := sorted(other for other in common if f"{other}.".startswith(f"{key}.")):
                 raise CordError(
                     f"machine_settings has {both[0]}, which the comparison sets itself; leave it to one of them"
@@ -98,6 +98,11 @@ class CompareConfig:
     def chart_path(self) -> Path | None:
         """The path of the drawing; None if there is none."""
         return Path(self.chart) if self.chart else self.results_path
+
+    @property
+    def machine_keys(self) -> tuple[str, ...]:
+        """The keys of machine_settings."""
+        return tuple(setting.partition("=")[0] for setting in self.machine_settings)
 
     @property
     def trained(self) -> dict[str, Method]:

@@ -77,8 +77,7 @@ def _planned(config: CompareConfig, name: str, method: Method, seed: int) -> Pla
             f"ranks={config.ranks} is no multiple of the layout's {layout} (tp × pp × cp); set 0 for as few as it needs"
         )
     kept = Path(config.kept) / f"{name}-seed-{seed}.json.gz" if config.kept else None
-    free = tuple(setting.partition("=")[0] for setting in config.machine_settings)
-    return PlannedRun(name, seed, directory, overrides, run, config.ranks or layout, kept, free)
+    return PlannedRun(name, seed, directory, overrides, run, config.ranks or layout, kept, config.machine_keys)
 
 
 def _filled(text: str, seed: int) -> str:

@@ -141,7 +141,8 @@ class Journal:
 
     Args:
         path: the file; it may have part of the answers already.
-        model: fingerprint of the weights; None accepts the answers of any model, for comparisons.
+        model: identifies the weights, and the precision if it is known; None accepts the answers of any model, for
+            comparisons.
         questions: the set's.
         max_new_tokens: the length limit of answers.
     """
