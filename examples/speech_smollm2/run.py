@@ -5,7 +5,7 @@
     make speech … RECIPE=gkd                           # another objective, in runs/speech/gkd
 
 1. The LLM and the Whisper's encoder become one checkpoint with a random projector between them: `cord graft`.
-2. Questions about facts, and sentences, are spoken by Piper and espeak-ng, half of them in noise: `cord synthesize`.
+2. Questions about facts and pairs of things are spoken by Piper and espeak-ng, half in noise: `cord synthesize`.
 3. The projector learns words, without a pass through the LLM: `cord warmup`.
 4. CORD teaches the projector on two data-parallel ranks: `cord train`, with an evaluation before and after it.
 5. A table with intervals, `report.html` with recordings to play, and `summary.json` in the run's directory.
@@ -83,8 +83,8 @@ def speak(root: Path, voice: Path | None, sizes: Sizes) -> int:
     made = questions(sizes.questions)
     files = write_files(root / "questions", made, synthesizers)
     for split in made:
-        group = "train" if split == "readings" else split
-        place = {"train": "training/questions", "readings": "training/readings"}.get(split, split)
+        group = "train" if split == "pairs" else split
+        place = {"train": "training/facts", "pairs": "training/pairs"}.get(split, split)
         for synthesizer in synthesizers:
             output = root / "data" / place / synthesizer
             if (output / MANIFEST_NAME).is_file():
@@ -152,7 +152,7 @@ def main() -> int:
         f"seed={given.seed}",
         f"output_dir={root if given.recipe is None else root / given.recipe}",
         f"model.checkpoint={root}/warmup/model",
-        f"data.train={root}/data/training/questions/*/*.tar",
+        f"data.train={root}/data/training/*/*/*.tar",
         f"data.evaluation={root}/data/heldout/*/*.tar",
         *settings_of(given.recipe),
         *given.overrides,

@@ -10,7 +10,7 @@ from examples.speech_smollm2.questions import QuestionsConfig
 _HERE = Path(__file__).parent
 
 #: Voices by split and synthesizer; Piper's are settings behind the one voice that is given. Nobody speaks in two splits
-#: but the warm-up's readings, which the training voices read.
+#: but the pairs of things, which the training voices ask about.
 VOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
         "espeak": (
@@ -49,4 +49,4 @@ class Sizes:
 
 
 FULL = Sizes(QuestionsConfig(), 128, 2, 4096, _HERE / "speech.yaml", _HERE / "warmup.yaml")
-TINY = Sizes(QuestionsConfig(rows=3, readings=12), 16, 1, 32, _HERE / "tiny.yaml", _HERE / "tiny-warmup.yaml")
+TINY = Sizes(QuestionsConfig(rows=3, pairs=12), 16, 1, 32, _HERE / "tiny.yaml", _HERE / "tiny-warmup.yaml")

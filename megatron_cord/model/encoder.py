@@ -63,7 +63,7 @@ class AudioEncoder(MegatronModule):  # type: ignore[misc]
         self.block = TransformerBlock(config, spec, post_layer_norm=False, pg_collection=groups)
         self.layer_norm = torch.nn.LayerNorm(hidden, eps=config.layernorm_epsilon, dtype=dtype, device=layout.device)
         for layer in self.block.layers:
-            _keep_key_bias(layer.self_attention.linear_qkv.bias, hidden // arch.num_heads)
+            keep_key_bias(layer.self_attention.linear_qkv.bias, hidden // arch.num_heads)
             if arch.tail_frames:
                 select_key_rows(layer.self_attention.core_attention)
             layer.mlp.__class__ = WholeMLP
@@ -144,7 +144,7 @@ class WholeMLP(MLP):  # type: ignore[misc]
         return output + bias, None
 
 
-def _keep_key_bias(bias: torch.nn.Parameter, head_dim: int) -> None:
+def keep_key_bias(bias: torch.nn.Parameter, head_dim: int) -> None:
     """Drop the gradient of the keys' bias: it stays as it is, which is zero where a family has none, as Whisper.
 
     A key bias does not change the attention, so its gradient is rounding noise, which Adam would scale to whole steps.

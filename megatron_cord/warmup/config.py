@@ -19,6 +19,9 @@ class CtcConfig:
     final_learning_rate_fraction: float = 0.05  #: of the peak, where the cosine ends
     hidden_size: int = 768  #: width of the network's one hidden layer
     noise: float = 0.1  #: standard deviation of the Gaussian noise on the encoder's states
+    #: the peak of the encoder's own weights, which then learn beside the recognizer and are written with the adapter;
+    #: 0 leaves them as they are
+    encoder_learning_rate: float = 0.0
 
     def __post_init__(self) -> None:
         _check_updates("ctc", self)
@@ -26,6 +29,8 @@ class CtcConfig:
             raise CordError(
                 f"hidden_size must be at least 1 and noise cannot be negative, got {self.hidden_size} and {self.noise}"
             )
+        if not (self.encoder_learning_rate >= 0 and math.isfinite(self.encoder_learning_rate)):
+            raise CordError(f"ctc.encoder_learning_rate cannot be negative, got {self.encoder_learning_rate}")
 
 
 @dataclass(frozen=True)

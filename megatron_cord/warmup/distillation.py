@@ -26,6 +26,7 @@ from megatron_cord.losses import TokenStats, distillation_loss
 from megatron_cord.model.adapters import Adapter
 from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.config import LayerConfig
+from megatron_cord.model.encoder import AudioEncoder
 from megatron_cord.model.lalm import LALM, ModelInput
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import all_gather_json
@@ -83,6 +84,7 @@ class Distillation:
         corpus: the utterances.
         prompts: of the checkpoint.
         arch: of the checkpoint.
+        encoder: as the first stage left it.
         adapt: the adapter that is trained, in the scale of the word embedding.
 
     Raises:
@@ -96,6 +98,7 @@ class Distillation:
         corpus: Corpus,
         prompts: PromptBuilder,
         arch: Architecture,
+        encoder: AudioEncoder,
         adapt: Adapt,
     ) -> None:
         self._config, self._layout, self._corpus, self._prompts = config.distillation, layout, corpus, prompts
@@ -104,6 +107,8 @@ class Distillation:
         self._model = LALM(arch, layout, getattr(torch, config.dtype), LayerConfig("torch"))
         read_into(self._model, config.checkpoint)
         self._model.requires_grad_(False)
+        assert self._model.audio_encoder is not None
+        self._model.audio_encoder.load_state_dict(encoder.state_dict())
         self._model.adapter = cast(Adapter, _Adapted(adapt))
 
     def losses(self, step: int) -> Iterator[Tensor]:

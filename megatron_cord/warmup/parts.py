@@ -26,7 +26,7 @@ from megatron_cord.model.families import family_of, load_architecture
 from megatron_cord.parallel.layout import Layout
 
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
-_ADAPTER = "adapter."
+_ENCODER, _ADAPTER = "audio_encoder.", "adapter."
 
 
 @dataclass(frozen=True)
@@ -35,35 +35,53 @@ class Parts:
 
     Attributes:
         arch: of the whole.
-        encoder: frozen.
+        encoder: its weights have no gradients.
+        learnable: names of the encoder's weights that can be trained; the sinusoids of its positions are none.
         adapter: in fp32.
         stored: where all tensors of its model lie, by published name, in the order of export.
         carried: the tensors of other parts.
-        embedding: where the word embedding lies.
+        sources: where the tensors lie, by Megatron's names.
     """
 
     arch: Architecture
     encoder: AudioEncoder
+    learnable: tuple[str, ...]
     adapter: Adapter
     stored: Mapping[str, StoredTensor]
     carried: Carried
-    embedding: Source
+    sources: Mapping[str, Source]
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The precision of the files."""
+        return next(iter(self.stored.values())).dtype
 
     def embedding_rows(self, token_ids: Sequence[int], device: torch.device) -> Tensor:
         """Return rows of the word embedding, float32 [tokens, H]."""
         rows = self.arch.language.padded_vocab_size(1)
         out = torch.empty(len(token_ids), self.arch.language.hidden_size)
         for place, token in enumerate(token_ids):
-            read_block(self.embedding, rows, (token, 0), out[place : place + 1])
+            read_block(self.sources[_EMBEDDING], rows, (token, 0), out[place : place + 1])
         return out.to(device)
 
-    def adapter_tensors(self) -> dict[str, Tensor]:
-        """Return the adapter's weights under their published names, on the host."""
+    def encoder_weights(self, device: torch.device) -> dict[str, Tensor]:
+        """Read the encoder's learnable weights from the files, in fp32."""
+        found = {}
+        for name in self.learnable:
+            out = torch.empty(self.encoder.get_parameter(name).shape)
+            read_block(self.sources[_ENCODER + name], out.shape[0], (0, 0), out)
+            found[name] = out.to(device)
+        return found
+
+    def published(self, encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the adapter's weights, and these of the encoder, under their published names, on the host."""
         tensors = {}
         rules = family_of(self.arch).tensor_map(self.arch).by_megatron_name
-        for name, parameter in self.adapter.named_parameters():
-            rule = rules[_ADAPTER + name]
-            for published_name, part in zip(rule.hf, rule.layout.split(parameter.detach().cpu(), 1), strict=True):
+        weights = {_ENCODER + name: weight for name, weight in encoder.items()}
+        weights |= {_ADAPTER + name: parameter for name, parameter in self.adapter.named_parameters()}
+        for name, weight in weights.items():
+            rule = rules[name]
+            for published_name, part in zip(rule.hf, rule.layout.split(weight.detach().cpu(), 1), strict=True):
                 if published_name is not None:
                     tensors[published_name] = part
         return tensors
@@ -106,13 +124,14 @@ def read_parts(checkpoint: str, layout: Layout, dtype: torch.dtype) -> Parts:
     sizes = (arch.encoder.hidden_size, arch.language.hidden_size)
     adapter = build_adapter(arch.adapter, sizes, encoder.config, layout.device)
     adapter.float()
-    for part, module in (("audio_encoder.", encoder), (_ADAPTER, adapter)):
+    for part, module in ((_ENCODER, encoder), (_ADAPTER, adapter)):
         module.to(layout.device)
         _fill(module, part, sources)
+    learnable = tuple(name for name, parameter in encoder.named_parameters() if parameter.requires_grad)
     encoder.requires_grad_(False)
     names = (name for rule in family_of(arch).tensor_map(arch).rules for name in rule.hf_names)
     stored = {name: tensors[name] for name in names}
-    return Parts(arch, encoder, adapter, stored, read_carried(checkpoint, arch), sources[_EMBEDDING])
+    return Parts(arch, encoder, learnable, adapter, stored, read_carried(checkpoint, arch), sources)
 
 
 def _fill(module: nn.Module, part: str, sources: Mapping[str, Source]) -> None:

@@ -1,7 +1,8 @@
 """The stages without the language model on one rank: the loss of a step, and the token error on what is held out.
 
-1. CTC of the recognizer over the encoder's states. 2. Regression of the checkpoint's adapter, by the mean squared
-error, onto the embeddings that the recognizer expects, at the adapter's own fixed rate of tokens.
+1. CTC of the recognizer over the encoder's states, in which the encoder may learn, too.
+2. Regression of the checkpoint's adapter, by the mean squared error, onto the embeddings that the recognizer expects,
+   at the adapter's own fixed rate of tokens.
 3. Distillation (`distillation`), which trains the same adapter.
 
 While it is trained, the adapter's last layer is divided by the word embedding's root mean square: outputs have a mean
@@ -17,12 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
+from megatron_cord.data.audio.features import stack_features
 from megatron_cord.model.adapters import Adapter, LinearAdapter
 from megatron_cord.parallel.layout import Layout
 from megatron_cord.parallel.objects import all_gather_json
+from megatron_cord.parallel.transfers import to_device
 from megatron_cord.warmup.config import WarmupConfig
 from megatron_cord.warmup.corpus import Corpus
 from megatron_cord.warmup.parts import Parts
@@ -36,6 +39,7 @@ from megatron_cord.warmup.recognizer import (
 )
 from megatron_cord.warmup.states import EncoderStates
 from megatron_cord.warmup.token_errors import TokenErrors, collapse, count_errors
+from megatron_cord.warmup.trained_encoder import TrainedEncoder
 
 _CHUNK = 32  # utterances that are measured together
 
@@ -47,12 +51,13 @@ class Stages:
         config: of the warm-up.
         layout: the ranks.
         corpus: the utterances.
-        states: of the encoder.
-        parts: of the checkpoint; the adapter is changed.
+        states: of the encoder; where that learns, they are there once `keep_encoder` was called.
+        parts: of the checkpoint; the adapter is changed, and the encoder where it learns.
         filler: token whose embedding stands for no token; None for zeros.
 
     Attributes:
         recognizer: fp32.
+        encoder: while it learns and after; None if it does not.
         adapter: fp32, its outputs in units of `unit`.
         unit: root mean square of the rows.
         num_classes: K.
@@ -81,6 +86,10 @@ class Stages:
         self._stride = parts.arch.adapter.stride
         width = self._stride * parts.arch.encoder.hidden_size
         self.recognizer = Recognizer(width, config.ctc.hidden_size, self._rows, config.seed).to(layout.device)
+        self.encoder: TrainedEncoder | None = None
+        if config.ctc.encoder_learning_rate:
+            self.encoder = TrainedEncoder(parts.encoder, parts.encoder_weights(layout.device))
+        self._learns = self.encoder is not None
         self.adapter = parts.adapter
         scale_output(self.adapter, 1 / self.unit)
 
@@ -88,6 +97,13 @@ class Stages:
     def num_classes(self) -> int:
         """How many tokens are told apart."""
         return len(self._class_of)
+
+    @property
+    def ctc_module(self) -> nn.Module:
+        """What the first stage trains; the encoder's weights have names that begin with "encoder."."""
+        if self.encoder is None:
+            return self.recognizer
+        return nn.ModuleDict({"recognizer": self.recognizer, "encoder": self.encoder})
 
     @property
     def unknown_tokens(self) -> int:
@@ -107,6 +123,12 @@ class Stages:
             logits = self.recognizer(stacks)
         targets = [[self._class_of[t] for t in self._corpus.utterances[number].token_ids] for number in numbers]
         return ctc_losses(logits, self._tokens(numbers), targets).sum() / settings.batch_size
+
+    def keep_encoder(self) -> None:
+        """End the encoder's learning: from now on its states are read."""
+        if self.encoder is not None:
+            self.encoder.store(self._parts.stored_dtype)
+            self._learns = False
 
     def regression_loss(self, step: int) -> Tensor:
         """Return this rank's summand of the regression's loss over a step's batch.
@@ -153,9 +175,8 @@ class Stages:
     def finish(self) -> None:
         """Give the adapter the scale and the precision with which it is written."""
         scale_output(self.adapter, self.unit)
-        stored = next(iter(self._parts.stored.values())).dtype
         for parameter in self.adapter.parameters():
-            parameter.copy_(parameter.to(stored))
+            parameter.copy_(parameter.to(self._parts.stored_dtype))
 
     @torch.no_grad()
     def _errors(self, read: Callable[[Sequence[int]], Tensor]) -> TokenErrors:
@@ -184,7 +205,14 @@ class Stages:
         return outputs
 
     def _stacks(self, numbers: Sequence[int]) -> Tensor:
-        states = [self._states.read(number) for number in numbers]
+        if self._learns:
+            assert self.encoder is not None
+            clips = self._corpus.clips(numbers)
+            features = to_device(stack_features([clip.features for clip in clips]), self._layout.device)
+            encoded = self.encoder(features, [clip.num_frames for clip in clips])
+            states = list(torch.split(encoded, [self._states.counts[number] for number in numbers]))
+        else:
+            states = [self._states.read(number) for number in numbers]
         return stack(states, self._tokens(numbers), self._stride).to(self._layout.device)
 
     def _tokens(self, numbers: Sequence[int]) -> list[int]:

@@ -55,15 +55,33 @@ class Updates:
         stage: its rates.
         config: what all stages share.
         layout: the ranks.
+        peaks: of parameters with a rate of their own, by what their names begin with; the others have the stage's.
     """
 
-    def __init__(self, name: str, module: nn.Module, stage: StageConfig, config: WarmupConfig, layout: Layout) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        stage: StageConfig,
+        config: WarmupConfig,
+        layout: Layout,
+        peaks: Mapping[str, float] | None = None,
+    ) -> None:
         self._name, self._layout, self._clip_norm = name, layout, config.clip_norm
         self._parameters = dict(module.named_parameters())
         peak = stage.learning_rate
         warmup = min(config.warmup_steps, stage.steps - 1)
         self._rates = RateSchedule(peak, peak * stage.final_learning_rate_fraction, warmup, stage.steps)
-        self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=peak, weight_decay=config.weight_decay)
+        prefixes = {"": peak, **(peaks or {})}  # of several that fit, the last counts
+        groups: dict[float, list[nn.Parameter]] = {}
+        for each, parameter in self._parameters.items():
+            own = [rate for prefix, rate in prefixes.items() if each.startswith(prefix)][-1]
+            groups.setdefault(own / peak, []).append(parameter)
+        self._optimizer = torch.optim.AdamW(
+            [{"params": parameters, "factor": factor} for factor, parameters in groups.items()],
+            lr=peak,
+            weight_decay=config.weight_decay,
+        )
 
     def update(self, step: int, losses: Iterable[Tensor], *, stop: bool) -> tuple[float, bool]:
         """Make an update. Collective over all ranks.
@@ -98,7 +116,7 @@ class Updates:
             parameter.grad = grad.view_as(parameter)
         nn.utils.clip_grad_norm_(parameters, self._clip_norm)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rates.rate(step)
+            group["lr"] = group["factor"] * self._rates.rate(step)
         self._optimizer.step()
         return total, stops > 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,17 +75,17 @@ def warm_up(config: WarmupConfig, layout: Layout, stop: Callable[[], bool] = lam
     counts = [parts.encoder.num_outputs(each.num_frames) for each in corpus.utterances]
     assert arch.encoder is not None
     states = EncoderStates(directory / "states", counts, arch.encoder.hidden_size)
-    begun = time.monotonic()
-    encode(states, corpus, parts.encoder, layout, stop)
     stages = Stages(config, layout, corpus, states, parts, filler)
-    distillation = partial(Distillation, config, layout, corpus, prompts, arch, stages.adapt)
-    run = _Run(config, layout, stages, distillation, stop)
-    run.progress.seconds.setdefault("encoding", round(time.monotonic() - begun, 1))
+    encoding = partial(encode, states, corpus, parts.encoder, layout, stop)
+    distillation = partial(Distillation, config, layout, corpus, prompts, arch, parts.encoder, stages.adapt)
+    run = _Run(config, layout, stages, encoding, distillation, stop)
+    if stages.encoder is None:
+        run.encode()
     run.train_all()
     stages.finish()
     run.measure("adapter as written", stages.adapter_errors(stages.unit))
     summary = _summary(config, layout, corpus, stages, run.progress)
-    run_on_main(lambda: _write(config, directory, parts, summary))
+    run_on_main(lambda: _write(config, directory, parts, stages, summary))
     return summary
 
 
@@ -97,13 +97,14 @@ class _Run:
         config: WarmupConfig,
         layout: Layout,
         stages: Stages,
+        encoding: Callable[[], None],
         distillation: Callable[[], Distillation],
         stop: Callable[[], bool],
     ) -> None:
         self._config, self._layout, self._stages, self._stop = config, layout, stages, stop
-        self._distillation = distillation
+        self._encoding, self._distillation = encoding, distillation
         self._directory = Path(config.output_dir)
-        self._modules: dict[str, nn.Module] = {"ctc": stages.recognizer, "regression": stages.adapter}
+        self._modules: dict[str, nn.Module] = {"ctc": stages.ctc_module, "regression": stages.adapter}
         self.progress, self._saved = read_state(self._directory)
         for name, module in self._modules.items() if self._saved else ():
             module.load_state_dict(self._of(name))
@@ -117,11 +118,15 @@ class _Run:
             self._train(
                 "ctc",
                 config.ctc,
-                stages.recognizer,
+                self._modules["ctc"],
                 lambda step: [stages.recognizer_loss(step)],
                 lambda when: self.measure(when, stages.recognizer_errors()),
+                {"encoder.": config.ctc.encoder_learning_rate},
             )
             self._go_on_to("regression")
+        if stages.encoder is not None:
+            stages.keep_encoder()
+            self.encode()
         if self.progress.stage == "regression":
             self._train(
                 "regression",
@@ -140,6 +145,12 @@ class _Run:
                 distillation.losses,
                 lambda when: self._note_divergence(when, distillation.held_out_divergence()),
             )
+
+    def encode(self) -> None:
+        """Compute the encoder's states that are missing."""
+        begun = time.monotonic()
+        self._encoding()
+        self.progress.seconds.setdefault("encoding", round(time.monotonic() - begun, 1))
 
     def measure(self, what: str, found: TokenErrors) -> None:
         """Note a token error rate."""
@@ -160,9 +171,10 @@ class _Run:
         module: nn.Module,
         losses_of: Callable[[int], Iterable[Tensor]],
         measure: Callable[[str], None],
+        peaks: Mapping[str, float] | None = None,
     ) -> None:
         progress, steps = self.progress, settings.steps
-        updates = Updates(name, module, settings, self._config, self._layout)
+        updates = Updates(name, module, settings, self._config, self._layout, peaks)
         updates.restore(self._of("moments"))
         if not {f"{name} before"} & (progress.token_errors.keys() | progress.divergences.keys()):
             measure(f"{name} before")
@@ -249,6 +261,7 @@ def _summary(
     held_out = [corpus.utterances[number] for number in corpus.held_out]
     return {
         "model": str(Path(config.output_dir) / MODEL),
+        "trained": ["adapter"] if stages.encoder is None else ["audio_encoder", "adapter"],
         "recordings": {"trained on": corpus.num_train, "held out": len(held_out), "left out": corpus.skipped},
         "tokens": {
             "told apart": stages.num_classes,
@@ -264,7 +277,7 @@ def _summary(
     }
 
 
-def _write(config: WarmupConfig, directory: Path, parts: Parts, summary: dict[str, Any]) -> None:
-    write = partial(write_model, checkpoint_directory(config.checkpoint), directory / MODEL, parts)
-    write(parts.adapter_tensors())
+def _write(config: WarmupConfig, directory: Path, parts: Parts, stages: Stages, summary: dict[str, Any]) -> None:
+    changed = parts.published({} if stages.encoder is None else stages.encoder.named())
+    write_model(checkpoint_directory(config.checkpoint), directory / MODEL, parts, changed)
     write_json(directory / SUMMARY, summary)

@@ -149,11 +149,12 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
             query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
             if self.is_causal:
                 return self._causal(query, key, value, packed_seq_params.cu_seqlens).squeeze(1)
-            queries, keys = pairwise(packed_seq_params.cu_seqlens), pairwise(packed_seq_params.cu_seqlens_keys)
-            pieces = [
-                self._attend(query[a:b], key[c:d], value[c:d], None, is_causal=False)
-                for (a, b), (c, d) in zip(queries, keys, strict=True)
-            ]
+            parts = (
+                _split(query, packed_seq_params.cu_seqlens),
+                _split(key, packed_seq_params.cu_seqlens_keys),
+                _split(value, packed_seq_params.cu_seqlens_keys),
+            )
+            pieces = [self._attend(*part, None, is_causal=False) for part in zip(*parts, strict=True)]
             return torch.cat(pieces).squeeze(1)
         if not self.is_causal:
             raise ValueError("SdpaAttention without a causal mask takes packed sequences")
@@ -163,9 +164,8 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
     def _causal(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: tuple[int, ...]) -> Tensor:
         """Return [T/CP, B, Q/TP · D] of sequences that stand one after the other along the first dimension."""
         if self.cp_group is None:
-            pieces = [
-                self._attend(query[a:b], key[a:b], value[a:b], None, is_causal=True) for a, b in pairwise(cu_seqlens)
-            ]
+            parts = (_split(each, cu_seqlens) for each in (query, key, value))
+            pieces = [self._attend(*part, None, is_causal=True) for part in zip(*parts, strict=True)]
             return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         ranks, rank = self.cp_group.size(), self.cp_group.rank()
         size = key.shape[-1]
@@ -194,3 +194,11 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale
         )
         return out.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
+
+
+def _split(rows: Tensor, cu_seqlens: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return the sequences that stand one after the other along the first dimension.
+
+    A split has one gradient for all parts; slices would each have one as large as the whole, and a sum of them.
+    """
+    return torch.split(rows, [end - start for start, end in pairwise(cu_seqlens)])
