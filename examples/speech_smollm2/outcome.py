@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from megatron_cord.compare.kept import this_machine
 from megatron_cord.evaluation.files import heldout_files, read_result
 from megatron_cord.evaluation.results import set_result
 from megatron_cord.report.page.page import render
@@ -30,7 +31,7 @@ def show(directory: Path, console: Console) -> None:
     before, after = (read_result(path) for path in (evaluations[0], evaluations[-1]))
     console.print(evaluation_table(before, after))
     found = intervals(before, after)
-    write_json(directory / INTERVALS, found)
+    write_json(directory / INTERVALS, {**found, "machine": this_machine()})
     for modality in ("text", "audio"):
         rows = ", ".join(f"{name} {_share(found[name][modality])}" for name in ("before", "after"))
         change = found["change"][modality]

@@ -1,9 +1,9 @@
 """The example's questions, as files for `cord synthesize`: rows of the tables in three parts, and pairs of things.
 
 Rows are divided table by table: what is held out for the evaluation, or for choosing settings (development), is asked
-in training in no phrasing. Beside these facts, training has requests to repeat two things each, without a gold
-answer. All things of all tables are in them, so that held-out *facts* are asked in words that occurred in training: a
-projector cannot hear a name that it was never given. Everything is drawn from the seed.
+in training in no phrasing. Beside these facts there are requests to repeat two things each, without a gold answer: the
+warm-up learns words from them and from the facts. All things of all tables are in them, so that held-out *facts* are
+asked in words that occurred in training. Everything is drawn from the seed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from megatron_cord.runtime.files import write_atomic
 
 Split = Literal["train", "development", "heldout", "pairs"]
 SPLITS: tuple[Split, ...] = ("train", "development", "heldout", "pairs")
-#: The reading LLM says both things again in six of ten answers, and little else: of its other answers, cut at a dozen
-#: tokens, few tokens depend on which things were named.
+#: Mostly the reading LLM says both things again, and little else.
 PAIR_PHRASINGS = (
     "Repeat the following words: {} and {}.",
     "Repeat: {} and {}.",

@@ -152,7 +152,7 @@ def main() -> int:
         f"seed={given.seed}",
         f"output_dir={root if given.recipe is None else root / given.recipe}",
         f"model.checkpoint={root}/warmup/model",
-        f"data.train={root}/data/training/*/*/*.tar",
+        f"data.train={root}/data/training/facts/*/*.tar",
         f"data.evaluation={root}/data/heldout/*/*.tar",
         *settings_of(given.recipe),
         *given.overrides,

@@ -6,6 +6,7 @@ import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core
 
 import hashlib
 import json
+import os
 import re
 import sys
 import zipfile
@@ -193,6 +194,7 @@ def test_from_two_models_to_a_report(
     assert summary["samples"] == 16 and summary["steps"] == 2
     assert summary["text_accuracy"] == summary["text_accuracy_after"]
     assert json.loads((root / "intervals.json").read_text())["change"].keys() >= {"text", "audio", "gap_closed"}
+    assert json.loads((root / "intervals.json").read_text())["machine"]["cores"] == os.cpu_count()
     assert "data:audio/wav" in (root / "report.html").read_text()
     assert commands() == []
     (llm / "config.json").write_text((llm / "config.json").read_text() + " ")
