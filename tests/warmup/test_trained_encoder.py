@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 
 def learning_config(inputs: Path, output: Path, steps: int = 12, rate: float = 2e-3) -> WarmupConfig:
     """Return a short warm-up whose encoder learns."""
-    few = {"batch_size": 16, "learning_rate": 5e-3}
+    few: dict[str, Any] = {"batch_size": 16, "learning_rate": 5e-3}
     ctc = CtcConfig(steps=steps, hidden_size=48, encoder_learning_rate=rate, **few)
     return config_of(inputs, output, ctc=ctc, regression=RegressionConfig(steps=8, filler="user", **few))
 
@@ -66,7 +67,7 @@ def test_gradients_are_those_of_the_encoder_itself(inputs: Path, layout: Layout)
     trained = TrainedEncoder(parts.encoder, parts.encoder_weights(layout.device))
     features, frames = torch.randn(2, parts.encoder.arch.num_mels, 120), [120, 97]
     loss = trained(features, frames).pow(3).sum()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     for name in parts.learnable:
         parts.encoder.get_parameter(name).requires_grad_(True)
     same = parts.encoder(features, frames).pow(3).sum()

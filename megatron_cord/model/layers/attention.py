@@ -149,12 +149,11 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
             query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
             if self.is_causal:
                 return self._causal(query, key, value, packed_seq_params.cu_seqlens).squeeze(1)
-            parts = (
-                _split(query, packed_seq_params.cu_seqlens),
-                _split(key, packed_seq_params.cu_seqlens_keys),
-                _split(value, packed_seq_params.cu_seqlens_keys),
-            )
-            pieces = [self._attend(*part, None, is_causal=False) for part in zip(*parts, strict=True)]
+            queries = _split(query, packed_seq_params.cu_seqlens)
+            keys, values = (_split(each, packed_seq_params.cu_seqlens_keys) for each in (key, value))
+            pieces = [
+                self._attend(q, k, v, None, is_causal=False) for q, k, v in zip(queries, keys, values, strict=True)
+            ]
             return torch.cat(pieces).squeeze(1)
         if not self.is_causal:
             raise ValueError("SdpaAttention without a causal mask takes packed sequences")
@@ -164,8 +163,10 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
     def _causal(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: tuple[int, ...]) -> Tensor:
         """Return [T/CP, B, Q/TP · D] of sequences that stand one after the other along the first dimension."""
         if self.cp_group is None:
-            parts = (_split(each, cu_seqlens) for each in (query, key, value))
-            pieces = [self._attend(*part, None, is_causal=True) for part in zip(*parts, strict=True)]
+            queries, keys, values = (_split(each, cu_seqlens) for each in (query, key, value))
+            pieces = [
+                self._attend(q, k, v, None, is_causal=True) for q, k, v in zip(queries, keys, values, strict=True)
+            ]
             return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         ranks, rank = self.cp_group.size(), self.cp_group.rank()
         size = key.shape[-1]
