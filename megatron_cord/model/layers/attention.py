@@ -198,8 +198,8 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
 
 
 def _split(rows: Tensor, cu_seqlens: Sequence[int]) -> tuple[Tensor, ...]:
-    """Return the sequences that stand one after the other along the first dimension.
+    """Return the sequences that stand one after the other along the first dimension; what follows them is left out.
 
     A split has one gradient for all parts; slices would each have one as large as the whole, and a sum of them.
     """
-    return torch.split(rows, [end - start for start, end in pairwise(cu_seqlens)])
+    return torch.split(rows[: cu_seqlens[-1]], [end - start for start, end in pairwise(cu_seqlens)])
