@@ -1,10 +1,10 @@
-"""What training on facts alone left unheard: results by whether the asked thing was named in another training fact.
+"""What a frozen encoder left unheard: results by whether the asked thing was named in another training fact.
 
     python -m benchmarks.speech.named [RUN.json.gz …]
 
-The runs (by default those of benchmarks/results/speech-facts-alone) were trained on questions about facts alone, as
-`cord compare` kept them. A held-out fact, the capital of Egypt, was never asked; its thing was named all the same where
-another table's fact about it, the continent of Egypt, was one of those trained on.
+The runs (by default those of benchmarks/results/speech-frozen-encoder) began with a warm-up that left the encoder as it
+was, and are as `cord compare` kept them. A held-out fact, the capital of Egypt, was never asked; its thing was named all
+the same where another table's fact about it, the continent of Egypt, was one of those trained on.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from examples.speech_smollm2.questions import QuestionsConfig, questions
 from examples.speech_smollm2.tables import TABLES
 from megatron_cord.runtime.entry import Parser, run
 
-KEPT = Path(__file__).parents[1] / "results" / "speech-facts-alone"
+KEPT = Path(__file__).parents[1] / "results" / "speech-frozen-encoder"
 
 
-def things(seed: int) -> dict[str, bool]:
+def named_in_training(seed: int) -> dict[str, bool]:
     """Return by id of each held-out question whether a training fact names what it asks about."""
     made = questions(QuestionsConfig(seed=seed))
     asked = "\n".join(row["question"] for row in made["train"])
@@ -40,7 +40,7 @@ def things(seed: int) -> dict[str, bool]:
 def by_naming(path: Path) -> dict[str, Any]:
     """Return how many held-out questions a run answers, read and heard, by whether their thing was named."""
     outcome = json.loads(gzip.decompress(path.read_bytes()))
-    named, answers = things(outcome["settings"]["seed"]), outcome["outcomes"]["heldout"]
+    named, answers = named_in_training(outcome["settings"]["seed"]), outcome["outcomes"]["heldout"]
     counts = {True: Counter[str](), False: Counter[str]()}
     for name, is_named in named.items():
         counts[is_named] += Counter(

@@ -6,7 +6,7 @@
 
 1. The LLM and the Whisper's encoder become one checkpoint with a random projector between them: `cord graft`.
 2. Questions about facts and pairs of things are spoken by Piper and espeak-ng, half in noise: `cord synthesize`.
-3. The projector learns words, without a pass through the LLM: `cord warmup`.
+3. Encoder and projector learn words, without a pass through the LLM: `cord warmup`.
 4. CORD teaches the projector on two data-parallel ranks: `cord train`, with an evaluation before and after it.
 5. A table with intervals, `report.html` with recordings to play, and `summary.json` in the run's directory.
 

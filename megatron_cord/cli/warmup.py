@@ -29,8 +29,9 @@ class _WithKeys(click.Command):
 def command(config: Path, nproc_per_node: int | None, overrides: tuple[str, ...]) -> int:
     """Warm up the adapter of a speech model from recordings and their transcripts.
 
-    A recognizer learns to read the tokens of the transcripts in the frozen encoder's states (CTC); then the adapter is
-    regressed onto the embeddings that the recognizer expects. With distillation.steps the frozen language model, which
+    A recognizer learns to read the tokens of the transcripts in the encoder's states (CTC), and with
+    ctc.encoder_learning_rate the encoder learns, too; then the adapter is regressed onto the embeddings that the
+    recognizer expects. With distillation.steps the frozen language model, which
     reads the transcripts, then teaches the adapter to repeat them; without, it is neither loaded nor run.
     OUTPUT_DIR/model is the warmed-up checkpoint, for model.checkpoint. Ctrl-C and SIGTERM stop after the current update
     (exit status 75), and the same command continues.

@@ -73,7 +73,7 @@ class Parts:
             found[name] = out.to(device)
         return found
 
-    def published(self, encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def trained_tensors(self, encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the adapter's weights, and these of the encoder, under their published names, on the host."""
         tensors = {}
         rules = family_of(self.arch).tensor_map(self.arch).by_megatron_name

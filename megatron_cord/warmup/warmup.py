@@ -278,6 +278,6 @@ def _summary(
 
 
 def _write(config: WarmupConfig, directory: Path, parts: Parts, stages: Stages, summary: dict[str, Any]) -> None:
-    changed = parts.published({} if stages.encoder is None else stages.encoder.named())
+    changed = parts.trained_tensors({} if stages.encoder is None else stages.encoder.named())
     write_model(checkpoint_directory(config.checkpoint), directory / MODEL, parts, changed)
     write_json(directory / SUMMARY, summary)

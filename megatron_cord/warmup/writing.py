@@ -1,4 +1,4 @@
-"""The warmed-up checkpoint: a Hugging Face directory with all of the original's tensors but the adapter's."""
+"""The warmed-up checkpoint: a Hugging Face directory with the original's tensors where none was trained."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks.speech.named import KEPT, by_naming, things
+from benchmarks.speech.named import KEPT, by_naming, named_in_training
 
 
 def test_the_published_counts_are_those_of_the_kept_runs() -> None:
@@ -15,7 +15,7 @@ def test_the_published_counts_are_those_of_the_kept_runs() -> None:
 
 def test_a_thing_is_named_where_another_table_asks_about_it() -> None:
     """Catches a thing that is cut out of its question wrongly, which no question would name."""
-    named = things(0)
+    named = named_in_training(0)
     assert {"capital", "continent", "language"} >= {
         name.partition("-")[0] for name, is_named in named.items() if is_named
     }

@@ -15,7 +15,9 @@ import numpy as np
 
 from megatron_cord.data.samples import Sample
 from megatron_cord.data.shards.writer import ShardWriter
+from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from megatron_cord.warmup.config import CtcConfig, DistillationConfig, RegressionConfig, WarmupConfig
+from megatron_cord.warmup.warmup import warm_up
 from tests.convert.graft.test_graft import WORDS
 
 SPOKEN = WORDS[2:]
@@ -53,6 +55,12 @@ def config_of(inputs: Path, output: Path, **settings: Any) -> WarmupConfig:
     }
     where = {"output_dir": str(output), "checkpoint": str(inputs / "grafted"), "data": str(inputs / "data")}
     return WarmupConfig(**(where | usual | settings))
+
+
+def warm_up_alone(config: WarmupConfig) -> None:
+    """Warm up on one rank, whose layout ends with it."""
+    warm_up(config, initialize(ParallelConfig(), seed=0))
+    finalize()
 
 
 def summary(output: Path) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from megatron_cord.convert import read_tensors
 from megatron_cord.convert.plain.model import PlainModel
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.samples import HEAR, READ, Prompt, Sample
-from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
+from megatron_cord.parallel.layout import Layout, ParallelConfig, initialize
 from megatron_cord.runtime.stop_request import StoppedError
 from megatron_cord.warmup import warmup
 from megatron_cord.warmup.stages import Stages
 from megatron_cord.warmup.warmup import warm_up
 from tests.gloo import run_ranks
-from tests.warmup.short_warmup import after_calls, distilled_config, summary
+from tests.warmup.short_warmup import after_calls, distilled_config, summary, warm_up_alone
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 
@@ -27,8 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 def distilled(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a warm-up of all three stages that was never stopped."""
     output = tmp_path_factory.mktemp("distilled") / "out"
-    warm_up(distilled_config(inputs, output), initialize(ParallelConfig(), seed=0))
-    finalize()
+    warm_up_alone(distilled_config(inputs, output))
     return output
 
 

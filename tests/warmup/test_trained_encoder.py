@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ import torch
 from megatron_cord.convert import read_tensors
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.errors import CordError
-from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
+from megatron_cord.parallel.layout import Layout, ParallelConfig, initialize
 from megatron_cord.runtime.stop_request import StoppedError
 from megatron_cord.warmup.config import CtcConfig, RegressionConfig, WarmupConfig
 from megatron_cord.warmup.corpus import Corpus
+from megatron_cord.warmup.distillation import Distillation
 from megatron_cord.warmup.parts import read_parts
 from megatron_cord.warmup.states import EncoderStates
 from megatron_cord.warmup.trained_encoder import TrainedEncoder
 from megatron_cord.warmup.warmup import warm_up
 from tests.gloo import run_ranks
-from tests.warmup.short_warmup import after_calls, config_of, summary
+from tests.warmup.short_warmup import after_calls, config_of, distilled_config, summary, warm_up_alone
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 
@@ -36,8 +38,7 @@ def learning_config(inputs: Path, output: Path, steps: int = 12, rate: float = 2
 def learned(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a warm-up that was never stopped."""
     output = tmp_path_factory.mktemp("learned") / "out"
-    warm_up(learning_config(inputs, output), initialize(ParallelConfig(), seed=0))
-    finalize()
+    warm_up_alone(learning_config(inputs, output))
     return output
 
 
@@ -116,3 +117,22 @@ def test_its_rate_is_its_own(inputs: Path, layout: Layout, tmp_path: Path) -> No
     assert float((after - before).abs().median()) == pytest.approx(1e-2, rel=0.1)
     with pytest.raises(CordError, match=r"ctc\.encoder_learning_rate cannot be negative, got -1"):
         CtcConfig(encoder_learning_rate=-1)
+
+
+def test_the_distillation_hears_with_it(
+    inputs: Path, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a third stage whose language model listens through the checkpoint's own encoder."""
+    heard: list[torch.Tensor] = []
+
+    def look(self: Distillation) -> float:
+        assert self._model.audio_encoder is not None
+        heard.append(self._model.audio_encoder.conv1.weight.detach().clone())
+        return 0.0
+
+    monkeypatch.setattr(Distillation, "held_out_divergence", look)
+    distillation = distilled_config(inputs, tmp_path, steps=1).distillation
+    warm_up(replace(learning_config(inputs, tmp_path / "out"), distillation=distillation), layout)
+    name = "audio_tower.conv1.weight"
+    before, after = (dict(read_tensors(path))[name] for path in (inputs / "grafted", tmp_path / "out" / "model"))
+    assert torch.equal(heard[0], after.float()) and not torch.equal(after, before)

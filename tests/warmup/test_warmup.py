@@ -21,7 +21,7 @@ from megatron_cord.data.audio.wav import encode_wav
 from megatron_cord.data.samples import Sample
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
-from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
+from megatron_cord.parallel.layout import Layout, ParallelConfig, initialize
 from megatron_cord.runtime.stop_request import StoppedError
 from megatron_cord.warmup import warmup
 from megatron_cord.warmup.config import CtcConfig, RegressionConfig
@@ -29,7 +29,15 @@ from megatron_cord.warmup.stages import Stages
 from megatron_cord.warmup.warmup import warm_up
 from tests.convert.graft.test_graft import WORDS, change
 from tests.gloo import run_ranks
-from tests.warmup.short_warmup import after_calls, config_of, distilled_config, recording, summary, write_corpus
+from tests.warmup.short_warmup import (
+    after_calls,
+    config_of,
+    distilled_config,
+    recording,
+    summary,
+    warm_up_alone,
+    write_corpus,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 
@@ -38,8 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a warm-up that was never stopped."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    warm_up(config_of(inputs, output), initialize(ParallelConfig(), seed=0))
-    finalize()
+    warm_up_alone(config_of(inputs, output))
     return output
 
 
