@@ -3,8 +3,8 @@
     python -m benchmarks.speech.named [RUN.json.gz …]
 
 The runs (by default those of benchmarks/results/speech-frozen-encoder) began with a warm-up that left the encoder as it
-was, and are as `cord compare` kept them. A held-out fact, the capital of Egypt, was never asked; its thing was named all
-the same where another table's fact about it, the continent of Egypt, was one of those trained on.
+was, and are as `cord compare` kept them. A held-out fact, the capital of Egypt, was never asked; its thing was named
+all the same where another table's fact about it, the continent of Egypt, was one of those trained on.
 """
 
 from __future__ import annotations
