@@ -84,7 +84,7 @@ class TimedTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]  # untyped 
         return loss
 
 
-class Steps(TrainerCallback):
+class Steps(TrainerCallback):  # type: ignore[misc]
     """Starts the clock after the steps that are left out."""
 
     def __init__(self, clock: Clock, setting: Setting) -> None:

@@ -62,7 +62,7 @@ def evaluate(config: RunConfig) -> dict[str, Any] | None:
     prompts = PromptBuilder(config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features)
     evaluator = _evaluator(config, prompts, layout)
     evaluator.check_guards()
-    engine = build_engine(config.rollout, config.model.checkpoint, layout.device, config.model.torch_dtype)
+    engine = build_engine(config.rollout, config.model.checkpoint, layout.device, config.model.torch_dtype, prompts)
     result = None
     with StopRequest("the questions in progress are answered and kept") as request:
         answered = _answer_all(config, layout, evaluator, engine, lambda: any_rank([bool(request)], layout.device)[0])

@@ -9,6 +9,7 @@ import gc
 
 import pyarrow.parquet
 import pytest
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.qwen2_audio import modeling_qwen2_audio
 
 import megatron_cord.train
@@ -17,5 +18,7 @@ import tests.tiny_run
 
 __all__ = ["megatron_cord", "modeling_qwen2_audio", "pyarrow", "pytest", "tests"]
 
+pyarrow.array([0])  # imports pandas, where it is installed
+get_checkpoint_conversion_mapping("qwen2_audio")  # compiles hundreds of regular expressions, once for all models
 gc.collect()
 gc.freeze()

@@ -66,7 +66,9 @@ class Answerer:
         self._prompts = PromptBuilder(
             config.model.checkpoint, long_audio=config.data.long_audio, features=config.data.features
         )
-        self._engine = build_engine(config.rollout, config.model.checkpoint, layout.device, config.model.torch_dtype)
+        self._engine = build_engine(
+            config.rollout, config.model.checkpoint, layout.device, config.model.torch_dtype, self._prompts
+        )
         self.label, _, self.step = load_evaluated(config, layout, self._engine)
 
     def answer(self, asked: Sequence[Asked]) -> list[str]:

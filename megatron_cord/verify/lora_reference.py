@@ -48,7 +48,7 @@ class LoraReference:
                 for kind in ("gate_up_proj", "down_proj"):
                     for number, (part, _) in enumerate(_parts_of(module, name, kind)):
                         self._parts[part] = partial(_part, module, name, kind, number)
-                module.forward = partial(self._experts, module, name, module.forward)  # type: ignore[method-assign]
+                module.forward = partial(self._experts, module, name, module.forward)
         for name in names:
             module_name, _, factor = name.removesuffix(".weight").rpartition(".")
             rows, columns = self._parts[f"{module_name}.weight"]().shape

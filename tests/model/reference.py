@@ -60,7 +60,7 @@ class Expected:
 
 def build(tied: bool) -> Qwen2AudioForConditionalGeneration:
     """Build six heads on two key-value heads, a head size that is not hidden / heads, two layers, random tensors."""
-    text = Qwen2Config(  # type: ignore[call-arg]
+    text = Qwen2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=48,
         intermediate_size=40,

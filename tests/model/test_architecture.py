@@ -61,7 +61,7 @@ def test_tokens_are_counted_as_in_transformers() -> None:
         Qwen2AudioEncoderConfig(d_model=4, encoder_layers=0, encoder_attention_heads=1, num_mel_bins=2)
     )
     frames = torch.arange(1, 3001)
-    positions, tokens = encoder._get_feat_extract_output_lengths(frames)  # type: ignore[arg-type]
+    positions, tokens = encoder._get_feat_extract_output_lengths(frames)
     assert [ENCODER.frames_after_convolutions(int(n)) for n in frames] == positions.tolist()
     assert [ARCHITECTURE.num_audio_tokens(int(n)) for n in frames] == tokens.tolist()
 

@@ -55,8 +55,7 @@ class Spelling:
     def module_name(self, name: str) -> str:
         """Return the name in the plain model of a tensor of a checkpoint."""
         renamings, prefix, _ = _renamings(self._model_type)
-        renamed, _ = rename_source_key(name, renamings, [], prefix, self._by_module_name)
-        return renamed
+        return str(rename_source_key(name, renamings, [], prefix, self._by_module_name)[0])
 
     def published_name(self, name: str) -> str:
         """Return the published name of a tensor of a checkpoint; a name of none of the model's is returned as it is."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
@@ -51,19 +52,29 @@ def load_architecture(checkpoint_dir: str | Path) -> Architecture:
     if not path.is_file():
         raise CordError(f"{path} does not exist; give a Hugging Face checkpoint directory")
     try:
-        model_type = json.loads(path.read_text()).get("model_type")
+        text = path.read_text()
+        model_type = json.loads(text).get("model_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise CordError(f"{path} is not a model configuration ({error}); download the checkpoint again") from None
     if str(model_type) not in FAMILIES:
         why = f" ({_LACKING[str(model_type)]})" if str(model_type) in _LACKING else ""
         raise CordError(f"{path}: model_type {model_type!r} is not supported{why}; supported: {', '.join(FAMILIES)}")
     try:
-        return FAMILIES[model_type].architecture(AutoConfig.from_pretrained(path.parent, local_files_only=True))
+        return _architecture(model_type, path.parent, text)
     except CordError as error:
         raise CordError(f"{path}: {error}") from None
     except (StrictDataclassError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         why = " ".join(str(error).split())
         raise CordError(f"{path} is damaged ({type(error).__name__}: {why}); download the checkpoint again") from None
+
+
+@lru_cache(maxsize=8)
+def _architecture(model_type: str, directory: Path, text: str) -> Architecture:
+    """Return the architecture of a directory's config.json, which has this text.
+
+    A run's parts each ask for it, and transformers checks each field of a configuration for tens of milliseconds.
+    """
+    return FAMILIES[model_type].architecture(AutoConfig.from_pretrained(directory, local_files_only=True))
 
 
 def model_type_of(checkpoint_dir: str | Path) -> str | None:

@@ -39,6 +39,11 @@ class LocalEngineConfig:
 class LocalEngine:
     """A ``RolloutEngine`` on the checkpoint's `PlainModel`.
 
+    Args:
+        checkpoint_dir: a Hugging Face checkpoint.
+        config: how it runs; None: by the defaults.
+        prompts: the checkpoint's prompt builder; None: one is made.
+
     Attributes:
         weight_version: of the weights it generates with; 0 are the checkpoint's.
         prompts: the checkpoint's prompt builder.
@@ -47,9 +52,14 @@ class LocalEngine:
         CordError: a directory without a whole checkpoint of a known family.
     """
 
-    def __init__(self, checkpoint_dir: str | Path, config: LocalEngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint_dir: str | Path,
+        config: LocalEngineConfig | None = None,
+        prompts: PromptBuilder | None = None,
+    ) -> None:
         self._config = config or LocalEngineConfig()
-        self.prompts = PromptBuilder(checkpoint_dir)
+        self.prompts = prompts or PromptBuilder(checkpoint_dir)
         self._rules = TokenRules(self.prompts.eos_ids, self.prompts.special_ids, self.prompts.pad_id)
         with no_progress_bars():
             self._model: PlainModel | None = PlainModel(checkpoint_dir, self._config.dtype, self._config.device)

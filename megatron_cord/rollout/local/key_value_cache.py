@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-class _Layer(DynamicLayer):
+class _Layer(DynamicLayer):  # type: ignore[misc]
     """Keys and values [B, heads, S, D] of one layer; S grows up to the capacity."""
 
     def __init__(self, capacity: int) -> None:
@@ -45,4 +45,4 @@ def key_value_cache(capacity: int) -> Cache:
     Raises:
         RuntimeError: from torch, when a token more is appended.
     """
-    return Cache(layer_class_to_replicate=partial(_Layer, capacity))  # type: ignore[arg-type]
+    return Cache(layer_class_to_replicate=partial(_Layer, capacity))

@@ -46,6 +46,7 @@ class SGLangEngine:
         config: of requests.
         weight_sync: how weights reach the servers.
         min_servers: how many must answer before it is ready.
+        prompts: the checkpoint's prompt builder; None: one is made.
 
     Attributes:
         weight_version: of the last weight sync; 0 are the checkpoint's.
@@ -62,8 +63,9 @@ class SGLangEngine:
         config: SGLangConfig,
         weight_sync: WeightSyncConfig,
         min_servers: int = 1,
+        prompts: PromptBuilder | None = None,
     ) -> None:
-        self.prompts = PromptBuilder(checkpoint_dir)
+        self.prompts = prompts or PromptBuilder(checkpoint_dir)
         self.weight_version, self.paused = 0, False
         self._config = config
         self._names = {BASE: 0}

@@ -44,7 +44,8 @@ def language_code(language: str) -> str | None:
         return code[1]
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE  # takes seconds
 
-    return TO_LANGUAGE_CODE.get(name)
+    found: str | None = TO_LANGUAGE_CODE.get(name)
+    return found
 
 
 @cache

@@ -77,7 +77,7 @@ def build_rollout(
         )
     directory = Path(config.output_dir)
     dtype = config.model.torch_dtype
-    engine = build_engine(config.rollout, config.model.checkpoint, layout.device, dtype)
+    engine = build_engine(config.rollout, config.model.checkpoint, layout.device, dtype, prompts)
     own, lora = config.teacher.checkpoint, step.lalm.lora
     adapted = lora is not None and lora.has("language_model")
     answers = ReferenceAnswers(

@@ -16,7 +16,7 @@ CLIP_FRAMES = 30000  #: five minutes of log-mel frames, the window of the publis
 _OTHERS = ("talker_config", "token2wav_config", "enable_audio_output", "enable_talker", "architectures")
 
 
-class ThinkerConfig(PretrainedConfig):
+class ThinkerConfig(PretrainedConfig):  # type: ignore[misc]
     """The fields of config.json, as far as the thinker needs them without its vision tower."""
 
     model_type = "qwen2_5_omni"

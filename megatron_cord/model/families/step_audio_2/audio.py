@@ -22,7 +22,7 @@ TAIL_FRAMES = 2  #: of silence that end a clip: convolutions see them, attention
 CLIP_FRAMES = 2500  #: the published processing cuts audio into 25 s
 
 
-class StepAudio2Config(PretrainedConfig):
+class StepAudio2Config(PretrainedConfig):  # type: ignore[misc]
     """The fields of config.json, so that transformers can read it without remote code."""
 
     model_type = "step_audio_2"

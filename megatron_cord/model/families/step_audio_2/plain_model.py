@@ -15,7 +15,7 @@ from megatron_cord.model.families.plain_clips import place_clips
 from megatron_cord.model.families.step_audio_2.audio import Adapter, Encoder, StepAudio2Config
 
 
-class StepAudio2(PreTrainedModel):
+class StepAudio2(PreTrainedModel):  # type: ignore[misc]
     """Encoder, adapter and Qwen2 with its head.
 
     Args:
@@ -30,7 +30,7 @@ class StepAudio2(PreTrainedModel):
         self.encoder, self.adapter = Encoder(config), Adapter(config)
         self.model = Qwen2Model(config.text_config)
         self.lm_head: nn.Linear = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the word embedding."""

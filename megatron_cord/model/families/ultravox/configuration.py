@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig, WhisperConfig
 
 
-class UltravoxConfig(PretrainedConfig):
+class UltravoxConfig(PretrainedConfig):  # type: ignore[misc]
     """The sizes of encoder, projector and language model.
 
     Args:

@@ -18,7 +18,7 @@ from megatron_cord.model.families.ultravox.audio import Projector, encode_clip
 from megatron_cord.model.families.ultravox.configuration import UltravoxConfig
 
 
-class Ultravox(PreTrainedModel):
+class Ultravox(PreTrainedModel):  # type: ignore[misc]
     """Encoder, projector and language model with its head.
 
     Args:
@@ -34,7 +34,7 @@ class Ultravox(PreTrainedModel):
         self.multi_modal_projector = Projector(config)
         # In the precision of the whole, whatever the language model's own configuration has.
         self.language_model: Any = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the word embedding."""

@@ -1,6 +1,7 @@
 """A server that takes weights over a process group as SGLang does, without a model; rightly or wrongly as it is told.
 
-A process of its own, as each side of a group is. Streams are taken by the very code that real servers run.
+A process of its own, as each side of a group is, forked as ranks are (tests/gloo.py). Streams are taken by the very
+code that real servers run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.distributed import distributed_c10d
 from megatron_cord.rollout.sglang.client.endpoint import Endpoint
 from megatron_cord.rollout.sglang.plugin.lora_merge import BASE, LORA, Base, identity, merged
 from megatron_cord.rollout.sglang.plugin.weights import ABILITY, STREAMED, Buffers, Spec, Stream
+from tests.gloo import PRELOADED
 
 WORDS = {"refuses": "no room", "refuses late": "too late"}
 
@@ -38,7 +40,8 @@ class GroupServer:
     """
 
     def __init__(self, manner: str = "good", checkpoint: Path | None = None) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         ours, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(manner, checkpoint, theirs), daemon=True)
         self._process.start()

@@ -80,7 +80,7 @@ def read_wandb(run: Path) -> Found:
     scalars, runs, seeds = [], set(), set()
     for file in sorted((run / "wandb").glob("offline-run-*/run-*.wandb")):
         for data in wandb_records(file):
-            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+            record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             if record.HasField("history"):
                 items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
