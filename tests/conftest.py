@@ -25,8 +25,12 @@ TESTS = Path(__file__).parent
 torch.set_num_threads(1)
 configure_logging("info", rank=0)  # log lines are written to standard error, as in a process of its own
 
-#: Folders and files whose tests start ranks or whole runs: minutes of work, with which the workers begin.
-LONG = ("trainer", "verify", "pretend_gpu", "transformer_engine", "convert", "model", "evaluation")
+#: Folders and files whose tests start ranks or whole runs, or wait for processes that end: minutes, with which the
+#: workers begin. At the end one that waits would leave the processor idle.
+LONG = (
+    *("trainer", "verify", "pretend_gpu", "transformer_engine", "convert", "model", "evaluation"),
+    *("runtime", "warmup", "test_imports.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
