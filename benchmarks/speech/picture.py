@@ -15,34 +15,27 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from megatron_cord.compare.chart import SETTINGS
 from megatron_cord.runtime.entry import Parser, run
 
 BENCHMARKS = Path(__file__).parents[1]
 RESULTS = BENCHMARKS / "results" / "speech"
 IMAGES = BENCHMARKS.parent / "docs" / "images"
-_SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "speech",  # the same data, the same file
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.grid.axis": "x",
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "ytick.left": False,
-}
 _READ, _BEFORE, _AFTER = "#444444", "#8a8a8a", "#b3402a"
+
+
+def kept_results() -> dict[str, Any]:
+    """Return the results by the name of their seed."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("seed-*.json"))}
 
 
 def draw(results: dict[str, Any], paths: list[Path]) -> None:
     """Draw results by the name of their seed, one row each; a path's suffix gives the format.
 
-    Before and after stand one above the other in a row, each with its 95 % interval; the last line is what is answered
-    when read.
+    Before and after stand one above the other in a row, each with its 95 % interval; the upright line is what is
+    answered when read.
     """
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(6.4, 1.2 + 0.5 * len(results)), layout="constrained")
         axes = figure.add_subplot()
         for row, result in enumerate(results.values()):
@@ -73,8 +66,7 @@ def draw(results: dict[str, Any], paths: list[Path]) -> None:
 def main() -> None:
     """Draw the results that are kept."""
     Parser(description="Draws what make speech came to, by seed.").parse_args()
-    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("seed-*.json"))}
-    draw(results, [IMAGES / "speech.svg", IMAGES / "speech.png"])
+    draw(kept_results(), [IMAGES / "speech.svg", IMAGES / "speech.png"])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-_SETTINGS: dict[Any, Any] = {
+#: How drawings of results look: bars and dots on rows, one a method or a seed.
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "compare",  # the same data, the same file
     "font.size": 9,
@@ -31,7 +32,7 @@ def draw(result: dict[str, Any], paths: list[Path]) -> None:
     Methods without a result are left out. The axis holds all seeds; intervals are cut at its border.
     """
     drawn = [(name, method) for name, method in result["methods"].items() if method["gap_closed"] is not None]
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(6.4, 0.9 + 0.34 * max(len(drawn), 1)), layout="constrained")
         axes = figure.add_subplot()
         for row, (name, method) in enumerate(drawn):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from benchmarks.speech.picture import IMAGES, RESULTS, draw
+from benchmarks.speech.picture import IMAGES, draw, kept_results
 
 
 def words(path: Path) -> list[str]:
@@ -16,7 +15,7 @@ def words(path: Path) -> list[str]:
 
 def test_the_published_picture_is_of_the_kept_results(tmp_path: Path) -> None:
     """Catches a picture that was not drawn again after a run was added or replaced."""
-    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("seed-*.json"))}
+    results = kept_results()
     draw(results, [tmp_path / "speech.svg"])
     published = words(IMAGES / "speech.svg")
     assert words(tmp_path / "speech.svg") == published
