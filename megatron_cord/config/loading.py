@@ -86,7 +86,7 @@ def to_yaml(config: Any) -> str:
     return text
 
 
-class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]  # with libyaml, where PyYAML has it
     """Quote every text that a YAML 1.1 reader or this one would take for something else."""
 
 

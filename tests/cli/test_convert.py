@@ -30,11 +30,12 @@ from megatron_cord.parallel.layout import finalize
 from megatron_cord.plan.parameters import part_counts
 from megatron_cord.speech.synthesizers.espeak import EspeakSynthesizer
 from megatron_cord.speech.synthesizers.protocol import Utterance, Voice
+from tests.forked import run_command
 from tests.gloo import run_ranks
 from tests.model.family_reference import save_whole
 from tests.model.full_size import write_full_size
 from tests.selection import slow_if
-from tests.tiny_run import ROOT, finish, make_run, overrides, start, write_checkpoint, write_inputs
+from tests.tiny_run import ROOT, make_run, overrides, write_checkpoint, write_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 
@@ -183,8 +184,9 @@ def test_precision_is_chosen(source: Path, tmp_path: Path) -> None:
 def test_a_training_run_is_exported(tmp_path: Path) -> None:
     """Catches a checkpoint of the trainer that cannot leave, or that leaves without what training changed."""
     inputs = write_inputs(tmp_path)
-    status, errors = finish(start(overrides(inputs, tmp_path / "run", "train.steps=1"), ranks=1))
-    assert status == 0, errors
+    settings = overrides(inputs, tmp_path / "run", "train.steps=1")
+    trained = run_command("-m", "megatron_cord.train", "--config", os.devnull, *settings)
+    assert trained.returncode == 0, trained.stderr
     alone("export", tmp_path / "run" / "checkpoints" / "step_000001", tmp_path / "out")
     assert {name for name, _ in read_tensors(tmp_path / "out")} == {
         name for name, _ in read_tensors(inputs / "checkpoint")
@@ -331,9 +333,7 @@ def test_a_killed_import_leaves_nothing_that_looks_whole(source: Path, tmp_path:
         "reader.StoredTensor.read_block = dying\n"
         "run_commands(0, [sys.argv[1:]])"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program, "import", str(source), str(target)]
-    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert run_command("-c", program, "import", str(source), str(target)).returncode == -signal.SIGKILL
     (leftover,) = names(tmp_path)
     assert leftover == ".checkpoint.partial" and any((tmp_path / leftover).glob("*.distcp"))
     alone("import", source, target)
@@ -355,14 +355,8 @@ def test_a_killed_export_is_finished_by_the_same_command(imported: Path, source:
         "reader.SavedWeights.blocks = dying\n"
         "run_commands(0, [sys.argv[1:]])"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = ["export", str(imported), str(target), "--max-shard-size", "20KB"]
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", program, *command], env=environment, capture_output=True, check=False
-        ).returncode
-        == -9
-    )
+    assert run_command("-c", program, *command).returncode == -signal.SIGKILL
     (leftover,) = names(tmp_path)
     assert leftover == ".out.partial"
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / leftover).glob("*.safetensors")}

@@ -31,6 +31,19 @@ def planned(output: Path, *overrides: str, more: tuple[str, ...] = ()) -> list[P
     )
 
 
+COMPARISONS = [file for file in sorted(ROOT.glob("examples/*/*.yaml")) if "\nprepare: [" in file.read_text()]
+
+
+@pytest.mark.parametrize("file", COMPARISONS, ids=lambda file: f"{file.parent.name} {file.stem}")
+def test_the_examples_can_be_planned(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a comparison of examples/ whose command is refused, as settings of one of its runs do not fit."""
+    monkeypatch.chdir(ROOT)
+    config = load_config(CompareConfig, file, [])
+    assert {(run.method, run.seed) for run in plan_runs(config)} == {
+        (method, seed) for method in config.methods for seed in config.seeds
+    }
+
+
 def make(run: PlannedRun, *, complete: bool) -> None:
     """Write the files of a complete run."""
     dump_config(run.config, run.directory / "config.yaml")

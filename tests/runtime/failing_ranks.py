@@ -9,9 +9,6 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-import torch
-import torch.distributed as dist
-
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.entry import run
 from megatron_cord.runtime.exit_status import PEER_GONE, STOPPED
@@ -35,7 +32,7 @@ class Slow:
 
 
 def main() -> int | None:
-    """Meets the other ranks, then ends as the first argument says."""
+    """End as the first argument says: at once, or after meeting the other ranks."""
     how = sys.argv[1]
     if how == "status":
         return 7
@@ -43,14 +40,18 @@ def main() -> int | None:
         with Path(sys.argv[2]).open("a") as file:
             file.write("start\n")
         return STOPPED if how == "stopped" else PEER_GONE
-    dist.init_process_group("gloo")
-    first = dist.get_rank() == 0
+    rank = int(os.environ["RANK"])
     if how == "slow":
         sys.stderr = Slow(sys.stderr)
     if how in ("all", "slow"):
-        raise CordError(f"shard {dist.get_rank()} is\n  truncated")
+        raise CordError(f"shard {rank} is\n  truncated")
     if how == "full":
         Path("/dev/full").write_text("x")
+    import torch  # takes seconds, which the others need not wait for
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    first = rank == 0
     if first and how == "one":
         raise CordError("shard 0 is truncated")
     if first and how == "bug":

@@ -16,6 +16,7 @@ import pytest
 
 from megatron_cord.errors import CordError
 from megatron_cord.runtime import entry, failures
+from tests.forked import run_command
 
 SCRIPT = str(Path(__file__).with_name("failing_ranks.py"))
 
@@ -26,8 +27,8 @@ def launched(*arguments: str) -> tuple[int, str, str]:
         name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "WORLD_SIZE", "RANK")
     }
     environment["PYTHONPATH"] = str(Path(entry.__file__).parents[2])
-    command = [sys.executable, "-m", "megatron_cord.launch", "--nproc-per-node", "2", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    command = ("-m", "megatron_cord.launch", "--nproc-per-node", "2", *arguments)
+    done = run_command(*command, environment=environment, timeout=120)
     return done.returncode, done.stdout, done.stderr
 
 

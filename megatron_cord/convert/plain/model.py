@@ -21,7 +21,7 @@ from megatron_cord.convert.plain.fused_experts import published_parts
 from megatron_cord.errors import CordError
 from megatron_cord.losses.kernels.matmul import product
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
-from megatron_cord.model.families import load_architecture
+from megatron_cord.model.families import configuration_for, load_architecture
 
 #: What the classes call the mask of a clip's own frames, [C, frames].
 _FRAME_MASKS = ("feature_attention_mask", "input_features_mask")
@@ -53,8 +53,14 @@ class PlainModel:
         self._spelling = spelling = Spelling(arch)
         try:
             model: Any
-            model, report = plain_class(arch.model_type).from_pretrained(
-                directory, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+            kind = plain_class(arch.model_type)
+            model, report = kind.from_pretrained(
+                directory,
+                config=configuration_for(directory, kind),
+                dtype=dtype or "auto",
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError) as error:
             why = str(error).splitlines()[0]

@@ -8,11 +8,13 @@ families share: ``parts``, ``decoder``, ``base``, ``plain_*``.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import pkgutil
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
@@ -22,7 +24,7 @@ from megatron_cord.model.architecture import Architecture
 from megatron_cord.model.checkpoint_directory import checkpoint_directory
 from megatron_cord.model.families.base import Family
 
-__all__ = ["FAMILIES", "Family", "family_of", "load_architecture", "model_type_of"]
+__all__ = ["FAMILIES", "Family", "configuration_for", "family_of", "load_architecture", "model_type_of"]
 
 
 def _find_families() -> dict[str, Family]:
@@ -74,7 +76,22 @@ def _architecture(model_type: str, directory: Path, text: str) -> Architecture:
 
     A run's parts each ask for it, and transformers checks each field of a configuration for tens of milliseconds.
     """
-    return FAMILIES[model_type].architecture(AutoConfig.from_pretrained(directory, local_files_only=True))
+    return FAMILIES[model_type].architecture(_configuration(directory, text))
+
+
+def configuration_for(checkpoint_dir: str | Path, model_class: Any) -> Any:
+    """Return a copy of a directory's configuration for transformers' class; None where the class reads another one.
+
+    The configuration is read once a process, by `load_architecture`, which accepted this directory.
+    """
+    path = checkpoint_directory(checkpoint_dir)
+    configuration = _configuration(path, (path / "config.json").read_text())
+    return copy.deepcopy(configuration) if type(configuration) is model_class.config_class else None
+
+
+@lru_cache(maxsize=8)
+def _configuration(directory: Path, text: str) -> Any:
+    return AutoConfig.from_pretrained(directory, local_files_only=True)
 
 
 def model_type_of(checkpoint_dir: str | Path) -> str | None:

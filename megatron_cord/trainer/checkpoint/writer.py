@@ -2,7 +2,8 @@
 
 The child has the tensors as they were at the fork (on a GPU: the copies that Megatron made in host memory before),
 writes them, computes checksums and ends. It ends with its rank too: no file is written, and no connection kept open,
-for a rank that is gone.
+for a rank that is gone. Its files are written by threads, as torch.save releases Python's lock; Megatron-Core 0.16
+would fork once more for each, and a fork copies the page tables of the whole rank.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import os
 import pickle
 import queue
 import signal
+import threading
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from megatron.core import dist_checkpointing
@@ -106,9 +109,10 @@ class _Results:
 
 def _write(write: Callable[..., None], rank: int, buckets: list[Any], results: _Results) -> None:
     """Write the buckets, in the child, and pass on results and checksums."""
-    os.register_at_fork(after_in_child=end_with_parent)  # Megatron's function has children of its own
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the rank decides
+    threads = SimpleNamespace(Process=threading.Thread, Queue=queue.Queue, JoinableQueue=queue.Queue)
+    filesystem_async.mp = SimpleNamespace(get_context=lambda method: threads)  # of this process, which ends below
     inner: queue.SimpleQueue[Any] = queue.SimpleQueue()
     write(rank, buckets, inner)
     written = inner.get()

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from megatron_cord.convert import read_tensors
 from megatron_cord.convert.hf.auxiliary_files import read_auxiliary_files, with_dtype
 from megatron_cord.convert.hf.writer import HFDirectoryWriter, Shard, plan_shards
 from megatron_cord.errors import CordError
-from tests.tiny_run import ROOT
+from tests.forked import run_command
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (), "d": (2, 2, 2), "e": (11,)}
 SHARDS = plan_shards(SHAPES, torch.float32, 70)  # a | b c d | e
@@ -71,9 +69,7 @@ def leftover(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the hidden directory of a writer that was killed."""
     out = tmp_path_factory.mktemp("killed") / "out"
     command = "import sys; from tests.convert.hf.test_writer import write_until_killed; write_until_killed(sys.argv[1])"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    status = subprocess.run([sys.executable, "-c", command, str(out)], env=environment, check=False).returncode
-    assert status == -signal.SIGKILL
+    assert run_command("-c", command, str(out)).returncode == -signal.SIGKILL
     assert not out.exists()
     return out.with_name(".out.partial")
 
