@@ -85,9 +85,9 @@ def test_each_module_can_be_the_first() -> None:
     assert not problems, "\n".join(f"{name}:\n{problem}" for name, problem in problems.items())
 
 
-def test_users_of_megatron_core_can_be_the_first() -> None:
-    """Catches an import of the trainer, or of a room below it, that fails in a fresh process."""
-    problems = problems_of(["megatron_cord.train", "megatron_cord.model.lalm"])
+def test_a_user_of_megatron_core_can_be_the_first() -> None:
+    """Catches an import of a room below the trainer that fails in a fresh process; commands start the trainer there."""
+    problems = problems_of(["megatron_cord.model.lalm"])
     assert not problems, "\n".join(f"{name}:\n{problem}" for name, problem in problems.items())
 
 
