@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def run_command(
     *arguments: str, environment: Mapping[str, str] = os.environ, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``python ARGUMENTS``, which begin with ``-m MODULE``, ``-c CODE`` or a script, from the project's root.
+    """Run ``python ARGUMENTS``, which begin with ``-m MODULE`` or ``-c CODE``, from the project's root.
 
     Args:
         arguments: of the interpreter.
@@ -57,10 +57,7 @@ def _become(arguments: tuple[str, ...], environment: dict[str, str], said: list[
     if how == "-c":
         sys.argv = ["-c", *rest[1:]]
         exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
-    elif how == "-m":
+    else:
         sys.argv = rest
         sys.modules.pop(rest[0], None)  # imported already, of which runpy would warn
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = list(arguments)
-        runpy.run_path(how, run_name="__main__")

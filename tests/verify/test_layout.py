@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core)
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -24,9 +26,9 @@ from megatron_cord.trainer.step.optimizer.building import build_optimizer, relea
 from megatron_cord.verify import layout as verify_layout
 from megatron_cord.verify.layout import Row, VerifyLayoutConfig, compare, run_step
 from megatron_cord.verify.layout_reference import Outcome, make_checkpoint
-from tests.forked import run_command
 from tests.gloo import run_ranks
 
+ROOT = Path(__file__).parents[2]
 PACKED, SP = "train.packing=packed", "parallel.sequence_parallel=true"
 INTERLEAVED = ["parallel.pp=2", "parallel.virtual_pp=2"]
 JOINT = ["parallel.pp=2", "parallel.vocabulary_over_stages=true"]
@@ -262,8 +264,9 @@ def test_four_ranks(case: str) -> None:
 
 def test_as_a_user_starts_it() -> None:
     """Catches a command that does not start, or checks another layout than the one asked for."""
-    launched = ("-m", "megatron_cord.launch", "--nproc-per-node", "2", "-m", "megatron_cord.verify", "layout")
-    done = run_command(*launched, "parallel.tp=2", "sizes.layers=1")
+    arguments = ["-m", "megatron_cord.launch", "--nproc-per-node", "2", "-m", "megatron_cord.verify", "layout"]
+    command = [sys.executable, *arguments, "parallel.tp=2", "sizes.layers=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "TP=2 PP=1 CP=1 DP=1" in done.stdout and "agree with one rank in float64" in done.stdout
 

@@ -112,7 +112,7 @@ def _write(write: Callable[..., None], rank: int, buckets: list[Any], results: _
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the rank decides
     threads = SimpleNamespace(Process=threading.Thread, Queue=queue.Queue, JoinableQueue=queue.Queue)
-    filesystem_async.mp = SimpleNamespace(get_context=lambda method: threads)  # of this process, which ends below
+    filesystem_async.mp = SimpleNamespace(get_context=lambda method: threads)  # in this process alone
     inner: queue.SimpleQueue[Any] = queue.SimpleQueue()
     write(rank, buckets, inner)
     written = inner.get()
