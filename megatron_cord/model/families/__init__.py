@@ -62,7 +62,7 @@ def load_architecture(checkpoint_dir: str | Path) -> Architecture:
         why = f" ({_LACKING[str(model_type)]})" if str(model_type) in _LACKING else ""
         raise CordError(f"{path}: model_type {model_type!r} is not supported{why}; supported: {', '.join(FAMILIES)}")
     try:
-        return _architecture(model_type, path.parent, text)
+        return FAMILIES[model_type].architecture(_configuration(path.parent, text))
     except CordError as error:
         raise CordError(f"{path}: {error}") from None
     except (StrictDataclassError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
@@ -70,19 +70,10 @@ def load_architecture(checkpoint_dir: str | Path) -> Architecture:
         raise CordError(f"{path} is damaged ({type(error).__name__}: {why}); download the checkpoint again") from None
 
 
-@lru_cache(maxsize=8)
-def _architecture(model_type: str, directory: Path, text: str) -> Architecture:
-    """Return the architecture of a directory's config.json, which has this text.
-
-    A run's parts each ask for it, and transformers checks each field of a configuration for tens of milliseconds.
-    """
-    return FAMILIES[model_type].architecture(_configuration(directory, text))
-
-
 def configuration_for(checkpoint_dir: str | Path, model_class: Any) -> Any:
     """Return a copy of a directory's configuration for transformers' class; None where the class reads another one.
 
-    The configuration is read once a process, by `load_architecture`, which accepted this directory.
+    The directory is one that `load_architecture` accepted.
     """
     path = checkpoint_directory(checkpoint_dir)
     configuration = _configuration(path, (path / "config.json").read_text())
@@ -91,6 +82,10 @@ def configuration_for(checkpoint_dir: str | Path, model_class: Any) -> Any:
 
 @lru_cache(maxsize=8)
 def _configuration(directory: Path, text: str) -> Any:
+    """Return transformers' configuration of a directory's config.json, which has this text; read once a process.
+
+    A run's parts each ask for it, and transformers checks each field of a configuration for tens of milliseconds.
+    """
     return AutoConfig.from_pretrained(directory, local_files_only=True)
 
 
