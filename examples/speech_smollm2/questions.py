@@ -3,15 +3,17 @@
 Rows are divided table by table: what is held out for the evaluation, or for choosing settings (development), is asked
 in training in no phrasing. Beside these facts there are requests to repeat two things each, without a gold answer: the
 warm-up learns words from them and from the facts. All things of all tables are in them, so that held-out *facts* are
-asked in words that occurred in training. Everything is drawn from the seed.
+asked in words that occurred in training. Requests of the same kind about other pairs, with a gold answer, show in an
+evaluation what becomes of a skill that no training asks for. Everything is drawn from the seed.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +22,8 @@ from megatron_cord.data.ordering.order import permutation
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.files import write_atomic
 
-Split = Literal["train", "development", "heldout", "pairs"]
-SPLITS: tuple[Split, ...] = ("train", "development", "heldout", "pairs")
+Split = Literal["train", "development", "heldout", "pairs", "repeats"]
+SPLITS: tuple[Split, ...] = ("train", "development", "heldout", "pairs", "repeats")
 #: Mostly the reading LLM says both things again, and little else.
 PAIR_PHRASINGS = (
     "Repeat the following words: {} and {}.",
@@ -46,7 +48,8 @@ class QuestionsConfig:
         held_out: share of each table's rows that is asked in the evaluation alone.
         development: share that is asked for choosing settings alone.
         heldout_phrasings: in how many of a table's phrasings, drawn for each row, the evaluation asks it; 0 takes all.
-        pairs: requests to repeat two things.
+        pairs: requests to repeat two things, for the warm-up.
+        repeats: such requests about other pairs, with an answer, for the evaluation.
         seed: of all draws.
     """
 
@@ -55,6 +58,7 @@ class QuestionsConfig:
     development: float = 0.1
     heldout_phrasings: int = 2
     pairs: int = 2000
+    repeats: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,15 +67,15 @@ class QuestionsConfig:
                 f"held_out={self.held_out:g} and development={self.development:g} are shares of the rows, and leave "
                 "some for training: choose them above 0 with a sum below 1"
             )
-        if min(self.rows, self.heldout_phrasings, self.seed) < 0 or self.pairs < 1:
-            raise CordError("rows, heldout_phrasings and seed cannot be negative, and pairs must be at least 1")
+        if min(self.rows, self.heldout_phrasings, self.repeats, self.seed) < 0 or self.pairs < 1:
+            raise CordError("rows, heldout_phrasings, repeats and seed cannot be negative; pairs must be at least 1")
 
 
 def questions(config: QuestionsConfig) -> dict[Split, list[Row]]:
-    """Return the rows of the files by split, each in an order of its own.
+    """Return the rows of the files by split, each in an order of its own; a split without rows is left out.
 
     Raises:
-        CordError: a table has too few rows for three parts.
+        CordError: a table has too few rows for three parts, or `pairs` leaves too few pairs for `repeats`.
     """
     made: dict[Split, list[Row]] = {split: [] for split in SPLITS}
     things: list[str] = []
@@ -97,10 +101,12 @@ def questions(config: QuestionsConfig) -> dict[Split, list[Row]]:
                 }
                 for phrasing in sorted(int(each) for each in asked)
             ]
-    made["pairs"] = _pairs(things, config)
-    for number, split in enumerate(SPLITS):
-        made[split] = [made[split][i] for i in permutation(len(made[split]), config.seed, 100 + number)]
-    return made
+    made["pairs"], made["repeats"] = _requests(things, config)
+    return {
+        split: [made[split][i] for i in permutation(len(made[split]), config.seed, 100 + number)]
+        for number, split in enumerate(SPLITS)
+        if made[split]
+    }
 
 
 def write_files(directory: Path, made: dict[Split, list[Row]], synthesizers: Sequence[str]) -> dict[str, Path]:
@@ -125,18 +131,36 @@ def texts(config: QuestionsConfig) -> list[str]:
     return [text for rows in made.values() for row in rows for text in (row["question"], row.get("answer")) if text]
 
 
-def _pairs(things: Sequence[str], config: QuestionsConfig) -> list[Row]:
-    """Return requests to repeat two different things each; no thing comes again before all others came once."""
-    needed, drawn, turn = 2 * config.pairs, list[str](), 0
-    while len(drawn) < needed:
-        drawn += [things[i] for i in permutation(len(things), config.seed, 200, turn)]
-        turn += 1
-    pairs = zip(drawn[0:needed:2], drawn[1:needed:2], strict=True)
-    phrasings = permutation(config.pairs, config.seed, 300)
+def _requests(things: Sequence[str], config: QuestionsConfig) -> tuple[list[Row], list[Row]]:
+    """Return the requests to repeat two things: the warm-up's, and others with the answer."""
+    drawn = _pairs(things, config.seed)
+    pairs = list(islice(drawn, config.pairs))
+    asked = {frozenset(pair) for pair in pairs}
+    others = (pair for pair in islice(drawn, 50 * config.repeats) if frozenset(pair) not in asked)
+    repeats = list(islice(others, config.repeats))
+    if len(repeats) < config.repeats:
+        raise CordError(
+            f"{config.pairs} pairs of {len(things)} things leave too few for {config.repeats} repeats; take fewer"
+        )
+    written = _request_rows("repeat", repeats, [each for each in PAIR_PHRASINGS if "{} and {}" in each], config.seed)
+    return (
+        _request_rows("pair", pairs, PAIR_PHRASINGS, config.seed),
+        [row | {"answer": " and ".join(pair)} for row, pair in zip(written, repeats, strict=True)],
+    )
+
+
+def _request_rows(name: str, pairs: Sequence[tuple[str, str]], phrasings: Sequence[str], seed: int) -> list[Row]:
+    order = permutation(len(pairs), seed, 300)
     return [
-        {"id": f"pair-{number}", "question": PAIR_PHRASINGS[phrasing % len(PAIR_PHRASINGS)].format(*pair)}
-        for number, (phrasing, pair) in enumerate(zip(phrasings, pairs, strict=True))
+        {"id": f"{name}-{number}", "question": phrasings[phrasing % len(phrasings)].format(*pair)}
+        for number, (phrasing, pair) in enumerate(zip(order, pairs, strict=True))
     ]
+
+
+def _pairs(things: Sequence[str], seed: int) -> Iterator[tuple[str, str]]:
+    """Yield pairs of things without end; no thing comes again before all others came once."""
+    drawn = (things[i] for turn in count() for i in permutation(len(things), seed, 200, turn))
+    return zip(drawn, drawn, strict=False)
 
 
 def _slug(thing: str) -> str:

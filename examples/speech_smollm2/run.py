@@ -33,7 +33,7 @@ from rich.console import Console
 from examples.speech_smollm2 import packages, preflight
 from examples.speech_smollm2.outcome import show
 from examples.speech_smollm2.questions import questions, write_files
-from examples.speech_smollm2.sizes import FULL, TINY, VOICES, Sizes
+from examples.speech_smollm2.sizes import FULL, STUDY, TINY, VOICES, Sizes
 from megatron_cord.cli.main import cord, invoke
 from megatron_cord.compare.methods import METHODS, methods_named
 from megatron_cord.config.loading import load_config
@@ -83,7 +83,7 @@ def speak(root: Path, voice: Path | None, sizes: Sizes) -> int:
     made = questions(sizes.questions)
     files = write_files(root / "questions", made, synthesizers)
     for split in made:
-        group = "train" if split == "pairs" else split
+        group = {"pairs": "train", "repeats": "heldout"}.get(split, split)
         place = {"train": "training/facts", "pairs": "training/pairs"}.get(split, split)
         for synthesizer in synthesizers:
             output = root / "data" / place / synthesizer
@@ -145,7 +145,8 @@ def main() -> int:
     """Run the example; return the exit status of the first command that ends early."""
     given = _arguments()
     sizes = TINY if given.tiny else FULL
-    sizes = replace(sizes, questions=replace(sizes.questions, seed=given.seed))
+    asked_more = STUDY if given.study else {}
+    sizes = replace(sizes, questions=replace(sizes.questions, seed=given.seed, **asked_more))
     root = given.root or Path("runs") / ("speech" if given.seed == 0 else f"speech-seed{given.seed}")
     ranks = given.ranks or preflight.default_ranks()
     settings = [
@@ -211,6 +212,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--root", metavar="DIR", type=Path, help="of everything (default: runs/speech, with the seed)")
     parser.add_argument("--prepare", action="store_true", help="end before the training")
+    parser.add_argument(
+        "--study", action="store_true", help="also speak what the comparison of methods evaluates on beside the rest"
+    )
     parser.add_argument("--tiny", action="store_true", help="a few questions and steps, for random stand-ins")
     parser.add_argument(
         "overrides", metavar="a.b=value", nargs="*", help="sets one value of the training's configuration"

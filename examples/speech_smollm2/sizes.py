@@ -9,6 +9,9 @@ from examples.speech_smollm2.questions import QuestionsConfig
 
 _HERE = Path(__file__).parent
 
+#: What `cord compare` evaluates on beside what `make speech` does: a third phrasing, and requests to repeat two things.
+STUDY = {"heldout_phrasings": 3, "repeats": 100}
+
 #: Voices by split and synthesizer; Piper's are settings behind the one voice that is given. Nobody speaks in two splits
 #: but the pairs of things, which the training voices ask about.
 VOICES: dict[str, dict[str, tuple[str, ...]]] = {

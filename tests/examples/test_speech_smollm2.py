@@ -11,6 +11,7 @@ import re
 import sys
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ import torch
 from examples.speech_smollm2 import packages, preflight, run
 from examples.speech_smollm2.packages import PackagedFile, extract
 from examples.speech_smollm2.questions import QuestionsConfig, questions, texts, write_files
-from examples.speech_smollm2.sizes import FULL, TINY, VOICES
+from examples.speech_smollm2.sizes import FULL, STUDY, TINY, VOICES
 from examples.speech_smollm2.tables import TABLES
 from megatron_cord.config.loading import load_config
 from megatron_cord.data.question_files import read_questions
@@ -56,6 +57,26 @@ def test_what_is_asked_in_the_evaluation_is_asked_nowhere_else() -> None:
     assert all(table.noun.format(thing) in spoken for table in TABLES for thing in table.answers)
     assert not any("answer" in row for row in made["pairs"])
     assert questions(QuestionsConfig(seed=1))["heldout"] != made["heldout"]
+
+
+def test_the_study_asks_more_and_nothing_else() -> None:
+    """Catches a study whose models learn from other recordings, and requests to repeat what the warm-up repeated."""
+    made, studied = questions(FULL.questions), questions(replace(FULL.questions, **STUDY))
+    assert "repeats" not in made and len(studied["repeats"]) == 100
+    assert {row["id"] for row in made["heldout"]} < {row["id"] for row in studied["heldout"]}
+    assert 3 * len(studied["heldout"]) >= 1000  # seeds
+    assert all(studied[split] == made[split] for split in ("train", "development", "pairs"))
+    repeated = "\n".join(row["question"] for row in made["pairs"])
+    for row in studied["repeats"]:
+        assert row["answer"] in row["question"] and is_correct(row["answer"], (), f"{row['answer'].capitalize()}.")
+        words = row["answer"].split(" and ")
+        for cut in range(1, len(words)):  # a thing may have an "and" of its own
+            first, second = " and ".join(words[:cut]), " and ".join(words[cut:])
+            assert not is_correct(row["answer"], (), f"{first}.") and not is_correct(row["answer"], (), f"{second}.")
+            for one, other in ((first, second), (second, first)):
+                assert f"{one} and {other}" not in repeated and f"{one}, {other}" not in repeated
+    with pytest.raises(CordError, match="3000 pairs of 24 things leave too few for 9 repeats; take fewer"):
+        questions(QuestionsConfig(rows=3, pairs=3000, repeats=9))
 
 
 def test_the_questions_are_spoken_and_their_answers_counted(tmp_path: Path) -> None:
@@ -174,10 +195,12 @@ def test_from_two_models_to_a_report(
 ) -> None:
     """Catches a step that does not take what the one before made, one that is made twice, a result of another form."""
     system = load_config(RunConfig, TINY.train).data.system or ""
-    spoken = {word for text in [*texts(TINY.questions), system] for word in text.split()}
+    asked = texts(replace(TINY.questions, **STUDY))
+    spoken = {word for text in [*asked, system] for word in text.split()}
     words = sorted(spoken | {"system", "user", "assistant"})
     llm, whisper = write_llm(tmp_path / "llm", words=words), write_whisper(tmp_path / "whisper", window=400)
-    arguments = ["run", "--tiny", "--root", "speech", "--llm", str(llm), "--whisper", str(whisper), "--ranks", "2"]
+    arguments = ["run", "--tiny", "--study", "--root", "speech", "--llm", str(llm), "--whisper", str(whisper)]
+    arguments += ["--ranks", "2"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
@@ -186,12 +209,12 @@ def test_from_two_models_to_a_report(
         assert run.main() == 0
         return re.findall(r"^\$ cord (\w+)", capfd.readouterr().out, re.MULTILINE)
 
-    assert commands("--prepare") == ["graft", *["synthesize"] * 4, "warmup"]
+    assert commands("--prepare") == ["graft", *["synthesize"] * 5, "warmup"]
     with pytest.raises(CordError, match=r"does not divide the language model's attention heads \(3\)"):
         commands("parallel.tp=2")
     assert commands() == ["train"]
     summary, root = json.loads(Path("speech/summary.json").read_text()), Path("speech")
-    assert summary["samples"] == 16 and summary["steps"] == 2
+    assert summary["samples"] == 24 and summary["steps"] == 2
     assert summary["text_accuracy"] == summary["text_accuracy_after"]
     assert json.loads((root / "intervals.json").read_text())["change"].keys() >= {"text", "audio", "gap_closed"}
     assert json.loads((root / "intervals.json").read_text())["machine"]["cores"] == os.cpu_count()
