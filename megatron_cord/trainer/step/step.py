@@ -150,10 +150,15 @@ class TrainStep:
         return StepResult(metrics, done, skipped=len(norms) < updates)
 
     def score(self, sequences: Sequence[TrainingSequence]) -> dict[int, TokenResults]:
-        """Compute token results of sequences, by their index, without training on them. Collective like a step."""
+        """Compute token results of sequences, by their index, without training on them. Collective like a step.
+
+        Their divergence is the reverse KL, whatever is trained on, so that runs of all objectives can be compared.
+        """
         microbatches = self._microbatches(sequences)
         taught = self.teacher.hidden_states(microbatches)
-        losses = self._forward_backward(microbatches, taught, {"": GlobalCounts(1, 1)}, self.objective, train=False)
+        own = self.objective
+        measured = replace(ObjectiveConfig(), implementation=own.implementation, backend=own.backend)
+        losses = self._forward_backward(microbatches, taught, {"": GlobalCounts(1, 1)}, measured, train=False)
         return gather_token_results(microbatches, losses, self.layout)
 
     def pool_layers(self, sequences: Sequence[TrainingSequence]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -154,4 +155,28 @@ def test_an_update_that_is_not_finite_is_left_out(tmp_path: Path, layout: Layout
     after = dict(export_tensors(student))
     assert all(bool(tensor.isfinite().all()) for tensor in after.values())
     assert any(not torch.equal(before[name], tensor) for name, tensor in after.items())
+    release(wrapped)
+
+
+@pytest.mark.parametrize("kind", ["nll", "forward_kl", "none"])
+def test_scores_are_the_reverse_kl_of_any_objective(
+    tmp_path: Path, layout: Layout, kind: Literal["nll", "forward_kl", "none"]
+) -> None:
+    """Catches evaluations of two methods whose divergences are two measures, or of one that has none."""
+    model = make_checkpoint(tmp_path, SIZES, seed=0).double()
+    student = build_student(ModelConfig(str(tmp_path), dtype="float32"), layout)
+    wrapped = wrap_model(OPTIMIZER, student)
+    optimizer, scheduler = build_optimizer(OPTIMIZER, wrapped, steps=10)
+    policy = replace(POLICY, enabled=kind == "none")
+    objective = ObjectiveConfig(divergence=DivergenceConfig(kind), policy_gradient=policy)
+    teacher = Teacher(TeacherConfig(), student, str(tmp_path))
+    step = TrainStep(wrapped, teacher, optimizer, scheduler, objective, TrainConfig(), pad_id=0, max_new_tokens=10)
+    given = [sequence for sequence in make_sequences(SIZES, seed=0) if sequence.teacher is not None]
+    scored = step.score(given)
+    assert len(given) > 1
+    for sequence in given:
+        assert sequence.teacher is not None
+        found, rollout = scored[sequence.index].kl, sequence.rollout
+        ours, theirs = (_log_probabilities(model, p, rollout) for p in (sequence.student, sequence.teacher))
+        assert found == pytest.approx((ours.exp() * (ours - theirs)).sum(-1).tolist(), rel=1e-3, abs=1e-6)
     release(wrapped)
