@@ -3,6 +3,7 @@
     FOLDER/METHOD-seed-S.json.gz, FOLDER being `kept` of the comparison:
     {"settings": of the run, without its place, "machine": {processor, cores, torch, python}, "summary": the run's,
      "outcomes": {SET: {"text" or "audio": {ID: what the last answer counts, 0 to 1}}},
+     "divergence": {"before", "after": of the heard answers that were scored, nats a token; absent where none was},
      "metrics": {NAME: {"steps": how many have it, "mean": over these, "last": over those of the last 20 steps}}}
 
 A study is spread over sittings and machines by them: a run that is kept is not made again, with or without its
@@ -16,7 +17,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -46,6 +47,7 @@ class FinishedRun:
     summary: dict[str, Any]
     outcomes: dict[str, dict[str, dict[str, float]]]
     metrics: dict[str, dict[str, float]]
+    divergence: dict[str, float] = field(default_factory=dict)  # older files have none
 
 
 def is_complete(run: PlannedRun) -> bool:
@@ -109,7 +111,10 @@ def _from_directory(run: PlannedRun) -> FinishedRun:
     last = heldout_file(run.directory, summary["steps"])
     outcomes = {name: _outcomes(last.with_name(f"{name}.json")) for name in (HELDOUT, *run.config.evaluation.sets)}
     settings = _settings(load_config(RunConfig, run.directory / "config.yaml"))
-    return FinishedRun(settings, this_machine(), summary, outcomes, _metrics(run.directory / "metrics.jsonl"))
+    evaluations = {"before": heldout_file(run.directory, summary.get("begun_after_step", 0)), "after": last}
+    divergence = {name: found for name, path in evaluations.items() if (found := _divergence(path)) is not None}
+    metrics = _metrics(run.directory / "metrics.jsonl")
+    return FinishedRun(settings, this_machine(), summary, outcomes, metrics, divergence)
 
 
 def _read(run: PlannedRun) -> FinishedRun | None:
@@ -149,6 +154,14 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 def _outcomes(path: Path) -> dict[str, dict[str, float]]:
     rows = read_result(path)["answers"]
     return {modality: found for modality in MODALITIES if (found := outcomes_of(rows, modality))}
+
+
+def _divergence(path: Path) -> float | None:
+    """Return the mean over the tokens of the answers that an evaluation scored; None where it is absent or has none."""
+    if not path.is_file():
+        return None
+    values = [v for row in read_result(path)["answers"] for v in row.get("token_kl") or () if v is not None]
+    return fmean(values) if values else None
 
 
 def _metrics(path: Path) -> dict[str, dict[str, float]]:

@@ -4,12 +4,13 @@
      "machine", "before": {text_accuracy, audio_accuracy: Mean},
      "methods": {NAME: {"title", "ablates", "settings", "responses",
                         "runs": {SEED: summary and "machine", or {"failure"}},
-                        "text_accuracy", "audio_accuracy", "gap", "gap_closed", "seconds": Mean,
+                        "text_accuracy", "audio_accuracy", "gap", "gap_closed", "seconds", "divergence": Mean,
                         "guards": {GUARD: {"before", "accuracy", "drop": Mean}},
                         "difference": Mean, "questions": SignTest}}}
 
 A Mean is {mean, low, high, n} over the seeds (evaluation/statistics.py), and null where no run has the value. A
-difference is the reference's audio accuracy minus the method's.
+difference is the reference's audio accuracy minus the method's; a divergence is of the heard answers that evaluations
+scored, in nats a token.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def gather(config: CompareConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]
         runs[run.method] = run
         if outcome.failure is None:
             found = read_finished(run)
-            summaries[run.method][run.seed] = found.summary | {"machine": found.machine}
+            summaries[run.method][run.seed] = found.summary | {"machine": found.machine} | _divergences(found)
             answers[run.method][run.seed] = found.outcomes[HELDOUT].get("audio", {})
             taken[f"{run.method} {run.seed}"] = run, found
         else:
@@ -77,6 +78,10 @@ def gather(config: CompareConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]
     }
 
 
+def _divergences(run: FinishedRun) -> dict[str, float | None]:
+    return {f"divergence_{name}": run.divergence.get(name) for name in ("before", "after")}
+
+
 _BEFORE = {"text_accuracy": "text_accuracy", "audio_accuracy": "audio_accuracy_before"}
 _AFTER = {
     "text_accuracy": "text_accuracy_after",
@@ -84,6 +89,7 @@ _AFTER = {
     "gap": "gap_after",
     "gap_closed": "gap_closed",
     "seconds": "seconds",
+    "divergence": "divergence_after",
 }
 GUARDED = ("before", "accuracy", "drop")  #: of a guard's result
 

@@ -26,6 +26,8 @@ def section(result: dict[str, Any]) -> str:
     parts = [budget(result), main_table(result)]
     if notes := result.get("notes"):  # older results have none
         parts.append("\n".join(f"- {note}" for note in notes))
+    if table := divergence_table(result):
+        parts.append("Reverse KL from the reading model in the heard answers, nats a token:\n\n" + table)
     if table := retention_table(result):
         parts.append("What training cost, by the runs' guards:\n\n" + table)
     if table := ablation_table(result):
@@ -134,6 +136,22 @@ def main_table(result: dict[str, Any]) -> str:
         ]
         rows.append(row)
     return _markdown(head, rows)
+
+
+def divergence_table(result: dict[str, Any]) -> str:
+    """Return the table of the heard answers' divergences before and after training; empty if no run measured them."""
+    measured = {m["title"]: m for m in result["methods"].values() if m.get("divergence")}  # older results have none
+    if not measured:
+        return ""
+    rows = []
+    for title, method in measured.items():
+        runs = [method["runs"][seed] for seed in sorted(method["runs"], key=int)]
+        before, after = (
+            [f"{run[key]:.3f}" for run in runs if run.get(key) is not None]
+            for key in ("divergence_before", "divergence_after")
+        )
+        rows.append([title, f"{method['divergence']['mean']:.3f}", ", ".join(before), ", ".join(after)])
+    return _markdown(["", "after, mean", "before, by seed", "after, by seed"], rows)
 
 
 def retention_table(result: dict[str, Any]) -> str:

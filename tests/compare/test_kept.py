@@ -49,9 +49,11 @@ def write_run(run: PlannedRun, right: int) -> None:
     dump_config(run.config, run.directory / "config.yaml")
     summary = summarize(before, after, seconds=30.0, tp=1, steps=30) | {"guards": {"speaker": drop}, "guard": None}
     write_json(run.directory / "summary.json", summary)
-    rows = [{"id": f"q{i}", "audio_correct": i < right, "text_correct": True} for i in range(10)]
+    rows: list[dict[str, Any]] = [{"id": f"q{i}", "audio_correct": i < right, "text_correct": True} for i in range(10)]
     last = heldout_file(run.directory, 30)
-    write_json(last, {"answers": rows})
+    for path, divergence in ((heldout_file(run.directory, 0), 0.75), (last, right / 10)):
+        rows[0]["token_kl"], rows[1]["token_kl"] = [divergence, None], [divergence, divergence + 0.3]
+        write_json(path, {"answers": rows})
     write_json(last.with_name("speaker.json"), {"answers": [{"id": "s0", "audio_correct": True}]})
     metrics: list[dict[str, Any]] = [{"step": n, "kl": 1.0 if n <= 10 else 0.25, "why": None} for n in range(1, 31)]
     metrics[0]["reward"] = 0.5
@@ -73,7 +75,9 @@ def test_what_comes_back_is_what_was_there(comparison: Callable[..., tuple[Compa
     assert before[0].outcomes["heldout"]["audio"] == {f"q{i}": float(i < 8) for i in range(10)}
     assert before[0].outcomes["speaker"] == {"audio": {"s0": 1.0}}
     assert before[0].metrics["kl"] == {"steps": 30, "mean": pytest.approx(0.5), "last": 0.25}
+    assert before[0].divergence == {"before": pytest.approx(0.85), "after": pytest.approx(0.9)}
     assert before[0].metrics["reward"] == {"steps": 1, "mean": 0.5} and "why" not in before[0].metrics
+    assert "| CORD | 0.700 | 0.850 | 0.700 |" in page
     # What the guards measured is in the table of what training cost.
     assert (
         "| CORD | 90.0 % | 70.0 % | +20.0 |" in page and "2 / 0 (p = 0.50)" not in page and "0 / 2 (p = 0.50)" in page
