@@ -26,7 +26,6 @@ import torch
 
 from megatron_cord.compare.finished import read_summary
 from megatron_cord.compare.plan import PlannedRun
-from megatron_cord.config.flattening import flatten
 from megatron_cord.config.loading import from_dict, load_config, to_dict
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import HELDOUT
@@ -64,7 +63,7 @@ def is_complete(run: PlannedRun) -> bool:
             found: RunConfig | None = load_config(RunConfig, written)
         except CordError:
             found = None
-        if not _is_of(found, run):
+        if found is None or not run.has_settings_of(found):
             raise CordError(f"{run.directory} holds a run with other settings; remove it or choose another output_dir")
         return kept or (run.directory / "summary.json").is_file()
     return kept
@@ -131,20 +130,9 @@ def _read(run: PlannedRun) -> FinishedRun | None:
         found: RunConfig | None = from_dict(RunConfig, settings | {"output_dir": run.config.output_dir}, str(run.kept))
     except CordError:  # a setting that is not known any more
         found = None
-    if not _is_of(found, run):
+    if found is None or not run.has_settings_of(found):
         raise CordError(f"{run.kept} is of a run with other settings; remove it, and the run is made again")
     return kept
-
-
-def _is_of(found: RunConfig | None, run: PlannedRun) -> bool:
-    """Return whether these are the settings of the run, but for its place and those that are free."""
-    if found is None:
-        return False
-    first, second = (
-        {key: value for key, value in flatten(_settings(config)).items() if not run.leaves_free(key)}
-        for config in (found, run.config)
-    )
-    return first == second
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from megatron_cord.compare.config import CompareConfig
 from megatron_cord.compare.methods import Method
-from megatron_cord.config.loading import load_config
+from megatron_cord.config.flattening import flatten
+from megatron_cord.config.loading import load_config, to_dict
 from megatron_cord.errors import CordError
 from megatron_cord.trainer.config import RunConfig
+
+_PLACES = ("output_dir", "evaluation.first_from")
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class PlannedRun:
         config: of the run.
         ranks: processes.
         kept: the file that outlives the directory, see `kept`; None for none.
-        free: keys of settings that a finished run may have other values of.
+        free: keys of settings that machines may have other values of.
     """
 
     method: str
@@ -43,8 +46,20 @@ class PlannedRun:
         return f"{self.method}, seed {self.seed}"
 
     def leaves_free(self, key: str) -> bool:
-        """Return whether a finished run may have another value of this setting."""
+        """Return whether machines may have other values of this setting."""
         return any(key == free or key.startswith(f"{free}.") for free in self.free)
+
+    def has_settings_of(self, config: RunConfig) -> bool:
+        """Return whether these are its settings, but for its place, its first evaluation's, and those left free."""
+        first, second = (
+            {
+                key: value
+                for key, value in flatten(to_dict(each)).items()
+                if key not in _PLACES and not self.leaves_free(key)
+            }
+            for each in (config, self.config)
+        )
+        return first == second
 
 
 def plan_runs(config: CompareConfig) -> list[PlannedRun]:

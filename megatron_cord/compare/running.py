@@ -27,6 +27,7 @@ from megatron_cord.compare.kept import is_complete, keep
 from megatron_cord.compare.plan import PlannedRun, prepare_command
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.exit_status import INTERRUPTED, STOP_SIGNALS, STOPPED
+from megatron_cord.trainer.first_evaluation import find_first_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Runner:
         self.config, self.listener = config, listener
         self.stopped = False  #: whether a stop signal came
         self.outcomes: list[Outcome] = []
-        self._waiting = deque(runs)
+        self._runs, self._waiting = tuple(runs), deque(runs)
         self._active: list[_Process] = []
         self._prepared: dict[int, str | None] = {}  # seed → why its inputs could not be made
         self._handlers: dict[int, Any] = {}
@@ -114,7 +115,7 @@ class Runner:
                 elif (problem := self._prepare(run.seed)) is not None:
                     self._end(Outcome(run, problem))
                 elif not self.stopped:
-                    self._active.append(_Process(self.config.train, run))
+                    self._active.append(_Process(self.config.train, run, self._first_evaluation(run)))
                     self.listener.started(run)
             for process in list(self._active):
                 self.listener.stepped(process.run, process.steps())
@@ -156,6 +157,12 @@ class Runner:
             )
         return self._prepared.get(seed)
 
+    def _first_evaluation(self, run: PlannedRun) -> tuple[str, ...]:
+        """Return the setting that spares a run its first evaluation: another run of the seed has made the same."""
+        others = (other.directory for other in self._runs if other.seed == run.seed and other is not run)
+        found = next((place for place in others if find_first_evaluation(run.config, place) is not None), None)
+        return () if found is None else (f"evaluation.first_from={found}",)
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.stopped:
             for process in self._active:
@@ -171,12 +178,12 @@ class Runner:
 class _Process:
     """A run in progress."""
 
-    def __init__(self, train: str, run: PlannedRun) -> None:
+    def __init__(self, train: str, run: PlannedRun, more: Sequence[str]) -> None:
         self.run, self.log = run, run.directory / "log.txt"
         launcher = (
             ["megatron_cord.launch", "--standalone", "--nproc-per-node", str(run.ranks), "-m"] if run.ranks > 1 else []
         )
-        command = [sys.executable, "-m", *launcher, "megatron_cord.train", "--config", train, *run.overrides]
+        command = [sys.executable, "-m", *launcher, "megatron_cord.train", "--config", train, *run.overrides, *more]
         with _locked(self.log) as file:
             self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         self.poll: Callable[[], int | None] = self._process.poll

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,11 @@ def _identity(question: Question) -> list[Any]:
     q = question
     chat = [q.system, turns_json(q.turns)] if q.system is not None or q.turns else []
     return [q.id, q.answer, q.text, q.audio is not None, q.choices, q.instruction, *chat]
+
+
+def answer_of(row: Mapping[str, Any]) -> Answer:
+    """Return the answer behind a row of a set's result, which has more fields."""
+    return _from_json({each.name: row.get(each.name) for each in fields(Answer)})
 
 
 def _from_json(plain: dict[str, Any]) -> Answer:

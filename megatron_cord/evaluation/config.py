@@ -106,6 +106,9 @@ class EvaluationConfig:
     #: steps between evaluations of a training run, which has one before the first and after the last step too; 0: those
     #: two alone
     interval: int = 50
+    #: a run's directory: the evaluation before this run's first step is not made but taken from that run, which began
+    #: with the same model and has the same questions; null: it is made
+    first_from: str | None = None
     samples: int = 0  #: of data.evaluation, from its beginning; 0 takes all
     max_new_tokens: int = 200  #: the length at which answers are cut
     scored: int = 48  #: answers whose divergence from the teacher is computed token by token, for the report

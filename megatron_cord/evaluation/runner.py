@@ -17,9 +17,17 @@ from typing import Any
 from megatron_cord.data.prompts import PromptBuilder
 from megatron_cord.data.question_files import Reject
 from megatron_cord.errors import CordError
-from megatron_cord.evaluation.answers import Answer, Journal, Measure, PreparedQuestion, generate_answers, prepare
+from megatron_cord.evaluation.answers import (
+    Answer,
+    Journal,
+    Measure,
+    PreparedQuestion,
+    answer_of,
+    generate_answers,
+    prepare,
+)
 from megatron_cord.evaluation.config import EvaluationConfig
-from megatron_cord.evaluation.files import FOLDER, set_files, write_lines
+from megatron_cord.evaluation.files import FOLDER, read_result, set_files, write_lines
 from megatron_cord.evaluation.guards import baseline_file, check_useful, compare_guarded, read_baseline
 from megatron_cord.evaluation.pages import write_pages
 from megatron_cord.evaluation.questions import QuestionSet
@@ -117,6 +125,27 @@ class Evaluator:
             )
             self._answered[name] = _Answered({a.id: a for a in answers}, metrics, time.perf_counter() - begun)
         return {key: value for found in self._answered.values() for key, value in found.metrics.items()}
+
+    def take(self, directory: Path) -> None:
+        """Take the answers that the same weights gave to the same questions in another evaluation. Collective.
+
+        Args:
+            directory: of that evaluation.
+
+        Raises:
+            CordError: a set is missing there, or has other questions.
+        """
+        self._answered = {}
+
+        def read() -> None:
+            for name, chosen in self._sets.items():
+                path = directory / f"{name}.json"
+                rows = {row["id"]: row for row in read_result(path)["answers"]}
+                if [(q.id, q.asked) for q in chosen.questions] != [(i, row["question"]) for i, row in rows.items()]:
+                    raise CordError(f"{path} has other questions than the set {name}; evaluate this model by itself")
+                self._answered[name] = _Answered({i: answer_of(row) for i, row in rows.items()})
+
+        run_on_main(read)
 
     def answer(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +17,19 @@ from megatron_cord.evaluation.config import HELDOUT
 from megatron_cord.evaluation.files import heldout_file, heldout_files, read_result, step_label
 from megatron_cord.evaluation.runner import Evaluator
 from megatron_cord.evaluation.statistics import gap_closed
-from megatron_cord.parallel.objects import broadcast_json
+from megatron_cord.parallel.objects import broadcast_json, run_on_main
 from megatron_cord.rollout.types import RolloutEngine, ScoredRollout, TokenResults
 from megatron_cord.runtime.files import write_json
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.endings.best import Best, BestEvaluation, past_values, value_of
 from megatron_cord.trainer.endings.guards import Guards
+from megatron_cord.trainer.first_evaluation import read_first_evaluation
 from megatron_cord.trainer.observability.logprob_mismatch import mismatch_metrics
 from megatron_cord.trainer.observability.metrics import MetricsLog, json_floats
 from megatron_cord.trainer.start import Start
 from megatron_cord.trainer.step.batching.batches import TrainingSequence
+
+logger = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
 Scorer = Callable[[list[TrainingSequence]], dict[int, TokenResults]]
@@ -55,6 +59,7 @@ class Evaluations:
         last = -1 if start.begins else start.progress.step
         past = past_values(config.evaluation.early_stopping, self._directory, self._begun, last)
         made = [step for step in heldout_files(self._directory) if step <= last]
+        self._first = run_on_main(lambda: _first(config)) if start.begins else None
         made, past_pairs = broadcast_json([made, list(past.items())])
         self._made = set(made)
         self._best = BestEvaluation(config.evaluation.early_stopping, dict(past_pairs))
@@ -86,6 +91,10 @@ class Evaluations:
             score: computes token results of sequences that all ranks pass.
             step: made so far.
         """
+        if self._first is not None and step == self._begun:
+            logger.info("step %d: the answers are those of %s, which began with the same model", step, self._first)
+            self._evaluator.take(Path(self._first))
+            return {}
         return self._evaluator.answer_anew(engine, partial(measure_divergence, score, step))
 
     def write(self, step: int) -> bool:
@@ -153,6 +162,12 @@ class Evaluations:
         if self.guards:
             summary |= {"guards": self.guards.results(step), "guard": guard}
         write_json(self._directory / SUMMARY, summary)
+
+
+def _first(config: RunConfig) -> str | None:
+    """Return the directory of the evaluation that `evaluation.first_from` names; None for none."""
+    run = config.evaluation.first_from
+    return None if run is None else str(read_first_evaluation(config, Path(run)))
 
 
 def guard_ending(run: Path) -> Mapping[str, Any] | None:

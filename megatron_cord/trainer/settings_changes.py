@@ -24,7 +24,7 @@ from megatron_cord.trainer.step.optimizer.schedule import RateSchedule
 logger = logging.getLogger(__name__)
 FILE_NAME = "settings_changes.jsonl"
 #: Settings that say where a run begins and lies, not what it does.
-_PLACE = ("output_dir", "resume", "init_from", "init_optimizer")
+_PLACE = ("output_dir", "resume", "init_from", "init_optimizer", "evaluation.first_from")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from megatron_cord.compare.plan import PlannedRun, plan_runs
 from megatron_cord.compare.running import Listener, Outcome, Runner
 from megatron_cord.config.loading import dump_config
 from megatron_cord.errors import CordError
+from megatron_cord.evaluation.files import heldout_file
 from megatron_cord.runtime.exit_status import USER_ERROR
 from tests.tiny_run import ROOT, overrides, write_inputs
 
@@ -207,6 +208,8 @@ def test_the_command_for_real(inputs: Path, tmp_path: Path) -> None:
     assert result["methods"]["sft"]["difference"]["n"] == 1 and result["methods"]["sft"]["questions"] is not None
     assert (tmp_path / "out" / "comparison.md").read_text() in second.stdout
     assert all((tmp_path / "out" / f"comparison.{suffix}").stat().st_size > 1000 for suffix in ("svg", "png"))
+    firsts = [json.loads(heldout_file(tmp_path / "out" / name / "seed-0", 0).read_text()) for name in ("cord", "sft")]
+    assert firsts[0]["seconds"] > 0 == firsts[1]["seconds"] and firsts[0]["answers"] == firsts[1]["answers"]
     losses = {
         name: json.loads((tmp_path / "out" / name / "seed-0" / "metrics.jsonl").read_text().splitlines()[0])
         for name in ("sft", "cord")
