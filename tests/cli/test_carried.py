@@ -19,8 +19,6 @@ from megatron_cord.model.families import FAMILIES, load_architecture
 from tests.cli.test_convert import alone, error
 from tests.tiny_run import write_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 #: Of a precision of its own each, and one without rows; NaN bits and infinities are nothing to change either.
 OTHERS = {
     "talker.model.weight": torch.tensor([[float("nan"), float("inf")], [-0.0, 1e-40]]),

@@ -37,8 +37,6 @@ from tests.model.full_size import write_full_size
 from tests.selection import slow_if
 from tests.tiny_run import ROOT, make_run, overrides, write_checkpoint, write_inputs
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 QUESTION = ["--text", "what is one plus two"]
 
 

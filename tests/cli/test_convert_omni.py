@@ -22,8 +22,6 @@ from tests.model.family_reference import qwen2_5_omni_config, save_whole
 from tests.model.full_size import full_size_shapes, write_full_size
 from tests.tiny_run import WORDS, finish, make_samples, overrides, start, write_shards
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 _Omni: Any = Qwen2_5OmniForConditionalGeneration
 VOICES = {"nobody": {"cond": torch.zeros(1, 4), "ref_mel": torch.zeros(1, 2, 4), "bos_token": 3}}
 

@@ -23,8 +23,6 @@ from megatron_cord.plan.published import published
 from tests.cli.test_convert import alone
 from tests.model.family_reference import qwen3_omni_config
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 #: Qwen3-Omni-30B-A3B-Instruct, without the settings that are transformers' defaults.
 FULL_SIZE: dict[str, Any] = {
     "thinker_config": {

@@ -21,8 +21,6 @@ from megatron_cord.model.lalm import LALM
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from tests.model.reference import build, save
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 
 @pytest.fixture(scope="module")
 def layout() -> Iterator[Layout]:

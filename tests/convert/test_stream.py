@@ -17,8 +17,6 @@ from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, init
 from tests.model.reference import FOUR_RANKS, build, on_four_ranks, published_tensors
 from tests.model.test_architecture import ARCHITECTURE
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")  # about arguments that Megatron-Core itself leaves out
-
 
 @pytest.fixture(scope="module")
 def layout() -> Iterator[Layout]:

@@ -34,8 +34,6 @@ from megatron_cord.trainer.config import RunConfig
 from tests.convert.graft.test_graft import write_llm, write_whisper
 from tests.tiny_run import ROOT
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 
 def test_what_is_asked_in_the_evaluation_is_asked_nowhere_else() -> None:
     """Catches a fact or a voice that training and evaluation share, too few questions, a thing training never names."""

@@ -6,7 +6,6 @@ import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core
 
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -18,7 +17,6 @@ from megatron_cord.parallel.layout import ParallelConfig, initialize
 from tests.gloo import run_ranks
 from tests.model.test_architecture import ARCHITECTURE
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 #: Frames of the clips of a microbatch; of the last one, a rank has none.
 MICROBATCHES = ((40, 21, 13, 40, 30), (33, 33), (26,))
 

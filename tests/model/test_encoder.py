@@ -9,7 +9,6 @@ import megatron_cord.parallel  # noqa: F401  # isort: skip (before megatron.core
 
 from dataclasses import replace
 
-import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -88,7 +87,6 @@ def _gradients(encoder: AudioEncoder) -> dict[str, Tensor]:
     return gradients
 
 
-@pytest.mark.filterwarnings("ignore:::megatron")
 def test_sequence_parallelism_changes_nothing() -> None:
     """Catches positions that are lost, computed in vain or attended to where ranks do not divide them.
 

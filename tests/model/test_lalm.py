@@ -9,8 +9,6 @@ from megatron_cord.parallel.layout import ParallelConfig, finalize
 from tests.model.ranks import Case, Outcome, make_batches, run_case
 from tests.model.reference import FOUR_RANKS, build, expected, on_four_ranks, save
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")  # about arguments that Megatron-Core itself leaves out
-
 CASES = {
     **FOUR_RANKS,
     "alone": Case(ParallelConfig()),

@@ -37,7 +37,6 @@ from tests.model.ranks import make_batches
 from tests.model.reference import build, save
 from tests.model.test_architecture import ARCHITECTURE
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 CONFIG = LoraConfig(rank=3, alpha=6.0)
 LAYOUTS = (ParallelConfig(tp=2), ParallelConfig(tp=2, sequence_parallel=True))
 

@@ -13,8 +13,6 @@ from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from tests.model.ranks import AUDIO_ID, MELS, WINDOW
 from tests.model.test_architecture import ARCHITECTURE
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")  # about arguments that Megatron-Core itself leaves out
-
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[LALM]:

@@ -14,8 +14,6 @@ from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, init
 from tests.model.ranks import make_batches
 from tests.model.test_architecture import ARCHITECTURE
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")  # about arguments that Megatron-Core itself leaves out
-
 
 @pytest.fixture(scope="module")
 def layout() -> Iterator[Layout]:

@@ -19,8 +19,6 @@ from megatron_cord.parallel import portability
 from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, initialize
 from tests.model.test_architecture import ARCHITECTURE
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 
 @pytest.fixture(scope="module")
 def layout() -> Iterator[Layout]:

@@ -21,8 +21,6 @@ from megatron_cord.plan.speed import train_flops
 from tests.gloo import run_ranks
 from tests.plan.small_model import configured, with_experts
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 
 def lora_on_rank(_rank: int, arch: Architecture, settings: Sequence[ModelConfig]) -> list[int]:
     """Build this rank's part of two stages on two tensor-parallel ranks; return the parameters of each LoRA."""

@@ -19,8 +19,6 @@ from megatron_cord.trainer.step.optimizer.building import build_optimizer, wrap_
 from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 from tests.plan.small_model import configured, with_experts
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 
 def test_teachers_in_a_plan() -> None:
     """Catches a teacher's weights that are left out or counted twice, and the copy that one with audio needs."""

@@ -19,8 +19,6 @@ from megatron_cord.plan.parameters import active_count, expert_count, rank_count
 from tests.gloo import run_ranks
 from tests.plan.small_model import configured, counts_of, with_experts
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 
 def build_mixture_on_rank(rank: int, arch: Architecture) -> list[int]:
     """Count parameters by part of a rank of TP 2 × PP 2, whose tensor-parallel ranks share out experts."""

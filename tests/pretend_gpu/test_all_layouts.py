@@ -111,10 +111,12 @@ def test_layouts(jobs: Jobs, inputs: Path, tmp_path: Path, name: str, packing: s
 
 @pytest.mark.parametrize(
     ("kind", "implementation"),
-    itertools.product(
-        ["reverse_kl", "forward_kl", "jsd", "topk", "sampled", "one_sided", "nll", "none"],
-        ["cached_grad", "fused", "recompute"],
-    ),
+    [
+        *itertools.product(
+            ["reverse_kl", "forward_kl", "jsd", "topk", "sampled", "one_sided", "nll", "none"],
+            ["cached_grad", "fused", "recompute"],
+        )
+    ],
 )
 def test_losses(jobs: Jobs, inputs: Path, tmp_path: Path, kind: str, implementation: str) -> None:
     """Catches faults and waits of one divergence in one implementation, the vocabulary whole and split."""

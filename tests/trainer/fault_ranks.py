@@ -9,6 +9,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
@@ -109,6 +110,7 @@ def _rank(rank: int, world: int, port: int, settings: list[str], log: str, stuck
     output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    tempfile.tempdir = str(Path(log).parent)  # what tells the ranks who reports: no launcher removes it
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -17,8 +17,6 @@ from megatron_cord.trainer.observability.trackers.tags import tag
 from tests.tiny_run import overrides
 from tests.trainer.runs.test_train import alone
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 
 def test_a_run_ends_with_its_report_and_reads_its_sets(
     inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -18,7 +18,6 @@ from megatron_cord.parallel.layout import finalize, initialize
 from megatron_cord.verify.layout import Row, VerifyLayoutConfig, compare, run_step
 from tests.gloo import run_ranks
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 SMALL = ["sizes.layers=2", "sizes.sequences=4"]
 FROZEN = "model.freeze=[audio_encoder]"
 TP2 = ["parallel.tp=2", "parallel.sequence_parallel=true", "train.packing=packed"]

@@ -20,8 +20,6 @@ from megatron_cord.warmup.warmup import warm_up
 from tests.gloo import run_ranks
 from tests.warmup.short_warmup import after_calls, distilled_config, summary, warm_up_alone
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 
 @pytest.fixture(scope="module")
 def distilled(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -28,8 +28,6 @@ from megatron_cord.warmup.recognizer import (
 from megatron_cord.warmup.stages import scale_output
 from megatron_cord.warmup.token_errors import collapse, count_errors
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 
 def brute_force(log_probs: torch.Tensor, target: list[int]) -> float:
     """Sum the probabilities of all rows of classes that CTC reads as the target; log_probs is [frames, K + 1]."""

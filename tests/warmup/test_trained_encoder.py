@@ -24,8 +24,6 @@ from megatron_cord.warmup.warmup import warm_up
 from tests.gloo import run_ranks
 from tests.warmup.short_warmup import after_calls, config_of, distilled_config, summary, warm_up_alone
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 
 def learning_config(inputs: Path, output: Path, steps: int = 12, rate: float = 2e-3) -> WarmupConfig:
     """Return a short warm-up whose encoder learns."""

@@ -39,8 +39,6 @@ from tests.warmup.short_warmup import (
     write_corpus,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 
 @pytest.fixture(scope="module")
 def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

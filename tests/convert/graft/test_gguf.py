@@ -20,7 +20,6 @@ from megatron_cord.errors import CordError
 from tests.convert.graft.test_graft import sample, write_whisper
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 
 LETTERS = [chr(ord("a") + i) for i in range(26)]
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *LETTERS, "Ġ", "Ċ", "?", "th", "qu"]

@@ -32,8 +32,6 @@ from megatron_cord.data.samples import Sample
 from megatron_cord.errors import CordError
 from megatron_cord.model.families import load_architecture
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 WORDS = ["user", "assistant", "what", "is", "one", "plus", "two"]
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|> ' + message['role'] + ' ' + message['content'] + ' <|im_end|> ' }}"

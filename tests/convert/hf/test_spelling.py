@@ -25,8 +25,6 @@ from megatron_cord.parallel.layout import Layout, ParallelConfig, finalize, init
 from megatron_cord.rollout.sglang.weight_sync.served import served_specs
 from tests.model import family_reference, reference
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")  # about arguments that Megatron-Core itself leaves out
-
 FAMILIES = ("audioflamingo3", "qwen2_audio", "voxtral", "qwen2", "llama", "step_audio_2")
 Tensors = dict[str, Tensor]
 

@@ -27,10 +27,6 @@ from megatron_cord.parallel.layout import ParallelConfig, finalize, initialize
 from tests.model.reference import build, published_tensors, save
 from tests.model.test_architecture import ARCHITECTURE
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:::megatron"),
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
-]
 HEAD = "language_model.lm_head.weight"
 
 

@@ -26,7 +26,7 @@ from tests.tiny_run import WORDS, losses, make_samples, overrides, write_shards
 from tests.trainer.fault_ranks import run_forked
 from tests.trainer.runs.test_train import alone
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::megatron")]
+pytestmark = pytest.mark.slow
 LORA = (
     "model.lora.rank=4", "model.lora.alpha=8", "model.lora.whole=[adapter]", "optimizer.learning_rate=3e-2",
     "data.long_audio=cut", "train.packing=packed", "evaluation.samples=1",

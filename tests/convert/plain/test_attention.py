@@ -16,8 +16,6 @@ from megatron_cord.convert.plain.model import PlainModel
 from megatron_cord.model.layers.small_attention import attend
 from tests.convert.graft.test_graft import write_llm
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 
 def passes(hidden: Any, ids: torch.Tensor, pads: torch.Tensor) -> list[torch.Tensor]:
     """Return hidden states of a left-padded prompt and of two tokens behind it, one by one."""

@@ -18,8 +18,6 @@ from tests.model.families.steps import check_gradients, check_logits, check_tens
 from tests.model.family_reference import build, save
 from tests.model.ranks import AUDIO_ID, MELS, TOKENS, WINDOW, Case, Outcome
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")  # about arguments that Megatron-Core itself leaves out
-
 CASES = {
     "flamingo-tp2-pp2": Case(ParallelConfig(tp=2, pp=2), family="audioflamingo3"),
     "audio-llama-tp2-pp2": Case(ParallelConfig(tp=2, pp=2), family="qwen2_audio+llama"),

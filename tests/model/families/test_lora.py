@@ -17,7 +17,7 @@ from tests.gloo import run_ranks
 from tests.model import family_reference
 from tests.model.test_lora import CONFIG, check_outputs, outputs
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::megatron")]
+pytestmark = pytest.mark.slow
 #: matrices with LoRA, by part: an encoder's layer has q, k, v, out and two of its MLP, a decoder's four and its MLP's
 MATRICES = {
     "qwen2_5_omni": {"audio_encoder": 2 * 4, "adapter": 1, "language_model": 2 * 4},

@@ -23,8 +23,6 @@ from tests.model.families.steps import check_gradients, check_logits, check_tens
 from tests.model.family_reference import qwen2_5_omni_config, save
 from tests.model.ranks import TOKENS, WINDOW, Case, Outcome, make_batches
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")  # about arguments that Megatron-Core itself leaves out
-
 FAMILY = "qwen2_5_omni"
 QUICK = {"tp2-sp": Case(ParallelConfig(tp=2, sequence_parallel=True), family=FAMILY)}
 SLOW = {

@@ -19,8 +19,6 @@ from tests.model.families.steps import check_gradients, check_logits, check_tens
 from tests.model.family_reference import build, save
 from tests.model.ranks import MELS, TOKENS, VOCAB_SIZE, Case, Outcome, make_batches
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")  # about arguments that Megatron-Core itself leaves out
-
 FAMILY = "qwen3_omni_moe"
 QUICK = {"tp2-sp-ep2": Case(ParallelConfig(tp=2, sequence_parallel=True, ep=2), family=FAMILY)}
 SLOW = {

@@ -31,7 +31,6 @@ from megatron_cord.plan.trace.records import RankTrace
 from megatron_cord.plan.trace.step import trace_step
 from megatron_cord.trainer.config import RunConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 ARCH = Architecture(
     model_type="qwen2_audio",
     encoder=EncoderArchitecture(

@@ -27,8 +27,6 @@ from megatron_cord.rollout.types import GenerationRequest
 from megatron_cord.rollout.weights import PlainWeights
 from tests.model.family_reference import save_whole
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
-
 WORDS = ["what", "is", "one", "plus", "two", "three"]
 FAMILIES = {
     "audioflamingo3": False,

@@ -179,7 +179,6 @@ def test_single_steps_of_few_questions_raise_nothing() -> None:
         assert [kinds(rows[:steps]) for steps in range(1, 101)] == [[]] * 100, seed
 
 
-@pytest.mark.filterwarnings("ignore:::megatron")
 def test_real_runs(inputs: Path, tmp_path: Path) -> None:
     """Catches an alert of a run as it should be, and none of the same run at a hundred times its learning rate."""
     settings = ("train.steps=10", "checkpoint.interval=0", "metrics.tensorboard=false")

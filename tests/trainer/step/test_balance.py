@@ -21,7 +21,6 @@ from megatron_cord.trainer.step.optimizer.building import wrap_model
 from megatron_cord.trainer.step.optimizer.config import OptimizerConfig
 from tests.model.test_architecture import ARCHITECTURE, LANGUAGE
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 MIXTURE = replace(ARCHITECTURE, language=replace(LANGUAGE, experts=ExpertsArchitecture(4, 2, normalized=True)))
 
 

@@ -100,7 +100,7 @@ def expected(config: ObjectiveConfig, batch: Microbatch, values: dict[str, Tenso
                 factor = sum(ratios) / length if policy.ratio == "sequence" else ratio
             mean = length if policy.normalization == "response_mean" else 1
             sequence_loss = sequence_loss - policy.weight * advantage * factor * term / mean / COUNTS.policy
-        largest = sorted(range(length), key=lambda t: -float(divergences[t]))[: config.token_weights.top_k]
+        largest = sorted(range(length), key=lambda t: -divergences[t].item())[: config.token_weights.top_k]
         for t in range(length):
             weight = 1.0
             if config.token_weights.factors == "cord":

@@ -31,7 +31,7 @@ from megatron_cord.rollout.types import TensorSpec
 from megatron_cord.rollout.weights import ShardedModelWeights
 from tests.gloo import run_ranks
 
-pytestmark = [pytest.mark.filterwarnings("ignore:::megatron"), pytest.mark.usefixtures("one_rank")]
+pytestmark = pytest.mark.usefixtures("one_rank")
 MIB = 1 << 20
 
 

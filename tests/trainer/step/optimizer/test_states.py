@@ -28,7 +28,6 @@ from megatron_cord.verify.layout import VerifyLayoutConfig
 from megatron_cord.verify.layout_reference import make_checkpoint
 from tests.gloo import run_ranks
 
-pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 SMALL = ["sizes.layers=2", "sizes.encoder_layers=1"]
 CASES = {
     "dp4": [],
