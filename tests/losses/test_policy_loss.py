@@ -85,7 +85,7 @@ def expected(config: PolicyGradientConfig, given: dict[str, Tensor]) -> tuple[Te
                 term = -factor * smaller * advantage
             loss = loss + term / (length if config.normalization == "response_mean" else 1) / COUNT
             if advantage != 0:
-                value = float(ratio)
+                value = ratio.item()
                 counted[0] += 1
                 counted[1] += value
                 counted[2] += config.surrogate == "clipped" and value < low and advantage < 0
