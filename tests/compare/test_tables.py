@@ -130,6 +130,7 @@ def test_tables_go_into_a_page(result: dict[str, Any]) -> None:
         "chains/compare-long",
         "rounds/compare",
         "rounds/compare-full",
+        "speech_smollm2/compare",
     ],
 )
 def test_the_documentation_shows_the_committed_results(example: str) -> None:

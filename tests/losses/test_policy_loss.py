@@ -80,7 +80,7 @@ def expected(config: PolicyGradientConfig, given: dict[str, Tensor]) -> tuple[Te
                 term = -weight * min(float(ratio.detach()), high) * advantage * student[t]
             else:
                 bounded = ratio.clamp(low, high)
-                smaller = ratio if float(ratio) * advantage <= float(bounded) * advantage else bounded
+                smaller = ratio if ratio.item() * advantage <= bounded.item() * advantage else bounded
                 factor = sum(weights) / length if config.ratio == "sequence" else weight
                 term = -factor * smaller * advantage
             loss = loss + term / (length if config.normalization == "response_mean" else 1) / COUNT
