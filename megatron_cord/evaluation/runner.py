@@ -190,12 +190,13 @@ class Evaluator:
             self._answered[name] = _Answered(answers, seconds=time.perf_counter() - begun)
         return True
 
-    def score(self, label: str, step: int) -> dict[str, dict[str, Any]]:
+    def score(self, label: str, step: int, checkpoint: str | None = None) -> dict[str, dict[str, Any]]:
         """Score the answers and write each set's result.
 
         Args:
             label: names the evaluation; its model is the one that answered last.
             step: of the weights.
+            checkpoint: fingerprint of the files that the run began with, for the results; None leaves it out.
 
         Returns:
             the sets' results without their answers, on every rank.
@@ -203,7 +204,7 @@ class Evaluator:
         Raises:
             CordError: more questions have no prompt than evaluation.max_rejects allows.
         """
-        scored: dict[str, dict[str, Any]] = run_on_main(lambda: self._score(label, step, None)[0])
+        scored: dict[str, dict[str, Any]] = run_on_main(lambda: self._score(label, step, None, checkpoint)[0])
         return scored
 
     def check_guards(self) -> None:
@@ -294,7 +295,7 @@ class Evaluator:
             raise CordError(f"evaluation.guards.{name}: {error}") from None
 
     def _score(
-        self, label: str, step: int, before: Mapping[str, Sequence[Row]] | None
+        self, label: str, step: int, before: Mapping[str, Sequence[Row]] | None, checkpoint: str | None = None
     ) -> tuple[dict[str, dict[str, Any]], dict[str, list[Row]]]:
         results: dict[str, dict[str, Any]] = {}
         rows: dict[str, list[Row]] = {}
@@ -310,6 +311,8 @@ class Evaluator:
             result = set_result(rows[name], rejects, None if before is None else before[name], seed)
             results[name] = result | answered.metrics
             whole = {"set": name, "model": label, "step": step, "seconds": answered.seconds, **results[name]}
+            if checkpoint is not None:
+                whole["checkpoint"] = checkpoint
             write_atomic(
                 self.directory(label) / f"{name}.json", json.dumps(whole | {"answers": rows[name]}, ensure_ascii=False)
             )

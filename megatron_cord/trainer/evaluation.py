@@ -44,6 +44,7 @@ class Evaluations:
         log: is told the accuracies.
         start: where the run begins.
         guards: of the run.
+        checkpoint: fingerprint of the files that the run began with.
         writes: whether this rank writes the summary.
 
     Attributes:
@@ -51,9 +52,17 @@ class Evaluations:
     """
 
     def __init__(
-        self, config: RunConfig, evaluator: Evaluator, log: MetricsLog, start: Start, guards: Guards, *, writes: bool
+        self,
+        config: RunConfig,
+        evaluator: Evaluator,
+        log: MetricsLog,
+        start: Start,
+        guards: Guards,
+        checkpoint: str,
+        *,
+        writes: bool,
     ) -> None:
-        self.guards = guards
+        self.guards, self._checkpoint = guards, checkpoint
         self._config, self._evaluator, self._log, self._writes = config, evaluator, log, writes
         self._directory, self._begun = Path(config.output_dir), start.progress.made_with.begun
         last = -1 if start.begins else start.progress.step
@@ -103,7 +112,7 @@ class Evaluations:
         Raises:
             CordError: the set of `evaluation.early_stopping` lacks the value that counts; or as `Guards.check`.
         """
-        results = self._evaluator.score(step_label(step), step)
+        results = self._evaluator.score(step_label(step), step, self._checkpoint)
         self._made.add(step)
         counts = self._config.evaluation.early_stopping
         self._log.evaluation({"step": step} | results[HELDOUT])

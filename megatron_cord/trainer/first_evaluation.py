@@ -8,7 +8,9 @@ from megatron_cord.config.flattening import flatten
 from megatron_cord.config.loading import load_config, to_dict
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.config import HELDOUT
-from megatron_cord.evaluation.files import heldout_files
+from megatron_cord.evaluation.files import heldout_files, read_result
+from megatron_cord.model.checkpoint_directory import checkpoint_directory
+from megatron_cord.runtime.files import checkpoint_fingerprint
 from megatron_cord.trainer.config import RunConfig
 
 #: What answers before the first step depend on. Ranks and layouts, which change their rounding, are left free.
@@ -45,4 +47,9 @@ def read_first_evaluation(config: RunConfig, run: Path) -> Path:
     names = (HELDOUT, *config.evaluation.sets)
     if found is None or not all(found.with_name(f"{name}.json").is_file() for name in names):
         raise CordError(f"evaluation.first_from: {run} has no whole evaluation yet; leave it out, or wait for that")
+    if read_result(found).get("checkpoint") != checkpoint_fingerprint(checkpoint_directory(config.model.checkpoint)):
+        raise CordError(
+            f"evaluation.first_from: {run} began with other files in {config.model.checkpoint}, or is of an earlier "
+            "release; leave it out"
+        )
     return found.parent

@@ -40,7 +40,12 @@ def test_it_is_taken_and_the_training_is_the_same(
     summaries = [json.loads((run / "summary.json").read_text()) | {"seconds": 0} for run in (made, taken)]
     assert summaries[0] == summaries[1]
 
-    changed = first(made)
+    changed = first(made) | {"checkpoint": "0123456789abcdef"}
+    heldout_file(made, 0).write_text(json.dumps(changed))
+    with pytest.raises(CordError, match=r"made began with other files in .*checkpoint, or is of an earlier release"):
+        alone(inputs, tmp_path / "third", *SHORT, f"evaluation.first_from={made}")
+
+    changed = first(taken)
     changed["answers"][0]["question"] += " please"
     heldout_file(made, 0).write_text(json.dumps(changed))
     with pytest.raises(CordError, match=r"step_000000/heldout\.json has other questions than the set heldout"):

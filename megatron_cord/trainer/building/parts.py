@@ -164,7 +164,7 @@ def put_together(config: RunConfig, layout: Layout) -> Parts:
         source=source,
         dump=dump,
         log=log,
-        evaluations=Evaluations(config, evaluator, log, start, guards, writes=main),
+        evaluations=Evaluations(config, evaluator, log, start, guards, described.made_with.model, writes=main),
         saving=Saving(checkpoints, exports, training.model, training.optimizer, average, layout, progress.step),
         budget=budget,
         stop=StopRequest("the step is finished and saved"),
