@@ -78,10 +78,6 @@ def gather(config: CompareConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]
     }
 
 
-def _divergences(run: FinishedRun) -> dict[str, float | None]:
-    return {f"divergence_{name}": run.divergence.get(name) for name in ("before", "after")}
-
-
 _BEFORE = {"text_accuracy": "text_accuracy", "audio_accuracy": "audio_accuracy_before"}
 _AFTER = {
     "text_accuracy": "text_accuracy_after",
@@ -177,6 +173,10 @@ def _budget(config: RunConfig) -> dict[str, int]:
         "prompts": config.rollout.prompts_per_step,
         "max_new_tokens": config.rollout.max_new_tokens,
     }
+
+
+def _divergences(run: FinishedRun) -> dict[str, float | None]:
+    return {f"divergence_{name}": run.divergence.get(name) for name in ("before", "after")}
 
 
 def _column(summaries: Runs, name: str) -> dict[int, float]:

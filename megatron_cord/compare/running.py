@@ -27,7 +27,7 @@ from megatron_cord.compare.kept import is_complete, keep
 from megatron_cord.compare.plan import PlannedRun, prepare_command
 from megatron_cord.errors import CordError
 from megatron_cord.runtime.exit_status import INTERRUPTED, STOP_SIGNALS, STOPPED
-from megatron_cord.trainer.first_evaluation import find_first_evaluation
+from megatron_cord.trainer.first_evaluation import has_first_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class Runner:
     def _first_evaluation(self, run: PlannedRun) -> tuple[str, ...]:
         """Return the setting that spares a run its first evaluation: another run of the seed has made the same."""
         others = (other.directory for other in self._runs if other.seed == run.seed and other is not run)
-        found = next((place for place in others if find_first_evaluation(run.config, place) is not None), None)
+        found = next((place for place in others if has_first_evaluation(run.config, place)), None)
         return () if found is None else (f"evaluation.first_from={found}",)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:

@@ -23,7 +23,7 @@ from megatron_cord.runtime.files import write_json
 from megatron_cord.trainer.config import RunConfig
 from megatron_cord.trainer.endings.best import Best, BestEvaluation, past_values, value_of
 from megatron_cord.trainer.endings.guards import Guards
-from megatron_cord.trainer.first_evaluation import read_first_evaluation
+from megatron_cord.trainer.first_evaluation import find_first_evaluation
 from megatron_cord.trainer.observability.logprob_mismatch import mismatch_metrics
 from megatron_cord.trainer.observability.metrics import MetricsLog, json_floats
 from megatron_cord.trainer.start import Start
@@ -176,7 +176,7 @@ class Evaluations:
 def _first(config: RunConfig) -> str | None:
     """Return the directory of the evaluation that `evaluation.first_from` names; None for none."""
     run = config.evaluation.first_from
-    return None if run is None else str(read_first_evaluation(config, Path(run)))
+    return None if run is None else str(find_first_evaluation(config, Path(run)))
 
 
 def guard_ending(run: Path) -> Mapping[str, Any] | None:

@@ -16,20 +16,21 @@ from megatron_cord.trainer.config import RunConfig
 #: What answers before the first step depend on. Ranks and layouts, which change their rounding, are left free.
 _DECISIVE = (
     "data.evaluation", "data.features", "data.instruction", "data.long_audio", "data.system",
-    "evaluation.comparer", "evaluation.max_new_tokens", "evaluation.samples", "evaluation.scored", "evaluation.sets",
-    "init_from", "model.checkpoint", "model.dtype", "reward.judge", "rollout.engine", "teacher", "views",
+    "evaluation.max_new_tokens", "evaluation.samples", "evaluation.scored", "evaluation.sets", "init_from",
+    "model.checkpoint", "model.dtype", "rollout.engine", "teacher", "views",
 )  # fmt: skip
 
 
-def find_first_evaluation(config: RunConfig, run: Path) -> Path | None:
-    """Return the directory of a run's first evaluation, if it is complete and what this run's would be; else None."""
+def has_first_evaluation(config: RunConfig, run: Path) -> bool:
+    """Return whether a run's first evaluation is complete and what this run's would be."""
     try:
-        return read_first_evaluation(config, run)
+        find_first_evaluation(config, run)
     except CordError:
-        return None
+        return False
+    return True
 
 
-def read_first_evaluation(config: RunConfig, run: Path) -> Path:
+def find_first_evaluation(config: RunConfig, run: Path) -> Path:
     """Return the directory of a run's first evaluation.
 
     Raises:

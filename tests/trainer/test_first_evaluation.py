@@ -12,7 +12,7 @@ from megatron_cord.config.loading import dump_config, load_config
 from megatron_cord.errors import CordError
 from megatron_cord.evaluation.files import heldout_file
 from megatron_cord.trainer.config import RunConfig
-from megatron_cord.trainer.first_evaluation import read_first_evaluation
+from megatron_cord.trainer.first_evaluation import find_first_evaluation
 from tests.tiny_run import losses, overrides
 from tests.trainer.runs.test_train import alone
 
@@ -67,4 +67,4 @@ def test_another_one_is_refused(inputs: Path, tmp_path: Path, setting: str, mess
     dump_config(load_config(RunConfig, None, given), tmp_path / "config.yaml")
     config = load_config(RunConfig, None, [*given, setting])
     with pytest.raises(CordError, match=message):
-        read_first_evaluation(config, Path(config.output_dir))
+        find_first_evaluation(config, Path(config.output_dir))
